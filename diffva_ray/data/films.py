@@ -1,0 +1,43 @@
+"""A film, a data set of films, and the one place that finds out what kind of data set a folder is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from diffva_ray.storage import Store, open_store
+
+
+@dataclass(frozen=True)
+class Film:
+    """One film under one label. Paths are relative to the data root; empty where there is no such file."""
+
+    path: str
+    label: str
+    size: int = -1  # bytes; -1 when the file is absent
+    lung_mask: str = ""
+    lesion_mask: str = ""
+    twin: str = ""  # the lesion-free twin of a phantom
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Films in a fixed order (by path, then label), with what the adapter wants to say about them."""
+
+    store: Store
+    films: list[Film]
+    kind: str
+    notes: list[str] = field(default_factory=list)
+    boxes: dict[str, list[tuple[float, float, float, float]]] = field(default_factory=dict)  # path -> x, y, w, h
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """Number of films by class, in alphabetical order."""
+        counts: dict[str, int] = {}
+        for film in self.films:
+            counts[film.label] = counts.get(film.label, 0) + 1
+        return dict(sorted(counts.items()))
+
+
+class UnusableData(ValueError):
+    """A data set that cannot be used; the message is one line that names it and says what is expected."""
