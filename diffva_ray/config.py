@@ -166,7 +166,9 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
         except OSError as error:
             raise RecipeError(f"--recipe {name_or_path}: cannot be read ({error})") from None
     else:
-        raise RecipeError(f"--recipe {name_or_path}: no such recipe; there are {', '.join(recipe_names())}, or give a .yaml file")
+        raise RecipeError(
+            f"--recipe {name_or_path}: no such recipe; there are {', '.join(recipe_names())}, or give a .yaml file"
+        )
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -196,8 +198,10 @@ def _set(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.strip().split(".")
     node: Any = tree
     for parent in parents:
-        node = node[int(parent)] if isinstance(node, list) and parent.isdigit() and int(parent) < len(node) else (
-            node.setdefault(parent, {}) if isinstance(node, dict) else None
+        node = (
+            node[int(parent)]
+            if isinstance(node, list) and parent.isdigit() and int(parent) < len(node)
+            else (node.setdefault(parent, {}) if isinstance(node, dict) else None)
         )
         if not isinstance(node, (dict, list)):
             raise RecipeError(f"--set {override}: {parent!r} is not a section of the recipe")
@@ -225,5 +229,3 @@ def fingerprint(keys: dict[str, Any]) -> str:
 def fingerprint_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Names of the keys in which two fingerprints' inputs differ, sorted."""
     return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-
-

@@ -1,0 +1,117 @@
+"""Thorax phantoms: films whose lesions, lesion masks and lesion-free twins are known. This is *phantom v1*, frozen
+before any model was tuned on it; docs/phantoms.md has its statistics and a test holds them.
+
+The anatomy, the distractors and the noise are drawn from streams of their own, before and apart from the lesion, so a
+film and its twin are the same patient on the same day.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from diffva_ray.data.images import encode_grey, quantise
+from diffva_ray.data.lesions import LESIONS, Lesion, distractors
+from diffva_ray.data.thorax import Thorax, grid, lattice_noise
+from diffva_ray.storage import Store
+
+VERSION = "phantom v1"
+CLASSES = ("Normal", "Lung_Opacity", "COVID", "Viral Pneumonia")
+ALL_CLASSES = ("Normal", *LESIONS)
+VISIBLE = 0.05  # a pixel belongs to the lesion when film and twin differ by more than this
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """One synthetic film and its truth; images float32 [size, size] in [0, 1], masks bool [size, size]."""
+
+    film: NDArray[np.float32]
+    twin: NDArray[np.float32]
+    lungs: NDArray[np.bool_]
+    lesion: NDArray[np.bool_]
+    label: str
+    factors: dict[str, object]
+
+
+def phantom(label: str, patient: int, seed: int = 0, size: int = 64) -> Phantom:
+    """The film of one patient under one label, the same for the same arguments. KeyError: unknown label."""
+    anatomy, foreign, exposure, disease = np.random.SeedSequence([seed, patient]).spawn(4)
+    thorax = Thorax.sample(np.random.default_rng(anatomy))
+    film_u, film_v = grid(size)
+    u, v = thorax.coordinates(film_u, film_v)
+    width = max(0.016, 1.0 / size)  # an edge is never sharper than the pixel grid can show
+    objects = distractors(np.random.default_rng(foreign), film_u, film_v)
+    rng = np.random.default_rng(exposure)
+    develop = _Exposure(rng, size)
+
+    healthy = thorax.density(u, v, width)
+    twin = develop(healthy + objects)
+    if label == "Normal":
+        lesion = Lesion(np.zeros_like(u), np.zeros_like(u))
+        film = twin
+    else:
+        lesion = LESIONS[label](np.random.default_rng(disease), thorax, u, v)
+        film = develop(_ill(thorax, lesion, healthy, u, v, width) + objects)
+    difference = np.abs(film - twin)
+    if label == "Viral Pneumonia":  # the zone, not each thread of the mesh
+        difference = ndimage.gaussian_filter(difference, 1.5 / 64 * size)
+    lungs = np.maximum(thorax.lung(u, v, -1), thorax.lung(u, v, 1)) * np.ones_like(u)
+    visible = (lungs > 0) & (thorax.heart(u, v) < 0)
+    return Phantom(film, twin, visible, difference > VISIBLE, label, lesion.factors)
+
+
+def _ill(thorax: Thorax, lesion: Lesion, healthy: np.ndarray, u: np.ndarray, v: np.ndarray, width: float) -> np.ndarray:
+    density = healthy
+    if lesion.push is not None:
+        density = thorax.density(u + lesion.push[0], v + lesion.push[1], width)
+    elif lesion.heart_scale != 1.0:
+        density = thorax.density(u, v, width, lesion.heart_scale)
+    air = thorax.lungs(u, v, width)
+    opacity = lesion.opacity * air
+    density = density + opacity * (lesion.towards - density)
+    if lesion.extra is not None:
+        density = density + lesion.extra * air
+    return density
+
+
+class _Exposure:
+    """From density to film: gain, gamma, collimation, mottle. One draw serves film and twin."""
+
+    def __init__(self, rng: np.random.Generator, size: int) -> None:
+        self.gain, self.gamma, self.fog = rng.uniform(0.95, 1.2), rng.uniform(0.85, 1.2), rng.uniform(0.0, 0.05)
+        self.texture = 0.032 * lattice_noise(rng, 5, size) + 0.018 * lattice_noise(rng, 14, size)
+        self.mottle = 0.012 * lattice_noise(rng, 48, size)
+
+    def __call__(self, density: np.ndarray) -> NDArray[np.float32]:
+        bright = np.clip(density + self.texture * np.clip(density / 0.3, 0, 1), 0.0, None)
+        film = self.fog + self.gain * bright**self.gamma
+        return np.clip(film + self.mottle, 0.0, 1.0).astype(np.float32)
+
+
+def phantom_set(
+    store: Store, patients: int, size: int = 64, seed: int = 0, classes: Sequence[str] = CLASSES
+) -> Iterator[str]:
+    """Write ``patients`` films, classes in turn, in the Radiography layout (images, masks, lesions, twins); yields
+    each film's path. ``phantoms.json``, written last, lists every film with its factors."""
+    unknown = [label for label in classes if label not in ALL_CLASSES]
+    if unknown:
+        raise ValueError(f"unknown phantom class {unknown[0]!r}; there are {', '.join(ALL_CLASSES)}")
+    films = []
+    for patient in range(patients):
+        label = classes[patient % len(classes)]
+        made = phantom(label, patient, seed, size)
+        name = f"{label}-{patient + 1}.png"
+        store.put(f"{label}/images/{name}", encode_grey(quantise(made.film)))
+        store.put(f"{label}/masks/{name}", encode_grey(made.lungs.astype(np.uint8) * 255))
+        if label != "Normal":
+            store.put(f"{label}/lesions/{name}", encode_grey(made.lesion.astype(np.uint8) * 255))
+            store.put(f"{label}/twins/{name}", encode_grey(quantise(made.twin)))
+        films.append({"file": f"{label}/images/{name}", "label": label, "patient": patient, **made.factors})
+        yield f"{label}/images/{name}"
+    about = {"version": VERSION, "seed": seed, "size": size, "classes": list(classes), "films": films}
+    store.put("phantoms.json", json.dumps(about, indent=1).encode())
