@@ -80,7 +80,6 @@ class StageConfig(Section):
     # denoiser
     train_text_encoder: bool = True
     prompt_dropout: float = Field(0.0, ge=0, lt=1)
-    latent_noise: float = 0.0
     snr_gamma: float | None = None
     prior_class: str | None = None  # DreamBooth's class set: real images of this class
     prior_loss_weight: float = 1.0

@@ -71,8 +71,13 @@ class LocalStore:
 
     def list(self, prefix: str = "") -> list[Entry]:
         top = self.root / checked(prefix)
-        entries = []
-        for folder, _, names in os.walk(top):
+        entries, visited = [], set()
+        for folder, folders, names in os.walk(top, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in visited:  # a loop of links
+                folders.clear()
+                continue
+            visited.add(real)
             for name in names:
                 file = os.path.join(folder, name)
                 if name.startswith(TEMPORARY) or not os.path.isfile(file):

@@ -1,11 +1,12 @@
-"""A film, a data set of films, and the one place that finds out what kind of data set a folder is."""
+"""A film, and a data set of films: what every adapter returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from diffva_ray.storage import Store, open_store
+from diffva_ray.data.images import IMAGE_EXTENSIONS
+from diffva_ray.storage import Entry, Store
 
 
 @dataclass(frozen=True)
@@ -41,3 +42,12 @@ class Dataset:
 
 class UnusableData(ValueError):
     """A data set that cannot be used; the message is one line that names it and says what is expected."""
+
+
+def image_files(entries: Iterable[Entry]) -> list[Entry]:
+    """The entries named like an image; hidden files and folders (``._x.png``, ``.ipynb_checkpoints``) are left out."""
+    return [
+        entry
+        for entry in entries
+        if entry.path.lower().endswith(IMAGE_EXTENSIONS) and not entry.path.startswith(".") and "/." not in entry.path
+    ]

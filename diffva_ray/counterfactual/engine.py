@@ -1,0 +1,155 @@
+"""The counterfactual engine: films in, healthy twins out, in batches of one fixed shape.
+
+A record's result depends on its own film, prompt, settings and seed alone: noise comes from a CPU generator of its own,
+every network call has the micro-batch's full shape (the tail is padded), and a prompt is embedded by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffva_ray.config import GenerateConfig
+from diffva_ray.counterfactual import ddim_inversion, sdedit
+from diffva_ray.counterfactual.latents import Denoiser, Edit, noise
+from diffva_ray.data.images import to_square
+from diffva_ray.model import text
+from diffva_ray.model.bundle import Bundle, load
+
+METHODS = {"sdedit": sdedit.edit, "ddim-inversion": ddim_inversion.edit}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The part of a record's settings that a sweep may vary."""
+
+    prompt: str
+    method: str
+    scheduler: str
+    strength: float
+    guidance_scale: float
+    num_inference_steps: int
+
+
+@dataclass(frozen=True)
+class Twins:
+    """Grey images float32 [n, size, size] in [0, 1]; NaN where a network gave non-finite values."""
+
+    counterfactuals: NDArray[np.float32]
+    reconstructions: NDArray[np.float32]  # D(E(film)): what the autoencoder alone does to it
+
+
+def device_kind(name: str | None = None) -> str:
+    """``cuda`` or ``cpu``: the name asked for, or what there is."""
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Counterfactuals:
+    """One model, ready to heal films.
+
+    >>> heal = Counterfactuals.from_pretrained("runs/demo/model")     # doctest: +SKIP
+    >>> twins = heal([film], [heal.settings("normal chest scan")], seeds=[0])   # doctest: +SKIP
+    """
+
+    def __init__(self, bundle: Bundle, config: GenerateConfig | None = None, device: str | None = None) -> None:
+        self.bundle = bundle
+        self.config = config or bundle.recipe.generate
+        self.device = torch.device(device_kind(device))
+        dtype = getattr(torch, self.config.dtype)
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.config.cpu_threads)  # thread counts change pixels
+        torch.backends.cudnn.benchmark = False  # so do kernels chosen by a stopwatch
+        for module in bundle.modules.values():
+            module.to(self.device, dtype).eval().requires_grad_(False)
+        self.denoiser = Denoiser(bundle.unet, bundle.scheduler)
+        self.size = bundle.recipe.model.resolution
+        self._embeddings: dict[str, torch.Tensor] = {}
+
+    @classmethod
+    def from_pretrained(cls, model: str, device: str | None = None) -> Counterfactuals:
+        """The model folder or s3:// URI ``model`` with its own recipe. Raises UnusableModel."""
+        return cls(load(model), device=device)
+
+    def settings(self, prompt: str | None = None) -> Settings:
+        """The recipe's settings, with another prompt if one is given."""
+        config = self.config
+        return Settings(
+            prompt if prompt is not None else self.bundle.recipe.data.healthy_prompt,
+            config.method,
+            config.scheduler,
+            config.strength,
+            config.guidance_scale,
+            config.num_inference_steps,
+        )
+
+    def fits(self, prompt: str) -> bool:
+        """Whether the prompt fits the model's token length."""
+        return text.fits(self.bundle.tokenizer, prompt)
+
+    @torch.inference_mode()
+    def embed(self, prompt: str) -> torch.Tensor:
+        """Text embedding [1, length, width] of one prompt, computed once."""
+        if prompt not in self._embeddings:
+            ids, mask = text.tokenize(self.bundle.tokenizer, [prompt])
+            self._embeddings[prompt] = text.embed(
+                self.bundle.text_encoder, ids.to(self.device), mask.to(self.device)
+            )
+        return self._embeddings[prompt]
+
+    @torch.inference_mode()
+    def __call__(
+        self, films: Sequence[NDArray[np.float32]], settings: Sequence[Settings], seeds: Sequence[int]
+    ) -> Twins:
+        """Heal up to ``micro_batch`` films (grey, [H, W] in [0, 1], any size; squashed to the model's square).
+
+        All settings of a call agree but for the prompt. Raises ValueError when they do not, or for unknown names.
+        """
+        count, full = len(films), self.config.micro_batch
+        if not 1 <= count <= full:
+            raise ValueError(f"a call takes 1 to {full} films, got {count}")
+        first = settings[0]
+        if any(replace(other, prompt=first.prompt) != first for other in settings):
+            raise ValueError("the settings of one call may differ in the prompt only")
+        if first.method not in METHODS:
+            raise ValueError(f"unknown method {first.method!r}; there are {', '.join(METHODS)}")
+        padding = [0] * (full - count)
+        squares = np.stack([to_square(films[i], self.size) for i in [*range(count), *padding]])
+        generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in [*range(count), *padding]]
+        prompts = [settings[i].prompt for i in [*range(count), *padding]]
+
+        mean, std = self._encode(squares)
+        latents = mean
+        if self.config.posterior == "sample":  # diffusers draws the posterior first, then the noise
+            latents = mean + std * noise(mean.shape, generators).to(mean)
+        scale = self.bundle.vae.config.scaling_factor
+        edit = Edit(
+            latents=latents.float() * scale,
+            generators=generators,
+            prompt=torch.cat([self.embed(prompt) for prompt in prompts]),
+            negative=self.embed(self.config.negative_prompt).expand(full, -1, -1),
+            source=self.embed(self.config.inversion_prompt).expand(full, -1, -1),
+            scheduler=first.scheduler,
+            strength=first.strength,
+            guidance_scale=first.guidance_scale,
+            num_inference_steps=first.num_inference_steps,
+        )
+        edited = METHODS[first.method](self.denoiser, edit)
+        return Twins(self._decode(edited / scale)[:count], self._decode(mean.float())[:count])
+
+    def _encode(self, squares: NDArray[np.float32]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior mean and standard deviation of the latents of grey squares [n, size, size]."""
+        vae = self.bundle.vae
+        pixels = torch.from_numpy(squares).to(self.device, vae.dtype)[:, None].expand(-1, 3, -1, -1) * 2 - 1
+        posterior = vae.encode(pixels.contiguous()).latent_dist
+        return posterior.mean, posterior.std
+
+    def _decode(self, latents: torch.Tensor) -> NDArray[np.float32]:
+        """Grey images [n, size, size] in [0, 1]: the mean of the three channels."""
+        vae = self.bundle.vae
+        grey = vae.decode(latents.to(vae.dtype)).sample.float().mean(dim=1) / 2 + 0.5
+        return grey.clamp(0, 1).cpu().numpy()
+

@@ -1,0 +1,1 @@
+"""Films: decoding, data sets, phantoms."""

@@ -1,0 +1,70 @@
+"""Boxes that a reader drew around findings: a CSV with ``file,x,y,w,h``, in pixels of the image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from diffva_ray.data.films import Film, UnusableData
+from diffva_ray.data.manifest import read_table
+
+Box = tuple[float, float, float, float]
+COLUMNS = ("file", "x", "y", "w", "h")
+
+
+def read_boxes(data: bytes, films: Iterable[Film], name: str = "boxes.csv") -> dict[str, list[Box]]:
+    """Boxes (x, y of the upper left corner, width, height) by film path, for those of ``films`` that have any.
+
+    A row belongs to the film whose path ends with its ``file``, or with whose path its ``file`` ends: the two may be
+    relative to different folders. Raises UnusableData, naming the row, for what is no box and for a ``file`` that
+    fits several films. Rows that fit none are left out.
+    """
+    return match(parse(data, name), [film.path for film in films])
+
+
+def parse(data: bytes, name: str) -> list[tuple[str, str, Box]]:
+    """Place ("boxes.csv row 2"), ``file`` and box of every row; rows without numbers (no finding) are left out."""
+    table = read_table(data, name)
+    if not set(COLUMNS) <= set(table.columns):
+        raise UnusableData(f"{name}: needs the columns {','.join(COLUMNS)}; it has {','.join(table.columns)}")
+    boxes = []
+    for where, row in table.rows:
+        texts = [row[column].strip() for column in COLUMNS[1:]]
+        if not any(texts):
+            continue
+        try:
+            x, y, w, h = (float(text) for text in texts)
+        except ValueError:
+            raise UnusableData(f"{where}: {','.join(texts)} is not x,y,w,h") from None
+        if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
+            raise UnusableData(f"{where}: {','.join(texts)} is not a box; w and h are above 0")
+        boxes.append((where, row["file"].replace("\\", "/").removeprefix("./"), (x, y, w, h)))
+    return boxes
+
+
+def match(rows: list[tuple[str, str, Box]], paths: Iterable[str]) -> dict[str, list[Box]]:
+    """The boxes of ``parse`` by the path they belong to, as ``read_boxes`` finds it."""
+    known = set(paths)
+    files = {file for _, file, _ in rows}
+    ending: dict[str, list[str]] = {}  # file -> paths that end with it
+    for path in sorted(known):
+        for end in _ends(path):
+            if end in files:
+                ending.setdefault(end, []).append(path)
+    found: dict[str, list[Box]] = {}
+    for where, file, box in rows:
+        if file in known:
+            fits = [file]
+        else:
+            fits = ending.get(file) or [end for end in _ends(file) if end in known][:1]
+        if len(fits) > 1:
+            raise UnusableData(f"{where}: {file!r} fits {len(fits)} films; write more of its path")
+        for path in fits:
+            found.setdefault(path, []).append(box)
+    return found
+
+
+def _ends(path: str) -> list[str]:
+    """The path and its tails, longest first: a/b/c, b/c, c."""
+    parts = path.split("/")
+    return ["/".join(parts[start:]) for start in range(len(parts))]

@@ -1,0 +1,116 @@
+"""CheXpert-v1.0-small: ``train.csv`` and ``valid.csv`` beside their folders; one film per positive label."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from diffva_ray.config import DataConfig
+from diffva_ray.data.films import Dataset, Film, UnusableData
+from diffva_ray.data.manifest import Table, inside, read_table
+from diffva_ray.storage import Entry, Store
+
+TABLES = ("train.csv", "valid.csv")
+HEALTHY = "No Finding"
+OBSERVATIONS = (
+    HEALTHY,
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
+
+
+def read(store: Store, entries: list[Entry], config: DataConfig, tables: Sequence[str] = TABLES) -> Dataset | None:
+    """Frontal films, one for each observation that is 1; None where there are no such tables.
+
+    ``No Finding`` is called ``config.healthy_class``. Uncertain observations (-1) make a film only under the policy
+    ``positive``; ``ignore`` and ``negative`` give the same films, as a negative observation makes none. The root is
+    the tables' folder or the one above it. Films whose file is absent are kept, with size -1; a table none of whose
+    films is there (only ``valid/`` unpacked) is left out, and both are noted.
+    """
+    sizes = {entry.path: entry.size for entry in entries}
+    bases: dict[str, dict[str, Table]] = {}  # "" or "folder/" -> name -> table
+    for path in sizes:
+        folder, slash, name = path.rpartition("/")
+        if name in tables and "/" not in folder:
+            table = read_table(store.read(path), path)
+            if "Path" in table.columns and not set(OBSERVATIONS).isdisjoint(table.columns):
+                bases.setdefault(folder + slash, {})[name] = table
+    if not bases:
+        return None
+    if len(bases) > 1:
+        raise UnusableData(f"{store.uri}: holds several CheXpert sets ({', '.join(sorted(bases))}); give one of them")
+    base, found = bases.popitem()
+    films: list[Film] = []
+    notes = [f"{HEALTHY!r} is class {config.healthy_class!r}"]
+    for name, table in found.items():
+        here, said = _films(table, base, sizes, config)
+        if any(film.size >= 0 for film in here):
+            films += here
+            notes += [f"{name}: {text}" for text in said]
+        else:
+            notes.append(f"{name}: left out, as none of its {len(table.rows)} films is there")
+    if not films:
+        raise UnusableData(f"{store.uri}: {'; '.join(notes[1:])}")
+    return Dataset(store, films, "chexpert", notes)
+
+
+def _films(table: Table, base: str, sizes: dict[str, int], config: DataConfig) -> tuple[list[Film], list[str]]:
+    observations = [observation for observation in OBSERVATIONS if observation in table.columns]
+    films: list[Film] = []
+    uncertain: Counter[str] = Counter()
+    lateral = unlabelled = absent = 0
+    for where, row in table.rows:
+        if row.get("Frontal/Lateral") == "Lateral" or row["Path"].endswith("_lateral.jpg"):
+            lateral += 1
+            continue
+        path = _locate(row["Path"], base, sizes, where)
+        labels = []
+        for observation in observations:
+            value = _value(row[observation], f"{where}: {observation}")
+            uncertain[observation] += value == -1
+            if value == 1 or (value == -1 and config.uncertain == "positive"):
+                labels.append(config.healthy_class if observation == HEALTHY else observation)
+        unlabelled += not labels
+        absent += path not in sizes
+        films += [Film(path, label, sizes.get(path, -1)) for label in labels]
+    uncertain = +uncertain
+    counts = ", ".join(f"{observation} {count}" for observation, count in sorted(uncertain.items()))
+    said = (
+        (uncertain.total(), f"uncertain labels (-1), policy {config.uncertain!r}: {counts}"),
+        (lateral, "lateral views left out"),
+        (unlabelled, "frontal films without a positive label left out"),
+        (absent, "frontal films are not there"),
+    )
+    return films, [f"{count} {text}" for count, text in said if count]
+
+
+def _locate(text: str, base: str, sizes: dict[str, int], where: str) -> str:
+    """Path of a film in the store; the tables write it from above the set's own folder, whatever that is called now."""
+    path = inside(text, sizes, where)
+    if base + path in sizes:
+        return base + path
+    top, _, rest = path.partition("/")
+    return base + (rest if top.startswith("CheXpert") else path)
+
+
+def _value(text: str, where: str) -> int:
+    if text in ("", "0.0", "0"):
+        return 0
+    try:
+        value = float(text)
+    except ValueError:
+        value = 2.0
+    if value not in (1, 0, -1):
+        raise UnusableData(f"{where} is {text!r}; expected 1, 0, -1 or nothing")
+    return int(value)

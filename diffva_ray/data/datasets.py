@@ -1,0 +1,137 @@
+"""The one place that finds out what kind of data set a folder or file is. A new kind is one module and one line."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+
+from diffva_ray.config import DataConfig
+from diffva_ray.data import boxes, chexpert, folder, manifest, radiography
+from diffva_ray.data.films import Dataset, Film, UnusableData
+from diffva_ray.data.radiography import COMPANIONS
+from diffva_ray.storage import Store, open_store
+
+ADAPTERS = (chexpert.read, radiography.read, folder.read)  # the first that knows the layout reads it
+LAYOUTS = (
+    "<class>/images/*.png (Radiography Database, phantoms), train.csv (CheXpert), <class>/*.png, "
+    "or a .csv or .parquet file with path,label"
+)
+DEFAULTS = DataConfig()
+
+
+def open_dataset(
+    uri: str | os.PathLike[str], config: DataConfig = DEFAULTS, classes: Sequence[str] | None = None
+) -> Dataset:
+    """The films at ``uri`` (a folder or a manifest file, local or ``s3://``), of ``classes`` only where given.
+
+    The store is listed once. Masks, lesions and twins lying beside the films (``masks/``, ``lesions/``, ``twins/``,
+    same name) and a ``boxes.csv`` are found for every kind. Raises UnusableData, one line that says what is wrong.
+    """
+    place, file = _split(os.fspath(uri))
+    try:
+        store = open_store(place)
+    except ValueError as error:
+        raise UnusableData(str(error)) from None
+    try:
+        listed = store.list()
+        entries = [entry for entry in listed if _is_text(entry.path)]
+        known = {entry.path for entry in entries}
+        if file and file not in known:
+            raise UnusableData(f"{uri}: no such file")
+        if not entries:
+            raise UnusableData(f"{uri}: no files there; expected {LAYOUTS}")
+        if file:
+            dataset = manifest.read(store, entries, config, file) or chexpert.read(store, entries, config, [file])
+        else:
+            dataset = next((found for read in ADAPTERS if (found := read(store, entries, config))), None)
+        if dataset is None:
+            raise UnusableData(f"{uri}: {_columns(store, file) if file else f'no films; expected {LAYOUTS}'}")
+        if not dataset.films:
+            raise UnusableData(f"{uri}: names no films")
+        if len(entries) < len(listed):
+            dataset.notes.append(f"{len(listed) - len(entries)} files are ignored: their names are not UTF-8")
+        return _filtered(_completed(dataset, known), classes, str(uri))
+    except OSError as error:
+        raise UnusableData(f"{uri}: cannot be read ({' '.join(str(error).split())})") from None
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """Folder and, for a manifest, its name in it."""
+    if not uri.lower().endswith(manifest.EXTENSIONS):
+        return uri, ""
+    place, slash, name = uri.rpartition("/")
+    return place or slash or ".", name
+
+
+def _is_text(path: str) -> bool:
+    """False for names of stray bytes, which neither Parquet nor JSON can hold."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _columns(store: Store, file: str) -> str:
+    columns = manifest.read_table(store.read(file), file).columns
+    return f"needs the columns path,label[,mask]; it has {','.join(columns)}"
+
+
+def _completed(dataset: Dataset, known: set[str]) -> Dataset:
+    """The data set in order, without repeated films, with the files beside them."""
+    notes = list(dataset.notes)
+    films = []
+    beside = {path for path in known if path.split("/")[-2:-1] and path.split("/")[-2] in COMPANIONS}
+    ordered = sorted(dataset.films, key=lambda film: (film.path, film.label, film.lung_mask == ""))
+    for _, same in groupby(ordered, key=lambda film: (film.path, film.label)):
+        film = next(same)
+        films.append(_with_companions(film, beside) if beside else film)
+    if len(films) < len(ordered):
+        notes.append(f"{len(ordered) - len(films)} repeated rows of the same film and label are merged")
+    found, said = _boxes(dataset.store, [film.path for film in films], known)
+    return replace(dataset, films=films, notes=notes + said, boxes=dataset.boxes or found)
+
+
+def _with_companions(film: Film, beside: set[str]) -> Film:
+    head, _, name = film.path.rpartition("/")
+    above = head.removesuffix("images").rstrip("/") if head == "images" or head.endswith("/images") else head
+
+    def find(companion: str) -> str:
+        start = f"{above}/{companion}" if above else companion
+        names = (f"{start}/{name}", f"{start}/{name.rpartition('.')[0]}.png")  # a JPEG film's mask may be a PNG
+        return next((path for path in names if path in beside), "")
+
+    return replace(
+        film,
+        lung_mask=film.lung_mask or find("masks"),
+        lesion_mask=film.lesion_mask or find("lesions"),
+        twin=film.twin or find("twins"),
+    )
+
+
+def _boxes(store: Store, paths: Sequence[str], known: set[str]) -> tuple[dict[str, list[boxes.Box]], list[str]]:
+    """The boxes in ``boxes.csv`` at the root, or in the one folder that holds all films."""
+    tops = {path.split("/")[0] for path in paths}
+    for name in ("boxes.csv", *(f"{top}/boxes.csv" for top in tops if len(tops) == 1)):
+        if name in known:
+            rows = boxes.parse(store.read(name), name)
+            found = boxes.match(rows, paths)
+            count = sum(map(len, found.values()))
+            strays = f"; {len(rows) - count} fit no film" if count < len(rows) else ""
+            return found, [f"{count} boxes on {len(found)} films ({name}){strays}"]
+    return {}, []
+
+
+def _filtered(dataset: Dataset, classes: Sequence[str] | None, uri: str) -> Dataset:
+    if not classes:
+        return dataset
+    there = dataset.classes
+    for name in classes:
+        if name not in there:
+            raise UnusableData(f"{uri}: no class {name!r}; there are {', '.join(there)}")
+    wanted = set(classes)
+    films = [film for film in dataset.films if film.label in wanted]
+    paths = {film.path for film in films}
+    return replace(dataset, films=films, boxes={path: b for path, b in dataset.boxes.items() if path in paths})

@@ -1,0 +1,26 @@
+"""A folder per class: ``<class>/*.png``."""
+
+from __future__ import annotations
+
+from diffva_ray.config import DataConfig
+from diffva_ray.data.films import Dataset, Film, UnusableData, image_files
+from diffva_ray.data.radiography import COMPANIONS
+from diffva_ray.storage import Entry, Store
+
+
+def read(store: Store, entries: list[Entry], config: DataConfig) -> Dataset | None:
+    """The films of the layout, or None where no folder directly below the root holds images."""
+    films = []
+    others = 0
+    for entry in image_files(entries):
+        folder, *rest = entry.path.split("/")
+        if len(rest) == 1 and folder not in COMPANIONS:
+            films.append(Film(entry.path, folder, entry.size))
+        elif len(rest) != 2 or rest[0] not in COMPANIONS:
+            others += 1
+    if not films:
+        return None
+    if {film.label for film in films} == {"images"}:
+        raise UnusableData(f"{store.uri}: is one class of a data set; give the folder above it")
+    notes = [f"{others} images outside the class folders are ignored"] if others else []
+    return Dataset(store, films, "folder", notes)

@@ -1,0 +1,300 @@
+"""Pixels in and out: any film's bytes to float grey in [0, 1], and grey images and signed maps to PNG.
+
+Whatever the bytes are, ``decode`` returns an image or raises BadImage with one line that says why.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
+
+from diffva_ray.schema import Status
+from diffva_ray.storage import open_store
+
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
+MAX_PIXELS = 100_000_000
+PNG_LEVEL = 6  # fixed, so that equal pixels are equal files
+
+# Opened by their own class: Image.open refuses sizes by a limit that is global to the process, before ours is asked.
+SIGNATURES: tuple[tuple[bytes, str, Callable[[BytesIO], Image.Image]], ...] = (
+    (b"\x89PNG\r\n\x1a\n", "PNG", PngImagePlugin.PngImageFile),
+    (b"\xff\xd8\xff", "JPEG", JpegImagePlugin.JpegImageFile),
+    (b"II*\0", "TIFF", TiffImagePlugin.TiffImageFile),
+    (b"MM\0*", "TIFF", TiffImagePlugin.TiffImageFile),
+    (b"II+\0", "TIFF", TiffImagePlugin.TiffImageFile),
+    (b"MM\0+", "TIFF", TiffImagePlugin.TiffImageFile),
+    (b"BM", "BMP", BmpImagePlugin.BmpImageFile),
+)
+MODES = {
+    "1": "black and white",
+    "L": "grey 8-bit",
+    "LA": "grey and alpha 8-bit",
+    "P": "palette 8-bit",
+    "I;16": "grey 16-bit",
+    "I;16B": "grey 16-bit",
+    "I": "grey 32-bit",
+    "F": "grey float",
+}
+
+
+class BadImage(ValueError):
+    """Bytes that are no usable image. The message is one line for people; ``status`` is the record's."""
+
+    def __init__(self, reason: str, status: Status = Status.BAD_IMAGE) -> None:
+        super().__init__(" ".join(reason.split())[:300])
+        self.status = status
+
+
+def decode(data: bytes, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The image in ``data`` as float32 [H, W] grey in [0, 1]; white is 1. Raises BadImage, and nothing else.
+
+    PNG, JPEG, TIFF (first page), BMP and, with pydicom, DICOM; turned upright by its EXIF orientation.
+    8-bit values are divided by 255 and 16-bit by 65535; 32-bit integers and floats by their own maximum where they
+    exceed that range, and by their own minimum and maximum where they are negative. Colours become ITU-R 601 luma (of
+    16-bit colours the high byte). Alpha is dropped: the grey values below it are the film's.
+    Sizes are checked in the header, before a pixel is decoded.
+    """
+    return _guarded(lambda: _decode(data, min_side, max_pixels))
+
+
+def describe(data: bytes) -> str:
+    """Format, colours and bits of an image as it is stored: ``PNG grey 16-bit``. Raises BadImage."""
+
+    def header() -> str:
+        if _is_dicom(data):
+            return "DICOM"
+        kind, image = _open(data)
+        raw = str(image.tile[0][3]) if getattr(image, "tile", None) else ""
+        depth = "16-bit" if "16" in raw else "8-bit"
+        if image.mode == "I" and depth == "16-bit":
+            return f"{kind} grey 16-bit"
+        return f"{kind} {MODES.get(image.mode, f'{image.mode} {depth}')}"
+
+    return _guarded(header)
+
+
+def _guarded(work: Callable[[], Any]) -> Any:
+    """Decoders raise whatever a damaged file leads them to; callers see BadImage."""
+    try:
+        return work()
+    except BadImage:
+        raise
+    except MemoryError:
+        raise BadImage("not enough memory to decode it") from None
+    except Exception as error:
+        raise BadImage(f"damaged or truncated image ({type(error).__name__}: {error})") from None
+
+
+def _decode(data: bytes, min_side: int, max_pixels: int) -> np.ndarray:
+    if _is_dicom(data):
+        return _decode_dicom(data, min_side, max_pixels)
+    kind, image = _open(data)
+    width, height = image.size
+    _check_size(width, height, min_side, max_pixels)
+    white_is_zero = kind == "TIFF" and image.tag_v2.get(262) == 0
+    image.load()
+    _check_end(kind, data)
+    ImageOps.exif_transpose(image, in_place=True)
+    grey = _grey(image)
+    if white_is_zero and image.mode.startswith("I;16"):  # Pillow inverts such TIFFs up to 8 bits only
+        grey = 1 - grey
+    return grey
+
+
+def _is_dicom(data: bytes) -> bool:
+    return data[128:132] == b"DICM"
+
+
+def _open(data: bytes) -> tuple[str, Any]:
+    """Format and opened image; only the header has been read."""
+    if not data:
+        raise BadImage("the file is empty (0 bytes)")
+    for signature, kind, opener in SIGNATURES:
+        if data.startswith(signature):
+            return kind, opener(BytesIO(data))
+    raise BadImage("not an image: neither PNG, JPEG, TIFF, BMP nor DICOM")
+
+
+def _check_size(width: int, height: int, min_side: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImage(f"{width} x {height} is {width * height:,} pixels; at most {max_pixels:,} are read")
+    if min(width, height) < min_side:
+        raise BadImage(f"{width} x {height} is too small; the shorter side needs {min_side}", Status.TOO_SMALL)
+
+
+def _check_end(kind: str, data: bytes) -> None:
+    """A file that stops short of its end mark, or goes on behind it (other than with zero padding), was not copied
+    whole, or is two files; TIFF and BMP have no such mark."""
+    end = _png_end(data) if kind == "PNG" else _jpeg_end(data) if kind == "JPEG" else None
+    if kind == "PNG" and end is None:
+        raise BadImage("truncated PNG: its end mark is missing")
+    surplus = len(data[end:].rstrip(b"\0")) if end is not None else 0
+    if surplus:
+        raise BadImage(f"{surplus} bytes follow the end of the {kind} image")
+
+
+def _png_end(data: bytes) -> int | None:
+    """Offset just behind the IEND chunk; None when there is none."""
+    at = 8
+    while at + 12 <= len(data):
+        kind, at = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if kind == b"IEND":
+            return at if at <= len(data) else None
+    return None
+
+
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # neither a stuffed byte nor a restart mark
+
+
+def _jpeg_end(data: bytes) -> int | None:
+    """Offset just behind the end-of-image mark; None where it cannot be told, or further pictures are declared."""
+    at = 2
+    while (found := JPEG_MARKER.search(data, at)) is not None:
+        marker, at = found[1], found.end()
+        if marker == b"\xd9":
+            return at
+        if marker == b"\xe2" and data[at + 2 : at + 6] == b"MPF\0":  # a phone's file: previews follow by design
+            return None
+        at += int.from_bytes(data[at : at + 2], "big")
+    return None
+
+
+def _grey(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I;16"):  # convert("L") would clip it
+        return np.asarray(image, np.float32) / 65535
+    if image.mode in ("I", "F"):
+        values = np.asarray(image, np.float64)
+        if not np.isfinite(values).all():
+            raise BadImage("the image holds NaN or infinite values")
+        low, high = values.min(), values.max()
+        if low < 0:
+            return _stretched(values)
+        full = 65535.0 if image.mode == "I" else 1.0
+        return (values / max(full, high)).astype(np.float32)
+    if image.mode in ("RGBa", "La"):  # premultiplied
+        image = image.convert(image.mode.upper())
+    return np.asarray(image.convert("L"), np.float32) / 255
+
+
+def _stretched(values: np.ndarray) -> np.ndarray:
+    """[min, max] of the image to [0, 1]; zeros where it is flat."""
+    low, high = values.min(), values.max()
+    return ((values - low) / (high - low) if high > low else np.zeros_like(values)).astype(np.float32)
+
+
+def _decode_dicom(data: bytes, min_side: int, max_pixels: int) -> np.ndarray:
+    """Through modality and VOI tables (the file's own window), then own minimum and maximum to [0, 1]; MONOCHROME1
+    inverted, so that dense is bright."""
+    try:
+        import pydicom  # an optional extra
+        from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    except ImportError:
+        raise BadImage("a DICOM file; reading it needs pydicom 3: pip install diffva-ray[dicom]") from None
+    film = pydicom.dcmread(BytesIO(data))
+    _check_size(int(film.Columns), int(film.Rows), min_side, max_pixels)
+    frames = int(film.get("NumberOfFrames") or 1)
+    if frames > 1:
+        raise BadImage(f"a DICOM file of {frames} frames; a film has one")
+    photometric = str(film.PhotometricInterpretation)
+    if photometric == "PALETTE COLOR":
+        raise BadImage("a DICOM file with a colour palette; a film is MONOCHROME1 or MONOCHROME2")
+    pixels = film.pixel_array
+    if pixels.ndim == 3:
+        values = pixels[..., :3] @ np.array([0.299, 0.587, 0.114])
+    else:
+        values = np.asarray(apply_voi_lut(apply_modality_lut(pixels, film), film), np.float64)
+    if not np.isfinite(values).all():
+        raise BadImage("the image holds NaN or infinite values")
+    grey = _stretched(values)
+    return 1 - grey if photometric == "MONOCHROME1" else grey
+
+
+def to_square(image: np.ndarray, size: int) -> np.ndarray:
+    """float [H, W] in [0, 1] squashed to float32 [size, size] in [0, 1], aspect not kept; the image itself if it fits.
+
+    Bicubic whose support grows with the reduction: antialiased, and with less ringing at wires and edges than Lanczos.
+    """
+    image = np.ascontiguousarray(image, np.float32)
+    if image.shape == (size, size):
+        return image
+    return np.clip(np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)), 0, 1)
+
+
+def quantise(image: np.ndarray) -> np.ndarray:
+    """Float grey in [0, 1] to uint8: round(255 * x), clipped."""
+    return np.clip(np.rint(255 * image), 0, 255).astype(np.uint8)
+
+
+def encode_grey(pixels: np.ndarray) -> bytes:
+    """uint8 [H, W] as an 8-bit grey PNG."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 2:
+        raise ValueError(f"expected uint8 [H, W], got {pixels.dtype} {list(pixels.shape)}")
+    return _png(pixels)
+
+
+def encode_map(signed: np.ndarray) -> bytes:
+    """A signed map, float [H, W] in [-1, 1], as a 16-bit grey PNG of round(32767 * M) + 32768; zero is exact."""
+    return _png(map_levels(signed))
+
+
+def map_levels(signed: np.ndarray) -> np.ndarray:
+    """The uint16 levels in which ``encode_map`` stores a map; what ``map_sha256`` is taken of."""
+    return (np.rint(32767 * np.clip(np.asarray(signed, np.float64), -1, 1)) + 32768).astype(np.uint16)
+
+
+def decode_map(data: bytes) -> np.ndarray:
+    """The signed map of ``encode_map``'s bytes, as float32 [H, W] in [-1, 1]. Raises BadImage."""
+
+    def steps() -> np.ndarray:
+        kind, image = _open(data)
+        if kind != "PNG" or image.mode not in ("I;16", "I;16B", "I"):
+            raise BadImage(f"a map is a 16-bit grey PNG; this is {describe(data)}")
+        image.load()
+        _check_end(kind, data)
+        return np.asarray(image, np.float32)
+
+    return np.clip((_guarded(steps) - 32768) / 32767, -1, 1).astype(np.float32)
+
+
+def read_map(path: str) -> np.ndarray:
+    """The attribution map in a run's PNG file (a local path or ``s3://``), as float32 [H, W] in [-1, 1].
+
+    Positive is where the film is brighter than its healthy twin:
+
+        >>> from diffva_ray.data.images import read_map
+        >>> m = read_map("runs/demo/run/maps/part-00000/0a1b2c3d4e5f60718293.png")
+        >>> m.shape, m.min(), m.max()
+        ((64, 64), -0.031, 0.412)
+
+    Raises FileNotFoundError when there is no such file, BadImage when it is no map.
+    """
+    folder, slash, name = str(path).rpartition("/")
+    return decode_map(open_store(folder or slash or ".").read(name))
+
+
+def decode_mask(data: bytes, size: int) -> np.ndarray:
+    """A mask's bytes as bool [size, size]: nearest pixel, above half of the format's maximum. Raises BadImage."""
+    grey = decode(data)
+    if 0 < grey.max() <= 0.5:  # 0/1 masks would come out empty, and label images half empty, without a word
+        raise BadImage(f"a mask is 0 and white; this one reaches {grey.max():.3f} of white only")
+    mask = Image.fromarray(np.where(grey > 0.5, 255, 0).astype(np.uint8))
+    return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
+
+
+def pixel_digest(array: np.ndarray) -> str:
+    """sha256 (hex) of an array's type, shape and values, whatever its memory layout."""
+    array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+    header = f"{array.dtype.str}{list(array.shape)}".encode()
+    return hashlib.sha256(header + array.tobytes()).hexdigest()
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=PNG_LEVEL)
+    return buffer.getvalue()

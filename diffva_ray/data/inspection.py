@@ -1,0 +1,119 @@
+"""What is in a data set: classes, sizes, bit depths, unreadable files and near-duplicates, as plain values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from diffva_ray.data.films import Dataset, Film
+from diffva_ray.data.images import BadImage, decode, describe, quantise
+from diffva_ray.schema import Status
+
+HASH_SIDE = 16
+NEAR = 8  # of 256 bits; measured: one film in two resolutions 0 to 8 apart, different films at least 20
+THREADS = 8
+
+
+class Finding(NamedTuple):
+    """One file: its size, how it is stored and its difference hash; or why it cannot be used."""
+
+    path: str
+    size: str = ""
+    mode: str = ""
+    hash: int = 0
+    status: Status = Status.OK
+    reason: str = ""
+
+
+def inspect(dataset: Dataset, sample: int | None = None) -> dict[str, Any]:
+    """A JSON-able summary. With ``sample``, only that many files, evenly spread, are decoded (``examined``)."""
+    files = list({film.path: film for film in dataset.films}.values())
+    chosen = files
+    if sample is not None and 0 <= sample < len(files):
+        chosen = [files[index * len(files) // sample] for index in range(sample)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        findings = list(pool.map(lambda film: _examine(dataset, film), chosen))
+    usable = [finding for finding in findings if finding.status is Status.OK]
+    return {
+        "uri": dataset.store.uri,
+        "kind": dataset.kind,
+        "notes": list(dataset.notes),
+        "classes": dataset.classes,
+        "films": len(dataset.films),
+        "files": len(files),
+        "with_lung_mask": sum(bool(film.lung_mask) for film in files),
+        "with_lesion_mask": sum(bool(film.lesion_mask) for film in files),
+        "with_twin": sum(bool(film.twin) for film in files),
+        "with_boxes": sum(film.path in dataset.boxes for film in files),
+        "examined": len(chosen),
+        "sizes": dict(Counter(finding.size for finding in usable).most_common(10)),
+        "modes": dict(Counter(finding.mode for finding in usable).most_common()),
+        "unreadable": [
+            {"path": finding.path, "status": finding.status.value, "reason": finding.reason}
+            for finding in findings
+            if finding.status is not Status.OK
+        ],
+        "near_duplicates": {
+            "method": f"difference hash {HASH_SIDE}x{HASH_SIDE}, at most {NEAR} of {HASH_SIDE**2} bits apart",
+            "groups": near_duplicates({finding.path: finding.hash for finding in usable}),
+        },
+    }
+
+
+def _examine(dataset: Dataset, film: Film) -> Finding:
+    if film.size < 0:
+        return Finding(film.path, status=Status.MISSING, reason="no such file")
+    try:
+        data = dataset.store.read(film.path)
+        image = decode(data)
+        height, width = image.shape
+        return Finding(film.path, f"{width}x{height}", describe(data), difference_hash(image))
+    except BadImage as error:
+        return Finding(film.path, status=error.status, reason=str(error))
+    except FileNotFoundError:
+        return Finding(film.path, status=Status.MISSING, reason="no such file")
+    except OSError as error:
+        return Finding(film.path, status=Status.ERROR, reason=" ".join(str(error).split()))
+
+
+def difference_hash(image: np.ndarray) -> int:
+    """256 bits of float grey [H, W]: on a 17 x 16 grid of 8-bit means, is each cell darker than its right neighbour?"""
+    grid = Image.fromarray(quantise(image)).resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
+    cells = np.asarray(grid, np.int16)
+    return int.from_bytes(np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes(), "big")
+
+
+def near_duplicates(hashes: dict[str, int]) -> list[list[str]]:
+    """Groups of two or more paths that are linked by hashes at most NEAR bits apart, sorted.
+
+    NEAR + 1 disjoint sets of bits: two hashes that differ in NEAR bits agree on one of the sets, so only those that
+    share a bucket need comparing. The sets are interleaved, as black borders make neighbouring bits equal everywhere.
+    """
+    paths: dict[int, list[str]] = {}
+    for path, value in hashes.items():
+        paths.setdefault(value, []).append(path)
+    parent = {value: value for value in paths}
+
+    def root(value: int) -> int:
+        while parent[value] != value:
+            parent[value] = value = parent[parent[value]]
+        return value
+
+    for part in range(NEAR + 1):
+        mask = sum(1 << bit for bit in range(part, HASH_SIDE**2, NEAR + 1))
+        buckets: dict[int, list[int]] = {}
+        for value in paths:
+            buckets.setdefault(value & mask, []).append(value)
+        for bucket in buckets.values():
+            for index, one in enumerate(bucket):
+                for other in bucket[:index]:
+                    if (one ^ other).bit_count() <= NEAR:
+                        parent[root(one)] = root(other)
+    groups: dict[int, list[str]] = {}
+    for value, same in paths.items():
+        groups.setdefault(root(value), []).extend(same)
+    return sorted(sorted(group) for group in groups.values() if len(group) > 1)

@@ -1,0 +1,97 @@
+"""A table that names the films: a CSV or Parquet file with the columns ``path,label[,mask]``."""
+
+from __future__ import annotations
+
+import csv
+import re
+from io import BytesIO, StringIO
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffva_ray.config import DataConfig
+from diffva_ray.data.films import Dataset, Film, UnusableData
+from diffva_ray.storage import Entry, Store
+
+EXTENSIONS = (".csv", ".parquet")
+
+
+class Table(NamedTuple):
+    """Text cells by column, each row with its place ("films.csv row 2"; the header is row 1) for messages."""
+
+    columns: list[str]
+    rows: list[tuple[str, dict[str, str]]]
+
+
+def read(store: Store, entries: list[Entry], config: DataConfig, name: str) -> Dataset | None:
+    """The films of the manifest ``name``, whose paths are relative to the store; None when it has other columns.
+
+    Films whose file is absent are kept, with size -1, and noted; an absent mask is an empty one, noted too.
+    Raises UnusableData, naming the row, for paths that leave the folder and for empty cells.
+    """
+    table = read_table(store.read(name), name)
+    if not {"path", "label"} <= set(table.columns):
+        return None
+    sizes = {entry.path: entry.size for entry in entries}
+    films = []
+    absent_masks = 0
+    for where, row in table.rows:
+        label = row["label"].strip()
+        if not label:
+            raise UnusableData(f"{where}: the label is empty")
+        path = inside(row["path"], sizes, where)
+        mask = inside(row["mask"], sizes, where) if row.get("mask", "").strip() else ""
+        absent_masks += bool(mask) and mask not in sizes
+        films.append(Film(path, label, sizes.get(path, -1), mask if mask in sizes else ""))
+    absent = sum(film.size < 0 for film in films)
+    said = ((absent, "films"), (absent_masks, "masks"))
+    notes = [f"{count} {what} named in {name} are not there" for count, what in said if count]
+    return Dataset(store, films, "manifest", notes)
+
+
+def inside(text: str, sizes: dict[str, int], where: str) -> str:
+    """A path of a table, normalised; UnusableData when it is empty or leaves the data set's folder."""
+    if text not in sizes:
+        text = text.strip().replace("\\", "/")  # written on Windows
+    pure = PurePosixPath(text)
+    if not pure.parts:
+        raise UnusableData(f"{where}: the path is empty")
+    if pure.is_absolute() or ".." in pure.parts or "\0" in text or re.match(r"[A-Za-z]:/|\w+://", text):
+        raise UnusableData(f"{where}: {text!r} leaves the folder; paths are relative to the table's own")
+    return str(pure)
+
+
+def read_table(data: bytes, name: str) -> Table:
+    """A CSV (UTF-8) or Parquet file; empty cells are "". Raises UnusableData when the bytes are no such table."""
+    if name.lower().endswith(".parquet"):
+        columns, lines = _parquet(data, name)
+    else:
+        columns, lines = _csv(data, name)
+    rows = []
+    for number, line in enumerate(lines, start=2):
+        if len(line) != len(columns) and line:
+            raise UnusableData(f"{name} row {number}: {len(line)} cells under {len(columns)} columns")
+        if line:
+            rows.append((f"{name} row {number}", dict(zip(columns, line))))
+    return Table(columns, rows)
+
+
+def _csv(data: bytes, name: str) -> tuple[list[str], list[list[str]]]:
+    try:
+        lines = list(csv.reader(StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UnusableData(f"{name}: not a CSV table in UTF-8 ({' '.join(str(error).split())})") from None
+    if not lines:
+        raise UnusableData(f"{name}: the table is empty")
+    return [column.strip() for column in lines[0]], lines[1:]
+
+
+def _parquet(data: bytes, name: str) -> tuple[list[str], list[list[str]]]:
+    try:
+        table = pq.read_table(BytesIO(data))
+        cells = [column.cast(pa.string()).to_pylist() for column in table.columns]
+    except (pa.ArrowException, OSError) as error:
+        raise UnusableData(f"{name}: not a readable Parquet table ({' '.join(str(error).split())})") from None
+    return table.column_names, [[cell or "" for cell in line] for line in zip(*cells)]

@@ -1,0 +1,47 @@
+"""The layout of the COVID-19 Radiography Database, and of phantom sets: ``<class>/images/*.png``.
+
+Beside ``images`` a class may have ``masks`` (lungs), ``lesions`` and ``twins``, with files of the same name. The data
+root is the folder of the classes, or the folder above it (as Kaggle unpacks it).
+"""
+
+from __future__ import annotations
+
+from diffva_ray.config import DataConfig
+from diffva_ray.data.films import Dataset, Film, UnusableData, image_files
+from diffva_ray.storage import Entry, Store
+
+KAGGLE_NAME = "COVID-19_Radiography_Dataset"
+COMPANIONS = ("masks", "lesions", "twins")
+
+
+def read(store: Store, entries: list[Entry], config: DataConfig) -> Dataset | None:
+    """The films of the layout, or None where it is another; UnusableData when several such sets lie side by side."""
+    roots: dict[str, list[Film]] = {}  # "" or one folder -> its films
+    others: list[str] = []
+    for entry in image_files(entries):
+        *above, name, folder, _ = ("", "", *entry.path.split("/"))  # padded: a short path unpacks too
+        above = [part for part in above if part]
+        if folder == "images" and name and len(above) <= 1:
+            roots.setdefault("/".join(above), []).append(Film(entry.path, name, entry.size))
+        elif folder not in COMPANIONS:
+            others.append(entry.path)
+    if not roots:
+        return None
+    root = _choose(store, list(roots))
+    prefix = f"{root}/" if root else ""
+    notes = [f"films from {prefix}"] if root else []
+    others += [film.path for other in roots if other != root for film in roots[other]]
+    if others:
+        tops = sorted({path.split("/")[0] for path in others})
+        notes.append(f"{len(others)} images outside the layout are ignored ({', '.join(tops)})")
+    phantoms = any(entry.path == f"{prefix}phantoms.json" for entry in entries)
+    return Dataset(store, roots[root], "phantoms" if phantoms else "radiography", notes)
+
+
+def _choose(store: Store, roots: list[str]) -> str:
+    for root in ("", KAGGLE_NAME):
+        if root in roots:
+            return root
+    if len(roots) > 1:
+        raise UnusableData(f"{store.uri}: holds several data sets ({', '.join(sorted(roots))}); give one of them")
+    return roots[0]

@@ -1,0 +1,155 @@
+"""Distances between sets of films: features where they are missing, then FID (or a stand-in's distance) and KID."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffva_ray.data.films import Film
+from diffva_ray.data.images import BadImage, decode, to_square
+from diffva_ray.evaluate.records import grey
+from diffva_ray.generate.plan import Run, part
+from diffva_ray.metrics.features import Extractor
+from diffva_ray.metrics.fid import delete_group_jackknife, frechet_distance_features, matched
+from diffva_ray.metrics.kid import kid
+from diffva_ray.schema import digest
+from diffva_ray.storage import Store
+
+Features = NDArray[np.float32]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFeatures:
+    """Features [n, d] of sources and counterfactuals, row by row those of ``labels``; n is the number of ok records."""
+
+    source: Features
+    counterfactual: Features
+    labels: list[str]
+
+
+def run_features(run: Run, data: Store, rows: Sequence[Row], extractor: Extractor) -> RunFeatures:
+    """Features of a run's ``ok`` records, in plan order: those the shards stored, computed (and kept) where missing."""
+    by_shard: dict[str, list[Row]] = {}
+    for row in rows:
+        by_shard.setdefault(row["counterfactual_path"].split("/")[1], []).append(row)
+    sources, counterfactuals, labels = [], [], []
+    for name, members in sorted(by_shard.items()):
+        before, after = _shard_features(run, data, name, members, extractor)
+        sources.append(before)
+        counterfactuals.append(after)
+        labels += [row["label"] for row in members]
+    empty = np.zeros((0, extractor.dimension), np.float32)
+    return RunFeatures(
+        np.concatenate(sources) if sources else empty,
+        np.concatenate(counterfactuals) if counterfactuals else empty,
+        labels,
+    )
+
+
+def _shard_features(
+    run: Run, data: Store, name: str, rows: list[Row], extractor: Extractor
+) -> tuple[Features, Features]:
+    key = cache_key(extractor)
+    for path in (f"features/{name}.npz", f"features/{key}/{name}.npz"):
+        try:
+            stored = np.load(io.BytesIO(run.store.read(path)))
+        except FileNotFoundError:
+            continue
+        wanted = [row["record_id"] for row in rows]
+        title = extractor.name if f"{extractor.name}/source" in stored.files else ""
+        if title and path.count("/") == 1 and not extractor.is_stand_in:
+            continue
+        if title and list(stored["ids"]) == wanted:
+            return stored[f"{title}/source"], stored[f"{title}/counterfactual"]
+    size = run.recipe.model.resolution
+    before = embed(extractor, ((lambda path=row["source_path"]: data.read(path)) for row in rows), size)
+    after = embed(extractor, ((lambda path=row["counterfactual_path"]: run.store.read(path)) for row in rows), size)
+    sink = io.BytesIO()
+    np.savez(
+        sink,
+        ids=np.array([row["record_id"] for row in rows]),
+        **{f"{extractor.name}/source": before, f"{extractor.name}/counterfactual": after},
+    )
+    run.store.put(f"features/{key}/{name}.npz", sink.getvalue())
+    return before, after
+
+
+def cache_key(extractor: Extractor) -> str:
+    """Folder name of an extractor's features: they are only as good as its weights and resize path."""
+    return f"{extractor.name}-{extractor.resize}-{extractor.weights_sha256[:8]}"
+
+
+def embed(extractor: Extractor, readers: Iterator[Callable[[], bytes]], size: int) -> Features:
+    """Features [n, d] of image files. ``legacy`` takes each file at its stored size, everything else on the model's
+    square grid. Raises BadImage for an unreadable one."""
+    found: list[Features] = []
+    waiting: list[NDArray[np.float32]] = []
+
+    def flush() -> None:
+        if waiting:
+            found.append(extractor(np.stack(waiting)))
+            waiting.clear()
+
+    for read in readers:
+        image = decode(read())
+        if extractor.resize != "legacy":
+            image = to_square(image, size)
+        if waiting and waiting[0].shape != image.shape or len(waiting) == extractor.micro_batch:
+            flush()
+        waiting.append(image)
+    flush()
+    return np.concatenate(found) if found else np.zeros((0, extractor.dimension), np.float32)
+
+
+def reference_features(
+    run: Run, store: Store, films: Sequence[Film], extractor: Extractor, label: str
+) -> tuple[Features, int]:
+    """Features of a reference class, kept in the run and found again by content; and how many films were unreadable."""
+    name = digest([store.uri, sorted((film.path, film.size) for film in films)])[:16]
+    path = f"features/{cache_key(extractor)}/reference-{name}.npz"
+    try:
+        stored = np.load(io.BytesIO(run.store.read(path)))
+        return stored["features"], int(stored["unreadable"])
+    except FileNotFoundError:
+        pass
+    size, rows = run.recipe.model.resolution, []
+    for film in films:
+        try:
+            rows.append(embed(extractor, iter([lambda path=film.path: store.read(path)]), size))
+        except (BadImage, OSError):
+            continue
+    features = np.concatenate(rows) if rows else np.zeros((0, extractor.dimension), np.float32)
+    sink = io.BytesIO()
+    np.savez(sink, features=features, unreadable=len(films) - len(rows), label=label)
+    run.store.put(path, sink.getvalue())
+    return features, len(films) - len(rows)
+
+
+def distance_row(
+    first: str, second: str, x: Features, y: Features, extractor: Extractor, groups: int, paired: bool = False
+) -> Row | None:
+    """One row of the distance table; None when a set has fewer than four films."""
+    if min(len(x), len(y)) < 4:
+        return None
+    value, error = kid(x, y)
+    mean, deviation = matched(x, y, draws=5)
+    return {
+        "set1": first,
+        "set2": second,
+        "n1": len(x),
+        "n2": len(y),
+        "value": frechet_distance_features(x, y),
+        "extractor": extractor.name,
+        "is_stand_in": extractor.is_stand_in,
+        "weights_sha256": extractor.weights_sha256,
+        "resize": extractor.resize,
+        "interval": list(delete_group_jackknife(x, y, groups, paired=paired)),
+        "n_matched": {"n": min(len(x), len(y)), "mean": mean, "sd": deviation},
+        "kid": {"value": value, "standard_error": error},
+    }

@@ -1,0 +1,98 @@
+"""Reading a run back: its records, and the images and truth behind each of them."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, to_square
+from diffva_ray.generate.plan import Run, part
+from diffva_ray.metrics.localization import boxes_mask
+from diffva_ray.schema import RECORDS
+from diffva_ray.storage import Store
+
+Boxes = dict[str, list[tuple[float, float, float, float]]]
+Row = dict[str, Any]
+
+
+def read_records(run: Run) -> pd.DataFrame:
+    """All committed records, in plan order; an empty frame with the same columns when there are none."""
+    parts = [
+        pq.read_table(io.BytesIO(run.store.read(f"records/{part(shard)}.parquet")))
+        for shard in sorted(run.done())
+        if shard < run.shards
+    ]
+    table = pa.concat_tables(parts).replace_schema_metadata(None) if parts else RECORDS.empty_table()
+    return table.to_pandas()
+
+
+@dataclass(frozen=True)
+class Images:
+    """The pictures of one record, float32 [size, size]; grey in [0, 1], the map signed in [-1, 1]."""
+
+    film: NDArray[np.float32]
+    counterfactual: NDArray[np.float32]
+    reconstruction: NDArray[np.float32]
+    signed_map: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is known about a film's lesion: masks bool [size, size], the lesion-free twin float32 in [0, 1]."""
+
+    lesion: NDArray[np.bool_] | None = None
+    lungs: NDArray[np.bool_] | None = None
+    twin: NDArray[np.float32] | None = None
+
+    @property
+    def region(self) -> NDArray[np.bool_] | None:
+        """Where a map is scored: lungs or lesion when the lungs are known, else the whole film."""
+        return None if self.lungs is None else self.lungs | (self.lesion if self.lesion is not None else False)
+
+
+def grey(store: Store, path: str) -> NDArray[np.float32]:
+    """A stored 8-bit picture as float32 in [0, 1]."""
+    return np.asarray(Image.open(io.BytesIO(store.read(path))).convert("L"), np.float32) / 255
+
+
+def read_images(run: Run, data: Store, row: Row) -> Images:
+    """The four pictures of an ``ok`` record. Raises FileNotFoundError or BadImage when a file is gone or damaged."""
+    size = run.recipe.model.resolution
+    return Images(
+        to_square(decode(data.read(row["source_path"])), size),
+        grey(run.store, row["counterfactual_path"]),
+        grey(run.store, row["reconstruction_path"]),
+        decode_map(run.store.read(row["attribution_path"])),
+    )
+
+
+def read_truth(run: Run, data: Store, row: Row, boxes: Boxes) -> Truth:
+    """What the data set knows about a record's film; boxes count where there is no lesion mask."""
+    size = run.recipe.model.resolution
+
+    def mask(path: str | None) -> NDArray[np.bool_] | None:
+        try:
+            return decode_mask(data.read(path), size) if path else None
+        except (OSError, BadImage):
+            return None
+
+    lesion = mask(row["lesion_mask_path"])
+    if lesion is None and row["source_path"] in boxes:
+        lesion = boxes_mask(boxes[row["source_path"]], row["width"], row["height"], size)
+    twin = None
+    if row["twin_path"]:
+        try:
+            twin = to_square(decode(data.read(row["twin_path"])), size)
+        except (OSError, BadImage):
+            twin = None
+    return Truth(lesion, mask(row["lung_mask_path"]), twin)
+
+

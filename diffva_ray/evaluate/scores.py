@@ -1,0 +1,75 @@
+"""Scores of single films against known truth, shard by shard; tables are means over them, whatever the grouping."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from diffva_ray.data.images import BadImage
+from diffva_ray.evaluate.records import Boxes, Images, Truth, read_images, read_truth
+from diffva_ray.generate.plan import Run
+from diffva_ray.metrics.localization import SALIENCY, baselines, score
+from diffva_ray.metrics.ssim import psnr, ssim
+from diffva_ray.storage import Store
+
+Row = dict[str, Any]
+SIMPLE = ("auroc", "auprc", "dice_best", "iou_best", "pointing_game", "energy_in_truth")
+
+
+def score_records(run: Run, data: Store, rows: list[Row], boxes: Boxes) -> tuple[list[Row], list[Row]]:
+    """Localisation rows (one per film and map) and twin rows (one per film with a lesion-free twin) of ``ok`` records.
+
+    A localisation row holds the scores of ``metrics.localization.FilmScore`` with its Dice curve.
+    """
+    localization, twins = [], []
+    for row in rows:
+        if not (row["lesion_mask_path"] or row["source_path"] in boxes or row["twin_path"]):
+            continue
+        try:
+            truth = read_truth(run, data, row, boxes)
+            images = read_images(run, data, row)
+        except (OSError, BadImage):
+            continue  # gone since generation: verify names it
+        about = {"record_id": row["record_id"], "source_path": row["source_path"], "label": row["label"]}
+        if truth.lesion is not None:
+            localization += [{**about, **found} for found in _localization(images, truth, run)]
+        if truth.twin is not None:
+            twins.append({**about, **twin_scores(images, truth)})
+    return localization, twins
+
+
+def _localization(images: Images, truth: Truth, run: Run) -> list[Row]:
+    maps = {name: transform(images.signed_map) for name, transform in SALIENCY.items()}
+    smoothing = run.recipe.generate.smoothing
+    maps |= baselines(images.film, images.reconstruction, smoothing)
+    assert truth.lesion is not None
+    rows = []
+    for name, saliency in maps.items():
+        found = score(saliency, truth.lesion, truth.region)
+        if found is not None:
+            region = "film" if truth.region is None else "lungs or lesion"
+            rows.append(
+                {
+                    "map": name,
+                    "region": region,
+                    "dice_curve": found.dice_curve,
+                    **{key: getattr(found, key) for key in SIMPLE},
+                }
+            )
+    return rows
+
+
+def twin_scores(images: Images, truth: Truth) -> Row:
+    """Closeness of the counterfactual to the true twin, and the input's own; errors inside the lesion are mean |.|."""
+    twin = truth.twin
+    assert twin is not None
+    inside = truth.lesion if truth.lesion is not None and truth.lesion.any() else np.ones_like(twin, bool)
+    return {
+        "psnr": psnr(images.counterfactual, twin),
+        "ssim": ssim(images.counterfactual, twin),
+        "psnr_input": psnr(images.film, twin),
+        "psnr_reconstruction": psnr(images.reconstruction, twin),
+        "lesion_error": float(np.abs(images.counterfactual - twin)[inside].mean()),
+        "lesion_error_input": float(np.abs(images.film - twin)[inside].mean()),
+    }

@@ -1,0 +1,1 @@
+"""Plan and shards: from a data set to committed records. No Ray in here."""

@@ -1,0 +1,274 @@
+"""One planned shard from bytes to commit: read, heal, measure, write; the Parquet part comes last and is the commit.
+
+No Ray in here: a Ray actor and a plain loop call the same ``run_shard``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from diffva_ray import __version__
+from diffva_ray.counterfactual.attribution import attribution, energy
+from diffva_ray.counterfactual.engine import Counterfactuals, Settings
+from diffva_ray.data.images import (
+    BadImage,
+    decode,
+    decode_mask,
+    encode_grey,
+    encode_map,
+    map_levels,
+    pixel_digest,
+    quantise,
+    to_square,
+)
+from diffva_ray.generate.plan import Run, open_run, part
+from diffva_ray.metrics.features import Extractor, stand_in
+from diffva_ray.metrics.ssim import l1, ms_ssim, psnr, ssim
+from diffva_ray.metrics.validity import Judge, load_judge
+from diffva_ray.model.bundle import load
+from diffva_ray.schema import RECORDS, Status
+from diffva_ray.storage import Store, open_store
+
+Row = dict[str, Any]
+
+
+class Unfinished(Exception):
+    """A run that cannot be worked on; the message is one line."""
+
+
+@dataclass
+class Workbench:
+    """What a worker holds between shards: the run, the data, the model on its device."""
+
+    run: Run
+    data: Store
+    engine: Counterfactuals
+    judge: Judge | None
+    extractor: Extractor = field(default_factory=stand_in)
+
+    @classmethod
+    def open(cls, run_uri: str, data_uri: str, model_uri: str, device: str | None = None) -> Workbench:
+        """Load everything a shard needs. Raises UnusableModel, or Unfinished when the model is not the run's."""
+        run = open_run(open_store(run_uri))
+        if run is None:
+            raise Unfinished(f"{run_uri}: no run there")
+        bundle = load(model_uri, run.recipe)
+        if bundle.digest != run.about["keys"]["model_digest"]:
+            raise Unfinished(f"--model {model_uri}: not the model that {run_uri} was planned with")
+        engine = Counterfactuals(bundle, run.recipe.generate, device)
+        return cls(run, open_store(data_uri), engine, load_judge(open_store(model_uri)))
+
+
+@dataclass
+class Source:
+    """A film as read for a record: its square, or why there is none."""
+
+    row: Row
+    square: NDArray[np.float32] | None = None
+    lungs: NDArray[np.bool_] | None = None
+    found: Row = field(default_factory=dict)  # source_sha256, width, height; or status and error
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage of one shard."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
+    """Make and commit one shard; returns a small report. A shard that is committed already is left alone."""
+    run, store, watch = bench.run, bench.run.store, Stopwatch()
+    commit = f"records/{part(shard)}.parquet"
+    if store.exists(commit):
+        return {"shard": shard, "records": 0, "ok": 0, "seconds": watch.seconds}
+    rows = run.shard_rows(shard)
+    with watch("read"), ThreadPoolExecutor(8) as pool:
+        sources = list(pool.map(lambda row: read_source(bench, row), rows))
+    finished: list[Row] = []
+    features: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+    size = run.recipe.generate.micro_batch
+    for start in range(0, len(sources), size):  # slices of the plan: which neighbours are bad changes nothing
+        finished += _micro_batch(bench, sources[start : start + size], features, watch)
+    with watch("write"):
+        if features:
+            store.put(f"features/{part(shard)}.npz", _features(bench.extractor.name, features))
+        seconds = {stage: round(value, 4) for stage, value in watch.seconds.items()}
+        store.put(f"timings/{part(shard)}.json", json.dumps(seconds).encode())
+        store.put_if_absent(commit, records_part(run, shard, finished))
+    ok = sum(row["status"] == Status.OK.value for row in finished)
+    return {"shard": shard, "records": len(finished), "ok": ok, "seconds": watch.seconds}
+
+
+def read_source(bench: Workbench, row: Row) -> Source:
+    """Fetch and decode one film; whatever is wrong with it becomes a status and a reason."""
+    config, size = bench.run.recipe.generate, bench.engine.size
+    source = Source(row)
+    try:
+        if not bench.engine.fits(row["prompt"]):
+            raise BadImage(
+                f"prompt has more than {bench.engine.bundle.tokenizer.model_max_length} tokens", Status.PROMPT_TOO_LONG
+            )
+        data = bench.data.read(row["source_path"])
+        if len(data) != row["source_size"] and row["source_size"] >= 0:
+            raise BadImage(
+                f"source changed since planning: {row['source_size']} bytes then, {len(data)} now", Status.ERROR
+            )
+        film = decode(data, config.min_side)
+        source.found = {
+            "source_sha256": hashlib.sha256(data).hexdigest(), "height": film.shape[0], "width": film.shape[1],
+        }  # fmt: skip
+        source.square = to_square(film, size)
+        if row["lung_mask_path"]:
+            source.lungs = read_mask(bench.data, row["lung_mask_path"], size)
+    except BadImage as error:
+        source.found |= {"status": error.status.value, "error": str(error)}
+        source.square = None
+    except (FileNotFoundError, NotADirectoryError):
+        source.found = {"status": Status.MISSING.value, "error": "no such file"}
+    except (OSError, ValueError) as error:
+        source.found = {"status": Status.ERROR.value, "error": f"{type(error).__name__}: {error}"[:500]}
+    return source
+
+
+def read_mask(store: Store, path: str, size: int) -> NDArray[np.bool_] | None:
+    """A mask on the model's grid; None when it cannot be read (a mask is an extra, not a reason to lose a record)."""
+    try:
+        return decode_mask(store.read(path), size)
+    except (BadImage, OSError):
+        return None
+
+
+def _micro_batch(bench: Workbench, sources: list[Source], features: dict[str, Any], watch: Stopwatch) -> list[Row]:
+    """One fixed-shape call of the engine. Slots of unreadable films are blank; a padded tail is the engine's affair."""
+    good = [source for source in sources if source.square is not None]
+    if not good:
+        return [{**source.row, **source.found} for source in sources]
+    blank = np.zeros((bench.engine.size, bench.engine.size), np.float32)
+    with watch("generate"):
+        twins = bench.engine(
+            [blank if source.square is None else source.square for source in sources],
+            [
+                Settings(
+                    row["prompt"], row["method"], row["scheduler"],
+                    row["strength"], row["guidance_scale"], row["num_inference_steps"],
+                )
+                for row in (source.row for source in sources)
+            ],
+            [source.row["seed"] for source in sources],
+        )  # fmt: skip
+    rows = []
+    for source, counterfactual, reconstruction in zip(
+        sources, twins.counterfactuals, twins.reconstructions, strict=True
+    ):
+        if source.square is None:
+            rows.append({**source.row, **source.found})
+        elif not (np.isfinite(counterfactual).all() and np.isfinite(reconstruction).all()):
+            reason = {"status": Status.NON_FINITE.value, "error": "the networks gave NaN or infinity for this film"}
+            rows.append({**source.row, **source.found, **reason})
+        else:
+            rows.append(_record(bench, source, quantise(counterfactual), quantise(reconstruction), features, watch))
+    return rows
+
+
+def _record(
+    bench: Workbench,
+    source: Source,
+    counterfactual: NDArray[np.uint8],
+    reconstruction: NDArray[np.uint8],
+    features: dict[str, Any],
+    watch: Stopwatch,
+) -> Row:
+    """Measure one pair and write its images. Everything is computed from the 8-bit images as they are stored, so that
+    anybody can recompute it from the files."""
+    config, row = bench.run.recipe.generate, source.row
+    film = source.square
+    assert film is not None
+    healed, rebuilt = counterfactual.astype(np.float32) / 255, reconstruction.astype(np.float32) / 255
+    signed = attribution(film, rebuilt, healed, config)
+    names = {kind: f"{kind}/{part(row['shard'])}/{row['record_id']}.png" for kind in FOLDERS}
+    with watch("metrics"):
+        multiscale, scales = ms_ssim(film, healed)
+        map_energy, in_lungs = energy(signed, source.lungs)
+        judged: list[float | None] = [None, None]
+        if bench.judge is not None:
+            judged = list(bench.judge.healthy_probability(np.stack([film, healed])))
+        pair = bench.extractor(np.stack([film, healed]))
+        features[row["record_id"]] = (pair[0], pair[1])
+        measured = {
+            "ssim": ssim(film, healed, config.ssim_preset),
+            "ms_ssim": multiscale,
+            "ms_ssim_scales": scales,
+            "psnr": psnr(film, healed),
+            "l1": l1(film, healed),
+            "map_energy": map_energy,
+            "map_energy_lung_fraction": in_lungs,
+            "judge_source": judged[0],
+            "judge_counterfactual": judged[1],
+            "pixel_sha256": pixel_digest(counterfactual),
+            "map_sha256": pixel_digest(map_levels(signed)),
+            "reconstruction_sha256": pixel_digest(reconstruction),
+        }
+    with watch("write"):
+        store = bench.run.store
+        store.put(names["counterfactuals"], encode_grey(counterfactual))
+        store.put(names["reconstructions"], encode_grey(reconstruction))
+        store.put(names["maps"], encode_map(signed))
+    return {
+        **row,
+        **source.found,
+        **measured,
+        "map": config.map_name,
+        "counterfactual_path": names["counterfactuals"],
+        "attribution_path": names["maps"],
+        "reconstruction_path": names["reconstructions"],
+        "status": Status.OK.value,
+        "error": None,
+    }
+
+
+FOLDERS = ("counterfactuals", "maps", "reconstructions")
+
+
+def _features(name: str, features: dict[str, Any]) -> bytes:
+    """float32 features by extractor, with the ids of their rows."""
+    sink = io.BytesIO()
+    sources, counterfactuals = zip(*features.values(), strict=True)
+    np.savez(
+        sink,
+        ids=np.array(list(features)),
+        **{f"{name}/source": np.stack(sources), f"{name}/counterfactual": np.stack(counterfactuals)},
+    )
+    return sink.getvalue()
+
+
+def records_part(run: Run, shard: int, rows: list[Row]) -> bytes:
+    """The commit of a shard, serialised in memory so that no half of it can ever be seen."""
+    extra = {"model_digest": run.about["keys"]["model_digest"], "map": run.recipe.generate.map_name}
+    full = [{**extra, **row} for row in rows]
+    table = pa.Table.from_pylist([{name: row.get(name) for name in RECORDS.names} for row in full], schema=RECORDS)
+    about = {"fingerprint": run.fingerprint, "shard": str(shard), "diffva_ray": __version__}
+    sink = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(about), sink, compression="zstd")
+    return sink.getvalue()

@@ -1,0 +1,1 @@
+"""Numbers: similarity, distances between sets, localisation, validity."""

@@ -1,0 +1,178 @@
+"""Frechet distance of two feature sets (Heusel 2017), with moments that merge, an interval and an N-matched value.
+
+The distance itself is the same whatever network the features come from; it is called FID only for pytorch-fid's
+Inception. It is biased upwards at finite N, and the more so the fewer rows: never compare values at unequal N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import scipy.linalg
+from scipy.stats import t as student
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Count, mean [d] and centred sum of outer products [d, d] of n feature vectors, in float64.
+
+    Raw sums of squares would cancel; these merge without loss, whatever the grouping (to rounding: fix the order for
+    bit-equality).
+    """
+
+    n: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Moments:
+        """Moments of ``features`` [N, d]; N may be 0 (a shard without a good record)."""
+        x = _matrix(features)
+        if not len(x):
+            return cls(0, np.zeros(x.shape[1]), np.zeros((x.shape[1], x.shape[1])))
+        mean = x.mean(axis=0)
+        centred = x - mean
+        return cls(len(x), mean, centred.T @ centred)
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets together (Chan, Golub & LeVeque 1979)."""
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"features of {len(self.mean)} and {len(other.mean)} dimensions cannot be merged")
+        n = self.n + other.n
+        if n == 0:
+            return self
+        delta = other.mean - self.mean
+        return Moments(
+            n,
+            self.mean + delta * (other.n / n),
+            self.scatter + other.scatter + np.outer(delta, delta) * (self.n * other.n / n),
+        )
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Sample covariance [d, d] (divisor n - 1). Raises ValueError below two rows."""
+        _enough(self.n, 2)
+        return self.scatter / (self.n - 1)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), at least 0.
+
+    tr (S1 S2)^1/2 is the sum of the square roots of the eigenvalues of S1^1/2 S2 S1^1/2: symmetric, so neither an
+    imaginary part nor ``scipy.linalg.sqrtm`` (mseitzer/pytorch-fid#117). Raises ValueError below two rows.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared")
+    if b.n < a.n:
+        a, b = b, a  # the root is taken of the set of lower rank, where zero eigenvalues would become rounding noise
+    s1, s2 = a.covariance, b.covariance
+    values, vectors = scipy.linalg.eigh(s1)
+    kept = values > values[-1] * len(values) * np.finfo(float).eps
+    root = vectors[:, kept] * np.sqrt(values[kept])
+    product = scipy.linalg.eigvalsh(root.T @ s2 @ root) if kept.any() else np.zeros(0)
+    return _distance(a.mean - b.mean, np.trace(s1) + np.trace(s2), np.sqrt(np.clip(product, 0, None)).sum())
+
+
+def frechet_distance_features(x: np.ndarray, y: np.ndarray) -> float:
+    """Frechet distance of features [N1, d] and [N2, d].
+
+    With fewer rows than dimensions the covariances are singular; then tr (S1 S2)^1/2 is taken as the nuclear norm of
+    A B^T (A, B: centred features over sqrt(n - 1)), which is exact at rank n. Raises ValueError below two rows.
+    """
+    x, y = _two(x, y, 2)
+    if min(len(x), len(y)) >= x.shape[1]:
+        return frechet_distance(Moments.of(x), Moments.of(y))
+    a = (x - x.mean(axis=0)) / np.sqrt(len(x) - 1)
+    b = (y - y.mean(axis=0)) / np.sqrt(len(y) - 1)
+    root = scipy.linalg.svdvals(a @ b.T).sum()
+    return _distance(x.mean(axis=0) - y.mean(axis=0), np.sum(a * a) + np.sum(b * b), root)
+
+
+def delete_group_jackknife(
+    x: np.ndarray, y: np.ndarray, groups: int = 10, seed: int = 0, paired: bool = False
+) -> tuple[float, float]:
+    """95% interval (low, high) of the Frechet distance of features [N1, d] and [N2, d], by deleting groups of rows.
+
+    Each set is cut at random into ``groups`` parts (at most one per row), and part g leaves both sets at once. The
+    interval is Student's, about the jackknife's bias-corrected value, clipped at 0: the plain value is biased upwards
+    and may lie above it, which tells how much of that value is N. The correction removes the bias of order 1/N; with
+    fewer rows than dimensions some of it stays. A bootstrap is no alternative: repeated rows add to the bias.
+
+    ``paired``: row i of both sets belongs to one film (a film and its counterfactual), so both sets are cut alike and a
+    film leaves with its twin; then N1 = N2. Raises ValueError below four rows, or when paired sets differ in length.
+    """
+    x, y = _two(x, y, 4)
+    if paired and len(x) != len(y):
+        raise ValueError(f"paired sets have one row per film each, got {len(x)} and {len(y)}")
+    groups = min(groups, len(x), len(y))
+    if groups < 2:
+        raise ValueError(f"a jackknife needs at least 2 groups, got {groups}")
+    random = np.random.default_rng(seed)
+    of_x = random.permutation(np.arange(len(x)) % groups)
+    of_y = of_x if paired else random.permutation(np.arange(len(y)) % groups)
+    if min(len(x), len(y)) * (groups - 1) // groups >= x.shape[1]:
+        parts_x = [Moments.of(x[of_x == g]) for g in range(groups)]
+        parts_y = [Moments.of(y[of_y == g]) for g in range(groups)]
+        whole = frechet_distance(reduce(Moments.merge, parts_x), reduce(Moments.merge, parts_y))
+        without = [
+            frechet_distance(*(reduce(Moments.merge, parts[:g] + parts[g + 1 :]) for parts in (parts_x, parts_y)))
+            for g in range(groups)
+        ]
+    else:
+        whole = frechet_distance_features(x, y)
+        without = [frechet_distance_features(x[of_x != g], y[of_y != g]) for g in range(groups)]
+    centre = groups * whole - (groups - 1) * np.mean(without)
+    error = np.sqrt((groups - 1) * np.var(without))
+    reach = student.ppf(0.975, groups - 1) * error
+    return float(max(centre - reach, 0.0)), float(max(centre + reach, 0.0))
+
+
+def matched(x: np.ndarray, y: np.ndarray, draws: int = 5, seed: int = 0, n: int | None = None) -> tuple[float, float]:
+    """Mean and standard deviation of the Frechet distance when both sets are drawn down to the same ``n`` rows.
+
+    ``n`` is by default that of the smaller set, which then takes part whole; give the smallest N of a table to make its
+    rows comparable. Rows are drawn without replacement, ``draws`` times; the deviation is that of the draws (0 when
+    both sets have n rows), not a sampling error. Raises ValueError for n below 2 or above the smaller set.
+    """
+    x, y = _two(x, y, 2)
+    smaller = min(len(x), len(y))
+    n = smaller if n is None else n
+    _enough(n, 2)
+    if n > smaller:
+        raise ValueError(f"sets of {len(x)} and {len(y)} features cannot be drawn down to {n}")
+    if len(x) == len(y) == n:
+        return frechet_distance_features(x, y), 0.0
+    if draws < 2:
+        raise ValueError(f"a deviation needs at least 2 draws, got {draws}")
+    random = np.random.default_rng(seed)
+    values = []
+    for _ in range(draws):
+        rows_x = random.choice(len(x), n, replace=False)
+        rows_y = random.choice(len(y), n, replace=False)
+        values.append(frechet_distance_features(x[rows_x], y[rows_y]))
+    return float(np.mean(values)), float(np.std(values, ddof=1))
+
+
+def _distance(shift: np.ndarray, traces: float, root: float) -> float:
+    return max(float(shift @ shift + traces - 2 * root), 0.0)
+
+
+def _two(x: np.ndarray, y: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
+    x, y = _matrix(x), _matrix(y)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"features of {x.shape[1]} and {y.shape[1]} dimensions cannot be compared")
+    _enough(min(len(x), len(y)), least)
+    return x, y
+
+
+def _matrix(features: np.ndarray) -> np.ndarray:
+    if features.ndim != 2:
+        raise ValueError(f"features are one row per film, [N, d], got shape {features.shape}")
+    return features.astype(np.float64)
+
+
+def _enough(n: int, least: int) -> None:
+    if n < least:
+        raise ValueError(f"a Frechet distance needs at least {least} films in each set here, got {n}")

@@ -1,0 +1,112 @@
+"""Likeness of two grey films: SSIM (Wang 2004), MS-SSIM (Wang 2003), PSNR and mean absolute difference.
+
+Images are float arrays [H, W] in [0, 1] of equal shape; everything is computed in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from scipy.ndimage import gaussian_filter
+from skimage.metrics import structural_similarity
+
+Preset = Literal["wang", "skimage"]
+
+# The two give different numbers for one pair of images, so every SSIM table names its preset.
+PRESETS: dict[str, tuple[int, dict[str, object]]] = {  # side of the window, arguments of scikit-image
+    "wang": (11, {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}),
+    "skimage": (7, {}),
+}
+
+WINDOW, SIGMA = 11, 1.5
+C1, C2 = 0.01**2, 0.03**2  # (K1 L)^2 and (K2 L)^2 at L = 1
+WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang 2003, finest scale first; they sum to 1.0001
+
+
+def ssim(a: np.ndarray, b: np.ndarray, preset: Preset = "wang") -> float:
+    """Mean structural similarity, in [-1, 1]; 1 for equal images.
+
+    ``wang`` is Wang 2004 (Gaussian window of 11 taps, sigma 1.5, population covariance), ``skimage`` is scikit-image's
+    default (uniform window of 7, sample covariance); both leave out the border where the window does not fit.
+    Raises ValueError for unequal shapes and for images smaller than the window.
+    """
+    a, b = _pair(a, b)
+    window, arguments = PRESETS[preset]
+    if min(a.shape) < window:
+        raise ValueError(f"SSIM ({preset}) needs at least {window} pixels a side, got {_size(a)}")
+    return float(structural_similarity(a, b, data_range=1.0, **arguments))
+
+
+def ms_ssim(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:
+    """Multi-scale SSIM (Wang 2003), in [0, 1], and its number of scales.
+
+    Five scales from 176 pixels a side. Below that there are as many as leave 11 pixels at the coarsest, with the finest
+    weights renormalised to sum 1: another quantity, never to be set beside a five-scale value. Contrast terms (and the
+    last scale's SSIM) below 0 count as 0, since a fractional power of a negative number is none. Between scales
+    pixels are averaged 2x2; an odd last row or column is dropped (as torchmetrics does; pytorch-msssim pads).
+    Raises ValueError for unequal shapes and below 11 pixels a side.
+    """
+    a, b = _pair(a, b)
+    scales = scales_of(min(a.shape))
+    if not scales:
+        raise ValueError(f"MS-SSIM needs at least {WINDOW} pixels a side, got {_size(a)}")
+    weights = WEIGHTS if scales == len(WEIGHTS) else [w / sum(WEIGHTS[:scales]) for w in WEIGHTS[:scales]]
+    value = 1.0
+    for scale, weight in enumerate(weights):
+        similarity, contrast = _terms(a, b)
+        factor = similarity if scale == scales - 1 else contrast  # eq. 7: luminance enters at the coarsest scale only
+        value *= max(factor, 0.0) ** weight
+        a, b = _half(a), _half(b)
+    return float(value), scales
+
+
+def scales_of(side: int) -> int:
+    """Number of MS-SSIM scales for images whose smaller side is ``side``: 0 (below 11 pixels) to 5 (from 176)."""
+    return sum(side // 2**scale >= WINDOW for scale in range(len(WEIGHTS)))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB at data range 1; ``inf`` for equal images.
+
+    Infinity is kept rather than capped: Parquet stores it, and a mean that meets it shows so instead of hiding an
+    arbitrary cap. Whoever averages decides about equal pairs.
+    """
+    a, b = _pair(a, b)
+    error = float(np.mean((a - b) ** 2))
+    return float("inf") if error == 0 else float(-10 * np.log10(error))
+
+
+def l1(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean absolute difference, in [0, 1]."""
+    a, b = _pair(a, b)
+    return float(np.mean(np.abs(a - b)))
+
+
+def _terms(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Mean SSIM and mean contrast-structure term over the windows that fit."""
+    crop = WINDOW // 2
+
+    def local(image: np.ndarray) -> np.ndarray:
+        return gaussian_filter(image, SIGMA, radius=crop)[crop:-crop, crop:-crop]
+
+    mean_a, mean_b = local(a), local(b)
+    variances = local(a * a + b * b) - mean_a**2 - mean_b**2
+    contrast = (2 * (local(a * b) - mean_a * mean_b) + C2) / (variances + C2)
+    luminance = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
+    return float(np.mean(luminance * contrast)), float(np.mean(contrast))
+
+
+def _half(image: np.ndarray) -> np.ndarray:
+    height, width = image.shape[0] // 2, image.shape[1] // 2
+    return image[: 2 * height, : 2 * width].reshape(height, 2, width, 2).mean(axis=(1, 3))
+
+
+def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if a.ndim != 2 or a.shape != b.shape:
+        raise ValueError(f"two grey images of one shape are needed, got {a.shape} and {b.shape}")
+    return a.astype(np.float64), b.astype(np.float64)
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"

@@ -1,0 +1,98 @@
+"""Validity: does an independent judge call the twin healthy? The judge is a small classifier that is trained on the
+same films' labels and never guides a counterfactual."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import nn
+from torch.nn import functional
+
+from diffva_ray.storage import Store
+
+SIZE = 64  # the judge's own pixel grid
+
+
+class Judge(nn.Module):
+    """Convolutional classifier over ``classes`` (sorted labels); ``healthy`` is the one a twin should be given."""
+
+    def __init__(self, classes: Sequence[str], healthy: str, width: int = 16) -> None:
+        super().__init__()
+        self.classes, self.healthy, self.width = tuple(classes), healthy, width
+        layers: list[nn.Module] = []
+        channels = 1
+        for step in range(4):
+            out = width * 2 ** min(step, 2)
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.GroupNorm(4, out), nn.SiLU()]
+            layers += [nn.AvgPool2d(2)] if step < 3 else []
+            channels = out
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(2 * channels, len(self.classes))
+
+    def forward(self, films: torch.Tensor) -> torch.Tensor:
+        """Logits [n, classes] of grey films [n, H, W] in [0, 1]; each film is standardised on the judge's grid."""
+        grid = functional.interpolate(films[:, None], size=(SIZE, SIZE), mode="bilinear", antialias=True)
+        spread, mean = torch.std_mean(grid, dim=(1, 2, 3), keepdim=True)
+        maps = self.features((grid - mean) / (spread + 1e-3))
+        return self.head(torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1))
+
+    @torch.inference_mode()
+    def healthy_probability(self, films: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Probability [n] of the healthy class for grey films [n, H, W] in [0, 1]. Films are judged one by one, so
+        that a film's number does not depend on its neighbours."""
+        index = self.classes.index(self.healthy)
+        device = next(self.parameters()).device
+        rows = [self(torch.from_numpy(film[None]).to(device)).softmax(1)[0, index].item() for film in films]
+        return np.array(rows, dtype=np.float64)
+
+    @torch.inference_mode()
+    def predict(self, films: NDArray[np.float32]) -> list[str]:
+        """The most probable class of each film [n, H, W]."""
+        device = next(self.parameters()).device
+        return [
+            self.classes[int(self(torch.from_numpy(film[None]).to(device)).argmax())] for film in films
+        ]
+
+
+def save_judge(judge: Judge, store: Store) -> None:
+    """``judge/model.safetensors`` and ``judge/config.json`` below the model folder."""
+    about = {"classes": list(judge.classes), "healthy": judge.healthy, "width": judge.width}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in judge.state_dict().items()}
+    store.put("judge/model.safetensors", save_safetensors(tensors))
+    store.put("judge/config.json", json.dumps(about).encode())
+
+
+def load_judge(store: Store) -> Judge | None:
+    """The model folder's judge, in evaluation mode; None when it has none."""
+    try:
+        about = json.loads(store.read("judge/config.json"))
+    except FileNotFoundError:
+        return None
+    judge = Judge(about["classes"], about["healthy"], about["width"])
+    judge.load_state_dict(load_safetensors(store.read("judge/model.safetensors")))
+    return judge.eval()
+
+
+def blur(films: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Films [n, H, W] blurred by a Gaussian of ``sigma`` [n] pixels each: the judge must not take softness, which every
+    autoencoder adds, for health."""
+    offsets = torch.arange(-3, 4, dtype=films.dtype)
+    kernel = torch.exp(-0.5 * (offsets[None] / sigma[:, None].clamp(min=1e-3)) ** 2)
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).to(films.device)
+    n = len(films)
+    padded = functional.pad(films[None], (3, 3, 3, 3), mode="reflect")
+    rows = functional.conv2d(padded, kernel.reshape(n, 1, 1, 7), groups=n)
+    return functional.conv2d(rows, kernel.reshape(n, 1, 7, 1), groups=n)[0]
+
+
+def flip_rate(before: Sequence[float], after: Sequence[float]) -> tuple[float, int]:
+    """Share of films that turn healthy (probability above one half) among those the judge called abnormal before;
+    their number. NaN without any."""
+    abnormal = [new for old, new in zip(before, after, strict=True) if old <= 0.5]
+    return (float(np.mean([new > 0.5 for new in abnormal])) if abnormal else float("nan")), len(abnormal)

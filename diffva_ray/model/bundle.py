@@ -1,0 +1,179 @@
+"""The networks of one model and the folder they live in: build, load, save.
+
+The folder is an ordinary diffusers folder (``DiffusionPipeline.from_pretrained`` loads it) plus ``diffva.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from diffva_ray.config import Recipe, RecipeError, make_recipe
+from diffva_ray.model import text
+from diffva_ray.model.card import CARD, COMPONENTS, UnusableModel, folder_digest, read_card
+from diffva_ray.storage import Store, open_store
+
+# Stable Diffusion v1.4's own scheduler_config.json
+SD_SCHEDULER: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "skip_prk_steps": True,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+@dataclass
+class Bundle:
+    """The parts of a latent diffusion model. ``digest`` is empty until the model has been saved or loaded."""
+
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    text_encoder: torch.nn.Module
+    tokenizer: Any
+    scheduler: dict[str, Any]
+    recipe: Recipe
+    digest: str = ""
+    card: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        return {"vae": self.vae, "unet": self.unet, "text_encoder": self.text_encoder}
+
+    @property
+    def latent_scale(self) -> int:
+        """Pixels per latent cell."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def check(self) -> None:
+        """Raises UnusableModel when the parts do not fit each other or the recipe's resolution."""
+        width, expected = self.text_encoder.config.hidden_size, self.unet.config.cross_attention_dim
+        if width != expected:
+            raise UnusableModel(
+                f"the text encoder's width is {width}, the UNet's cross-attention expects {expected}; choose an encoder "
+                "of that width"
+            )
+        if self.recipe.model.resolution % (self.latent_scale * 2 ** (len(self.unet.config.block_out_channels) - 1)):
+            raise UnusableModel(f"model.resolution {self.recipe.model.resolution} does not divide into whole latents")
+
+
+def quiet() -> None:
+    """No loading bars, and no warning that a BERT is not a CLIP."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+
+
+def build(recipe: Recipe) -> Bundle:
+    """The model a recipe describes, before training: from scratch (seeded), or a base with its text encoder swapped.
+
+    Raises UnusableModel (a base that cannot be loaded, widths that differ) or RecipeError.
+    """
+    quiet()
+    model = recipe.model
+    scheduler = {**SD_SCHEDULER, **model.scheduler}
+    if model.base is None:
+        torch.manual_seed(recipe.seed)
+        try:
+            vae = AutoencoderKL(in_channels=3, out_channels=3, sample_size=model.resolution, **(model.vae or {}))
+            unet = UNet2DConditionModel(**(model.unet or {}))
+            tokenizer = text.build_tokenizer(model.tokenizer_length)
+            encoder = text.build_text_encoder(tokenizer, model.text or {}, model.attention_mask)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"model: {text.first_line(error)}") from None
+    else:
+        vae, unet, encoder, tokenizer, scheduler = _pretrained(model.base, recipe, scheduler)
+    bundle = Bundle(vae, unet, encoder, tokenizer, scheduler, recipe)
+    bundle.check()
+    return bundle
+
+
+def _pretrained(base: str, recipe: Recipe, scheduler: dict[str, Any]) -> tuple[Any, ...]:
+    model = recipe.model
+    source = str(open_store(base).local_folder()) if base.startswith("s3://") else base
+    try:
+        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True)
+        unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", use_safetensors=True)
+        config = PNDMScheduler.load_config(source, subfolder="scheduler")
+    except (OSError, ValueError) as error:
+        raise UnusableModel(f"model.base {base}: {text.first_line(error)}") from None
+    scheduler = {**{key: config[key] for key in config if not key.startswith("_")}, **model.scheduler}
+    encoder, tokenizer = text.load_text_encoder(
+        model.text_encoder or source, model.tokenizer_length, model.attention_mask, subfolders=not model.text_encoder
+    )
+    return vae, unet, encoder, tokenizer, scheduler
+
+
+def save(bundle: Bundle, store: Store, card: dict[str, Any]) -> str:
+    """Write the diffusers folder, then ``diffva.json`` (whose appearance completes it); returns the digest."""
+    quiet()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _pipeline(bundle).save_pretrained(folder, safe_serialization=True)
+        digest = folder_digest(folder)
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                store.put(file.relative_to(folder).as_posix(), file.read_bytes())
+    card = {"digest": digest, "recipe": bundle.recipe.model_dump(mode="json"), **card}
+    store.put(CARD, json.dumps(card, indent=1).encode())
+    return digest
+
+
+def _pipeline(bundle: Bundle) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=bundle.vae,
+        text_encoder=bundle.text_encoder,
+        tokenizer=bundle.tokenizer,
+        unet=bundle.unet,
+        scheduler=PNDMScheduler.from_config(bundle.scheduler),
+        safety_checker=None,  # it blacks out films
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def load(uri: str, recipe: Recipe | None = None) -> Bundle:
+    """A saved model, from a local folder or s3://. ``recipe`` overrides the one in its card.
+
+    Raises UnusableModel: no such folder, pickled weights, a plain diffusers folder without a recipe given, weights
+    that are not the ones ``diffva.json`` was written for.
+    """
+    quiet()
+    store = open_store(uri)
+    card = read_card(store)
+    if card is None and not any(store.exists(f"{part}/config.json") for part in COMPONENTS):
+        raise UnusableModel(f"--model {uri}: no model there (no {CARD}, no diffusers folder); train one with diffva train")
+    folder = store.local_folder()
+    digest = folder_digest(folder)
+    if card is not None and card.get("digest") != digest:
+        raise UnusableModel(f"--model {uri}: its weights are not those {CARD} was written for; export it again")
+    if recipe is None:
+        if card is None:
+            raise UnusableModel(f"--model {uri}: a diffusers folder without {CARD}; name a recipe with --recipe")
+        recipe = make_recipe(card["recipe"])
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True)
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
+    saved = (card or {}).get("recipe", {}).get("model", {})
+    encoder, tokenizer = text.load_text_encoder(
+        str(folder),
+        saved.get("tokenizer_length", recipe.model.tokenizer_length),
+        saved.get("attention_mask", recipe.model.attention_mask),
+        subfolders=True,
+    )
+    config = PNDMScheduler.load_config(folder, subfolder="scheduler")
+    scheduler = {key: config[key] for key in config if not key.startswith("_")}
+    bundle = Bundle(vae, unet, encoder, tokenizer, scheduler, recipe, digest, card or {}, folder)
+    bundle.check()
+    return bundle

@@ -1,0 +1,54 @@
+"""What a model folder says about itself, readable without torch: ``diffva.json`` and the digest of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from diffva_ray.storage import Store
+
+CARD = "diffva.json"
+COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+class UnusableModel(ValueError):
+    """A model that cannot be used; the message is one line that names it and what to do."""
+
+
+def read_card(store: Store) -> dict[str, Any] | None:
+    """The model's ``diffva.json``; None where there is none (a plain diffusers folder, an unfinished training)."""
+    try:
+        return json.loads(store.read(CARD))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except json.JSONDecodeError as error:
+        raise UnusableModel(f"{store.uri}/{CARD}: not JSON ({error})") from None
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over every file of the pipeline's components (weights, configurations, vocabulary), by name and content.
+
+    Raises UnusableModel when there are pickled weights, which run code when loaded, or no weights at all.
+    """
+    total = hashlib.sha256()
+    weights = 0
+    for component in COMPONENTS:
+        for file in sorted((folder / component).rglob("*")):
+            if not file.is_file() or file.name.startswith("."):
+                continue
+            if file.suffix in PICKLES:
+                raise UnusableModel(
+                    f"{file}: pickled weights run code when loaded and are refused; save the model as safetensors"
+                )
+            weights += file.suffix == ".safetensors"
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(
+                    stream.read()
+                )
+            total.update(f"{file.relative_to(folder).as_posix()}\0{content.hexdigest()}\n".encode())
+    if weights == 0:
+        raise UnusableModel(f"{folder}: no safetensors weights in {', '.join(COMPONENTS)}; is this a diffusers folder?")
+    return total.hexdigest()

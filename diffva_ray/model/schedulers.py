@@ -1,0 +1,58 @@
+"""Samplers by name, each with the timesteps that a strength leaves to do.
+
+``pndm-diffusers`` slices diffusers' list as StableDiffusionImg2ImgPipeline does. PNDM's list repeats its second entry,
+because its first PLMS step is a two-call Heun step; the slice loses the repetition, and from then on every call is
+labelled one step too low (huggingface/diffusers#9090, #7651). ``pndm`` rebuilds the repetition on the sliced list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler
+
+
+def _sliced(timesteps: torch.Tensor, steps: int, strength: float) -> torch.Tensor:
+    """StableDiffusionImg2ImgPipeline.get_timesteps: the last int(steps * strength) of ``steps``."""
+    return timesteps[max(steps - min(int(steps * strength), steps), 0) :]
+
+
+def _pndm_diffusers(config: dict[str, Any], steps: int, strength: float) -> tuple[PNDMScheduler, torch.Tensor]:
+    scheduler = PNDMScheduler.from_config(config)
+    scheduler.set_timesteps(steps)
+    return scheduler, _sliced(scheduler.timesteps, steps, strength)
+
+
+def _pndm(config: dict[str, Any], steps: int, strength: float) -> tuple[PNDMScheduler, torch.Tensor]:
+    scheduler = PNDMScheduler.from_config({**config, "skip_prk_steps": True})
+    scheduler.set_timesteps(steps)
+    once = scheduler.timesteps.unique().flip(0)
+    tail = _sliced(once, steps, strength)
+    return scheduler, torch.cat([tail[:2], tail[1:]])
+
+
+def _ddim(config: dict[str, Any], steps: int, strength: float) -> tuple[DDIMScheduler, torch.Tensor]:
+    scheduler = DDIMScheduler.from_config({**config, "clip_sample": False})
+    scheduler.set_timesteps(steps)
+    return scheduler, _sliced(scheduler.timesteps, steps, strength)
+
+
+SCHEDULERS: dict[str, Callable[[dict[str, Any], int, float], tuple[Any, torch.Tensor]]] = {
+    "pndm": _pndm,
+    "pndm-diffusers": _pndm_diffusers,
+    "ddim": _ddim,
+}
+
+
+def schedule(name: str, config: dict[str, Any], steps: int, strength: float) -> tuple[Any, torch.Tensor]:
+    """A fresh scheduler of that name and the timesteps [n] to run, from the noisiest down.
+
+    Raises ValueError for an unknown name, or when ``int(steps * strength)`` is 0 and nothing would be done.
+    """
+    if name not in SCHEDULERS:
+        raise ValueError(f"unknown scheduler {name!r}; there are {', '.join(SCHEDULERS)}")
+    if int(steps * strength) < 1:
+        raise ValueError(f"strength {strength:g} of {steps} steps leaves no step to do; raise one of them")
+    return SCHEDULERS[name](config, steps, strength)

@@ -1,0 +1,69 @@
+"""Which Ray a command runs on: the cluster at ``RAY_ADDRESS``, or a private one on this machine that ends with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Usage statistics are off by choice; workers chdir into temporary folders and would otherwise import nothing.
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default of 2 s makes every checkpoint wait
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextmanager
+def session(cpus: int | None = None, verbose: bool = False) -> Iterator[None]:
+    """Connect, and disconnect at the end. Never a bare ``ray.init()``, which joins whatever happens to be running.
+
+    A private cluster listens on loopback only and keeps its dashboard off; ``cpus`` are its logical CPUs.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # with it, Ray on Linux keeps to 127.0.0.1
+    import ray
+
+    if ray.is_initialized():  # somebody's notebook or test: theirs to end
+        yield
+        return
+    level = logging.INFO if verbose else logging.ERROR
+    if address:
+        ray.init(address=address, log_to_driver=verbose, logging_level=level)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level=level,
+            _node_ip_address="127.0.0.1",
+        )
+    if not verbose:
+        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def gpus() -> int:
+    """GPUs of the connected cluster."""
+    import ray
+
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def cpus() -> int:
+    """CPUs of the connected cluster."""
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))

@@ -1,0 +1,60 @@
+"""Generation on a cluster: one Ray Data row is one planned shard, one actor holds one pipeline.
+
+Workers commit their own shards; what comes back to the driver is a report of a few numbers. All state is in the run
+folder, so a lost driver, node or cluster costs the shards in flight and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import ray.data
+
+from diffva_ray import ray_cluster
+from diffva_ray.generate.shard import Workbench, run_shard
+
+
+class ShardWorker:
+    """An actor of the pool: opens its workbench once, then runs shard after shard."""
+
+    def __init__(self, run: str, data: str, model: str, device: str) -> None:
+        self.bench = Workbench.open(run, data, model, device)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+        reports = [run_shard(self.bench, int(shard)) for shard in batch["shard"]]
+        return {key: [report[key] for report in reports] for key in ("shard", "records", "ok")}
+
+
+def generate(
+    run: str,
+    data: str,
+    model: str,
+    pending: list[int],
+    on_shard: Callable[[dict[str, int]], None],
+    actors: int | None = None,
+    gpus_per_actor: float | None = None,
+) -> None:
+    """Run the ``pending`` shards on an actor pool; ``on_shard`` is called as each is committed.
+
+    By default one actor for each GPU (one GPU each), or for each CPU where the cluster has no GPU.
+    """
+    share = gpus_per_actor if gpus_per_actor is not None else (1.0 if ray_cluster.gpus() else 0.0)
+    if actors is None:
+        actors = int(ray_cluster.gpus() / share) if share else ray_cluster.cpus()
+    actors = max(1, min(actors, len(pending)))
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    shards = ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=len(pending))
+    reports = shards.map_batches(
+        ShardWorker,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+        num_gpus=share or None,
+        num_cpus=0,  # with a CPU each, the actors of a small machine starve Ray Data's own tasks
+        fn_constructor_args=(run, data, model, "cuda" if share else "cpu"),
+    )
+    for report in reports.iter_rows():
+        on_shard(report)

@@ -1,0 +1,384 @@
+"""Each layout is recognised, from its root or the folder above, with one listing and through the store alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from diffva_ray.config import DataConfig
+from diffva_ray.data import boxes, datasets
+from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.films import Film, UnusableData
+from diffva_ray.storage import Entry, LocalStore
+
+KAGGLE = "COVID-19_Radiography_Dataset"
+PACK = Path(__file__).parents[4] / "shared" / "data"
+
+
+def lay(root: Path, *paths: str, content: bytes = b"x") -> Path:
+    for path in paths:
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    return root
+
+
+def radiography(root: Path) -> Path:
+    return lay(
+        root,
+        "COVID/images/COVID-1.png",
+        "COVID/masks/COVID-1.png",
+        "COVID/images/COVID-2.PNG",
+        "Normal/images/Normal-1.jpg",
+        "Normal/masks/Normal-1.png",
+        "Normal/images/notes.txt",
+        "Normal/images/._Normal-1.jpg",
+        "Normal.metadata.xlsx",
+    )
+
+
+def unusable(uri, *arguments, **options) -> str:
+    with pytest.raises(UnusableData) as caught:
+        open_dataset(uri, *arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_radiography_layout(tmp_path):
+    dataset = open_dataset(radiography(tmp_path))
+    assert dataset.kind == "radiography"
+    assert dataset.classes == {"COVID": 2, "Normal": 1}
+    assert dataset.films == [
+        Film("COVID/images/COVID-1.png", "COVID", 1, lung_mask="COVID/masks/COVID-1.png"),
+        Film("COVID/images/COVID-2.PNG", "COVID", 1),
+        Film("Normal/images/Normal-1.jpg", "Normal", 1, lung_mask="Normal/masks/Normal-1.png"),
+    ]
+    assert dataset.store.read(dataset.films[0].path) == b"x"
+
+
+def test_radiography_from_the_folder_above_ignores_the_rest_and_says_so(tmp_path):
+    radiography(tmp_path / KAGGLE)
+    radiography(tmp_path / "train_extra" / KAGGLE)
+    radiography(tmp_path / "other")
+    lay(tmp_path, "hires/COVID/COVID-1.png")
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.kind == "radiography"
+    assert {film.path.split("/")[0] for film in dataset.films} == {KAGGLE}
+    assert dataset.films[0].lung_mask == f"{KAGGLE}/COVID/masks/COVID-1.png"
+    assert any("ignored (hires, other, train_extra)" in note for note in dataset.notes)
+
+
+def test_several_sets_side_by_side_are_not_guessed_between(tmp_path):
+    radiography(tmp_path / "train")
+    radiography(tmp_path / "test")
+    assert "(test, train)" in unusable(tmp_path)
+
+
+def test_phantoms_bring_lesions_and_twins(tmp_path):
+    lay(tmp_path, "phantoms.json", "COVID/images/p1.png", "COVID/masks/p1.png")
+    lay(tmp_path, "COVID/lesions/p1.png", "COVID/twins/p1.png", "Normal/images/p2.png")
+    dataset = open_dataset(tmp_path)
+    assert dataset.kind == "phantoms"
+    film, healthy = dataset.films
+    assert (film.lung_mask, film.lesion_mask, film.twin) == (
+        "COVID/masks/p1.png",
+        "COVID/lesions/p1.png",
+        "COVID/twins/p1.png",
+    )
+    assert (healthy.lesion_mask, healthy.twin) == ("", "")
+
+
+def test_folder_per_class(tmp_path):
+    lay(tmp_path, "sick/a.png", "well/b.TIF", "well/c.dcm", "well/masks/b.png", "stray.png", "well/deep/d.png")
+    dataset = open_dataset(tmp_path)
+    assert dataset.kind == "folder"
+    assert dataset.classes == {"sick": 1, "well": 2}
+    assert dataset.films[1].lung_mask == "well/masks/b.png"
+    assert dataset.notes == ["2 images outside the class folders are ignored"]
+
+
+def test_one_class_folder_is_not_taken_for_classes(tmp_path):
+    assert "folder above" in unusable(radiography(tmp_path) / "COVID")
+
+
+def test_names_may_be_anything(tmp_path):
+    names = [
+        "ein Befund (1).png",
+        "胸部\u00e9.png",
+        "two\nlines.png",
+        "a'b\"c,d.png",
+        "-rf.png",
+        "100%#?.png",
+        "x..png",
+    ]
+    lay(tmp_path, *(f"Klasse mit\nÜ/images/{name}" for name in names))
+    lay(tmp_path, f"Klasse mit\nÜ/masks/{names[2]}")
+    dataset = open_dataset(tmp_path)
+    assert dataset.classes == {"Klasse mit\nÜ": len(names)}
+    assert [film.path.split("/")[-1] for film in dataset.films] == sorted(names)
+    assert sum(bool(film.lung_mask) for film in dataset.films) == 1
+    assert all(dataset.store.read(film.path) for film in dataset.films)
+
+
+def test_names_that_are_no_text_are_ignored_and_said(tmp_path):
+    lay(tmp_path, "COVID/images/a.png")
+    try:
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/COVID/images/\xff.png")).write_bytes(b"x")
+    except OSError:
+        pytest.skip("this file system refuses such names")
+    dataset = open_dataset(tmp_path)
+    assert len(dataset.films) == 1
+    assert any("not UTF-8" in note for note in dataset.notes)
+
+
+HEADER = "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Cardiomegaly,Lung Opacity\n"
+
+
+def chexpert(root: Path) -> Path:
+    here = "CheXpert-v1.0-small/train"
+    lay(root, *(f"train/patient0000{n}/study1/view1_frontal.jpg" for n in (1, 2, 3, 4)))
+    lay(root, "train/patient00001/study1/view2_lateral.jpg")
+    (root / "train.csv").write_text(
+        HEADER
+        + f"{here}/patient00001/study1/view1_frontal.jpg,F,68,Frontal,AP,1.0,,\n"
+        + f"{here}/patient00001/study1/view2_lateral.jpg,F,68,Lateral,,1.0,,\n"
+        + f"{here}/patient00002/study1/view1_frontal.jpg,M,50,Frontal,PA,,1.0,1.0\n"
+        + f"{here}/patient00003/study1/view1_frontal.jpg,M,51,Frontal,PA,,-1.0,1.0\n"
+        + f"{here}/patient00004/study1/view1_frontal.jpg,M,52,Frontal,PA,0.0,-1.0,\n"
+        + f"{here}/patient00005/study1/view1_frontal.jpg,M,53,Frontal,PA,,,1.0\n"
+    )
+    (root / "valid.csv").write_text(HEADER + "CheXpert-v1.0-small/valid/p/view1_frontal.jpg,F,1,Frontal,AP,1,0,0\n")
+    return root
+
+
+@pytest.mark.parametrize("above", ["", "CheXpert-v1.0-small/", "renamed/"])
+def test_chexpert_is_one_film_per_positive_label(tmp_path, above):
+    chexpert(tmp_path / above)
+    dataset = open_dataset(tmp_path)
+    assert dataset.kind == "chexpert"
+    assert dataset.classes == {"Cardiomegaly": 1, "Lung Opacity": 3, "Normal": 1}
+    assert dataset.films[0] == Film(f"{above}train/patient00001/study1/view1_frontal.jpg", "Normal", 1)
+    assert [film.size for film in dataset.films] == [1, 1, 1, 1, -1]
+    notes = "\n".join(dataset.notes)
+    assert "'No Finding' is class 'Normal'" in notes
+    assert "2 uncertain labels (-1), policy 'ignore': Cardiomegaly 2" in notes
+    assert "1 lateral views left out" in notes
+    assert "1 frontal films without a positive label" in notes
+    assert "1 frontal films are not there" in notes
+    assert "valid.csv: left out" in notes
+
+
+def test_chexpert_policies_and_healthy_class(tmp_path):
+    chexpert(tmp_path)
+    positive = open_dataset(tmp_path, DataConfig(uncertain="positive", healthy_class="Healthy"))
+    assert positive.classes == {"Cardiomegaly": 3, "Healthy": 1, "Lung Opacity": 3}
+    assert open_dataset(tmp_path, DataConfig(uncertain="negative")).films == open_dataset(tmp_path).films
+
+
+def test_chexpert_table_alone(tmp_path):
+    chexpert(tmp_path)
+    lay(tmp_path, "valid/p/view1_frontal.jpg")
+    assert open_dataset(tmp_path).classes["Normal"] == 2
+    assert open_dataset(tmp_path / "valid.csv").classes == {"Normal": 1}
+
+
+def test_chexpert_with_odd_values_or_no_films(tmp_path):
+    csv = HEADER + "CheXpert-v1.0-small/train/a_frontal.jpg,F,68,Frontal,AP,2,,\n"
+    lay(tmp_path, "train.csv", content=csv.encode())
+    assert "train.csv row 2: No Finding is '2'" in unusable(tmp_path)
+    lay(tmp_path, "train.csv", content=csv.replace(",2,", ",1,").encode())
+    assert "none of its 1 films is there" in unusable(tmp_path)
+
+
+def manifest(root: Path, text: str) -> Path:
+    file = lay(root, "films/a.png", "films/b c.png", "films/m.png") / "list.csv"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_manifest_with_masks_missing_and_repeated_rows(tmp_path):
+    file = manifest(
+        tmp_path,
+        "\ufeffpath,label,mask\n"
+        "films/b c.png,Normal,\n"
+        "./films/a.png, COVID,films/m.png\n"
+        "films/a.png,COVID,\n"
+        "films/a.png,Edema,films/none.png\n"
+        "films\\b c.png,Edema,\n"
+        "films/gone.png,COVID,\n",
+    )
+    dataset = open_dataset(file)
+    assert dataset.kind == "manifest"
+    assert dataset.films == [
+        Film("films/a.png", "COVID", 1, lung_mask="films/m.png"),
+        Film("films/a.png", "Edema", 1),
+        Film("films/b c.png", "Edema", 1),
+        Film("films/b c.png", "Normal", 1),
+        Film("films/gone.png", "COVID", -1),
+    ]
+    assert dataset.notes == [
+        "1 films named in list.csv are not there",
+        "1 masks named in list.csv are not there",
+        "1 repeated rows of the same film and label are merged",
+    ]
+
+
+def test_manifest_in_parquet(tmp_path):
+    manifest(tmp_path, "")
+    table = pa.table({"path": ["films/a.png", "films/b c.png"], "label": [0, 1], "mask": ["films/m.png", None]})
+    pq.write_table(table, tmp_path / "list.parquet")
+    dataset = open_dataset(f"{tmp_path}/list.parquet")
+    assert dataset.classes == {"0": 1, "1": 1}
+    assert [film.lung_mask for film in dataset.films] == ["films/m.png", ""]
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../secret.png", "films/../../secret.png", "/etc/passwd", "C:\\films\\a.png", "s3://bucket/a.png", "..\\a.png"],
+)
+@pytest.mark.parametrize("column", ["path", "mask"])
+def test_manifest_stays_in_its_folder(tmp_path, path, column):
+    cells = {"path": "films/a.png", "mask": "films/m.png"} | {column: path}
+    file = manifest(tmp_path, f"path,label,mask\n\nfilms/a.png,COVID,\n{cells['path']},COVID,{cells['mask']}\n")
+    message = unusable(file)
+    assert "list.csv row 4" in message
+    assert repr(path.replace("\\", "/")) in message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "empty"),
+        ("path,label\n", "names no films"),
+        ("file,class\na,b\n", "needs the columns path,label[,mask]; it has file,class"),
+        ("path,label\nfilms/a.png,\n", "row 2: the label is empty"),
+        ("path,label\n,COVID\n", "row 2: the path is empty"),
+        ("path,label\nfilms/a.png\n", "row 2: 1 cells under 2 columns"),
+        ('path,label\n"films/a.png,COVID\n', "not a CSV"),
+    ],
+)
+def test_unusable_manifests_say_why(tmp_path, text, said):
+    assert said in unusable(manifest(tmp_path, text))
+
+
+def test_manifests_that_are_no_tables(tmp_path):
+    lay(tmp_path, "list.csv", "list.parquet", content=b"\xff\xfe\x00 binary")
+    assert "UTF-8" in unusable(tmp_path / "list.csv")
+    assert "Parquet" in unusable(tmp_path / "list.parquet")
+    assert "no such file" in unusable(tmp_path / "none.csv")
+
+
+def test_no_data_names_the_layouts(tmp_path):
+    for uri in (tmp_path / "absent", tmp_path):
+        message = unusable(uri)
+        assert str(uri) in message
+        assert "<class>/images/*.png" in message
+        assert "train.csv" in message
+        assert "path,label" in message
+    assert "expected" in unusable(lay(tmp_path, "one.png", "a/b/c/d.png"))
+    assert "unknown scheme" in unusable("ftp://host/data")
+
+
+def test_classes_filter_films_and_boxes(tmp_path):
+    radiography(tmp_path)
+    lay(tmp_path, "boxes.csv", content=b"file,x,y,w,h\nCOVID-1.png,1,2,3,4\n")
+    assert open_dataset(tmp_path, classes=["COVID"]).boxes == {"COVID/images/COVID-1.png": [(1, 2, 3, 4)]}
+    normal = open_dataset(tmp_path, classes=["Normal"])
+    assert normal.classes == {"Normal": 1}
+    assert normal.boxes == {}
+    message = unusable(tmp_path, classes=["Normal", "Covid"])
+    assert "'Covid'" in message
+    assert "COVID, Normal" in message
+
+
+def test_boxes_beside_or_inside_the_data_set(tmp_path):
+    rows = f"file,x,y,w,h,reader\n{KAGGLE}/COVID/images/COVID-1.png,1,2,3,4,A\nCOVID/images/COVID-1.png,5,6,7.5,8,B\n"
+    rows += f"{KAGGLE}/COVID/images/other.png,1,1,1,1,A\n{KAGGLE}/Normal/images/Normal-1.jpg,,,,,A\n"
+    root = radiography(tmp_path / KAGGLE)
+    drawn = [(1, 2, 3, 4), (5, 6, 7.5, 8)]
+    lay(tmp_path, "boxes.csv", content=rows.encode())
+    outer = open_dataset(tmp_path)
+    assert outer.boxes == {f"{KAGGLE}/COVID/images/COVID-1.png": drawn}
+    assert "2 boxes on 1 films (boxes.csv); 1 fit no film" in outer.notes
+    inner = open_dataset(root)
+    assert inner.boxes == {}
+    assert boxes.read_boxes(rows.encode(), inner.films) == {"COVID/images/COVID-1.png": drawn}
+    lay(root, "boxes.csv", content=rows.encode())
+    assert open_dataset(root).boxes == {"COVID/images/COVID-1.png": drawn}
+
+
+def test_boxes_do_not_cross_classes():
+    films = [Film("COVID/images/1.png", "COVID"), Film("Normal/images/1.png", "Normal")]
+    header = b"file,x,y,w,h\n"
+    assert boxes.read_boxes(header + b"Viral/images/1.png,1,2,3,4\n", films) == {}
+    with pytest.raises(UnusableData, match=r"row 2: '1\.png' fits 2 films"):
+        boxes.read_boxes(header + b"1.png,1,2,3,4\n", films)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("1,2,3", "cells"),
+        ("1,2,x,4", "not x,y,w,h"),
+        ("1,2,0,4", "above 0"),
+        ("nan,2,3,4", "not a box"),
+        ("1,,3,4", "x,y"),
+    ],
+)
+def test_bad_boxes_name_their_row(row, said):
+    with pytest.raises(UnusableData, match=f"boxes.csv row 2.*{said}"):
+        boxes.read_boxes(f"file,x,y,w,h\na.png,{row}\n".encode(), [Film("a.png", "a")])
+    with pytest.raises(UnusableData, match="needs the columns file,x,y,w,h"):
+        boxes.read_boxes(b"file,x,y,width,height\n", [])
+
+
+class CountingStore:
+    """A store in memory, as far from a local folder as S3 is."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.uri = "s3://bucket/data"
+        self.files = files
+        self.listings = 0
+
+    def list(self, prefix: str = "") -> list[Entry]:
+        self.listings += 1
+        return sorted(Entry(path, len(data)) for path, data in self.files.items())
+
+    def read(self, path: str) -> bytes:
+        return self.files[path]
+
+
+@pytest.mark.parametrize("layout", [radiography, chexpert, lambda root: manifest(root, "path,label\nfilms/a.png,A\n")])
+def test_any_store_serves_and_is_listed_once(tmp_path, monkeypatch, layout):
+    root = layout(tmp_path)
+    local = open_dataset(root)
+    files = LocalStore(str(tmp_path))
+    store = CountingStore({entry.path: files.read(entry.path) for entry in files.list()})
+    opened = []
+    monkeypatch.setattr(datasets, "open_store", lambda uri: opened.append(uri) or store)
+    remote = open_dataset("s3://bucket/data" + (f"/{root.name}" if root.is_file() else ""))
+    assert remote.films == local.films
+    assert opened == ["s3://bucket/data"]
+    assert store.listings == 1
+
+
+def test_unreadable_stores_are_unusable_data(monkeypatch):
+    class Refusing(CountingStore):
+        def list(self, prefix: str = "") -> list[Entry]:
+            raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(datasets, "open_store", lambda uri: Refusing({}))
+    assert "Access Denied" in unusable("s3://bucket/data")
+
+
+@pytest.mark.skipif(not PACK.is_dir(), reason=f"no pack of real films at {PACK}")
+def test_pack_of_real_films():
+    dataset = open_dataset(PACK)
+    assert dataset.classes == {"COVID": 51, "Lung_Opacity": 75, "Normal": 126, "Viral Pneumonia": 59}
+    assert len(dataset.boxes) == 75
+    assert sum(map(len, dataset.boxes.values())) == 121
+    assert sum(bool(film.lung_mask) for film in dataset.films) == 44

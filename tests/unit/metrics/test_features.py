@@ -1,0 +1,172 @@
+"""Extractors: the stand-in is fixed and tells sets apart; Inception equals pytorch-fid's own and loads no other."""
+
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from diffva_ray.metrics import features
+from diffva_ray.metrics.fid import frechet_distance_features
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Threads that wait for each other on a busy machine take ten times as long as one alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def films(n: int, side: int, seed: int = 0, gain: float = 1.0) -> np.ndarray:
+    noise = np.random.default_rng(seed).standard_normal((n, side, side))
+    return np.clip(0.5 + gain * gaussian_filter(noise, (0, side / 32, side / 32)), 0, 1).astype(np.float32)
+
+
+def test_the_stand_in_says_what_it_is():
+    extractor = features.stand_in()
+    assert extractor.is_stand_in
+    assert extractor.name == "stand-in-random-conv-64"
+    assert extractor.dimension == 64
+    assert extractor.weights_sha256 == features.stand_in().weights_sha256
+    assert extractor(films(3, 64)).shape == (3, 64)
+    assert extractor(films(3, 64)).dtype == np.float32
+    assert extractor(films(0, 64)).shape == (0, 64)
+
+
+GOLDEN = [2.56673, 0.66100, 2.75332, 2.95426, 0.82556, 0.51584]
+
+
+def test_the_stand_in_is_the_same_on_every_machine():
+    """Values written down once; a change of them makes old and new tables incomparable."""
+    ramp = np.outer(np.linspace(0, 1, 64), np.linspace(1, 0, 64)).astype(np.float32)[None]
+    assert features.stand_in()(ramp)[0, [0, 9, 21, 37, 52, 63]] == pytest.approx(GOLDEN, rel=1e-3, abs=1e-4)
+
+
+def test_the_stand_in_ignores_batches_and_touches_no_global_seed():
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    extractor = features.stand_in()
+    x = films(70, 48)  # more than one micro-batch
+    together, alone = extractor(x), np.concatenate([extractor(image[None]) for image in x])
+    np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_stand_in_tells_sets_apart():
+    extractor = features.stand_in()
+    same = frechet_distance_features(extractor(films(300, 64, 0)), extractor(films(300, 64, 1)))
+    other = frechet_distance_features(extractor(films(300, 64, 0)), extractor(films(300, 64, 1, gain=1.3)))
+    assert other > 5 * same > 0
+
+
+def test_images_must_be_floats_in_a_stack():
+    with pytest.raises(ValueError, match="takes float images"):
+        features.stand_in()(np.zeros((2, 64, 64), np.uint8))
+    with pytest.raises(ValueError, match="takes float images"):
+        features.stand_in()(np.zeros((64, 64), np.float32))
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    """Random weights under pytorch-fid's names (its layers differ from torchvision's in what they do, not in what they
+    hold), as old as its file: without ``num_batches_tracked``. PyTorch's default initialisation would give features
+    near 1e-8."""
+    models = pytest.importorskip("torchvision.models")
+    network = models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    generator = torch.Generator().manual_seed(0)
+    state = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
+    for key, value in state.items():
+        if value.ndim == 4:
+            torch.nn.init.kaiming_normal_(value, generator=generator)
+        elif key.endswith("bn.bias"):
+            value.normal_(0, 0.1, generator=generator)
+    return state
+
+
+@pytest.fixture(scope="module")
+def weights(state, tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture
+def original(state, monkeypatch):
+    """pytorch-fid's own network with the same weights in place of its download."""
+    from pytorch_fid import inception
+
+    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *args, **kwargs: state)
+    return inception.InceptionV3([3]).eval()
+
+
+def test_inception_equals_pytorch_fid(weights, original):
+    extractor = features.inception(weights, resize="legacy")
+    assert (extractor.name, extractor.dimension, extractor.is_stand_in) == ("inception-pool3", 2048, False)
+    assert len(extractor.weights_sha256) == 64
+    before = torch.random.get_rng_state()
+    features.inception(weights)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for side in (299, 128):
+        x = films(2, side)
+        with torch.inference_mode():
+            expected = original(torch.from_numpy(x)[:, None].expand(-1, 3, -1, -1))[0].flatten(1).numpy()
+        assert 0.01 < expected.std() < 100
+        np.testing.assert_allclose(extractor(x), expected, rtol=1e-4, atol=1e-5 * expected.std())
+
+
+def test_clean_resizing_takes_both_sets_one_way(weights):
+    """At 299 both paths are one; elsewhere clean goes over the counterfactuals' grid, so a film stored larger than its
+    copy on that grid gets (nearly) the copy's features."""
+    legacy, clean = features.inception(weights, "legacy"), features.inception(weights, "clean")
+    x = films(1, 299)
+    np.testing.assert_allclose(clean(x), legacy(x), rtol=1e-5)
+
+    on_grid = features.inception(weights, "clean", grid=64)
+    large = films(1, 256)
+    small = torch.nn.functional.interpolate(
+        torch.from_numpy(large)[:, None], size=(64, 64), mode="bicubic", antialias=True
+    )
+    copy = small[:, 0].clamp(0, 1).numpy()
+    np.testing.assert_allclose(on_grid(large), on_grid(copy), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(on_grid(copy), clean(copy), rtol=1e-5)
+    with pytest.raises(ValueError, match="clean or legacy"):
+        features.inception(weights, "bilinear")
+
+
+@pytest.mark.parametrize("content", ["missing", "text", "other network", "tensor"])
+def test_a_wrong_file_is_named_in_one_line(content, tmp_path):
+    path = tmp_path / "weights.pth"
+    if content == "text":
+        path.write_text("<html>404</html>")
+    elif content == "other network":
+        torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+    elif content == "tensor":
+        torch.save(torch.zeros(3), path)
+    with pytest.raises(ValueError, match="expected pytorch-fid's Inception state dict") as raised:
+        features.inception(path)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_cache_is_torch_hub_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert features.inception_cache() is None
+    path = tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+    path.parent.mkdir()
+    path.touch()
+    assert features.inception_cache() == path
+
+
+def test_no_network_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    with pytest.raises(RuntimeError, match="--inception-weights PATH") as raised:
+        features.download_inception()
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,206 @@
+"""Localisation scores against brute force, ties included; thresholds, boxes, competitors, the interval."""
+
+import math
+
+import numpy as np
+import pytest
+
+from diffva_ray.metrics.localization import (
+    THRESHOLDS,
+    absolute,
+    baselines,
+    boxes_mask,
+    centre_prior,
+    dice_at,
+    fixed_threshold,
+    patient_bootstrap,
+    positive,
+    score,
+    smooth,
+)
+
+
+def film(seed: int, side: int = 16, levels: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Saliency in [-1, 1] (of few levels: many ties), truth and region, overlapping in part."""
+    random = np.random.default_rng(seed)
+    saliency = random.uniform(-1, 1, (side, side)).astype(np.float32)
+    if levels:
+        saliency = np.round(saliency * levels).astype(np.float32) / levels
+    truth = random.random((side, side)) < 0.2
+    saliency[truth] = np.minimum(saliency[truth] + 0.5, 1)
+    return saliency, truth, random.random((side, side)) < 0.7
+
+
+def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
+    return 2 * (prediction & truth).sum() / (prediction.sum() + truth.sum())
+
+
+CASES = [(seed, levels, masked) for seed in range(3) for levels in (None, 3, 40) for masked in (False, True)]
+
+
+@pytest.mark.parametrize(("seed", "levels", "masked"), CASES)
+def test_scores_equal_brute_force(seed, levels, masked):
+    saliency, truth, region = film(seed, levels=levels)
+    result = score(saliency, truth, region if masked else None)
+    inside = region if masked else np.ones_like(truth)
+    values, lesion = saliency[inside], truth[inside]
+
+    pairs = [(a > b) + 0.5 * (a == b) for a in values[lesion] for b in values[~lesion]]
+    assert result.auroc == pytest.approx(np.mean(pairs), abs=1e-12)
+
+    levels_seen = sorted(set(values.tolist()), reverse=True)
+    precision = [lesion[values >= v].mean() for v in levels_seen]
+    recall = [0, *((values[lesion] >= v).mean() for v in levels_seen)]
+    assert result.auprc == pytest.approx(np.dot(np.diff(recall), precision), abs=1e-12)
+
+    assert result.dice_best == pytest.approx(max(dice(values >= v, lesion) for v in levels_seen), abs=1e-12)
+    ious = [((values >= v) & lesion).sum() / ((values >= v) | lesion).sum() for v in levels_seen]
+    assert result.iou_best == pytest.approx(max(ious), abs=1e-12)
+    assert result.pointing_game == pytest.approx(lesion[values == values.max()].mean())
+    ratio = values[lesion & (values > 0)].sum() / values[values > 0].sum()
+    assert result.energy_in_truth == pytest.approx(ratio, rel=1e-5)
+
+    curve = [dice(values >= t, lesion) for t in THRESHOLDS]
+    np.testing.assert_allclose(result.dice_curve, curve, rtol=1e-6)
+    assert result.dice_curve.dtype == np.float32
+
+
+def test_a_perfect_and_a_hopeless_map():
+    _, truth, _ = film(0)
+    perfect, inverted = score(truth.astype(float), truth), score(1.0 - truth, truth)
+    assert (perfect.auroc, perfect.auprc, perfect.dice_best, perfect.iou_best) == (1, 1, 1, 1)
+    assert (perfect.pointing_game, perfect.energy_in_truth) == (1, 1)
+    assert (perfect.dice_curve == 1).all()
+    assert (inverted.auroc, inverted.pointing_game, inverted.energy_in_truth) == (0, 0, 0)
+
+
+def test_a_flat_map_scores_as_chance():
+    _, truth, _ = film(0)
+    flat = score(np.zeros_like(truth, dtype=float), truth)
+    assert flat.auroc == 0.5
+    assert flat.auprc == flat.pointing_game == pytest.approx(truth.mean())
+    assert math.isnan(flat.energy_in_truth)
+    assert (flat.dice_curve == 0).all()
+
+
+def test_nothing_to_find_is_none():
+    saliency, truth, region = film(0)
+    assert score(saliency, np.zeros_like(truth)) is None
+    assert score(saliency, np.ones_like(truth)) is None
+    assert score(saliency, ~region, region) is None
+    assert score(saliency, region | truth, region) is None
+    assert score(saliency, truth, np.zeros_like(region)) is None
+
+
+def test_bad_input_is_said():
+    saliency, truth, region = film(0)
+    with pytest.raises(ValueError, match="one shape"):
+        score(saliency, truth[:-1])
+    with pytest.raises(ValueError, match="one shape"):
+        score(saliency, truth, region[:, :-1])
+    saliency[0, 0] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        score(saliency, truth)
+
+
+def test_threshold_found_on_one_set_serves_another():
+    curves = np.stack([score(*film(seed)[:2]).dice_curve for seed in range(8)])
+    threshold, mean = fixed_threshold(curves)
+    assert mean == pytest.approx(curves.mean(axis=0).max())
+    assert dice_at(curves, threshold).mean() == pytest.approx(mean)
+    assert dice_at(curves, round(threshold, 6)).mean() == pytest.approx(mean)  # as read from a table
+    assert mean <= np.mean([score(*film(seed)[:2]).dice_best for seed in range(8)])
+    other = score(*film(9)[:2])
+    saliency, truth, _ = film(9)
+    assert dice_at(other.dice_curve[None], threshold)[0] == pytest.approx(dice(saliency >= threshold, truth))
+
+
+def test_thresholds_off_the_grid_are_refused():
+    curves = np.zeros((2, len(THRESHOLDS)), np.float32)
+    assert THRESHOLDS[-1] == 1
+    assert len(THRESHOLDS) == 400
+    assert THRESHOLDS[0] > 0
+    for wrong in (0.0, 1.2, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="lies outside"):
+            dice_at(curves, wrong)
+    with pytest.raises(ValueError, match=r"\[N, 400\]"):
+        fixed_threshold(curves[:, :10])
+    with pytest.raises(ValueError, match="no film"):
+        fixed_threshold(curves[:0])
+
+
+def test_boxes_are_squashed_with_the_film():
+    mask = boxes_mask([(100, 50, 200, 25)], width=400, height=100, size=8)  # a pixel is 50 x 12.5
+    expected = np.zeros((8, 8), bool)
+    expected[4:6, 2:6] = True
+    np.testing.assert_array_equal(mask, expected)
+    random = np.random.default_rng(0)
+    for x, y, w, h in random.uniform(50, 400, (20, 4)):
+        mask = boxes_mask([(x, y, w, h)], width=1000, height=800, size=500)
+        assert mask.mean() == pytest.approx(w * h / 800_000, rel=0.05)
+
+
+def test_boxes_thin_outside_or_without_area():
+    thin = boxes_mask([(10.2, 10.2, 0.1, 0.1)], width=100, height=100, size=10)
+    assert thin.sum() == 1
+    assert thin[1, 1]
+    assert not boxes_mask([(200, 0, 10, 10), (-50, 0, 10, 10), (-9, 0, 0.5, 10)], 100, 100, 10).any()
+    assert boxes_mask([(-50, -50, 500, 500)], 100, 100, 10).all()
+    assert boxes_mask([(0, 0, 10, 10), (90, 90, 10, 10)], 100, 100, 10).sum() == 2
+    assert not boxes_mask([], 100, 100, 10).any()
+    for box in ((0, 0, 0, 5), (0, 0, 5, -1), (0, 0, float("nan"), 1)):
+        with pytest.raises(ValueError, match="no area"):
+            boxes_mask([box], 100, 100, 10)
+
+
+def test_signs_and_smoothing():
+    m = np.array([[-0.5, 0.25]])
+    np.testing.assert_array_equal(positive(m), [[0, 0.25]])
+    np.testing.assert_array_equal(absolute(m), [[0.5, 0.25]])
+    spot = np.zeros((64, 64))
+    spot[32, 32] = 1
+    assert smooth(spot, 0) is spot
+    blurred = smooth(spot, 0.05)
+    assert blurred.sum() == pytest.approx(1)
+    offsets = np.arange(64) - 32
+    assert np.sqrt((blurred.sum(axis=0) * offsets**2).sum()) == pytest.approx(0.05 * 64, rel=0.02)
+    np.testing.assert_allclose(smooth(np.full((8, 8), 0.3), 0.2), 0.3)  # reflected: no dark rim
+
+
+def test_competitors_get_the_map_s_own_sign_and_smoothing():
+    source, _, _ = film(0, side=32)
+    source = np.abs(source)
+    found = baselines(source, source + 0.1, smoothing=0.05)
+    assert set(found) == {"brightness", "centre_prior", "autoencoder_difference"}
+    np.testing.assert_allclose(found["brightness"], smooth(source, 0.05))
+    assert (found["autoencoder_difference"] == 0).all()  # the reconstruction is brighter everywhere
+    np.testing.assert_allclose(
+        baselines(source, source + 0.1, 0.05, "absolute")["autoencoder_difference"], 0.1, rtol=1e-5
+    )
+    assert set(baselines(source, None, 0.0)) == {"brightness", "centre_prior"}
+    prior = centre_prior(9)
+    assert prior[4, 4] == prior.max() == 1
+    np.testing.assert_allclose(prior, prior[::-1, ::-1].T)
+
+
+def test_bootstrap_draws_patients_not_films():
+    """Ten patients of 20 equal films each: films drawn one by one would claim sqrt(20) times the precision."""
+    random = np.random.default_rng(0)
+    per_patient = random.normal(size=10)
+    values, patients = np.repeat(per_patient, 20), np.repeat([f"p{i}" for i in range(10)], 20)
+    low, high = patient_bootstrap(values, patients.tolist())
+    expected = 2 * 1.96 * per_patient.std() / np.sqrt(10)
+    assert low < per_patient.mean() < high
+    assert high - low == pytest.approx(expected, rel=0.15)
+    alone = patient_bootstrap(values, list(range(200)))
+    assert (high - low) / (alone[1] - alone[0]) == pytest.approx(np.sqrt(20), rel=0.15)
+    assert patient_bootstrap(values, patients.tolist()) == (low, high)
+
+
+def test_bootstrap_leaves_out_nan_and_knows_when_it_knows_nothing():
+    values, groups = [0.1, float("nan"), 0.3, 0.5], ["a", "b", "b", "c"]
+    assert patient_bootstrap(values, groups) == patient_bootstrap([0.1, 0.3, 0.5], ["a", "b", "c"])
+    for too_few in (([], []), ([0.5, 0.6], ["a", "a"]), ([float("nan")] * 2, ["a", "b"])):
+        assert all(math.isnan(end) for end in patient_bootstrap(*too_few))
+    with pytest.raises(ValueError, match="one group per value"):
+        patient_bootstrap([0.1, 0.2], ["a"])
