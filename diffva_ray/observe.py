@@ -20,7 +20,7 @@ def set_up_logging(verbose: bool = False) -> None:
 
 def duration(seconds: float) -> str:
     """``75`` -> ``1m15s``."""
-    seconds = int(round(seconds))
+    seconds = round(seconds)
     hours, minutes, rest = seconds // 3600, seconds // 60 % 60, seconds % 60
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
@@ -41,7 +41,7 @@ class Progress:
             self.said = now
             elapsed = max(now - self.started, 1e-6)
             rate = (done - self.first) / elapsed
-            left = f", {duration((self.total - done) / rate)} to go" if 0 < rate and done < self.total else ""
+            left = f", {duration((self.total - done) / rate)} to go" if rate > 0 and done < self.total else ""
             LOG.info(
                 "%s %d of %d %s, %.1f/s, %s%s%s",
                 self.what, done, self.total, self.unit, rate, duration(elapsed), left, f" ({note})" if note else "",

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from diffva_ray.config import GenerateConfig
+from diffva_ray.metrics.localization import smooth
 
 Image = NDArray[np.float32]
 
@@ -19,16 +19,7 @@ def attribution(film: Image, reconstruction: Image, counterfactual: Image, confi
     not count the autoencoder's own error as disease. ``smoothing`` is a Gaussian's sigma as a fraction of the width.
     """
     difference = (film if config.difference == "raw" else reconstruction) - counterfactual
-    return smooth(difference, config.smoothing)
-
-
-def smooth(image: Image, fraction: float) -> Image:
-    """Gaussian smoothing with sigma ``fraction`` of the width, mirrored at the border; 0 leaves the image as it is."""
-    if fraction == 0:
-        return image.astype(np.float32)
-    return ndimage.gaussian_filter(image.astype(np.float64), fraction * image.shape[1], mode="reflect").astype(
-        np.float32
-    )
+    return smooth(difference.astype(np.float64), config.smoothing).astype(np.float32)
 
 
 def energy(signed_map: Image, lungs: NDArray[np.bool_] | None = None) -> tuple[float, float | None]:

@@ -6,6 +6,8 @@ No noise is drawn: what the prompt does not speak of is carried through the enco
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from diffva_ray.counterfactual.latents import Denoiser, Edit
@@ -19,7 +21,7 @@ def edit(denoiser: Denoiser, request: Edit) -> torch.Tensor:
     alphas = scheduler.alphas_cumprod.to(request.latents)
     latents = request.latents
     upward = timesteps.flip(0)
-    for now, later in zip(upward[:-1], upward[1:]):
+    for now, later in itertools.pairwise(upward):
         output = denoiser.predict(latents, now, request.source)
         clean, noise = split(output, latents, alphas[now], scheduler.config.prediction_type)
         latents = alphas[later].sqrt() * clean + (1 - alphas[later]).sqrt() * noise

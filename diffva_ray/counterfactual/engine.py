@@ -95,9 +95,7 @@ class Counterfactuals:
         """Text embedding [1, length, width] of one prompt, computed once."""
         if prompt not in self._embeddings:
             ids, mask = text.tokenize(self.bundle.tokenizer, [prompt])
-            self._embeddings[prompt] = text.embed(
-                self.bundle.text_encoder, ids.to(self.device), mask.to(self.device)
-            )
+            self._embeddings[prompt] = text.embed(self.bundle.text_encoder, ids.to(self.device), mask.to(self.device))
         return self._embeddings[prompt]
 
     @torch.inference_mode()
@@ -152,4 +150,3 @@ class Counterfactuals:
         vae = self.bundle.vae
         grey = vae.decode(latents.to(vae.dtype)).sample.float().mean(dim=1) / 2 + 0.5
         return grey.clamp(0, 1).cpu().numpy()
-

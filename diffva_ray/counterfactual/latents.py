@@ -34,7 +34,7 @@ def noise(shape: torch.Size, generators: Sequence[torch.Generator]) -> torch.Ten
 class Denoiser:
     """The UNet with classifier-free guidance; latents stay float32, the network runs in its own dtype."""
 
-    def __init__(self, unet: torch.nn.Module, scheduler: dict[str, Any]) -> None:
+    def __init__(self, unet: Any, scheduler: dict[str, Any]) -> None:
         self.unet = unet
         self.scheduler_config = scheduler
 

@@ -117,3 +117,18 @@ def near_duplicates(hashes: dict[str, int]) -> list[list[str]]:
     for value, same in paths.items():
         groups.setdefault(root(value), []).extend(same)
     return sorted(sorted(group) for group in groups.values() if len(group) > 1)
+
+
+def describe_findings(found: dict[str, Any]) -> str:
+    """The findings in a few lines for people."""
+    lines = [f"{found['uri']}: {found['kind']}, {found['films']} films in {found['files']} files"]
+    lines += [f"  {label}: {count}" for label, count in found["classes"].items()]
+    truth = {key: found[f"with_{key}"] for key in ("lung_mask", "lesion_mask", "twin", "boxes")}
+    lines.append("with " + ", ".join(f"{key.replace('_', ' ')}: {count}" for key, count in truth.items()))
+    lines.append("sizes: " + ", ".join(f"{size} ({count})" for size, count in found["sizes"].items()))
+    lines.append("modes: " + ", ".join(f"{mode} ({count})" for mode, count in found["modes"].items()))
+    lines += [f"unreadable: {bad['path']!r}: {bad['reason']}" for bad in found["unreadable"]]
+    groups = found["near_duplicates"]["groups"]
+    lines += [f"near-duplicates: {', '.join(map(repr, group))}" for group in groups[:10]]
+    lines += [f"near-duplicates: {len(groups) - 10} more groups (--json has all)"] if len(groups) > 10 else []
+    return "\n".join([*lines, *(f"note: {note}" for note in found["notes"])])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,7 @@ from numpy.typing import NDArray
 
 from diffva_ray.data.films import Film
 from diffva_ray.data.images import BadImage, decode, to_square
-from diffva_ray.evaluate.records import grey
-from diffva_ray.generate.plan import Run, part
+from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.features import Extractor
 from diffva_ray.metrics.fid import delete_group_jackknife, frechet_distance_features, matched
 from diffva_ray.metrics.kid import kid
@@ -68,16 +68,19 @@ def _shard_features(
         if title and list(stored["ids"]) == wanted:
             return stored[f"{title}/source"], stored[f"{title}/counterfactual"]
     size = run.recipe.model.resolution
-    before = embed(extractor, ((lambda path=row["source_path"]: data.read(path)) for row in rows), size)
-    after = embed(extractor, ((lambda path=row["counterfactual_path"]: run.store.read(path)) for row in rows), size)
-    sink = io.BytesIO()
-    np.savez(
-        sink,
-        ids=np.array([row["record_id"] for row in rows]),
-        **{f"{extractor.name}/source": before, f"{extractor.name}/counterfactual": after},
-    )
-    run.store.put(f"features/{key}/{name}.npz", sink.getvalue())
+    before = embed(extractor, [partial(data.read, row["source_path"]) for row in rows], size)
+    after = embed(extractor, [partial(run.store.read, row["counterfactual_path"]) for row in rows], size)
+    ids = np.array([row["record_id"] for row in rows])
+    arrays = {"ids": ids, f"{extractor.name}/source": before, f"{extractor.name}/counterfactual": after}
+    run.store.put(f"features/{key}/{name}.npz", npz(arrays))
     return before, after
+
+
+def npz(arrays: dict[str, Any]) -> bytes:
+    """Named arrays as an .npz file."""
+    sink = io.BytesIO()
+    np.savez(sink, **arrays)
+    return sink.getvalue()
 
 
 def cache_key(extractor: Extractor) -> str:
@@ -85,7 +88,7 @@ def cache_key(extractor: Extractor) -> str:
     return f"{extractor.name}-{extractor.resize}-{extractor.weights_sha256[:8]}"
 
 
-def embed(extractor: Extractor, readers: Iterator[Callable[[], bytes]], size: int) -> Features:
+def embed(extractor: Extractor, readers: Iterable[Callable[[], bytes]], size: int) -> Features:
     """Features [n, d] of image files. ``legacy`` takes each file at its stored size, everything else on the model's
     square grid. Raises BadImage for an unreadable one."""
     found: list[Features] = []
@@ -100,7 +103,7 @@ def embed(extractor: Extractor, readers: Iterator[Callable[[], bytes]], size: in
         image = decode(read())
         if extractor.resize != "legacy":
             image = to_square(image, size)
-        if waiting and waiting[0].shape != image.shape or len(waiting) == extractor.micro_batch:
+        if (waiting and waiting[0].shape != image.shape) or len(waiting) == extractor.micro_batch:
             flush()
         waiting.append(image)
     flush()
@@ -121,13 +124,11 @@ def reference_features(
     size, rows = run.recipe.model.resolution, []
     for film in films:
         try:
-            rows.append(embed(extractor, iter([lambda path=film.path: store.read(path)]), size))
+            rows.append(embed(extractor, [partial(store.read, film.path)], size))
         except (BadImage, OSError):
             continue
     features = np.concatenate(rows) if rows else np.zeros((0, extractor.dimension), np.float32)
-    sink = io.BytesIO()
-    np.savez(sink, features=features, unreadable=len(films) - len(rows), label=label)
-    run.store.put(path, sink.getvalue())
+    run.store.put(path, npz({"features": features, "unreadable": len(films) - len(rows), "label": label}))
     return features, len(films) - len(rows)
 
 

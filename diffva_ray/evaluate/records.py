@@ -60,7 +60,7 @@ class Truth:
 
 def grey(store: Store, path: str) -> NDArray[np.float32]:
     """A stored 8-bit picture as float32 in [0, 1]."""
-    return np.asarray(Image.open(io.BytesIO(store.read(path))).convert("L"), np.float32) / 255
+    return np.asarray(Image.open(io.BytesIO(store.read(path))).convert("L"), np.float32) / np.float32(255)
 
 
 def read_images(run: Run, data: Store, row: Row) -> Images:
@@ -94,5 +94,3 @@ def read_truth(run: Run, data: Store, row: Row, boxes: Boxes) -> Truth:
         except (OSError, BadImage):
             twin = None
     return Truth(lesion, mask(row["lung_mask_path"]), twin)
-
-

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -17,10 +19,11 @@ import pyarrow.parquet as pq
 
 from diffva_ray.config import GenerateConfig, Recipe, fingerprint, fingerprint_difference, make_recipe
 from diffva_ray.data.films import Dataset
-from diffva_ray.schema import PLAN, SCHEMA_VERSION, digest, record_id, record_seed
+from diffva_ray.schema import PLAN, SCHEMA_VERSION, record_id, record_seed
 from diffva_ray.storage import Store
 
 RUN, PLAN_FILE, SUCCESS = "run.json", "plan.parquet", "_SUCCESS"
+FOLDERS = ("counterfactuals", "maps", "reconstructions")  # the images of a record, one file each
 ENVIRONMENT = ("torch", "device")  # may be changed on request; everything else may not
 SWEPT = ("strength", "guidance_scale", "num_inference_steps", "scheduler", "method", "prompt")
 
@@ -124,8 +127,10 @@ def check_settings(config: GenerateConfig, method: str, settings: dict[str, Any]
     if int(steps * strength) < 1:
         raise PlanError(f"strength {strength:g} of {steps} steps leaves no step to do; raise one of them")
     if method == "ddim-inversion" and settings["scheduler"] != "ddim":
-        raise PlanError(f"method ddim-inversion runs with scheduler ddim, not {settings['scheduler']}; "
-                        "give --scheduler ddim or --method sdedit")
+        raise PlanError(
+            f"method ddim-inversion runs with scheduler ddim, not {settings['scheduler']}; "
+            "give --scheduler ddim or --method sdedit"
+        )
 
 
 def pixel_keys(recipe: Recipe, request: Request, model_digest: str, torch: str, device: str) -> dict[str, Any]:
@@ -170,16 +175,25 @@ class Run:
     def shards(self) -> int:
         return int(self.about["shards"])
 
-    def plan(self) -> pa.Table:
-        """The whole plan. Raises ValueError when it is not the one ``run.json`` was written for."""
+    @cached_property
+    def _plan(self) -> bytes:
         data = self.store.read(PLAN_FILE)
-        if digest(data.hex()) != self.about["plan_digest"]:
-            raise ValueError(f"{self.store.uri}/{PLAN_FILE} is not the plan that {RUN} was written for")
-        return pq.read_table(io.BytesIO(data))
+        if hashlib.sha256(data).hexdigest() != self.about["plan_sha256"]:
+            raise PlanError(f"{self.store.uri}/{PLAN_FILE} is not the plan that {RUN} was written for")
+        return data
+
+    def plan(self) -> pa.Table:
+        """The whole plan. Raises PlanError when it is not the one ``run.json`` was written for."""
+        return pq.read_table(io.BytesIO(self._plan))
 
     def shard_rows(self, shard: int) -> list[dict[str, Any]]:
         """The planned records of one shard: the plan keeps one row group per shard."""
-        return pq.ParquetFile(io.BytesIO(self.store.read(PLAN_FILE))).read_row_group(shard).to_pylist()
+        return pq.ParquetFile(io.BytesIO(self._plan)).read_row_group(shard).to_pylist()
+
+    def shard_sizes(self) -> list[int]:
+        """Number of records of each shard."""
+        metadata = pq.ParquetFile(io.BytesIO(self._plan)).metadata
+        return [metadata.row_group(shard).num_rows for shard in range(metadata.num_row_groups)]
 
     def done(self) -> set[int]:
         """Committed shards, from one listing."""
@@ -237,7 +251,7 @@ def start_run(store: Store, table: pa.Table, keys: dict[str, Any], about: dict[s
         "keys": keys,
         "records": len(table),
         "shards": len(starts),
-        "plan_digest": digest(data.hex()),
+        "plan_sha256": hashlib.sha256(data).hexdigest(),
         **about,
     }
     if not store.put_if_absent(RUN, json.dumps(about, indent=1).encode()):

@@ -34,7 +34,7 @@ from diffva_ray.data.images import (
     quantise,
     to_square,
 )
-from diffva_ray.generate.plan import Run, open_run, part
+from diffva_ray.generate.plan import FOLDERS, Run, open_run, part
 from diffva_ray.metrics.features import Extractor, stand_in
 from diffva_ray.metrics.ssim import l1, ms_ssim, psnr, ssim
 from diffva_ray.metrics.validity import Judge, load_judge
@@ -205,7 +205,7 @@ def _record(
     config, row = bench.run.recipe.generate, source.row
     film = source.square
     assert film is not None
-    healed, rebuilt = counterfactual.astype(np.float32) / 255, reconstruction.astype(np.float32) / 255
+    healed, rebuilt = (pixels.astype(np.float32) / np.float32(255) for pixels in (counterfactual, reconstruction))
     signed = attribution(film, rebuilt, healed, config)
     names = {kind: f"{kind}/{part(row['shard'])}/{row['record_id']}.png" for kind in FOLDERS}
     with watch("metrics"):
@@ -248,18 +248,12 @@ def _record(
     }
 
 
-FOLDERS = ("counterfactuals", "maps", "reconstructions")
-
-
 def _features(name: str, features: dict[str, Any]) -> bytes:
     """float32 features by extractor, with the ids of their rows."""
     sink = io.BytesIO()
     sources, counterfactuals = zip(*features.values(), strict=True)
-    np.savez(
-        sink,
-        ids=np.array(list(features)),
-        **{f"{name}/source": np.stack(sources), f"{name}/counterfactual": np.stack(counterfactuals)},
-    )
+    arrays: dict[str, Any] = {f"{name}/source": np.stack(sources), f"{name}/counterfactual": np.stack(counterfactuals)}
+    np.savez(sink, ids=np.array(list(features)), **arrays)
     return sink.getvalue()
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from diffva_ray.data.images import BadImage, decode_map, map_levels, pixel_digest
-from diffva_ray.generate.plan import Run, part
+from diffva_ray.generate.plan import FOLDERS, Run, part
 from diffva_ray.schema import RECORDS, Status
 
 
@@ -23,8 +23,9 @@ class Problem:
     what: str
 
 
-def verify_shard(run: Run, shard: int) -> list[Problem]:
-    """What is wrong with one shard: its part, its ids, its fingerprint, its images' pixels."""
+def verify_shard(run: Run, shard: int, present: set[str] | None = None) -> list[Problem]:
+    """What is wrong with one shard: its part, its ids, its fingerprint, its images' pixels (or, with the listing
+    ``present``, only that they are there)."""
     name = f"records/{part(shard)}.parquet"
     try:
         table = pq.read_table(io.BytesIO(run.store.read(name)))
@@ -49,7 +50,10 @@ def verify_shard(run: Run, shard: int) -> list[Problem]:
             (row["attribution_path"], row["map_sha256"], True),
             (row["reconstruction_path"], row["reconstruction_sha256"], False),
         ):
-            wrong = _image_problem(run, path, digest, signed)
+            if present is not None:
+                wrong = None if path in present else "is missing"
+            else:
+                wrong = _image_problem(run, path, digest, signed)
             if wrong:
                 problems.append(Problem(shard, f"{path} {wrong}"))
     return problems
@@ -66,13 +70,17 @@ def _image_problem(run: Run, path: str, expected: str, signed: bool) -> str | No
     return None if pixel_digest(pixels) == expected else "has other pixels than its record says"
 
 
-def verify(run: Run) -> list[Problem]:
-    """All problems of a run, by shard; an empty list is a complete and sound run."""
+def verify(run: Run, pixels: bool = True) -> list[Problem]:
+    """All problems of a run, by shard; an empty list is a complete and sound run. Without ``pixels`` images are looked
+    up in one listing and not opened."""
     run.plan()
-    strangers = [Problem(shard, f"records/{part(shard)}.parquet is not planned") for shard in sorted(run.done())
-                 if shard >= run.shards]  # fmt: skip
+    present = None
+    if not pixels:
+        present = {path for folder in FOLDERS for path, size in run.store.list(folder) if size > 0}
+    unplanned = [shard for shard in sorted(run.done()) if shard >= run.shards]
     with ThreadPoolExecutor(8) as pool:
-        found = pool.map(lambda shard: verify_shard(run, shard), range(run.shards))
+        found = list(pool.map(lambda shard: verify_shard(run, shard, present), range(run.shards)))
+    strangers = [Problem(shard, f"records/{part(shard)}.parquet is not planned") for shard in unplanned]
     return [problem for problems in found for problem in problems] + strangers
 
 

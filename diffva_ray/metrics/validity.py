@@ -55,9 +55,7 @@ class Judge(nn.Module):
     def predict(self, films: NDArray[np.float32]) -> list[str]:
         """The most probable class of each film [n, H, W]."""
         device = next(self.parameters()).device
-        return [
-            self.classes[int(self(torch.from_numpy(film[None]).to(device)).argmax())] for film in films
-        ]
+        return [self.classes[int(self(torch.from_numpy(film[None]).to(device)).argmax())] for film in films]
 
 
 def save_judge(judge: Judge, store: Store) -> None:

@@ -37,9 +37,9 @@ SD_SCHEDULER: dict[str, Any] = {
 class Bundle:
     """The parts of a latent diffusion model. ``digest`` is empty until the model has been saved or loaded."""
 
-    vae: AutoencoderKL
-    unet: UNet2DConditionModel
-    text_encoder: torch.nn.Module
+    vae: Any  # AutoencoderKL; diffusers' lazy imports hide its types
+    unet: Any  # UNet2DConditionModel
+    text_encoder: Any
     tokenizer: Any
     scheduler: dict[str, Any]
     recipe: Recipe
@@ -61,8 +61,8 @@ class Bundle:
         width, expected = self.text_encoder.config.hidden_size, self.unet.config.cross_attention_dim
         if width != expected:
             raise UnusableModel(
-                f"the text encoder's width is {width}, the UNet's cross-attention expects {expected}; choose an encoder "
-                "of that width"
+                f"the text encoder's width is {width}, the UNet's cross-attention expects {expected}; choose an "
+                "encoder of that width"
             )
         if self.recipe.model.resolution % (self.latent_scale * 2 ** (len(self.unet.config.block_out_channels) - 1)):
             raise UnusableModel(f"model.resolution {self.recipe.model.resolution} does not divide into whole latents")
@@ -131,7 +131,7 @@ def save(bundle: Bundle, store: Store, card: dict[str, Any]) -> str:
     return digest
 
 
-def _pipeline(bundle: Bundle) -> StableDiffusionPipeline:
+def _pipeline(bundle: Bundle) -> Any:
     return StableDiffusionPipeline(
         vae=bundle.vae,
         text_encoder=bundle.text_encoder,
@@ -154,7 +154,9 @@ def load(uri: str, recipe: Recipe | None = None) -> Bundle:
     store = open_store(uri)
     card = read_card(store)
     if card is None and not any(store.exists(f"{part}/config.json") for part in COMPONENTS):
-        raise UnusableModel(f"--model {uri}: no model there (no {CARD}, no diffusers folder); train one with diffva train")
+        raise UnusableModel(
+            f"--model {uri}: no model there (no {CARD}, no diffusers folder); train one with diffva train"
+        )
     folder = store.local_folder()
     digest = folder_digest(folder)
     if card is not None and card.get("digest") != digest:

@@ -45,8 +45,10 @@ def folder_digest(folder: Path) -> str:
                 )
             weights += file.suffix == ".safetensors"
             with file.open("rb") as stream:
-                content = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(
-                    stream.read()
+                content = (
+                    hashlib.file_digest(stream, "sha256")
+                    if hasattr(hashlib, "file_digest")
+                    else hashlib.sha256(stream.read())
                 )
             total.update(f"{file.relative_to(folder).as_posix()}\0{content.hexdigest()}\n".encode())
     if weights == 0:

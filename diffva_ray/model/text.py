@@ -61,9 +61,7 @@ def load_text_encoder(
             loader = CLIPTextModel  # AutoModel would bring the image half along
         elif config.model_type in ("bert", "roberta", "xlm-roberta"):
             extra["add_pooling_layer"] = False
-        encoder = loader.from_pretrained(
-            source, use_safetensors=True, trust_remote_code=False, **extra, **model_folder
-        )
+        encoder = loader.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **extra, **model_folder)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **tokenizer_folder)
     except OSError as error:
         raise UnusableModel(f"text encoder {source}: {first_line(error)}") from None

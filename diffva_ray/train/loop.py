@@ -73,9 +73,7 @@ def train(
     bundle = build(recipe)
     dataset: Dataset = open_dataset(data, recipe.data)
     films = FilmSet(dataset, recipe.model.resolution, recipe.train.cache_megabytes)
-    run = Run(
-        recipe, bundle, films, accelerator, open_store(model), fingerprint, report, time.monotonic(), []
-    )
+    run = Run(recipe, bundle, films, accelerator, open_store(model), fingerprint, report, time.monotonic(), [])
     if recipe.train.gradient_checkpointing:
         bundle.unet.enable_gradient_checkpointing()
         bundle.text_encoder.gradient_checkpointing_enable()
@@ -86,7 +84,7 @@ def train(
         worker = _stage(run, stage)
         if isinstance(worker, JudgeStage):
             judge = worker.judge
-        extra = {"judge": judge} if judge is not None else {}
+        extra: dict[str, torch.nn.Module] = {"judge": judge} if judge is not None else {}
         if resume and index >= position.stage:
             load_weights(resume, bundle, extra)
         if index < position.stage:
@@ -148,7 +146,9 @@ def _run_stage(
 
     said = time.monotonic()
     for step in range(start, stage.steps):
-        torch.manual_seed(step_generator(run.recipe.seed, f"{stage.name}/{accelerator.process_index}", step).initial_seed())
+        torch.manual_seed(
+            step_generator(run.recipe.seed, f"{stage.name}/{accelerator.process_index}", step).initial_seed()
+        )
         rate = learning_rate(
             step, stage.steps, stage.learning_rate, stage.warmup_steps, stage.schedule, stage.final_lr_fraction
         )
@@ -250,5 +250,3 @@ def _remove(folder: Path) -> None:
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()
-
-

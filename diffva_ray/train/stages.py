@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
@@ -44,9 +45,7 @@ class AutoencoderStage:
         channels = self.bundle.vae.config.latent_channels
         noise = normal((len(positions), channels, side, side), generator, pixels)[rows]
         reconstruction, mean, logvar = network(pixels, noise)
-        return autoencoder_loss(
-            reconstruction, pixels, mean, logvar, self.stage.kl_weight, self.stage.gradient_weight
-        )
+        return autoencoder_loss(reconstruction, pixels, mean, logvar, self.stage.kl_weight, self.stage.gradient_weight)
 
     @torch.no_grad()
     def finish(self, device: torch.device) -> None:
@@ -61,9 +60,9 @@ class AutoencoderStage:
 
 
 class _Autoencoder(nn.Module):
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Any = vae
 
     def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         posterior = self.vae.encode(pixels).latent_dist

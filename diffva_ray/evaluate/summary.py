@@ -1,0 +1,60 @@
+"""A run's tables on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS: dict[str, dict[str, str]] = {
+    "localization": {
+        "map": "map", "label": "class", "n": "n", "auroc": "AUROC", "auprc": "AUPRC", "dice_fixed": "Dice at fixed t",
+        "dice_best": "Dice best", "pointing_game": "pointing game",
+    },
+    "validity": {"label": "class", "n": "n", "flip_rate": "flip rate", "confidence_gain": "confidence gain"},
+    "twin": {
+        "label": "class", "n": "n", "lesion_error_ratio": "lesion error left", "psnr": "PSNR to twin",
+        "psnr_input": "film's own", "psnr_reconstruction": "autoencoder's",
+    },
+    "ssim": {"label": "class", "n": "n", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "ms_ssim_scales": "scales"},
+    "fid": {"set1": "set 1", "set2": "set 2", "n1": "n1", "n2": "n2", "kid": "KID", "value": "Fréchet distance"},
+}  # fmt: skip
+TITLES = {
+    "localization": "Localisation of the lesion",
+    "validity": "Validity (independent judge)",
+    "twin": "Against the lesion-free twin",
+    "ssim": "Film against counterfactual",
+    "fid": "Distances between sets",
+}
+
+
+def print_summary(metrics: dict[str, Any], console: Console | None = None) -> None:
+    """Every table that applies, then counts and notes."""
+    console = console or Console(width=None, soft_wrap=False)
+    for name, columns in COLUMNS.items():
+        rows = metrics.get(name)
+        if not rows:
+            continue
+        title = TITLES[name]
+        if name == "fid":
+            title += f" ({rows[0]['extractor']}, {rows[0]['resize']})"
+        table = Table(title=title, title_justify="left", header_style="bold")
+        shown = {key: head for key, head in columns.items() if any(row.get(key) is not None for row in rows)}
+        for key, head in shown.items():
+            table.add_column(head, justify="left" if key in ("map", "label", "set1", "set2") else "right")
+        for row in rows:
+            table.add_row(*(_cell(row.get(key)) for key in shown))
+        console.print(table)
+    counts = metrics["records"]
+    console.print(f"{counts['planned']} records planned, {counts['ok']} ok, {counts['quarantined']} quarantined")
+    for note in metrics.get("notes", []):
+        console.print(f"note: {note}", markup=False)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):  # KID with its standard error
+        return f"{value['value']:.3g} ± {value['standard_error']:.2g}"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return "" if value is None else str(value)

@@ -1,0 +1,166 @@
+"""From scores to tables: rows by class, and each table as CSV, Markdown, LaTeX and JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from diffva_ray.evaluate.scores import SIMPLE
+from diffva_ray.metrics.localization import dice_at, fixed_threshold, patient_bootstrap
+from diffva_ray.metrics.validity import flip_rate
+from diffva_ray.storage import Store
+
+Row = dict[str, Any]
+ALL = "all"  # the row over all classes
+
+
+def by_label(frame: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
+    """The rows of each class, then of all of them together."""
+    labels = sorted(frame["label"].unique())
+    for label in labels:
+        yield label, frame[frame["label"] == label]
+    if len(labels) > 1:
+        yield ALL, frame
+
+
+def finite_mean(values: Iterable[float]) -> float | None:
+    """Mean of the finite values (PSNR of equal images is infinite); None without any."""
+    numbers = np.asarray(list(values), dtype=float)
+    numbers = numbers[np.isfinite(numbers)]
+    return float(numbers.mean()) if len(numbers) else None
+
+
+def ssim_rows(records: pd.DataFrame, preset: str, grid: int) -> list[Row]:
+    """Table 3: SSIM and MS-SSIM of film and counterfactual, by class."""
+    return [
+        {
+            "label": label,
+            "n": len(rows),
+            "ssim": finite_mean(rows["ssim"]),
+            "ssim_sd": float(rows["ssim"].std()) if len(rows) > 1 else None,
+            "ms_ssim": finite_mean(rows["ms_ssim"]),
+            "ms_ssim_scales": int(rows["ms_ssim_scales"].iloc[0]),
+            "psnr": finite_mean(rows["psnr"]),
+            "l1": finite_mean(rows["l1"]),
+            "map_energy": finite_mean(rows["map_energy"]),
+            "map_energy_lung_fraction": finite_mean(rows["map_energy_lung_fraction"].dropna()),
+            "preset": preset,
+            "grid": grid,
+        }
+        for label, rows in by_label(records)
+    ]
+
+
+def validity_rows(records: pd.DataFrame) -> list[Row]:
+    """Flip rate by class: how many films the judge calls abnormal turn healthy."""
+    judged = records.dropna(subset=["judge_source", "judge_counterfactual"])
+    found = []
+    for label, rows in by_label(judged):
+        rate, n = flip_rate(rows["judge_source"].tolist(), rows["judge_counterfactual"].tolist())
+        found.append(
+            {
+                "label": label,
+                "n": n,
+                "flip_rate": None if math.isnan(rate) else rate,
+                "called_healthy_before": float((rows["judge_source"] > 0.5).mean()),
+                "confidence_gain": float((rows["judge_counterfactual"] - rows["judge_source"]).mean()),
+            }
+        )
+    return found
+
+
+def localization_rows(scores: list[Row], thresholds: dict[str, float] | None, source: str | None) -> list[Row]:
+    """Localisation by class and map. ``thresholds`` were fixed on another set, named by ``source``; without them there
+    is no fixed Dice. Intervals come from a bootstrap over films."""
+    if not scores:
+        return []
+    frame = pd.DataFrame(scores)
+    found = []
+    for name in dict.fromkeys(frame["map"]):
+        for label, rows in by_label(frame[frame["map"] == name]):
+            row: Row = {"label": label, "n": len(rows), **{key: finite_mean(rows[key]) for key in SIMPLE}}
+            row["auroc_interval"] = list(patient_bootstrap(rows["auroc"].to_numpy(), rows["source_path"].tolist()))
+            row |= {"map": name, "region": ", ".join(sorted(rows["region"].unique()))}
+            if thresholds and name in thresholds:
+                curves = np.stack(rows["dice_curve"].to_list())
+                row["dice_fixed"] = float(dice_at(curves, thresholds[name]).mean())
+                row |= {"threshold": thresholds[name], "threshold_from": source}
+            found.append(row)
+    return found
+
+
+def best_thresholds(scores: list[Row]) -> dict[str, float]:
+    """The threshold with the best mean Dice of each map: what ``--threshold-from`` takes over from a validation run."""
+    frame = pd.DataFrame(scores)
+    return {
+        name: fixed_threshold(np.stack(rows["dice_curve"].to_list()))[0]
+        for name, rows in (frame.groupby("map", sort=False) if len(frame) else ())
+    }
+
+
+def twin_rows(scores: list[Row]) -> list[Row]:
+    """Closeness to the lesion-free twin by class; ``lesion_error_ratio`` is the error left inside the lesion, as a
+    fraction of the film's own."""
+    if not scores:
+        return []
+    return [
+        {
+            "label": label,
+            "n": len(rows),
+            **{key: finite_mean(rows[key]) for key in ("psnr", "ssim", "psnr_input", "psnr_reconstruction")},
+            "lesion_error_ratio": float(rows["lesion_error"].sum() / max(rows["lesion_error_input"].sum(), 1e-12)),
+        }
+        for label, rows in by_label(pd.DataFrame(scores))
+    ]
+
+
+def write_table(store: Store, name: str, rows: list[Row], caption: str) -> None:
+    """``tables/<name>`` as .csv, .md, .tex and .json; nested values are spelled out in the JSON only."""
+    if not rows:
+        return
+    flat = pd.DataFrame([{key: _cell(value) for key, value in row.items()} for row in rows])
+    store.put(f"tables/{name}.json", json.dumps({"caption": caption, "rows": clean(rows)}, indent=1).encode())
+    store.put(f"tables/{name}.csv", flat.to_csv(index=False).encode())
+    heads = [str(column).replace("_", " ") for column in flat.columns]
+    cells = [["" if value is None or value != value else str(value) for value in row] for row in flat.to_numpy()]
+    lines = ["| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *_escaped(cells, "|", "\\|")]]
+    store.put(f"tables/{name}.md", ("\n".join(lines) + f"\n\n{caption}\n").encode())
+    body = [" & ".join(row) + r" \\" for row in [_latex(heads), *map(_latex, cells)]]
+    table = [r"\begin{tabular}{" + "l" * len(heads) + "}", r"\hline", body[0], r"\hline", *body[1:], r"\hline",
+             r"\end{tabular}", f"% {caption}"]  # fmt: skip
+    store.put(f"tables/{name}.tex", ("\n".join(table) + "\n").encode())
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(part)}" for key, part in value.items())
+    if isinstance(value, (list, tuple)):
+        return " to ".join(str(_cell(part)) for part in value)
+    return value
+
+
+def _escaped(cells: list[list[str]], old: str, new: str) -> list[list[str]]:
+    return [[cell.replace(old, new) for cell in row] for row in cells]
+
+
+def _latex(cells: list[str]) -> list[str]:
+    special = str.maketrans({sign: "\\" + sign for sign in "&%$#_{}"})
+    return [cell.translate(special) for cell in cells]
+
+
+def clean(value: Any) -> Any:
+    """The value for JSON: NaN and infinity become null."""
+    if isinstance(value, dict):
+        return {key: clean(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(part) for part in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return value

@@ -1,0 +1,259 @@
+"""The stages of a job, as the command line and a notebook call them: train, generate, reduce.
+
+Each continues what is there, does nothing when there is nothing to do, and raises one exception per exit code.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from diffva_ray.config import Recipe, fingerprint, load_recipe, make_recipe
+from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.films import Dataset, UnusableData
+from diffva_ray.evaluate.reduction import Options, Reduced, reduce_run
+from diffva_ray.generate.plan import (
+    FingerprintDiffers,
+    Request,
+    Run,
+    continue_run,
+    make_plan,
+    open_run,
+    pixel_keys,
+    start_run,
+)
+from diffva_ray.model.card import UnusableModel, folder_digest, read_card
+from diffva_ray.observe import LOG, Progress
+from diffva_ray.provenance import provenance, torch_version
+from diffva_ray.schema import digest
+from diffva_ray.storage import open_store
+
+TRAINING = ".train/training.json"
+
+
+def model_recipe(model: str, recipe: str | None, overrides: tuple[str, ...]) -> Recipe:
+    """The recipe to work with a model: the one named, or the one the model was trained with."""
+    if recipe is not None:
+        return load_recipe(recipe, overrides)
+    card = read_card(open_store(model))
+    if card is None:
+        raise UnusableModel(
+            f"--model {model}: no diffva.json there; train a model first, or name a recipe with --recipe"
+        )
+    return make_recipe(card["recipe"], overrides)
+
+
+def training_keys(recipe: Recipe, data: str) -> tuple[dict[str, Any], int]:
+    """What makes two trainings the same one, and the number of films."""
+    dataset = open_dataset(data, recipe.data)
+    wanted = {label for stage in recipe.train.stages for label in stage.classes}
+    absent = sorted(wanted - set(dataset.classes))
+    if absent:
+        raise UnusableData(
+            f"--data {data}: no film of class {absent[0]!r}, which the recipe trains on; there are "
+            f"{', '.join(dataset.classes)}"
+        )
+    films = sorted((film.path, film.label, film.size) for film in dataset.films)
+    keys = recipe.model_dump(mode="json", include={"seed", "data", "model", "train"})
+    return {**keys, "films": digest(films)}, len(films)
+
+
+def train_model(recipe: Recipe, data: str, out: str, workers: int = 1, gpus_per_worker: float | None = None) -> bool:
+    """Train (or go on training) and export to ``out``; False when that model is there already.
+
+    Raises FingerprintDiffers when ``out`` holds a model of another training.
+    """
+    from diffva_ray import ray_cluster
+
+    store = open_store(out)
+    keys, films = training_keys(recipe, data)
+    mark = fingerprint(keys)
+    try:
+        before = json.loads(store.read(TRAINING))
+    except (FileNotFoundError, NotADirectoryError):
+        before = None
+    if before is not None and before != keys:
+        changed = sorted(key for key in keys if before.get(key) != keys[key])
+        raise FingerprintDiffers(out, changed, _short(before), _short(keys))
+    card = read_card(store)
+    if card is not None:
+        if card.get("training_fingerprint") != mark:
+            raise FingerprintDiffers(
+                out, ["model"], {"model": card.get("training_fingerprint", "a foreign model")}, {"model": mark}
+            )
+        LOG.info("%s is trained already; nothing to do", out)
+        return False
+    store.put(TRAINING, json.dumps(keys).encode())
+    LOG.info("training recipe %s on %d films, %d workers", recipe.name, films, workers)
+    with ray_cluster.session():
+        from diffva_ray.ray_train import fit
+
+        about = {**provenance(), "data": data}
+        fit(recipe.model_dump(mode="json"), _absolute(data), _absolute(out), mark, about, workers, gpus_per_worker)
+    return True
+
+
+def _short(keys: dict[str, Any]) -> dict[str, Any]:
+    return {key: value if len(str(value)) < 60 else f"digest {digest(value)[:8]}" for key, value in keys.items()}
+
+
+def _absolute(uri: str) -> str:
+    """Workers run in folders of their own, so a path must not depend on where a command was given."""
+    return open_store(uri).uri if "://" not in uri and not uri.lower().endswith((".csv", ".parquet")) else uri
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is carried out; none of it changes a pixel."""
+
+    executor: str = "ray"
+    actors: int | None = None
+    gpus_per_actor: float | None = None
+    allow_environment_change: bool = False
+
+
+def plan_run(
+    recipe: Recipe, data: str, model: str, out: str, request: Request, execution: Execution, device: str
+) -> Run:
+    """The run at ``out``: planned now, or found there and continued. Raises FingerprintDiffers, PlanError."""
+    store = open_store(out)
+    card = read_card(open_store(model))
+    model_digest = card["digest"] if card else folder_digest(open_store(model).local_folder())
+    keys = pixel_keys(recipe, request, model_digest, torch_version(), device)
+    run = open_run(store)
+    if run is not None:
+        return continue_run(run, keys, execution.allow_environment_change)
+    dataset = _films_to_heal(recipe, data, request)
+    for note in dataset.notes:
+        LOG.info("data: %s", note)
+    about = {
+        "recipe": recipe.model_dump(mode="json"),
+        "data": data,
+        "data_root": dataset.store.uri,
+        "model": model,
+        **provenance(),
+    }
+    return start_run(store, make_plan(dataset, recipe, request), keys, about)
+
+
+def _films_to_heal(recipe: Recipe, data: str, request: Request) -> Dataset:
+    """The films of the classes asked for; by default of all but the healthy one."""
+    if request.classes is not None:
+        return open_dataset(data, recipe.data, request.classes)
+    dataset = open_dataset(data, recipe.data)
+    healthy = recipe.data.healthy_class
+    films = [film for film in dataset.films if film.label != healthy]
+    if not films:
+        raise UnusableData(f"--data {data}: holds only the healthy class {healthy}; name what to heal with --classes")
+    return replace(dataset, films=films)
+
+
+def generate_run(
+    recipe: Recipe, data: str, model: str, out: str, request: Request, execution: Execution = Execution()
+) -> dict[str, int]:
+    """Plan or continue the run at ``out`` and carry out all pending shards; returns counts of the work done now."""
+    if execution.executor == "inline":
+        from diffva_ray.counterfactual.engine import device_kind
+
+        return _carry_out(plan_run(recipe, data, model, out, request, execution, device_kind()), model, execution)
+    from diffva_ray import ray_cluster
+
+    with ray_cluster.session():
+        share = execution.gpus_per_actor
+        device = "cuda" if ray_cluster.gpus() and share != 0 else "cpu"
+        return _carry_out(plan_run(recipe, data, model, out, request, execution, device), model, execution)
+
+
+def _carry_out(run: Run, model: str, execution: Execution) -> dict[str, int]:
+    pending = run.pending()
+    total, shards = run.about["records"], run.shards
+    if not pending:
+        LOG.info("%s: all %d records in %d shards are done; nothing to do", run.store.uri, total, shards)
+        return {"shards": 0, "records": 0, "ok": 0}
+    sizes = run.shard_sizes()
+    done = total - sum(sizes[shard] for shard in pending)
+    LOG.info("%s: %d records in %d shards, %d shards pending", run.store.uri, total, shards, len(pending))
+    progress = Progress("generated", total, "records", done=done)
+    counts = {"shards": 0, "records": 0, "ok": 0}
+
+    def on_shard(report: dict[str, Any]) -> None:
+        counts["shards"] += 1
+        counts["records"] += report["records"]
+        counts["ok"] += report["ok"]
+        bad = counts["records"] - counts["ok"]
+        progress.update(done + counts["records"], f"{bad} quarantined" if bad else "")
+
+    if execution.executor == "inline":
+        from diffva_ray.generate.shard import Workbench, run_shard
+
+        bench = Workbench.open(run.store.uri, run.about["data_root"], model)
+        for shard in pending:
+            on_shard(run_shard(bench, shard))
+    else:
+        from diffva_ray.ray_generate import generate
+
+        generate(
+            run.store.uri, run.about["data_root"], _absolute(model), pending, on_shard,
+            execution.actors, execution.gpus_per_actor,
+        )  # fmt: skip
+    return counts
+
+
+def existing_run(uri: str) -> Run:
+    """The run at ``uri``. Raises UnusableData when nothing was planned there."""
+    run = open_run(open_store(uri))
+    if run is None:
+        raise UnusableData(f"{uri}: no run there (no run.json); make one with diffva generate")
+    return run
+
+
+def reduce(run: Run, options: Options, executor: str = "ray") -> Reduced:
+    """Verify the run and write its tables; scoring is spread over the cluster unless ``executor`` is ``inline``."""
+    data = run.about["data"]
+    if executor == "inline" or run.shards == 1:
+        return reduce_run(run, data, options)
+    from diffva_ray import ray_cluster
+
+    with ray_cluster.session():
+        from diffva_ray.ray_reduce import score
+
+        return reduce_run(run, data, options, score)
+
+
+def planned(recipe: Recipe, data: str, out: str, request: Request) -> dict[str, Any]:
+    """What ``diffva generate`` would do, for ``--dry-run``; nothing is written."""
+    run = open_run(open_store(out))
+    if run is not None:
+        return {"out": out, "records": run.about["records"], "shards": run.shards, "pending": len(run.pending())}
+    table = make_plan(_films_to_heal(recipe, data, request), recipe, request)
+    shards = len(set(table["shard"].to_pylist()))
+    return {"data": data, "out": out, "records": len(table), "shards": shards, "pending": shards}
+
+
+def parse_references(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """``LABEL=DATA_OR_RUN`` options. Raises UnusableData for one without a label."""
+    pairs = []
+    for text in texts:
+        label, equals, uri = text.partition("=")
+        if not (equals and label and uri):
+            raise UnusableData(f"--reference {text}: write LABEL=DATA or LABEL=RUN, as in Normal=data/test")
+        pairs.append((label, uri))
+    return tuple(pairs)
+
+
+def inception_path(option: str | None) -> str | None:
+    """Where Inception's weights are: the path given, a download when asked for, pytorch-fid's cache, or nowhere."""
+    from diffva_ray.metrics.features import download_inception, inception_cache
+
+    if option == "download":
+        try:
+            return str(download_inception())
+        except RuntimeError as error:
+            raise UnusableData(f"--inception-weights download: {error}") from None
+    if option is None:
+        cached = inception_cache()
+        return str(cached) if cached else None
+    if not open_store(option.rpartition("/")[0] or ".").exists(option.rpartition("/")[2]):
+        raise UnusableData(f"--inception-weights {option}: no such file")
+    return option

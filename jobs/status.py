@@ -1,0 +1,8 @@
+"""``diffva status` as an entry point: ``ray job submit --working-dir . -- python jobs/status.py ...``."""
+
+import sys
+
+from diffva_ray.cli import main
+
+if __name__ == "__main__":
+    main(["status", *sys.argv[1:]])
