@@ -48,7 +48,8 @@ def verb(name: str) -> Callable[[Callable[..., Any]], click.Command]:
     def decorate(function: Callable[..., Any]) -> click.Command:
         @wraps(function)
         def run(**options: Any) -> None:
-            from diffva_ray.evaluate.reduction import Incomplete, OverBudget
+            from diffva_ray.evaluate.reduction import Incomplete
+            from diffva_ray.generate.budget import OverBudget
 
             codes: dict[type[BaseException], int] = {
                 RecipeError: UNUSABLE,
@@ -202,7 +203,7 @@ def train(data: str, out: str, workers: int, gpus_per_worker: float | None, reci
 
     resolved = load_recipe(recipe or "phantom", overrides)
     if dry_run:
-        return show(resolved, data=data, out=out, films=training_keys(resolved, data)[1], workers=workers)
+        return show(resolved, data=data, out=out, films=len(training_keys(resolved, data)[1].films), workers=workers)
     if train_model(resolved, data, out, workers, gpus_per_worker):
         click.echo(f"model written to {out}")
 
@@ -238,8 +239,9 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     Example:
         diffva generate --data data/test --model models/mine --out runs/first
     """
+    from diffva_ray.generate.budget import check_budget
     from diffva_ray.generate.plan import Request, parse_sweep
-    from diffva_ray.pipeline import Execution, generate_run, model_recipe
+    from diffva_ray.pipeline import Execution, existing_run, generate_run, model_recipe
 
     flags = {
         "data__healthy_class": options["healthy_class"],
@@ -264,6 +266,7 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     counts = generate_run(recipe, data, model, out, request, execution)
     if counts["shards"]:
         click.echo(f"{counts['ok']} of {counts['records']} records ok; next: diffva reduce {out}")
+    check_budget(existing_run(out))
     return DONE
 
 
@@ -355,3 +358,7 @@ def verify(run: str, repair: bool) -> int:
 
 def _names(text: str | None) -> tuple[str, ...] | None:
     return tuple(name.strip() for name in text.split(",") if name.strip()) if text else None
+
+
+if __name__ == "__main__":
+    main()

@@ -70,12 +70,19 @@ def demo_recipe(quick: bool, seed: int) -> Recipe:
     return load_recipe("phantom", changes)
 
 
-GOALS = {"flip rate": ">= 0.95", "AUROC in lungs": ">= 0.94", "Dice at fixed t": ">= 0.72", "lesion error left": "<= 0.55"}
+GOALS = {
+    "flip rate": ">= 0.95",
+    "AUROC in lungs": ">= 0.94",
+    "Dice at fixed t": ">= 0.72",
+    "lesion error left": "<= 0.55",
+}
 
 
 def print_demo(ours: dict[str, Any], paper: dict[str, Any]) -> None:
     """Our recipe, the paper's and the trivial baselines side by side, on the test films."""
-    table = Table(title="Healthy twins of the test phantoms (positive part of the map; all classes)", title_justify="left")
+    table = Table(
+        title="Healthy twins of the test phantoms (positive part of the map; all classes)", title_justify="left"
+    )
     for head in ("", *GOALS):
         table.add_column(head, justify="right" if head else "left")
     table.add_row("recipe phantom", *_numbers(ours, "positive", twin=True))

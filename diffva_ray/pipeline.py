@@ -44,8 +44,8 @@ def model_recipe(model: str, recipe: str | None, overrides: tuple[str, ...]) -> 
     return make_recipe(card["recipe"], overrides)
 
 
-def training_keys(recipe: Recipe, data: str) -> tuple[dict[str, Any], int]:
-    """What makes two trainings the same one, and the number of films."""
+def training_keys(recipe: Recipe, data: str) -> tuple[dict[str, Any], Dataset]:
+    """What makes two trainings the same one, and the films."""
     dataset = open_dataset(data, recipe.data)
     wanted = {label for stage in recipe.train.stages for label in stage.classes}
     absent = sorted(wanted - set(dataset.classes))
@@ -56,7 +56,7 @@ def training_keys(recipe: Recipe, data: str) -> tuple[dict[str, Any], int]:
         )
     films = sorted((film.path, film.label, film.size) for film in dataset.films)
     keys = recipe.model_dump(mode="json", include={"seed", "data", "model", "train"})
-    return {**keys, "films": digest(films)}, len(films)
+    return {**keys, "films": digest(films)}, dataset
 
 
 def train_model(recipe: Recipe, data: str, out: str, workers: int = 1, gpus_per_worker: float | None = None) -> bool:
@@ -67,7 +67,7 @@ def train_model(recipe: Recipe, data: str, out: str, workers: int = 1, gpus_per_
     from diffva_ray import ray_cluster
 
     store = open_store(out)
-    keys, films = training_keys(recipe, data)
+    keys, dataset = training_keys(recipe, data)
     mark = fingerprint(keys)
     try:
         before = json.loads(store.read(TRAINING))
@@ -85,11 +85,11 @@ def train_model(recipe: Recipe, data: str, out: str, workers: int = 1, gpus_per_
         LOG.info("%s is trained already; nothing to do", out)
         return False
     store.put(TRAINING, json.dumps(keys).encode())
-    LOG.info("training recipe %s on %d films, %d workers", recipe.name, films, workers)
+    LOG.info("training recipe %s on %d films, %d workers", recipe.name, len(dataset.films), workers)
     with ray_cluster.session():
         from diffva_ray.ray_train import fit
 
-        about = {**provenance(), "data": data}
+        about = {**provenance(), "data": data, "data_kind": dataset.kind}
         fit(recipe.model_dump(mode="json"), _absolute(data), _absolute(out), mark, about, workers, gpus_per_worker)
     return True
 
@@ -131,6 +131,7 @@ def plan_run(
         "recipe": recipe.model_dump(mode="json"),
         "data": data,
         "data_root": dataset.store.uri,
+        "data_kind": dataset.kind,
         "model": model,
         **provenance(),
     }

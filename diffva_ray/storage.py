@@ -74,9 +74,10 @@ class LocalStore:
         entries, visited = [], set()
         for folder, folders, names in os.walk(top, followlinks=True):
             real = os.path.realpath(folder)
-            if real in visited:  # a loop of links
-                folders.clear()
-                continue
+            if real in visited or f"{os.path.realpath(os.path.dirname(folder))}/".startswith(f"{real}/"):
+                folders.clear()  # a loop of links, or a link to a folder that holds it
+                if real in visited or os.path.islink(folder):
+                    continue
             visited.add(real)
             for name in names:
                 file = os.path.join(folder, name)

@@ -24,6 +24,7 @@ from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.distances import distance_row, reference_features, run_features
 from diffva_ray.evaluate.records import Boxes, Row, read_records
 from diffva_ray.evaluate.scores import score_records
+from diffva_ray.generate.budget import check_budget
 from diffva_ray.generate.plan import PLAN_FILE, RUN, SUCCESS, Run, open_run
 from diffva_ray.generate.verification import Problem, verify
 from diffva_ray.metrics.features import Extractor, inception, stand_in
@@ -44,10 +45,6 @@ class Incomplete(Exception):
             f"{uri}: {shards} shards are missing or damaged (first: {problems[0].what}); run diffva generate again, "
             "or diffva verify --repair"
         )
-
-
-class OverBudget(Exception):
-    """More records were quarantined than the recipe allows; all work is kept."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +97,7 @@ def reduce_run(run: Run, data_uri: str, options: Options, score: Score | None = 
     run.store.put("tables/metrics.json", json.dumps(tables.clean(reduced.metrics), indent=1).encode())
     _write_manifest(run)
 
-    allowed = run.recipe.evaluate.max_quarantined_fraction
-    if len(quarantined) > allowed * len(records):
-        first = quarantined.iloc[0]
-        raise OverBudget(
-            f"{len(quarantined)} of {len(records)} records are quarantined, more than max_quarantined_fraction "
-            f"{allowed:g} allows (first: {first['source_path']}: {first['error']}); all are in "
-            f"{run.store.uri}/quarantine.parquet"
-        )
+    check_budget(run)
     run.store.put(SUCCESS, json.dumps(state).encode())
     return reduced
 

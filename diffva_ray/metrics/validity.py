@@ -27,10 +27,9 @@ class Judge(nn.Module):
         self.classes, self.healthy, self.width = tuple(classes), healthy, width
         layers: list[nn.Module] = []
         channels = 1
-        for step in range(4):
-            out = width * 2 ** min(step, 2)
-            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.GroupNorm(4, out), nn.SiLU()]
-            layers += [nn.AvgPool2d(2)] if step < 3 else []
+        for out, stride in ((width, 2), (2 * width, 2), (4 * width, 1), (4 * width, 2), (4 * width, 1)):
+            layers += [nn.Conv2d(channels, out, 5 if channels == 1 else 3, stride, padding=2 if channels == 1 else 1)]
+            layers += [nn.GroupNorm(4, out), nn.SiLU()]
             channels = out
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(2 * channels, len(self.classes))

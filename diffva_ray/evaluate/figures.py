@@ -1,0 +1,373 @@
+"""Pictures of a run: the paper's red overlay, signed maps, a grid of films, and how their scores are distributed.
+
+Drawn with matplotlib's objects and never with pyplot, whose global state belongs to whoever imports this package.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.films import UnusableData
+from diffva_ray.data.images import BadImage, decode_map
+from diffva_ray.evaluate.records import Boxes, Images, Row, Truth, read_images, read_records, read_truth
+from diffva_ray.generate.plan import SWEPT, Run
+from diffva_ray.schema import Status
+from diffva_ray.storage import open_store
+
+Image = NDArray[np.float32]
+RED = np.array([0.90, 0.05, 0.08], np.float32)
+DIVERGING = "RdBu_r"  # red and blue stay apart in every common colour blindness; white is no change
+OUTLINE = "#00a6d6"
+INK, MUTED, RULE = "#1c2328", "#5d6a73", "#c9d1d6"
+CLASS_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
+QUANTILE = 0.97  # of a run's maps, where no threshold has been fixed
+SAMPLED_MAPS = 64  # whose values set the colour scale
+CLASSES, STRIPS, POINTS = 4, 8, 300  # shown at most: classes of the grid, of the distributions, and points of a class
+PANEL, GAP, LEFT, TOP, LINE = 1.12, 0.045, 1.32, 0.30, 0.135  # inches
+
+
+def overlay(film: Image, signed_map: Image, threshold: float, region: NDArray[np.bool_] | None = None) -> Image:
+    """The paper's "generated tissue" as float32 [H, W, 3] in [0, 1]: ``film`` [H, W] in [0, 1], red exactly where
+    M > ``threshold`` (inside ``region``), denser the further above it.
+
+    ``signed_map`` is M when healing and -M when inducing a finding.
+    """
+    above = signed_map > threshold
+    if region is not None:
+        above &= region
+    excess = np.clip((signed_map - threshold) / max(2 * abs(threshold), 1e-3), 0, 1)
+    alpha = np.where(above, 0.35 + 0.5 * excess, 0)[..., None]
+    return np.clip((1 - alpha) * film[..., None] + alpha * RED, 0, 1).astype(np.float32)
+
+
+def diverging(signed_map: Image, limit: float) -> Image:
+    """A signed map [H, W] as float32 [H, W, 3]: blue at -``limit``, white at zero, red at ``limit`` and beyond."""
+    levels = np.clip(signed_map / limit, -1, 1) / 2 + 0.5
+    return matplotlib.colormaps[DIVERGING](levels)[..., :3].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How the maps of one run are coloured: red above ``threshold``, signed colours from -``limit`` to ``limit``."""
+
+    threshold: float
+    threshold_from: str
+    limit: float
+
+
+def reduced_metrics(run: Run) -> dict[str, Any] | None:
+    """``tables/metrics.json``; None when the run has not been reduced."""
+    return _json(run, "tables/metrics.json")
+
+
+def _json(run: Run, path: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(run.store.read(path))
+    except FileNotFoundError:
+        return None
+
+
+def map_scale(run: Run, records: pd.DataFrame) -> Scale:
+    """One colour scale for the whole run. The threshold is the one fixed on a validation run, else this run's own,
+    else a quantile of its maps; which it was is said in ``threshold_from``."""
+    values = np.concatenate([signed.ravel() for signed in _sampled_maps(run, records)] or [np.zeros(1, np.float32)])
+    limit = max(float(np.quantile(np.abs(values), 0.995)), 1e-3)
+    digits = 10.0 ** (math.floor(math.log10(limit)) - 1)
+    limit = math.ceil(limit / digits) * digits
+    for row in (reduced_metrics(run) or {}).get("localization", []):
+        if row["map"] == "positive" and row.get("threshold") is not None:
+            return Scale(row["threshold"], f"fixed on {row['threshold_from']}", limit)
+    own = _json(run, "tables/thresholds.json") or {}
+    if "positive" in own:
+        return Scale(own["positive"], "the best mean Dice of these same films", limit)
+    above = max(float(np.quantile(values, QUANTILE)), 1e-3)
+    return Scale(above, f"the {QUANTILE:.0%} quantile of this run's maps", limit)
+
+
+def _sampled_maps(run: Run, records: pd.DataFrame) -> Iterator[Image]:
+    paths = sorted(finished(records)["attribution_path"])
+    for path in paths[:: max(len(paths) // SAMPLED_MAPS, 1)][:SAMPLED_MAPS]:
+        try:
+            yield decode_map(run.store.read(path))
+        except (OSError, BadImage):
+            continue
+
+
+def finished(records: pd.DataFrame) -> pd.DataFrame:
+    """The ``ok`` records."""
+    return records[records["status"] == Status.OK.value]
+
+
+def direction(run: Run, label: str) -> int:
+    """1 where a film is healed, -1 where something is induced in a healthy one: the sign under which M is shown red."""
+    return -1 if label == run.recipe.data.healthy_class else 1
+
+
+def settings_line(run: Run) -> str:
+    """Method, settings, model and seed in one line; every value of what is swept."""
+    swept = dict(run.about["keys"]["sweep"])
+    values = {key: ", ".join(f"{v}" for v in swept.get(key, [run.about["keys"][key]])) for key in SWEPT}
+    return " · ".join(
+        [
+            values["method"],
+            f"strength {values['strength']}",
+            f"guidance {values['guidance_scale']}",
+            f"{values['num_inference_steps']} steps",
+            f"scheduler {values['scheduler']}",
+            f"prompt “{values['prompt']}”",
+            f"model {run.about['keys']['model_digest'][:12]}",
+            f"seed {run.about['keys']['seed']}",
+        ]
+    )
+
+
+def ranking(run: Run, records: pd.DataFrame) -> tuple[str, str]:
+    """The column films are ranked by, and what it is called: the judge's verdict on the twin where films are healed
+    and there is a judge, else SSIM."""
+    ok = finished(records)
+    if ok["judge_counterfactual"].notna().all() and run.recipe.data.healthy_class not in set(ok["label"]):
+        return "judge_counterfactual", "the judge's probability of healthy"
+    return "ssim", "SSIM"
+
+
+def spanning(run: Run, records: pd.DataFrame) -> list[tuple[str, Row]]:
+    """(rank, record) of the highest, the median and the lowest film of each class, by ``ranking``; ties by id."""
+    column, _ = ranking(run, records)
+    ok = finished(records)
+    chosen = []
+    for label in sorted(ok["label"].value_counts().sort_index().nlargest(CLASSES).index):
+        rows = ok[ok["label"] == label].sort_values([column, "record_id"], ascending=[False, True]).to_dict("records")
+        at = dict.fromkeys((0, (len(rows) - 1) // 2, len(rows) - 1))
+        chosen += [(rank, rows[n]) for rank, n in zip(("highest", "median", "lowest"), at)]
+    return chosen
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One row of the grid."""
+
+    rank: str
+    row: Row
+    images: Images
+    truth: Truth
+
+
+def _read_shown(run: Run, chosen: Sequence[tuple[str, Row]]) -> list[Shown]:
+    data = open_store(run.about["data_root"])
+    boxes = {} if any(row["lesion_mask_path"] for _, row in chosen) else _boxes(run)
+    shown = []
+    for rank, row in chosen:
+        try:
+            shown.append(Shown(rank, row, read_images(run, data, row), read_truth(run, data, row, boxes)))
+        except (OSError, BadImage):
+            continue  # a film that has gone leaves the grid, not the run, without it
+    return shown
+
+
+def _boxes(run: Run) -> Boxes:
+    try:
+        return open_dataset(run.about["data"]).boxes
+    except (UnusableData, OSError):
+        return {}
+
+
+def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
+    """PNG in the manner of the paper's figures 2 and 3: a row per film, with its twin, overlay and signed map, and the
+    truth where it is known. Raises ValueError when no film of the run can be shown.
+    """
+    records = read_records(run) if records is None else records
+    shown = _read_shown(run, spanning(run, records))
+    if not shown:
+        raise ValueError(f"{run.store.uri}: no finished film to show")
+    scale = map_scale(run, records)
+    truths = [title for title, known in (
+        ("true twin", any(film.truth.twin is not None for film in shown)),
+        ("lesion outline", any(film.truth.lesion is not None for film in shown)),
+    ) if known]  # fmt: skip
+    columns = ["film", "counterfactual", "red overlay", "signed map", *truths]
+    breaks = [0.0]
+    for before, after in itertools.pairwise(shown):
+        breaks.append(breaks[-1] + PANEL + GAP * (4 if before.row["label"] != after.row["label"] else 1))
+    width = LEFT + len(columns) * (PANEL + GAP) + 0.1
+    caption = textwrap.wrap(_caption(run, records, shown, scale), int(width * 21.5))
+    foot = 0.52 + LINE * len(caption)
+    height = TOP + breaks[-1] + PANEL + foot
+    figure = Figure(figsize=(width, height), facecolor="white")
+    for offset, film in zip(breaks, shown):
+        bottom = height - TOP - offset - PANEL
+        _row_label(figure, film, 0.1 / width, (bottom + PANEL / 2) / height)
+        for n, title in enumerate(columns):
+            place = ((LEFT + n * (PANEL + GAP)) / width, bottom / height, PANEL / width, PANEL / height)
+            axes = figure.add_axes(place)
+            axes.set_axis_off()
+            _panel(axes, title, film, scale, direction(run, film.row["label"]))
+            if offset == 0:
+                axes.set_title(title, fontsize=8, color=INK, pad=4)
+    _colour_bar(figure, scale, (LEFT + 3 * (PANEL + GAP)) / width, (foot - 0.13) / height, PANEL / width, height)
+    figure.text(0.1 / width, 0.1 / height, "\n".join(caption), fontsize=6.5, color=MUTED, va="bottom", parse_math=False,
+                linespacing=1.45)  # fmt: skip
+    return _png(figure)
+
+
+def _caption(run: Run, records: pd.DataFrame, shown: Sequence[Shown], scale: Scale) -> str:
+    signs = {"M" if direction(run, film.row["label"]) > 0 else "−M (inducing)" for film in shown}
+    text = (
+        f"Rows of each class: highest, median and lowest film by {ranking(run, records)[1]}. Red: "
+        f"{' or '.join(sorted(signs))} > τ = {scale.threshold:.3g} ({scale.threshold_from}), inside the lungs where "
+        f"their mask is known. {settings_line(run)}."
+    )
+    return " ".join(text.split())
+
+
+def _row_label(figure: Figure, film: Shown, x: float, y: float) -> None:
+    row = film.row
+    lines = [f"SSIM {row['ssim']:.3f}"]
+    if not _missing(row["judge_source"]):
+        lines.append(f"healthy {row['judge_source']:.2f} → {row['judge_counterfactual']:.2f}")
+    lines.append(film.rank)
+    name = short(row["label"], 17)
+    figure.text(x, y, "\n".join(["", *lines]), fontsize=6.8, color=MUTED, va="center", linespacing=1.5)
+    top = y + (len(lines) * 6.8 * 1.5 / 2 / 72) / figure.get_figheight()
+    figure.text(x, top, name, fontsize=8, color=INK, weight="bold", va="center", parse_math=False)
+
+
+def _panel(axes: Axes, title: str, film: Shown, scale: Scale, sign: int) -> None:
+    images, truth = film.images, film.truth
+    if (title == "true twin" and truth.twin is None) or (title == "lesion outline" and truth.lesion is None):
+        axes.text(0.5, 0.5, "unknown", fontsize=6.5, color=MUTED, ha="center", va="center", transform=axes.transAxes)
+        return
+    pictures = {
+        "counterfactual": images.counterfactual,
+        "red overlay": overlay(images.film, sign * images.signed_map, scale.threshold, truth.lungs),
+        "signed map": diverging(images.signed_map, scale.limit),
+        "true twin": images.film if truth.twin is None else truth.twin,
+    }
+    axes.imshow(pictures.get(title, images.film), cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
+    if title == "lesion outline" and truth.lesion is not None and truth.lesion.any():
+        axes.contour(truth.lesion.astype(float), levels=[0.5], colors=[OUTLINE], linewidths=0.9)
+
+
+def _colour_bar(figure: Figure, scale: Scale, left: float, bottom: float, width: float, height: float) -> None:
+    axes = figure.add_axes((left, bottom, width, 0.055 / height))
+    ramp = np.linspace(-1, 1, 256)[None]
+    axes.imshow(ramp, cmap=DIVERGING, aspect="auto", extent=(-scale.limit, scale.limit, 0, 1))
+    axes.set_yticks([])
+    axes.set_xticks([-scale.limit, 0, scale.limit], [f"−{scale.limit:.2g}", "0", f"{scale.limit:.2g}"])
+    axes.tick_params(labelsize=6.5, colors=MUTED, length=2, pad=1.5, width=0.5)
+    for spine in axes.spines.values():
+        spine.set(linewidth=0.4, color=RULE)
+
+
+def distributions(run: Run, records: pd.DataFrame | None = None) -> bytes:
+    """PNG: SSIM, map energy and, where there is a judge, its confidence before and after, film by film and class by
+    class. Raises ValueError when no film is finished."""
+    ok = finished(read_records(run) if records is None else records)
+    if ok.empty:
+        raise ValueError(f"{run.store.uri}: no finished film to show")
+    judged = ok.dropna(subset=["judge_source", "judge_counterfactual"])
+    counts = ok["label"].value_counts().sort_index()
+    labels = sorted(counts.nlargest(STRIPS).index)
+    panels = 3 if len(judged) else 2
+    breadth = max(2.9, 0.85 * len(labels) + 0.5)
+    shape = (1, panels) if len(labels) <= 4 else (panels, 1)
+    figure = Figure(figsize=(breadth * shape[1], 3.5 * shape[0]), facecolor="white", layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False).ravel()
+    for place, column, title in ((axes[0], "ssim", "SSIM, film and counterfactual"),
+                                 (axes[1], "map_energy", "Map energy, mean |M|")):  # fmt: skip
+        for n, label in enumerate(labels):
+            _strip(place, n, ok.loc[ok["label"] == label, column], CLASS_COLOURS[n % len(CLASS_COLOURS)])
+        _finish(place, title, [f"{short(label, 15)}\nn = {counts[label]}" for label in labels])
+    axes[1].set_ylim(bottom=0)
+    if panels == 3:
+        _before_and_after(axes[2], judged, labels)
+    note = "Points: films; bar: median and middle half of all films."
+    if counts.max() > POINTS:
+        note += f" At most {POINTS} points of a class are drawn."
+    if len(counts) > STRIPS:
+        note += f" The {STRIPS} largest of {len(counts)} classes."
+    figure.supxlabel(note, fontsize=6.5, color=MUTED, x=0.01, ha="left")
+    return _png(figure)
+
+
+def _before_and_after(axes: Axes, judged: pd.DataFrame, labels: Sequence[str]) -> None:
+    names = []
+    for n, label in enumerate(labels):
+        rows = judged[judged["label"] == label]
+        names.append(f"{short(label, 15)}\nn = {len(rows)}")
+        colour = CLASS_COLOURS[n % len(CLASS_COLOURS)]
+        _strip(axes, n - 0.2, rows["judge_source"], "#9aa5ad", spread=0.13)
+        _strip(axes, n + 0.2, rows["judge_counterfactual"], colour, spread=0.13)
+    axes.axhline(0.5, color=MUTED, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
+    axes.set_ylim(-0.03, 1.03)
+    _finish(axes, "Judge's probability of healthy", names)
+    axes.text(1, 1.015, "grey: film · colour: twin", fontsize=6.5, color=MUTED, ha="right", transform=axes.transAxes)
+
+
+def _strip(axes: Axes, x: float, values: pd.Series, colour: str, spread: float = 0.26) -> None:
+    numbers = np.sort(values[np.isfinite(values)].to_numpy(float))
+    if not len(numbers):
+        return
+    low, middle, high = np.quantile(numbers, [0.25, 0.5, 0.75])
+    drawn = numbers[np.linspace(0, len(numbers) - 1, min(len(numbers), POINTS)).round().astype(int)]
+    golden = (np.arange(len(drawn)) * 0.6180339887) % 1  # evenly scattered, and the same every time
+    axes.scatter(x + spread * (2 * golden - 1), drawn, s=7, color=colour, alpha=0.45, linewidths=0)
+    axes.plot([x, x], [low, high], color=INK, linewidth=2.4, solid_capstyle="butt")
+    axes.plot([x - 0.8 * spread, x + 0.8 * spread], [middle, middle], color=INK, linewidth=1.4)
+
+
+def _finish(axes: Axes, title: str, names: Sequence[str]) -> None:
+    axes.set_title(title, fontsize=8.5, color=INK, loc="left", pad=14, weight="bold")
+    axes.set_xticks(range(len(names)), names, fontsize=7, color=INK, parse_math=False, linespacing=1.4)
+    axes.set_xlim(-0.55, len(names) - 0.45)
+    axes.tick_params(axis="y", labelsize=7, colors=MUTED, length=0)
+    axes.tick_params(axis="x", length=0, pad=6)
+    axes.grid(axis="y", color="#e6eaed", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set(visible=side == "bottom", color=RULE, linewidth=0.8)
+
+
+def short(text: str, length: int) -> str:
+    """``text`` on one line of at most ``length`` characters, cut with an ellipsis."""
+    line = " ".join(str(text).replace("_", " ").split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def _missing(value: Any) -> bool:
+    return value is None or value != value
+
+
+def _png(figure: Figure) -> bytes:
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=200, metadata={"Software": None})
+    return sink.getvalue()
+
+
+def write_figures(run: Run, records: pd.DataFrame | None = None) -> list[str]:
+    """Draw ``figures/grid.png`` and ``figures/distributions.png``; returns the paths of those written: a figure
+    without any film to show is left out."""
+    records = read_records(run) if records is None else records
+    written = []
+    for path, draw in (("figures/grid.png", figure_grid), ("figures/distributions.png", distributions)):
+        try:
+            picture = draw(run, records)
+        except ValueError:
+            continue
+        run.store.put(path, picture)
+        written.append(path)
+    return written

@@ -1,0 +1,282 @@
+"""The numbers of the page: key figures as cards, tables as rows of finished text. Nothing is computed here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffva_ray.evaluate.tables import ALL
+from diffva_ray.metrics.localization import SALIENCY
+
+Row = dict[str, Any]
+Format = Callable[[Any], str]
+SMALL = 2048  # films, below which a Fréchet distance is mostly its own bias
+
+
+@dataclass(frozen=True)
+class Card:
+    """One key figure."""
+
+    title: str
+    value: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its text, whether it is a number, and whether it is the best of its group."""
+
+    text: str
+    number: bool
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows under one heading; each row is (kind, cells) with kind ``ours``, ``total`` or nothing."""
+
+    title: str
+    rows: list[tuple[str, list[Cell]]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its caption and the warnings that belong beside it."""
+
+    key: str
+    title: str
+    caption: str
+    heads: list[tuple[str, bool]]
+    groups: list[Group]
+    warnings: list[str] = field(default_factory=list)
+
+
+def plain(label: str) -> str:
+    """A class or map name for people."""
+    return str(label).replace("_", " ")
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number with a true minus sign; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def count(value: Any) -> str:
+    return f"{value:,}".replace(",", "\u202f")
+
+
+def percent(value: Any) -> str:
+    return "–" if value is None else f"{number(100 * value, 1)} %"
+
+
+def interval(value: Any, digits: int = 3) -> str:
+    return "–" if not value or value[0] is None else f"{number(value[0], digits)} to {number(value[1], digits)}"
+
+
+def decibel(value: Any) -> str:
+    return number(value, 1)
+
+
+def cards(metrics: Row | None, done: Row) -> list[Card]:
+    """The key figures that apply. ``done``: counts planned, ok and quarantined, known without any table."""
+    bad = done["quarantined"]
+    found = [Card("Records", count(done["ok"]), f"ok of {count(done['planned'])} planned, {count(bad)} quarantined")]
+    metrics = metrics or {}
+    flips = overall(metrics.get("validity", []))
+    if flips and flips["flip_rate"] is not None:
+        found.append(Card("Flip rate", percent(flips["flip_rate"]), f"of {count(flips['n'])} films called abnormal"))
+    places = metrics.get("localization", [])
+    ours = overall(row for row in places if row["map"] == "positive")
+    if ours:
+        trivial = overall(row for row in places if row["map"] == "brightness")
+        where = "AUROC, whole film" if ours["region"] == "film" else "AUROC in lungs"
+        beside = f"brightness alone {number(trivial['auroc'])}" if trivial else f"n = {count(ours['n'])}"
+        found.append(Card(where, number(ours["auroc"]), beside))
+        if ours.get("dice_fixed") is not None:
+            detail = f"τ = {ours['threshold']:.3g} from {ours['threshold_from']}"
+            found.append(Card("Dice at fixed τ", number(ours["dice_fixed"]), detail))
+    twin = overall(metrics.get("twin", []))
+    if twin:
+        found.append(Card("Lesion error left", percent(twin["lesion_error_ratio"]), "of the film’s own, to the twin"))
+    same = overall(metrics.get("ssim", []))
+    if same:
+        spread = f"± {number(same['ssim_sd'])}, " if same.get("ssim_sd") is not None else ""
+        found.append(Card("SSIM, mean", number(same["ssim"]), f"{spread}preset {same['preset']}, {same['grid']} px"))
+    return found
+
+
+def overall(rows: Iterable[Row]) -> Row | None:
+    """The row over all classes: the one of the only class where there is just one."""
+    kept = list(rows)
+    return next((row for row in kept if row["label"] == ALL), kept[0] if len(kept) == 1 else None)
+
+
+Column = tuple[str, str, Format, bool]  # key, heading, format, more is better
+TWIN: list[Column] = [
+    ("lesion_error_ratio", "lesion error left", percent, False),
+    ("psnr", "PSNR to twin, dB", decibel, False),
+    ("psnr_input", "the film’s own", decibel, False),
+    ("psnr_reconstruction", "autoencoder’s", decibel, False),
+    ("ssim", "SSIM to twin", number, False),
+]
+VALIDITY: list[Column] = [
+    ("flip_rate", "flip rate", percent, False),
+    ("called_healthy_before", "called healthy before", percent, False),
+    ("confidence_gain", "confidence gain", number, False),
+]
+SSIM: list[Column] = [
+    ("ssim", "SSIM", number, False),
+    ("ssim_sd", "sd", number, False),
+    ("ms_ssim", "MS-SSIM", number, False),
+    ("ms_ssim_scales", "scales", str, False),
+    ("psnr", "PSNR, dB", decibel, False),
+    ("l1", "mean |difference|", lambda value: number(value, 4), False),
+    ("map_energy", "map energy", lambda value: number(value, 4), False),
+    ("map_energy_lung_fraction", "of it in lungs", percent, False),
+]
+LOCALIZATION: list[Column] = [
+    ("auroc", "AUROC", number, True),
+    ("auroc_interval", "95% interval", interval, False),
+    ("auprc", "AUPRC", number, True),
+    ("dice_fixed", "Dice, fixed τ", number, True),
+    ("threshold", "τ", lambda value: number(value, 4), False),
+    ("dice_best", "Dice, best", number, True),
+    ("iou_best", "IoU, best", number, True),
+    ("pointing_game", "pointing game", number, True),
+]
+
+
+def report_tables(metrics: Row) -> list[Table]:
+    """The tables that apply, in the order of the page."""
+    made = [_localization(metrics.get("localization", []))]
+    made.append(
+        _by_class(
+            "validity", "Validity", metrics.get("validity", []), VALIDITY,
+            "An independent judge, a classifier trained on the same labels that never guides a counterfactual. Flip "
+            "rate: films it calls abnormal whose counterfactual it calls healthy.",
+        )
+    )  # fmt: skip
+    made.append(
+        _by_class(
+            "twin", "Lesion-free twin", metrics.get("twin", []), TWIN,
+            "Lesion error left: mean error to the true twin inside the lesion, as a share of the film’s own.",
+        )
+    )  # fmt: skip
+    made += [_ssim(metrics.get("ssim", [])), _distances(metrics.get("fid", []))]
+    return [table for table in made if table is not None]
+
+
+def _by_class(key: str, title: str, rows: list[Row], columns: list[Column], caption: str) -> Table | None:
+    if not rows:
+        return None
+    used = _used(rows, columns)
+    body = []
+    for row, cells in zip(rows, _lines(rows, used)):
+        name = "all classes" if row["label"] == ALL else plain(row["label"])
+        body.append(("total" if row["label"] == ALL else "", [Cell(name, False), Cell(count(row["n"]), True), *cells]))
+    return Table(key, title, caption, [("class", False), ("n", True), *_heads(used)], [Group("", body)])
+
+
+def _used(rows: list[Row], columns: list[Column]) -> list[Column]:
+    """The columns that any row has a value for."""
+    return [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
+
+
+def _heads(columns: list[Column]) -> list[tuple[str, bool]]:
+    return [(head, True) for _, head, _, _ in columns]
+
+
+def _lines(rows: list[Row], columns: list[Column]) -> list[list[Cell]]:
+    """The cells of each row; the best of these rows is marked where more is better."""
+    found: list[list[Cell]] = [[] for _ in rows]
+    for key, _, form, more_is_better in columns:
+        values = [row.get(key) for row in rows]
+        best = max((value for value in values if value is not None), default=None) if more_is_better else None
+        for cells, value in zip(found, values):
+            text = "–" if value is None else form(value)
+            cells.append(Cell(text, True, value is not None and value == best))
+    return found
+
+
+def _localization(rows: list[Row]) -> Table | None:
+    if not rows:
+        return None
+    used = _used(rows, LOCALIZATION)
+    groups = []
+    for label in sorted({row["label"] for row in rows}, key=lambda label: (label != ALL, label)):
+        members = [row for row in rows if row["label"] == label]
+        body = [
+            ("ours" if row["map"] in SALIENCY else "", [Cell(_map_name(row["map"]), False), *cells])
+            for row, cells in zip(members, _lines(members, used))
+        ]
+        name = "all classes" if label == ALL else plain(label)
+        groups.append(Group(f"{name}, n = {count(members[0]['n'])}", body))
+    regions = ", ".join(sorted({row["region"] for row in rows}))
+    fixed = next((row["threshold_from"] for row in rows if row.get("threshold_from")), None)
+    caption = (
+        f"Each map against the known lesion, inside the region: {regions}. Means over films, interval by bootstrap "
+        "over films; best of each class in bold. Best Dice and IoU use each film’s own best threshold, which no reader "
+        "has; " + (f"τ was fixed on {fixed}." if fixed else "no threshold was fixed on a validation run.")
+    )
+    return Table("localization", "Localisation", caption, [("map", False), *_heads(used)], groups)
+
+
+def _map_name(name: str) -> str:
+    ours = {"positive": "ours, max(M, 0)", "absolute": "ours, |M|"}
+    return ours.get(name, f"baseline: {plain(name)}")
+
+
+def _ssim(rows: list[Row]) -> Table | None:
+    if not rows:
+        return None
+    scales = max(row["ms_ssim_scales"] for row in rows)
+    caption = f"Film against counterfactual, preset {rows[0]['preset']}, on the {rows[0]['grid']} px grid."
+    table = _by_class("ssim", "Film and counterfactual", rows, SSIM, caption)
+    if table is not None and scales < 5:
+        table.warnings.append(
+            f"MS-SSIM has {scales} of 5 scales on this grid (fewer than 176 px) and does not compare with the paper’s."
+        )
+    return table
+
+
+def _distances(rows: list[Row]) -> Table | None:
+    if not rows:
+        return None
+    stand_in = any(row.get("is_stand_in") for row in rows)
+    small = min(min(row["n1"], row["n2"]) for row in rows)
+    name = "Fréchet distance" if stand_in else "FID"
+    heads = [("set 1", False), ("set 2", False), ("n1", True), ("n2", True), ("KID", True), (name, True),
+             ("interval", True), ("at equal n", True)]  # fmt: skip
+    body = []
+    for row in rows:
+        kid, equal = row["kid"], row["n_matched"]
+        cells = [
+            Cell(plain(row["set1"]), False),
+            Cell(plain(row["set2"]), False),
+            Cell(count(row["n1"]), True),
+            Cell(count(row["n2"]), True),
+            Cell(f"{number(kid['value'], 4)} ± {number(kid['standard_error'], 4)}", True),
+            Cell(number(row["value"]), True),
+            Cell(interval(row["interval"]), True),
+            Cell(number(equal["mean"]), True),
+        ]
+        body.append(("", cells))
+    weights = str(rows[0].get("weights_sha256") or "")[:8]
+    caption = (
+        f"Extractor {rows[0]['extractor']}{f' (weights {weights})' if weights else ''}, resize {rows[0]['resize']}. "
+        "Fréchet distances between sets of films; the interval is by delete-group jackknife and corrected for bias, so "
+        "the plain value may lie above it. At equal n: the larger set drawn down to the smaller."
+    )
+    warnings = []
+    if stand_in:
+        warnings.append("Distances of a stand-in extractor: they are not FID and compare with no published value.")
+    if small < SMALL:
+        warnings.append(
+            f"The smallest set has {count(small)} films. Below {count(SMALL)} read KID first: the Fréchet distance is "
+            "biased upwards, the more the fewer films."
+        )
+    return Table("fid", "Distances", caption, heads, [Group("", body)], warnings)

@@ -1,0 +1,64 @@
+"""Everything a test may need: a private home, a tiny untrained model in the real format, a few phantoms."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+os.environ["HOME"] = tempfile.mkdtemp(prefix="diffva-home-")
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("RAY_ADDRESS", None)
+
+from diffva_ray.config import Recipe, load_recipe
+from diffva_ray.data.phantoms import phantom_set
+from diffva_ray.storage import LocalStore
+
+TINY = (
+    "name=tiny",
+    "model.resolution=32",
+    "model.vae.block_out_channels=[8, 8, 16]",
+    "model.vae.norm_num_groups=4",
+    "model.unet.block_out_channels=[16, 32]",
+    "model.unet.sample_size=8",
+    "model.unet.norm_num_groups=8",
+    "generate.num_inference_steps=4",
+    "generate.micro_batch=4",
+    "generate.shard_size=6",
+    "train.checkpoint_every=2",
+    "train.stages.0.steps=4",
+    "train.stages.0.batch_size=4",
+    "train.stages.1.steps=4",
+    "train.stages.1.batch_size=4",
+    "train.stages.2.steps=2",
+    "train.stages.2.batch_size=4",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Recipe:
+    """The phantom recipe at toy size: 32 px, a few steps of everything."""
+    return load_recipe("phantom", TINY)
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 phantoms of 32 px, six of each class."""
+    folder = tmp_path_factory.mktemp("films")
+    for _ in phantom_set(LocalStore(str(folder)), 24, 32, seed=11):
+        pass
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(tiny: Recipe, films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model after a few training steps, exported by the training loop itself (no Ray)."""
+    from diffva_ray.train.loop import keep_checkpoints, train
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    report = keep_checkpoints(folder / ".train", 2)
+    train(tiny, str(films), str(folder), "tiny", {"data_kind": "phantoms"}, report, threads=1)
+    return folder

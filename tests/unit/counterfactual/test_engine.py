@@ -1,0 +1,122 @@
+"""The engine: diffusers' own numbers where it claims them, and a record's result whatever its neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline
+from PIL import Image
+
+from diffva_ray.counterfactual.attribution import attribution, energy
+from diffva_ray.counterfactual.engine import Counterfactuals, Settings
+from diffva_ray.data.phantoms import phantom
+from diffva_ray.model.bundle import load
+
+FILMS = [phantom(label, n, seed=1, size=32).film for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
+
+
+@pytest.fixture
+def engine(model: Path) -> Counterfactuals:
+    return Counterfactuals.from_pretrained(str(model), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "guidance"), [(20, 0.55, 4.0), (10, 0.85, 7.5), (8, 1.0, 2.0), (20, 0.4, 0.01), (5, 0.2, 4.0)]
+)
+def test_pndm_diffusers_is_the_img2img_pipeline(model: Path, steps: int, strength: float, guidance: float) -> None:
+    """The same pixels as StableDiffusionImg2ImgPipeline with a generator per image, guidance <= 1 included."""
+    bundle = load(str(model))
+    engine = Counterfactuals(bundle, bundle.recipe.generate.model_copy(update={"posterior": "sample"}), "cpu")
+    settings = Settings("normal chest scan", "sdedit", "pndm-diffusers", strength, guidance, steps)
+    films = [np.round(film * 255).astype(np.float32) / 255 for film in FILMS]
+    ours = engine(films, [settings] * 3, seeds=[1, 2, 3]).counterfactuals
+
+    pipeline = StableDiffusionImg2ImgPipeline(
+        vae=bundle.vae,
+        text_encoder=bundle.text_encoder,
+        tokenizer=bundle.tokenizer,
+        unet=bundle.unet,
+        scheduler=PNDMScheduler.from_config(bundle.scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        prompt=["normal chest scan"] * 3,
+        image=[Image.fromarray(np.round(film * 255).astype(np.uint8)).convert("RGB") for film in films],
+        strength=strength,
+        guidance_scale=guidance,
+        num_inference_steps=steps,
+        generator=[torch.Generator().manual_seed(seed) for seed in (1, 2, 3)],
+        output_type="pt",
+    ).images
+    # the pipeline clamps each channel before anybody can average them
+    assert np.abs(ours - theirs.mean(dim=1).numpy()).max() < 2e-2
+    inside = ((theirs > 0) & (theirs < 1)).all(dim=1).numpy()
+    assert np.abs(ours - theirs.mean(dim=1).numpy())[inside].max() < 1e-5
+
+
+@pytest.mark.parametrize(("method", "scheduler"), [("sdedit", "pndm"), ("sdedit", "ddim"), ("ddim-inversion", "ddim")])
+def test_neighbours_slots_and_padding_change_nothing(engine: Counterfactuals, method: str, scheduler: str) -> None:
+    settings = Settings("normal chest scan", method, scheduler, 0.7, 3.0, 6)
+    other = replace(settings, prompt="COVID 19")
+    together = engine(FILMS, [settings, other, settings], seeds=[5, 6, 7]).counterfactuals
+    alone = engine([FILMS[0]], [settings], seeds=[5]).counterfactuals[0]
+    moved = engine([FILMS[2], FILMS[1], FILMS[0]], [other, other, settings], seeds=[9, 6, 5]).counterfactuals[2]
+    assert np.array_equal(together[0], alone)
+    assert np.array_equal(together[0], moved)
+
+
+def test_the_seed_is_the_records_own(engine: Counterfactuals) -> None:
+    settings = Settings("normal chest scan", "sdedit", "ddim", 0.7, 3.0, 6)
+    one, two, again = engine([FILMS[0]] * 3, [settings] * 3, seeds=[1, 2, 1]).counterfactuals
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, two)
+
+
+def test_inversion_without_guidance_returns_to_the_autoencoders_film(engine: Counterfactuals) -> None:
+    """Encoding and decoding under the same prompt undo each other as the steps grow finer."""
+    gaps = []
+    for steps in (10, 100):
+        settings = Settings("", "ddim-inversion", "ddim", 0.5, 1.0, steps)
+        twins = engine(FILMS, [settings] * 3, seeds=[0, 0, 0])
+        gaps.append(np.abs(twins.counterfactuals - twins.reconstructions).mean())
+    assert gaps[1] < gaps[0]
+    assert gaps[1] < 0.02
+
+
+def test_the_prompt_matters(engine: Counterfactuals) -> None:
+    healthy = Settings("normal chest scan", "sdedit", "ddim", 0.7, 5.0, 6)
+    ill = replace(healthy, prompt="COVID 19")
+    one, two = engine([FILMS[0]] * 2, [healthy, ill], seeds=[1, 1]).counterfactuals
+    assert not np.array_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"method": "magic"}, "magic"), ({"strength": 0.01}, "no step"), ({"method": "ddim-inversion"}, "ddim")],
+)
+def test_unusable_settings_are_named(engine: Counterfactuals, change: dict, reason: str) -> None:
+    settings = replace(Settings("x", "sdedit", "pndm", 0.7, 3.0, 6), **change)
+    with pytest.raises(ValueError, match=reason):
+        engine([FILMS[0]], [settings], [0])
+    with pytest.raises(ValueError, match="1 to 4 films"):
+        engine(FILMS * 2, [settings] * 6, [0] * 6)
+
+
+def test_maps_are_signed_differences(engine: Counterfactuals) -> None:
+    film, rebuilt, healed = (np.full((16, 16), value, np.float32) for value in (0.7, 0.6, 0.2))
+    config = engine.config.model_copy(update={"smoothing": 0.0})
+    raw = attribution(film, rebuilt, healed, config.model_copy(update={"difference": "raw"}))
+    compensated = attribution(film, rebuilt, healed, config.model_copy(update={"difference": "compensated"}))
+    assert raw == pytest.approx(np.full((16, 16), 0.5))
+    assert compensated == pytest.approx(np.full((16, 16), 0.4))
+    lungs = np.zeros((16, 16), bool)
+    lungs[:8] = True
+    assert energy(-raw, lungs) == (pytest.approx(0.5), pytest.approx(0.5))
+    assert energy(0 * raw, lungs)[1] is None

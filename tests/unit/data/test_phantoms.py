@@ -1,0 +1,120 @@
+"""Phantom v1 is frozen: its look, its difficulty and its twins."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.phantoms import ALL_CLASSES, CLASSES, VERSION, phantom, phantom_set
+from diffva_ray.metrics.localization import score
+from diffva_ray.metrics.ssim import psnr
+from diffva_ray.storage import LocalStore
+
+ABNORMAL = CLASSES[1:]
+
+
+@pytest.fixture(scope="module")
+def sample() -> dict[str, list]:
+    return {label: [phantom(label, n, seed=2026) for n in range(60)] for label in ABNORMAL}
+
+
+def test_v1_is_frozen() -> None:
+    """Coarse grey levels of six films: they survive another libm, not another anatomy, lesion or noise."""
+    films = [phantom(label, 17, seed=4).film for label in ALL_CLASSES]
+    means = np.array([film.reshape(4, 16, 4, 16).mean(axis=(1, 3)) for film in films])
+    assert VERSION == "phantom v1"
+    frozen = np.array([[int(level) for level in row.split()] for row in FROZEN]).reshape(means.shape)
+    assert np.abs(means - frozen / 1000).max() < 2e-3
+
+
+def test_brightness_alone_does_not_find_the_lesion(sample) -> None:
+    by_class = {
+        label: np.mean([found.auroc for p in made if (found := score(p.film, p.lesion, p.lungs | p.lesion))])
+        for label, made in sample.items()
+    }
+    assert np.mean(list(by_class.values())) <= 0.75
+    assert max(by_class.values()) <= 0.78
+
+
+def test_film_and_twin_differ_as_much_as_planned(sample) -> None:
+    distances = [psnr(p.film, p.twin) for made in sample.values() for p in made]
+    assert 29 <= np.mean(distances) <= 31.5
+
+
+@pytest.mark.parametrize(("label", "area"), [("Lung_Opacity", 0.03), ("COVID", 0.04), ("Viral Pneumonia", 0.12)])
+def test_lesion_areas(sample, label: str, area: float) -> None:
+    assert np.mean([p.lesion.mean() for p in sample[label]]) == pytest.approx(area, rel=0.25)
+
+
+@pytest.mark.parametrize("label", ALL_CLASSES)
+def test_twin_is_the_same_patient_without_the_lesion(label: str) -> None:
+    sick, healthy = phantom(label, 5, seed=1), phantom("Normal", 5, seed=1)
+    assert np.array_equal(sick.twin, healthy.film)
+    assert sick.lesion.any() == (label != "Normal")
+    outside = ~(np.abs(sick.film - sick.twin) > 0.05)
+    assert np.abs(sick.film - sick.twin)[outside].mean() < 0.01
+
+
+def test_same_seed_same_film_and_other_seed_or_patient_another() -> None:
+    first = phantom("COVID", 3, seed=1).film
+    assert np.array_equal(first, phantom("COVID", 3, seed=1).film)
+    assert not np.array_equal(first, phantom("COVID", 3, seed=2).film)
+    assert not np.array_equal(first, phantom("COVID", 4, seed=1).film)
+
+
+@pytest.mark.parametrize("label", ["Lung_Opacity", "Viral Pneumonia"])
+def test_a_film_is_the_same_at_any_size(label: str) -> None:
+    small, large = phantom(label, 8, size=64).film, phantom(label, 8, size=256).film
+    reduced = large.reshape(64, 4, 64, 4).mean(axis=(1, 3))
+    assert np.corrcoef(small.ravel(), reduced.ravel())[0, 1] > 0.98
+
+
+def test_covid_is_on_both_sides_and_pneumothorax_is_dark() -> None:
+    for n in range(10):
+        lesion = phantom("COVID", n).lesion
+        assert lesion[:, :32].any()
+        assert lesion[:, 32:].any()
+        dark = phantom("Pneumothorax", n)
+        assert (dark.film - dark.twin)[dark.lesion].mean() < -0.03
+
+
+def test_mass_displaces_what_is_around_it() -> None:
+    made = phantom("Mass", 2, size=128)
+    dense = made.film - made.twin > 0.15
+    assert (np.abs(made.film - made.twin) > 0.05).sum() > 1.5 * dense.sum()
+
+
+def test_a_set_is_a_radiography_folder_with_truth(tmp_path) -> None:
+    paths = list(phantom_set(LocalStore(str(tmp_path)), 9, 32, seed=3, classes=("Normal", "COVID", "Pneumothorax")))
+    dataset = open_dataset(tmp_path)
+    assert dataset.kind == "phantoms"
+    assert dataset.classes == {"COVID": 3, "Normal": 3, "Pneumothorax": 3}
+    assert sorted(paths) == [film.path for film in dataset.films]
+    for film in dataset.films:
+        assert film.lung_mask
+        assert bool(film.lesion_mask) == bool(film.twin) == (film.label != "Normal")
+    about = json.loads((tmp_path / "phantoms.json").read_text())
+    assert about["version"] == VERSION
+    assert [film["file"] for film in about["films"]] == paths
+    sides = {film["label"]: film.get("sides") for film in about["films"]}
+    assert sides["COVID"] == ["left", "right"]
+
+
+def test_an_unknown_class_is_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match="Measles"):
+        next(iter(phantom_set(LocalStore(str(tmp_path)), 1, classes=("Measles",))))
+
+
+# mean grey levels in thousandths on a 4 x 4 grid, one film of each class
+FROZEN = [
+    "577 552 518 505 532 454 382 550 585 634 656 591 748 731 658 644",
+    "577 552 518 505 536 487 409 550 585 635 658 591 748 731 658 644",
+    "577 552 527 505 532 484 405 560 591 634 656 592 748 731 658 644",
+    "577 556 525 505 553 495 440 556 594 646 661 596 748 731 658 644",
+    "577 552 518 505 532 460 387 550 585 655 699 594 748 731 661 644",
+    "575 548 518 505 511 454 382 550 568 632 656 591 748 731 658 644",
+    "572 546 519 505 508 481 405 548 568 634 667 591 748 730 659 644",
+]

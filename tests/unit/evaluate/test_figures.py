@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffva_ray.evaluate.figures import (
+    QUANTILE,
+    distributions,
+    diverging,
+    figure_grid,
+    map_scale,
+    overlay,
+    spanning,
+    write_figures,
+)
+from diffva_ray.evaluate.records import read_records
+from diffva_ray.generate.plan import Run
+
+MakeRun = Callable[..., Run]
+
+
+def test_red_is_exactly_where_the_map_exceeds_the_threshold() -> None:
+    random = np.random.default_rng(1)
+    film = random.uniform(size=(32, 32)).astype(np.float32)
+    signed = random.normal(0, 0.1, (32, 32)).astype(np.float32)
+    signed[0, 0] = np.float32(0.05)  # equal is not above
+    painted = overlay(film, signed, float(np.float32(0.05)))
+    assert painted.shape == (32, 32, 3)
+    assert painted.dtype == np.float32
+    red = painted[..., 0] > painted[..., 1] + 1e-6
+    np.testing.assert_array_equal(red, signed > np.float32(0.05))
+    np.testing.assert_array_equal(painted[~red], np.repeat(film[..., None], 3, axis=2)[~red])
+
+
+def test_red_stays_inside_the_region_and_deepens_with_the_map() -> None:
+    film = np.full((4, 4), 0.5, np.float32)
+    signed = np.tile(np.array([0.1, 0.2, 0.3, 0.4], np.float32), (4, 1))
+    region = np.zeros((4, 4), bool)
+    region[1] = True
+    painted = overlay(film, signed, 0.05, region)
+    assert (painted[~region] == 0.5).all()
+    assert (np.diff(painted[1, :, 1]) <= 0).all()
+    assert painted[1, 0, 1] > painted[1, 3, 1]
+
+
+def test_diverging_is_white_at_zero_red_above_and_blue_below() -> None:
+    blue, white, red, beyond = diverging(np.array([[-0.2, 0.0, 0.2, 9.0]], np.float32), 0.2)[0]
+    assert white.min() > 0.95
+    assert red[0] > 2 * red[2]
+    assert blue[2] > 2 * blue[0]
+    np.testing.assert_array_equal(beyond, red)
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_figures_are_pictures(make_run: MakeRun, judged: bool) -> None:
+    run = make_run(judged=judged)
+    assert write_figures(run) == ["figures/grid.png", "figures/distributions.png"]
+    for path in ("figures/grid.png", "figures/distributions.png"):
+        picture = Image.open(io.BytesIO(run.store.read(path)))
+        assert picture.format == "PNG"
+        assert min(picture.size) > 500
+        assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_equal_runs_give_equal_figures(make_run: MakeRun) -> None:
+    run = make_run()
+    assert distributions(run) == distributions(run)
+    assert figure_grid(run) == figure_grid(run)
+
+
+def test_names_that_look_like_mathematics_are_drawn_as_they_are(make_run: MakeRun, hostile: str) -> None:
+    run = make_run(prompt=hostile, labels=("$\\frac{$", "$x"))
+    assert write_figures(run) == ["figures/grid.png", "figures/distributions.png"]
+
+
+def test_a_run_without_a_finished_film_has_no_figures(make_run: MakeRun) -> None:
+    run = make_run(shards=0)
+    assert write_figures(run) == []
+    with pytest.raises(ValueError, match="no finished film"):
+        figure_grid(run)
+
+
+def test_the_grid_spans_each_class_from_best_to_worst(make_run: MakeRun) -> None:
+    run = make_run()
+    records = read_records(run)
+    chosen = spanning(run, records)
+    assert [rank for rank, _ in chosen] == ["highest", "median", "lowest"] * 2
+    for label in ("COVID", "Lung_Opacity"):
+        scores = records.loc[records["label"] == label, "judge_counterfactual"]
+        found = [row["judge_counterfactual"] for _, row in chosen if row["label"] == label]
+        assert found[0] == scores.max()
+        assert found[2] == scores.min()
+
+
+def test_the_threshold_is_the_validated_one_then_the_runs_own_then_a_quantile(make_run: MakeRun) -> None:
+    run = make_run()
+    records = read_records(run)
+    scale = map_scale(run, records)
+    assert f"{QUANTILE:.0%} quantile" in scale.threshold_from
+    run.store.put("tables/thresholds.json", b'{"positive": 0.04}')
+    assert map_scale(run, records).threshold == 0.04
+    row = {"map": "positive", "label": "all", "threshold": 0.05, "threshold_from": "validation"}
+    run.store.put("tables/metrics.json", json.dumps({"localization": [row]}).encode())
+    scale = map_scale(run, records)
+    assert (scale.threshold, scale.threshold_from) == (0.05, "fixed on validation")

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from diffva_ray.data.images import encode_grey
+from diffva_ray.evaluate.records import read_records
+from diffva_ray.evaluate.report.gallery import sample, shares
+from diffva_ray.evaluate.report.numbers import cards, report_tables
+from diffva_ray.evaluate.report.page import write_report
+from diffva_ray.generate.plan import Run
+
+MakeRun = Callable[..., Run]
+PHANTOM_WARNING = "trained on phantoms and has not learned real films"
+
+PLACE = {
+    "n": 10, "auprc": 0.6, "dice_best": 0.7, "iou_best": 0.5, "pointing_game": 1.0, "energy_in_truth": 0.4,
+    "auroc_interval": [0.8, 0.95], "region": "lungs or lesion",
+}  # fmt: skip
+METRICS: dict[str, Any] = {
+    "records": {"planned": 12, "ok": 12, "quarantined": 0},
+    "localization": [
+        {**PLACE, "label": label, "map": name, "auroc": auroc, "threshold": 0.04, "threshold_from": "validation",
+         "dice_fixed": 0.66}
+        for label in ("COVID", "all") for name, auroc in (("positive", 0.91), ("brightness", 0.642))
+    ],
+    "validity": [{"label": "all", "n": 9, "flip_rate": 0.875, "called_healthy_before": 0.1, "confidence_gain": -0.2}],
+    "twin": [{"label": "all", "n": 12, "psnr": 30.0, "ssim": 0.9, "psnr_input": None, "lesion_error_ratio": 0.48}],
+    "ssim": [{"label": "all", "n": 12, "ssim": 0.923, "ssim_sd": 0.01, "ms_ssim": 0.98, "ms_ssim_scales": 3,
+              "psnr": 29.0, "l1": 0.02, "map_energy": 0.01, "preset": "wang", "grid": 16}],
+    "fid": [{"set1": "COVID (source)", "set2": "COVID (counterfactual)", "n1": 6, "n2": 6, "value": 0.017,
+             "extractor": "stand-in-random-conv-64", "is_stand_in": True, "weights_sha256": "ab" * 32,
+             "resize": "antialiased-64", "interval": [0.01, 0.02], "n_matched": {"n": 6, "mean": 0.017, "sd": 0.0},
+             "kid": {"value": -0.01, "standard_error": 0.006}}],
+    "notes": ["a note of the reduce step"],
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a browser would see of a page: attributes that name files, its text, its policy, its inline blocks."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.pictures: list[dict[str, str | None]] = []
+        self.tags: list[str] = []
+        self.blocks: dict[str, list[str]] = {"script": [], "style": []}
+        self.text = ""
+        self.policy = ""
+        self.inside: str | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.inside = tag if tag in self.blocks else None
+        self.links += [value or "" for key, value in attrs if key in ("src", "href")]
+        assert "style" not in found  # the policy would refuse it
+        assert not any(key.startswith("on") for key in found)
+        if tag == "img":
+            self.pictures.append(found)
+        if found.get("http-equiv") == "Content-Security-Policy":
+            self.policy = found["content"] or ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.blocks[self.inside].append(data)
+        else:
+            self.text += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = None
+
+
+@pytest.fixture(autouse=True)
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take seconds to draw and have tests of their own; here they are blank where there would be one."""
+
+    def write(run: Run, records: pd.DataFrame) -> list[str]:
+        paths = ["figures/grid.png", "figures/distributions.png"] if len(records) else []
+        for path in paths:
+            run.store.put(path, encode_grey(np.zeros((2, 2), np.uint8)))
+        return paths
+
+    monkeypatch.setattr("diffva_ray.evaluate.report.page.write_figures", write)
+
+
+def written(run: Run) -> tuple[str, Page]:
+    html = Path(write_report(run)).read_text()
+    return html, Page(html)
+
+
+def flat(page: Page) -> str:
+    return " ".join(page.text.split())
+
+
+def test_the_page_of_a_finished_run(make_run: MakeRun) -> None:
+    run = make_run()
+    run.store.put("tables/metrics.json", json.dumps(METRICS).encode())
+    run.store.put("_SUCCESS", b"{}")
+    html, page = written(run)
+    text = flat(page)
+    for said in ("87.5 %", "0.910", "brightness alone 0.642", "0.660", "48.0 %", "0.923", "−0.0100 ± 0.0060",
+                 "a note of the reduce step", "not FID", "3 of 5 scales", "Not for clinical use"):  # fmt: skip
+        assert said in text, said
+    assert 'class="ours"' in html
+    assert PHANTOM_WARNING not in text
+    assert "Unfinished" not in text
+    assert len(page.pictures) == 12 + 2
+
+
+def test_everything_the_page_names_is_beside_it(make_run: MakeRun) -> None:
+    run = make_run()
+    html, page = written(run)
+    folder = Path(run.store.uri) / "report"
+    for link in page.links:
+        assert link.startswith("#") or (folder / unescape(link)).is_file(), link
+    for link in page.links:
+        assert not link.startswith("#") or f'id="{link[1:]}"' in html, link
+    assert not re.search(r"(https?:)?//[a-z]", html)
+    assert "@import" not in html
+    assert "url(" not in html
+    assert not {"iframe", "object", "embed", "link", "form"} & set(page.tags)
+    for picture in page.pictures:
+        assert picture["alt"]
+        assert picture["loading"] == "lazy"
+
+
+def test_the_policy_allows_the_pages_own_blocks_and_nothing_else(make_run: MakeRun) -> None:
+    _, page = written(make_run())
+    assert "default-src 'none'" in page.policy
+    assert "unsafe" not in page.policy
+    for kind in ("script", "style"):
+        assert len(page.blocks[kind]) == 1
+        digest = base64.b64encode(hashlib.sha256(page.blocks[kind][0].encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in page.policy
+
+
+def test_hostile_names_are_text(make_run: MakeRun, hostile: str) -> None:
+    run = make_run(prompt=hostile, bad={"05.png": f"broken {hostile}"}, labels=(hostile.replace("/", ""), "B"))
+    html, page = written(run)
+    assert page.tags.count("script") == 1
+    assert "<script>alert" not in html
+    assert f"broken {hostile}" in page.text
+    assert f"“{hostile}”" in page.text
+
+
+def test_an_unfinished_run_says_how_far_it_is(make_run: MakeRun) -> None:
+    _, page = written(make_run(shards=1))
+    assert "Unfinished: 4 of 12 planned records are done" in flat(page)
+    assert "progress" in page.tags
+    assert len(page.pictures) == 4 + 2
+
+
+def test_a_run_without_any_record_has_a_page(make_run: MakeRun) -> None:
+    _, page = written(make_run(shards=0))
+    assert "0 of 12 planned records" in flat(page)
+    assert not page.pictures
+
+
+def test_a_run_without_tables_says_how_to_get_them(make_run: MakeRun) -> None:
+    run = make_run()
+    _, page = written(run)
+    assert f"diffva reduce {run.store.uri}" in page.text
+    assert "table" not in page.tags
+
+
+def test_tables_of_other_records_are_called_out(make_run: MakeRun) -> None:
+    run = make_run(shards=1)
+    run.store.put("tables/metrics.json", json.dumps(METRICS).encode())
+    assert "The tables are of 12 records; 4 are ok now." in flat(written(run)[1])
+
+
+def test_quarantined_records_are_listed_with_their_reasons(make_run: MakeRun) -> None:
+    _, page = written(make_run(bad={"05.png": "truncated PNG: its end mark is missing"}))
+    assert "truncated PNG: its end mark is missing" in page.text
+    assert "Lung_Opacity/images/05.png" in page.text
+    assert "ok of 12 planned, 1 quarantined" in flat(page)
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "data_kind", "warned"),
+    [("phantoms", "radiography", True), ("phantoms", "phantoms", False), ("radiography", "radiography", False)],
+)
+def test_a_phantom_model_on_real_films_is_warned_of(
+    make_run: MakeRun, trained_on: str, data_kind: str, warned: bool
+) -> None:
+    _, page = written(make_run(trained_on=trained_on, data_kind=data_kind))
+    assert (PHANTOM_WARNING in page.text) is warned
+
+
+def test_writing_again_replaces_the_pictures_of_an_earlier_page(make_run: MakeRun) -> None:
+    run = make_run()
+    run.store.put("report/images/gone.png", b"of an earlier report")
+    first, _ = written(run)
+    assert not run.store.exists("report/images/gone.png")
+    assert written(run)[0] == first
+
+
+def test_films_that_have_gone_are_counted(make_run: MakeRun) -> None:
+    run = make_run()
+    for file in (Path(run.about["data_root"]) / "COVID" / "images").iterdir():
+        file.unlink()
+    _, page = written(run)
+    assert "6 of the sample left out" in flat(page)
+
+
+def test_the_sample_is_even_over_classes_and_spans_the_scores(make_run: MakeRun) -> None:
+    records = read_records(make_run())
+    chosen = sample(records, 6)
+    assert [row["label"] for row in chosen] == ["COVID"] * 3 + ["Lung_Opacity"] * 3
+    scores = records.loc[records["label"] == "COVID", "ssim"]
+    assert {scores.min(), scores.max()} <= {row["ssim"] for row in chosen}
+    shuffled = sample(records.sample(frac=1, random_state=3), 6)
+    assert [row["record_id"] for row in shuffled] == [row["record_id"] for row in chosen]
+    assert len(sample(records, 200)) == 12
+
+
+def test_shares_pass_on_what_small_classes_leave() -> None:
+    assert shares({"a": 2, "b": 100, "c": 100}, 50) == {"a": 2, "b": 24, "c": 24}
+    assert shares({"a": 1, "b": 1}, 50) == {"a": 1, "b": 1}
+    assert shares({}, 50) == {}
+
+
+def test_only_cards_and_tables_that_apply() -> None:
+    done = {"planned": 3, "ok": 3, "quarantined": 0}
+    assert [card.title for card in cards(None, done)] == ["Records"]
+    only = {"ssim": METRICS["ssim"]}
+    assert [card.title for card in cards(only, done)] == ["Records", "SSIM, mean"]
+    assert [table.key for table in report_tables(only)] == ["ssim"]
+    places = report_tables(METRICS)[0]
+    assert [group.title for group in places.groups] == ["all classes, n = 10", "COVID, n = 10"]
+    assert [cell.text for cell in places.groups[0].rows[0][1] if cell.best][:1] == ["0.910"]

@@ -1,0 +1,131 @@
+"""The plan: everything is decided before the first film is read, and nothing about it may drift."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffva_ray.config import Recipe
+from diffva_ray.data.datasets import open_dataset
+from diffva_ray.generate.plan import (
+    FingerprintDiffers,
+    PlanError,
+    Request,
+    continue_run,
+    make_plan,
+    open_run,
+    parse_sweep,
+    pixel_keys,
+    start_run,
+)
+from diffva_ray.storage import LocalStore
+
+
+@pytest.fixture
+def dataset(films: Path):
+    return open_dataset(films, classes=["COVID", "Lung_Opacity"])
+
+
+def test_every_film_once_in_even_shards(dataset, tiny: Recipe) -> None:
+    rows = make_plan(dataset, tiny, Request()).to_pylist()
+    assert sorted(row["source_path"] for row in rows) == [film.path for film in dataset.films]
+    assert [(row["shard"], row["position"]) for row in rows] == [(n // 6, n % 6) for n in range(12)]
+    assert {row["label"] for row in rows[:6]} == {"COVID", "Lung_Opacity"}  # ids spread classes over shards
+    assert all(row["lesion_mask_path"] and row["twin_path"] for row in rows)
+
+
+def test_a_sweep_is_one_plan_of_paired_records_in_shards_of_one_setting(dataset, tiny: Recipe) -> None:
+    sweep = parse_sweep(["strength=0.4,0.7", "prompt=normal chest scan,healthy"])
+    rows = make_plan(dataset, tiny, Request(sweep=sweep)).to_pylist()
+    assert len(rows) == 48
+    seeds = {row["source_path"]: set() for row in rows}
+    for row in rows:
+        seeds[row["source_path"]].add(row["seed"])
+    assert all(len(found) == 1 for found in seeds.values())
+    for shard in {row["shard"] for row in rows}:
+        assert len({row["strength"] for row in rows if row["shard"] == shard}) == 1
+
+
+def test_limit_takes_a_fixed_subset(dataset, tiny: Recipe) -> None:
+    few = make_plan(dataset, tiny, Request(limit=5)).to_pylist()
+    more = make_plan(dataset, tiny, Request(limit=7)).to_pylist()
+    assert len(few) == 5
+    assert {row["record_id"] for row in few} <= {row["record_id"] for row in more}
+
+
+def test_draws_are_records_with_noise_of_their_own(dataset, tiny: Recipe) -> None:
+    recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"draws": 3})})
+    rows = make_plan(dataset, recipe, Request()).to_pylist()
+    assert len({row["record_id"] for row in rows}) == len({row["seed"] for row in rows}) == 36
+
+
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [(["height=3"], "height"), (["strength=a,b"], "numbers"), (["strength"], "key=value")],
+)
+def test_bad_sweeps_are_named(texts: list[str], reason: str) -> None:
+    with pytest.raises(PlanError, match=reason):
+        parse_sweep(texts)
+
+
+@pytest.mark.parametrize("sweep", ["strength=0.7,1.5", "strength=0.01", "method=ddim-inversion,sdedit"])
+def test_settings_that_cannot_run_are_refused_at_planning(sweep: str, dataset, tiny: Recipe) -> None:
+    generate = tiny.generate.model_copy(update={"scheduler": "pndm"})
+    recipe = tiny.model_copy(update={"generate": generate})
+    with pytest.raises(PlanError):
+        make_plan(dataset, recipe, Request(sweep=parse_sweep([sweep])))
+
+
+def keys(recipe: Recipe, request: Request = Request(), model: str = "m", torch: str = "2.0", device: str = "cpu"):
+    return pixel_keys(recipe, request, model, torch, device)
+
+
+def test_a_run_goes_on_only_as_it_was_planned(dataset, tiny: Recipe, tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    run = start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), {"recipe": tiny.model_dump(mode="json")})
+    assert run.pending() == [0, 1]
+    assert [len(run.shard_rows(shard)) for shard in (0, 1)] == run.shard_sizes() == [6, 6]
+    again = open_run(store)
+    assert again is not None
+    assert again.recipe == tiny
+    continue_run(again, keys(tiny))
+
+    other = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"guidance_scale": 9.0})})
+    with pytest.raises(FingerprintDiffers, match=r"guidance_scale: 2\.5 there, 9\.0 now") as caught:
+        continue_run(again, keys(other))
+    assert caught.value.keys == ["guidance_scale"]
+    for changed, name in (
+        (keys(tiny, model="another"), "model_digest"),
+        (keys(tiny, Request(limit=3)), "limit"),
+        (keys(tiny, Request(classes=("COVID",))), "classes"),
+        (keys(tiny, Request(prompt="healthy")), "prompt"),
+    ):
+        with pytest.raises(FingerprintDiffers, match=name):
+            continue_run(again, changed, allow_environment_change=True)
+
+
+def test_another_environment_may_be_forced_and_is_recorded(dataset, tiny: Recipe, tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    about = {"recipe": tiny.model_dump(mode="json")}
+    run = start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), about)
+    moved = keys(tiny, torch="2.1", device="cuda")
+    with pytest.raises(FingerprintDiffers, match="--allow-environment-change"):
+        continue_run(run, moved)
+    forced = continue_run(run, moved, allow_environment_change=True)
+    assert forced.fingerprint == run.fingerprint
+    reread = open_run(store)
+    assert reread is not None
+    assert reread.about["environment_changes"] == [{"torch": "2.1", "device": "cuda"}]
+
+
+def test_an_exchanged_plan_is_noticed(dataset, tiny: Recipe, tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), {"recipe": tiny.model_dump(mode="json")})
+    other = LocalStore(str(tmp_path / "other"))
+    start_run(other, make_plan(dataset, tiny, Request(limit=3)), keys(tiny), {})
+    store.put("plan.parquet", other.read("plan.parquet"))
+    run = open_run(store)
+    assert run is not None
+    with pytest.raises(PlanError, match=r"plan\.parquet"):
+        run.plan()

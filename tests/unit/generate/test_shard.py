@@ -1,0 +1,204 @@
+"""A shard: every planned record becomes one row, every row keeps its promises, the part comes last."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from diffva_ray.config import Recipe
+from diffva_ray.data.images import decode_map, map_levels, pixel_digest, read_map
+from diffva_ray.evaluate.records import read_images, read_records
+from diffva_ray.generate.plan import Request, open_run
+from diffva_ray.generate.shard import Workbench, run_shard
+from diffva_ray.generate.verification import requeue, verify
+from diffva_ray.metrics.ssim import ssim
+from diffva_ray.pipeline import Execution, generate_run
+from diffva_ray.storage import LocalStore, open_store
+
+INLINE = Execution("inline")
+
+
+def run_inline(recipe: Recipe, data: Path, model: Path, out: Path, request: Request = Request()):
+    counts = generate_run(recipe, str(data), str(model), str(out), request, INLINE)
+    run = open_run(LocalStore(str(out)))
+    assert run is not None
+    return run, counts
+
+
+def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory):
+    return run_inline(tiny, films, model, tmp_path_factory.mktemp("run"))[0]
+
+
+def test_records_hold_what_the_files_hold(finished, films: Path) -> None:
+    frame = read_records(finished)
+    assert len(frame) == 18
+    assert set(frame["status"]) == {"ok"}
+    for row in frame.to_dict("records"):
+        counterfactual = np.asarray(Image.open(io.BytesIO(finished.store.read(row["counterfactual_path"]))))
+        assert counterfactual.dtype == np.uint8
+        assert counterfactual.shape == (32, 32)
+        assert pixel_digest(counterfactual) == row["pixel_sha256"]
+        images = read_images(finished, open_store(films), row)
+        assert ssim(images.film, images.counterfactual) == pytest.approx(row["ssim"], abs=1e-6)
+        assert np.abs(images.signed_map).mean() == pytest.approx(row["map_energy"], abs=1e-4)
+        stored = finished.store.read(row["attribution_path"])
+        assert pixel_digest(map_levels(decode_map(stored))) == row["map_sha256"]
+        assert read_map(str(finished.store.root / row["attribution_path"])).shape == (32, 32)
+        assert 0 <= row["judge_counterfactual"] <= 1
+        assert (row["width"], row["height"]) == (32, 32)
+        assert row["map"] == "compensated-gauss0.016w"
+
+
+def test_parts_are_plain_parquet_with_the_fingerprint(finished) -> None:
+    file = finished.store.root / "records" / "part-00000.parquet"
+    assert pq.read_schema(file).metadata[b"fingerprint"].decode() == finished.fingerprint
+    assert len(pd.read_parquet(file)) == 6
+    features = np.load(finished.store.root / "features" / "part-00000.npz")
+    assert list(features["ids"]) == pd.read_parquet(file)["record_id"].tolist()
+    assert features["stand-in-random-conv-64/counterfactual"].dtype == np.float32
+
+
+def test_the_same_command_again_writes_nothing(finished, tiny: Recipe, films: Path, model: Path) -> None:
+    before = tree(finished.store.root)
+    _, counts = run_inline(tiny, films, model, finished.store.root)
+    assert counts["shards"] == 0
+    assert tree(finished.store.root) == before
+
+
+def test_lost_parts_come_back_bit_by_bit(finished, tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished.store.root, copy)
+    (copy / "records" / "part-00001.parquet").unlink()
+    shutil.rmtree(copy / "maps" / "part-00001")
+    run, counts = run_inline(tiny, films, model, copy)
+    assert counts["shards"] == 1
+    assert read_records(run).equals(read_records(finished))
+    images = {path: content for path, (_, content) in tree(copy).items() if path.endswith(".png")}
+    assert images == {p: content for p, (_, content) in tree(finished.store.root).items() if p.endswith(".png")}
+
+
+def test_a_crash_before_the_part_commits_nothing(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
+    run, _ = run_inline(tiny, films, model, tmp_path / "run")
+    run.store.delete("records/part-00002.parquet")
+    bench = Workbench.open(run.store.uri, str(films), str(model))
+
+    class Dying(LocalStore):
+        def put_if_absent(self, path: str, data: bytes) -> bool:
+            raise RuntimeError("power cut")
+
+    bench.run = type(run)(Dying(run.store.uri), run.about)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run_shard(bench, 2)
+    assert run.pending() == [2]
+    bench.run = run
+    assert run_shard(bench, 2)["records"] == 6
+    assert verify(run) == []
+
+
+def damaged_copy(films: Path, folder: Path) -> dict[str, str]:
+    """A data set in which some COVID films are bad; the status each should end with."""
+    shutil.copytree(films, folder)
+    good = sorted((folder / "COVID" / "images").iterdir())
+    good[0].write_bytes(b"")
+    good[1].write_bytes(good[1].read_bytes()[:200])
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(good[2])
+    good[3].write_bytes(b"<html>not found</html>")
+    expected = ["bad_image", "bad_image", "too_small", "bad_image"]
+    return {f"COVID/images/{path.name}": status for path, status in zip(good, expected, strict=False)}
+
+
+def test_bad_input_is_a_row_and_its_neighbours_keep_their_pixels(
+    finished, tiny: Recipe, films: Path, model: Path, tmp_path: Path
+) -> None:
+    expected = damaged_copy(films, tmp_path / "films")
+    run, counts = run_inline(tiny, tmp_path / "films", model, tmp_path / "run")
+    assert counts == {"shards": 3, "records": 18, "ok": 14}
+    frame = read_records(run).set_index("source_path")
+    assert {path: frame.loc[path, "status"] for path in expected} == expected
+    assert frame.loc[list(expected), "error"].str.len().min() > 5
+    assert frame.loc[list(expected), "counterfactual_path"].isna().all()
+    intact = read_records(finished).set_index("source_path")
+    ok = frame[frame["status"] == "ok"].index
+    assert frame.loc[ok, "pixel_sha256"].equals(intact.loc[ok, "pixel_sha256"])
+    assert verify(run) == []
+
+
+def test_films_that_vanish_change_or_arrive_after_planning(
+    tiny: Recipe, films: Path, model: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "films"
+    shutil.copytree(films, data)
+    run, _ = run_inline(tiny, data, model, tmp_path / "run")
+    for shard in range(run.shards):
+        run.store.delete(f"records/part-{shard:05d}.parquet")
+    covid = sorted((data / "COVID" / "images").iterdir())
+    covid[0].unlink()
+    covid[1].write_bytes((data / "Normal" / "images" / "Normal-1.png").read_bytes() + b"\0" * 7)
+    shutil.copy(covid[2], covid[2].with_name("new.png"))
+    run, _ = run_inline(tiny, data, model, tmp_path / "run")
+    frame = read_records(run).set_index("source_path")
+    assert len(frame) == 18
+    assert frame.loc[f"COVID/images/{covid[0].name}", "status"] == "missing"
+    changed = frame.loc[f"COVID/images/{covid[1].name}"]
+    assert changed["status"] == "error"
+    assert "changed since planning" in changed["error"]
+
+
+def test_a_prompt_longer_than_the_model_holds(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
+    request = Request(prompt="a very long prompt about absolutely everything", limit=3)
+    run, counts = run_inline(tiny, films, model, tmp_path / "run", request)
+    assert counts["ok"] == 0
+    assert Counter(read_records(run)["status"]) == {"prompt_too_long": 3}
+
+
+def test_verify_names_every_kind_of_damage_and_repair_requeues(finished, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished.store.root, copy)
+    run = open_run(LocalStore(str(copy)))
+    assert run is not None
+    assert verify(run) == []
+    rows = read_records(run).to_dict("records")
+    (copy / rows[0]["counterfactual_path"]).unlink()
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(copy / rows[6]["reconstruction_path"])
+    (copy / rows[7]["attribution_path"]).write_bytes(b"torn")
+    (copy / "records" / "part-00002.parquet").write_bytes(b"PAR1 torn")
+    (copy / "records" / "part-00009.parquet").write_bytes(b"stranger")
+    found = [problem.what for problem in verify(run)]
+    assert len(found) == 5
+    for name, what in (
+        (rows[0]["counterfactual_path"], "missing"),
+        (rows[6]["reconstruction_path"], "other pixels"),
+        (rows[7]["attribution_path"], "cannot be read"),
+        ("part-00002", "cannot be read"),
+        ("part-00009", "not planned"),
+    ):
+        assert any(name in line and what in line for line in found), (name, found)
+    assert requeue(run, verify(run)) == [0, 1, 2, 9]
+    assert run.pending() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_shard_size_and_actor_order_do_not_change_pixels(
+    size: int, finished, tiny: Recipe, films: Path, model: Path, tmp_path: Path
+) -> None:
+    recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"shard_size": size})})
+    run, _ = run_inline(recipe, films, model, tmp_path / "run")
+    ours, theirs = (read_records(r).set_index("record_id")["pixel_sha256"].sort_index() for r in (run, finished))
+    assert ours.equals(theirs)

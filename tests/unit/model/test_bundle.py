@@ -1,0 +1,139 @@
+"""The model folder: ordinary diffusers, complete, unpickled, itself after a round trip."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
+from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    RobertaConfig,
+    RobertaModel,
+)
+
+from diffva_ray.config import Recipe, make_recipe
+from diffva_ray.model import text
+from diffva_ray.model.bundle import build, load, save
+from diffva_ray.model.card import UnusableModel
+from diffva_ray.storage import LocalStore
+
+
+def embedding(bundle, prompt: str) -> torch.Tensor:
+    return text.embed(bundle.text_encoder.eval(), *text.tokenize(bundle.tokenizer, [prompt]))
+
+
+def test_round_trip_keeps_weights_tokens_and_digest(tiny: Recipe, tmp_path: Path) -> None:
+    bundle = build(tiny)
+    digest = save(bundle, LocalStore(str(tmp_path)), {})
+    again = load(str(tmp_path))
+    assert again.digest == digest
+    assert again.recipe == tiny
+    assert again.tokenizer.model_max_length == tiny.model.tokenizer_length
+    with torch.no_grad():
+        assert torch.equal(embedding(bundle, "lung opacity"), embedding(again, "lung opacity"))
+    for name, module in bundle.modules.items():
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, again.modules[name].state_dict()[key]), f"{name}.{key}"
+
+
+def test_the_folder_is_an_ordinary_pipeline_without_pooler_or_pickles(model: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(model, safety_checker=None, requires_safety_checker=False)
+    assert type(pipeline).__name__ == "StableDiffusionPipeline"
+    image = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    assert image.vae_scale_factor == 4
+    files = [path.name for path in model.rglob("*") if ".train" not in path.parts]
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".ckpt"))]
+    from safetensors import safe_open
+
+    with safe_open(model / "text_encoder" / "model.safetensors", "pt") as weights:
+        assert not [key for key in weights.keys() if "pooler" in key]  # noqa: SIM118
+    assert json.loads((model / "diffva.json").read_text())["recipe"]["name"] == "tiny"
+
+
+def test_pickled_weights_are_refused(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    (copy / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(UnusableModel, match="pickled"):
+        load(str(copy))
+
+
+def test_exchanged_weights_are_noticed(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    weights = next((copy / "unet").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(UnusableModel, match=r"diffva\.json"):
+        load(str(copy))
+
+
+def test_no_model_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UnusableModel, match="diffva train"):
+        load(str(tmp_path / "nothing"))
+
+
+def encoder_snapshot(kind: str, folder: Path, width: int) -> Path:
+    """A tiny text encoder of that architecture in hub layout, with a tokenizer that states no length (as RadBERT's)."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "normal", "chest", "scan"]
+    tokenizer = BertTokenizer(vocab={word: n for n, word in enumerate(words)})
+    size = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    if kind == "bert":
+        encoder = BertModel(BertConfig(vocab_size=8, max_position_embeddings=32, **size))
+    elif kind == "roberta":
+        encoder = RobertaModel(RobertaConfig(vocab_size=8, max_position_embeddings=34, pad_token_id=0, **size))
+    else:
+        encoder = CLIPTextModel(CLIPTextConfig(vocab_size=8, max_position_embeddings=32, **size))
+    encoder.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "clip"])
+def test_a_base_takes_another_text_encoder(kind: str, model: Path, tiny: Recipe, tmp_path: Path) -> None:
+    snapshot = encoder_snapshot(kind, tmp_path / kind, width=64)
+    values = tiny.model_dump(mode="json")
+    values["model"] = {"resolution": 32, "base": str(model), "text_encoder": str(snapshot), "tokenizer_length": 12}
+    bundle = build(make_recipe(values))
+    assert bundle.tokenizer.model_max_length == 12
+    assert not [name for name, _ in bundle.text_encoder.named_parameters() if "pooler" in name]
+    ids, mask = text.tokenize(bundle.tokenizer, ["normal chest scan", ""])
+    assert ids.shape == mask.shape == (2, 12)
+    assert text.embed(bundle.text_encoder, ids, mask).shape == (2, 12, 64)
+    store = LocalStore(str(tmp_path / "saved"))
+    save(bundle, store, {})
+    with torch.no_grad():
+        assert torch.equal(embedding(bundle, "normal"), embedding(load(store.uri), "normal"))
+
+
+def test_a_width_that_does_not_fit_is_named(model: Path, tiny: Recipe, tmp_path: Path) -> None:
+    snapshot = encoder_snapshot("bert", tmp_path / "bert", width=32)
+    values = tiny.model_dump(mode="json")
+    values["model"] = {"resolution": 32, "base": str(model), "text_encoder": str(snapshot), "tokenizer_length": 12}
+    with pytest.raises(UnusableModel, match=r"32.*64"):
+        build(make_recipe(values))
+
+
+def test_a_length_the_encoder_cannot_hold_is_named(model: Path, tiny: Recipe, tmp_path: Path) -> None:
+    snapshot = encoder_snapshot("bert", tmp_path / "bert", width=64)
+    values = tiny.model_dump(mode="json")
+    values["model"] = {"resolution": 32, "base": str(model), "text_encoder": str(snapshot), "tokenizer_length": 77}
+    with pytest.raises(UnusableModel, match="holds 32 tokens"):
+        build(make_recipe(values))
+
+
+def test_every_word_is_tokenised() -> None:
+    tokenizer = text.build_tokenizer(16)
+    for prompt in ("normal chest scan", "COVID 19", "Viral Pneumonia", "sarcoidosis, stage 2?", "Zebra-42"):
+        assert tokenizer.unk_token_id not in tokenizer(prompt).input_ids
+    assert text.fits(tokenizer, "normal chest scan")
+    assert not text.fits(tokenizer, "a very long prompt about absolutely everything there is")

@@ -1,0 +1,54 @@
+"""PNDM's repeated timestep, with and without: the Gaussian oracle tells which sampler is unbiased."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffva_ray.model.bundle import SD_SCHEDULER
+from diffva_ray.model.schedulers import schedule
+
+MEAN, SPREAD = 0.3, 0.7
+
+
+def sampled_bias(name: str, steps: int, strength: float) -> float:
+    """Noise samples of N(MEAN, SPREAD^2) exactly to the first timestep, denoise them with the exact noise prediction of
+    that distribution, and see how far the mean has moved. The score is linear, so the mean follows from one point."""
+    scheduler, timesteps = schedule(name, SD_SCHEDULER, steps, strength)
+    alphas = scheduler.alphas_cumprod.double()
+    latents = torch.full((1, 1, 1, 1), MEAN, dtype=torch.float64) * alphas[timesteps[0]].sqrt()
+    for timestep in timesteps:
+        alpha = alphas[timestep]
+        variance = alpha * SPREAD**2 + (1 - alpha)
+        noise = (1 - alpha).sqrt() * (latents - alpha.sqrt() * MEAN) / variance
+        latents = scheduler.step(noise, timestep, latents).prev_sample
+    return float(latents - alphas[0].sqrt() * MEAN)
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(50, 0.55), (50, 0.85), (75, 0.55)])
+def test_aligned_pndm_is_unbiased_and_the_sliced_one_is_not(steps: int, strength: float) -> None:
+    assert abs(sampled_bias("pndm", steps, strength)) < 1e-4
+    assert abs(sampled_bias("pndm-diffusers", steps, strength)) > 2e-3
+
+
+def test_at_full_strength_both_are_the_same() -> None:
+    ours, theirs = (schedule(name, SD_SCHEDULER, 50, 1.0)[1] for name in ("pndm", "pndm-diffusers"))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(50, 0.4), (50, 0.55), (75, 0.85), (10, 0.1)])
+def test_aligned_pndm_starts_where_ddim_starts_and_repeats_its_second_step(steps: int, strength: float) -> None:
+    _, pndm = schedule("pndm", SD_SCHEDULER, steps, strength)
+    _, ddim = schedule("ddim", SD_SCHEDULER, steps, strength)
+    assert pndm[0] == ddim[0]
+    assert torch.equal(pndm.unique(), ddim.unique())
+    if len(ddim) > 1:
+        assert pndm[1] == pndm[2]
+        assert len(pndm) == len(ddim) + 1
+
+
+def test_nothing_to_do_is_an_error_not_a_copy() -> None:
+    with pytest.raises(ValueError, match="no step"):
+        schedule("ddim", SD_SCHEDULER, 20, 0.04)
+    with pytest.raises(ValueError, match="euler-ish"):
+        schedule("euler-ish", SD_SCHEDULER, 20, 0.5)

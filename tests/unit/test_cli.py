@@ -1,0 +1,242 @@
+"""The command line: exit codes of the contract, and one line that names the fault for whatever a person gets wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+
+from diffva_ray.cli import main
+from diffva_ray.generate.plan import open_run
+from diffva_ray.storage import LocalStore
+
+SMALL = ("--set", "generate.num_inference_steps=4")
+
+
+def diffva(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def generate(data: Path, model: Path, out: Path, *more: object) -> Result:
+    return diffva("generate", "--data", data, "--model", model, "--out", out, "--executor", "inline", *more)
+
+
+@pytest.fixture(scope="module")
+def run(films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "run"
+    assert generate(films, model, out).exit_code == 0
+    assert diffva("reduce", out, "--executor", "inline").exit_code == 0
+    return out
+
+
+@pytest.mark.parametrize("verb", sorted(main.commands))
+def test_every_verb_helps_with_an_example(verb: str) -> None:
+    result = diffva(verb, "--help")
+    assert result.exit_code == 0
+    assert "Example:" in result.output
+    assert f"diffva {verb}" in result.output
+
+
+def test_options_are_frozen() -> None:
+    """Scripts rely on them: an option that goes away or changes its name breaks somebody's job."""
+    options = {
+        verb: sorted(option for parameter in command.params for option in parameter.opts if option.startswith("--"))
+        for verb, command in main.commands.items()
+    }
+    assert options["train"] == ["--data", "--dry-run", "--gpus-per-worker", "--out", "--recipe", "--set", "--workers"]
+    contract = """--data --model --out --classes --healthy-class --prompt --method --strength --guidance-scale --steps
+    --scheduler --seed --draws --sweep --limit --shard-size --micro-batch --actors --gpus-per-actor --executor --recipe
+    --set --dry-run --allow-environment-change"""
+    assert set(contract.split()) == set(options["generate"])
+    assert {"--reference", "--boxes", "--inception-weights", "--resize"} <= set(options["reduce"])
+    assert {"--out", "--quick"} <= set(options["demo"])
+
+
+def test_dry_run_writes_nothing_and_prints_json(films: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = generate(films, model, out, "--limit", 4, "--strength", 0.6, "--dry-run")
+    plan = json.loads(result.output)
+    assert (plan["records"], plan["shards"], plan["recipe"]["generate"]["strength"]) == (4, 1, 0.6)
+    assert json.loads(diffva("train", "--data", films, "--out", out, "--dry-run").output)["films"] == 24
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--data", "{tmp}/nowhere"], "nowhere"),
+        (["--model", "{tmp}/nomodel"], "nomodel"),
+        (["--classes", "Measles"], "Measles"),
+        (["--strength", "1.7"], "generate.strength"),
+        (["--strength", "0.01"], "no step"),
+        (["--method", "magic"], "magic"),
+        (["--scheduler", "pndm"], "--scheduler ddim"),
+        (["--sweep", "height=1"], "--sweep height=1"),
+        (["--set", "generate.tint=1"], "generate.tint"),
+        (["--recipe", "fantom"], "fantom"),
+        (["--data", "gopher://hole"], "gopher"),
+    ],
+)
+def test_wrong_usage_is_exit_2_and_one_line(
+    arguments: list[str], named: str, films: Path, model: Path, tmp_path: Path
+) -> None:
+    given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
+    result = generate(films, model, tmp_path / "run", *given)
+    assert result.exit_code == 2
+    assert named in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len([line for line in result.stderr.strip().splitlines() if line.startswith("diffva ")]) == 1
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_another_configuration_is_exit_3_and_names_the_key(run: Path, films: Path, model: Path) -> None:
+    result = generate(films, model, run, "--guidance-scale", 9)
+    assert result.exit_code == 3
+    assert "guidance_scale" in result.stderr
+
+
+def test_too_many_bad_films_are_exit_4_with_all_work_kept(films: Path, model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(films, tmp_path / "films")
+    next((tmp_path / "films" / "COVID" / "images").iterdir()).write_bytes(b"torn")
+    out = tmp_path / "run"
+    assert generate(tmp_path / "films", model, out).exit_code == 4
+    result = diffva("reduce", out, "--executor", "inline")
+    assert result.exit_code == 4
+    assert "1 of 18 records" in result.stderr
+    assert not (out / "_SUCCESS").exists()
+    assert len(pd.read_parquet(out / "quarantine.parquet")) == 1
+    assert json.loads((out / "tables" / "metrics.json").read_text())["records"]["ok"] == 17
+    assert diffva("verify", out).exit_code == 0
+
+
+def test_reducing_an_unfinished_run_is_exit_5(run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "records" / "part-00001.parquet").unlink()
+    (copy / "_SUCCESS").unlink()
+    result = diffva("reduce", copy, "--executor", "inline")
+    assert result.exit_code == 5
+    assert "part-00001" in result.stderr
+    assert diffva("verify", copy).exit_code == 5
+    assert not (copy / "_SUCCESS").exists()
+
+
+def test_tables_follow_the_contract(run: Path) -> None:
+    metrics = json.loads((run / "tables" / "metrics.json").read_text())
+    assert metrics["records"] == {"planned": 18, "ok": 18, "quarantined": 0}
+    assert {"label", "n", "ssim", "ms_ssim", "preset"} <= metrics["ssim"][0].keys()
+    expected = {"label", "n", "auroc", "auprc", "dice_best", "iou_best", "pointing_game", "map", "region"}
+    assert expected <= metrics["localization"][0].keys()
+    assert {row["map"] for row in metrics["localization"]} >= {"positive", "absolute", "brightness"}
+    assert {"label", "n", "flip_rate"} <= metrics["validity"][0].keys()
+    assert {"label", "n", "psnr", "ssim", "psnr_input", "lesion_error_ratio"} <= metrics["twin"][0].keys()
+    fid = {"set1", "set2", "n1", "n2", "value", "extractor", "resize", "interval", "n_matched", "kid"}
+    assert fid <= metrics["fid"][0].keys()
+    assert metrics["fid"][0]["extractor"].startswith("stand-in")
+    assert any("not FID" in note for note in metrics["notes"])
+    for name in ("ssim", "localization", "validity", "twin", "fid"):
+        for ending in ("csv", "md", "tex", "json"):
+            assert (run / "tables" / f"{name}.{ending}").stat().st_size > 50
+    manifest = json.loads((run / "manifest.json").read_text())["files"]
+    assert sum(path.startswith("maps/") for path in manifest) == 18
+
+
+def test_reducing_again_writes_nothing_and_other_options_do(run: Path) -> None:
+    before = (run / "tables" / "metrics.json").stat().st_mtime_ns
+    result = diffva("reduce", run, "--executor", "inline")
+    assert "nothing written" in result.output
+    assert (run / "tables" / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_thresholds_are_taken_from_another_run(run: Path, films: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert generate(films, model, out, "--limit", 6).exit_code == 0
+    assert diffva("reduce", out, "--executor", "inline", "--threshold-from", run).exit_code == 0
+    rows = json.loads((out / "tables" / "metrics.json").read_text())["localization"]
+    thresholds = json.loads((run / "tables" / "thresholds.json").read_text())
+    for row in rows:
+        assert row["threshold"] == thresholds[row["map"]]
+        assert row["threshold_from"] == "run"
+        assert 0 <= row["dice_fixed"] <= row["dice_best"]
+    assert diffva("reduce", out, "--executor", "inline", "--threshold-from", tmp_path).exit_code == 2
+
+
+def test_boxes_and_references_from_elsewhere(run: Path, films: Path, model: Path, tmp_path: Path) -> None:
+    film = pd.read_parquet(run / "records" / "part-00000.parquet")["source_path"][0]
+    (tmp_path / "boxes.csv").write_text(f"file,x,y,w,h\n{film},4,4,10,10\n")
+    (tmp_path / "empty.csv").write_text("file,x,y,w,h\nother.png,4,4,10,10\n")
+    out = tmp_path / "run"
+    assert generate(films, model, out).exit_code == 0
+    reference = ("--reference", f"Normal={films}", "--reference", f"COVID={run}")
+    assert diffva("reduce", out, "--executor", "inline", "--boxes", tmp_path / "boxes.csv", *reference).exit_code == 0
+    rows = json.loads((out / "tables" / "metrics.json").read_text())["fid"]
+    assert {"Normal (reference)", "COVID (reference)"} <= {row["set1"] for row in rows}
+    for wrong, named in (
+        (("--boxes", tmp_path / "empty.csv"), "none of its files"),
+        (("--boxes", tmp_path / "no.csv"), r"no.csv"),
+        (("--reference", "Normal"), "LABEL=DATA"),
+        (("--reference", f"Measles={films}"), "Measles"),
+        (("--inception-weights", tmp_path / "no.pth"), "no.pth"),
+    ):
+        result = diffva("reduce", out, "--executor", "inline", *wrong)
+        assert (result.exit_code, named in result.stderr) == (2, True), result.stderr
+
+
+def test_status_reads_storage_only(run: Path, model: Path, tmp_path: Path) -> None:
+    status = json.loads(diffva("status", run, "--json").output)
+    assert (status["planned"], status["done"], status["ok"], status["finished"]) == (18, 18, 18, True)
+    assert "18 of 18 records" in diffva("status", run).output
+    assert json.loads(diffva("status", model, "--json").output)["trained"]
+    assert diffva("status", tmp_path).exit_code == 2
+
+
+def test_inspect_counts(films: Path) -> None:
+    result = diffva("inspect", films)
+    assert "COVID: 6" in result.output
+    assert json.loads(diffva("inspect", films, "--json").output)["with_twin"] == 18
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "diffva_ray.cli", *map(str, arguments)]
+
+
+def wait_for_parts(out: Path, process: subprocess.Popen, parts: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("records/part-*.parquet"))) < parts and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_generation_goes_on(blow: int, run: Path, films: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ("generate", "--data", films, "--model", model, "--out", out, "--executor", "inline")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(*arguments), env=environment, stderr=subprocess.PIPE)
+    wait_for_parts(out, process, 1)
+    process.send_signal(blow)
+    _, errors = process.communicate(timeout=60)
+    if blow == signal.SIGINT and process.returncode:
+        assert process.returncode == 130
+        assert b"the same command goes on" in errors
+    assert generate(films, model, out).exit_code == 0
+    assert diffva("verify", out).exit_code == 0
+    ours, theirs = (
+        pd.concat([pd.read_parquet(part) for part in sorted((folder / "records").iterdir())]) for folder in (out, run)
+    )
+    assert ours.reset_index(drop=True).equals(theirs.reset_index(drop=True))
+    opened = open_run(LocalStore(str(out)))
+    assert opened is not None
+    assert opened.pending() == []

@@ -1,0 +1,80 @@
+"""The house: who may import whom, who may know Ray, how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "diffva_ray"
+LOW = {"schema", "storage", "observe", "provenance"}
+MAY_IMPORT = {
+    "schema": set(),
+    "storage": set(),
+    "observe": set(),
+    "provenance": set(),
+    "config": {"schema", "storage"},
+    "data": LOW | {"config"},
+    "model": LOW | {"config"},
+    "metrics": LOW | {"config"},
+    "counterfactual": LOW | {"config", "model", "data", "metrics"},
+    "train": LOW | {"config", "model", "data", "metrics"},
+    "generate": LOW | {"config", "model", "data", "metrics", "counterfactual"},
+    "evaluate": LOW | {"config", "data", "metrics", "generate", "model"},
+    "ray_cluster": LOW,
+    "ray_train": LOW | {"config", "train", "ray_cluster"},
+    "ray_generate": LOW | {"config", "generate", "ray_cluster"},
+    "ray_reduce": LOW | {"config", "evaluate", "generate", "ray_cluster"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names a file imports, at any depth of the code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows_point_one_way(path: Path) -> None:
+    here = room(path)
+    if here not in MAY_IMPORT:
+        return  # pipeline, cli, demo, status: the top of the house
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("diffva_ray.") and name.count(".") >= 1}
+    used = {name for name in used if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()}
+    assert used - {here} <= MAY_IMPORT[here]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_ray_files_import_ray(path: Path) -> None:
+    uses_ray = any(name.split(".")[0] == "ray" for name in imports(path))
+    assert not uses_ray or path.name.startswith("ray_")
+
+
+def test_files_fit_in_a_sitting() -> None:
+    long = {str(path.relative_to(ROOT)): n for path in FILES if (n := len(path.read_text().splitlines())) > 400}
+    assert not long
+
+
+def test_doors_hold_no_logic() -> None:
+    for path in sorted((ROOT / "jobs").glob("*.py")):
+        assert len(path.read_text().splitlines()) <= 40
+        assert {name.split(".")[0] for name in imports(path)} <= {"sys", "diffva_ray"}
+
+
+def test_every_module_is_in_the_architecture() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    for path in FILES:
+        if path.name != "__init__.py":
+            assert f"{path.name}`" in text, path

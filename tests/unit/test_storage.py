@@ -1,0 +1,82 @@
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from diffva_ray.storage import LocalStore, open_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(str(tmp_path / "store"))
+
+
+def test_put_replaces_whole_and_leaves_nothing_behind(store: LocalStore) -> None:
+    store.put("a/b.bin", b"one")
+    store.put("a/b.bin", b"two")
+    assert store.read("a/b.bin") == b"two"
+    assert os.listdir(store.root / "a") == ["b.bin"]
+
+
+def test_a_failed_put_leaves_the_old_file(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put("a.bin", b"old")
+
+    def broken(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="disk full"):
+        store.put("a.bin", b"new")
+    monkeypatch.undo()
+    assert store.read("a.bin") == b"old"
+    assert [entry.path for entry in store.list()] == ["a.bin"]
+    assert os.listdir(store.root) == ["a.bin"]
+
+
+def test_of_many_writers_one_creates(store: LocalStore) -> None:
+    barrier = threading.Barrier(8)
+    won = []
+
+    def write(n: int) -> None:
+        barrier.wait()
+        if store.put_if_absent("part", bytes([n]) * 1000):
+            won.append(n)
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert store.read("part") == bytes([won[0]]) * 1000
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x", "a\0b"])
+def test_paths_stay_inside(store: LocalStore, path: str) -> None:
+    for act in (store.read, store.exists, store.delete, lambda p: store.put(p, b"")):
+        with pytest.raises(ValueError, match="leaves its folder"):
+            act(path)
+
+
+def test_listing_is_sorted_recursive_and_survives_link_loops(store: LocalStore) -> None:
+    for path in ("b/2", "a/1", "a/10", "c"):
+        store.put(path, b"xy")
+    os.symlink(store.root, store.root / "a" / "loop")
+    os.symlink(store.root / "nowhere", store.root / "a" / "dangling")
+    assert store.list() == [("a/1", 2), ("a/10", 2), ("b/2", 2), ("c", 2)]
+    assert store.list("a") == [("a/1", 2), ("a/10", 2)]
+    assert store.list("none") == []
+
+
+def test_linked_folders_are_followed(tmp_path: Path, store: LocalStore) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "film.png").write_bytes(b"x")
+    store.put("own.png", b"x")
+    os.symlink(tmp_path / "elsewhere", store.root / "Normal")
+    assert [entry.path for entry in store.list()] == ["Normal/film.png", "own.png"]
+
+
+def test_unknown_scheme_is_named() -> None:
+    with pytest.raises(ValueError, match="gopher"):
+        open_store("gopher://hole")
