@@ -50,12 +50,14 @@ def verb(name: str) -> Callable[[Callable[..., Any]], click.Command]:
         def run(**options: Any) -> None:
             from diffva_ray.evaluate.reduction import Incomplete
             from diffva_ray.generate.budget import OverBudget
+            from diffva_ray.generate.plan import Unfinished
 
             codes: dict[type[BaseException], int] = {
                 RecipeError: UNUSABLE,
                 UnusableData: UNUSABLE,
                 UnusableModel: UNUSABLE,
                 PlanError: UNUSABLE,
+                Unfinished: UNUSABLE,
                 OSError: UNUSABLE,
                 FingerprintDiffers: DIFFERS,
                 OverBudget: OVER_BUDGET,

@@ -15,6 +15,10 @@ from diffva_ray.storage import open_store
 RECIPES = resources.files("diffva_ray") / "recipes"
 
 
+Method = Literal["sdedit", "ddim-inversion"]  # each is the module of that name in counterfactual/
+Scheduler = Literal["pndm", "pndm-diffusers", "ddim"]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -98,8 +102,8 @@ class TrainConfig(Section):
 class GenerateConfig(Section):
     """What changes a pixel of a counterfactual; all of it is part of the run's fingerprint."""
 
-    method: str = "sdedit"
-    scheduler: str = "pndm"
+    method: Method = "sdedit"
+    scheduler: Scheduler = "pndm"
     strength: float = Field(0.55, gt=0, le=1)
     guidance_scale: float = Field(4.0, ge=0)
     num_inference_steps: int = Field(75, ge=1, le=1000)
@@ -185,9 +189,16 @@ def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "recipe"
-        raise RecipeError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise RecipeError(first_error(error)) from None
+
+
+def first_error(error: ValidationError) -> str:
+    """The first thing pydantic objects to, in one line: where, what, and what was given."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "recipe"
+    given = first["input"]
+    shown = f" (got {given!r})" if isinstance(given, (str, int, float)) else ""
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{shown}"
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

@@ -6,21 +6,27 @@ every network call has the micro-batch's full shape (the tail is padded), and a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffva_ray.config import GenerateConfig
-from diffva_ray.counterfactual import ddim_inversion, sdedit
+from diffva_ray.config import GenerateConfig, Method
 from diffva_ray.counterfactual.latents import Denoiser, Edit, noise
 from diffva_ray.data.images import to_square
 from diffva_ray.model import text
 from diffva_ray.model.bundle import Bundle, load
 
-METHODS = {"sdedit": sdedit.edit, "ddim-inversion": ddim_inversion.edit}
+
+def edit_of(method: str) -> Callable[[Denoiser, Edit], torch.Tensor]:
+    """The ``edit`` function of a method's module. Raises ValueError for an unknown name."""
+    if method not in get_args(Method):
+        raise ValueError(f"unknown method {method!r}; there are {', '.join(get_args(Method))}")
+    return importlib.import_module(f"diffva_ray.counterfactual.{method.replace('-', '_')}").edit
 
 
 @dataclass(frozen=True)
@@ -112,8 +118,7 @@ class Counterfactuals:
         first = settings[0]
         if any(replace(other, prompt=first.prompt) != first for other in settings):
             raise ValueError("the settings of one call may differ in the prompt only")
-        if first.method not in METHODS:
-            raise ValueError(f"unknown method {first.method!r}; there are {', '.join(METHODS)}")
+        method = edit_of(first.method)
         padding = [0] * (full - count)
         squares = np.stack([to_square(films[i], self.size) for i in [*range(count), *padding]])
         generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in [*range(count), *padding]]
@@ -135,7 +140,7 @@ class Counterfactuals:
             guidance_scale=first.guidance_scale,
             num_inference_steps=first.num_inference_steps,
         )
-        edited = METHODS[first.method](self.denoiser, edit)
+        edited = method(self.denoiser, edit)
         return Twins(self._decode(edited / scale)[:count], self._decode(mean.float())[:count])
 
     def _encode(self, squares: NDArray[np.float32]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,7 +151,7 @@ class Counterfactuals:
         return posterior.mean, posterior.std
 
     def _decode(self, latents: torch.Tensor) -> NDArray[np.float32]:
-        """Grey images [n, size, size] in [0, 1]: the mean of the three channels."""
+        """Grey images [n, size, size] in [0, 1]: the mean of the three channels, each clamped first as in diffusers."""
         vae = self.bundle.vae
-        grey = vae.decode(latents.to(vae.dtype)).sample.float().mean(dim=1) / 2 + 0.5
-        return grey.clamp(0, 1).cpu().numpy()
+        colours = vae.decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5
+        return colours.clamp(0, 1).mean(dim=1).cpu().numpy()

@@ -100,10 +100,13 @@ def map_scale(run: Run, records: pd.DataFrame) -> Scale:
 
 
 def _sampled_maps(run: Run, records: pd.DataFrame) -> Iterator[Image]:
-    paths = sorted(finished(records)["attribution_path"])
-    for path in paths[:: max(len(paths) // SAMPLED_MAPS, 1)][:SAMPLED_MAPS]:
+    """Maps of films from all over the run, under the sign in which they are shown red."""
+    ok = finished(records).sort_values("attribution_path")
+    signs = {label: direction(run, label) for label in ok["label"].unique()}
+    rows = list(zip(ok["attribution_path"], ok["label"]))
+    for path, label in rows[:: max(len(rows) // SAMPLED_MAPS, 1)][:SAMPLED_MAPS]:
         try:
-            yield decode_map(run.store.read(path))
+            yield signs[label] * decode_map(run.store.read(path))
         except (OSError, BadImage):
             continue
 

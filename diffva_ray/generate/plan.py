@@ -16,8 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
-from diffva_ray.config import GenerateConfig, Recipe, fingerprint, fingerprint_difference, make_recipe
+from diffva_ray.config import GenerateConfig, Recipe, fingerprint, fingerprint_difference, first_error, make_recipe
 from diffva_ray.data.films import Dataset
 from diffva_ray.schema import PLAN, SCHEMA_VERSION, record_id, record_seed
 from diffva_ray.storage import Store
@@ -41,6 +42,10 @@ class FingerprintDiffers(Exception):
 
 class PlanError(ValueError):
     """A plan that cannot be made; the message is one line that names the option at fault."""
+
+
+class Unfinished(Exception):
+    """A run that cannot be worked on; the message is one line."""
 
 
 def part(shard: int) -> str:
@@ -83,8 +88,8 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
         swept = dict(zip((key for key, _ in request.sweep), point, strict=True))
         prompt = swept.pop("prompt", request.prompt if request.prompt is not None else recipe.data.healthy_prompt)
         settings = {key: swept.get(key, getattr(config, key)) for key in SWEPT if key != "prompt"}
+        check_settings(config, settings)
         method = settings.pop("method")
-        check_settings(config, method, settings)
         for film, draw in itertools.product(dataset.films, range(config.draws)):
             rows.append(
                 {
@@ -119,17 +124,21 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
     return table
 
 
-def check_settings(config: GenerateConfig, method: str, settings: dict[str, Any]) -> None:
-    """PlanError for settings that no film could be generated with."""
-    steps, strength = settings["num_inference_steps"], settings["strength"]
-    if not 0 < strength <= 1:
-        raise PlanError(f"strength {strength:g}: must lie in (0, 1]")
-    if int(steps * strength) < 1:
-        raise PlanError(f"strength {strength:g} of {steps} steps leaves no step to do; raise one of them")
-    if method == "ddim-inversion" and settings["scheduler"] != "ddim":
+def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:
+    """PlanError for settings that no film could be generated with, whether swept or from the recipe."""
+    try:
+        checked = GenerateConfig.model_validate({**config.model_dump(), **settings})
+    except ValidationError as error:
+        raise PlanError(first_error(error)) from None
+    if int(checked.num_inference_steps * checked.strength) < 1:
         raise PlanError(
-            f"method ddim-inversion runs with scheduler ddim, not {settings['scheduler']}; "
-            "give --scheduler ddim or --method sdedit"
+            f"strength {checked.strength:g} of {checked.num_inference_steps} steps leaves no step to do; raise one of "
+            "them"
+        )
+    if checked.method == "ddim-inversion" and checked.scheduler != "ddim":
+        raise PlanError(
+            f"method ddim-inversion runs with scheduler ddim, not {checked.scheduler}; give --scheduler ddim or "
+            "--method sdedit"
         )
 
 
@@ -163,7 +172,7 @@ class Run:
     store: Store
     about: dict[str, Any]
 
-    @property
+    @cached_property
     def recipe(self) -> Recipe:
         return make_recipe(self.about["recipe"])
 

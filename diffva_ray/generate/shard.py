@@ -34,7 +34,7 @@ from diffva_ray.data.images import (
     quantise,
     to_square,
 )
-from diffva_ray.generate.plan import FOLDERS, Run, open_run, part
+from diffva_ray.generate.plan import FOLDERS, Run, Unfinished, open_run, part
 from diffva_ray.metrics.features import Extractor, stand_in
 from diffva_ray.metrics.ssim import l1, ms_ssim, psnr, ssim
 from diffva_ray.metrics.validity import Judge, load_judge
@@ -43,10 +43,6 @@ from diffva_ray.schema import RECORDS, Status
 from diffva_ray.storage import Store, open_store
 
 Row = dict[str, Any]
-
-
-class Unfinished(Exception):
-    """A run that cannot be worked on; the message is one line."""
 
 
 @dataclass
@@ -69,7 +65,11 @@ class Workbench:
         if bundle.digest != run.about["keys"]["model_digest"]:
             raise Unfinished(f"--model {model_uri}: not the model that {run_uri} was planned with")
         engine = Counterfactuals(bundle, run.recipe.generate, device)
-        return cls(run, open_store(data_uri), engine, load_judge(open_store(model_uri)))
+        try:
+            judge = load_judge(open_store(model_uri))
+        except ValueError as error:
+            raise Unfinished(str(error)) from None
+        return cls(run, open_store(data_uri), engine, judge)
 
 
 @dataclass

@@ -66,13 +66,16 @@ def save_judge(judge: Judge, store: Store) -> None:
 
 
 def load_judge(store: Store) -> Judge | None:
-    """The model folder's judge, in evaluation mode; None when it has none."""
+    """The model folder's judge, in evaluation mode; None when it has none. ValueError for weights that do not fit."""
     try:
         about = json.loads(store.read("judge/config.json"))
     except FileNotFoundError:
         return None
     judge = Judge(about["classes"], about["healthy"], about["width"])
-    judge.load_state_dict(load_safetensors(store.read("judge/model.safetensors")))
+    try:
+        judge.load_state_dict(load_safetensors(store.read("judge/model.safetensors")))
+    except (RuntimeError, FileNotFoundError) as error:
+        raise ValueError(f"{store.uri}/judge: not a judge of this version ({str(error).splitlines()[0]})") from None
     return judge.eval()
 
 

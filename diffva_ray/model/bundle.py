@@ -119,6 +119,10 @@ def _pretrained(base: str, recipe: Recipe, scheduler: dict[str, Any]) -> tuple[A
 def save(bundle: Bundle, store: Store, card: dict[str, Any]) -> str:
     """Write the diffusers folder, then ``diffva.json`` (whose appearance completes it); returns the digest."""
     quiet()
+    backend = getattr(bundle.tokenizer, "backend_tokenizer", None)
+    if backend is not None:  # a used tokenizer would save the padding of its last call, and change the digest
+        backend.no_padding()
+        backend.no_truncation()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _pipeline(bundle).save_pretrained(folder, safe_serialization=True)
