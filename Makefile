@@ -27,11 +27,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup
-	$(BIN)/python benchmarks/attribution.py --quick
+bench: demo
+	$(BIN)/python benchmarks/corrections.py
 
 chaos: setup
-	$(BIN)/python -m pytest tests -k "chaos or kill" -s
+	$(BIN)/python -m pytest tests -k "kill or crash" -s
 
 browser:
 	command -v chromium || (apt-get update && apt-get install --yes --no-install-recommends chromium)

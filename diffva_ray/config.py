@@ -19,6 +19,9 @@ Method = Literal["sdedit", "ddim-inversion"]  # each is the module of that name 
 Scheduler = Literal["pndm", "pndm-diffusers", "ddim"]
 
 
+GUESS, SOURCE = "<guess>", "<source>"
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -107,8 +110,8 @@ class GenerateConfig(Section):
     strength: float = Field(0.55, gt=0, le=1)
     guidance_scale: float = Field(4.0, ge=0)
     num_inference_steps: int = Field(75, ge=1, le=1000)
-    inversion_prompt: str = ""  # ddim-inversion: what the film is encoded under; no label needed when empty
-    negative_prompt: str = ""
+    source_prompt: str = ""  # ddim-inversion encodes the film under it; GUESS: the model's own reading of the film
+    negative_prompt: str = ""  # the other branch of guidance; SOURCE: away from what the film shows
     posterior: Literal["sample", "mode"] = "mode"
     difference: Literal["raw", "compensated"] = "compensated"
     smoothing: float = Field(0.0, ge=0, lt=0.5)  # Gaussian sigma of the map, as a fraction of the width

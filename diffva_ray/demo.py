@@ -25,7 +25,7 @@ FILMS = {"train": 3000, "validation": 160, "test": 400}
 QUICK_FILMS = {"train": 600, "validation": 32, "test": 64}
 QUICK_STEPS = (120, 160, 60)  # of the recipe's three stages
 PAPER = ("method=sdedit", "scheduler=pndm", "strength=0.55", "guidance_scale=4.0", "num_inference_steps=75",
-         "difference=raw", "smoothing=0.0")  # fmt: skip
+         "difference=raw", "smoothing=0.0", "source_prompt=''", "negative_prompt=''")  # fmt: skip
 
 
 def run_demo(out: str, quick: bool = False, seed: int = 0) -> str:

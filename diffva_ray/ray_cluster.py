@@ -10,6 +10,7 @@ from contextlib import contextmanager
 # What a private cluster's processes inherit. Usage statistics are off by choice.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # an ERROR about actors with arguments is printed at every start (ray#53727)
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default of 2 s makes every checkpoint wait
@@ -47,13 +48,17 @@ def session(cpus: int | None = None, verbose: bool = False) -> Iterator[None]:
             logging_level=level,
             _node_ip_address="127.0.0.1",
         )
-    if not verbose:
-        for name in ("ray", "ray.data", "ray.train", "ray.tune"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+    quieten(level)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def quieten(level: int = logging.ERROR) -> None:
+    """Ray's loggers at ``level``. Ray Data configures its own when it is imported, so call this after."""
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(level)
 
 
 def gpus() -> int:

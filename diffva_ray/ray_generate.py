@@ -6,6 +6,7 @@ folder, so a lost driver, node or cluster costs the shards in flight and nothing
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import ray.data
 
 from diffva_ray import ray_cluster
 from diffva_ray.generate.shard import Workbench, run_shard
+from diffva_ray.observe import LOG
 
 
 class ShardWorker:
@@ -44,6 +46,8 @@ def generate(
     if actors is None:
         actors = int(ray_cluster.gpus() / share) if share else ray_cluster.cpus()
     actors = max(1, min(actors, len(pending)))
+    if LOG.level > logging.DEBUG:
+        ray_cluster.quieten()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -81,6 +81,7 @@ RECORDS = pa.schema(
         ("source_sha256", pa.string()),
         ("label", pa.string()),
         ("prompt", pa.string()),
+        ("source_prompt", pa.string()),  # what the film was taken to show; empty: nothing in particular
         ("method", pa.string()),
         ("map", pa.string()),
         ("scheduler", pa.string()),

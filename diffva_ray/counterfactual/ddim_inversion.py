@@ -10,7 +10,7 @@ import itertools
 
 import torch
 
-from diffva_ray.counterfactual.latents import Denoiser, Edit
+from diffva_ray.counterfactual.latents import Denoiser, Edit, split
 
 
 def edit(denoiser: Denoiser, request: Edit) -> torch.Tensor:
@@ -18,21 +18,11 @@ def edit(denoiser: Denoiser, request: Edit) -> torch.Tensor:
     if request.scheduler != "ddim":
         raise ValueError(f"method ddim-inversion runs with scheduler ddim, not {request.scheduler}")
     scheduler, timesteps = denoiser.schedule(request)
-    alphas = scheduler.alphas_cumprod.to(request.latents)
+    alphas = denoiser.alphas.to(request.latents)
     latents = request.latents
     upward = timesteps.flip(0)
     for now, later in itertools.pairwise(upward):
         output = denoiser.predict(latents, now, request.source)
-        clean, noise = split(output, latents, alphas[now], scheduler.config.prediction_type)
+        clean, noise = split(output, latents, alphas[now], denoiser.prediction_type)
         latents = alphas[later].sqrt() * clean + (1 - alphas[later]).sqrt() * noise
     return denoiser.denoise(latents, request, scheduler, timesteps)
-
-
-def split(
-    output: torch.Tensor, latents: torch.Tensor, alpha: torch.Tensor, prediction_type: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The clean latents and the noise that a prediction (``epsilon`` or ``v_prediction``) sees in noisy ones."""
-    signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
-    if prediction_type == "v_prediction":
-        return signal * latents - sigma * output, signal * output + sigma * latents
-    return (latents - sigma * output) / signal, output

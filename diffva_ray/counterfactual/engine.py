@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffva_ray.config import GenerateConfig, Method
+from diffva_ray.config import GUESS, SOURCE, GenerateConfig, Method
+from diffva_ray.counterfactual.guess import guess
 from diffva_ray.counterfactual.latents import Denoiser, Edit, noise
 from diffva_ray.data.images import to_square
 from diffva_ray.model import text
@@ -47,6 +48,7 @@ class Twins:
 
     counterfactuals: NDArray[np.float32]
     reconstructions: NDArray[np.float32]  # D(E(film)): what the autoencoder alone does to it
+    sources: list[str]  # the prompt each film was taken to show
 
 
 def device_kind(name: str | None = None) -> str:
@@ -129,19 +131,32 @@ class Counterfactuals:
         if self.config.posterior == "sample":  # diffusers draws the posterior first, then the noise
             latents = mean + std * noise(mean.shape, generators).to(mean)
         scale = self.bundle.vae.config.scaling_factor
+        latents = latents.float() * scale
+        sources = self._sources(latents, [seeds[i] for i in [*range(count), *padding]])
+        negatives = sources if self.config.negative_prompt == SOURCE else [self.config.negative_prompt] * full
         edit = Edit(
-            latents=latents.float() * scale,
+            latents=latents,
             generators=generators,
             prompt=torch.cat([self.embed(prompt) for prompt in prompts]),
-            negative=self.embed(self.config.negative_prompt).expand(full, -1, -1),
-            source=self.embed(self.config.inversion_prompt).expand(full, -1, -1),
+            negative=torch.cat([self.embed(prompt) for prompt in negatives]),
+            source=torch.cat([self.embed(prompt) for prompt in sources]),
             scheduler=first.scheduler,
             strength=first.strength,
             guidance_scale=first.guidance_scale,
             num_inference_steps=first.num_inference_steps,
         )
         edited = method(self.denoiser, edit)
-        return Twins(self._decode(edited / scale)[:count], self._decode(mean.float())[:count])
+        return Twins(self._decode(edited / scale)[:count], self._decode(mean.float())[:count], sources[:count])
+
+    def _sources(self, latents: torch.Tensor, seeds: list[int]) -> list[str]:
+        """The prompt of what each film shows: the recipe's, or the model's guess among the classes it was trained on.
+        A film that looks healthy to it is encoded under the empty prompt."""
+        if self.config.source_prompt != GUESS:
+            return [self.config.source_prompt] * len(latents)
+        data = self.bundle.recipe.data
+        labels = list(data.prompts)
+        found = guess(self.denoiser, latents, [self.embed(data.prompt(label)) for label in labels], seeds)
+        return ["" if labels[index] == data.healthy_class else data.prompt(labels[index]) for index in found]
 
     def _encode(self, squares: NDArray[np.float32]) -> tuple[torch.Tensor, torch.Tensor]:
         """Posterior mean and standard deviation of the latents of grey squares [n, size, size]."""

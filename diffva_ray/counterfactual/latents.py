@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DDPMScheduler
 
 from diffva_ray.model.schedulers import schedule
 
@@ -31,12 +32,25 @@ def noise(shape: torch.Size, generators: Sequence[torch.Generator]) -> torch.Ten
     return torch.cat([torch.randn((1, *shape[1:]), generator=generator) for generator in generators])
 
 
+def split(
+    output: torch.Tensor, latents: torch.Tensor, alpha: torch.Tensor, prediction_type: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The clean latents and the noise that a prediction (``epsilon`` or ``v_prediction``) sees in noisy ones."""
+    signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+    if prediction_type == "v_prediction":
+        return signal * latents - sigma * output, signal * output + sigma * latents
+    return (latents - sigma * output) / signal, output
+
+
 class Denoiser:
     """The UNet with classifier-free guidance; latents stay float32, the network runs in its own dtype."""
 
     def __init__(self, unet: Any, scheduler: dict[str, Any]) -> None:
         self.unet = unet
         self.scheduler_config = scheduler
+        training = DDPMScheduler.from_config(scheduler)
+        self.alphas: torch.Tensor = training.alphas_cumprod
+        self.prediction_type: str = training.config.prediction_type
 
     def schedule(self, edit: Edit) -> tuple[Any, torch.Tensor]:
         """A fresh scheduler and the timesteps that the edit's strength leaves to do."""

@@ -179,9 +179,10 @@ def _micro_batch(bench: Workbench, sources: list[Source], features: dict[str, An
             [source.row["seed"] for source in sources],
         )  # fmt: skip
     rows = []
-    for source, counterfactual, reconstruction in zip(
-        sources, twins.counterfactuals, twins.reconstructions, strict=True
+    for source, counterfactual, reconstruction, shown in zip(
+        sources, twins.counterfactuals, twins.reconstructions, twins.sources, strict=True
     ):
+        source.found["source_prompt"] = shown
         if source.square is None:
             rows.append({**source.row, **source.found})
         elif not (np.isfinite(counterfactual).all() and np.isfinite(reconstruction).all()):
