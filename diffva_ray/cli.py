@@ -191,10 +191,11 @@ def inspect(data: str, as_json: bool, recipe: str | None, overrides: tuple[str, 
 @click.option("--out", metavar="MODEL", required=True, help="Model folder to write, or s3://.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Ray Train workers.")
 @click.option("--gpus-per-worker", type=click.FloatRange(0), metavar="F", help="Default: 1 where the cluster has GPUs.")
+@executor_option
 @recipe_option
 @set_option
 @dry_run_option
-def train(data: str, out: str, workers: int, gpus_per_worker: float | None, recipe: str | None,
+def train(data: str, out: str, workers: int, gpus_per_worker: float | None, executor: str, recipe: str | None,
           overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
     """Fine-tune the UNet and the text encoder together. The same command again goes on, or does nothing.
 
@@ -206,7 +207,7 @@ def train(data: str, out: str, workers: int, gpus_per_worker: float | None, reci
     resolved = load_recipe(recipe or "phantom", overrides)
     if dry_run:
         return show(resolved, data=data, out=out, films=len(training_keys(resolved, data)[1].films), workers=workers)
-    if train_model(resolved, data, out, workers, gpus_per_worker):
+    if train_model(resolved, data, out, workers, gpus_per_worker, executor):
         click.echo(f"model written to {out}")
 
 

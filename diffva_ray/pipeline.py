@@ -6,7 +6,9 @@ Each continues what is there, does nothing when there is nothing to do, and rais
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from diffva_ray.config import Recipe, fingerprint, load_recipe, make_recipe
@@ -59,13 +61,18 @@ def training_keys(recipe: Recipe, data: str) -> tuple[dict[str, Any], Dataset]:
     return {**keys, "films": digest(films)}, dataset
 
 
-def train_model(recipe: Recipe, data: str, out: str, workers: int = 1, gpus_per_worker: float | None = None) -> bool:
+def train_model(
+    recipe: Recipe,
+    data: str,
+    out: str,
+    workers: int = 1,
+    gpus_per_worker: float | None = None,
+    executor: str = "ray",
+) -> bool:
     """Train (or go on training) and export to ``out``; False when that model is there already.
 
     Raises FingerprintDiffers when ``out`` holds a model of another training.
     """
-    from diffva_ray import ray_cluster
-
     store = open_store(out)
     keys, dataset = training_keys(recipe, data)
     mark = fingerprint(keys)
@@ -86,12 +93,28 @@ def train_model(recipe: Recipe, data: str, out: str, workers: int = 1, gpus_per_
         return False
     store.put(TRAINING, json.dumps(keys).encode())
     LOG.info("training recipe %s on %d films, %d workers", recipe.name, len(dataset.films), workers)
+    about = {**provenance(), "data": data, "data_kind": dataset.kind}
+    if executor == "inline":
+        from diffva_ray.train.loop import keep_checkpoints, latest_checkpoint, train
+
+        folder = _training_folder(out)
+        report = keep_checkpoints(folder, recipe.train.checkpoints_to_keep)
+        train(recipe, data, out, mark, about, report, latest_checkpoint(folder), threads=os.cpu_count())
+        return True
+    from diffva_ray import ray_cluster
+
     with ray_cluster.session():
         from diffva_ray.ray_train import fit
 
-        about = {**provenance(), "data": data, "data_kind": dataset.kind}
         fit(recipe.model_dump(mode="json"), _absolute(data), _absolute(out), mark, about, workers, gpus_per_worker)
     return True
+
+
+def _training_folder(out: str) -> Path:
+    """Where training without Ray keeps its checkpoints: a local folder. Raises UnusableModel for s3://."""
+    if "://" in out:
+        raise UnusableModel(f"--out {out}: training with --executor inline keeps its checkpoints on a local disk")
+    return Path(open_store(out).uri) / ".train"
 
 
 def _short(keys: dict[str, Any]) -> dict[str, Any]:

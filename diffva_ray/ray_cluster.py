@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+
+from diffva_ray.observe import LOG
 
 # What a private cluster's processes inherit. Usage statistics are off by choice.
 ENVIRONMENT = {
@@ -21,7 +24,7 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def session(cpus: int | None = None, verbose: bool = False) -> Iterator[None]:
+def session(cpus: int | None = None) -> Iterator[None]:
     """Connect, and disconnect at the end. Never a bare ``ray.init()``, which joins whatever happens to be running.
 
     A private cluster listens on loopback only and keeps its dashboard off; ``cpus`` are its logical CPUs.
@@ -36,23 +39,40 @@ def session(cpus: int | None = None, verbose: bool = False) -> Iterator[None]:
     if ray.is_initialized():  # somebody's notebook or test: theirs to end
         yield
         return
+    verbose = LOG.isEnabledFor(logging.DEBUG)  # diffva --verbose
     level = logging.INFO if verbose else logging.ERROR
-    if address:
-        ray.init(address=address, log_to_driver=verbose, logging_level=level)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=verbose,
-            logging_level=level,
-            _node_ip_address="127.0.0.1",
-        )
+    with nullcontext() if verbose else _without_stderr():
+        if address:
+            ray.init(address=address, log_to_driver=verbose, logging_level=level)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=verbose,
+                logging_level=level,
+                _node_ip_address="127.0.0.1",
+            )
     quieten(level)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Ray's C++ side says on stderr that it was told to say nothing; a failure to start is raised all the same."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
 
 
 def quieten(level: int = logging.ERROR) -> None:

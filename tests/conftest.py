@@ -62,3 +62,31 @@ def model(tiny: Recipe, films: Path, tmp_path_factory: pytest.TempPathFactory) -
     report = keep_checkpoints(folder / ".train", 2)
     train(tiny, str(films), str(folder), "tiny", {"data_kind": "phantoms"}, report, threads=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_state() -> dict:
+    """Random weights under pytorch-fid's names (its layers differ from torchvision's in what they do, not in what they
+    hold), as old as its file: without ``num_batches_tracked``. PyTorch's default initialisation would give features
+    near 1e-8."""
+    import torch
+
+    models = pytest.importorskip("torchvision.models")
+    network = models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    generator = torch.Generator().manual_seed(0)
+    state = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
+    for key, value in state.items():
+        if value.ndim == 4:
+            torch.nn.init.kaiming_normal_(value, generator=generator)
+        elif key.endswith("bn.bias"):
+            value.normal_(0, 0.1, generator=generator)
+    return state
+
+
+@pytest.fixture(scope="session")
+def inception_weights(inception_state: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(inception_state, path)
+    return path

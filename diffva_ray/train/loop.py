@@ -21,7 +21,7 @@ from diffusers.training_utils import EMAModel
 from diffva_ray.config import Recipe, RecipeError, StageConfig
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset
-from diffva_ray.metrics.validity import Judge, save_judge
+from diffva_ray.metrics.validity import save_judge
 from diffva_ray.model.bundle import Bundle, build, save
 from diffva_ray.storage import Store, open_store
 from diffva_ray.train.checkpoint import Position, load_optimizer, load_weights, read_position, save_checkpoint
@@ -78,22 +78,16 @@ def train(
         bundle.unet.enable_gradient_checkpointing()
         bundle.text_encoder.gradient_checkpointing_enable()
 
-    judge: Judge | None = None
-    position = read_position(resume) if resume else Position()
-    for index, stage in enumerate(recipe.train.stages):
-        worker = _stage(run, stage)
-        if isinstance(worker, JudgeStage):
-            judge = worker.judge
-        extra: dict[str, torch.nn.Module] = {"judge": judge} if judge is not None else {}
-        if resume and index >= position.stage:
-            load_weights(resume, bundle, extra)
-        if index < position.stage:
-            if resume and judge is not None:
-                load_weights(resume, bundle, extra)
-            continue
+    workers = [_stage(run, stage) for stage in recipe.train.stages]
+    judge = next((worker.judge for worker in workers if isinstance(worker, JudgeStage)), None)
+    extra: dict[str, torch.nn.Module] = {"judge": judge} if judge is not None else {}
+    position = Position()
+    if resume:
+        position = read_position(resume)
+        load_weights(resume, bundle, extra)
+    for index in range(position.stage, len(workers)):
         start = position.step if index == position.stage else 0
-        _run_stage(run, stage, worker, index, start, resume if start else None, extra)
-        resume = None
+        _run_stage(run, recipe.train.stages[index], workers[index], index, start, resume if start else None, extra)
 
     if run.first:
         if judge is not None:
@@ -131,12 +125,14 @@ def _run_stage(
     rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
 
     for module in run.bundle.modules.values():
-        module.to(accelerator.device)
+        module.to(accelerator.device).requires_grad_(False)
+    worker.network.to(accelerator.device)
+    worker.set_trainable()
     parameters = [parameter for parameter in worker.network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters, lr=stage.learning_rate, betas=stage.betas, weight_decay=stage.weight_decay
+        parameters, lr=stage.learning_rate, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
     )
-    ema = EMAModel(parameters, decay=stage.ema_decay) if stage.ema_decay else None
+    ema = EMAModel(parameters, decay=stage.ema_decay, foreach=True) if stage.ema_decay else None
     if resume:
         load_optimizer(resume, optimizer, ema)
         if ema is not None:

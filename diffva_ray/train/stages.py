@@ -37,6 +37,9 @@ class AutoencoderStage:
         self.network: nn.Module = _Autoencoder(bundle.vae)
         self.draws = Draws(films.films, stage.classes, seed)
 
+    def set_trainable(self) -> None:
+        self.network.requires_grad_(True)
+
     def loss(self, network: nn.Module, positions: range, rows: slice, generator: torch.Generator) -> torch.Tensor:
         """Loss of the global batch at ``positions``, restricted to this worker's ``rows``."""
         films = self.films.batch([self.draws[position] for position in positions[rows]])
@@ -76,14 +79,16 @@ class DenoiserStage:
 
     def __init__(self, bundle: Bundle, stage: StageConfig, films: FilmSet, seed: int, cache_latents: bool) -> None:
         self.bundle, self.stage, self.films = bundle, stage, films
-        bundle.vae.requires_grad_(False)
-        bundle.text_encoder.requires_grad_(stage.train_text_encoder)
         self.network: nn.Module = _Denoiser(bundle.unet, bundle.text_encoder)
         self.draws = Draws(films.films, stage.classes, seed)
         self.prior = Draws(films.films, {stage.prior_class: 1}, seed + 1) if stage.prior_class else None
         self.noise_scheduler = DDPMScheduler.from_config(bundle.scheduler)
         self.cache_latents = cache_latents and films.cached
         self._moments: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def set_trainable(self) -> None:
+        self.bundle.unet.requires_grad_(True)
+        self.bundle.text_encoder.requires_grad_(self.stage.train_text_encoder)
 
     @torch.no_grad()
     def _encode(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -172,6 +177,9 @@ class JudgeStage:
         self.draws = Draws(films.films, stage.classes, seed)
         self.judge = Judge(sorted(self.draws.members), bundle.recipe.data.healthy_class)
         self.network: nn.Module = self.judge
+
+    def set_trainable(self) -> None:
+        self.network.requires_grad_(True)
 
     def loss(self, network: nn.Module, positions: range, rows: slice, generator: torch.Generator) -> torch.Tensor:
         """Cross-entropy of the global batch at ``positions``, restricted to this worker's ``rows``."""

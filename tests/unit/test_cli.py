@@ -51,7 +51,8 @@ def test_options_are_frozen() -> None:
         verb: sorted(option for parameter in command.params for option in parameter.opts if option.startswith("--"))
         for verb, command in main.commands.items()
     }
-    assert options["train"] == ["--data", "--dry-run", "--gpus-per-worker", "--out", "--recipe", "--set", "--workers"]
+    training = "--data --dry-run --executor --gpus-per-worker --out --recipe --set --workers"
+    assert options["train"] == training.split()
     contract = """--data --model --out --classes --healthy-class --prompt --method --strength --guidance-scale --steps
     --scheduler --seed --draws --sweep --limit --shard-size --micro-batch --actors --gpus-per-actor --executor --recipe
     --set --dry-run --allow-environment-change"""
@@ -192,6 +193,23 @@ def test_boxes_and_references_from_elsewhere(run: Path, films: Path, model: Path
     ):
         result = diffva("reduce", out, "--executor", "inline", *wrong)
         assert (result.exit_code, named in result.stderr) == (2, True), result.stderr
+
+
+def test_fid_with_inceptions_weights(run: Path, inception_weights: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    command = ("reduce", copy, "--executor", "inline", "--inception-weights", inception_weights)
+    assert diffva(*command, "--resize", "legacy").exit_code == 0
+    metrics = json.loads((copy / "tables" / "metrics.json").read_text())
+    assert {(row["extractor"], row["resize"]) for row in metrics["fid"]} == {("inception-pool3", "legacy")}
+    assert not any("stand-in" in note for note in metrics["notes"])
+    kept = sorted((copy / "features").rglob("*.npz"))
+    stamps = [path.stat().st_mtime_ns for path in kept]
+    (copy / "_SUCCESS").unlink()
+    assert diffva(*command, "--resize", "legacy").exit_code == 0
+    assert [path.stat().st_mtime_ns for path in kept] == stamps  # embedded once
 
 
 def test_status_reads_storage_only(run: Path, model: Path, tmp_path: Path) -> None:

@@ -69,45 +69,21 @@ def test_images_must_be_floats_in_a_stack():
         features.stand_in()(np.zeros((64, 64), np.float32))
 
 
-@pytest.fixture(scope="module")
-def state() -> dict[str, torch.Tensor]:
-    """Random weights under pytorch-fid's names (its layers differ from torchvision's in what they do, not in what they
-    hold), as old as its file: without ``num_batches_tracked``. PyTorch's default initialisation would give features
-    near 1e-8."""
-    models = pytest.importorskip("torchvision.models")
-    network = models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
-    generator = torch.Generator().manual_seed(0)
-    state = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
-    for key, value in state.items():
-        if value.ndim == 4:
-            torch.nn.init.kaiming_normal_(value, generator=generator)
-        elif key.endswith("bn.bias"):
-            value.normal_(0, 0.1, generator=generator)
-    return state
-
-
-@pytest.fixture(scope="module")
-def weights(state, tmp_path_factory):
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save(state, path)
-    return path
-
-
 @pytest.fixture
-def original(state, monkeypatch):
+def original(inception_state, monkeypatch):
     """pytorch-fid's own network with the same weights in place of its download."""
     from pytorch_fid import inception
 
-    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *args, **kwargs: state)
+    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *args, **kwargs: inception_state)
     return inception.InceptionV3([3]).eval()
 
 
-def test_inception_equals_pytorch_fid(weights, original):
-    extractor = features.inception(weights, resize="legacy")
+def test_inception_equals_pytorch_fid(inception_weights, original):
+    extractor = features.inception(inception_weights, resize="legacy")
     assert (extractor.name, extractor.dimension, extractor.is_stand_in) == ("inception-pool3", 2048, False)
     assert len(extractor.weights_sha256) == 64
     before = torch.random.get_rng_state()
-    features.inception(weights)
+    features.inception(inception_weights)
     assert torch.equal(torch.random.get_rng_state(), before)
     for side in (299, 128):
         x = films(2, side)
@@ -117,14 +93,14 @@ def test_inception_equals_pytorch_fid(weights, original):
         np.testing.assert_allclose(extractor(x), expected, rtol=1e-4, atol=1e-5 * expected.std())
 
 
-def test_clean_resizing_takes_both_sets_one_way(weights):
+def test_clean_resizing_takes_both_sets_one_way(inception_weights):
     """At 299 both paths are one; elsewhere clean goes over the counterfactuals' grid, so a film stored larger than its
     copy on that grid gets (nearly) the copy's features."""
-    legacy, clean = features.inception(weights, "legacy"), features.inception(weights, "clean")
+    legacy, clean = features.inception(inception_weights, "legacy"), features.inception(inception_weights, "clean")
     x = films(1, 299)
     np.testing.assert_allclose(clean(x), legacy(x), rtol=1e-5)
 
-    on_grid = features.inception(weights, "clean", grid=64)
+    on_grid = features.inception(inception_weights, "clean", grid=64)
     large = films(1, 256)
     small = torch.nn.functional.interpolate(
         torch.from_numpy(large)[:, None], size=(64, 64), mode="bicubic", antialias=True
@@ -133,7 +109,7 @@ def test_clean_resizing_takes_both_sets_one_way(weights):
     np.testing.assert_allclose(on_grid(large), on_grid(copy), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(on_grid(copy), clean(copy), rtol=1e-5)
     with pytest.raises(ValueError, match="clean or legacy"):
-        features.inception(weights, "bilinear")
+        features.inception(inception_weights, "bilinear")
 
 
 @pytest.mark.parametrize("content", ["missing", "text", "other network", "tensor"])
