@@ -52,7 +52,7 @@ def calls(generate: dict[str, object], classes: int) -> int:
     guided = 2 if generate["guidance_scale"] > 1 else 1  # type: ignore[operator]
     steps = done + str(generate["scheduler"]).startswith("pndm")
     inverted = done - 1 if generate["method"] == "ddim-inversion" else 0
-    return steps * guided + inverted + (4 * classes if generate["source_prompt"] == "<guess>" else 0)
+    return steps * guided + inverted + (8 * classes if generate["source_prompt"] == "<guess>" else 0)
 
 
 def of(metrics: dict, table: str, **match: object) -> dict:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from diffva_ray import pipeline, ray_cluster
@@ -17,6 +16,7 @@ from diffva_ray.config import Recipe, load_recipe, make_recipe
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.evaluate.reduction import Options
 from diffva_ray.evaluate.report.page import write_report
+from diffva_ray.evaluate.summary import terminal
 from diffva_ray.generate.plan import Request
 from diffva_ray.observe import LOG, duration
 from diffva_ray.storage import join, open_store
@@ -91,7 +91,7 @@ def print_demo(ours: dict[str, Any], paper: dict[str, Any]) -> None:
         table.add_row(f"baseline: {name.replace('_', ' ')}", *_numbers(ours, name, twin=False))
     table.add_section()
     table.add_row("to be reached by a full demo", *GOALS.values())
-    Console().print(table)
+    terminal().print(table)
 
 
 def _numbers(metrics: dict[str, Any], name: str, twin: bool) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 
 from diffva_ray.counterfactual.latents import Denoiser, noise, split
 
+DRAWS = 2
 TIMESTEPS = (0.1, 0.2, 0.3, 0.4)  # of the training schedule: late enough to hide detail, early enough to keep lesions
 
 
@@ -21,12 +22,12 @@ def guess(
 ) -> list[int]:
     """Index into ``embeddings`` ([1, length, width] each) for every film's latents [n, 4, h, w].
 
-    Costs len(TIMESTEPS) * len(embeddings) network calls. Noise comes from generators of the guess's own.
+    Costs DRAWS * len(TIMESTEPS) * len(embeddings) network calls. Noise comes from generators of the guess's own.
     """
     alphas = denoiser.alphas.to(latents)
     generators = [torch.Generator("cpu").manual_seed((seed + 1) % 2**63) for seed in seeds]
     errors = torch.zeros(len(latents), len(embeddings), device=latents.device)
-    for fraction in TIMESTEPS:
+    for fraction in TIMESTEPS * DRAWS:
         timestep = torch.tensor(int(fraction * len(alphas)), device=latents.device)
         fresh = noise(latents.shape, generators).to(latents)
         noisy = alphas[timestep].sqrt() * latents + (1 - alphas[timestep]).sqrt() * fresh

@@ -29,9 +29,15 @@ TITLES = {
 }
 
 
+def terminal() -> Console:
+    """Standard output; a log file gets lines wide enough for every table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
 def print_summary(metrics: dict[str, Any], console: Console | None = None) -> None:
     """Every table that applies, then counts and notes."""
-    console = console or Console(width=None, soft_wrap=False)
+    console = console or terminal()
     for name, columns in COLUMNS.items():
         rows = metrics.get(name)
         if not rows:
