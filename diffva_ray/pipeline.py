@@ -123,7 +123,7 @@ def _short(keys: dict[str, Any]) -> dict[str, Any]:
 
 def _absolute(uri: str) -> str:
     """Workers run in folders of their own, so a path must not depend on where a command was given."""
-    return open_store(uri).uri if "://" not in uri and not uri.lower().endswith((".csv", ".parquet")) else uri
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,10 @@ def plan_run(
         LOG.info("data: %s", note)
     about = {
         "recipe": recipe.model_dump(mode="json"),
-        "data": data,
+        "data": _absolute(data),
         "data_root": dataset.store.uri,
         "data_kind": dataset.kind,
-        "model": model,
+        "model": _absolute(model),
         **provenance(),
     }
     return start_run(store, make_plan(dataset, recipe, request), keys, about)

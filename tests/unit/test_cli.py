@@ -258,3 +258,16 @@ def test_a_killed_generation_goes_on(blow: int, run: Path, films: Path, model: P
     opened = open_run(LocalStore(str(out)))
     assert opened is not None
     assert opened.pending() == []
+
+
+def test_a_run_made_with_relative_paths_is_reduced_from_anywhere(
+    films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(films.parent)
+    out = tmp_path / "run"
+    assert generate(Path(films.name), model, out, "--limit", 4).exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    assert diffva("reduce", "run", "--executor", "inline").exit_code == 0
+    metrics = json.loads((out / "tables" / "metrics.json").read_text())
+    assert not any("not opened" in note for note in metrics["notes"])
+    assert metrics["localization"]
