@@ -26,6 +26,7 @@ TINY = (
     "model.unet.sample_size=8",
     "model.unet.norm_num_groups=8",
     "generate.num_inference_steps=4",
+    "generate.smoothing=0.016",
     "generate.micro_batch=4",
     "generate.shard_size=6",
     "train.checkpoint_every=2",
