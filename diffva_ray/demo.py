@@ -22,6 +22,7 @@ from diffva_ray.observe import LOG, duration
 from diffva_ray.storage import join, open_store
 
 FILMS = {"train": 3000, "validation": 160, "test": 400}
+SEEDS = {"train": 0, "validation": 1, "test": 3}  # 2 was looked at while the recipe was made
 QUICK_FILMS = {"train": 600, "validation": 32, "test": 64}
 QUICK_STEPS = (120, 160, 60)  # of the recipe's three stages
 PAPER = ("method=sdedit", "scheduler=pndm", "strength=0.55", "guidance_scale=4.0", "num_inference_steps=75",
@@ -35,10 +36,10 @@ def run_demo(out: str, quick: bool = False, seed: int = 0) -> str:
     films = QUICK_FILMS if quick else FILMS
     folders = {name: join(out, "data", name) for name in films}
     model, run = join(out, "model"), join(out, "run")
-    for turn, (name, folder) in enumerate(folders.items()):
+    for name, folder in folders.items():
         if not open_store(folder).exists("phantoms.json"):
             LOG.info("making %d phantoms in %s", films[name], folder)
-            for _ in phantom_set(open_store(folder), films[name], recipe.model.resolution, 1000 * seed + turn):
+            for _ in phantom_set(open_store(folder), films[name], recipe.model.resolution, 1000 * seed + SEEDS[name]):
                 pass
     with ray_cluster.session():
         pipeline.train_model(recipe, folders["train"], model)
