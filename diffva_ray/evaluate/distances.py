@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from diffva_ray.data.films import Film
 from diffva_ray.data.images import BadImage, decode, to_square
+from diffva_ray.evaluate.records import by_shard
 from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.features import Extractor
 from diffva_ray.metrics.fid import delete_group_jackknife, frechet_distance_features, matched
@@ -35,11 +36,8 @@ class RunFeatures:
 
 def run_features(run: Run, data: Store, rows: Sequence[Row], extractor: Extractor) -> RunFeatures:
     """Features of a run's ``ok`` records, in plan order: those the shards stored, computed (and kept) where missing."""
-    by_shard: dict[str, list[Row]] = {}
-    for row in rows:
-        by_shard.setdefault(row["counterfactual_path"].split("/")[1], []).append(row)
     sources, counterfactuals, labels = [], [], []
-    for name, members in sorted(by_shard.items()):
+    for name, members in sorted(by_shard(rows).items()):
         before, after = _shard_features(run, data, name, members, extractor)
         sources.append(before)
         counterfactuals.append(after)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,14 @@ def read_records(run: Run) -> pd.DataFrame:
     ]
     table = pa.concat_tables(parts).replace_schema_metadata(None) if parts else RECORDS.empty_table()
     return table.to_pandas()
+
+
+def by_shard(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """``ok`` records by the name of their part, in the order given."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["counterfactual_path"].split("/")[1], []).append(row)
+    return found
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import UnusableData
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.distances import distance_row, reference_features, run_features
-from diffva_ray.evaluate.records import Boxes, Row, read_records
+from diffva_ray.evaluate.records import Boxes, Row, by_shard, read_records
 from diffva_ray.evaluate.scores import score_records
 from diffva_ray.generate.budget import check_budget
 from diffva_ray.generate.plan import PLAN_FILE, RUN, SUCCESS, Run, open_run
@@ -107,10 +107,7 @@ def _compute(run: Run, data_uri: str, options: Options, good: pd.DataFrame, scor
     notes: list[str] = []
     boxes = lesion_boxes(data_uri, options.boxes, notes)
     rows = good.to_dict("records")
-    by_shard: dict[str, list[Row]] = {}
-    for row in rows:
-        by_shard.setdefault(row["counterfactual_path"].split("/")[1], []).append(row)
-    groups = list(by_shard.values())
+    groups = list(by_shard(rows).values())
     scored = (score or _score_here)(run, data_uri, groups, boxes)
     found = [row for localization, _ in scored for row in localization]
     twins = [row for _, twin in scored for row in twin]

@@ -62,9 +62,12 @@ class FilmSet:
 
     def batch(self, indices: Sequence[int]) -> torch.Tensor:
         """Films float32 [n, size, size] in [0, 1]."""
-        with ThreadPoolExecutor(8) as pool:
-            stack = np.stack(list(map(self.pixels, indices) if self.cached else pool.map(self.pixels, indices)))
-        return torch.from_numpy(stack).float() / 255
+        if self.cached:  # every step comes here: no threads for what lies in memory
+            squares = [self.pixels(index) for index in indices]
+        else:
+            with ThreadPoolExecutor(8) as pool:
+                squares = list(pool.map(self.pixels, indices))
+        return torch.from_numpy(np.stack(squares)).float() / 255
 
 
 class Draws:
