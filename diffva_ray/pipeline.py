@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from diffva_ray.config import Recipe, fingerprint, load_recipe, make_recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.evaluate.reduction import Options, Reduced, reduce_run
+from diffva_ray.generate.budget import check_first_shards
+from diffva_ray.generate.ledger import start_retry
 from diffva_ray.generate.plan import (
+    SUCCESS,
     FingerprintDiffers,
     Request,
     Run,
@@ -177,16 +181,22 @@ def generate_run(
     recipe: Recipe, data: str, model: str, out: str, request: Request, execution: Execution = Execution()
 ) -> dict[str, int]:
     """Plan or continue the run at ``out`` and carry out all pending shards; returns counts of the work done now."""
+    return _with_device(
+        execution,
+        lambda device: _carry_out(plan_run(recipe, data, model, out, request, execution, device), model, execution),
+    )
+
+
+def _with_device(execution: Execution, work: Callable[[str], dict[str, int]]) -> dict[str, int]:
+    """``work(device)`` with the kind of device that the records will be made on; on Ray, inside a session."""
     if execution.executor == "inline":
         from diffva_ray.counterfactual.engine import device_kind
 
-        return _carry_out(plan_run(recipe, data, model, out, request, execution, device_kind()), model, execution)
+        return work(device_kind())
     from diffva_ray import ray_cluster
 
     with ray_cluster.session():
-        share = execution.gpus_per_actor
-        device = "cuda" if ray_cluster.gpus() and share != 0 else "cpu"
-        return _carry_out(plan_run(recipe, data, model, out, request, execution, device), model, execution)
+        return work("cuda" if ray_cluster.gpus() and execution.gpus_per_actor != 0 else "cpu")
 
 
 def _carry_out(run: Run, model: str, execution: Execution) -> dict[str, int]:
@@ -198,6 +208,7 @@ def _carry_out(run: Run, model: str, execution: Execution) -> dict[str, int]:
     sizes = run.shard_sizes()
     done = total - sum(sizes[shard] for shard in pending)
     LOG.info("%s: %d records in %d shards, %d shards pending", run.store.uri, total, shards, len(pending))
+    run.store.sweep()
     progress = Progress("generated", total, "records", done=done)
     counts = {"shards": 0, "records": 0, "ok": 0}
 
@@ -207,6 +218,7 @@ def _carry_out(run: Run, model: str, execution: Execution) -> dict[str, int]:
         counts["ok"] += report["ok"]
         bad = counts["records"] - counts["ok"]
         progress.update(done + counts["records"], f"{bad} quarantined" if bad else "")
+        check_first_shards(run, counts)
 
     if execution.executor == "inline":
         from diffva_ray.generate.shard import Workbench, run_shard
@@ -222,6 +234,33 @@ def _carry_out(run: Run, model: str, execution: Execution) -> dict[str, int]:
             execution.actors, execution.gpus_per_actor,
         )  # fmt: skip
     return counts
+
+
+def retry_run(
+    run: Run, execution: Execution = Execution(), data: str | None = None, model: str | None = None
+) -> dict[str, int]:
+    """Make the quarantined records again, as an overlay; returns counts of the work done now (none: nothing to retry).
+
+    ``data`` and ``model`` are where they are now, if they have moved. Raises PlanError, FingerprintDiffers.
+    """
+    if data is not None or model is not None:
+        root = open_dataset(data, run.recipe.data).store.uri if data is not None else run.about["data_root"]
+        run = replace(run, about={**run.about, "data_root": root, "model": _absolute(model or run.about["model"])})
+
+    def carry_out(device: str) -> dict[str, int]:
+        now = {**run.about["keys"], "torch": torch_version(), "device": device}
+        permitted = continue_run(run, now, execution.allow_environment_change)
+        overlay = start_retry(permitted)
+        if overlay is None:
+            return {"shards": 0, "records": 0, "ok": 0}
+        run.store.delete(SUCCESS)  # its tables are of the records as they were
+        return _carry_out(replace(overlay, about={**overlay.about, **_places(run)}), run.about["model"], execution)
+
+    return _with_device(execution, carry_out)
+
+
+def _places(run: Run) -> dict[str, str]:
+    return {key: run.about[key] for key in ("data_root", "model")}
 
 
 def existing_run(uri: str) -> Run:

@@ -1,12 +1,15 @@
 """Generation on a cluster: one Ray Data row is one planned shard, one actor holds one pipeline.
 
 Workers commit their own shards; what comes back to the driver is a report of a few numbers. All state is in the run
-folder, so a lost driver, node or cluster costs the shards in flight and nothing else.
+folder, so a lost driver, node or cluster costs the shards in flight and nothing else. Ray restarts an actor whose
+process died and gives it the same shard again, without end; ``generate/attempts.py`` is what ends it.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +17,7 @@ import ray
 import ray.data
 
 from diffva_ray import ray_cluster
+from diffva_ray.generate.attempts import MOST_MEMORY, RAY, Attempt, OutOfMemory, Session
 from diffva_ray.generate.shard import Workbench, run_shard
 from diffva_ray.observe import LOG
 
@@ -21,12 +25,25 @@ from diffva_ray.observe import LOG
 class ShardWorker:
     """An actor of the pool: opens its workbench once, then runs shard after shard."""
 
-    def __init__(self, run: str, data: str, model: str, device: str) -> None:
-        self.bench = Workbench.open(run, data, model, device)
+    def __init__(self, run: str, data: str, model: str, device: str, driver: str) -> None:
+        node = ray.get_runtime_context().get_node_id()
+        self.bench = Workbench.open(run, data, model, device, Session(RAY, driver, node, _alive))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
-        reports = [run_shard(self.bench, int(shard)) for shard in batch["shard"]]
+        reports = [self._run(int(shard)) for shard in batch["shard"]]
         return {key: [report[key] for report in reports] for key in ("shard", "records", "ok")}
+
+    def _run(self, shard: int) -> dict[str, Any]:
+        try:
+            return run_shard(self.bench, shard)
+        except OutOfMemory:
+            if Attempt(self.bench.run.store, shard, self.bench.session).short_of_memory >= MOST_MEMORY:
+                raise
+            os._exit(1)  # what the process holds on the device is not to be trusted any more; Ray starts a clean one
+
+
+def _alive(node: str) -> bool:
+    return any(about["NodeID"] == node and about["Alive"] for about in ray.nodes())
 
 
 def generate(
@@ -58,7 +75,7 @@ def generate(
         compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
         num_gpus=share or None,
         num_cpus=0,  # with a CPU each, the actors of a small machine starve Ray Data's own tasks
-        fn_constructor_args=(run, data, model, "cuda" if share else "cpu"),
+        fn_constructor_args=(run, data, model, "cuda" if share else "cpu", secrets.token_hex(6)),
     )
     for report in reports.iter_rows():
         on_shard(report)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from diffva_ray.data.films import UnusableData
+from diffva_ray.generate.ledger import committed, overlays
 from diffva_ray.generate.plan import SUCCESS, Run, open_run, part
 from diffva_ray.model.card import read_card
 from diffva_ray.observe import duration
@@ -39,12 +37,10 @@ def read_status(uri: str) -> dict[str, Any]:
 def _run_status(run: Run) -> dict[str, Any]:
     sizes = run.shard_sizes()
     done = sorted(shard for shard in run.done() if shard < run.shards)
-    counts: dict[str, int] = {}
+    statuses = committed(run, ["status"])["status"].to_pylist()
+    counts = {status: statuses.count(status) for status in sorted(set(statuses))}
     seconds: dict[str, float] = {}
     for shard in done:
-        data = run.store.read(f"records/{part(shard)}.parquet")
-        for status in pq.read_table(io.BytesIO(data), columns=["status"])["status"].to_pylist():
-            counts[status] = counts.get(status, 0) + 1
         for stage, value in (_read_json(run.store, f"timings/{part(shard)}.json") or {}).items():
             seconds[stage] = seconds.get(stage, 0.0) + value
     records = sum(sizes[shard] for shard in done)
@@ -58,10 +54,11 @@ def _run_status(run: Run) -> dict[str, Any]:
         "done": records,
         "ok": counts.get(Status.OK.value, 0),
         "quarantined": records - counts.get(Status.OK.value, 0),
-        "by_status": dict(sorted(counts.items())),
+        "by_status": counts,
         "shards": run.shards,
         "shards_done": len(done),
         "finished": run.store.exists(SUCCESS),
+        "retries": len(overlays(run)),
         "seconds_by_stage": {stage: round(value, 2) for stage, value in seconds.items()},
         "records_per_worker_second": round(rate, 3) if rate else None,
         "worker_seconds_left": round(left / rate, 1) if rate else None,

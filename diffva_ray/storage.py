@@ -2,6 +2,9 @@
 
 Nothing else in the package knows the difference. Two promises matter to the commit protocol: ``put`` makes a file
 visible whole or not at all, and ``put_if_absent`` never replaces a file that is there.
+
+What is wrong with one file is an OSError of Python's own (FileNotFoundError, PermissionError ...); what is wrong with
+the store as a whole is a StoreError, so that a full disk is never taken for a bad film.
 """
 
 from __future__ import annotations
@@ -9,10 +12,20 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol
+
+
+class StoreError(Exception):
+    """A store that cannot be used now: full, read-only, no credentials, no answer. The message is one line that names
+    it and what to do; nothing committed is lost. ``lasting``: trying again soon would not help."""
+
+    def __init__(self, message: str, lasting: bool = False) -> None:
+        super().__init__(message)
+        self.lasting = lasting
 
 
 class Entry(NamedTuple):
@@ -28,7 +41,8 @@ class Store(Protocol):
     uri: str
 
     def read(self, path: str) -> bytes:
-        """The whole file. Raises FileNotFoundError when there is none, OSError when it cannot be read."""
+        """The whole file. Raises FileNotFoundError when there is none, another OSError when this file cannot be read,
+        StoreError when the store fails."""
 
     def exists(self, path: str) -> bool: ...
 
@@ -44,6 +58,9 @@ class Store(Protocol):
     def delete(self, path: str) -> None:
         """Remove one file; nothing happens when it is absent."""
 
+    def sweep(self) -> int:
+        """Remove what writers killed in the middle of a ``put`` left behind, once it is an hour old; how many."""
+
     def local_folder(self) -> Path:
         """The store as a local folder (for libraries that need one): itself, or a private download."""
 
@@ -56,6 +73,22 @@ def checked(path: str) -> str:
     return path
 
 
+# What an operating system says of one file; everything else is said of the store.
+OF_THE_FILE = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL,
+)  # fmt: skip
+LASTING = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "the disk quota is used up; free some space",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "no permission to write there",
+    errno.EPERM: "no permission to write there",
+    errno.ENOTDIR: "a file is in the way of a folder",
+}
+TEMPORARY = ".tmp-"
+ORPHANED = 3600.0  # seconds after which a temporary file has no writer any more
+
+
 class LocalStore:
     """A folder of a local (or mounted) file system."""
 
@@ -64,7 +97,12 @@ class LocalStore:
         self.uri = str(self.root)
 
     def read(self, path: str) -> bytes:
-        return (self.root / checked(path)).read_bytes()
+        try:
+            return (self.root / checked(path)).read_bytes()
+        except OSError as error:
+            if error.errno in OF_THE_FILE:
+                raise
+            raise StoreError(f"{self.root / path} cannot be read ({error.strerror})") from error
 
     def exists(self, path: str) -> bool:
         return (self.root / checked(path)).is_file()
@@ -87,45 +125,80 @@ class LocalStore:
         return sorted(entries)
 
     def put(self, path: str, data: bytes) -> None:
-        target = self.root / checked(path)
-        self._publish(target, data, os.replace)
+        with self._writing(path):
+            self._publish(self.root / checked(path), data, os.replace)
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         target = self.root / checked(path)
         if target.exists():
             return False
         try:
-            self._publish(target, data, _link_or_create)
+            with self._writing(path):
+                self._publish(target, data, _link_or_create)
         except FileExistsError:
             return False
         return True
 
     def delete(self, path: str) -> None:
-        (self.root / checked(path)).unlink(missing_ok=True)
+        with self._writing(path):
+            (self.root / checked(path)).unlink(missing_ok=True)
+
+    def sweep(self) -> int:
+        old = [
+            file
+            for folder, _, names in os.walk(self.root)
+            for file in (Path(folder, name) for name in names if name.startswith(TEMPORARY))
+            if file.stat().st_mtime < time.time() - ORPHANED
+        ]
+        for file in old:
+            file.unlink(missing_ok=True)
+        return len(old)
 
     def local_folder(self) -> Path:
         return self.root
+
+    @contextmanager
+    def _writing(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except FileExistsError:
+            raise
+        except OSError as error:
+            reason = LASTING.get(error.errno or 0)
+            raise StoreError(
+                f"{self.root / path} cannot be written: {reason or error.strerror}", lasting=reason is not None
+            ) from error
 
     def _publish(self, target: Path, data: bytes, move: Callable[[str, Path], None]) -> None:
         """tmp beside the target, fsync, move, fsync of the folder: whole or not at all, also after a power cut."""
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            move(str(temporary), target)
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            self._write(temporary, data)
+            self._move(temporary, target, move)
+            self._sync(target.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            self._discard(temporary)
 
+    # The steps of a publication, one method each: the chaos suite fails, tears and stops between any two of them.
+    def _write(self, temporary: Path, data: bytes) -> None:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
-TEMPORARY = ".tmp-"
+    def _move(self, temporary: Path, target: Path, move: Callable[[str, Path], None]) -> None:
+        move(str(temporary), target)
+
+    def _sync(self, folder: Path) -> None:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def _discard(self, temporary: Path) -> None:
+        temporary.unlink(missing_ok=True)
 
 
 def _link_or_create(temporary: str, target: Path) -> None:
@@ -140,68 +213,13 @@ def _link_or_create(temporary: str, target: Path) -> None:
         os.replace(temporary, target)
 
 
-class S3Store:
-    """A prefix of an S3 bucket, through s3fs; credentials and endpoint from the standard chain
-    (``AWS_ENDPOINT_URL``, ``AWS_PROFILE``, instance roles ...)."""
+def _s3(uri: str) -> Store:
+    from diffva_ray.storage_s3 import S3Store  # a local run needs neither botocore's import time nor its credentials
 
-    def __init__(self, uri: str) -> None:
-        import s3fs  # a local run needs neither botocore's import time nor its credentials chain
-
-        self.uri = uri.rstrip("/")
-        self.root = self.uri.removeprefix("s3://")
-        self.fs = s3fs.S3FileSystem(
-            use_listings_cache=False, config_kwargs={"retries": {"max_attempts": 10, "mode": "adaptive"}}
-        )
-
-    def _key(self, path: str) -> str:
-        return f"{self.root}/{checked(path)}" if path else self.root
-
-    def read(self, path: str) -> bytes:
-        return self.fs.cat_file(self._key(path))
-
-    def exists(self, path: str) -> bool:
-        return self.fs.isfile(self._key(path))
-
-    def list(self, prefix: str = "") -> list[Entry]:
-        try:
-            found = self.fs.find(self._key(prefix), detail=True)
-        except FileNotFoundError:
-            return []
-        start = len(self.root) + 1
-        return sorted(Entry(key[start:], info["size"]) for key, info in found.items() if len(key) > start)
-
-    def put(self, path: str, data: bytes) -> None:
-        self.fs.pipe_file(self._key(path), data)
-
-    def put_if_absent(self, path: str, data: bytes) -> bool:
-        # The look first also serves object stores that ignore If-None-Match; content is deterministic, so a lost race
-        # writes equal bytes.
-        if self.exists(path):
-            return False
-        try:
-            self.fs.pipe_file(self._key(path), data, mode="create")
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno != errno.EINVAL or not self.exists(path):  # Swift's 412 reaches s3fs as EINVAL
-                raise
-            return False
-        return True
-
-    def delete(self, path: str) -> None:
-        if self.exists(path):
-            self.fs.rm_file(self._key(path))
-
-    def local_folder(self) -> Path:
-        folder = Path(tempfile.mkdtemp(prefix="diffva-"))
-        for entry in self.list():
-            target = folder / entry.path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(self.read(entry.path))
-        return folder
+    return S3Store(uri)
 
 
-STORES: dict[str, Callable[[str], Store]] = {"": LocalStore, "s3": S3Store}
+STORES: dict[str, Callable[[str], Store]] = {"": LocalStore, "s3": _s3}
 
 
 def open_store(uri: str | os.PathLike[str]) -> Store:

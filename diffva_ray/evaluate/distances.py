@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,8 +38,8 @@ class RunFeatures:
 def run_features(run: Run, data: Store, rows: Sequence[Row], extractor: Extractor) -> RunFeatures:
     """Features of a run's ``ok`` records, in plan order: those the shards stored, computed (and kept) where missing."""
     sources, counterfactuals, labels = [], [], []
-    for name, members in sorted(by_shard(rows).items()):
-        before, after = _shard_features(run, data, name, members, extractor)
+    for shard, members in sorted(by_shard(rows).items()):
+        before, after = _shard_features(run, data, shard, members, extractor)
         sources.append(before)
         counterfactuals.append(after)
         labels += [row["label"] for row in members]
@@ -51,26 +52,24 @@ def run_features(run: Run, data: Store, rows: Sequence[Row], extractor: Extracto
 
 
 def _shard_features(
-    run: Run, data: Store, name: str, rows: list[Row], extractor: Extractor
+    run: Run, data: Store, shard: tuple[str, str], rows: list[Row], extractor: Extractor
 ) -> tuple[Features, Features]:
-    key = cache_key(extractor)
-    for path in (f"features/{name}.npz", f"features/{key}/{name}.npz"):
-        try:
-            stored = np.load(io.BytesIO(run.store.read(path)))
-        except FileNotFoundError:
-            continue
-        wanted = [row["record_id"] for row in rows]
-        title = extractor.name if f"{extractor.name}/source" in stored.files else ""
-        if title and path.count("/") == 1 and not extractor.is_stand_in:
-            continue
-        if title and list(stored["ids"]) == wanted:
-            return stored[f"{title}/source"], stored[f"{title}/counterfactual"]
+    """What the shard's worker stored (the stand-in's), or an earlier reduce (any extractor's), or computed now."""
+    folder, name = shard
+    cached = f"{folder}features/{cache_key(extractor)}/{name}.npz"
+    path = f"{folder}features/{name}.npz" if extractor.is_stand_in else cached
+    try:
+        stored = np.load(io.BytesIO(run.store.read(path)))
+        if list(stored["ids"]) == [row["record_id"] for row in rows]:
+            return stored[f"{extractor.name}/source"], stored[f"{extractor.name}/counterfactual"]
+    except (FileNotFoundError, KeyError, ValueError, zipfile.BadZipFile):
+        pass
     size = run.recipe.model.resolution
     before = embed(extractor, [partial(data.read, row["source_path"]) for row in rows], size)
     after = embed(extractor, [partial(run.store.read, row["counterfactual_path"]) for row in rows], size)
     ids = np.array([row["record_id"] for row in rows])
     arrays = {"ids": ids, f"{extractor.name}/source": before, f"{extractor.name}/counterfactual": after}
-    run.store.put(f"features/{key}/{name}.npz", npz(arrays))
+    run.store.put(cached, npz(arrays))
     return before, after
 
 

@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
 from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, to_square
-from diffva_ray.generate.plan import Run, part
+from diffva_ray.generate.ledger import committed
+from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.localization import boxes_mask
-from diffva_ray.schema import RECORDS
 from diffva_ray.storage import Store
 
 Boxes = dict[str, list[tuple[float, float, float, float]]]
@@ -26,20 +24,15 @@ Row = dict[str, Any]
 
 def read_records(run: Run) -> pd.DataFrame:
     """All committed records, in plan order; an empty frame with the same columns when there are none."""
-    parts = [
-        pq.read_table(io.BytesIO(run.store.read(f"records/{part(shard)}.parquet")))
-        for shard in sorted(run.done())
-        if shard < run.shards
-    ]
-    table = pa.concat_tables(parts).replace_schema_metadata(None) if parts else RECORDS.empty_table()
-    return table.to_pandas()
+    return committed(run).to_pandas()
 
 
-def by_shard(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """``ok`` records by the name of their part, in the order given."""
-    found: dict[str, list[Row]] = {}
+def by_shard(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """``ok`` records by shard, in the order given: (folder that holds it, such as "" or "overlays/r1/"; its name)."""
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        found.setdefault(row["counterfactual_path"].split("/")[1], []).append(row)
+        folder, name, _ = row["counterfactual_path"].rsplit("/", 2)
+        found.setdefault((folder.removesuffix("counterfactuals"), name), []).append(row)
     return found
 
 

@@ -25,8 +25,9 @@ from diffva_ray.evaluate.distances import distance_row, reference_features, run_
 from diffva_ray.evaluate.records import Boxes, Row, by_shard, read_records
 from diffva_ray.evaluate.scores import score_records
 from diffva_ray.generate.budget import check_budget
+from diffva_ray.generate.ledger import OVERLAYS, overlays
 from diffva_ray.generate.plan import PLAN_FILE, RUN, SUCCESS, Run, open_run
-from diffva_ray.generate.verification import Problem, verify
+from diffva_ray.generate.verification import MANIFEST, Problem, verify
 from diffva_ray.metrics.features import Extractor, inception, stand_in
 from diffva_ray.schema import RECORDS, Status, digest
 from diffva_ray.storage import open_store
@@ -40,9 +41,10 @@ class Incomplete(Exception):
 
     def __init__(self, problems: list[Problem], uri: str) -> None:
         self.problems = problems
-        shards = len({problem.shard for problem in problems})
+        shards = len({(problem.overlay, problem.shard) for problem in problems})
+        verb = "retry" if all(problem.overlay for problem in problems) else "generate"
         super().__init__(
-            f"{uri}: {shards} shards are missing or damaged (first: {problems[0].what}); run diffva generate again, "
+            f"{uri}: {shards} shards are missing or damaged (first: {problems[0].what}); run diffva {verb} again, "
             "or diffva verify --repair"
         )
 
@@ -76,7 +78,8 @@ def reduce_run(run: Run, data_uri: str, options: Options, score: Score | None = 
     problems = verify(run, pixels=False)
     if problems:
         raise Incomplete(problems, run.store.uri)
-    state = {"options": digest(options.__dict__), "fingerprint": run.fingerprint, "version": __version__}
+    state = {"options": digest(options.__dict__), "fingerprint": run.fingerprint, "version": __version__,
+             "retries": len(overlays(run))}  # fmt: skip
     if run.store.exists(SUCCESS) and json.loads(run.store.read(SUCCESS)) == state:
         return Reduced(json.loads(run.store.read("tables/metrics.json")), fresh=False)
     run.store.delete(SUCCESS)
@@ -244,10 +247,11 @@ def _write_manifest(run: Run) -> None:
     files: dict[str, dict[str, Any]] = {}
     hashed = (PLAN_FILE, RUN, "quarantine.parquet", "records/", "tables/")
     for path, size in run.store.list():
-        if path.startswith(("report/", "figures/", "attempts/")) or path in ("manifest.json", SUCCESS):
+        own = path.split("/", 2)[2] if path.startswith(f"{OVERLAYS}/") else path  # a retry is a run of its own
+        if own.startswith(("report/", "figures/", "attempts/", "timings/")) or path in (MANIFEST, SUCCESS):
             continue
         files[path] = {"bytes": size}
-        if path.startswith(hashed):
+        if own.startswith(hashed):
             files[path]["sha256"] = hashlib.sha256(run.store.read(path)).hexdigest()
     about = {"fingerprint": run.fingerprint, "shards": run.shards, "files": files}
-    run.store.put("manifest.json", json.dumps(about, indent=1).encode())
+    run.store.put(MANIFEST, json.dumps(about, indent=1).encode())

@@ -83,7 +83,7 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
 
     Sorting by id spreads classes and storage keys evenly over shards. Raises PlanError when nothing is left to do.
     """
-    config, rows = recipe.generate, []
+    config, rows = recipe.generate, list[dict[str, Any]]()
     for point in itertools.product(*(values for _, values in request.sweep)):
         swept = dict(zip((key for key, _ in request.sweep), point, strict=True))
         prompt = swept.pop("prompt", request.prompt if request.prompt is not None else recipe.data.healthy_prompt)
@@ -110,18 +110,26 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
     if not rows:
         raise PlanError("no film is left to plan")
     rows.sort(key=lambda row: row["record_id"])
-    rows = rows[: request.limit]
-    group = lambda row: (row["method"], *(row[key] for key in SWEPT if key not in ("method", "prompt")))  # noqa: E731
-    shard = -1
-    ordered = []
-    for _, members in itertools.groupby(sorted(rows, key=lambda row: (group(row), row["record_id"])), key=group):
-        for position, row in enumerate(members):
-            shard += position % config.shard_size == 0
-            ordered.append({**row, "shard": shard, "position": position % config.shard_size})
-    table = pa.Table.from_pylist(ordered, schema=PLAN)
+    table = pa.Table.from_pylist(cut(rows[: request.limit], recipe), schema=PLAN)
     if len(table["record_id"].unique()) != len(table):
         raise PlanError("the data set names a film twice under one label")
     return table
+
+
+def cut(rows: Iterable[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
+    """The rows in the order of settings and record id, each with its ``shard`` and its ``position`` in it. A shard
+    holds records of one setting: they go through the networks together."""
+
+    def setting(row: dict[str, Any]) -> tuple[Any, ...]:
+        return (row["method"], *(row[key] for key in SWEPT if key not in ("method", "prompt")))
+
+    size, shard, ordered = recipe.generate.shard_size, -1, []
+    by_setting = sorted(rows, key=lambda row: (setting(row), row["record_id"]))
+    for _, members in itertools.groupby(by_setting, key=setting):
+        for number, row in enumerate(members):
+            shard += number % size == 0
+            ordered.append({**row, "shard": shard, "position": number % size})
+    return ordered
 
 
 def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:

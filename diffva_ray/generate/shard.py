@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
 from diffva_ray import __version__
@@ -34,15 +35,19 @@ from diffva_ray.data.images import (
     quantise,
     to_square,
 )
+from diffva_ray.generate.attempts import DEATHS, Attempt, OutOfMemory, Session
 from diffva_ray.generate.plan import FOLDERS, Run, Unfinished, open_run, part
 from diffva_ray.metrics.features import Extractor, stand_in
 from diffva_ray.metrics.ssim import l1, ms_ssim, psnr, ssim
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
+from diffva_ray.observe import LOG
 from diffva_ray.schema import RECORDS, Status
-from diffva_ray.storage import Store, open_store
+from diffva_ray.storage import Store, StoreError, open_store
 
 Row = dict[str, Any]
+Features = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  # by record: of the film, of its counterfactual
+PAUSES = (1.0, 5.0)  # seconds before a shard is tried again when the storage failed
 
 
 @dataclass
@@ -54,9 +59,12 @@ class Workbench:
     engine: Counterfactuals
     judge: Judge | None
     extractor: Extractor = field(default_factory=stand_in)
+    session: Session = field(default_factory=Session)
 
     @classmethod
-    def open(cls, run_uri: str, data_uri: str, model_uri: str, device: str | None = None) -> Workbench:
+    def open(
+        cls, run_uri: str, data_uri: str, model_uri: str, device: str | None = None, session: Session | None = None
+    ) -> Workbench:
         """Load everything a shard needs. Raises UnusableModel, or Unfinished when the model is not the run's."""
         run = open_run(open_store(run_uri))
         if run is None:
@@ -69,7 +77,7 @@ class Workbench:
             judge = load_judge(open_store(model_uri))
         except ValueError as error:
             raise Unfinished(str(error)) from None
-        return cls(run, open_store(data_uri), engine, judge)
+        return cls(run, open_store(data_uri), engine, judge, session=session or Session())
 
 
 @dataclass
@@ -98,27 +106,77 @@ class Stopwatch:
 
 
 def run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
-    """Make and commit one shard; returns a small report. A shard that is committed already is left alone."""
+    """Make and commit one shard; returns a small report. A shard that is committed already is left alone.
+
+    A store that fails is tried again after a pause. Raises StoreError when it goes on failing, OutOfMemory, and
+    WorkersKeepDying.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return _run_shard(bench, shard)
+        except StoreError as error:
+            if error.lasting or pause is None:
+                raise
+            LOG.info("%s; trying again in %g s", error, pause)
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
     run, store, watch = bench.run, bench.run.store, Stopwatch()
     commit = f"records/{part(shard)}.parquet"
     if store.exists(commit):
         return {"shard": shard, "records": 0, "ok": 0, "seconds": watch.seconds}
-    rows = run.shard_rows(shard)
-    with watch("read"), ThreadPoolExecutor(8) as pool:
-        sources = list(pool.map(lambda row: read_source(bench, row), rows))
-    finished: list[Row] = []
-    features: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-    size = run.recipe.generate.micro_batch
-    for start in range(0, len(sources), size):  # slices of the plan: which neighbours are bad changes nothing
-        finished += _micro_batch(bench, sources[start : start + size], features, watch)
-    with watch("write"):
-        if features:
-            store.put(f"features/{part(shard)}.npz", _features(bench.extractor.name, features))
-        seconds = {stage: round(value, 4) for stage, value in watch.seconds.items()}
-        store.put(f"timings/{part(shard)}.json", json.dumps(seconds).encode())
-        store.put_if_absent(commit, records_part(run, shard, finished))
+    rows, features = run.shard_rows(shard), Features()
+    with Attempt(store, shard, bench.session) as attempt:
+        try:
+            work = _one_by_one if attempt.isolated else _together
+            finished = work(bench, rows, attempt, features, watch)
+        except torch.cuda.OutOfMemoryError as error:
+            attempt.ran_out_of_memory()
+            raise OutOfMemory(
+                f"{part(shard)}: {' '.join(str(error).split())[:160]}; give each actor more of a GPU, or make a new "
+                "run with a smaller --micro-batch (it changes pixels, so this run keeps its own)"
+            ) from error
+        with watch("write"):
+            if features:
+                store.put(f"features/{part(shard)}.npz", _features(bench.extractor.name, features))
+            seconds = {stage: round(value, 4) for stage, value in watch.seconds.items()}
+            store.put(f"timings/{part(shard)}.json", json.dumps(seconds).encode())
+            store.put_if_absent(commit, records_part(run, shard, finished))
+        attempt.settle()
     ok = sum(row["status"] == Status.OK.value for row in finished)
     return {"shard": shard, "records": len(finished), "ok": ok, "seconds": watch.seconds}
+
+
+def _together(bench: Workbench, rows: list[Row], attempt: Attempt, features: Features, watch: Stopwatch) -> list[Row]:
+    """The usual way: all films read at once, then micro-batch after micro-batch."""
+    with watch("read"), ThreadPoolExecutor(8) as pool:
+        sources = list(pool.map(lambda row: read_source(bench, row), rows))
+    size, finished = bench.run.recipe.generate.micro_batch, []
+    for start in range(0, len(sources), size):  # slices of the plan: which neighbours are bad changes nothing
+        finished += _micro_batch(bench, sources[start : start + size], features, watch)
+    return finished
+
+
+def _one_by_one(bench: Workbench, rows: list[Row], attempt: Attempt, features: Features, watch: Stopwatch) -> list[Row]:
+    """After a worker died on this shard: every record alone, suspects first, known killers not at all. Padding makes a
+    record's pixels the same alone as in company."""
+    limit, killers = DEATHS[attempt.session.executor], attempt.killers
+    done: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: -attempt.blamed[row["record_id"]]):
+        key = row["record_id"]
+        if key in killers:
+            reason = f"its process died {limit} times while this record alone was in flight"
+            done[key] = {**row, "status": Status.KILLED_WORKER.value, "error": reason}
+            continue
+        with attempt.flight(key):
+            with watch("read"):
+                source = read_source(bench, row)
+            done[key] = _micro_batch(bench, [source], features, watch)[0]
+    for key in [row["record_id"] for row in rows if row["record_id"] in features]:
+        features[key] = features.pop(key)  # back into the plan's order
+    return [done[row["record_id"]] for row in rows]
 
 
 def read_source(bench: Workbench, row: Row) -> Source:
@@ -160,7 +218,7 @@ def read_mask(store: Store, path: str, size: int) -> NDArray[np.bool_] | None:
         return None
 
 
-def _micro_batch(bench: Workbench, sources: list[Source], features: dict[str, Any], watch: Stopwatch) -> list[Row]:
+def _micro_batch(bench: Workbench, sources: list[Source], features: Features, watch: Stopwatch) -> list[Row]:
     """One fixed-shape call of the engine. Slots of unreadable films are blank; a padded tail is the engine's affair."""
     good = [source for source in sources if source.square is not None]
     if not good:
@@ -182,10 +240,11 @@ def _micro_batch(bench: Workbench, sources: list[Source], features: dict[str, An
     for source, counterfactual, reconstruction, shown in zip(
         sources, twins.counterfactuals, twins.reconstructions, twins.sources, strict=True
     ):
-        source.found["source_prompt"] = shown
         if source.square is None:
             rows.append({**source.row, **source.found})
-        elif not (np.isfinite(counterfactual).all() and np.isfinite(reconstruction).all()):
+            continue
+        source.found["source_prompt"] = shown
+        if not (np.isfinite(counterfactual).all() and np.isfinite(reconstruction).all()):
             reason = {"status": Status.NON_FINITE.value, "error": "the networks gave NaN or infinity for this film"}
             rows.append({**source.row, **source.found, **reason})
         else:
@@ -198,7 +257,7 @@ def _record(
     source: Source,
     counterfactual: NDArray[np.uint8],
     reconstruction: NDArray[np.uint8],
-    features: dict[str, Any],
+    features: Features,
     watch: Stopwatch,
 ) -> Row:
     """Measure one pair and write its images. Everything is computed from the 8-bit images as they are stored, so that
@@ -249,7 +308,7 @@ def _record(
     }
 
 
-def _features(name: str, features: dict[str, Any]) -> bytes:
+def _features(name: str, features: Features) -> bytes:
     """float32 features by extractor, with the ids of their rows."""
     sink = io.BytesIO()
     sources, counterfactuals = zip(*features.values(), strict=True)

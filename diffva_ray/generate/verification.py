@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
 from diffva_ray.data.images import BadImage, decode_map, map_levels, pixel_digest
-from diffva_ray.generate.plan import FOLDERS, Run, part
+from diffva_ray.generate.ledger import overlays
+from diffva_ray.generate.plan import FOLDERS, SUCCESS, Run, part
 from diffva_ray.schema import RECORDS, Status
+
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One broken promise: the shard it belongs to and what is wrong, in one line."""
+    """One broken promise: the shard it belongs to and what is wrong, in one line. ``overlay`` counts retries from 1; 0
+    is the run itself. A ``shard`` of -1 is none: a table, say, which reduce writes again."""
 
     shard: int
     what: str
+    overlay: int = 0
+
+
+STATUSES = {status.value for status in Status}
 
 
 def verify_shard(run: Run, shard: int, present: set[str] | None = None) -> list[Problem]:
@@ -43,6 +54,8 @@ def verify_shard(run: Run, shard: int, present: set[str] | None = None) -> list[
     if table["record_id"].to_pylist() != planned:
         problems.append(Problem(shard, f"{name} does not hold the planned records, each once and in order"))
     for row in table.to_pylist():
+        if row["status"] not in STATUSES or bool(row["error"]) == (row["status"] == Status.OK.value):
+            problems.append(Problem(shard, f"{name}: {row['record_id']} has status {row['status']}, {row['error']}"))
         if row["status"] != Status.OK.value:
             continue
         for path, digest, signed in (
@@ -56,10 +69,29 @@ def verify_shard(run: Run, shard: int, present: set[str] | None = None) -> list[
                 wrong = _image_problem(run, path, digest, signed)
             if wrong:
                 problems.append(Problem(shard, f"{path} {wrong}"))
-    return problems
+    ok = [row["record_id"] for row in table.to_pylist() if row["status"] == Status.OK.value]
+    wrong = _features_problem(run, shard, ok, present)
+    return [*problems, *([Problem(shard, wrong)] if wrong else [])]
+
+
+def _features_problem(run: Run, shard: int, ids: list[str], present: set[str] | None) -> str | None:
+    path = f"features/{part(shard)}.npz"
+    if not ids:
+        return None
+    if present is not None:
+        return None if path in present else f"{path} is missing"
+    try:
+        stored = np.load(io.BytesIO(run.store.read(path)))
+        shapes = {stored[name].shape[0] for name in stored.files}
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except Exception as error:  # zip, npy header, pickle refused: numpy raises what it meets
+        return f"{path} cannot be read ({type(error).__name__})"
+    return None if list(stored["ids"]) == ids and shapes == {len(ids)} else f"{path} is not of the records that are ok"
 
 
 def _image_problem(run: Run, path: str, expected: str, signed: bool) -> str | None:
+    size = run.recipe.model.resolution
     try:
         data = run.store.read(path)
         pixels = map_levels(decode_map(data)) if signed else np.asarray(Image.open(io.BytesIO(data)))
@@ -67,16 +99,31 @@ def _image_problem(run: Run, path: str, expected: str, signed: bool) -> str | No
         return "is missing"
     except (BadImage, OSError, SyntaxError, ValueError) as error:
         return f"cannot be read ({error})"
+    if pixels.shape != (size, size):
+        return f"is {' x '.join(map(str, pixels.shape))}, not {size} x {size}"
     return None if pixel_digest(pixels) == expected else "has other pixels than its record says"
 
 
 def verify(run: Run, pixels: bool = True) -> list[Problem]:
-    """All problems of a run, by shard; an empty list is a complete and sound run. Without ``pixels`` images are looked
-    up in one listing and not opened."""
+    """All problems of a run and of its retries, by shard; an empty list is a complete and sound run. Without ``pixels``
+    images are looked up in one listing and not opened."""
+    problems = _verify_parts(run, pixels)
+    planned = run.plan()["record_id"].to_pylist()
+    problems += [Problem(-1, f"record {name} is planned twice") for name, n in Counter(planned).items() if n > 1]
+    known = set(planned)
+    for number, overlay in enumerate(overlays(run), start=1):
+        found = _verify_parts(overlay, pixels)
+        problems += [replace(one, what=f"overlays/r{number}: {one.what}", overlay=number) for one in found]
+        if not known.issuperset(overlay.plan()["record_id"].to_pylist()):
+            problems.append(Problem(-1, f"overlays/r{number} holds records that the run has not planned", number))
+    return problems + (_manifest_problems(run) if pixels else [])
+
+
+def _verify_parts(run: Run, pixels: bool) -> list[Problem]:
     run.plan()
     present = None
     if not pixels:
-        present = {path for folder in FOLDERS for path, size in run.store.list(folder) if size > 0}
+        present = {path for folder in (*FOLDERS, "features") for path, size in run.store.list(folder) if size > 0}
     unplanned = [shard for shard in sorted(run.done()) if shard >= run.shards]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda shard: verify_shard(run, shard, present), range(run.shards)))
@@ -84,9 +131,33 @@ def verify(run: Run, pixels: bool = True) -> list[Problem]:
     return [problem for problems in found for problem in problems] + strangers
 
 
-def requeue(run: Run, problems: list[Problem]) -> list[int]:
-    """Withdraw the commits of damaged shards, so that the next ``diffva generate`` makes them again."""
-    damaged = sorted({problem.shard for problem in problems})
-    for shard in damaged:
-        run.store.delete(f"records/{part(shard)}.parquet")
-    return damaged
+def _manifest_problems(run: Run) -> list[Problem]:
+    """A finished run against its manifest: every file with its size, and its hash where no record vouches for it."""
+    if not run.store.exists(SUCCESS):
+        return []
+    try:
+        files = json.loads(run.store.read(MANIFEST))["files"]
+    except FileNotFoundError:
+        return [Problem(-1, f"{MANIFEST} is missing from a finished run")]
+    except (ValueError, KeyError) as error:
+        return [Problem(-1, f"{MANIFEST} cannot be read ({error})")]
+    sizes, problems = dict(run.store.list()), []
+    for path, about in files.items():
+        if path not in sizes:
+            problems.append(Problem(-1, f"{path} is missing"))
+        elif sizes[path] != about["bytes"]:
+            problems.append(Problem(-1, f"{path} has {sizes[path]} bytes, {about['bytes']} in {MANIFEST}"))
+        elif "sha256" in about and hashlib.sha256(run.store.read(path)).hexdigest() != about["sha256"]:
+            problems.append(Problem(-1, f"{path} has another content than {MANIFEST} says"))
+    return problems
+
+
+def requeue(run: Run, problems: list[Problem]) -> int:
+    """Withdraw the commits of damaged shards, so that the next ``diffva generate`` (or ``diffva retry``) makes them
+    again, and the run's ``_SUCCESS``, so that ``diffva reduce`` writes its tables again. Number of shards."""
+    run.store.delete(SUCCESS)
+    retries = overlays(run)
+    damaged = sorted({(problem.overlay, problem.shard) for problem in problems if problem.shard >= 0})
+    for overlay, shard in damaged:
+        (retries[overlay - 1] if overlay else run).store.delete(f"records/{part(shard)}.parquet")
+    return len(damaged)

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from moto.server import ThreadedMotoServer
 
 from diffva_ray.cli import main
-from diffva_ray.storage import LocalStore, S3Store, open_store
+from diffva_ray.storage import LocalStore, open_store
+from diffva_ray.storage_s3 import S3Store
 
 
 @pytest.fixture(scope="module")

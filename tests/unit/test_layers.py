@@ -12,7 +12,8 @@ PACKAGE = ROOT / "diffva_ray"
 LOW = {"schema", "storage", "observe", "provenance"}
 MAY_IMPORT = {
     "schema": set(),
-    "storage": set(),
+    "storage": {"storage_s3"},
+    "storage_s3": {"storage", "observe"},
     "observe": set(),
     "provenance": set(),
     "config": {"schema", "storage"},

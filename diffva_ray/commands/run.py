@@ -1,0 +1,156 @@
+"""Verbs about a run: make it, watch it, check it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from diffva_ray.commands.verb import (
+    DONE,
+    INCOMPLETE,
+    data_option,
+    dry_run_option,
+    executor_option,
+    model_option,
+    names,
+    recipe_option,
+    set_option,
+    show,
+    verb,
+    with_flags,
+)
+
+
+@verb("generate")
+@data_option
+@model_option
+@click.option("--out", metavar="RUN", required=True, help="Run folder, or s3://; an unfinished one is continued.")
+@click.option("--classes", metavar="A,B", help="Classes to heal; default: all but the healthy one.")
+@click.option("--healthy-class", metavar="NAME", help="The class that counts as healthy.")
+@click.option("--prompt", metavar="TEXT", help="What the twin should be; default: the recipe's healthy prompt.")
+@click.option("--method", metavar="NAME", help="sdedit or ddim-inversion.")
+@click.option("--strength", type=float, metavar="F", help="How far the film is taken apart, in (0, 1].")
+@click.option("--guidance-scale", type=float, metavar="F", help="Classifier-free guidance; 1 or less is none.")
+@click.option("--steps", type=int, metavar="N", help="Scheduler steps at strength 1.")
+@click.option("--scheduler", metavar="NAME", help="pndm, pndm-diffusers or ddim.")
+@click.option("--seed", type=int, help="Seed of the run.")
+@click.option("--draws", type=int, metavar="K", help="Records per film, each with noise of its own.")
+@click.option("--sweep", multiple=True, metavar="KEY=V,V", help="Several values of one setting; repeatable.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="At most so many records.")
+@click.option("--shard-size", type=int, metavar="N", help="Records per shard.")
+@click.option("--micro-batch", type=int, metavar="N", help="Films in one network call.")
+@click.option("--actors", type=click.IntRange(1), metavar="N", help="Default: one for each GPU, or for each CPU.")
+@click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="Default: 1 where the cluster has GPUs.")
+@click.option("--allow-environment-change", is_flag=True, help="Go on with another torch or device; recorded.")
+@executor_option
+@recipe_option
+@set_option
+@dry_run_option
+def generate(data: str, model: str, out: str, **options: Any) -> int:
+    """Make the healthy twin and the attribution map of every abnormal film.
+
+    Example:
+        diffva generate --data data/test --model models/mine --out runs/first
+    """
+    from diffva_ray.generate.budget import check_budget
+    from diffva_ray.generate.plan import Request, parse_sweep
+    from diffva_ray.pipeline import Execution, existing_run, generate_run, model_recipe
+
+    flags = {
+        "data__healthy_class": options["healthy_class"],
+        "seed": options["seed"],
+        "generate__num_inference_steps": options["steps"],
+        **{
+            f"generate__{key}": options[key]
+            for key in ("method", "strength", "guidance_scale", "scheduler", "draws", "shard_size", "micro_batch")
+        },
+    }
+    recipe = model_recipe(model, options["recipe"], with_flags(options["overrides"], **flags))
+    request = Request(names(options["classes"]), options["prompt"], options["limit"], parse_sweep(options["sweep"]))
+    execution = Execution(
+        options["executor"], options["actors"], options["gpus_per_actor"], options["allow_environment_change"]
+    )
+    if options["dry_run"]:
+        from diffva_ray.pipeline import planned
+
+        show(recipe, **planned(recipe, data, out, request))
+        return DONE
+    click.echo(f"recipe {recipe.name}" + ("" if options["recipe"] else " (the model's own)"), err=True)
+    counts = generate_run(recipe, data, model, out, request, execution)
+    if counts["shards"]:
+        click.echo(f"{counts['ok']} of {counts['records']} records ok; next: diffva reduce {out}")
+    check_budget(existing_run(out))
+    return DONE
+
+
+@verb("status")
+@click.argument("run_or_model")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def status(run_or_model: str, as_json: bool) -> None:
+    """How far a run or a training is; reads storage only.
+
+    Example:
+        diffva status runs/first --json
+    """
+    from diffva_ray.status import describe, read_status
+
+    found = read_status(run_or_model)
+    click.echo(json.dumps(found, indent=1) if as_json else describe(found))
+
+
+@verb("verify")
+@click.argument("run")
+@click.option("--repair", is_flag=True, help="Withdraw damaged shards, so that generate makes them again.")
+def verify(run: str, repair: bool) -> int:
+    """Check every promise of a finished run: planned ids once, fingerprints, pixels.
+
+    Example:
+        diffva verify runs/first
+    """
+    from diffva_ray.generate.verification import requeue
+    from diffva_ray.generate.verification import verify as check
+    from diffva_ray.pipeline import existing_run
+
+    opened = existing_run(run)
+    problems = check(opened)
+    for problem in problems[:20]:
+        click.echo(f"shard {problem.shard}: {problem.what}" if problem.shard >= 0 else problem.what, err=True)
+    if not problems:
+        click.echo(f"{run}: {opened.about['records']} records in {opened.shards} shards, complete and sound")
+        return DONE
+    click.echo(f"{run}: {len(problems)} problems" + (f", {len(problems) - 20} not shown" if len(problems) > 20 else ""))
+    if repair:
+        again = "retry" if all(problem.overlay for problem in problems) else "generate"
+        click.echo(f"{requeue(opened, problems)} shards requeued; run diffva {again} again, then diffva reduce")
+    return INCOMPLETE
+
+
+@verb("retry")
+@click.argument("run")
+@click.option("--data", metavar="DATA", help="Where the data set is now, if it has moved.")
+@click.option("--model", metavar="MODEL", help="Where the model is now, if it has moved.")
+@click.option("--actors", type=click.IntRange(1), metavar="N", help="Default: one for each GPU, or for each CPU.")
+@click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="Default: 1 where the cluster has GPUs.")
+@click.option("--allow-environment-change", is_flag=True, help="Go on with another torch or device; recorded.")
+@executor_option
+def retry(run: str, data: str | None, model: str | None, actors: int | None, gpus_per_actor: float | None,
+          allow_environment_change: bool, executor: str) -> int:  # fmt: skip
+    """Make quarantined records again, once their films are mended: into RUN/overlays/r1, r2 ...
+
+    Example:
+        diffva retry runs/first
+    """
+    from diffva_ray.generate.budget import check_budget
+    from diffva_ray.pipeline import Execution, existing_run, retry_run
+
+    opened = existing_run(run)
+    execution = Execution(executor, actors, gpus_per_actor, allow_environment_change)
+    counts = retry_run(opened, execution, data, model)
+    if not counts["shards"]:
+        click.echo(f"{run}: no record is quarantined; nothing to retry")
+    else:
+        click.echo(f"{counts['ok']} of {counts['records']} records ok now; next: diffva reduce {run}")
+    check_budget(opened)
+    return DONE
