@@ -97,12 +97,8 @@ class LocalStore:
         self.uri = str(self.root)
 
     def read(self, path: str) -> bytes:
-        try:
+        with self._reading(path):
             return (self.root / checked(path)).read_bytes()
-        except OSError as error:
-            if error.errno in OF_THE_FILE:
-                raise
-            raise StoreError(f"{self.root / path} cannot be read ({error.strerror})") from error
 
     def exists(self, path: str) -> bool:
         return (self.root / checked(path)).is_file()
@@ -158,6 +154,15 @@ class LocalStore:
         return self.root
 
     @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in OF_THE_FILE:
+                raise
+            raise StoreError(f"{self.root / path} cannot be read: {error.strerror or error}") from error
+
+    @contextmanager
     def _writing(self, path: str) -> Iterator[None]:
         try:
             yield
@@ -166,12 +171,15 @@ class LocalStore:
         except OSError as error:
             reason = LASTING.get(error.errno or 0)
             raise StoreError(
-                f"{self.root / path} cannot be written: {reason or error.strerror}", lasting=reason is not None
+                f"{self.root / path} cannot be written: {reason or error.strerror or error}", lasting=reason is not None
             ) from error
 
     def _publish(self, target: Path, data: bytes, move: Callable[[str, Path], None]) -> None:
         """tmp beside the target, fsync, move, fsync of the folder: whole or not at all, also after a power cut."""
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:  # of a file where the folder should be; not to be taken for the target's
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", error.filename) from error
         temporary = target.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
         try:
             self._write(temporary, data)

@@ -17,26 +17,38 @@ from diffva_ray.data.films import UnusableData
 @click.option("--size", metavar="PX", type=click.IntRange(16, 4096), help="Side of the films; default: the recipe's.")
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same films.")
 @click.option("--classes", metavar="A,B", help="Classes; default: Normal, Lung_Opacity, COVID, Viral Pneumonia.")
+@click.option("--onto", metavar="DATA", help="Put the lesions into the healthy films of this data set.")
 @recipe_option
 @set_option
 @dry_run_option
-def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str | None, recipe: str | None,
-             overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
-    """Write synthetic thorax films with lung masks, lesion masks and lesion-free twins.
+def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str | None, onto: str | None,
+             recipe: str | None, overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
+    """Write synthetic thorax films with lung masks, lesion masks and lesion-free twins; with --onto real healthy films
+    with synthetic lesions, whose originals are the exact twins.
 
     Example:
         diffva phantoms data/test --patients 400 --size 128 --seed 7
+        diffva phantoms data/onto --onto data/COVID-19_Radiography_Dataset --patients 400 --size 128
     """
+    from diffva_ray.data.datasets import open_dataset
+    from diffva_ray.data.implants import implant_set
     from diffva_ray.data.phantoms import CLASSES, phantom_set
     from diffva_ray.storage import open_store
 
     resolved = load_recipe(recipe or "phantom", overrides)
     chosen = names(classes) or CLASSES
     side = size or resolved.model.resolution
+    dataset = open_dataset(onto, resolved.data) if onto else None
+    healthy = resolved.data.healthy_class
     if dry_run:
-        return show(resolved, out=out, patients=patients, size=side, seed=seed, classes=chosen)
+        about = {"onto": onto, "healthy_films": dataset.classes.get(healthy, 0)} if dataset else {}
+        return show(resolved, out=out, patients=patients, size=side, seed=seed, classes=chosen, **about)
     try:
-        made = sum(1 for _ in phantom_set(open_store(out), patients, side, seed, chosen))
+        store = open_store(out)
+        if dataset is not None:
+            made = sum(1 for _ in implant_set(store, dataset, healthy, patients, side, seed, chosen))
+        else:
+            made = sum(1 for _ in phantom_set(store, patients, side, seed, chosen))
     except ValueError as error:
         raise UnusableData(str(error)) from None
     click.echo(f"{made} films of {side} px in {out}")

@@ -1,6 +1,9 @@
-"""Verbs about a model: train it, and the whole line from phantoms to report."""
+"""Verbs about a model: train it, ask it about one film, and the whole line from phantoms to report."""
 
 from __future__ import annotations
+
+import json
+from typing import Any
 
 import click
 
@@ -8,10 +11,12 @@ from diffva_ray.commands.verb import (
     data_option,
     dry_run_option,
     executor_option,
+    model_option,
     recipe_option,
     set_option,
     show,
     verb,
+    with_flags,
 )
 from diffva_ray.config import load_recipe
 
@@ -54,3 +59,55 @@ def train(data: str, out: str, workers: int, gpus_per_worker: float | None, exec
         return show(resolved, data=data, out=out, films=len(training_keys(resolved, data)[1].films), workers=workers)
     if train_model(resolved, data, out, workers, gpus_per_worker, executor):
         click.echo(f"model written to {out}")
+
+
+@verb("explain")
+@click.argument("film")
+@model_option
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="TEXT",
+    help="What the twin should be, a row of the sheet each; default: the recipe's healthy prompt.",
+)
+@click.option(
+    "--out", metavar="FILE.png", help="The sheet, local or s3://; default: <film>.explained.png in the current folder."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+@click.option("--method", metavar="NAME", help="sdedit or ddim-inversion.")
+@click.option("--strength", type=float, metavar="F", help="How far the film is taken apart, in (0, 1].")
+@click.option("--guidance-scale", type=float, metavar="F", help="Classifier-free guidance; 1 or less is none.")
+@click.option("--steps", type=int, metavar="N", help="Scheduler steps at strength 1.")
+@click.option("--scheduler", metavar="NAME", help="pndm, pndm-diffusers or ddim.")
+@click.option("--seed", type=int, help="As of a run; the film's own is made of it and the file's name.")
+@recipe_option
+@set_option
+@dry_run_option
+def explain(film: str, model: str, prompts: tuple[str, ...], out: str | None, as_json: bool, **options: Any) -> None:
+    """One film, at once: its healthy twin, the attribution map, the numbers, and a sheet that shows them. The engine is
+    that of generate; a run gives a film the same noise where its path in the data set is just the file's name.
+
+    Example:
+        diffva explain film.png --model models/mine --prompt "normal chest scan" --prompt "COVID 19"
+    """
+    from diffva_ray.explain import check_sheet, describe, write_sheet
+    from diffva_ray.explain import explain as ask
+    from diffva_ray.pipeline import model_recipe
+
+    flags = {
+        "seed": options["seed"],
+        "generate__num_inference_steps": options["steps"],
+        **{f"generate__{key}": options[key] for key in ("method", "strength", "guidance_scale", "scheduler")},
+    }
+    recipe = model_recipe(model, options["recipe"], with_flags(options["overrides"], **flags))
+    name = film.rpartition("/")[2]
+    path = out or f"{name.rpartition('.')[0] or name}.explained.png"
+    check_sheet(path)
+    if options["dry_run"]:
+        return show(recipe, film=film, model=model, out=path, prompts=prompts or [recipe.data.healthy_prompt])
+    found = ask(film, model, recipe, prompts)
+    write_sheet(found, path)
+    if as_json:
+        return click.echo(json.dumps({**found.as_dict(), "sheet": path}, indent=1))
+    click.echo(f"{describe(found)}\nsheet in {path}")

@@ -1,10 +1,13 @@
-"""Verbs about numbers and pages: tables and report."""
+"""Verbs about numbers and pages: tables, report, anybody's maps, two runs side by side."""
 
 from __future__ import annotations
 
+import json
+
 import click
 
-from diffva_ray.commands.verb import executor_option, verb
+from diffva_ray.commands.verb import data_option, executor_option, verb
+from diffva_ray.data.films import UnusableData
 
 
 @verb("reduce")
@@ -50,3 +53,83 @@ def report(run: str) -> None:
     from diffva_ray.pipeline import existing_run
 
     click.echo(f"open {write_report(existing_run(run))}")
+
+
+@verb("score")
+@click.argument("maps")
+@data_option
+@click.option("--boxes", metavar="CSV", help="Lesion boxes: file,x,y,w,h in pixels of the film.")
+@click.option("--out", metavar="FOLDER", help="Write tables/scores.{csv,md,tex,json} and more there.")
+@click.option(
+    "--signed/--positive",
+    "signed",
+    default=None,
+    help="Score max(M, 0) and |M|, or max(M, 0) alone; default: by the values.",
+)
+@click.option(
+    "--encoding",
+    type=click.Choice(["auto", "signed16", "unsigned"]),
+    default="auto",
+    show_default=True,
+    help="Of 16-bit maps; signed16: 32768 is zero; auto: that for a run's, else unsigned.",
+)
+@click.option(
+    "--smoothing",
+    type=click.FloatRange(0, 0.5, max_open=True),
+    metavar="F",
+    help="Gaussian sigma as a fraction of the side, of maps and baselines; default: none.",
+)
+@click.option("--size", type=click.IntRange(8, 4096), metavar="PX", help="Side of the grid; default: the maps' own.")
+@click.option(
+    "--threshold-from",
+    metavar="RUN|FOLDER|JSON",
+    help="Thresholds fixed on validation films: a run, an --out of this verb, or a file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool | None, encoding: str,
+          smoothing: float | None, size: int | None, threshold_from: str | None, as_json: bool) -> None:  # fmt: skip
+    """Score anybody's attribution maps with the code of our own tables, beside trivial baselines.
+
+    MAPS is a folder of PNG, NPY or TIFF files named like the films of DATA, or a run.
+
+    Example:
+        diffva score gradcam/ --data data/test --size 64 --out scores/gradcam
+    """
+    from diffva_ray.evaluate.foreign_scores import Options, score_maps
+    from diffva_ray.evaluate.foreign_tables import open_output, print_scores, write_scores
+    from diffva_ray.evaluate.tables import clean
+
+    output = None if out is None else open_output(out)
+    scored = score_maps(maps, data, Options(boxes, encoding, signed, smoothing, size, threshold_from))  # type: ignore[arg-type]
+    if output is not None:
+        write_scores(output, scored)
+    if as_json:
+        click.echo(json.dumps(clean(scored.metrics), indent=1))
+        return
+    print_scores(scored.metrics)
+    if output is not None:
+        click.echo(f"tables in {out}/tables")
+
+
+@verb("compare")
+@click.argument("run_a")
+@click.argument("run_b")
+@click.option("--out", metavar="FOLDER", help="Where the page goes; default: compare-<A>-<B> beside a local RUN_A.")
+def compare(run_a: str, run_b: str, out: str | None) -> None:
+    """Two runs on the same films, side by side: numbers, settings that differ, pictures. Neither run is written to.
+
+    Example:
+        diffva compare runs/first runs/second
+    """
+    from diffva_ray.evaluate.comparison import compare_runs, print_comparison
+    from diffva_ray.evaluate.report.comparison_page import output_store, write_comparison
+    from diffva_ray.pipeline import existing_run
+
+    try:
+        a, b = existing_run(run_a), existing_run(run_b)
+    except ValueError as error:  # an unknown scheme, or a run.json that is damaged
+        raise UnusableData(str(error)) from None
+    store = output_store(a, b, out)
+    comparison = compare_runs(a, b)
+    print_comparison(comparison)
+    click.echo(f"open {write_comparison(comparison, store)}")

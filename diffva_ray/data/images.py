@@ -1,14 +1,19 @@
 """Pixels in and out: any film's bytes to float grey in [0, 1], and grey images and signed maps to PNG.
 
-Whatever the bytes are, ``decode`` returns an image or raises BadImage with one line that says why.
+Whatever the bytes are, ``decode`` returns an image or raises BadImage with one line that says why. However many threads
+decode, and however large the films, memory stays bounded: ``IN_FLIGHT``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
+from threading import Condition
 from typing import Any
 
 import numpy as np
@@ -19,6 +24,9 @@ from diffva_ray.storage import open_store
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
 MAX_PIXELS = 100_000_000
+MAX_BYTES = 4 * MAX_PIXELS  # of one file; 16 bits a pixel, uncompressed, need half of it
+MAX_SCANS = 1000  # a progressive JPEG has about ten; each goes over all pixels, so a small file may take a day
+DEFLATED, HEADER = b"1.2.840.10008.1.2.1.99", 1 << 16  # DICOM's transfer syntax for that, and where it stands
 PNG_LEVEL = 6  # fixed, so that equal pixels are equal files
 
 # Opened by their own class: Image.open refuses sizes by a limit that is global to the process, before ours is asked.
@@ -43,12 +51,47 @@ MODES = {
 }
 
 
+# What they warn of is either no matter for a film or ends as a BadImage; a million films would be a million lines.
+warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\b")
+
+
 class BadImage(ValueError):
     """Bytes that are no usable image. The message is one line for people; ``status`` is the record's."""
 
     def __init__(self, reason: str, status: Status = Status.BAD_IMAGE) -> None:
-        super().__init__(" ".join(reason.split())[:300])
+        super().__init__(one_line(reason))
         self.status = status
+
+
+def one_line(text: str) -> str:
+    """At most 300 printable characters, whatever a library quotes from a damaged file: a lone surrogate, say, cannot be
+    written to Parquet, and an escape sequence acts on the terminal that shows it."""
+    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))[:300]
+
+
+class Admission:
+    """Lets threads work on ``limit`` units (pixels, bytes) at a time; a larger piece of work than that goes alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken = 0
+        self._changed = Condition()
+
+    @contextmanager
+    def __call__(self, units: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + units <= self._limit)
+            self._taken += units
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= units
+                self._changed.notify_all()
+
+
+# A pixel takes up to 24 bytes while it is decoded (most kinds of film: 9). Films of 10 megapixels still go ten abreast.
+IN_FLIGHT = Admission(MAX_PIXELS)
 
 
 def decode(data: bytes, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -60,7 +103,15 @@ def decode(data: bytes, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> np.n
     16-bit colours the high byte). Alpha is dropped: the grey values below it are the film's.
     Sizes are checked in the header, before a pixel is decoded.
     """
-    return _guarded(lambda: _decode(data, min_side, max_pixels))
+    return _guarded(lambda: _decode(data, min_side, max_pixels, lambda film: film))
+
+
+def decode_square(data: bytes, size: int, min_side: int = 1) -> tuple[np.ndarray, tuple[int, int]]:
+    """``to_square(decode(data), size)``, and the film's own height and width. Raises BadImage.
+
+    The large image never leaves the bounds on memory, as it does from ``decode``.
+    """
+    return _guarded(lambda: _decode(data, min_side, MAX_PIXELS, lambda film: (to_square(film, size), film.shape)))
 
 
 def describe(data: bytes) -> str:
@@ -91,19 +142,31 @@ def _guarded(work: Callable[[], Any]) -> Any:
         raise BadImage(f"damaged or truncated image ({type(error).__name__}: {error})") from None
 
 
-def _decode(data: bytes, min_side: int, max_pixels: int) -> np.ndarray:
+def _decode(data: bytes, min_side: int, max_pixels: int, finish: Callable[[np.ndarray], Any]) -> Any:
+    """What ``finish`` makes of the image, while its pixels are in flight."""
     if _is_dicom(data):
-        return _decode_dicom(data, min_side, max_pixels)
+        return _decode_dicom(data, min_side, max_pixels, finish)
     kind, image = _open(data)
     width, height = image.size
     _check_size(width, height, min_side, max_pixels)
+    if kind == "TIFF":  # a tile is allocated as a whole, however small the image in it
+        tile = image.tag_v2.get(322, 1) * image.tag_v2.get(323, 1)
+        if tile > max_pixels:
+            raise BadImage(f"its tiles are of {tile:,} pixels; at most {max_pixels:,} are read")
+    if kind == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise BadImage(f"a JPEG of {scans:,} scans; at most {MAX_SCANS:,} are read")
+    with IN_FLIGHT(width * height):
+        return finish(_pixels(kind, image, data))
+
+
+def _pixels(kind: str, image: Any, data: bytes) -> np.ndarray:
     white_is_zero = kind == "TIFF" and image.tag_v2.get(262) == 0
     image.load()
     _check_end(kind, data)
     ImageOps.exif_transpose(image, in_place=True)
     grey = _grey(image)
     if white_is_zero and image.mode.startswith("I;16"):  # Pillow inverts such TIFFs up to 8 bits only
-        grey = 1 - grey
+        np.subtract(1, grey, out=grey)
     return grey
 
 
@@ -131,55 +194,67 @@ def _check_size(width: int, height: int, min_side: int, max_pixels: int) -> None
 def _check_end(kind: str, data: bytes) -> None:
     """A file that stops short of its end mark, or goes on behind it (other than with zero padding), was not copied
     whole, or is two files; TIFF and BMP have no such mark."""
-    end = _png_end(data) if kind == "PNG" else _jpeg_end(data) if kind == "JPEG" else None
-    if kind == "PNG" and end is None:
-        raise BadImage("truncated PNG: its end mark is missing")
-    surplus = len(data[end:].rstrip(b"\0")) if end is not None else 0
+    if kind not in ("PNG", "JPEG"):
+        return
+    end = _png_end(data) if kind == "PNG" else _jpeg_end(data)
+    if end is None:
+        raise BadImage(f"truncated {kind}: its end mark is missing")
+    surplus = len(data[end:].rstrip(b"\0"))
     if surplus:
         raise BadImage(f"{surplus} bytes follow the end of the {kind} image")
 
 
 def _png_end(data: bytes) -> int | None:
-    """Offset just behind the IEND chunk; None when there is none."""
-    at = 8
+    """Offset just behind the IEND chunk; None when there is none. The checksums are checked on the way: Pillow leaves
+    out those of the pixels, and a few wrong bits there are a whole wrong film."""
+    at, view = 8, memoryview(data)
     while at + 12 <= len(data):
-        kind, at = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kind, body, at = data[at + 4 : at + 8], at + 4, at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if at <= len(data) and zlib.crc32(view[body : at - 4]) != int.from_bytes(view[at - 4 : at], "big"):
+            raise BadImage(f"damaged PNG: the checksum of its {kind!r} is wrong")
         if kind == b"IEND":
             return at if at <= len(data) else None
     return None
 
 
-JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # neither a stuffed byte nor a restart mark
+# Neither a stuffed byte nor a restart mark. Any number of 0xff may stand before a marker; the last one is enough, and
+# ``\xff+`` would take hours for a megabyte of them.
+JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 
 
 def _jpeg_end(data: bytes) -> int | None:
-    """Offset just behind the end-of-image mark; None where it cannot be told, or further pictures are declared."""
+    """Offset just behind the end-of-image mark, or of the file where further pictures are declared; None when there is
+    none."""
     at = 2
     while (found := JPEG_MARKER.search(data, at)) is not None:
         marker, at = found[1], found.end()
         if marker == b"\xd9":
             return at
         if marker == b"\xe2" and data[at + 2 : at + 6] == b"MPF\0":  # a phone's file: previews follow by design
-            return None
+            return len(data)
         at += int.from_bytes(data[at : at + 2], "big")
     return None
 
 
 def _grey(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I;16"):  # convert("L") would clip it
-        return np.asarray(image, np.float32) / 65535
+        grey = np.array(image, np.float32)
+        grey /= 65535  # in place, here and below: a large film is large
+        return grey
     if image.mode in ("I", "F"):
-        values = np.asarray(image, np.float64)
+        values = np.array(image, np.float64)
         if not np.isfinite(values).all():
             raise BadImage("the image holds NaN or infinite values")
         low, high = values.min(), values.max()
         if low < 0:
             return _stretched(values)
-        full = 65535.0 if image.mode == "I" else 1.0
-        return (values / max(full, high)).astype(np.float32)
+        values /= max(65535.0 if image.mode == "I" else 1.0, high)
+        return values.astype(np.float32)
     if image.mode in ("RGBa", "La"):  # premultiplied
         image = image.convert(image.mode.upper())
-    return np.asarray(image.convert("L"), np.float32) / 255
+    grey = np.array(image.convert("L"), np.float32)
+    grey /= 255
+    return grey
 
 
 def _stretched(values: np.ndarray) -> np.ndarray:
@@ -188,16 +263,25 @@ def _stretched(values: np.ndarray) -> np.ndarray:
     return ((values - low) / (high - low) if high > low else np.zeros_like(values)).astype(np.float32)
 
 
-def _decode_dicom(data: bytes, min_side: int, max_pixels: int) -> np.ndarray:
-    """Through modality and VOI tables (the file's own window), then own minimum and maximum to [0, 1]; MONOCHROME1
-    inverted, so that dense is bright."""
+def _decode_dicom(data: bytes, min_side: int, max_pixels: int, finish: Callable[[np.ndarray], Any]) -> Any:
     try:
         import pydicom  # an optional extra
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut
     except ImportError:
         raise BadImage("a DICOM file; reading it needs pydicom 3: pip install diffva-ray[dicom]") from None
+    if DEFLATED in data[:HEADER]:  # a few megabytes of it may hold many gigabytes, and no header says so
+        raise BadImage("a DICOM file deflated as a whole; save it with another transfer syntax")
     film = pydicom.dcmread(BytesIO(data))
-    _check_size(int(film.Columns), int(film.Rows), min_side, max_pixels)
+    width, height = int(film.Columns), int(film.Rows)
+    _check_size(width, height, min_side, max_pixels)
+    with IN_FLIGHT(width * height):
+        return finish(_dicom_pixels(film))
+
+
+def _dicom_pixels(film: Any) -> np.ndarray:
+    """Through modality and VOI tables (the file's own window), then own minimum and maximum to [0, 1]; MONOCHROME1
+    inverted, so that dense is bright."""
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
     frames = int(film.get("NumberOfFrames") or 1)
     if frames > 1:
         raise BadImage(f"a DICOM file of {frames} frames; a film has one")
@@ -280,7 +364,10 @@ def read_map(path: str) -> np.ndarray:
 
 def decode_mask(data: bytes, size: int) -> np.ndarray:
     """A mask's bytes as bool [size, size]: nearest pixel, above half of the format's maximum. Raises BadImage."""
-    grey = decode(data)
+    return _guarded(lambda: _decode(data, 1, MAX_PIXELS, lambda grey: _mask(grey, size)))
+
+
+def _mask(grey: np.ndarray, size: int) -> np.ndarray:
     if 0 < grey.max() <= 0.5:  # 0/1 masks would come out empty, and label images half empty, without a word
         raise BadImage(f"a mask is 0 and white; this one reaches {grey.max():.3f} of white only")
     mask = Image.fromarray(np.where(grey > 0.5, 255, 0).astype(np.uint8))

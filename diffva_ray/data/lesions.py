@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from scipy import ndimage
 
-from diffva_ray.data.thorax import Array, Thorax, edge, ellipse, lattice_noise
+from diffva_ray.data.thorax import Array, edge, ellipse, lattice_noise
+
+
+class Anatomy(Protocol):
+    """What a lesion needs to know of a patient: a synthetic ``Thorax``, or the lungs of a real film."""
+
+    def lung(self, u: Array, v: Array, side: int) -> Array: ...
+
+    def heart(self, u: Array, v: Array) -> Array: ...
 
 
 @dataclass
@@ -27,7 +36,7 @@ class Lesion:
     factors: dict[str, object] = field(default_factory=dict)
 
 
-def _point_in_lung(rng: np.random.Generator, thorax: Thorax, side: int, peripheral: bool) -> tuple[float, float]:
+def _point_in_lung(rng: np.random.Generator, thorax: Anatomy, side: int, peripheral: bool) -> tuple[float, float]:
     """A point of one lung in patient coordinates, by rejection; ``peripheral``: near the chest wall."""
     for _ in range(200):
         u, v = side * rng.uniform(0.2, 0.72), rng.uniform(-0.6, 0.42)
@@ -52,7 +61,7 @@ def _side_name(side: int) -> str:
     return "right" if side < 0 else "left"  # the patient's side: image left is the patient's right
 
 
-def lung_opacity(rng: np.random.Generator, thorax: Thorax, u: Array, v: Array) -> Lesion:
+def lung_opacity(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
     """One or two soft consolidations in one or two lungs."""
     opacity = np.zeros_like(u)
     severity = rng.uniform(0.52, 0.78)
@@ -65,7 +74,7 @@ def lung_opacity(rng: np.random.Generator, thorax: Thorax, u: Array, v: Array) -
     return Lesion(opacity, _tissue(u), factors={"sides": sorted(set(sides)), "severity": round(severity, 3)})
 
 
-def covid(rng: np.random.Generator, thorax: Thorax, u: Array, v: Array) -> Lesion:
+def covid(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
     """Bilateral, peripheral, patchy: two to four small patches near each chest wall."""
     opacity = np.zeros_like(u)
     severity = rng.uniform(0.48, 0.70)
@@ -76,7 +85,7 @@ def covid(rng: np.random.Generator, thorax: Thorax, u: Array, v: Array) -> Lesio
     return Lesion(opacity, _tissue(u), factors={"sides": ["left", "right"], "severity": round(severity, 3)})
 
 
-def viral_pneumonia(rng: np.random.Generator, thorax: Thorax, u: Array, v: Array) -> Lesion:
+def viral_pneumonia(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
     """Diffuse and reticular: haze with a mesh, over a large part of both lungs."""
     size = u.shape[0]
     severity = rng.uniform(0.85, 1.25)
@@ -95,13 +104,13 @@ def viral_pneumonia(rng: np.random.Generator, thorax: Thorax, u: Array, v: Array
     )
 
 
-def cardiomegaly(rng: np.random.Generator, thorax: Thorax, u: Array, v: Array) -> Lesion:
+def cardiomegaly(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
     """An enlarged heart; the twin has the patient's own."""
     scale = rng.uniform(1.28, 1.5)
     return Lesion(np.zeros_like(u), _tissue(u), heart_scale=scale, factors={"heart_scale": round(scale, 3)})
 
 
-def pneumothorax(rng: np.random.Generator, thorax: Thorax, u: Array, v: Array) -> Lesion:
+def pneumothorax(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
     """Air beside a collapsed lung: a dark, vessel-free crescent and the pleural line. Held out of training."""
     side = -1 if rng.random() < 0.5 else 1
     depth = rng.uniform(0.10, 0.19)
@@ -117,7 +126,7 @@ def pneumothorax(rng: np.random.Generator, thorax: Thorax, u: Array, v: Array) -
     )
 
 
-def mass_effect(rng: np.random.Generator, thorax: Thorax, u: Array, v: Array) -> Lesion:
+def mass_effect(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
     """A dense mass that displaces heart and vessels; the twin has them in place."""
     side = -1 if rng.random() < 0.5 else 1
     at = _point_in_lung(rng, thorax, side, peripheral=False)
@@ -138,7 +147,7 @@ def _tissue(u: Array) -> Array:
     return np.full_like(u, 0.62)
 
 
-LESIONS: dict[str, Callable[[np.random.Generator, Thorax, Array, Array], Lesion]] = {
+LESIONS: dict[str, Callable[[np.random.Generator, Anatomy, Array, Array], Lesion]] = {
     "Lung_Opacity": lung_opacity,
     "COVID": covid,
     "Viral Pneumonia": viral_pneumonia,

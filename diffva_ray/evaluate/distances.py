@@ -36,19 +36,15 @@ class RunFeatures:
 
 
 def run_features(run: Run, data: Store, rows: Sequence[Row], extractor: Extractor) -> RunFeatures:
-    """Features of a run's ``ok`` records, in plan order: those the shards stored, computed (and kept) where missing."""
-    sources, counterfactuals, labels = [], [], []
-    for shard, members in sorted(by_shard(rows).items()):
-        before, after = _shard_features(run, data, shard, members, extractor)
-        sources.append(before)
-        counterfactuals.append(after)
-        labels += [row["label"] for row in members]
-    empty = np.zeros((0, extractor.dimension), np.float32)
-    return RunFeatures(
-        np.concatenate(sources) if sources else empty,
-        np.concatenate(counterfactuals) if counterfactuals else empty,
-        labels,
-    )
+    """Features of a run's ``ok`` records, in the order of ``rows``: those the shards stored, computed (and kept) where
+    missing."""
+    size = len(rows), extractor.dimension
+    found = RunFeatures(np.zeros(size, np.float32), np.zeros(size, np.float32), [row["label"] for row in rows])
+    place = {row["record_id"]: n for n, row in enumerate(rows)}
+    for shard, members in by_shard(rows).items():
+        at = [place[row["record_id"]] for row in members]
+        found.source[at], found.counterfactual[at] = _shard_features(run, data, shard, members, extractor)
+    return found
 
 
 def _shard_features(

@@ -86,9 +86,7 @@ def map_scale(run: Run, records: pd.DataFrame) -> Scale:
     """One colour scale for the whole run. The threshold is the one fixed on a validation run, else this run's own,
     else a quantile of its maps; which it was is said in ``threshold_from``."""
     values = np.concatenate([signed.ravel() for signed in _sampled_maps(run, records)] or [np.zeros(1, np.float32)])
-    limit = max(float(np.quantile(np.abs(values), 0.995)), 1e-3)
-    digits = 10.0 ** (math.floor(math.log10(limit)) - 1)
-    limit = math.ceil(limit / digits) * digits
+    limit = colour_limit(values)
     for row in (reduced_metrics(run) or {}).get("localization", []):
         if row["map"] == "positive" and row.get("threshold") is not None:
             return Scale(row["threshold"], f"fixed on {row['threshold_from']}", limit)
@@ -97,6 +95,13 @@ def map_scale(run: Run, records: pd.DataFrame) -> Scale:
         return Scale(own["positive"], "the best mean Dice of these same films", limit)
     above = max(float(np.quantile(values, QUANTILE)), 1e-3)
     return Scale(above, f"the {QUANTILE:.0%} quantile of this run's maps", limit)
+
+
+def colour_limit(values: Image, least: float = 1e-3) -> float:
+    """Where signed colours saturate: the 99.5 % quantile of |M|, rounded up to two digits, and at least ``least``."""
+    limit = max(float(np.quantile(np.abs(values), 0.995)), least)
+    digits = 10.0 ** (math.floor(math.log10(limit)) - 1)
+    return math.ceil(limit / digits) * digits
 
 
 def _sampled_maps(run: Run, records: pd.DataFrame) -> Iterator[Image]:
@@ -221,10 +226,10 @@ def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
             _panel(axes, title, film, scale, direction(run, film.row["label"]))
             if offset == 0:
                 axes.set_title(title, fontsize=8, color=INK, pad=4)
-    _colour_bar(figure, scale, (LEFT + 3 * (PANEL + GAP)) / width, (foot - 0.13) / height, PANEL / width, height)
+    colour_bar(figure, scale, (LEFT + 3 * (PANEL + GAP)) / width, (foot - 0.13) / height, PANEL / width, height)
     figure.text(0.1 / width, 0.1 / height, "\n".join(caption), fontsize=6.5, color=MUTED, va="bottom", parse_math=False,
                 linespacing=1.45)  # fmt: skip
-    return _png(figure)
+    return png(figure)
 
 
 def _caption(run: Run, records: pd.DataFrame, shown: Sequence[Shown], scale: Scale) -> str:
@@ -261,11 +266,18 @@ def _panel(axes: Axes, title: str, film: Shown, scale: Scale, sign: int) -> None
         "true twin": images.film if truth.twin is None else truth.twin,
     }
     axes.imshow(pictures.get(title, images.film), cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
-    if title == "lesion outline" and truth.lesion is not None and truth.lesion.any():
-        axes.contour(truth.lesion.astype(float), levels=[0.5], colors=[OUTLINE], linewidths=0.9)
+    if title == "lesion outline":
+        outline(axes, truth.lesion)
 
 
-def _colour_bar(figure: Figure, scale: Scale, left: float, bottom: float, width: float, height: float) -> None:
+def outline(axes: Axes, lesion: NDArray[np.bool_] | None) -> None:
+    """Draw the border of a lesion mask [H, W] over a picture of the same grid; nothing where there is none."""
+    if lesion is not None and lesion.any():
+        axes.contour(lesion.astype(float), levels=[0.5], colors=[OUTLINE], linewidths=0.9)
+
+
+def colour_bar(figure: Figure, scale: Scale, left: float, bottom: float, width: float, height: float) -> None:
+    """The signed colours of ``scale``, at fractions of a figure that is ``height`` inches high."""
     axes = figure.add_axes((left, bottom, width, 0.055 / height))
     ramp = np.linspace(-1, 1, 256)[None]
     axes.imshow(ramp, cmap=DIVERGING, aspect="auto", extent=(-scale.limit, scale.limit, 0, 1))
@@ -304,7 +316,7 @@ def distributions(run: Run, records: pd.DataFrame | None = None) -> bytes:
     if len(counts) > STRIPS:
         note += f" The {STRIPS} largest of {len(counts)} classes."
     figure.supxlabel(note, fontsize=6.5, color=MUTED, x=0.01, ha="left")
-    return _png(figure)
+    return png(figure)
 
 
 def _before_and_after(axes: Axes, judged: pd.DataFrame, labels: Sequence[str]) -> None:
@@ -355,7 +367,8 @@ def _missing(value: Any) -> bool:
     return value is None or value != value
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG of 200 dpi, the same bytes every time."""
     sink = io.BytesIO()
     figure.savefig(sink, format="png", dpi=200, metadata={"Software": None})
     return sink.getvalue()

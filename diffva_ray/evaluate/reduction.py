@@ -112,8 +112,10 @@ def _compute(run: Run, data_uri: str, options: Options, good: pd.DataFrame, scor
     rows = good.to_dict("records")
     groups = list(by_shard(rows).values())
     scored = (score or _score_here)(run, data_uri, groups, boxes)
-    found = [row for localization, _ in scored for row in localization]
-    twins = [row for _, twin in scored for row in twin]
+    place = {row["record_id"]: n for n, row in enumerate(rows)}  # intervals depend on the order, so it is the plan's
+    order = lambda row: place[row["record_id"]]  # noqa: E731
+    found = sorted((row for localization, _ in scored for row in localization), key=order)
+    twins = sorted((row for _, twin in scored for row in twin), key=order)
 
     thresholds, source = None, None
     if options.threshold_from:

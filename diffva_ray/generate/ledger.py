@@ -72,9 +72,7 @@ def start_retry(run: Run) -> Run | None:
     """The retry to work on: one that was interrupted, else a new one of all records that are quarantined now; None
     when there are none. Raises PlanError while the run itself is not finished."""
     if run.pending():
-        raise PlanError(
-            f"{run.store.uri}: {len(run.pending())} shards are pending; finish diffva generate first"
-        )
+        raise PlanError(f"{run.store.uri}: {len(run.pending())} shards are pending; finish diffva generate first")
     before = overlays(run)
     if before and before[-1].pending():
         return before[-1]

@@ -25,15 +25,17 @@ from diffva_ray import __version__
 from diffva_ray.counterfactual.attribution import attribution, energy
 from diffva_ray.counterfactual.engine import Counterfactuals, Settings
 from diffva_ray.data.images import (
+    MAX_BYTES,
+    Admission,
     BadImage,
-    decode,
     decode_mask,
+    decode_square,
     encode_grey,
     encode_map,
     map_levels,
+    one_line,
     pixel_digest,
     quantise,
-    to_square,
 )
 from diffva_ray.generate.attempts import DEATHS, Attempt, OutOfMemory, Session
 from diffva_ray.generate.plan import FOLDERS, Run, Unfinished, open_run, part
@@ -48,6 +50,7 @@ from diffva_ray.storage import Store, StoreError, open_store
 Row = dict[str, Any]
 Features = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  # by record: of the film, of its counterfactual
 PAUSES = (1.0, 5.0)  # seconds before a shard is tried again when the storage failed
+READING = Admission(MAX_BYTES)  # bytes of films in memory
 
 
 @dataclass
@@ -155,7 +158,8 @@ def _together(bench: Workbench, rows: list[Row], attempt: Attempt, features: Fea
         sources = list(pool.map(lambda row: read_source(bench, row), rows))
     size, finished = bench.run.recipe.generate.micro_batch, []
     for start in range(0, len(sources), size):  # slices of the plan: which neighbours are bad changes nothing
-        finished += _micro_batch(bench, sources[start : start + size], features, watch)
+        for made in _micro_batch(bench, sources[start : start + size], watch):
+            finished.append(_keep(bench, made, features, watch))
     return finished
 
 
@@ -173,7 +177,8 @@ def _one_by_one(bench: Workbench, rows: list[Row], attempt: Attempt, features: F
         with attempt.flight(key):
             with watch("read"):
                 source = read_source(bench, row)
-            done[key] = _micro_batch(bench, [source], features, watch)[0]
+            made = _micro_batch(bench, [source], watch)[0]
+        done[key] = _keep(bench, made, features, watch)
     for key in [row["record_id"] for row in rows if row["record_id"] in features]:
         features[key] = features.pop(key)  # back into the plan's order
     return [done[row["record_id"]] for row in rows]
@@ -188,16 +193,18 @@ def read_source(bench: Workbench, row: Row) -> Source:
             raise BadImage(
                 f"prompt has more than {bench.engine.bundle.tokenizer.model_max_length} tokens", Status.PROMPT_TOO_LONG
             )
-        data = bench.data.read(row["source_path"])
-        if len(data) != row["source_size"] and row["source_size"] >= 0:
-            raise BadImage(
-                f"source changed since planning: {row['source_size']} bytes then, {len(data)} now", Status.ERROR
-            )
-        film = decode(data, config.min_side)
-        source.found = {
-            "source_sha256": hashlib.sha256(data).hexdigest(), "height": film.shape[0], "width": film.shape[1],
-        }  # fmt: skip
-        source.square = to_square(film, size)
+        planned = row["source_size"]
+        if planned > MAX_BYTES:
+            raise BadImage(f"the file has {planned:,} bytes; at most {MAX_BYTES:,} are read")
+        # What was not listed is absent, or no plain file; waiting for a pipe would never end.
+        if planned < 0 and not bench.data.exists(row["source_path"]):
+            raise FileNotFoundError
+        with READING(max(planned, 0)):
+            data = bench.data.read(row["source_path"])
+            if len(data) != planned and planned >= 0:
+                raise BadImage(f"source changed since planning: {planned} bytes then, {len(data)} now", Status.ERROR)
+            source.square, (height, width) = decode_square(data, size, config.min_side)
+            source.found = {"source_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
         if row["lung_mask_path"]:
             source.lungs = read_mask(bench.data, row["lung_mask_path"], size)
     except BadImage as error:
@@ -206,7 +213,7 @@ def read_source(bench: Workbench, row: Row) -> Source:
     except (FileNotFoundError, NotADirectoryError):
         source.found = {"status": Status.MISSING.value, "error": "no such file"}
     except (OSError, ValueError) as error:
-        source.found = {"status": Status.ERROR.value, "error": f"{type(error).__name__}: {error}"[:500]}
+        source.found = {"status": Status.ERROR.value, "error": one_line(f"{type(error).__name__}: {error}")}
     return source
 
 
@@ -214,15 +221,23 @@ def read_mask(store: Store, path: str, size: int) -> NDArray[np.bool_] | None:
     """A mask on the model's grid; None when it cannot be read (a mask is an extra, not a reason to lose a record)."""
     try:
         return decode_mask(store.read(path), size)
-    except (BadImage, OSError):
+    except (ValueError, OSError):  # BadImage is a ValueError
         return None
 
 
-def _micro_batch(bench: Workbench, sources: list[Source], features: Features, watch: Stopwatch) -> list[Row]:
+@dataclass
+class Made:
+    """A record's row, and what it leaves behind where it is ok: files by path, features of film and counterfactual."""
+
+    row: Row
+    files: dict[str, bytes] = field(default_factory=dict)
+    features: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+
+
+def _micro_batch(bench: Workbench, sources: list[Source], watch: Stopwatch) -> list[Made]:
     """One fixed-shape call of the engine. Slots of unreadable films are blank; a padded tail is the engine's affair."""
-    good = [source for source in sources if source.square is not None]
-    if not good:
-        return [{**source.row, **source.found} for source in sources]
+    if not any(source.square is not None for source in sources):
+        return [Made({**source.row, **source.found}) for source in sources]
     blank = np.zeros((bench.engine.size, bench.engine.size), np.float32)
     with watch("generate"):
         twins = bench.engine(
@@ -236,31 +251,27 @@ def _micro_batch(bench: Workbench, sources: list[Source], features: Features, wa
             ],
             [source.row["seed"] for source in sources],
         )  # fmt: skip
-    rows = []
+    finished = []
     for source, counterfactual, reconstruction, shown in zip(
         sources, twins.counterfactuals, twins.reconstructions, twins.sources, strict=True
     ):
         if source.square is None:
-            rows.append({**source.row, **source.found})
+            finished.append(Made({**source.row, **source.found}))
             continue
         source.found["source_prompt"] = shown
         if not (np.isfinite(counterfactual).all() and np.isfinite(reconstruction).all()):
             reason = {"status": Status.NON_FINITE.value, "error": "the networks gave NaN or infinity for this film"}
-            rows.append({**source.row, **source.found, **reason})
-        else:
-            rows.append(_record(bench, source, quantise(counterfactual), quantise(reconstruction), features, watch))
-    return rows
+            finished.append(Made({**source.row, **source.found, **reason}))
+            continue
+        with watch("metrics"):
+            finished.append(_measure(bench, source, quantise(counterfactual), quantise(reconstruction)))
+    return finished
 
 
-def _record(
-    bench: Workbench,
-    source: Source,
-    counterfactual: NDArray[np.uint8],
-    reconstruction: NDArray[np.uint8],
-    features: Features,
-    watch: Stopwatch,
-) -> Row:
-    """Measure one pair and write its images. Everything is computed from the 8-bit images as they are stored, so that
+def _measure(
+    bench: Workbench, source: Source, counterfactual: NDArray[np.uint8], reconstruction: NDArray[np.uint8]
+) -> Made:
+    """The numbers and files of one pair. Everything is computed from the 8-bit images as they are stored, so that
     anybody can recompute it from the files."""
     config, row = bench.run.recipe.generate, source.row
     film = source.square
@@ -268,44 +279,50 @@ def _record(
     healed, rebuilt = (pixels.astype(np.float32) / np.float32(255) for pixels in (counterfactual, reconstruction))
     signed = attribution(film, rebuilt, healed, config)
     names = {kind: f"{kind}/{part(row['shard'])}/{row['record_id']}.png" for kind in FOLDERS}
-    with watch("metrics"):
-        multiscale, scales = ms_ssim(film, healed)
-        map_energy, in_lungs = energy(signed, source.lungs)
-        judged: list[float | None] = [None, None]
-        if bench.judge is not None:
-            judged = list(bench.judge.healthy_probability(np.stack([film, healed])))
-        pair = bench.extractor(np.stack([film, healed]))
-        features[row["record_id"]] = (pair[0], pair[1])
-        measured = {
-            "ssim": ssim(film, healed, config.ssim_preset),
-            "ms_ssim": multiscale,
-            "ms_ssim_scales": scales,
-            "psnr": psnr(film, healed),
-            "l1": l1(film, healed),
-            "map_energy": map_energy,
-            "map_energy_lung_fraction": in_lungs,
-            "judge_source": judged[0],
-            "judge_counterfactual": judged[1],
-            "pixel_sha256": pixel_digest(counterfactual),
-            "map_sha256": pixel_digest(map_levels(signed)),
-            "reconstruction_sha256": pixel_digest(reconstruction),
-        }
-    with watch("write"):
-        store = bench.run.store
-        store.put(names["counterfactuals"], encode_grey(counterfactual))
-        store.put(names["reconstructions"], encode_grey(reconstruction))
-        store.put(names["maps"], encode_map(signed))
-    return {
+    multiscale, scales = ms_ssim(film, healed)
+    map_energy, in_lungs = energy(signed, source.lungs)
+    judged: list[float | None] = [None, None]
+    if bench.judge is not None:
+        judged = list(bench.judge.healthy_probability(np.stack([film, healed])))
+    pair = bench.extractor(np.stack([film, healed]))
+    full = {
         **row,
         **source.found,
-        **measured,
         "map": config.map_name,
         "counterfactual_path": names["counterfactuals"],
         "attribution_path": names["maps"],
         "reconstruction_path": names["reconstructions"],
+        "ssim": ssim(film, healed, config.ssim_preset),
+        "ms_ssim": multiscale,
+        "ms_ssim_scales": scales,
+        "psnr": psnr(film, healed),
+        "l1": l1(film, healed),
+        "map_energy": map_energy,
+        "map_energy_lung_fraction": in_lungs,
+        "judge_source": judged[0],
+        "judge_counterfactual": judged[1],
+        "pixel_sha256": pixel_digest(counterfactual),
+        "map_sha256": pixel_digest(map_levels(signed)),
+        "reconstruction_sha256": pixel_digest(reconstruction),
         "status": Status.OK.value,
         "error": None,
     }
+    files = {
+        names["counterfactuals"]: encode_grey(counterfactual),
+        names["reconstructions"]: encode_grey(reconstruction),
+        names["maps"]: encode_map(signed),
+    }
+    return Made(full, files, (pair[0], pair[1]))
+
+
+def _keep(bench: Workbench, made: Made, features: Features, watch: Stopwatch) -> Row:
+    """Write a record's files; its row waits for the commit."""
+    with watch("write"):
+        for path, data in made.files.items():
+            bench.run.store.put(path, data)
+    if made.features is not None:
+        features[made.row["record_id"]] = made.features
+    return made.row
 
 
 def _features(name: str, features: Features) -> bytes:

@@ -1,38 +1,33 @@
-"""Data, model and run on S3 (moto's server on loopback): the same line, no local path anywhere."""
+"""Data, model and run on S3: the same line, no local path anywhere; and what an object store does on a bad day."""
 
 from __future__ import annotations
 
+import gc
+import logging
+import os
 import socket
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from click.testing import CliRunner
-from moto.server import ThreadedMotoServer
+from click.testing import CliRunner, Result
+from conftest import Server
+from faulty import BREAK_OFF, CONFLICT, DENIED, EXPIRED, NOT_IMPLEMENTED, SLOW_DOWN, Proxy, first
 
+from diffva_ray import storage_s3
 from diffva_ray.cli import main
-from diffva_ray.storage import LocalStore, open_store
+from diffva_ray.generate import shard
+from diffva_ray.storage import LocalStore, StoreError, open_store
 from diffva_ray.storage_s3 import S3Store
 
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port)
-    server.start()
-    patch = pytest.MonkeyPatch()
-    patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    patch.setenv("AWS_ACCESS_KEY_ID", "key-of-the-test")
-    patch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-the-test")
-    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    store = S3Store("s3://films")
-    store.fs.mkdir("films")
-    yield "s3://films"
-    patch.undo()
-    server.stop()
+ODD = ("a b.png", "ü/Röntgen 胸.png", "a+b.png", "50%.png", "a%20b.png", "q?x=1&y.png", "#1.png", "'\"<&>.png", "~(!)*.png")
+on_moto = pytest.mark.parametrize("server", ["moto"], indirect=True)
+on_swift = pytest.mark.parametrize("server", ["swift"], indirect=True)
 
 
 def upload(folder: Path, uri: str) -> None:
@@ -42,10 +37,46 @@ def upload(folder: Path, uri: str) -> None:
             store.put(entry.path, (folder / entry.path).read_bytes())
 
 
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, [*arguments])
+
+
 def diffva(*arguments: str) -> str:
-    result = CliRunner().invoke(main, [*arguments])
+    result = invoke(*arguments)
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def in_threads(act: Callable[[int], bool], count: int = 8) -> list[bool]:
+    """``act(n)`` in that many threads at the same moment."""
+    barrier = threading.Barrier(count)
+
+    def together(n: int) -> bool:
+        barrier.wait()
+        return act(n)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(together, range(count)))
+
+
+@pytest.fixture
+def line(bucket: str, films: Path, model: Path) -> tuple[str, ...]:
+    """The command that makes a run of eight records, its data and model on the server."""
+    upload(films, f"{bucket}/data")
+    upload(model, f"{bucket}/model")
+    return ("generate", "--data", f"{bucket}/data", "--model", f"{bucket}/model", "--out", f"{bucket}/run",
+            "--executor", "inline", "--limit", "8")  # fmt: skip
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timeouts of a second and no pauses between attempts at a shard."""
+    monkeypatch.setitem(storage_s3.CONFIG, "connect_timeout", 1)
+    monkeypatch.setitem(storage_s3.CONFIG, "read_timeout", 1)
+    monkeypatch.setattr(shard, "PAUSES", (0.0,))
+
+
+# What a store promises.
 
 
 def test_store_keeps_its_promises(bucket: str) -> None:
@@ -55,46 +86,493 @@ def test_store_keeps_its_promises(bucket: str) -> None:
     store.put("a/b", b"two")
     assert not store.put_if_absent("a/b", b"three")
     assert store.put_if_absent("a/c", b"four")
+    assert store.put_if_absent("a/empty", b"")
     assert store.read("a/b") == b"two"
-    assert store.list("a") == [("a/b", 3), ("a/c", 4)]
+    assert store.read("a/empty") == b""
+    assert store.exists("a/empty")
+    assert not store.exists("a")
+    assert store.list("a") == [("a/b", 3), ("a/c", 4), ("a/empty", 0)]
+    assert store.list("a/b") == []  # a file is no folder, as on a disk
     store.delete("a/b")
     store.delete("a/b")
     assert not store.exists("a/b")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="promises/a/b"):
         store.read("a/b")
     with pytest.raises(ValueError, match="leaves its folder"):
         store.read("../other")
 
 
+def test_a_bucket_itself_is_a_store(bucket: str) -> None:
+    store = open_store(f"{bucket}/")
+    store.put("film.png", b"x")
+    store.put("folder/film.png", b"xy")
+    assert store.list() == [("film.png", 1), ("folder/film.png", 2)]
+    assert store.list("folder") == [("folder/film.png", 2)]
+
+
+def test_odd_names_come_back_as_they_are(bucket: str) -> None:
+    store = open_store(f"{bucket}/odd names")
+    for name in ODD:
+        store.put(name, name.encode())
+    assert [entry.path for entry in store.list()] == sorted(ODD)
+    for name in ODD:
+        assert store.read(name) == name.encode()
+        assert not store.put_if_absent(name, b"other")
+        store.delete(name)
+        assert not store.exists(name)
+
+
+def test_a_folder_is_not_its_sibling(bucket: str) -> None:
+    store = open_store(f"{bucket}/run")
+    store.put("records/1", b"")
+    store.put("records-old/1", b"")
+    store.put("recordsx", b"")
+    open_store(f"{bucket}/run-2").put("records/2", b"")
+    assert [entry.path for entry in store.list("records")] == ["records/1"]
+    assert [entry.path for entry in store.list()] == ["records-old/1", "records/1", "recordsx"]
+
+
+def test_marks_of_folders_are_no_files(bucket: str) -> None:
+    store = S3Store(f"{bucket}/data")
+    for key in ("data/", "data/Normal/"):  # what consoles and pyarrow leave
+        store.fs.call_s3("put_object", Bucket=store.bucket, Key=key, Body=b"")
+    store.put("Normal/1.png", b"x")
+    assert store.list() == [("Normal/1.png", 1)]
+
+
 def test_listing_goes_past_a_thousand_keys(bucket: str) -> None:
     store = open_store(f"{bucket}/many")
-    for n in range(1005):
-        store.put(f"records/part-{n:05d}.parquet", b"")
-    assert len(store.list("records")) == 1005
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: store.put(f"records/part-{n:05d}.parquet", b""), range(1005)))
+    assert [entry.path for entry in store.list("records")] == [f"records/part-{n:05d}.parquet" for n in range(1005)]
 
 
-def test_the_whole_line(bucket: str, films: Path, model: Path, tmp_path: Path) -> None:
-    data, on_s3, out = f"{bucket}/data", f"{bucket}/model", f"{bucket}/runs/first"
-    upload(films, data)
-    upload(model, on_s3)
-    arguments = ("generate", "--data", data, "--model", on_s3, "--out", out, "--executor", "inline", "--limit", "8")
-    diffva(*arguments)
-    before = open_store(out).list()
-    diffva(*arguments)
-    assert open_store(out).list() == before
-    diffva("reduce", out, "--executor", "inline")
-    diffva("report", out)
-    assert "complete and sound" in diffva("verify", out)
-    assert "8 of 8 records" in diffva("status", out)
-    for name in ("_SUCCESS", "report/index.html", "tables/metrics.json"):
-        assert open_store(out).exists(name), name
+def test_a_file_of_many_parts(bucket: str) -> None:
+    store, data = open_store(f"{bucket}/model"), os.urandom(1 << 20) * 101  # s3fs sends 100 MiB and more in parts
+    store.put("unet.safetensors", data)
+    assert store.read("unet.safetensors") == data
+    assert not store.put_if_absent("unet.safetensors", b"other")
+
+
+@on_moto
+def test_of_many_writers_one_creates(bucket: str) -> None:
+    for n in range(5):
+        store = open_store(f"{bucket}/race-{n}")
+        won = in_threads(lambda n, store=store: store.put_if_absent("part", bytes([n]) * 1000))
+        assert won.count(True) == 1
+        assert store.read("part") == bytes([won.index(True)]) * 1000
+
+
+def test_equal_bytes_from_many_writers_are_there_once(bucket: str) -> None:
+    for n in range(5):
+        store = open_store(f"{bucket}/race-{n}")
+        assert any(in_threads(lambda _, store=store: store.put_if_absent("part", b"same" * 1000)))
+        assert store.list() == [("part", 4000)]
+        assert store.read("part") == b"same" * 1000
+
+
+def test_a_private_copy_is_whole(bucket: str, films: Path) -> None:
+    upload(films, f"{bucket}/data")
+    copy = open_store(f"{bucket}/data").local_folder()
+    assert LocalStore(str(copy)).list() == LocalStore(str(films)).list()
+    for entry in LocalStore(str(films)).list():
+        assert (copy / entry.path).read_bytes() == (films / entry.path).read_bytes()
+
+
+def test_stores_leave_no_connections_behind(bucket: str) -> None:
+    def descriptors() -> int:
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    open_store(bucket).exists("film")
+    before = descriptors()
+    for _ in range(20):
+        open_store(bucket).exists("film")
+    assert descriptors() < before + 10
+
+
+# The whole line.
+
+
+def test_the_whole_line(
+    line: tuple[str, ...], bucket: str, films: Path, model: Path, tmp_path: Path, credentials: Server,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    out = f"{bucket}/run"
+    with caplog.at_level(logging.DEBUG, logger="diffva"):
+        said = diffva("--verbose", *line)
+        before = open_store(out).list()
+        said += diffva(*line)
+        assert open_store(out).list() == before
+        said += diffva("--verbose", "reduce", out, "--executor", "inline")
+        said += diffva("--verbose", "report", out)
+        assert "complete and sound" in (verified := diffva("--verbose", "verify", out))
+        assert "8 of 8 records" in (status := diffva("--verbose", "status", out))
+    run = open_store(out)
+    files = {entry.path: run.read(entry.path) for entry in run.list()}
+    assert files.keys() > {"_SUCCESS", "report/index.html", "tables/metrics.json"}
 
     local = tmp_path / "run"
     diffva("generate", "--data", str(films), "--model", str(model), "--out", str(local), "--executor", "inline",
            "--limit", "8")  # fmt: skip
     (tmp_path / "s3").mkdir()
-    for entry in open_store(out).list("records"):
-        (tmp_path / "s3" / entry.path.split("/")[1]).write_bytes(open_store(out).read(entry.path))
+    for path in [path for path in files if path.startswith("records/")]:
+        (tmp_path / "s3" / Path(path).name).write_bytes(files[path])
     assert pd.read_parquet(tmp_path / "s3").equals(pd.read_parquet(local / "records"))
-    for entry in open_store(out).list():
-        assert b"secret-of-the-test" not in open_store(out).read(entry.path), entry.path
+
+    for secret in (credentials.key, credentials.secret):
+        assert secret not in said + verified + status + caplog.text
+        assert not [path for path, data in files.items() if secret.encode() in data]
+
+
+# Credentials.
+
+
+def test_credentials_and_endpoint_from_a_profile(
+    bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    open_store(bucket).put("film", b"x")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name)
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws" / "config").write_text(f"[profile clinic]\nendpoint_url = {credentials.endpoint}\n")
+    (tmp_path / ".aws" / "credentials").write_text(
+        f"[clinic]\naws_access_key_id = {credentials.key}\naws_secret_access_key = {credentials.secret}\n"
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_PROFILE", "clinic")
+    assert open_store(bucket).read("film") == b"x"
+    monkeypatch.setenv("AWS_PROFILE", "practice")
+    with pytest.raises(StoreError, match="practice") as caught:
+        open_store(bucket).read("film")
+    assert caught.value.lasting
+
+
+@on_swift
+def test_an_endpoint_with_a_name_is_spoken_to_in_path_style(
+    bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", credentials.endpoint.replace("127.0.0.1", "localhost"))
+    store = open_store(bucket)
+    store.put("film", b"x")
+    assert store.list() == [("film", 1)]
+
+
+@on_swift
+def test_a_wrong_secret_loses_nothing(
+    line: tuple[str, ...], bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diffva(*line)
+    run = open_store(f"{bucket}/run")
+    finished = run.list()
+    parts = [entry.path for entry in run.list("records")]
+    kept = run.read(parts[0])
+    for path in ("_SUCCESS", parts[-1]):  # as a run that was stopped before its last shard
+        run.delete(path)
+    before = run.list()
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+    for command in (line, ("status", f"{bucket}/run"), ("verify", f"{bucket}/run"), ("report", f"{bucket}/run")):
+        refused = invoke(*command)
+        assert refused.exit_code == 5, refused.output
+        assert one_line(refused).endswith("AWS_SECRET_ACCESS_KEY (SignatureDoesNotMatch)")
+        assert "wrong-secret" not in refused.output
+    with pytest.raises(StoreError, match="403"):
+        open_store(f"{bucket}/run").exists("_SUCCESS")
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", credentials.secret)
+    assert run.list() == before
+    diffva(*line)
+    assert {entry.path for entry in run.list()} == {entry.path for entry in finished}
+    assert run.read(parts[0]) == kept
+
+
+@on_swift
+def test_an_unknown_key_is_refused(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test:nobody")
+    with pytest.raises(StoreError, match="refused|denied") as caught:
+        open_store(bucket).put("film", b"x")
+    assert caught.value.lasting
+
+
+def test_credentials_that_expire_on_the_way(
+    line: tuple[str, ...], bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    puts: list[str] = []
+
+    def expire(method: str, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
+        puts.extend([path] if method == "PUT" else [])
+        return EXPIRED if len(puts) > 12 else None
+
+    with Proxy(credentials.endpoint, expire) as proxy, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        stopped = invoke(*line)
+    assert stopped.exit_code == 5, stopped.output
+    assert "credentials refused" in stopped.output.strip().splitlines()[-1]
+    assert "(ExpiredToken)" in stopped.output
+    assert "Traceback" not in stopped.output
+    assert not open_store(f"{bucket}/run").exists("_SUCCESS")
+    diffva(*line)
+    assert "complete and sound" in diffva("verify", f"{bucket}/run")
+
+
+def test_no_credentials_at_all(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    refused = invoke("status", f"{bucket}/run")
+    assert refused.exit_code == 5
+    assert "no credentials found; set AWS_PROFILE" in one_line(refused)
+
+
+def test_credentials_in_the_address_are_refused_unseen(credentials: Server) -> None:
+    refused = invoke("status", f"s3://{credentials.key}:{credentials.secret}@films/run")
+    assert refused.exit_code == 2
+    assert "must not hold credentials" in one_line(refused)
+    assert credentials.secret not in refused.output
+
+
+# What is wrong with an address.
+
+
+def one_line(result: Result) -> str:
+    """The one line a failed command says."""
+    assert isinstance(result.exception, SystemExit), result.exception
+    [said] = result.output.strip().splitlines()
+    assert said.startswith("diffva "), said
+    return said
+
+
+def test_a_bucket_that_does_not_exist(bucket: str, films: Path, model: Path) -> None:
+    nowhere = "s3://no-bucket-of-that-name"
+    for command in (
+        ("status", f"{nowhere}/run"),
+        ("inspect", nowhere),
+        ("generate", "--data", str(films), "--model", str(model), "--out", f"{nowhere}/run", "--executor", "inline"),
+        ("generate", "--data", str(films), "--model", f"{nowhere}/model", "--out", f"{bucket}/run"),
+    ):
+        refused = invoke(*command)
+        assert refused.exit_code == 5, refused.output
+        assert "the bucket does not exist" in one_line(refused)
+    store = open_store(f"{nowhere}/run")
+    for act in (lambda: store.put("a", b""), lambda: store.put_if_absent("a", b""), lambda: store.list()):
+        with pytest.raises(StoreError, match="bucket does not exist"):
+            act()
+
+
+@pytest.mark.parametrize("address", ["s3://", "s3:///run", "s3://no_such@name/run", "s3://Not A Bucket!/run"])
+def test_an_address_that_is_none(address: str, credentials: Server) -> None:
+    refused = invoke("status", address)
+    assert refused.exit_code in (2, 5)
+    assert one_line(refused)
+
+
+@on_moto
+def test_an_endpoint_that_is_no_address(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
+    refused = invoke("status", f"{bucket}/run")
+    assert refused.exit_code == 5
+    assert "localhost:9000" in one_line(refused)
+
+
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """A port where nobody listens (bound, so that nobody else gets it)."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.fixture
+def silence() -> Iterator[str]:
+    """A port that takes connections and never says a word."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(50)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.fixture
+def web_page() -> Iterator[str]:
+    """A server that has a page for every request, and is no object store."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html><p>Welcome!<br></html>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    page = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=page.serve_forever, args=(0.05,), daemon=True).start()
+    yield f"http://127.0.0.1:{page.server_port}"
+    page.shutdown()
+    page.server_close()
+
+
+@on_moto
+def test_an_endpoint_where_nobody_answers(bucket: str, nobody: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", nobody)
+    started = time.monotonic()
+    refused = invoke("status", f"{bucket}/run")
+    assert time.monotonic() - started < 20
+    assert refused.exit_code == 5
+    assert f"no answer from {nobody}" in one_line(refused)
+
+
+@on_moto
+def test_an_endpoint_that_never_answers(
+    bucket: str, silence: str, monkeypatch: pytest.MonkeyPatch, hasty: None
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", silence)
+    started = time.monotonic()
+    refused = invoke("status", f"{bucket}/run")
+    assert time.monotonic() - started < 8  # two timeouts of a second here, of fifteen in earnest
+    assert refused.exit_code == 5
+    assert f"no answer from {silence} (ReadTimeoutError)" in one_line(refused)
+
+
+@on_moto
+def test_an_endpoint_that_is_no_object_store(bucket: str, web_page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", web_page)
+    refused = invoke("inspect", f"{bucket}/data")
+    assert refused.exit_code == 5
+    assert "the answer is not S3's" in one_line(refused)
+
+
+# A bad day of the server.
+
+
+def test_throttled_requests_succeed_in_the_end(
+    bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for act in (
+        lambda store: store.put("a", b"x"),
+        lambda store: store.put_if_absent("b", b"x"),
+        lambda store: store.read("a"),
+        lambda store: store.exists("a"),
+        lambda store: store.list(),
+        lambda store: store.delete("a"),
+    ):
+        with Proxy(credentials.endpoint, first(2, SLOW_DOWN)) as proxy:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+            act(open_store(bucket))
+            assert proxy.answered == 2
+    monkeypatch.setenv("AWS_ENDPOINT_URL", credentials.endpoint)
+    assert open_store(bucket).list() == [("b", 1)]
+
+
+@on_moto
+def test_throttling_is_borne_for_longer_than_silence(
+    bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random.random", lambda: 0.01)  # botocore's pauses: up to this part of 1, 2, 4 ... 20 s
+    with Proxy(credentials.endpoint, first(8, SLOW_DOWN)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        open_store(bucket).put("a", b"x")
+        assert proxy.answered == 8 > storage_s3.UNANSWERED
+    with Proxy(credentials.endpoint, first(1000, SLOW_DOWN)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        with pytest.raises(StoreError, match="SlowDown") as caught:
+            open_store(bucket).exists("a") or open_store(bucket).read("a")
+        assert not caught.value.lasting
+        assert proxy.answered <= 22
+
+
+@on_moto
+def test_a_throttled_run_goes_on(
+    line: tuple[str, ...], bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def now_and_then(method: str, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
+        asked.append(path)
+        return SLOW_DOWN if len(asked) % 15 == 0 else None
+
+    with Proxy(credentials.endpoint, now_and_then) as proxy, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        diffva(*line)
+        assert proxy.answered > 3
+    assert "complete and sound" in diffva("verify", f"{bucket}/run")
+
+
+def test_a_broken_body_is_read_again(bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(100_000)
+    open_store(bucket).put("film", data)
+    with Proxy(credentials.endpoint, first(2, BREAK_OFF, "GET")) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        assert open_store(bucket).read("film") == data
+        assert proxy.answered == 2
+    with Proxy(credentials.endpoint, first(100, BREAK_OFF, "GET")) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        with pytest.raises(StoreError) as caught:
+            open_store(bucket).read("film")
+        assert not caught.value.lasting
+        assert proxy.answered == storage_s3.READS
+
+
+def test_a_server_without_conditional_put(
+    bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(storage_s3.LOG, "propagate", True)
+    with (
+        Proxy(credentials.endpoint, first(1000, NOT_IMPLEMENTED, "PUT", "if-none-match")) as proxy,
+        caplog.at_level(logging.INFO, logger="diffva"),
+    ):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        store = open_store(bucket)
+        assert store.put_if_absent("a", b"one")
+        assert store.put_if_absent("b", b"two")
+        assert not store.put_if_absent("a", b"three")
+        assert store.read("a") == b"one"
+        assert proxy.answered == 1  # asked once, never again
+    assert caplog.text.count("no conditional PUT") == 1
+
+
+def test_a_conflict_is_looked_at_again(bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Proxy(credentials.endpoint, first(2, CONFLICT, "PUT")) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        assert open_store(bucket).put_if_absent("a", b"one")  # 409 is no proof that a file is there
+        assert open_store(bucket).read("a") == b"one"
+    with Proxy(credentials.endpoint, first(1000, CONFLICT, "PUT")) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        with pytest.raises(StoreError, match="in use"):
+            open_store(bucket).put_if_absent("b", b"one")
+
+
+def test_no_permission(bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_store(bucket).put("film", b"x")
+    with Proxy(credentials.endpoint, lambda *_: DENIED) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        store = open_store(bucket)
+        with pytest.raises(PermissionError, match="film"):  # one film that may not be read is one row
+            store.read("film")
+        for act in (store.list, lambda: store.put("a", b""), lambda: store.put_if_absent("a", b""),
+                    lambda: store.delete("film"), lambda: store.exists("film")):  # fmt: skip
+            with pytest.raises(StoreError, match="denied") as caught:
+                act()
+            assert caught.value.lasting
+    monkeypatch.setenv("AWS_ENDPOINT_URL", credentials.endpoint)
+    assert open_store(bucket).read("film") == b"x"
+
+
+@on_moto
+def test_a_server_that_dies_on_the_way(
+    line: tuple[str, ...], bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch, hasty: None
+) -> None:
+    puts: list[str] = []
+
+    def die(method: str, path: str, headers: dict[str, str]) -> tuple[int, str] | None:
+        puts.extend([path] if method == "PUT" else [])
+        return (500, "InternalError") if len(puts) > 12 else None
+
+    monkeypatch.setattr("random.random", lambda: 0.001)
+    with Proxy(credentials.endpoint, die) as proxy, monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        stopped = invoke(*line)
+    assert stopped.exit_code == 5, stopped.output
+    assert "InternalError" in stopped.output.strip().splitlines()[-1]
+    diffva(*line)
+    assert "complete and sound" in diffva("verify", f"{bucket}/run")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -237,7 +239,7 @@ def wait_for_parts(out: Path, process: subprocess.Popen, parts: int) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_generation_goes_on(blow: int, run: Path, films: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ("generate", "--data", films, "--model", model, "--out", out, "--executor", "inline")
@@ -246,7 +248,7 @@ def test_a_killed_generation_goes_on(blow: int, run: Path, films: Path, model: P
     wait_for_parts(out, process, 1)
     process.send_signal(blow)
     _, errors = process.communicate(timeout=60)
-    if blow == signal.SIGINT and process.returncode:
+    if blow != signal.SIGKILL and process.returncode:
         assert process.returncode == 130
         assert b"the same command goes on" in errors
     assert generate(films, model, out).exit_code == 0
@@ -258,6 +260,46 @@ def test_a_killed_generation_goes_on(blow: int, run: Path, films: Path, model: P
     opened = open_run(LocalStore(str(out)))
     assert opened is not None
     assert opened.pending() == []
+
+
+@pytest.mark.parametrize(
+    ("number", "says"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only"), (errno.EDQUOT, "quota")]
+)
+def test_a_disk_that_takes_no_more_is_one_line_and_the_run_goes_on(
+    number: int, says: str, run: Path, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, room = tmp_path / "run", [30]
+    replace = os.replace
+
+    def filling(source: str, target: Path) -> None:
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(number, os.strerror(number), str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", filling)
+        result = generate(films, model, out)
+    assert result.exit_code == 5
+    assert says in result.output.splitlines()[-1]
+    assert str(out) in result.output.splitlines()[-1]
+    assert not list(out.rglob(".tmp-*"))
+    assert generate(films, model, out).exit_code == 0
+    ours, theirs = (pd.read_parquet(folder / "records") for folder in (out, run))
+    assert ours.equals(theirs)
+
+
+def test_a_folder_without_a_usable_film_stops_early(films: Path, model: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "films", tmp_path / "run"
+    shutil.copytree(films, data)
+    for file in data.glob("*/images/*"):
+        file.write_bytes(b"not mounted")
+    result = generate(data, model, out, "--shard-size", 2)
+    assert result.exit_code == 4
+    assert "none of the first 6 records is usable" in result.output
+    opened = open_run(LocalStore(str(out)))
+    assert opened is not None
+    assert len(opened.pending()) == 6
 
 
 def test_a_run_made_with_relative_paths_is_reduced_from_anywhere(

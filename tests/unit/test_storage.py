@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from diffva_ray.storage import LocalStore, open_store
+from diffva_ray.storage import LocalStore, StoreError, open_store
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_a_failed_put_leaves_the_old_file(store: LocalStore, monkeypatch: pytest
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StoreError, match="disk full"):
         store.put("a.bin", b"new")
     monkeypatch.undo()
     assert store.read("a.bin") == b"old"

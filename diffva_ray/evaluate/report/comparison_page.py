@@ -1,0 +1,362 @@
+"""The page of two runs on the same films: numbers side by side, and the films on which they differ most and least.
+
+Like the report, it asks for nothing but the pictures beside it; it has no script.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import binary_dilation
+
+from diffva_ray.data.films import UnusableData
+from diffva_ray.data.images import BadImage, quantise
+from diffva_ray.evaluate.comparison import BY_KEY, Comparison, Measure, shown
+from diffva_ray.evaluate.figures import (
+    CLASS_COLOURS,
+    INK,
+    MUTED,
+    OUTLINE,
+    RULE,
+    diverging,
+    map_scale,
+    settings_line,
+    short,
+)
+from diffva_ray.evaluate.records import Row, read_images, read_records, read_truth
+from diffva_ray.evaluate.reduction import lesion_boxes
+from diffva_ray.evaluate.report.numbers import Card, Cell, Group, Table, count, interval, number, plain
+from diffva_ray.evaluate.report.page import HERE, policy
+from diffva_ray.evaluate.tables import ALL, clean
+from diffva_ray.generate.plan import RUN, Run
+from diffva_ray.storage import Store, join, open_store
+
+PAGE, METRICS, SCATTER = "index.html", "metrics.json", "images/films.png"
+PICTURE = re.compile(r"images/\d\d-(film|twin-a|map-a|twin-b|map-b|truth)\.png")
+MOST, MEDIAN, LEAST = 6, 3, 3  # films shown
+SMALLEST, LARGEST = 192, 320  # side of a panel
+CARDS = ("auroc", "dice_fixed", "flip_rate", "lesion_error_ratio", "ssim", "map_energy")
+RANKED_BY = ("auroc", "confidence_gain", "ssim")  # the first that both runs have of the same films
+
+
+@dataclass(frozen=True)
+class ShownFilm:
+    """One film of the page: what is said about it, and its pictures as (name, file, alternative text)."""
+
+    row: Row
+    scores: list[tuple[str, str, str, str]]  # measure, in A, in B, B - A
+    pictures: list[tuple[str, str, str]]
+
+
+def output_store(a: Run, b: Run, out: str | None) -> Store:
+    """Where the page goes: ``out``, or ``compare-<A>-<B>`` beside a local run A. Raises UnusableData when it has to be
+    said, and for a place inside one of the runs, which are never written to."""
+    names = [run.store.uri.rstrip("/").rpartition("/")[2] for run in (a, b)]
+    if out is None:
+        if "://" in a.store.uri:
+            raise UnusableData(f"--out is needed: {a.store.uri} is not on a local disk")
+        out = join(a.store.uri.rpartition("/")[0] or "/", f"compare-{names[0]}-{names[1]}")
+    try:
+        store = open_store(out)
+    except ValueError as error:
+        raise UnusableData(f"--out {error}") from None
+    for run in (a, b):
+        if f"{_real(store.uri)}/".startswith(f"{_real(run.store.uri)}/"):
+            raise UnusableData(f"--out {out}: inside {run.store.uri}; nothing is written into a run")
+    if store.exists(RUN):
+        raise UnusableData(f"--out {out}: a run; choose another folder")
+    return store
+
+
+def _real(uri: str) -> str:
+    return uri.rstrip("/") if "://" in uri else os.path.realpath(uri)
+
+
+def write_comparison(comparison: Comparison, store: Store) -> str:
+    """Write ``metrics.json``, ``index.html`` and its pictures, replacing earlier ones; returns where the page is."""
+    measure = ranking(comparison)
+    store.put(METRICS, json.dumps(clean(comparison.metrics()), indent=1, ensure_ascii=False).encode())
+    groups, limit, unreadable = _write_films(comparison, measure, store)
+    store.put(SCATTER, scatter(comparison, measure))
+    kept = {join("images", file) for _, films in groups for film in films for _, file, _ in film.pictures}
+    for entry in store.list("images"):
+        if PICTURE.fullmatch(entry.path) and entry.path not in kept:  # of an earlier page
+            store.delete(entry.path)
+    store.put(PAGE, render(comparison, measure, groups, limit, unreadable).encode())
+    return join(store.uri, PAGE)
+
+
+def ranking(comparison: Comparison) -> Measure:
+    """The measure that says how much the runs differ on a film."""
+    return BY_KEY[next(key for key in RANKED_BY if comparison.row(key) is not None)]
+
+
+def chosen(comparison: Comparison, measure: Measure) -> list[tuple[str, list[int]]]:
+    """(heading, positions in ``pairs``) of the films that differ most, middling and least by ``measure``; each film
+    once, ties in the order of the films."""
+    gaps = (comparison.pairs[f"{measure.key}_b"] - comparison.pairs[f"{measure.key}_a"]).abs()
+    order = gaps.dropna().sort_values(ascending=False, kind="stable").index.tolist()
+    most, rest = order[:MOST], order[MOST:]
+    least, rest = rest[len(rest) - min(LEAST, len(rest)) :], rest[: max(len(rest) - LEAST, 0)]
+    middle = min(max(len(order) // 2 - len(most) - MEDIAN // 2, 0), max(len(rest) - MEDIAN, 0))
+    groups = [
+        ("Where the runs differ most", most),
+        ("Around the median", rest[middle : middle + MEDIAN]),
+        ("Where they differ least", least),
+    ]
+    return [(title, films) for title, films in groups if films]
+
+
+def _write_films(
+    comparison: Comparison, measure: Measure, store: Store
+) -> tuple[list[tuple[str, list[ShownFilm]]], float, int]:
+    """The films by group, the colour scale of all maps, and how many could not be read any more."""
+    runs = (comparison.a, comparison.b)
+    limit = max(map_scale(run, read_records(run)).limit for run in runs)
+    boxes = lesion_boxes(comparison.a.about["data"], None, [])
+    groups, at, unreadable = [], 0, 0
+    for title, films in chosen(comparison, measure):
+        made: list[ShownFilm] = []
+        for position in films:
+            pair = comparison.pairs.loc[position]
+            try:
+                panels = _panels(runs, (pair["record_a"], pair["record_b"]), boxes, limit)
+            except (OSError, BadImage):
+                unreadable += 1
+                continue
+            pictures = []
+            about = f"{plain(pair['label'])}, {pair['source_path']}"
+            for name, said, pixels in panels:
+                file = f"{at:02d}-{name}.png"
+                store.put(f"images/{file}", _png(pixels))
+                pictures.append((said, file, f"{about}: {said}"))
+            made.append(ShownFilm(_about(comparison, pair), _scores(comparison, pair, measure), pictures))
+            at += 1
+        groups.append((title, made))
+    return [(title, made) for title, made in groups if made], limit, unreadable
+
+
+def _panels(
+    runs: tuple[Run, Run], rows: tuple[Row, Row], boxes: Any, limit: float
+) -> list[tuple[str, str, NDArray[np.float32]]]:
+    """(file name, caption, picture [side, side, 3]) of one film; the lesion is outlined on the maps where known."""
+    data = [open_store(run.about["data_root"]) for run in runs]
+    images = [read_images(run, store, row) for run, store, row in zip(runs, data, rows)]
+    lesion = read_truth(runs[0], data[0], {**rows[0], "twin_path": None}, boxes).lesion
+    side = min(max(SMALLEST, *(image.film.shape[0] for image in images)), LARGEST)
+    edge = None if lesion is None else _outline(lesion, side)
+    film = _enlarged(images[0].film, side)
+    panels = [("film", "film", film)]
+    for letter, image in zip("ab", images):
+        panels.append((f"twin-{letter}", f"{letter.upper()}’s twin", _enlarged(image.counterfactual, side)))
+        signed = np.stack([diverging(image.signed_map, limit)[..., n] for n in range(3)])
+        coloured = np.stack([_resized(channel, side) for channel in signed], axis=2)
+        panels.append((f"map-{letter}", f"{letter.upper()}’s map", _drawn(coloured, edge, INK)))
+    if edge is not None:
+        panels.append(("truth", "true lesion", _drawn(film, edge, OUTLINE)))
+    return panels
+
+
+def _resized(channel: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    picture = Image.fromarray(np.ascontiguousarray(channel, np.float32))
+    return np.clip(np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC)), 0, 1)
+
+
+def _enlarged(grey: NDArray[np.float32], side: int) -> NDArray[np.float32]:
+    return np.repeat(_resized(grey, side)[..., None], 3, axis=2)
+
+
+def _outline(lesion: NDArray[np.bool_], side: int) -> NDArray[np.bool_]:
+    """The pixels just outside the lesion, two wide, on the grid of the panels."""
+    mask = np.asarray(Image.fromarray(lesion.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)) > 0.5
+    return binary_dilation(mask, iterations=2) & ~mask
+
+
+def _drawn(picture: NDArray[np.float32], edge: NDArray[np.bool_] | None, colour: str) -> NDArray[np.float32]:
+    drawn = picture.copy()
+    if edge is not None:
+        drawn[edge] = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    return drawn
+
+
+def _png(pixels: NDArray[np.float32]) -> bytes:
+    sink = io.BytesIO()
+    Image.fromarray(quantise(pixels)).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def _about(comparison: Comparison, pair: pd.Series) -> Row:
+    """Class, path and, where there are several of a film, draw and swept settings."""
+    said = [f"{plain(key)} {pair[key]}" for key in comparison.swept]
+    if comparison.a.about["keys"]["draws"] > 1:
+        said.append(f"draw {pair['draw']}")
+    return {"label": pair["label"], "source_path": pair["source_path"], "varied": ", ".join(said)}
+
+
+def _scores(comparison: Comparison, pair: pd.Series, measure: Measure) -> list[tuple[str, str, str, str]]:
+    found: list[tuple[str, str, str, str]] = []
+    for key in dict.fromkeys((measure.key, "ssim", "lesion_error_ratio")):
+        if f"{key}_a" not in pair:
+            continue
+        values = [pair[f"{key}_{side}"] / pair.get(f"{key}_of_{side}", 1.0) for side in "ab"]
+        if all(np.isfinite(values)):
+            kind = BY_KEY[key]
+            gap = signed(kind, values[1] - values[0])
+            found.append((kind.name or kind.title, form(kind, values[0]), form(kind, values[1]), gap))
+    return found
+
+
+def form(measure: Measure, value: float) -> str:
+    """A value of a measure, as text."""
+    if measure.form == "percent":
+        return "–" if value is None or value != value else f"{number(100 * value, 1)}\u00a0%"
+    return number(value, 4 if measure.key in ("l1", "map_energy") else 1 if measure.key == "twin_psnr" else 3)
+
+
+def signed(measure: Measure, value: float) -> str:
+    """A difference, as text with its sign, of percentages in points; one that rounds to zero has no sign."""
+    text = form(measure, value).replace("%", "pp")
+    nothing = not any(digit in text for digit in "123456789")
+    return text.removeprefix("−") if nothing else text if value < 0 else f"+{text}"
+
+
+def cards(comparison: Comparison) -> list[Card]:
+    """The key differences that both runs have."""
+    found = []
+    for key in CARDS:
+        row = comparison.row(key)
+        if row is not None:
+            measure = BY_KEY[key]
+            detail = f"A {form(measure, row['a'])}, B {form(measure, row['b'])}\n{_interval(measure, row)}"
+            detail += f"\n{row['better'].upper()} is better" if row["better"] else ""
+            found.append(Card(measure.name or measure.title, signed(measure, row["difference"]), detail))
+    return found
+
+
+def _interval(measure: Measure, row: Row) -> str:
+    low, high = row["interval"]
+    return "no interval" if low != low else f"{signed(measure, low)} to {signed(measure, high)}"
+
+
+def difference_table(comparison: Comparison) -> Table:
+    """All measures, all classes first; the better of A and B is marked where the interval leaves no doubt."""
+    names = comparison.names
+    heads = [("", False), ("films", True), (f"A {names[0]}", True), (f"B {names[1]}", True), ("B − A", True),
+             ("95 % interval", True), ("better", False)]  # fmt: skip
+    groups = []
+    labels = dict.fromkeys(row["label"] for row in comparison.rows)
+    for label in sorted(labels, key=lambda label: (label != ALL, label)):
+        body = []
+        for row in (row for row in comparison.rows if row["label"] == label):
+            measure = BY_KEY[row["measure"]]
+            cells = [
+                Cell(measure.title, False),
+                Cell(count(row["n"]), True),
+                Cell(form(measure, row["a"]), True, row["better"] == "a"),
+                Cell(form(measure, row["b"]), True, row["better"] == "b"),
+                Cell(signed(measure, row["difference"]), True),
+                Cell(_interval(measure, row), True),
+                Cell(_better(measure, row), False),
+            ]
+            body.append(("", cells))
+        groups.append(Group("all classes" if label == ALL else plain(label), body))
+    caption = (
+        "Means over the films that both runs have; the flip rate is over films that both runs’ judges call abnormal. "
+        "Intervals by paired bootstrap over films, each for its own number; the better run is named where the "
+        "interval leaves out zero and more or less is better."
+    )
+    return Table("numbers", "Numbers", caption, heads, groups)
+
+
+def _better(measure: Measure, row: Row) -> str:
+    if not measure.better:
+        return "–"
+    return row["better"].upper() if row["better"] else "not clear"
+
+
+def scatter(comparison: Comparison, measure: Measure) -> bytes:
+    """PNG: every film's ``measure`` in A against B, and how the differences are distributed, by class."""
+    pairs = comparison.pairs.dropna(subset=[f"{measure.key}_a", f"{measure.key}_b"])
+    labels = sorted(pairs["label"].value_counts().nlargest(len(CLASS_COLOURS)).index)
+    figure = Figure(figsize=(8.4, 3.7), facecolor="white", layout="constrained")
+    plane, strip = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    ends = pairs[[f"{measure.key}_a", f"{measure.key}_b"]].to_numpy(float)
+    margin = 0.04 * max(float(np.ptp(ends)), 1e-3)
+    low, high = float(ends.min()) - margin, float(ends.max()) + margin
+    plane.plot([low, high], [low, high], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    for n, label in enumerate(labels):
+        rows = pairs[pairs["label"] == label]
+        in_a, in_b = rows[f"{measure.key}_a"], rows[f"{measure.key}_b"]
+        name = f"{short(label, 18)}, n = {len(rows)}"
+        plane.scatter(in_a, in_b, s=11, color=CLASS_COLOURS[n], alpha=0.55, linewidths=0, label=name)
+        _spread(strip, n, (in_b - in_a).to_numpy(float), CLASS_COLOURS[n])
+    plane.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    names = [short(name, 24) for name in comparison.names]
+    plane.set_xlabel(f"A  {names[0]}", fontsize=8, color=INK, parse_math=False)
+    plane.set_ylabel(f"B  {names[1]}", fontsize=8, color=INK, parse_math=False)
+    strip.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    strip.set_yticks(
+        range(len(labels)), [short(label, 18) for label in labels], fontsize=8, color=INK, parse_math=False
+    )
+    strip.set_ylim(len(labels) - 0.5, -0.5)
+    strip.set_xlabel("B − A; bar: median and middle half", fontsize=8, color=INK)
+    for axes, title in ((plane, f"{measure.title}: a point is a film"), (strip, "Difference on each film")):
+        axes.set_title(title, fontsize=9, color=INK, loc="left", weight="bold", pad=8)
+        axes.tick_params(labelsize=7, colors=MUTED, length=0)
+        axes.grid(color="#e6eaed", linewidth=0.7)
+        axes.set_axisbelow(True)
+        for spine in axes.spines.values():
+            spine.set(color=RULE, linewidth=0.8)
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", dpi=200, metadata={"Software": None})
+    return sink.getvalue()
+
+
+def _spread(axes: Axes, y: float, gaps: NDArray[np.float64], colour: str) -> None:
+    golden = (np.arange(len(gaps)) * 0.6180339887) % 1  # evenly scattered, and the same every time
+    axes.scatter(np.sort(gaps), y + 0.3 * (2 * golden - 1), s=8, color=colour, alpha=0.5, linewidths=0)
+    low, middle, high = np.quantile(gaps, [0.25, 0.5, 0.75])
+    axes.plot([low, high], [y, y], color=INK, linewidth=2.4, solid_capstyle="butt")
+    axes.plot([middle, middle], [y - 0.24, y + 0.24], color=INK, linewidth=1.4)
+
+
+def render(
+    comparison: Comparison, measure: Measure, groups: list[tuple[str, list[ShownFilm]]], limit: float, unreadable: int
+) -> str:
+    """The page as HTML. Every value is escaped."""
+    style = Markup((HERE / "page.css").read_text() + (HERE / "comparison.css").read_text())  # our own, not escaped
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"count": count, "plain": plain, "shown": shown, "interval": interval}
+    return environment.from_string((HERE / "comparison.html").read_text()).render(
+        style=style,
+        policy=policy(style, ""),
+        names=comparison.names,
+        runs=[
+            (letter, name, run.store.uri, settings_line(run), run.recipe.name, run.recipe.generate.map_name)
+            for letter, name, run in zip("AB", comparison.names, (comparison.a, comparison.b))
+        ],
+        counts=comparison.counts,
+        notes=comparison.notes,
+        settings=comparison.settings,
+        cards=cards(comparison),
+        table=difference_table(comparison),
+        measure=measure.title,
+        scatter=SCATTER,
+        groups=groups,
+        limit=limit,
+        unreadable=unreadable,
+        outlined=any("true lesion" in said for _, films in groups for film in films for said, _, _ in film.pictures),
+    )

@@ -1,0 +1,69 @@
+"""One driver's life on the cluster of a history: a process of its own, so that it can be killed.
+
+RAY_ADDRESS=... python driver.py RUN DATA MODEL SEED RECIPE.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+SLOWNESS = 0.25  # seconds a network call takes longer, so that a kill finds work in flight
+
+
+def prepare_worker() -> None:
+    """What every worker process does before its first task: fake GPUs are CPUs, and storage is slow and fails."""
+    from faults import Faults, FaultyStore
+
+    from diffva_ray import storage
+    from diffva_ray.counterfactual import engine
+    from diffva_ray.generate import shard
+
+    engine.device_kind = lambda name=None: "cpu"
+    call = engine.Counterfactuals.__call__
+
+    def slow(self, *arguments):
+        time.sleep(SLOWNESS)
+        return call(self, *arguments)
+
+    engine.Counterfactuals.__call__ = slow
+    seed = int(os.environ["DIFFVA_CHAOS_SEED"])
+    if seed >= 0:
+        faults = Faults(seed + os.getpid(), stop=0.0, tear=0.0, fail=0.004, delay=0.02, life=1)
+        run = os.environ["DIFFVA_CHAOS_RUN"]
+        plain = storage.STORES[""]
+        storage.STORES[""] = lambda uri: FaultyStore(uri, faults) if uri.startswith(run) else plain(uri)
+        shard.PAUSES = (0.1, 0.2, 0.4, 0.8)
+
+
+def main() -> None:
+    out, data, model, seed, recipe = sys.argv[1:]
+    import ray
+
+    from diffva_ray import pipeline, ray_cluster
+    from diffva_ray.config import make_recipe
+    from diffva_ray.generate.plan import Request
+
+    for name, value in ray_cluster.ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    environment = {
+        "DIFFVA_CHAOS_SEED": seed, "DIFFVA_CHAOS_RUN": out, "PYTHONPATH": str(Path(__file__).parent),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    ray.init(
+        address=os.environ["RAY_ADDRESS"],
+        runtime_env={"env_vars": environment, "worker_process_setup_hook": "driver.prepare_worker"},
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    values = make_recipe(json.loads(Path(recipe).read_text()))
+    pipeline.generate_run(values, data, model, out, Request(), pipeline.Execution("ray", actors=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Random fault histories: a run that is failed, torn and killed again and again ends as if nothing had happened.
+
+    make chaos                                       # 1,000 inline and 50 on a Ray cluster; writes the result file
+    python tests/chaos/histories.py --inline 50      # fewer
+    python tests/chaos/histories.py --first 417      # one of them again
+
+An inline history is a chain of lives (processes, here one after the other in this one): plan, generate, reduce on a
+``FaultyStore``, until a life reaches the end. Compared with an undisturbed run: every column of every record, every
+pixel and map, the features, the tables; and ``diffva verify``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+from faults import Faults, FaultyStore, Stopped
+
+from diffva_ray import pipeline, storage
+from diffva_ray.config import Recipe, load_recipe
+from diffva_ray.data.phantoms import phantom_set
+from diffva_ray.evaluate.records import read_records
+from diffva_ray.evaluate.reduction import Options, reduce_run
+from diffva_ray.generate import shard as shards
+from diffva_ray.generate.plan import FOLDERS, Request, Run, open_run
+from diffva_ray.generate.verification import verify
+from diffva_ray.provenance import code_revision
+from diffva_ray.storage import LocalStore, StoreError
+from diffva_ray.train.loop import train
+
+SIZES = (
+    "name=chaos", "model.resolution=16", "model.vae.block_out_channels=[4, 4, 8]", "model.vae.norm_num_groups=4",
+    "model.unet.block_out_channels=[8, 16]", "model.unet.sample_size=4", "model.unet.norm_num_groups=8",
+    "generate.method=sdedit", "generate.source_prompt=''", "generate.negative_prompt=''", "generate.strength=1.0",
+    "generate.num_inference_steps=2", "generate.min_side=16", "generate.micro_batch=2", "generate.shard_size=3",
+    "train.stages.0.steps=2", "train.stages.0.batch_size=4", "train.stages.1.steps=2", "train.stages.1.batch_size=4",
+    "train.stages.2.steps=1", "train.stages.2.batch_size=4", "evaluate.max_quarantined_fraction=0.5",
+)  # fmt: skip
+FILMS, SHARDS = 12, 3  # nine abnormal films, three to a shard
+
+
+class Bench:
+    """Films, a model and an undisturbed run of it, to hold histories against."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.recipe: Recipe = load_recipe("phantom", SIZES)
+        self.data, self.model = str(folder / "films"), str(folder / "model")
+        for _ in phantom_set(LocalStore(self.data), FILMS, 16, seed=5):
+            pass
+        broken = sorted((folder / "films" / "COVID" / "images").iterdir())[0]
+        broken.write_bytes(broken.read_bytes()[:100])  # one record that ends quarantined
+        train(
+            self.recipe, self.data, self.model, "chaos", {"data_kind": "phantoms"}, lambda metrics, at: None, threads=1
+        )
+        loaded = shards.load(self.model, self.recipe)
+        shards.load = lambda model, recipe=None: loaded  # a life loads the model anew; thousands of them need not
+        started = time.monotonic()
+        self.live(self.folder / "undisturbed")
+        self.seconds = time.monotonic() - started
+        self.expected = self.outcome(self.folder / "undisturbed")
+
+    def live(self, out: Path) -> None:
+        """One process's life: plan or continue, generate, reduce."""
+        pipeline.generate_run(self.recipe, self.data, self.model, str(out), Request(), pipeline.Execution("inline"))
+        run = open_run(storage.open_store(str(out)))
+        assert run is not None
+        reduce_run(run, self.data, Options())
+
+    @staticmethod
+    def outcome(out: Path) -> dict[str, Any]:
+        """What a finished run is: records, pictures and features, tables."""
+        run = open_run(LocalStore(str(out)))
+        assert run is not None
+        pictures = {path: run.store.read(path) for kind in (*FOLDERS, "features") for path, _ in run.store.list(kind)}
+        return {
+            "records": read_records(run),
+            "pictures": pictures,
+            "tables": json.loads(run.store.read("tables/metrics.json")),
+            "quarantine": run.store.read("quarantine.parquet"),
+        }
+
+    def differences(self, out: Path) -> list[str]:
+        """What is not as in the undisturbed run; empty when all is."""
+        found, expected = self.outcome(out), self.expected
+        wrong = []
+        if not found["records"].equals(expected["records"]):
+            wrong.append("records")
+        wrong += [key for key in ("pictures", "tables", "quarantine") if found[key] != expected[key]]
+        run = open_run(LocalStore(str(out)))
+        assert isinstance(run, Run)
+        wrong += [problem.what for problem in verify(run)]
+        if not run.store.exists("_SUCCESS"):
+            wrong.append("no _SUCCESS")
+        return wrong
+
+    def history(self, seed: int) -> tuple[Counter[str], list[str], float]:
+        """One inline history: counts of what was done to it, differences (none, if all is well), seconds."""
+        out = self.folder / f"history-{seed}"
+        shutil.rmtree(out, ignore_errors=True)
+        faults = Faults(seed)
+        started = time.monotonic()
+        before, pauses = storage.STORES[""], shards.PAUSES
+        storage.STORES[""] = lambda uri: (
+            FaultyStore(uri, faults) if uri.startswith(str(out)) or uri == self.data else before(uri)
+        )
+        shards.PAUSES = (0.0, 0.0)
+        try:
+            while True:
+                faults.begin()
+                faults.counts["lives"] += 1
+                try:
+                    self.live(out)
+                    break
+                except Stopped:
+                    pass
+                except StoreError:
+                    faults.counts["lives ended by the store"] += 1
+        finally:
+            storage.STORES[""], shards.PAUSES = before, pauses
+        seconds = time.monotonic() - started
+        wrong = self.differences(out)
+        if not wrong:
+            shutil.rmtree(out)
+        return faults.counts, wrong, seconds
+
+
+@click.command()
+@click.option("--inline", default=0, help="Histories in this process.")
+@click.option("--cluster", default=0, help="Histories on a Ray cluster of several nodes.")
+@click.option("--first", default=0, help="Seed of the first one.")
+@click.option("--out", type=click.Path(path_type=Path), help="Result file (JSON).")
+def main(inline: int, cluster: int, first: int, out: Path | None) -> None:
+    """Run histories; exit 1 and name the seeds when one of them differs."""
+    bench = Bench(Path(tempfile.mkdtemp(prefix="diffva-chaos-")))
+    result: dict[str, Any] = {
+        "code": code_revision(), "machine": f"{platform.machine()}, {os.cpu_count()} cores", "first_seed": first,
+    }  # fmt: skip
+    failed: list[str] = []
+    for name, count in (("inline", inline), ("cluster", cluster)):
+        if not count:
+            continue
+        total, seconds = Counter[str](), 0.0
+        if name == "cluster":
+            from cluster import ClusterBench
+
+            runner: Any = ClusterBench(bench)
+        else:
+            runner = bench
+        for seed in range(first, first + count):
+            counts, wrong, took = runner.history(seed)
+            total += counts
+            seconds += took
+            if wrong:
+                failed.append(f"{name} seed {seed}: {'; '.join(wrong[:3])}")
+                click.echo(failed[-1])
+            elif (seed - first) % 50 == 49 or name == "cluster":
+                click.echo(
+                    f"{name}: {seed - first + 1} of {count}, {seconds / (seed - first + 1):.2f} s each, {dict(total)}"
+                )
+        undisturbed = runner.seconds * count
+        if attempts := total.pop("attempts", 0):
+            total["shards redone"] = attempts - SHARDS * count
+        result[name] = {
+            "histories": count, "differing": sum(line.startswith(name) for line in failed), **total,
+            "seconds": round(seconds, 1),
+            "time over undisturbed": round(seconds / undisturbed, 2),
+        }  # fmt: skip
+        if name == "cluster":
+            runner.close()
+    click.echo(json.dumps(result, indent=1))
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""A sample of the chaos suite (`make chaos` runs a thousand and fifty of them): not one differing record."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from histories import Bench
+
+from diffva_ray import pipeline
+from diffva_ray.evaluate.records import read_records
+from diffva_ray.generate.plan import Request, open_run
+from diffva_ray.generate.shard import Workbench, run_shard
+from diffva_ray.storage import LocalStore
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("chaos"))
+
+
+def test_twenty_inline_histories(bench: Bench) -> None:
+    blows = 0
+    for seed in range(20):
+        counts, wrong, _ = bench.history(seed)
+        assert not wrong, f"seed {seed}"
+        blows += counts["kills"] + counts["failures"]
+    assert blows > 40  # or nothing was tested
+
+
+def test_three_histories_on_a_cluster(bench: Bench) -> None:
+    from cluster import ClusterBench
+
+    cluster = ClusterBench(bench)
+    try:
+        for seed in range(3):
+            _, wrong, _ = cluster.history(seed)
+            assert not wrong, f"seed {seed}"
+    finally:
+        cluster.close()
+
+
+def test_the_order_of_shards_changes_nothing(bench: Bench, tmp_path: Path) -> None:
+    first = bench.folder / "undisturbed"
+    pipeline.generate_run(bench.recipe, bench.data, bench.model, str(tmp_path), Request(), pipeline.Execution("inline"))
+    run = open_run(LocalStore(str(tmp_path)))
+    assert run is not None
+    for shard in range(run.shards):
+        run.store.delete(f"records/part-{shard:05d}.parquet")
+    order = list(range(run.shards))
+    random.Random(1).shuffle(order)
+    workbench = Workbench.open(run.store.uri, bench.data, bench.model)
+    for shard in order:
+        run_shard(workbench, shard)
+    undisturbed = open_run(LocalStore(str(first)))
+    assert undisturbed is not None
+    assert read_records(run).equals(read_records(undisturbed))

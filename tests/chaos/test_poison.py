@@ -1,0 +1,181 @@
+"""A record that kills its process is set aside, and nobody else is blamed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from faults import Faults, FaultyStore, Stopped
+
+from diffva_ray import pipeline, storage
+from diffva_ray.config import Recipe
+from diffva_ray.evaluate.records import read_records
+from diffva_ray.generate import shard as shards
+from diffva_ray.generate.attempts import MOST_DEATHS, RAY, Attempt, OutOfMemory, Session, WorkersKeepDying
+from diffva_ray.generate.plan import Request, Run, open_run
+from diffva_ray.generate.verification import verify
+from diffva_ray.storage import LocalStore
+
+INLINE = pipeline.Execution("inline")
+
+
+def opened(out: Path) -> Run:
+    run = open_run(LocalStore(str(out)))
+    assert run is not None
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    out = tmp_path_factory.mktemp("undisturbed")
+    pipeline.generate_run(tiny, str(films), str(model), str(out), Request(), INLINE)
+    return read_records(opened(out))
+
+
+class Inline:
+    """Lives of an inline driver, which ``deadly`` films end (not again after ``deaths`` of them)."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, out: Path, deadly: set[str], deaths: int = 1000) -> None:
+        self.faults = Faults(0, stop=0, fail=0, tear=0, delay=0)
+        self.deaths = 0
+        read = shards.read_source
+
+        def reading(bench, row):
+            if row["source_path"] in deadly and self.deaths < deaths:
+                self.deaths += 1
+                self.faults.die()
+            return read(bench, row)
+
+        monkeypatch.setattr(shards, "read_source", reading)
+        plain = storage.STORES[""]
+        monkeypatch.setitem(
+            storage.STORES, "", lambda uri: FaultyStore(uri, self.faults) if uri.startswith(str(out)) else plain(uri)
+        )
+
+    def live(self, tiny: Recipe, films: Path, model: Path, out: Path) -> bool:
+        self.faults.begin()
+        try:
+            pipeline.generate_run(tiny, str(films), str(model), str(out), Request(), INLINE)
+        except Stopped:
+            return False
+        return True
+
+
+def test_a_deadly_record_is_set_aside_and_its_neighbours_live(
+    undisturbed: pd.DataFrame, tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadly = undisturbed["source_path"][7]
+    driver = Inline(monkeypatch, tmp_path, {deadly})
+    lives = 1
+    while not driver.live(tiny, films, model, tmp_path):
+        lives += 1
+        assert lives < 10
+    assert driver.deaths == 4  # one in company, three alone
+    found = read_records(opened(tmp_path))
+    (killed,) = found[found["status"] != "ok"].to_dict("records")
+    assert (killed["source_path"], killed["status"]) == (deadly, "killed_worker")
+    assert "alone" in killed["error"]
+    others = found["source_path"] != deadly
+    pd.testing.assert_frame_equal(found[others], undisturbed[others], check_dtype=False)  # ints beside nulls
+    assert verify(opened(tmp_path)) == []
+    assert opened(tmp_path).store.list("attempts") == []
+
+
+def test_a_record_that_lands_is_acquitted(
+    undisturbed: pd.DataFrame, tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Inline(monkeypatch, tmp_path, {undisturbed["source_path"][7]}, deaths=3)
+    while not driver.live(tiny, films, model, tmp_path):
+        pass
+    assert driver.deaths == 3
+    assert read_records(opened(tmp_path)).equals(undisturbed)
+
+
+def leave(store: LocalStore, session: Session, record: str = "") -> None:
+    """What an attempt leaves behind when its process dies (in a record's flight)."""
+    attempt = Attempt(store, 0, session)
+    attempt._mark("try")
+    if record:
+        attempt._mark("flight", record)
+
+
+def test_only_a_living_driver_blames_and_only_on_living_nodes(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    alive = {"here", "there"}
+    mine = Session(RAY, "mine", "here", lambda node: node in alive)
+    leave(store, Session(RAY, "former", "here"), "film")
+    leave(store, Session(), "film")
+    assert not Attempt(store, 0, mine).isolated  # of a driver that is gone, and of a plain loop
+    leave(store, Session(RAY, "mine", "there"), "film")
+    leave(store, Session(RAY, "mine", "here"), "film")
+    assert Attempt(store, 0, mine).killers == {"film"}
+    alive.remove("there")  # preempted: blames nobody
+    assert Attempt(store, 0, mine).isolated
+    assert Attempt(store, 0, mine).killers == set()
+    with Attempt(store, 0, mine) as attempt, attempt.flight("film"):
+        pass
+    assert not Attempt(store, 0, mine).blamed
+
+
+def test_a_shard_that_nobody_survives_ends_the_run_in_words(tmp_path: Path) -> None:
+    store, session = LocalStore(str(tmp_path)), Session(RAY, "mine", "here")
+    for number in range(MOST_DEATHS):
+        leave(store, session, f"film-{number}")
+    with pytest.raises(WorkersKeepDying, match="points to the machine"), Attempt(store, 0, session):
+        pass
+    with Attempt(store, 0, Session(RAY, "next", "here")) as attempt:
+        assert not attempt.isolated
+
+
+def test_running_out_of_memory_blames_no_record(
+    tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffva_ray.counterfactual.engine import Counterfactuals
+
+    def full(self, *arguments):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Counterfactuals, "__call__", full)
+    with pytest.raises(OutOfMemory, match="smaller --micro-batch"):
+        pipeline.generate_run(tiny, str(films), str(model), str(tmp_path), Request(), INLINE)
+    (marker,) = opened(tmp_path).store.list("attempts")
+    assert "/memory~" in marker.path
+    monkeypatch.undo()
+    counts = pipeline.generate_run(tiny, str(films), str(model), str(tmp_path), Request(), INLINE)
+    assert counts["ok"] == 18
+
+
+def test_on_ray_two_blamed_deaths_are_enough(
+    undisturbed: pd.DataFrame, tiny: Recipe, films: Path, model: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    from diffva_ray import ray_cluster
+
+    deadly = [undisturbed["source_path"][2], undisturbed["source_path"][13]]  # of two shards
+    for name, value in ray_cluster.ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    environment = {"DEADLY_FILMS": ":".join(deadly), "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _node_ip_address="127.0.0.1",
+        runtime_env={"worker_process_setup_hook": "lethal.prepare_worker", "env_vars": environment},
+    )
+    try:
+        counts = pipeline.generate_run(
+            tiny, str(films), str(model), str(tmp_path), Request(), pipeline.Execution("ray", actors=2)
+        )
+    finally:
+        ray.shutdown()
+    assert counts == {"shards": 3, "records": 18, "ok": 16}
+    found = read_records(opened(tmp_path))
+    assert set(found[found["status"] == "killed_worker"]["source_path"]) == set(deadly)
+    others = ~found["source_path"].isin(deadly)
+    pd.testing.assert_frame_equal(found[others], undisturbed[others], check_dtype=False)  # ints beside nulls
+    assert opened(tmp_path).store.list("attempts") == []

@@ -1,0 +1,372 @@
+"""Two runs side by side: who is joined with whom, differences with honest intervals, a page that is safe to open."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from rich.console import Console
+
+from diffva_ray.cli import main
+from diffva_ray.data.films import UnusableData
+from diffva_ray.data.images import encode_map
+from diffva_ray.evaluate.comparison import (
+    Comparison,
+    compare_runs,
+    difference_rows,
+    paired_difference,
+    print_comparison,
+    run_names,
+    shown,
+)
+from diffva_ray.evaluate.records import read_records
+from diffva_ray.evaluate.report.comparison_page import chosen, output_store, ranking, write_comparison
+from diffva_ray.evaluate.scores import score_records
+from diffva_ray.generate.plan import Run, open_run
+from diffva_ray.storage import LocalStore
+
+MakeRun = Callable[..., Run]
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def diffva(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def copied(run: Run, name: str, keys: dict[str, Any] | None = None, change: Change = lambda row: row) -> Run:
+    """The run again beside itself: with other fingerprint keys, and its records changed."""
+    folder = Path(run.store.uri).with_name(name)
+    shutil.copytree(run.store.uri, folder)
+    about = json.loads((folder / "run.json").read_text())
+    about["keys"] |= keys or {}
+    (folder / "run.json").write_text(json.dumps(about))
+    for part in (folder / "records").iterdir():
+        table = pq.read_table(part)
+        pq.write_table(pa.Table.from_pylist([change(row) for row in table.to_pylist()], schema=table.schema), part)
+    other = open_run(LocalStore(str(folder)))
+    assert other is not None
+    return other
+
+
+def with_perfect_maps(run: Run) -> Run:
+    """Every map of the run becomes its film's own lesion."""
+    lesion = np.zeros((16, 16), np.float32)
+    lesion[4:8, 4:8] = 0.3
+    for path in Path(run.store.uri).glob("maps/*/*.png"):
+        path.write_bytes(encode_map(lesion))
+    return run
+
+
+def snapshot(*runs: Run) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for run in runs for path in Path(run.store.uri).rglob("*") if path.is_file()}
+
+
+def ones(values: np.ndarray) -> np.ndarray:
+    return np.ones_like(values)
+
+
+def test_a_known_difference_is_found_more_sharply_than_without_pairs() -> None:
+    random = np.random.default_rng(0)
+    hardness = random.normal(0.7, 0.2, 300)
+    values = np.stack([hardness, hardness + 0.05 + random.normal(0, 0.03, 300)], axis=1)
+    in_a, in_b, (low, high) = paired_difference(values, ones(values), range(300))
+    assert (in_a, in_b) == pytest.approx(tuple(values.mean(axis=0)))
+    assert 0 < low < 0.05 < high
+    _, _, (loose_low, loose_high) = paired_difference(
+        np.stack([values[:, 0], random.permutation(values[:, 1])], axis=1), ones(values), range(300)
+    )
+    assert high - low < (loose_high - loose_low) / 4
+
+
+def test_intervals_hold_as_often_as_they_say() -> None:
+    held = 0
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        values = random.normal(0, 1, (60, 1)) + random.normal([0, 0.2], 0.5, (60, 2))
+        _, _, (low, high) = paired_difference(values, ones(values), range(60), draws=200)
+        held += low <= 0.2 <= high
+    assert 88 <= held <= 100
+
+
+def test_ratios_are_of_sums_and_films_are_drawn_whole() -> None:
+    values = np.array([[1.0, 2.0], [3.0, 3.0], [2.0, 5.0]])
+    weights = np.array([[2.0, 2.0], [6.0, 6.0], [2.0, 2.0]])
+    assert paired_difference(values, weights, "abc")[:2] == pytest.approx((0.6, 1.0))
+    random = np.random.default_rng(1)
+    films = np.repeat(random.normal(0, 1, (40, 2)), 5, axis=0)  # five draws of each film, all alike
+    narrow = paired_difference(films, ones(films), range(200))[2]
+    wide = paired_difference(films, ones(films), np.repeat(range(40), 5).tolist())[2]
+    assert wide[1] - wide[0] > 1.7 * (narrow[1] - narrow[0])
+    assert np.isnan(paired_difference(values, weights, "aaa")[2]).all()
+    with pytest.raises(ValueError, match="N groups"):
+        paired_difference(values, weights, "ab")
+
+
+def test_equal_runs_differ_in_nothing(make_run: MakeRun) -> None:
+    run = make_run()
+    comparison = compare_runs(run, copied(run, "again"))
+    assert comparison.counts == {"pairs": 12, "only_in_a": 0, "only_in_b": 0, "same_name_other_bytes": 0}
+    assert comparison.settings == []
+    assert {"auroc", "ssim", "flip_rate", "lesion_error_ratio", "map_energy"} <= {
+        row["measure"] for row in comparison.rows
+    }
+    for row in comparison.rows:
+        assert (row["difference"], row["better"]) == (0, None)
+        assert row["interval"] == [0, 0] if row["n"] > 1 else np.isnan(row["interval"]).all()
+
+
+def test_numbers_are_those_of_the_runs_own_tables(make_run: MakeRun) -> None:
+    run = make_run()
+    other = with_perfect_maps(copied(run, "better", {"strength": 0.4, "prompt": ""}))
+    comparison = compare_runs(run, other)
+    places, twins = score_records(run, LocalStore(run.about["data_root"]), read_records(run).to_dict("records"), {})
+    ours = [row["auroc"] for row in places if row["map"] == "positive"]
+    auroc = comparison.row("auroc")
+    assert auroc is not None
+    assert auroc["a"] == pytest.approx(np.mean(ours))
+    assert (auroc["b"], auroc["better"], auroc["n"]) == (1, "b", 12)
+    assert auroc["interval"][0] > 0
+    left = comparison.row("lesion_error_ratio")
+    assert left is not None
+    expected = sum(row["lesion_error"] for row in twins) / sum(row["lesion_error_input"] for row in twins)
+    assert left["a"] == pytest.approx(expected)
+    assert left["difference"] == 0
+    assert {name: (in_a, in_b) for name, in_a, in_b in comparison.settings} == {
+        "strength": (run.about["keys"]["strength"], 0.4),
+        "prompt": ("normal chest scan", ""),
+    }
+    assert {row["label"] for row in comparison.rows} == {"COVID", "Lung_Opacity", "all"}
+
+
+def test_flip_rates_are_of_films_that_both_call_abnormal(make_run: MakeRun) -> None:
+    run = make_run()
+    other = copied(run, "other", change=lambda row: {**row, "judge_source": 0.1, "judge_counterfactual": 0.9})
+    comparison = compare_runs(run, other)
+    flips = comparison.row("flip_rate")
+    before = read_records(run)["judge_source"]
+    assert flips is not None
+    assert (flips["n"], flips["b"]) == ((before <= 0.5).sum(), 1)
+    assert any("judges of their own" in note for note in comparison.notes)
+
+
+def test_films_of_one_run_only_are_counted(make_run: MakeRun) -> None:
+    run = make_run()
+    other = copied(run, "shorter")
+    (Path(other.store.uri) / "records" / "part-00001.parquet").unlink()
+    comparison = compare_runs(run, other)
+    assert comparison.counts == {"pairs": 8, "only_in_a": 4, "only_in_b": 0, "same_name_other_bytes": 0}
+    assert any("B is unfinished: 1 of 3 shards" in note for note in comparison.notes)
+    assert compare_runs(other, run).counts["only_in_b"] == 4
+
+
+def test_films_of_one_name_and_other_bytes_are_no_pair(make_run: MakeRun) -> None:
+    run = make_run()
+    named = copied(run, "named", change=lambda row: {**row, "source_sha256": "a" * 64})
+    half = copied(
+        named, "half", change=lambda row: {**row, "source_sha256": ("a" if row["label"] == "COVID" else "b") * 64}
+    )
+    assert compare_runs(named, half).counts["same_name_other_bytes"] == 6
+    none = copied(named, "none", change=lambda row: {**row, "source_sha256": "c" * 64})
+    with pytest.raises(UnusableData, match="12 have one name and other bytes"):
+        compare_runs(named, none)
+
+
+def test_runs_on_other_films_are_exit_2(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    other = copied(run, "other", change=lambda row: {**row, "source_path": f"x/{row['source_path']}"})
+    result = diffva("compare", run.store.uri, other.store.uri)
+    assert result.exit_code == 2
+    assert "no finished film in common" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (Path(run.store.uri).parent / "compare-run-other").exists()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "run.json").write_text("{")
+    for wrong in (tmp_path / "nowhere", tmp_path / "damaged", "gopher://hole"):
+        result = diffva("compare", run.store.uri, wrong)
+        assert (result.exit_code, len(result.stderr.strip().splitlines())) == (2, 1), result.exception
+
+
+def test_a_sweep_is_joined_point_by_point_or_refused(make_run: MakeRun) -> None:
+    run = make_run()
+
+    def doubled(run: Run, name: str) -> Run:
+        sweep = {"sweep": [["strength", [0.3, 0.6]]]}
+        other = copied(run, name, sweep)
+        for part in (Path(other.store.uri) / "records").iterdir():
+            rows = pq.read_table(part).to_pylist()
+            again = [{**row, "strength": 0.3, "record_id": f"{row['record_id'][:-1]}x"} for row in rows]
+            pq.write_table(pa.Table.from_pylist(rows + again, schema=pq.read_schema(part)), part)
+        return other
+
+    swept = doubled(run, "swept")
+    assert compare_runs(swept, doubled(run, "swept-too")).counts["pairs"] == 24
+    with pytest.raises(UnusableData, match="alone sweeps strength"):
+        compare_runs(run, swept)
+
+
+def test_what_one_run_lacks_is_left_out(make_run: MakeRun) -> None:
+    run = make_run()
+    other = copied(run, "unjudged", change=lambda row: {**row, "judge_source": None, "judge_counterfactual": None})
+    measures = {row["measure"] for row in compare_runs(run, other).rows}
+    assert "flip_rate" not in measures
+    assert "dice_fixed" not in measures  # neither has a threshold from other films
+    for each in (run, other):
+        row = {"map": "positive", "label": "all", "threshold": 0.05, "threshold_from": "validation"}
+        each.store.put("tables/metrics.json", json.dumps({"localization": [row]}).encode())
+    assert "dice_fixed" in {row["measure"] for row in compare_runs(run, other).rows}
+
+
+def test_runs_are_called_by_what_tells_them_apart() -> None:
+    assert run_names("/a/one/", "/a/two") == ("one", "two")
+    assert run_names("/a/one/run", "s3://b/two/run") == ("one/run", "two/run")
+    assert run_names("/a/run", "/a/run") == ("run", "run")
+    assert [shown(value) for value in (None, "", "ab" * 32, 0.5)] == ["–", "(empty)", "abababababab", "0.5"]
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.text, self.style, self.policy, self.inside = "", "", "", ""
+        self.alternatives: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.inside = tag
+        self.links += [value or "" for key, value in attrs if key in ("src", "href")]
+        assert "style" not in found  # the policy would refuse it
+        assert not any(key.startswith("on") for key in found)
+        if tag == "img":
+            self.alternatives.append(found.get("alt") or "")
+        if found.get("http-equiv") == "Content-Security-Policy":
+            self.policy = found["content"] or ""
+
+    def handle_data(self, data: str) -> None:
+        if self.inside == "style":
+            self.style += data
+        else:
+            self.text += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = ""
+
+
+@pytest.fixture
+def comparison(make_run: MakeRun, hostile: str) -> Comparison:
+    run = make_run(prompt=hostile, labels=(hostile.replace("/", ""), "$x_"))
+    return compare_runs(run, with_perfect_maps(copied(run, "better & <b>bolder", {"prompt": f"{hostile} again"})))
+
+
+def test_the_page_is_complete_and_hostile_names_are_text(comparison: Comparison, hostile: str, tmp_path: Path) -> None:
+    before = snapshot(comparison.a, comparison.b)
+    store = output_store(comparison.a, comparison.b, str(tmp_path / "page"))
+    html = Path(write_comparison(comparison, store)).read_text()
+    page = Page(html)
+    assert snapshot(comparison.a, comparison.b) == before
+    assert "script" not in page.tags
+    assert "<script>alert" not in html
+    assert "<b>bolder" not in html
+    assert "better & <b>bolder" in page.text
+    assert f"{hostile} again" in page.text
+    for link in page.links:
+        assert f'id="{link[1:]}"' in html if link.startswith("#") else (tmp_path / "page" / link).is_file(), link
+    assert all(page.alternatives)
+    assert page.tags.count("img") == 12 * 6 + 1
+    assert not re.search(r"(https?:)?//[a-z]", html)
+    digest = base64.b64encode(hashlib.sha256(page.style.encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in page.policy
+    assert "default-src 'none'" in page.policy
+    assert "unsafe" not in page.policy
+    picture = Image.open(io.BytesIO((tmp_path / "page" / "images" / "00-map-b.png").read_bytes()))
+    assert picture.size == (192, 192)
+
+
+def test_metrics_are_json_for_scripts(comparison: Comparison, tmp_path: Path) -> None:
+    write_comparison(comparison, LocalStore(str(tmp_path / "page")))
+    metrics = json.loads((tmp_path / "page" / "metrics.json").read_text())
+    assert metrics["films"]["pairs"] == 12
+    row = next(row for row in metrics["differences"] if row["measure"] == "auroc" and row["label"] == "all")
+    assert row["b"] == 1
+    assert row["better"] == "b"
+    assert [setting["setting"] for setting in metrics["settings"]] == ["prompt"]
+
+
+def test_writing_again_replaces_old_pictures_and_nothing_else(comparison: Comparison, tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path / "page"))
+    store.put("images/77-film.png", b"of an earlier page")
+    store.put("images/mine.png", b"somebody's own")
+    first = Path(write_comparison(comparison, store)).read_text()
+    assert not store.exists("images/77-film.png")
+    assert store.exists("images/mine.png")
+    assert Path(write_comparison(comparison, store)).read_text() == first
+
+
+def test_each_film_is_shown_once_from_most_to_least(comparison: Comparison) -> None:
+    measure = ranking(comparison)
+    assert measure.key == "auroc"
+    groups = chosen(comparison, measure)
+    assert [len(films) for _, films in groups] == [6, 3, 3]
+    order = [film for _, films in groups for film in films]
+    gaps = (comparison.pairs["auroc_b"] - comparison.pairs["auroc_a"]).abs()
+    assert sorted(order) == list(range(12))
+    assert gaps[order].is_monotonic_decreasing
+    few = replace(comparison, pairs=comparison.pairs.iloc[:4])
+    assert [len(films) for _, films in chosen(few, measure)] == [4]
+
+
+def test_films_that_have_gone_leave_numbers_and_a_page_without_pictures(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    other = copied(run, "other")
+    shutil.rmtree(run.about["data_root"])
+    comparison = compare_runs(run, other)
+    assert "auroc" not in {row["measure"] for row in comparison.rows}
+    assert ranking(comparison).key == "confidence_gain"
+    assert any("not opened" in note for note in comparison.notes)
+    page = Page(Path(write_comparison(comparison, LocalStore(str(tmp_path / "page")))).read_text())
+    assert page.tags.count("img") == 1
+
+
+def test_one_film_has_no_interval_and_still_a_page(comparison: Comparison, tmp_path: Path) -> None:
+    pairs = comparison.pairs.iloc[:1]
+    one = replace(comparison, pairs=pairs, rows=difference_rows(pairs))
+    text = Page(Path(write_comparison(one, LocalStore(str(tmp_path / "page")))).read_text()).text
+    assert "no interval" in text
+    console = Console(width=160, record=True)
+    print_comparison(one, console)
+    assert "better & <b>bolder" in console.export_text()
+
+
+def test_the_page_goes_beside_run_a_and_never_into_a_run(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run()
+    other = copied(run, "other")
+    result = diffva("compare", run.store.uri, other.store.uri)
+    assert result.exit_code == 0, result.output
+    assert "12 films in both runs, 0 in A only, 0 in B only" in result.output
+    assert (tmp_path / "compare-run-other" / "index.html").is_file()
+    link = tmp_path / "link"
+    link.symlink_to(other.store.uri)
+    for out in (run.store.uri, f"{other.store.uri}/page", link / "page"):
+        refused = diffva("compare", run.store.uri, other.store.uri, "--out", out)
+        assert (refused.exit_code, "--out" in refused.stderr) == (2, True)
+    remote = replace(run, store=LocalStore(str(tmp_path)))
+    remote.store.uri = "s3://bucket/run"
+    with pytest.raises(UnusableData, match="--out is needed"):
+        output_store(remote, other, None)

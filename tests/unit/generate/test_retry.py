@@ -1,0 +1,124 @@
+"""Quarantined records again: an overlay that stands in for the first rows, while committed parts stay as they are."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from diffva_ray.cli import main
+from diffva_ray.evaluate.records import read_records
+from diffva_ray.generate.ledger import overlays, start_retry
+from diffva_ray.generate.plan import PlanError, Run, open_run
+from diffva_ray.generate.verification import requeue, verify
+from diffva_ray.status import read_status
+from diffva_ray.storage import LocalStore
+
+BOUNDS = ("--set", "evaluate.max_quarantined_fraction=0.2")
+
+
+def diffva(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def opened(out: Path) -> Run:
+    run = open_run(LocalStore(str(out)))
+    assert run is not None
+    return run
+
+
+@pytest.fixture
+def damaged(films: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
+    """A copy of the films, two of which are broken."""
+    data = tmp_path / "films"
+    shutil.copytree(films, data)
+    broken = sorted((data / "COVID" / "images").iterdir())[:2]
+    for file in broken:
+        file.write_bytes(file.read_bytes()[:90])
+    return data, broken
+
+
+def run_on(data: Path, model: Path, out: Path) -> Result:
+    return diffva("generate", "--data", data, "--model", model, "--out", out, "--executor", "inline", *BOUNDS)
+
+
+def retry(out: Path) -> Result:
+    return diffva("retry", out, "--executor", "inline")
+
+
+def test_mended_films_are_made_as_if_they_had_never_been_broken(
+    damaged: tuple[Path, list[Path]], films: Path, model: Path, tmp_path: Path
+) -> None:
+    data, broken = damaged
+    out, intact = tmp_path / "run", tmp_path / "intact"
+    assert run_on(films, model, intact).exit_code == 0
+    assert run_on(data, model, out).exit_code == 0
+    assert diffva("reduce", out, "--executor", "inline").exit_code == 0
+    committed = {path: path.read_bytes() for path in (out / "records").iterdir()}
+    assert (read_records(opened(out))["status"] != "ok").sum() == 2
+
+    shutil.copy(films / broken[0].relative_to(data), broken[0])
+    result = retry(out)
+    assert result.exit_code == 0, result.output
+    assert "1 of 2 records ok now" in result.output
+    assert not (out / "_SUCCESS").exists()  # the tables are of the records as they were
+    shutil.copy(films / broken[1].relative_to(data), broken[1])
+    assert "1 of 1 records ok now" in retry(out).output
+    assert "nothing to retry" in retry(out).output
+    assert len(overlays(opened(out))) == 2
+
+    assert {path: path.read_bytes() for path in (out / "records").iterdir()} == committed
+    assert verify(opened(out)) == []
+    ours, theirs = read_records(opened(out)), read_records(opened(intact))
+    moved = ["counterfactual_path", "attribution_path", "reconstruction_path"]
+    assert ours.drop(columns=moved).equals(theirs.drop(columns=moved))
+    assert ours["counterfactual_path"].str.startswith("overlays/").sum() == 2
+    for path in ours[moved].to_numpy().ravel():
+        assert (out / path).exists()
+
+    assert diffva("reduce", out, "--executor", "inline").exit_code == 0
+    assert diffva("reduce", intact, "--executor", "inline").exit_code == 0
+    for table in ("ssim", "localization", "validity", "twin", "fid"):
+        name = f"tables/{table}.csv"
+        assert (out / name).exists() == (intact / name).exists()
+        if (out / name).exists() and table != "fid":  # which names the data folder
+            assert (out / name).read_text() == (intact / name).read_text(), name
+    assert "complete and sound" in diffva("verify", out).output
+    assert diffva("report", out).exit_code == 0
+    status = read_status(str(out))
+    assert (status["ok"], status["quarantined"], status["retries"]) == (18, 0, 2)
+
+
+def test_an_interrupted_retry_goes_on_and_a_damaged_one_is_repaired(
+    damaged: tuple[Path, list[Path]], films: Path, model: Path, tmp_path: Path
+) -> None:
+    data, broken = damaged
+    out = tmp_path / "run"
+    assert run_on(data, model, out).exit_code == 0
+    for file in broken:
+        shutil.copy(films / file.relative_to(data), file)
+    planned = start_retry(opened(out))  # and here the process dies
+    assert planned is not None
+    assert diffva("reduce", out, "--executor", "inline").exit_code == 5
+    assert "2 of 2 records ok now" in retry(out).output
+    assert len(overlays(opened(out))) == 1
+
+    before = read_records(opened(out))
+    (out / "overlays/r1" / overlays(opened(out))[0].store.list("maps")[0].path).unlink()
+    problems = verify(opened(out))
+    assert [problem.overlay for problem in problems] == [1]
+    assert requeue(opened(out), problems) == 1
+    assert "2 of 2 records ok now" in retry(out).output
+    assert read_records(opened(out)).equals(before)
+    assert verify(opened(out)) == []
+
+
+def test_a_run_that_is_not_finished_is_finished_first(films: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run_on(films, model, out).exit_code == 0
+    opened(out).store.delete("records/part-00001.parquet")
+    with pytest.raises(PlanError, match="finish diffva generate first"):
+        start_retry(opened(out))
+    assert retry(out).exit_code == 2

@@ -1,0 +1,188 @@
+"""One film at once: a run's own pixels and numbers, a sheet, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from diffva_ray.cli import main
+from diffva_ray.config import DataConfig
+from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.data.films import UnusableData
+from diffva_ray.data.images import decode, encode_grey, quantise, to_square
+from diffva_ray.explain import Explanation, explain, induces, sheet, write_sheet
+from diffva_ray.pipeline import model_recipe
+from diffva_ray.schema import RECORDS, record_seed
+
+HEALTHY = "normal chest scan"
+PROMPTS = (HEALTHY, "COVID 19")
+
+
+def diffva(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def film(films: Path) -> Path:
+    return sorted((films / "COVID" / "images").iterdir())[0]
+
+
+@pytest.fixture(scope="module")
+def explanation(film: Path, model: Path) -> Explanation:
+    return explain(str(film), str(model), model_recipe(str(model), None, ()), PROMPTS, "cpu")
+
+
+def test_a_run_of_the_same_film_has_the_same_pixels_and_numbers(film: Path, model: Path, tmp_path: Path) -> None:
+    shutil.copy(film, tmp_path / film.name)
+    (tmp_path / "films.csv").write_text(f"path,label\n{film.name},COVID\n")
+    settings = ("--model", model, "--strength", 0.7, "--seed", 5, "--prompt", HEALTHY)
+    data = ("--data", tmp_path / "films.csv", "--out", tmp_path / "run", "--executor", "inline")
+    assert diffva("generate", *data, *settings).exit_code == 0
+    record = pd.read_parquet(tmp_path / "run" / "records" / "part-00000.parquet").to_dict("records")[0]
+    sheet_path = tmp_path / "sheet.png"
+    result = diffva("explain", tmp_path / film.name, *settings, "--json", "--out", sheet_path)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    answer = found["answers"][0]
+    shared = (set(answer) | {"seed", "model_digest", "source_sha256", "width", "height"}) & set(RECORDS.names)
+    assert {"ssim", "ms_ssim", "ms_ssim_scales", "psnr", "l1", "map_energy", "pixel_sha256", "map_sha256"} <= shared
+    for name in shared:
+        ours, theirs = {**found, **answer}[name], record[name]
+        assert ours == theirs or (ours is None and theirs != theirs) or (ours is theirs), name
+
+
+def test_the_seed_is_of_the_files_name(film: Path, model: Path, explanation: Explanation) -> None:
+    engine = Counterfactuals.from_pretrained(str(model), "cpu")
+    square = to_square(decode(film.read_bytes()), engine.size)
+    twins = engine([square], [engine.settings(HEALTHY)], [record_seed(0, film.name, 0)])
+    np.testing.assert_array_equal(explanation.answers[0].counterfactual, quantise(twins.counterfactuals[0]))
+
+
+def test_prompts_share_a_film_and_keep_their_order(explanation: Explanation) -> None:
+    assert [answer.prompt for answer in explanation.answers] == list(PROMPTS)
+    assert [answer.inducing for answer in explanation.answers] == [False, True]
+    first, second = explanation.answers
+    assert not np.array_equal(first.counterfactual, second.counterfactual)
+    assert first.numbers["judge_source"] == second.numbers["judge_source"]
+    assert first.numbers["source_prompt"] == second.numbers["source_prompt"]
+
+
+def test_more_prompts_than_a_micro_batch_are_as_one_by_one(film: Path, model: Path, explanation: Explanation) -> None:
+    recipe = model_recipe(str(model), None, ())
+    prompts = [*(f"scan {n}" for n in range(recipe.generate.micro_batch)), *PROMPTS]
+    many = explain(str(film), str(model), recipe, prompts, "cpu")
+    assert len(many.answers) == len(prompts)
+    assert [answer.numbers for answer in many.answers[-2:]] == [answer.numbers for answer in explanation.answers]
+
+
+def test_everything_a_person_asks_about_is_said(explanation: Explanation) -> None:
+    said = json.loads(json.dumps(explanation.as_dict(), allow_nan=False))
+    assert {"film", "model", "model_digest", "settings", "seed", "run_seed", "code_revision", "recipe"} <= said.keys()
+    assert {"prompt", "source_prompt", "ssim", "ms_ssim", "ms_ssim_scales", "psnr", "l1", "map_energy",
+            "judge_source", "judge_counterfactual"} <= said["answers"][0].keys()  # fmt: skip
+    assert 0 <= said["answers"][0]["map_energy_lung_fraction"] <= 1
+
+
+def test_masks_beside_a_film_are_found(explanation: Explanation, film: Path, model: Path, tmp_path: Path) -> None:
+    assert explanation.lungs is not None
+    assert explanation.lesion is not None
+    shutil.copy(film, tmp_path / film.name)
+    alone = explain(str(tmp_path / film.name), str(model), model_recipe(str(model), None, ()), (), "cpu")
+    assert (alone.lungs, alone.lesion) == (None, None)
+    assert alone.answers[0].numbers["map_energy_lung_fraction"] is None
+    np.testing.assert_array_equal(alone.answers[0].counterfactual, explanation.answers[0].counterfactual)
+
+
+def test_a_film_named_from_within_its_class_folder_has_its_masks(
+    explanation: Explanation, film: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(film.parents[1])
+    found = explain(f"images/{film.name}", str(model), model_recipe(str(model), None, ()), (), "cpu")
+    np.testing.assert_array_equal(found.lesion, explanation.lesion)
+
+
+def test_the_sheet_has_a_row_for_each_prompt(explanation: Explanation, tmp_path: Path) -> None:
+    write_sheet(explanation, str(tmp_path / "deep" / "sheet.png"))
+    picture = Image.open(tmp_path / "deep" / "sheet.png")
+    single = Explanation(explanation.film, None, None, explanation.answers[:1], explanation.about)
+    other = Image.open(io.BytesIO(sheet(single)))
+    assert picture.width == other.width > 1500
+    assert picture.height - other.height > 350
+    assert np.asarray(picture.convert("L")).std() > 10
+    assert sheet(single) == sheet(single)
+
+
+def test_prompts_that_look_like_mathematics_are_drawn_as_they_are(explanation: Explanation) -> None:
+    from dataclasses import replace
+
+    odd = replace(explanation.answers[0], prompt="$\\frac{ <b> " + "long " * 60)
+    assert sheet(replace(explanation, answers=[odd], about={**explanation.about, "film": "$x_{/" * 40}))
+
+
+def test_a_prompt_that_names_a_finding_induces_it() -> None:
+    data = DataConfig()
+    assert induces("covid 19", data)
+    assert induces("Lung  Opacity in the right lung", data)
+    assert not induces("normal chest scan", data)
+    assert not induces("", data)
+
+
+def test_the_sheet_goes_to_the_current_folder(
+    film: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = diffva("explain", film, "--model", model, "--steps", 4)
+    assert result.exit_code == 0
+    assert f"sheet in {film.stem}.explained.png" in result.output
+    assert "Not for clinical use" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == [f"{film.stem}.explained.png"]
+
+
+def test_dry_run_writes_nothing(film: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = json.loads(diffva("explain", film, "--model", model, "--strength", 0.4, "--dry-run").output)
+    assert plan["recipe"]["generate"]["strength"] == 0.4
+    assert plan["prompts"] == [HEALTHY]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("{tmp}/none.png",), "none.png: no such file"),
+        (("{tmp}",), "a folder"),
+        (("{tmp}/text.png",), "text.png: not an image"),
+        (("{tmp}/small.png",), "too small"),
+        (("gopher://a/b.png",), "gopher"),
+        (("{film}", "--method", "magic"), "magic"),
+        (("{film}", "--strength", 1.7), "generate.strength"),
+        (("{film}", "--strength", 0.01), "no step"),
+        (("{film}", "--scheduler", "pndm"), "--scheduler ddim"),
+        (("{film}", "--prompt", "far too long " * 30), "tokens"),
+        (("{film}", "--out", "{tmp}/sheet.jpg"), "sheet.jpg"),
+        (("{film}", "--model", "{tmp}"), "diffva.json"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    arguments: tuple[str, ...], named: str, film: Path, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "small.png").write_bytes(encode_grey(np.zeros((8, 8), np.uint8)))
+    given = [str(text).replace("{tmp}", str(tmp_path)).replace("{film}", str(film)) for text in arguments]
+    result = diffva("explain", "--model", model, *given)
+    assert result.exit_code == 2, result.output
+    assert named in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_sheet_has_room_for_so_many_prompts(film: Path, model: Path) -> None:
+    with pytest.raises(UnusableData, match="room"):
+        explain(str(film), str(model), model_recipe(str(model), None, ()), [f"scan {n}" for n in range(99)])
