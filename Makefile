@@ -31,7 +31,7 @@ bench: demo
 	$(BIN)/python benchmarks/corrections.py
 
 chaos: setup
-	$(BIN)/python -m pytest tests -k "kill or crash" -s
+	$(BIN)/python tests/chaos/histories.py --inline 1000 --cluster 50 --out benchmarks/results/chaos.json
 
 browser:
 	command -v chromium || (apt-get update && apt-get install --yes --no-install-recommends chromium)

@@ -264,8 +264,11 @@ def _places(run: Run) -> dict[str, str]:
 
 
 def existing_run(uri: str) -> Run:
-    """The run at ``uri``. Raises UnusableData when nothing was planned there."""
-    run = open_run(open_store(uri))
+    """The run at ``uri``. Raises UnusableData when nothing was planned there, or ``run.json`` is damaged."""
+    try:
+        run = open_run(open_store(uri))
+    except ValueError as error:
+        raise UnusableData(str(error)) from None
     if run is None:
         raise UnusableData(f"{uri}: no run there (no run.json); make one with diffva generate")
     return run

@@ -18,28 +18,35 @@ import ray.data
 
 from diffva_ray import ray_cluster
 from diffva_ray.generate.attempts import MOST_MEMORY, RAY, Attempt, OutOfMemory, Session
-from diffva_ray.generate.shard import Workbench, run_shard
 from diffva_ray.observe import LOG
+from diffva_ray.ray_metrics import GenerationMetrics
 
 
 class ShardWorker:
     """An actor of the pool: opens its workbench once, then runs shard after shard."""
 
     def __init__(self, run: str, data: str, model: str, device: str, driver: str) -> None:
+        from diffva_ray.generate import shard  # here, since it loads torch, which a driver has no use for
+
         node = ray.get_runtime_context().get_node_id()
-        self.bench = Workbench.open(run, data, model, device, Session(RAY, driver, node, _alive))
+        self.run_shard = shard.run_shard
+        self.bench = shard.Workbench.open(run, data, model, device, Session(RAY, driver, node, _alive))
+        self.metrics = GenerationMetrics(run)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
         reports = [self._run(int(shard)) for shard in batch["shard"]]
         return {key: [report[key] for report in reports] for key in ("shard", "records", "ok")}
 
     def _run(self, shard: int) -> dict[str, Any]:
+        self.metrics.begin()
         try:
-            return run_shard(self.bench, shard)
+            report = self.run_shard(self.bench, shard)
         except OutOfMemory:
             if Attempt(self.bench.run.store, shard, self.bench.session).short_of_memory >= MOST_MEMORY:
                 raise
             os._exit(1)  # what the process holds on the device is not to be trusted any more; Ray starts a clean one
+        self.metrics.commit(report)
+        return report
 
 
 def _alive(node: str) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from diffva_ray.evaluate.records import Boxes, Row
-from diffva_ray.evaluate.reduction import Scored
 from diffva_ray.evaluate.scores import score_records
 from diffva_ray.generate.plan import Run, open_run
 from diffva_ray.storage import open_store
+
+if TYPE_CHECKING:
+    from diffva_ray.evaluate.reduction import Scored  # loads torch, which these tasks have no use for
 
 
 @ray.remote(num_cpus=1)

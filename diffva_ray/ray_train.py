@@ -1,4 +1,7 @@
-"""Training on a cluster: Ray Train workers around the loop of ``train/loop.py``, resumed by running it again."""
+"""Training on a cluster: Ray Train workers around the loop of ``train/loop.py``, resumed by running it again.
+
+The trainer lives in a task beside the driver: importing it loads torch, and it would answer Ctrl-C by exit code 0.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.fs
+import ray
 import ray.train
-import ray.train.torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffva_ray import ray_cluster
 from diffva_ray.config import make_recipe
 from diffva_ray.observe import Progress
+from diffva_ray.ray_metrics import TrainingMetrics
 from diffva_ray.storage import Store, open_store
-from diffva_ray.train.loop import PROGRESS, train
+
+PROGRESS = ".train/progress.json"  # train.loop.PROGRESS, whose module loads torch
 
 
 def fit(
@@ -30,42 +36,59 @@ def fit(
     """Train on ``workers`` workers and export to ``model``; goes on from the last checkpoint in ``model/.train``."""
     share = gpus_per_worker if gpus_per_worker is not None else (1.0 if ray_cluster.gpus() else 0.0)
     threads = max(1, ray_cluster.cpus() // workers)
-    filesystem, root = _storage(model)
-    trainer = ray.train.torch.TorchTrainer(
-        _worker,
-        train_loop_config={
-            "recipe": recipe,
-            "data": data,
-            "model": model,
-            "fingerprint": fingerprint,
-            "provenance": provenance,
-            "threads": None if share else threads,
-        },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,
-            use_gpu=share > 0,
-            resources_per_worker={"GPU": share} if share else {"CPU": threads},
-        ),
-        run_config=ray.train.RunConfig(
-            name="ray",
-            storage_path=f"{root}/.train",
-            storage_filesystem=filesystem,
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=recipe["train"]["checkpoints_to_keep"]),
-            failure_config=ray.train.FailureConfig(max_failures=3),
-        ),
-    )
+    config = {
+        "recipe": recipe,
+        "data": data,
+        "model": model,
+        "fingerprint": fingerprint,
+        "provenance": provenance,
+        "threads": None if share else threads,
+    }
+    resources = {"GPU": share} if share else {"CPU": threads}
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    settings = {name: value for name, value in ray_cluster.ENVIRONMENT.items() if name.startswith("RAY_TRAIN_")}
+    trainer = _trainer.options(scheduling_strategy=here, runtime_env={"env_vars": settings})
     stop = threading.Event()
     watcher = threading.Thread(target=_watch, args=(open_store(model), stop), daemon=True)
     watcher.start()
     try:
-        trainer.fit()
+        ray.get(trainer.remote(config, workers, resources))
     finally:
         stop.set()
         watcher.join(timeout=5)
 
 
+@ray.remote(num_cpus=0, max_retries=0)
+def _trainer(config: dict[str, Any], workers: int, resources: dict[str, float]) -> None:
+    import ray.train.torch
+
+    filesystem, root = _storage(config["model"])
+    ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config=config,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=f"{root}/.train",
+            storage_filesystem=filesystem,
+            checkpoint_config=ray.train.CheckpointConfig(
+                num_to_keep=config["recipe"]["train"]["checkpoints_to_keep"],
+            ),
+            failure_config=ray.train.FailureConfig(max_failures=3),
+        ),
+    ).fit()
+
+
 def _worker(config: dict[str, Any]) -> None:
+    from diffva_ray.train.loop import train
+
+    counts = TrainingMetrics(config["model"])
+
     def report(metrics: dict[str, float], folder: Path | None) -> None:
+        if folder is not None:
+            counts.checkpoint(metrics)
         checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if folder else None
         ray.train.report(metrics, checkpoint=checkpoint)
 

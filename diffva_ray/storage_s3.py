@@ -30,7 +30,7 @@ from diffva_ray.storage import Entry, StoreError, checked
 
 # botocore's adaptive mode slows the client down when the server says SlowDown (503), and tries again for about a
 # minute. s3fs would try again around that, five times and for a read five times five: it is told not to.
-CONFIG = {"retries": {"max_attempts": 10, "mode": "adaptive"}, "connect_timeout": 5, "read_timeout": 15}
+CONFIG = {"retries": {"total_max_attempts": 11, "mode": "adaptive"}, "connect_timeout": 5, "read_timeout": 15}
 UNANSWERED, TIMED_OUT = 4, 2  # attempts when the connection fails, and when each of them waited for its timeout
 BROKEN_OFF = (
     botocore.ResponseStreamingError, botocore.IncompleteReadError, botocore.FlexibleChecksumError,
@@ -115,7 +115,8 @@ class S3Store:
             with self._asking(prefix):
                 page = self.fs.call_s3("list_objects_v2", Bucket=self.bucket, Prefix=folder, **after)
             found += [Entry(item["Key"][start:], item["Size"]) for item in page.get("Contents", ())]
-        return sorted(entry for entry in found if not entry.path.endswith("/"))  # "folder/": other tools' marks
+        # Other tools leave empty files named "folder/"; the one of this folder itself has no name left.
+        return sorted(entry for entry in found if entry.path and not entry.path.endswith("/"))
 
     def put(self, path: str, data: bytes) -> None:
         key = self._key(path)
@@ -188,7 +189,7 @@ class S3Store:
 
 
 def _stop_asking_the_dead(attempts: int, caught_exception: Exception | None, **_: Any) -> None:
-    """Ten attempts are for a server that says SlowDown. botocore asks this before each further one; raising is the only
+    """Eleven attempts are for a server that says SlowDown. botocore asks this before each further one; raising is the only
     way to say no."""
     if caught_exception is not None:
         waited = isinstance(caught_exception, botocore.ReadTimeoutError | botocore.ConnectTimeoutError)
@@ -218,7 +219,5 @@ def _reason(error: Exception, code: str) -> tuple[str, bool]:
         url = urlsplit(str(error.kwargs.get("endpoint_url", "")))
         where = f"{url.scheme}://{url.netloc.rpartition('@')[2]}"  # without the request, and without credentials
         return (f"no answer from {where} ({type(error).__name__})" if url.netloc else text), False
-    if isinstance(error, ResponseParserError):
-        return "the answer is not S3's; is the endpoint right?", True
     # What is left of botocore's and of ValueErrors is a wrong setting: an unknown profile, a malformed endpoint ...
     return text, isinstance(error, (botocore.BotoCoreError, ValueError)) and not isinstance(error, BROKEN_OFF)

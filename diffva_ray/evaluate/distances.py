@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -18,12 +18,15 @@ from diffva_ray.evaluate.records import by_shard
 from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.features import Extractor
 from diffva_ray.metrics.fid import delete_group_jackknife, frechet_distance_features, matched
+from diffva_ray.metrics.fid_controls import infinity, split_halves
 from diffva_ray.metrics.kid import kid
+from diffva_ray.metrics.manifold import prdc
 from diffva_ray.schema import digest
 from diffva_ray.storage import Store
 
 Features = NDArray[np.float32]
 Row = dict[str, Any]
+NEIGHBOURS = 5  # k of precision, recall, density and coverage
 
 
 @dataclass(frozen=True)
@@ -104,36 +107,41 @@ def embed(extractor: Extractor, readers: Iterable[Callable[[], bytes]], size: in
 
 
 def reference_features(
-    run: Run, store: Store, films: Sequence[Film], extractor: Extractor, label: str
+    cache: Store, size: int, store: Store, films: Sequence[Film], extractor: Extractor, label: str
 ) -> tuple[Features, int]:
-    """Features of a reference class, kept in the run and found again by content; and how many films were unreadable."""
-    name = digest([store.uri, sorted((film.path, film.size) for film in films)])[:16]
+    """Features of a reference class on the model's ``size``, kept in ``cache`` (a run, or what several runs share) and
+    found again by place and sizes of the films; and how many films were unreadable."""
+    name = digest([store.uri, size, sorted((film.path, film.size) for film in films)])[:16]
     path = f"features/{cache_key(extractor)}/reference-{name}.npz"
     try:
-        stored = np.load(io.BytesIO(run.store.read(path)))
+        stored = np.load(io.BytesIO(cache.read(path)))
         return stored["features"], int(stored["unreadable"])
-    except FileNotFoundError:
+    except (FileNotFoundError, KeyError, ValueError, zipfile.BadZipFile):
         pass
-    size, rows = run.recipe.model.resolution, []
+    rows = []
     for film in films:
         try:
             rows.append(embed(extractor, [partial(store.read, film.path)], size))
         except (BadImage, OSError):
             continue
     features = np.concatenate(rows) if rows else np.zeros((0, extractor.dimension), np.float32)
-    run.store.put(path, npz({"features": features, "unreadable": len(films) - len(rows), "label": label}))
+    cache.put(path, npz({"features": features, "unreadable": len(films) - len(rows), "label": label}))
     return features, len(films) - len(rows)
 
 
 def distance_row(
     first: str, second: str, x: Features, y: Features, extractor: Extractor, groups: int, paired: bool = False
 ) -> Row | None:
-    """One row of the distance table; None when a set has fewer than four films."""
+    """One row of the distance table; None when a set has fewer than four films.
+
+    ``paired``: row i of both sets is one film and its counterfactual; then ``halves`` says what the distance is when no
+    film meets its own edit. ``manifold`` and ``infinity`` are absent where the sets are too small for them.
+    """
     if min(len(x), len(y)) < 4:
         return None
     value, error = kid(x, y)
     mean, deviation = matched(x, y, draws=5)
-    return {
+    row: Row = {
         "set1": first,
         "set2": second,
         "n1": len(x),
@@ -147,3 +155,11 @@ def distance_row(
         "n_matched": {"n": min(len(x), len(y)), "mean": mean, "sd": deviation},
         "kid": {"value": value, "standard_error": error},
     }
+    smaller = min(len(x), len(y))
+    if smaller > NEIGHBOURS:
+        row["manifold"] = {"k": NEIGHBOURS, **asdict(prdc(x, y, NEIGHBOURS))}
+    if smaller >= 8:
+        row["infinity"] = asdict(infinity(x, y, draws=2))
+        if paired:
+            row["halves"] = asdict(split_halves(x, y, splits=2))
+    return row

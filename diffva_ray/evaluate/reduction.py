@@ -51,13 +51,15 @@ class Incomplete(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """What changes the tables. ``references``: (label, data or run); ``weights``: pytorch-fid's state dict."""
+    """What changes the tables. ``references``: (label, data or run); ``weights``: pytorch-fid's state dict; ``cache``:
+    where features of references are kept, when several runs share them (by default the run)."""
 
     references: tuple[tuple[str, str], ...] = ()
     boxes: str | None = None
     weights: str | None = None
     resize: str = "clean"
     threshold_from: str | None = None
+    cache: str | None = None
 
 
 @dataclass
@@ -78,7 +80,8 @@ def reduce_run(run: Run, data_uri: str, options: Options, score: Score | None = 
     problems = verify(run, pixels=False)
     if problems:
         raise Incomplete(problems, run.store.uri)
-    state = {"options": digest(options.__dict__), "fingerprint": run.fingerprint, "version": __version__,
+    asked = {key: value for key, value in options.__dict__.items() if key != "cache"}  # it changes no number
+    state = {"options": digest(asked), "fingerprint": run.fingerprint, "version": __version__,
              "retries": len(overlays(run))}  # fmt: skip
     if run.store.exists(SUCCESS) and json.loads(run.store.read(SUCCESS)) == state:
         return Reduced(json.loads(run.store.read("tables/metrics.json")), fresh=False)
@@ -196,7 +199,7 @@ def _distances(run: Run, data_uri: str, options: Options, rows: list[Row], notes
     references = []
     wanted = options.references or ((recipe.data.healthy_class, data_uri),)
     for label, uri in wanted:
-        set_features = _reference(run, label, uri, extractor, notes, explicit=bool(options.references))
+        set_features = _reference(run, label, uri, extractor, notes, options)
         if set_features is not None:
             references.append((f"{label} (reference)", set_features))
     labels = sorted(set(features.labels))
@@ -216,7 +219,7 @@ def _distances(run: Run, data_uri: str, options: Options, rows: list[Row], notes
     return kept
 
 
-def _reference(run: Run, label: str, uri: str, extractor: Extractor, notes: list[str], explicit: bool) -> Any:
+def _reference(run: Run, label: str, uri: str, extractor: Extractor, notes: list[str], options: Options) -> Any:
     """Features of a reference: class ``label`` of a data set, or the counterfactuals of another run's class."""
     other = open_run(open_store(uri)) if not uri.lower().endswith((".csv", ".parquet")) else None
     if other is not None:
@@ -228,11 +231,13 @@ def _reference(run: Run, label: str, uri: str, extractor: Extractor, notes: list
     try:
         dataset = open_dataset(uri, run.recipe.data, [label])
     except UnusableData as error:
-        if explicit:
+        if options.references:
             raise UnusableData(f"--reference {label}={uri}: {error}") from None
         notes.append(f"no reference set: {error}")
         return None
-    features, unreadable = reference_features(run, dataset.store, dataset.films, extractor, label)
+    cache = open_store(options.cache) if options.cache else run.store
+    size = run.recipe.model.resolution
+    features, unreadable = reference_features(cache, size, dataset.store, dataset.films, extractor, label)
     if unreadable:
         notes.append(f"{unreadable} films of reference {label} could not be read")
     return features

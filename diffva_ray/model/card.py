@@ -39,12 +39,15 @@ def folder_digest(folder: Path) -> str:
         for file in sorted((folder / component).rglob("*")):
             if not file.is_file() or file.name.startswith("."):
                 continue
-            if file.suffix in PICKLES:
+            if file.suffix.lower() in PICKLES:
                 raise UnusableModel(
                     f"{file}: pickled weights run code when loaded and are refused; save the model as safetensors"
                 )
             weights += file.suffix == ".safetensors"
             with file.open("rb") as stream:
+                if file.suffix == ".safetensors" and stream.read(9)[8:] != b"{":  # where its header begins
+                    raise UnusableModel(f"{file}: not safetensors, whatever its name says; save the model as such")
+                stream.seek(0)
                 content = (
                     hashlib.file_digest(stream, "sha256")
                     if hasattr(hashlib, "file_digest")

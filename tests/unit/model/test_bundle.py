@@ -66,6 +66,52 @@ def test_pickled_weights_are_refused(model: Path, tmp_path: Path) -> None:
         load(str(copy))
 
 
+@pytest.mark.parametrize("name", ["tokenizer/old/words.pkl", "text_encoder/pytorch_model.BIN", "vae/x.ckpt"])
+def test_pickles_are_refused_wherever_they_lie_and_however_they_are_spelt(
+    name: str, model: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_bytes(b"\x80\x04.")
+    with pytest.raises(UnusableModel, match="pickled") as caught:
+        load(str(copy))
+    assert name in str(caught.value)
+
+
+class Runs:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self):
+        return (Path.touch, (self.trace,))
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "vae"])
+def test_a_pickle_that_is_called_safetensors_is_refused_and_not_run(
+    part: str, model: Path, tiny: Recipe, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    (copy / "diffva.json").unlink()  # its digest would give the exchange away
+    torch.save({"weight": Runs(tmp_path / "trace")}, next((copy / part).glob("*.safetensors")))
+    with pytest.raises(UnusableModel, match=f"{part}.*not safetensors"):
+        load(str(copy), tiny)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_pickles_outside_the_components_are_never_opened(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model, copy)
+    for name in ("safety_checker/pytorch_model.bin", "feature_extractor/x.pkl", "v1-4.ckpt"):  # as hubs ship them
+        (copy / name).parent.mkdir(exist_ok=True)
+        torch.save({"weight": Runs(tmp_path / "trace")}, copy / name)
+    assert load(str(copy)).digest == load(str(model)).digest
+    assert not (tmp_path / "trace").exists()
+
+
 def test_exchanged_weights_are_noticed(model: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(model, copy)

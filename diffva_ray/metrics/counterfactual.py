@@ -1,0 +1,122 @@
+"""Scores of single counterfactuals that no set distance shows: how little changes, where, and whether it decides.
+
+Maps are signed float arrays [H, W]; films and twins grey [H, W] in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffva_ray.metrics.manifold import nearest
+
+CHANGED = 0.05  # of the grey range: a pixel that differs by more is changed (phantoms call a lesion visible from there)
+
+
+def changed_share(m: np.ndarray, threshold: float = CHANGED) -> float:
+    """Minimality: share of pixels with |M| above ``threshold``, in [0, 1]. On healthy films under a healthy prompt it
+    is the false attribution."""
+    return float((np.abs(m) > threshold).mean())
+
+
+@dataclass(frozen=True)
+class Outside:
+    """``change``: mean |M| outside the lesion (hallucination); ``inside``: mean |M| in it; ``share``: of the map's
+    energy that lies outside, in [0, 1], NaN for a map of zeros."""
+
+    change: float
+    inside: float
+    share: float
+
+
+def outside_lesion(m: np.ndarray, lesion: np.ndarray) -> Outside | None:
+    """Where a map [H, W] changes the film, against the lesion mask; None when the mask is empty or everything."""
+    if m.shape != lesion.shape:
+        raise ValueError(f"map and lesion are [H, W] of one shape, got {m.shape} and {lesion.shape}")
+    lesion = lesion.astype(bool)
+    if not lesion.any() or lesion.all():
+        return None
+    energy = np.abs(m.astype(np.float64))
+    total = energy.sum()
+    share = float(energy[~lesion].sum() / total) if total > 0 else float("nan")
+    return Outside(float(energy[~lesion].mean()), float(energy[lesion].mean()), share)
+
+
+def side_share(m: np.ndarray) -> float:
+    """Share of |M| on the patient's left, which is the right half of the film, in [0, 1]; NaN for a map of zeros."""
+    energy = np.abs(m.astype(np.float64))
+    total = energy.sum()
+    width = m.shape[1]
+    right_half = energy[:, (width + 1) // 2 :].sum() + (energy[:, width // 2].sum() / 2 if width % 2 else 0.0)
+    return float(right_half / total) if total > 0 else float("nan")
+
+
+def cout(
+    healthy: Callable[[np.ndarray], np.ndarray], film: np.ndarray, twin: np.ndarray, steps: int = 50
+) -> tuple[float, np.ndarray]:
+    """COUT (Khorram & Fuxin 2022) in [-1, 1], and its curve [steps + 1].
+
+    Pixels of the twin replace the film's in the order of |film - twin|, largest first; after each step
+    ``healthy(films [n, H, W])`` gives the probabilities [n] of the target. The score is the area under the target's
+    curve less that under the rest's (1 - p): near 1 when few, decisive pixels turn the verdict. Ties are in raster
+    order. Raises ValueError for unequal shapes or no step.
+    """
+    if film.shape != twin.shape or film.ndim != 2 or steps < 1:
+        raise ValueError(
+            f"film and twin are [H, W] of one shape and steps >= 1, got {film.shape}, {twin.shape}, {steps}"
+        )
+    order = np.argsort(-np.abs(film.astype(np.float64) - twin), axis=None, kind="stable")
+    stages = np.repeat(film[None], steps + 1, axis=0).reshape(steps + 1, -1)
+    for step in range(1, steps + 1):
+        taken = order[: round(step * film.size / steps)]
+        stages[step, taken] = twin.ravel()[taken]
+    curve = np.asarray(healthy(stages.reshape(steps + 1, *film.shape)), dtype=np.float64)
+    area = float((curve[1:] + curve[:-1]).sum() / 2 / steps)
+    return 2 * area - 1, curve
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """``nearer``: share of twins nearer to a training film than to any held-out film, sets drawn to equal size; one
+    half when training films are not special. ``interval``: 95 %, Wilson's. ``train``, ``held_out``: median distances
+    to the nearest. ``copies``: share nearer to a training film than the nearest 1 % are to a held-out one; 0.01 without memory."""
+
+    nearer: float
+    interval: tuple[float, float]
+    train: float
+    held_out: float
+    copies: float
+    n: int
+    set_size: int
+
+
+def memorisation(twins: np.ndarray, train: np.ndarray, held_out: np.ndarray, seed: int = 0) -> Memorisation:
+    """Audit of twins [N, d] against features (or pixels) of training films [N1, d] and films that the model never saw
+    [N2, d], which should be of one source and class. Equal distances count half. Raises ValueError below two rows in
+    a set."""
+    size = min(len(train), len(held_out))
+    if size < 2 or len(twins) < 2:
+        raise ValueError(f"an audit needs two films in each set, got {len(twins)}, {len(train)} and {len(held_out)}")
+    random = np.random.default_rng(seed)
+    train = train[random.choice(len(train), size, replace=False)]
+    held_out = held_out[random.choice(len(held_out), size, replace=False)]
+    to_train, to_held = nearest(twins, train), nearest(twins, held_out)
+    nearer = float(np.mean((to_train < to_held) + 0.5 * (to_train == to_held)))
+    return Memorisation(
+        nearer,
+        wilson(nearer, len(twins)),
+        float(np.median(to_train)),
+        float(np.median(to_held)),
+        float(np.mean(to_train < np.quantile(to_held, 0.01))),
+        len(twins),
+        size,
+    )
+
+
+def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95 % interval (low, high) of a share observed in ``n`` independent trials."""
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return float(max(centre - reach, 0.0)), float(min(centre + reach, 1.0))

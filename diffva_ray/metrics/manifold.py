@@ -1,0 +1,77 @@
+"""Precision and recall (Kynkaanniemi 2019), density and coverage (Naeem 2020) of two feature sets.
+
+A set's manifold is the union of balls about its rows, each reaching to the row's k-th neighbour in the same set.
+Distances are Euclidean; memory is one block of rows against a set, whatever N is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+BLOCK = 1024  # rows at a time
+
+
+@dataclass(frozen=True)
+class Manifold:
+    """``precision``: share of the second set inside the first's manifold (fidelity). ``recall``: share of the first
+    inside the second's (diversity). ``density``: balls of the first about a row of the second, over k; above 1 where
+    the second keeps to crowded places. ``coverage``: share of the first's balls that hold a row of the second."""
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def prdc(real: np.ndarray, generated: np.ndarray, k: int = 5) -> Manifold:
+    """The four numbers of features [N1, d] and [N2, d]; neighbours are counted without the row itself and a ball is
+    open, as in the authors' ``prdc``. Two samples of one distribution have precision and recall below 1, and the
+    lower the fewer rows: compare at equal N. Raises ValueError with ``k`` rows or fewer in a set."""
+    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
+        raise ValueError(f"features are [N, d] with one d, got shapes {real.shape} and {generated.shape}")
+    if min(len(real), len(generated)) <= k:
+        raise ValueError(f"{k} neighbours need more than {k} films in each set, got {len(real)} and {len(generated)}")
+    real, generated = real.astype(np.float64), generated.astype(np.float64)
+    real_radii, generated_radii = _radii(real, k), _radii(generated, k)
+    precise = recalled = balls = covered = 0
+    for _, squares in _blocks(generated, real):
+        inside = squares < real_radii
+        precise += int(inside.any(axis=1).sum())
+        balls += int(inside.sum())
+    for rows, squares in _blocks(real, generated):
+        recalled += int((squares < generated_radii).any(axis=1).sum())
+        covered += int((squares.min(axis=1) < real_radii[rows]).sum())
+    return Manifold(precise / len(generated), recalled / len(real), balls / (k * len(generated)), covered / len(real))
+
+
+def nearest(queries: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Distance [N1] of each row of ``queries`` [N1, d] to its nearest row of ``others`` [N2, d]. ValueError without
+    any row in ``others``."""
+    if not len(others):
+        raise ValueError("there is nothing to be near to")
+    queries, others = queries.astype(np.float64), others.astype(np.float64)
+    found = np.empty(len(queries))
+    for rows, squares in _blocks(queries, others):
+        found[rows] = np.sqrt(squares.min(axis=1))
+    return found
+
+
+def _radii(x: np.ndarray, k: int) -> np.ndarray:
+    """Squared distance of each row to its k-th neighbour, itself not counted."""
+    radii = np.empty(len(x))
+    for rows, squares in _blocks(x, x):
+        squares[np.arange(len(squares)), np.arange(rows.start, rows.start + len(squares))] = np.inf
+        radii[rows] = np.partition(squares, k - 1, axis=1)[:, k - 1]
+    return radii
+
+
+def _blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Squared distances of the rows of x, a block at a time, to all of y."""
+    norms = (y * y).sum(axis=1)
+    for start in range(0, len(x), BLOCK):
+        rows = slice(start, min(start + BLOCK, len(x)))
+        part = x[rows]
+        yield rows, np.maximum((part * part).sum(axis=1)[:, None] + norms - 2 * part @ y.T, 0)
