@@ -15,8 +15,8 @@ from diffva_ray.storage import open_store
 RECIPES = resources.files("diffva_ray") / "recipes"
 
 
-Method = Literal["sdedit", "ddim-inversion"]  # each is the module of that name in counterfactual/
-Scheduler = Literal["pndm", "pndm-diffusers", "ddim"]
+Method = Literal["sdedit", "ddim-inversion", "cycle"]  # each is the module of that name in counterfactual/
+Scheduler = Literal["pndm", "pndm-diffusers", "ddim", "dpmsolver++", "unipc", "euler"]
 
 
 GUESS, SOURCE = "<guess>", "<source>"

@@ -75,11 +75,11 @@ def train(data: str, out: str, workers: int, gpus_per_worker: float | None, exec
     "--out", metavar="FILE.png", help="The sheet, local or s3://; default: <film>.explained.png in the current folder."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
-@click.option("--method", metavar="NAME", help="sdedit or ddim-inversion.")
+@click.option("--method", metavar="NAME", help="sdedit, ddim-inversion or cycle.")
 @click.option("--strength", type=float, metavar="F", help="How far the film is taken apart, in (0, 1].")
 @click.option("--guidance-scale", type=float, metavar="F", help="Classifier-free guidance; 1 or less is none.")
 @click.option("--steps", type=int, metavar="N", help="Scheduler steps at strength 1.")
-@click.option("--scheduler", metavar="NAME", help="pndm, pndm-diffusers or ddim.")
+@click.option("--scheduler", metavar="NAME", help="pndm, pndm-diffusers, ddim, dpmsolver++, unipc or euler.")
 @click.option("--seed", type=int, help="As of a run; the film's own is made of it and the file's name.")
 @recipe_option
 @set_option

@@ -73,5 +73,6 @@ class Denoiser:
     def denoise(self, latents: torch.Tensor, edit: Edit, scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
         """Run the scheduler over ``timesteps`` under guidance."""
         for timestep in timesteps:
-            latents = scheduler.step(self.guided(latents, timestep, edit), timestep, latents).prev_sample
+            scaled = scheduler.scale_model_input(latents, timestep)  # Euler's latents have the noise's own scale
+            latents = scheduler.step(self.guided(scaled, timestep, edit), timestep, latents).prev_sample
         return latents

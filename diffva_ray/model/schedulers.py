@@ -11,7 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 
 
 def _sliced(timesteps: torch.Tensor, steps: int, strength: float) -> torch.Tensor:
@@ -39,10 +45,26 @@ def _ddim(config: dict[str, Any], steps: int, strength: float) -> tuple[DDIMSche
     return scheduler, _sliced(scheduler.timesteps, steps, strength)
 
 
+def _multistep(kind: Any) -> Callable[[dict[str, Any], int, float], tuple[Any, torch.Tensor]]:
+    """A solver of diffusers' that keeps count of its steps, told where the strength lets it begin."""
+
+    def make(config: dict[str, Any], steps: int, strength: float) -> tuple[Any, torch.Tensor]:
+        scheduler = kind.from_config(config)
+        scheduler.set_timesteps(steps)
+        timesteps = _sliced(scheduler.timesteps, steps, strength)
+        scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))
+        return scheduler, timesteps
+
+    return make
+
+
 SCHEDULERS: dict[str, Callable[[dict[str, Any], int, float], tuple[Any, torch.Tensor]]] = {
     "pndm": _pndm,
     "pndm-diffusers": _pndm_diffusers,
     "ddim": _ddim,
+    "dpmsolver++": _multistep(DPMSolverMultistepScheduler),  # 2M (Lu et al. 2022)
+    "unipc": _multistep(UniPCMultistepScheduler),  # Zhao et al. 2023
+    "euler": _multistep(EulerDiscreteScheduler),  # Karras et al. 2022, algorithm 2 without churn
 }
 
 

@@ -51,9 +51,9 @@ def main() -> None:
 
     for name, value in ray_cluster.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    here = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
-        "DIFFVA_CHAOS_SEED": seed, "DIFFVA_CHAOS_RUN": out, "PYTHONPATH": str(Path(__file__).parent),
-        "OMP_NUM_THREADS": "1",
+        "DIFFVA_CHAOS_SEED": seed, "DIFFVA_CHAOS_RUN": out, "PYTHONPATH": os.pathsep.join(here), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     ray.init(
         address=os.environ["RAY_ADDRESS"],

@@ -64,7 +64,11 @@ def test_pndm_diffusers_is_the_img2img_pipeline(tiny: Recipe, steps: int, streng
     assert np.abs(ours - theirs.mean(dim=1).numpy()).max() < 1e-5
 
 
-@pytest.mark.parametrize(("method", "scheduler"), [("sdedit", "pndm"), ("sdedit", "ddim"), ("ddim-inversion", "ddim")])
+@pytest.mark.parametrize(
+    ("method", "scheduler"),
+    [*(("sdedit", name) for name in ("pndm", "ddim", "dpmsolver++", "unipc", "euler")),
+     ("ddim-inversion", "ddim"), ("cycle", "ddim")],
+)  # fmt: skip
 def test_neighbours_slots_and_padding_change_nothing(engine: Counterfactuals, method: str, scheduler: str) -> None:
     settings = Settings("normal chest scan", method, scheduler, 0.7, 3.0, 6)
     other = replace(settings, prompt="COVID 19")
@@ -93,6 +97,27 @@ def test_inversion_without_guidance_returns_to_the_autoencoders_film(engine: Cou
     assert gaps[1] < 0.02
 
 
+def test_cycle_without_guidance_returns_to_the_autoencoders_film_exactly(engine: Counterfactuals) -> None:
+    settings = Settings("", "cycle", "ddim", 0.5, 1.0, 6)
+    heal = Counterfactuals(engine.bundle, engine.config.model_copy(update={"source_prompt": ""}))
+    twins = heal(FILMS, [settings] * 3, seeds=[1, 2, 3])
+    assert twins.counterfactuals == pytest.approx(twins.reconstructions, abs=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "unipc", "euler"])
+def test_solvers_converge_to_the_same_twin(engine: Counterfactuals, scheduler: str) -> None:
+    """All solve one differential equation: with many steps they end where DDIM ends."""
+    few, many = (
+        np.abs(
+            engine([FILMS[0]], [Settings("COVID 19", "sdedit", name, 0.5, 2.0, steps)], [3]).counterfactuals
+            - engine([FILMS[0]], [Settings("COVID 19", "sdedit", "ddim", 0.5, 2.0, 200)], [3]).counterfactuals
+        ).mean()
+        for name, steps in ((scheduler, 6), (scheduler, 100))
+    )
+    assert many < 0.01
+    assert many <= few + 1e-3
+
+
 def test_the_prompt_matters(engine: Counterfactuals) -> None:
     healthy = Settings("normal chest scan", "sdedit", "ddim", 0.7, 5.0, 6)
     ill = replace(healthy, prompt="COVID 19")
@@ -102,7 +127,12 @@ def test_the_prompt_matters(engine: Counterfactuals) -> None:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"method": "magic"}, "magic"), ({"strength": 0.01}, "no step"), ({"method": "ddim-inversion"}, "ddim")],
+    [
+        ({"method": "magic"}, "magic"),
+        ({"strength": 0.01}, "no step"),
+        ({"method": "ddim-inversion"}, "ddim"),
+        ({"method": "cycle"}, "ddim"),
+    ],
 )
 def test_unusable_settings_are_named(engine: Counterfactuals, change: dict, reason: str) -> None:
     settings = replace(Settings("x", "sdedit", "pndm", 0.7, 3.0, 6), **change)
