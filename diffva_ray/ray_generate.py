@@ -20,6 +20,7 @@ from diffva_ray import ray_cluster
 from diffva_ray.generate.attempts import MOST_MEMORY, RAY, Attempt, OutOfMemory, Session
 from diffva_ray.observe import LOG
 from diffva_ray.ray_metrics import GenerationMetrics
+from diffva_ray.storage import patiently
 
 
 class ShardWorker:
@@ -30,7 +31,8 @@ class ShardWorker:
 
         node = ray.get_runtime_context().get_node_id()
         self.run_shard = shard.run_shard
-        self.bench = shard.Workbench.open(run, data, model, device, Session(RAY, driver, node, _alive))
+        session = Session(RAY, driver, node, _alive)
+        self.bench = patiently(lambda: shard.Workbench.open(run, data, model, device, session))
         self.metrics = GenerationMetrics(run)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:

@@ -44,7 +44,7 @@ def fit(
         "provenance": provenance,
         "threads": None if share else threads,
     }
-    resources = {"GPU": share} if share else {"CPU": threads}
+    resources: dict[str, float] = {"GPU": share} if share else {"CPU": threads}
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     settings = {name: value for name, value in ray_cluster.ENVIRONMENT.items() if name.startswith("RAY_TRAIN_")}
     trainer = _trainer.options(scheduling_strategy=here, runtime_env={"env_vars": settings})

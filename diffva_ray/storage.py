@@ -16,7 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
+
+from diffva_ray.observe import LOG
 
 
 class StoreError(Exception):
@@ -237,6 +239,24 @@ def open_store(uri: str | os.PathLike[str]) -> Store:
     if scheme not in STORES:
         raise ValueError(f"{text}: unknown scheme {scheme!r}; use a local path or s3://")
     return STORES[scheme](text)
+
+
+PAUSES = (1.0, 5.0)  # seconds before work is tried again when its storage failed
+Result = TypeVar("Result")
+
+
+def patiently(work: Callable[[], Result]) -> Result:
+    """``work()``, tried again after a pause when the storage fails. Raises StoreError when it goes on failing, or at
+    once when trying again would not help."""
+    for pause in PAUSES:
+        try:
+            return work()
+        except StoreError as error:
+            if error.lasting:
+                raise
+            LOG.info("%s; trying again in %g s", error, pause)
+            time.sleep(pause)
+    return work()
 
 
 def join(uri: str, *parts: str) -> str:

@@ -189,8 +189,8 @@ class S3Store:
 
 
 def _stop_asking_the_dead(attempts: int, caught_exception: Exception | None, **_: Any) -> None:
-    """Eleven attempts are for a server that says SlowDown. botocore asks this before each further one; raising is the only
-    way to say no."""
+    """Eleven attempts are for a server that says SlowDown. botocore asks this before each further one; raising is the
+    only way to say no."""
     if caught_exception is not None:
         waited = isinstance(caught_exception, botocore.ReadTimeoutError | botocore.ConnectTimeoutError)
         if attempts >= (TIMED_OUT if waited else UNANSWERED):

@@ -1,4 +1,4 @@
-"""``diffva reduce` as an entry point: ``ray job submit --working-dir . -- python jobs/reduce.py ...``."""
+"""``diffva reduce`` as an entry point: ``ray job submit --working-dir . -- python jobs/reduce.py ...``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``diffva train` as an entry point: ``ray job submit --working-dir . -- python jobs/train.py ...``."""
+"""``diffva train`` as an entry point: ``ray job submit --working-dir . -- python jobs/train.py ...``."""
 
 import sys
 

@@ -85,9 +85,12 @@ def report(run: str) -> None:
     metavar="RUN|FOLDER|JSON",
     help="Thresholds fixed on validation films: a run, an --out of this verb, or a file.",
 )
+@click.option("--model", metavar="MODEL", help="Refuse this model's training films; a run names its own model.")
+@click.option("--allow-training-films", is_flag=True, help="Score films the model was trained on; the tables say so.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool | None, encoding: str,
-          smoothing: float | None, size: int | None, threshold_from: str | None, as_json: bool) -> None:  # fmt: skip
+          smoothing: float | None, size: int | None, threshold_from: str | None, model: str | None,
+          allow_training_films: bool, as_json: bool) -> None:  # fmt: skip
     """Score anybody's attribution maps with the code of our own tables, beside trivial baselines.
 
     MAPS is a folder of PNG, NPY or TIFF files named like the films of DATA, or a run.
@@ -100,7 +103,8 @@ def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool
     from diffva_ray.evaluate.tables import clean
 
     output = None if out is None else open_output(out)
-    scored = score_maps(maps, data, Options(boxes, encoding, signed, smoothing, size, threshold_from))  # type: ignore[arg-type]
+    options = Options(boxes, encoding, signed, smoothing, size, threshold_from, model, allow_training_films)  # type: ignore[arg-type]
+    scored = score_maps(maps, data, options)
     if output is not None:
         write_scores(output, scored)
     if as_json:

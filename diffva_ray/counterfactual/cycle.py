@@ -1,5 +1,5 @@
-"""``cycle``: noise the film, and record what noise the model would have had to draw on the way back to it; go back under
-the healthy prompt with the same noise (Wu & De la Torre 2023, "A latent space of stochastic diffusion models",
+"""``cycle``: noise the film, and record what noise the model would have had to draw on the way back to it; go back
+under the healthy prompt with the same noise (Wu & De la Torre 2023, "A latent space of stochastic diffusion models",
 CycleDiffusion; Huberman-Spiegelglas et al. 2024).
 
 Where the two prompts agree the recorded noise leads back to the film exactly, so nothing else is lost.

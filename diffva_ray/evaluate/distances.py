@@ -148,6 +148,7 @@ def distance_row(
         "n2": len(y),
         "value": frechet_distance_features(x, y),
         "extractor": extractor.name,
+        "dimension": extractor.dimension,
         "is_stand_in": extractor.is_stand_in,
         "weights_sha256": extractor.weights_sha256,
         "resize": extractor.resize,

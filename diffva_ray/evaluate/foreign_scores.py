@@ -36,6 +36,7 @@ from diffva_ray.evaluate.records import Boxes, Row, Truth, grey
 from diffva_ray.evaluate.reduction import lesion_boxes, read_thresholds
 from diffva_ray.evaluate.scores import SIMPLE
 from diffva_ray.metrics.localization import SALIENCY, baselines, boxes_mask, score, smooth
+from diffva_ray.model.training_films import TrainingFilms
 from diffva_ray.storage import Store, open_store
 
 DEFAULT_GRID = 256
@@ -59,6 +60,8 @@ class Options:
     smoothing: float | None = None
     size: int | None = None
     threshold_from: str | None = None
+    model: str | None = None  # whose training films are refused; a run names its own
+    allow_training_films: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class _Outcome:
     resized: bool = False
     negative: bool = False
     flat: bool = False  # no positive value at all
+    trained_on: bool = False  # the film is in the model's training list
 
 
 def score_maps(maps_uri: str, data_uri: str, options: Options = Options()) -> Scored:
@@ -122,8 +126,15 @@ def score_maps(maps_uri: str, data_uri: str, options: Options = Options()) -> Sc
     grid = _choose_grid(folder, matched, options)
     notes += _said_of_input(folder, matched, grid, options)
 
+    seen = _training_films(folder, options, notes)
     with ThreadPoolExecutor(THREADS) as pool:  # waits on the store, mostly
-        outcomes = list(pool.map(lambda pair: _score_one(folder, dataset, boxes, grid, *pair), matched.pairs))
+        outcomes = list(pool.map(lambda pair: _score_one(folder, dataset, boxes, grid, seen, *pair), matched.pairs))
+    trained = sum(outcome.trained_on for outcome in outcomes)
+    if trained and not options.allow_training_films:
+        raise UnusableData(
+            f"{data_uri}: {trained} of {len(outcomes)} matched films were in the model's training list; score films "
+            "that it has not seen, or give --allow-training-films, which the tables then say"
+        )
     films = [row for outcome in outcomes for row in outcome.rows]
     if not films:
         raise UnusableData(_why_nothing(data_uri, matched, outcomes))
@@ -137,6 +148,13 @@ def score_maps(maps_uri: str, data_uri: str, options: Options = Options()) -> Sc
         rows = tables.localization_rows(films, thresholds, source)
     except ValueError as error:  # a threshold off the grid
         raise UnusableData(f"--threshold-from {options.threshold_from}: {error}") from None
+    if trained:
+        notes.append(f"{trained} of {len(outcomes)} matched films were in the model's training list: this is no test")
+        for row in rows:
+            labels = {row["label"]} if row["label"] != tables.ALL else {film.label for _, film in matched.pairs}
+            row["training_films"] = sum(
+                outcome.trained_on and film.label in labels for outcome, (_, film) in zip(outcomes, matched.pairs)
+            )
     with_truth = {film.path for film in dataset.films if film.lesion_mask or film.path in boxes}
     metrics = {
         "maps": {
@@ -203,7 +221,24 @@ def _sampled(matched: Matched) -> list[MapFile]:
     return [file for file, _ in matched.pairs[::step][:SAMPLED]]
 
 
-def _score_one(folder: MapFolder, dataset: Dataset, boxes: Boxes, grid: Grid, file: MapFile, film: Film) -> _Outcome:
+def _training_films(folder: MapFolder, options: Options, notes: list[str]) -> TrainingFilms | None:
+    """The training list of the model that made the maps; without one, for maps of a run or model, that is said."""
+    if options.model is not None:
+        seen = TrainingFilms.of_model(options.model)
+        where = f"--model {options.model}"
+    elif folder.run is not None:
+        seen = TrainingFilms.of_model(str(folder.run.about["model"]), folder.run.about["keys"]["model_digest"])
+        where = "the run's model"
+    else:
+        return None
+    if seen is None:
+        notes.append(f"{where} has no list of training films: whether it has seen these is not known")
+    return seen
+
+
+def _score_one(
+    folder: MapFolder, dataset: Dataset, boxes: Boxes, grid: Grid, seen: TrainingFilms | None, file: MapFile, film: Film
+) -> _Outcome:
     if not film.lesion_mask and film.path not in boxes:
         return _Outcome(no_truth=True)
     try:
@@ -219,7 +254,10 @@ def _score_one(folder: MapFolder, dataset: Dataset, boxes: Boxes, grid: Grid, fi
     except (OSError, BadImage):
         return _Outcome(film_problem=True)
     found = _Outcome(
-        resized=values.shape != (grid.size, grid.size), negative=bool(values.min() < 0), flat=bool(values.max() <= 0)
+        trained_on=seen is not None and seen.holds(data),
+        resized=values.shape != (grid.size, grid.size),
+        negative=bool(values.min() < 0),
+        flat=bool(values.max() <= 0),
     )
     truth = film_truth(dataset.store, film, boxes, picture.shape[1], picture.shape[0], grid.size)
     if truth.lesion is None:

@@ -29,8 +29,9 @@ from diffva_ray.generate.ledger import OVERLAYS, overlays
 from diffva_ray.generate.plan import PLAN_FILE, RUN, SUCCESS, Run, open_run
 from diffva_ray.generate.verification import MANIFEST, Problem, verify
 from diffva_ray.metrics.features import Extractor, inception, stand_in
+from diffva_ray.model.training_films import TrainingFilms
 from diffva_ray.schema import RECORDS, Status, digest
-from diffva_ray.storage import open_store
+from diffva_ray.storage import Store, open_store
 
 Scored = tuple[list[Row], list[Row]]  # localisation rows and twin rows of one shard
 Score = Callable[[Run, str, list[list[Row]], Boxes], list[Scored]]
@@ -130,11 +131,26 @@ def _compute(run: Run, data_uri: str, options: Options, good: pd.DataFrame, scor
         "validity": tables.validity_rows(good) if len(good) else [],
         "twin": tables.twin_rows(twins),
     }
+    _say_training_films(run, good, metrics, notes)
     if found:
         run.store.put("tables/thresholds.json", json.dumps(tables.best_thresholds(found), indent=1).encode())
     for name, table in metrics.items():
         tables.write_table(run.store, name, table, CAPTIONS[name].format(size=recipe.model.resolution))
     return Reduced({name: table for name, table in metrics.items() if table}, notes)
+
+
+def _say_training_films(run: Run, good: pd.DataFrame, metrics: dict[str, Any], notes: list[str]) -> None:
+    """Rows scored on films that the model was trained on say how many; so do the notes."""
+    seen = TrainingFilms.of_model(str(run.about.get("model", "")), run.about["keys"]["model_digest"])
+    if seen is None or not len(good):
+        return
+    trained = good[[seen.has(sha256) for sha256 in good["source_sha256"]]]
+    if not len(trained):
+        return
+    notes.append(f"{len(trained)} of {len(good)} records are of films in the model's training list: this is no test")
+    counts = trained["label"].value_counts().to_dict()
+    for row in (row for name in ("localization", "validity", "twin") for row in metrics[name]):
+        row["training_films"] = len(trained) if row["label"] == tables.ALL else int(counts.get(row["label"], 0))
 
 
 def _score_here(run: Run, data_uri: str, groups: list[list[Row]], boxes: Boxes) -> list[Scored]:
@@ -192,9 +208,12 @@ def choose_extractor(weights: str | None, resize: str, grid: int, notes: list[st
 
 
 def _distances(run: Run, data_uri: str, options: Options, rows: list[Row], notes: list[str]) -> list[Row]:
-    """The rows of tables 1 and 2: for each class, source to counterfactual, and each reference to both."""
+    """The rows of tables 1 and 2: for each class (and each prompt, where there are several), source to counterfactual,
+    and each reference to both."""
     recipe = run.recipe
     extractor = choose_extractor(options.weights, options.resize, recipe.model.resolution, notes)
+    # by film, so that what compares the same two sets under other settings has the same interval
+    rows = sorted(rows, key=lambda row: (row["source_path"], row["record_id"]))
     features = run_features(run, open_store(run.about["data_root"]), rows, extractor)
     references = []
     wanted = options.references or ((recipe.data.healthy_class, data_uri),)
@@ -202,13 +221,14 @@ def _distances(run: Run, data_uri: str, options: Options, rows: list[Row], notes
         set_features = _reference(run, label, uri, extractor, notes, options)
         if set_features is not None:
             references.append((f"{label} (reference)", set_features))
-    labels = sorted(set(features.labels))
+    several = len({row["prompt"] for row in rows}) > 1
+    conditions = [(row["label"], row["prompt"] if several else None) for row in rows]
     found: list[Row | None] = []
     groups = recipe.evaluate.fid_subsets
-    for label in labels:
-        chosen = [n for n, other in enumerate(features.labels) if other == label]
+    for label, prompt in sorted(set(conditions), key=str):
+        chosen = [n for n, condition in enumerate(conditions) if condition == (label, prompt)]
         before, after = features.source[chosen], features.counterfactual[chosen]
-        names = f"{label} (source)", f"{label} (counterfactual)"
+        names = f"{label} (source)", f"{label} (counterfactual)" + ("" if prompt is None else f" under “{prompt}”")
         found.append(distance_row(*names, before, after, extractor, groups, paired=True))
         for name, reference in references:
             found.append(distance_row(name, names[0], reference, before, extractor, groups))
@@ -241,6 +261,14 @@ def _reference(run: Run, label: str, uri: str, extractor: Extractor, notes: list
     if unreadable:
         notes.append(f"{unreadable} films of reference {label} could not be read")
     return features
+
+
+def reference_set(run: Run, label: str, uri: str, extractor: Extractor, cache: Store) -> Any:
+    """Features [n, d] of class ``label`` of a data set (or of another run's counterfactuals), kept in ``cache``.
+
+    Raises UnusableData when there is no such class.
+    """
+    return _reference(run, label, uri, extractor, [], Options(((label, uri),), cache=cache.uri))
 
 
 def _write_quarantine(run: Run, quarantined: pd.DataFrame) -> None:

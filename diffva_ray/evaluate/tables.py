@@ -43,7 +43,9 @@ def ssim_rows(records: pd.DataFrame, preset: str, grid: int) -> list[Row]:
             "n": len(rows),
             "ssim": finite_mean(rows["ssim"]),
             "ssim_sd": float(rows["ssim"].std()) if len(rows) > 1 else None,
+            "ssim_interval": _interval(rows, "ssim"),
             "ms_ssim": finite_mean(rows["ms_ssim"]),
+            "ms_ssim_interval": _interval(rows, "ms_ssim"),
             "ms_ssim_scales": int(rows["ms_ssim_scales"].iloc[0]),
             "psnr": finite_mean(rows["psnr"]),
             "l1": finite_mean(rows["l1"]),
@@ -54,6 +56,11 @@ def ssim_rows(records: pd.DataFrame, preset: str, grid: int) -> list[Row]:
         }
         for label, rows in by_label(records)
     ]
+
+
+def _interval(rows: pd.DataFrame, column: str) -> list[float]:
+    """95 % interval of a mean by bootstrap over films."""
+    return list(patient_bootstrap(rows[column].to_numpy(float), rows["source_path"].tolist()))
 
 
 def validity_rows(records: pd.DataFrame) -> list[Row]:
@@ -128,12 +135,21 @@ def write_table(store: Store, name: str, rows: list[Row], caption: str) -> None:
     store.put(f"tables/{name}.csv", flat.to_csv(index=False).encode())
     heads = [str(column).replace("_", " ") for column in flat.columns]
     cells = [["" if value is None or value != value else str(value) for value in row] for row in flat.to_numpy()]
-    lines = ["| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *_escaped(cells, "|", "\\|")]]
-    store.put(f"tables/{name}.md", ("\n".join(lines) + f"\n\n{caption}\n").encode())
-    body = [" & ".join(row) + r" \\" for row in [_latex(heads), *map(_latex, cells)]]
-    table = [r"\begin{tabular}{" + "l" * len(heads) + "}", r"\hline", body[0], r"\hline", *body[1:], r"\hline",
-             r"\end{tabular}", f"% {caption}"]  # fmt: skip
-    store.put(f"tables/{name}.tex", ("\n".join(table) + "\n").encode())
+    store.put(f"tables/{name}.md", f"{markdown(heads, cells)}\n\n{caption}\n".encode())
+    store.put(f"tables/{name}.tex", f"{latex(heads, cells)}\n% {caption}\n".encode())
+
+
+def markdown(heads: list[str], cells: list[list[str]]) -> str:
+    """Finished text as a Markdown table."""
+    rows = _escaped([heads, *cells], "|", "\\|")
+    return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(heads), *rows[1:]])
+
+
+def latex(heads: list[str], cells: list[list[str]]) -> str:
+    """Finished text as a LaTeX ``tabular``."""
+    head, *body = (" & ".join(row) + r" \\" for row in [_latex(heads), *map(_latex, cells)])
+    start = [r"\begin{tabular}{" + "l" * len(heads) + "}", r"\hline", head, r"\hline"]
+    return "\n".join([*start, *body, r"\hline", r"\end{tabular}"])
 
 
 def _cell(value: Any) -> Any:

@@ -43,13 +43,11 @@ from diffva_ray.metrics.features import Extractor, stand_in
 from diffva_ray.metrics.ssim import l1, ms_ssim, psnr, ssim
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
-from diffva_ray.observe import LOG
 from diffva_ray.schema import RECORDS, Status
-from diffva_ray.storage import Store, StoreError, open_store
+from diffva_ray.storage import Store, open_store, patiently
 
 Row = dict[str, Any]
 Features = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  # by record: of the film, of its counterfactual
-PAUSES = (1.0, 5.0)  # seconds before a shard is tried again when the storage failed
 READING = Admission(MAX_BYTES)  # bytes of films in memory
 
 
@@ -114,15 +112,7 @@ def run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
     A store that fails is tried again after a pause. Raises StoreError when it goes on failing, OutOfMemory, and
     WorkersKeepDying.
     """
-    for pause in (*PAUSES, None):
-        try:
-            return _run_shard(bench, shard)
-        except StoreError as error:
-            if error.lasting or pause is None:
-                raise
-            LOG.info("%s; trying again in %g s", error, pause)
-            time.sleep(pause)
-    raise AssertionError("unreachable")
+    return patiently(lambda: _run_shard(bench, shard))
 
 
 def _run_shard(bench: Workbench, shard: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffva_ray.metrics.manifold import nearest
+from diffva_ray.metrics.manifold import squared_distances
 
 CHANGED = 0.05  # of the grey range: a pixel that differs by more is changed (phantoms call a lesion visible from there)
 
@@ -80,43 +80,49 @@ def cout(
 @dataclass(frozen=True)
 class Memorisation:
     """``nearer``: share of twins nearer to a training film than to any held-out film, sets drawn to equal size; one
-    half when training films are not special. ``interval``: 95 %, Wilson's. ``train``, ``held_out``: median distances
-    to the nearest. ``copies``: share nearer to a training film than the nearest 1 % are to a held-out one; 0.01 without memory."""
+    half when training films are not special. ``without_memory``: where 95 % of that share lie when films are dealt to
+    the two sets at random; ``p_value``: how often it is then at least as large. ``train``, ``held_out``: median
+    distances to the nearest."""
 
     nearer: float
-    interval: tuple[float, float]
+    without_memory: tuple[float, float]
+    p_value: float
     train: float
     held_out: float
-    copies: float
     n: int
     set_size: int
 
 
-def memorisation(twins: np.ndarray, train: np.ndarray, held_out: np.ndarray, seed: int = 0) -> Memorisation:
+def memorisation(
+    twins: np.ndarray, train: np.ndarray, held_out: np.ndarray, deals: int = 999, seed: int = 0
+) -> Memorisation:
     """Audit of twins [N, d] against features (or pixels) of training films [N1, d] and films that the model never saw
-    [N2, d], which should be of one source and class. Equal distances count half. Raises ValueError below two rows in
-    a set."""
+    [N2, d], which should be of one source and class.
+
+    All twins share the two sets, so the share scatters with the sets and not with N: a permutation test deals the films
+    of both anew. Equal distances count half. Raises ValueError below two rows in a set.
+    """
     size = min(len(train), len(held_out))
     if size < 2 or len(twins) < 2:
         raise ValueError(f"an audit needs two films in each set, got {len(twins)}, {len(train)} and {len(held_out)}")
     random = np.random.default_rng(seed)
-    train = train[random.choice(len(train), size, replace=False)]
-    held_out = held_out[random.choice(len(held_out), size, replace=False)]
-    to_train, to_held = nearest(twins, train), nearest(twins, held_out)
-    nearer = float(np.mean((to_train < to_held) + 0.5 * (to_train == to_held)))
+    films = [z[random.choice(len(z), size, replace=False)].astype(np.float64) for z in (train, held_out)]
+    distances = np.sqrt(squared_distances(twins.astype(np.float64), np.concatenate(films)))
+
+    def share(order: np.ndarray) -> float:
+        first, second = (distances[:, order[part]].min(axis=1) for part in (slice(size), slice(size, None)))
+        return float(np.mean((first < second) + 0.5 * (first == second)))
+
+    observed = np.arange(2 * size)
+    nearer = share(observed)
+    dealt = np.array([share(random.permutation(2 * size)) for _ in range(deals)])
+    low, high = np.quantile(dealt, [0.025, 0.975])
     return Memorisation(
         nearer,
-        wilson(nearer, len(twins)),
-        float(np.median(to_train)),
-        float(np.median(to_held)),
-        float(np.mean(to_train < np.quantile(to_held, 0.01))),
+        (float(low), float(high)),
+        float((1 + np.sum(dealt >= nearer)) / (1 + deals)),
+        float(np.median(distances[:, :size].min(axis=1))),
+        float(np.median(distances[:, size:].min(axis=1))),
         len(twins),
         size,
     )
-
-
-def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's 95 % interval (low, high) of a share observed in ``n`` independent trials."""
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return float(max(centre - reach, 0.0)), float(min(centre + reach, 1.0))

@@ -101,6 +101,7 @@ def inception(
         expected = "pytorch-fid's Inception state dict, pt_inception-2015-12-05-6726825d.pth"
         raise ValueError(f"{path}: expected {expected} ({_brief(error)})") from None
     blocks.eval().requires_grad_(False).to(device)
+    blocks.to(memory_format=torch.channels_last)  # a quarter less time on a CPU
 
     def pool3(images: torch.Tensor) -> torch.Tensor:
         if resize == "legacy":

@@ -47,16 +47,9 @@ def prdc(real: np.ndarray, generated: np.ndarray, k: int = 5) -> Manifold:
     return Manifold(precise / len(generated), recalled / len(real), balls / (k * len(generated)), covered / len(real))
 
 
-def nearest(queries: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Distance [N1] of each row of ``queries`` [N1, d] to its nearest row of ``others`` [N2, d]. ValueError without
-    any row in ``others``."""
-    if not len(others):
-        raise ValueError("there is nothing to be near to")
-    queries, others = queries.astype(np.float64), others.astype(np.float64)
-    found = np.empty(len(queries))
-    for rows, squares in _blocks(queries, others):
-        found[rows] = np.sqrt(squares.min(axis=1))
-    return found
+def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Squared Euclidean distances [N1, N2] of rows [N1, d] and [N2, d], at least 0."""
+    return np.maximum((x * x).sum(axis=1)[:, None] + (y * y).sum(axis=1) - 2 * x @ y.T, 0)
 
 
 def _radii(x: np.ndarray, k: int) -> np.ndarray:
@@ -70,8 +63,6 @@ def _radii(x: np.ndarray, k: int) -> np.ndarray:
 
 def _blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Squared distances of the rows of x, a block at a time, to all of y."""
-    norms = (y * y).sum(axis=1)
     for start in range(0, len(x), BLOCK):
         rows = slice(start, min(start + BLOCK, len(x)))
-        part = x[rows]
-        yield rows, np.maximum((part * part).sum(axis=1)[:, None] + norms - 2 * part @ y.T, 0)
+        yield rows, squared_distances(x[rows], y)

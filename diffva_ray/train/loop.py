@@ -23,6 +23,7 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset
 from diffva_ray.metrics.validity import save_judge
 from diffva_ray.model.bundle import Bundle, build, save
+from diffva_ray.model.training_films import FILM_DIGITS
 from diffva_ray.storage import Store, open_store
 from diffva_ray.train.checkpoint import Position, load_optimizer, load_weights, read_position, save_checkpoint
 from diffva_ray.train.loss import learning_rate
@@ -93,7 +94,8 @@ def train(
         if judge is not None:
             save_judge(judge, run.store)
         unreadable = films.unreadable
-        card = {**provenance, "training_fingerprint": fingerprint, "films": len(films.films), "unreadable": unreadable}
+        card = {**provenance, "training_fingerprint": fingerprint, "films": len(films.films), "unreadable": unreadable,
+                "training_films": [sha256[:FILM_DIGITS] for sha256 in films.sha256()]}  # fmt: skip
         save(bundle, run.store, card)
     accelerator.wait_for_everyone()
 

@@ -7,6 +7,7 @@ the same data in the same order.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -29,6 +30,7 @@ class FilmSet:
         self.store, self.size = dataset.store, size
         self.films = list(dataset.films)
         self.unreadable: dict[str, str] = {}
+        self._hashes: dict[str, str] = {}
         self.cached = len(self.films) * size * size <= megabytes * 2**20
         self._memory: dict[int, Pixels] = {}
         if self.cached:
@@ -41,10 +43,19 @@ class FilmSet:
     def _load(self, index: int) -> Pixels | None:
         film = self.films[index]
         try:
-            return quantise(to_square(decode(self.store.read(film.path)), self.size))
+            data = self.store.read(film.path)
+            self._hashes[film.path] = hashlib.sha256(data).hexdigest()
+            return quantise(to_square(decode(data), self.size))
         except (BadImage, OSError) as error:
             self.unreadable[film.path] = str(error)
             return None
+
+    def sha256(self) -> list[str]:
+        """sha256 (hex) of every readable film's file, sorted; films that no step has read yet are read now."""
+        unread = [n for n, film in enumerate(self.films) if film.path not in self._hashes]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(self._load, unread))
+        return sorted({self._hashes[film.path] for film in self.films if film.path in self._hashes})
 
     def of_class(self, label: str) -> list[int]:
         return [n for n, film in enumerate(self.films) if film.label == label]

@@ -22,7 +22,6 @@ def prepare_worker() -> None:
 
     from diffva_ray import storage
     from diffva_ray.counterfactual import engine
-    from diffva_ray.generate import shard
 
     engine.device_kind = lambda name=None: "cpu"
     call = engine.Counterfactuals.__call__
@@ -38,7 +37,7 @@ def prepare_worker() -> None:
         run = os.environ["DIFFVA_CHAOS_RUN"]
         plain = storage.STORES[""]
         storage.STORES[""] = lambda uri: FaultyStore(uri, faults) if uri.startswith(run) else plain(uri)
-        shard.PAUSES = (0.1, 0.2, 0.4, 0.8)
+        storage.PAUSES = (0.1, 0.2, 0.4, 0.8)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import click
 from faults import Faults, FaultyStore, Stopped
@@ -62,16 +63,17 @@ class Bench:
         train(
             self.recipe, self.data, self.model, "chaos", {"data_kind": "phantoms"}, lambda metrics, at: None, threads=1
         )
-        loaded = shards.load(self.model, self.recipe)
-        shards.load = lambda model, recipe=None: loaded  # a life loads the model anew; thousands of them need not
+        self.loaded = shards.load(self.model, self.recipe)
         started = time.monotonic()
         self.live(self.folder / "undisturbed")
         self.seconds = time.monotonic() - started
         self.expected = self.outcome(self.folder / "undisturbed")
 
     def live(self, out: Path) -> None:
-        """One process's life: plan or continue, generate, reduce."""
-        pipeline.generate_run(self.recipe, self.data, self.model, str(out), Request(), pipeline.Execution("inline"))
+        """One process's life: plan or continue, generate, reduce. It would load the model; thousands need not."""
+        with patch.object(shards, "load", lambda model, recipe=None: self.loaded):
+            execution = pipeline.Execution("inline")
+            pipeline.generate_run(self.recipe, self.data, self.model, str(out), Request(), execution)
         run = open_run(storage.open_store(str(out)))
         assert run is not None
         reduce_run(run, self.data, Options())
@@ -109,11 +111,11 @@ class Bench:
         shutil.rmtree(out, ignore_errors=True)
         faults = Faults(seed)
         started = time.monotonic()
-        before, pauses = storage.STORES[""], shards.PAUSES
+        before, pauses = storage.STORES[""], storage.PAUSES
         storage.STORES[""] = lambda uri: (
             FaultyStore(uri, faults) if uri.startswith(str(out)) or uri == self.data else before(uri)
         )
-        shards.PAUSES = (0.0, 0.0)
+        storage.PAUSES = (0.0, 0.0)
         try:
             while True:
                 faults.begin()
@@ -126,7 +128,7 @@ class Bench:
                 except StoreError:
                     faults.counts["lives ended by the store"] += 1
         finally:
-            storage.STORES[""], shards.PAUSES = before, pauses
+            storage.STORES[""], storage.PAUSES = before, pauses
         seconds = time.monotonic() - started
         wrong = self.differences(out)
         if not wrong:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "diffva_ray"
 LOW = {"schema", "storage", "observe", "provenance"}
 MAY_IMPORT = {
     "schema": set(),
-    "storage": {"storage_s3"},
+    "storage": {"storage_s3", "observe"},
     "storage_s3": {"storage", "observe"},
     "observe": set(),
     "provenance": set(),

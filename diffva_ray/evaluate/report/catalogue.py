@@ -156,7 +156,7 @@ def _known(value: Any) -> bool:
 
 def _columns(row: Row) -> Row:
     """A record's columns for JSON. Seeds are 64 bits, which a number of JavaScript does not hold."""
-    made = {}
+    made: Row = {}
     for key, value in row.items():
         if not _known(value):
             made[key] = None

@@ -38,8 +38,8 @@ BATCH = 256  # records read at a time
 
 @dataclass(frozen=True)
 class Pictured:
-    """``key`` names the two files of a record; ``truth`` is whether the strip has the true twin; ``lesion`` and ``lungs``
-    are SVG paths on the grid of the model, empty where unknown; scores are None without a lesion to find."""
+    """``key`` names the two files of a record; ``truth`` is whether the strip has the true twin; ``lesion`` and
+    ``lungs`` are SVG paths on the grid of the model, empty where unknown; scores are None without a lesion to find."""
 
     key: str
     truth: bool

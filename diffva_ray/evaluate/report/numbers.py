@@ -1,4 +1,5 @@
-"""The numbers of the page: key figures as cards, tables as rows of finished text. Nothing is computed here."""
+"""The numbers of the page: key figures as cards, tables as rows of finished text. Nothing but one interval is
+computed here."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ SMALL = 2048  # films, below which a Fréchet distance is mostly its own bias
 
 @dataclass(frozen=True)
 class Card:
-    """One key figure."""
+    """One key figure; ``detail`` may have several lines, a 95 % interval first where there is one."""
 
     title: str
     value: str
@@ -88,13 +89,17 @@ def cards(metrics: Row | None, done: Row) -> list[Card]:
     metrics = metrics or {}
     flips = overall(metrics.get("validity", []))
     if flips and flips["flip_rate"] is not None:
-        found.append(Card("Flip rate", percent(flips["flip_rate"]), f"of {count(flips['n'])} films called abnormal"))
+        low, high = wilson(flips["flip_rate"], flips["n"])
+        detail = f"{number(100 * low, 1)} to {percent(high)}\nof {count(flips['n'])} films called abnormal"
+        found.append(Card("Flip rate", percent(flips["flip_rate"]), detail))
     places = metrics.get("localization", [])
     ours = overall(row for row in places if row["map"] == "positive")
     if ours:
         trivial = overall(row for row in places if row["map"] == "brightness")
         where = "AUROC, whole film" if ours["region"] == "film" else "AUROC in lungs"
         beside = f"brightness alone {number(trivial['auroc'])}" if trivial else f"n = {count(ours['n'])}"
+        if ours.get("auroc_interval") and ours["auroc_interval"][0] is not None:
+            beside = f"{interval(ours['auroc_interval'])}\n{beside}"
         found.append(Card(where, number(ours["auroc"]), beside))
         if ours.get("dice_fixed") is not None:
             detail = f"τ = {ours['threshold']:.3g} from {ours['threshold_from']}"
@@ -107,6 +112,38 @@ def cards(metrics: Row | None, done: Row) -> list[Card]:
         spread = f"± {number(same['ssim_sd'])}, " if same.get("ssim_sd") is not None else ""
         found.append(Card("SSIM, mean", number(same["ssim"]), f"{spread}preset {same['preset']}, {same['grid']} px"))
     return found
+
+
+def glance(metrics: Row | None) -> list[str]:
+    """What the run found, in a sentence or three; nothing before it has been reduced."""
+    metrics, said = metrics or {}, []
+    flips = overall(metrics.get("validity", []))
+    if flips and flips["flip_rate"] is not None:
+        said.append(
+            f"Of {count(flips['n'])} films that an independent judge calls abnormal, it calls "
+            f"{percent(flips['flip_rate'])} of the twins healthy."
+        )
+    places = metrics.get("localization", [])
+    ours = overall(row for row in places if row["map"] == "positive")
+    trivial = overall(row for row in places if row["map"] == "brightness")
+    if ours:
+        beside = f"; brightness alone reaches {number(trivial['auroc'])}" if trivial else ""
+        said.append(
+            f"The maps find the known lesions of {count(ours['n'])} films with an AUROC of "
+            f"{number(ours['auroc'])}{beside}."
+        )
+    twin = overall(metrics.get("twin", []))
+    if twin:
+        said.append(f"{percent(twin['lesion_error_ratio'])} of the lesion’s difference to the true twin is left.")
+    return said
+
+
+def wilson(rate: float, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion, sensible at 0 and 1 too."""
+    z = 1.959964
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def overall(rows: Iterable[Row]) -> Row | None:

@@ -1,35 +1,38 @@
 """``report/index.html``: what a run is, what it found, and what to be careful about; for finished and unfinished runs.
 
-The page asks for nothing but the pictures beside it: style and script are inline, allowed by their digests alone.
+The page asks for nothing but the files beside it: style and script are inline, allowed by their digests alone.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from diffva_ray.evaluate.figures import direction, finished, reduced_metrics, settings_line, write_figures
+from diffva_ray.evaluate import figures
+from diffva_ray.evaluate.figures import direction, finished, map_scale, reduced_metrics, settings_line, write_figures
 from diffva_ray.evaluate.records import Row, read_records
-from diffva_ray.evaluate.report.gallery import FILMS, FOLDER, Gallery, write_gallery
-from diffva_ray.evaluate.report.numbers import cards, count, number, plain, report_tables
+from diffva_ray.evaluate.reduction import lesion_boxes
+from diffva_ray.evaluate.report import films
+from diffva_ray.evaluate.report.assets import HERE, policy, style, viewer_script
+from diffva_ray.evaluate.report.catalogue import attempts, counts, read_earlier, write_catalogue
+from diffva_ray.evaluate.report.charts import charts
+from diffva_ray.evaluate.report.films import Palette, Pictured, map_file, sample, strip_file, write_pictures
+from diffva_ray.evaluate.report.numbers import cards, count, glance, number, plain, report_tables
 from diffva_ray.generate.plan import SUCCESS, Run
 from diffva_ray.model.card import UnusableModel, read_card
 from diffva_ray.schema import Status
 from diffva_ray.storage import join, open_store
 
 PAGE = "report/index.html"
-QUARANTINED = 100  # rows shown at most
-HERE = resources.files(__package__)
+QUARANTINED = 100  # rows of the table, at most
+LISTED_BAD = 5000  # quarantined records of the viewer, at most
+STICKY = 1.25  # colours of an earlier report are kept while their limit is within this factor of what it would be now
 
 
 @dataclass(frozen=True)
@@ -41,28 +44,57 @@ class Note:
     grave: bool = False
 
 
-def write_report(run: Run) -> str:
+@dataclass(frozen=True)
+class Contents:
+    """What lies beside the page: index files, the records listed there, their pictures, the limit of the colours."""
+
+    index_files: int
+    listed: list[Row]
+    bad_listed: int
+    pictures: dict[str, Pictured]
+    limit: float
+    chosen: int
+
+
+def write_report(run: Run, listed: int | None = None) -> str:
     """Write the figures and the page of a run, replacing earlier ones; returns where the page is.
 
-    An unfinished run, or one without tables, gets the page of what there is. Raises OSError when the run cannot be
-    read or written.
+    An unfinished run, or one without tables, gets the page of what there is; pictures of an earlier report are kept
+    where they still hold. ``listed``: records in the viewer at most. Raises OSError when the run cannot be read or
+    written.
     """
     records = read_records(run)
-    figures = {path.split("/")[-1]: run.store.read(path) for path in write_figures(run, records)}
-    gallery = write_gallery(run, records)
-    for name, picture in figures.items():
-        run.store.put(f"{FOLDER}/{name}", picture)
-    kept = {f"{FOLDER}/{name}" for name in figures} | {f"{FOLDER}/{row['record_id']}.png" for row in gallery.shown}
-    for entry in run.store.list(FOLDER):
-        if entry.path not in kept:  # of an earlier report, when other films were done
-            run.store.delete(entry.path)
-    run.store.put(PAGE, render(run, records, gallery, list(figures)).encode())
+    write_figures(run, records)
+    contents = write_contents(run, records, listed)
+    run.store.put(PAGE, render(run, records, contents).encode())
     return join(run.store.uri, PAGE)
 
 
-def render(run: Run, records: pd.DataFrame, gallery: Gallery, figures: Sequence[str]) -> str:
-    """The page as HTML. ``figures``: names of pictures beside it. Every value is escaped."""
-    style, script = (Markup((HERE / name).read_text()) for name in ("page.css", "page.js"))  # our own, not escaped
+def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None) -> Contents:
+    """Everything the page loads: pictures below ``report/images``, records below ``report/data``."""
+    earlier = read_earlier(run)
+    limit = map_scale(run, records).limit
+    if earlier.limit is not None and 1 / STICKY <= limit / earlier.limit <= STICKY:
+        limit = earlier.limit
+    most = films.most(run.recipe.model.resolution) if listed is None else listed
+    good = sample(records, most)
+    known = {row["record_id"] for row in good}
+    good += [row for _, row in figures.spanning(run, records) if row["record_id"] not in known]
+    bad = records[records["status"] != Status.OK.value].head(LISTED_BAD).to_dict("records")
+    boxes = lesion_boxes(run.about["data"], None, []) if "data" in run.about else {}
+    pictures = write_pictures(run, good, Palette(limit), boxes, earlier.pictures)
+    place = {record: n for n, record in enumerate(records["record_id"])}
+    rows = sorted([*good, *bad], key=lambda row: place[row["record_id"]])
+    extension = strip_file("", "", run.recipe.model.resolution).rpartition(".")[2]
+    about = {"limit": limit, "side": run.recipe.model.resolution, "extension": extension}
+    varied = {row["record_id"]: text for row in rows if (text := varied_settings(run, row))}
+    files = write_catalogue(run, rows, pictures, about, varied)
+    return Contents(files, rows, len(bad), pictures, limit, len(good))
+
+
+def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
+    """The page as HTML. Every value is escaped."""
+    css, script = Markup(style("page.css", "charts.css", "viewer.css")), Markup(viewer_script())  # our own, not escaped
     metrics = reduced_metrics(run)
     bad = records[records["status"] != Status.OK.value]
     done = {
@@ -70,13 +102,17 @@ def render(run: Run, records: pd.DataFrame, gallery: Gallery, figures: Sequence[
         "records": len(records),
         "ok": len(finished(records)),
         "quarantined": len(bad),
+        **counts(records, attempts(run)),
     }
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FunctionLoader(lambda name: (HERE / name).read_text()),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters |= {"count": count, "number": number, "plain": plain}
-    return environment.from_string((HERE / "page.html").read_text()).render(
-        style=style,
+    return environment.get_template("page.html").render(
+        style=css,
         script=script,
-        policy=policy(style, script),
+        policy=policy(css, script),
         name=run.store.uri.rstrip("/").split("/")[-1],
         recipe=run.recipe,
         prompt=run.about["keys"]["prompt"],
@@ -86,38 +122,51 @@ def render(run: Run, records: pd.DataFrame, gallery: Gallery, figures: Sequence[
         notes=notes(run, metrics, done),
         reduce_notes=(metrics or {}).get("notes", []),
         done=done,
+        glance=glance(metrics),
         cards=cards(metrics, done),
         tables=report_tables(metrics) if metrics else [],
-        figures=figures,
-        gallery=gallery,
-        gallery_limit=FILMS,
-        films=[_film(run, row) for row in gallery.shown],
-        classes=sorted({row["label"] for row in gallery.shown}),
-        induced=any(direction(run, label) < 0 for label in {row["label"] for row in gallery.shown}),
-        judged=any(_known(row["judge_counterfactual"]) for row in gallery.shown),
+        charts=charts(records),
+        cases=cases(run, records, contents.pictures),
+        ranked_by=figures.ranking(run, records)[1] if len(records) else "",
+        contents=contents,
+        unreadable=contents.chosen - len(contents.pictures),
+        induced=any(direction(run, label) < 0 for label in set(finished(records)["label"])),
         quarantine=bad.head(QUARANTINED).to_dict("records"),
+        reasons=bad["status"].value_counts().to_dict(),
     )
 
 
-def policy(style: str, script: str) -> str:
-    """Content-Security-Policy: pictures beside the page, this very style and script, nothing else."""
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
-    return (
-        f"default-src 'none'; img-src 'self' file:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
+def cases(run: Run, records: pd.DataFrame, pictures: dict[str, Pictured]) -> list[Row]:
+    """Best, typical and worst film of each class, with the pictures beside the page; those without any are left out."""
+    size, found = run.recipe.model.resolution, []
+    names = {"highest": "best", "median": "typical", "lowest": "worst"}
+    for rank, row in figures.spanning(run, records):
+        picture = pictures.get(row["record_id"])
+        if picture is None:
+            continue
+        found.append(
+            {
+                **row,
+                "rank": names[rank],
+                "strip": f"images/{strip_file(row['record_id'], picture.key, size)}",
+                "map": f"images/{map_file(row['record_id'], picture.key)}",
+                "lesion": picture.lesion,
+                "truth": picture.truth,
+                "auroc": picture.auroc,
+                "side": size,
+                "judged": _known(row["judge_source"]) and _known(row["judge_counterfactual"]),
+            }
+        )
+    return found
 
 
-def _film(run: Run, row: Row) -> Row:
-    """What the gallery says about a record; what a sweep or draws vary is named."""
-    varied = [str(key) for key, _ in run.about["keys"]["sweep"]]
-    said = [f"{plain(key)} {row[key]}" for key in varied if row.get(key) is not None]
+def varied_settings(run: Run, row: Row) -> str:
+    """What sets a record apart from others of its film: swept settings, draws."""
+    keys = [str(key) for key, _ in run.about["keys"]["sweep"]]
+    said = [f"{plain(key)} {row[key]}" for key in keys if row.get(key) is not None]
     if run.about["keys"]["draws"] > 1:
         said.append(f"draw {row['draw']}")
-    judge = None
-    if _known(row["judge_source"]) and _known(row["judge_counterfactual"]):
-        judge = (row["judge_source"], row["judge_counterfactual"])
-    return {**row, "picture": f"images/{row['record_id']}.png", "judge": judge, "varied": ", ".join(said)}
+    return ", ".join(said)
 
 
 def _known(value: Any) -> bool:

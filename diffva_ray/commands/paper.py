@@ -1,0 +1,62 @@
+"""The verb that makes the paper's tables and figures."""
+
+from __future__ import annotations
+
+import click
+
+from diffva_ray.commands.verb import (
+    DONE,
+    dry_run_option,
+    executor_option,
+    model_option,
+    recipe_option,
+    set_option,
+    show,
+    verb,
+)
+
+
+@verb("paper")
+@click.option("--radiography", metavar="DATA", help="The COVID-19 Radiography Database; phantoms with --quick.")
+@click.option("--chexpert", metavar="DATA", help="CheXpert-v1.0-small, for table 4; phantoms with --quick.")
+@model_option
+@click.option("--out", metavar="DIR", required=True, help="Folder, or s3://; an unfinished one is continued.")
+@click.option("--quick", is_flag=True, help="24 films of each class; phantoms where no data are given.")
+@click.option("--limit", type=click.IntRange(4), metavar="N", help="At most so many films of each class.")
+@click.option("--inception-weights", metavar="PATH|download", help="pytorch-fid's state dict; default: its cache.")
+@click.option(
+    "--resize",
+    type=click.Choice(["clean", "legacy"]),
+    default="clean",
+    show_default=True,
+    help="Way to Inception's grid.",
+)
+@click.option("--actors", type=click.IntRange(1), metavar="N", help="Default: one for each GPU, or for each CPU.")
+@click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="Default: 1 where the cluster has GPUs.")
+@executor_option
+@recipe_option
+@set_option
+@dry_run_option
+def paper(radiography: str | None, chexpert: str | None, model: str, out: str, quick: bool, limit: int | None,
+          inception_weights: str | None, resize: str, actors: int | None, gpus_per_actor: float | None, executor: str,
+          recipe: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:  # fmt: skip
+    """Every table and figure of Siddiqui et al. 2024 from films and a model, the published values beside ours.
+
+    What cannot be made is listed with the reason. --set changes every run, as in generate.num_inference_steps=20.
+
+    Example:
+        diffva paper --quick --model runs/demo/model --out runs/paper
+        diffva paper --radiography DATA --chexpert CHEXPERT --model models/cxr --out runs/paper
+    """
+    from diffva_ray import pipeline
+    from diffva_ray.paper.run import Inputs, planned_paper, run_paper
+
+    execution = pipeline.Execution(executor, actors, gpus_per_actor)
+    inputs = Inputs(radiography, chexpert, model, out, quick, limit, None, resize, recipe, overrides, execution)
+    if dry_run:
+        show(pipeline.model_recipe(model, recipe, overrides), **planned_paper(inputs))
+        return DONE
+    weights = pipeline.inception_path(inception_weights)
+    inputs = Inputs(radiography, chexpert, model, out, quick, limit, weights, resize, recipe, overrides, execution)
+    click.echo(f"open {run_paper(inputs)}")
+    return DONE

@@ -1,0 +1,38 @@
+/** Keys that act anywhere on the page; not while something is typed, and not when they are switched off in the help. */
+import { byId } from "./dom.js";
+
+/** Whether a key belongs to what has the focus. @param {EventTarget|null} target */
+function typing(target) {
+  const element = /** @type {HTMLElement} */ (target);
+  return element.matches?.("input:not([type=checkbox], [type=radio], [type=range]), select, textarea") ?? false;
+}
+
+/**
+ * @param {{step: (by: number) => void, look: (view: number) => void, nudge: (by: number) => void,
+ *   lesion: () => void, leave: () => void}} actions
+ */
+export function listenToKeys(actions) {
+  const help = /** @type {HTMLDialogElement} */ (byId("help"));
+  const on = /** @type {HTMLInputElement} */ (byId("keys-on"));
+  const search = /** @type {HTMLInputElement} */ (byId("text"));
+  byId("help-open").addEventListener("click", () => help.showModal());
+  byId("help-close").addEventListener("click", () => help.close());
+  /** @type {Record<string, () => void>} */
+  const keys = {
+    j: () => actions.step(1), k: () => actions.step(-1), "[": () => actions.nudge(-10), "]": () => actions.nudge(10),
+    l: actions.lesion, "?": () => help.showModal(), "/": () => search.focus(),
+  };
+  document.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || help.open) return;
+    if (event.key === "Escape") {
+      if (document.activeElement === search) byId("list").focus();
+      else actions.leave();
+      return;
+    }
+    if (!on.checked || typing(event.target)) return;
+    const act = keys[event.key] ?? (/^[1-6]$/.test(event.key) ? () => actions.look(Number(event.key)) : null);
+    if (!act) return;
+    event.preventDefault();
+    act();
+  });
+}

@@ -1,0 +1,150 @@
+/** The viewer: loads the index, then holds together filters, list, pictures, details and the address. */
+import { addressOf, readAddress, writeAddress } from "./address.js";
+import { Controls } from "./controls.js";
+import { emptyDetails, fillDetails, fillName } from "./detail.js";
+import { byId } from "./dom.js";
+import { listenToKeys } from "./keyboard.js";
+import { countText, FilmList } from "./list.js";
+import { everything, matching, sorted } from "./query.js";
+import { DetailFiles, loadTable } from "./records.js";
+import { Stage } from "./stage.js";
+
+const NARROW = matchMedia("(max-width: 760px)"); // list and film take turns; the style knows it too
+
+class Viewer {
+  /** @param {import("./records.js").Table} table */
+  constructor(table) {
+    this.table = table;
+    this.details = new DetailFiles(table.about.perDetail);
+    /** @type {number[]} */
+    this.rows = [];
+    this.chosen = -1; // a record, not a place in the list
+    this.list = new FilmList(table, (place) => this.choose(this.rows[place]), () => this.open(true));
+    this.stage = new Stage(table, () => this.remember());
+    this.controls = new Controls(table, () => this.filter());
+    byId("previous").addEventListener("click", () => this.step(-1));
+    byId("next").addEventListener("click", () => this.step(1));
+    byId("back").addEventListener("click", () => this.open(false));
+    byId("copy").addEventListener("click", () => this.copy());
+    addEventListener("hashchange", () => this.follow());
+    listenToKeys({
+      step: (by) => this.step(by),
+      look: (view) => this.stage.look(view),
+      nudge: (by) => this.stage.nudge(by),
+      lesion: () => byId("lesion-on").click(),
+      leave: () => this.open(false),
+    });
+  }
+
+  /** Show what the filters leave; a film that they leave stays chosen, else the first is. */
+  filter() {
+    const query = this.controls.query();
+    const loose = matching(this.table, query, true);
+    this.controls.range.paint(loose);
+    this.rows = sorted(this.table, query.low === null && query.high === null ? loose : matching(this.table, query), query);
+    byId("count").textContent = countText(this.rows.length, this.table.size);
+    byId("nothing").hidden = this.rows.length > 0;
+    this.list.show(this.rows, query.sort in { plan: 0, file: 0 } ? "" : query.sort);
+    const place = this.rows.indexOf(this.chosen);
+    if (place >= 0) this.list.choose(place);
+    else if (this.rows.length) this.choose(this.rows[0]);
+    this.remember();
+  }
+
+  /** @param {number} n  a record */
+  choose(n) {
+    this.chosen = n;
+    this.list.choose(this.rows.indexOf(n));
+    fillName(this.table, n);
+    this.stage.show(n, this.table.path[n]);
+    emptyDetails("…");
+    this.remember();
+    this.details.get(n).then(
+      (row) => {
+        if (this.chosen !== n) return;
+        this.stage.outline(row.lesion, row.lungs);
+        fillDetails(row);
+      },
+      (error) => this.chosen === n && emptyDetails(String(error.message)),
+    );
+  }
+
+  /** @param {number} by */
+  step(by) {
+    const place = this.rows.indexOf(this.chosen) + by;
+    if (place < 0 || place >= this.rows.length) return;
+    this.choose(this.rows[place]);
+    byId("viewer").scrollIntoView({ block: "nearest" });
+  }
+
+  /** On a narrow screen, show the film in place of the list. @param {boolean} film */
+  open(film) {
+    if (!NARROW.matches) return;
+    byId("viewer").classList.toggle("one", film);
+    byId(film ? "detail" : "list").focus();
+    if (film) byId("viewer").scrollIntoView({ block: "start" });
+    else this.list.choose(this.rows.indexOf(this.chosen));
+  }
+
+  remember() {
+    if (!this.started) return;
+    writeAddress(addressOf(this.table.id[this.chosen] ?? "", this.controls.query(), this.stage.view.key));
+  }
+
+  /** Do what the address says. Returns whether it named a record. */
+  follow() {
+    const asked = readAddress();
+    if (!asked) return false;
+    const { record } = asked;
+    const n = this.table.place.get(record) ?? -1;
+    this.trouble(record && n < 0 ? `There is no record ${record} on this page: it may not be in its sample.` : "");
+    this.started = false;
+    this.controls.set(asked.query);
+    if (n >= 0) this.chosen = n;
+    if (n >= 0 && !matching(this.table, this.controls.query()).includes(n)) this.controls.set(everything());
+    this.filter();
+    if (n >= 0) this.choose(n);
+    if (asked.view) this.stage.look(asked.view);
+    this.started = true;
+    if (n >= 0) {
+      if (NARROW.matches) this.open(true);
+      byId("viewer").scrollIntoView({ block: "start" });
+    }
+    return n >= 0;
+  }
+
+  start() {
+    byId("viewer").hidden = false;
+    this.follow() || this.filter();
+    this.started = true;
+  }
+
+  async copy() {
+    this.remember();
+    const button = byId("copy");
+    try {
+      await navigator.clipboard.writeText(location.href);
+      button.textContent = "Copied";
+    } catch {
+      button.textContent = "It is in the address bar";
+    }
+    setTimeout(() => (button.textContent = "Copy link"), 2000);
+  }
+
+  /** @param {string} text */
+  trouble(text) {
+    byId("trouble").textContent = text;
+    byId("trouble").hidden = !text;
+  }
+}
+
+const section = document.getElementById("films");
+if (section) {
+  loadTable(Number(section.dataset.index)).then(
+    (table) => new Viewer(table).start(),
+    (error) => {
+      byId("trouble").textContent = `The films of this page are not beside it: ${error.message}. Keep the report’s folder together.`;
+      byId("trouble").hidden = false;
+    },
+  );
+}

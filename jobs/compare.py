@@ -1,0 +1,8 @@
+"""``diffva compare`` as an entry point: ``ray job submit --working-dir . -- python jobs/compare.py ...``."""
+
+import sys
+
+from diffva_ray.cli import main
+
+if __name__ == "__main__":
+    main(["compare", *sys.argv[1:]])

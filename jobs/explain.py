@@ -1,0 +1,8 @@
+"""``diffva explain`` as an entry point: ``ray job submit --working-dir . -- python jobs/explain.py ...``."""
+
+import sys
+
+from diffva_ray.cli import main
+
+if __name__ == "__main__":
+    main(["explain", *sys.argv[1:]])

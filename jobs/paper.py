@@ -1,0 +1,8 @@
+"""``diffva paper`` as an entry point: ``ray job submit --working-dir . -- python jobs/paper.py ...``."""
+
+import sys
+
+from diffva_ray.cli import main
+
+if __name__ == "__main__":
+    main(["paper", *sys.argv[1:]])

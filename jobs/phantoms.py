@@ -1,0 +1,8 @@
+"""``diffva phantoms`` as an entry point: ``ray job submit --working-dir . -- python jobs/phantoms.py ...``."""
+
+import sys
+
+from diffva_ray.cli import main
+
+if __name__ == "__main__":
+    main(["phantoms", *sys.argv[1:]])

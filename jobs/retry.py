@@ -1,0 +1,8 @@
+"""``diffva retry`` as an entry point: ``ray job submit --working-dir . -- python jobs/retry.py ...``."""
+
+import sys
+
+from diffva_ray.cli import main
+
+if __name__ == "__main__":
+    main(["retry", *sys.argv[1:]])

@@ -1,0 +1,8 @@
+"""``diffva score`` as an entry point: ``ray job submit --working-dir . -- python jobs/score.py ...``."""
+
+import sys
+
+from diffva_ray.cli import main
+
+if __name__ == "__main__":
+    main(["score", *sys.argv[1:]])

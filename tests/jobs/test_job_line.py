@@ -1,0 +1,133 @@
+"""``ray job submit`` from films to page, against a head with token authentication; exit codes, stop and resubmit."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from head import ROOT, SECRET, Head, wait_for
+
+from diffva_ray.generate.plan import open_run
+from diffva_ray.generate.verification import verify
+from diffva_ray.storage import LocalStore
+
+UPLOAD = 2_000_000  # bytes
+
+
+def records(run: Path) -> pd.DataFrame:
+    parts = [pd.read_parquet(part) for part in sorted(run.glob("records/part-*.parquet"))]
+    return pd.concat(parts, ignore_index=True)
+
+
+def sound(run: Path) -> bool:
+    opened = open_run(LocalStore(str(run)))
+    return opened is not None and verify(opened) == []
+
+
+def generate(films: Path, model: Path, run: Path, *more: str) -> list[str]:
+    return ["--data", str(films), "--model", str(model), "--out", str(run), "--actors", "1", *more]
+
+
+def test_a_job_ends_with_the_exit_code_of_its_verb(head: Head, films: Path, model: Path, tmp_path: Path) -> None:
+    done = head.submit("first", "generate", *generate(films, model, tmp_path / "run"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "18 of 18 records ok" in done.stdout  # the log is followed
+    assert head.about("first")["status"] == "SUCCEEDED"
+    assert sound(tmp_path / "run")
+
+    refused = head.submit("other-settings", "generate", *generate(films, model, tmp_path / "run", "--strength", "0.25"))
+    assert refused.returncode == 1  # ray's own
+    assert "strength: " in refused.stdout
+    about = head.about("other-settings")
+    assert about["status"] == "FAILED"
+    assert about["driver_exit_code"] == 3
+    assert "exit code 3" in about["message"]
+
+    again = head.submit("first", "generate", *generate(films, model, tmp_path / "run"))
+    assert again.returncode != 0, "a submission id is a lock: it is taken once"
+
+    uploads = list(head.folder.glob("r/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"))
+    assert uploads
+    for upload in uploads:  # unpacked, so more than what travelled
+        assert {path.name for path in upload.iterdir()} >= {"diffva_ray", "jobs"}
+        assert not {path.name for path in upload.iterdir()} & {".git", ".venv", "tests", "docs", "runs"}
+        assert sum(path.stat().st_size for path in upload.rglob("*") if path.is_file()) < UPLOAD
+
+
+def test_nobody_gets_in_without_the_token_and_nothing_leaves_loopback(head: Head) -> None:
+    assert json.loads(head.get("/api/version"))["ray_version"]
+    for token in ("", "0" * 64):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            head.get("/api/jobs/", token)
+        assert refused.value.code in (401, 403)
+    stranger = head.ray("job", "list", "--address", head.address, RAY_AUTH_TOKEN_PATH="", RAY_AUTH_TOKEN="0" * 64)
+    assert stranger.returncode != 0
+    assert head.listeners() <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+def test_no_secret_is_shown(head: Head, tmp_path: Path) -> None:
+    """Credentials live in the nodes' environment; a job's description, its log and the session's logs have none."""
+    status = head.submit("looks", "status", str(tmp_path))
+    assert status.returncode == 1
+    assert head.about("looks")["driver_exit_code"] == 2, "nothing there: unusable input"
+    shown = [head.get("/api/jobs/"), status.stdout, status.stderr]
+    shown += [file.read_text(errors="replace") for file in head.folder.glob("r/session_2*/logs/**/*") if file.is_file()]
+    assert any("looks" in text for text in shown)
+    for text in shown:
+        assert SECRET not in text
+        assert head.token not in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_whole_line_by_jobs_with_drivers_stopped_and_killed(
+    head: Head, films: Path, tiny_options: list[str], tmp_path: Path
+) -> None:
+    """train (stopped in the middle, resubmitted), generate (killed in the middle, resubmitted), reduce, report."""
+    model, run = tmp_path / "model", tmp_path / "run"
+    train = ["--data", str(films), "--out", str(model), *tiny_options, "--set", "train.stages.0.steps=400"]
+    assert head.submit("train-1", "train", *train, wait=False).returncode == 0
+    wait_for(lambda: list(model.glob(".train/ray/checkpoint_*")))
+    assert head.ray("job", "stop", "--address", head.address, "train-1").returncode == 0
+    assert head.about("train-1")["status"] == "STOPPED"
+    assert not (model / "diffva.json").exists(), "stopped too late to show anything"
+    resumed = head.submit("train-2", "train", *train)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert (model / "diffva.json").exists()
+    assert "nothing to do" in head.submit("train-3", "train", *train).stdout
+
+    options = generate(films, model, run, "--set", "generate.shard_size=2")
+    assert head.submit("generate-1", "generate", *options, wait=False).returncode == 0
+    wait_for(lambda: len(list(run.glob("records/*.parquet"))) >= 2)
+    os.kill(driver(head, "jobs/generate.py"), 9)
+    wait_for(lambda: head.about("generate-1")["status"] == "FAILED")
+    left = len(list(run.glob("records/*.parquet")))
+    assert left < 9, "killed too late to show anything"
+    assert head.submit("reduce-early", "reduce", str(run)).returncode == 1
+    assert head.about("reduce-early")["driver_exit_code"] == 5
+    finished = head.submit("generate-2", "generate", *options)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert sound(run)
+    assert len(records(run)) == 18
+    assert records(run)["record_id"].is_unique
+
+    for verb in ("verify", "reduce", "report", "status"):
+        done = head.submit(verb, verb, str(run))
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (run / "_SUCCESS").exists()
+    assert (run / "report" / "index.html").stat().st_size > 10_000
+    assert "nothing to do" in head.submit("generate-3", "generate", *options).stdout
+    assert not (ROOT / "runs" / run.name).exists()
+
+
+def driver(head: Head, door: str) -> int:
+    """The process of a job's entry point."""
+    for process in head.processes():
+        words = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
+        if words[0].endswith("python") and door in words[1:3]:
+            return process
+    raise AssertionError(f"no driver runs {door}")

@@ -1,0 +1,77 @@
+"""Rows of the distance table: what stands in them, when, and for which films."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffva_ray.config import Recipe
+from diffva_ray.data.datasets import open_dataset
+from diffva_ray.evaluate.distances import distance_row, reference_features
+from diffva_ray.evaluate.reduction import Options, reduce_run
+from diffva_ray.generate.plan import Request
+from diffva_ray.metrics.features import stand_in
+from diffva_ray.metrics.fid import frechet_distance_features
+from diffva_ray.pipeline import Execution, existing_run, generate_run
+from diffva_ray.storage import LocalStore
+
+
+def test_a_row_has_its_controls_where_the_sets_allow_them() -> None:
+    x, y = np.random.default_rng(0).standard_normal((2, 30, 64)).astype(np.float32)
+    extractor = stand_in()
+    row = distance_row("a", "b", x, y, extractor, 10, paired=True)
+    assert row is not None
+    assert row["value"] == pytest.approx(frechet_distance_features(x, y))
+    assert row["halves"]["n"] == 15
+    assert row["manifold"]["k"] == 5
+    assert not row["infinity"]["trusted"]  # 15 films in 64 dimensions
+    assert (row["dimension"], row["is_stand_in"]) == (64, True)
+    assert "halves" not in distance_row("a", "b", x, y, extractor, 10)
+    small = distance_row("a", "b", x[:5], y[:5], extractor, 10, paired=True)
+    assert not {"halves", "manifold", "infinity"} & small.keys()
+    assert distance_row("a", "b", x[:3], y, extractor, 10) is None
+
+
+class Counting:
+    """The stand-in, which counts the films it sees."""
+
+    def __init__(self) -> None:
+        self.extractor, self.films = stand_in(), 0
+
+    def __getattr__(self, name: str):
+        return getattr(self.extractor, name)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        self.films += len(images)
+        return self.extractor(images)
+
+
+def test_a_reference_set_is_embedded_once_for_all_runs(films: Path, tmp_path: Path) -> None:
+    """By content: other films, or another grid, are another set; a damaged cache is made anew."""
+    dataset, cache, counting = open_dataset(str(films), classes=["Normal"]), LocalStore(str(tmp_path)), Counting()
+    first, unreadable = reference_features(cache, 32, dataset.store, dataset.films, counting, "Normal")
+    again, _ = reference_features(cache, 32, dataset.store, dataset.films, counting, "Normal")
+    assert (counting.films, unreadable) == (6, 0)
+    np.testing.assert_array_equal(first, again)
+    reference_features(cache, 32, dataset.store, dataset.films[:4], counting, "Normal")
+    reference_features(cache, 16, dataset.store, dataset.films, counting, "Normal")
+    assert counting.films == 6 + 4 + 6
+    for entry in cache.list():
+        cache.put(entry.path, b"torn")
+    reference_features(cache, 32, dataset.store, dataset.films, counting, "Normal")
+    assert counting.films == 22
+
+
+def test_prompts_of_a_sweep_have_rows_of_their_own(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
+    """Twins under two prompts are two sets; pooled they would answer no question."""
+    request = Request(("COVID",), sweep=(("prompt", ("normal chest scan", "COVID 19")),))
+    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), request, Execution("inline"))
+    run = existing_run(str(tmp_path / "run"))
+    rows = reduce_run(run, str(films), Options(cache=str(tmp_path / "cache"))).metrics["fid"]
+    names = {row["set2"] for row in rows if row["set1"] == "COVID (source)"}
+    assert names == {"COVID (counterfactual) under “COVID 19”", "COVID (counterfactual) under “normal chest scan”"}
+    assert {row["n1"] for row in rows} == {row["n2"] for row in rows} == {6}
+    assert list((tmp_path / "cache").rglob("reference-*.npz"))
+    assert not list((tmp_path / "run").rglob("reference-*.npz"))

@@ -1,0 +1,108 @@
+"""A score on films the model was trained on is refused, or says so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from diffva_ray.cli import main
+from diffva_ray.data.films import UnusableData
+from diffva_ray.evaluate.foreign_scores import Options, score_maps
+from diffva_ray.evaluate.records import read_records
+from diffva_ray.evaluate.reduction import Options as ReduceOptions
+from diffva_ray.evaluate.reduction import reduce_run
+from diffva_ray.generate.plan import Run
+from diffva_ray.model.card import read_card
+from diffva_ray.model.training_films import TrainingFilms
+from diffva_ray.storage import LocalStore
+
+
+def teach(run: Run, paths: list[str]) -> None:
+    """Put the run's model card in the state after training on those films."""
+    model = Path(run.about["model"])
+    data = LocalStore(run.about["data_root"])
+    listed = [hashlib.sha256(data.read(path)).hexdigest()[:16] for path in paths]
+    (model / "diffva.json").write_text(json.dumps({"digest": "d" * 64, "training_films": sorted(listed)}))
+
+
+def test_training_lists_every_film_by_hash(model: Path, films: Path) -> None:
+    """The list is of file bytes, as sha256sum prints them, and holds films of every class the data have."""
+    seen = TrainingFilms.of(read_card(LocalStore(str(model))))
+    assert seen is not None
+    assert len(seen.hashes) == 24
+    files = sorted(films.glob("*/images/*.png"))
+    assert all(seen.holds(file.read_bytes()) for file in files)
+    assert not seen.holds(files[0].read_bytes() + b"\0")
+    assert not seen.has(None)
+    assert seen.count([hashlib.sha256(files[0].read_bytes()).hexdigest(), "0" * 64, None]) == 1
+
+
+def test_a_run_on_training_films_is_refused_and_told_otherwise_says_so(make_run) -> None:
+    run = make_run()
+    paths = read_records(run)["source_path"].tolist()
+    teach(run, paths[:5])
+    with pytest.raises(UnusableData, match="5 of 12 matched films were in the model's training list"):
+        score_maps(run.store.uri, run.about["data"])
+    allowed = score_maps(run.store.uri, run.about["data"], Options(allow_training_films=True)).metrics
+    assert any("5 of 12" in note and "no test" in note for note in allowed["notes"])
+    of_all = [row["training_films"] for row in allowed["localization"] if row["label"] == "all"]
+    assert set(of_all) == {5}
+    by_class = {row["label"]: row["training_films"] for row in allowed["localization"] if row["map"] == "positive"}
+    assert by_class["COVID"] + by_class["Lung_Opacity"] == 5
+
+
+def test_films_the_model_has_not_seen_are_scored_without_a_word(make_run) -> None:
+    run = make_run()
+    teach(run, [])
+    metrics = score_maps(run.store.uri, run.about["data"]).metrics
+    assert "training_films" not in metrics["localization"][0]
+    assert not any("training" in note for note in metrics["notes"])
+
+
+def test_a_model_without_a_list_or_another_model_is_said(make_run) -> None:
+    run = make_run()
+    assert any("not known" in note for note in score_maps(run.store.uri, run.about["data"]).metrics["notes"])
+    teach(run, read_records(run)["source_path"].tolist())
+    card = Path(run.about["model"]) / "diffva.json"
+    card.write_text(card.read_text().replace("d" * 64, "e" * 64))  # retrained since
+    assert any("not known" in note for note in score_maps(run.store.uri, run.about["data"]).metrics["notes"])
+
+
+def test_the_verb_refuses_with_exit_2_also_for_a_strangers_maps(make_run, tmp_path: Path) -> None:
+    run = make_run()
+    records = read_records(run)
+    teach(run, records["source_path"].tolist()[:1])
+    maps = tmp_path / "maps"
+    for row in records.to_dict("records"):
+        target = maps / row["source_path"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(run.store.read(row["attribution_path"]))
+    command = ["score", str(maps), "--data", run.about["data"], "--encoding", "signed16"]
+    assert CliRunner().invoke(main, command).exit_code == 0  # nobody said which model made them
+    named = [*command, "--model", run.about["model"]]
+    refused = CliRunner().invoke(main, named)
+    assert refused.exit_code == 2
+    assert "--allow-training-films" in refused.stderr
+    allowed = CliRunner().invoke(main, [*named, "--allow-training-films", "--json"])
+    assert allowed.exit_code == 0
+    assert json.loads(allowed.stdout)["localization"][0]["training_films"] in (0, 1)
+
+
+def test_reduce_says_it_in_every_table_that_scores_films(tmp_path: Path, films: Path, model: Path) -> None:
+    """The fixture's model was trained on these very films."""
+    out = tmp_path / "run"
+    options = ["--data", films, "--model", model, "--out", out, "--executor", "inline", "--limit", 6]
+    assert CliRunner().invoke(main, ["generate", *map(str, options)]).exit_code == 0
+    from diffva_ray.pipeline import existing_run
+
+    metrics = reduce_run(existing_run(str(out)), str(films), ReduceOptions()).metrics
+    assert any("6 of 6 records are of films in the model's training list" in note for note in metrics["notes"])
+    for name in ("localization", "validity", "twin"):
+        whole = [row for row in metrics[name] if row["label"] == "all"]
+        assert whole
+        assert all(row["training_films"] == 6 for row in whole)
+    assert "training films" in (out / "tables" / "localization.md").read_text()

@@ -1,0 +1,288 @@
+"""``diffva paper`` on a few phantoms with the tiny model: all of it is there, says what it is, and can be continued."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from diffva_ray.cli import main
+from diffva_ray.config import RecipeError, load_recipe, recipe_names
+from diffva_ray.data.datasets import open_dataset
+from diffva_ray.paper import published
+from diffva_ray.paper.experiments import EXPERIMENTS, TAKEN, Experiment, guided, settings_recipe
+from diffva_ray.paper.films import copy_films, drawn, phantom_chexpert
+from diffva_ray.paper.layout import Table, flat, number, thinned, with_interval
+from diffva_ray.paper.run import Made
+from diffva_ray.storage import LocalStore
+
+STEPS = ("--set", "generate.num_inference_steps=4")
+
+
+def paper(model: Path, out: Path, *more: object) -> Result:
+    command = ["paper", "--model", model, "--out", out, "--executor", "inline", *STEPS, *more]
+    return CliRunner().invoke(main, [str(argument) for argument in command])
+
+
+@pytest.fixture(scope="module")
+def model(model: Path, films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a card that says where its films are, as ``diffva train`` writes it."""
+    copy = tmp_path_factory.mktemp("paper-model") / "tiny"
+    shutil.copytree(model, copy)
+    card = json.loads((copy / "diffva.json").read_text())
+    (copy / "diffva.json").write_text(json.dumps({**card, "data": str(films)}))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("paper") / "out"
+    result = paper(model, out, "--quick", "--limit", 8)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def table(made: Path, key: str) -> dict:
+    return json.loads((made / "tables" / f"{key}.json").read_text())
+
+
+def test_every_table_and_figure_is_there_in_every_form(made: Path) -> None:
+    for key in (
+        "table1",
+        "table2",
+        "table3",
+        "table4",
+        "table5",
+        "tableS1",
+        "tableS2",
+        "tableS3",
+        "tableS4",
+        "tableS5",
+    ):
+        for ending in ("csv", "md", "tex", "json"):
+            assert (made / "tables" / f"{key}.{ending}").stat().st_size > 100, (key, ending)
+    for number_ in range(2, 11):
+        assert (made / "figures" / f"figure{number_:02d}.png").read_bytes().startswith(b"\x89PNG")
+    page, text = (made / "index.html").read_text(), (made / "index.md").read_text()
+    assert page.count("<h2 id=") == text.count("\n## Table") + text.count("\n## Figure") == 19
+    assert "Not for clinical use" in page
+    assert "figure 1: a drawing" in text
+    assert "children against children" in text
+
+
+def test_published_values_stand_beside_ours(made: Path) -> None:
+    """Numbers as the paper prints them, in the row they belong to."""
+    rows = table(made, "table1")["rows"]
+    distances = {(row[0], row[1]): row for row in rows if "[95 %]" in row[2]}
+    assert distances["Viral Pneumonia films", "real Normal"][4] == "97.6"
+    assert distances["COVID films", "their healthy twins"][4] == "32.2"
+    difference = next(row for row in rows if row[0] == "Viral Pneumonia films" and row[2] == "absolute difference")
+    assert difference[4] == "59.97"
+    assert {row[4] for row in table(made, "table2")["rows"]} == {"", "60.6", "110.72", "45.11"}
+    assert [row["paper"] for row in table(made, "table4")["details"]] == ["52.08", "17.71", None]
+    assert [row["paper"] for row in table(made, "table5")["details"]] == [None, "91.57", "113.14", "113.71", None]
+    for label, paper_ in published.CLASSES.items():
+        assert paper_.difference == pytest.approx(abs(paper_.twins - paper_.healthy)), label
+
+
+def test_ours_are_the_numbers_of_the_runs(made: Path) -> None:
+    """Table 1 and the run's own metrics agree; the difference is that of the two lines above it."""
+    details = [row for row in table(made, "table1")["details"] if row["setting"] == "heal-0.55"]
+    metrics = json.loads((made / "runs/heal-0.55/tables/metrics.json").read_text())["fid"]
+    values = {(row["set1"], row["set2"]): row for row in metrics}
+    covid = [row for row in details if row["image_set_1"] == "COVID films"]
+    assert covid[0]["value"] == values["COVID (source)", "COVID (counterfactual)"]["value"]
+    assert covid[1]["value"] == values["Normal (reference)", "COVID (source)"]["value"]
+    assert (covid[0]["n1"], covid[0]["n2"]) == (8, 8)
+    line = next(row for row in table(made, "table1")["rows"] if row[0] == "COVID films" and "difference" in row[2])
+    assert line[5] == number(abs(covid[0]["value"] - covid[1]["value"]))
+    real = [row for row in table(made, "table1")["details"] if row["image_set_2"] == "real Normal"]
+    by_class = {row["image_set_1"]: set() for row in real}
+    for row in real:
+        by_class[row["image_set_1"]].add((row["value"], *row["interval"]))
+    assert all(len(found) == 1 for found in by_class.values())  # the same two sets in every column
+
+
+def test_a_stand_in_is_never_called_fid_and_small_scales_are_not_set_beside(made: Path) -> None:
+    for key in ("table1", "table2", "table4", "table5"):
+        found = table(made, key)
+        assert "stand-in, not FID" in found["caption"]
+        assert not any(cell.startswith("FID") for row in found["rows"] for cell in row)
+        assert all(row["is_stand_in"] for row in found["details"])
+    rows = table(made, "table3")["rows"]
+    assert {row[3] for row in rows if row[1] == "MS-SSIM"} == {"(5 scales)"}
+    assert {row[3] for row in rows if row[1] == "SSIM"} == {"0.780", "0.768", "0.798"}
+
+
+def test_table_five_says_what_guidance_of_one_or_less_does(made: Path) -> None:
+    caption = table(made, "table5")["caption"]
+    assert "Guidance 0.01 and 1 give the same pixels in 16 of 16 films." in caption
+    assert {row["n2"] for row in table(made, "table5")["details"]} == {24}  # twins of all classes together
+    assert table(made, "table5")["details"][0]["within_class"] > 0
+
+
+def test_again_does_nothing_and_weights_make_new_tables(made: Path, model: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in made.rglob("*") if file.is_file()}
+    result = paper(model, made, "--quick", "--limit", 8)
+    assert result.exit_code == 0
+    assert {file: file.stat().st_mtime_ns for file in made.rglob("*") if file.is_file()} == before
+
+
+def test_an_interrupted_paper_goes_on(made: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    (out / "_SUCCESS").unlink()
+    lost = sorted((out / "runs/no-text/records").iterdir())[0]
+    kept = (out / "runs/neither/plan.parquet").stat().st_mtime_ns
+    lost.unlink()
+    (out / "index.html").unlink()
+    assert paper(model, out, "--quick", "--limit", 8).exit_code == 0
+    assert lost.exists()
+    assert (out / "index.html").exists()
+    assert (out / "runs/neither/plan.parquet").stat().st_mtime_ns == kept
+    assert table(out, "table5")["details"] == table(made, "table5")["details"]
+
+
+def test_other_films_in_the_same_folder_are_refused(made: Path, model: Path, films: Path) -> None:
+    result = paper(model, made, "--radiography", films, "--limit", 8)
+    assert result.exit_code == 3
+    assert "radiography" in result.stderr
+
+
+def test_what_cannot_be_made_is_listed(model: Path, films: Path, tmp_path: Path) -> None:
+    """No CheXpert, one abnormal class, no lesion masks: a shorter sheet that says so."""
+    data = tmp_path / "data"
+    for label in ("Normal", "COVID"):
+        shutil.copytree(films / label / "images", data / label / "images")
+    result = paper(model, tmp_path / "out", "--radiography", data, "--limit", 4)
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "out" / "index.md").read_text()
+    assert "table 4, real cardiomegaly against generated: no CheXpert given" in text
+    assert "table S3 (localisation): no film has a lesion mask or box" in text
+    assert "class Viral Pneumonia" in text
+    assert table(tmp_path / "out", "table4")["details"][0]["image_set_1"] == "healthy films"
+
+
+def test_a_prompt_the_model_cannot_read_costs_its_figure_only(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other runs are made. Bad films in a run of the tables are another matter and end the command."""
+    long = Experiment("carcinoma", "figure 4", "few healthy", "paper_induction", ("severe " * 40,))
+    seen: list[Made] = []
+    monkeypatch.setattr("diffva_ray.paper.run.EXPERIMENTS", (long, EXPERIMENTS[4]))
+    monkeypatch.setattr("diffva_ray.paper.page.write_page", seen.append)
+    assert paper(model, tmp_path / "out", "--quick", "--limit", 4).exit_code == 0
+    (made,) = seen
+    assert set(made.runs) == {"healthy-own"}
+    assert made.missing[0][0] == "figure 4"
+    assert "tokens" in made.missing[0][1]
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ((), "--radiography"),
+        (("--radiography", "nowhere"), "nowhere"),
+        (("--quick", "--set", "model.resolution=64"), "--set"),
+    ],
+)
+def test_wrong_usage_is_exit_2(more: tuple[str, ...], named: str, model: Path, tmp_path: Path) -> None:
+    result = paper(model, tmp_path / "out", *more)
+    assert result.exit_code == 2
+    assert named in result.stderr
+
+
+def test_dry_run_lists_every_run_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+    result = paper(model, tmp_path / "out", "--quick", "--dry-run")
+    plan = json.loads(result.stdout)
+    runs = {run["run"]: run for run in plan["runs"]}
+    assert len(runs) == len(EXPERIMENTS)
+    assert (runs["runs/neither"]["strength"], runs["runs/neither"]["guidance_scale"]) == (0.99, 0.1)
+    assert runs["runs/no-image-prior"]["prompts"] == ["healthy chest scan"]
+    assert runs["runs/heal-0.85"]["prompts"] == ["normal chest x-ray"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_the_recipes_and_the_model_stays_itself(tiny) -> None:
+    for experiment in EXPERIMENTS:
+        recipe = settings_recipe(tiny, experiment)
+        assert recipe.model == tiny.model
+        assert recipe.generate.micro_batch == tiny.generate.micro_batch
+        if experiment.recipe and not experiment.changes:
+            named = load_recipe(experiment.recipe)
+            assert all(getattr(recipe.generate, key) == getattr(named.generate, key) for key in TAKEN)
+            assert recipe.data.healthy_prompt == named.data.healthy_prompt
+            assert recipe.assumed == named.assumed != ()
+    with pytest.raises(RecipeError, match="--set model"):
+        settings_recipe(tiny, EXPERIMENTS[0], ["model.tokenizer_length=20"])
+    assert {experiment.recipe for experiment in EXPERIMENTS} - {None} <= set(recipe_names())
+
+
+def test_guidance_is_off_at_one_and_between_equal_prompts() -> None:
+    config = load_recipe("paper").generate
+    assert guided(config, "normal")
+    assert not guided(config, "")
+    assert not guided(config.model_copy(update={"guidance_scale": 1.0}), "normal")
+
+
+def test_chexpert_phantoms_are_read_as_chexpert(tmp_path: Path) -> None:
+    dataset = open_dataset(phantom_chexpert(str(tmp_path / "chexpert"), 3, 32))
+    assert dataset.kind == "chexpert"
+    assert dataset.classes == {"Cardiomegaly": 3, "Normal": 3}
+    assert all(film.size > 0 for film in dataset.films)
+
+
+def test_a_copy_keeps_masks_and_boxes(films: Path, tmp_path: Path) -> None:
+    """Films are renamed on the way; each mask and box has to follow its own."""
+    data = tmp_path / "data"
+    shutil.copytree(films / "COVID", data / "COVID")
+    names = sorted(file.name for file in (data / "COVID/images").iterdir())
+    (data / "boxes.csv").write_text(
+        "file,x,y,w,h\n" + "".join(f"COVID/images/{n},{i},2,3,4\n" for i, n in enumerate(names))
+    )
+    original = open_dataset(str(data))
+    copied = open_dataset(copy_films(original, drawn(original.films, 3), str(tmp_path / "copy")))
+    assert len(copied.films) == len(copied.boxes) == 3
+    for film in copied.films:
+        twin = next(other for other in original.films if other.path.endswith(film.path.rpartition("_")[2]))
+        assert copied.boxes[film.path] == original.boxes[twin.path]
+        for mine, theirs in (
+            (film.path, twin.path),
+            (film.lung_mask, twin.lung_mask),
+            (film.lesion_mask, twin.lesion_mask),
+        ):
+            assert copied.store.read(mine) == original.store.read(theirs)
+
+
+def test_the_smaller_draw_is_part_of_the_larger(films: Path) -> None:
+    everything = open_dataset(str(films)).films
+    few, more = drawn(everything, 2), drawn(everything, 4)
+    assert set(few) < set(more)
+    assert len(few) == 8
+    assert drawn(everything[::-1], 2) == few
+
+
+def test_layout_of_numbers(tmp_path: Path) -> None:
+    assert [number(value) for value in (None, float("nan"), 0.01234, 12.345, 123.45)] == [
+        "–",
+        "–",
+        "0.0123",
+        "12.3",
+        "123.5",
+    ]
+    assert with_interval(1.0, [0.5, 2.0]) == "1 [0.5, 2]"
+    assert with_interval(1.0, None) == "1"
+    assert flat({"a": {"b": [1, 2]}, "c": "x"}) == {"a_b_low": 1, "a_b_high": 2, "c": "x"}
+    assert thinned([["a", "b", "1"], ["a", "b", "2"], ["a", "c", "2"]]) == [
+        ["a", "b", "1"],
+        ["", "", "2"],
+        ["", "c", "2"],
+    ]
+    Table("t", "Title", "Caption", ["h|", "%"], [["1", "a_b"]], [{"x": np.nan}]).write(LocalStore(str(tmp_path)))
+    assert (tmp_path / "tables/t.md").read_text().splitlines()[2] == "| h\\| | % |"
+    assert r"a\_b" in (tmp_path / "tables/t.tex").read_text()
+    assert json.loads((tmp_path / "tables/t.json").read_text())["details"] == [{"x": None}]
