@@ -11,18 +11,21 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import pytest
 from botocore.retries.standard import ExponentialBackoff
 from click.testing import CliRunner, Result
-from conftest import Server
 from faulty import BREAK_OFF, CONFLICT, DENIED, EXPIRED, NOT_IMPLEMENTED, SLOW_DOWN, Proxy, first
 
 from diffva_ray import storage, storage_s3
 from diffva_ray.cli import main
 from diffva_ray.storage import LocalStore, StoreError, open_store
 from diffva_ray.storage_s3 import S3Store
+
+if TYPE_CHECKING:
+    from conftest import Server
 
 ODD = (
     "a b.png",
