@@ -134,8 +134,8 @@ def test_everything_the_page_names_is_beside_it(make_run: MakeRun) -> None:
     assert "url(" not in html
     assert not {"iframe", "object", "embed", "link"} & set(page.tags)
     for picture in page.pictures:
-        assert picture["alt"]
-        assert picture["loading"] == "lazy"
+        assert "alt" in picture  # "" says decoration, or a second picture of what has been named
+        assert picture.get("loading") == "lazy" or not picture.get("src")
 
 
 def test_the_policy_allows_the_pages_own_blocks_and_nothing_else(make_run: MakeRun) -> None:
