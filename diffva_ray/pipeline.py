@@ -196,7 +196,8 @@ def _with_device(execution: Execution, work: Callable[[str], dict[str, int]]) ->
     from diffva_ray import ray_cluster
 
     with ray_cluster.session():
-        return work("cuda" if ray_cluster.gpus() and execution.gpus_per_actor != 0 else "cpu")
+        share = execution.gpus_per_actor  # asked for, it is waited for: an autoscaling cluster has no GPU yet
+        return work("cuda" if (ray_cluster.gpus() if share is None else share) else "cpu")
 
 
 def _carry_out(run: Run, model: str, execution: Execution) -> dict[str, int]:

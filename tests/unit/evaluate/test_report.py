@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable
@@ -13,11 +14,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from diffva_ray.data.images import encode_grey
 from diffva_ray.evaluate.records import read_records
-from diffva_ray.evaluate.report.films import sample, shares
-from diffva_ray.evaluate.report.numbers import cards, report_tables
+from diffva_ray.evaluate.report.assets import HERE, IMPORT, MODULES, viewer_script
+from diffva_ray.evaluate.report.catalogue import read_earlier, scripted, unscripted
+from diffva_ray.evaluate.report.charts import charts
+from diffva_ray.evaluate.report.films import coloured, most, outline, sample, shares, strip
+from diffva_ray.evaluate.report.numbers import cards, glance, report_tables, wilson
 from diffva_ray.evaluate.report.page import write_report
 from diffva_ray.generate.plan import Run
 
@@ -101,6 +106,13 @@ def written(run: Run) -> tuple[str, Page]:
     return html, Page(html)
 
 
+def beside(run: Run) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The index of the viewer (its first file) and all details."""
+    files = sorted((Path(run.store.uri) / "report" / "data").iterdir())
+    index = unscripted(next(file for file in files if file.name == "index-000.js").read_bytes())
+    return index, [row for file in files if file.name.startswith("details") for row in unscripted(file.read_bytes())]
+
+
 def flat(page: Page) -> str:
     return " ".join(page.text.split())
 
@@ -146,6 +158,7 @@ def test_the_policy_allows_the_pages_own_blocks_and_nothing_else(make_run: MakeR
         assert len(page.blocks[kind]) == 1
         digest = base64.b64encode(hashlib.sha256(page.blocks[kind][0].encode()).digest()).decode()
         assert f"{kind}-src 'sha256-{digest}'" in page.policy
+    assert "'strict-dynamic'" in page.policy  # files of records, for that script alone
 
 
 def test_hostile_names_are_text(make_run: MakeRun, hostile: str) -> None:
@@ -155,6 +168,10 @@ def test_hostile_names_are_text(make_run: MakeRun, hostile: str) -> None:
     assert "<script>alert" not in html
     assert f"broken {hostile}" in page.text
     assert f"“{hostile}”" in page.text
+    for file in (Path(run.store.uri) / "report" / "data").iterdir():
+        assert file.read_bytes().isascii()
+    _, details = beside(run)
+    assert {row["prompt"] for row in details} == {hostile}
 
 
 def test_an_unfinished_run_says_how_far_it_is(make_run: MakeRun) -> None:
@@ -201,12 +218,40 @@ def test_a_phantom_model_on_real_films_is_warned_of(
     assert (PHANTOM_WARNING in page.text) is warned
 
 
-def test_writing_again_replaces_the_pictures_of_an_earlier_page(make_run: MakeRun) -> None:
+def test_writing_again_replaces_what_an_earlier_page_had(make_run: MakeRun) -> None:
     run = make_run()
-    run.store.put("report/images/gone.png", b"of an earlier report")
+    for gone in ("report/images/gone.png", "report/data/details-0099.js"):
+        run.store.put(gone, scripted([]))
     first, _ = written(run)
     assert not run.store.exists("report/images/gone.png")
+    assert not run.store.exists("report/data/details-0099.js")
     assert written(run)[0] == first
+
+
+def test_pictures_are_made_once(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(shards=2)
+    written(run)
+    before = read_earlier(run)
+    assert len(before.pictures) == 8
+    made: list[str] = []
+    put = type(run.store).put
+
+    def watched(store: Any, path: str, data: bytes) -> None:
+        made.append(path)
+        put(store, path, data)
+
+    monkeypatch.setattr(type(run.store), "put", watched)
+    written(run)
+    assert not [path for path in made if path.startswith("report/images")]
+    assert read_earlier(run) == before
+
+
+def test_an_unreadable_earlier_report_is_no_matter(make_run: MakeRun) -> None:
+    run = make_run()
+    run.store.put("report/data/index-000.js", b"of something else")
+    assert not read_earlier(run).pictures
+    written(run)
+    assert len(read_earlier(run).pictures) == 12
 
 
 def test_films_that_have_gone_are_counted(make_run: MakeRun) -> None:
@@ -224,9 +269,18 @@ def test_the_sample_is_even_over_classes_and_spans_the_scores(make_run: MakeRun)
     assert sorted(row["label"] for row in chosen) == ["COVID"] * 3 + ["Lung_Opacity"] * 3
     scores = records.loc[records["label"] == "COVID", "ssim"]
     assert {scores.min(), scores.max()} <= {row["ssim"] for row in chosen}
-    shuffled = sample(records.sample(frac=1, random_state=3), 6)
-    assert {row["record_id"] for row in shuffled} == {row["record_id"] for row in chosen}
+    order = records["record_id"].tolist()
+    assert [row["record_id"] for row in chosen] == sorted((row["record_id"] for row in chosen), key=order.index)
     assert len(sample(records, 200)) == 12
+
+
+def test_a_sample_is_said(make_run: MakeRun) -> None:
+    run = make_run()
+    text = flat(Page(Path(write_report(run, listed=4)).read_text()))
+    assert "A sample: " in text
+    assert "of 12 finished records" in text
+    assert most(64) == 20_000
+    assert most(512) == most(2048) < 5_000
 
 
 def test_shares_pass_on_what_small_classes_leave() -> None:
@@ -244,3 +298,78 @@ def test_only_cards_and_tables_that_apply() -> None:
     places = report_tables(METRICS)[0]
     assert [group.title for group in places.groups] == ["all classes, n = 10", "COVID, n = 10"]
     assert [cell.text for cell in places.groups[0].rows[0][1] if cell.best][:1] == ["0.910"]
+
+
+def test_what_the_run_found_in_sentences() -> None:
+    assert glance(None) == []
+    said = " ".join(glance(METRICS))
+    for part in ("Of 9 films", "87.5 %", "AUROC of 0.910", "brightness alone reaches 0.642", "48.0 %"):
+        assert part in said
+    low, high = wilson(0.875, 8)
+    assert (round(low, 3), round(high, 3)) == (0.529, 0.978)  # of the binomial with 7 of 8, after Wilson
+    assert wilson(1, 10)[1] == pytest.approx(1)
+    assert wilson(0, 10)[0] == pytest.approx(0)
+
+
+def test_charts_are_of_all_finished_records(make_run: MakeRun) -> None:
+    drawn = charts(read_records(make_run(bad={"05.png": "broken"})))
+    assert [chart.key for chart in drawn] == ["ssim", "map_energy", "judge_counterfactual"]
+    assert [line.n for line in drawn[0].lines] == ["6", "5"]
+    for line in drawn[0].lines:
+        assert drawn[0].ticks[0][0] >= 118
+        assert line.low <= line.median <= line.high
+    assert "COVID median 0." in drawn[0].said
+
+
+def test_there_is_no_chart_without_its_numbers(make_run: MakeRun) -> None:
+    records = read_records(make_run(judged=False))
+    assert [chart.key for chart in charts(records)] == ["ssim", "map_energy"]
+    assert charts(records.head(0)) == []
+
+
+def test_colours_of_the_map_are_clear_at_zero_and_full_at_the_limit() -> None:
+    picture = Image.open(io.BytesIO(coloured(np.array([[-0.2, 0.0], [0.1, 0.9]], np.float32), 0.2))).convert("RGBA")
+    darker, nothing, brighter, full = list(picture.get_flattened_data())
+    assert nothing[3] == 0
+    assert darker[3] == full[3] == 255
+    assert 100 < brighter[3] < 200
+    assert darker[2] > darker[0]
+    assert full[0] > full[2]
+
+
+def test_a_strip_has_its_panels_side_by_side() -> None:
+    small = [np.full((16, 16), level, np.float32) for level in (0.0, 0.5, 1.0)]
+    picture = Image.open(io.BytesIO(strip(small)))
+    assert (picture.format, picture.size) == ("PNG", (48, 16))
+    assert [picture.getpixel((x, 8)) for x in (8, 24, 40)] == [0, 128, 255]
+    large = Image.open(io.BytesIO(strip([np.zeros((1024, 1024), np.float32)] * 2)))
+    assert (large.format, large.size) == ("WEBP", (1024, 512))
+
+
+def test_outlines_are_paths() -> None:
+    mask = np.zeros((16, 16), bool)
+    assert outline(None) == outline(mask) == ""
+    mask[4:8, 2:6] = True
+    path = outline(mask)
+    assert re.fullmatch(r"M[-0-9.L ]+Z", path)
+    numbers = [float(n) for n in re.findall(r"[0-9.]+", path)]
+    assert (min(numbers[::2]), max(numbers[::2])) == (2, 6)
+    assert (min(numbers[1::2]), max(numbers[1::2])) == (4, 8)
+
+
+def test_the_modules_of_the_viewer_are_joined_in_their_order() -> None:
+    for n, name in enumerate(MODULES):
+        wanted = set(IMPORT.findall((HERE / "viewer" / f"{name}.js").read_text()))
+        assert wanted <= set(MODULES[:n]), name
+    assert sorted(MODULES) == sorted(file.name.removesuffix(".js") for file in (HERE / "viewer").iterdir())
+    text = viewer_script()
+    assert not re.search(r"^(import|export) ", text, re.MULTILINE)
+    assert "</script" not in text
+    assert "innerHTML" not in text
+
+
+@pytest.mark.parametrize("value", [[{"a": "</script>\u2028é"}], {"n": float("nan")}])
+def test_files_of_records_are_read_back(value: Any) -> None:
+    data = scripted(value)
+    assert data.isascii()
+    assert unscripted(data) == ({"n": None} if "n" in value else value)
