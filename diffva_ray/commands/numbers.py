@@ -45,7 +45,12 @@ def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_we
 @click.argument("run")
 @click.option("--serve", "served", is_flag=True, help="Then show it on this machine's loopback address until Ctrl-C.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Of --serve; default: any that is free.")
-@click.option("--films", type=click.IntRange(1), metavar="N", help="Records in the viewer at most; default: by their size, up to 20000.")
+@click.option(
+    "--films",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Records in the viewer at most; default: by their size, up to 20000.",
+)
 def report(run: str, served: bool, port: int, films: int | None) -> None:
     """Write the figures and the HTML report of a run, finished or not: one page that opens from disk, with a viewer of
     its films. Pictures of an earlier report are kept where they still hold.

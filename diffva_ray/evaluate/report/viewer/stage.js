@@ -13,7 +13,7 @@ const VIEWS = [
   { key: "film", name: "Film", left: "film", right: "", heat: false, needs: "" },
   { key: "twin", name: "Twin", left: "twin", right: "", heat: false, needs: "" },
   { key: "map", name: "Map", left: "", right: "", heat: true, needs: "" },
-  { key: "true", name: "Twin / true twin", left: "twin", right: "truth", heat: false, needs: "truth" },
+  { key: "true", name: "True twin", left: "twin", right: "truth", heat: false, needs: "truth" },
 ];
 const TAGS = { film: "film", twin: "healthy twin", truth: "true twin", "": "" };
 
