@@ -33,8 +33,9 @@ bench: demo
 chaos: setup
 	$(BIN)/python tests/chaos/histories.py --inline 1000 --cluster 50 --out benchmarks/results/chaos.json
 
-browser:
+browser: setup
 	command -v chromium || (apt-get update && apt-get install --yes --no-install-recommends chromium)
+	$(BIN)/python -m pytest -m browser tests/browser -s
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

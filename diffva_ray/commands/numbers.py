@@ -43,6 +43,7 @@ def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_we
 
 @verb("report")
 @click.argument("run")
+@click.option("--boxes", metavar="CSV", help="Lesion boxes to outline: file,x,y,w,h in pixels of the film.")
 @click.option("--serve", "served", is_flag=True, help="Then show it on this machine's loopback address until Ctrl-C.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Of --serve; default: any that is free.")
 @click.option(
@@ -51,7 +52,7 @@ def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_we
     metavar="N",
     help="Records in the viewer at most; default: by their size, up to 20000.",
 )
-def report(run: str, served: bool, port: int, films: int | None) -> None:
+def report(run: str, boxes: str | None, served: bool, port: int, films: int | None) -> None:
     """Write the figures and the HTML report of a run, finished or not: one page that opens from disk, with a viewer of
     its films. Pictures of an earlier report are kept where they still hold.
 
@@ -63,7 +64,7 @@ def report(run: str, served: bool, port: int, films: int | None) -> None:
     from diffva_ray.pipeline import existing_run
 
     opened = existing_run(run)
-    click.echo(f"open {write_report(opened, films)}")
+    click.echo(f"open {write_report(opened, films, boxes)}")
     if served:
         serve(opened.store, port, click.echo)
 

@@ -16,7 +16,7 @@ from diffva_ray.evaluate.figures import finished
 from diffva_ray.evaluate.report.numbers import count, number, plain
 
 BINS, CLASSES, COLOURS = 40, 8, 6  # bins of a histogram; classes shown at most; colours there are
-LEFT, WIDTH, ROW, HILL, TOP = 118.0, 300.0, 46.0, 34.0, 8.0  # of a chart, in its own units
+LEFT, WIDTH, ROW, HILL, TOP = 112.0, 208.0, 46.0, 34.0, 8.0  # of a chart, in its own units
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Chart:
     title: str
     said: str
     caption: str
+    left: float
+    right: float
     width: float
     height: float
     lines: list[Line]
@@ -100,8 +102,18 @@ def _chart(
     height = TOP + len(lines) * ROW + 14
     middle_line = _place(0.5, 0, 1) if beside else None
     return Chart(
-        key, title, f"{title}: {', '.join(said)}", caption, LEFT + WIDTH + 12, height, lines, ticks, middle_line
-    )
+        key,
+        title,
+        f"{title}: {', '.join(said)}",
+        caption,
+        LEFT,
+        LEFT + WIDTH,
+        LEFT + WIDTH + 12,
+        height,
+        lines,
+        ticks,
+        middle_line,
+    )  # fmt: skip
 
 
 def _finite(values: pd.Series) -> NDArray[np.float64]:
@@ -118,11 +130,11 @@ def _range(values: NDArray[np.float64], from_zero: bool) -> tuple[float, float]:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Three or four round values between the ends."""
-    raw = (high - low) / 3.5
+    raw = (high - low) / 3
     power = 10.0 ** np.floor(np.log10(raw))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw)
     first = np.ceil(low / step - 1e-9)
-    return [float(n * step) for n in np.arange(first, np.floor(high / step + 1e-9) + 1)]
+    return [float(n * step) + 0.0 for n in np.arange(first, np.floor(high / step + 1e-9) + 1)]
 
 
 def _place(value: float, low: float, high: float) -> float:

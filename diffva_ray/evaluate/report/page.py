@@ -56,21 +56,21 @@ class Contents:
     chosen: int
 
 
-def write_report(run: Run, listed: int | None = None) -> str:
+def write_report(run: Run, listed: int | None = None, boxes: str | None = None) -> str:
     """Write the figures and the page of a run, replacing earlier ones; returns where the page is.
 
     An unfinished run, or one without tables, gets the page of what there is; pictures of an earlier report are kept
-    where they still hold. ``listed``: records in the viewer at most. Raises OSError when the run cannot be read or
-    written.
+    where they still hold. ``listed``: records in the viewer at most; ``boxes``: a CSV of lesion boxes. Raises OSError
+    when the run cannot be read or written, UnusableData for boxes of other films.
     """
     records = read_records(run)
     write_figures(run, records)
-    contents = write_contents(run, records, listed)
+    contents = write_contents(run, records, listed, boxes)
     run.store.put(PAGE, render(run, records, contents).encode())
     return join(run.store.uri, PAGE)
 
 
-def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None) -> Contents:
+def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None, csv: str | None = None) -> Contents:
     """Everything the page loads: pictures below ``report/images``, records below ``report/data``."""
     earlier = read_earlier(run)
     limit = map_scale(run, records).limit
@@ -81,7 +81,7 @@ def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None) -
     known = {row["record_id"] for row in good}
     good += [row for _, row in figures.spanning(run, records) if row["record_id"] not in known]
     bad = records[records["status"] != Status.OK.value].head(LISTED_BAD).to_dict("records")
-    boxes = lesion_boxes(run.about["data"], None, []) if "data" in run.about else {}
+    boxes = lesion_boxes(run.about["data"], csv, []) if "data" in run.about else {}
     pictures = write_pictures(run, good, Palette(limit), boxes, earlier.pictures)
     place = {record: n for n, record in enumerate(records["record_id"])}
     rows = sorted([*good, *bad], key=lambda row: place[row["record_id"]])

@@ -57,6 +57,10 @@ class _Files(http.server.BaseHTTPRequestHandler):
             return
         path = unquote(urlsplit(self.path).path)
         path = "/index.html" if path == "/" else path
+        if path == "/favicon.ico":  # browsers ask unasked
+            self.send_response(HTTPStatus.NO_CONTENT)
+            self.end_headers()
+            return
         if not FILE.fullmatch(path):
             self.send_error(HTTPStatus.NOT_FOUND)
             return

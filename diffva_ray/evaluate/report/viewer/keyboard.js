@@ -25,8 +25,12 @@ export function listenToKeys(actions) {
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || help.open) return;
     if (event.key === "Escape") {
-      if (document.activeElement === search) byId("list").focus();
-      else actions.leave();
+      if (document.activeElement !== search) {
+        actions.leave();
+        return;
+      }
+      event.preventDefault(); // a browser would empty the field
+      byId("list").focus();
       return;
     }
     if (!on.checked || typing(event.target)) return;

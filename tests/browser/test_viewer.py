@@ -1,0 +1,296 @@
+"""The report as a reader uses it: in a browser, from disk, offline."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+from synthetic import HOSTILE, HOSTILE_NAME, make_run
+
+from diffva_ray.evaluate.report.page import write_report
+from diffva_ray.evaluate.report.serve import ReportServer
+from diffva_ray.storage import LocalStore
+
+pytestmark = pytest.mark.browser
+Visit = Callable[..., tuple[Any, Any]]
+WIDTHS = ((1280, 900), (390, 844))
+
+
+def shown(page: Any) -> int:
+    """How many records the count says are left."""
+    return int(page.text_content("#count").split(" ")[0].replace("\u202f", ""))
+
+
+def fine(page: Any) -> list[str]:
+    """The last line of the first rows, from the top."""
+    return page.eval_on_selector_all(
+        ".row", "rows => rows.sort((a, b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top)"
+        ".slice(0, 6).map(row => row.querySelector('.fine').textContent)"
+    )  # fmt: skip
+
+
+def selected(page: Any) -> str:
+    return page.text_content("#film-path")
+
+
+def test_filters_leave_what_they_say(visit: Visit, page_uri: str) -> None:
+    page, _ = visit(page_uri)
+    everything = shown(page)
+    assert everything == 60
+    page.select_option("#label", "COVID")
+    assert shown(page) == 20
+    assert set(page.eval_on_selector_all(".row b", "all => all.map(b => b.textContent)")) == {"COVID"}
+    page.fill("#text", "film-00003")
+    assert shown(page) == 1
+    assert selected(page) == "COVID/images/film-00003.png"
+    page.fill("#text", "nothing is called this")
+    assert page.is_visible("#nothing")
+    page.click("#nothing-reset")
+    assert shown(page) == everything
+    assert page.input_value("#label") == ""
+
+
+def test_the_score_range_narrows_and_says_its_bounds(visit: Visit, page_uri: str) -> None:
+    page, _ = visit(page_uri)
+    page.select_option("#measure", "ssim")
+    page.fill("#low", "500")
+    assert 5 < shown(page) < 55
+    low = float(page.text_content("#bounds").split(" to ")[0])
+    assert all(float(line.removeprefix("SSIM ")) >= low - 1e-3 for line in fine(page))
+    page.fill("#high", "100")  # below the other handle: it stops there
+    assert page.input_value("#high") == "500"
+
+
+def test_sorting_by_a_score_both_ways(visit: Visit, page_uri: str) -> None:
+    page, _ = visit(page_uri)
+    page.select_option("#sort", "map_energy")
+    up = [float(line.split(" ")[-1]) for line in fine(page) if line.startswith("map energy")]
+    assert len(up) == 6
+    assert up == sorted(up)
+    page.click("#turn")
+    down = [float(line.split(" ")[-1]) for line in fine(page)]
+    assert down == sorted(down, reverse=True)
+    assert down[0] > up[-1]
+    assert "high to low" in page.get_attribute("#turn", "aria-label")
+
+
+def test_the_divider_uncovers_the_twin(visit: Visit, page_uri: str) -> None:
+    page, _ = visit(page_uri)
+    page.locator("#stage").scroll_into_view_if_needed()
+    box = page.locator("#stage").bounding_box()
+    page.mouse.click(box["x"] + 0.25 * box["width"], box["y"] + 40)
+    assert page.evaluate("document.getElementById('twin').style.clipPath").startswith("inset(0px 0px 0px 2")
+    page.focus("#divider")
+    before = float(page.input_value("#divider"))
+    page.keyboard.press("ArrowRight")
+    assert float(page.input_value("#divider")) > before
+    assert "film" in page.get_attribute("#divider", "aria-valuetext")
+
+
+def test_views_and_the_opacity_of_the_map(visit: Visit, page_uri: str) -> None:
+    page, _ = visit(page_uri)
+    assert not page.is_visible("#heat")
+    page.get_by_label("Map on film").check()
+    assert page.is_visible("#heat")
+    page.fill("#opacity", "30")
+    assert page.evaluate("document.getElementById('heat').style.opacity") == "0.3"
+    assert page.is_visible(".legend")
+    page.wait_for_selector("#lesion-knob:not([hidden])")
+    assert page.get_attribute("#lesion", "d").startswith("M")
+    page.uncheck("#lesion-on")
+    assert not page.is_visible("#lesion")
+    page.get_by_label("True twin").check()
+    assert page.is_visible("#truth")
+
+
+def test_pictures_are_really_there(visit: Visit, page_uri: str) -> None:
+    page, _ = visit(page_uri)
+    page.wait_for_function("[...document.querySelectorAll('#film, .row img')].every(i => i.complete && i.naturalWidth)")
+    assert page.evaluate("document.getElementById('film').naturalWidth") == 3 * 32
+
+
+def test_a_link_opens_its_record(visit: Visit, page_uri: str) -> None:
+    page, _ = visit(page_uri)
+    page.fill("#text", "film-00017")
+    page.keyboard.press("Escape")
+    page.keyboard.press("2")
+    link = page.evaluate("location.href")
+    assert "#record=" in link
+    other, _ = visit(link)
+    assert selected(other).endswith("film-00017.png")
+    assert shown(other) == 1
+    assert other.is_visible("#heat")
+    alone, _ = visit(link.split("&")[0])
+    assert selected(alone).endswith("film-00017.png")
+    assert shown(alone) == 60
+    assert alone.locator(".row[aria-selected=true]").is_visible()
+    alone.evaluate("location.hash = '#record=nowhere'")
+    alone.wait_for_selector("#trouble:not([hidden])")
+    assert "nowhere" in alone.text_content("#trouble")
+
+
+def test_the_cases_lead_into_the_viewer(visit: Visit, page_uri: str) -> None:
+    page, _ = visit(page_uri)
+    case = page.locator(".case").nth(3)
+    name = case.locator(".path").get_attribute("title")
+    case.locator("a").click()
+    page.wait_for_function("name => document.getElementById('film-path').textContent === name", arg=name)
+
+
+def test_the_keyboard_is_enough(visit: Visit, page_uri: str) -> None:
+    page, _ = visit(page_uri)
+    first = selected(page)
+    page.keyboard.press("j")
+    second = selected(page)
+    assert second != first
+    page.keyboard.press("k")
+    assert selected(page) == first
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "text"
+    page.keyboard.type("jk")  # typed, not acted on
+    assert page.input_value("#text") == "jk"
+    page.keyboard.press("Control+a")
+    page.keyboard.press("Delete")
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.id") == "list"
+    page.keyboard.press("ArrowDown")
+    assert selected(page) == second
+    page.keyboard.press("End")
+    assert page.get_attribute("#list", "aria-activedescendant") == "row-59"
+    assert page.locator(".row[aria-selected=true]").count() == 1
+    page.keyboard.press("?")
+    assert page.is_visible("#help")
+    page.uncheck("#keys-on")
+    page.keyboard.press("Escape")
+    assert not page.is_visible("#help")
+    last = selected(page)
+    page.keyboard.press("k")
+    assert selected(page) == last  # single keys are off
+
+
+def test_dark_and_light(visit: Visit, page_uri: str) -> None:
+    colours = []
+    for scheme in ("light", "dark"):
+        page, _ = visit(page_uri, color_scheme=scheme)
+        colours.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    light, dark = (sum(map(int, colour[4:-1].split(","))) for colour in colours)
+    assert light > 700
+    assert dark < 100
+
+
+def test_on_a_phone_list_and_film_take_turns(visit: Visit, page_uri: str) -> None:
+    page, _ = visit(page_uri, width=390, height=844, has_touch=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert not page.is_visible("#detail")
+    page.locator(".row").nth(2).click()
+    assert page.is_visible("#stage")
+    assert not page.is_visible("#list")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.click("#back")
+    assert page.is_visible("#list")
+    assert page.evaluate("document.activeElement.id") == "list"
+
+
+def test_quarantined_records_say_why(visit: Visit, make_page: Callable[..., str]) -> None:
+    page, seen = visit(make_page(films=12, hostile=True))
+    assert page.evaluate("typeof window.alert") == "function"
+    page.select_option("#status", "quarantined")
+    assert shown(page) >= 1
+    page.wait_for_selector("#why:not([hidden])")
+    assert HOSTILE.strip() in page.evaluate("document.getElementById('why').textContent")
+    assert not page.is_visible("#stage")
+    page.click("#reset")
+    page.fill("#text", "amp;#%20")
+    assert shown(page) == 1
+    assert page.evaluate("document.getElementById('film-path').textContent").endswith(HOSTILE_NAME)
+    again, _ = visit(page.evaluate("location.href"))
+    assert again.input_value("#text") == "amp;#%20"
+    assert page.locator("script").count() == 1
+    assert page.locator("img[onerror]").count() == 0
+    assert not seen.errors
+
+
+def test_ten_thousand_films_are_smooth(visit: Visit, make_page: Callable[..., str], record_property: Any) -> None:
+    uri = make_page(films=10_000)
+    started = time.monotonic()
+    page, _ = visit(uri)
+    ready = time.monotonic() - started
+    assert shown(page) == 10_000
+    assert page.locator(".row").count() < 40
+    spent = {}
+    for name, act in {
+        "class": "document.getElementById('label').value = 'COVID'; document.getElementById('label')",
+        "sort": "document.getElementById('sort').value = 'ssim'; document.getElementById('sort')",
+    }.items():
+        changed = f"{act}.dispatchEvent(new Event('change', {{bubbles: true}}))"
+        timed = f"{changed}; document.body.offsetHeight; return performance.now() - t;"
+        spent[name] = page.evaluate(f"(() => {{ const t = performance.now(); {timed} }})()")
+    assert shown(page) == 3334
+    page.evaluate("const t = document.getElementById('text'); t.value = 'film-09'; t.dispatchEvent(new Event('input'))")
+    assert 300 < shown(page) < 340
+    page.fill("#text", "")
+    page.evaluate("document.getElementById('list').scrollTop = 1e9")
+    page.wait_for_selector("#row-3333")
+    assert page.locator(".row").count() < 40
+    paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? null")
+    size = (Path(uri.removeprefix("file://")).stat().st_size) // 1024
+    numbers = {"ready_s": round(ready, 2), "first_paint_ms": paint, "filter_ms": spent, "page_kib": size}
+    record_property("numbers", json.dumps(numbers))
+    print(numbers)
+    assert ready < 20
+    assert max(spent.values()) < 1000
+
+
+@pytest.mark.parametrize("size", WIDTHS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(visit: Visit, page_uri: str, axe: str, size: tuple[int, int], scheme: str) -> None:
+    page, _ = visit(page_uri, *size, color_scheme=scheme, bypass_csp=True)
+    states = [lambda: None, lambda: page.fill("#text", "nothing is called this"), lambda: page.click("#nothing-reset")]
+    if size[0] < 700:
+        states.append(lambda: page.locator(".row").first.click())
+    states += [lambda: page.keyboard.press("2"), lambda: page.keyboard.press("?")]
+    page.evaluate(axe)
+    for act in states:
+        act()
+        page.wait_for_timeout(100)
+        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+        said = [(one["id"], [node["html"][:160] for node in one["nodes"]]) for one in found]
+        assert not said
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[ReportServer]:
+    run = make_run(tmp_path, 6, hostile=False)
+    write_report(run)
+    with ReportServer(LocalStore(run.store.uri)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_the_served_page_is_the_same(visit: Visit, served: ReportServer) -> None:
+    page, _ = visit(served.address)
+    assert shown(page) == 6
+    page.wait_for_function("[...document.querySelectorAll('#film')].every(i => i.complete && i.naturalWidth)")
+
+
+@pytest.mark.parametrize(
+    "path", ["/../run.json", "/%2e%2e/run.json", "/data/../../run.json", "//run.json", "/images/", "/x.png"]
+)
+def test_only_files_of_the_report_are_served(served: ReportServer, path: str) -> None:
+    with pytest.raises(HTTPError, match="404"):
+        urlopen(f"http://127.0.0.1:{served.server_port}{path}")
+
+
+def test_other_names_for_this_machine_are_refused(served: ReportServer) -> None:
+    with pytest.raises(HTTPError, match="403"):
+        urlopen(Request(served.address, headers={"Host": f"films.example:{served.server_port}"}))
+    with urlopen(served.address) as answer:
+        assert answer.headers["Cache-Control"] == "no-store"
