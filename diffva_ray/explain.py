@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 
 from diffva_ray import __version__
 from diffva_ray.config import GUESS, DataConfig, Recipe
-from diffva_ray.counterfactual.attribution import attribution, energy
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.films import UnusableData
-from diffva_ray.data.images import BadImage, decode, map_levels, pixel_digest, quantise, to_square
+from diffva_ray.data.images import BadImage, decode, quantise, to_square
 from diffva_ray.evaluate.figures import INK, MUTED, Scale, colour_bar, colour_limit, diverging, outline, overlay, png
+from diffva_ray.generate.measures import measure, unit
 from diffva_ray.generate.plan import check_settings
 from diffva_ray.generate.shard import read_mask
-from diffva_ray.metrics.ssim import l1, ms_ssim, psnr, ssim
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
 from diffva_ray.model.card import UnusableModel
@@ -167,29 +166,14 @@ def _answer(
     judge: Judge | None,
 ) -> Answer:
     """Measured on the 8-bit images, as a run's records are."""
-    config, counterfactual = recipe.generate, quantise(healed)
-    healed, rebuilt = (quantise(image).astype(np.float32) / np.float32(255) for image in (healed, rebuilt))
-    signed = attribution(film, rebuilt, healed, config)
-    multiscale, scales = ms_ssim(film, healed)
-    total, in_lungs = energy(signed, lungs)
-    judged = judge.healthy_probability(np.stack([film, healed])) if judge else (None, None)
-    ratio = psnr(film, healed)
-    numbers = {
-        "prompt": prompt,
-        "source_prompt": shown,
-        "map": config.map_name,
-        "ssim": ssim(film, healed, config.ssim_preset),
-        "ms_ssim": multiscale,
-        "ms_ssim_scales": scales,
-        "psnr": ratio if math.isfinite(ratio) else None,  # JSON has no infinity; only equal images have it
-        "l1": l1(film, healed),
-        "map_energy": total,
-        "map_energy_lung_fraction": in_lungs,
-        "judge_source": None if judged[0] is None else float(judged[0]),
-        "judge_counterfactual": None if judged[1] is None else float(judged[1]),
-        "pixel_sha256": pixel_digest(counterfactual),
-        "map_sha256": pixel_digest(map_levels(signed)),
-    }
+    counterfactual = quantise(healed)
+    found, signed = measure(film, counterfactual, quantise(rebuilt), lungs, recipe.generate, judge)
+    numbers = {"prompt": prompt, "source_prompt": shown, **found}
+    for name in ("judge_source", "judge_counterfactual"):  # JSON knows no numpy
+        numbers[name] = None if found[name] is None else float(found[name])
+    if not math.isfinite(found["psnr"]):  # nor infinity; only equal images have it
+        numbers["psnr"] = None
+    del numbers["reconstruction_sha256"]  # the sheet does not keep the reconstruction
     return Answer(prompt, counterfactual, signed, induces(prompt, recipe.data), numbers)
 
 
@@ -230,7 +214,7 @@ def sheet(explanation: Explanation) -> bytes:
     for row, answer in enumerate(answers):
         bottom = height - TOP - row * (PANEL + GAP) - PANEL
         _side(figure, answer, 0.12 / width, bottom + PANEL, height)
-        healed = answer.counterfactual.astype(np.float32) / np.float32(255)
+        healed = unit(answer.counterfactual)
         red = (-1 if answer.inducing else 1) * answer.signed_map
         pictures = (
             explanation.film,

@@ -22,7 +22,6 @@ import torch
 from numpy.typing import NDArray
 
 from diffva_ray import __version__
-from diffva_ray.counterfactual.attribution import attribution, energy
 from diffva_ray.counterfactual.engine import Counterfactuals, Settings
 from diffva_ray.data.images import (
     MAX_BYTES,
@@ -32,15 +31,13 @@ from diffva_ray.data.images import (
     decode_square,
     encode_grey,
     encode_map,
-    map_levels,
     one_line,
-    pixel_digest,
     quantise,
 )
 from diffva_ray.generate.attempts import DEATHS, Attempt, OutOfMemory, Session
+from diffva_ray.generate.measures import measure, unit
 from diffva_ray.generate.plan import FOLDERS, Run, Unfinished, open_run, part
 from diffva_ray.metrics.features import Extractor, stand_in
-from diffva_ray.metrics.ssim import l1, ms_ssim, psnr, ssim
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
 from diffva_ray.schema import RECORDS, Status
@@ -261,39 +258,20 @@ def _micro_batch(bench: Workbench, sources: list[Source], watch: Stopwatch) -> l
 def _measure(
     bench: Workbench, source: Source, counterfactual: NDArray[np.uint8], reconstruction: NDArray[np.uint8]
 ) -> Made:
-    """The numbers and files of one pair. Everything is computed from the 8-bit images as they are stored, so that
-    anybody can recompute it from the files."""
+    """The row and the files of one pair."""
     config, row = bench.run.recipe.generate, source.row
     film = source.square
     assert film is not None
-    healed, rebuilt = (pixels.astype(np.float32) / np.float32(255) for pixels in (counterfactual, reconstruction))
-    signed = attribution(film, rebuilt, healed, config)
+    numbers, signed = measure(film, counterfactual, reconstruction, source.lungs, config, bench.judge)
     names = {kind: f"{kind}/{part(row['shard'])}/{row['record_id']}.png" for kind in FOLDERS}
-    multiscale, scales = ms_ssim(film, healed)
-    map_energy, in_lungs = energy(signed, source.lungs)
-    judged: list[float | None] = [None, None]
-    if bench.judge is not None:
-        judged = list(bench.judge.healthy_probability(np.stack([film, healed])))
-    pair = bench.extractor(np.stack([film, healed]))
+    pair = bench.extractor(np.stack([film, unit(counterfactual)]))
     full = {
         **row,
         **source.found,
-        "map": config.map_name,
+        **numbers,
         "counterfactual_path": names["counterfactuals"],
         "attribution_path": names["maps"],
         "reconstruction_path": names["reconstructions"],
-        "ssim": ssim(film, healed, config.ssim_preset),
-        "ms_ssim": multiscale,
-        "ms_ssim_scales": scales,
-        "psnr": psnr(film, healed),
-        "l1": l1(film, healed),
-        "map_energy": map_energy,
-        "map_energy_lung_fraction": in_lungs,
-        "judge_source": judged[0],
-        "judge_counterfactual": judged[1],
-        "pixel_sha256": pixel_digest(counterfactual),
-        "map_sha256": pixel_digest(map_levels(signed)),
-        "reconstruction_sha256": pixel_digest(reconstruction),
         "status": Status.OK.value,
         "error": None,
     }
