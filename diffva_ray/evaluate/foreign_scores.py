@@ -18,7 +18,7 @@ import numpy as np
 from diffva_ray.config import DataConfig
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, Film, UnusableData
-from diffva_ray.data.images import BadImage, decode, decode_mask, to_square
+from diffva_ray.data.images import BadImage, decode, to_square
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.foreign_maps import (
     Encoding,
@@ -32,12 +32,12 @@ from diffva_ray.evaluate.foreign_maps import (
     open_maps,
     read_map_values,
 )
-from diffva_ray.evaluate.records import Boxes, Row, Truth, grey
+from diffva_ray.evaluate.records import Boxes, Row, film_truth, grey
 from diffva_ray.evaluate.reduction import lesion_boxes, read_thresholds
-from diffva_ray.evaluate.scores import SIMPLE
-from diffva_ray.metrics.localization import SALIENCY, baselines, boxes_mask, score, smooth
+from diffva_ray.evaluate.scores import score_film
+from diffva_ray.metrics.localization import SALIENCY, baselines, smooth
 from diffva_ray.model.training_films import TrainingFilms
-from diffva_ray.storage import Store, open_store
+from diffva_ray.storage import open_store
 
 DEFAULT_GRID = 256
 SMALLEST_GRID = 32  # a class activation map of 7 x 7 is enlarged: lesions would vanish on its own grid
@@ -267,38 +267,9 @@ def _score_one(
     rendered = None if reconstruction is None else to_square(reconstruction, grid.size)
     maps = {name: transform(signed) for name, transform in SALIENCY.items()}
     maps |= baselines(square, rendered, grid.smoothing)
-    rows = []
-    for name, saliency in maps.items():
-        scores = score(saliency, truth.lesion, truth.region)
-        if scores is not None:
-            rows.append(
-                {
-                    "map_path": file.path,
-                    "source_path": film.path,
-                    "label": film.label,
-                    "map": name,
-                    "region": "film" if truth.region is None else "lungs or lesion",
-                    "dice_curve": scores.dice_curve,
-                    **{key: getattr(scores, key) for key in SIMPLE},
-                }
-            )
+    about = {"map_path": file.path, "source_path": film.path, "label": film.label}
+    rows = [{**about, **row} for row in score_film(maps, truth)]
     return replace(found, rows=rows, nothing_to_find=not rows)
-
-
-def film_truth(data: Store, film: Film, boxes: Boxes, width: int, height: int, size: int) -> Truth:
-    """What a data set knows about the lesion of a film of ``width`` x ``height``, as masks [size, size]; boxes count
-    where there is no lesion mask, and a mask that cannot be read is none."""
-
-    def mask(path: str) -> np.ndarray | None:
-        try:
-            return decode_mask(data.read(path), size) if path else None
-        except (OSError, BadImage):
-            return None
-
-    lesion = mask(film.lesion_mask)
-    if lesion is None and film.path in boxes:
-        lesion = boxes_mask(boxes[film.path], width, height, size)
-    return Truth(lesion, mask(film.lung_mask))
 
 
 def _said_of_input(folder: MapFolder, matched: Matched, grid: Grid, options: Options) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffva_ray.data.films import Film
 from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, to_square
 from diffva_ray.generate.ledger import committed
 from diffva_ray.generate.plan import Run
@@ -77,22 +78,28 @@ def read_images(run: Run, data: Store, row: Row) -> Images:
 
 
 def read_truth(run: Run, data: Store, row: Row, boxes: Boxes) -> Truth:
-    """What the data set knows about a record's film; boxes count where there is no lesion mask."""
+    """What the data set knows about a record's film, its lesion-free twin included."""
     size = run.recipe.model.resolution
+    film = Film(row["source_path"], row["label"], -1, row["lung_mask_path"] or "", row["lesion_mask_path"] or "")
+    truth = film_truth(data, film, boxes, row["width"], row["height"], size)
+    try:
+        twin = to_square(decode(data.read(row["twin_path"])), size) if row["twin_path"] else None
+    except (OSError, BadImage):
+        twin = None
+    return replace(truth, twin=twin)
 
-    def mask(path: str | None) -> NDArray[np.bool_] | None:
+
+def film_truth(data: Store, film: Film, boxes: Boxes, width: int, height: int, size: int) -> Truth:
+    """What a data set knows about the lesion of a film of ``width`` x ``height``, as masks [size, size]; boxes count
+    where there is no lesion mask, and a mask that cannot be read is none."""
+
+    def mask(path: str) -> NDArray[np.bool_] | None:
         try:
             return decode_mask(data.read(path), size) if path else None
         except (OSError, BadImage):
             return None
 
-    lesion = mask(row["lesion_mask_path"])
-    if lesion is None and row["source_path"] in boxes:
-        lesion = boxes_mask(boxes[row["source_path"]], row["width"], row["height"], size)
-    twin = None
-    if row["twin_path"]:
-        try:
-            twin = to_square(decode(data.read(row["twin_path"])), size)
-        except (OSError, BadImage):
-            twin = None
-    return Truth(lesion, mask(row["lung_mask_path"]), twin)
+    lesion = mask(film.lesion_mask)
+    if lesion is None and film.path in boxes:
+        lesion = boxes_mask(boxes[film.path], width, height, size)
+    return Truth(lesion, mask(film.lung_mask))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffva_ray.data.images import BadImage
 from diffva_ray.evaluate.records import Boxes, Images, Truth, read_images, read_truth
@@ -43,20 +45,19 @@ def _localization(images: Images, truth: Truth, run: Run) -> list[Row]:
     maps = {name: transform(images.signed_map) for name, transform in SALIENCY.items()}
     smoothing = run.recipe.generate.smoothing
     maps |= baselines(images.film, images.reconstruction, smoothing)
+    return score_film(maps, truth)
+
+
+def score_film(maps: Mapping[str, NDArray[np.float32]], truth: Truth) -> list[Row]:
+    """One row for each map [size, size] of a film whose lesion is known; none where there is nothing to find."""
     assert truth.lesion is not None
+    region = "film" if truth.region is None else "lungs or lesion"
     rows = []
     for name, saliency in maps.items():
         found = score(saliency, truth.lesion, truth.region)
         if found is not None:
-            region = "film" if truth.region is None else "lungs or lesion"
-            rows.append(
-                {
-                    "map": name,
-                    "region": region,
-                    "dice_curve": found.dice_curve,
-                    **{key: getattr(found, key) for key in SIMPLE},
-                }
-            )
+            scores = {key: getattr(found, key) for key in SIMPLE}
+            rows.append({"map": name, "region": region, "dice_curve": found.dice_curve, **scores})
     return rows
 
 
