@@ -29,13 +29,11 @@ from diffva_ray.generate.plan import (
     pixel_keys,
     start_run,
 )
-from diffva_ray.model.card import UnusableModel, folder_digest, read_card
+from diffva_ray.model.card import TRAINING, UnusableModel, folder_digest, read_card
 from diffva_ray.observe import LOG, Progress
 from diffva_ray.provenance import provenance, torch_version
 from diffva_ray.schema import digest
 from diffva_ray.storage import open_store
-
-TRAINING = ".train/training.json"
 
 
 def model_recipe(model: str, recipe: str | None, overrides: tuple[str, ...]) -> Recipe:
@@ -255,13 +253,10 @@ def retry_run(
         if overlay is None:
             return {"shards": 0, "records": 0, "ok": 0}
         run.store.delete(SUCCESS)  # its tables are of the records as they were
-        return _carry_out(replace(overlay, about={**overlay.about, **_places(run)}), run.about["model"], execution)
+        moved = replace(overlay, about={**overlay.about, "data_root": run.about["data_root"]})
+        return _carry_out(moved, run.about["model"], execution)
 
     return _with_device(execution, carry_out)
-
-
-def _places(run: Run) -> dict[str, str]:
-    return {key: run.about[key] for key in ("data_root", "model")}
 
 
 def existing_run(uri: str) -> Run:

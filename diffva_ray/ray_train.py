@@ -17,11 +17,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffva_ray import ray_cluster
 from diffva_ray.config import make_recipe
+from diffva_ray.model.card import PROGRESS
 from diffva_ray.observe import Progress
 from diffva_ray.ray_metrics import TrainingMetrics
 from diffva_ray.storage import Store, open_store
-
-PROGRESS = ".train/progress.json"  # train.loop.PROGRESS, whose module loads torch
 
 
 def fit(

@@ -8,7 +8,7 @@ from typing import Any
 from diffva_ray.data.films import UnusableData
 from diffva_ray.generate.ledger import committed, overlays
 from diffva_ray.generate.plan import SUCCESS, Run, open_run, part
-from diffva_ray.model.card import read_card
+from diffva_ray.model.card import PROGRESS, TRAINING, read_card
 from diffva_ray.observe import duration
 from diffva_ray.schema import Status
 from diffva_ray.storage import Store, open_store
@@ -21,8 +21,8 @@ def read_status(uri: str) -> dict[str, Any]:
     if run is not None:
         return _run_status(run)
     card = read_card(store)
-    progress = _read_json(store, ".train/progress.json")
-    if card is None and progress is None and not store.exists(".train/training.json"):
+    progress = _read_json(store, PROGRESS)
+    if card is None and progress is None and not store.exists(TRAINING):
         raise UnusableData(f"{uri}: neither a run (run.json) nor a model (diffva.json)")
     found: dict[str, Any] = {"kind": "model", "uri": store.uri, "trained": card is not None}
     if card is not None:

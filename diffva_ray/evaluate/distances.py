@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +16,15 @@ from diffva_ray.data.films import Film
 from diffva_ray.data.images import BadImage, decode, to_square
 from diffva_ray.evaluate.records import by_shard
 from diffva_ray.generate.plan import Run
-from diffva_ray.metrics.features import Extractor
 from diffva_ray.metrics.fid import delete_group_jackknife, frechet_distance_features, matched
 from diffva_ray.metrics.fid_controls import infinity, split_halves
 from diffva_ray.metrics.kid import kid
 from diffva_ray.metrics.manifold import prdc
 from diffva_ray.schema import digest
 from diffva_ray.storage import Store
+
+if TYPE_CHECKING:  # it loads torch, which a driver that only plans has no use for
+    from diffva_ray.metrics.features import Extractor
 
 Features = NDArray[np.float32]
 Row = dict[str, Any]

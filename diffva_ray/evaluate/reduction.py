@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pyarrow as pa
@@ -24,14 +24,16 @@ from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.distances import distance_row, reference_features, run_features
 from diffva_ray.evaluate.records import Boxes, Row, by_shard, read_records
 from diffva_ray.evaluate.scores import score_records
-from diffva_ray.generate.budget import check_budget
+from diffva_ray.generate.budget import check_quarantined
 from diffva_ray.generate.ledger import OVERLAYS, overlays
 from diffva_ray.generate.plan import PLAN_FILE, RUN, SUCCESS, Run, open_run
 from diffva_ray.generate.verification import MANIFEST, Problem, verify
-from diffva_ray.metrics.features import Extractor, inception, stand_in
 from diffva_ray.model.training_films import TrainingFilms
 from diffva_ray.schema import RECORDS, Status, digest
 from diffva_ray.storage import Store, open_store
+
+if TYPE_CHECKING:
+    from diffva_ray.metrics.features import Extractor
 
 Scored = tuple[list[Row], list[Row]]  # localisation rows and twin rows of one shard
 Score = Callable[[Run, str, list[list[Row]], Boxes], list[Scored]]
@@ -104,7 +106,7 @@ def reduce_run(run: Run, data_uri: str, options: Options, score: Score | None = 
     run.store.put("tables/metrics.json", json.dumps(tables.clean(reduced.metrics), indent=1).encode())
     _write_manifest(run)
 
-    check_budget(run)
+    check_quarantined(run, quarantined.to_dict("records"))
     run.store.put(SUCCESS, json.dumps(state).encode())
     return reduced
 
@@ -198,6 +200,8 @@ def lesion_boxes(data_uri: str, csv: str | None, notes: list[str]) -> Boxes:
 
 def choose_extractor(weights: str | None, resize: str, grid: int, notes: list[str]) -> Extractor:
     """pytorch-fid's Inception where its weights are given, else the stand-in, openly."""
+    from diffva_ray.metrics.features import inception, stand_in  # here, since it loads torch
+
     if weights is None:
         notes.append(
             "no Inception weights given (--inception-weights PATH): distances are of the stand-in extractor and are "

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from diffva_ray.evaluate.scores import SIMPLE
+from diffva_ray.metrics.counterfactual import flip_rate
 from diffva_ray.metrics.localization import dice_at, fixed_threshold, patient_bootstrap
-from diffva_ray.metrics.validity import flip_rate
 from diffva_ray.storage import Store
 
 Row = dict[str, Any]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow.compute as pc
 
@@ -17,30 +18,35 @@ class OverBudget(Exception):
     """More records were quarantined than the recipe allows; all work is kept."""
 
 
-def check_budget(run: Run) -> int:
-    """Number of quarantined records so far. Raises OverBudget above ``max_quarantined_fraction`` of the plan."""
-    records = committed(run, ["source_path", "status", "error"])
-    bad = records.filter(pc.field("status") != Status.OK.value)
+def check_budget(run: Run) -> None:
+    """Raises OverBudget when more records are quarantined so far than ``max_quarantined_fraction`` of the plan."""
+    check_quarantined(run, _quarantined(run))
+
+
+def check_quarantined(run: Run, bad: Sequence[Mapping[str, Any]]) -> None:
+    """The same of records that have been read already: the quarantined ones, in plan order."""
     planned, allowed = run.about["records"], run.recipe.evaluate.max_quarantined_fraction
     if len(bad) > allowed * planned:
         raise OverBudget(
             f"{len(bad)} of {planned} records are quarantined, more than max_quarantined_fraction {allowed:g} allows "
-            f"({_first(bad.slice(0, 1).to_pylist()[0])}); all work is kept in {run.store.uri}; mend the films and run "
-            f"diffva retry"
+            f"({_first(bad)}); all work is kept in {run.store.uri}; mend the films and run diffva retry"
         )
-    return len(bad)
 
 
 def check_first_shards(run: Run, counts: Mapping[str, int]) -> None:
     """Stop early: OverBudget when the first shards made now hold records, and none that is ok."""
     if counts["shards"] == FIRST_SHARDS < run.shards and counts["records"] and not counts["ok"]:
-        bad = committed(run, ["source_path", "status", "error"]).filter(pc.field("status") != Status.OK.value)
         raise OverBudget(
-            f"none of the first {counts['records']} records is usable ({_first(bad.slice(0, 1).to_pylist()[0])}); "
+            f"none of the first {counts['records']} records is usable ({_first(_quarantined(run))}); "
             f"stopped, because that looks like a wrong folder or a lost mount. Make {run.about['data_root']} readable "
             f"and go on with the same command, then diffva retry {run.store.uri}"
         )
 
 
-def _first(row: Mapping[str, str]) -> str:
-    return f"first: {row['source_path']}: {row['error']}"
+def _quarantined(run: Run) -> list[dict[str, Any]]:
+    records = committed(run, ["source_path", "status", "error"])
+    return records.filter(pc.field("status") != Status.OK.value).to_pylist()
+
+
+def _first(bad: Sequence[Mapping[str, Any]]) -> str:
+    return f"first: {bad[0]['source_path']}: {bad[0]['error']}"

@@ -53,7 +53,8 @@ def verify_shard(run: Run, shard: int, present: set[str] | None = None) -> list[
     planned = [row["record_id"] for row in run.shard_rows(shard)]
     if table["record_id"].to_pylist() != planned:
         problems.append(Problem(shard, f"{name} does not hold the planned records, each once and in order"))
-    for row in table.to_pylist():
+    rows = table.to_pylist()
+    for row in rows:
         if row["status"] not in STATUSES or bool(row["error"]) == (row["status"] == Status.OK.value):
             problems.append(Problem(shard, f"{name}: {row['record_id']} has status {row['status']}, {row['error']}"))
         if row["status"] != Status.OK.value:
@@ -69,7 +70,7 @@ def verify_shard(run: Run, shard: int, present: set[str] | None = None) -> list[
                 wrong = _image_problem(run, path, digest, signed)
             if wrong:
                 problems.append(Problem(shard, f"{path} {wrong}"))
-    ok = [row["record_id"] for row in table.to_pylist() if row["status"] == Status.OK.value]
+    ok = [row["record_id"] for row in rows if row["status"] == Status.OK.value]
     wrong = _features_problem(run, shard, ok, present)
     return [*problems, *([Problem(shard, wrong)] if wrong else [])]
 

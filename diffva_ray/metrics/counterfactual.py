@@ -5,7 +5,7 @@ Maps are signed float arrays [H, W]; films and twins grey [H, W] in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,3 +126,10 @@ def memorisation(
         len(twins),
         size,
     )
+
+
+def flip_rate(before: Sequence[float], after: Sequence[float]) -> tuple[float, int]:
+    """Share of films that turn healthy (probability above one half) among those the judge called abnormal before;
+    their number. NaN without any."""
+    abnormal = [new for old, new in zip(before, after, strict=True) if old <= 0.5]
+    return (float(np.mean([new > 0.5 for new in abnormal])) if abnormal else float("nan")), len(abnormal)

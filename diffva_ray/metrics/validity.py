@@ -89,10 +89,3 @@ def blur(films: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     padded = functional.pad(films[None], (3, 3, 3, 3), mode="reflect")
     rows = functional.conv2d(padded, kernel.reshape(n, 1, 1, 7), groups=n)
     return functional.conv2d(rows, kernel.reshape(n, 1, 7, 1), groups=n)[0]
-
-
-def flip_rate(before: Sequence[float], after: Sequence[float]) -> tuple[float, int]:
-    """Share of films that turn healthy (probability above one half) among those the judge called abnormal before;
-    their number. NaN without any."""
-    abnormal = [new for old, new in zip(before, after, strict=True) if old <= 0.5]
-    return (float(np.mean([new > 0.5 for new in abnormal])) if abnormal else float("nan")), len(abnormal)

@@ -10,6 +10,7 @@ from typing import Any
 from diffva_ray.storage import Store
 
 CARD = "diffva.json"
+TRAINING, PROGRESS = ".train/training.json", ".train/progress.json"  # of a training, while it lasts and after
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 

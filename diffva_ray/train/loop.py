@@ -23,6 +23,7 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset
 from diffva_ray.metrics.validity import save_judge
 from diffva_ray.model.bundle import Bundle, build, save
+from diffva_ray.model.card import PROGRESS
 from diffva_ray.model.training_films import FILM_DIGITS
 from diffva_ray.storage import Store, open_store
 from diffva_ray.train.checkpoint import Position, load_optimizer, load_weights, read_position, save_checkpoint
@@ -30,7 +31,6 @@ from diffva_ray.train.loss import learning_rate
 from diffva_ray.train.sampling import FilmSet, step_generator
 from diffva_ray.train.stages import AutoencoderStage, DenoiserStage, JudgeStage
 
-PROGRESS = ".train/progress.json"
 Report = Callable[[dict[str, float], Path | None], None]
 
 

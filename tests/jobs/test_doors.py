@@ -47,6 +47,5 @@ def test_what_a_driver_needs_of_ray_loads_no_torch(module: str) -> None:
     assert loaded(f"import diffva_ray.{module}") == []
 
 
-@pytest.mark.xfail(reason="evaluate/reduction.py, distances.py and tables.py import metrics that load torch")
 def test_a_whole_driver_loads_no_torch() -> None:
     assert loaded("import diffva_ray.pipeline") == []

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "evaluate": LOW | {"config", "data", "metrics", "generate", "model"},
     "ray_cluster": LOW,
     "ray_metrics": set(),
-    "ray_train": LOW | {"config", "train", "ray_cluster", "ray_metrics"},
+    "ray_train": LOW | {"config", "model", "train", "ray_cluster", "ray_metrics"},
     "ray_generate": LOW | {"config", "generate", "ray_cluster", "ray_metrics"},
     "ray_reduce": LOW | {"config", "evaluate", "generate", "ray_cluster"},
 }
