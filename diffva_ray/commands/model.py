@@ -14,9 +14,10 @@ from diffva_ray.commands.verb import (
     model_option,
     recipe_option,
     set_option,
+    settings_options,
+    settings_overrides,
     show,
     verb,
-    with_flags,
 )
 from diffva_ray.config import load_recipe
 
@@ -75,11 +76,7 @@ def train(data: str, out: str, workers: int, gpus_per_worker: float | None, exec
     "--out", metavar="FILE.png", help="The sheet, local or s3://; default: <film>.explained.png in the current folder."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
-@click.option("--method", metavar="NAME", help="sdedit, ddim-inversion or cycle.")
-@click.option("--strength", type=float, metavar="F", help="How far the film is taken apart, in (0, 1].")
-@click.option("--guidance-scale", type=float, metavar="F", help="Classifier-free guidance; 1 or less is none.")
-@click.option("--steps", type=int, metavar="N", help="Scheduler steps at strength 1.")
-@click.option("--scheduler", metavar="NAME", help="pndm, pndm-diffusers, ddim, dpmsolver++, unipc or euler.")
+@settings_options
 @click.option("--seed", type=int, help="As of a run; the film's own is made of it and the file's name.")
 @recipe_option
 @set_option
@@ -95,12 +92,7 @@ def explain(film: str, model: str, prompts: tuple[str, ...], out: str | None, as
     from diffva_ray.explain import explain as ask
     from diffva_ray.pipeline import model_recipe
 
-    flags = {
-        "seed": options["seed"],
-        "generate__num_inference_steps": options["steps"],
-        **{f"generate__{key}": options[key] for key in ("method", "strength", "guidance_scale", "scheduler")},
-    }
-    recipe = model_recipe(model, options["recipe"], with_flags(options["overrides"], **flags))
+    recipe = model_recipe(model, options["recipe"], settings_overrides(options))
     name = film.rpartition("/")[2]
     path = out or f"{name.rpartition('.')[0] or name}.explained.png"
     check_sheet(path)

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from diffva_ray.commands.verb import data_option, executor_option, verb
+from diffva_ray.commands.verb import data_option, executor_option, verb, weights_option
 from diffva_ray.data.films import UnusableData
 
 
@@ -14,7 +14,7 @@ from diffva_ray.data.films import UnusableData
 @click.argument("run")
 @click.option("--reference", multiple=True, metavar="LABEL=DATA_OR_RUN", help="Compare with class LABEL; repeatable.")
 @click.option("--boxes", metavar="CSV", help="Lesion boxes: file,x,y,w,h in pixels of the film.")
-@click.option("--inception-weights", metavar="PATH|download", help="pytorch-fid's state dict; default: its cache.")
+@weights_option
 @click.option(
     "--resize", type=click.Choice(["clean", "legacy"]), help="Way to Inception's grid; legacy: pytorch-fid's."
 )

@@ -6,13 +6,16 @@ import click
 
 from diffva_ray.commands.verb import (
     DONE,
+    actors_option,
     dry_run_option,
     executor_option,
+    gpus_option,
     model_option,
     recipe_option,
     set_option,
     show,
     verb,
+    weights_option,
 )
 
 
@@ -23,7 +26,7 @@ from diffva_ray.commands.verb import (
 @click.option("--out", metavar="DIR", required=True, help="Folder, or s3://; an unfinished one is continued.")
 @click.option("--quick", is_flag=True, help="24 films of each class; phantoms where no data are given.")
 @click.option("--limit", type=click.IntRange(4), metavar="N", help="At most so many films of each class.")
-@click.option("--inception-weights", metavar="PATH|download", help="pytorch-fid's state dict; default: its cache.")
+@weights_option
 @click.option(
     "--resize",
     type=click.Choice(["clean", "legacy"]),
@@ -31,8 +34,8 @@ from diffva_ray.commands.verb import (
     show_default=True,
     help="Way to Inception's grid.",
 )
-@click.option("--actors", type=click.IntRange(1), metavar="N", help="Default: one for each GPU, or for each CPU.")
-@click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="Default: 1 where the cluster has GPUs.")
+@actors_option
+@gpus_option
 @executor_option
 @recipe_option
 @set_option
@@ -52,11 +55,10 @@ def paper(radiography: str | None, chexpert: str | None, model: str, out: str, q
     from diffva_ray.paper.run import Inputs, planned_paper, run_paper
 
     execution = pipeline.Execution(executor, actors, gpus_per_actor)
-    inputs = Inputs(radiography, chexpert, model, out, quick, limit, None, resize, recipe, overrides, execution)
+    weights = None if dry_run else pipeline.inception_path(inception_weights)
+    inputs = Inputs(radiography, chexpert, model, out, quick, limit, weights, resize, recipe, overrides, execution)
     if dry_run:
         show(pipeline.model_recipe(model, recipe, overrides), **planned_paper(inputs))
         return DONE
-    weights = pipeline.inception_path(inception_weights)
-    inputs = Inputs(radiography, chexpert, model, out, quick, limit, weights, resize, recipe, overrides, execution)
     click.echo(f"open {run_paper(inputs)}")
     return DONE

@@ -10,13 +10,18 @@ import click
 from diffva_ray.commands.verb import (
     DONE,
     INCOMPLETE,
+    actors_option,
+    change_option,
     data_option,
     dry_run_option,
     executor_option,
+    gpus_option,
     model_option,
     names,
     recipe_option,
     set_option,
+    settings_options,
+    settings_overrides,
     show,
     verb,
     with_flags,
@@ -30,20 +35,16 @@ from diffva_ray.commands.verb import (
 @click.option("--classes", metavar="A,B", help="Classes to heal; default: all but the healthy one.")
 @click.option("--healthy-class", metavar="NAME", help="The class that counts as healthy.")
 @click.option("--prompt", metavar="TEXT", help="What the twin should be; default: the recipe's healthy prompt.")
-@click.option("--method", metavar="NAME", help="sdedit, ddim-inversion or cycle.")
-@click.option("--strength", type=float, metavar="F", help="How far the film is taken apart, in (0, 1].")
-@click.option("--guidance-scale", type=float, metavar="F", help="Classifier-free guidance; 1 or less is none.")
-@click.option("--steps", type=int, metavar="N", help="Scheduler steps at strength 1.")
-@click.option("--scheduler", metavar="NAME", help="pndm, pndm-diffusers, ddim, dpmsolver++, unipc or euler.")
+@settings_options
 @click.option("--seed", type=int, help="Seed of the run.")
 @click.option("--draws", type=int, metavar="K", help="Records per film, each with noise of its own.")
 @click.option("--sweep", multiple=True, metavar="KEY=V,V", help="Several values of one setting; repeatable.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="At most so many records.")
 @click.option("--shard-size", type=int, metavar="N", help="Records per shard.")
 @click.option("--micro-batch", type=int, metavar="N", help="Films in one network call.")
-@click.option("--actors", type=click.IntRange(1), metavar="N", help="Default: one for each GPU, or for each CPU.")
-@click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="Default: 1 where the cluster has GPUs.")
-@click.option("--allow-environment-change", is_flag=True, help="Go on with another torch or device; recorded.")
+@actors_option
+@gpus_option
+@change_option
 @executor_option
 @recipe_option
 @set_option
@@ -58,16 +59,10 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     from diffva_ray.generate.plan import Request, parse_sweep
     from diffva_ray.pipeline import Execution, existing_run, generate_run, model_recipe
 
-    flags = {
-        "data__healthy_class": options["healthy_class"],
-        "seed": options["seed"],
-        "generate__num_inference_steps": options["steps"],
-        **{
-            f"generate__{key}": options[key]
-            for key in ("method", "strength", "guidance_scale", "scheduler", "draws", "shard_size", "micro_batch")
-        },
-    }
-    recipe = model_recipe(model, options["recipe"], with_flags(options["overrides"], **flags))
+    overrides = with_flags(
+        settings_overrides(options, "draws", "shard_size", "micro_batch"), data__healthy_class=options["healthy_class"]
+    )
+    recipe = model_recipe(model, options["recipe"], overrides)
     request = Request(names(options["classes"]), options["prompt"], options["limit"], parse_sweep(options["sweep"]))
     execution = Execution(
         options["executor"], options["actors"], options["gpus_per_actor"], options["allow_environment_change"]
@@ -131,9 +126,9 @@ def verify(run: str, repair: bool) -> int:
 @click.argument("run")
 @click.option("--data", metavar="DATA", help="Where the data set is now, if it has moved.")
 @click.option("--model", metavar="MODEL", help="Where the model is now, if it has moved.")
-@click.option("--actors", type=click.IntRange(1), metavar="N", help="Default: one for each GPU, or for each CPU.")
-@click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="Default: 1 where the cluster has GPUs.")
-@click.option("--allow-environment-change", is_flag=True, help="Go on with another torch or device; recorded.")
+@actors_option
+@gpus_option
+@change_option
 @executor_option
 def retry(run: str, data: str | None, model: str | None, actors: int | None, gpus_per_actor: float | None,
           allow_environment_change: bool, executor: str) -> int:  # fmt: skip

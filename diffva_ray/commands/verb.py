@@ -6,15 +6,15 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any
+from functools import reduce, wraps
+from typing import Any, get_args
 
 import click
 
 from diffva_ray import __version__
-from diffva_ray.config import Recipe, RecipeError
+from diffva_ray.config import Method, Recipe, RecipeError, Scheduler
 from diffva_ray.data.films import UnusableData
 from diffva_ray.generate.plan import FingerprintDiffers, PlanError
 from diffva_ray.model.card import UnusableModel
@@ -132,7 +132,34 @@ dry_run_option  = click.option("--dry-run",    is_flag=True, help="Print the res
 data_option     = click.option("--data",       metavar="DATA",  required=True, help="Data set: a folder, a manifest, or s3://.")
 model_option    = click.option("--model",      metavar="MODEL", required=True, help="Model folder, or s3://.")
 executor_option = click.option("--executor",   type=click.Choice(["ray", "inline"]), default="ray", show_default=True, help="inline: a plain loop in this process.")
+actors_option   = click.option("--actors",     type=click.IntRange(1), metavar="N", help="Default: one for each GPU, or for each CPU.")
+gpus_option     = click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="Default: 1 where the cluster has GPUs.")
+change_option   = click.option("--allow-environment-change", is_flag=True, help="Go on with another torch or device; recorded.")
+weights_option  = click.option("--inception-weights", metavar="PATH|download", help="pytorch-fid's state dict; default: its cache.")
+SETTINGS = (  # of the engine: what a run and a single film have in common
+    click.option("--method",         metavar="NAME",              help=f"One of {', '.join(get_args(Method))}."),
+    click.option("--strength",       metavar="F",    type=float,  help="How far the film is taken apart, in (0, 1]."),
+    click.option("--guidance-scale", metavar="F",    type=float,  help="Classifier-free guidance; 1 or less is none."),
+    click.option("--steps",          metavar="N",    type=int,    help="Scheduler steps at strength 1."),
+    click.option("--scheduler",      metavar="NAME", help=f"One of {', '.join(get_args(Scheduler))}."),
+)
 # fmt: on
+
+
+def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of SETTINGS, in their order."""
+    return reduce(lambda wrapped, option: option(wrapped), reversed(SETTINGS), function)
+
+
+def settings_overrides(options: Mapping[str, Any], *more: str) -> tuple[str, ...]:
+    """``--set`` and ``--seed``, the options of SETTINGS and ``more`` of ``generate``'s as overrides of the recipe."""
+    keys = ("method", "strength", "guidance_scale", "scheduler", *more)
+    return with_flags(
+        options["overrides"],
+        seed=options["seed"],
+        generate__num_inference_steps=options["steps"],
+        **{f"generate__{key}": options[key] for key in keys},
+    )
 
 
 def show(recipe: Recipe, **intent: Any) -> None:
