@@ -9,7 +9,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Callable
 from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 HERE = resources.files(__package__)
 MODULES = ("dom", "records", "query", "list", "score", "stage", "detail", "controls", "address", "keyboard", "main")
@@ -39,3 +43,13 @@ def policy(style: str, script: str) -> str:
         f"default-src 'none'; img-src 'self' file:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'"
         f"{trust}; base-uri 'none'; form-action 'none'"
     )
+
+
+def templates(**filters: Callable[..., Any]) -> Environment:
+    """The templates of this folder, with ``filters`` by name; every value is escaped, an unknown one is an error."""
+    environment = Environment(
+        loader=FunctionLoader(lambda name: (HERE / name).read_text()),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= filters
+    return environment

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -38,8 +37,8 @@ from diffva_ray.evaluate.figures import (
 )
 from diffva_ray.evaluate.records import Row, read_images, read_records, read_truth
 from diffva_ray.evaluate.reduction import lesion_boxes
+from diffva_ray.evaluate.report.assets import policy, style, templates
 from diffva_ray.evaluate.report.numbers import Card, Cell, Group, Table, count, interval, number, plain
-from diffva_ray.evaluate.report.page import HERE, policy
 from diffva_ray.evaluate.tables import ALL, clean
 from diffva_ray.generate.plan import RUN, Run
 from diffva_ray.storage import Store, join, open_store
@@ -337,26 +336,32 @@ def render(
     comparison: Comparison, measure: Measure, groups: list[tuple[str, list[ShownFilm]]], limit: float, unreadable: int
 ) -> str:
     """The page as HTML. Every value is escaped."""
-    style = Markup((HERE / "page.css").read_text() + (HERE / "comparison.css").read_text())  # our own, not escaped
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"count": count, "plain": plain, "shown": shown, "interval": interval}
-    return environment.from_string((HERE / "comparison.html").read_text()).render(
-        style=style,
-        policy=policy(style, ""),
-        names=comparison.names,
-        runs=[
-            (letter, name, run.store.uri, settings_line(run), run.recipe.name, run.recipe.generate.map_name)
-            for letter, name, run in zip("AB", comparison.names, (comparison.a, comparison.b))
-        ],
-        counts=comparison.counts,
-        notes=comparison.notes,
-        settings=comparison.settings,
-        cards=cards(comparison),
-        table=difference_table(comparison),
-        measure=measure.title,
-        scatter=SCATTER,
-        groups=groups,
-        limit=limit,
-        unreadable=unreadable,
-        outlined=any("true lesion" in said for _, films in groups for film in films for said, _, _ in film.pictures),
+    css = Markup(style("page.css", "comparison.css"))  # our own, not escaped
+    filters = {"count": count, "plain": plain, "shown": shown, "interval": interval}
+    return (
+        templates(**filters)
+        .get_template("comparison.html")
+        .render(
+            title=f"{' and '.join(comparison.names)} · diffva comparison",
+            style=css,
+            policy=policy(css, ""),
+            names=comparison.names,
+            runs=[
+                (letter, name, run.store.uri, settings_line(run), run.recipe.name, run.recipe.generate.map_name)
+                for letter, name, run in zip("AB", comparison.names, (comparison.a, comparison.b))
+            ],
+            counts=comparison.counts,
+            notes=comparison.notes,
+            settings=comparison.settings,
+            cards=cards(comparison),
+            table=difference_table(comparison),
+            measure=measure.title,
+            scatter=SCATTER,
+            groups=groups,
+            limit=limit,
+            unreadable=unreadable,
+            outlined=any(
+                "true lesion" in said for _, films in groups for film in films for said, _, _ in film.pictures
+            ),
+        )
     )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from diffva_ray.evaluate import figures
@@ -19,7 +18,7 @@ from diffva_ray.evaluate.figures import direction, finished, map_scale, reduced_
 from diffva_ray.evaluate.records import Row, read_records
 from diffva_ray.evaluate.reduction import lesion_boxes
 from diffva_ray.evaluate.report import films
-from diffva_ray.evaluate.report.assets import HERE, policy, style, viewer_script
+from diffva_ray.evaluate.report.assets import policy, style, templates, viewer_script
 from diffva_ray.evaluate.report.catalogue import attempts, counts, read_earlier, write_catalogue
 from diffva_ray.evaluate.report.charts import charts
 from diffva_ray.evaluate.report.films import Palette, Pictured, map_file, sample, strip_file, write_pictures
@@ -104,35 +103,36 @@ def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
         "quarantined": len(bad),
         **counts(records, attempts(run)),
     }
-    environment = Environment(
-        loader=FunctionLoader(lambda name: (HERE / name).read_text()),
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"count": count, "number": number, "plain": plain}
-    return environment.get_template("page.html").render(
-        style=css,
-        script=script,
-        policy=policy(css, script),
-        name=run.store.uri.rstrip("/").split("/")[-1],
-        recipe=run.recipe,
-        prompt=run.about["keys"]["prompt"],
-        settings=settings_line(run),
-        facts=facts(run),
-        recipe_json=json.dumps(run.about["recipe"], indent=1, ensure_ascii=False),
-        notes=notes(run, metrics, done),
-        reduce_notes=(metrics or {}).get("notes", []),
-        done=done,
-        glance=glance(metrics),
-        cards=cards(metrics, done),
-        tables=report_tables(metrics) if metrics else [],
-        charts=charts(records),
-        cases=cases(run, records, contents.pictures),
-        ranked_by=figures.ranking(run, records)[1] if len(records) else "",
-        contents=contents,
-        unreadable=contents.chosen - len(contents.pictures),
-        induced=any(direction(run, label) < 0 for label in set(finished(records)["label"])),
-        quarantine=bad.head(QUARANTINED).to_dict("records"),
-        reasons=bad["status"].value_counts().to_dict(),
+    filters = {"count": count, "number": number, "plain": plain}
+    return (
+        templates(**filters)
+        .get_template("page.html")
+        .render(
+            title=f"{run.store.uri.rstrip('/').split('/')[-1]} · diffva report",
+            style=css,
+            script=script,
+            policy=policy(css, script),
+            name=run.store.uri.rstrip("/").split("/")[-1],
+            recipe=run.recipe,
+            prompt=run.about["keys"]["prompt"],
+            settings=settings_line(run),
+            facts=facts(run),
+            recipe_json=json.dumps(run.about["recipe"], indent=1, ensure_ascii=False),
+            notes=notes(run, metrics, done),
+            reduce_notes=(metrics or {}).get("notes", []),
+            done=done,
+            glance=glance(metrics),
+            cards=cards(metrics, done),
+            tables=report_tables(metrics) if metrics else [],
+            charts=charts(records),
+            cases=cases(run, records, contents.pictures),
+            ranked_by=figures.ranking(run, records)[1] if len(records) else "",
+            contents=contents,
+            unreadable=contents.chosen - len(contents.pictures),
+            induced=any(direction(run, label) < 0 for label in set(finished(records)["label"])),
+            quarantine=bad.head(QUARANTINED).to_dict("records"),
+            reasons=bad["status"].value_counts().to_dict(),
+        )
     )
 
 
