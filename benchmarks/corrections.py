@@ -20,6 +20,7 @@ import pandas as pd
 from diffva_ray import pipeline, ray_cluster
 from diffva_ray.config import make_recipe
 from diffva_ray.evaluate.reduction import Options
+from diffva_ray.generate.cost import calls
 from diffva_ray.generate.plan import Request
 from diffva_ray.model.card import read_card
 from diffva_ray.observe import set_up_logging
@@ -44,15 +45,6 @@ STEPS: list[tuple[str, dict[str, object]]] = [
     ("+ source prompt guessed by the model", {"source_prompt": "<guess>"}),
     ("+ guided away from it (recipe phantom)", {"negative_prompt": "<source>"}),
 ]
-
-
-def calls(generate: dict[str, object], classes: int) -> int:
-    """UNet forwards a record."""
-    done = int(generate["num_inference_steps"] * generate["strength"])  # type: ignore[operator]
-    guided = 2 if generate["guidance_scale"] > 1 else 1  # type: ignore[operator]
-    steps = done + str(generate["scheduler"]).startswith("pndm")
-    inverted = done - 1 if generate["method"] == "ddim-inversion" else 0
-    return steps * guided + inverted + (8 * classes if generate["source_prompt"] == "<guess>" else 0)
 
 
 def of(metrics: dict, table: str, **match: object) -> dict:
@@ -90,7 +82,7 @@ def main(demo: str, result: Path) -> None:
                     "flip_rate": of(metrics, "validity", label="all")["flip_rate"],
                     "lesion_error_left": twin["lesion_error_ratio"],
                     "psnr_twin": twin["psnr"],
-                    "unet_calls": calls(recipe.generate.model_dump(), len(recipe.data.prompts)),
+                    "unet_calls": calls(recipe.generate.model_dump(), len(recipe.data.prompts)).unet,
                     "seconds": round(time.monotonic() - began),
                 }
             )

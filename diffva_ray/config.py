@@ -7,23 +7,25 @@ from importlib import resources
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from diffva_ray.config_stages import Section, TrainConfig
 from diffva_ray.schema import digest
 from diffva_ray.storage import open_store
 
 RECIPES = resources.files("diffva_ray") / "recipes"
 
 
-Method = Literal["sdedit", "ddim-inversion", "cycle"]  # each is the module of that name in counterfactual/
+Method = Literal[  # each is the module of that name in counterfactual/
+    "sdedit", "ddim-inversion", "cycle", "masked", "classifier-guided"
+]  # fmt: skip
+
+# What a method needs beside the pipeline's networks: the folder of the model, and the kind of stage that trains it.
+NEEDS: dict[str, str] = {"classifier-guided": "classifier"}
 Scheduler = Literal["pndm", "pndm-diffusers", "ddim", "dpmsolver++", "unipc", "euler"]
 
 
 GUESS, SOURCE = "<guess>", "<source>"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class DataConfig(Section):
@@ -45,8 +47,9 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """Where the networks come from: ``base`` and ``text_encoder`` (hub ids or local snapshots), or the architectures
-    themselves, for a model from scratch (keyword arguments of the diffusers and transformers classes)."""
+    """Where the networks come from: ``base`` (a diffusers folder or hub id) and ``text_encoder`` (a short name of
+    model/text.py such as radbert, a hub id, owner/name@revision, or a folder), or the architectures themselves, for a
+    model from scratch (keyword arguments of the diffusers and transformers classes)."""
 
     resolution: int = Field(512, ge=16)
     base: str | None = None
@@ -65,41 +68,27 @@ class ModelConfig(Section):
         return self
 
 
-class StageConfig(Section):
-    """One stage of training. ``classes`` maps class to weight (how often it is drawn)."""
+class MaskedConfig(Section):
+    """Method ``masked``. Lengths are fractions of the width, grey levels are of 1."""
 
-    name: str
-    trains: Literal["autoencoder", "denoiser", "judge"]
-    steps: int = Field(ge=0)
-    batch_size: int = Field(ge=1)  # of all workers together
-    learning_rate: float = Field(gt=0)
-    classes: dict[str, int] = {}  # empty: all classes, equally often
-    warmup_steps: int = 0
-    schedule: Literal["constant", "cosine"] = "constant"
-    final_lr_fraction: float = 0.05
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
-    ema_decay: float | None = None
-    # autoencoder
-    kl_weight: float = 1e-3
-    gradient_weight: float = 0.5
-    # denoiser
-    train_text_encoder: bool = True
-    prompt_dropout: float = Field(0.0, ge=0, lt=1)
-    snr_gamma: float | None = None
-    prior_class: str | None = None  # DreamBooth's class set: real images of this class
-    prior_loss_weight: float = 1.0
+    source: Literal["difference", "derived", "lungs"] = "difference"  # what healing changes; DiffEdit's mask; the lungs
+    quantile: float = Field(0.8, gt=0, lt=1)  # derived: share of the film left outside
+    keep_below: float = Field(0.02, ge=0, lt=1)  # difference: a smaller change is none
+    edit_above: float = Field(0.06, gt=0, le=1)  # difference: from here on the twin counts in full
+    dilation: float = Field(0.0, ge=0, lt=0.5)
+    feather: float = Field(0.03, ge=0, lt=0.5)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> MaskedConfig:
+        if self.keep_below >= self.edit_above:
+            raise ValueError(f"keep_below {self.keep_below:g} must be less than edit_above {self.edit_above:g}")
+        return self
 
 
-class TrainConfig(Section):
-    stages: tuple[StageConfig, ...] = ()
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    gradient_checkpointing: bool = False
-    checkpoint_every: int = Field(200, ge=1)
-    checkpoints_to_keep: int = Field(2, ge=1)
-    cache_latents: bool = True
-    cache_megabytes: int = 1024  # decoded films kept in memory, at most
+class ClassifierGuidedConfig(Section):
+    """Method ``classifier-guided``."""
+
+    scale: float = Field(100.0, ge=0)  # of the classifier's gradient; 0: the film comes back
 
 
 class GenerateConfig(Section):
@@ -122,6 +111,8 @@ class GenerateConfig(Section):
     draws: int = Field(1, ge=1)
     ssim_preset: Literal["wang", "skimage"] = "wang"
     min_side: int = Field(32, ge=1)  # smaller films are too_small
+    masked: MaskedConfig = MaskedConfig()
+    classifier_guided: ClassifierGuidedConfig = ClassifierGuidedConfig()
 
     @property
     def map_name(self) -> str:
@@ -198,7 +189,11 @@ def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe
 def first_error(error: ValidationError) -> str:
     """The first thing pydantic objects to, in one line: where, what, and what was given."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "recipe"
+    place = first["loc"]  # below train.stages.N comes the kind of stage, which is no key of the recipe
+    parts = [
+        part for n, part in enumerate(place) if not (n > 1 and isinstance(place[n - 1], int) and n < len(place) - 1)
+    ]
+    where = ".".join(str(part) for part in parts) or "recipe"
     given = first["input"]
     shown = f" (got {given!r})" if isinstance(given, (str, int, float)) else ""
     return f"{where}: {first['msg'].removeprefix('Value error, ')}{shown}"

@@ -99,7 +99,8 @@ def explain(
     answers: list[Answer] = []
     for start in range(0, len(asked), config.micro_batch):
         some = asked[start : start + config.micro_batch]
-        twins = engine([square] * len(some), [engine.settings(prompt) for prompt in some], [seed] * len(some))
+        count = len(some)
+        twins = engine([square] * count, [engine.settings(prompt) for prompt in some], [seed] * count, [lungs] * count)
         if not (np.isfinite(twins.counterfactuals).all() and np.isfinite(twins.reconstructions).all()):
             raise UnusableData(f"{film}: the networks gave NaN or infinity for this film")
         for prompt, healed, rebuilt, shown in zip(some, twins.counterfactuals, twins.reconstructions, twins.sources):

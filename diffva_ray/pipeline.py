@@ -67,7 +67,7 @@ def train_model(
     recipe: Recipe,
     data: str,
     out: str,
-    workers: int = 1,
+    workers: int | tuple[int, int] = 1,
     gpus_per_worker: float | None = None,
     executor: str = "ray",
 ) -> bool:
@@ -94,14 +94,16 @@ def train_model(
         LOG.info("%s is trained already; nothing to do", out)
         return False
     store.put(TRAINING, json.dumps(keys).encode())
-    LOG.info("training recipe %s on %d films, %d workers", recipe.name, len(dataset.films), workers)
+    LOG.info("training recipe %s on %d films, %s workers", recipe.name, len(dataset.films), _spelt(workers))
     about = {**provenance(), "data": data, "data_kind": dataset.kind}
     if executor == "inline":
-        from diffva_ray.train.loop import keep_checkpoints, latest_checkpoint, train
+        from diffva_ray.train.checkpoint import Checkpoints
+        from diffva_ray.train.loop import train
+        from diffva_ray.validation import validation_of
 
         folder = _training_folder(out)
-        report = keep_checkpoints(folder, recipe.train.checkpoints_to_keep)
-        train(recipe, data, out, mark, about, report, latest_checkpoint(folder), threads=os.cpu_count())
+        keep = Checkpoints(folder, recipe.train.checkpoints_to_keep)
+        train(recipe, data, out, mark, about, keep, keep.latest(), os.cpu_count(), validation_of(recipe))
         return True
     from diffva_ray import ray_cluster
 
@@ -110,6 +112,10 @@ def train_model(
 
         fit(recipe.model_dump(mode="json"), _absolute(data), _absolute(out), mark, about, workers, gpus_per_worker)
     return True
+
+
+def _spelt(workers: int | tuple[int, int]) -> str:
+    return str(workers) if isinstance(workers, int) else f"{workers[0]} to {workers[1]}"
 
 
 def _training_folder(out: str) -> Path:

@@ -66,12 +66,10 @@ def generate(
 ) -> None:
     """Run the ``pending`` shards on an actor pool; ``on_shard`` is called as each is committed.
 
-    By default one actor for each GPU (one GPU each), or for each CPU where the cluster has no GPU.
+    By default one actor for each GPU (one GPU each), more as an autoscaling cluster grows; one for each CPU where the
+    cluster has no GPU.
     """
     share = gpus_per_actor if gpus_per_actor is not None else (1.0 if ray_cluster.gpus() else 0.0)
-    if actors is None:
-        actors = int(ray_cluster.gpus() / share) if share else ray_cluster.cpus()
-    actors = max(1, min(actors, len(pending)))
     if LOG.level > logging.DEBUG:
         ray_cluster.quieten()
     context = ray.data.DataContext.get_current()
@@ -81,10 +79,19 @@ def generate(
     reports = shards.map_batches(
         ShardWorker,
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
+        compute=_pool(actors, share, len(pending)),
         num_gpus=share or None,
         num_cpus=0,  # with a CPU each, the actors of a small machine starve Ray Data's own tasks
         fn_constructor_args=(run, data, model, "cuda" if share else "cpu", secrets.token_hex(6)),
     )
     for report in reports.iter_rows():
         on_shard(report)
+
+
+def _pool(actors: int | None, share: float, pending: int) -> ray.data.ActorPoolStrategy:
+    """So many actors; by default those that the cluster has room for now and, on GPUs, up to one for each shard: Ray
+    Data adds an actor only where there is a free GPU, and asks an autoscaling cluster for nodes while all are busy."""
+    now = actors or (int(ray_cluster.gpus() / share) if share else ray_cluster.cpus())
+    least = max(1, min(now, pending))
+    most = pending if actors is None and share else least
+    return ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2)

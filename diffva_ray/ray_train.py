@@ -29,12 +29,13 @@ def fit(
     model: str,
     fingerprint: str,
     provenance: dict[str, Any],
-    workers: int = 1,
+    workers: int | tuple[int, int] = 1,
     gpus_per_worker: float | None = None,
 ) -> None:
-    """Train on ``workers`` workers and export to ``model``; goes on from the last checkpoint in ``model/.train``."""
+    """Train on ``workers`` workers, or on as many between two numbers as the cluster has, and export to ``model``; goes
+    on from the last checkpoint in ``model/.train``. The global batch stays the recipe's, whatever the number."""
     share = gpus_per_worker if gpus_per_worker is not None else (1.0 if ray_cluster.gpus() else 0.0)
-    threads = max(1, ray_cluster.cpus() // workers)
+    threads = max(1, ray_cluster.cpus() // (workers if isinstance(workers, int) else workers[1]))
     config = {
         "recipe": recipe,
         "data": data,
@@ -58,7 +59,7 @@ def fit(
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _trainer(config: dict[str, Any], workers: int, resources: dict[str, float]) -> None:
+def _trainer(config: dict[str, Any], workers: int | tuple[int, int], resources: dict[str, float]) -> None:
     import ray.train.torch
 
     filesystem, root = _storage(config["model"])
@@ -82,6 +83,7 @@ def _trainer(config: dict[str, Any], workers: int, resources: dict[str, float]) 
 
 def _worker(config: dict[str, Any]) -> None:
     from diffva_ray.train.loop import train
+    from diffva_ray.validation import validation_of
 
     counts = TrainingMetrics(config["model"])
 
@@ -89,7 +91,12 @@ def _worker(config: dict[str, Any]) -> None:
         if folder is not None:
             counts.checkpoint(metrics)
         checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if folder else None
-        ray.train.report(metrics, checkpoint=checkpoint)
+        ray.train.report(  # the upload runs beside the next steps; half an upload is no checkpoint
+            metrics,
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
 
     def run(resume: Path | None) -> None:
         train(
@@ -101,6 +108,7 @@ def _worker(config: dict[str, Any]) -> None:
             report,
             resume,
             config["threads"],
+            validation_of(make_recipe(config["recipe"])),
         )
 
     latest = ray.train.get_checkpoint()

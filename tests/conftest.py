@@ -57,10 +57,11 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model(tiny: Recipe, films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model after a few training steps, exported by the training loop itself (no Ray)."""
-    from diffva_ray.train.loop import keep_checkpoints, train
+    from diffva_ray.train.checkpoint import Checkpoints
+    from diffva_ray.train.loop import train
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    report = keep_checkpoints(folder / ".train", 2)
+    report = Checkpoints(folder / ".train", 2)
     train(tiny, str(films), str(folder), "tiny", {"data_kind": "phantoms"}, report, threads=1)
     return folder
 

@@ -22,6 +22,17 @@ from diffva_ray.commands.verb import (
 from diffva_ray.config import load_recipe
 
 
+def worker_count(_: click.Context, __: click.Parameter, text: str) -> int | tuple[int, int]:
+    """``4``, or ``1:4``."""
+    parts = text.split(":")
+    if not (1 <= len(parts) <= 2 and all(part.isdigit() and int(part) for part in parts)):
+        raise click.BadParameter(f"{text!r}: give a number of workers, or MIN:MAX")
+    numbers = [int(part) for part in parts]
+    if len(numbers) == 2 and numbers[0] > numbers[1]:
+        raise click.BadParameter(f"{text!r}: the first number is the smaller one")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
 @verb("demo")
 @click.option("--out", default="runs/demo", show_default=True, metavar="DIR", help="Where everything goes.")
 @click.option("--quick", is_flag=True, help="The same path with less of everything, in under 4 minutes.")
@@ -40,13 +51,13 @@ def demo(out: str, quick: bool, seed: int) -> None:
 @verb("train")
 @data_option
 @click.option("--out", metavar="MODEL", required=True, help="Model folder to write, or s3://.")
-@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Ray Train workers.")
+@click.option("--workers", default="1", show_default=True, metavar="N|MIN:MAX", callback=worker_count, help="Ray Train workers; MIN:MAX grows and shrinks with the cluster.")
 @click.option("--gpus-per-worker", type=click.FloatRange(0), metavar="F", help="Default: 1 where the cluster has GPUs.")
 @executor_option
 @recipe_option
 @set_option
 @dry_run_option
-def train(data: str, out: str, workers: int, gpus_per_worker: float | None, executor: str, recipe: str | None,
+def train(data: str, out: str, workers: int | tuple[int, int], gpus_per_worker: float | None, executor: str, recipe: str | None,
           overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
     """Fine-tune the UNet and the text encoder together. The same command again goes on, or does nothing.
 

@@ -19,13 +19,26 @@ from diffva_ray.data.films import UnusableData
     "--resize", type=click.Choice(["clean", "legacy"]), help="Way to Inception's grid; legacy: pytorch-fid's."
 )
 @click.option("--threshold-from", metavar="RUN", help="Fix Dice thresholds on this (validation) run.")
+@click.option(
+    "--extractor",
+    multiple=True,
+    metavar="NAME[=PATH]",
+    help="Network of the distances: inception, torchxrayvision=WEIGHTS, rad-dino=FOLDER, judge[=MODEL] or stand-in; repeatable.",
+)
+@click.option("--lpips-weights", metavar="PATH", help="Torchvision's AlexNet state dict: adds LPIPS.")
+@click.option(
+    "--brixia", metavar="CSV", help="Readers' scores of lung zones (file, S-A to S-F, J-A to J-F) for the maps."
+)
+@click.option("--sources", metavar="CSV", help="Archive of each film (file, source): compares within each one, too.")
 @executor_option
 def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_weights: str | None, resize: str | None,
-           threshold_from: str | None, executor: str) -> None:  # fmt: skip
+           threshold_from: str | None, extractor: tuple[str, ...], lpips_weights: str | None, brixia: str | None,
+           sources: str | None, executor: str) -> None:  # fmt: skip
     """Verify a run and write its tables, quarantine, manifest and _SUCCESS.
 
     Example:
         diffva reduce runs/first --reference Normal=data/test
+        diffva reduce runs/first --extractor rad-dino=weights/rad-dino --extractor judge
     """
     from diffva_ray import pipeline
     from diffva_ray.evaluate.reduction import Options
@@ -34,7 +47,8 @@ def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_we
     opened = pipeline.existing_run(run)
     options = Options(
         pipeline.parse_references(reference), boxes, pipeline.inception_path(inception_weights),
-        resize or opened.recipe.evaluate.resize, threshold_from,
+        resize or opened.recipe.evaluate.resize, threshold_from, extractors=extractor, lpips=lpips_weights,
+        brixia=brixia, sources=sources,
     )  # fmt: skip
     reduced = pipeline.reduce(opened, options, executor)
     print_summary(reduced.metrics)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +26,9 @@ from diffva_ray.commands.verb import (
     verb,
     with_flags,
 )
+
+if TYPE_CHECKING:
+    from diffva_ray.generate.plan import Run
 
 
 @verb("generate")
@@ -68,9 +71,15 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
         options["executor"], options["actors"], options["gpus_per_actor"], options["allow_environment_change"]
     )
     if options["dry_run"]:
+        from diffva_ray.generate.cost import cost
+        from diffva_ray.generate.plan import open_run
         from diffva_ray.pipeline import planned
+        from diffva_ray.storage import open_store
 
-        show(recipe, **planned(recipe, data, out, request))
+        intent, share = planned(recipe, data, out, request), options["gpus_per_actor"]
+        run = open_run(open_store(out))
+        left = cost(recipe, request.sweep, intent["records"]) if run is None else cost_left(run, share)
+        show(recipe, **intent, cost=left)
         return DONE
     click.echo(f"recipe {recipe.name}" + ("" if options["recipe"] else " (the model's own)"), err=True)
     counts = generate_run(recipe, data, model, out, request, execution)
@@ -78,6 +87,21 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
         click.echo(f"{counts['ok']} of {counts['records']} records ok; next: diffva reduce {out}")
     check_budget(existing_run(out))
     return DONE
+
+
+def cost_left(run: Run, gpus_per_actor: float | None) -> dict[str, Any]:
+    """``generate.cost.cost`` of what is left of a run, and hours, estimated from the seconds its finished shards took;
+    an actor has a GPU to itself unless ``gpus_per_actor`` says otherwise."""
+    from diffva_ray.generate.cost import cost
+    from diffva_ray.status import read_status
+
+    status = read_status(run.store.uri)
+    found = cost(run.recipe, run.about["keys"]["sweep"], status["planned"] - status["done"])
+    if status["worker_seconds_left"] is not None:
+        device = "gpu" if run.about["keys"]["device"] == "cuda" else "cpu"
+        share = 1.0 if gpus_per_actor is None or device == "cpu" else gpus_per_actor
+        found[f"estimated_{device}_hours"] = status["worker_seconds_left"] * share / 3600
+    return found
 
 
 @verb("status")

@@ -3,8 +3,11 @@ its healthy twin."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student
 
 from diffva_ray.config import GenerateConfig
 from diffva_ray.metrics.localization import smooth
@@ -28,3 +31,31 @@ def energy(signed_map: Image, lungs: NDArray[np.bool_] | None = None) -> tuple[f
     total = float(magnitude.sum())
     inside = float(magnitude[lungs].sum()) / total if lungs is not None and total > 0 else None
     return total / magnitude.size, inside
+
+
+@dataclass(frozen=True, eq=False)
+class Consistency:
+    """What K maps of one film, of K seeds, agree on; all [H, W]."""
+
+    mean: Image
+    deviation: Image  # standard deviation over seeds (K - 1 in the denominator)
+    t: Image  # Student's statistic of the mean against no effect; infinite where all seeds agree on some effect
+    significant: NDArray[np.bool_]
+
+
+def over_seeds(maps: NDArray[np.float32], level: float = 0.05) -> Consistency:
+    """Mean, spread and significance of ``maps`` [K, H, W]: a two-sided t test per pixel at ``level``, with K - 1 degrees
+    of freedom. The test speaks of the sampler's noise, not of the model's errors, which all seeds share; of pixels
+    without any effect a share of ``level`` passes.
+
+    Raises ValueError for fewer than two maps.
+    """
+    count = len(maps)
+    if maps.ndim != 3 or count < 2:
+        raise ValueError(f"a spread over seeds takes maps [K, H, W] with K of at least 2, got {list(maps.shape)}")
+    values = maps.astype(np.float64)
+    mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        statistic = np.where(mean == 0, 0.0, mean / (deviation / np.sqrt(count)))
+    significant = np.abs(statistic) > student.ppf(1 - level / 2, count - 1)
+    return Consistency(*(image.astype(np.float32) for image in (mean, deviation, statistic)), significant)

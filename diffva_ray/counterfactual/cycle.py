@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import torch
 
-from diffva_ray.counterfactual.latents import Denoiser, Edit, noise, split
+from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion, noise, split
 
 
-def edit(denoiser: Denoiser, request: Edit) -> torch.Tensor:
-    """Edited latents [n, 4, h, w]. Raises ValueError for a scheduler other than ``ddim``, whose timesteps it uses."""
+def heal(model: LatentDiffusion, request: Edit) -> Healed:
+    """Raises ValueError for a scheduler other than ``ddim``, whose timesteps it uses."""
     if request.scheduler != "ddim":
         raise ValueError(f"method cycle runs with scheduler ddim, not {request.scheduler}")
-    _, timesteps = denoiser.schedule(request)
-    alphas = [denoiser.alphas.to(request.latents)[timestep] for timestep in timesteps]
+    _, timesteps = model.schedule(request)
+    alphas = [model.alphas.to(request.latents)[timestep] for timestep in timesteps]
     alphas.append(torch.ones_like(alphas[0]))  # the film itself
 
     path = [request.latents]  # from the film up to the noisiest level, by the forward process
@@ -28,16 +28,16 @@ def edit(denoiser: Denoiser, request: Edit) -> torch.Tensor:
 
     latents = path[0]
     for n, timestep in enumerate(timesteps):
-        source = _mean(denoiser, path[n], denoiser.predict(path[n], timestep, request.source), alphas[n], alphas[n + 1])
-        healed = _mean(denoiser, latents, denoiser.guided(latents, timestep, request), alphas[n], alphas[n + 1])
+        source = _mean(model, path[n], model.predict(path[n], timestep, request.source), alphas[n], alphas[n + 1])
+        healed = _mean(model, latents, model.guided(latents, timestep, request), alphas[n], alphas[n + 1])
         latents = healed + (path[n + 1] - source)
-    return latents
+    return model.healed(latents, request)
 
 
 def _mean(
-    denoiser: Denoiser, latents: torch.Tensor, output: torch.Tensor, alpha: torch.Tensor, next_alpha: torch.Tensor
+    model: LatentDiffusion, latents: torch.Tensor, output: torch.Tensor, alpha: torch.Tensor, next_alpha: torch.Tensor
 ) -> torch.Tensor:
     """The mean of the next latents (Song et al. 2021, equation 12 with eta = 1: the DDPM sampler)."""
-    clean, predicted = split(output, latents, alpha, denoiser.prediction_type)
+    clean, predicted = split(output, latents, alpha, model.prediction_type)
     variance = (1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)
     return next_alpha.sqrt() * clean + (1 - next_alpha - variance).clamp(min=0).sqrt() * predicted

@@ -10,19 +10,29 @@ import itertools
 
 import torch
 
-from diffva_ray.counterfactual.latents import Denoiser, Edit, split
+from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion, split
 
 
-def edit(denoiser: Denoiser, request: Edit) -> torch.Tensor:
-    """Edited latents [n, 4, h, w]. Raises ValueError for a scheduler other than ``ddim``."""
+def heal(model: LatentDiffusion, request: Edit) -> Healed:
+    """Raises ValueError for a scheduler other than ``ddim``."""
     if request.scheduler != "ddim":
         raise ValueError(f"method ddim-inversion runs with scheduler ddim, not {request.scheduler}")
-    scheduler, timesteps = denoiser.schedule(request)
-    alphas = denoiser.alphas.to(request.latents)
-    latents = request.latents
-    upward = timesteps.flip(0)
-    for now, later in itertools.pairwise(upward):
-        output = denoiser.predict(latents, now, request.source)
-        clean, noise = split(output, latents, alphas[now], denoiser.prediction_type)
-        latents = alphas[later].sqrt() * clean + (1 - alphas[later]).sqrt() * noise
-    return denoiser.denoise(latents, request, scheduler, timesteps)
+    scheduler, timesteps = model.schedule(request)
+    latents = invert(model, request, timesteps)
+    return model.healed(model.denoise(latents, request, scheduler, timesteps), request)
+
+
+def invert(model: LatentDiffusion, request: Edit, timesteps: torch.Tensor) -> torch.Tensor:
+    """Latents [n, 4, h, w] of the noisiest of ``timesteps`` [k] (falling), from which DDIM leads back to the film."""
+    return inversion_path(model, request, timesteps)[0]
+
+
+def inversion_path(model: LatentDiffusion, request: Edit, timesteps: torch.Tensor) -> list[torch.Tensor]:
+    """The latents [n, 4, h, w] of each of ``timesteps`` [k] (falling), from the noisiest down to the film's own."""
+    alphas = model.alphas.to(request.latents)
+    path = [request.latents]
+    for now, later in itertools.pairwise(timesteps.flip(0)):
+        output = model.predict(path[0], now, request.source)
+        clean, noise = split(output, path[0], alphas[now], model.prediction_type)
+        path.insert(0, alphas[later].sqrt() * clean + (1 - alphas[later]).sqrt() * noise)
+    return path

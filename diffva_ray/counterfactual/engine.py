@@ -17,17 +17,17 @@ from numpy.typing import NDArray
 
 from diffva_ray.config import GUESS, SOURCE, GenerateConfig, Method
 from diffva_ray.counterfactual.guess import guess
-from diffva_ray.counterfactual.latents import Denoiser, Edit, noise
+from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion, noise
 from diffva_ray.data.images import to_square
 from diffva_ray.model import text
 from diffva_ray.model.bundle import Bundle, load
 
 
-def edit_of(method: str) -> Callable[[Denoiser, Edit], torch.Tensor]:
-    """The ``edit`` function of a method's module. Raises ValueError for an unknown name."""
-    if method not in get_args(Method):
-        raise ValueError(f"unknown method {method!r}; there are {', '.join(get_args(Method))}")
-    return importlib.import_module(f"diffva_ray.counterfactual.{method.replace('-', '_')}").edit
+def method_of(name: str) -> Callable[[LatentDiffusion, Edit], Healed]:
+    """The ``heal`` function of a method's module. Raises ValueError for an unknown name."""
+    if name not in get_args(Method):
+        raise ValueError(f"unknown method {name!r}; there are {', '.join(get_args(Method))}")
+    return importlib.import_module(f"diffva_ray.counterfactual.{name.replace('-', '_')}").heal
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Twins:
     """Grey images float32 [n, size, size] in [0, 1]; NaN where a network gave non-finite values."""
 
     counterfactuals: NDArray[np.float32]
-    reconstructions: NDArray[np.float32]  # D(E(film)): what the autoencoder alone does to it
+    reconstructions: NDArray[np.float32]  # what the method returns for a film it does not change; see Healed
     sources: list[str]  # the prompt each film was taken to show
 
 
@@ -73,7 +73,7 @@ class Counterfactuals:
         torch.backends.cudnn.benchmark = False  # so do kernels chosen by a stopwatch
         for module in bundle.modules.values():
             module.to(self.device, dtype).eval().requires_grad_(False)
-        self.denoiser = Denoiser(bundle.unet, bundle.scheduler)
+        self.model = LatentDiffusion(bundle)
         self.size = bundle.recipe.model.resolution
         self._embeddings: dict[str, torch.Tensor] = {}
 
@@ -108,9 +108,14 @@ class Counterfactuals:
 
     @torch.inference_mode()
     def __call__(
-        self, films: Sequence[NDArray[np.float32]], settings: Sequence[Settings], seeds: Sequence[int]
+        self,
+        films: Sequence[NDArray[np.float32]],
+        settings: Sequence[Settings],
+        seeds: Sequence[int],
+        lungs: Sequence[NDArray[np.bool_] | None] | None = None,
     ) -> Twins:
-        """Heal up to ``micro_batch`` films (grey, [H, W] in [0, 1], any size; squashed to the model's square).
+        """Heal up to ``micro_batch`` films (grey, [H, W] in [0, 1], any size; squashed to the model's square), with
+        their lung masks [size, size] where there are any.
 
         All settings of a call agree but for the prompt. Raises ValueError when they do not, or for unknown names.
         """
@@ -120,21 +125,24 @@ class Counterfactuals:
         first = settings[0]
         if any(replace(other, prompt=first.prompt) != first for other in settings):
             raise ValueError("the settings of one call may differ in the prompt only")
-        method = edit_of(first.method)
-        padding = [0] * (full - count)
-        squares = np.stack([to_square(films[i], self.size) for i in [*range(count), *padding]])
-        generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in [*range(count), *padding]]
-        prompts = [settings[i].prompt for i in [*range(count), *padding]]
+        method = method_of(first.method)
+        slots = [*range(count), *[0] * (full - count)]
+        squares = torch.from_numpy(np.stack([to_square(films[i], self.size) for i in slots])).to(self.device)
+        everywhere = np.ones((self.size, self.size), np.bool_)
+        masks = [everywhere if lungs is None or (mask := lungs[i]) is None else mask for i in slots]
+        generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in slots]
+        prompts = [settings[i].prompt for i in slots]
 
-        mean, std = self._encode(squares)
+        mean, std = self.model.encode(squares)
         latents = mean
         if self.config.posterior == "sample":  # diffusers draws the posterior first, then the noise
             latents = mean + std * noise(mean.shape, generators).to(mean)
-        scale = self.bundle.vae.config.scaling_factor
-        latents = latents.float() * scale
-        sources = self._sources(latents, [seeds[i] for i in [*range(count), *padding]])
+        latents = latents.float() * self.model.scale
+        sources = self._sources(latents, [seeds[i] for i in slots])
         negatives = sources if self.config.negative_prompt == SOURCE else [self.config.negative_prompt] * full
-        edit = Edit(
+        request = Edit(
+            films=squares,
+            lungs=torch.from_numpy(np.stack(masks)).to(self.device),
             latents=latents,
             generators=generators,
             prompt=torch.cat([self.embed(prompt) for prompt in prompts]),
@@ -144,9 +152,11 @@ class Counterfactuals:
             strength=first.strength,
             guidance_scale=first.guidance_scale,
             num_inference_steps=first.num_inference_steps,
+            config=self.config,
         )
-        edited = method(self.denoiser, edit)
-        return Twins(self._decode(edited / scale)[:count], self._decode(mean.float())[:count], sources[:count])
+        healed = method(self.model, request)
+        twins, unchanged = (films[:count].cpu().numpy() for films in (healed.counterfactuals, healed.reconstructions))
+        return Twins(twins, unchanged, sources[:count])
 
     def _sources(self, latents: torch.Tensor, seeds: list[int]) -> list[str]:
         """The prompt of what each film shows: the recipe's, or the model's guess among the classes it was trained on.
@@ -155,18 +165,5 @@ class Counterfactuals:
             return [self.config.source_prompt] * len(latents)
         data = self.bundle.recipe.data
         labels = list(data.prompts)
-        found = guess(self.denoiser, latents, [self.embed(data.prompt(label)) for label in labels], seeds)
+        found = guess(self.model, latents, [self.embed(data.prompt(label)) for label in labels], seeds)
         return ["" if labels[index] == data.healthy_class else data.prompt(labels[index]) for index in found]
-
-    def _encode(self, squares: NDArray[np.float32]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior mean and standard deviation of the latents of grey squares [n, size, size]."""
-        vae = self.bundle.vae
-        pixels = torch.from_numpy(squares).to(self.device, vae.dtype)[:, None].expand(-1, 3, -1, -1) * 2 - 1
-        posterior = vae.encode(pixels.contiguous()).latent_dist
-        return posterior.mean, posterior.std
-
-    def _decode(self, latents: torch.Tensor) -> NDArray[np.float32]:
-        """Grey images [n, size, size] in [0, 1]: the mean of the three channels, each clamped first as in diffusers."""
-        vae = self.bundle.vae
-        colours = vae.decode(latents.to(vae.dtype)).sample.float() / 2 + 0.5
-        return colours.clamp(0, 1).mean(dim=1).cpu().numpy()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from diffva_ray.counterfactual.latents import Denoiser, noise, split
+from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion, noise, split
 
 DRAWS = 2
 TIMESTEPS = (0.1, 0.2, 0.3, 0.4)  # of the training schedule: late enough to hide detail, early enough to keep lesions
@@ -18,13 +18,13 @@ TIMESTEPS = (0.1, 0.2, 0.3, 0.4)  # of the training schedule: late enough to hid
 
 @torch.inference_mode()
 def guess(
-    denoiser: Denoiser, latents: torch.Tensor, embeddings: Sequence[torch.Tensor], seeds: Sequence[int]
+    model: LatentDiffusion, latents: torch.Tensor, embeddings: Sequence[torch.Tensor], seeds: Sequence[int]
 ) -> list[int]:
     """Index into ``embeddings`` ([1, length, width] each) for every film's latents [n, 4, h, w].
 
     Costs DRAWS * len(TIMESTEPS) * len(embeddings) network calls. Noise comes from generators of the guess's own.
     """
-    alphas = denoiser.alphas.to(latents)
+    alphas = model.alphas.to(latents)
     generators = [torch.Generator("cpu").manual_seed((seed + 1) % 2**63) for seed in seeds]
     errors = torch.zeros(len(latents), len(embeddings), device=latents.device)
     for fraction in TIMESTEPS * DRAWS:
@@ -32,7 +32,7 @@ def guess(
         fresh = noise(latents.shape, generators).to(latents)
         noisy = alphas[timestep].sqrt() * latents + (1 - alphas[timestep]).sqrt() * fresh
         for column, embedding in enumerate(embeddings):
-            output = denoiser.predict(noisy, timestep, embedding.expand(len(latents), -1, -1))
-            predicted = split(output, noisy, alphas[timestep], denoiser.prediction_type)[1]
+            output = model.predict(noisy, timestep, embedding.expand(len(latents), -1, -1))
+            predicted = split(output, noisy, alphas[timestep], model.prediction_type)[1]
             errors[:, column] += ((predicted - fresh) ** 2).flatten(1).sum(1)
     return errors.argmin(dim=1).tolist()

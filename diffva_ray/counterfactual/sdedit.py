@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import torch
-
-from diffva_ray.counterfactual.latents import Denoiser, Edit, noise
+from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion, noise
 
 
-def edit(denoiser: Denoiser, request: Edit) -> torch.Tensor:
-    """Edited latents [n, 4, h, w]. Noise comes from each film's own generator."""
-    scheduler, timesteps = denoiser.schedule(request)
+def heal(model: LatentDiffusion, request: Edit) -> Healed:
+    """Noise comes from each film's own generator."""
+    scheduler, timesteps = model.schedule(request)
     fresh = noise(request.latents.shape, request.generators).to(request.latents)
     noisy = scheduler.add_noise(request.latents, fresh, timesteps[:1].repeat(len(fresh)))
-    return denoiser.denoise(noisy, request, scheduler, timesteps)
+    return model.healed(model.denoise(noisy, request, scheduler, timesteps), request)

@@ -15,7 +15,7 @@ from PIL import Image
 from diffva_ray.data.films import Film
 from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, to_square
 from diffva_ray.generate.ledger import committed
-from diffva_ray.generate.plan import Run
+from diffva_ray.generate.plan import SWEPT, Run
 from diffva_ray.metrics.localization import boxes_mask
 from diffva_ray.storage import Store
 
@@ -26,6 +26,34 @@ Row = dict[str, Any]
 def read_records(run: Run) -> pd.DataFrame:
     """All committed records, in plan order; an empty frame with the same columns when there are none."""
     return committed(run).to_pandas()
+
+
+def with_settings(records: pd.DataFrame) -> pd.DataFrame:
+    """Records with a column ``setting`` that says what of a sweep each is of (“COVID 19”, strength 0.3); as they are
+    where all of them have one setting."""
+    varied = [key for key in SWEPT if records[key].nunique() > 1]
+    if not varied:
+        return records
+    said = [
+        ", ".join(
+            f"“{value}”" if key == "prompt" else f"{_plain(key)} {_short(value)}" for key, value in zip(varied, row)
+        )
+        for row in records[varied].itertuples(index=False)
+    ]
+    return records.assign(setting=said)
+
+
+def under(name: str, setting: str) -> str:
+    """``COVID under strength 0.3``; the name alone where a run has one setting."""
+    return f"{name} under {setting}" if setting else name
+
+
+def _plain(key: str) -> str:
+    return {"guidance_scale": "guidance", "num_inference_steps": "steps"}.get(key, key)
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def by_shard(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:

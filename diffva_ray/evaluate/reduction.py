@@ -21,19 +21,30 @@ from diffva_ray.data.boxes import read_boxes
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import UnusableData
 from diffva_ray.evaluate import tables
-from diffva_ray.evaluate.distances import distance_row, reference_features, run_features
-from diffva_ray.evaluate.records import Boxes, Row, by_shard, read_records
+from diffva_ray.evaluate.annotations import read_zones
+from diffva_ray.evaluate.options import Options
+from diffva_ray.evaluate.pair_scores import (
+    SAMPLE,
+    counterfactual_rows,
+    heart_rows,
+    run_judge,
+    sampled,
+    score_pairs,
+    zone_rows,
+)
+from diffva_ray.evaluate.records import Boxes, Row, by_shard, read_records, with_settings
 from diffva_ray.evaluate.scores import score_records
+from diffva_ray.evaluate.set_distances import distances
 from diffva_ray.generate.budget import check_quarantined
 from diffva_ray.generate.ledger import OVERLAYS, overlays
-from diffva_ray.generate.plan import PLAN_FILE, RUN, SUCCESS, Run, open_run
+from diffva_ray.generate.plan import PLAN_FILE, RUN, SUCCESS, Run
 from diffva_ray.generate.verification import MANIFEST, Problem, verify
 from diffva_ray.model.training_films import TrainingFilms
 from diffva_ray.schema import RECORDS, Status, digest
-from diffva_ray.storage import Store, open_store
+from diffva_ray.storage import open_store
 
 if TYPE_CHECKING:
-    from diffva_ray.metrics.features import Extractor
+    from diffva_ray.metrics.perceptual import Lpips
 
 Scored = tuple[list[Row], list[Row]]  # localisation rows and twin rows of one shard
 Score = Callable[[Run, str, list[list[Row]], Boxes], list[Scored]]
@@ -50,19 +61,6 @@ class Incomplete(Exception):
             f"{uri}: {shards} shards are missing or damaged (first: {problems[0].what}); run diffva {verb} again, "
             "or diffva verify --repair"
         )
-
-
-@dataclass(frozen=True)
-class Options:
-    """What changes the tables. ``references``: (label, data or run); ``weights``: pytorch-fid's state dict; ``cache``:
-    where features of references are kept, when several runs share them (by default the run)."""
-
-    references: tuple[tuple[str, str], ...] = ()
-    boxes: str | None = None
-    weights: str | None = None
-    resize: str = "clean"
-    threshold_from: str | None = None
-    cache: str | None = None
 
 
 @dataclass
@@ -115,6 +113,10 @@ def _compute(run: Run, data_uri: str, options: Options, good: pd.DataFrame, scor
     recipe = run.recipe
     notes: list[str] = []
     boxes = lesion_boxes(data_uri, options.boxes, notes)
+    zones = read_zones(options.brixia, good["source_path"]) if options.brixia else {}
+    if options.brixia and not zones:
+        raise UnusableData(f"--brixia {options.brixia}: none of its files is a film of the run")
+    good = with_settings(good)
     rows = good.to_dict("records")
     groups = list(by_shard(rows).values())
     scored = (score or _score_here)(run, data_uri, groups, boxes)
@@ -122,23 +124,48 @@ def _compute(run: Run, data_uri: str, options: Options, good: pd.DataFrame, scor
     order = lambda row: place[row["record_id"]]  # noqa: E731
     found = sorted((row for localization, _ in scored for row in localization), key=order)
     twins = sorted((row for _, twin in scored for row in twin), key=order)
+    if "setting" in good:
+        for row in (*found, *twins):
+            row["setting"] = rows[order(row)]["setting"]
 
     thresholds, source = None, None
     if options.threshold_from:
         thresholds, source = read_thresholds(options.threshold_from), options.threshold_from.rstrip("/").split("/")[-1]
+    data = open_store(run.about["data_root"])
+    pairs = score_pairs(run, data, sampled(rows), boxes, run_judge(run), _lpips(options, recipe.model.resolution))
+    sets, within = distances(run, data_uri, options, rows, notes)
     metrics: dict[str, Any] = {
-        "fid": _distances(run, data_uri, options, rows, notes),
+        "fid": sets,
+        "fid_within": within,
         "ssim": tables.ssim_rows(good, recipe.generate.ssim_preset, recipe.model.resolution) if len(good) else [],
         "localization": tables.localization_rows(found, thresholds, source),
         "validity": tables.validity_rows(good) if len(good) else [],
         "twin": tables.twin_rows(twins),
+        "counterfactual": counterfactual_rows(pairs),
+        "heart": heart_rows(pairs),
+        "brixia": zone_rows(run, data, rows, zones),
     }
+    tables.add_lpips(metrics["ssim"], pairs)
     _say_training_films(run, good, metrics, notes)
     if found:
         run.store.put("tables/thresholds.json", json.dumps(tables.best_thresholds(found), indent=1).encode())
     for name, table in metrics.items():
-        tables.write_table(run.store, name, table, CAPTIONS[name].format(size=recipe.model.resolution))
+        tables.write_table(run.store, name, table, CAPTIONS[name].format(size=recipe.model.resolution, most=SAMPLE))
     return Reduced({name: table for name, table in metrics.items() if table}, notes)
+
+
+def _lpips(options: Options, size: int) -> Lpips | None:
+    """Raises UnusableData, one line, when LPIPS is asked for and cannot be had."""
+    if options.lpips is None:
+        return None
+    from diffva_ray.metrics.perceptual import lpips  # here, since it loads torch
+
+    if size < 32:
+        raise UnusableData(f"--lpips-weights: films of {size} px are too small for LPIPS, which needs 32")
+    try:
+        return lpips(options.lpips)
+    except ValueError as error:
+        raise UnusableData(str(error)) from None
 
 
 def _say_training_films(run: Run, good: pd.DataFrame, metrics: dict[str, Any], notes: list[str]) -> None:
@@ -150,9 +177,9 @@ def _say_training_films(run: Run, good: pd.DataFrame, metrics: dict[str, Any], n
     if not len(trained):
         return
     notes.append(f"{len(trained)} of {len(good)} records are of films in the model's training list: this is no test")
-    counts = trained["label"].value_counts().to_dict()
+    counts = {label: seen.count(rows["source_sha256"]) for label, rows in tables.by_label(good)}
     for row in (row for name in ("localization", "validity", "twin") for row in metrics[name]):
-        row["training_films"] = len(trained) if row["label"] == tables.ALL else int(counts.get(row["label"], 0))
+        row["training_films"] = counts[row["label"]]
 
 
 def _score_here(run: Run, data_uri: str, groups: list[list[Row]], boxes: Boxes) -> list[Scored]:
@@ -167,6 +194,14 @@ CAPTIONS = {
     "localization": "Map against lesion truth inside the region, mean over films; dice best and iou best use each "
     "film's own best threshold.",
     "validity": "Flip rate: films called abnormal by the judge whose counterfactual it calls healthy.",
+    "fid_within": "Mean distance within each condition (class, prompt), weighted by its twins, beside the distance of "
+    "the pooled sets; a pooled distance does not see classes exchanged.",
+    "counterfactual": "At most {most} films of a class: confidence gain, COUT, collateral change of the other classes "
+    "(all by the judge), share of pixels changed, mean |M|, its share in the lungs, |M| in and outside the lesion.",
+    "heart": "Cardiothoracic ratio of film and counterfactual; lungs are found on both alike, which underestimates the "
+    "ratio: read the change.",
+    "brixia": "Spearman's correlation of a map's mean in each of six lung zones with the readers' Brixia scores; "
+    "pooled over films with a bootstrap interval over films, and within films.",
     "twin": "Counterfactual against the lesion-free twin; lesion error ratio: error left inside the lesion.",
 }
 
@@ -196,83 +231,6 @@ def lesion_boxes(data_uri: str, csv: str | None, notes: list[str]) -> Boxes:
     if not boxes:
         raise UnusableData(f"--boxes {csv}: none of its files is a film of {data_uri}")
     return boxes
-
-
-def choose_extractor(weights: str | None, resize: str, grid: int, notes: list[str]) -> Extractor:
-    """pytorch-fid's Inception where its weights are given, else the stand-in, openly."""
-    from diffva_ray.metrics.features import inception, stand_in  # here, since it loads torch
-
-    if weights is None:
-        notes.append(
-            "no Inception weights given (--inception-weights PATH): distances are of the stand-in extractor and are "
-            "not FID"
-        )
-        return stand_in()
-    return inception(weights, "legacy" if resize == "legacy" else "clean", grid=grid)
-
-
-def _distances(run: Run, data_uri: str, options: Options, rows: list[Row], notes: list[str]) -> list[Row]:
-    """The rows of tables 1 and 2: for each class (and each prompt, where there are several), source to counterfactual,
-    and each reference to both."""
-    recipe = run.recipe
-    extractor = choose_extractor(options.weights, options.resize, recipe.model.resolution, notes)
-    # by film, so that what compares the same two sets under other settings has the same interval
-    rows = sorted(rows, key=lambda row: (row["source_path"], row["record_id"]))
-    features = run_features(run, open_store(run.about["data_root"]), rows, extractor)
-    references = []
-    wanted = options.references or ((recipe.data.healthy_class, data_uri),)
-    for label, uri in wanted:
-        set_features = _reference(run, label, uri, extractor, notes, options)
-        if set_features is not None:
-            references.append((f"{label} (reference)", set_features))
-    several = len({row["prompt"] for row in rows}) > 1
-    conditions = [(row["label"], row["prompt"] if several else None) for row in rows]
-    found: list[Row | None] = []
-    groups = recipe.evaluate.fid_subsets
-    for label, prompt in sorted(set(conditions), key=str):
-        chosen = [n for n, condition in enumerate(conditions) if condition == (label, prompt)]
-        before, after = features.source[chosen], features.counterfactual[chosen]
-        names = f"{label} (source)", f"{label} (counterfactual)" + ("" if prompt is None else f" under “{prompt}”")
-        found.append(distance_row(*names, before, after, extractor, groups, paired=True))
-        for name, reference in references:
-            found.append(distance_row(name, names[0], reference, before, extractor, groups))
-            found.append(distance_row(name, names[1], reference, after, extractor, groups))
-    kept = [row for row in found if row is not None]
-    if kept and min(min(row["n1"], row["n2"]) for row in kept) < 2048:
-        notes.append("sets of fewer than 2048 films: read KID before the Fréchet distance, whose bias grows as 1/N")
-    return kept
-
-
-def _reference(run: Run, label: str, uri: str, extractor: Extractor, notes: list[str], options: Options) -> Any:
-    """Features of a reference: class ``label`` of a data set, or the counterfactuals of another run's class."""
-    other = open_run(open_store(uri)) if not uri.lower().endswith((".csv", ".parquet")) else None
-    if other is not None:
-        frame = read_records(other)
-        rows = frame[(frame["status"] == Status.OK.value) & (frame["label"] == label)].to_dict("records")
-        if not rows:
-            raise UnusableData(f"--reference {label}={uri}: that run has no finished record of class {label}")
-        return run_features(other, open_store(other.about["data_root"]), rows, extractor).counterfactual
-    try:
-        dataset = open_dataset(uri, run.recipe.data, [label])
-    except UnusableData as error:
-        if options.references:
-            raise UnusableData(f"--reference {label}={uri}: {error}") from None
-        notes.append(f"no reference set: {error}")
-        return None
-    cache = open_store(options.cache) if options.cache else run.store
-    size = run.recipe.model.resolution
-    features, unreadable = reference_features(cache, size, dataset.store, dataset.films, extractor, label)
-    if unreadable:
-        notes.append(f"{unreadable} films of reference {label} could not be read")
-    return features
-
-
-def reference_set(run: Run, label: str, uri: str, extractor: Extractor, cache: Store) -> Any:
-    """Features [n, d] of class ``label`` of a data set (or of another run's counterfactuals), kept in ``cache``.
-
-    Raises UnusableData when there is no such class.
-    """
-    return _reference(run, label, uri, extractor, [], Options(((label, uri),), cache=cache.uri))
 
 
 def _write_quarantine(run: Run, quarantined: pd.DataFrame) -> None:

@@ -17,7 +17,15 @@ COLUMNS: dict[str, dict[str, str]] = {
         "label": "class", "n": "n", "lesion_error_ratio": "lesion error left", "psnr": "PSNR to twin",
         "psnr_input": "film's own", "psnr_reconstruction": "autoencoder's",
     },
-    "ssim": {"label": "class", "n": "n", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "ms_ssim_scales": "scales"},
+    "ssim": {"label": "class", "n": "n", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "ms_ssim_scales": "scales",
+             "lpips": "LPIPS"},
+    "counterfactual": {
+        "label": "class", "n": "n", "cout": "COUT", "collateral": "other classes", "changed": "pixels changed",
+        "inside_change": "|M| in lesion", "outside_change": "outside",
+    },
+    "heart": {"label": "class", "n": "n", "before": "heart / thorax", "after": "after", "change": "change"},
+    "brixia": {"map": "map", "n": "n", "spearman": "Spearman, all zones", "spearman_within_film": "within films"},
+    "fid_within": {"set1": "set 1", "set2": "set 2", "n2": "n", "within": "within conditions", "pooled": "pooled"},
     "fid": {"set1": "set 1", "set2": "set 2", "n1": "n1", "n2": "n2", "kid": "KID", "value": "Fréchet distance"},
 }  # fmt: skip
 TITLES = {
@@ -25,6 +33,10 @@ TITLES = {
     "validity": "Validity (independent judge)",
     "twin": "Against the lesion-free twin",
     "ssim": "Film against counterfactual",
+    "counterfactual": "Single counterfactuals (a sample)",
+    "heart": "Cardiothoracic ratio (lungs found on film and twin)",
+    "brixia": "Maps against Brixia scores of six lung zones",
+    "fid_within": "Distances within conditions",
     "fid": "Distances between sets",
 }
 
@@ -44,7 +56,9 @@ def print_summary(metrics: dict[str, Any], console: Console | None = None) -> No
             continue
         title = TITLES[name]
         if name == "fid":
-            title += f" ({rows[0]['extractor']}, {rows[0]['resize']})"
+            used = dict.fromkeys(f"{row['extractor']}, {row['resize']}" for row in rows)
+            title += f" ({'; '.join(used)})" if len(used) == 1 else ""
+            columns = columns | {"extractor": "extractor"} if len(used) > 1 else columns
         table = Table(title=title, title_justify="left", header_style="bold")
         shown = {key: head for key, head in columns.items() if any(row.get(key) is not None for row in rows)}
         for key, head in shown.items():

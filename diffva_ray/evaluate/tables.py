@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from diffva_ray.evaluate.records import under
 from diffva_ray.evaluate.scores import SIMPLE
 from diffva_ray.metrics.counterfactual import flip_rate
 from diffva_ray.metrics.localization import dice_at, fixed_threshold, patient_bootstrap
@@ -20,12 +21,15 @@ ALL = "all"  # the row over all classes
 
 
 def by_label(frame: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
-    """The rows of each class, then of all of them together."""
-    labels = sorted(frame["label"].unique())
-    for label in labels:
-        yield label, frame[frame["label"] == label]
-    if len(labels) > 1:
-        yield ALL, frame
+    """The rows of each class, then of all of them together; of a sweep (column ``setting``) never of two settings."""
+    settings = dict.fromkeys(frame["setting"]) if "setting" in frame else [""]
+    for setting in settings:
+        rows = frame[frame["setting"] == setting] if setting else frame
+        labels = sorted(rows["label"].unique())
+        for label in labels:
+            yield under(label, setting), rows[rows["label"] == label]
+        if len(labels) > 1:
+            yield under(ALL, setting), rows
 
 
 def finite_mean(values: Iterable[float]) -> float | None:
@@ -56,6 +60,18 @@ def ssim_rows(records: pd.DataFrame, preset: str, grid: int) -> list[Row]:
         }
         for label, rows in by_label(records)
     ]
+
+
+def add_lpips(rows: list[Row], scores: list[Row]) -> None:
+    """LPIPS of the sampled pairs beside the likeness of all of them, with its own N and interval."""
+    if not scores or "lpips" not in scores[0]:
+        return
+    sampled = {label: pairs.dropna(subset=["lpips"]) for label, pairs in by_label(pd.DataFrame(scores))}
+    for row in rows:
+        pairs = sampled.get(row["label"])
+        if pairs is not None and len(pairs):
+            row |= {"lpips": finite_mean(pairs["lpips"].astype(float)), "lpips_interval": _interval(pairs, "lpips"),
+                    "lpips_n": len(pairs)}  # fmt: skip
 
 
 def _interval(rows: pd.DataFrame, column: str) -> list[float]:
@@ -93,21 +109,23 @@ def localization_rows(scores: list[Row], thresholds: dict[str, float] | None, so
             row: Row = {"label": label, "n": len(rows), **{key: finite_mean(rows[key]) for key in SIMPLE}}
             row["auroc_interval"] = list(patient_bootstrap(rows["auroc"].to_numpy(), rows["source_path"].tolist()))
             row |= {"map": name, "region": ", ".join(sorted(rows["region"].unique()))}
-            if thresholds and name in thresholds:
+            setting = rows["setting"].iloc[0] if "setting" in rows else ""
+            threshold = (thresholds or {}).get(under(name, setting), (thresholds or {}).get(name))
+            if threshold is not None:
                 curves = np.stack(rows["dice_curve"].to_list())
-                row["dice_fixed"] = float(dice_at(curves, thresholds[name]).mean())
-                row |= {"threshold": thresholds[name], "threshold_from": source}
+                row["dice_fixed"] = float(dice_at(curves, threshold).mean())
+                row |= {"threshold": threshold, "threshold_from": source}
             found.append(row)
     return found
 
 
 def best_thresholds(scores: list[Row]) -> dict[str, float]:
-    """The threshold with the best mean Dice of each map: what ``--threshold-from`` takes over from a validation run."""
-    frame = pd.DataFrame(scores)
-    return {
-        name: fixed_threshold(np.stack(rows["dice_curve"].to_list()))[0]
-        for name, rows in (frame.groupby("map", sort=False) if len(frame) else ())
-    }
+    """The threshold with the best mean Dice of each map (and setting of a sweep): what ``--threshold-from`` takes over
+    from a validation run."""
+    found: dict[str, list[np.ndarray]] = {}
+    for row in scores:
+        found.setdefault(under(row["map"], row.get("setting", "")), []).append(row["dice_curve"])
+    return {name: fixed_threshold(np.stack(curves))[0] for name, curves in found.items()}
 
 
 def twin_rows(scores: list[Row]) -> list[Row]:

@@ -237,6 +237,7 @@ def _micro_batch(bench: Workbench, sources: list[Source], watch: Stopwatch) -> l
                 for row in (source.row for source in sources)
             ],
             [source.row["seed"] for source in sources],
+            [source.lungs for source in sources],
         )  # fmt: skip
     finished = []
     for source, counterfactual, reconstruction, shown in zip(

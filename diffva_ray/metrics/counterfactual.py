@@ -21,6 +21,16 @@ def changed_share(m: np.ndarray, threshold: float = CHANGED) -> float:
     return float((np.abs(m) > threshold).mean())
 
 
+def collateral_change(before: np.ndarray, after: np.ndarray, own: int, healthy: int) -> float:
+    """Change of what nobody asked to change: sum of |p' - p| over all classes but the film's ``own`` and the
+    ``healthy`` one, of a judge's class probabilities [classes] before and after, in [0, 1]; NaN with no other class.
+
+    Healing may move probability from the film's own class to the healthy one; what arrives elsewhere is another disease
+    that the twin now shows (or one that the film showed and that went along)."""
+    others = [n for n in range(len(before)) if n not in (own, healthy)]
+    return float(np.abs(np.asarray(after)[others] - np.asarray(before)[others]).sum()) if others else float("nan")
+
+
 @dataclass(frozen=True)
 class Outside:
     """``change``: mean |M| outside the lesion (hallucination); ``inside``: mean |M| in it; ``share``: of the map's

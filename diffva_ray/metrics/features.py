@@ -66,7 +66,7 @@ def stand_in() -> Extractor:
     sha256 = hashlib.sha256(b"".join(kernel.numpy().tobytes() for kernel in kernels)).hexdigest()
 
     def network(images: torch.Tensor) -> torch.Tensor:
-        x = (_resized(images, 64, "bilinear") - 0.5) / 0.25
+        x = (resized(images, 64, "bilinear") - 0.5) / 0.25
         features = []
         for scale, kernel in enumerate(kernels):
             x = F.pad(F.avg_pool2d(x, 2) if scale else x, (2, 2, 2, 2), mode="reflect")
@@ -99,7 +99,7 @@ def inception(
         blocks.load_state_dict(_up_to_pool3(state), assign=True)
     except Exception as error:  # torch.load raises whatever the bytes of a foreign file lead it to
         expected = "pytorch-fid's Inception state dict, pt_inception-2015-12-05-6726825d.pth"
-        raise ValueError(f"{path}: expected {expected} ({_brief(error)})") from None
+        raise ValueError(f"{path}: expected {expected} ({brief(error)})") from None
     blocks.eval().requires_grad_(False).to(device)
     blocks.to(memory_format=torch.channels_last)  # a quarter less time on a CPU
 
@@ -107,7 +107,7 @@ def inception(
         if resize == "legacy":
             x = F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)
         else:
-            x = _resized(_resized(images, grid, "bicubic") if grid else images, 299, "bicubic")
+            x = resized(resized(images, grid, "bicubic") if grid else images, 299, "bicubic")
         return blocks(2 * x.expand(-1, 3, -1, -1) - 1).flatten(1)
 
     return Extractor("inception-pool3", 2048, False, sha256, resize, 16, pool3, device)
@@ -170,7 +170,7 @@ def download_inception() -> Path:
         torch.hub.load_state_dict_from_url(FID_WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
         raise RuntimeError(
-            f"pytorch-fid's Inception weights cannot be downloaded ({_brief(error)}); fetch {FID_WEIGHTS_URL} "
+            f"pytorch-fid's Inception weights cannot be downloaded ({brief(error)}); fetch {FID_WEIGHTS_URL} "
             "elsewhere and pass --inception-weights PATH"
         ) from None
     return _cache_path()
@@ -187,12 +187,12 @@ def _up_to_pool3(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in state.items() if not key.startswith(("fc.", "AuxLogits."))}
 
 
-def _resized(images: torch.Tensor, side: int, mode: str) -> torch.Tensor:
+def resized(images: torch.Tensor, side: int, mode: str) -> torch.Tensor:
     """[B, 1, H, W] squashed to ``side`` x ``side`` with antialiasing, in [0, 1] (bicubic overshoots)."""
     if images.shape[-2:] == (side, side):
         return images
     return F.interpolate(images, size=(side, side), mode=mode, align_corners=False, antialias=True).clamp(0, 1)
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__

@@ -35,11 +35,16 @@ class Judge(nn.Module):
         self.head = nn.Linear(2 * channels, len(self.classes))
 
     def forward(self, films: torch.Tensor) -> torch.Tensor:
-        """Logits [n, classes] of grey films [n, H, W] in [0, 1]; each film is standardised on the judge's grid."""
+        """Logits [n, classes] of grey films [n, H, W] in [0, 1]."""
+        return self.head(self.embed(films))
+
+    def embed(self, films: torch.Tensor) -> torch.Tensor:
+        """What the last layer sees: means and maxima [n, 8 * width] of the maps of grey films [n, H, W] in [0, 1]; each
+        film is standardised on the judge's grid."""
         grid = functional.interpolate(films[:, None], size=(SIZE, SIZE), mode="bilinear", antialias=True)
         spread, mean = torch.std_mean(grid, dim=(1, 2, 3), keepdim=True)
         maps = self.features((grid - mean) / (spread + 1e-3))
-        return self.head(torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1))
+        return torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)
 
     @torch.inference_mode()
     def healthy_probability(self, films: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -49,6 +54,12 @@ class Judge(nn.Module):
         device = next(self.parameters()).device
         rows = [self(torch.from_numpy(film[None]).to(device)).softmax(1)[0, index].item() for film in films]
         return np.array(rows, dtype=np.float64)
+
+    @torch.inference_mode()
+    def probabilities(self, films: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Probabilities [n, classes] of grey films [n, H, W] in [0, 1], judged together."""
+        device = next(self.parameters()).device
+        return self(torch.from_numpy(films).to(device)).softmax(1).double().cpu().numpy()
 
     @torch.inference_mode()
     def predict(self, films: NDArray[np.float32]) -> list[str]:

@@ -17,8 +17,10 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from diffva_ray.config import Recipe, RecipeError, make_recipe
-from diffva_ray.model import text
-from diffva_ray.model.card import CARD, COMPONENTS, UnusableModel, folder_digest, read_card
+from diffva_ray.model import lora, text
+from diffva_ray.model.card import CARD, COMPONENTS, LORA, UnusableModel, folder_digest, read_card
+from diffva_ray.model.cross_attention import fit_text_width, text_width
+from diffva_ray.model.extras import load_extra
 from diffva_ray.storage import Store, open_store
 
 # Stable Diffusion v1.4's own scheduler_config.json
@@ -46,10 +48,18 @@ class Bundle:
     digest: str = ""
     card: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
+    extras: dict[str, Any] = field(default_factory=dict)  # networks of some methods; see extras.py
+    text_source: dict[str, str] = field(default_factory=dict)  # where the text encoder came from; see text.py
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
         return {"vae": self.vae, "unet": self.unet, "text_encoder": self.text_encoder}
+
+    def extra(self, name: str) -> Any:
+        """The network of that name beside the pipeline's own, loaded when first asked for. Raises UnusableModel."""
+        if name not in self.extras:
+            self.extras[name] = load_extra(self.folder, name)
+        return self.extras[name]
 
     @property
     def latent_scale(self) -> int:
@@ -58,12 +68,9 @@ class Bundle:
 
     def check(self) -> None:
         """Raises UnusableModel when the parts do not fit each other or the recipe's resolution."""
-        width, expected = self.text_encoder.config.hidden_size, self.unet.config.cross_attention_dim
+        width, expected = self.text_encoder.config.hidden_size, text_width(self.unet)
         if width != expected:
-            raise UnusableModel(
-                f"the text encoder's width is {width}, the UNet's cross-attention expects {expected}; choose an "
-                "encoder of that width"
-            )
+            raise UnusableModel(f"the text encoder's width is {width}, the UNet takes {expected}; export it again")
         if self.recipe.model.resolution % (self.latent_scale * 2 ** (len(self.unet.config.block_out_channels) - 1)):
             raise UnusableModel(f"model.resolution {self.recipe.model.resolution} does not divide into whole latents")
 
@@ -77,9 +84,10 @@ def quiet() -> None:
 
 
 def build(recipe: Recipe) -> Bundle:
-    """The model a recipe describes, before training: from scratch (seeded), or a base with its text encoder swapped.
+    """The model a recipe describes, before training: from scratch (seeded), or a base with its text encoder swapped
+    (and a projection of the text where their widths differ).
 
-    Raises UnusableModel (a base that cannot be loaded, widths that differ) or RecipeError.
+    Raises UnusableModel (a base or text encoder that cannot be loaded) or RecipeError.
     """
     quiet()
     model = recipe.model
@@ -93,9 +101,11 @@ def build(recipe: Recipe) -> Bundle:
             encoder = text.build_text_encoder(tokenizer, model.text or {}, model.attention_mask)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"model: {text.first_line(error)}") from None
+        origin: dict[str, str] = {}
     else:
-        vae, unet, encoder, tokenizer, scheduler = _pretrained(model.base, recipe, scheduler)
-    bundle = Bundle(vae, unet, encoder, tokenizer, scheduler, recipe)
+        vae, unet, encoder, tokenizer, scheduler, origin = _pretrained(model.base, recipe, scheduler)
+    fit_text_width(unet, encoder.config.hidden_size, recipe.seed)
+    bundle = Bundle(vae, unet, encoder, tokenizer, scheduler, recipe, text_source=origin)
     bundle.check()
     return bundle
 
@@ -110,14 +120,23 @@ def _pretrained(base: str, recipe: Recipe, scheduler: dict[str, Any]) -> tuple[A
     except (OSError, ValueError) as error:
         raise UnusableModel(f"model.base {base}: {text.first_line(error)}") from None
     scheduler = {**{key: config[key] for key in config if not key.startswith("_")}, **model.scheduler}
-    encoder, tokenizer = text.load_text_encoder(
-        model.text_encoder or source, model.tokenizer_length, model.attention_mask, subfolders=not model.text_encoder
-    )
-    return vae, unet, encoder, tokenizer, scheduler
+    about = read_card(open_store(source)) if Path(source).is_dir() else None
+    wanted = (model.tokenizer_length, model.attention_mask)
+    if model.text_encoder:
+        encoder, tokenizer, origin = text.starting_text_encoder(model.text_encoder, *wanted)
+    else:
+        encoder, tokenizer = text.load_text_encoder(source, *wanted)
+        origin = (about or {}).get("text_source", {})
+    lora.load(unet, None if model.text_encoder else encoder, Path(source) / LORA)
+    return vae, unet, encoder, tokenizer, scheduler, origin
 
 
 def save(bundle: Bundle, store: Store, card: dict[str, Any]) -> str:
-    """Write the diffusers folder, then ``diffva.json`` (whose appearance completes it); returns the digest."""
+    """Write the diffusers folder, then ``diffva.json`` (whose appearance completes it); returns the digest.
+
+    Adapters of LoRA are merged into the weights, or with ``train.lora.merge: false`` written beside the untouched ones
+    (``lora/``); the bundle has merged weights afterwards in either case.
+    """
     quiet()
     backend = getattr(bundle.tokenizer, "backend_tokenizer", None)
     if backend is not None:  # a used tokenizer would save the padding of its last call, and change the digest
@@ -125,17 +144,33 @@ def save(bundle: Bundle, store: Store, card: dict[str, Any]) -> str:
         backend.no_truncation()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _pipeline(bundle).save_pretrained(folder, safe_serialization=True)
+        config = bundle.recipe.train.lora
+        beside = config is not None and not config.merge and lora.attached(bundle.unet)
+        if beside:
+            lora.save(bundle.unet, bundle.text_encoder, folder / LORA)
+        for module in (bundle.unet, bundle.text_encoder):
+            lora.detach(module, merge=not beside)
+        pipeline_of(bundle).save_pretrained(folder, safe_serialization=True)
+        for extra, network in bundle.extras.items():
+            network.save_pretrained(folder / extra, safe_serialization=True)
         digest = folder_digest(folder)
         for file in sorted(folder.rglob("*")):
             if file.is_file():
                 store.put(file.relative_to(folder).as_posix(), file.read_bytes())
-    card = {"digest": digest, "recipe": bundle.recipe.model_dump(mode="json"), **card}
+        lora.load(bundle.unet, bundle.text_encoder, folder / LORA)
+    card = {
+        "digest": digest,
+        "extras": sorted(bundle.extras),
+        "text_source": bundle.text_source,
+        "recipe": bundle.recipe.model_dump(mode="json"),
+        **card,
+    }
     store.put(CARD, json.dumps(card, indent=1).encode())
     return digest
 
 
-def _pipeline(bundle: Bundle) -> Any:
+def pipeline_of(bundle: Bundle) -> Any:
+    """The ordinary pipeline of these networks, without a safety checker."""
     return StableDiffusionPipeline(
         vae=bundle.vae,
         text_encoder=bundle.text_encoder,
@@ -176,10 +211,11 @@ def load(uri: str, recipe: Recipe | None = None) -> Bundle:
         str(folder),
         saved.get("tokenizer_length", recipe.model.tokenizer_length),
         saved.get("attention_mask", recipe.model.attention_mask),
-        subfolders=True,
     )
+    lora.load(unet, encoder, folder / LORA)
     config = PNDMScheduler.load_config(folder, subfolder="scheduler")
     scheduler = {key: config[key] for key in config if not key.startswith("_")}
     bundle = Bundle(vae, unet, encoder, tokenizer, scheduler, recipe, digest, card or {}, folder)
+    bundle.text_source = bundle.card.get("text_source", {})
     bundle.check()
     return bundle

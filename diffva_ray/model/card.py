@@ -12,6 +12,8 @@ from diffva_ray.storage import Store
 CARD = "diffva.json"
 TRAINING, PROGRESS = ".train/training.json", ".train/progress.json"  # of a training, while it lasts and after
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+EXTRAS = ("controlnet", "classifier", "vant_gan", "ant_gan")  # networks that some methods need; see extras.py
+LORA = "lora"  # adapters that were not merged, beside the weights they change
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -36,7 +38,7 @@ def folder_digest(folder: Path) -> str:
     """
     total = hashlib.sha256()
     weights = 0
-    for component in COMPONENTS:
+    for component in (*COMPONENTS, *EXTRAS, LORA):
         for file in sorted((folder / component).rglob("*")):
             if not file.is_file() or file.name.startswith("."):
                 continue

@@ -4,12 +4,36 @@ from __future__ import annotations
 
 import string
 from collections.abc import Sequence
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer, CLIPTextModel
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    CLIPTextModel,
+    PretrainedConfig,
+)
 
 from diffva_ray.model.card import UnusableModel
+from diffva_ray.storage import open_store
+
+# Short names of model.text_encoder. Stanford's RadBERT is the paper's; UCSD's is a RoBERTa (Yan et al. 2022).
+TEXT_ENCODERS = {
+    "radbert": "StanfordAIMI/RadBERT",
+    "radbert-roberta": "zzxslp/RadBERT-RoBERTa-4m",
+    "biobert": "dmis-lab/biobert-v1.1",
+    "cxr-bert": "microsoft/BiomedVLP-CXR-BERT-specialized",
+    "pubmedclip": "flaviagiammarino/pubmed-clip-vit-base-patch32",
+    "clip": "openai/clip-vit-large-patch14",
+}
+ROBERTA = ("roberta", "xlm-roberta")
 
 # Words a radiology prompt is made of; anything else falls apart into characters, so that every word is tokenised.
 RADIOLOGY = """
@@ -43,33 +67,116 @@ def build_text_encoder(tokenizer: BertTokenizer, config: dict[str, Any], attenti
     return BertModel(settings, add_pooling_layer=False)
 
 
-def load_text_encoder(
-    source: str, length: int, attention_mask: bool, subfolders: bool = False
-) -> tuple[torch.nn.Module, Any]:
-    """A text encoder and its tokenizer from a hub id or local snapshot; ``subfolders``: from a diffusers folder.
+def hub_snapshot(name: str) -> tuple[Path, dict[str, str]]:
+    """The folder of a text encoder, and where it came from: ``source`` (hub id or folder) and, of the hub, ``commit``.
 
-    The token length is forced (RadBERT's tokenizer states none, and padding to 1e30 overflows) and kept with the
-    model. Raises UnusableModel for encoders without safetensors.
+    ``name`` is one of TEXT_ENCODERS, a hub id (``owner/name`` or ``owner/name@revision``), a folder or s3://. Of a hub
+    repository only the PyTorch weights at its root are fetched, safetensors where it has them. Raises UnusableModel.
     """
-    model_folder = {"subfolder": "text_encoder"} if subfolders else {}
-    tokenizer_folder = {"subfolder": "tokenizer"} if subfolders else {}
+    if name.startswith("s3://"):
+        return open_store(name).local_folder(), {"source": name}
+    if Path(name).is_dir():
+        return Path(name), {"source": name}
+    source, _, revision = TEXT_ENCODERS.get(name, name).partition("@")
+    wanted = ["*.json", "*.txt", "*.safetensors"]
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **model_folder)
+        folder = Path(
+            snapshot_download(source, revision=revision or None, allow_patterns=wanted, ignore_patterns="*/*")
+        )
+        if not _weights(folder, "safetensors"):
+            wanted = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+            snapshot_download(source, revision=folder.name, allow_patterns=wanted)
+    except (OSError, ValueError) as error:
+        raise UnusableModel(
+            f"text encoder {name}: neither a folder here nor to be had from the hub ({first_line(error)}); the names "
+            f"are {', '.join(TEXT_ENCODERS)}"
+        ) from None
+    return folder, {"source": source, "commit": folder.name}
+
+
+def _weights(folder: Path, suffix: str) -> list[Path]:
+    return [
+        file
+        for file in folder.iterdir()
+        if file.name.startswith(("model", "pytorch_model")) and file.suffix == f".{suffix}"
+    ]
+
+
+def starting_text_encoder(name: str, length: int, attention_mask: bool) -> tuple[Any, Any, dict[str, str]]:
+    """A published text encoder to train from, its tokenizer, and where it came from; see ``hub_snapshot``.
+
+    Several medical ones (RadBERT, BioBERT) exist as ``pytorch_model.bin`` alone: those are read by PyTorch's loader
+    that builds tensors and nothing else (``weights_only``), and saved as safetensors from then on. Raises
+    UnusableModel.
+    """
+    folder, origin = hub_snapshot(name)
+    safetensors, pickled = _weights(folder, "safetensors"), _weights(folder, "bin")
+    if not safetensors and not pickled:
+        raise UnusableModel(f"text encoder {name}: neither model.safetensors nor pytorch_model.bin in {folder}")
+    if not safetensors and tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+        raise UnusableModel(
+            f"text encoder {name}: only pickled weights, which torch {torch.__version__} cannot read safely "
+            "(CVE-2025-32434); install torch 2.6 or newer"
+        )
+    encoder, tokenizer = _load(name, str(folder), length, attention_mask, bool(safetensors), {}, {})
+    return encoder, tokenizer, origin
+
+
+def load_text_encoder(source: str, length: int, attention_mask: bool) -> tuple[Any, Any]:
+    """The text encoder and tokenizer of a diffusers folder or hub id; safetensors only. Raises UnusableModel."""
+    parts = {"subfolder": "text_encoder"}, {"subfolder": "tokenizer"}
+    return _load(source, source, length, attention_mask, True, *parts)
+
+
+def _load(
+    name: str, source: str, length: int, attention_mask: bool, safetensors: bool, model_at: Any, tokenizer_at: Any
+) -> tuple[Any, Any]:
+    """Without pooler (its weights never see a gradient, which DDP refuses) and in float32, whatever the file holds.
+    The token length is forced (RadBERT's tokenizer states none, and padding to 1e30 overflows), and kept."""
+    try:
+        values, _ = PretrainedConfig.get_config_dict(source, **model_at)
         loader: Any = AutoModel
+        tokenizers: Any = AutoTokenizer
         extra: dict[str, Any] = {}
-        if config.model_type.startswith("clip"):
+        kind = str(values.get("model_type", ""))
+        if kind == "cxr-bert":  # a BERT under a name that only its own remote code knows
+            names = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
+            loader, tokenizers, extra["config"] = BertModel, BertTokenizer, BertConfig(**names)
+        if kind.startswith("clip"):
             loader = CLIPTextModel  # AutoModel would bring the image half along
-        elif config.model_type in ("bert", "roberta", "xlm-roberta"):
+        elif kind in ("bert", "cxr-bert", *ROBERTA):
             extra["add_pooling_layer"] = False
-        encoder = loader.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **extra, **model_folder)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **tokenizer_folder)
-    except OSError as error:
-        raise UnusableModel(f"text encoder {source}: {first_line(error)}") from None
-    longest = getattr(encoder.config, "max_position_embeddings", length)
-    if encoder.config.model_type in ("roberta", "xlm-roberta"):
-        longest -= 2  # RoBERTa's positions start behind the padding index
+        encoder, report = loader.from_pretrained(
+            source,
+            use_safetensors=safetensors,
+            weights_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **extra,
+            **model_at,
+        )
+        tokenizer = tokenizers.from_pretrained(source, trust_remote_code=False, **tokenizer_at)
+    except UnpicklingError:
+        raise UnusableModel(
+            f"text encoder {name}: its pickled weights are damaged or hold more than tensors, which would run code"
+        ) from None
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
+        if "mismatched_sizes" in str(error):  # transformers' own words are about its options
+            raise UnusableModel(f"text encoder {name}: its weights have other shapes than its config.json") from None
+        raise UnusableModel(f"text encoder {name}: {first_line(error)}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise UnusableModel(f"text encoder {name}: its file lacks {len(missing)} weights, such as {missing[0]}")
+    encoder = encoder.float()
+    words = tokenizer("normal chest scan", add_special_tokens=False).input_ids
+    if len(tokenizer) > encoder.config.vocab_size or set(words) <= {tokenizer.unk_token_id}:
+        raise UnusableModel(
+            f"text encoder {name}: its tokenizer does not fit it (is vocab.txt, vocab.json or merges.txt missing?)"
+        )
+    longest = encoder.config.max_position_embeddings
+    if kind in ROBERTA:
+        longest -= encoder.config.pad_token_id + 1  # its positions start behind the padding index
     if length > longest:
-        raise UnusableModel(f"text encoder {source}: holds {longest} tokens, model.tokenizer_length is {length}")
+        raise UnusableModel(f"text encoder {name}: holds {longest} tokens, model.tokenizer_length is {length}")
     tokenizer.model_max_length = length
     encoder.config.use_attention_mask = attention_mask
     return encoder, tokenizer

@@ -10,8 +10,8 @@ import numpy as np
 
 from diffva_ray.evaluate.distances import distance_row, run_features
 from diffva_ray.evaluate.records import read_records
-from diffva_ray.evaluate.reduction import choose_extractor, reference_set
-from diffva_ray.metrics.features import Extractor
+from diffva_ray.evaluate.reduction import Options
+from diffva_ray.evaluate.set_distances import choose_extractors, reference
 from diffva_ray.metrics.fid_controls import conditional
 from diffva_ray.paper import published
 from diffva_ray.paper.experiments import SETTINGS
@@ -236,15 +236,13 @@ ABLATIONS = (
 
 def ablation_table(made: Made) -> Table:
     """Table 5: real healthy films against all twins of a run, whatever their class, and what guidance <= 1 does."""
-    notes: list[str] = []
-    extractor = choose_extractor(made.options.weights, made.options.resize, made.base.model.resolution, notes)
     healthy = made.base.data.healthy_class
     comparisons, settings = list[Distances](), list[list[str]]()
     for run_name, title, paper in ABLATIONS:
         if run_name not in made.runs:
             continue
         comparison = Distances(f"real {healthy}", title, paper)
-        comparison.rows["ours"], within = _pooled(made, run_name, extractor)
+        comparison.rows["ours"], within = _pooled(made, run_name)
         if comparison.rows["ours"] is not None and within is not None:
             comparison.rows["ours"]["within_class"] = within
         keys = made.runs[run_name].about["keys"]
@@ -268,18 +266,23 @@ def ablation_table(made: Made) -> Table:
     return Table("table5", "Table 5. Ablations", caption, heads, body, details(comparisons))
 
 
-def _pooled(made: Made, name: str, extractor: Extractor) -> tuple[Row | None, float | None]:
+def _pooled(made: Made, name: str) -> tuple[Row | None, float | None]:
     run = made.runs[name]
     records = read_records(run)
     rows = records[records["status"] == Status.OK.value].to_dict("records")
     if not rows:
         return None, None
-    features = run_features(run, open_store(run.about["data_root"]), rows, extractor)
     healthy = made.base.data.healthy_class
-    reference = reference_set(run, healthy, made.radiography, extractor, made.store)
-    found = distance_row(f"real {healthy}", name, reference, features.counterfactual, extractor, 10)
+    options = Options(weights=made.options.weights, resize=made.options.resize, cache=made.store.uri)
+    extractor = choose_extractors(run, options, [])[0]
+    features = run_features(run, open_store(run.about["data_root"]), rows, extractor)
+    healthy_films = reference(run, healthy, made.radiography, extractor, options, [])
+    if healthy_films is None:
+        return None, None
+    real = healthy_films.features
+    found = distance_row(f"real {healthy}", name, real, features.counterfactual, extractor, 10)
     labels = np.array(features.labels)
-    groups = {label: (reference, features.counterfactual[labels == label]) for label in sorted(set(labels))}
+    groups = {label: (real, features.counterfactual[labels == label]) for label in sorted(set(labels))}
     small = any(len(twins) < 2 for _, twins in groups.values())
     return found, None if small else conditional(groups)
 

@@ -6,6 +6,8 @@ There is no random-generator state and no data position to save: both follow fro
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffva_ray.model.bundle import Bundle
+
+Modules = Mapping[str, torch.nn.Module]
 
 
 @dataclass(frozen=True)
@@ -28,40 +32,68 @@ def save_checkpoint(
     folder: Path,
     position: Position,
     fingerprint: str,
+    workers: int,
     bundle: Bundle,
-    extra: dict[str, torch.nn.Module],
-    optimizer: torch.optim.Optimizer | None = None,
-    ema: Any | None = None,
+    weights: Mapping[str, Mapping[str, torch.Tensor]],
+    optimizers: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write weights (safetensors), optimizer and EMA, then ``state.json``, which makes the folder a checkpoint."""
+    """Write ``weights`` (safetensors, by module) and the players' ``optimizers`` (with their EMA), then ``state.json``,
+    which makes the folder a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, module in {**bundle.modules, **extra}.items():
-        tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+    for name, state in weights.items():
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         save_file(tensors, folder / f"{name}.safetensors")
-    if optimizer is not None:
-        state = {"optimizer": optimizer.state_dict(), "ema": ema.state_dict() if ema is not None else None}
-        torch.save(state, folder / "optimizer.pt")
-    about = {**asdict(position), "fingerprint": fingerprint, "scaling_factor": bundle.vae.config.scaling_factor}
+    if optimizers:
+        torch.save(list(optimizers), folder / "optimizers.pt")
+    about = {
+        **asdict(position),
+        "fingerprint": fingerprint,
+        "workers": workers,
+        "scaling_factor": bundle.vae.config.scaling_factor,
+    }
     (folder / "state.json").write_text(json.dumps(about))
 
 
-def read_position(folder: Path) -> Position:
-    about = json.loads((folder / "state.json").read_text())
-    return Position(about["stage"], about["step"])
+def read_state(folder: Path) -> dict[str, Any]:
+    """``state.json``: stage, step, fingerprint, workers, scaling_factor."""
+    return json.loads((folder / "state.json").read_text())
 
 
-def load_weights(folder: Path, bundle: Bundle, extra: dict[str, torch.nn.Module]) -> None:
-    """Put a checkpoint's weights and scaling factor into the bundle and into those ``extra`` modules it has."""
-    for name, module in {**bundle.modules, **extra}.items():
+def load_weights(folder: Path, bundle: Bundle, modules: Modules) -> None:
+    """Put a checkpoint's weights and scaling factor into the bundle and into those ``modules`` it has."""
+    for name, module in {**bundle.modules, **modules}.items():
         file = folder / f"{name}.safetensors"
         if name in bundle.modules or file.exists():
             module.load_state_dict(load_file(file))
-    bundle.vae.register_to_config(scaling_factor=json.loads((folder / "state.json").read_text())["scaling_factor"])
+    bundle.vae.register_to_config(scaling_factor=read_state(folder)["scaling_factor"])
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, ema: Any | None) -> None:
-    """Put back the optimizer's moments and the EMA's shadow weights."""
-    state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    if ema is not None:
-        ema.load_state_dict(state["ema"])
+def load_optimizers(folder: Path) -> list[dict[str, Any]]:
+    """The states of the players' optimizers and EMAs, in their order."""
+    return torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True)
+
+
+class Checkpoints:
+    """A ``report`` for training without Ray: numbered checkpoints below ``folder``, the newest ``keep`` of them."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, metrics: dict[str, float], checkpoint: Path | None) -> None:
+        """Take the folder ``checkpoint`` over."""
+        if checkpoint is None:
+            return
+        target = self.folder / f"checkpoint-{int(metrics['stage_index']):02d}-{int(metrics['step']):07d}"
+        staging = self.folder / f".tmp-{target.name}"
+        for old in (staging, target):
+            shutil.rmtree(old, ignore_errors=True)
+        shutil.move(checkpoint, staging)
+        staging.replace(target)
+        for old in sorted(self.folder.glob("checkpoint-*"))[: -self.keep]:
+            shutil.rmtree(old)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that was finished."""
+        found = sorted(self.folder.glob("checkpoint-*"))
+        return found[-1] if found else None

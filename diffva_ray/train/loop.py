@@ -5,11 +5,9 @@ Runs in any process: alone, or as one worker of a Ray Train group (ray_train.py)
 
 from __future__ import annotations
 
-import json
-import os
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +15,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from torch import nn
 
-from diffva_ray.config import Recipe, RecipeError, StageConfig
+from diffva_ray.config import Recipe, RecipeError
+from diffva_ray.config_stages import StageConfig
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.films import Dataset
-from diffva_ray.metrics.validity import save_judge
 from diffva_ray.model.bundle import Bundle, build, save
-from diffva_ray.model.card import PROGRESS
 from diffva_ray.model.training_films import FILM_DIGITS
-from diffva_ray.storage import Store, open_store
-from diffva_ray.train.checkpoint import Position, load_optimizer, load_weights, read_position, save_checkpoint
+from diffva_ray.observe import LOG
+from diffva_ray.storage import open_store
+from diffva_ray.train.checkpoint import Position, load_optimizers, load_weights, read_state, save_checkpoint
+from diffva_ray.train.journal import Journal
 from diffva_ray.train.loss import learning_rate
 from diffva_ray.train.sampling import FilmSet, step_generator
-from diffva_ray.train.stages import AutoencoderStage, DenoiserStage, JudgeStage
+from diffva_ray.train.stage import Batch, Player, Setting, Stage, make_stage
 
-Report = Callable[[dict[str, float], Path | None], None]
+Report = Callable[[dict[str, float], Path | None], None]  # takes the folder over
+Validate = Callable[[Bundle, Journal, str, int], None]
 
 
 @dataclass
@@ -40,13 +40,12 @@ class Run:
 
     recipe: Recipe
     bundle: Bundle
-    films: FilmSet
     accelerator: Accelerator
-    store: Store
+    modules: dict[str, nn.Module]
     fingerprint: str
     report: Report
-    started: float
-    history: list[dict[str, float | str]]
+    journal: Journal
+    validate: Validate | None
 
     @property
     def first(self) -> bool:
@@ -62,189 +61,236 @@ def train(
     report: Report,
     resume: Path | None = None,
     threads: int | None = None,
+    validate: Validate | None = None,
 ) -> None:
     """Train the recipe's stages on ``data`` and write the model folder ``model``.
 
-    ``report(metrics, checkpoint)`` is called on every worker at every checkpoint, with the folder on the first worker
-    and None on the others; ``resume`` is such a folder. Raises UnusableData, UnusableModel or RecipeError.
+    ``report(metrics, checkpoint)`` is called on every worker at every checkpoint, with a folder to be taken over on the
+    first worker and None on the others; ``resume`` is such a folder. ``validate`` looks at the model every
+    ``train.validation.every`` steps of a denoiser stage, on the first worker. Raises UnusableData, UnusableModel or
+    RecipeError.
     """
     if threads:
         torch.set_num_threads(threads)
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, cpu=not torch.cuda.is_available())
-    bundle = build(recipe)
-    dataset: Dataset = open_dataset(data, recipe.data)
-    films = FilmSet(dataset, recipe.model.resolution, recipe.train.cache_megabytes)
-    run = Run(recipe, bundle, films, accelerator, open_store(model), fingerprint, report, time.monotonic(), [])
-    if recipe.train.gradient_checkpointing:
+    bundle, store = build(recipe), open_store(model)
+    films = FilmSet(open_dataset(data, recipe.data), recipe.model.resolution, recipe.train.cache_megabytes)
+    config = recipe.train
+    if config.gradient_checkpointing:
         bundle.unet.enable_gradient_checkpointing()
         bundle.text_encoder.gradient_checkpointing_enable()
 
-    workers = [_stage(run, stage) for stage in recipe.train.stages]
-    judge = next((worker.judge for worker in workers if isinstance(worker, JudgeStage)), None)
-    extra: dict[str, torch.nn.Module] = {"judge": judge} if judge is not None else {}
+    setting = Setting(bundle, films, recipe.seed, store, config.cache_megabytes if config.cache_latents else 0)
+    stages = [make_stage(setting, stage) for stage in config.stages]
+    modules = {name: module for stage in stages for name, module in stage.modules.items()}
     position = Position()
     if resume:
-        position = read_position(resume)
-        load_weights(resume, bundle, extra)
-    for index in range(position.stage, len(workers)):
+        state = read_state(resume)
+        position = Position(state["stage"], state["step"])
+        load_weights(resume, bundle, modules)
+        _say_workers(state["workers"], accelerator.num_processes, accelerator.is_main_process)
+    journal = Journal(recipe, store, accelerator, (position.stage, position.step))
+    run = Run(recipe, bundle, accelerator, modules, fingerprint, report, journal, validate)
+    for index in range(position.stage, len(stages)):
         start = position.step if index == position.stage else 0
-        _run_stage(run, recipe.train.stages[index], workers[index], index, start, resume if start else None, extra)
+        _run_stage(run, stages[index], index, start, resume if start else None)
+    journal.close()
 
     if run.first:
-        if judge is not None:
-            save_judge(judge, run.store)
-        unreadable = films.unreadable
-        card = {**provenance, "training_fingerprint": fingerprint, "films": len(films.films), "unreadable": unreadable,
+        for stage in stages:
+            stage.export(store)
+        card = {**provenance, "training_fingerprint": fingerprint, "films": len(films.films),
+                "unreadable": films.unreadable,
                 "training_films": [sha256[:FILM_DIGITS] for sha256 in films.sha256()]}  # fmt: skip
-        save(bundle, run.store, card)
+        save(bundle, store, card)
     accelerator.wait_for_everyone()
 
 
-def _stage(run: Run, stage: StageConfig) -> AutoencoderStage | DenoiserStage | JudgeStage:
-    seed = run.recipe.seed
-    if stage.trains == "autoencoder":
-        return AutoencoderStage(run.bundle, stage, run.films, seed)
-    if stage.trains == "judge":
-        torch.manual_seed(seed)
-        return JudgeStage(run.bundle, stage, run.films, seed)
-    return DenoiserStage(run.bundle, stage, run.films, seed, run.recipe.train.cache_latents)
+def _say_workers(before: int, now: int, first: bool) -> None:
+    if before != now and first:
+        LOG.info(
+            "resumed on %d workers instead of %d: films, noise and prompts of every step stay the same; sums of "
+            "gradients round differently (about 1e-6), and dropout masks, where a network has any, are other ones",
+            now,
+            before,
+        )
 
 
-def _run_stage(
-    run: Run,
-    stage: StageConfig,
-    worker: AutoencoderStage | DenoiserStage | JudgeStage,
-    index: int,
-    start: int,
-    resume: Path | None,
-    extra: dict[str, torch.nn.Module],
-) -> None:
-    accelerator, config = run.accelerator, run.recipe.train
-    world = accelerator.num_processes
-    if stage.batch_size % world:
-        raise RecipeError(f"train.stages.{index}.batch_size {stage.batch_size} does not divide among {world} workers")
-    share = stage.batch_size // world
-    rows = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+@dataclass
+class Turn:
+    """A player ready to play: its network as prepared for the workers, optimizer, EMA."""
+
+    player: Player
+    network: nn.Module
+    parameters: list[nn.Parameter]
+    optimizer: Any
+    ema: EMAModel | None
+    rate: float
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+        }
+
+
+def _run_stage(run: Run, stage: Stage, index: int, start: int, resume: Path | None) -> None:
+    accelerator, config = run.accelerator, stage.config
+    device, workers, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+    if config.batch_size < workers:
+        raise RecipeError(f"train.stages.{index}.batch_size {config.batch_size} leaves some of {workers} workers idle")
+    rows = list(range(rank * config.batch_size // workers, (rank + 1) * config.batch_size // workers))
+    size = config.micro_batch_size or len(rows)
+    shares = [rows[at : at + size] for at in range(0, len(rows), size)]
 
     for module in run.bundle.modules.values():
-        module.to(accelerator.device).requires_grad_(False)
-    worker.network.to(accelerator.device)
-    worker.set_trainable()
-    parameters = [parameter for parameter in worker.network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=stage.learning_rate, betas=stage.betas, weight_decay=stage.weight_decay, fused=True
-    )
-    ema = EMAModel(parameters, decay=stage.ema_decay, foreach=True) if stage.ema_decay else None
+        module.to(device).requires_grad_(False)
+    stage.begin(device, run.first, accelerator.wait_for_everyone)
+    turns = [_turn(run, config, player) for player in stage.players]
     if resume:
-        load_optimizer(resume, optimizer, ema)
-        if ema is not None:
-            ema.to(accelerator.device)
-    worker.network.train()
-    network, optimizer = accelerator.prepare(worker.network, optimizer)
+        _restore(turns, load_optimizers(resume), device)
 
-    said = time.monotonic()
-    for step in range(start, stage.steps):
-        torch.manual_seed(
-            step_generator(run.recipe.seed, f"{stage.name}/{accelerator.process_index}", step).initial_seed()
-        )
-        rate = learning_rate(
-            step, stage.steps, stage.learning_rate, stage.warmup_steps, stage.schedule, stage.final_lr_fraction
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        positions = range(step * stage.batch_size, (step + 1) * stage.batch_size)
-        with accelerator.autocast():
-            loss = worker.loss(network, positions, rows, step_generator(run.recipe.seed, stage.name, step))
-        accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(parameters, stage.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if ema is not None:
-            ema.step(parameters)
+    for step in range(start, config.steps):
+        torch.manual_seed(step_generator(run.recipe.seed, f"{config.name}/{rank}", step).initial_seed())
+        done, last = step + 1, step + 1 == config.steps
+        values: dict[str, float] = {}
+        for turn in turns:
+            loss, norm, rate = _play(run, config, turn, step, shares)
+            if done % run.recipe.train.log_every == 0 or last:
+                name = "" if turn is turns[0] else f"{turn.player.name}_"
+                values |= {
+                    f"{name}loss": float(accelerator.reduce(loss, "sum")),
+                    f"{name}learning_rate": rate,
+                    f"{name}grad_norm": float(norm),
+                }
+        if values:
+            run.journal.log(config.name, done, values, last)
+        validation = run.recipe.train.validation
+        if run.validate is not None and config.trains == "denoiser" and validation.every and (
+            done % validation.every == 0 or last
+        ):  # fmt: skip
+            _validate(run, turns, config.name, done)
+        if done % run.recipe.train.checkpoint_every == 0 and not last:
+            _checkpoint(run, Position(index, done), turns)
 
-        done, last = step + 1, step + 1 == stage.steps
-        if done % 20 == 0 or last:
-            value = float(accelerator.reduce(loss.detach(), "mean"))
-            run.history.append(
-                {"stage": stage.name, "step": done, "loss": value, "learning_rate": rate, "grad_norm": float(norm)}
-            )
-            if run.first and (time.monotonic() - said > 3 or last):
-                said = time.monotonic()
-                _say(run, stage, done)
-        if done % config.checkpoint_every == 0 and not last:
-            _checkpoint(run, Position(index, done), extra, optimizer, ema)
-
-    if ema is not None:
-        ema.copy_to(parameters)
-    worker.network.eval()
-    worker.finish(accelerator.device)
-    _checkpoint(run, Position(index + 1, 0), extra)
+    for turn in turns:
+        if turn.ema is not None:
+            turn.ema.copy_to(turn.parameters)
+        turn.player.network.eval()
+    stage.finish(device)
+    _checkpoint(run, Position(index + 1, 0), [])
 
 
-def _checkpoint(
-    run: Run, position: Position, extra: dict[str, torch.nn.Module], optimizer: Any = None, ema: Any = None
-) -> None:
-    metrics = {key: value for key, value in run.history[-1].items() if isinstance(value, float)} if run.history else {}
+def _turn(run: Run, config: StageConfig, player: Player) -> Turn:
+    train = run.recipe.train
+    network = player.network.to(run.accelerator.device)
+    if train.channels_last:
+        network = network.to(memory_format=torch.channels_last)
+    network.train()
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    rate = player.learning_rate or config.learning_rate
+    optimizer = _optimizer(config, parameters, rate)
+    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
+    if train.compile:
+        network.compile()
+    prepared, optimizer = run.accelerator.prepare(network, optimizer)
+    return Turn(player, prepared, parameters, optimizer, ema, rate)
+
+
+def _optimizer(config: StageConfig, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    settings: dict[str, Any] = {"lr": rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise RecipeError(
+            f"stage {config.name}: optimizer adamw8bit needs bitsandbytes; pip install bitsandbytes, or use adamw"
+        ) from None
+    return AdamW8bit(parameters, **settings)
+
+
+def _restore(turns: list[Turn], states: list[dict[str, Any]], device: torch.device) -> None:
+    for turn, state in zip(turns, states, strict=True):
+        turn.optimizer.load_state_dict(state["optimizer"])
+        if turn.ema is not None:
+            turn.ema.load_state_dict(state["ema"])
+            turn.ema.to(device)
+
+
+def _play(
+    run: Run, config: StageConfig, turn: Turn, step: int, shares: list[list[int]]
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """One step of one player: gradients of all shares, then the optimizer. Returns this worker's part of the global
+    batch's mean loss, the gradient's norm before clipping, and the learning rate."""
+    accelerator = run.accelerator
+    rate = learning_rate(step, config.steps, turn.rate, config.warmup_steps, config.schedule, config.final_lr_fraction)
+    for group in turn.optimizer.param_groups:
+        group["lr"] = rate
+    turn.optimizer.zero_grad()
+    total = torch.zeros((), device=accelerator.device)
+    for n, rows in enumerate(shares):
+        batch = Batch(step, config.batch_size, rows, step_generator(run.recipe.seed, config.name, step))
+        part = len(rows) / config.batch_size
+        with _alone(accelerator, turn.network, n + 1 < len(shares)):
+            with accelerator.autocast():
+                loss = turn.player.loss(turn.network, batch)
+            accelerator.backward(loss * part * accelerator.num_processes)  # DDP takes the mean over workers
+        total += loss.detach() * part
+    norm = accelerator.clip_grad_norm_(turn.parameters, config.max_grad_norm)
+    turn.optimizer.step()
+    turn.optimizer.zero_grad()
+    if turn.ema is not None:
+        turn.ema.step(turn.parameters)
+    return total, norm, rate
+
+
+def _alone(accelerator: Accelerator, network: nn.Module, more: bool) -> Any:
+    """Workers exchange gradients with the last share only."""
+    return accelerator.no_sync(network) if more else nullcontext()
+
+
+def _validate(run: Run, turns: list[Turn], stage: str, step: int) -> None:
+    """With the averaged weights where there are any; the other workers wait."""
+    if run.first and run.validate is not None:
+        with _averaged(turns):
+            run.validate(run.bundle, run.journal, stage, step)
+    run.accelerator.wait_for_everyone()
+
+
+class _averaged:
+    """The EMA's weights in the networks' place for a while."""
+
+    def __init__(self, turns: list[Turn]) -> None:
+        self.turns = [turn for turn in turns if turn.ema is not None]
+
+    def _each(self) -> Iterator[tuple[EMAModel, list[nn.Parameter]]]:
+        for turn in self.turns:
+            assert turn.ema is not None
+            yield turn.ema, turn.parameters
+
+    def __enter__(self) -> None:
+        for ema, parameters in self._each():
+            ema.store(parameters)
+            ema.copy_to(parameters)
+
+    def __exit__(self, *_: object) -> None:
+        for ema, parameters in self._each():
+            ema.restore(parameters)
+
+
+def _checkpoint(run: Run, position: Position, turns: list[Turn]) -> None:
+    newest = run.journal.history[-1] if run.journal.history else {}
+    metrics = {key: value for key, value in newest.items() if isinstance(value, float)}
     metrics |= {"stage_index": float(position.stage), "step": float(position.step)}
     if not run.first:
         run.report(metrics, None)
         return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        save_checkpoint(folder, position, run.fingerprint, run.bundle, extra, optimizer, ema)
-        run.report(metrics, folder)
-
-
-def _say(run: Run, stage: StageConfig, done: int) -> None:
-    """Leave the state of affairs in the model folder, where the driver and ``diffva status`` read it."""
-    total = sum(stage.steps for stage in run.recipe.train.stages)
-    before = 0
-    for earlier in run.recipe.train.stages:
-        if earlier.name == stage.name:
-            break
-        before += earlier.steps
-    about = {
-        "stage": stage.name,
-        "step": done,
-        "stage_steps": stage.steps,
-        "done": before + done,
-        "total": total,
-        "loss": run.history[-1]["loss"],
-        "seconds": round(time.monotonic() - run.started, 1),
-        "history": run.history,
-    }
-    run.store.put(PROGRESS, json.dumps(about).encode())
-
-
-def keep_checkpoints(folder: Path, keep: int) -> Report:
-    """A ``report`` for training without Ray: numbered checkpoints below ``folder``, the newest ``keep`` of them."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def report(metrics: dict[str, float], checkpoint: Path | None) -> None:
-        if checkpoint is None:
-            return
-        target = folder / f"checkpoint-{int(metrics['stage_index']):02d}-{int(metrics['step']):07d}"
-        staging = folder / f".tmp-{target.name}"
-        for old in (staging, target):
-            _remove(old)
-        staging.mkdir()
-        for file in checkpoint.iterdir():
-            (staging / file.name).write_bytes(file.read_bytes())
-        os.replace(staging, target)
-        for old in sorted(folder.glob("checkpoint-*"))[:-keep]:
-            _remove(old)
-
-    return report
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that ``keep_checkpoints`` finished."""
-    found = sorted(folder.glob("checkpoint-*"))
-    return found[-1] if found else None
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+    run.journal.keep()
+    folder = Path(tempfile.mkdtemp(prefix="diffva-checkpoint-"))
+    weights = {name: module.state_dict() for name, module in {**run.bundle.modules, **run.modules}.items()}
+    save_checkpoint(
+        folder, position, run.fingerprint, run.accelerator.num_processes, run.bundle, weights,
+        [turn.state() for turn in turns],
+    )  # fmt: skip
+    run.report(metrics, folder)

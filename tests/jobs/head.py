@@ -34,7 +34,8 @@ class Head:
         (self.folder / "token").touch(0o600)
         (self.folder / "token").write_text(self.token)
         gcs, dashboard, agent, client, metrics = free_ports(5)
-        self.address, self.metrics = f"http://127.0.0.1:{dashboard}", f"http://127.0.0.1:{metrics}/metrics"
+        self.address, self.gcs = f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}"
+        self.metrics = f"http://127.0.0.1:{metrics}/metrics"
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "AWS_"))},
             "PATH": f"{BIN}:{os.environ['PATH']}",

@@ -11,7 +11,7 @@ import torch
 
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.counterfactual.guess import guess
-from diffva_ray.counterfactual.latents import Denoiser
+from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import SD_SCHEDULER, load
 
@@ -31,12 +31,13 @@ class ConstantFilms(torch.nn.Module):
 
 
 def test_the_prompt_that_explains_the_noise_is_found() -> None:
-    alphas = Denoiser(torch.nn.Identity(), SD_SCHEDULER).alphas
-    denoiser = Denoiser(ConstantFilms(alphas), SD_SCHEDULER)
+    vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0))
+    model = LatentDiffusion(SimpleNamespace(vae=vae, unet=None, scheduler=SD_SCHEDULER))
+    model.unet = ConstantFilms(model.alphas)
     values = [-1.0, 0.2, 0.3, 2.0]
     latents = torch.stack([torch.full((4, 8, 8), values[n]) for n in (2, 0, 3, 1, 2)])
     embeddings = [torch.full((1, 3, 5), value) for value in values]
-    assert guess(denoiser, latents, embeddings, seeds=[1, 2, 3, 4, 5]) == [2, 0, 3, 1, 2]
+    assert guess(model, latents, embeddings, seeds=[1, 2, 3, 4, 5]) == [2, 0, 3, 1, 2]
 
 
 def test_the_engine_records_what_it_took_a_film_to_show(model: Path) -> None:

@@ -9,17 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
-from transformers import (
-    BertConfig,
-    BertModel,
-    BertTokenizer,
-    CLIPTextConfig,
-    CLIPTextModel,
-    RobertaConfig,
-    RobertaModel,
-)
 
-from diffva_ray.config import Recipe, make_recipe
+from diffva_ray.config import Recipe
 from diffva_ray.model import text
 from diffva_ray.model.bundle import build, load, save
 from diffva_ray.model.card import UnusableModel
@@ -126,60 +117,3 @@ def test_exchanged_weights_are_noticed(model: Path, tmp_path: Path) -> None:
 def test_no_model_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UnusableModel, match="diffva train"):
         load(str(tmp_path / "nothing"))
-
-
-def encoder_snapshot(kind: str, folder: Path, width: int) -> Path:
-    """A tiny text encoder of that architecture in hub layout, with a tokenizer that states no length (as RadBERT's)."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "normal", "chest", "scan"]
-    tokenizer = BertTokenizer(vocab={word: n for n, word in enumerate(words)})
-    size = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    if kind == "bert":
-        encoder = BertModel(BertConfig(vocab_size=8, max_position_embeddings=32, **size))
-    elif kind == "roberta":
-        encoder = RobertaModel(RobertaConfig(vocab_size=8, max_position_embeddings=34, pad_token_id=0, **size))
-    else:
-        encoder = CLIPTextModel(CLIPTextConfig(vocab_size=8, max_position_embeddings=32, **size))
-    encoder.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("kind", ["bert", "roberta", "clip"])
-def test_a_base_takes_another_text_encoder(kind: str, model: Path, tiny: Recipe, tmp_path: Path) -> None:
-    snapshot = encoder_snapshot(kind, tmp_path / kind, width=64)
-    values = tiny.model_dump(mode="json")
-    values["model"] = {"resolution": 32, "base": str(model), "text_encoder": str(snapshot), "tokenizer_length": 12}
-    bundle = build(make_recipe(values))
-    assert bundle.tokenizer.model_max_length == 12
-    assert not [name for name, _ in bundle.text_encoder.named_parameters() if "pooler" in name]
-    ids, mask = text.tokenize(bundle.tokenizer, ["normal chest scan", ""])
-    assert ids.shape == mask.shape == (2, 12)
-    assert text.embed(bundle.text_encoder, ids, mask).shape == (2, 12, 64)
-    store = LocalStore(str(tmp_path / "saved"))
-    save(bundle, store, {})
-    with torch.no_grad():
-        assert torch.equal(embedding(bundle, "normal"), embedding(load(store.uri), "normal"))
-
-
-def test_a_width_that_does_not_fit_is_named(model: Path, tiny: Recipe, tmp_path: Path) -> None:
-    snapshot = encoder_snapshot("bert", tmp_path / "bert", width=32)
-    values = tiny.model_dump(mode="json")
-    values["model"] = {"resolution": 32, "base": str(model), "text_encoder": str(snapshot), "tokenizer_length": 12}
-    with pytest.raises(UnusableModel, match=r"32.*64"):
-        build(make_recipe(values))
-
-
-def test_a_length_the_encoder_cannot_hold_is_named(model: Path, tiny: Recipe, tmp_path: Path) -> None:
-    snapshot = encoder_snapshot("bert", tmp_path / "bert", width=64)
-    values = tiny.model_dump(mode="json")
-    values["model"] = {"resolution": 32, "base": str(model), "text_encoder": str(snapshot), "tokenizer_length": 77}
-    with pytest.raises(UnusableModel, match="holds 32 tokens"):
-        build(make_recipe(values))
-
-
-def test_every_word_is_tokenised() -> None:
-    tokenizer = text.build_tokenizer(16)
-    for prompt in ("normal chest scan", "COVID 19", "Viral Pneumonia", "sarcoidosis, stage 2?", "Zebra-42"):
-        assert tokenizer.unk_token_id not in tokenizer(prompt).input_ids
-    assert text.fits(tokenizer, "normal chest scan")
-    assert not text.fits(tokenizer, "a very long prompt about absolutely everything there is")

@@ -1,17 +1,22 @@
-"""The loop: what it trains moves, and a killed training ends with the same weights as an undisturbed one."""
+"""The loop: what it trains moves, and a training killed anywhere ends with the same weights as an undisturbed one."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffva_ray.config import Recipe, make_recipe
+from diffva_ray.config import Recipe, RecipeError, make_recipe
 from diffva_ray.model.bundle import build, load
-from diffva_ray.train.loop import keep_checkpoints, latest_checkpoint, train
+from diffva_ray.train import loop
+from diffva_ray.train.checkpoint import Checkpoints
+from diffva_ray.train.loop import train
+from diffva_ray.validation import validation_of
 
 
 class Killed(Exception):
@@ -28,6 +33,22 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def with_stages(recipe: Recipe, *stages: dict, **changes: object) -> Recipe:
+    values = recipe.model_dump(mode="json")
+    values["train"] |= {"stages": list(stages), "log_every": 1, **changes}
+    return make_recipe(values)
+
+
+def run(recipe: Recipe, films: Path, out: Path, **options: object) -> list[dict]:
+    """Train in this process; returns the history."""
+    keep = Checkpoints(out / ".train", 2)
+    train(recipe, str(films), str(out), "x", {}, keep, keep.latest(), threads=1, **options)
+    return json.loads((out / ".train/progress.json").read_text())["history"]
+
+
+DENOISER = {"name": "joint", "trains": "denoiser", "steps": 3, "batch_size": 4, "learning_rate": 1e-3}
+
+
 def test_every_network_moved(tiny: Recipe, model: Path) -> None:
     start, trained = build(tiny), load(str(model))
     for name in ("vae", "unet", "text_encoder"):
@@ -39,36 +60,131 @@ def test_every_network_moved(tiny: Recipe, model: Path) -> None:
     assert [entry["stage"] for entry in history] == ["autoencoder", "joint", "judge"]
 
 
-@pytest.mark.parametrize("kill_at", range(1, 6))
-def test_killed_and_resumed_is_bitwise_the_undisturbed_run(
-    kill_at: int, tiny: Recipe, films: Path, model: Path, tmp_path: Path
+@pytest.mark.parametrize("kill_at", range(10))
+def test_killed_at_any_step_and_resumed_is_bitwise_the_undisturbed_run(
+    kill_at: int, tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed right after its ``kill_at``-th checkpoint, in the middle of stages and between them."""
-    out = tmp_path / "model"
-    keep = keep_checkpoints(out / ".train", 2)
-    seen = 0
+    """Steps 0-3 are the autoencoder's, 4-7 the denoiser's, 8-9 the judge's; checkpoints are two steps apart."""
+    out, done = tmp_path / "model", 0
+    rate = loop.learning_rate
 
-    def dying(metrics: dict[str, float], folder: Path | None) -> None:
-        nonlocal seen
-        keep(metrics, folder)
-        seen += 1
-        if seen == kill_at:
+    def dying(*arguments: object) -> float:
+        nonlocal done
+        done += 1
+        if done == kill_at + 1:
             raise Killed
+        return rate(*arguments)
 
-    with pytest.raises(Killed):
-        train(tiny, str(films), str(out), "tiny", {}, dying, threads=1)
+    keep = Checkpoints(out / ".train", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "learning_rate", dying)
+        with pytest.raises(Killed):
+            train(tiny, str(films), str(out), "tiny", {}, keep, threads=1)
     torch.manual_seed(999)  # the resumed process comes with another random state
-    train(tiny, str(films), str(out), "tiny", {}, keep, latest_checkpoint(out / ".train"), threads=1)
+    train(tiny, str(films), str(out), "tiny", {}, keep, keep.latest(), threads=1)
     undisturbed, resumed = weights(model), weights(out)
     assert undisturbed.keys() == resumed.keys()
     assert [name for name in undisturbed if not torch.equal(undisturbed[name], resumed[name])] == []
     assert load(str(model)).digest == load(str(out)).digest
+    one, other = (
+        [(entry["stage"], entry["step"], entry["loss"]) for entry in json.loads(file.read_text())["history"]]
+        for file in (model / ".train/progress.json", out / ".train/progress.json")
+    )
+    assert one == other  # nothing of the killed process is said twice
 
 
-def test_prior_preservation_and_min_snr_train(tiny: Recipe, films: Path, tmp_path: Path) -> None:
-    values = tiny.model_dump(mode="json")
-    stage = values["train"]["stages"][1]
-    stage |= {"classes": {"COVID": 1}, "prior_class": "Normal", "snr_gamma": 5.0, "steps": 1}
-    values["train"]["stages"] = [stage]
-    train(make_recipe(values), str(films), str(tmp_path / "m"), "x", {}, keep_checkpoints(tmp_path / "c", 1), threads=1)
-    assert load(str(tmp_path / "m")).digest
+def test_small_shares_accumulate_to_the_same_step(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+    """Prior preservation and min-SNR included: a share holds instances and their class images."""
+    stage = {**DENOISER, "classes": {"COVID": 1}, "prior_class": "Normal", "snr_gamma": 5.0, "prompt_dropout": 0.3}
+    whole = run(with_stages(tiny, stage), films, tmp_path / "whole")
+    shared = run(with_stages(tiny, {**stage, "micro_batch_size": 3}), films, tmp_path / "shared")  # shares of 3 and 1
+    assert [entry["loss"] for entry in shared] == pytest.approx([entry["loss"] for entry in whole], rel=1e-5)
+    assert [entry["grad_norm"] for entry in shared] == pytest.approx([entry["grad_norm"] for entry in whole], rel=1e-3)
+
+
+def test_an_adversary_plays_and_resumes_bitwise(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+    stage = {
+        "name": "autoencoder", "trains": "autoencoder", "steps": 4, "batch_size": 4, "learning_rate": 1e-3,
+        "adversarial_weight": 0.5, "perceptual_weight": 1.0, "adversarial_start": 1,
+    }  # fmt: skip
+    recipe = with_stages(tiny, stage, checkpoint_every=2)
+    history = run(recipe, films, tmp_path / "whole")
+    assert all(np.isfinite(entry["adversary_loss"]) for entry in history)
+    assert history[0]["adversary_grad_norm"] > 0
+
+    keep = Checkpoints(tmp_path / "killed/.train", 2)
+
+    def dying(metrics: dict[str, float], folder: Path | None) -> None:
+        keep(metrics, folder)
+        raise Killed
+
+    with pytest.raises(Killed):
+        train(recipe, str(films), str(tmp_path / "killed"), "x", {}, dying, threads=1)
+    run(recipe, films, tmp_path / "killed")
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert [name for name in whole if not torch.equal(whole[name], killed[name])] == []
+
+
+def test_a_decoder_alone_leaves_the_latents_as_they_were(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+    stage = {"name": "decoder", "trains": "autoencoder", "part": "decoder", "steps": 2, "batch_size": 4,
+             "learning_rate": 1e-3}  # fmt: skip
+    start = build(tiny)
+    run(with_stages(tiny, stage), films, tmp_path)
+    trained = load(str(tmp_path))
+    before, after = start.vae.state_dict(), trained.vae.state_dict()
+    moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {"decoder", "post_quant_conv"}
+    assert trained.vae.config.scaling_factor == start.vae.config.scaling_factor
+
+
+def test_class_images_are_drawn_once_and_kept(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+    stage = {**DENOISER, "steps": 1, "classes": {"COVID": 1}, "prior_class": "Normal", "class_images": "generated",
+             "num_class_images": 2}  # fmt: skip
+    one = run(with_stages(tiny, stage), films, tmp_path / "one")
+    drawn = sorted((tmp_path / "one/.train/class_images/joint").iterdir())
+    assert [file.name for file in drawn] == ["00000.png", "00001.png"]
+    assert drawn[0].read_bytes() != drawn[1].read_bytes()
+    (tmp_path / "two/.train").mkdir(parents=True)
+    shutil.copytree(tmp_path / "one/.train/class_images", tmp_path / "two/.train/class_images")
+    (tmp_path / "two/.train/class_images/joint/00001.png").unlink()  # a drawing that was interrupted goes on
+    two = run(with_stages(tiny, stage), films, tmp_path / "two")
+    assert one == two
+    again = tmp_path / "two/.train/class_images/joint/00001.png"
+    assert again.read_bytes() == drawn[1].read_bytes()
+
+
+def test_validation_says_how_well_lesions_are_found_and_changes_nothing(
+    tiny: Recipe, films: Path, tmp_path: Path
+) -> None:
+    stage = {**DENOISER, "ema_decay": 0.9, "steps": 2}
+    run(with_stages(tiny, stage), films, tmp_path / "blind")
+    recipe = with_stages(tiny, stage, validation={"every": 1, "films": 3})
+    history = run(recipe, films, tmp_path / "watched", validate=validation_of(recipe))
+    seen = [entry for entry in history if "validation_auroc" in entry]
+    assert [entry["step"] for entry in seen] == [1, 2]
+    assert all(0 <= entry["validation_auroc"] <= 1 and entry["validation_change"] > 0 for entry in seen)
+    assert load(str(tmp_path / "blind")).digest == load(str(tmp_path / "watched")).digest
+    events = list((tmp_path / "watched/.train/tensorboard").rglob("events.*"))
+    said = b"".join(file.read_bytes() for file in events)
+    for name in (b"joint/loss", b"joint/learning_rate", b"joint/grad_norm", b"joint/validation_auroc", b"attribution"):
+        assert name in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage", "reason"),
+    [
+        ({}, {**DENOISER, "optimizer": "adamw8bit"}, "bitsandbytes"),
+        ({"trackers": ["mlflow"]}, DENOISER, "mlflow"),
+    ],
+)
+def test_what_is_not_installed_is_named(
+    changes: dict, stage: dict, reason: str, tiny: Recipe, films: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    try:
+        __import__(reason)
+    except ImportError:
+        with pytest.raises(RecipeError, match=reason):
+            run(with_stages(tiny, stage, **changes), films, tmp_path)
+    else:
+        pytest.skip(f"{reason} is installed")

@@ -1,0 +1,126 @@
+"""Where the words of a prompt look in a film: cross-attention maps, an attribution without any edit (Tang et al. 2023,
+"What the DAAM"; Vilouras et al. 2024, "Zero-shot medical phrase grounding using off-the-shelf diffusion models")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion, noise
+from diffva_ray.data.images import to_square
+from diffva_ray.model import text
+
+TIMESTEPS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the training schedule
+
+
+class StoringProcessor:
+    """A diffusers attention processor that keeps each call's probabilities, averaged over heads [n, pixels, tokens],
+    and leaves the output to the processor it stands for."""
+
+    def __init__(self, inner: Any, kept: list[torch.Tensor]) -> None:
+        self.inner, self.kept = inner, kept
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
+        key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
+        mask = attn.prepare_attention_mask(attention_mask, key.shape[1], len(hidden_states))
+        probabilities = attn.get_attention_scores(query, key, mask)
+        self.kept.append(probabilities.float().unflatten(0, (len(hidden_states), attn.heads)).mean(dim=1))
+        return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
+@contextmanager
+def stored(unet: Any) -> Iterator[list[torch.Tensor]]:
+    """The cross-attention probabilities of all calls of ``unet`` within; its own processors come back at the end."""
+    before, kept = dict(unet.attn_processors), list[torch.Tensor]()
+    storing = {
+        name: StoringProcessor(processor, kept) if ".attn2." in name else processor
+        for name, processor in before.items()
+    }
+    unet.set_attn_processor(storing)
+    try:
+        yield kept
+    finally:
+        unet.set_attn_processor(before)
+
+
+@torch.inference_mode()
+def cross_attention(
+    model: LatentDiffusion,
+    latents: torch.Tensor,
+    embeddings: torch.Tensor,
+    words: torch.Tensor,
+    generators: Sequence[torch.Generator],
+) -> torch.Tensor:
+    """Mean probability [n, h, w] with which each cell of ``latents`` [n, 4, h, w] attends to the ``words`` (bool [n,
+    length]) of its prompt ``embeddings`` [n, length, width]: over layers (resized to the latents' grid), heads,
+    timesteps and words.
+
+    Costs len(TIMESTEPS) network calls. Raises ValueError for a network without cross-attention or a film without words.
+    """
+    if not words.any(dim=1).all():
+        raise ValueError("a prompt without words looks nowhere: cross-attention maps need one")
+    alphas, total, calls = model.alphas.to(latents), torch.zeros_like(latents[:, 0]), 0
+    height, width = latents.shape[2:]
+    for fraction in TIMESTEPS:
+        timestep = torch.tensor(int(fraction * len(alphas)), device=latents.device)
+        fresh = noise(latents.shape, generators).to(latents)
+        noisy = alphas[timestep].sqrt() * latents + (1 - alphas[timestep]).sqrt() * fresh
+        with stored(model.unet) as kept:
+            model.predict(noisy, timestep, embeddings)
+        for probabilities in kept:
+            factor = math.isqrt(height * width // probabilities.shape[1])
+            looked = (probabilities * words[:, None]).sum(dim=2) / words.sum(dim=1, keepdim=True)
+            grid = looked.unflatten(1, (1, height // factor, width // factor))
+            total += functional.interpolate(grid, size=(height, width), mode="bilinear")[:, 0]
+        calls += len(kept)
+    if not calls:
+        raise ValueError("the model's UNet has no cross-attention to read maps from")
+    return total / calls
+
+
+def cross_attention_maps(
+    engine: Counterfactuals,
+    films: Sequence[NDArray[np.float32]],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+) -> NDArray[np.float32]:
+    """Maps [n, size, size] in [0, 1] of grey films [H, W] in [0, 1], each under its own prompt (the class prompt it was
+    taken to show, say). A film's map depends on its own film, prompt and seed alone. Raises ValueError as above."""
+    maps, full = list[NDArray[np.float32]](), engine.config.micro_batch
+    for start in range(0, len(films), full):
+        slots = [min(at, len(films) - 1) for at in range(start, start + full)]
+        squares = torch.from_numpy(np.stack([to_square(films[n], engine.size) for n in slots])).to(engine.device)
+        with torch.inference_mode():
+            latents = engine.model.encode(squares)[0].float() * engine.model.scale
+            found = cross_attention(
+                engine.model,
+                latents,
+                torch.cat([engine.embed(prompts[n]) for n in slots]),
+                torch.cat([words(engine.bundle.tokenizer, prompts[n]) for n in slots]).to(engine.device),
+                [torch.Generator("cpu").manual_seed(seeds[n]) for n in slots],
+            )
+            found = functional.interpolate(found[:, None], size=(engine.size,) * 2, mode="bilinear")[:, 0]
+        maps += list(found.cpu().numpy()[: len(films) - start])
+    return np.stack(maps)
+
+
+def words(tokenizer: Any, prompt: str) -> torch.Tensor:
+    """Which of a prompt's tokens are words of it and no padding or markers: bool [1, length]."""
+    ids, _ = text.tokenize(tokenizer, [prompt])
+    return ~torch.isin(ids, torch.tensor(tokenizer.all_special_ids))

@@ -1,0 +1,112 @@
+"""Gradient baselines, by captum: what a classifier looks at. All explain one number, the log odds of the film not being
+healthy, so that positive means evidence of disease, as in the maps of twins.
+
+``classifier(films)`` gives logits [n, classes] of grey films [n, H, W] in [0, 1] and has ``classes`` and ``healthy``: the
+judge, or ``FilmClassifier``. captum is an optional dependency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+
+from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
+
+Films = NDArray[np.float32]
+Baseline = Callable[..., Films]
+IG_STEPS = 32
+WINDOW, STRIDE = 1 / 8, 1 / 16  # of the width, for occlusion
+
+
+class FilmClassifier(nn.Module):
+    """The model's noise-aware classifier, reading films: the latents of the autoencoder's mean at timestep 0."""
+
+    def __init__(self, model: LatentDiffusion) -> None:
+        super().__init__()
+        self.model = model
+        self.network = model.bundle.extra("classifier").float().eval()
+        self.classes, self.healthy = self.network.classes, self.network.healthy
+
+    def forward(self, films: torch.Tensor) -> torch.Tensor:
+        """Logits [n, classes] of grey films [n, H, W] in [0, 1]."""
+        latents = self.model.encode(films)[0].float() * self.model.scale
+        return self.network(latents, torch.zeros((), dtype=torch.long, device=films.device))
+
+
+class _Abnormality(nn.Module):
+    """log p(not healthy) - log p(healthy), [n]."""
+
+    def __init__(self, classifier: Any) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.index = tuple(classifier.classes).index(classifier.healthy)
+
+    def forward(self, films: torch.Tensor) -> torch.Tensor:
+        logits = self.classifier(films)
+        others = [n for n in range(logits.shape[1]) if n != self.index]
+        return logits[:, others].logsumexp(dim=1) - logits[:, self.index]
+
+
+def _captum() -> ModuleType:
+    try:
+        from captum import attr
+    except ImportError:
+        raise ImportError("gradient baselines need captum: pip install diffva-ray[gradients]") from None
+    return attr
+
+
+def _on_tensors(baseline: Callable[..., torch.Tensor]) -> Baseline:
+    """Films and maps as arrays [n, H, W], the classifier's own device, gradients whatever the caller's mode."""
+
+    @wraps(baseline)
+    def of_arrays(classifier: Any, films: Films, **options: Any) -> Films:
+        device = next(classifier.parameters()).device
+        with torch.inference_mode(False), torch.enable_grad():
+            tensor = torch.from_numpy(np.ascontiguousarray(films)).to(device)
+            maps = baseline(_Abnormality(classifier), tensor, **options)
+        return maps.detach().float().cpu().numpy()
+
+    return of_arrays
+
+
+@_on_tensors
+def integrated_gradients(score: nn.Module, films: torch.Tensor, steps: int = IG_STEPS) -> torch.Tensor:
+    """Maps [n, H, W] against a black film (Sundararajan et al. 2017): they sum to what the film has over it."""
+    method = _captum().IntegratedGradients(score)
+    return method.attribute(films, baselines=torch.zeros_like(films), n_steps=steps, internal_batch_size=len(films))
+
+
+@_on_tensors
+def grad_cam(score: nn.Module, films: torch.Tensor) -> torch.Tensor:
+    """Maps [n, H, W], not negative, of the last convolution (Selvaraju et al. 2017), resized to the film."""
+    layers = [module for module in score.modules() if isinstance(module, nn.Conv2d)]
+    if not layers:
+        raise ValueError("Grad-CAM needs a classifier with a convolution")
+    maps = _captum().LayerGradCam(score, layers[-1]).attribute(films.requires_grad_(), relu_attributions=True)
+    return functional.interpolate(maps, size=films.shape[1:], mode="bilinear")[:, 0]
+
+
+@_on_tensors
+def occlusion(score: nn.Module, films: torch.Tensor, window: float = WINDOW, stride: float = STRIDE) -> torch.Tensor:
+    """Maps [n, H, W]: what a square of ``window`` of the width, painted in the film's mean grey, takes from the score
+    (Zeiler & Fergus 2014), averaged over the squares that cover a pixel."""
+    size = films.shape[-1]
+    side, step = max(1, round(window * size)), max(1, round(stride * size))
+    grey = films.mean(dim=(1, 2), keepdim=True).expand_as(films)
+    with torch.no_grad():
+        return _captum().Occlusion(score).attribute(films, (side, side), strides=(step, step), baselines=grey)
+
+
+BASELINES: dict[str, Baseline] = {
+    "integrated_gradients": integrated_gradients,
+    "grad_cam": grad_cam,
+    "occlusion": occlusion,
+}

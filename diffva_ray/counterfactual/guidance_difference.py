@@ -1,0 +1,40 @@
+"""Where two prompts disagree about a film: the difference of the noise that the model predicts under each, which
+DiffEdit makes its mask from (Couairon et al. 2023, section 3.2), and an attribution by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion, noise, split
+
+TIMESTEPS = (0.3, 0.4, 0.5)  # of the training schedule; DiffEdit noises to half of it
+CALLS = 2 * len(TIMESTEPS)  # network calls for one draw
+
+
+def guidance_difference(
+    model: LatentDiffusion,
+    latents: torch.Tensor,
+    healthy: torch.Tensor,
+    source: torch.Tensor,
+    generators: Sequence[torch.Generator],
+    draws: int = 1,
+) -> torch.Tensor:
+    """mean |eps(healthy) - eps(source)| over channels, timesteps and draws: [n, h, w], not negative.
+
+    ``latents`` [n, 4, h, w]; embeddings [n, length, width]; noise from each film's own generator. Costs ``draws`` *
+    CALLS network calls.
+    """
+    alphas = model.alphas.to(latents)
+    total = torch.zeros_like(latents[:, 0])
+    for fraction in TIMESTEPS * draws:
+        timestep = torch.tensor(int(fraction * len(alphas)), device=latents.device)
+        fresh = noise(latents.shape, generators).to(latents)
+        noisy = alphas[timestep].sqrt() * latents + (1 - alphas[timestep]).sqrt() * fresh
+        seen = [
+            split(model.predict(noisy, timestep, embedding), noisy, alphas[timestep], model.prediction_type)[1]
+            for embedding in (healthy, source)
+        ]
+        total += (seen[0] - seen[1]).abs().mean(dim=1)
+    return total / (len(TIMESTEPS) * draws)

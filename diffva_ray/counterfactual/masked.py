@@ -1,0 +1,96 @@
+"""``masked``: DDIM inversion and healing, confined to a mask; everything outside it stays the film's own.
+
+The mask is the lungs, is derived from the two prompts' difference of noise as in DiffEdit (Couairon et al. 2023), or
+is where the healed film differs. The first two are known beforehand: outside them the inverted latents of the film
+are put back after every step (DiffEdit, section 3.3). In pixels the twin is blended in softly, weight 0 outside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from diffva_ray.config import MaskedConfig
+from diffva_ray.counterfactual.ddim_inversion import inversion_path
+from diffva_ray.counterfactual.guidance_difference import guidance_difference
+from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion
+
+
+def heal(model: LatentDiffusion, request: Edit) -> Healed:
+    """Raises ValueError for a scheduler other than ``ddim``."""
+    if request.scheduler != "ddim":
+        raise ValueError(f"method masked runs with scheduler ddim, not {request.scheduler}")
+    config = request.config.masked
+    scheduler, timesteps = model.schedule(request)
+    path = inversion_path(model, request, timesteps)
+    if config.source == "difference":
+        healed = model.healed(model.denoise(path[0], request, scheduler, timesteps), request)
+        weight = soften(differing(healed, config), config)
+    else:
+        weight = soften(given(model, request), config)
+        healed = model.healed(confined(model, request, scheduler, timesteps, path, weight), request)
+    return Healed(
+        blend(weight, healed.counterfactuals, request.films), blend(weight, healed.reconstructions, request.films)
+    )
+
+
+def given(model: LatentDiffusion, request: Edit) -> torch.Tensor:
+    """The mask known before anything is healed, 0 or 1 [n, size, size]: the lungs, or DiffEdit's."""
+    config = request.config.masked
+    if config.source == "lungs":
+        return request.lungs.float()
+    cells = guidance_difference(model, request.latents, request.prompt, request.source, request.generators)
+    smooth = functional.interpolate(cells[:, None], size=request.films.shape[1:], mode="bilinear")[:, 0]
+    thresholds = smooth.flatten(1).quantile(config.quantile, dim=1)
+    return (smooth > thresholds[:, None, None]).float()
+
+
+def differing(healed: Healed, config: MaskedConfig) -> torch.Tensor:
+    """The weight [n, size, size] in [0, 1] of how much healing changed: 0 up to ``keep_below``, 1 from ``edit_above``.
+
+    The change is smoothed first, by as much as the mask is feathered: single pixels are noise.
+    """
+    change = feathered(healed.reconstructions - healed.counterfactuals, config.feather).abs()
+    return ((change - config.keep_below) / (config.edit_above - config.keep_below)).clamp(0, 1)
+
+
+def confined(
+    model: LatentDiffusion,
+    request: Edit,
+    scheduler: Any,
+    timesteps: torch.Tensor,
+    path: list[torch.Tensor],
+    weight: torch.Tensor,
+) -> torch.Tensor:
+    """Latents denoised under guidance in the cells that hold any ``weight``; the others follow the film's own path."""
+    cells = functional.adaptive_max_pool2d(weight[:, None], tuple(request.latents.shape[2:])) > 0
+    latents = path[0]
+    for timestep, own in zip(timesteps, [*path[1:], request.latents], strict=True):
+        latents = scheduler.step(model.guided(latents, timestep, request), timestep, latents).prev_sample
+        latents = torch.where(cells, latents, own)
+    return latents
+
+
+def soften(weight: torch.Tensor, config: MaskedConfig) -> torch.Tensor:
+    """``weight`` [n, size, size] grown by ``dilation`` and, so that no seam shows, falling off over ``feather`` beyond
+    that; exactly 0 further out."""
+    radius = round((config.dilation + config.feather) * weight.shape[-1])
+    grown = functional.max_pool2d(weight[:, None], 2 * radius + 1, stride=1, padding=radius)[:, 0]
+    return feathered(grown, config.feather).clamp(0, 1)
+
+
+def feathered(images: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Images [n, size, size] under a window of compact support that reaches ``fraction`` of the width: two box means,
+    which leave what is constant within reach as it is, zeros as zeros."""
+    radius = round(fraction * images.shape[-1] / 2)
+    for _ in range(2):
+        padded = functional.pad(images[:, None], (radius,) * 4, mode="replicate")
+        images = functional.avg_pool2d(padded, 2 * radius + 1, stride=1)[:, 0]
+    return images
+
+
+def blend(weight: torch.Tensor, inside: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
+    """``inside`` by its weight, ``outside`` by the rest: bit for bit ``outside`` where the weight is 0."""
+    return weight * inside + (1 - weight) * outside

@@ -1,0 +1,64 @@
+"""What readers and archives say of films, from CSV: Brixia scores of lung zones, and where a film comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffva_ray.data.boxes import match
+from diffva_ray.data.films import UnusableData
+from diffva_ray.data.manifest import Table, read_table
+from diffva_ray.metrics.zones import ZONES
+from diffva_ray.storage import open_store
+
+READERS = ("S", "J")  # senior and junior radiologist, columns S-A ... J-F
+
+
+def read_zones(uri: str, paths: Iterable[str]) -> dict[str, NDArray[np.float64]]:
+    """Brixia scores [6] (zones A to F, mean of the readers, 0 to 3) by film path, from a CSV with ``file`` and the
+    columns ``S-A`` ... ``S-F``, ``J-A`` ... ``J-F`` (one reader is enough). Raises UnusableData, naming the row."""
+    table = _table("--brixia", uri)
+    readers = [reader for reader in READERS if {f"{reader}-{zone}" for zone in ZONES} <= set(table.columns)]
+    if not readers:
+        raise UnusableData(f"--brixia {uri}: needs the columns file and S-A to S-F (or J-A to J-F)")
+    rows: list[Any] = []
+    for where, row in table.rows:
+        texts = [[row[f"{reader}-{zone}"].strip() for zone in ZONES] for reader in readers]
+        known = [reader for reader in texts if all(reader)]
+        if not known:
+            continue
+        try:
+            scores = np.array(known, dtype=float)
+        except ValueError:
+            raise UnusableData(f"{where}: zone scores are numbers from 0 to 3") from None
+        if not ((scores >= 0) & (scores <= 3)).all():
+            raise UnusableData(f"{where}: zone scores are numbers from 0 to 3")
+        rows.append((where, _file(row), scores.mean(axis=0)))
+    return {path: np.mean(found, axis=0) for path, found in match(rows, paths).items()}
+
+
+def read_sources(uri: str, paths: Iterable[str]) -> dict[str, str]:
+    """The archive a film comes from, by film path, from a CSV with ``file`` and ``source``. Raises UnusableData."""
+    table = _table("--sources", uri)
+    if "source" not in table.columns:
+        raise UnusableData(f"--sources {uri}: needs the columns file and source")
+    rows: list[Any] = [(where, _file(row), row["source"].strip()) for where, row in table.rows if row["source"].strip()]
+    return {path: found[0] for path, found in match(rows, paths).items()}  # type: ignore[misc]
+
+
+def _table(option: str, uri: str) -> Table:
+    folder, _, name = uri.rpartition("/")
+    try:
+        table = read_table(open_store(folder or ".").read(name), name)
+    except OSError as error:
+        raise UnusableData(f"{option} {uri}: cannot be read ({error})") from None
+    if "file" not in table.columns:
+        raise UnusableData(f"{option} {uri}: needs the column file")
+    return table
+
+
+def _file(row: dict[str, str]) -> str:
+    return row["file"].replace("\\", "/").removeprefix("./")

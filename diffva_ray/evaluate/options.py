@@ -1,0 +1,24 @@
+"""What changes the tables of a run, and none of its records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Options:
+    """``references``: (label, data or run); ``weights``: pytorch-fid's state dict; ``cache``: where features of
+    references are kept, when several runs share them (by default the run); ``extractors``: NAME or NAME=PATH, without
+    any Inception where there are ``weights`` and the stand-in elsewhere; ``lpips``: torchvision's AlexNet state dict;
+    ``brixia``, ``sources``: CSV files as in ``evaluate.annotations``."""
+
+    references: tuple[tuple[str, str], ...] = ()
+    boxes: str | None = None
+    weights: str | None = None
+    resize: str = "clean"
+    threshold_from: str | None = None
+    cache: str | None = None
+    extractors: tuple[str, ...] = ()
+    lpips: str | None = None
+    brixia: str | None = None
+    sources: str | None = None

@@ -1,0 +1,190 @@
+"""Scores of single films and their twins that no set distance shows, on a sample of a run's films, and maps against the
+readers' scores of lung zones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from diffva_ray.data.images import BadImage
+from diffva_ray.data.lungs import find_lungs
+from diffva_ray.evaluate.records import Boxes, Images, Row, Truth, read_images, read_truth, under
+from diffva_ray.evaluate.tables import by_label, finite_mean
+from diffva_ray.generate.plan import Run
+from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
+from diffva_ray.metrics.counterfactual import changed_share, collateral_change, cout, outside_lesion
+from diffva_ray.metrics.localization import SALIENCY, patient_bootstrap
+from diffva_ray.metrics.zones import zone_agreement, zone_energy, zone_masks
+from diffva_ray.model.card import read_card
+from diffva_ray.schema import digest
+from diffva_ray.storage import Store, StoreError, open_store
+
+if TYPE_CHECKING:  # they load torch
+    from diffva_ray.metrics.perceptual import Lpips
+    from diffva_ray.metrics.validity import Judge
+
+SAMPLE = 200  # films of a class and setting whose pictures are read again, at most
+COUT_STEPS = 25
+HEART = "cardiomegaly"
+MEASURES = ("gain", "cout", "collateral", "changed", "energy", "in_lungs", "inside_change", "outside_change")
+
+
+def sampled(rows: Sequence[Row], most: int = SAMPLE) -> list[Row]:
+    """At most ``most`` records of each class and setting, by the digest of their films' paths: the same films in every
+    run and setting, in the order of ``rows``."""
+    taken: dict[tuple[str, str], int] = {}
+    kept = set()
+    for row in sorted(rows, key=lambda row: (digest(row["source_path"]), row["record_id"])):
+        key = row["label"], row.get("setting", "")
+        taken[key] = taken.get(key, 0) + 1
+        if taken[key] <= most:
+            kept.add(row["record_id"])
+    return [row for row in rows if row["record_id"] in kept]
+
+
+def run_judge(run: Run) -> Judge | None:
+    """The judge of the model that made the run; None where there is none, or another model stands there now."""
+    from diffva_ray.metrics.validity import load_judge
+
+    try:
+        store = open_store(str(run.about["model"]))
+        card = read_card(store)
+        same = card is not None and card["digest"] == run.about["keys"]["model_digest"]
+        return load_judge(store) if same else None
+    except (OSError, ValueError, StoreError):
+        return None
+
+
+def score_pairs(
+    run: Run, data: Store, rows: Sequence[Row], boxes: Boxes, judge: Judge | None, lpips: Lpips | None
+) -> list[Row]:
+    """One row for each record whose pictures can be read: the scores of MEASURES, ``lpips``, and the cardiothoracic
+    ratio before and after where the heart is the matter; None for what is not known."""
+    found = []
+    for row, images, truth in _pictures(run, data, rows, boxes):
+        place = None if truth.lesion is None else outside_lesion(images.signed_map, truth.lesion)
+        before, after = row["judge_source"], row["judge_counterfactual"]
+        scores = {
+            "gain": None if before is None or after is None else after - before,
+            **(_judged(judge, images, row["label"]) if judge is not None else {}),
+            "changed": changed_share(images.signed_map),
+            "energy": float(np.abs(images.signed_map).mean()),
+            "in_lungs": row["map_energy_lung_fraction"],
+            "inside_change": place.inside if place else None,
+            "outside_change": place.change if place else None,
+            "lpips": None if lpips is None else lpips(images.film, images.counterfactual),
+        }
+        if HEART in f"{row['label']} {row['prompt']}".casefold():
+            scores |= {"heart_before": _heart(images.film), "heart_after": _heart(images.counterfactual)}
+        about = {key: row[key] for key in ("record_id", "source_path", "label", "setting") if key in row}
+        found.append(about | {key: None if value is None or value != value else value for key, value in scores.items()})
+    return found
+
+
+def _judged(judge: Judge, images: Images, label: str) -> Row:
+    """COUT, and the collateral change of a film of a known abnormal class."""
+    index = judge.classes.index(judge.healthy)
+    healthy: Callable[[NDArray[np.float32]], NDArray[np.float64]] = lambda films: judge.probabilities(films)[:, index]  # noqa: E731
+    found: Row = {"cout": cout(healthy, images.film, images.counterfactual, COUT_STEPS)[0]}
+    if label in judge.classes and label != judge.healthy:
+        before, after = judge.probabilities(np.stack([images.film, images.counterfactual]))
+        found["collateral"] = collateral_change(before, after, judge.classes.index(label), index)
+    return found
+
+
+def _heart(film: NDArray[np.float32]) -> float | None:
+    lungs = find_lungs(film)
+    return None if lungs is None else cardiothoracic_ratio(lungs)
+
+
+def _pictures(run: Run, data: Store, rows: Sequence[Row], boxes: Boxes) -> Iterator[tuple[Row, Images, Truth]]:
+    for row in rows:
+        try:
+            yield row, read_images(run, data, row), read_truth(run, data, row, boxes)
+        except (OSError, BadImage):
+            continue  # gone since generation: verify names it
+
+
+def counterfactual_rows(scores: list[Row]) -> list[Row]:
+    """Means by class with 95 % bootstrap intervals over films; a measure that no film has is absent."""
+    found = []
+    for label, rows in by_label(pd.DataFrame(scores)) if scores else ():
+        row: Row = {"label": label, "n": len(rows)}
+        for key in MEASURES:
+            row |= mean_of(rows, key)
+        found.append(row)
+    return found
+
+
+def mean_of(rows: pd.DataFrame, key: str) -> Row:
+    """Mean and interval of a measure over the films that have it; nothing where none has."""
+    known = rows.dropna(subset=[key]) if key in rows else rows[:0]
+    if not len(known):
+        return {}
+    interval = patient_bootstrap(known[key].to_numpy(float), known["source_path"].tolist())
+    return {key: finite_mean(known[key].astype(float)), f"{key}_interval": list(interval)}
+
+
+def heart_rows(scores: list[Row]) -> list[Row]:
+    """Cardiothoracic ratio before and after, over the films on which lungs were found both times (``n`` of
+    ``films``)."""
+    frame = pd.DataFrame(scores)
+    if "heart_before" not in frame:
+        return []
+    found = []
+    for label, rows in by_label(frame):
+        known = rows.dropna(subset=["heart_before", "heart_after"])
+        if not len(known):
+            continue
+        change = (known["heart_after"] - known["heart_before"]).to_numpy(float)
+        found.append(
+            {
+                "label": label,
+                "films": len(rows),
+                "n": len(known),
+                "before": finite_mean(known["heart_before"].astype(float)),
+                "after": finite_mean(known["heart_after"].astype(float)),
+                "change": float(change.mean()),
+                "change_interval": list(patient_bootstrap(change, known["source_path"].tolist())),
+                "grew": float((change > 0).mean()),
+                "lungs": "found on film and twin (data/lungs.py)",
+            }
+        )
+    return found
+
+
+def zone_rows(run: Run, data: Store, rows: Sequence[Row], scores: Mapping[str, NDArray[np.float64]]) -> list[Row]:
+    """Maps, and brightness alone, against Brixia scores, by setting. Zones are thirds of the lungs' mask; without one,
+    of the lungs that are found on the twin (whose lungs are dark); without those, of the film's middle: ``lungs``
+    counts which."""
+    found = dict[tuple[str, str], list[tuple[NDArray[np.float64], NDArray[np.float64], str]]]()
+    for row, images, truth in _pictures(run, data, [row for row in rows if row["source_path"] in scores], {}):
+        lungs, how = truth.lungs, "mask"
+        if lungs is None:
+            lungs = find_lungs(images.counterfactual)
+            how = "film" if lungs is None else "found"
+        zones = zone_masks(lungs, images.film.shape[0])
+        maps = {name: transform(images.signed_map) for name, transform in SALIENCY.items()}
+        for name, values in (maps | {"brightness": images.film}).items():
+            of_film = zone_energy(values, zones), scores[row["source_path"]], how
+            found.setdefault((row.get("setting", ""), name), []).append(of_film)
+    return [_zone_row(*key, members) for key, members in found.items()]
+
+
+def _zone_row(setting: str, name: str, members: Sequence[tuple[NDArray[np.float64], NDArray[np.float64], str]]) -> Row:
+    energies, scores = (np.stack([member[at] for member in members]) for at in (0, 1))
+    agreement = zone_agreement(energies, scores)
+    kinds = [kind for _, _, kind in members]
+    return {
+        "map": under(name, setting),
+        "n": agreement.n,
+        "spearman": agreement.pooled,
+        "spearman_interval": list(agreement.interval),
+        "spearman_within_film": agreement.within,
+        "n_within": agreement.n_within,
+        "lungs": ", ".join(f"{kind} {kinds.count(kind)}" for kind in ("mask", "found", "film") if kind in kinds),
+    }

@@ -1,0 +1,252 @@
+"""Which sets of a run are compared: films, twins and references, by class and setting, within classes, within sources,
+in the features of every extractor asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+import numpy as np
+
+from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.films import Dataset, UnusableData
+from diffva_ray.evaluate.annotations import read_sources
+from diffva_ray.evaluate.distances import Features, Row, distance_row, reference_features, run_features
+from diffva_ray.evaluate.options import Options
+from diffva_ray.evaluate.records import read_records, under
+from diffva_ray.generate.plan import Run, open_run
+from diffva_ray.metrics.fid import frechet_distance_features
+from diffva_ray.metrics.fid_controls import conditional
+from diffva_ray.metrics.localization import patient_bootstrap
+from diffva_ray.metrics.realism import directions, interpolation, verisimilitude
+from diffva_ray.schema import Status
+from diffva_ray.storage import Store, open_store
+
+if TYPE_CHECKING:  # it loads torch
+    from diffva_ray.metrics.features import Extractor
+
+SMALL = 2048  # films, below which a Fréchet distance is mostly its own bias
+LEAST = 4  # films of a set, below which nothing is compared
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference class and its features [n, d]."""
+
+    label: str
+    features: Features
+    dataset: Dataset | None = None  # None: another run's counterfactuals
+
+
+def choose_extractors(run: Run, options: Options, notes: list[str]) -> list[Extractor]:
+    """The extractors asked for, in their order. Raises UnusableData, one line, for an unknown name, a missing path and
+    weights that are not that network's."""
+    from diffva_ray.metrics.features import stand_in  # here, since it loads torch
+
+    if not options.extractors and options.weights is None:
+        notes.append(
+            "no Inception weights given (--inception-weights PATH): distances are of the stand-in extractor and are "
+            "not FID"
+        )
+        return [stand_in()]
+    return [_extractor(text, run, options) for text in options.extractors or ("inception",)]
+
+
+def _extractor(text: str, run: Run, options: Options) -> Extractor:
+    from diffva_ray.metrics import extractors
+    from diffva_ray.metrics.features import inception, stand_in
+
+    name, _, path = text.partition("=")
+    if name not in extractors.NAMES:
+        raise UnusableData(f"--extractor {text}: no such extractor; there are {', '.join(extractors.NAMES)}")
+    try:
+        if name == "stand-in":
+            return stand_in()
+        if name == "judge":
+            return extractors.judge_features(path or str(run.about["model"]))
+        if name == "inception":
+            path = path or options.weights or ""
+        if not path:
+            raise UnusableData(f"--extractor {text}: give its weights as {name}=PATH; nothing is downloaded")
+        if name == "inception":
+            resize = cast(Literal["clean", "legacy"], options.resize)
+            return inception(path, resize, grid=run.recipe.model.resolution)
+        return extractors.torchxrayvision(path) if name == "torchxrayvision" else extractors.rad_dino(path)
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, UnusableData) else UnusableData(str(error)) from None
+
+
+def distances(
+    run: Run, data_uri: str, options: Options, rows: list[Row], notes: list[str]
+) -> tuple[list[Row], list[Row]]:
+    """The rows of tables 1 and 2 and those of the distances within conditions.
+
+    For each extractor, setting and class: films to their twins, each reference to both. Of several draws of a film the
+    first one counts, or films would be in a set twice."""
+    first = min((row["draw"] for row in rows), default=0)
+    if any(row["draw"] != first for row in rows):
+        notes.append(f"distances are of draw {first} of each film alone")
+    settings = list(dict.fromkeys(row.get("setting", "") for row in rows))  # in the order of the plan
+    # by film, so that what compares the same two sets under other settings has the same interval
+    rows = sorted(rows, key=lambda row: (row["source_path"], row["record_id"]))
+    sources = read_sources(options.sources, [row["source_path"] for row in rows]) if options.sources else {}
+    if options.sources and not sources:
+        raise UnusableData(f"--sources {options.sources}: none of its files is a film of the run")
+    found, within = list[Row](), list[Row]()
+    for number, extractor in enumerate(choose_extractors(run, options, notes)):
+        comparison = _Comparison(run, options, rows, extractor, settings)
+        wanted = options.references or ((run.recipe.data.healthy_class, data_uri),)
+        made = [reference(run, label, uri, extractor, options, notes if number == 0 else []) for label, uri in wanted]
+        references = [one for one in made if one is not None]
+        found += comparison.by_condition(references)
+        found += comparison.by_source(references, sources)
+        within += comparison.within_conditions(references)
+    if found and min(min(row["n1"], row["n2"]) for row in found) < SMALL:
+        notes.append("sets of fewer than 2048 films: read KID before the Fréchet distance, whose bias grows as 1/N")
+    return found, within
+
+
+class _Comparison:
+    """The sets of one run in the features of one extractor."""
+
+    def __init__(self, run: Run, options: Options, rows: list[Row], extractor: Extractor, settings: list[str]) -> None:
+        labels = sorted({row["label"] for row in rows})
+        draw = min((row["draw"] for row in rows), default=0)
+        self.run, self.options, self.rows, self.extractor = run, options, rows, extractor
+        self.features = run_features(run, open_store(run.about["data_root"]), rows, extractor)
+        # (setting, class) -> rows
+        self.conditions: dict[tuple[str, str], list[int]] = {(at, label): [] for at in settings for label in labels}
+        for n, row in enumerate(rows):
+            if row["draw"] == draw:
+                self.conditions[row.get("setting", ""), row["label"]].append(n)
+
+    def by_condition(self, references: Sequence[Reference]) -> list[Row]:
+        found = list[Row | None]()
+        seen = set[str]()
+        for (setting, label), chosen in self.conditions.items():
+            before, after = self.features.source[chosen], self.features.counterfactual[chosen]
+            names = f"{label} (source)", under(f"{label} (counterfactual)", setting)
+            found.append(self._row(*names, before, after, paired=True))
+            for other in references:
+                features, name = other.features, f"{other.label} (reference)"
+                if label not in seen:  # the same two sets under every setting
+                    found.append(self._row(name, names[0], features, before))
+                row = self._row(name, names[1], features, after)
+                if row is not None:
+                    paths = [self.rows[n]["source_path"] for n in chosen]
+                    row |= self._realism(label, other.label, before, after, features, paths)
+                found.append(row)
+            seen.add(label)
+        return [row for row in found if row is not None]
+
+    def _realism(
+        self, label: str, reference: str, before: Features, after: Features, real: Features, paths: list[str]
+    ) -> Row:
+        """Do the twins pass for films of the reference, and did they move towards it?"""
+        found: Row = {"verisimilitude": asdict(verisimilitude(after, real))}
+        if len(real) > 6:
+            found["interpolation"] = asdict(interpolation(after, real))
+        if reference == self.run.recipe.data.healthy_class != label:
+            cosines = directions(before, after, real)
+            low, high = patient_bootstrap(cosines, paths)
+            found["direction"] = {"mean": float(np.nanmean(cosines)), "low": low, "high": high}
+        return found
+
+    def by_source(self, references: Sequence[Reference], sources: dict[str, str]) -> list[Row]:
+        """Twins of films of one archive against reference films of the same archive: children against children."""
+        found = list[Row | None]()
+        if not sources:
+            return []
+        for (setting, label), chosen in self.conditions.items():
+            for source in sorted(set(sources.values())):
+                rows = [n for n in chosen if sources.get(self.rows[n]["source_path"]) == source]
+                for other in references:
+                    if len(rows) >= LEAST and other.dataset is not None:
+                        real = self._of_source(other, source)
+                        names = f"{other.label} of {source} (reference)", f"{label} of {source} (counterfactual)"
+                        found.append(self._row(names[0], under(names[1], setting), real,
+                                               self.features.counterfactual[rows]))  # fmt: skip
+        return [row for row in found if row is not None]
+
+    def _of_source(self, other: Reference, source: str) -> Features:
+        assert other.dataset is not None
+        assert self.options.sources is not None
+        known = read_sources(self.options.sources, [film.path for film in other.dataset.films])
+        films = [film for film in other.dataset.films if known.get(film.path) == source]
+        cache, size = _cache(self.run, self.options), self.run.recipe.model.resolution
+        return reference_features(cache, size, other.dataset.store, films, self.extractor, other.label)[0]
+
+    def within_conditions(self, references: Sequence[Reference]) -> list[Row]:
+        """Mean distance within each class (and setting), beside the distance of the pooled sets."""
+        settings = list(dict.fromkeys(setting for setting, _ in self.conditions))
+        groups = [(setting, [key for key in self.conditions if key[0] == setting]) for setting in settings]
+        if len(settings) > 1:
+            groups.append(("every setting", list(self.conditions)))
+        found = []
+        for setting, keys in groups:
+            sets = {key: self.conditions[key] for key in keys if len(self.conditions[key]) >= LEAST}
+            if len(sets) < 2:
+                continue
+            twins = {key: self.features.counterfactual[chosen] for key, chosen in sets.items()}
+            films = {key: self.features.source[chosen] for key, chosen in sets.items()}
+            found.append(self._within("films", setting, {key: (films[key], twins[key]) for key in sets}))
+            for other in references:
+                real = other.features
+                if len(real) >= LEAST:
+                    name = f"{other.label} (reference)"
+                    found.append(self._within(name, setting, {key: (real, twins[key]) for key in sets}))
+        return found
+
+    def _within(self, name: str, setting: str, sets: dict[tuple[str, str], tuple[Features, Features]]) -> Row:
+        first = [x for x, _ in sets.values()]
+        pooled = first[0] if all(x is first[0] for x in first) else np.concatenate(first)
+        twins = np.concatenate([y for _, y in sets.values()])
+        return {
+            "set1": name,
+            "set2": under("twins", setting),
+            "conditions": ", ".join(under(label, at if setting == "every setting" else "") for at, label in sets),
+            "n1": len(pooled),
+            "n2": len(twins),
+            "within": conditional({under(label, at): pair for (at, label), pair in sets.items()}),
+            "pooled": frechet_distance_features(pooled, twins),
+            "extractor": self.extractor.name,
+            "weights_sha256": self.extractor.weights_sha256,
+            "resize": self.extractor.resize,
+        }
+
+    def _row(self, first: str, second: str, x: Features, y: Features, paired: bool = False) -> Row | None:
+        return distance_row(first, second, x, y, self.extractor, self.run.recipe.evaluate.fid_subsets, paired)
+
+
+def reference(
+    run: Run, label: str, uri: str, extractor: Extractor, options: Options, notes: list[str]
+) -> Reference | None:
+    """Class ``label`` of a data set, or the counterfactuals of another run's class; None, and a note, when nobody asked
+    for it and it is not there. Raises UnusableData."""
+    other = open_run(open_store(uri)) if not uri.lower().endswith((".csv", ".parquet")) else None
+    if other is not None:
+        frame = read_records(other)
+        rows = frame[(frame["status"] == Status.OK.value) & (frame["label"] == label)].to_dict("records")
+        if not rows:
+            raise UnusableData(f"--reference {label}={uri}: that run has no finished record of class {label}")
+        twins = run_features(other, open_store(other.about["data_root"]), rows, extractor).counterfactual
+        return Reference(label, twins)
+    try:
+        dataset = open_dataset(uri, run.recipe.data, [label])
+    except UnusableData as error:
+        if options.references:
+            raise UnusableData(f"--reference {label}={uri}: {error}") from None
+        notes.append(f"no reference set: {error}")
+        return None
+    size = run.recipe.model.resolution
+    features, unreadable = reference_features(
+        _cache(run, options), size, dataset.store, dataset.films, extractor, label
+    )
+    if unreadable:
+        notes.append(f"{unreadable} films of reference {label} could not be read")
+    return Reference(label, features, dataset)
+
+
+def _cache(run: Run, options: Options) -> Store:
+    return open_store(options.cache) if options.cache else run.store

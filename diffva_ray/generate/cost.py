@@ -1,0 +1,71 @@
+"""What a run costs, known before it is begun: network calls a record, and operations where the networks are known.
+
+Calls are exact. Operations are those of one forward, as torch's FlopCounterMode counts them, times the calls; what a
+GPU makes of them is for the run itself to tell (``diffva status``), so no hours are guessed here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from diffva_ray.config import GUESS, Recipe
+
+GUESS_CALLS = 8  # a prompt: DRAWS * len(TIMESTEPS) of counterfactual/guess.py, which loads torch
+MASK_CALLS = 6  # of DiffEdit's mask: CALLS of counterfactual/guidance_difference.py
+
+
+class Calls(NamedTuple):
+    """Forwards of each network for one record. Every method encodes the film and decodes twin and reconstruction."""
+
+    unet: int
+    encode: int = 1
+    decode: int = 2
+
+
+METHODS: dict[str, Callable[[int, int], Calls]] = {  # of the sampler's steps, and the branches of guidance (1 or 2)
+    "sdedit": lambda steps, branches: Calls(steps * branches),
+    "ddim-inversion": lambda steps, branches: Calls(steps * branches + steps - 1),
+    "cycle": lambda steps, branches: Calls(steps * branches + steps),
+    "masked": lambda steps, branches: Calls(steps * branches + steps - 1),
+    "classifier-guided": lambda steps, branches: Calls(2 * steps - 1),
+}
+# TFLOP of one forward (a multiplication and an addition are two), by base and resolution: UNet, encoder, decoder.
+TFLOP = {("CompVis/stable-diffusion-v1-4", 512): (0.803, 1.117, 2.515)}
+
+
+def calls(settings: Mapping[str, Any], prompts: int) -> Calls:
+    """Network calls of one record with these settings (as in ``GenerateConfig``) and a model of so many ``prompts``.
+
+    Raises ValueError for a method whose calls nobody has written down.
+    """
+    if settings["method"] not in METHODS:
+        raise ValueError(f"generate/cost.py: no calls known for method {settings['method']!r}")
+    steps = int(settings["num_inference_steps"] * settings["strength"])
+    if settings["scheduler"] == "pndm-diffusers" or (settings["scheduler"] == "pndm" and steps > 1):
+        steps += 1  # its first step is two calls
+    found = METHODS[settings["method"]](steps, 2 if settings["guidance_scale"] > 1 else 1)
+    guessed = GUESS_CALLS * prompts if settings["source_prompt"] == GUESS else 0
+    derived = settings["method"] == "masked" and settings["masked"]["source"] == "derived"
+    return found._replace(unet=found.unet + guessed + (MASK_CALLS if derived else 0))
+
+
+def cost(recipe: Recipe, sweep: Sequence[tuple[str, Sequence[Any]]], records: int) -> dict[str, Any]:
+    """Of ``records`` records, spread evenly over the points of a sweep: UNet forwards and TFLOP (None: networks that
+    are not in the table), of a record on average and of all. Raises ValueError as ``calls``."""
+    of_points = []
+    for point in itertools.product(*(values for _, values in sweep)):
+        swept = dict(zip((key for key, _ in sweep), point, strict=True))
+        of_points.append(calls({**recipe.generate.model_dump(), **swept}, len(recipe.data.prompts)))
+    networks = TFLOP.get((recipe.model.base or "", recipe.model.resolution))
+    unet = sum(each.unet for each in of_points) / len(of_points)
+    tflop = None
+    if networks is not None:
+        tflop = sum(n * size for each in of_points for n, size in zip(each, networks, strict=True)) / len(of_points)
+    return {
+        "unet_forwards_per_record": round(unet, 1),
+        "unet_forwards": round(unet * records),
+        "tflop_per_record": None if tflop is None else round(tflop, 1),
+        "tflop": None if tflop is None else round(tflop * records),
+    }

@@ -1,0 +1,55 @@
+"""LPIPS (Zhang 2018): how far apart two films look to AlexNet, by the ``lpips`` package's own network."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffva_ray.metrics.features import brief
+
+
+@dataclass(frozen=True)
+class Lpips:
+    """``lpips(film, twin)``: LPIPS of two grey films [H, W] in [0, 1] at their own size; 0 for equal films, in practice
+    below 1. ``weights_sha256`` is of the backbone."""
+
+    weights_sha256: str
+    network: Any = field(repr=False, compare=False)
+
+    @torch.inference_mode()
+    def __call__(self, film: NDArray[np.float32], twin: NDArray[np.float32]) -> float:
+        if film.ndim != 2 or film.shape != twin.shape or min(film.shape) < 32:
+            raise ValueError(
+                f"LPIPS takes two films [H, W] of one shape from 32 pixels, got {film.shape} and {twin.shape}"
+            )
+        pair = [torch.from_numpy(np.ascontiguousarray(x, np.float32)).expand(1, 3, -1, -1) for x in (film, twin)]
+        return float(self.network(*pair, normalize=True))
+
+
+def lpips(weights: str | Path) -> Lpips:
+    """LPIPS v0.1 with AlexNet. ``weights``: torchvision's AlexNet state dict (alexnet-owt-7be5be79.pth); the linear
+    layers come with the ``lpips`` package. Raises ValueError, one line, for another file or without the package."""
+    try:
+        import lpips as package
+    except ImportError:
+        raise ValueError("--lpips-weights: install the lpips package") from None
+    path = Path(weights)
+    # Its random backbone is only there to be replaced; it warns of torchvision's older names.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = package.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    try:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        own = network.net.state_dict()  # slice2.3.weight is torchvision's features.3.weight
+        network.net.load_state_dict({key: state["features." + key.partition(".")[2]] for key in own})
+    except Exception as error:  # torch.load raises whatever the bytes of a foreign file lead it to
+        raise ValueError(f"{path}: expected torchvision's AlexNet state dict ({brief(error)})") from None
+    return Lpips(sha256, network.eval().requires_grad_(False))

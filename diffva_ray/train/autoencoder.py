@@ -1,0 +1,99 @@
+"""The autoencoder: from scratch for small models, or the decoder alone for a base whose UNet knows its latents.
+
+With an adversary this is the paper's L_Autoencoder (Rombach et al. 2022, equation 25): reconstruction, an adversary
+that tells films from reconstructions, and a KL term that keeps latents near N(0, 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffva_ray.config_stages import AutoencoderConfig
+from diffva_ray.train.adversary import PatchDiscriminator, adaptive_weight, feature_matching, frozen, hinge_loss
+from diffva_ray.train.loss import autoencoder_loss
+from diffva_ray.train.sampling import Draws
+from diffva_ray.train.stage import Batch, Player, Setting, Stage, three_channels
+
+
+class AutoencoderStage(Stage):
+    """Ends by setting ``scaling_factor`` to 1 / std, as Stable Diffusion's, unless the encoder stayed as it was."""
+
+    config: AutoencoderConfig
+
+    def __init__(self, setting: Setting, config: AutoencoderConfig) -> None:
+        super().__init__(setting, config)
+        self.draws = Draws(setting.films.films, config.classes, setting.seed)
+        self.vae = setting.bundle.vae
+        self.players = [Player("autoencoder", _Autoencoder(self.vae), self.loss)]
+        self.adversary: PatchDiscriminator | None = None
+        if config.adversarial_weight or config.perceptual_weight:
+            torch.manual_seed(setting.seed)
+            self.adversary = PatchDiscriminator()
+            self.modules = {f"adversary-{config.name}": self.adversary}
+            self.players.append(Player("adversary", self.adversary, self.adversary_loss))
+
+    def begin(self, device: torch.device, first: bool, wait: Any) -> None:
+        whole = self.config.part == "all"
+        self.vae.requires_grad_(whole)
+        self.vae.decoder.requires_grad_(True)
+        if self.vae.post_quant_conv is not None:
+            self.vae.post_quant_conv.requires_grad_(True)
+        if self.adversary is not None:
+            self.adversary.to(device).requires_grad_(True)
+
+    def _films(self, batch: Batch, network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """The films of a share and the noise of their posteriors."""
+        films = self.setting.films.batch([self.draws[position] for position in batch.positions()])
+        pixels = three_channels(films.to(next(network.parameters()).device))
+        side = pixels.shape[-1] // self.setting.bundle.latent_scale
+        return pixels, batch.normal((self.vae.config.latent_channels, side, side), pixels)
+
+    def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        pixels, noise = self._films(batch, network)
+        reconstruction, mean, logvar = network(pixels, noise)
+        config = self.config
+        loss = autoencoder_loss(reconstruction, pixels, mean, logvar, config.kl_weight, config.gradient_weight)
+        if self.adversary is None or batch.step < config.adversarial_start:
+            return loss
+        with frozen(self.adversary) as adversary:
+            fake, fake_features = adversary(reconstruction)
+            if config.perceptual_weight:
+                real_features = adversary(pixels)[1]
+                loss = loss + config.perceptual_weight * feature_matching(real_features, fake_features)
+            if config.adversarial_weight:
+                fooled = -fake.mean()
+                weight = adaptive_weight(loss, fooled, self.vae.decoder.conv_out.weight)
+                loss = loss + config.adversarial_weight * weight * fooled
+        return loss
+
+    def adversary_loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        pixels, noise = self._films(batch, network)
+        with torch.no_grad():
+            fake = self.players[0].network(pixels, noise)[0]
+        logits = network(torch.cat([pixels, fake]))[0]
+        return hinge_loss(*logits.chunk(2))
+
+    @torch.no_grad()
+    def finish(self, device: torch.device) -> None:
+        if self.config.part == "decoder":
+            return
+        films = self.setting.films
+        sample = range(0, len(films.films), max(1, len(films.films) // 256))
+        latents = torch.cat(
+            [self.vae.encode(three_channels(films.batch([n])).to(device)).latent_dist.mean.cpu() for n in sample]
+        )
+        self.vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 5))
+
+
+class _Autoencoder(nn.Module):
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae: Any = vae
+
+    def forward(self, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        posterior = self.vae.encode(pixels).latent_dist
+        latents = posterior.mean + posterior.std * noise
+        return self.vae.decode(latents).sample, posterior.mean, posterior.logvar

@@ -1,0 +1,59 @@
+"""The classifier of noisy latents, on labels alone; it guides method ``classifier-guided`` and never judges."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+from torch.nn import functional
+
+from diffva_ray.config import RecipeError
+from diffva_ray.config_stages import ClassifierConfig
+from diffva_ray.model.classifier import LatentClassifier
+from diffva_ray.train.denoiser import Latents
+from diffva_ray.train.sampling import Draws
+from diffva_ray.train.stage import Batch, Player, Setting, Stage
+
+
+class ClassifierStage(Stage):
+    """Comes after the autoencoder's stage: it reads that one's latents, at the noise levels of the model's schedule."""
+
+    config: ClassifierConfig
+
+    def __init__(self, setting: Setting, config: ClassifierConfig) -> None:
+        super().__init__(setting, config)
+        bundle = setting.bundle
+        healthy = bundle.recipe.data.healthy_class
+        self.draws = Draws(setting.films.films, config.classes, setting.seed)
+        self.latents = Latents(setting, setting.films)
+        self.noise_scheduler = DDPMScheduler.from_config(bundle.scheduler)
+        torch.manual_seed(setting.seed)
+        try:
+            self.classifier = LatentClassifier(
+                sorted(self.draws.members),
+                healthy,
+                bundle.vae.config.latent_channels,
+                config.block_out_channels,
+                config.norm_num_groups,
+            )
+        except ValueError as error:
+            raise RecipeError(f"stage {config.name}: {error}") from None
+        bundle.extras["classifier"] = self.classifier  # from now on: a resumed training may begin after this stage
+        self.modules = {"classifier": self.classifier}
+        self.players = [Player("classifier", self.classifier, self.loss)]
+
+    def begin(self, device: torch.device, first: bool, wait: object) -> None:
+        self.classifier.requires_grad_(True)
+
+    def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        """Cross-entropy at timesteps drawn uniformly (Dhariwal & Nichol 2021)."""
+        device = next(network.parameters()).device
+        indices = [self.draws[position] for position in batch.positions()]
+        mean, std = self.latents.moments(indices, device)
+        posterior_noise, noise = batch.normal(mean.shape[1:], mean), batch.normal(mean.shape[1:], mean)
+        steps = self.noise_scheduler.config.num_train_timesteps
+        timesteps = (batch.uniform() * steps).long().to(device)
+        latents = (mean + std * posterior_noise) * self.setting.bundle.vae.config.scaling_factor
+        noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        target = torch.tensor([self.classifier.classes.index(self.setting.films.films[n].label) for n in indices])
+        return functional.cross_entropy(network(noisy, timesteps), target.to(device))

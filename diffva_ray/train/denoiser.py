@@ -1,0 +1,148 @@
+"""UNet and text encoder together: noise prediction under the class's prompt, prompts dropped to "" at a rate so that
+guidance has a trained unconditional branch, and DreamBooth's prior preservation when a class set is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import nn
+
+from diffva_ray.config_stages import DenoiserConfig
+from diffva_ray.model import text
+from diffva_ray.train.class_images import class_images
+from diffva_ray.train.loss import denoising_loss, min_snr_weights
+from diffva_ray.train.sampling import Draws, FilmSet
+from diffva_ray.train.stage import Batch, Player, Setting, Stage, three_channels
+
+ENCODING_BATCH = 16
+
+
+class DenoiserStage(Stage):
+    config: DenoiserConfig
+
+    def __init__(self, setting: Setting, config: DenoiserConfig) -> None:
+        super().__init__(setting, config)
+        bundle = setting.bundle
+        self.draws = Draws(setting.films.films, config.classes, setting.seed)
+        self.films = Latents(setting, setting.films)
+        self.prior: Draws | None = None
+        self.prior_films = self.films
+        if config.prior_class and config.class_images == "real":
+            self.prior = Draws(setting.films.films, {config.prior_class: 1}, setting.seed + 1)
+        self.noise_scheduler = DDPMScheduler.from_config(bundle.scheduler)
+        self.players = [Player("denoiser", Denoiser(bundle.unet, bundle.text_encoder), self.loss)]
+
+    def begin(self, device: torch.device, first: bool, wait: Callable[[], None]) -> None:
+        bundle, config = self.setting.bundle, self.config
+        if config.prior_class and config.class_images == "generated":
+            drawn = class_images(self.setting, config, device, first, wait)
+            self.prior = Draws(drawn.films, {config.prior_class: 1}, self.setting.seed + 1)
+            self.prior_films = Latents(self.setting, drawn)
+        bundle.unet.requires_grad_(True)
+        bundle.text_encoder.requires_grad_(config.train_text_encoder)
+
+    def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        """As in DreamBooth's script, instances and class set go through the network in one batch, each with noise and
+        timestep of its own."""
+        data = self.setting.bundle.recipe.data
+        device = next(network.parameters()).device
+        positions = batch.positions()
+        indices = [self.draws[position] for position in positions]
+        mean, std = self.films.moments(indices, device)
+        labels = [self.setting.films.films[index].label for index in indices]
+        groups, rows = 1, list(batch.rows)
+        if self.prior is not None:
+            groups = 2
+            prior_mean, prior_std = self.prior_films.moments([self.prior[position] for position in positions], device)
+            mean, std = torch.cat([mean, prior_mean]), torch.cat([std, prior_std])
+            labels += [self.config.prior_class or ""] * len(indices)
+            rows += [batch.size + row for row in batch.rows]
+
+        whole = Batch(batch.step, groups * batch.size, rows, batch.generator)
+        posterior_noise = whole.normal(mean.shape[1:], mean)
+        noise = whole.normal(mean.shape[1:], mean)
+        steps = self.noise_scheduler.config.num_train_timesteps
+        timesteps = torch.randint(0, steps, (whole.size,), generator=batch.generator)[rows].to(device)
+        dropped = whole.uniform() < self.config.prompt_dropout
+
+        latents = (mean + std * posterior_noise) * self.setting.bundle.vae.config.scaling_factor
+        noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        prompts = ["" if drop else data.prompt(label) for label, drop in zip(labels, dropped.tolist(), strict=True)]
+        output = network(noisy, timesteps, *self.tokens(prompts, device))
+        weights = None
+        if self.config.snr_gamma is not None:
+            alphas = self.noise_scheduler.alphas_cumprod.to(device)
+            weights = min_snr_weights(alphas, timesteps, self.config.snr_gamma, self.prediction_type)
+        target = self.target(latents, noise, timesteps)
+        return denoising_loss(output, target, weights, len(indices), self.config.prior_loss_weight)
+
+    @property
+    def prediction_type(self) -> str:
+        return self.noise_scheduler.config.prediction_type
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the network is to predict: the noise, or the velocity (Salimans & Ho 2022)."""
+        if self.prediction_type == "v_prediction":
+            return self.noise_scheduler.get_velocity(latents, noise, timesteps)
+        return noise
+
+    def tokens(self, prompts: Sequence[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids and mask [distinct, length] of the distinct prompts, which the encoder runs on once each, and for every
+        film which of them is its own [n]."""
+        distinct = sorted(set(prompts))
+        ids, mask = text.tokenize(self.setting.bundle.tokenizer, distinct)
+        which = torch.tensor([distinct.index(prompt) for prompt in prompts])
+        return ids.to(device), mask.to(device), which.to(device)
+
+
+class Denoiser(nn.Module):
+    """Both networks behind one forward, so that DDP and gradient accumulation see one module."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        which: torch.Tensor,
+    ) -> torch.Tensor:
+        states = text.embed(self.text_encoder, ids, mask)[which]
+        return self.unet(noisy, timesteps, encoder_hidden_states=states).sample
+
+
+class Latents:
+    """Posterior moments of films: of the whole set once where memory allows, otherwise when a step asks for them."""
+
+    def __init__(self, setting: Setting, films: FilmSet) -> None:
+        self.vae: Any = setting.bundle.vae
+        self.films = films
+        side = films.size // setting.bundle.latent_scale
+        size = len(films.films) * 2 * 4 * self.vae.config.latent_channels * side**2
+        self.kept = size <= setting.cache_megabytes * 2**20
+        self._moments: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def moments(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation [n, 4, h, w] of the films' posteriors. The set is encoded in batches that do not
+        depend on the step, so that a resumed training has the same latents to the last bit."""
+        if not self.kept:
+            return self._encode(indices, device)
+        if self._moments is None:
+            total = len(self.films.films)
+            batches = [range(start, min(start + ENCODING_BATCH, total)) for start in range(0, total, ENCODING_BATCH)]
+            parts = [self._encode(batch, device) for batch in batches]
+            mean, std = (torch.cat([part[n].cpu() for part in parts]) for n in (0, 1))
+            self._moments = mean, std
+        mean, std = self._moments
+        return mean[list(indices)].to(device), std[list(indices)].to(device)
+
+    def _encode(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        posterior = self.vae.encode(three_channels(self.films.batch(indices)).to(device)).latent_dist
+        return posterior.mean, posterior.std

@@ -1,0 +1,104 @@
+"""What the loop knows of a stage: its players, and what a player is asked for in a step. One file per kind of stage."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffva_ray.config import RecipeError
+from diffva_ray.config_stages import StageConfig
+from diffva_ray.model.bundle import Bundle
+from diffva_ray.storage import Store
+from diffva_ray.train.sampling import FilmSet
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A share of one step's global batch. Everything random is drawn for the whole batch, from ``generator``, and then
+    restricted to ``rows``: shares of any size, on any number of workers, see the same noise."""
+
+    step: int
+    size: int  # films of the global batch
+    rows: list[int]
+    generator: torch.Generator
+
+    def positions(self) -> list[int]:
+        """Where this share stands in the stage's endless sequence of films."""
+        return [self.step * self.size + row for row in self.rows]
+
+    def normal(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """Standard normal noise [rows, *shape] on the device of ``like``."""
+        return torch.randn((self.size, *shape), generator=self.generator)[self.rows].to(like.device)
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """Uniform numbers [rows, *shape] in [0, 1)."""
+        return torch.rand(self.size, *shape, generator=self.generator)[self.rows]
+
+
+@dataclass
+class Player:
+    """One network with an optimizer of its own. ``loss(network, batch)`` is a mean over the batch's rows; ``network``
+    is the player's own, wrapped for several workers."""
+
+    name: str
+    network: nn.Module
+    loss: Callable[[nn.Module, Batch], torch.Tensor]
+    learning_rate: float | None = None  # of the stage where None
+
+
+@dataclass
+class Setting:
+    """What a stage is made from."""
+
+    bundle: Bundle
+    films: FilmSet
+    seed: int
+    store: Store  # the model folder
+    cache_megabytes: int = 0  # latents kept in memory, at most
+
+
+@dataclass
+class Stage:
+    """A stage with nothing in it; kinds override what they have. ``modules`` are kept in checkpoints beside the
+    bundle's own networks."""
+
+    setting: Setting
+    config: StageConfig
+    players: list[Player] = field(default_factory=list)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+
+    def begin(self, device: torch.device, first: bool, wait: Callable[[], None]) -> None:
+        """Before the first step of this process: choose what is trainable, prepare data. ``first``: the first worker;
+        ``wait``: until all workers have come here."""
+
+    def finish(self, device: torch.device) -> None:
+        """After the last step."""
+
+    def export(self, store: Store) -> None:
+        """After the last stage, on the first worker: what the bundle does not save by itself."""
+
+
+KINDS = {
+    "autoencoder": "autoencoder:AutoencoderStage",
+    "denoiser": "denoiser:DenoiserStage",
+    "judge": "judge:JudgeStage",
+    "classifier": "classifier:ClassifierStage",
+}
+
+
+def make_stage(setting: Setting, config: Any) -> Stage:
+    """The stage a recipe describes. Raises RecipeError, UnusableData."""
+    if config.trains not in KINDS:
+        raise RecipeError(f"train.stages: nothing trains {config.trains!r}; there are {', '.join(KINDS)}")
+    module, _, name = KINDS[config.trains].partition(":")
+    return getattr(importlib.import_module(f"diffva_ray.train.{module}"), name)(setting, config)
+
+
+def three_channels(films: torch.Tensor) -> torch.Tensor:
+    """Grey films [n, H, W] in [0, 1] as the autoencoder wants them: [n, 3, H, W] in [-1, 1]."""
+    return (films[:, None] * 2 - 1).expand(-1, 3, -1, -1)

@@ -1,0 +1,176 @@
+"""What reduce can be asked for: extractors by name, LPIPS, Brixia zones, sources; and that a sweep is never pooled."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from click.testing import CliRunner
+
+from diffva_ray.cli import main
+from diffva_ray.data.films import UnusableData
+from diffva_ray.evaluate.annotations import read_sources, read_zones
+from diffva_ray.evaluate.reduction import Options, reduce_run
+from diffva_ray.generate.plan import Request, Run
+from diffva_ray.metrics.zones import ZONES
+from diffva_ray.pipeline import Execution, existing_run, generate_run
+
+MakeRun = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def swept(tiny, films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two strengths and two draws of six COVID and six Lung_Opacity films."""
+    out = tmp_path_factory.mktemp("swept") / "run"
+    recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"draws": 2})})
+    request = Request(("COVID", "Lung_Opacity"), sweep=(("strength", (0.3, 0.9)),))
+    generate_run(recipe, str(films), str(model), str(out), request, Execution("inline"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def tables(swept: Path, films: Path) -> dict:
+    return reduce_run(existing_run(str(swept)), str(films), Options()).metrics
+
+
+def test_every_table_of_a_sweep_is_by_setting(swept: Path, tables: dict) -> None:
+    """Classes of one setting each, and numbers that are those of its records alone."""
+    records = pd.read_parquet(swept / "records")
+    expected = {f"{label} under strength {strength:g}" for strength in (0.3, 0.9) for label in ("COVID", "Lung_Opacity",
+                                                                                               "all")}  # fmt: skip
+    for name in ("ssim", "localization", "validity", "twin", "counterfactual"):
+        assert {row["label"] for row in tables[name]} == expected, name
+    for row in tables["ssim"]:
+        label, _, strength = row["label"].partition(" under strength ")
+        chosen = records[(records["strength"] == float(strength)) & ((records["label"] == label) | (label == "all"))]
+        assert row["n"] == len(chosen) == (24 if label == "all" else 12)
+        assert row["ssim"] == pytest.approx(chosen["ssim"].mean())
+    thresholds = json.loads((swept / "tables/thresholds.json").read_text())
+    assert {"positive under strength 0.3", "positive under strength 0.9"} <= set(thresholds)
+
+
+def test_distances_of_a_sweep_are_by_setting_and_of_one_draw(tables: dict) -> None:
+    rows = {(row["set1"], row["set2"]): row for row in tables["fid"]}
+    for strength in ("0.3", "0.9"):
+        twins = f"COVID (counterfactual) under strength {strength}"
+        assert rows["COVID (source)", twins]["n1"] == 6  # of 24 COVID records
+        assert {"verisimilitude", "direction"} <= rows["Normal (reference)", twins].keys()
+    assert rows["Normal (reference)", "COVID (source)"]["n2"] == 6
+    assert len(rows) == len(tables["fid"])  # the reference against the films once, not once for each setting
+    assert any("draw 0" in note for note in tables["notes"])
+    within = {(row["set1"], row["set2"]): row for row in tables["fid_within"]}
+    row = within["films", "twins under strength 0.3"]
+    parts = [rows[f"{label} (source)", f"{label} (counterfactual) under strength 0.3"]["value"]
+             for label in ("COVID", "Lung_Opacity")]  # fmt: skip
+    assert row["within"] == pytest.approx(np.mean(parts))
+    assert row["n2"] == 12
+    assert within["films", "twins under every setting"]["n2"] == 24
+
+
+def test_extractors_by_name_have_rows_of_their_own(swept: Path, films: Path, model: Path, tmp_path: Path) -> None:
+    run = existing_run(str(swept))
+    options = Options(extractors=("judge", "stand-in"), cache=str(tmp_path))
+    rows = reduce_run(run, str(films), options).metrics["fid"]
+    by_name = {name: [row for row in rows if row["extractor"] == name] for name in ("judge", "stand-in-random-conv-64")}
+    assert len(by_name["judge"]) == len(by_name["stand-in-random-conv-64"]) == len(rows) / 2
+    assert {(row["resize"], row["is_stand_in"]) for row in by_name["judge"]} == {("clean-64", False)}
+    assert len({row["weights_sha256"] for row in rows}) == 2
+
+
+@pytest.mark.parametrize(
+    ("extractor", "said"),
+    [
+        ("vgg", "no such extractor; there are inception, torchxrayvision, rad-dino, judge, stand-in"),
+        ("rad-dino", "give its weights as rad-dino=PATH"),
+        ("inception", "give its weights as inception=PATH"),
+        ("rad-dino=nowhere", "nowhere: expected a snapshot of RAD-DINO"),
+        ("judge=nowhere", "nowhere has no judge"),
+    ],
+)
+def test_a_wrong_extractor_is_one_line_and_exit_2(extractor: str, said: str, make_run: MakeRun) -> None:
+    run = make_run()
+    command = ["reduce", run.store.uri, "--extractor", extractor, "--executor", "inline"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stderr.strip().count("\n") == 0
+
+
+def test_lpips_stands_in_the_table_of_likeness(swept: Path, films: Path, tmp_path: Path) -> None:
+    models = pytest.importorskip("torchvision.models")
+    pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    torch.save(models.alexnet(weights=None).state_dict(), tmp_path / "alexnet.pth")
+    metrics = reduce_run(existing_run(str(swept)), str(films), Options(lpips=str(tmp_path / "alexnet.pth"))).metrics
+    rows = {row["label"]: row for row in metrics["ssim"]}
+    weak, strong = (rows[f"all under strength {strength}"] for strength in ("0.3", "0.9"))
+    assert 0 < weak["lpips"] < strong["lpips"]
+    assert weak["lpips_n"] == 24
+    assert weak["lpips_interval"][0] < weak["lpips"] < weak["lpips_interval"][1]
+    with pytest.raises(UnusableData, match="expected torchvision's AlexNet"):
+        reduce_run(existing_run(str(swept)), str(films), Options(lpips=str(tmp_path / "nowhere.pth")))
+
+
+def zones_csv(path: Path, films: list[str], score: Callable[[int, int], object]) -> Path:
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["file", *(f"{reader}-{zone}" for reader in "SJ" for zone in ZONES)])
+        for n, film in enumerate(films):
+            table.writerow([film, *(score(n, at) for _ in "SJ" for at in range(6))])
+    return path
+
+
+def test_brixia_scores_meet_the_maps(swept: Path, films: Path, tmp_path: Path) -> None:
+    """Lesions of the phantoms themselves as scores: brightness, which shows them, agrees with them."""
+    records = pd.read_parquet(swept / "records")
+    paths = sorted(records["source_path"].unique())
+    scores = zones_csv(tmp_path / "zones.csv", [f"elsewhere/{path}" for path in paths], lambda n, at: (n + at) % 4)
+    metrics = reduce_run(existing_run(str(swept)), str(films), Options(brixia=str(scores))).metrics
+    rows = {row["map"]: row for row in metrics["brixia"]}
+    assert set(rows) == {f"{name} under strength {strength}" for name in ("positive", "absolute", "brightness")
+                         for strength in ("0.3", "0.9")}  # fmt: skip
+    assert {row["n"] for row in rows.values()} == {24}
+    assert {row["lungs"] for row in rows.values()} == {"mask 24"}
+    assert all(-1 <= row["spearman"] <= 1 for row in rows.values())
+    other = zones_csv(tmp_path / "other.csv", ["nothing.png"], lambda n, at: 1)
+    with pytest.raises(UnusableData, match="none of its files is a film of the run"):
+        reduce_run(existing_run(str(swept)), str(films), Options(brixia=str(other)))
+
+
+def test_zone_scores_are_the_mean_of_the_readers(tmp_path: Path) -> None:
+    path = tmp_path / "zones.csv"
+    path.write_text("file,S-A,S-B,S-C,S-D,S-E,S-F,J-A,J-B,J-C,J-D,J-E,J-F\na/x.png,0,1,2,3,0,1,1,1,1,1,1,1\n"
+                    "b/y.png,3,3,3,3,3,3,,,,,,\n")  # fmt: skip
+    found = read_zones(str(path), ["x.png", "b/y.png", "z.png"])
+    np.testing.assert_allclose(found["x.png"], [0.5, 1, 1.5, 2, 0.5, 1])
+    np.testing.assert_allclose(found["b/y.png"], 3)  # the junior reader has not read it
+    assert set(found) == {"x.png", "b/y.png"}
+    path.write_text("file,S-A,S-B,S-C,S-D,S-E,S-F\nx.png,0,1,2,3,4,0\n")
+    with pytest.raises(UnusableData, match="row 2: zone scores are numbers from 0 to 3"):
+        read_zones(str(path), ["x.png"])
+    path.write_text("file,x\nx.png,0\n")
+    with pytest.raises(UnusableData, match="--brixia .*needs the columns file and S-A to S-F"):
+        read_zones(str(path), ["x.png"])
+    with pytest.raises(UnusableData, match="--sources .*cannot be read"):
+        read_sources(str(tmp_path / "nowhere.csv"), [])
+
+
+def test_films_of_one_source_meet_references_of_that_source(swept: Path, films: Path, tmp_path: Path) -> None:
+    names = sorted(str(file.relative_to(films)) for file in films.glob("*/images/*.png"))
+    path = tmp_path / "sources.csv"
+    children = [name for n, name in enumerate(names) if n % 3]  # four of six films of each class
+    path.write_text("file,source\n" + "".join(f"{name},children\n" for name in children))
+    metrics = reduce_run(existing_run(str(swept)), str(films), Options(sources=str(path))).metrics
+    rows = [row for row in metrics["fid"] if "children" in row["set1"]]
+    assert {row["set1"] for row in rows} == {"Normal of children (reference)"}
+    assert {row["set2"] for row in rows} == {
+        f"{label} of children (counterfactual) under strength {strength}"
+        for label in ("COVID", "Lung_Opacity") for strength in ("0.3", "0.9")
+    }  # fmt: skip
+    assert {(row["n1"], row["n2"]) for row in rows} == {(4, 4)}

@@ -1,0 +1,138 @@
+"""What a run costs: the rule against the network calls that really happen, and against torch's count of operations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from diffva_ray.cli import main
+from diffva_ray.config import GUESS, Method, Recipe, Scheduler, load_recipe
+from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.data.phantoms import phantom
+from diffva_ray.generate.cost import METHODS, TFLOP, calls, cost
+from diffva_ray.generate.plan import PlanError, Request, check_settings
+from diffva_ray.model.bundle import load
+from diffva_ray.pipeline import Execution, generate_run
+
+SETTINGS = [  # strength, steps, guidance scale, source prompt
+    (0.5, 4, 2.5, ""),
+    (1.0, 3, 1.0, ""),
+    (0.4, 4, 7.5, ""),  # a single step, in which PNDM repeats nothing
+    (0.75, 8, 3.0, GUESS),
+]
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path) -> Counterfactuals:
+    return Counterfactuals(load(str(model)), device="cpu")
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_calls_are_those_that_happen(method: str, engine: Counterfactuals, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call is one film through one network: films count, not batches."""
+    bundle, film = engine.bundle, phantom("COVID", 1, size=32).film
+    made = {"unet": 0, "encode": 0, "decode": 0}
+
+    def counting(name, forward):
+        def counted(films, *arguments, **options):
+            made[name] += len(films)
+            return forward(films, *arguments, **options)
+
+        return counted
+
+    monkeypatch.setattr(bundle.unet, "forward", counting("unet", bundle.unet.forward))
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(bundle.vae, name, counting(name, getattr(bundle.vae, name)))
+    seen = 0
+    for strength, steps, scale, source in SETTINGS:
+        config = bundle.recipe.generate.model_copy(update={"source_prompt": source, "micro_batch": 1})
+        monkeypatch.setattr(engine, "config", config)
+        for scheduler in get_args(Scheduler):
+            settings = {
+                "method": method, "scheduler": scheduler, "strength": strength, "guidance_scale": scale,
+                "num_inference_steps": steps,
+            }  # fmt: skip
+            try:
+                check_settings(config, settings)
+            except PlanError:
+                continue
+            made.update(dict.fromkeys(made, 0))
+            engine([film], [replace(engine.settings(), **settings)], seeds=[1])
+            expected = calls({**config.model_dump(), **settings}, len(bundle.recipe.data.prompts))
+            assert made == expected._asdict(), settings
+            seen += 1
+    assert seen >= len(SETTINGS)
+
+
+def test_a_method_without_a_rule_is_an_error(tiny: Recipe) -> None:
+    assert set(METHODS) == set(get_args(Method))
+    with pytest.raises(ValueError, match="telepathy"):
+        calls({**tiny.generate.model_dump(), "method": "telepathy"}, 4)
+
+
+def test_operations_are_as_torch_counts_them() -> None:
+    """Stable Diffusion v1.4's networks without weights: UNet, encoder and decoder at 512 px."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad():
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        )  # fmt: skip
+        latents, film = torch.zeros(1, 4, 64, 64), torch.zeros(1, 3, 512, 512)
+        counted = []
+        for forward in (
+            lambda: unet(latents, torch.tensor(1), torch.zeros(1, 77, 768)),
+            lambda: vae.encode(film),
+            lambda: vae.decode(latents),
+        ):
+            with FlopCounterMode(display=False) as counter:
+                forward()
+            counted.append(counter.get_total_flops() / 1e12)
+    assert counted == pytest.approx(TFLOP["CompVis/stable-diffusion-v1-4", 512], abs=5e-4)
+
+
+def test_the_table_of_the_operations_page() -> None:
+    """docs/operations.md prints these."""
+    paper = load_recipe("paper")
+    strong, weak = (("strength", (0.85,)),), (("strength", (0.55,)), ("num_inference_steps", (50,)))
+    assert cost(paper, weak, 1000) == {
+        "unet_forwards_per_record": 56, "unet_forwards": 56_000, "tflop_per_record": 51.1, "tflop": 51_115,
+    }  # fmt: skip
+    found = cost(paper, strong, 1)
+    assert (found["unet_forwards_per_record"], found["tflop_per_record"]) == (128, 108.9)
+    assert cost(paper, (), 1)["unet_forwards_per_record"] == 84
+    both = cost(paper, (("num_inference_steps", (50, 75)),), 10)
+    assert (both["unet_forwards_per_record"], both["unet_forwards"]) == (70, 700)
+    assert cost(load_recipe("phantom"), (), 10)["tflop"] is None, "unknown networks are not guessed"
+    for page in ("51.1", "108.9"):
+        assert page in (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
+
+
+def test_a_dry_run_tells_the_cost_and_what_is_left_of_it(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
+    def shown(out: Path, *more: str) -> dict:
+        command = ["generate", "--data", films, "--model", model, "--out", out, "--dry-run", *more]
+        result = CliRunner().invoke(main, list(map(str, command)))
+        assert result.exit_code == 0, result.output
+        return json.loads(result.output)["cost"]
+
+    each = calls(tiny.generate.model_dump(), len(tiny.data.prompts)).unet
+    fresh = shown(tmp_path / "run")
+    assert (fresh["unet_forwards_per_record"], fresh["unet_forwards"]) == (each, 18 * each)
+    assert not any("hours" in key for key in fresh), "nothing is known of hours yet"
+
+    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), Request(), Execution("inline"))
+    assert shown(tmp_path / "run")["unet_forwards"] == 0
+    (tmp_path / "run" / "records" / "part-00001.parquet").unlink()
+    left = shown(tmp_path / "run")
+    assert left["unet_forwards"] == 6 * each
+    seconds = [sum(json.loads(file.read_text()).values()) for file in (tmp_path / "run" / "timings").iterdir()]
+    assert 0 < left["estimated_cpu_hours"] * 3600 < sum(seconds)

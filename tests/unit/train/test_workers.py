@@ -1,0 +1,72 @@
+"""Several workers: the same losses as one with the same global batch, on any number, also after a change of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from diffva_ray.config import Recipe, make_recipe
+
+WORKER = Path(__file__).with_name("workers.py")
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An autoencoder with its adversary, then DreamBooth with prior preservation on a shared text encoder."""
+    values = tiny.model_dump(mode="json")
+    common = {"batch_size": 2, "learning_rate": 1e-3}
+    values["train"] |= {
+        "stages": [
+            {"name": "vae", "trains": "autoencoder", "steps": 2, "perceptual_weight": 0.5, **common},
+            {"name": "joint", "trains": "denoiser", "steps": 4, "classes": {"COVID": 1}, "prior_class": "Normal",
+             "ema_decay": 0.9, "prompt_dropout": 0.3, **common},
+        ],
+        "log_every": 1,
+        "checkpoint_every": 2,
+    }  # fmt: skip
+    make_recipe(values)
+    file = tmp_path_factory.mktemp("recipe") / "recipe.json"
+    file.write_text(json.dumps(values))
+    return file
+
+
+def run(world: int, recipe: Path, films: Path, out: Path) -> list[dict]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), str(world), port, str(recipe), str(films), str(out)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world, "\n".join(said)
+    return json.loads((out / ".train/progress.json").read_text())["history"]
+
+
+def test_two_workers_with_batch_one_are_one_with_batch_two(recipe: Path, films: Path, tmp_path: Path) -> None:
+    one, two = run(1, recipe, films, tmp_path / "one"), run(2, recipe, films, tmp_path / "two")
+    for name in ("loss", "grad_norm", "adversary_loss"):
+        ours, theirs = ([entry[name] for entry in history if name in entry] for history in (one, two))
+        assert theirs == pytest.approx(ours, rel=1e-5 if name != "grad_norm" else 1e-4), name
+    for part in ("vae", "unet", "text_encoder"):
+        file = next((tmp_path / "one" / part).glob("*.safetensors")).name
+        ours, theirs = (load_file(tmp_path / name / part / file) for name in ("one", "two"))
+        for key, value in ours.items():
+            assert (value - theirs[key]).abs().max() < 2e-4, key  # AdamW's first steps are signs of gradients
+    # killed after the second stage's middle, resumed on another number of workers
+    shutil.copytree(tmp_path / "two/.train", tmp_path / "three/.train")
+    checkpoint = sorted((tmp_path / "three/.train").glob("checkpoint-*"))
+    assert [file.name for file in checkpoint] == ["checkpoint-01-0000002", "checkpoint-02-0000000"]
+    shutil.rmtree(checkpoint[1])
+    resumed = run(1, recipe, films, tmp_path / "three")
+    assert [entry["loss"] for entry in resumed] == pytest.approx([entry["loss"] for entry in one], rel=1e-5)
