@@ -97,7 +97,6 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
-    fsdp: bool = False  # shard weights and optimizer states over the workers, for bases that fill a GPU
     lora: LoraConfig | None = None
     checkpoint_every: int = Field(200, ge=1)
     checkpoints_to_keep: int = Field(2, ge=1)

@@ -44,9 +44,9 @@ class Consistency:
 
 
 def over_seeds(maps: NDArray[np.float32], level: float = 0.05) -> Consistency:
-    """Mean, spread and significance of ``maps`` [K, H, W]: a two-sided t test per pixel at ``level``, with K - 1 degrees
-    of freedom. The test speaks of the sampler's noise, not of the model's errors, which all seeds share; of pixels
-    without any effect a share of ``level`` passes.
+    """Mean, spread and significance of ``maps`` [K, H, W]: a two-sided t test per pixel at ``level``, with K - 1
+    degrees of freedom. The test speaks of the sampler's noise, not of the model's errors, which all seeds share; of
+    pixels without any effect a share of ``level`` passes.
 
     Raises ValueError for fewer than two maps.
     """
@@ -58,4 +58,4 @@ def over_seeds(maps: NDArray[np.float32], level: float = 0.05) -> Consistency:
     with np.errstate(divide="ignore", invalid="ignore"):
         statistic = np.where(mean == 0, 0.0, mean / (deviation / np.sqrt(count)))
     significant = np.abs(statistic) > student.ppf(1 - level / 2, count - 1)
-    return Consistency(*(image.astype(np.float32) for image in (mean, deviation, statistic)), significant)
+    return Consistency(mean.astype(np.float32), deviation.astype(np.float32), statistic.astype(np.float32), significant)

@@ -1,8 +1,8 @@
 """Gradient baselines, by captum: what a classifier looks at. All explain one number, the log odds of the film not being
 healthy, so that positive means evidence of disease, as in the maps of twins.
 
-``classifier(films)`` gives logits [n, classes] of grey films [n, H, W] in [0, 1] and has ``classes`` and ``healthy``: the
-judge, or ``FilmClassifier``. captum is an optional dependency.
+``classifier(films)`` gives logits [n, classes] of grey films [n, H, W] in [0, 1] and has ``classes`` and ``healthy``:
+the judge, or ``FilmClassifier``. captum is an optional dependency.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from torch import nn
 from torch.nn import functional
 
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
+from diffva_ray.metrics.localization import smooth
 
 Films = NDArray[np.float32]
 Baseline = Callable[..., Films]
 IG_STEPS = 32
+BLUR = 0.1  # sigma of the blurred film, of the width
 WINDOW, STRIDE = 1 / 8, 1 / 16  # of the width, for occlusion
 
 
@@ -79,9 +81,14 @@ def _on_tensors(baseline: Callable[..., torch.Tensor]) -> Baseline:
 
 @_on_tensors
 def integrated_gradients(score: nn.Module, films: torch.Tensor, steps: int = IG_STEPS) -> torch.Tensor:
-    """Maps [n, H, W] against a black film (Sundararajan et al. 2017): they sum to what the film has over it."""
+    """Maps [n, H, W] (Sundararajan et al. 2017) against the film blurred (Sturmfels et al. 2020): they sum to what the
+    film's score has over the blurred one's. A black baseline would tell nothing: the judge standardises every film, and
+    between black and the film only the contrast changes."""
+    baseline = np.stack([smooth(film, BLUR) for film in films.detach().cpu().numpy()])
     method = _captum().IntegratedGradients(score)
-    return method.attribute(films, baselines=torch.zeros_like(films), n_steps=steps, internal_batch_size=len(films))
+    return method.attribute(
+        films, torch.from_numpy(baseline).to(films), n_steps=steps, internal_batch_size=max(len(films), 64)
+    )
 
 
 @_on_tensors

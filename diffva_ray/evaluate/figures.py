@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.boxes import match, parse
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import BadImage, decode_map
 from diffva_ray.evaluate.records import Boxes, Images, Row, Truth, read_images, read_records, read_truth
@@ -148,7 +148,7 @@ def ranking(run: Run, records: pd.DataFrame) -> tuple[str, str]:
     """The column films are ranked by, and what it is called: the judge's verdict on the twin where films are healed
     and there is a judge, else SSIM."""
     ok = finished(records)
-    if ok["judge_counterfactual"].notna().all() and run.recipe.data.healthy_class not in set(ok["label"]):
+    if ok["judge_counterfactual"].notna().all() and run.recipe.data.healthy_class not in ok["label"].unique():
         return "judge_counterfactual", "the judge's probability of healthy"
     return "ssim", "SSIM"
 
@@ -159,9 +159,11 @@ def spanning(run: Run, records: pd.DataFrame) -> list[tuple[str, Row]]:
     ok = finished(records)
     chosen = []
     for label in sorted(ok["label"].value_counts().sort_index().nlargest(CLASSES).index):
-        rows = ok[ok["label"] == label].sort_values([column, "record_id"], ascending=[False, True]).to_dict("records")
-        at = dict.fromkeys((0, (len(rows) - 1) // 2, len(rows) - 1))
-        chosen += [(rank, rows[n]) for rank, n in zip(("highest", "median", "lowest"), at)]
+        scores = ok.loc[ok["label"] == label, [column, "record_id"]]
+        ranked = scores.sort_values([column, "record_id"], ascending=[False, True]).index
+        at = dict.fromkeys((0, (len(ranked) - 1) // 2, len(ranked) - 1))
+        rows = ok.loc[[ranked[n] for n in at]].to_dict("records")  # of a million, these three alone
+        chosen += zip(("highest", "median", "lowest"), rows)
     return chosen
 
 
@@ -177,7 +179,8 @@ class Shown:
 
 def _read_shown(run: Run, chosen: Sequence[tuple[str, Row]]) -> list[Shown]:
     data = open_store(run.about["data_root"])
-    boxes = {} if any(row["lesion_mask_path"] for _, row in chosen) else _boxes(run)
+    paths = [row["source_path"] for _, row in chosen]
+    boxes = {} if any(row["lesion_mask_path"] for _, row in chosen) else own_boxes(run, paths)
     shown = []
     for rank, row in chosen:
         try:
@@ -187,11 +190,19 @@ def _read_shown(run: Run, chosen: Sequence[tuple[str, Row]]) -> list[Shown]:
     return shown
 
 
-def _boxes(run: Run) -> Boxes:
-    try:
-        return open_dataset(run.about["data"]).boxes
-    except (UnusableData, OSError):
-        return {}
+def own_boxes(run: Run, paths: Sequence[str]) -> Boxes:
+    """The lesion boxes of the films ``paths`` in the ``boxes.csv`` of their data set, as ``open_dataset`` finds it, and
+    without listing a data set of a million files; none where there is no such file or it cannot be used."""
+    data = open_store(run.about["data_root"])
+    tops = {path.split("/")[0] for path in paths}
+    for name in ("boxes.csv", *(f"{top}/boxes.csv" for top in tops if len(tops) == 1)):
+        try:
+            return match(parse(data.read(name), name), paths)
+        except OSError:
+            continue
+        except UnusableData:
+            return {}
+    return {}
 
 
 def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:

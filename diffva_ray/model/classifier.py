@@ -14,7 +14,7 @@ from diffusers.models.unets.unet_2d_blocks import DownBlock2D, UNetMidBlock2D
 from torch import nn
 
 
-class LatentClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class LatentClassifier(ModelMixin, ConfigMixin):
     """Logits over ``classes`` for latents at any noise level; ``healthy`` is the class that guidance leads to."""
 
     @register_to_config
@@ -67,4 +67,4 @@ class LatentClassifier(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def log_healthy(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """log p(healthy | latents, timestep) [n]."""
-        return self(latents, timesteps).log_softmax(dim=1)[:, self.classes.index(self.healthy)]
+        return self.forward(latents, timesteps).log_softmax(dim=1)[:, self.classes.index(self.healthy)]

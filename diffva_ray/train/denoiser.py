@@ -12,6 +12,8 @@ from torch import nn
 
 from diffva_ray.config_stages import DenoiserConfig
 from diffva_ray.model import text
+from diffva_ray.model.cross_attention import cross_attention_parameters
+from diffva_ray.model.lora import adapter_parameters, attached
 from diffva_ray.train.class_images import class_images
 from diffva_ray.train.loss import denoising_loss, min_snr_weights
 from diffva_ray.train.sampling import Draws, FilmSet
@@ -36,13 +38,26 @@ class DenoiserStage(Stage):
         self.players = [Player("denoiser", Denoiser(bundle.unet, bundle.text_encoder), self.loss)]
 
     def begin(self, device: torch.device, first: bool, wait: Callable[[], None]) -> None:
-        bundle, config = self.setting.bundle, self.config
+        config = self.config
         if config.prior_class and config.class_images == "generated":
             drawn = class_images(self.setting, config, device, first, wait)
             self.prior = Draws(drawn.films, {config.prior_class: 1}, self.setting.seed + 1)
             self.prior_films = Latents(self.setting, drawn)
-        bundle.unet.requires_grad_(True)
-        bundle.text_encoder.requires_grad_(config.train_text_encoder)
+        for parameter in self._trainable():
+            parameter.requires_grad_(True)
+
+    def _trainable(self) -> list[nn.Parameter]:
+        """Adapters where there are any, otherwise all weights; to warm up, only those that read the prompt."""
+        unet, encoder = self.setting.bundle.unet, self.setting.bundle.text_encoder
+        chosen = adapter_parameters(unet) if attached(unet) else dict(unet.named_parameters())
+        if self.config.trainable == "cross-attention":
+            reading = cross_attention_parameters(unet)
+            return [parameter for name, parameter in chosen.items() if name in reading]
+        parameters = list(chosen.values())
+        if self.config.train_text_encoder:
+            adapters = adapter_parameters(encoder) if attached(encoder) else dict(encoder.named_parameters())
+            parameters += adapters.values()
+        return parameters
 
     def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         """As in DreamBooth's script, instances and class set go through the network in one batch, each with noise and

@@ -21,6 +21,7 @@ from diffva_ray.config import Recipe, RecipeError
 from diffva_ray.config_stages import StageConfig
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.model.bundle import Bundle, build, save
+from diffva_ray.model.lora import attach
 from diffva_ray.model.training_films import FILM_DIGITS
 from diffva_ray.observe import LOG
 from diffva_ray.storage import open_store
@@ -76,9 +77,11 @@ def train(
     bundle, store = build(recipe), open_store(model)
     films = FilmSet(open_dataset(data, recipe.data), recipe.model.resolution, recipe.train.cache_megabytes)
     config = recipe.train
+    if config.lora is not None:
+        attach(bundle.unet, bundle.text_encoder, config.lora, recipe.seed)
     if config.gradient_checkpointing:
         bundle.unet.enable_gradient_checkpointing()
-        bundle.text_encoder.gradient_checkpointing_enable()
+        bundle.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
     setting = Setting(bundle, films, recipe.seed, store, config.cache_megabytes if config.cache_latents else 0)
     stages = [make_stage(setting, stage) for stage in config.stages]

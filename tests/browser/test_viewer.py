@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
@@ -11,7 +12,9 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import numpy as np
 import pytest
+from PIL import Image
 from synthetic import HOSTILE, HOSTILE_NAME, make_run
 
 from diffva_ray.evaluate.report.page import write_report
@@ -114,6 +117,134 @@ def test_pictures_are_really_there(visit: Visit, page_uri: str) -> None:
     page, _ = visit(page_uri)
     page.wait_for_function("[...document.querySelectorAll('#film, .row img')].every(i => i.complete && i.naturalWidth)")
     assert page.evaluate("document.getElementById('film').naturalWidth") == 3 * 32
+
+
+def places(page: Any) -> list[tuple[float, ...]]:
+    """Where film, twin, map and outlines lie on the screen."""
+    page.get_by_label("Before / after").check()
+    found = "['film', 'twin', 'heat', 'outlines'].map(id => { const e = document.getElementById(id), h = e.hidden;"
+    found += (
+        "e.hidden = false; const b = e.getBoundingClientRect(); e.hidden = h; return [b.x, b.y, b.width, b.height]; })"
+    )
+    return [tuple(round(number, 1) for number in place) for place in page.evaluate(found)]
+
+
+def percent(page: Any, selector: str) -> int:
+    return int(page.text_content(selector).split(" ")[0])
+
+
+def test_zoom_keeps_film_twin_map_and_outlines_registered(visit: Visit, page_uri: str) -> None:
+    page, _ = visit(page_uri)
+    page.locator("#stage").scroll_into_view_if_needed()
+    stage = page.locator("#stage").bounding_box()
+    middle = stage["x"] + stage["width"] / 2, stage["y"] + stage["height"] / 2
+    assert set(places(page)) == {tuple(round(stage[key], 1) for key in ("x", "y", "width", "height"))}
+    page.click("#zoom-in")
+    page.keyboard.press("+")
+    assert percent(page, "#zoom-value") == 225
+    [place] = set(places(page))
+    assert place[2] == pytest.approx(2.25 * stage["width"], abs=1)
+    page.mouse.move(middle[0] + 80, middle[1])
+    page.mouse.down()
+    page.mouse.move(middle[0] + 130, middle[1] + 40, steps=4)
+    page.mouse.up()
+    [moved] = set(places(page))
+    assert (moved[0] - place[0], moved[1] - place[1]) == (pytest.approx(50, abs=1), pytest.approx(40, abs=1))
+    assert page.input_value("#divider") == "50"  # the drag was of the film
+    inset = page.evaluate("document.getElementById('twin').style.clipPath").split(" ")[-1].rstrip("%)")
+    line = moved[0] + float(inset) / 100 * moved[2]
+    assert line == pytest.approx(middle[0], abs=1)  # film and twin meet at the divider, magnified too
+    page.mouse.move(*middle)
+    page.mouse.down()
+    page.mouse.move(middle[0] - 100, middle[1], steps=4)
+    page.mouse.up()
+    assert float(page.input_value("#divider")) < 40
+    assert set(places(page)) == {moved}
+    page.keyboard.press("Shift+ArrowRight")
+    assert places(page)[0][0] < moved[0]
+    page.keyboard.press("Shift+ArrowLeft")
+    assert selected(page).endswith(".png")
+    page.mouse.wheel(0, -2000)
+    page.wait_for_function("document.getElementById('layer').classList.contains('pixels')")
+    assert page.evaluate("getComputedStyle(document.getElementById('film')).imageRendering") == "pixelated"
+    page.keyboard.press("0")
+    assert percent(page, "#zoom-value") == 100
+    page.keyboard.press("=")
+    page.keyboard.press("j")
+    assert percent(page, "#zoom-value") == 100  # another film is shown whole
+    assert len(set(places(page))) == 1
+
+
+def test_a_wheel_scrolls_until_it_is_asked_to_zoom(visit: Visit, page_uri: str) -> None:
+    page, _ = visit(page_uri)
+    page.locator("#stage").scroll_into_view_if_needed()
+    page.hover("#stage")
+    page.mouse.wheel(0, -40)
+    page.wait_for_timeout(100)
+    assert percent(page, "#zoom-value") == 100
+    page.locator("#stage").scroll_into_view_if_needed()
+    page.hover("#stage")
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -100)
+    page.keyboard.up("Control")
+    page.wait_for_function("parseInt(document.getElementById('zoom-value').textContent) > 200")
+    assert page.evaluate("visualViewport.scale") == 1  # the page itself stays as it was
+
+
+def test_a_pinch_zooms(visit: Visit, page_uri: str) -> None:
+    page, _ = visit(page_uri, width=390, height=844, has_touch=True)
+    page.locator(".row").nth(2).click()
+    page.get_by_label("Map on film").check()
+    page.locator("#stage").scroll_into_view_if_needed()
+    box = page.locator("#stage").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    fingers = page.context.new_cdp_session(page)
+    for kind, apart in (("touchStart", 30), ("touchMove", 50), ("touchMove", 90), ("touchEnd", None)):
+        points = [] if apart is None else [{"x": x - apart, "y": y, "id": 0}, {"x": x + apart, "y": y, "id": 1}]
+        fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    page.wait_for_function("parseInt(document.getElementById('zoom-value').textContent) > 200")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_window_and_level_act_on_the_greys(visit: Visit, page_uri: str) -> None:
+    def grey() -> float:
+        data = page.locator("#stage").screenshot()
+        return float(np.asarray(Image.open(io.BytesIO(data)).convert("L"), float)[60:-60, 60:-60].mean())
+
+    page, _ = visit(page_uri)
+    page.get_by_label("Twin", exact=True).check()
+    before = grey()
+    assert page.is_disabled("#greys-reset")
+    page.fill("#level", "20")
+    assert grey() > before + 30  # a low level is bright
+    page.fill("#level", "80")
+    assert grey() < before - 30
+    page.keyboard.press("j")
+    assert page.input_value("#level") == "80"  # kept for the next film
+    page.keyboard.press("k")
+    page.click("#greys-reset")
+    assert grey() == pytest.approx(before, abs=0.5)
+
+
+def test_in_print_the_page_is_light_and_whole(visit: Visit, page_uri: str, tmp_path: Path) -> None:
+    page, _ = visit(page_uri, color_scheme="dark")
+    page.emulate_media(media="print", color_scheme="dark")
+    page.set_viewport_size({"width": 718, "height": 1000})  # A4 at 96 dpi, without its margins
+    assert not page.is_visible("#viewer")
+    assert not page.is_visible("nav")
+    assert page.is_visible(".on-paper")
+    assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light"
+    ink = page.evaluate("getComputedStyle(document.body).color")
+    assert sum(map(int, ink[4:-1].split(","))) < 60
+    wide = page.evaluate(
+        "[...document.querySelectorAll('table, svg, .cards, .cases')]"
+        ".filter(one => one.getBoundingClientRect().right > 719).map(one => one.outerHTML.slice(0, 80))"
+    )
+    assert wide == []
+    page.emulate_media(media=None)
+    paper = page.pdf(format="A4")
+    assert paper.startswith(b"%PDF")
+    assert page.evaluate("[...document.querySelectorAll('.case img')].every(i => i.complete && i.naturalWidth)")
 
 
 def test_a_link_opens_its_record(visit: Visit, page_uri: str) -> None:

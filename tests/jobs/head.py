@@ -28,7 +28,8 @@ class Head:
     """``ray start --head`` on 127.0.0.1. All its processes carry the path of its token in their environment, which is
     how they are found in the end: ``ray stop`` would end every Ray on the machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, autoscaling: Callable[[str], dict[str, Any]] | None = None) -> None:
+        """``autoscaling`` makes a launcher's configuration out of the address of GCS."""
         self.folder = Path(tempfile.mkdtemp(prefix="dj-", dir="/tmp"))  # short: sockets' names end at 107 characters
         self.token = secrets.token_hex(32)
         (self.folder / "token").touch(0o600)
@@ -46,10 +47,16 @@ class Head:
             "OMP_NUM_THREADS": "1",
             "NO_COLOR": "1",
         }
+        grown: list[Any] = []
+        if autoscaling is not None:
+            (self.folder / "autoscaling.json").write_text(json.dumps(autoscaling(self.gcs)))
+            grown = ["--autoscaling-config", self.folder / "autoscaling.json"]
+            self.environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
         started = self.ray(
             "start", "--head", "--port", gcs, "--node-ip-address", "127.0.0.1", "--include-dashboard", "true",
             "--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard, "--dashboard-agent-listen-port", agent,
-            "--ray-client-server-port", client, "--metrics-export-port", metrics, "--num-cpus", 2,
+            "--ray-client-server-port", client, "--metrics-export-port", metrics,
+            "--num-cpus", 0 if grown else 2, *grown,
             "--temp-dir", self.folder / "r", "--object-store-memory", 200_000_000, "--disable-usage-stats",
             AWS_SECRET_ACCESS_KEY=SECRET,
         )  # fmt: skip

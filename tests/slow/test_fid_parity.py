@@ -65,3 +65,25 @@ def test_from_features_below_and_above_the_dimension(n1: int, n2: int) -> None:
     assert frechet_distance(whole, Moments.of(y)) == pytest.approx(
         frechet_distance(Moments.of(x), Moments.of(y)), rel=1e-9
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("n", [24, 300])
+def test_below_the_dimension_the_difference_is_sqrtm_s(n: int) -> None:
+    """Singular covariances with a known distance, sum (a - b)^2 (the same axes; see tests/unit/metrics/test_fid.py):
+    ours is exact, pytorch-fid's is off by a share of the traces, which is more of a small distance."""
+    fid_score = pytest.importorskip("pytorch_fid.fid_score")
+    random = np.random.default_rng(0)
+    axes = np.linalg.qr(random.standard_normal((2048, n - 1)))[0]
+    centred = np.linalg.qr(np.column_stack([np.ones(n), random.standard_normal((n, n - 1))]))[0][:, 1:]
+    a, b = np.arange(1, n) ** -0.5, np.arange(1, n) ** -0.5 * random.uniform(0.9, 1.1, n - 1)
+    x, y = (np.sqrt(n - 1) * centred * spread @ axes.T for spread in (a, b))
+    truth, traces = float(np.sum((a - b) ** 2)), float(np.sum(a * a + b * b))
+    assert frechet_distance_features(x, y) == pytest.approx(truth, abs=1e-12 * traces)
+    assert frechet_distance(Moments.of(x), Moments.of(y)) == pytest.approx(truth, abs=1e-12 * traces)
+    statistics = [part for z in (x, y) for part in (z.mean(0), np.cov(z, rowvar=False))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = float(fid_score.calculate_frechet_distance(*statistics))
+    assert theirs == pytest.approx(truth, abs=5e-6 * traces)

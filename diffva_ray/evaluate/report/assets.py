@@ -16,7 +16,20 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 HERE = resources.files(__package__)
-MODULES = ("dom", "records", "query", "list", "score", "stage", "detail", "controls", "address", "keyboard", "main")
+MODULES = (
+    "dom",
+    "records",
+    "query",
+    "list",
+    "score",
+    "zoom",
+    "stage",
+    "detail",
+    "controls",
+    "address",
+    "keyboard",
+    "main",
+)
 IMPORT = re.compile(r'^import \{[^}]*\} from "\./(\w+)\.js";\n', re.MULTILINE)
 EXPORT = re.compile(r"^export (?=(?:async function|function|const|class) )", re.MULTILINE)
 

@@ -11,11 +11,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from markupsafe import Markup
 
 from diffva_ray.evaluate import figures
-from diffva_ray.evaluate.figures import direction, finished, map_scale, reduced_metrics, settings_line, write_figures
-from diffva_ray.evaluate.records import Row, read_records
+from diffva_ray.evaluate.figures import (
+    direction,
+    finished,
+    map_scale,
+    own_boxes,
+    reduced_metrics,
+    settings_line,
+    write_figures,
+)
+from diffva_ray.evaluate.records import Row
 from diffva_ray.evaluate.reduction import lesion_boxes
 from diffva_ray.evaluate.report import films
 from diffva_ray.evaluate.report.assets import policy, style, templates, viewer_script
@@ -23,6 +33,7 @@ from diffva_ray.evaluate.report.catalogue import attempts, counts, read_earlier,
 from diffva_ray.evaluate.report.charts import charts
 from diffva_ray.evaluate.report.films import Palette, Pictured, map_file, sample, strip_file, write_pictures
 from diffva_ray.evaluate.report.numbers import cards, count, glance, number, plain, report_tables
+from diffva_ray.generate.ledger import committed
 from diffva_ray.generate.plan import SUCCESS, Run
 from diffva_ray.model.card import UnusableModel, read_card
 from diffva_ray.schema import Status
@@ -31,6 +42,11 @@ from diffva_ray.storage import join, open_store
 PAGE = "report/index.html"
 QUARANTINED = 100  # rows of the table, at most
 LISTED_BAD = 5000  # quarantined records of the viewer, at most
+SEEN = (
+    "record_id", "source_path", "label", "status", "error", "ssim", "map_energy", "judge_source",
+    "judge_counterfactual", "counterfactual_path", "attribution_path", "reconstruction_path", "lung_mask_path",
+    "lesion_mask_path", "twin_path", "width", "height",
+)  # columns read of every record; of a million, all of them would take several GB  # fmt: skip
 STICKY = 1.25  # colours of an earlier report are kept while their limit is within this factor of what it would be now
 
 
@@ -62,7 +78,7 @@ def write_report(run: Run, listed: int | None = None, boxes: str | None = None) 
     where they still hold. ``listed``: records in the viewer at most; ``boxes``: a CSV of lesion boxes. Raises OSError
     when the run cannot be read or written, UnusableData for boxes of other films.
     """
-    records = read_records(run)
+    records = committed(run, SEEN).to_pandas()
     write_figures(run, records)
     contents = write_contents(run, records, listed, boxes)
     run.store.put(PAGE, render(run, records, contents).encode())
@@ -76,19 +92,27 @@ def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None, c
     if earlier.limit is not None and 1 / STICKY <= limit / earlier.limit <= STICKY:
         limit = earlier.limit
     most = films.most(run.recipe.model.resolution) if listed is None else listed
-    good = sample(records, most)
-    known = {row["record_id"] for row in good}
-    good += [row for _, row in figures.spanning(run, records) if row["record_id"] not in known]
-    bad = records[records["status"] != Status.OK.value].head(LISTED_BAD).to_dict("records")
-    boxes = lesion_boxes(run.about["data"], csv, []) if "data" in run.about else {}
+    chosen = {row["record_id"] for row in sample(records, most)}
+    chosen |= {row["record_id"] for _, row in figures.spanning(run, records)}
+    failed = records.loc[records["status"] != Status.OK.value, "record_id"].head(LISTED_BAD)
+    rows = whole(run, chosen | set(failed))
+    good = [row for row in rows if row["record_id"] in chosen]
+    if csv is None:
+        boxes = own_boxes(run, [row["source_path"] for row in good])
+    else:
+        boxes = lesion_boxes(run.about["data"], csv, [])
     pictures = write_pictures(run, good, Palette(limit), boxes, earlier.pictures)
-    place = {record: n for n, record in enumerate(records["record_id"])}
-    rows = sorted([*good, *bad], key=lambda row: place[row["record_id"]])
     extension = strip_file("", "", run.recipe.model.resolution).rpartition(".")[2]
     about = {"limit": limit, "side": run.recipe.model.resolution, "extension": extension}
     varied = {row["record_id"]: text for row in rows if (text := varied_settings(run, row))}
     files = write_catalogue(run, rows, pictures, about, varied)
-    return Contents(files, rows, len(bad), pictures, limit, len(good))
+    return Contents(files, rows, len(failed), pictures, limit, len(good))
+
+
+def whole(run: Run, ids: set[str]) -> list[Row]:
+    """All columns of some records, in plan order."""
+    table = committed(run)
+    return table.filter(pc.is_in(table["record_id"], pa.array(sorted(ids), pa.string()))).to_pandas().to_dict("records")
 
 
 def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
@@ -129,7 +153,7 @@ def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
             ranked_by=figures.ranking(run, records)[1] if len(records) else "",
             contents=contents,
             unreadable=contents.chosen - len(contents.pictures),
-            induced=any(direction(run, label) < 0 for label in set(finished(records)["label"])),
+            induced=any(direction(run, label) < 0 for label in finished(records)["label"].unique()),
             quarantine=bad.head(QUARANTINED).to_dict("records"),
             reasons=bad["status"].value_counts().to_dict(),
         )

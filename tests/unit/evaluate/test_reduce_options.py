@@ -17,11 +17,9 @@ from diffva_ray.cli import main
 from diffva_ray.data.films import UnusableData
 from diffva_ray.evaluate.annotations import read_sources, read_zones
 from diffva_ray.evaluate.reduction import Options, reduce_run
-from diffva_ray.generate.plan import Request, Run
+from diffva_ray.generate.plan import Request
 from diffva_ray.metrics.zones import ZONES
 from diffva_ray.pipeline import Execution, existing_run, generate_run
-
-MakeRun = Callable[..., Run]
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +91,8 @@ def test_extractors_by_name_have_rows_of_their_own(swept: Path, films: Path, mod
         ("judge=nowhere", "nowhere has no judge"),
     ],
 )
-def test_a_wrong_extractor_is_one_line_and_exit_2(extractor: str, said: str, make_run: MakeRun) -> None:
-    run = make_run()
-    command = ["reduce", run.store.uri, "--extractor", extractor, "--executor", "inline"]
-    result = CliRunner().invoke(main, command)
+def test_a_wrong_extractor_is_one_line_and_exit_2(extractor: str, said: str, swept: Path) -> None:
+    result = CliRunner().invoke(main, ["reduce", str(swept), "--extractor", extractor, "--executor", "inline"])
     assert result.exit_code == 2
     assert said in result.stderr
     assert result.stderr.strip().count("\n") == 0
@@ -155,9 +151,9 @@ def test_zone_scores_are_the_mean_of_the_readers(tmp_path: Path) -> None:
     with pytest.raises(UnusableData, match="row 2: zone scores are numbers from 0 to 3"):
         read_zones(str(path), ["x.png"])
     path.write_text("file,x\nx.png,0\n")
-    with pytest.raises(UnusableData, match="--brixia .*needs the columns file and S-A to S-F"):
+    with pytest.raises(UnusableData, match=r"--brixia .*needs the columns file and S-A to S-F"):
         read_zones(str(path), ["x.png"])
-    with pytest.raises(UnusableData, match="--sources .*cannot be read"):
+    with pytest.raises(UnusableData, match=r"--sources .*cannot be read"):
         read_sources(str(tmp_path / "nowhere.csv"), [])
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from diffva_ray.config import Recipe, RecipeError, make_recipe
 from diffva_ray.model.bundle import build, load
+from diffva_ray.model.cross_attention import cross_attention_parameters
 from diffva_ray.train import loop
 from diffva_ray.train.checkpoint import Checkpoints
 from diffva_ray.train.loop import train
@@ -168,6 +169,37 @@ def test_validation_says_how_well_lesions_are_found_and_changes_nothing(
     said = b"".join(file.read_bytes() for file in events)
     for name in (b"joint/loss", b"joint/learning_rate", b"joint/grad_norm", b"joint/validation_auroc", b"attribution"):
         assert name in said
+
+
+def test_a_warm_up_moves_only_what_reads_the_prompt(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+    start = build(tiny)
+    run(with_stages(tiny, {**DENOISER, "trainable": "cross-attention"}), films, tmp_path)
+    trained = load(str(tmp_path))
+    for name in ("unet", "text_encoder"):
+        before, after = start.modules[name].state_dict(), trained.modules[name].state_dict()
+        moved = {key for key in before if not torch.equal(before[key], after[key])}
+        assert moved == set(cross_attention_parameters(start.unet) if name == "unet" else ())
+
+
+def test_lora_resumes_bitwise_and_exports_ordinary_weights(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    recipe = with_stages(tiny, DENOISER, lora={"rank": 4, "dropout": 0.1}, checkpoint_every=2)
+    run(recipe, films, tmp_path / "whole")
+    keep = Checkpoints(tmp_path / "killed/.train", 2)
+
+    def dying(metrics: dict[str, float], folder: Path | None) -> None:
+        keep(metrics, folder)
+        raise Killed
+
+    with pytest.raises(Killed):
+        train(recipe, str(films), str(tmp_path / "killed"), "x", {}, dying, threads=1)
+    run(recipe, films, tmp_path / "killed")
+    assert load(str(tmp_path / "whole")).digest == load(str(tmp_path / "killed")).digest
+    start, whole = build(tiny), weights(tmp_path / "whole")
+    assert {key.removeprefix("unet.") for key in whole if key.startswith("unet.")} == set(start.unet.state_dict())
+    moved = [key for key, value in start.unet.state_dict().items() if not torch.equal(value, whole[f"unet.{key}"])]
+    assert moved
+    assert all(".to_" in key for key in moved)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ WORKER = Path(__file__).with_name("workers.py")
 def recipe(tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An autoencoder with its adversary, then DreamBooth with prior preservation on a shared text encoder."""
     values = tiny.model_dump(mode="json")
-    common = {"batch_size": 2, "learning_rate": 1e-3}
+    common = {"batch_size": 2, "learning_rate": 2e-4}
     values["train"] |= {
         "stages": [
             {"name": "vae", "trains": "autoencoder", "steps": 2, "perceptual_weight": 0.5, **common},

@@ -9,7 +9,7 @@ function typing(target) {
 
 /**
  * @param {{step: (by: number) => void, look: (view: number) => void, nudge: (by: number) => void,
- *   lesion: () => void, leave: () => void}} actions
+ *   lesion: () => void, leave: () => void, zoom: import("./zoom.js").Zoom}} actions
  */
 export function listenToKeys(actions) {
   const help = /** @type {HTMLDialogElement} */ (byId("help"));
@@ -20,7 +20,13 @@ export function listenToKeys(actions) {
   /** @type {Record<string, () => void>} */
   const keys = {
     j: () => actions.step(1), k: () => actions.step(-1), "[": () => actions.nudge(-10), "]": () => actions.nudge(10),
+    "+": () => actions.zoom.by(1.5), "=": () => actions.zoom.by(1.5), "-": () => actions.zoom.by(1 / 1.5), "0": () => actions.zoom.whole(),
     l: actions.lesion, "?": () => help.showModal(), "/": () => search.focus(),
+  };
+  /** @type {Record<string, () => void>} */
+  const shifted = {
+    ArrowLeft: () => actions.zoom.look(-1, 0), ArrowRight: () => actions.zoom.look(1, 0),
+    ArrowUp: () => actions.zoom.look(0, -1), ArrowDown: () => actions.zoom.look(0, 1),
   };
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || help.open) return;
@@ -34,7 +40,7 @@ export function listenToKeys(actions) {
       return;
     }
     if (!on.checked || typing(event.target)) return;
-    const act = keys[event.key] ?? (/^[1-6]$/.test(event.key) ? () => actions.look(Number(event.key)) : null);
+    const act = keys[event.key] ?? (event.shiftKey && actions.zoom.scale > 1 ? shifted[event.key] : null) ?? (/^[1-6]$/.test(event.key) ? () => actions.look(Number(event.key)) : null);
     if (!act) return;
     event.preventDefault();
     act();

@@ -70,7 +70,7 @@ export class FilmList {
       ArrowDown: this.chosen + 1, ArrowUp: this.chosen - 1, PageDown: this.chosen + page, PageUp: this.chosen - page,
       Home: 0, End: last,
     };
-    if (!(event.key in places) || event.ctrlKey || event.metaKey || event.altKey || last < 0) return;
+    if (!(event.key in places) || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey || last < 0) return;
     event.preventDefault();
     this.onChoose(Math.min(last, Math.max(0, places[event.key])));
   }

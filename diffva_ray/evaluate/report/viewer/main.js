@@ -33,6 +33,7 @@ class Viewer {
       nudge: (by) => this.stage.nudge(by),
       lesion: () => byId("lesion-on").click(),
       leave: () => this.open(false),
+      zoom: this.stage.zoom,
     });
   }
 

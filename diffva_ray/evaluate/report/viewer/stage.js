@@ -1,6 +1,7 @@
 /** The pictures of one film: views of it, the before/after divider, the map over it, outlines of lesion and lungs. */
 import { byId, make } from "./dom.js";
 import { pictures } from "./records.js";
+import { Zoom } from "./zoom.js";
 
 /**
  * What a view shows: the right side of the divider (when it has one), whose picture fills the stage, the map.
@@ -27,7 +28,8 @@ export class Stage {
     this.stage = byId("stage");
     this.divider = /** @type {HTMLInputElement} */ (byId("divider"));
     this.opacity = /** @type {HTMLInputElement} */ (byId("opacity"));
-    this.contrast = /** @type {HTMLInputElement} */ (byId("contrast"));
+    this.range = /** @type {HTMLInputElement} */ (byId("window"));
+    this.level = /** @type {HTMLInputElement} */ (byId("level"));
     this.lesionOn = /** @type {HTMLInputElement} */ (byId("lesion-on"));
     this.lungsOn = /** @type {HTMLInputElement} */ (byId("lungs-on"));
     const side = table.about.side;
@@ -37,8 +39,13 @@ export class Stage {
       radio.addEventListener("change", () => this.look(view.key));
       byId("views").append(make("label", { class: "view" }, radio, make("span", {}, view.name)));
     }
-    for (const knob of [this.divider, this.opacity, this.contrast]) knob.addEventListener("input", () => this.paint());
+    for (const knob of [this.divider, this.opacity, this.range, this.level]) knob.addEventListener("input", () => this.paint());
     for (const box of [this.lesionOn, this.lungsOn]) box.addEventListener("change", () => this.paint());
+    byId("greys-reset").addEventListener("click", () => {
+      [this.range.value, this.level.value] = [this.range.defaultValue, this.level.defaultValue];
+      this.paint();
+    });
+    this.zoom = new Zoom(this.stage, this.divider, () => this.zoom && this.paint());
     this.look(this.view.key);
   }
 
@@ -49,6 +56,7 @@ export class Stage {
     this.name = name;
     byId("show").hidden = !files;
     this.outline("", "");
+    this.zoom.whole();
     if (!files) return false;
     for (const id of ["film", "twin", "truth"]) {
       const picture = byId(id);
@@ -86,6 +94,23 @@ export class Stage {
     this.paint();
   }
 
+  /**
+   * Window and level, as per cent of the film's greys: from level - window / 2 (black) to level + window / 2 (white).
+   * Returns whether they change anything.
+   */
+  greys() {
+    const [width, centre] = [Number(this.range.value) / 100, Number(this.level.value) / 100];
+    for (const channel of ["r", "g", "b"]) {
+      byId(`greys-${channel}`).setAttribute("slope", String(1 / width));
+      byId(`greys-${channel}`).setAttribute("intercept", String(0.5 - centre / width));
+    }
+    byId("window-value").textContent = `${this.range.value} %`;
+    byId("level-value").textContent = `${this.level.value} %`;
+    const changed = width !== 1 || centre !== 0.5;
+    byId("greys-reset").disabled = !changed;
+    return changed;
+  }
+
   /** Bring everything on the stage to what is chosen. */
   paint() {
     const { view, divider } = this;
@@ -94,11 +119,12 @@ export class Stage {
       radio.parentElement.hidden = radio.value === "true" && !this.truth;
     }
     const at = Number(divider.value);
+    const windowed = this.greys();
     for (const id of ["film", "twin", "truth"]) {
       const picture = byId(id);
       picture.hidden = id !== view.left && id !== view.right;
-      picture.style.filter = `contrast(${this.contrast.value}%)`;
-      picture.style.clipPath = id === view.right ? `inset(0 0 0 ${at}%)` : "none";
+      picture.classList.toggle("windowed", windowed);
+      picture.style.clipPath = id === view.right ? `inset(0 0 0 ${100 * this.zoom.across(at / 100)}%)` : "none";
       picture.setAttribute("alt", `${TAGS[id]}: ${this.name ?? ""}`);
     }
     const heat = byId("heat");
@@ -112,7 +138,6 @@ export class Stage {
     byId("line").style.left = `${at}%`;
     byId("opacity-knob").hidden = !(view.heat && view.left);
     byId("opacity-value").textContent = `${this.opacity.value} %`;
-    byId("contrast-value").textContent = `${this.contrast.value} %`;
     byId("tag-left").textContent = view.key === "map" ? "film − twin" : TAGS[view.left];
     byId("tag-right").textContent = TAGS[view.right];
     for (const id of ["lesion", "lesion-halo"]) byId(id).classList.toggle("off", !this.lesionOn.checked);

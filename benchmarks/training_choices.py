@@ -1,0 +1,153 @@
+"""What each choice of the fine-tune is worth, on phantoms: every row trains the denoiser anew, from one autoencoder.
+
+    make demo && python benchmarks/training_choices.py [--steps 1000] [--only mixed ...]
+
+All rows have the same number of steps, the same batch of films and the same autoencoder; what a class set costs besides
+(DreamBooth doubles the batch) is in the last column. Scores are of the 120 abnormal validation phantoms, by the
+recipe's own sampler and by the paper's. One training seed: differences below about 0.01 are noise.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import pandas as pd
+
+from diffva_ray import pipeline
+from diffva_ray.config import Recipe, load_recipe, make_recipe
+from diffva_ray.evaluate.reduction import Options
+from diffva_ray.generate.plan import Request
+from diffva_ray.model.card import read_card
+from diffva_ray.observe import set_up_logging
+from diffva_ray.provenance import code_revision, version
+from diffva_ray.storage import open_store
+from diffva_ray.train.checkpoint import Checkpoints
+from diffva_ray.train.loop import train
+
+ABNORMAL = {"Lung_Opacity": 1, "COVID": 1, "Viral Pneumonia": 1}
+MIXED: dict[str, Any] = {
+    "trains": "denoiser", "batch_size": 16, "learning_rate": 3.0e-3, "warmup_steps": 30, "schedule": "cosine",
+    "betas": [0.9, 0.99], "ema_decay": 0.995, "prompt_dropout": 0.1, "classes": {"Normal": 2, **ABNORMAL},
+}  # fmt: skip
+SHARES = {"Normal": 1200, "Lung_Opacity": 500, "COVID": 500, "Viral Pneumonia": 500}  # the paper's schedule
+
+
+def mixed(steps: int, **changes: Any) -> list[dict[str, Any]]:
+    return [{**MIXED, "name": "joint", "steps": steps, **changes}]
+
+
+def sequential(steps: int, prior: bool, **changes: Any) -> list[dict[str, Any]]:
+    """The paper's order and proportions; class set Normal from the second stage on."""
+    plain = {"prompt_dropout": 0.0, "ema_decay": None, "schedule": "constant", **changes}
+    return [
+        {**MIXED, **plain, "name": label, "classes": {label: 1}, "steps": round(steps * share / sum(SHARES.values())),
+         "prior_class": "Normal" if prior and label != "Normal" else None}
+        for label, share in SHARES.items()
+    ]  # fmt: skip
+
+
+def choices(steps: int) -> dict[str, list[dict[str, Any]]]:
+    return {
+        "mixed, dropout 0.1, EMA, cosine, joint": mixed(steps),
+        "the paper's sequence, with prior preservation": sequential(steps, True),
+        "the paper's sequence, without": sequential(steps, False),
+        "text encoder frozen": mixed(steps, train_text_encoder=False),
+        "prompt dropout 0": mixed(steps, prompt_dropout=0.0),
+        "min-SNR 5": mixed(steps, snr_gamma=5.0),
+        "with a class set (prior Normal)": mixed(steps, classes=ABNORMAL, prior_class="Normal"),
+        "the paper's sequence, with prior, dropout 0.1 and EMA": sequential(
+            steps, True, prompt_dropout=0.1, ema_decay=0.995
+        ),
+        "no EMA": mixed(steps, ema_decay=None),
+        "constant rate": mixed(steps, schedule="constant"),
+        "prompt dropout 0.2": mixed(steps, prompt_dropout=0.2),
+    }
+
+
+PAPER = {
+    "method": "sdedit", "scheduler": "pndm", "strength": 0.55, "guidance_scale": 4.0, "num_inference_steps": 75,
+    "source_prompt": "", "negative_prompt": "",
+}  # fmt: skip
+
+
+def score(recipe: Recipe, demo: str, model: str, out: str) -> dict[str, float]:
+    pipeline.generate_run(
+        recipe, f"{demo}/data/validation", model, out, Request(), pipeline.Execution(executor="inline")
+    )
+    metrics = pipeline.reduce(pipeline.existing_run(out), Options(), executor="inline").metrics
+
+    def of(table: str, key: str, **match: Any) -> float:
+        rows = [row for row in metrics[table] if all(row[name] == value for name, value in match.items())]
+        return next(row[key] for row in rows if row["label"] == "all")
+
+    return {
+        "auroc": of("localization", "auroc", map="positive"),
+        "dice_best": of("localization", "dice_best", map="positive"),
+        "flip_rate": of("validity", "flip_rate"),
+        "lesion_error_left": of("twin", "lesion_error_ratio"),
+        "psnr_twin": of("twin", "psnr"),
+    }
+
+
+@click.command()
+@click.option("--demo", default="runs/demo", show_default=True, help="A finished `diffva demo`.")
+@click.option("--steps", default=1000, show_default=True, help="Of the denoiser, in every row.")
+@click.option("--threads", default=1, show_default=True)
+@click.option("--only", multiple=True, metavar="ROW", help="Rows that contain this text; the others are left out.")
+@click.option("--result", default="benchmarks/results/training_choices.json", type=click.Path(path_type=Path))
+def main(demo: str, steps: int, threads: int, only: tuple[str, ...], result: Path) -> None:
+    set_up_logging()
+    work = Path(demo) / "choices"
+    base = load_recipe("phantom")
+    stages = base.model_dump(mode="json")["train"]["stages"]
+    first = work / "autoencoder"
+    values = base.model_dump(mode="json")
+    values["train"] |= {"stages": [stages[0]], "checkpoints_to_keep": 100}
+    keep = Checkpoints(first / ".train", 100)
+    if not (first / "diffva.json").exists():
+        train(make_recipe(values), f"{demo}/data/train", str(first), "choices", {}, keep, keep.latest(), threads)
+    start = keep.latest()  # the autoencoder, and the denoiser as it was made
+    assert start is not None
+
+    table = []
+    for name, denoiser in choices(steps).items():
+        if only and not any(text in name for text in only):
+            continue
+        model = work / f"{steps}-{'-'.join(''.join(c if c.isalnum() else ' ' for c in name).split())}"
+        values["train"] |= {"stages": [stages[0], *denoiser], "checkpoints_to_keep": 1}
+        recipe = make_recipe(values)
+        began = time.monotonic()
+        if not (model / "diffva.json").exists():
+            report = Checkpoints(model / ".train", 1)
+            shutil.copytree(start, model / ".train" / start.name, dirs_exist_ok=True)
+            train(recipe, f"{demo}/data/train", str(model), "choices", {}, report, report.latest(), threads)
+            (model / "seconds.txt").write_text(f"{time.monotonic() - began:.0f}")
+            shutil.copytree(Path(demo) / "model" / "judge", model / "judge", dirs_exist_ok=True)
+        seconds = float((model / "seconds.txt").read_text())
+        paper = make_recipe({**values, "generate": {**values["generate"], **PAPER}})
+        row: dict[str, Any] = {"choice": name}
+        row |= score(recipe, demo, str(model), str(model / "run"))
+        row |= {f"paper_{key}": value for key, value in score(paper, demo, str(model), str(model / "paper")).items()}
+        table.append({**row, "seconds": seconds})
+        card = read_card(open_store(f"{demo}/model"))
+        about = {
+            "command": f"python benchmarks/training_choices.py --demo {demo} --steps {steps} --threads {threads}",
+            "machine": f"{platform.machine()}, {threads} thread(s), no GPU",
+            "versions": {key: version(key) for key in ("torch", "diffusers", "transformers")},
+            "code_revision": code_revision(),
+            "judge_of_model": card["digest"] if card else None,
+            "table": table,
+        }
+        result.parent.mkdir(parents=True, exist_ok=True)
+        result.write_text(json.dumps(about, indent=1))
+    click.echo(pd.DataFrame(table).round(3).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()

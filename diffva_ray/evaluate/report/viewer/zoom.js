@@ -1,0 +1,127 @@
+/**
+ * Magnifying the stage. Film, twin, map and outlines lie in one layer and take one transform, so they stay registered;
+ * the divider belongs to the stage and stands still. A film of another record begins whole again.
+ */
+import { byId } from "./dom.js";
+
+const MOST = 16; // times the whole film
+const PIXELS = 4; // times from which pixels are shown as squares, not smoothed
+const STEP = 1.5; // of a key or button
+const SHARE = 0.15; // of the stage, that a key pans
+const NEAR = 24; // pixels from the divider within which a drag is of it, not of the film
+
+export class Zoom {
+  /**
+   * @param {HTMLElement} stage
+   * @param {HTMLInputElement} divider
+   * @param {() => void} onChange  the divider lies over another part of the film
+   */
+  constructor(stage, divider, onChange) {
+    this.stage = stage;
+    this.divider = divider;
+    this.onChange = onChange;
+    this.layer = byId("layer");
+    this.scale = 1;
+    this.x = 0; // where the film's left and upper edges are, as parts of the stage
+    this.y = 0;
+    /** @type {Map<number, {x: number, y: number}>} fingers, or the mouse, as parts of the stage */
+    this.held = new Map();
+    this.moves = ""; // "film" or "divider"
+    byId("zoom-in").addEventListener("click", () => this.by(STEP));
+    byId("zoom-out").addEventListener("click", () => this.by(1 / STEP));
+    byId("zoom-whole").addEventListener("click", () => this.whole());
+    stage.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
+    stage.addEventListener("dblclick", (event) => this.by(this.scale > 1 ? 1 / this.scale : 4, this.at(event)));
+    stage.addEventListener("pointerdown", (event) => this.down(event));
+    stage.addEventListener("pointermove", (event) => this.move(event));
+    for (const end of ["pointerup", "pointercancel"]) {
+      stage.addEventListener(end, (event) => this.held.delete(/** @type {PointerEvent} */ (event).pointerId));
+    }
+    this.paint();
+  }
+
+  /** A part of the stage as a part of the film, in [0, 1]. @param {number} part */
+  across(part) {
+    return Math.min(1, Math.max(0, (part - this.x) / this.scale));
+  }
+
+  /** All of the film. */
+  whole() {
+    [this.scale, this.x, this.y] = [1, 0, 0];
+    this.paint();
+  }
+
+  /** Magnify around a place, which stays where it is. @param {number} factor @param {{x: number, y: number}} around */
+  by(factor, around = { x: 0.5, y: 0.5 }) {
+    const scale = Math.min(MOST, Math.max(1, this.scale * factor));
+    const ratio = scale / this.scale;
+    this.x = around.x - (around.x - this.x) * ratio;
+    this.y = around.y - (around.y - this.y) * ratio;
+    this.scale = scale;
+    this.paint();
+  }
+
+  /** Move the film, in parts of the stage; nothing happens while all of it is seen. @param {number} x @param {number} y */
+  pan(x, y) {
+    this.x += x;
+    this.y += y;
+    this.paint();
+  }
+
+  /** Look further in a direction, by keyboard. @param {number} right @param {number} down */
+  look(right, down) {
+    this.pan(-right * SHARE, -down * SHARE);
+  }
+
+  /** Turning a wheel scrolls the page as long as all of the film is seen; with Ctrl it magnifies, as a pinch does. @param {WheelEvent} event */
+  wheel(event) {
+    if (this.scale === 1 && !event.ctrlKey && !event.metaKey) return;
+    event.preventDefault();
+    const turned = event.deltaY * (event.deltaMode === 1 ? 16 : 1);
+    this.by(Math.exp(-Math.max(-100, Math.min(100, turned)) * (event.ctrlKey ? 0.01 : 0.003)), this.at(event));
+  }
+
+  /** Where an event is, as parts of the stage. @param {MouseEvent} event */
+  at(event) {
+    const box = this.stage.getBoundingClientRect();
+    return { x: (event.clientX - box.left) / box.width, y: (event.clientY - box.top) / box.height };
+  }
+
+  /** @param {PointerEvent} event */
+  down(event) {
+    const place = this.at(event);
+    this.held.set(event.pointerId, place);
+    if (this.scale === 1 && this.held.size < 2) return; // the divider's own, which covers the stage
+    const line = (place.x - Number(this.divider.value) / 100) * this.stage.clientWidth;
+    this.moves = !this.divider.hidden && Math.abs(line) < NEAR && this.held.size < 2 ? "divider" : "film";
+    this.stage.setPointerCapture(event.pointerId);
+  }
+
+  /** @param {PointerEvent} event */
+  move(event) {
+    const before = this.held.get(event.pointerId);
+    if (!before || (this.scale === 1 && this.held.size < 2)) return;
+    const place = this.at(event);
+    const others = [...this.held].filter(([id]) => id !== event.pointerId).map(([, other]) => other);
+    this.held.set(event.pointerId, place);
+    if (others.length) {
+      const apart = (/** @type {{x: number, y: number}} */ one) => Math.hypot(one.x - others[0].x, one.y - others[0].y);
+      this.by(apart(place) / Math.max(apart(before), 0.01), { x: (place.x + others[0].x) / 2, y: (place.y + others[0].y) / 2 });
+      this.pan((place.x - before.x) / 2, (place.y - before.y) / 2);
+    } else if (this.moves === "divider") {
+      this.divider.value = String(place.x * 100);
+      this.onChange();
+    } else this.pan(place.x - before.x, place.y - before.y);
+  }
+
+  /** Keep the film on the stage, and bring the layer to where it is. */
+  paint() {
+    this.x = Math.min(0, Math.max(1 - this.scale, this.x));
+    this.y = Math.min(0, Math.max(1 - this.scale, this.y));
+    this.layer.style.transform = this.scale === 1 ? "" : `translate(${this.x * 100}%, ${this.y * 100}%) scale(${this.scale})`;
+    this.stage.classList.toggle("zoomed", this.scale > 1);
+    this.layer.classList.toggle("pixels", this.scale >= PIXELS);
+    byId("zoom-value").textContent = `${Math.round(this.scale * 100)} %`;
+    this.onChange();
+  }
+}

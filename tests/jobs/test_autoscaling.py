@@ -1,0 +1,71 @@
+"""By default a run grows with its cluster: Ray's own autoscaler, with raylets of a pretended GPU each as machines."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from head import Head
+
+from diffva_ray.config import Recipe, to_yaml
+from diffva_ray.generate.plan import open_run
+from diffva_ray.generate.verification import verify
+from diffva_ray.storage import LocalStore
+
+MOST = 3  # nodes
+NONE = ("auth", "docker", "file_mounts")
+NO = (
+    "cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands",
+    "head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands",
+)  # fmt: skip
+
+
+def configuration(gcs: str) -> dict:
+    """As ``ray.cluster_utils.AutoscalingCluster`` has it, which ends every Ray on the machine when it starts."""
+    return {
+        **{name: {} for name in NONE},
+        **{name: [] for name in NO},
+        "cluster_name": "growing", "max_workers": MOST, "upscaling_speed": 10.0, "idle_timeout_minutes": 5,
+        "file_mounts_sync_continuously": False,
+        "provider": {
+            "type": "fake_multinode", "gcs_address": gcs, "use_node_id_as_ip": True,
+            "disable_node_updaters": True, "disable_launch_config_check": True,
+        },
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            "gpu": {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 1, "max_workers": MOST},
+        },
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_uses_the_gpus_that_come_while_it_works(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
+    head = Head(autoscaling=configuration)
+    try:
+        recipe, run = tmp_path / "tiny.yaml", tmp_path / "run"
+        small = {"shard_size": 1, "micro_batch": 1}
+        recipe.write_text(to_yaml(tiny.model_copy(update={"generate": tiny.generate.model_copy(update=small)})))
+        command = [sys.executable, Path(__file__).with_name("growing.py"), recipe, films, model, run]
+        done = subprocess.run(
+            list(map(str, command)), env={**head.environment, "RAY_ADDRESS": head.gcs}, capture_output=True, text=True,
+            timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    finally:
+        head.stop()
+    assert "1 GPUs at the start" in done.stdout
+    assert int(re.findall(r"(\d) GPUs in the end", done.stdout)[0]) > 1
+    opened = open_run(LocalStore(str(run)))
+    assert opened is not None
+    assert verify(opened) == []
+    # Work, not nodes alone: with one actor, shards of four seconds would have been committed four seconds apart.
+    commits = sorted(part.stat().st_mtime for part in run.glob("records/*.parquet"))
+    assert min(later - now for now, later in itertools.pairwise(commits)) < 3
+    assert json.loads((run / "run.json").read_text())["keys"]["device"] == "cuda"

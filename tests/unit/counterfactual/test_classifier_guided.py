@@ -1,0 +1,97 @@
+"""``classifier-guided``: the classifier's gradient, and nothing else, moves the film."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffva_ray.config import ClassifierGuidedConfig
+from diffva_ray.counterfactual.classifier_guided import gradient
+from diffva_ray.counterfactual.engine import Counterfactuals, Twins
+from diffva_ray.data.phantoms import phantom
+from diffva_ray.model.bundle import load
+from diffva_ray.model.card import UnusableModel
+from diffva_ray.model.classifier import LatentClassifier
+
+FILMS = [phantom(label, n, seed=1, size=32).film for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
+
+
+class Linear(torch.nn.Module):
+    """p(healthy) = sigmoid(w . z - t / 1000): its gradient is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 4 * 8 * 8).reshape(1, 4, 8, 8))
+
+    def log_healthy(self, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.logsigmoid((latents * self.weight).sum(dim=(1, 2, 3)) - timestep / 1000)
+
+
+def test_the_gradient_is_the_log_probabilitys_also_in_inference_mode() -> None:
+    classifier = Linear()
+    with torch.inference_mode():
+        latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) / 10
+        found = gradient(classifier, latents, torch.tensor(500))
+        logit = (latents * classifier.weight).sum(dim=(1, 2, 3)) - 0.5
+        expected = (1 - logit.sigmoid())[:, None, None, None] * classifier.weight
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def engine_with(model: Path, scale: float) -> Counterfactuals:
+    bundle = load(str(model))
+    torch.manual_seed(0)
+    bundle.extras["classifier"] = LatentClassifier(["COVID", "Normal"], "Normal", 4, (8, 16), 4)
+    changes = {"classifier_guided": ClassifierGuidedConfig(scale=scale), "source_prompt": ""}
+    return Counterfactuals(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
+
+
+def heal(engine: Counterfactuals, steps: int = 8, **changes: object) -> Twins:
+    settings = replace(
+        engine.settings(), method="classifier-guided", scheduler="ddim", num_inference_steps=steps, **changes
+    )
+    return engine(FILMS, [settings] * len(FILMS), [1, 2, 3])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_guidance_raises_the_classifiers_own_probability(model: Path, prediction_type: str) -> None:
+    """Of the twins' latents, and the more the larger the scale; with scale 0 the film comes back."""
+    found, moved = [], []
+    for scale in (0.0, 30.0, 300.0):
+        engine = engine_with(model, scale)
+        engine.model.prediction_type = prediction_type
+        engine.bundle.scheduler["prediction_type"] = prediction_type
+        ends, decode = [], engine.model.decode
+        engine.model.decode = lambda latents, ends=ends, decode=decode: ends.append(latents) or decode(latents)
+        heal(engine)
+        with torch.inference_mode():
+            found.append(engine.bundle.extra("classifier").log_healthy(ends[0], torch.tensor(0)).mean().item())
+        moved.append((ends[0] - ends[1]).abs().mean().item())
+    assert found == sorted(found)
+    assert found[-1] > found[0] + 0.05
+    assert moved == sorted(moved)
+
+
+def test_without_guidance_the_film_comes_back(model: Path) -> None:
+    engine = engine_with(model, 0.0)
+    gaps = []
+    for steps in (10, 100):
+        twins = heal(engine, steps, strength=0.5)
+        gaps.append(np.abs(twins.counterfactuals - twins.reconstructions).mean())
+    assert gaps[1] < gaps[0]
+    assert gaps[1] < 0.02
+
+
+def test_the_prompt_is_not_read(model: Path) -> None:
+    engine = engine_with(model, 30.0)
+    one, two = heal(engine), heal(engine, prompt="COVID 19")
+    assert np.array_equal(one.counterfactuals, two.counterfactuals)
+
+
+def test_a_model_without_a_classifier_says_how_to_get_one(model: Path) -> None:
+    engine = Counterfactuals.from_pretrained(str(model), device="cpu")
+    with pytest.raises(UnusableModel, match="trains: classifier"):
+        heal(engine)

@@ -1,0 +1,106 @@
+"""Gradient baselines on a classifier whose answer is known, and on the networks they are meant for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diffva_ray.counterfactual.gradients import (
+    BASELINES,
+    BLUR,
+    FilmClassifier,
+    grad_cam,
+    integrated_gradients,
+    occlusion,
+)
+from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
+from diffva_ray.data.phantoms import phantom
+from diffva_ray.metrics.localization import smooth
+from diffva_ray.metrics.validity import Judge
+from diffva_ray.model.bundle import load
+from diffva_ray.model.classifier import LatentClassifier
+
+pytest.importorskip("captum")
+
+FILMS = np.stack([phantom(label, n, seed=1, size=32).film for n, label in enumerate(["COVID", "Normal"])])
+
+BLURRED = np.stack([smooth(film, BLUR) for film in FILMS])
+
+
+class Corner(nn.Module):
+    """Brightness of the corner [:8, :8] is evidence of disease; nothing else is seen."""
+
+    classes, healthy = ("Ill", "Normal"), "Normal"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 1, 1, bias=False)
+        nn.init.ones_(self.convolution.weight)
+
+    def forward(self, films: torch.Tensor) -> torch.Tensor:
+        seen = self.convolution(films[:, None])[:, 0, :8, :8].sum(dim=(1, 2))
+        return torch.stack([seen, torch.zeros_like(seen)], dim=1)
+
+
+CORNER = np.zeros((32, 32), bool)
+CORNER[:8, :8] = True
+
+
+def test_integrated_gradients_of_a_linear_score_are_its_terms() -> None:
+    found = integrated_gradients(Corner(), FILMS)
+    assert found == pytest.approx((FILMS - BLURRED) * CORNER, abs=1e-5)
+
+
+def test_integrated_gradients_are_complete() -> None:
+    """They sum to the score of the film over the blurred film's."""
+    torch.manual_seed(0)
+    judge = Judge(["COVID", "Lung_Opacity", "Normal"], "Normal").eval()
+    films = torch.from_numpy(np.stack([FILMS, BLURRED]))
+    with torch.no_grad():
+        logits = torch.stack([judge(each) for each in films])
+    score = logits[..., :2].logsumexp(dim=-1) - logits[..., 2]
+    found = integrated_gradients(judge, FILMS).sum(axis=(1, 2))
+    assert found == pytest.approx((score[0] - score[1]).numpy(), rel=0.02)
+
+
+def test_occlusion_finds_what_the_score_needs() -> None:
+    film = np.full((1, 32, 32), 0.2, np.float32)
+    film[0, :8, :8] = 1.0
+    found = occlusion(Corner(), film)[0]
+    assert found[CORNER].min() > 0
+    assert found[12:, 12:].max() == pytest.approx(0, abs=1e-4)
+
+
+def test_grad_cam_follows_the_last_convolution() -> None:
+    """The corner's brightness is the convolution's map, and the score grows with it."""
+    film = np.zeros((1, 32, 32), np.float32)
+    film[0, 20:24, 20:24] = 1.0
+    found = grad_cam(Corner(), film)[0]
+    assert found[20:24, 20:24].min() > 0
+    assert found[:16, :16].max() == 0
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+def test_they_work_on_the_judge_and_on_the_latent_classifier(name: str, model: Path) -> None:
+    bundle = load(str(model))
+    torch.manual_seed(0)
+    bundle.extras["classifier"] = LatentClassifier(["COVID", "Normal"], "Normal", 4, (8, 16), 4)
+    for classifier in (Judge(["COVID", "Normal"], "Normal").eval(), FilmClassifier(LatentDiffusion(bundle))):
+        with torch.inference_mode():
+            maps = BASELINES[name](classifier, FILMS)
+            alone = BASELINES[name](classifier, FILMS[1:])
+        assert maps.shape == FILMS.shape
+        assert np.isfinite(maps).all()
+        assert np.ptp(maps[0]) > 0
+        assert maps[1] == pytest.approx(alone[0], abs=1e-4 * float(np.abs(alone).max()))
+
+
+def test_without_captum_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "captum", None)
+    with pytest.raises(ImportError, match=r"pip install diffva-ray\[gradients\]"):
+        occlusion(Corner(), FILMS)

@@ -1,0 +1,159 @@
+"""``masked``: the film itself outside the mask, to the bit; no seam; the mask where it should be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from diffva_ray.config import MaskedConfig, RecipeError, load_recipe
+from diffva_ray.counterfactual import masked
+from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.guidance_difference import guidance_difference
+from diffva_ray.counterfactual.latent_diffusion import Healed, LatentDiffusion
+from diffva_ray.counterfactual.masked import blend, differing, feathered, soften
+from diffva_ray.data.images import quantise
+from diffva_ray.data.phantoms import phantom
+from diffva_ray.generate.measures import unit
+from diffva_ray.model.bundle import SD_SCHEDULER, load
+
+PHANTOMS = [phantom(label, n, seed=1, size=32) for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
+FILMS = [unit(quantise(each.film)) for each in PHANTOMS]
+LUNGS = [each.lungs for each in PHANTOMS]
+NARROW = {"feather": 0.07, "dilation": 0.0}
+
+
+def engine_with(model: Path, **changes: object) -> Counterfactuals:
+    bundle = load(str(model))
+    config = bundle.recipe.generate.model_copy(update={"masked": MaskedConfig(**changes), "source_prompt": ""})
+    return Counterfactuals(bundle, config, "cpu")
+
+
+def heal(engine: Counterfactuals, **changes: object):
+    settings = replace(engine.settings(), **{"method": "masked", "scheduler": "ddim", **changes})
+    return engine(FILMS, [settings] * len(FILMS), [1, 2, 3], LUNGS)
+
+
+@pytest.mark.parametrize("source", ["lungs", "derived", "difference"])
+def test_pixels_outside_the_mask_are_the_films_own(source: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly, as floats and as the 8-bit images that a run stores; inside something happened."""
+    weights = []
+    monkeypatch.setattr(masked, "blend", lambda weight, *pair: weights.append(weight) or blend(weight, *pair))
+    twins = heal(engine_with(model, source=source, quantile=0.9, keep_below=0.1, edit_above=0.3, **NARROW))
+    weight = weights[0].numpy()[: len(FILMS)]
+    for n, film in enumerate(FILMS):
+        outside = weight[n] == 0
+        assert 0.1 < outside.mean() < 1
+        for image in (twins.counterfactuals[n], twins.reconstructions[n]):
+            assert np.array_equal(image[outside], film[outside])
+            assert np.array_equal(quantise(image)[outside], quantise(film)[outside])
+        assert np.abs(twins.counterfactuals[n] - film)[weight[n] > 0.5].max() > 0.05
+
+
+def test_the_lungs_are_the_mask_that_was_given(model: Path) -> None:
+    twins = heal(engine_with(model, source="lungs", feather=0.0, dilation=0.0))
+    for n, film in enumerate(FILMS):
+        assert (np.abs(twins.counterfactuals[n] - film) > 1e-3)[LUNGS[n]].mean() > 0.9
+        assert np.array_equal(twins.counterfactuals[n][~LUNGS[n]], film[~LUNGS[n]])
+
+
+def test_latents_outside_the_mask_follow_the_films_own_path(model: Path) -> None:
+    """Whatever the prompt does inside, the cells outside end as the film's own latents."""
+    engine, ends = engine_with(model, source="lungs", **NARROW), []
+    decode = engine.model.decode
+    engine.model.decode = lambda latents: ends.append(latents) or decode(latents)
+    heal(engine, guidance_scale=7.0)
+    edited, own = ends
+    moved = (edited - own).abs().amax(dim=1) > 0
+    reach = soften(torch.from_numpy(np.stack([*LUNGS, LUNGS[0]])).float(), engine.config.masked)
+    cells = torch.nn.functional.adaptive_max_pool2d(reach[:, None], tuple(own.shape[2:]))[:, 0] > 0
+    assert torch.equal(moved, cells)
+    assert not cells.all()
+
+
+def test_without_guidance_the_reconstruction_comes_back(model: Path) -> None:
+    """Source and target prompt alike: a fine inversion changes nothing, so the map is near zero inside the mask too."""
+    gaps = [
+        np.abs(twins.counterfactuals - twins.reconstructions).mean()
+        for steps in (6, 60)
+        for twins in [heal(engine_with(model, source="lungs"), prompt="", guidance_scale=1.0, strength=0.5,
+                           num_inference_steps=steps)]
+    ]  # fmt: skip
+    assert gaps[1] < gaps[0]
+    assert gaps[1] < 0.02
+
+
+def test_no_seam_shows() -> None:
+    """A twin a tenth darker all over: across the seam the blend changes no faster than the film itself does."""
+    film = torch.from_numpy(np.stack([phantom("Normal", n, seed=3, size=64).film for n in range(4)]))
+    mask = torch.zeros_like(film)
+    mask[:, 20:44, 18:40] = 1
+    steepest = film.diff(dim=2).abs().amax(dim=(1, 2))
+    for feather, seamless in ((0.0, False), (0.06, True)):
+        weight = soften(mask, MaskedConfig(feather=feather, dilation=0.0))
+        change = blend(weight, film - 0.3, film) - film
+        seam = change.diff(dim=2).abs().amax(dim=(1, 2))
+        assert bool((seam <= steepest).all()) == seamless, feather
+    assert ((weight > 0) & (weight < 1)).any()
+
+
+@pytest.mark.parametrize(("dilation", "feather"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1), (0.05, 0.1)])
+def test_softening_keeps_the_mask_whole_and_stays_near_it(dilation: float, feather: float) -> None:
+    mask = torch.zeros(1, 60, 60)
+    mask[0, 25:35, 25:35] = 1
+    weight = soften(mask, MaskedConfig(dilation=dilation, feather=feather))
+    assert weight[mask == 1].min() > 1 - 1e-5
+    reach = round(60 * (dilation + 2 * feather)) + 1
+    far = torch.nn.functional.max_pool2d(mask[None], 2 * reach + 1, stride=1, padding=reach)[0] == 0
+    assert weight[far].max() == 0
+    grown = round(60 * dilation)
+    assert weight[0, 30, 25 - grown] > 1 - 1e-5
+
+
+def test_small_changes_are_none_and_large_ones_count_in_full() -> None:
+    config = MaskedConfig(keep_below=0.1, edit_above=0.3, feather=0.0)
+    change = torch.tensor([0.0, 0.09, -0.2, 0.2, 0.5, -0.5]).reshape(1, 1, 6)
+    weight = differing(Healed(torch.zeros_like(change), change), config)
+    assert weight.flatten().tolist() == pytest.approx([0, 0, 0.5, 0.5, 1, 1], abs=1e-6)
+
+
+def test_feathering_keeps_the_mean_of_what_lies_inside() -> None:
+    spot = torch.zeros(1, 40, 40)
+    spot[0, 20, 20] = 1
+    soft = feathered(spot, 0.2)
+    assert soft.sum().item() == pytest.approx(1, abs=1e-5)
+    assert soft[0, 20, 11] == 0  # 8 pixels is 0.2 of the width
+
+
+class Opinionated(torch.nn.Module):
+    """Predicts other noise under another prompt, but only in one corner."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, latents, timestep, encoder_hidden_states):
+        corner = torch.zeros_like(latents)
+        corner[:, :, :3, :3] = encoder_hidden_states.mean(dim=(1, 2))[:, None, None, None]
+        return SimpleNamespace(sample=latents * 0.1 + corner)
+
+
+def test_the_prompts_differ_where_the_network_says_so() -> None:
+    model = LatentDiffusion(SimpleNamespace(vae=SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0)),
+                                            unet=Opinionated(), scheduler=SD_SCHEDULER))  # fmt: skip
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    healthy, source = torch.full((2, 3, 5), 1.0), torch.full((2, 3, 5), 3.0)
+    generators = [torch.Generator().manual_seed(n) for n in range(2)]
+    found = guidance_difference(model, latents, healthy, source, generators, draws=2)
+    expected = torch.zeros(2, 8, 8)
+    expected[:, :3, :3] = 2.0
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_thresholds_in_the_wrong_order_are_named() -> None:
+    with pytest.raises(RecipeError, match=r"generate.masked.*keep_below 0.5"):
+        load_recipe("phantom", ["generate.masked.keep_below=0.5"])

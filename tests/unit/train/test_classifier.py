@@ -1,0 +1,95 @@
+"""Stage ``classifier``: it learns on labels, leaves the other networks alone, and resumes exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffva_ray.config import Recipe, RecipeError, make_recipe
+from diffva_ray.model.bundle import build, load
+from diffva_ray.train import loop
+from diffva_ray.train.checkpoint import Checkpoints
+
+CLASSIFIER = {
+    "name": "classifier", "trains": "classifier", "steps": 4, "batch_size": 6, "learning_rate": 3e-3,
+    "block_out_channels": [8, 16], "norm_num_groups": 4, "ema_decay": 0.9,
+}  # fmt: skip
+JUDGE = {"name": "judge", "trains": "judge", "steps": 2, "batch_size": 4, "learning_rate": 1e-3}
+
+
+class Killed(Exception):
+    pass
+
+
+def with_stages(recipe: Recipe, *stages: dict) -> Recipe:
+    values = recipe.model_dump(mode="json")
+    values["train"] |= {"stages": list(stages), "log_every": 1, "checkpoint_every": 2}
+    return make_recipe(values)
+
+
+def run(recipe: Recipe, films: Path, out: Path) -> list[dict]:
+    keep, seen = Checkpoints(out / ".train", 2), []
+
+    def report(metrics: dict, folder: Path | None) -> None:
+        seen.append(metrics)
+        keep(metrics, folder)
+
+    loop.train(recipe, str(films), str(out), "x", {}, report, keep.latest(), threads=1)
+    return seen
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "classifier/diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("kill_at", [1, 3, 5])
+def test_killed_and_resumed_is_bitwise_the_undisturbed_training(
+    kill_at: int, tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 0-3 are the classifier's, 4-5 the judge's: killed there, the classifier is finished and must be kept."""
+    recipe = with_stages(tiny, CLASSIFIER, JUDGE)
+    run(recipe, films, tmp_path / "whole")
+    done, rate = 0, loop.learning_rate
+
+    def dying(*arguments: object) -> float:
+        nonlocal done
+        done += 1
+        if done == kill_at + 1:
+            raise Killed
+        return rate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "learning_rate", dying)
+        with pytest.raises(Killed):
+            run(recipe, films, tmp_path / "killed")
+    torch.manual_seed(999)
+    run(recipe, films, tmp_path / "killed")
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert [name for name in whole if not torch.equal(whole[name], killed[name])] == []
+    assert load(str(tmp_path / "whole")).digest == load(str(tmp_path / "killed")).digest
+
+
+def test_it_learns_and_leaves_the_others_alone(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+    """Two classes of twelve films each are learned by heart; autoencoder and UNet stay as they were."""
+    stage = {**CLASSIFIER, "steps": 60, "batch_size": 12, "classes": {"Normal": 1, "COVID": 1}, "ema_decay": None}
+    losses = [metrics["loss"] for metrics in run(with_stages(tiny, stage), films, tmp_path)]
+    assert losses[-1] < 0.6 * losses[0]
+    trained, start = load(str(tmp_path)), build(tiny)
+    assert trained.extra("classifier").classes == ("COVID", "Normal")
+    for name in ("vae", "unet", "text_encoder"):
+        before, after = start.modules[name].state_dict(), trained.modules[name].state_dict()
+        assert all(torch.equal(before[key], after[key]) for key in before), name
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"classes": {"COVID": 1, "Lung_Opacity": 1}}, "healthy class 'Normal'"), ({"norm_num_groups": 5}, "divisible")],
+)
+def test_a_stage_that_cannot_be_built_is_named(
+    change: dict, reason: str, tiny: Recipe, films: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=f"stage classifier: .*{reason}"):
+        run(with_stages(tiny, {**CLASSIFIER, **change}), films, tmp_path)
