@@ -24,6 +24,7 @@ from diffva_ray.config import load_recipe, to_yaml
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.provenance import code_revision
 from diffva_ray.storage import LocalStore
+from diffva_ray.train.checkpoint import discard
 from diffva_ray.train.loop import train
 
 
@@ -39,7 +40,7 @@ def main(records: int, out: Path) -> None:
     recipe = load_recipe("phantom", (*SIZES, *sizes))
     for _ in phantom_set(LocalStore(str(folder / "films")), films, 16, seed=5):
         pass
-    train(recipe, str(folder / "films"), str(folder / "model"), "rerun", {}, lambda metrics, at: None, threads=1)
+    train(recipe, str(folder / "films"), str(folder / "model"), "rerun", {}, discard, threads=1)
 
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     command = [

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffva_ray.config import Recipe, fingerprint, load_recipe, make_recipe
+from diffva_ray.config import NEEDS, Recipe, fingerprint, load_recipe, make_recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.evaluate.reduction import Options, Reduced, reduce_run
@@ -166,7 +166,21 @@ def plan_run(
         "model": _absolute(model),
         **provenance(),
     }
-    return start_run(store, make_plan(dataset, recipe, request), keys, about)
+    plan = make_plan(dataset, recipe, request)
+    for method in plan["method"].unique().to_pylist():
+        check_needs(model, method)
+    return start_run(store, plan, keys, about)
+
+
+def check_needs(model: str, method: str) -> None:
+    """Raises UnusableModel when the method needs a network that the model folder has not."""
+    needed = NEEDS.get(method)
+    if needed is not None and not open_store(model).exists(f"{needed}/config.json"):
+        kind = needed.replace("_", "-")
+        raise UnusableModel(
+            f"--model {model}: method {method} needs a {kind}, which this model has not; train one with a stage that "
+            f"`trains: {kind}`"
+        )
 
 
 def _films_to_heal(recipe: Recipe, data: str, request: Request) -> Dataset:

@@ -67,7 +67,9 @@ def _trainer(config: dict[str, Any], workers: int | tuple[int, int], resources: 
         _worker,
         train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources
+            num_workers=workers,  # type: ignore[arg-type]  # its annotation lacks the elastic pair
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
         ),
         run_config=ray.train.RunConfig(
             name="ray",

@@ -54,7 +54,7 @@ def look(bundle: Bundle, cases: list[Case]) -> tuple[dict[str, float], NDArray[n
     and a picture [rows, 3 columns, RGB]. Works on a copy of the networks; threads and training stay as they were."""
     threads, config = torch.get_num_threads(), bundle.recipe.generate
     extras: dict[str, Any] = {name: copy.deepcopy(network) for name, network in bundle.extras.items()}
-    networks = {name: copy.deepcopy(network) for name, network in bundle.modules.items()}
+    networks: dict[str, Any] = {name: copy.deepcopy(network) for name, network in bundle.modules.items()}
     device = next(bundle.unet.parameters()).device.type
     engine = Counterfactuals(replace(bundle, extras=extras, **networks), config, device)
     scores: list[tuple[float, float]] = []

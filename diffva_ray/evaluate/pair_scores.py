@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # they load torch
     from diffva_ray.metrics.perceptual import Lpips
     from diffva_ray.metrics.validity import Judge
 
-SAMPLE = 200  # films of a class and setting whose pictures are read again, at most
+SAMPLE = 100  # films of a class and setting whose pictures are read again, at most
 COUT_STEPS = 25
 HEART = "cardiomegaly"
 MEASURES = ("gain", "cout", "collateral", "changed", "energy", "in_lungs", "inside_change", "outside_change")

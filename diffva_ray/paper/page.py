@@ -17,7 +17,11 @@ from diffva_ray.paper.tables import ablation_table, cardiomegaly_table, distance
 TITLE = "The tables and figures of Siddiqui et al. 2024"
 UNMADE = (
     ("figure 1", "a drawing of the method; ARCHITECTURE.md has ours"),
-    ("source-matched control (children against children)", "the Radiography layout does not say a film's source"),
+    (
+        "source-matched control (children against children)",
+        "the Radiography layout does not say a film's source; "
+        "diffva reduce RUN --sources CSV compares within sources where a table says it",
+    ),
 )
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -73,6 +73,12 @@ def load_optimizers(folder: Path) -> list[dict[str, Any]]:
     return torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True)
 
 
+def discard(metrics: dict[str, float], checkpoint: Path | None) -> None:
+    """A ``report`` that keeps nothing."""
+    if checkpoint is not None:
+        shutil.rmtree(checkpoint)
+
+
 class Checkpoints:
     """A ``report`` for training without Ray: numbered checkpoints below ``folder``, the newest ``keep`` of them."""
 

@@ -36,6 +36,7 @@ from diffva_ray.generate.plan import FOLDERS, Request, Run, open_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.provenance import code_revision
 from diffva_ray.storage import LocalStore, StoreError
+from diffva_ray.train.checkpoint import discard
 from diffva_ray.train.loop import train
 
 SIZES = (
@@ -60,9 +61,7 @@ class Bench:
             pass
         broken = sorted((folder / "films" / "COVID" / "images").iterdir())[0]
         broken.write_bytes(broken.read_bytes()[:100])  # one record that ends quarantined
-        train(
-            self.recipe, self.data, self.model, "chaos", {"data_kind": "phantoms"}, lambda metrics, at: None, threads=1
-        )
+        train(self.recipe, self.data, self.model, "chaos", {"data_kind": "phantoms"}, discard, threads=1)
         self.loaded = shards.load(self.model, self.recipe)
         started = time.monotonic()
         self.live(self.folder / "undisturbed")

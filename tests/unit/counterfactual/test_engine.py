@@ -15,14 +15,19 @@ from diffva_ray.config import Recipe
 from diffva_ray.counterfactual.attribution import attribution, energy
 from diffva_ray.counterfactual.engine import Counterfactuals, Settings
 from diffva_ray.data.phantoms import phantom
-from diffva_ray.model.bundle import build
+from diffva_ray.model.bundle import build, load
+from diffva_ray.model.classifier import LatentClassifier
 
 FILMS = [phantom(label, n, seed=1, size=32).film for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
 
 
 @pytest.fixture
 def engine(model: Path) -> Counterfactuals:
-    return Counterfactuals.from_pretrained(str(model), device="cpu")
+    """With an untrained classifier, for the method that needs one."""
+    bundle = load(str(model))
+    torch.manual_seed(0)
+    bundle.extras["classifier"] = LatentClassifier(["COVID", "Normal"], "Normal", 4, (8, 16), 4)
+    return Counterfactuals(bundle, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -132,6 +137,8 @@ def test_the_prompt_matters(engine: Counterfactuals) -> None:
         ({"strength": 0.01}, "no step"),
         ({"method": "ddim-inversion"}, "ddim"),
         ({"method": "cycle"}, "ddim"),
+        ({"method": "masked"}, "ddim"),
+        ({"method": "classifier-guided"}, "ddim"),
     ],
 )
 def test_unusable_settings_are_named(engine: Counterfactuals, change: dict, reason: str) -> None:

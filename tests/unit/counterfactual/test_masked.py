@@ -41,17 +41,19 @@ def heal(engine: Counterfactuals, **changes: object):
 @pytest.mark.parametrize("source", ["lungs", "derived", "difference"])
 def test_pixels_outside_the_mask_are_the_films_own(source: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly, as floats and as the 8-bit images that a run stores; inside something happened."""
+    plain = heal(engine_with(model), method="ddim-inversion")
+    change = feathered(torch.from_numpy(plain.counterfactuals - plain.reconstructions), 0.07).abs().numpy()
+    low, high = (float(np.quantile(change, part)) for part in (0.9, 0.99))
     weights = []
     monkeypatch.setattr(masked, "blend", lambda weight, *pair: weights.append(weight) or blend(weight, *pair))
-    twins = heal(engine_with(model, source=source, quantile=0.9, keep_below=0.1, edit_above=0.3, **NARROW))
-    weight = weights[0].numpy()[: len(FILMS)]
-    for n, film in enumerate(FILMS):
-        outside = weight[n] == 0
-        assert 0.1 < outside.mean() < 1
-        for image in (twins.counterfactuals[n], twins.reconstructions[n]):
-            assert np.array_equal(image[outside], film[outside])
-            assert np.array_equal(quantise(image)[outside], quantise(film)[outside])
-        assert np.abs(twins.counterfactuals[n] - film)[weight[n] > 0.5].max() > 0.05
+    twins = heal(engine_with(model, source=source, quantile=0.9, keep_below=low, edit_above=high, **NARROW))
+    weight, film = weights[0].numpy()[: len(FILMS)], np.stack(FILMS)
+    outside = weight == 0
+    assert 0.1 < outside.mean() < 0.9
+    for images in (twins.counterfactuals, twins.reconstructions):
+        assert np.array_equal(images[outside], film[outside])
+        assert np.array_equal(quantise(images)[outside], quantise(film)[outside])
+    assert (np.abs(twins.counterfactuals - film)[weight > 0.5] > 1e-3).mean() > 0.9
 
 
 def test_the_lungs_are_the_mask_that_was_given(model: Path) -> None:
@@ -88,16 +90,17 @@ def test_without_guidance_the_reconstruction_comes_back(model: Path) -> None:
 
 
 def test_no_seam_shows() -> None:
-    """A twin a tenth darker all over: across the seam the blend changes no faster than the film itself does."""
+    """A twin that is far darker: across the seam of a lesion's size the blend changes no faster than a tenth of the
+    film does anyway, where a hard mask would leave an edge."""
     film = torch.from_numpy(np.stack([phantom("Normal", n, seed=3, size=64).film for n in range(4)]))
     mask = torch.zeros_like(film)
     mask[:, 20:44, 18:40] = 1
-    steepest = film.diff(dim=2).abs().amax(dim=(1, 2))
+    steep = film.diff(dim=2).abs().flatten(1).quantile(0.9, dim=1)
     for feather, seamless in ((0.0, False), (0.06, True)):
         weight = soften(mask, MaskedConfig(feather=feather, dilation=0.0))
-        change = blend(weight, film - 0.3, film) - film
+        change = blend(weight, film - 0.25, film) - film
         seam = change.diff(dim=2).abs().amax(dim=(1, 2))
-        assert bool((seam <= steepest).all()) == seamless, feather
+        assert bool((seam <= steep).all()) == seamless, feather
     assert ((weight > 0) & (weight < 1)).any()
 
 

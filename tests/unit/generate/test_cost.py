@@ -14,10 +14,12 @@ from click.testing import CliRunner
 from diffva_ray.cli import main
 from diffva_ray.config import GUESS, Method, Recipe, Scheduler, load_recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.guidance_difference import CALLS
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.generate.cost import METHODS, TFLOP, calls, cost
 from diffva_ray.generate.plan import PlanError, Request, check_settings
 from diffva_ray.model.bundle import load
+from diffva_ray.model.classifier import LatentClassifier
 from diffva_ray.pipeline import Execution, generate_run
 
 SETTINGS = [  # strength, steps, guidance scale, source prompt
@@ -30,7 +32,15 @@ SETTINGS = [  # strength, steps, guidance scale, source prompt
 
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Counterfactuals:
-    return Counterfactuals(load(str(model)), device="cpu")
+    bundle = load(str(model))
+    bundle.extras["classifier"] = LatentClassifier(["COVID", "Normal"], "Normal", 4, (8, 16), 4)
+    return Counterfactuals(bundle, device="cpu")
+
+
+def test_a_derived_mask_has_its_price(engine: Counterfactuals) -> None:
+    settings = {**engine.config.model_dump(), "method": "masked", "scheduler": "ddim"}
+    derived = {**settings, "masked": {**settings["masked"], "source": "derived"}}
+    assert calls(derived, 4).unet - calls(settings, 4).unet == CALLS
 
 
 @pytest.mark.parametrize("method", get_args(Method))
