@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,25 @@ LASTING = {
 NO_CREDENTIALS = "no credentials found; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
+class _FileSystem(s3fs.S3FileSystem):
+    """Pickled, it is opened anew where it arrives (Ray Train sends one to its workers); its session is not sent."""
+
+    def __reduce__(self) -> tuple[Callable[[], _FileSystem], tuple[()]]:
+        return _open, ()
+
+
+def _open() -> _FileSystem:
+    session = aiobotocore.session.AioSession()
+    session.register("needs-retry.s3", _stop_asking_the_dead)
+    # A new client each time (70 ms): s3fs would hand out one with the credentials of an hour ago. No concurrency
+    # within a file: for that it asks for the size before it reads.
+    fs = _FileSystem(
+        session=session, config_kwargs=CONFIG, max_concurrency=1, use_listings_cache=False, skip_instance_cache=True
+    )
+    fs.retries = 1
+    return fs
+
+
 class S3Store:
     """Files below ``s3://bucket/prefix``. A file is one PUT, so it appears whole or not at all."""
 
@@ -80,14 +99,7 @@ class S3Store:
             raise OSError(f"{uri}: an address is s3://bucket/folder")
         if "@" in self.root.split("/")[0]:  # not shown: there is a secret in it
             raise OSError("an s3:// address must not hold credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
-        session = aiobotocore.session.AioSession()
-        session.register("needs-retry.s3", _stop_asking_the_dead)
-        # A new client each time (70 ms): s3fs would hand out one with the credentials of an hour ago. No concurrency
-        # within a file: for that it asks for the size before it reads.
-        self.fs = s3fs.S3FileSystem(
-            session=session, config_kwargs=CONFIG, max_concurrency=1, use_listings_cache=False, skip_instance_cache=True
-        )
-        self.fs.retries = 1
+        self.fs = _open()
         self.bucket, self.prefix, _ = self.fs.split_path(self.root)
         self.conditional = True  # until the server says that it has no conditional PUT
 

@@ -27,7 +27,7 @@ def heal(model: LatentDiffusion, request: Edit) -> Healed:
     path = inversion_path(model, request, timesteps)
     if config.source == "difference":
         healed = model.healed(model.denoise(path[0], request, scheduler, timesteps), request)
-        weight = soften(differing(healed, config), config)
+        weight = grown(differing(healed, config), config.dilation)  # soft already
     else:
         weight = soften(given(model, request), config)
         healed = model.healed(confined(model, request, scheduler, timesteps, path, weight), request)
@@ -74,11 +74,15 @@ def confined(
 
 
 def soften(weight: torch.Tensor, config: MaskedConfig) -> torch.Tensor:
-    """``weight`` [n, size, size] grown by ``dilation`` and, so that no seam shows, falling off over ``feather`` beyond
-    that; exactly 0 further out."""
-    radius = round((config.dilation + config.feather) * weight.shape[-1])
-    grown = functional.max_pool2d(weight[:, None], 2 * radius + 1, stride=1, padding=radius)[:, 0]
-    return feathered(grown, config.feather).clamp(0, 1)
+    """``weight`` [n, size, size] grown by ``dilation`` and, so that no seam shows, falling off over twice ``feather``
+    beyond that; exactly 0 further out."""
+    return feathered(grown(weight, config.dilation + config.feather), config.feather).clamp(0, 1)
+
+
+def grown(weight: torch.Tensor, fraction: float) -> torch.Tensor:
+    """The largest weight within ``fraction`` of the width (a square)."""
+    radius = round(fraction * weight.shape[-1])
+    return functional.max_pool2d(weight[:, None], 2 * radius + 1, stride=1, padding=radius)[:, 0]
 
 
 def feathered(images: torch.Tensor, fraction: float) -> torch.Tensor:

@@ -106,7 +106,7 @@ def colour_limit(values: Image, least: float = 1e-3) -> float:
 
 def _sampled_maps(run: Run, records: pd.DataFrame) -> Iterator[Image]:
     """Maps of films from all over the run, under the sign in which they are shown red."""
-    ok = finished(records).sort_values("attribution_path")
+    ok = finished(records[["status", "label", "attribution_path"]]).sort_values("attribution_path")
     signs = {label: direction(run, label) for label in ok["label"].unique()}
     rows = list(zip(ok["attribution_path"], ok["label"]))
     for path, label in rows[:: max(len(rows) // SAMPLED_MAPS, 1)][:SAMPLED_MAPS]:

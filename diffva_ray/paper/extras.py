@@ -25,6 +25,7 @@ from diffva_ray.schema import digest
 from diffva_ray.storage import Store
 
 Row = dict[str, Any]
+AUDITED = 600  # twins, and healthy films of either set before those are equal in number
 PIXELS = 32  # side of the squares that the memorisation audit compares
 
 
@@ -232,7 +233,7 @@ def audit_table(made: Made) -> Table | None:
     for name in columns:
         run = made.runs[name]
         rows = sorted(finished(read_records(run)).to_dict("records"), key=lambda row: digest(row["source_path"]))
-        twins = [_small(grey(run.store, row["counterfactual_path"]), size) for row in rows[: 3 * SAMPLE]]
+        twins = [_small(grey(run.store, row["counterfactual_path"]), size) for row in rows[:AUDITED]]
         try:
             found = memorisation(np.array(twins), train, held)
         except ValueError as error:
@@ -256,7 +257,7 @@ def audit_table(made: Made) -> Table | None:
 def _squares(store: Store, films: Sequence[Film], size: int, seen: TrainingFilms | None, wanted: bool) -> np.ndarray:
     """Films as flat squares [n, size * size]; where hashes are known, only those that are (or are not) in the list."""
     found = []
-    for film in sorted(films, key=lambda film: digest(film.path))[: 5 * SAMPLE]:
+    for film in sorted(films, key=lambda film: digest(film.path))[:AUDITED]:
         try:
             data = store.read(film.path)
             if seen is None or (seen.holds(data) is wanted):

@@ -210,8 +210,8 @@ def sheet(variants: Sequence[Variant], paths: Sequence[str]) -> tuple[bytes, str
     signs = {panel.sign for panel in shown}
     red = " or ".join("M" if sign > 0 else "−M (inducing)" for sign in sorted(signs, reverse=True))
     said = (
-        f"Red: {red} > {threshold:.3g}, the {QUANTILE:.0%} quantile of the maps shown (at least {LEAST:g}), the same "
-        "for every panel, inside the lungs where their mask is known."
+        f"Red: {red} > {threshold:.3g} of the grey range, the {QUANTILE:.0%} quantile of the maps shown (at least "
+        f"{LEAST:g}), the same for every panel, inside the lungs where their mask is known."
     )
     legend = "h: the judge's probability of healthy, film → generated; a, b, c: the columns. " + said
     foot = textwrap.wrap(legend, int(width * 21))
@@ -227,7 +227,7 @@ def sheet(variants: Sequence[Variant], paths: Sequence[str]) -> tuple[bytes, str
         for at, column in enumerate(columns):
             left = LEFT + PANEL + GAP + at * (2 * PANEL + 3 * GAP) + 2 * GAP
             if line == 0:
-                title = f"{'abcdef'[at]}: {short(variants[at].title, 40)}"
+                title = f"{'abcdef'[at]}: {short(variants[at].title, 34)}"
                 figure.text((left + PANEL + GAP / 2) / width, 1 - 0.14 / height, title, fontsize=8, color=INK,
                             weight="bold", ha="center", va="center", parse_math=False)  # fmt: skip
             panel = column[n]

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffva_ray import ray_cluster
-from diffva_ray.config import Recipe, to_yaml
+from diffva_ray.config import Recipe, make_recipe, to_yaml
 from diffva_ray.generate.plan import FingerprintDiffers, Request, open_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.pipeline import Execution, generate_run, train_model
@@ -68,6 +68,21 @@ def test_training_on_ray_is_the_plain_loop(cluster, tiny: Recipe, films: Path, m
     other = tiny.model_copy(update={"seed": 5})
     with pytest.raises(FingerprintDiffers, match="seed"):
         train_model(other, str(films), str(out))
+
+
+def test_two_ray_workers_have_one_workers_losses(cluster, tiny: Recipe, films: Path, tmp_path: Path) -> None:
+    """An elastic pair of numbers, on a cluster that has room for both; each worker takes half of every batch."""
+    values = tiny.model_dump(mode="json")
+    values["train"] |= {"stages": values["train"]["stages"][1:2], "log_every": 1}
+    values["train"]["stages"][0]["learning_rate"] = 2e-4
+    recipe = make_recipe(values)
+    train_model(recipe, str(films), str(tmp_path / "two"), workers=(1, 2))
+    train_model(recipe, str(films), str(tmp_path / "one"), executor="inline")
+    two, one = (
+        [entry["loss"] for entry in json.loads((tmp_path / name / ".train/progress.json").read_text())["history"]]
+        for name in ("two", "one")
+    )
+    assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_a_killed_driver_costs_no_record(inline: pd.DataFrame, tiny: Recipe, films: Path, model: Path, tmp_path: Path):

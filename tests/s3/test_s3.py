@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import pickle
 import socket
 import threading
 import time
@@ -111,6 +112,17 @@ def test_store_keeps_its_promises(bucket: str) -> None:
         store.read("a/b")
     with pytest.raises(ValueError, match="leaves its folder"):
         store.read("../other")
+
+
+def test_a_store_can_be_sent_to_a_worker(bucket: str) -> None:
+    """Pickled, as Ray Train sends its file system: small, without the session, and it works where it arrives."""
+    store = open_store(f"{bucket}/sent")
+    store.put("a", b"1")
+    sent = pickle.dumps((store, store.fs))
+    assert len(sent) < 2000
+    there, fs = pickle.loads(sent)
+    assert there.read("a") == b"1"
+    assert fs.cat_file(f"{there.root}/a") == b"1"
 
 
 def test_a_bucket_itself_is_a_store(bucket: str) -> None:

@@ -68,7 +68,9 @@ def test_every_table_and_figure_is_there_in_every_form(made: Path) -> None:
     for number_ in range(2, 11):
         assert (made / "figures" / f"figure{number_:02d}.png").read_bytes().startswith(b"\x89PNG")
     page, text = (made / "index.html").read_text(), (made / "index.md").read_text()
-    assert page.count("<h2 id=") == text.count("\n## Table") + text.count("\n## Figure") == 19
+    hearts = (made / "tables/tableS6.json").exists()  # lungs are not found on every twin of an untrained model
+    assert page.count("<h2 id=") == text.count("\n## Table") + text.count("\n## Figure") == 19 + hearts
+    assert hearts or "table S6 (cardiothoracic ratio)" in text
     assert "Not for clinical use" in page
     assert "figure 1: a drawing" in text
     assert "children against children" in text

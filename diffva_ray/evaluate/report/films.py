@@ -81,7 +81,7 @@ def sample(records: pd.DataFrame, limit: int) -> list[Row]:
     range of SSIM; the same for the same records, and in their order."""
     ok = finished(records)
     if len(ok) > limit:
-        ranked = ok.sort_values(["label", "ssim", "record_id"])
+        ranked = ok[["label", "ssim", "record_id"]].sort_values(["label", "ssim", "record_id"])
         kept: list[Any] = []
         for label, share in shares(ranked["label"].value_counts().sort_index().to_dict(), limit).items():
             members = ranked[ranked["label"] == label]

@@ -127,7 +127,9 @@ def test_the_table_of_the_operations_page() -> None:
         assert page in (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
 
 
-def test_a_dry_run_tells_the_cost_and_what_is_left_of_it(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
+def test_a_dry_run_tells_the_cost_and_what_is_left_of_it(
+    tiny: Recipe, films: Path, model: Path, tmp_path: Path
+) -> None:
     def shown(out: Path, *more: str) -> dict:
         command = ["generate", "--data", films, "--model", model, "--out", out, "--dry-run", *more]
         result = CliRunner().invoke(main, list(map(str, command)))
