@@ -69,6 +69,7 @@ class ClassifierConfig(StageConfig):
     trains: Literal["classifier"]
     block_out_channels: tuple[int, ...] = Field((32, 64, 64), min_length=1)
     norm_num_groups: int = Field(8, ge=1)  # divides all of block_out_channels
+    noise_limit: float = Field(0.6, gt=0, le=1)  # of the timesteps; at least the strength it is to guide at
 
 
 Stage = Annotated[AutoencoderConfig | DenoiserConfig | JudgeConfig | ClassifierConfig, Field(discriminator="trains")]

@@ -157,7 +157,7 @@ def spanning(run: Run, records: pd.DataFrame) -> list[tuple[str, Row]]:
     """(rank, record) of the highest, the median and the lowest film of each class, by ``ranking``; ties by id."""
     column, _ = ranking(run, records)
     ok = finished(records)
-    chosen = []
+    chosen: list[tuple[str, Row]] = []
     for label in sorted(ok["label"].value_counts().sort_index().nlargest(CLASSES).index):
         scores = ok.loc[ok["label"] == label, [column, "record_id"]]
         ranked = scores.sort_values([column, "record_id"], ascending=[False, True]).index

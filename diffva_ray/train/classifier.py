@@ -46,12 +46,13 @@ class ClassifierStage(Stage):
         self.classifier.requires_grad_(True)
 
     def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        """Cross-entropy at timesteps drawn uniformly (Dhariwal & Nichol 2021)."""
+        """Cross-entropy at timesteps drawn uniformly (Dhariwal & Nichol 2021) up to ``noise_limit``: films are never
+        noised further than the strength, and what lies beyond says little of a lesion."""
         device = next(network.parameters()).device
         indices = [self.draws[position] for position in batch.positions()]
         mean, std = self.latents.moments(indices, device)
         posterior_noise, noise = batch.normal(mean.shape[1:], mean), batch.normal(mean.shape[1:], mean)
-        steps = self.noise_scheduler.config.num_train_timesteps
+        steps = self.config.noise_limit * self.noise_scheduler.config.num_train_timesteps
         timesteps = (batch.uniform() * steps).long().to(device)
         latents = (mean + std * posterior_noise) * self.setting.bundle.vae.config.scaling_factor
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
