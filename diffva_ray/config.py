@@ -88,7 +88,7 @@ class MaskedConfig(Section):
 class ClassifierGuidedConfig(Section):
     """Method ``classifier-guided``."""
 
-    scale: float = Field(100.0, ge=0)  # of the classifier's gradient; 0: the film comes back
+    scale: float = Field(50.0, ge=0)  # of the classifier's gradient; 0: the film comes back
 
 
 class GenerateConfig(Section):

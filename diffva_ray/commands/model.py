@@ -51,7 +51,14 @@ def demo(out: str, quick: bool, seed: int) -> None:
 @verb("train")
 @data_option
 @click.option("--out", metavar="MODEL", required=True, help="Model folder to write, or s3://.")
-@click.option("--workers", default="1", show_default=True, metavar="N|MIN:MAX", callback=worker_count, help="Ray Train workers; MIN:MAX grows and shrinks with the cluster.")
+@click.option(
+    "--workers",
+    default="1",
+    show_default=True,
+    metavar="N|MIN:MAX",
+    callback=worker_count,
+    help="Ray Train workers; MIN:MAX grows and shrinks with the cluster.",
+)
 @click.option("--gpus-per-worker", type=click.FloatRange(0), metavar="F", help="Default: 1 where the cluster has GPUs.")
 @executor_option
 @recipe_option

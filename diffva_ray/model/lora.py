@@ -28,7 +28,9 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise UnusableModel("LoRA (train.lora, or a model with a lora folder) needs peft: pip install 'diffva-ray[lora]'") from None
+        raise UnusableModel(
+            "LoRA (train.lora, or a model with a lora folder) needs peft: pip install 'diffva-ray[lora]'"
+        ) from None
     return peft
 
 

@@ -60,7 +60,7 @@ def heal(engine: Counterfactuals, steps: int = 8, **changes: object) -> Twins:
 def test_guidance_raises_the_classifiers_own_probability(model: Path, prediction_type: str) -> None:
     """Of the twins' latents, and the more the larger the scale; with scale 0 the film comes back."""
     found, moved = [], []
-    for scale in (0.0, 30.0, 300.0):
+    for scale in (0.0, 3.0, 30.0):
         engine = engine_with(model, scale)
         engine.model.prediction_type = prediction_type
         engine.bundle.scheduler["prediction_type"] = prediction_type

@@ -64,8 +64,9 @@ def test_integrated_gradients_are_complete() -> None:
     with torch.no_grad():
         logits = torch.stack([judge(each) for each in films])
     score = logits[..., :2].logsumexp(dim=-1) - logits[..., 2]
-    found = integrated_gradients(judge, FILMS).sum(axis=(1, 2))
-    assert found == pytest.approx((score[0] - score[1]).numpy(), rel=0.02)
+    maps = integrated_gradients(judge, FILMS, steps=128)
+    gap = maps.sum(axis=(1, 2)) - (score[0] - score[1]).numpy()
+    assert (np.abs(gap) < 0.02 * np.abs(maps).sum(axis=(1, 2))).all()
 
 
 def test_occlusion_finds_what_the_score_needs() -> None:

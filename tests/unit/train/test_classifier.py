@@ -12,6 +12,7 @@ from diffva_ray.config import Recipe, RecipeError, make_recipe
 from diffva_ray.model.bundle import build, load
 from diffva_ray.train import loop
 from diffva_ray.train.checkpoint import Checkpoints
+from diffva_ray.train.denoiser import Latents
 
 CLASSIFIER = {
     "name": "classifier", "trains": "classifier", "steps": 4, "batch_size": 6, "learning_rate": 3e-3,
@@ -72,11 +73,21 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_training(
     assert load(str(tmp_path / "whole")).digest == load(str(tmp_path / "killed")).digest
 
 
-def test_it_learns_and_leaves_the_others_alone(tiny: Recipe, films: Path, tmp_path: Path) -> None:
-    """Two classes of twelve films each are learned by heart; autoencoder and UNet stay as they were."""
-    stage = {**CLASSIFIER, "steps": 60, "batch_size": 12, "classes": {"Normal": 1, "COVID": 1}, "ema_decay": None}
+def test_it_learns_and_leaves_the_others_alone(
+    tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where latents tell the label it finds it out through the noise; autoencoder and UNet stay as they were. The
+    latents are given: those of an untrained autoencoder tell nothing."""
+
+    def telling(self: Latents, indices: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        signs = torch.tensor([1.0 if self.films.films[n].label == "COVID" else -1.0 for n in indices])
+        mean = 10 * signs[:, None, None, None].expand(-1, 4, 8, 8)
+        return mean, torch.full_like(mean, 0.1)
+
+    monkeypatch.setattr(Latents, "moments", telling)
+    stage = {**CLASSIFIER, "steps": 40, "batch_size": 8, "classes": {"Normal": 1, "COVID": 1}, "ema_decay": None}
     losses = [metrics["loss"] for metrics in run(with_stages(tiny, stage), films, tmp_path)]
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     trained, start = load(str(tmp_path)), build(tiny)
     assert trained.extra("classifier").classes == ("COVID", "Normal")
     for name in ("vae", "unet", "text_encoder"):
