@@ -106,7 +106,7 @@ class DiffusersSide:
     def step(self, step: int) -> float:
         positions = range(step * BATCH, (step + 1) * BATCH)
         assert self.draws.prior is not None
-        indices = [self.draws.draws[n] for n in positions] + [self.draws.prior[n] for n in positions]
+        indices = [self.draws.draws[n] for n in positions] + [self.draws.prior.draws[n] for n in positions]
         prompts = [self.bundle.recipe.data.prompt(self.films.films[index].label) for index in indices]
         pixels = three_channels(self.films.batch(indices)).to(self.device)
         generator = step_generator(self.seed, STAGE["name"], step)

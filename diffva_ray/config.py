@@ -17,11 +17,11 @@ RECIPES = resources.files("diffva_ray") / "recipes"
 
 
 Method = Literal[  # each is the module of that name in counterfactual/
-    "sdedit", "ddim-inversion", "cycle", "masked", "classifier-guided"
+    "sdedit", "ddim-inversion", "cycle", "masked", "classifier-guided", "controlnet"
 ]  # fmt: skip
 
 # What a method needs beside the pipeline's networks: the folder of the model, and the kind of stage that trains it.
-NEEDS: dict[str, str] = {"classifier-guided": "classifier"}
+NEEDS: dict[str, str] = {"classifier-guided": "classifier", "controlnet": "controlnet"}
 Scheduler = Literal["pndm", "pndm-diffusers", "ddim", "dpmsolver++", "unipc", "euler"]
 
 
@@ -91,6 +91,14 @@ class ClassifierGuidedConfig(Section):
     scale: float = Field(50.0, ge=0)  # of the classifier's gradient; 0: the film comes back
 
 
+class ControlNetConfig(Section):
+    """Method ``controlnet``; names and defaults as in StableDiffusionControlNetImg2ImgPipeline."""
+
+    conditioning_scale: float = Field(0.8, ge=0)
+    start: float = Field(0.0, ge=0, le=1)  # share of the steps before the condition counts
+    end: float = Field(1.0, ge=0, le=1)
+
+
 class GenerateConfig(Section):
     """What changes a pixel of a counterfactual; all of it is part of the run's fingerprint."""
 
@@ -113,6 +121,7 @@ class GenerateConfig(Section):
     min_side: int = Field(32, ge=1)  # smaller films are too_small
     masked: MaskedConfig = MaskedConfig()
     classifier_guided: ClassifierGuidedConfig = ClassifierGuidedConfig()
+    controlnet: ControlNetConfig = ControlNetConfig()
 
     @property
     def map_name(self) -> str:

@@ -43,18 +43,30 @@ class AutoencoderConfig(StageConfig):
     adversarial_start: int = Field(0, ge=0)  # step from which the autoencoder feels the adversary
 
 
-class DenoiserConfig(StageConfig):
+class NoisePredictionConfig(StageConfig):
+    """Learning to predict noise (or velocity) under the class's prompt."""
+
+    prompt_dropout: float = Field(0.0, ge=0, lt=1)
+    snr_gamma: float | None = Field(None, gt=0)
+
+
+class DenoiserConfig(NoisePredictionConfig):
     """UNet and text encoder together: DreamBooth with prior preservation, or a mixed schedule."""
 
     trains: Literal["denoiser"]
     trainable: Literal["all", "cross-attention"] = "all"  # cross-attention: the warm-up after a swap of text encoders
     train_text_encoder: bool = True
-    prompt_dropout: float = Field(0.0, ge=0, lt=1)
-    snr_gamma: float | None = Field(None, gt=0)
     prior_class: str | None = None  # DreamBooth's class set
     prior_loss_weight: float = Field(1.0, ge=0)
     class_images: Literal["real", "generated"] = "real"  # the class set: films of prior_class, or drawn by the model
     num_class_images: int = Field(200, ge=1)  # where they are generated
+
+
+class ControlNetStageConfig(NoisePredictionConfig):
+    """A ControlNet beside the frozen model, for method ``controlnet``; comes after the denoiser's stages."""
+
+    trains: Literal["controlnet"]
+    conditions: tuple[Literal["lungs", "edges"], ...] = Field(("lungs", "edges"), min_length=1)
 
 
 class JudgeConfig(StageConfig):
@@ -72,7 +84,10 @@ class ClassifierConfig(StageConfig):
     noise_limit: float = Field(0.6, gt=0, le=1)  # of the timesteps; at least the strength it is to guide at
 
 
-Stage = Annotated[AutoencoderConfig | DenoiserConfig | JudgeConfig | ClassifierConfig, Field(discriminator="trains")]
+Stage = Annotated[
+    AutoencoderConfig | DenoiserConfig | ControlNetStageConfig | JudgeConfig | ClassifierConfig,
+    Field(discriminator="trains"),
+]
 
 
 class LoraConfig(Section):

@@ -82,7 +82,6 @@ def generate(
         compute=_pool(actors, share, len(pending)),
         num_gpus=share or None,
         num_cpus=0,  # with a CPU each, the actors of a small machine starve Ray Data's own tasks
-        scheduling_strategy="SPREAD",  # asking for no CPU, they would all land on one node
         fn_constructor_args=(run, data, model, "cuda" if share else "cpu", secrets.token_hex(6)),
     )
     for report in reports.iter_rows():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,9 +15,12 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
 
-from diffva_ray.config import Recipe, load_recipe
+from diffva_ray.config import NEEDS, Recipe, load_recipe
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.storage import LocalStore
+
+if TYPE_CHECKING:
+    from diffva_ray.model.bundle import Bundle
 
 TINY = (
     "name=tiny",
@@ -92,3 +97,28 @@ def inception_weights(inception_state: dict, tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(inception_state, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def complete(model: Path) -> Callable[[], Bundle]:
+    """The model with an untrained network for every method that needs one; loaded anew at each call."""
+    import torch
+    from diffusers import ControlNetModel
+
+    from diffva_ray.model.bundle import load
+    from diffva_ray.model.classifier import LatentClassifier
+
+    def load_with_extras() -> Bundle:
+        bundle = load(str(model))
+        torch.manual_seed(0)
+        bundle.extras["classifier"] = LatentClassifier(["COVID", "Normal"], "Normal", 4, (8, 16), 4)
+        controlnet = ControlNetModel.from_unet(bundle.unet, conditioning_embedding_out_channels=(8, 16, 16))
+        controlnet.register_to_config(conditions=["lungs", "edges"])
+        for parameter in controlnet.parameters():  # its last layers are zero before it is trained
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.05)
+        bundle.extras["controlnet"] = controlnet.eval()
+        assert set(NEEDS.values()) <= set(bundle.extras)
+        return bundle
+
+    return load_with_extras

@@ -22,6 +22,7 @@ class Calls(NamedTuple):
     unet: int
     encode: int = 1
     decode: int = 2
+    controlnet: int = 0
 
 
 METHODS: dict[str, Callable[[int, int], Calls]] = {  # of the sampler's steps, and the branches of guidance (1 or 2)
@@ -29,10 +30,12 @@ METHODS: dict[str, Callable[[int, int], Calls]] = {  # of the sampler's steps, a
     "ddim-inversion": lambda steps, branches: Calls(steps * branches + steps - 1),
     "cycle": lambda steps, branches: Calls(steps * branches + steps),
     "masked": lambda steps, branches: Calls(steps * branches + steps - 1),
+    "controlnet": lambda steps, branches: Calls(steps * branches, controlnet=steps * branches),
     "classifier-guided": lambda steps, branches: Calls(2 * steps - 1),
 }
-# TFLOP of one forward (a multiplication and an addition are two), by base and resolution: UNet, encoder, decoder.
-TFLOP = {("CompVis/stable-diffusion-v1-4", 512): (0.803, 1.117, 2.515)}
+# TFLOP of one forward (a multiplication and an addition are two), by base and resolution: UNet, encoder, decoder,
+# ControlNet.
+TFLOP = {("CompVis/stable-diffusion-v1-4", 512): (0.803, 1.117, 2.515, 0.283)}
 
 
 def calls(settings: Mapping[str, Any], prompts: int) -> Calls:

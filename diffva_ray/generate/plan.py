@@ -143,7 +143,7 @@ def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:
             f"strength {checked.strength:g} of {checked.num_inference_steps} steps leaves no step to do; raise one of "
             "them"
         )
-    if checked.method != "sdedit" and checked.scheduler != "ddim":
+    if checked.method not in ("sdedit", "controlnet") and checked.scheduler != "ddim":
         raise PlanError(
             f"method {checked.method} runs with scheduler ddim, not {checked.scheduler}; give --scheduler ddim or "
             "--method sdedit"

@@ -9,6 +9,7 @@ from typing import Any
 from diffva_ray.model.card import EXTRAS, UnusableModel
 
 CLASSES: dict[str, str] = {  # folder -> "module:class"; classes are diffusers ModelMixins
+    "controlnet": "diffusers:ControlNetModel",
     "classifier": "diffva_ray.model.classifier:LatentClassifier",
 }
 

@@ -4,13 +4,14 @@ guidance has a trained unconditional branch, and DreamBooth's prior preservation
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from diffva_ray.config_stages import DenoiserConfig
+from diffva_ray.config_stages import DenoiserConfig, NoisePredictionConfig
 from diffva_ray.model import text
 from diffva_ray.model.cross_attention import cross_attention_parameters
 from diffva_ray.model.lora import adapter_parameters, attached
@@ -22,42 +23,21 @@ from diffva_ray.train.stage import Batch, Player, Setting, Stage, three_channels
 ENCODING_BATCH = 16
 
 
-class DenoiserStage(Stage):
-    config: DenoiserConfig
+class NoisePrediction(Stage):
+    """What stages that learn to predict noise have in common: films, noise, prompts and the loss."""
 
-    def __init__(self, setting: Setting, config: DenoiserConfig) -> None:
+    config: NoisePredictionConfig
+
+    def __init__(self, setting: Setting, config: NoisePredictionConfig) -> None:
         super().__init__(setting, config)
-        bundle = setting.bundle
         self.draws = Draws(setting.films.films, config.classes, setting.seed)
         self.films = Latents(setting, setting.films)
-        self.prior: Draws | None = None
-        self.prior_films = self.films
-        if config.prior_class and config.class_images == "real":
-            self.prior = Draws(setting.films.films, {config.prior_class: 1}, setting.seed + 1)
-        self.noise_scheduler = DDPMScheduler.from_config(bundle.scheduler)
-        self.players = [Player("denoiser", Denoiser(bundle.unet, bundle.text_encoder), self.loss)]
+        self.prior: ClassSet | None = None
+        self.noise_scheduler = DDPMScheduler.from_config(setting.bundle.scheduler)
 
-    def begin(self, device: torch.device, first: bool, wait: Callable[[], None]) -> None:
-        config = self.config
-        if config.prior_class and config.class_images == "generated":
-            drawn = class_images(self.setting, config, device, first, wait)
-            self.prior = Draws(drawn.films, {config.prior_class: 1}, self.setting.seed + 1)
-            self.prior_films = Latents(self.setting, drawn)
-        for parameter in self._trainable():
-            parameter.requires_grad_(True)
-
-    def _trainable(self) -> list[nn.Parameter]:
-        """Adapters where there are any, otherwise all weights; to warm up, only those that read the prompt."""
-        unet, encoder = self.setting.bundle.unet, self.setting.bundle.text_encoder
-        chosen = adapter_parameters(unet) if attached(unet) else dict(unet.named_parameters())
-        if self.config.trainable == "cross-attention":
-            reading = cross_attention_parameters(unet)
-            return [parameter for name, parameter in chosen.items() if name in reading]
-        parameters = list(chosen.values())
-        if self.config.train_text_encoder:
-            adapters = adapter_parameters(encoder) if attached(encoder) else dict(encoder.named_parameters())
-            parameters += adapters.values()
-        return parameters
+    def inputs(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
+        """What the network reads beside noisy latents, timesteps and prompts."""
+        return ()
 
     def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         """As in DreamBooth's script, instances and class set go through the network in one batch, each with noise and
@@ -68,12 +48,12 @@ class DenoiserStage(Stage):
         indices = [self.draws[position] for position in positions]
         mean, std = self.films.moments(indices, device)
         labels = [self.setting.films.films[index].label for index in indices]
-        groups, rows = 1, list(batch.rows)
+        groups, rows, prior_loss_weight = 1, list(batch.rows), 0.0
         if self.prior is not None:
-            groups = 2
-            prior_mean, prior_std = self.prior_films.moments([self.prior[position] for position in positions], device)
+            groups, prior_loss_weight = 2, self.prior.loss_weight
+            prior_mean, prior_std = self.prior.films.moments([self.prior.draws[at] for at in positions], device)
             mean, std = torch.cat([mean, prior_mean]), torch.cat([std, prior_std])
-            labels += [self.config.prior_class or ""] * len(indices)
+            labels += [self.prior.label] * len(indices)
             rows += [batch.size + row for row in batch.rows]
 
         whole = Batch(batch.step, groups * batch.size, rows, batch.generator)
@@ -86,13 +66,13 @@ class DenoiserStage(Stage):
         latents = (mean + std * posterior_noise) * self.setting.bundle.vae.config.scaling_factor
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
         prompts = ["" if drop else data.prompt(label) for label, drop in zip(labels, dropped.tolist(), strict=True)]
-        output = network(noisy, timesteps, *self.tokens(prompts, device))
+        output = network(noisy, timesteps, *self.tokens(prompts, device), *self.inputs(indices, device))
         weights = None
         if self.config.snr_gamma is not None:
             alphas = self.noise_scheduler.alphas_cumprod.to(device)
             weights = min_snr_weights(alphas, timesteps, self.config.snr_gamma, self.prediction_type)
         target = self.target(latents, noise, timesteps)
-        return denoising_loss(output, target, weights, len(indices), self.config.prior_loss_weight)
+        return denoising_loss(output, target, weights, len(indices), prior_loss_weight)
 
     @property
     def prediction_type(self) -> str:
@@ -111,6 +91,52 @@ class DenoiserStage(Stage):
         ids, mask = text.tokenize(self.setting.bundle.tokenizer, distinct)
         which = torch.tensor([distinct.index(prompt) for prompt in prompts])
         return ids.to(device), mask.to(device), which.to(device)
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """DreamBooth's class set: films of ``label``, and the weight of their loss."""
+
+    label: str
+    draws: Draws
+    films: Latents
+    loss_weight: float
+
+
+class DenoiserStage(NoisePrediction):
+    config: DenoiserConfig
+
+    def __init__(self, setting: Setting, config: DenoiserConfig) -> None:
+        super().__init__(setting, config)
+        if config.prior_class and config.class_images == "real":
+            self.prior = self._class_set(setting.films, self.films)
+        self.players = [Player("denoiser", Denoiser(setting.bundle.unet, setting.bundle.text_encoder), self.loss)]
+
+    def begin(self, device: torch.device, first: bool, wait: Callable[[], None]) -> None:
+        config = self.config
+        if config.prior_class and config.class_images == "generated":
+            drawn = class_images(self.setting, config, device, first, wait)
+            self.prior = self._class_set(drawn, Latents(self.setting, drawn))
+        for parameter in self._trainable():
+            parameter.requires_grad_(True)
+
+    def _class_set(self, films: FilmSet, latents: Latents) -> ClassSet:
+        label = str(self.config.prior_class)
+        draws = Draws(films.films, {label: 1}, self.setting.seed + 1)
+        return ClassSet(label, draws, latents, self.config.prior_loss_weight)
+
+    def _trainable(self) -> list[nn.Parameter]:
+        """Adapters where there are any, otherwise all weights; to warm up, only those that read the prompt."""
+        unet, encoder = self.setting.bundle.unet, self.setting.bundle.text_encoder
+        chosen = adapter_parameters(unet) if attached(unet) else dict(unet.named_parameters())
+        if self.config.trainable == "cross-attention":
+            reading = cross_attention_parameters(unet)
+            return [parameter for name, parameter in chosen.items() if name in reading]
+        parameters = list(chosen.values())
+        if self.config.train_text_encoder:
+            adapters = adapter_parameters(encoder) if attached(encoder) else dict(encoder.named_parameters())
+            parameters += adapters.values()
+        return parameters
 
 
 class Denoiser(nn.Module):

@@ -81,7 +81,9 @@ class Journal:
                 tracker.log_images({name: picture[None]}, step=self.steps_before(stage) + step, **order)
 
     def keep(self) -> None:
-        """At a checkpoint: TensorBoard's files to where the model is."""
+        """At a checkpoint: all that was said so far, and TensorBoard's files to where the model is."""
+        if self.history:
+            self._write(self.history[-1]["stage"], self.history[-1]["step"])
         if self._events is None:
             return
         root = Path(self._events.name)

@@ -148,6 +148,8 @@ def _run_stage(run: Run, stage: Stage, index: int, start: int, resume: Path | No
 
     for module in run.bundle.modules.values():
         module.to(device).requires_grad_(False)
+    if start == 0:
+        stage.start()
     stage.begin(device, run.first, accelerator.wait_for_everyone)
     turns = [_turn(run, config, player) for player in stage.players]
     if resume:

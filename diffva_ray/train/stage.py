@@ -72,6 +72,9 @@ class Stage:
     players: list[Player] = field(default_factory=list)
     modules: dict[str, nn.Module] = field(default_factory=dict)
 
+    def start(self) -> None:
+        """Before the first step of the stage: weights that depend on what earlier stages have trained."""
+
     def begin(self, device: torch.device, first: bool, wait: Callable[[], None]) -> None:
         """Before the first step of this process: choose what is trainable, prepare data. ``first``: the first worker;
         ``wait``: until all workers have come here."""
@@ -86,6 +89,7 @@ class Stage:
 KINDS = {
     "autoencoder": "autoencoder:AutoencoderStage",
     "denoiser": "denoiser:DenoiserStage",
+    "controlnet": "controlnet:ControlNetStage",
     "judge": "judge:JudgeStage",
     "classifier": "classifier:ClassifierStage",
 }

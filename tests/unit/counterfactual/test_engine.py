@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,19 +15,14 @@ from diffva_ray.config import Recipe
 from diffva_ray.counterfactual.attribution import attribution, energy
 from diffva_ray.counterfactual.engine import Counterfactuals, Settings
 from diffva_ray.data.phantoms import phantom
-from diffva_ray.model.bundle import build, load
-from diffva_ray.model.classifier import LatentClassifier
+from diffva_ray.model.bundle import Bundle, build
 
 FILMS = [phantom(label, n, seed=1, size=32).film for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
 
 
 @pytest.fixture
-def engine(model: Path) -> Counterfactuals:
-    """With an untrained classifier, for the method that needs one."""
-    bundle = load(str(model))
-    torch.manual_seed(0)
-    bundle.extras["classifier"] = LatentClassifier(["COVID", "Normal"], "Normal", 4, (8, 16), 4)
-    return Counterfactuals(bundle, device="cpu")
+def engine(complete: Callable[[], Bundle]) -> Counterfactuals:
+    return Counterfactuals(complete(), device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -72,7 +67,7 @@ def test_pndm_diffusers_is_the_img2img_pipeline(tiny: Recipe, steps: int, streng
 @pytest.mark.parametrize(
     ("method", "scheduler"),
     [*(("sdedit", name) for name in ("pndm", "ddim", "dpmsolver++", "unipc", "euler")),
-     *((name, "ddim") for name in ("ddim-inversion", "cycle", "masked", "classifier-guided"))],
+     *((name, "ddim") for name in ("ddim-inversion", "cycle", "masked", "classifier-guided", "controlnet"))],
 )  # fmt: skip
 def test_neighbours_slots_and_padding_change_nothing(engine: Counterfactuals, method: str, scheduler: str) -> None:
     settings = Settings("normal chest scan", method, scheduler, 0.7, 3.0, 6)

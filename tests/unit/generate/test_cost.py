@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -18,8 +19,7 @@ from diffva_ray.counterfactual.guidance_difference import CALLS
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.generate.cost import METHODS, TFLOP, calls, cost
 from diffva_ray.generate.plan import PlanError, Request, check_settings
-from diffva_ray.model.bundle import load
-from diffva_ray.model.classifier import LatentClassifier
+from diffva_ray.model.bundle import Bundle
 from diffva_ray.pipeline import Execution, generate_run
 
 SETTINGS = [  # strength, steps, guidance scale, source prompt
@@ -31,10 +31,8 @@ SETTINGS = [  # strength, steps, guidance scale, source prompt
 
 
 @pytest.fixture(scope="module")
-def engine(model: Path) -> Counterfactuals:
-    bundle = load(str(model))
-    bundle.extras["classifier"] = LatentClassifier(["COVID", "Normal"], "Normal", 4, (8, 16), 4)
-    return Counterfactuals(bundle, device="cpu")
+def engine(complete: Callable[[], Bundle]) -> Counterfactuals:
+    return Counterfactuals(complete(), device="cpu")
 
 
 def test_a_derived_mask_has_its_price(engine: Counterfactuals) -> None:
@@ -47,7 +45,7 @@ def test_a_derived_mask_has_its_price(engine: Counterfactuals) -> None:
 def test_calls_are_those_that_happen(method: str, engine: Counterfactuals, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call is one film through one network: films count, not batches."""
     bundle, film = engine.bundle, phantom("COVID", 1, size=32).film
-    made = {"unet": 0, "encode": 0, "decode": 0}
+    made = {"unet": 0, "encode": 0, "decode": 0, "controlnet": 0}
 
     def counting(name, forward):
         def counted(films, *arguments, **options):
@@ -56,7 +54,8 @@ def test_calls_are_those_that_happen(method: str, engine: Counterfactuals, monke
 
         return counted
 
-    monkeypatch.setattr(bundle.unet, "forward", counting("unet", bundle.unet.forward))
+    for name, network in (("unet", bundle.unet), ("controlnet", bundle.extra("controlnet"))):
+        monkeypatch.setattr(network, "forward", counting(name, network.forward))
     for name in ("encode", "decode"):
         monkeypatch.setattr(bundle.vae, name, counting(name, getattr(bundle.vae, name)))
     seen = 0
@@ -87,8 +86,8 @@ def test_a_method_without_a_rule_is_an_error(tiny: Recipe) -> None:
 
 
 def test_operations_are_as_torch_counts_them() -> None:
-    """Stable Diffusion v1.4's networks without weights: UNet, encoder and decoder at 512 px."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    """Stable Diffusion v1.4's networks without weights: UNet, encoder, decoder and ControlNet at 512 px."""
+    from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), torch.no_grad():
@@ -97,12 +96,14 @@ def test_operations_are_as_torch_counts_them() -> None:
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         )  # fmt: skip
+        controlnet = ControlNetModel.from_unet(unet)
         latents, film = torch.zeros(1, 4, 64, 64), torch.zeros(1, 3, 512, 512)
         counted = []
         for forward in (
             lambda: unet(latents, torch.tensor(1), torch.zeros(1, 77, 768)),
             lambda: vae.encode(film),
             lambda: vae.decode(latents),
+            lambda: controlnet(latents, torch.tensor(1), torch.zeros(1, 77, 768), film),
         ):
             with FlopCounterMode(display=False) as counter:
                 forward()

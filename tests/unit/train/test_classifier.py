@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from trainings import different, killed, run, weights, with_stages
 
-from diffva_ray.config import Recipe, RecipeError, make_recipe
+from diffva_ray.config import Recipe, RecipeError
 from diffva_ray.model.bundle import build, load
-from diffva_ray.train import loop
-from diffva_ray.train.checkpoint import Checkpoints
 from diffva_ray.train.denoiser import Latents
 
 CLASSIFIER = {
@@ -21,55 +19,17 @@ CLASSIFIER = {
 JUDGE = {"name": "judge", "trains": "judge", "steps": 2, "batch_size": 4, "learning_rate": 1e-3}
 
 
-class Killed(Exception):
-    pass
-
-
-def with_stages(recipe: Recipe, *stages: dict) -> Recipe:
-    values = recipe.model_dump(mode="json")
-    values["train"] |= {"stages": list(stages), "log_every": 1, "checkpoint_every": 2}
-    return make_recipe(values)
-
-
-def run(recipe: Recipe, films: Path, out: Path) -> list[dict]:
-    keep, seen = Checkpoints(out / ".train", 2), []
-
-    def report(metrics: dict, folder: Path | None) -> None:
-        seen.append(metrics)
-        keep(metrics, folder)
-
-    loop.train(recipe, str(films), str(out), "x", {}, report, keep.latest(), threads=1)
-    return seen
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "classifier/diffusion_pytorch_model.safetensors")
-
-
 @pytest.mark.parametrize("kill_at", [1, 3, 5])
 def test_killed_and_resumed_is_bitwise_the_undisturbed_training(
     kill_at: int, tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps 0-3 are the classifier's, 4-5 the judge's: killed there, the classifier is finished and must be kept."""
-    recipe = with_stages(tiny, CLASSIFIER, JUDGE)
+    recipe = with_stages(tiny, CLASSIFIER, JUDGE, checkpoint_every=2)
     run(recipe, films, tmp_path / "whole")
-    done, rate = 0, loop.learning_rate
-
-    def dying(*arguments: object) -> float:
-        nonlocal done
-        done += 1
-        if done == kill_at + 1:
-            raise Killed
-        return rate(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "learning_rate", dying)
-        with pytest.raises(Killed):
-            run(recipe, films, tmp_path / "killed")
-    torch.manual_seed(999)
+    killed(recipe, films, tmp_path / "killed", kill_at, monkeypatch)
     run(recipe, films, tmp_path / "killed")
-    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert [name for name in whole if not torch.equal(whole[name], killed[name])] == []
+    whole, resumed = (weights(tmp_path / name, "classifier") for name in ("whole", "killed"))
+    assert different(whole, resumed) == []
     assert load(str(tmp_path / "whole")).digest == load(str(tmp_path / "killed")).digest
 
 

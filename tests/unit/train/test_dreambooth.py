@@ -36,7 +36,7 @@ def test_the_loss_is_that_of_diffusers_script(benchmark: ModuleType, films: Path
     bundle = build(recipe)
     side = benchmark.DiffusersSide(recipe, film_set, torch.device("cpu"))
     positions = range(step * benchmark.BATCH, (step + 1) * benchmark.BATCH)
-    indices = [side.draws.draws[n] for n in positions] + [side.draws.prior[n] for n in positions]
+    indices = [side.draws.draws[n] for n in positions] + [side.draws.prior.draws[n] for n in positions]
     labels = [film_set.films[index].label for index in indices]
     assert labels == ["COVID"] * benchmark.BATCH + ["Normal"] * benchmark.BATCH
     theirs = benchmark.script_loss(

@@ -9,44 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from trainings import different, killed, run, weights, with_stages
 
-from diffva_ray.config import Recipe, RecipeError, make_recipe
+from diffva_ray.config import Recipe, RecipeError
 from diffva_ray.model.bundle import build, load
 from diffva_ray.model.cross_attention import cross_attention_parameters
-from diffva_ray.train import loop
-from diffva_ray.train.checkpoint import Checkpoints
-from diffva_ray.train.loop import train
 from diffva_ray.validation import validation_of
 
-
-class Killed(Exception):
-    pass
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    parts = ("vae", "unet", "text_encoder", "judge")
-    return {
-        f"{part}.{name}": value
-        for part in parts
-        for file in (folder / part).glob("*.safetensors")
-        for name, value in load_file(file).items()
-    }
-
-
-def with_stages(recipe: Recipe, *stages: dict, **changes: object) -> Recipe:
-    values = recipe.model_dump(mode="json")
-    values["train"] |= {"stages": list(stages), "log_every": 1, **changes}
-    return make_recipe(values)
-
-
-def run(recipe: Recipe, films: Path, out: Path, **options: object) -> list[dict]:
-    """Train in this process; returns the history."""
-    keep = Checkpoints(out / ".train", 2)
-    train(recipe, str(films), str(out), "x", {}, keep, keep.latest(), threads=1, **options)
-    return json.loads((out / ".train/progress.json").read_text())["history"]
-
-
+PARTS = ("vae", "unet", "text_encoder", "judge")
 DENOISER = {"name": "joint", "trains": "denoiser", "steps": 3, "batch_size": 4, "learning_rate": 1e-3}
 
 
@@ -66,26 +36,10 @@ def test_killed_at_any_step_and_resumed_is_bitwise_the_undisturbed_run(
     kill_at: int, tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps 0-3 are the autoencoder's, 4-7 the denoiser's, 8-9 the judge's; checkpoints are two steps apart."""
-    out, done = tmp_path / "model", 0
-    rate = loop.learning_rate
-
-    def dying(*arguments: object) -> float:
-        nonlocal done
-        done += 1
-        if done == kill_at + 1:
-            raise Killed
-        return rate(*arguments)
-
-    keep = Checkpoints(out / ".train", 2)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "learning_rate", dying)
-        with pytest.raises(Killed):
-            train(tiny, str(films), str(out), "tiny", {}, keep, threads=1)
-    torch.manual_seed(999)  # the resumed process comes with another random state
-    train(tiny, str(films), str(out), "tiny", {}, keep, keep.latest(), threads=1)
-    undisturbed, resumed = weights(model), weights(out)
-    assert undisturbed.keys() == resumed.keys()
-    assert [name for name in undisturbed if not torch.equal(undisturbed[name], resumed[name])] == []
+    out = tmp_path / "model"
+    killed(tiny, films, out, kill_at, monkeypatch)
+    run(tiny, films, out)
+    assert different(weights(model, *PARTS), weights(out, *PARTS)) == []
     assert load(str(model)).digest == load(str(out)).digest
     one, other = (
         [(entry["stage"], entry["step"], entry["loss"]) for entry in json.loads(file.read_text())["history"]]
@@ -103,7 +57,9 @@ def test_small_shares_accumulate_to_the_same_step(tiny: Recipe, films: Path, tmp
     assert [entry["grad_norm"] for entry in shared] == pytest.approx([entry["grad_norm"] for entry in whole], rel=1e-3)
 
 
-def test_an_adversary_plays_and_resumes_bitwise(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+def test_an_adversary_plays_and_resumes_bitwise(
+    tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = {
         "name": "autoencoder", "trains": "autoencoder", "steps": 4, "batch_size": 4, "learning_rate": 1e-3,
         "adversarial_weight": 0.5, "perceptual_weight": 1.0, "adversarial_start": 1,
@@ -113,17 +69,10 @@ def test_an_adversary_plays_and_resumes_bitwise(tiny: Recipe, films: Path, tmp_p
     assert all(np.isfinite(entry["adversary_loss"]) for entry in history)
     assert history[0]["adversary_grad_norm"] > 0
 
-    keep = Checkpoints(tmp_path / "killed/.train", 2)
-
-    def dying(metrics: dict[str, float], folder: Path | None) -> None:
-        keep(metrics, folder)
-        raise Killed
-
-    with pytest.raises(Killed):
-        train(recipe, str(films), str(tmp_path / "killed"), "x", {}, dying, threads=1)
-    run(recipe, films, tmp_path / "killed")
-    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
-    assert [name for name in whole if not torch.equal(whole[name], killed[name])] == []
+    killed(recipe, films, tmp_path / "killed", 5, monkeypatch)
+    assert run(recipe, films, tmp_path / "killed") == history  # nothing of the killed process is lost or said twice
+    whole, resumed = (weights(tmp_path / name, *PARTS) for name in ("whole", "killed"))
+    assert different(whole, resumed) == []
 
 
 def test_a_decoder_alone_leaves_the_latents_as_they_were(tiny: Recipe, films: Path, tmp_path: Path) -> None:
@@ -181,21 +130,16 @@ def test_a_warm_up_moves_only_what_reads_the_prompt(tiny: Recipe, films: Path, t
         assert moved == set(cross_attention_parameters(start.unet) if name == "unet" else ())
 
 
-def test_lora_resumes_bitwise_and_exports_ordinary_weights(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+def test_lora_resumes_bitwise_and_exports_ordinary_weights(
+    tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("peft")
     recipe = with_stages(tiny, DENOISER, lora={"rank": 4, "dropout": 0.1}, checkpoint_every=2)
     run(recipe, films, tmp_path / "whole")
-    keep = Checkpoints(tmp_path / "killed/.train", 2)
-
-    def dying(metrics: dict[str, float], folder: Path | None) -> None:
-        keep(metrics, folder)
-        raise Killed
-
-    with pytest.raises(Killed):
-        train(recipe, str(films), str(tmp_path / "killed"), "x", {}, dying, threads=1)
+    killed(recipe, films, tmp_path / "killed", 2, monkeypatch)
     run(recipe, films, tmp_path / "killed")
     assert load(str(tmp_path / "whole")).digest == load(str(tmp_path / "killed")).digest
-    start, whole = build(tiny), weights(tmp_path / "whole")
+    start, whole = build(tiny), weights(tmp_path / "whole", *PARTS)
     assert {key.removeprefix("unet.") for key in whole if key.startswith("unet.")} == set(start.unet.state_dict())
     moved = [key for key, value in start.unet.state_dict().items() if not torch.equal(value, whole[f"unet.{key}"])]
     assert moved

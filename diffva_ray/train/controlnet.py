@@ -1,0 +1,102 @@
+"""A ControlNet beside a frozen model (Zhang et al. 2023; the paper's equation 7): noise prediction under the prompt and
+a condition image of lungs and edges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel
+from numpy.typing import NDArray
+from torch import nn
+
+from diffva_ray.config_stages import ControlNetStageConfig
+from diffva_ray.data.conditions import condition
+from diffva_ray.data.images import BadImage, decode_mask
+from diffva_ray.model import text
+from diffva_ray.train.denoiser import NoisePrediction
+from diffva_ray.train.stage import Player, Setting
+
+EMBEDDING = (16, 32, 96, 256)  # Stable Diffusion's: each step but the first halves the condition's side
+
+
+class ControlNetStage(NoisePrediction):
+    config: ControlNetStageConfig
+
+    def __init__(self, setting: Setting, config: ControlNetStageConfig) -> None:
+        super().__init__(setting, config)
+        bundle = setting.bundle
+        torch.manual_seed(setting.seed)
+        halvings = len(bundle.vae.config.block_out_channels) - 1  # from the film's grid to the latents'
+        self.controlnet = ControlNetModel.from_unet(
+            bundle.unet, conditioning_embedding_out_channels=EMBEDDING[: halvings + 1], load_weights_from_unet=False
+        )
+        self.controlnet.register_to_config(conditions=list(config.conditions))
+        bundle.extras["controlnet"] = self.controlnet
+        self.modules = {"controlnet": self.controlnet}
+        self.players = [Player("controlnet", Controlled(bundle.unet, bundle.text_encoder, self.controlnet), self.loss)]
+        self._conditions: dict[int, NDArray[np.uint8]] = {}  # a bit a pixel
+        size = setting.films.size
+        self.kept = len(setting.films.films) * 3 * size**2 / 8 <= setting.cache_megabytes * 2**20
+
+    def start(self) -> None:
+        """The ControlNet begins as a copy of the UNet's first half, as the stages before have trained it; its last
+        layers are zero, so that it changes nothing yet."""
+        unet = self.setting.bundle.unet
+        for name in ("conv_in", "time_embedding", "encoder_hid_proj", "down_blocks", "mid_block"):
+            part, copy = getattr(unet, name, None), getattr(self.controlnet, name, None)
+            if part is not None and copy is not None:
+                copy.load_state_dict(part.state_dict(), strict=False)
+
+    def begin(self, device: torch.device, first: bool, wait: Callable[[], None]) -> None:
+        self.controlnet.requires_grad_(True)
+
+    def inputs(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
+        """The films' condition images [n, 3, H, W]."""
+        return (torch.stack([self._condition(index) for index in indices]).to(device),)
+
+    def _condition(self, index: int) -> torch.Tensor:
+        size = self.setting.films.size
+        bits = self._conditions.get(index)
+        if bits is None:
+            bits = np.packbits(self._drawn(index).astype(bool))
+            if self.kept:
+                self._conditions[index] = bits
+        return torch.from_numpy(np.unpackbits(bits).reshape(3, size, size).astype(np.float32))
+
+    def _drawn(self, index: int) -> NDArray[np.float32]:
+        films = self.setting.films
+        film = films.films[index]
+        try:
+            lungs = decode_mask(films.store.read(film.lung_mask), films.size) if film.lung_mask else None
+        except (OSError, BadImage):
+            lungs = None  # found in the film instead
+        return condition(films.batch([index])[0].numpy(), lungs, self.config.conditions)
+
+
+class Controlled(nn.Module):
+    """The model and its ControlNet behind one forward."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module, controlnet: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.text_encoder, self.controlnet = unet, text_encoder, controlnet
+
+    def forward(
+        self,
+        noisy: torch.Tensor,
+        timesteps: torch.Tensor,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        which: torch.Tensor,
+        image: torch.Tensor,
+    ) -> torch.Tensor:
+        states = text.embed(self.text_encoder, ids, mask)[which]
+        down, middle = self.controlnet(noisy, timesteps, states, image, return_dict=False)
+        return self.unet(
+            noisy,
+            timesteps,
+            encoder_hidden_states=states,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+        ).sample

@@ -1,0 +1,110 @@
+"""Method ``controlnet``: diffusers' own numbers, and SDEdit's where the ControlNet says nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetImg2ImgPipeline
+from PIL import Image
+
+from diffva_ray.config import ControlNetConfig, Recipe
+from diffva_ray.counterfactual.engine import Counterfactuals, Settings
+from diffva_ray.data.conditions import condition
+from diffva_ray.data.phantoms import phantom
+from diffva_ray.model.bundle import Bundle, build, load
+from diffva_ray.model.card import UnusableModel
+
+MADE = [phantom(label, n, seed=1, size=32) for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
+FILMS = [np.round(made.film * 255).astype(np.float32) / 255 for made in MADE]
+LUNGS = [made.lungs for made in MADE]
+SETTINGS = Settings("normal chest scan", "controlnet", "ddim", 0.6, 3.0, 10)
+
+
+def untrained(bundle: Bundle) -> ControlNetModel:
+    network = ControlNetModel.from_unet(bundle.unet, conditioning_embedding_out_channels=(8, 16, 16))
+    network.register_to_config(conditions=["lungs", "edges"])
+    return network
+
+
+def speaking(bundle: Bundle) -> ControlNetModel:
+    """With something in the layers that are zero before training."""
+    network = untrained(bundle)
+    torch.manual_seed(3)
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return network.eval()
+
+
+def engine_with(bundle: Bundle, network: ControlNetModel, **options: float) -> Counterfactuals:
+    bundle.extras["controlnet"] = network
+    changes = {"controlnet": ControlNetConfig(**options), "posterior": "sample", "micro_batch": 3, "source_prompt": ""}
+    return Counterfactuals(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
+
+
+def heal(engine: Counterfactuals, settings: Settings = SETTINGS) -> np.ndarray:
+    return engine(FILMS, [settings] * 3, seeds=[1, 2, 3], lungs=LUNGS).counterfactuals
+
+
+def test_an_untrained_controlnet_is_sdedit(tiny: Recipe) -> None:
+    engine = engine_with(build(tiny), untrained(build(tiny)))
+    assert np.array_equal(heal(engine), heal(engine, replace(SETTINGS, method="sdedit")))
+
+
+@pytest.mark.parametrize("options", [{"conditioning_scale": 0.0}, {"start": 1.0}, {"end": 0.0}])
+def test_switched_off_it_is_sdedit(tiny: Recipe, options: dict[str, float]) -> None:
+    bundle = build(tiny)
+    off = heal(engine_with(bundle, speaking(bundle), **options))
+    on = heal(engine_with(bundle, speaking(bundle)))
+    assert np.array_equal(off, heal(engine_with(bundle, speaking(bundle)), replace(SETTINGS, method="sdedit")))
+    assert not np.array_equal(off, on)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "options"),
+    [(3.0, {}), (0.5, {}), (3.0, {"conditioning_scale": 1.3, "start": 0.3, "end": 0.8})],
+)
+def test_it_is_the_controlnet_img2img_pipeline(tiny: Recipe, guidance: float, options: dict[str, float]) -> None:
+    bundle = build(tiny)
+    network = speaking(bundle)
+    ours = heal(engine_with(bundle, network, **options), replace(SETTINGS, guidance_scale=guidance))
+    pipeline = StableDiffusionControlNetImg2ImgPipeline(
+        vae=bundle.vae,
+        text_encoder=bundle.text_encoder,
+        tokenizer=bundle.tokenizer,
+        unet=bundle.unet,
+        controlnet=network,
+        scheduler=DDIMScheduler.from_config(
+            bundle.scheduler, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    chosen = ControlNetConfig(**options)
+    theirs = pipeline(
+        prompt=["normal chest scan"] * 3,
+        image=[Image.fromarray(np.round(film * 255).astype(np.uint8)).convert("RGB") for film in FILMS],
+        control_image=torch.from_numpy(
+            np.stack([condition(film, lungs, ("lungs", "edges")) for film, lungs in zip(FILMS, LUNGS)])
+        ),
+        strength=SETTINGS.strength,
+        guidance_scale=guidance,
+        num_inference_steps=SETTINGS.num_inference_steps,
+        controlnet_conditioning_scale=chosen.conditioning_scale,
+        control_guidance_start=chosen.start,
+        control_guidance_end=chosen.end,
+        generator=[torch.Generator().manual_seed(seed) for seed in (1, 2, 3)],
+        output_type="pt",
+    ).images
+    assert np.abs(ours - theirs.mean(dim=1).numpy()).max() < 1e-5
+
+
+def test_a_model_without_one_says_what_trains_it(model: Path) -> None:
+    with pytest.raises(UnusableModel, match="no controlnet; train it with a stage that `trains: controlnet`"):
+        heal(Counterfactuals(load(str(model)), device="cpu"))

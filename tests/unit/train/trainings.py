@@ -1,0 +1,64 @@
+"""Trainings in this process, whole ones and killed ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffva_ray.config import Recipe, make_recipe
+from diffva_ray.train import loop
+from diffva_ray.train.checkpoint import Checkpoints
+
+
+class Killed(Exception):
+    pass
+
+
+def with_stages(recipe: Recipe, *stages: dict, **changes: object) -> Recipe:
+    values = recipe.model_dump(mode="json")
+    values["train"] |= {"stages": list(stages), "log_every": 1, **changes}
+    return make_recipe(values)
+
+
+def weights(folder: Path, *parts: str) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": value
+        for part in parts
+        for file in (folder / part).glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
+
+
+def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the weights that are not bitwise the same."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def run(recipe: Recipe, films: Path, out: Path, **options: object) -> list[dict]:
+    """Train, from the latest checkpoint where there is one; returns the history."""
+    keep = Checkpoints(out / ".train", 2)
+    loop.train(recipe, str(films), str(out), "x", {}, keep, keep.latest(), threads=1, **options)
+    return json.loads((out / ".train/progress.json").read_text())["history"]
+
+
+def killed(recipe: Recipe, films: Path, out: Path, kill_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train and die before step ``kill_at``, counted over all stages; leaves another random state behind."""
+    done, rate = 0, loop.learning_rate
+
+    def dying(*arguments: object) -> float:
+        nonlocal done
+        done += 1
+        if done == kill_at + 1:
+            raise Killed
+        return rate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "learning_rate", dying)
+        with pytest.raises(Killed):
+            run(recipe, films, out)
+    torch.manual_seed(999)
