@@ -298,9 +298,9 @@ def reduce(run: Run, options: Options, executor: str = "ray") -> Reduced:
     from diffva_ray import ray_cluster
 
     with ray_cluster.session():
-        from diffva_ray.ray_reduce import score
+        from diffva_ray.ray_reduce import Cluster
 
-        return reduce_run(run, data, options, score)
+        return reduce_run(run, data, options, Cluster())
 
 
 def planned(recipe: Recipe, data: str, out: str, request: Request) -> dict[str, Any]:

@@ -1,18 +1,25 @@
-"""Scoring on a cluster: one Ray task per shard; rows come back in shard order, as from one loop."""
+"""Reduce on a cluster: one Ray task scores a shard, actors that hold an extractor compute features where none are
+stored. Rows come back in shard order and features through files, so tables are those of one loop."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.util import ActorPool
 
+from diffva_ray import ray_cluster
+from diffva_ray.evaluate.distances import Portion, embed_here
+from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import Boxes, Row
 from diffva_ray.evaluate.scores import score_records
+from diffva_ray.evaluate.workplace import Scored, Workplace
 from diffva_ray.generate.plan import Run, open_run
 from diffva_ray.storage import open_store
 
-if TYPE_CHECKING:
-    from diffva_ray.evaluate.reduction import Scored  # loads torch, which these tasks have no use for
+if TYPE_CHECKING:  # it loads torch, which tasks that score have no use for
+    from diffva_ray.metrics.features import Extractor
 
 
 @ray.remote(num_cpus=1)
@@ -22,8 +29,44 @@ def _score_shard(run: str, data: str, rows: list[Row], boxes: Boxes) -> Scored:
     return score_records(opened, open_store(data), rows, boxes)
 
 
-def score(run: Run, data: str, groups: list[list[Row]], boxes: Boxes) -> list[Scored]:
-    """``evaluate.reduction.Score`` on the connected cluster."""
-    root: Any = run.about["data_root"]
-    shared = ray.put(boxes)
-    return ray.get([_score_shard.remote(run.store.uri, root, rows, shared) for rows in groups])
+class Embedder:
+    """An actor with one extractor on its device."""
+
+    def __init__(self, run: str, options: Options, asked: str, device: str) -> None:
+        from diffva_ray.evaluate.set_distances import open_extractor
+
+        opened = open_run(open_store(run))
+        assert opened is not None
+        self.open = lambda: open_extractor(asked, opened, options, device)
+        self.extractor: Extractor | None = None
+
+    def fill(self, portion: Portion) -> None:
+        if self.extractor is None:  # not before: an actor's own start fails without a reason that a driver could tell
+            self.extractor = self.open()
+        portion.fill(self.extractor)
+
+
+class Cluster(Workplace):
+    """The work of a reduce on the connected cluster."""
+
+    def score(self, run: Run, data: str, groups: list[list[Row]], boxes: Boxes) -> list[Scored]:
+        root: Any = run.about["data_root"]
+        shared = ray.put(boxes)
+        return ray.get([_score_shard.remote(run.store.uri, root, rows, shared) for rows in groups])
+
+    def embed(self, run: Run, options: Options, extractor: Extractor, portions: Sequence[Portion]) -> None:
+        """One actor for each GPU, or for each CPU where there is none. A single portion is computed here: it takes
+        less than an actor takes to start."""
+        if len(portions) < 2:
+            return embed_here(extractor, portions)
+        gpus = int(ray_cluster.gpus())
+        actors = min(gpus or ray_cluster.cpus(), len(portions))
+        needs: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
+        actor = ray.remote(Embedder).options(max_restarts=-1, max_task_retries=-1, **needs)
+        made = [actor.remote(run.store.uri, options, extractor.asked, "cuda" if gpus else "cpu") for _ in range(actors)]
+        try:
+            for _ in ActorPool(made).map_unordered(lambda one, portion: one.fill.remote(portion), list(portions)):
+                pass
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None  # BadImage, OSError, UnusableData: as from a loop
+        return None

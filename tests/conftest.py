@@ -19,6 +19,16 @@ from diffva_ray.config import NEEDS, Recipe, load_recipe
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.storage import LocalStore
 
+CLUSTERS = ("ray", "jobs", "chaos")  # folders of tests that start Rays: one at a time, or they starve each other
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What one of several processes keeps to itself (``pytest -n 2 --dist loadgroup``): a file, or all Rays."""
+    for item in items:
+        folder, *inner = item.path.relative_to(Path(__file__).parent).parts
+        item.add_marker(pytest.mark.xdist_group("ray" if folder in CLUSTERS else "/".join([folder, *inner])))
+
+
 if TYPE_CHECKING:
     from diffva_ray.model.bundle import Bundle
 

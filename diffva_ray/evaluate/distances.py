@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,14 @@ from diffva_ray.metrics.fid_controls import infinity, split_halves
 from diffva_ray.metrics.kid import kid
 from diffva_ray.metrics.manifold import prdc
 from diffva_ray.schema import digest
-from diffva_ray.storage import Store
+from diffva_ray.storage import Store, open_store
 
 if TYPE_CHECKING:  # it loads torch, which a driver that only plans has no use for
     from diffva_ray.metrics.features import Extractor
 
 Features = NDArray[np.float32]
 Row = dict[str, Any]
+PORTION = 512  # films of a reference set in one file
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
 
 
@@ -40,38 +41,82 @@ class RunFeatures:
     labels: list[str]
 
 
-def run_features(run: Run, data: Store, rows: Sequence[Row], extractor: Extractor) -> RunFeatures:
-    """Features of a run's ``ok`` records, in the order of ``rows``: those the shards stored, computed (and kept) where
-    missing."""
-    size = len(rows), extractor.dimension
-    found = RunFeatures(np.zeros(size, np.float32), np.zeros(size, np.float32), [row["label"] for row in rows])
+@dataclass(frozen=True)
+class Portion:
+    """Images whose features make one file, the unit of work of an ``Embed``: ``sets`` is array name -> images, each a
+    store and a path in it. What cannot be read is left out where ``lenient``, and an error elsewhere."""
+
+    store: str
+    path: str
+    size: int  # of the grid that images are taken to
+    sets: dict[str, list[tuple[str, str]]]
+    ids: list[str]
+    lenient: bool = False
+
+    def stored(self) -> dict[str, Any] | None:
+        """The file's arrays, by the names of ``sets``; None where it is missing, damaged or of other images."""
+        try:
+            found = np.load(io.BytesIO(open_store(self.store).read(self.path)))
+            return {name: found[name] for name in self.sets} if list(found["ids"]) == self.ids else None
+        except (FileNotFoundError, KeyError, ValueError, zipfile.BadZipFile):
+            return None
+
+    def fill(self, extractor: Extractor) -> None:
+        """Compute and write the file. Raises BadImage or OSError for an unreadable image unless ``lenient``."""
+        stores = {uri: open_store(uri) for images in self.sets.values() for uri, _ in images}
+        arrays: dict[str, Any] = {"ids": np.array(self.ids)}
+        for name, images in self.sets.items():
+            arrays[name] = embed(
+                extractor, [partial(stores[uri].read, path) for uri, path in images], self.size, self.lenient
+            )
+        open_store(self.store).put(self.path, npz(arrays))
+
+
+Embed = Callable[["Extractor", Sequence[Portion]], None]  # fills portions, here or on a cluster
+
+
+def embed_here(extractor: Extractor, portions: Sequence[Portion]) -> None:
+    for portion in portions:
+        portion.fill(extractor)
+
+
+def run_features(
+    run: Run, data: Store, rows: Sequence[Row], extractor: Extractor, spread: Embed = embed_here
+) -> RunFeatures:
+    """Features of a run's ``ok`` records, in the order of ``rows``: those the shards stored (the stand-in's), those of
+    an earlier reduce, and computed (and kept) where missing."""
+    shape = len(rows), extractor.dimension
+    found = RunFeatures(np.zeros(shape, np.float32), np.zeros(shape, np.float32), [row["label"] for row in rows])
     place = {row["record_id"]: n for n, row in enumerate(rows)}
-    for shard, members in by_shard(rows).items():
-        at = [place[row["record_id"]] for row in members]
-        found.source[at], found.counterfactual[at] = _shard_features(run, data, shard, members, extractor)
+    portions = []
+    for (folder, name), members in by_shard(rows).items():
+        sets = {
+            f"{extractor.name}/source": [(data.uri, row["source_path"]) for row in members],
+            f"{extractor.name}/counterfactual": [(run.store.uri, row["counterfactual_path"]) for row in members],
+        }
+        ids = [row["record_id"] for row in members]
+        own = f"{folder}features/{name}.npz"
+        kept = f"{folder}features/{cache_key(extractor)}/{name}.npz"
+        portion = Portion(run.store.uri, kept, run.recipe.model.resolution, sets, ids)
+        by_worker = replace(portion, path=own)
+        use_own = extractor.is_stand_in and by_worker.stored() is not None
+        portions.append(by_worker if use_own else portion)
+    for portion, arrays in zip(portions, filled(portions, extractor, spread), strict=True):
+        at = [place[record] for record in portion.ids]
+        found.source[at], found.counterfactual[at] = (arrays[name] for name in portion.sets)
     return found
 
 
-def _shard_features(
-    run: Run, data: Store, shard: tuple[str, str], rows: list[Row], extractor: Extractor
-) -> tuple[Features, Features]:
-    """What the shard's worker stored (the stand-in's), or an earlier reduce (any extractor's), or computed now."""
-    folder, name = shard
-    cached = f"{folder}features/{cache_key(extractor)}/{name}.npz"
-    path = f"{folder}features/{name}.npz" if extractor.is_stand_in else cached
-    try:
-        stored = np.load(io.BytesIO(run.store.read(path)))
-        if list(stored["ids"]) == [row["record_id"] for row in rows]:
-            return stored[f"{extractor.name}/source"], stored[f"{extractor.name}/counterfactual"]
-    except (FileNotFoundError, KeyError, ValueError, zipfile.BadZipFile):
-        pass
-    size = run.recipe.model.resolution
-    before = embed(extractor, [partial(data.read, row["source_path"]) for row in rows], size)
-    after = embed(extractor, [partial(run.store.read, row["counterfactual_path"]) for row in rows], size)
-    ids = np.array([row["record_id"] for row in rows])
-    arrays = {"ids": ids, f"{extractor.name}/source": before, f"{extractor.name}/counterfactual": after}
-    run.store.put(cached, npz(arrays))
-    return before, after
+def filled(portions: Sequence[Portion], extractor: Extractor, spread: Embed) -> Iterable[dict[str, Any]]:
+    """The arrays of every portion, one after the other; those that are missing are computed first."""
+    missing = [portion for portion in portions if portion.stored() is None]
+    if missing:
+        spread(extractor, missing)
+    for portion in portions:
+        arrays = portion.stored()
+        if arrays is None:
+            raise OSError(f"{portion.store}/{portion.path}: written a moment ago, and gone or damaged")
+        yield arrays
 
 
 def npz(arrays: dict[str, Any]) -> bytes:
@@ -86,9 +131,9 @@ def cache_key(extractor: Extractor) -> str:
     return f"{extractor.name}-{extractor.resize}-{extractor.weights_sha256[:8]}"
 
 
-def embed(extractor: Extractor, readers: Iterable[Callable[[], bytes]], size: int) -> Features:
+def embed(extractor: Extractor, readers: Iterable[Callable[[], bytes]], size: int, lenient: bool = False) -> Features:
     """Features [n, d] of image files. ``legacy`` takes each file at its stored size, everything else on the model's
-    square grid. Raises BadImage for an unreadable one."""
+    square grid. Raises BadImage or OSError for an unreadable one; ``lenient`` leaves it out."""
     found: list[Features] = []
     waiting: list[NDArray[np.float32]] = []
 
@@ -98,7 +143,12 @@ def embed(extractor: Extractor, readers: Iterable[Callable[[], bytes]], size: in
             waiting.clear()
 
     for read in readers:
-        image = decode(read())
+        try:
+            image = decode(read())
+        except (BadImage, OSError):
+            if lenient:
+                continue
+            raise
         if extractor.resize != "legacy":
             image = to_square(image, size)
         if (waiting and waiting[0].shape != image.shape) or len(waiting) == extractor.micro_batch:
@@ -109,26 +159,21 @@ def embed(extractor: Extractor, readers: Iterable[Callable[[], bytes]], size: in
 
 
 def reference_features(
-    cache: Store, size: int, store: Store, films: Sequence[Film], extractor: Extractor, label: str
+    cache: Store, size: int, store: Store, films: Sequence[Film], extractor: Extractor, spread: Embed = embed_here
 ) -> tuple[Features, int]:
-    """Features of a reference class on the model's ``size``, kept in ``cache`` (a run, or what several runs share) and
+    """Features of a reference set on the model's ``size``, kept in ``cache`` (a run, or what several runs share) and
     found again by place and sizes of the films; and how many films were unreadable."""
-    name = digest([store.uri, size, sorted((film.path, film.size) for film in films)])[:16]
-    path = f"features/{cache_key(extractor)}/reference-{name}.npz"
-    try:
-        stored = np.load(io.BytesIO(cache.read(path)))
-        return stored["features"], int(stored["unreadable"])
-    except (FileNotFoundError, KeyError, ValueError, zipfile.BadZipFile):
-        pass
-    rows = []
-    for film in films:
-        try:
-            rows.append(embed(extractor, [partial(store.read, film.path)], size))
-        except (BadImage, OSError):
-            continue
+    portions = []
+    for start in range(0, len(films), PORTION):
+        members = films[start : start + PORTION]
+        name = digest([store.uri, size, [(film.path, film.size) for film in members]])[:16]
+        path = f"features/{cache_key(extractor)}/reference-{name}.npz"
+        images = {"features": [(store.uri, film.path) for film in members]}
+        ids = [film.path for film in members]
+        portions.append(Portion(cache.uri, path, size, images, ids, lenient=True))
+    rows = [arrays["features"] for arrays in filled(portions, extractor, spread)]
     features = np.concatenate(rows) if rows else np.zeros((0, extractor.dimension), np.float32)
-    cache.put(path, npz({"features": features, "unreadable": len(films) - len(rows), "label": label}))
-    return features, len(films) - len(rows)
+    return features, len(films) - len(features)
 
 
 def distance_row(

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -32,9 +32,9 @@ from diffva_ray.evaluate.pair_scores import (
     score_pairs,
     zone_rows,
 )
-from diffva_ray.evaluate.records import Boxes, Row, by_shard, read_records, with_settings
-from diffva_ray.evaluate.scores import score_records
+from diffva_ray.evaluate.records import Boxes, by_shard, read_records, with_settings
 from diffva_ray.evaluate.set_distances import distances
+from diffva_ray.evaluate.workplace import Workplace
 from diffva_ray.generate.budget import check_quarantined
 from diffva_ray.generate.ledger import OVERLAYS, overlays
 from diffva_ray.generate.plan import PLAN_FILE, RUN, SUCCESS, Run
@@ -45,9 +45,6 @@ from diffva_ray.storage import open_store
 
 if TYPE_CHECKING:
     from diffva_ray.metrics.perceptual import Lpips
-
-Scored = tuple[list[Row], list[Row]]  # localisation rows and twin rows of one shard
-Score = Callable[[Run, str, list[list[Row]], Boxes], list[Scored]]
 
 
 class Incomplete(Exception):
@@ -72,11 +69,11 @@ class Reduced:
     fresh: bool = True  # False: the run had been reduced like this already, nothing was written
 
 
-def reduce_run(run: Run, data_uri: str, options: Options, score: Score | None = None) -> Reduced:
+def reduce_run(run: Run, data_uri: str, options: Options, workplace: Workplace | None = None) -> Reduced:
     """Tables, quarantine, manifest and ``_SUCCESS`` of a run.
 
-    ``score`` spreads the scoring of shards (lists of records) over a cluster; by default they are scored here. Raises
-    Incomplete, OverBudget (the tables are written, ``_SUCCESS`` is not) or UnusableData.
+    ``workplace`` is where the work is done. Raises Incomplete, OverBudget (the tables are written, ``_SUCCESS`` is not)
+    or UnusableData.
     """
     problems = verify(run, pixels=False)
     if problems:
@@ -92,7 +89,7 @@ def reduce_run(run: Run, data_uri: str, options: Options, score: Score | None = 
     quarantined = records[records["status"] != Status.OK.value]
     good = records[records["status"] == Status.OK.value]
     _write_quarantine(run, quarantined)
-    reduced = _compute(run, data_uri, options, good, score)
+    reduced = _compute(run, data_uri, options, good, workplace or Workplace())
     reduced.metrics = {
         "records": {"planned": run.about["records"], "ok": len(good), "quarantined": len(quarantined)},
         **reduced.metrics,
@@ -109,7 +106,7 @@ def reduce_run(run: Run, data_uri: str, options: Options, score: Score | None = 
     return reduced
 
 
-def _compute(run: Run, data_uri: str, options: Options, good: pd.DataFrame, score: Score | None) -> Reduced:
+def _compute(run: Run, data_uri: str, options: Options, good: pd.DataFrame, workplace: Workplace) -> Reduced:
     recipe = run.recipe
     notes: list[str] = []
     boxes = lesion_boxes(data_uri, options.boxes, notes)
@@ -119,7 +116,7 @@ def _compute(run: Run, data_uri: str, options: Options, good: pd.DataFrame, scor
     good = with_settings(good)
     rows = good.to_dict("records")
     groups = list(by_shard(rows).values())
-    scored = (score or _score_here)(run, data_uri, groups, boxes)
+    scored = workplace.score(run, data_uri, groups, boxes)
     place = {row["record_id"]: n for n, row in enumerate(rows)}  # intervals depend on the order, so it is the plan's
     order = lambda row: place[row["record_id"]]  # noqa: E731
     found = sorted((row for localization, _ in scored for row in localization), key=order)
@@ -133,7 +130,7 @@ def _compute(run: Run, data_uri: str, options: Options, good: pd.DataFrame, scor
         thresholds, source = read_thresholds(options.threshold_from), options.threshold_from.rstrip("/").split("/")[-1]
     data = open_store(run.about["data_root"])
     pairs = score_pairs(run, data, sampled(rows), boxes, run_judge(run), _lpips(options, recipe.model.resolution))
-    sets, within = distances(run, data_uri, options, rows, notes)
+    sets, within = distances(run, data_uri, options, rows, notes, partial(workplace.embed, run, options))
     metrics: dict[str, Any] = {
         "fid": sets,
         "fid_within": within,
@@ -180,11 +177,6 @@ def _say_training_films(run: Run, good: pd.DataFrame, metrics: dict[str, Any], n
     counts = {label: seen.count(rows["source_sha256"]) for label, rows in tables.by_label(good)}
     for row in (row for name in ("localization", "validity", "twin") for row in metrics[name]):
         row["training_films"] = counts[row["label"]]
-
-
-def _score_here(run: Run, data_uri: str, groups: list[list[Row]], boxes: Boxes) -> list[Scored]:
-    data = open_store(run.about["data_root"])
-    return [score_records(run, data, group, boxes) for group in groups]
 
 
 CAPTIONS = {

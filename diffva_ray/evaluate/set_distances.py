@@ -4,7 +4,7 @@ in the features of every extractor asked for."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
@@ -12,7 +12,15 @@ import numpy as np
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.evaluate.annotations import read_sources
-from diffva_ray.evaluate.distances import Features, Row, distance_row, reference_features, run_features
+from diffva_ray.evaluate.distances import (
+    Embed,
+    Features,
+    Row,
+    distance_row,
+    embed_here,
+    reference_features,
+    run_features,
+)
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import read_records, under
 from diffva_ray.generate.plan import Run, open_run
@@ -49,11 +57,20 @@ def choose_extractors(run: Run, options: Options, notes: list[str]) -> list[Extr
             "no Inception weights given (--inception-weights PATH): distances are of the stand-in extractor and are "
             "not FID"
         )
-        return [stand_in()]
-    return [_extractor(text, run, options) for text in options.extractors or ("inception",)]
+        return [replace(stand_in(), asked="stand-in")]
+    return [open_extractor(text, run, options) for text in options.extractors or ("inception",)]
 
 
-def _extractor(text: str, run: Run, options: Options) -> Extractor:
+def open_extractor(text: str, run: Run, options: Options, device: str | None = None) -> Extractor:
+    """The extractor ``text`` (NAME or NAME=PATH) of the options, on ``device`` (default: a GPU where there is one).
+    Raises UnusableData, one line."""
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return replace(_extractor(text, run, options, device), asked=text)
+
+
+def _extractor(text: str, run: Run, options: Options, device: str) -> Extractor:
     from diffva_ray.metrics import extractors
     from diffva_ray.metrics.features import inception, stand_in
 
@@ -64,21 +81,22 @@ def _extractor(text: str, run: Run, options: Options) -> Extractor:
         if name == "stand-in":
             return stand_in()
         if name == "judge":
-            return extractors.judge_features(path or str(run.about["model"]))
+            return extractors.judge_features(path or str(run.about["model"]), device)
         if name == "inception":
             path = path or options.weights or ""
         if not path:
             raise UnusableData(f"--extractor {text}: give its weights as {name}=PATH; nothing is downloaded")
         if name == "inception":
             resize = cast(Literal["clean", "legacy"], options.resize)
-            return inception(path, resize, grid=run.recipe.model.resolution)
-        return extractors.torchxrayvision(path) if name == "torchxrayvision" else extractors.rad_dino(path)
+            return inception(path, resize, run.recipe.model.resolution, device)
+        open_network = extractors.torchxrayvision if name == "torchxrayvision" else extractors.rad_dino
+        return open_network(path, device)
     except (OSError, ValueError) as error:
         raise error if isinstance(error, UnusableData) else UnusableData(str(error)) from None
 
 
 def distances(
-    run: Run, data_uri: str, options: Options, rows: list[Row], notes: list[str]
+    run: Run, data_uri: str, options: Options, rows: list[Row], notes: list[str], spread: Embed = embed_here
 ) -> tuple[list[Row], list[Row]]:
     """The rows of tables 1 and 2 and those of the distances within conditions.
 
@@ -95,9 +113,12 @@ def distances(
         raise UnusableData(f"--sources {options.sources}: none of its files is a film of the run")
     found, within = list[Row](), list[Row]()
     for number, extractor in enumerate(choose_extractors(run, options, notes)):
-        comparison = _Comparison(run, options, rows, extractor, settings)
+        comparison = _Comparison(run, options, rows, extractor, settings, spread)
         wanted = options.references or ((run.recipe.data.healthy_class, data_uri),)
-        made = [reference(run, label, uri, extractor, options, notes if number == 0 else []) for label, uri in wanted]
+        made = [
+            reference(run, label, uri, extractor, options, notes if number == 0 else [], spread)
+            for label, uri in wanted
+        ]
         references = [one for one in made if one is not None]
         found += comparison.by_condition(references)
         found += comparison.by_source(references, sources)
@@ -110,11 +131,13 @@ def distances(
 class _Comparison:
     """The sets of one run in the features of one extractor."""
 
-    def __init__(self, run: Run, options: Options, rows: list[Row], extractor: Extractor, settings: list[str]) -> None:
+    def __init__(
+        self, run: Run, options: Options, rows: list[Row], extractor: Extractor, settings: list[str], spread: Embed
+    ) -> None:
         labels = sorted({row["label"] for row in rows})
         draw = min((row["draw"] for row in rows), default=0)
-        self.run, self.options, self.rows, self.extractor = run, options, rows, extractor
-        self.features = run_features(run, open_store(run.about["data_root"]), rows, extractor)
+        self.run, self.options, self.rows, self.extractor, self.spread = run, options, rows, extractor, spread
+        self.features = run_features(run, open_store(run.about["data_root"]), rows, extractor, spread)
         # (setting, class) -> rows
         self.conditions: dict[tuple[str, str], list[int]] = {(at, label): [] for at in settings for label in labels}
         for n, row in enumerate(rows):
@@ -175,7 +198,7 @@ class _Comparison:
         known = read_sources(self.options.sources, [film.path for film in other.dataset.films])
         films = [film for film in other.dataset.films if known.get(film.path) == source]
         cache, size = _cache(self.run, self.options), self.run.recipe.model.resolution
-        return reference_features(cache, size, other.dataset.store, films, self.extractor, other.label)[0]
+        return reference_features(cache, size, other.dataset.store, films, self.extractor, self.spread)[0]
 
     def within_conditions(self, references: Sequence[Reference]) -> list[Row]:
         """Mean distance within each class (and setting), beside the distance of the pooled sets."""
@@ -220,7 +243,13 @@ class _Comparison:
 
 
 def reference(
-    run: Run, label: str, uri: str, extractor: Extractor, options: Options, notes: list[str]
+    run: Run,
+    label: str,
+    uri: str,
+    extractor: Extractor,
+    options: Options,
+    notes: list[str],
+    spread: Embed = embed_here,
 ) -> Reference | None:
     """Class ``label`` of a data set, or the counterfactuals of another run's class; None, and a note, when nobody asked
     for it and it is not there. Raises UnusableData."""
@@ -230,7 +259,7 @@ def reference(
         rows = frame[(frame["status"] == Status.OK.value) & (frame["label"] == label)].to_dict("records")
         if not rows:
             raise UnusableData(f"--reference {label}={uri}: that run has no finished record of class {label}")
-        twins = run_features(other, open_store(other.about["data_root"]), rows, extractor).counterfactual
+        twins = run_features(other, open_store(other.about["data_root"]), rows, extractor, spread).counterfactual
         return Reference(label, twins)
     try:
         dataset = open_dataset(uri, run.recipe.data, [label])
@@ -241,7 +270,7 @@ def reference(
         return None
     size = run.recipe.model.resolution
     features, unreadable = reference_features(
-        _cache(run, options), size, dataset.store, dataset.films, extractor, label
+        _cache(run, options), size, dataset.store, dataset.films, extractor, spread
     )
     if unreadable:
         notes.append(f"{unreadable} films of reference {label} could not be read")

@@ -37,6 +37,7 @@ class Extractor:
     micro_batch: int
     network: Callable[[torch.Tensor], torch.Tensor] = field(repr=False, compare=False)  # [B, 1, H, W] -> [B, dimension]
     device: str = "cpu"
+    asked: str = field(default="", compare=False)  # NAME or NAME=PATH, by which it was chosen
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "validation": LOW | {"config", "config_stages", "model", "train", "counterfactual", "data", "metrics"},
     "ray_train": LOW | {"config", "config_stages", "model", "train", "validation", "ray_cluster", "ray_metrics"},
     "ray_generate": LOW | {"config", "config_stages", "generate", "ray_cluster", "ray_metrics"},
-    "ray_reduce": LOW | {"config", "config_stages", "evaluate", "generate", "ray_cluster"},
+    "ray_reduce": LOW | {"config", "config_stages", "evaluate", "generate", "metrics", "ray_cluster"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

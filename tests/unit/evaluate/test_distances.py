@@ -51,16 +51,16 @@ class Counting:
 def test_a_reference_set_is_embedded_once_for_all_runs(films: Path, tmp_path: Path) -> None:
     """By content: other films, or another grid, are another set; a damaged cache is made anew."""
     dataset, cache, counting = open_dataset(str(films), classes=["Normal"]), LocalStore(str(tmp_path)), Counting()
-    first, unreadable = reference_features(cache, 32, dataset.store, dataset.films, counting, "Normal")
-    again, _ = reference_features(cache, 32, dataset.store, dataset.films, counting, "Normal")
+    first, unreadable = reference_features(cache, 32, dataset.store, dataset.films, counting)
+    again, _ = reference_features(cache, 32, dataset.store, dataset.films, counting)
     assert (counting.films, unreadable) == (6, 0)
     np.testing.assert_array_equal(first, again)
-    reference_features(cache, 32, dataset.store, dataset.films[:4], counting, "Normal")
-    reference_features(cache, 16, dataset.store, dataset.films, counting, "Normal")
+    reference_features(cache, 32, dataset.store, dataset.films[:4], counting)
+    reference_features(cache, 16, dataset.store, dataset.films, counting)
     assert counting.films == 6 + 4 + 6
     for entry in cache.list():
         cache.put(entry.path, b"torn")
-    reference_features(cache, 32, dataset.store, dataset.films, counting, "Normal")
+    reference_features(cache, 32, dataset.store, dataset.films, counting)
     assert counting.films == 22
 
 

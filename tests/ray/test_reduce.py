@@ -1,0 +1,44 @@
+"""Reduce on Ray: features computed by actors make the tables of a plain loop, and a fault is as plain."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from diffva_ray import ray_cluster
+from diffva_ray.config import Recipe
+from diffva_ray.data.films import UnusableData
+from diffva_ray.evaluate.options import Options
+from diffva_ray.evaluate.reduction import reduce_run
+from diffva_ray.generate.plan import Request
+from diffva_ray.pipeline import Execution, existing_run, generate_run
+from diffva_ray.ray_reduce import Cluster
+
+
+@pytest.fixture(scope="module")
+def runs(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same run twice."""
+    here, there = (tmp_path_factory.mktemp(name) / "run" for name in ("here", "there"))
+    recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"shard_size": 6})})
+    generate_run(recipe, str(films), str(model), str(here), Request(), Execution("inline"))
+    shutil.copytree(here, there)
+    return here, there
+
+
+def test_actors_embed_what_a_loop_embeds(runs: tuple[Path, Path]) -> None:
+    options = Options(extractors=("stand-in", "judge"))
+    one = reduce_run(existing_run(str(runs[0])), existing_run(str(runs[0])).about["data"], options)
+    with ray_cluster.session(cpus=2):
+        run = existing_run(str(runs[1]))
+        other = reduce_run(run, run.about["data"], options, Cluster())
+        with pytest.raises(UnusableData, match=r"nowhere.pth"):
+            reduce_run(run, run.about["data"], Options(extractors=("inception=/nowhere.pth",)), Cluster())
+    stored = [sorted(path.relative_to(run).as_posix() for path in run.glob("features/judge*/*")) for run in runs]
+    assert len(stored[0]) == 3 + 1  # a file for each shard, and the references
+    assert stored[0] == stored[1]
+    rows = [json.loads(json.dumps(reduced.metrics["fid"])) for reduced in (one, other)]
+    assert {row["extractor"] for row in rows[0]} == {"stand-in-random-conv-64", "judge"}
+    assert rows[0] == rows[1]
