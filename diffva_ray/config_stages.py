@@ -113,6 +113,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
+    sharding: Literal["none", "fsdp"] = "none"  # fsdp: no worker holds a whole network's gradients and optimizer state
     lora: LoraConfig | None = None
     checkpoint_every: int = Field(200, ge=1)
     checkpoints_to_keep: int = Field(2, ge=1)

@@ -35,7 +35,8 @@ class ControlNetStage(NoisePrediction):
         self.controlnet.register_to_config(conditions=list(config.conditions))
         bundle.extras["controlnet"] = self.controlnet
         self.modules = {"controlnet": self.controlnet}
-        self.players = [Player("controlnet", Controlled(bundle.unet, bundle.text_encoder, self.controlnet), self.loss)]
+        network = Controlled(bundle.unet, bundle.text_encoder, self.controlnet)
+        self.players = [Player("controlnet", network, self.loss, shardable=True)]
         self._conditions: dict[int, NDArray[np.uint8]] = {}  # a bit a pixel
         size = setting.films.size
         self.kept = len(setting.films.films) * 3 * size**2 / 8 <= setting.cache_megabytes * 2**20

@@ -110,7 +110,8 @@ class DenoiserStage(NoisePrediction):
         super().__init__(setting, config)
         if config.prior_class and config.class_images == "real":
             self.prior = self._class_set(setting.films, self.films)
-        self.players = [Player("denoiser", Denoiser(setting.bundle.unet, setting.bundle.text_encoder), self.loss)]
+        network = Denoiser(setting.bundle.unet, setting.bundle.text_encoder)
+        self.players = [Player("denoiser", network, self.loss, shardable=True)]
 
     def begin(self, device: torch.device, first: bool, wait: Callable[[], None]) -> None:
         config = self.config

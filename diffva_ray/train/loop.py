@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from diffva_ray.config import Recipe, RecipeError
 from diffva_ray.config_stages import StageConfig
@@ -29,6 +30,7 @@ from diffva_ray.train.checkpoint import Position, load_optimizers, load_weights,
 from diffva_ray.train.journal import Journal
 from diffva_ray.train.loss import learning_rate
 from diffva_ray.train.sampling import FilmSet, step_generator
+from diffva_ray.train.sharding import gather, like, load_optimizer_state, optimizer_state, sharded, whole
 from diffva_ray.train.stage import Batch, Player, Setting, Stage, make_stage
 
 Report = Callable[[dict[str, float], Path | None], None]  # takes the folder over
@@ -130,11 +132,22 @@ class Turn:
     ema: EMAModel | None
     rate: float
 
+    @property
+    def is_sharded(self) -> bool:
+        return isinstance(self.network, FSDPModule)
+
     def state(self) -> dict[str, Any]:
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.state_dict() if self.ema is not None else None,
-        }
+        """For a checkpoint; every worker takes part, and the first one's is whole."""
+        average = None
+        if self.ema is not None:
+            average = self.ema.state_dict()
+            average["shadow_params"] = [whole(tensor) for tensor in average["shadow_params"]]
+        return {"optimizer": optimizer_state(self.network, self.optimizer.optimizer), "ema": average}
+
+    def gather(self, everywhere: bool = False) -> None:
+        """The player's own network has the weights of the one that trains; every worker takes part."""
+        if self.is_sharded:
+            gather(self.network, self.player.network, everywhere)
 
 
 def _run_stage(run: Run, stage: Stage, index: int, start: int, resume: Path | None) -> None:
@@ -153,7 +166,7 @@ def _run_stage(run: Run, stage: Stage, index: int, start: int, resume: Path | No
     stage.begin(device, run.first, accelerator.wait_for_everyone)
     turns = [_turn(run, config, player) for player in stage.players]
     if resume:
-        _restore(turns, load_optimizers(resume), device)
+        _restore(turns, load_optimizers(resume))
 
     for step in range(start, config.steps):
         torch.manual_seed(step_generator(run.recipe.seed, f"{config.name}/{rank}", step).initial_seed())
@@ -181,25 +194,31 @@ def _run_stage(run: Run, stage: Stage, index: int, start: int, resume: Path | No
     for turn in turns:
         if turn.ema is not None:
             turn.ema.copy_to(turn.parameters)
-        turn.player.network.eval()
+        turn.gather(everywhere=True)
+        turn.player.network.to(device).eval()
     stage.finish(device)
     _checkpoint(run, Position(index + 1, 0), [])
 
 
 def _turn(run: Run, config: StageConfig, player: Player) -> Turn:
-    train = run.recipe.train
-    network = player.network.to(run.accelerator.device)
+    train, accelerator = run.recipe.train, run.accelerator
+    fsdp = train.sharding == "fsdp" and player.shardable and accelerator.num_processes > 1
+    if fsdp:
+        network = sharded(player.network, accelerator.device)
+        player.network.cpu()
+    else:
+        network = player.network.to(accelerator.device)
     if train.channels_last:
         network = network.to(memory_format=torch.channels_last)
     network.train()
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     rate = player.learning_rate or config.learning_rate
     optimizer = _optimizer(config, parameters, rate)
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
+    ema = EMAModel(parameters, decay=config.ema_decay, foreach=not fsdp) if config.ema_decay else None
     if train.compile:
         network.compile()
-    prepared, optimizer = run.accelerator.prepare(network, optimizer)
-    return Turn(player, prepared, parameters, optimizer, ema, rate)
+    prepared = network if fsdp else accelerator.prepare(network)
+    return Turn(player, prepared, parameters, accelerator.prepare(optimizer), ema, rate)
 
 
 def _optimizer(config: StageConfig, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
@@ -215,12 +234,12 @@ def _optimizer(config: StageConfig, parameters: list[nn.Parameter], rate: float)
     return AdamW8bit(parameters, **settings)
 
 
-def _restore(turns: list[Turn], states: list[dict[str, Any]], device: torch.device) -> None:
+def _restore(turns: list[Turn], states: list[dict[str, Any]]) -> None:
     for turn, state in zip(turns, states, strict=True):
-        turn.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(turn.network, turn.optimizer.optimizer, state["optimizer"])
         if turn.ema is not None:
             turn.ema.load_state_dict(state["ema"])
-            turn.ema.to(device)
+            turn.ema.shadow_params = list(map(like, turn.ema.shadow_params, turn.parameters))
 
 
 def _play(
@@ -247,18 +266,21 @@ def _play(
     turn.optimizer.zero_grad()
     if turn.ema is not None:
         turn.ema.step(turn.parameters)
-    return total, norm, rate
+    return total, whole(norm), rate
 
 
 def _alone(accelerator: Accelerator, network: nn.Module, more: bool) -> Any:
     """Workers exchange gradients with the last share only."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(not more)
+        return nullcontext()
     return accelerator.no_sync(network) if more else nullcontext()
 
 
 def _validate(run: Run, turns: list[Turn], stage: str, step: int) -> None:
     """With the averaged weights where there are any; the other workers wait."""
-    if run.first and run.validate is not None:
-        with _averaged(turns):
+    with _averaged(turns):
+        if run.first and run.validate is not None:
             run.validate(run.bundle, run.journal, stage, step)
     run.accelerator.wait_for_everyone()
 
@@ -267,6 +289,7 @@ class _averaged:
     """The EMA's weights in the networks' place for a while."""
 
     def __init__(self, turns: list[Turn]) -> None:
+        self.all = turns
         self.turns = [turn for turn in turns if turn.ema is not None]
 
     def _each(self) -> Iterator[tuple[EMAModel, list[nn.Parameter]]]:
@@ -278,6 +301,8 @@ class _averaged:
         for ema, parameters in self._each():
             ema.store(parameters)
             ema.copy_to(parameters)
+        for turn in self.all:
+            turn.gather()
 
     def __exit__(self, *_: object) -> None:
         for ema, parameters in self._each():
@@ -288,6 +313,9 @@ def _checkpoint(run: Run, position: Position, turns: list[Turn]) -> None:
     newest = run.journal.history[-1] if run.journal.history else {}
     metrics = {key: value for key, value in newest.items() if isinstance(value, float)}
     metrics |= {"stage_index": float(position.stage), "step": float(position.step)}
+    for turn in turns:
+        turn.gather()
+    states = [turn.state() for turn in turns]
     if not run.first:
         run.report(metrics, None)
         return
@@ -296,6 +324,6 @@ def _checkpoint(run: Run, position: Position, turns: list[Turn]) -> None:
     weights = {name: module.state_dict() for name, module in {**run.bundle.modules, **run.modules}.items()}
     save_checkpoint(
         folder, position, run.fingerprint, run.accelerator.num_processes, run.bundle, weights,
-        [turn.state() for turn in turns],
+        states,
     )  # fmt: skip
     run.report(metrics, folder)

@@ -49,6 +49,7 @@ class Player:
     network: nn.Module
     loss: Callable[[nn.Module, Batch], torch.Tensor]
     learning_rate: float | None = None  # of the stage where None
+    shardable: bool = False  # nobody but ``loss`` reads the network while it trains
 
 
 @dataclass

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from trainings import weights
 
 from diffva_ray.config import Recipe, make_recipe
 
@@ -53,16 +53,18 @@ def run(world: int, recipe: Path, films: Path, out: Path) -> list[dict]:
     return json.loads((out / ".train/progress.json").read_text())["history"]
 
 
+def weights_differ_by(one: Path, other: Path) -> float:
+    ours, theirs = (weights(model, "vae", "unet", "text_encoder") for model in (one, other))
+    assert ours.keys() == theirs.keys()
+    return max((value - theirs[key]).abs().max().item() for key, value in ours.items())
+
+
 def test_two_workers_with_batch_one_are_one_with_batch_two(recipe: Path, films: Path, tmp_path: Path) -> None:
     one, two = run(1, recipe, films, tmp_path / "one"), run(2, recipe, films, tmp_path / "two")
     for name in ("loss", "grad_norm", "adversary_loss"):
         ours, theirs = ([entry[name] for entry in history if name in entry] for history in (one, two))
         assert theirs == pytest.approx(ours, rel=1e-5 if name != "grad_norm" else 1e-4), name
-    for part in ("vae", "unet", "text_encoder"):
-        file = next((tmp_path / "one" / part).glob("*.safetensors")).name
-        ours, theirs = (load_file(tmp_path / name / part / file) for name in ("one", "two"))
-        for key, value in ours.items():
-            assert (value - theirs[key]).abs().max() < 2e-4, key  # AdamW's first steps are signs of gradients
+    assert weights_differ_by(tmp_path / "one", tmp_path / "two") < 2e-4  # AdamW's first steps are signs of gradients
     # killed after the second stage's middle, resumed on another number of workers
     shutil.copytree(tmp_path / "two/.train", tmp_path / "three/.train")
     checkpoint = sorted((tmp_path / "three/.train").glob("checkpoint-*"))
@@ -70,3 +72,22 @@ def test_two_workers_with_batch_one_are_one_with_batch_two(recipe: Path, films: 
     shutil.rmtree(checkpoint[1])
     resumed = run(1, recipe, films, tmp_path / "three")
     assert [entry["loss"] for entry in resumed] == pytest.approx([entry["loss"] for entry in one], rel=1e-5)
+
+
+def test_sharded_workers_are_the_same_training(recipe: Path, films: Path, tmp_path: Path) -> None:
+    """FSDP on two workers: the losses and weights of one worker without; resumed, the same to the last bit."""
+    values = json.loads(recipe.read_text())
+    plain, shards = tmp_path / "plain.json", tmp_path / "shards.json"
+    values["train"]["stages"][1] |= {"micro_batch_size": 1, "batch_size": 4}
+    plain.write_text(json.dumps(values))
+    values["train"]["sharding"] = "fsdp"
+    shards.write_text(json.dumps(values))
+    one, two = run(1, plain, films, tmp_path / "one"), run(2, shards, films, tmp_path / "two")
+    for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        ours, theirs = ([entry[name] for entry in history if name in entry] for history in (one, two))
+        assert theirs == pytest.approx(ours, rel=tolerance), name
+    assert weights_differ_by(tmp_path / "one", tmp_path / "two") < 2e-4
+    shutil.copytree(tmp_path / "two/.train", tmp_path / "again/.train")
+    shutil.rmtree(tmp_path / "again/.train/checkpoint-02-0000000")  # from the middle of the sharded stage
+    assert [entry["loss"] for entry in run(2, shards, films, tmp_path / "again")] == [entry["loss"] for entry in two]
+    assert weights_differ_by(tmp_path / "two", tmp_path / "again") == 0
