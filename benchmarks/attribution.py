@@ -1,0 +1,251 @@
+"""The leaderboard: every method and every map on the same phantoms of unseen seeds, over several training seeds.
+
+    python benchmarks/attribution.py [--work runs/attribution] [--seeds 0,1,2] [--films 300] [--recipe phantom]
+
+A training seed is a model of its own: recipe, classifier of noisy latents, ControlNet and judge, trained on 3000
+phantoms of a seed of its own. Thresholds come from validation films, scores from test films that nothing has seen; the
+judge never guides. Every map is positive part, smoothed by the recipe's Gaussian, scored inside the lungs. Rows called
+*sanity* must fall to the baselines. What is finished below --work is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pandas as pd
+import torch
+
+from diffva_ray import pipeline
+from diffva_ray.config import Recipe, load_recipe, make_recipe
+from diffva_ray.counterfactual.gradients import BASELINES, FilmClassifier
+from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
+from diffva_ray.data.images import decode_map
+from diffva_ray.data.phantoms import phantom_set
+from diffva_ray.evaluate.options import Options
+from diffva_ray.evaluate.records import by_shard, read_images, read_records, read_truth
+from diffva_ray.evaluate.scores import score_film
+from diffva_ray.generate.cost import calls
+from diffva_ray.generate.plan import Request, Run
+from diffva_ray.metrics.conformal import attributed, conformal_threshold
+from diffva_ray.metrics.localization import positive, smooth
+from diffva_ray.model.bundle import build, load, save
+from diffva_ray.observe import LOG, set_up_logging
+from diffva_ray.provenance import code_revision, version
+from diffva_ray.storage import open_store
+
+SEEDS = {"train": 100, "validation": 101, "test": 103}  # of phantoms; other than the demo's
+PAPER = {"method": "sdedit", "scheduler": "pndm", "strength": 0.55, "guidance_scale": 4.0, "num_inference_steps": 75,
+         "difference": "raw", "smoothing": 0.0, "source_prompt": "", "negative_prompt": ""}  # fmt: skip
+NOISED = {"strength": 0.55, "guidance_scale": 4.0, "num_inference_steps": 30, "source_prompt": "",
+          "negative_prompt": ""}  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "sdedit, the paper's settings": PAPER,
+    "sdedit": {"method": "sdedit", **NOISED},
+    "controlnet": {"method": "controlnet", **NOISED},
+    "cycle": {"method": "cycle"},
+    "classifier-guided": {"method": "classifier-guided", "source_prompt": "", "num_inference_steps": 17},
+    "ddim-inversion, empty source": {"source_prompt": "", "negative_prompt": ""},
+    "ddim-inversion": {"num_inference_steps": 17},
+    "masked": {"method": "masked", "num_inference_steps": 17},
+}
+CLASSIFIER = {"name": "classifier", "trains": "classifier", "steps": 900, "batch_size": 32, "learning_rate": 2.0e-3,
+              "warmup_steps": 20, "schedule": "cosine", "ema_decay": 0.98,
+              "classes": {"Normal": 3, "Lung_Opacity": 1, "COVID": 1, "Viral Pneumonia": 1}}  # fmt: skip
+CONTROLNET = {"name": "controlnet", "trains": "controlnet", "steps": 400, "batch_size": 16, "learning_rate": 1.0e-3,
+              "warmup_steps": 20, "schedule": "cosine", "prompt_dropout": 0.1}  # fmt: skip
+SCORES = ("auroc", "auprc", "dice_best", "dice_fixed", "pointing_game", "energy_in_truth")
+
+
+def films(work: Path, split: str, seed: int, count: int, size: int) -> str:
+    folder = work / f"{split}-{seed}"
+    if not (folder / "phantoms.json").exists():
+        for _ in phantom_set(open_store(str(folder)), count, size, 1000 * seed + SEEDS[split]):
+            pass
+    return str(folder)
+
+
+def trained(work: Path, recipe: Recipe, data: str, name: str, seed: int) -> str:
+    model = str(work / f"{name}-{seed}")
+    values = recipe.model_dump(mode="json")
+    values["seed"] = seed
+    values["train"]["stages"] += [CLASSIFIER, CONTROLNET]
+    pipeline.train_model(make_recipe(values), data, model, executor="inline")
+    return model
+
+
+def permuted(data: str, seed: int) -> str:
+    """A manifest of the same films with their labels shuffled."""
+    root = Path(data)
+    paths = sorted(path.relative_to(root) for path in root.glob("*/images/*.png"))
+    labels = np.random.default_rng(seed).permutation([path.parts[0] for path in paths])
+    manifest = root / "permuted.csv"
+    pd.DataFrame({"path": [str(path) for path in paths], "label": labels}).to_csv(manifest, index=False)
+    return str(manifest)
+
+
+def randomised(model: str, target: str) -> str:
+    """The model with a UNet of initial weights (Adebayo et al. 2018)."""
+    if not (Path(target) / "diffva.json").exists():
+        bundle = load(model)
+        bundle.unet.load_state_dict(build(bundle.recipe.model_copy(update={"seed": 77})).unet.state_dict())
+        save(bundle, open_store(target), {})
+    return target
+
+
+def of(metrics: dict[str, Any], table: str, **match: Any) -> dict[str, Any]:
+    rows = [row for row in metrics.get(table, []) if all(row[key] == value for key, value in match.items())]
+    return rows[0] if rows else {}
+
+
+def made(recipe: Recipe, data: str, model: str, out: Path, request: Request, threshold_from: Path | None) -> dict:
+    pipeline.generate_run(recipe, data, model, str(out), request, pipeline.Execution(executor="inline"))
+    options = Options(threshold_from=str(threshold_from) if threshold_from else None)
+    return pipeline.reduce(pipeline.existing_run(str(out)), options, executor="inline").metrics
+
+
+def maps_of(run: Run) -> tuple[list[np.ndarray], list[np.ndarray | None], np.ndarray]:
+    """Positive parts, regions and image-level scores (mean of the positive part in the region) of a run's films."""
+    data, saliency, regions = open_store(run.about["data_root"]), [], []
+    for row in read_records(run).to_dict("records"):
+        saliency.append(positive(decode_map(run.store.read(row["map_path"]))))
+        regions.append(read_truth(run, data, row, {}).region)
+    inside = [found if region is None else found[region] for found, region in zip(saliency, regions, strict=True)]
+    return saliency, regions, np.array([part.mean() for part in inside])
+
+
+def rank_auroc(ill: np.ndarray, healthy: np.ndarray) -> float:
+    return float((ill[:, None] > healthy).mean() + 0.5 * (ill[:, None] == healthy).mean())
+
+
+def row_of(name: str, recipe: Recipe, model: str, data: dict[str, str], out: Path, request: Request) -> dict[str, Any]:
+    """One line of the table: abnormal films for scores, healthy ones for false attribution."""
+    began = time.monotonic()
+    metrics: dict[str, Any] = {}
+    for split, source in (("validation", None), ("test", out / "validation")):
+        metrics = made(recipe, data[split], model, out / split, request, source)
+    seconds = time.monotonic() - began
+    healthy = Request(classes=[recipe.data.healthy_class], prompt=request.prompt)
+    for split in ("validation", "test"):
+        pipeline.generate_run(
+            recipe, data[split], model, str(out / f"healthy-{split}"), healthy, pipeline.Execution(executor="inline")
+        )
+    runs = {name: pipeline.existing_run(str(out / name)) for name in ("test", "healthy-validation", "healthy-test")}
+    (_, _, ill), (calm, lungs, _), (unseen, places, well) = (maps_of(run) for run in runs.values())
+    threshold = conformal_threshold(calm, lungs)
+    place = of(metrics, "localization", map="positive", label="all")
+    twin, flips = of(metrics, "twin", label="all"), of(metrics, "validity", label="all")
+    counted = calls(recipe.generate.model_dump(), len(recipe.data.prompts))
+    by_class = {row["label"]: row["auroc"] for row in metrics["localization"] if row["map"] == "positive"}
+    return {
+        "method": name,
+        **{key: place.get(key) for key in SCORES},
+        "auroc_absolute": of(metrics, "localization", map="absolute", label="all").get("auroc"),
+        "psnr_twin": twin.get("psnr"),
+        "lesion_error_left": twin.get("lesion_error_ratio"),
+        "ssim_input": of(metrics, "ssim", label="all").get("ssim"),
+        "flip_rate": flips.get("flip_rate"),
+        "image_auroc": rank_auroc(ill, well),
+        "healthy_mean": float(well.mean()),
+        "ill_mean": float(ill.mean()),
+        "conformal_threshold": threshold,
+        "conformal_share_unseen": float(np.mean([attributed(m, r, threshold) for m, r in zip(unseen, places)])),
+        **{f"auroc {label}": value for label, value in by_class.items() if label != "all"},
+        "unet_calls": counted.unet,
+        "seconds": round(seconds, 1),
+    }
+
+
+def gradient_rows(run: Run, model: str, smoothing: float) -> list[dict[str, Any]]:
+    """Gradient maps of the latent classifier, a competitor without a twin, on the films of a finished run."""
+    classifier = FilmClassifier(LatentDiffusion(load(model)))
+    data, rows = open_store(run.about["data_root"]), []
+    for members in by_shard(read_records(run).to_dict("records")).values():
+        images = [read_images(run, data, row) for row in members]
+        truths = [read_truth(run, data, row, {}) for row in members]
+        stacked = np.stack([image.film for image in images])
+        for name, function in BASELINES.items():
+            found = function(classifier, stacked)
+            for saliency, truth in zip(found, truths, strict=True):
+                rows += score_film({name: smooth(positive(np.asarray(saliency)), smoothing)}, truth)
+    table = pd.DataFrame([{key: row[key] for key in ("map", *SCORES) if key in row} for row in rows])
+    return [
+        {"method": f"latent classifier: {name}", **group.drop(columns="map").mean().to_dict()}
+        for name, group in table.groupby("map", sort=False)
+    ]
+
+
+def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str, ...]) -> list[dict[str, Any]]:
+    size, folder = recipe.model.resolution, work / f"seed-{seed}"
+    train = films(work, "train", seed, 3000, size)
+    data = {split: films(work, split, 0, n, size) for split, n in (("validation", 160), ("test", count * 4 // 3))}
+    model, table = trained(work, recipe, train, "model", seed), []
+
+    def line(name: str, changes: dict[str, Any], model: str, prompt: str | None = None) -> None:
+        if only and not any(text in name for text in only):
+            return
+        used = make_recipe(
+            {**recipe.model_dump(mode="json"), "generate": {**recipe.generate.model_dump(mode="json"), **changes}}
+        )
+        where = folder / "".join(c if c.isalnum() else "-" for c in name)
+        LOG.info("seed %d: %s", seed, name)
+        table.append(row_of(name, used, model, data, where, Request(prompt=prompt)))
+
+    for name, changes in METHODS.items():
+        line(name, changes, model)
+    if not only:
+        run = pipeline.existing_run(str(folder / "ddim-inversion" / "test"))
+        metrics = json.loads(run.store.read("tables/metrics.json"))
+        for name in ("brightness", "autoencoder_difference", "centre_prior"):
+            place = of(metrics, "localization", map=name, label="all")
+            table.append({"method": f"baseline: {name}", **{key: place.get(key) for key in SCORES}})
+        table += gradient_rows(run, model, recipe.generate.smoothing)
+    line("sanity: the disease's prompt", {"num_inference_steps": 17}, model, recipe.data.prompt("COVID"))
+    line("sanity: random UNet", {"num_inference_steps": 17}, randomised(model, str(work / f"random-{seed}")))
+    if seed == 0 and (not only or any("permuted" in text for text in only)):
+        shuffled = trained(work, recipe, permuted(train, seed), "permuted", seed)
+        line("sanity: permuted labels", {"num_inference_steps": 17}, shuffled)
+    return table
+
+
+@click.command()
+@click.option("--work", default="runs/attribution", show_default=True, type=click.Path(path_type=Path))
+@click.option("--seeds", default="0,1,2", show_default=True, help="Of training.")
+@click.option("--films", "count", default=300, show_default=True, help="Abnormal test films.")
+@click.option("--recipe", "recipe_name", default="phantom", show_default=True)
+@click.option("--threads", default=1, show_default=True)
+@click.option("--only", multiple=True, metavar="ROW", help="Rows that contain this text; the others are left out.")
+@click.option("--result", default="benchmarks/results/attribution.json", type=click.Path(path_type=Path))
+def main(
+    work: Path, seeds: str, count: int, recipe_name: str, threads: int, only: tuple[str, ...], result: Path
+) -> None:
+    set_up_logging()
+    torch.set_num_threads(threads)
+    work, recipe = work.absolute(), load_recipe(recipe_name)
+    numbers = [int(seed) for seed in seeds.split(",")]
+    rows = [{"seed": seed, **row} for seed in numbers for row in one_seed(work, recipe, seed, count, only)]
+    table = pd.DataFrame(rows)
+    grouped = table.drop(columns="seed").groupby("method", sort=False)
+    about = {
+        "command": f"python benchmarks/attribution.py --seeds {seeds} --films {count} --recipe {recipe_name}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+        "versions": {name: version(name) for name in ("torch", "diffusers", "captum")},
+        "code_revision": code_revision(),
+        "test_films": count,
+        "mean": json.loads(grouped.mean().reset_index().to_json(orient="records")),
+        "spread": json.loads(grouped.std().reset_index().to_json(orient="records")) if len(numbers) > 1 else None,
+        "rows": json.loads(table.to_json(orient="records")),
+    }
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(about, indent=1))
+    click.echo(grouped.mean().round(3).reset_index().to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
