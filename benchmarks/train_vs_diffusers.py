@@ -5,7 +5,7 @@
 ``script_loss`` and ``diffusers_curve`` are what examples/dreambooth/train_dreambooth.py does in a step, by the same
 library calls (the script itself cannot be run here: it reads its base and its class images from a hub). Both sides see
 the same films, noise and initial weights, so at equal settings their loss curves must agree; then ours runs at its
-recommended settings. Speeds are ratios from one process, after a warm-up, the two sides taking turns.
+recommended settings. Speeds are ratios of medians from one process, one side after the other.
 """
 
 from __future__ import annotations

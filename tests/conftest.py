@@ -14,6 +14,9 @@ os.environ["HOME"] = tempfile.mkdtemp(prefix="diffva-home-")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("RAY_ADDRESS", None)
+# Several processes test at once: each keeps to a core, and Ray's workers, nice by default, do not wait for the others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 from diffva_ray.config import NEEDS, Recipe, load_recipe
 from diffva_ray.data.phantoms import phantom_set

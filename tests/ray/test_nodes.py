@@ -1,5 +1,5 @@
-"""Several nodes without a shared disk: films, model and run are on S3 alone; every node has a working folder, a home
-and a folder for temporary files of its own."""
+"""Several nodes without a shared disk, for machines that cannot have hosts (test_hosts.py): films, model and run are on
+S3 alone; every node has a working folder, a home and a folder for temporary files of its own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import hosts as namespaces
 import pytest
 from ray.cluster_utils import Cluster
 
@@ -25,6 +26,7 @@ from diffva_ray.storage_s3 import S3Store
 sys.path.append(str(Path(__file__).parents[1] / "s3"))
 from swift_server import KEY, SECRET, Swift, why_not
 
+pytestmark = pytest.mark.skipif(namespaces.why_not() is None, reason="test_hosts.py runs here and proves more")
 NODES = 2  # with a CPU each, beside a head without
 
 
