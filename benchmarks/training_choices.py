@@ -61,12 +61,6 @@ def choices(steps: int) -> dict[str, list[dict[str, Any]]]:
         "prompt dropout 0": mixed(steps, prompt_dropout=0.0),
         "min-SNR 5": mixed(steps, snr_gamma=5.0),
         "with a class set (prior Normal)": mixed(steps, classes=ABNORMAL, prior_class="Normal"),
-        "the paper's sequence, with prior, dropout 0.1 and EMA": sequential(
-            steps, True, prompt_dropout=0.1, ema_decay=0.995
-        ),
-        "no EMA": mixed(steps, ema_decay=None),
-        "constant rate": mixed(steps, schedule="constant"),
-        "prompt dropout 0.2": mixed(steps, prompt_dropout=0.2),
     }
 
 
