@@ -1,6 +1,6 @@
 """What `diffva report` costs by the number of records, and what its page costs a browser.
 
-    python benchmarks/report.py [--sizes 10000,100000,1000000]
+    python benchmarks/report.py [--films 10000,20000,1000000]
 
 Each size is a run of its own that no model has made: real plan, real records, and as many pictures as are read. The
 report is the command itself in a process of its own, once anew and once again; its time and peak memory are measured
@@ -169,13 +169,22 @@ def written(run: Path) -> Table:
     return {"report_files": len(files), "report_mib": round(size / 2**20, 1)}
 
 
+def processor() -> str:
+    """The processor's name, where the system tells it."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{platform.machine()}, {names[0]}" if names else platform.machine()
+
+
 @click.command()
-@click.option("--sizes", default="10000,100000,1000000", show_default=True, help="Records of each run.")
+@click.option("--films", "sizes", default="10000,20000", show_default=True, help="Records of each run.")
 @click.option("--side", default=64, show_default=True, help="Pixels of a film.")
 @click.option("--result", default="benchmarks/results/report.json", type=click.Path(path_type=Path))
 @click.option("--keep", type=click.Path(path_type=Path), help="Leave the runs there.")
 def main(sizes: str, side: int, result: Path, keep: Path | None) -> None:
     rows = []
+    load = [round(value, 1) for value in os.getloadavg()]  # of others: seconds are no better than the machine was free
     for films in map(int, sizes.split(",")):
         folder = keep or Path(tempfile.mkdtemp())
         run = make_run(folder / f"films-{films}", films, side)
@@ -185,9 +194,10 @@ def main(sizes: str, side: int, result: Path, keep: Path | None) -> None:
         if keep is None:
             shutil.rmtree(folder)
     about = {
-        "command": "python benchmarks/report.py",
+        "command": f"python benchmarks/report.py --films {sizes}",
         "code": code_revision(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "load_before": load,
         "side": side,
         "own_peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "runs": rows,

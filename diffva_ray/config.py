@@ -22,7 +22,7 @@ Method = Literal[  # each is the module of that name in counterfactual/
 
 # What a method needs beside the pipeline's networks: the folder of the model, and the kind of stage that trains it.
 NEEDS: dict[str, str] = {"classifier-guided": "classifier", "controlnet": "controlnet"}
-Scheduler = Literal["pndm", "pndm-diffusers", "ddim", "dpmsolver++", "unipc", "euler"]
+Scheduler = Literal["pndm", "pndm-diffusers", "ddim", "dpmsolver++", "unipc", "euler", "vp-sde", "ve-sde"]
 
 
 GUESS, SOURCE = "<guess>", "<source>"

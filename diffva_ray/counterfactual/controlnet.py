@@ -40,5 +40,5 @@ def heal(model: LatentDiffusion, request: Edit) -> Healed:
         output = model.guided(
             scaled, timestep, request, down_block_additional_residuals=down, mid_block_additional_residual=middle
         )
-        latents = scheduler.step(output, timestep, latents).prev_sample
+        latents = model.step(output, timestep, latents, request, scheduler)
     return model.healed(latents, request)

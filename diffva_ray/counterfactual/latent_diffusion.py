@@ -11,6 +11,7 @@ from diffusers import DDPMScheduler
 
 from diffva_ray.config import GenerateConfig
 from diffva_ray.model.bundle import Bundle
+from diffva_ray.model.reverse_sde import ReverseSDE
 from diffva_ray.model.schedulers import schedule
 
 
@@ -107,5 +108,12 @@ class LatentDiffusion:
         """Run the scheduler over ``timesteps`` under guidance."""
         for timestep in timesteps:
             scaled = scheduler.scale_model_input(latents, timestep)  # Euler's latents have the noise's own scale
-            latents = scheduler.step(self.guided(scaled, timestep, request), timestep, latents).prev_sample
+            latents = self.step(self.guided(scaled, timestep, request), timestep, latents, request, scheduler)
         return latents
+
+    def step(
+        self, output: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, request: Edit, scheduler: Any
+    ) -> torch.Tensor:
+        """The scheduler's own step; what noise it adds comes from each film's own generator."""
+        noisy = {"generator": list(request.generators)} if isinstance(scheduler, ReverseSDE) else {}
+        return scheduler.step(output, timestep, latents, **noisy).prev_sample

@@ -19,6 +19,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from diffva_ray.model.reverse_sde import ReverseSDE, VarianceExploding
+
 
 def _sliced(timesteps: torch.Tensor, steps: int, strength: float) -> torch.Tensor:
     """StableDiffusionImg2ImgPipeline.get_timesteps: the last int(steps * strength) of ``steps``."""
@@ -39,10 +41,13 @@ def _pndm(config: dict[str, Any], steps: int, strength: float) -> tuple[PNDMSche
     return scheduler, torch.cat([tail[:2], tail[1:]])
 
 
-def _ddim(config: dict[str, Any], steps: int, strength: float) -> tuple[DDIMScheduler, torch.Tensor]:
-    scheduler = DDIMScheduler.from_config({**config, "clip_sample": False})
-    scheduler.set_timesteps(steps)
-    return scheduler, _sliced(scheduler.timesteps, steps, strength)
+def _ddim(kind: type[DDIMScheduler]) -> Callable[[dict[str, Any], int, float], tuple[DDIMScheduler, torch.Tensor]]:
+    def make(config: dict[str, Any], steps: int, strength: float) -> tuple[DDIMScheduler, torch.Tensor]:
+        scheduler = kind.from_config({**config, "clip_sample": False})
+        scheduler.set_timesteps(steps)
+        return scheduler, _sliced(scheduler.timesteps, steps, strength)
+
+    return make
 
 
 def _multistep(kind: Any) -> Callable[[dict[str, Any], int, float], tuple[Any, torch.Tensor]]:
@@ -61,7 +66,9 @@ def _multistep(kind: Any) -> Callable[[dict[str, Any], int, float], tuple[Any, t
 SCHEDULERS: dict[str, Callable[[dict[str, Any], int, float], tuple[Any, torch.Tensor]]] = {
     "pndm": _pndm,
     "pndm-diffusers": _pndm_diffusers,
-    "ddim": _ddim,
+    "ddim": _ddim(DDIMScheduler),
+    "vp-sde": _ddim(ReverseSDE),
+    "ve-sde": _ddim(VarianceExploding),
     "dpmsolver++": _multistep(DPMSolverMultistepScheduler),  # 2M (Lu et al. 2022)
     "unipc": _multistep(UniPCMultistepScheduler),  # Zhao et al. 2023
     "euler": _multistep(EulerDiscreteScheduler),  # Karras et al. 2022, algorithm 2 without churn

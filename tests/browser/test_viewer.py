@@ -401,9 +401,9 @@ def test_axe_finds_nothing(visit: Visit, page_uri: str, axe: str, size: tuple[in
         assert not said
 
 
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[ReportServer]:
-    run = make_run(tmp_path, 6, hostile=False)
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReportServer]:
+    run = make_run(tmp_path_factory.mktemp("served"), 6, hostile=False)
     write_report(run)
     with ReportServer(LocalStore(run.store.uri)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -16,7 +16,7 @@ from diffva_ray.evaluate.figures import finished
 from diffva_ray.evaluate.report.numbers import count, number, plain
 
 BINS, CLASSES, COLOURS = 40, 8, 6  # bins of a histogram; classes shown at most; colours there are
-LEFT, WIDTH, ROW, HILL, TOP = 112.0, 208.0, 46.0, 34.0, 8.0  # of a chart, in its own units
+LEFT, WIDTH, ROW, HILL, TOP = 126.0, 194.0, 46.0, 34.0, 8.0  # of a chart, in its own units
 
 
 @dataclass(frozen=True)

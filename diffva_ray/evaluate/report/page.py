@@ -32,7 +32,8 @@ from diffva_ray.evaluate.report.assets import policy, style, templates, viewer_s
 from diffva_ray.evaluate.report.catalogue import attempts, counts, read_earlier, write_catalogue
 from diffva_ray.evaluate.report.charts import charts
 from diffva_ray.evaluate.report.films import Palette, Pictured, map_file, sample, strip_file, write_pictures
-from diffva_ray.evaluate.report.numbers import cards, count, glance, number, plain, report_tables
+from diffva_ray.evaluate.report.numbers import cards, count, glance, number, plain
+from diffva_ray.evaluate.report.result_tables import report_tables
 from diffva_ray.generate.ledger import committed
 from diffva_ray.generate.plan import SUCCESS, Run
 from diffva_ray.model.card import UnusableModel, read_card

@@ -22,8 +22,9 @@ from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.report.catalogue import read_earlier, scripted, unscripted
 from diffva_ray.evaluate.report.charts import charts
 from diffva_ray.evaluate.report.films import most, sample, shares
-from diffva_ray.evaluate.report.numbers import cards, glance, report_tables, wilson
+from diffva_ray.evaluate.report.numbers import cards, glance, wilson
 from diffva_ray.evaluate.report.page import write_report
+from diffva_ray.evaluate.report.result_tables import report_tables
 from diffva_ray.generate.ledger import start_retry
 from diffva_ray.generate.plan import Run
 from diffva_ray.schema import RECORDS
@@ -317,6 +318,40 @@ def test_only_cards_and_tables_that_apply() -> None:
     places = report_tables(METRICS)[0]
     assert [group.title for group in places.groups] == ["all classes, n = 10", "COVID, n = 10"]
     assert [cell.text for cell in places.groups[0].rows[0][1] if cell.best][:1] == ["0.910"]
+
+
+def test_zones_lpips_and_distances_class_by_class_have_their_tables() -> None:
+    set_row = {"conditions": "COVID, Lung_Opacity", "n1": 9, "n2": 12, "within": 0.045, "pooled": 0.033}
+    metrics = {
+        "ssim": [{**METRICS["ssim"][0], "lpips": 0.1234, "lpips_interval": [0.11, 0.14], "lpips_n": 7}],
+        "brixia": [
+            {"map": name, "n": 72, "spearman": rank, "spearman_interval": [-0.2, 0.5], "spearman_within_film": None,
+             "n_within": 0, "lungs": "mask 10, found 2"}
+            for name, rank in (("positive under strength 0.4", 0.31), ("brightness", -0.1))
+        ],
+        "fid_within": [{"set1": "films", "set2": "twins", "extractor": "stand-in", **set_row}],
+    }  # fmt: skip
+    found = {table.key: table for table in report_tables(metrics)}
+    assert list(found) == ["brixia", "fid-within", "ssim"]
+    texts = {
+        key: [[cell.text for cell in cells] for group in table.groups for _, cells in group.rows]
+        for key, table in found.items()
+    }
+    assert [head for head, _ in found["brixia"].heads] == [
+        "map",
+        "n",
+        "Spearman, all zones",
+        "95% interval",
+        "n within",
+    ]
+    assert texts["brixia"][1] == ["baseline: brightness", "72", "−0.100", "−0.200 to 0.500", "0"]
+    assert [kind for kind, _ in found["brixia"].groups[0].rows] == ["ours", ""]
+    assert found["brixia"].groups[0].rows[0][1][0].text.startswith("ours, max(M, 0)")
+    assert "mask 10, found 2" in found["brixia"].caption
+    assert texts["fid-within"] == [["films", "twins", "9", "12", "0.045", "0.033"]]
+    assert "COVID, Lung Opacity" in found["fid-within"].caption
+    at = [head for head, _ in found["ssim"].heads].index("LPIPS")
+    assert texts["ssim"][0][at : at + 3] == ["0.123", "0.110 to 0.140", "7"]
 
 
 def test_what_the_run_found_in_sentences() -> None:

@@ -18,7 +18,8 @@ const GROUPS = [
     ["judge: healthy", (row) => row.judge_source === null ? null
       : `${written(row.judge_source, 3)} → ${written(row.judge_counterfactual, 3)}`],
     ["SSIM", score("ssim", 4)],
-    ["MS-SSIM", (row) => row.ms_ssim === null ? null : `${written(row.ms_ssim, 4)}, ${row.ms_ssim_scales} scales`],
+    ["MS-SSIM", (row) => row.ms_ssim === null ? null : written(row.ms_ssim, 4)],
+    ["its scales", (row) => row.ms_ssim === null ? null : String(row.ms_ssim_scales)],
     ["PSNR", (row) => row.psnr === null ? null : `${written(row.psnr, 2)} dB`],
     ["mean |difference|", score("l1", 4)],
     ["map energy", score("map_energy", 5)],

@@ -1,0 +1,57 @@
+"""The reverse SDE by Euler-Maruyama, variance preserving and variance exploding (Song et al. 2021; the paper's
+equations 4 to 6), on the noise levels of the model's own schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class ReverseSDE(DDIMScheduler):
+    """DDIM's timesteps, another step: it adds noise of its own, but for the last one, which returns the mean."""
+
+    config: Any  # diffusers' decorators hide what they set
+    alphas_cumprod: torch.Tensor
+    final_alpha_cumprod: torch.Tensor
+    num_inference_steps: int
+    exploding = False
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        *_: Any,
+        generator: Any = None,
+        **__: Any,
+    ) -> DDIMSchedulerOutput:
+        """Latents [n, 4, h, w] one timestep further down; ``generator``: one, or one for each row.
+
+        With a(t) the schedule's ``alphas_cumprod`` and the score -eps / sqrt(1 - a): variance preserving is
+        dx = -b/2 x dt + sqrt(b) dw, where the integral of b over a step is log a(t-1)/a(t); variance exploding is the
+        same process in y = x / sqrt(a), dy = sqrt(d sigma^2) dw with sigma^2 = (1 - a) / a. One is not the other's
+        discretisation, so they differ at few steps and meet at many.
+        """
+        before = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
+        alpha = self.alphas_cumprod[int(timestep)].to(sample)
+        alpha_before = (self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod).to(sample)
+        if self.config.prediction_type == "v_prediction":
+            model_output = alpha.sqrt() * model_output + (1 - alpha).sqrt() * sample
+        fresh = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        fresh = fresh if before >= 0 else torch.zeros_like(fresh)
+        if self.exploding:
+            sigma = ((1 - alpha) / alpha).sqrt()
+            step = sigma**2 - (1 - alpha_before) / alpha_before
+            scaled = sample / alpha.sqrt() - step / sigma * model_output + step.sqrt() * fresh
+            return DDIMSchedulerOutput(prev_sample=alpha_before.sqrt() * scaled)
+        step = (alpha_before / alpha).log()
+        drift = sample / 2 - model_output / (1 - alpha).sqrt()
+        return DDIMSchedulerOutput(prev_sample=sample + step * drift + step.sqrt() * fresh)
+
+
+class VarianceExploding(ReverseSDE):
+    exploding = True
