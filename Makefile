@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/diffva demo --out runs/demo
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 slow: setup
 	$(BIN)/python -m pytest -m slow -s

@@ -6,9 +6,10 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 os.environ["HOME"] = tempfile.mkdtemp(prefix="diffva-home-")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -25,11 +26,16 @@ from diffva_ray.storage import LocalStore
 CLUSTERS = ("ray", "jobs", "chaos")  # folders of tests that start Rays: one at a time, or they starve each other
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What one of several processes keeps to itself (``pytest -n 2 --dist loadgroup``): a file, or all Rays."""
-    for item in items:
-        folder, *inner = item.path.relative_to(Path(__file__).parent).parts
-        item.add_marker(pytest.mark.xdist_group("ray" if folder in CLUSTERS else "/".join([folder, *inner])))
+class ByFile(LoadScopeScheduling):
+    """What one of several processes keeps to itself (``pytest -n 2``): a file, or all Rays."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if Path(file).parts[1] in CLUSTERS else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 if TYPE_CHECKING:
