@@ -20,23 +20,22 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("chaos"))
 
 
-def test_twenty_inline_histories(bench: Bench) -> None:
+def test_ten_inline_histories(bench: Bench) -> None:
     blows = 0
-    for seed in range(20):
+    for seed in range(10):
         counts, wrong, _ = bench.history(seed)
         assert not wrong, f"seed {seed}"
         blows += counts["kills"] + counts["failures"]
-    assert blows > 40  # or nothing was tested
+    assert blows > 20  # or nothing was tested
 
 
-def test_three_histories_on_a_cluster(bench: Bench) -> None:
+def test_a_history_on_a_cluster(bench: Bench) -> None:
     from cluster import ClusterBench
 
     cluster = ClusterBench(bench)
     try:
-        for seed in range(3):
-            _, wrong, _ = cluster.history(seed)
-            assert not wrong, f"seed {seed}"
+        _, wrong, _ = cluster.history(0)
+        assert not wrong
     finally:
         cluster.close()
 
