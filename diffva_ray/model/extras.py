@@ -26,5 +26,6 @@ def load_extra(folder: Any, name: str) -> Any:
     if name not in EXTRAS:
         raise ValueError(f"unknown network {name!r}; there are {', '.join(EXTRAS)}")
     if folder is None or not (folder / name / "config.json").exists():
-        raise UnusableModel(f"the model has no {name}; train it with a stage that `trains: {name}`")
+        kind = name.replace("_", "-")
+        raise UnusableModel(f"the model has no {name}; train it with a stage that `trains: {kind}`")
     return extra_class(name).from_pretrained(folder / name, use_safetensors=True)
