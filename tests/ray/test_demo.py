@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.timeout(1800)
 def test_the_quick_demo_goes_from_nothing_to_a_page(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     command = [sys.executable, "-m", "diffva_ray.cli", "demo", "--quick", "--out", str(out)]
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert first.returncode == 0, first.stderr[-2000:]
     assert "index.html" in first.stdout
     assert "AUROC in lungs" in first.stdout
@@ -30,6 +33,6 @@ def test_the_quick_demo_goes_from_nothing_to_a_page(tmp_path: Path) -> None:
     error_left = next(row["lesion_error_ratio"] for row in metrics["twin"] if row["label"] == "all")
     assert error_left < 1.0
 
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert again.returncode == 0
     assert "nothing to do" in again.stderr
