@@ -58,7 +58,7 @@ def training_keys(recipe: Recipe, data: str) -> tuple[dict[str, Any], Dataset]:
             f"--data {data}: no film of class {absent[0]!r}, which the recipe trains on; there are "
             f"{', '.join(dataset.classes)}"
         )
-    films = sorted((film.path, film.label, film.size) for film in dataset.films)
+    films = sorted((film.path, film.label, film.size, *filter(None, [film.caption])) for film in dataset.films)
     keys = recipe.model_dump(mode="json", include={"seed", "data", "model", "train"})
     return {**keys, "films": digest(films)}, dataset
 

@@ -76,7 +76,7 @@ def _is_text(path: str) -> bool:
 
 def _columns(store: Store, file: str) -> str:
     columns = manifest.read_table(store.read(file), file).columns
-    return f"needs the columns path,label[,mask]; it has {','.join(columns)}"
+    return f"needs the columns path,label[,mask][,caption]; it has {','.join(columns)}"
 
 
 def _completed(dataset: Dataset, known: set[str]) -> Dataset:

@@ -19,6 +19,7 @@ class Film:
     lung_mask: str = ""
     lesion_mask: str = ""
     twin: str = ""  # the lesion-free twin of a phantom
+    caption: str = ""  # what training tells of this film; empty: its class's prompt
 
 
 @dataclass(frozen=True)

@@ -61,34 +61,41 @@ def _side_name(side: int) -> str:
     return "right" if side < 0 else "left"  # the patient's side: image left is the patient's right
 
 
+def _severity(rng: np.random.Generator, least: float, most: float, key: str = "severity") -> tuple[float, dict]:
+    """How bad it is, drawn between two values, and the factors that tell it: the number, and its third in words."""
+    severity = rng.uniform(least, most)
+    third = int(3 * (severity - least) / (most - least))
+    return severity, {key: round(severity, 3), "grade": ("mild", "moderate", "severe")[third]}
+
+
 def lung_opacity(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
     """One or two soft consolidations in one or two lungs."""
     opacity = np.zeros_like(u)
-    severity = rng.uniform(0.52, 0.78)
+    severity, factors = _severity(rng, 0.52, 0.78)
     sides = []
     for _ in range(1 + (rng.random() < 0.35)):
         side = -1 if rng.random() < 0.5 else 1
         sides.append(_side_name(side))
         at = _point_in_lung(rng, thorax, side, peripheral=False)
         opacity = np.maximum(opacity, severity * _blob(rng, u, v, at, rng.uniform(0.11, 0.16), 0.45))
-    return Lesion(opacity, _tissue(u), factors={"sides": sorted(set(sides)), "severity": round(severity, 3)})
+    return Lesion(opacity, _tissue(u), factors={"sides": sorted(set(sides)), **factors})
 
 
 def covid(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
     """Bilateral, peripheral, patchy: two to four small patches near each chest wall."""
     opacity = np.zeros_like(u)
-    severity = rng.uniform(0.48, 0.70)
+    severity, factors = _severity(rng, 0.48, 0.70)
     for side in (-1, 1):
         for _ in range(int(rng.integers(2, 5))):
             at = _point_in_lung(rng, thorax, side, peripheral=True)
             opacity = np.maximum(opacity, severity * _blob(rng, u, v, at, rng.uniform(0.068, 0.102), 0.45))
-    return Lesion(opacity, _tissue(u), factors={"sides": ["left", "right"], "severity": round(severity, 3)})
+    return Lesion(opacity, _tissue(u), factors={"sides": ["left", "right"], **factors})
 
 
 def viral_pneumonia(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
     """Diffuse and reticular: haze with a mesh, over a large part of both lungs."""
     size = u.shape[0]
-    severity = rng.uniform(0.85, 1.25)
+    severity, factors = _severity(rng, 0.85, 1.25)
     coarse, fine = lattice_noise(rng, 16, size), lattice_noise(rng, 11, size)
     mesh = np.clip(1.0 - 1.5 * np.abs(coarse), 0, 1) + 0.6 * np.clip(1.0 - 1.5 * np.abs(fine), 0, 1)
     envelope = np.zeros_like(u)
@@ -100,20 +107,20 @@ def viral_pneumonia(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Arra
         0.25 * severity * envelope,
         _tissue(u),
         extra=severity * envelope * 0.075 * (mesh - 0.35),
-        factors={"sides": ["left", "right"], "severity": round(severity, 3)},
+        factors={"sides": ["left", "right"], **factors},
     )
 
 
 def cardiomegaly(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
     """An enlarged heart; the twin has the patient's own."""
-    scale = rng.uniform(1.28, 1.5)
-    return Lesion(np.zeros_like(u), _tissue(u), heart_scale=scale, factors={"heart_scale": round(scale, 3)})
+    scale, factors = _severity(rng, 1.28, 1.5, "heart_scale")
+    return Lesion(np.zeros_like(u), _tissue(u), heart_scale=scale, factors=factors)
 
 
 def pneumothorax(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
     """Air beside a collapsed lung: a dark, vessel-free crescent and the pleural line. Held out of training."""
     side = -1 if rng.random() < 0.5 else 1
-    depth = rng.uniform(0.10, 0.19)
+    depth, factors = _severity(rng, 0.10, 0.19, "depth")
     inside = thorax.lung(u, v, side)
     lateral = edge(side * u - 0.33, 0.04) * edge(0.20 - v, 0.10)
     crescent = edge(inside, 0.02) * edge(depth - inside, 0.02) * lateral
@@ -122,7 +129,7 @@ def pneumothorax(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) 
         0.85 * crescent,
         np.full_like(u, 0.08),
         extra=0.07 * line,
-        factors={"sides": [_side_name(side)], "depth": round(depth, 3)},
+        factors={"sides": [_side_name(side)], **factors},
     )
 
 
@@ -130,7 +137,7 @@ def mass_effect(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -
     """A dense mass that displaces heart and vessels; the twin has them in place."""
     side = -1 if rng.random() < 0.5 else 1
     at = _point_in_lung(rng, thorax, side, peripheral=False)
-    radius = rng.uniform(0.16, 0.22)
+    radius, factors = _severity(rng, 0.16, 0.22, "radius")
     opacity = 0.8 * _blob(rng, u, v, at, radius, 0.22)
     du, dv = u - at[0], v - at[1]
     distance = np.hypot(du, dv) + 1e-6
@@ -139,7 +146,7 @@ def mass_effect(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -
         opacity,
         _tissue(u),
         push=(-du / distance * shove, -dv / distance * shove),
-        factors={"sides": [_side_name(side)], "radius": round(radius, 3)},
+        factors={"sides": [_side_name(side)], **factors},
     )
 
 

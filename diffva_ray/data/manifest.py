@@ -1,4 +1,4 @@
-"""A table that names the films: a CSV or Parquet file with the columns ``path,label[,mask]``."""
+"""A table that names the films: a CSV or Parquet file with the columns ``path,label[,mask][,caption]``."""
 
 from __future__ import annotations
 
@@ -44,11 +44,12 @@ def read(store: Store, entries: list[Entry], config: DataConfig, name: str) -> D
         path = inside(row["path"], sizes, where)
         mask = inside(row["mask"], sizes, where) if row.get("mask", "").strip() else ""
         absent_masks += bool(mask) and mask not in sizes
-        films.append(Film(path, label, sizes.get(path, -1), mask if mask in sizes else ""))
+        caption = " ".join(row.get("caption", "").split())
+        films.append(Film(path, label, sizes.get(path, -1), mask if mask in sizes else "", caption=caption))
     absent = sum(film.size < 0 for film in films)
     said = ((absent, "films"), (absent_masks, "masks"))
     notes = [f"{count} {what} named in {name} are not there" for count, what in said if count]
-    return Dataset(store, films, "manifest", notes)
+    return Dataset(store, films, "phantoms" if "phantoms.json" in sizes else "manifest", notes)
 
 
 def inside(text: str, sizes: dict[str, int], where: str) -> str:

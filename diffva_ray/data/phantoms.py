@@ -8,13 +8,15 @@ film and its twin are the same patient on the same day.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from diffva_ray.config import DataConfig
 from diffva_ray.data.images import encode_grey, quantise
 from diffva_ray.data.lesions import LESIONS, Lesion, distractors
 from diffva_ray.data.thorax import Thorax, grid, lattice_noise
@@ -23,6 +25,8 @@ from diffva_ray.storage import Store
 VERSION = "phantom v1"
 CLASSES = ("Normal", "Lung_Opacity", "COVID", "Viral Pneumonia")
 ALL_CLASSES = ("Normal", *LESIONS)
+PROMPTS = DataConfig()
+CAPTIONS = "captions.csv"  # a manifest of a set's films, for a training that is told more than the class
 VISIBLE = 0.05  # a pixel belongs to the lesion when film and twin differ by more than this
 
 
@@ -79,6 +83,16 @@ def _ill(thorax: Thorax, lesion: Lesion, healthy: np.ndarray, u: np.ndarray, v: 
     return density
 
 
+def caption(prompt: str, factors: Mapping[str, Any]) -> str:
+    """What is to be seen on a film, in words: "severe Lung Opacity on the left", "mild COVID 19, bilateral".
+
+    ``prompt`` is the class's own; ``factors`` the film's. Without a grade and sides it is the prompt alone.
+    """
+    where = {1: " on the {}", 2: ", bilateral"}.get(len(factors.get("sides", ())), "")
+    graded = f"{factors['grade']} {prompt}" if "grade" in factors else prompt
+    return graded + where.format(*factors.get("sides", ()))
+
+
 class _Exposure:
     """From density to film: gain, gamma, collimation, mottle. One draw serves film and twin."""
 
@@ -97,7 +111,8 @@ def phantom_set(
     store: Store, patients: int, size: int = 64, seed: int = 0, classes: Sequence[str] = CLASSES
 ) -> Iterator[str]:
     """Write ``patients`` films, classes in turn, in the Radiography layout (images, masks, lesions, twins); yields
-    each film's path. ``phantoms.json``, written last, lists every film with its factors."""
+    each film's path. ``captions.csv`` is a manifest with the captions of DataConfig's prompts; ``phantoms.json``,
+    written last, lists every film with its factors."""
     unknown = [label for label in classes if label not in ALL_CLASSES]
     if unknown:
         raise ValueError(f"unknown phantom class {unknown[0]!r}; there are {', '.join(ALL_CLASSES)}")
@@ -113,5 +128,7 @@ def phantom_set(
             store.put(f"{label}/twins/{name}", encode_grey(quantise(made.twin)))
         films.append({"file": f"{label}/images/{name}", "label": label, "patient": patient, **made.factors})
         yield f"{label}/images/{name}"
+    lines = [f'{film["file"]},{film["label"]},"{caption(PROMPTS.prompt(str(film["label"])), film)}"' for film in films]
+    store.put(CAPTIONS, "\n".join(["path,label,caption", *lines, ""]).encode())
     about = {"version": VERSION, "seed": seed, "size": size, "classes": list(classes), "films": films}
     store.put("phantoms.json", json.dumps(about, indent=1).encode())

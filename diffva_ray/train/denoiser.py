@@ -1,5 +1,6 @@
-"""UNet and text encoder together: noise prediction under the class's prompt, prompts dropped to "" at a rate so that
-guidance has a trained unconditional branch, and DreamBooth's prior preservation when a class set is named."""
+"""UNet and text encoder together: noise prediction under the film's caption or its class's prompt, dropped to "" at a
+rate so that guidance has a trained unconditional branch, and DreamBooth's prior preservation when a class set is named.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from diffva_ray.config_stages import DenoiserConfig, NoisePredictionConfig
+from diffva_ray.data.films import Film
 from diffva_ray.model import text
 from diffva_ray.model.cross_attention import cross_attention_parameters
 from diffva_ray.model.lora import adapter_parameters, attached
+from diffva_ray.observe import LOG
 from diffva_ray.train.class_images import class_images
 from diffva_ray.train.loss import denoising_loss, min_snr_weights
 from diffva_ray.train.sampling import Draws, FilmSet
@@ -33,6 +36,7 @@ class NoisePrediction(Stage):
         self.draws = Draws(setting.films.films, config.classes, setting.seed)
         self.films = Latents(setting, setting.films)
         self.prior: ClassSet | None = None
+        self._say_what_is_cut()
         self.noise_scheduler = DDPMScheduler.from_config(setting.bundle.scheduler)
 
     def inputs(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -47,13 +51,13 @@ class NoisePrediction(Stage):
         positions = batch.positions()
         indices = [self.draws[position] for position in positions]
         mean, std = self.films.moments(indices, device)
-        labels = [self.setting.films.films[index].label for index in indices]
+        told = [self._told(self.setting.films.films[index]) for index in indices]
         groups, rows, prior_loss_weight = 1, list(batch.rows), 0.0
         if self.prior is not None:
             groups, prior_loss_weight = 2, self.prior.loss_weight
             prior_mean, prior_std = self.prior.films.moments([self.prior.draws[at] for at in positions], device)
             mean, std = torch.cat([mean, prior_mean]), torch.cat([std, prior_std])
-            labels += [self.prior.label] * len(indices)
+            told += [data.prompt(self.prior.label)] * len(indices)
             rows += [batch.size + row for row in batch.rows]
 
         whole = Batch(batch.step, groups * batch.size, rows, batch.generator)
@@ -65,7 +69,7 @@ class NoisePrediction(Stage):
 
         latents = (mean + std * posterior_noise) * self.setting.bundle.vae.config.scaling_factor
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
-        prompts = ["" if drop else data.prompt(label) for label, drop in zip(labels, dropped.tolist(), strict=True)]
+        prompts = ["" if drop else prompt for prompt, drop in zip(told, dropped.tolist(), strict=True)]
         output = network(noisy, timesteps, *self.tokens(prompts, device), *self.inputs(indices, device))
         weights = None
         if self.config.snr_gamma is not None:
@@ -73,6 +77,18 @@ class NoisePrediction(Stage):
             weights = min_snr_weights(alphas, timesteps, self.config.snr_gamma, self.prediction_type)
         target = self.target(latents, noise, timesteps)
         return denoising_loss(output, target, weights, len(indices), prior_loss_weight)
+
+    def _told(self, film: Film) -> str:
+        """The film's own caption, or its class's prompt."""
+        return film.caption or self.setting.bundle.recipe.data.prompt(film.label)
+
+    def _say_what_is_cut(self) -> None:
+        captions = {film.caption for film in self.setting.films.films}
+        if cut := sorted(caption for caption in captions if not text.fits(self.setting.bundle.tokenizer, caption)):
+            LOG.warning(
+                "%d captions are longer than %d tokens (model.tokenizer_length) and are cut there, such as %r",
+                len(cut), self.setting.bundle.tokenizer.model_max_length, cut[0],
+            )  # fmt: skip
 
     @property
     def prediction_type(self) -> str:

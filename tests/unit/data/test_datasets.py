@@ -254,7 +254,7 @@ def test_manifest_stays_in_its_folder(tmp_path, path, column):
     [
         ("", "empty"),
         ("path,label\n", "names no films"),
-        ("file,class\na,b\n", "needs the columns path,label[,mask]; it has file,class"),
+        ("file,class\na,b\n", "needs the columns path,label[,mask][,caption]; it has file,class"),
         ("path,label\nfilms/a.png,\n", "row 2: the label is empty"),
         ("path,label\n,COVID\n", "row 2: the path is empty"),
         ("path,label\nfilms/a.png\n", "row 2: 1 cells under 2 columns"),

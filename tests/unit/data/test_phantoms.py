@@ -103,6 +103,33 @@ def test_a_set_is_a_radiography_folder_with_truth(tmp_path) -> None:
     assert sides["COVID"] == ["left", "right"]
 
 
+def test_captions_say_grade_and_side(tmp_path) -> None:
+    classes = ("Normal", "COVID", "Pneumothorax")
+    list(phantom_set(LocalStore(str(tmp_path)), 30, 32, seed=3, classes=classes))
+    dataset = open_dataset(tmp_path / "captions.csv")
+    assert dataset.kind == "phantoms"
+    assert len(dataset.films) == 30
+    factors = {film["file"]: film for film in json.loads((tmp_path / "phantoms.json").read_text())["films"]}
+    for film in dataset.films:
+        assert bool(film.twin) == (film.label != "Normal")
+        known = factors[film.path]
+        if film.label == "Normal":
+            assert film.caption == "Normal chest scan"
+        elif film.label == "COVID":
+            assert film.caption == f"{known['grade']} COVID 19, bilateral"
+        else:
+            assert film.caption == f"{known['grade']} Pneumothorax on the {known['sides'][0]}"
+    for label, key in (("COVID", "severity"), ("Pneumothorax", "depth")):
+        grades: dict[str, list[float]] = {"mild": [], "moderate": [], "severe": []}
+        for film in factors.values():
+            if film["label"] == label:
+                grades[film["grade"]].append(film[key])
+        ordered = [value for grade in grades.values() for value in sorted(grade)]
+        assert all(grades.values())
+        assert ordered == sorted(ordered)
+    assert not any(film.caption for film in open_dataset(tmp_path).films)  # the folder has its classes alone
+
+
 def test_an_unknown_class_is_named(tmp_path) -> None:
     with pytest.raises(ValueError, match="Measles"):
         next(iter(phantom_set(LocalStore(str(tmp_path)), 1, classes=("Measles",))))

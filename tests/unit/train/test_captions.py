@@ -1,0 +1,68 @@
+"""A film's own caption is what the denoiser is told of it, in the place of its class's prompt."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from trainings import different, run, weights, with_stages
+
+from diffva_ray.config import Recipe
+from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.films import Film
+from diffva_ray.pipeline import training_keys
+
+STAGE = {"name": "joint", "trains": "denoiser", "steps": 2, "batch_size": 4, "learning_rate": 1e-3}
+
+
+@pytest.fixture
+def captioned(films: Path, tmp_path: Path) -> Callable[[Callable[[Film], str]], Path]:
+    """A manifest of the films with captions."""
+    shutil.copytree(films, tmp_path / "films")
+
+    def write(caption: Callable[[Film], str]) -> Path:
+        manifest = tmp_path / "films" / "told.csv"
+        with open(manifest, "w", newline="") as file:
+            csv.writer(file).writerows(
+                [("path", "label", "caption")]
+                + [(film.path, film.label, caption(film)) for film in open_dataset(films).films]
+            )
+        return manifest
+
+    return write
+
+
+def test_captions_take_the_place_of_the_class_prompts(
+    tiny: Recipe, films: Path, captioned: Callable, tmp_path: Path
+) -> None:
+    recipe = with_stages(tiny, STAGE)
+    run(recipe, films, tmp_path / "classes")
+    for name, caption in {
+        "same": lambda film: recipe.data.prompt(film.label),
+        "none": lambda film: "",
+        "other": lambda film: f"mild {recipe.data.prompt(film.label)}",
+    }.items():
+        run(recipe, captioned(caption), tmp_path / name)
+    expected = weights(tmp_path / "classes", "unet", "text_encoder")
+    assert different(expected, weights(tmp_path / "same", "unet", "text_encoder")) == []
+    assert different(expected, weights(tmp_path / "none", "unet", "text_encoder")) == []
+    assert len(different(expected, weights(tmp_path / "other", "unet", "text_encoder"))) > 10
+
+
+def test_another_caption_is_another_training(tiny: Recipe, captioned: Callable) -> None:
+    mild, _ = training_keys(tiny, str(captioned(lambda film: "mild")))
+    severe, _ = training_keys(tiny, str(captioned(lambda film: "severe")))
+    assert mild != severe
+
+
+def test_captions_that_are_too_long_are_said(
+    tiny: Recipe, captioned: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = captioned(lambda film: "mild " * 30 if film.label == "COVID" else "normal")
+    with caplog.at_level(logging.WARNING, "diffva_ray"):
+        run(with_stages(tiny, STAGE), long, tmp_path / "long")
+    assert "1 captions are longer than 16 tokens" in caplog.text
