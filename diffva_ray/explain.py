@@ -82,7 +82,7 @@ def explain(
     asked = list(dict.fromkeys(prompts)) or [recipe.data.healthy_prompt]
     if len(asked) > MOST_PROMPTS:
         raise UnusableData(f"{len(asked)} prompts; a sheet has room for {MOST_PROMPTS}")
-    data, pixels = _read(film, config.min_side)
+    data, pixels = read_film(film, config.min_side)
     bundle = load(model, recipe)
     engine = Counterfactuals(bundle, config, device)
     for prompt in asked:
@@ -124,8 +124,8 @@ def explain(
     return Explanation(square, lungs, lesion, answers, about)
 
 
-def _read(film: str, min_side: int) -> tuple[bytes, Image]:
-    """The film's bytes, and its pixels [H, W] in [0, 1]."""
+def read_film(film: str, min_side: int) -> tuple[bytes, Image]:
+    """The bytes of the film at a path (local or ``s3://``), and its pixels [H, W] in [0, 1]. Raises UnusableData."""
     folder, slash, name = film.rpartition("/")
     if not name:
         raise UnusableData(f"FILM {film!r}: names no file")
@@ -210,7 +210,7 @@ def sheet(explanation: Explanation) -> bytes:
     foot = 0.74 + LINE * len(lines)
     height = TOP + len(answers) * (PANEL + GAP) + foot
     figure = Figure(figsize=(width, height), facecolor="white")
-    figure.text(0.12 / width, 1 - 0.22 / height, _short_path(explanation.about["film"]), fontsize=10, color=INK,
+    figure.text(0.12 / width, 1 - 0.22 / height, short_path(explanation.about["film"]), fontsize=10, color=INK,
                 weight="bold", va="center", parse_math=False)  # fmt: skip
     for row, answer in enumerate(answers):
         bottom = height - TOP - row * (PANEL + GAP) - PANEL
@@ -306,7 +306,7 @@ def _difference(config: dict[str, Any]) -> str:
     return f"{first} − twin" + (f", smoothed by {config['smoothing']:.1%} of the width" if config["smoothing"] else "")
 
 
-def _short_path(path: str) -> str:
+def short_path(path: str) -> str:
     """The end of a path, which is what tells films apart; folders above it are nobody's business on a sheet."""
     end = "/".join(path.split("/")[-3:])
     return end if len(end) <= 80 else "…" + end[-79:]

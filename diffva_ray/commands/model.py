@@ -121,3 +121,41 @@ def explain(film: str, model: str, prompts: tuple[str, ...], out: str | None, as
     if as_json:
         return click.echo(json.dumps({**found.as_dict(), "sheet": path}, indent=1))
     click.echo(f"{describe(found)}\nsheet in {path}")
+
+
+@verb("interpolate")
+@click.argument("film")
+@model_option
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Twice: from the first to the second.")
+@click.option("--to", "other", metavar="FILM", help="From film to film, under one --prompt or unedited.")
+@click.option("--frames", default=7, show_default=True, type=click.IntRange(2, 25), help="Films of the strip.")
+@click.option("--out", metavar="FILE.png", help="The strip, local or s3://; default: <film>.interpolated.png here.")
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+@settings_options
+@click.option("--seed", type=int, help="As of a run; the film's own is made of it and the file's name.")
+@recipe_option
+@set_option
+@dry_run_option
+def interpolate(film: str, model: str, prompts: tuple[str, ...], other: str | None, frames: int, out: str | None,
+                as_json: bool, **options: Any) -> None:  # fmt: skip
+    """A strip of films between two prompts (their text embeddings mixed) or between two films (their noisy latents
+    mixed), with the judge's opinion of each.
+
+    Example:
+        diffva interpolate film.png --model models/mine --prompt "normal chest scan" --prompt "COVID 19"
+        diffva interpolate film.png --model models/mine --to other.png
+    """
+    from diffva_ray.explain import check_sheet
+    from diffva_ray.interpolate import interpolate as between
+    from diffva_ray.interpolate import write_strip
+    from diffva_ray.pipeline import model_recipe
+
+    recipe = model_recipe(model, options["recipe"], settings_overrides(options))
+    name = film.rpartition("/")[2]
+    path = out or f"{name.rpartition('.')[0] or name}.interpolated.png"
+    check_sheet(path)
+    if options["dry_run"]:
+        return show(recipe, film=film, to=other, model=model, out=path, prompts=prompts, frames=frames)
+    strip = between(film, model, recipe, prompts, other, frames)
+    write_strip(strip, path)
+    click.echo(json.dumps({**strip.as_dict(), "strip": path}, indent=1) if as_json else f"strip in {path}")

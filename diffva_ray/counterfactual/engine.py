@@ -31,10 +31,19 @@ def method_of(name: str) -> Callable[[LatentDiffusion, Edit], Healed]:
 
 
 @dataclass(frozen=True)
+class Blend:
+    """A prompt between two others: their embeddings mixed linearly, ``weight`` in [0, 1] of the second."""
+
+    first: str
+    second: str
+    weight: float
+
+
+@dataclass(frozen=True)
 class Settings:
     """The part of a record's settings that a sweep may vary."""
 
-    prompt: str
+    prompt: str | Blend
     method: str
     scheduler: str
     strength: float
@@ -99,8 +108,10 @@ class Counterfactuals:
         return text.fits(self.bundle.tokenizer, prompt)
 
     @torch.inference_mode()
-    def embed(self, prompt: str) -> torch.Tensor:
+    def embed(self, prompt: str | Blend) -> torch.Tensor:
         """Text embedding [1, length, width] of one prompt, computed once."""
+        if isinstance(prompt, Blend):
+            return torch.lerp(self.embed(prompt.first), self.embed(prompt.second), prompt.weight)
         if prompt not in self._embeddings:
             ids, mask = text.tokenize(self.bundle.tokenizer, [prompt])
             self._embeddings[prompt] = text.embed(self.bundle.text_encoder, ids.to(self.device), mask.to(self.device))

@@ -1,0 +1,90 @@
+"""Between two prompts, in the text embedding, and between two films, in latent space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffva_ray.counterfactual.ddim_inversion import invert
+from diffva_ray.counterfactual.engine import Blend, Counterfactuals, Twins
+from diffva_ray.counterfactual.latent_diffusion import Edit
+from diffva_ray.data.images import to_square
+
+Image = NDArray[np.float32]
+
+
+def between_prompts(
+    engine: Counterfactuals, film: Image, first: str, second: str, weights: Sequence[float], seed: int
+) -> Twins:
+    """Twins of one film [H, W] in [0, 1] under prompts from ``first`` (weight 0) to ``second`` (weight 1), all from the
+    same noise, by the recipe's method. At the ends they are what the engine makes of the two prompts."""
+    settings = engine.settings()
+    parts = []
+    for start in range(0, len(weights), engine.config.micro_batch):
+        some = [
+            replace(settings, prompt=Blend(first, second, weight))
+            for weight in weights[start:][: engine.config.micro_batch]
+        ]
+        parts.append(engine([film] * len(some), some, [seed] * len(some)))
+    return Twins(
+        np.concatenate([part.counterfactuals for part in parts]),
+        np.concatenate([part.reconstructions for part in parts]),
+        [source for part in parts for source in part.sources],
+    )
+
+
+@torch.inference_mode()
+def between_films(
+    engine: Counterfactuals, first: Image, second: Image, weights: Sequence[float], prompt: str | None = None
+) -> Image:
+    """Films [n, size, size] from ``first`` (weight 0) to ``second`` (weight 1), each [H, W] in [0, 1].
+
+    Both are encoded by running DDIM backwards to the recipe's strength, the noisy latents are interpolated on the
+    sphere, and DDIM leads back (Song et al. 2021, section 5.3). Without a prompt nothing is edited, and the ends are
+    what autoencoder and inversion give back of the films; with one, every film is led to it on the way.
+    """
+    config, model = engine.config, engine.model
+    squares = torch.from_numpy(np.stack([to_square(film, engine.size) for film in (first, second)])).to(engine.device)
+    latents = model.encode(squares)[0].float() * model.scale
+    empty = engine.embed("").expand(2, -1, -1)
+    ends = Edit(
+        films=squares,
+        lungs=torch.ones_like(squares, dtype=torch.bool),
+        latents=latents,
+        generators=[torch.Generator("cpu").manual_seed(0) for _ in range(2)],  # DDIM draws nothing from them
+        prompt=empty,
+        negative=empty,
+        source=empty,
+        scheduler="ddim",
+        strength=config.strength,
+        guidance_scale=1.0,
+        num_inference_steps=config.num_inference_steps,
+        config=config,
+    )
+    scheduler, timesteps = model.schedule(ends)
+    noisy = invert(model, ends, timesteps)
+    films = []
+    for weight in weights:  # one by one: a film does not depend on how many stand beside it
+        told = engine.embed(prompt or "")
+        one = replace(
+            ends, prompt=told, negative=engine.embed(""), guidance_scale=config.guidance_scale if prompt else 1.0
+        )
+        mixed = slerp(noisy[:1], noisy[1:], weight)
+        scheduler, timesteps = model.schedule(one)
+        films.append(model.decode(model.denoise(mixed, one, scheduler, timesteps)).cpu().numpy())
+    return np.concatenate(films)
+
+
+def slerp(first: torch.Tensor, second: torch.Tensor, weight: float) -> torch.Tensor:
+    """Spherical interpolation of each row (Shoemake 1985): what lies between two noises is as large as they are."""
+    one, other = first.flatten(1).double(), second.flatten(1).double()
+    cosine = (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1))
+    angle = torch.arccos(cosine.clamp(-1, 1))[:, None]
+    if angle.max() < 1e-4:
+        return torch.lerp(first, second, weight)
+    mixed = (torch.sin((1 - weight) * angle) * one + torch.sin(weight * angle) * other) / torch.sin(angle)
+    return mixed.to(first.dtype).reshape(first.shape)
