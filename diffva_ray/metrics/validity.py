@@ -4,13 +4,16 @@ same films' labels and never guides a counterfactual."""
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
 from torch import nn
 from torch.nn import functional
 
@@ -20,7 +23,10 @@ SIZE = 64  # the judge's own pixel grid
 
 
 class Judge(nn.Module):
-    """Convolutional classifier over ``classes`` (sorted labels); ``healthy`` is the one a twin should be given."""
+    """Convolutional classifier over ``classes`` (sorted labels); ``healthy`` is the one a twin should be given. Its
+    probabilities are calibrated by one ``temperature`` (Guo et al. 2017), which leaves every verdict as it is."""
+
+    temperature: torch.Tensor
 
     def __init__(self, classes: Sequence[str], healthy: str, width: int = 16) -> None:
         super().__init__()
@@ -33,9 +39,10 @@ class Judge(nn.Module):
             channels = out
         self.features = nn.Sequential(*layers)
         self.head = nn.Linear(2 * channels, len(self.classes))
+        self.register_buffer("temperature", torch.ones(()))
 
     def forward(self, films: torch.Tensor) -> torch.Tensor:
-        """Logits [n, classes] of grey films [n, H, W] in [0, 1]."""
+        """Logits [n, classes] of grey films [n, H, W] in [0, 1], not calibrated."""
         return self.head(self.embed(films))
 
     def embed(self, films: torch.Tensor) -> torch.Tensor:
@@ -52,14 +59,17 @@ class Judge(nn.Module):
         that a film's number does not depend on its neighbours."""
         index = self.classes.index(self.healthy)
         device = next(self.parameters()).device
-        rows = [self(torch.from_numpy(film[None]).to(device)).softmax(1)[0, index].item() for film in films]
+        rows = [self._calibrated(torch.from_numpy(film[None]).to(device))[0, index].item() for film in films]
         return np.array(rows, dtype=np.float64)
 
     @torch.inference_mode()
     def probabilities(self, films: NDArray[np.float32]) -> NDArray[np.float64]:
         """Probabilities [n, classes] of grey films [n, H, W] in [0, 1], judged together."""
         device = next(self.parameters()).device
-        return self(torch.from_numpy(films).to(device)).softmax(1).double().cpu().numpy()
+        return self._calibrated(torch.from_numpy(films).to(device)).double().cpu().numpy()
+
+    def _calibrated(self, films: torch.Tensor) -> torch.Tensor:
+        return (self(films) / self.temperature).softmax(1)
 
     @torch.inference_mode()
     def predict(self, films: NDArray[np.float32]) -> list[str]:
@@ -68,9 +78,31 @@ class Judge(nn.Module):
         return [self.classes[int(self(torch.from_numpy(film[None]).to(device)).argmax())] for film in films]
 
 
-def save_judge(judge: Judge, store: Store) -> None:
-    """``judge/model.safetensors`` and ``judge/config.json`` below the model folder."""
-    about = {"classes": list(judge.classes), "healthy": judge.healthy, "width": judge.width}
+def fitted_temperature(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
+    """The temperature, between 1/20 and 20, under which ``logits`` [n, classes] tell ``targets`` [n] with the least
+    cross-entropy (Guo et al. 2017, section 4.2)."""
+
+    def cross_entropy(log_temperature: float) -> float:
+        scaled = logits / np.exp(log_temperature)
+        return float(np.mean(logsumexp(scaled, axis=1) - scaled[np.arange(len(targets)), targets]))
+
+    return float(np.exp(minimize_scalar(cross_entropy, bounds=(-3, 3), method="bounded").x))
+
+
+def calibration_error(probabilities: NDArray[np.float64], targets: NDArray[np.int64], bins: int = 10) -> float:
+    """Expected calibration error of ``probabilities`` [n, classes] (Guo et al. 2017, equation 3): the mean distance
+    between confidence and accuracy over ``bins`` of equal width."""
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs(confidence[which == n].sum() - right[which == n].sum()) for n in range(bins)]
+    return float(sum(gaps) / len(targets))
+
+
+def save_judge(judge: Judge, store: Store, calibration: Mapping[str, float] | None = None) -> None:
+    """``judge/model.safetensors`` and ``judge/config.json`` below the model folder; ``calibration``: what was measured
+    on films held out of its training."""
+    about: dict[str, Any] = {"classes": list(judge.classes), "healthy": judge.healthy, "width": judge.width}
+    about["calibration"] = dict(calibration or {})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in judge.state_dict().items()}
     store.put("judge/model.safetensors", save_safetensors(tensors))
     store.put("judge/config.json", json.dumps(about).encode())
@@ -84,7 +116,8 @@ def load_judge(store: Store) -> Judge | None:
         return None
     judge = Judge(about["classes"], about["healthy"], about["width"])
     try:
-        judge.load_state_dict(load_safetensors(store.read("judge/model.safetensors")))
+        weights = load_safetensors(store.read("judge/model.safetensors"))
+        judge.load_state_dict({"temperature": torch.ones(()), **weights})  # older judges have none
     except (RuntimeError, FileNotFoundError) as error:
         raise ValueError(f"{store.uri}/judge: not a judge of this version ({str(error).splitlines()[0]})") from None
     return judge.eval()

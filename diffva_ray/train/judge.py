@@ -2,39 +2,99 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from diffva_ray.config_stages import JudgeConfig
-from diffva_ray.metrics.validity import Judge, blur, save_judge
+from diffva_ray.metrics.validity import Judge, blur, calibration_error, fitted_temperature, save_judge
+from diffva_ray.observe import LOG
 from diffva_ray.storage import Store
 from diffva_ray.train.sampling import Draws
-from diffva_ray.train.stage import Batch, Player, Setting, Stage
+from diffva_ray.train.stage import Batch, Player, Setting, Stage, three_channels
+
+EVERY, MOST = 10, 1000  # every tenth film of a class is held out to calibrate, so many in all at most
+AT_ONCE = 32
 
 
 class JudgeStage(Stage):
     def __init__(self, setting: Setting, config: JudgeConfig) -> None:
         super().__init__(setting, config)
-        self.draws = Draws(setting.films.films, config.classes, setting.seed)
+        everything = Draws(setting.films.films, config.classes, setting.seed)
+        tenths = {label: films[EVERY - 1 :: EVERY] for label, films in everything.members.items()}
+        each = max(MOST // len(tenths), 1)
+        self.held_out = sorted(index for films in tenths.values() for index in films[:each])
+        self.draws = Draws(setting.films.films, config.classes, setting.seed, frozenset(self.held_out))
         torch.manual_seed(setting.seed)
         self.judge = Judge(sorted(self.draws.members), setting.bundle.recipe.data.healthy_class)
         self.modules = {"judge": self.judge}
         self.players = [Player("judge", self.judge, self.loss)]
 
     def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        """Cross-entropy on films blurred and noised by chance, as autoencoders leave them."""
+        """Cross-entropy on films, half of them as the autoencoder gives them back, blurred and noised by chance: how a
+        film was made must not tell what is on it."""
         sigma = batch.uniform()
         noise = batch.uniform(1, 1) * 0.02
+        through = batch.uniform() < 0.5
         indices = [self.draws[position] for position in batch.positions()]
-        films = blur(self.setting.films.batch(indices), sigma)
+        films = self.setting.films.batch(indices)
+        films[through] = self._reconstructed(films[through])
+        films = blur(films, sigma)
         films = films + noise * batch.normal(films.shape[1:], films)
-        target = torch.tensor([self.judge.classes.index(self.setting.films.films[n].label) for n in indices])
         device = next(network.parameters()).device
-        return functional.cross_entropy(network(films.to(device)), target.to(device))
+        return functional.cross_entropy(network(films.to(device)), self._targets(indices).to(device))
+
+    def _targets(self, indices: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([self.judge.classes.index(self.setting.films.films[n].label) for n in indices])
+
+    @torch.no_grad()
+    def _reconstructed(self, films: torch.Tensor) -> torch.Tensor:
+        """Films [n, H, W] in [0, 1] as the autoencoder gives them back."""
+        vae = self.setting.bundle.vae
+        if not len(films):
+            return films
+        pixels = three_channels(films).to(next(vae.parameters()).device)
+        colours = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float() / 2 + 0.5
+        return colours.clamp(0, 1).mean(dim=1).cpu()
 
     def finish(self, device: torch.device) -> None:
         self.judge.eval()
 
     def export(self, store: Store) -> None:
-        save_judge(self.judge, store)
+        save_judge(self.judge, store, self._calibrate())
+
+    @torch.no_grad()
+    def _calibrate(self) -> dict[str, float]:
+        """Set the temperature on the films held out, as they are and as the autoencoder gives them back; what was
+        measured there."""
+        if not self.held_out:
+            LOG.info("the judge is not calibrated: no class has %d films", EVERY)
+            return {}
+        device = next(self.judge.parameters()).device
+        logits, targets = [], self._targets(self.held_out).numpy()
+        for change in (torch.Tensor.clone, self._reconstructed):
+            for start in range(0, len(self.held_out), AT_ONCE):
+                films = change(self.setting.films.batch(self.held_out[start : start + AT_ONCE]))
+                logits.append(self.judge(films.to(device)).double().cpu().numpy())
+        told, targets = np.concatenate(logits), np.concatenate([targets, targets])
+        temperature = fitted_temperature(told, targets)
+        self.judge.temperature.fill_(temperature)
+        measured = {
+            "films": len(self.held_out),
+            "accuracy": float((told.argmax(1) == targets).mean()),
+            "temperature": temperature,
+            "calibration_error": calibration_error(_softmax(told / temperature), targets),
+            "calibration_error_before": calibration_error(_softmax(told), targets),
+        }
+        LOG.info(
+            "the judge on %(films)d films held out: accuracy %(accuracy).3f, calibration error %(calibration_error).3f "
+            "(%(calibration_error_before).3f before its temperature %(temperature).2f)", measured,
+        )  # fmt: skip
+        return measured
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(logits).softmax(1).numpy()

@@ -8,7 +8,7 @@ the same data in the same order.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -83,16 +83,21 @@ class FilmSet:
 
 class Draws:
     """Which film stands at position g of a stage's endless sequence: classes in a fixed pattern by weight, and within
-    a class one seeded permutation after the other, so that every film is seen once before any is seen twice."""
+    a class one seeded permutation after the other, so that every film is seen once before any is seen twice. Films
+    ``held_out`` never come."""
 
-    def __init__(self, films: Sequence[Film], weights: Mapping[str, int], seed: int) -> None:
+    def __init__(
+        self, films: Sequence[Film], weights: Mapping[str, int], seed: int, held_out: Container[int] = ()
+    ) -> None:
         labels = sorted({film.label for film in films})
         weights = {label: weight for label, weight in (weights or dict.fromkeys(labels, 1)).items() if weight > 0}
         absent = [label for label in weights if label not in labels]
         if absent:
             raise UnusableData(f"training class {absent[0]!r} is not in the data; there are {', '.join(labels)}")
         self.seed = seed
-        self.members = {label: [n for n, film in enumerate(films) if film.label == label] for label in weights}
+        self.members = {
+            label: [n for n, film in enumerate(films) if film.label == label and n not in held_out] for label in weights
+        }
         self.pattern = _interleave(weights)
 
     def __getitem__(self, position: int) -> int:
