@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffva_ray import ray_cluster
 from diffva_ray.config import make_recipe
-from diffva_ray.model.card import PROGRESS
+from diffva_ray.model.card import PROGRESS, UnusableModel
 from diffva_ray.observe import Progress
 from diffva_ray.ray_metrics import TrainingMetrics
 from diffva_ray.storage import Store, open_store
@@ -33,7 +33,8 @@ def fit(
     gpus_per_worker: float | None = None,
 ) -> None:
     """Train on ``workers`` workers, or on as many between two numbers as the cluster has, and export to ``model``; goes
-    on from the last checkpoint in ``model/.train``. The global batch stays the recipe's, whatever the number."""
+    on from the last checkpoint in ``model/.train``. The global batch stays the recipe's, whatever the number. Raises
+    UnusableModel when checkpoints have been taken away."""
     share = gpus_per_worker if gpus_per_worker is not None else (1.0 if ray_cluster.gpus() else 0.0)
     threads = max(1, ray_cluster.cpus() // (workers if isinstance(workers, int) else workers[1]))
     config = {
@@ -53,6 +54,12 @@ def fit(
     watcher.start()
     try:
         ray.get(trainer.remote(config, workers, resources))
+    except ray.exceptions.RayTaskError as error:
+        if "CheckpointManagerInitializationError" not in str(error):  # of Ray Train's own, which is not public
+            raise
+        raise UnusableModel(
+            f"{model}/.train/ray: a checkpoint that is listed there is gone; delete that folder to train from the start"
+        ) from None
     finally:
         stop.set()
         watcher.join(timeout=5)
