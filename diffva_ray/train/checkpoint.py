@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffva_ray.model.bundle import Bundle
+from diffva_ray.model.card import UnusableModel
 
 Modules = Mapping[str, torch.nn.Module]
 
@@ -60,11 +61,18 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(folder: Path, bundle: Bundle, modules: Modules) -> None:
-    """Put a checkpoint's weights and scaling factor into the bundle and into those ``modules`` it has."""
+    """Put a checkpoint's weights and scaling factor into the bundle and into those ``modules`` it has. Raises
+    UnusableModel for weights that do not fit."""
     for name, module in {**bundle.modules, **modules}.items():
         file = folder / f"{name}.safetensors"
         if name in bundle.modules or file.exists():
-            module.load_state_dict(load_file(file))
+            try:
+                module.load_state_dict(load_file(file))
+            except (RuntimeError, OSError) as error:
+                raise UnusableModel(
+                    f"the checkpoint {folder} does not fit this version of diffva-ray ({file.name}: "
+                    f"{' '.join(str(error).split())[:160]}); delete it to train from the start"
+                ) from None
     bundle.vae.register_to_config(scaling_factor=read_state(folder)["scaling_factor"])
 
 

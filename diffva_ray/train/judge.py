@@ -17,7 +17,7 @@ from diffva_ray.train.sampling import Draws
 from diffva_ray.train.stage import Batch, Player, Setting, Stage, three_channels
 
 EVERY, MOST = 10, 1000  # every tenth film of a class is held out to calibrate, so many in all at most
-AT_ONCE = 32
+AT_ONCE = 16
 
 
 class JudgeStage(Stage):
@@ -31,6 +31,8 @@ class JudgeStage(Stage):
         torch.manual_seed(setting.seed)
         self.judge = Judge(sorted(self.draws.members), setting.bundle.recipe.data.healthy_class)
         self.modules = {"judge": self.judge}
+        self.kept = len(setting.films.films) * setting.films.size**2 <= setting.cache_megabytes * 2**20
+        self._blocks: dict[int, torch.Tensor] = {}
         self.players = [Player("judge", self.judge, self.loss)]
 
     def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
@@ -41,7 +43,8 @@ class JudgeStage(Stage):
         through = batch.uniform() < 0.5
         indices = [self.draws[position] for position in batch.positions()]
         films = self.setting.films.batch(indices)
-        films[through] = self._reconstructed(films[through])
+        if through.any():
+            films[through] = self._reconstructed([n for n, chosen in zip(indices, through.tolist()) if chosen])
         films = blur(films, sigma)
         films = films + noise * batch.normal(films.shape[1:], films)
         device = next(network.parameters()).device
@@ -50,13 +53,20 @@ class JudgeStage(Stage):
     def _targets(self, indices: Sequence[int]) -> torch.Tensor:
         return torch.tensor([self.judge.classes.index(self.setting.films.films[n].label) for n in indices])
 
+    def _reconstructed(self, indices: Sequence[int]) -> torch.Tensor:
+        """Films [n, H, W] in [0, 1] as the autoencoder gives them back: each once, in batches that do not depend on the
+        step, where memory allows."""
+        if not self.kept:
+            return self._through(indices)
+        for block in {index // AT_ONCE for index in indices} - self._blocks.keys():
+            members = range(block * AT_ONCE, min((block + 1) * AT_ONCE, len(self.setting.films.films)))
+            self._blocks[block] = (self._through(members) * 255).round().byte()
+        return torch.stack([self._blocks[index // AT_ONCE][index % AT_ONCE] for index in indices]).float() / 255
+
     @torch.no_grad()
-    def _reconstructed(self, films: torch.Tensor) -> torch.Tensor:
-        """Films [n, H, W] in [0, 1] as the autoencoder gives them back."""
+    def _through(self, indices: Sequence[int]) -> torch.Tensor:
         vae = self.setting.bundle.vae
-        if not len(films):
-            return films
-        pixels = three_channels(films).to(next(vae.parameters()).device)
+        pixels = three_channels(self.setting.films.batch(indices)).to(next(vae.parameters()).device)
         colours = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float() / 2 + 0.5
         return colours.clamp(0, 1).mean(dim=1).cpu()
 
@@ -75,9 +85,9 @@ class JudgeStage(Stage):
             return {}
         device = next(self.judge.parameters()).device
         logits, targets = [], self._targets(self.held_out).numpy()
-        for change in (torch.Tensor.clone, self._reconstructed):
+        for taken in (self.setting.films.batch, self._reconstructed):
             for start in range(0, len(self.held_out), AT_ONCE):
-                films = change(self.setting.films.batch(self.held_out[start : start + AT_ONCE]))
+                films = taken(self.held_out[start : start + AT_ONCE])
                 logits.append(self.judge(films.to(device)).double().cpu().numpy())
         told, targets = np.concatenate(logits), np.concatenate([targets, targets])
         temperature = fitted_temperature(told, targets)

@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from trainings import different, killed, run, weights, with_stages
 
 from diffva_ray.config import Recipe, RecipeError
 from diffva_ray.model.bundle import build, load
+from diffva_ray.model.card import UnusableModel
 from diffva_ray.model.cross_attention import cross_attention_parameters
+from diffva_ray.train.checkpoint import Checkpoints
 from diffva_ray.validation import validation_of
 
 PARTS = ("vae", "unet", "text_encoder", "judge")
@@ -46,6 +49,18 @@ def test_killed_at_any_step_and_resumed_is_bitwise_the_undisturbed_run(
         for file in (model / ".train/progress.json", out / ".train/progress.json")
     )
     assert one == other  # nothing of the killed process is said twice
+
+
+def test_a_checkpoint_of_another_version_is_one_line(
+    tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(tiny, films, tmp_path / "model", 6, monkeypatch)
+    latest = Checkpoints(tmp_path / "model/.train", 2).latest()
+    assert latest is not None
+    file = latest / "unet.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if "conv_in" not in name}, file)
+    with pytest.raises(UnusableModel, match=r"does not fit this version.*unet.safetensors.*conv_in"):
+        run(tiny, films, tmp_path / "model")
 
 
 def test_small_shares_accumulate_to_the_same_step(tiny: Recipe, films: Path, tmp_path: Path) -> None:

@@ -1,0 +1,146 @@
+"""Quality against cost of every sampler: how far a twin is from the converged one, and how well its map finds the
+lesion, over the UNet forwards that it took.
+
+    make demo && python benchmarks/samplers.py [--model runs/demo/model] [--films 48]
+
+Method sdedit, from the same noise, on abnormal phantoms of a seed of their own. The deterministic samplers solve one
+differential equation, whose solution is taken from DDIM with REFERENCE steps; the reverse SDEs draw noise on the way,
+so there is no one twin they could converge to, and only their maps are scored. AUROC is of the positive part of the
+compensated map, inside the lungs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from diffva_ray.counterfactual.attribution import attribution
+from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.data.phantoms import Phantom, phantom
+from diffva_ray.evaluate.figures import CLASS_COLOURS, INK, MUTED, RULE, png
+from diffva_ray.generate.cost import calls
+from diffva_ray.metrics.localization import positive, score
+from diffva_ray.metrics.ssim import psnr
+from diffva_ray.model.bundle import load
+from diffva_ray.observe import LOG, set_up_logging
+from diffva_ray.provenance import code_revision, version
+
+SOLVERS = ("pndm-diffusers", "pndm", "ddim", "dpmsolver++", "unipc", "euler")
+SDES = ("vp-sde", "ve-sde")
+STEPS = (5, 8, 14, 24, 44, 84)
+REFERENCE = 400
+STRENGTH, GUIDANCE = 0.6, 3.0
+ABNORMAL = ("Lung_Opacity", "COVID", "Viral Pneumonia")
+SEED = 501
+
+
+def twins(heal: Counterfactuals, films: list[Phantom], scheduler: str, steps: int) -> tuple[NDArray, NDArray]:
+    """Counterfactuals and reconstructions [n, size, size]."""
+    settings = replace(
+        heal.settings(),
+        method="sdedit",
+        scheduler=scheduler,
+        strength=STRENGTH,
+        guidance_scale=GUIDANCE,
+        num_inference_steps=steps,
+    )
+    size, parts = heal.config.micro_batch, []
+    for start in range(0, len(films), size):
+        some = films[start : start + size]
+        parts.append(heal([film.film for film in some], [settings] * len(some), list(range(start, start + len(some)))))
+    return np.concatenate([p.counterfactuals for p in parts]), np.concatenate([p.reconstructions for p in parts])
+
+
+def row_of(
+    heal: Counterfactuals, films: list[Phantom], scheduler: str, steps: int, converged: NDArray
+) -> dict[str, Any]:
+    began = time.monotonic()
+    found, rebuilt = twins(heal, films, scheduler, steps)
+    seconds = (time.monotonic() - began) / len(films)
+    maps = [positive(attribution(p.film, r, t, heal.config)) for p, r, t in zip(films, rebuilt, found, strict=True)]
+    scored = [score(m, p.lesion, p.lungs | p.lesion) for m, p in zip(maps, films, strict=True)]
+    settings = {**heal.config.model_dump(), "method": "sdedit", "scheduler": scheduler, "strength": STRENGTH,
+                "guidance_scale": GUIDANCE, "num_inference_steps": steps}  # fmt: skip
+    return {
+        "scheduler": scheduler,
+        "steps": steps,
+        "unet_calls": calls(settings, len(heal.bundle.recipe.data.prompts)).unet,
+        "distance": float(np.abs(found - converged).mean()) if scheduler in SOLVERS else None,
+        "auroc": float(np.mean([each.auroc for each in scored if each is not None])),
+        "psnr_twin": float(np.mean([psnr(twin, film.twin) for twin, film in zip(found, films, strict=True)])),
+        "seconds_per_film": seconds,
+    }
+
+
+def picture(rows: list[dict[str, Any]], films: int) -> bytes:
+    """Two panels over the UNet forwards of a film: distance to the converged twin, and AUROC."""
+    figure = Figure(figsize=(9.2, 3.7), facecolor="white", layout="constrained")
+    panels = figure.subplots(1, 2)
+    colours = [*CLASS_COLOURS, "#7f7f7f", "#3b3b3b"]
+    for (key, title), axes in zip(
+        (("distance", "mean |twin − converged twin|"), ("auroc", "AUROC of the map, inside the lungs")), panels
+    ):
+        for colour, name in zip(colours, (*SOLVERS, *SDES)):
+            line = [(row["unet_calls"], row[key]) for row in rows if row["scheduler"] == name and row[key] is not None]
+            if line:
+                axes.plot(*zip(*line), color=colour, marker="o", markersize=3.5, linewidth=1.4, label=name,
+                          linestyle="--" if name in SDES else "-")  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_xticks([8, 16, 32, 64, 128], ["8", "16", "32", "64", "128"])
+        axes.minorticks_off()
+        axes.set_xlabel("UNet forwards a film (a guided step is two)", fontsize=8.5, color=INK)
+        axes.set_title(title, fontsize=9.5, color=INK, loc="left")
+        axes.tick_params(labelsize=8, colors=MUTED, length=3)
+        axes.grid(color=RULE, linewidth=0.5, alpha=0.6)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    panels[0].set_yscale("log")
+    panels[1].legend(fontsize=7.5, frameon=False, ncols=2, loc="lower right")
+    figure.supxlabel(f"{films} abnormal phantoms, sdedit at strength {STRENGTH:g}, guidance {GUIDANCE:g}", fontsize=7.5,
+                     color=MUTED)  # fmt: skip
+    return png(figure)
+
+
+@click.command()
+@click.option("--model", default="runs/demo/model", show_default=True)
+@click.option("--films", "count", default=48, show_default=True, help="Abnormal phantoms.")
+@click.option("--result", default="benchmarks/results/samplers.json", type=click.Path(path_type=Path))
+@click.option("--picture", "target", default="docs/images/samplers.png", type=click.Path(path_type=Path))
+def main(model: str, count: int, result: Path, target: Path) -> None:
+    set_up_logging()
+    bundle = load(model)
+    changes = {"source_prompt": "", "negative_prompt": "", "difference": "compensated"}
+    heal = Counterfactuals(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
+    films = [phantom(ABNORMAL[n % 3], n, SEED, heal.size) for n in range(count)]
+    converged, _ = twins(heal, films, "ddim", REFERENCE)
+    rows = []
+    for scheduler in (*SOLVERS, *SDES):
+        for steps in STEPS:
+            rows.append(row_of(heal, films, scheduler, steps, converged))
+            LOG.info("%s", rows[-1])
+    about = {
+        "command": f"python benchmarks/samplers.py --films {count}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+        "versions": {key: version(key) for key in ("torch", "diffusers")},
+        "code_revision": code_revision(),
+        "model_digest": bundle.digest,
+        "settings": {"strength": STRENGTH, "guidance_scale": GUIDANCE, "reference": f"ddim, {REFERENCE} steps"},
+        "rows": rows,
+    }
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(about, indent=1))
+    target.write_bytes(picture(rows, count))
+
+
+if __name__ == "__main__":
+    main()
