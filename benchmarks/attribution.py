@@ -2,10 +2,10 @@
 
     python benchmarks/attribution.py [--work runs/attribution] [--seeds 0,1,2] [--films 300] [--recipe phantom]
 
-A training seed is a model of its own: recipe, classifier of noisy latents, ControlNet and judge, trained on 3000
-phantoms of a seed of its own. Thresholds come from validation films, scores from test films that nothing has seen; the
-judge never guides. Every map is positive part, smoothed by the recipe's Gaussian, scored inside the lungs. Rows called
-*sanity* must fall to the baselines. What is finished below --work is not made again.
+A training seed is a model of its own: recipe, classifier of noisy latents, ControlNet, both GANs and judge, trained on
+3000 phantoms of a seed of its own. Thresholds come from validation films, scores from test films that nothing has seen;
+the judge never guides. Every map is positive part, smoothed by the recipe's Gaussian, scored inside the lungs. Rows
+called *sanity* must fall to the baselines. What is finished below --work is not made again.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "controlnet": {"method": "controlnet", **NOISED},
     "cycle": {"method": "cycle"},
     "classifier-guided": {"method": "classifier-guided", "source_prompt": "", "num_inference_steps": 17},
+    "vant-gan": {"method": "vant-gan", "source_prompt": "", "negative_prompt": ""},
+    "ant-gan": {"method": "ant-gan", "source_prompt": "", "negative_prompt": ""},
     "ddim-inversion, empty source": {"source_prompt": "", "negative_prompt": ""},
     "ddim-inversion": {"num_inference_steps": 17},
     "masked": {"method": "masked", "num_inference_steps": 17},
@@ -60,6 +62,12 @@ CLASSIFIER = {"name": "classifier", "trains": "classifier", "steps": 900, "batch
               "classes": {"Normal": 3, "Lung_Opacity": 1, "COVID": 1, "Viral Pneumonia": 1}}  # fmt: skip
 CONTROLNET = {"name": "controlnet", "trains": "controlnet", "steps": 400, "batch_size": 16, "learning_rate": 1.0e-3,
               "warmup_steps": 20, "schedule": "cosine", "prompt_dropout": 0.1}  # fmt: skip
+VANT_GAN = {"name": "vant-gan", "trains": "vant-gan", "steps": 700, "batch_size": 8, "learning_rate": 1.0e-3,
+            "warmup_steps": 20, "schedule": "cosine", "ema_decay": 0.98, "block_out_channels": [8, 16, 32],
+            "norm_num_groups": 4, "map_weight": 20}  # fmt: skip
+ANT_GAN = {"name": "ant-gan", "trains": "ant-gan", "steps": 400, "batch_size": 8, "learning_rate": 1.0e-3,
+           "warmup_steps": 20, "schedule": "cosine", "ema_decay": 0.98, "block_out_channels": [8, 16, 32],
+           "norm_num_groups": 4}  # fmt: skip
 SCORES = ("auroc", "auprc", "dice_best", "dice_fixed", "pointing_game", "energy_in_truth")
 
 
@@ -75,7 +83,7 @@ def trained(work: Path, recipe: Recipe, data: str, name: str, seed: int) -> str:
     model = str(work / f"{name}-{seed}")
     values = recipe.model_dump(mode="json")
     values["seed"] = seed
-    values["train"]["stages"] += [CLASSIFIER, CONTROLNET]
+    values["train"]["stages"] += [CLASSIFIER, CONTROLNET, VANT_GAN, ANT_GAN]
     pipeline.train_model(make_recipe(values), data, model, executor="inline")
     return model
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from diffva_ray.config_stages import Section, TrainConfig
+from diffva_ray.config_stages import Section, Stage, TrainConfig
 from diffva_ray.schema import digest
 from diffva_ray.storage import open_store
 
@@ -17,11 +18,17 @@ RECIPES = resources.files("diffva_ray") / "recipes"
 
 
 Method = Literal[  # each is the module of that name in counterfactual/
-    "sdedit", "ddim-inversion", "cycle", "masked", "classifier-guided", "controlnet"
+    "sdedit", "ddim-inversion", "cycle", "masked", "classifier-guided", "controlnet", "vant-gan", "ant-gan"
 ]  # fmt: skip
 
 # What a method needs beside the pipeline's networks: the folder of the model, and the kind of stage that trains it.
-NEEDS: dict[str, str] = {"classifier-guided": "classifier", "controlnet": "controlnet"}
+NEEDS: dict[str, str] = {
+    "classifier-guided": "classifier",
+    "controlnet": "controlnet",
+    "vant-gan": "vant_gan",
+    "ant-gan": "ant_gan",
+}
+WITHOUT_TEXT: tuple[Method, ...] = ("vant-gan", "ant-gan")  # methods of one pass: no prompt, no sampler
 Scheduler = Literal["pndm", "pndm-diffusers", "ddim", "dpmsolver++", "unipc", "euler", "vp-sde", "ve-sde"]
 
 
@@ -203,9 +210,30 @@ def first_error(error: ValidationError) -> str:
         part for n, part in enumerate(place) if not (n > 1 and isinstance(place[n - 1], int) and n < len(place) - 1)
     ]
     where = ".".join(str(part) for part in parts) or "recipe"
+    if first["type"] == "extra_forbidden":
+        known = _keys_beside(place)
+        near = get_close_matches(str(place[-1]), known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        return f"{where}: no such key; {hint}"
     given = first["input"]
     shown = f" (got {given!r})" if isinstance(given, (str, int, float)) else ""
     return f"{where}: {first['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _keys_beside(place: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section in which pydantic found a stranger."""
+    section: Any = Recipe
+    for part in place[:-1]:
+        if part == "stages":
+            section = get_args(get_args(Stage)[0])
+        elif isinstance(section, tuple):  # the index of a stage, then its kind
+            section = next(
+                (kind for kind in section if part in get_args(kind.model_fields["trains"].annotation)), section
+            )
+        else:
+            annotation = section.model_fields[str(part)].annotation
+            section = next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
+    return list(section.model_fields)
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

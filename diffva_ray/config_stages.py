@@ -84,8 +84,43 @@ class ClassifierConfig(StageConfig):
     noise_limit: float = Field(0.6, gt=0, le=1)  # of the timesteps; at least the strength it is to guide at
 
 
+class HealerConfig(StageConfig):
+    """A generator of healthy films, and its critic. ``classes`` weigh the abnormal films; healthy ones come as often as
+    all of those together."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    block_out_channels: tuple[int, ...] = Field((16, 32, 64), min_length=1)
+    norm_num_groups: int = Field(8, ge=1)  # divides all of block_out_channels
+    critic_channels: int = Field(16, ge=4, multiple_of=4)
+    critic_rate: float = Field(2.0, gt=0)  # the critic's learning rate, as a multiple of the stage's
+
+
+class VantGanConfig(HealerConfig):
+    """The generator of method ``vant-gan``: a map, its L1, a Wasserstein critic with a gradient penalty."""
+
+    trains: Literal["vant-gan"]
+    betas: tuple[float, float] = (0.0, 0.9)
+    map_weight: float = Field(100.0, ge=0)
+    penalty_weight: float = Field(10.0, ge=0)
+
+
+class AntGanConfig(HealerConfig):
+    """The generator of method ``ant-gan``: translation both ways, cycle consistency and identity."""
+
+    trains: Literal["ant-gan"]
+    betas: tuple[float, float] = (0.5, 0.999)
+    cycle_weight: float = Field(10.0, ge=0)
+    identity_weight: float = Field(5.0, ge=0)
+
+
 Stage = Annotated[
-    AutoencoderConfig | DenoiserConfig | ControlNetStageConfig | JudgeConfig | ClassifierConfig,
+    AutoencoderConfig
+    | DenoiserConfig
+    | ControlNetStageConfig
+    | JudgeConfig
+    | ClassifierConfig
+    | VantGanConfig
+    | AntGanConfig,
     Field(discriminator="trains"),
 ]
 

@@ -126,6 +126,7 @@ def complete(model: Path) -> Callable[[], Bundle]:
 
     from diffva_ray.model.bundle import load
     from diffva_ray.model.classifier import LatentClassifier
+    from diffva_ray.model.healer import Healer
 
     def load_with_extras() -> Bundle:
         bundle = load(str(model))
@@ -137,6 +138,7 @@ def complete(model: Path) -> Callable[[], Bundle]:
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.05)
         bundle.extras["controlnet"] = controlnet.eval()
+        bundle.extras["vant_gan"], bundle.extras["ant_gan"] = Healer("map", (8, 16), 4), Healer("image", (8, 16), 4)
         assert set(NEEDS.values()) <= set(bundle.extras)
         return bundle
 

@@ -17,7 +17,8 @@ MASK_CALLS = 6  # of DiffEdit's mask: CALLS of counterfactual/guidance_differenc
 
 
 class Calls(NamedTuple):
-    """Forwards of each network for one record. Every method encodes the film and decodes twin and reconstruction."""
+    """Forwards of each network for one record. Every method has the film encoded; those in latent space
+    decode twin and reconstruction."""
 
     unet: int
     encode: int = 1
@@ -32,6 +33,8 @@ METHODS: dict[str, Callable[[int, int], Calls]] = {  # of the sampler's steps, a
     "masked": lambda steps, branches: Calls(steps * branches + steps - 1),
     "controlnet": lambda steps, branches: Calls(steps * branches, controlnet=steps * branches),
     "classifier-guided": lambda steps, branches: Calls(2 * steps - 1),
+    "vant-gan": lambda steps, branches: Calls(0, decode=0),
+    "ant-gan": lambda steps, branches: Calls(0, decode=0),
 }
 # TFLOP of one forward (a multiplication and an addition are two), by base and resolution: UNet, encoder, decoder,
 # ControlNet.

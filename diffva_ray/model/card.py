@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from diffva_ray.storage import Store
 
@@ -29,6 +32,19 @@ def read_card(store: Store) -> dict[str, Any] | None:
         return None
     except json.JSONDecodeError as error:
         raise UnusableModel(f"{store.uri}/{CARD}: not JSON ({error})") from None
+
+
+def prompt_limit(store: Store, prompts: Sequence[str]) -> tuple[int, list[str]]:
+    """The model's token length, and those of ``prompts`` that are longer; (0, []) where its tokenizer is in no
+    ``tokenizer.json`` (CLIP's, as Stable Diffusion ships it), and only the workers can tell."""
+    try:
+        tokenizer = Tokenizer.from_buffer(store.read("tokenizer/tokenizer.json"))
+        limit = int(json.loads(store.read("tokenizer/tokenizer_config.json"))["model_max_length"])
+    except (OSError, KeyError, ValueError):
+        return 0, []
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return limit, [prompt for prompt in prompts if len(tokenizer.encode(prompt).ids) > limit]
 
 
 def folder_digest(folder: Path) -> str:

@@ -11,6 +11,8 @@ from diffva_ray.model.card import EXTRAS, UnusableModel
 CLASSES: dict[str, str] = {  # folder -> "module:class"; classes are diffusers ModelMixins
     "controlnet": "diffusers:ControlNetModel",
     "classifier": "diffva_ray.model.classifier:LatentClassifier",
+    "vant_gan": "diffva_ray.model.healer:Healer",
+    "ant_gan": "diffva_ray.model.healer:Healer",
 }
 
 

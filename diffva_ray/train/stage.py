@@ -93,6 +93,8 @@ KINDS = {
     "controlnet": "controlnet:ControlNetStage",
     "judge": "judge:JudgeStage",
     "classifier": "classifier:ClassifierStage",
+    "vant-gan": "gan:VantGanStage",
+    "ant-gan": "gan:AntGanStage",
 }
 
 

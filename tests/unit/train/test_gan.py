@@ -1,0 +1,142 @@
+"""Stages ``vant-gan`` and ``ant-gan``: they learn to heal from labels alone, and resume exactly."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_workers import run as run_workers
+from trainings import different, killed, run, weights, with_stages
+
+from diffva_ray.config import Recipe, RecipeError
+from diffva_ray.data.films import UnusableData
+from diffva_ray.model.bundle import build, load
+from diffva_ray.train.adversary import PatchDiscriminator
+from diffva_ray.train.gan import WassersteinCritic, score
+
+STAGES = [
+    {"name": kind, "trains": kind, "steps": 3, "batch_size": 2, "learning_rate": 1e-3, "ema_decay": 0.9,
+     "block_out_channels": [8, 16], "norm_num_groups": 4, "critic_channels": 8}
+    for kind in ("vant-gan", "ant-gan")
+]  # fmt: skip
+JUDGE = {"name": "judge", "trains": "judge", "steps": 1, "batch_size": 4, "learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=["vant-gan", "ant-gan"])
+@pytest.mark.parametrize("kill_at", [3, 6])
+def test_killed_and_resumed_is_bitwise_the_undisturbed_training(
+    stage: dict, kill_at: int, tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two players a step: 3 is within the second step, 6 in the judge's stage, when the healer is finished."""
+    recipe, name = with_stages(tiny, stage, JUDGE, checkpoint_every=1), stage["trains"].replace("-", "_")
+    run(recipe, films, tmp_path / "whole")
+    killed(recipe, films, tmp_path / "killed", kill_at, monkeypatch)
+    run(recipe, films, tmp_path / "killed")
+    whole, resumed = (weights(tmp_path / folder, name) for folder in ("whole", "killed"))
+    assert different(whole, resumed) == []
+    assert load(str(tmp_path / "whole")).digest == load(str(tmp_path / "killed")).digest
+
+
+def test_two_workers_are_one_with_the_same_batch(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+    """The penalty's gradient of a gradient included: the critic's gradient norm is that of the whole batch."""
+    stages = [{**stage, "steps": 2, "batch_size": 2, "betas": [0.9, 0.999], "learning_rate": 2e-4} for stage in STAGES]
+    recipe, file = with_stages(tiny, *stages), tmp_path / "recipe.json"
+    file.write_text(recipe.model_dump_json())
+    one, two = run(recipe, films, tmp_path / "one"), run_workers(2, file, films, tmp_path / "two")
+    for name in ("loss", "critic_loss", "grad_norm", "critic_grad_norm"):
+        ours, theirs = ([entry[name] for entry in history] for history in (one, two))
+        assert theirs == pytest.approx(ours, rel=1e-4), name
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Grey films with some noise; a third of an abnormal one is brighter."""
+    folder, rng = tmp_path_factory.mktemp("squares"), np.random.default_rng(0)
+    for label in ("Normal", "COVID"):
+        (folder / label).mkdir()
+        for n in range(16):
+            film = 0.35 + 0.03 * rng.standard_normal((32, 32))
+            if label == "COVID":
+                film[8:20, 8:20] += 0.4
+            Image.fromarray((film.clip(0, 1) * 255).astype(np.uint8)).save(folder / label / f"{n}.png")
+    return folder
+
+
+LEARNING: dict[str, dict] = {
+    "vant-gan": {"steps": 100, "batch_size": 4, "ema_decay": None, "map_weight": 10.0},
+    "ant-gan": {"steps": 100, "batch_size": 8, "ema_decay": None},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=["vant-gan", "ant-gan"])
+def test_it_learns_what_tells_the_kinds_apart(
+    stage: dict, tiny: Recipe, squares: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The bright square of abnormal films goes, the rest stays; the other networks are not touched. A healer that draws
+    maps has never seen a healthy film, so nothing is asked of it there."""
+    longer = {**stage, **LEARNING[stage["trains"]]}
+    with caplog.at_level(logging.INFO):
+        run(with_stages(tiny, longer), squares, tmp_path)
+    trained, start = load(str(tmp_path)), build(tiny)
+    healer = trained.extra(stage["trains"].replace("-", "_")).eval()
+    films = np.stack([np.asarray(Image.open(file)) for file in sorted((squares / "COVID").iterdir())])
+    ill = torch.from_numpy(films).float() / 255
+    with torch.no_grad():
+        lesion = ill - healer.heal(ill)
+    inside = lesion[:, 9:19, 9:19].mean()
+    lesion[:, 6:22, 6:22] = 0
+    around = lesion.abs().sum() / (len(lesion) * (32 * 32 - 16 * 16))
+    assert inside > 0.2
+    assert around < 0.25 * inside
+    for name in ("vae", "unet", "text_encoder"):
+        before, after = start.modules[name].state_dict(), trained.modules[name].state_dict()
+        assert all(torch.equal(before[key], after[key]) for key in before), name
+    measured = healer.config["measured"]
+    assert measured["converged"] == (abs(measured["gap_healed"]) < 0.5 * measured["gap_abnormal"])
+    assert (f"stage {stage['name']} converged" in caplog.text) == measured["converged"]
+
+
+def test_a_healer_that_did_not_converge_says_so(
+    tiny: Recipe, films: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(with_stages(tiny, {**STAGES[0], "steps": 1}), films, tmp_path)
+    assert "stage vant-gan DID NOT CONVERGE" in caplog.text
+    assert not load(str(tmp_path)).extra("vant_gan").config["measured"]["converged"]
+
+
+def test_the_wasserstein_critics_loss_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against finite differences: the penalty is of the gradient's norm at the mixture."""
+    torch.manual_seed(0)
+    critic = PatchDiscriminator(8).double()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    healthy, healed = torch.rand(2, 2, 1, 32, 32, dtype=torch.float64)
+    mix = torch.tensor([0.25, 0.75], dtype=torch.float64).reshape(2, 1, 1, 1)
+    found = WassersteinCritic(critic, 7.0)(healthy, healed, mix)
+    with torch.no_grad():
+        between, norms = mix * healthy + (1 - mix) * healed, []
+        for film in between:
+            pixels = torch.eye(1024, dtype=torch.float64).reshape(1024, 1, 32, 32) * 1e-5
+            norms.append(((score(critic, film + pixels) - score(critic, film - pixels)) / 2e-5).norm())
+        penalty = torch.stack([(norm - 1) ** 2 for norm in norms]).mean()
+        expected = score(critic, healed).mean() - score(critic, healthy).mean() + 7 * penalty
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"classes": {"Normal": 1}}, "classes holds Normal"),
+        ({"classes": {"Gout": 1}}, "'Gout' is not in the data"),
+        ({"norm_num_groups": 5}, "divisible"),
+        ({"block_out_channels": [8] * 7}, "halve films of 32 pixels"),
+    ],
+)
+def test_a_stage_that_cannot_be_built_is_named(
+    change: dict, reason: str, tiny: Recipe, films: Path, tmp_path: Path
+) -> None:
+    with pytest.raises((RecipeError, UnusableData), match=reason):
+        run(with_stages(tiny, {**STAGES[0], **change}), films, tmp_path)
