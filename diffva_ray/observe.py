@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 LOG = logging.getLogger("diffva")
 
@@ -46,3 +48,29 @@ class Progress:
                 "%s %d of %d %s, %.1f/s, %s%s%s",
                 self.what, done, self.total, self.unit, rate, duration(elapsed), left, f" ({note})" if note else "",
             )  # fmt: skip
+
+
+class Stopwatch:
+    """Seconds by stage of one thread's work; of a stage within another, each counts its own. ``settle`` is waited for
+    where one ends and the next begins: a GPU works on after it was told to."""
+
+    def __init__(self, settle: Callable[[], None] = lambda: None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._settle, self._stages, self._since = settle, list[str](), 0.0
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._charge()
+        self._stages.append(stage)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._stages.pop()
+
+    def _charge(self) -> None:
+        self._settle()
+        now = time.perf_counter()
+        if self._stages:
+            self.seconds[self._stages[-1]] = self.seconds.get(self._stages[-1], 0.0) + now - self._since
+        self._since = now

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from diffva_ray.generate.ledger import start_retry
 from diffva_ray.generate.plan import (
     SUCCESS,
     FingerprintDiffers,
+    PlanError,
     Request,
     Run,
     continue_run,
@@ -29,7 +30,7 @@ from diffva_ray.generate.plan import (
     pixel_keys,
     start_run,
 )
-from diffva_ray.model.card import TRAINING, UnusableModel, folder_digest, read_card
+from diffva_ray.model.card import TRAINING, UnusableModel, folder_digest, prompt_limit, read_card
 from diffva_ray.observe import LOG, Progress
 from diffva_ray.provenance import provenance, torch_version
 from diffva_ray.schema import digest
@@ -169,6 +170,7 @@ def plan_run(
     plan = make_plan(dataset, recipe, request)
     for method in plan["method"].unique().to_pylist():
         check_needs(model, method)
+    check_prompts(model, plan["prompt"].unique().to_pylist())
     return start_run(store, plan, keys, about)
 
 
@@ -181,6 +183,14 @@ def check_needs(model: str, method: str) -> None:
             f"--model {model}: method {method} needs a {kind}, which this model has not; train one with a stage that "
             f"`trains: {kind}`"
         )
+
+
+def check_prompts(model: str, prompts: Sequence[str]) -> None:
+    """Raises PlanError for a prompt that the model would cut."""
+    limit, long = prompt_limit(open_store(model), prompts)
+    if long:
+        shown = long[0] if len(long[0]) <= 60 else long[0][:59] + "…"
+        raise PlanError(f"--prompt {shown!r}: more than the {limit} tokens this model reads; make it shorter")
 
 
 def _films_to_heal(recipe: Recipe, data: str, request: Request) -> Dataset:

@@ -63,11 +63,12 @@ def generate(
     on_shard: Callable[[dict[str, int]], None],
     actors: int | None = None,
     gpus_per_actor: float | None = None,
+    worker: type = ShardWorker,
 ) -> None:
     """Run the ``pending`` shards on an actor pool; ``on_shard`` is called as each is committed.
 
     By default one actor for each GPU (one GPU each), more as an autoscaling cluster grows; one for each CPU where the
-    cluster has no GPU.
+    cluster has no GPU. ``worker`` is a class with ShardWorker's constructor and call: a simulator's, say.
     """
     share = gpus_per_actor if gpus_per_actor is not None else (1.0 if ray_cluster.gpus() else 0.0)
     if LOG.level > logging.DEBUG:
@@ -77,7 +78,7 @@ def generate(
     context.print_on_execution_start = False
     shards = ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=len(pending))
     reports = shards.map_batches(
-        ShardWorker,
+        worker,
         batch_size=1,
         compute=_pool(actors, share, len(pending)),
         num_gpus=share or None,

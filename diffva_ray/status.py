@@ -45,6 +45,7 @@ def _run_status(run: Run) -> dict[str, Any]:
             seconds[stage] = seconds.get(stage, 0.0) + value
     records = sum(sizes[shard] for shard in done)
     work = sum(seconds.values())
+    bottleneck = max(seconds, key=lambda stage: seconds[stage]) if work else None
     rate = records / work if work else None
     left = run.about["records"] - records
     return {
@@ -60,6 +61,8 @@ def _run_status(run: Run) -> dict[str, Any]:
         "finished": run.store.exists(SUCCESS),
         "retries": len(overlays(run)),
         "seconds_by_stage": {stage: round(value, 2) for stage, value in seconds.items()},
+        "bottleneck": bottleneck,
+        "bottleneck_share": round(seconds[bottleneck] / work, 3) if bottleneck else None,
         "records_per_worker_second": round(rate, 3) if rate else None,
         "worker_seconds_left": round(left / rate, 1) if rate else None,
     }
@@ -93,6 +96,8 @@ def describe(status: dict[str, Any]) -> str:
     if status["seconds_by_stage"]:
         spent = ", ".join(f"{stage} {value:.1f}s" for stage, value in status["seconds_by_stage"].items())
         lines.append(f"worker time: {spent}; {status['records_per_worker_second']} records a worker second")
+        stage, share = status["bottleneck"], status["bottleneck_share"]
+        lines.append(f"bottleneck: {stage}, {share:.0%} of the worker time")
     if status["worker_seconds_left"]:
         lines.append(f"to go: {duration(status['worker_seconds_left'])} of one worker's time")
     return "\n".join(lines)

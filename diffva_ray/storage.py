@@ -46,6 +46,9 @@ class Store(Protocol):
         """The whole file. Raises FileNotFoundError when there is none, another OSError when this file cannot be read,
         StoreError when the store fails."""
 
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        """The bytes from ``start`` to before ``stop`` of a file (fewer where it ends); raises as ``read``."""
+
     def exists(self, path: str) -> bool: ...
 
     def list(self, prefix: str = "") -> list[Entry]:
@@ -101,6 +104,11 @@ class LocalStore:
     def read(self, path: str) -> bytes:
         with self._reading(path):
             return (self.root / checked(path)).read_bytes()
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        with self._reading(path), open(self.root / checked(path), "rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
 
     def exists(self, path: str) -> bool:
         return (self.root / checked(path)).is_file()

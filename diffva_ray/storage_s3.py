@@ -104,12 +104,18 @@ class S3Store:
         self.conditional = True  # until the server says that it has no conditional PUT
 
     def read(self, path: str) -> bytes:
+        return self._read(path)
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        return self._read(path, start=start, end=stop)
+
+    def _read(self, path: str, **limits: int) -> bytes:
         key = self._key(path)
         with self._asking(path, UNREADABLE):
             for _ in range(READS - 1):
                 with suppress(*BROKEN_OFF):
-                    return self.fs.cat_file(key)
-            return self.fs.cat_file(key)
+                    return self.fs.cat_file(key, **limits)
+            return self.fs.cat_file(key, **limits)
 
     def exists(self, path: str) -> bool:
         _, key, _ = self.fs.split_path(self._key(path))

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from diffva_ray.config import GUESS, SOURCE, GenerateConfig, Method
 from diffva_ray.counterfactual.guess import guess
-from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion, noise
+from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion, noise, speed_up_doubling
 from diffva_ray.data.images import to_square
 from diffva_ray.model import text
 from diffva_ray.model.bundle import Bundle, load
+from diffva_ray.observe import Stopwatch
 
 
 def method_of(name: str) -> Callable[[LatentDiffusion, Edit], Healed]:
@@ -82,7 +83,9 @@ class Counterfactuals:
         torch.backends.cudnn.benchmark = False  # so do kernels chosen by a stopwatch
         for module in bundle.modules.values():
             module.to(self.device, dtype).eval().requires_grad_(False)
-        self.model = LatentDiffusion(bundle)
+            speed_up_doubling(module)
+        self.watch = Stopwatch(torch.cuda.synchronize) if self.device.type == "cuda" else Stopwatch()
+        self.model = LatentDiffusion(bundle, self.watch)
         self.size = bundle.recipe.model.resolution
         self._embeddings: dict[str, torch.Tensor] = {}
 

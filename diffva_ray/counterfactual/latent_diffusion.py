@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.models.upsampling import Upsample2D
+from torch.nn import functional
+from torch.utils._pytree import tree_map_only
 
 from diffva_ray.config import GenerateConfig
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.model.reverse_sde import ReverseSDE
 from diffva_ray.model.schedulers import schedule
+from diffva_ray.observe import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,85 @@ def split(
     return (latents - sigma * output) / signal, output
 
 
+class FourPhases(torch.nn.Module):
+    """``Upsample2D``'s nearest-neighbour doubling and 3x3 convolution as four 2x2 convolutions of the small image: of
+    the nine pixels that the kernel would see only four are different ones, so its taps are summed beforehand (Shi et
+    al. 2016, "Is the deconvolution layer the same as a convolutional layer?"). The same numbers but for rounding, for
+    4/9 of the operations."""
+
+    weight: torch.Tensor  # [phase, out, in, 2, 2]
+    bias: torch.Tensor | None
+
+    def __init__(self, convolution: Any) -> None:
+        super().__init__()
+        first, middle, last = convolution.weight.detach().float().unbind(2)
+        rows = (torch.stack([first, middle + last], 2), torch.stack([first + middle, last], 2))
+        phases = []
+        for row in rows:
+            first, middle, last = row.unbind(3)
+            phases += [torch.stack([first, middle + last], 3), torch.stack([first + middle, last], 3)]
+        self.register_buffer("weight", torch.stack(phases).to(convolution.weight.dtype))
+        self.register_buffer("bias", convolution.bias)
+
+    def forward(self, hidden_states: torch.Tensor, output_size: Any = None) -> torch.Tensor:
+        n, _, height, width = hidden_states.shape
+        doubled = hidden_states.new_empty(n, self.weight.shape[1], height, 2, width, 2)
+        for phase, (y, x) in enumerate(itertools.product((0, 1), (0, 1))):
+            padded = functional.pad(hidden_states, (1 - x, x, 1 - y, y))
+            doubled[:, :, :, y, :, x] = functional.conv2d(padded, self.weight[phase], self.bias)
+        return doubled.view(n, -1, 2 * height, 2 * width)
+
+
+def speed_up_doubling(network: Any) -> None:
+    """Put FourPhases in the place of every upsampler of a UNet or an autoencoder that doubles and convolves."""
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            plain = isinstance(child, Upsample2D) and child.interpolate and child.use_conv and child.norm is None
+            if plain and child.conv.kernel_size == (3, 3):
+                setattr(parent, name, FourPhases(child.conv))
+
+
+@contextmanager
+def branches_share_their_start(unet: Any) -> Iterator[None]:
+    """While a UNet works on [negative branch, prompt branch] of the same latents: up to its first cross-attention the
+    two are equal, so what comes before it is computed for one of them and used for both."""
+
+    def halve(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.chunk(2)[0], (args, kwargs))
+
+    def double(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return tree_map_only(torch.Tensor, lambda tensor: torch.cat([tensor, tensor]), output)
+
+    handles = []
+    try:
+        for module in _before_cross_attention(unet):
+            handles += [module.register_forward_pre_hook(halve, with_kwargs=True), module.register_forward_hook(double)]
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _before_cross_attention(unet: Any) -> Iterator[torch.nn.Module]:
+    """The parts of a UNet2DConditionModel that its text does not reach."""
+    yield unet.conv_in
+    for block in unet.down_blocks:
+        if not getattr(block, "has_cross_attention", False):
+            yield block
+            continue
+        first = block.attentions[0].transformer_blocks[0]
+        yield from (block.resnets[0], block.attentions[0].norm, block.attentions[0].proj_in, first.norm1)
+        if not first.only_cross_attention:
+            yield first.attn1
+        return
+
+
 class LatentDiffusion:
     """Autoencoder and UNet with classifier-free guidance; latents stay float32, networks run in their own dtype."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, watch: Stopwatch | None = None) -> None:
         self.bundle, self.vae, self.unet = bundle, bundle.vae, bundle.unet
+        self.watch = watch or Stopwatch()  # of stages "encode" and "decode"
         self.scale: float = bundle.vae.config.scaling_factor
         training = DDPMScheduler.from_config(bundle.scheduler)
         self.alphas: torch.Tensor = training.alphas_cumprod
@@ -69,15 +149,18 @@ class LatentDiffusion:
 
     def encode(self, films: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Posterior mean and standard deviation, unscaled, of grey films [n, size, size] in [0, 1]."""
-        pixels = films.to(next(self.vae.parameters()).dtype)[:, None].expand(-1, 3, -1, -1) * 2 - 1
-        posterior = self.vae.encode(pixels.contiguous()).latent_dist
-        return posterior.mean, posterior.std
+        with self.watch("encode"):
+            pixels = films.to(next(self.vae.parameters()).dtype)[:, None].expand(-1, 3, -1, -1) * 2 - 1
+            posterior = self.vae.encode(pixels.contiguous()).latent_dist
+            return posterior.mean, posterior.std
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Grey films [n, size, size] in [0, 1] of latents of unit variance: the mean of the three channels, each
         clamped first as in diffusers."""
-        colours = self.vae.decode((latents / self.scale).to(next(self.vae.parameters()).dtype)).sample.float() / 2 + 0.5
-        return colours.clamp(0, 1).mean(dim=1)
+        with self.watch("decode"):
+            dtype = next(self.vae.parameters()).dtype
+            colours = self.vae.decode((latents / self.scale).to(dtype)).sample.float() / 2 + 0.5
+            return colours.clamp(0, 1).mean(dim=1)
 
     def healed(self, latents: torch.Tensor, request: Edit) -> Healed:
         """The end of a method that edits in latent space alone."""
@@ -101,7 +184,9 @@ class LatentDiffusion:
         if request.guidance_scale <= 1:
             return self.predict(latents, timestep, request.prompt, **residuals)
         embedding = torch.cat([request.negative, request.prompt])
-        negative, prompt = self.predict(torch.cat([latents, latents]), timestep, embedding, **residuals).chunk(2)
+        with branches_share_their_start(self.unet):
+            both = self.predict(torch.cat([latents, latents]), timestep, embedding, **residuals)
+        negative, prompt = both.chunk(2)
         return negative + request.guidance_scale * (prompt - negative)
 
     def denoise(self, latents: torch.Tensor, request: Edit, scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:

@@ -9,16 +9,28 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from diffva_ray.config import GenerateConfig, Recipe, fingerprint, fingerprint_difference, first_error, make_recipe
+from diffva_ray.config import (
+    GUESS,
+    WITHOUT_TEXT,
+    GenerateConfig,
+    Recipe,
+    fingerprint,
+    fingerprint_difference,
+    first_error,
+    make_recipe,
+)
 from diffva_ray.data.films import Dataset
 from diffva_ray.schema import PLAN, SCHEMA_VERSION, record_id, record_seed
 from diffva_ray.storage import Store
@@ -26,6 +38,7 @@ from diffva_ray.storage import Store
 RUN, PLAN_FILE, SUCCESS = "run.json", "plan.parquet", "_SUCCESS"
 FOLDERS = ("counterfactuals", "maps", "reconstructions")  # the images of a record, one file each
 ENVIRONMENT = ("torch", "device")  # may be changed on request; everything else may not
+ROW_GROUPS = 4096  # at most, or the footer, which every worker reads, would grow with the run
 SWEPT = ("strength", "guidance_scale", "num_inference_steps", "scheduler", "method", "prompt")
 
 
@@ -81,51 +94,90 @@ def parse_sweep(texts: Iterable[str]) -> tuple[tuple[str, tuple[Any, ...]], ...]
 def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
     """One row per film, sweep point and draw, in the order of settings and record id, cut into shards of one setting.
 
-    Sorting by id spreads classes and storage keys evenly over shards. Raises PlanError when nothing is left to do.
+    Columns are those of PLAN, texts as dictionaries, so that ten million rows fit in memory. Sorting by id spreads
+    classes and storage keys evenly over shards. Raises PlanError when nothing is left to do.
     """
-    config, rows = recipe.generate, list[dict[str, Any]]()
-    for point in itertools.product(*(values for _, values in request.sweep)):
-        swept = dict(zip((key for key, _ in request.sweep), point, strict=True))
-        prompt = swept.pop("prompt", request.prompt if request.prompt is not None else recipe.data.healthy_prompt)
-        settings = {key: swept.get(key, getattr(config, key)) for key in SWEPT if key != "prompt"}
-        check_settings(config, settings)
-        method = settings.pop("method")
-        for film, draw in itertools.product(dataset.films, range(config.draws)):
-            rows.append(
-                {
-                    "record_id": record_id(film.path, film.label, prompt, method, {**settings, "draw": draw}),
-                    "source_path": film.path,
-                    "source_size": film.size,
-                    "label": film.label,
-                    "prompt": prompt,
-                    "method": method,
-                    **settings,
-                    "seed": record_seed(recipe.seed, film.path, draw),
-                    "draw": draw,
-                    "lung_mask_path": film.lung_mask,
-                    "lesion_mask_path": film.lesion_mask,
-                    "twin_path": film.twin,
-                }
-            )
-    if not rows:
+    config, films = recipe.generate, dataset.films
+    points = _points(recipe, request)
+    if not points or not films:
         raise PlanError("no film is left to plan")
-    rows.sort(key=lambda row: row["record_id"])
-    table = pa.Table.from_pylist(cut(rows[: request.limit], recipe), schema=PLAN)
-    if len(table["record_id"].unique()) != len(table):
+    draws, total = config.draws, len(points) * len(films) * config.draws
+    names = (
+        record_id(film.path, film.label, point["prompt"], point["method"], {**_id_settings(point), "draw": draw})
+        for point, film, draw in itertools.product(points, films, range(draws))
+    )
+    ids = np.fromiter(names, "S20", total)
+    place = np.argsort(ids, kind="stable")
+    if (ids[place[1:]] == ids[place[:-1]]).any():
         raise PlanError("the data set names a film twice under one label")
-    return table
+    place = place[: request.limit]
+
+    keys = [_setting(point) for point in points]
+    rank = np.array([sorted(set(keys)).index(key) for key in keys])[place // (len(films) * draws)]
+    place = place[np.argsort(rank, kind="stable")]  # of one setting, they stay in the order of ids
+    rank, number = np.sort(rank), np.arange(len(place))
+    number -= np.searchsorted(rank, rank)  # within the setting
+    position = number % config.shard_size
+    point_of, film_of, draw_of = np.unravel_index(place, (len(points), len(films), draws))
+
+    seeds = np.fromiter(
+        (record_seed(recipe.seed, film.path, draw) for film, draw in itertools.product(films, range(draws))),
+        np.int64, len(films) * draws,
+    )  # fmt: skip
+    columns = {
+        "record_id": pa.array(ids[place]).cast(pa.string()),
+        "shard": pa.array(np.cumsum(position == 0) - 1, pa.int32()),
+        "position": pa.array(position, pa.int32()),
+        "seed": pa.array(seeds[film_of * draws + draw_of]),
+        "draw": pa.array(draw_of, pa.int32()),
+    }
+    for name in PLAN.names:
+        if name in OF_A_FILM:
+            columns[name] = _spread([getattr(film, OF_A_FILM[name]) for film in films], film_of, name)
+        elif name in SWEPT:
+            columns[name] = _spread([point[name] for point in points], point_of, name)
+    return pa.table({name: columns[name] for name in PLAN.names})
+
+
+OF_A_FILM = {
+    "source_path": "path", "source_size": "size", "label": "label", "lung_mask_path": "lung_mask",
+    "lesion_mask_path": "lesion_mask", "twin_path": "twin",
+}  # fmt: skip
+
+
+def _spread(values: list[Any], of: NDArray[np.int64], name: str) -> pa.Array:
+    """``values[of]`` as a column of PLAN; texts stay a dictionary and indices."""
+    column = pa.array(values, PLAN.field(name).type)
+    return (column.dictionary_encode() if pa.types.is_string(column.type) else column).take(pa.array(of))
+
+
+def _points(recipe: Recipe, request: Request) -> list[dict[str, Any]]:
+    """The settings of every point of the sweep, by the names in SWEPT. Raises PlanError for those that cannot run."""
+    points = []
+    for values in itertools.product(*(values for _, values in request.sweep)):
+        swept = dict(zip((key for key, _ in request.sweep), values, strict=True))
+        prompt = swept.pop("prompt", request.prompt if request.prompt is not None else recipe.data.healthy_prompt)
+        settings = {key: swept.get(key, getattr(recipe.generate, key)) for key in SWEPT if key != "prompt"}
+        check_settings(recipe.generate, settings)
+        points.append({"prompt": prompt, **settings})
+    return points
+
+
+def _id_settings(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: point[key] for key in SWEPT if key not in ("method", "prompt")}
+
+
+def _setting(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the records of one shard have in common."""
+    return (row["method"], *_id_settings(row).values())
 
 
 def cut(rows: Iterable[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
     """The rows in the order of settings and record id, each with its ``shard`` and its ``position`` in it. A shard
     holds records of one setting: they go through the networks together."""
-
-    def setting(row: dict[str, Any]) -> tuple[Any, ...]:
-        return (row["method"], *(row[key] for key in SWEPT if key not in ("method", "prompt")))
-
     size, shard, ordered = recipe.generate.shard_size, -1, []
-    by_setting = sorted(rows, key=lambda row: (setting(row), row["record_id"]))
-    for _, members in itertools.groupby(by_setting, key=setting):
+    by_setting = sorted(rows, key=lambda row: (_setting(row), row["record_id"]))
+    for _, members in itertools.groupby(by_setting, key=_setting):
         for number, row in enumerate(members):
             shard += number % size == 0
             ordered.append({**row, "shard": shard, "position": number % size})
@@ -143,7 +195,13 @@ def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:
             f"strength {checked.strength:g} of {checked.num_inference_steps} steps leaves no step to do; raise one of "
             "them"
         )
-    if checked.method not in ("sdedit", "controlnet") and checked.scheduler != "ddim":
+    if checked.method in WITHOUT_TEXT:
+        if checked.source_prompt == GUESS:
+            raise PlanError(
+                f"method {checked.method} reads no prompt, and guessing one costs network calls; give "
+                '--set generate.source_prompt=""'
+            )
+    elif checked.method not in ("sdedit", "controlnet") and checked.scheduler != "ddim":
         raise PlanError(
             f"method {checked.method} runs with scheduler ddim, not {checked.scheduler}; give --scheduler ddim or "
             "--method sdedit"
@@ -192,25 +250,42 @@ class Run:
     def shards(self) -> int:
         return int(self.about["shards"])
 
-    @cached_property
-    def _plan(self) -> bytes:
+    def plan(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The whole plan, or some of its columns. Raises PlanError when it is not the one ``run.json`` was written
+        for."""
         data = self.store.read(PLAN_FILE)
         if hashlib.sha256(data).hexdigest() != self.about["plan_sha256"]:
-            raise PlanError(f"{self.store.uri}/{PLAN_FILE} is not the plan that {RUN} was written for")
-        return data
+            raise self._another_plan()
+        return pq.read_table(io.BytesIO(data), columns=columns)
 
-    def plan(self) -> pa.Table:
-        """The whole plan. Raises PlanError when it is not the one ``run.json`` was written for."""
-        return pq.read_table(io.BytesIO(self._plan))
+    @cached_property
+    def _ranges(self) -> pq.ParquetFile:
+        """The plan as a file of which only what is asked for is read. Its footer holds the digest of all ids, and is
+        checked; the pages carry checksums."""
+        footer = self.about.get("plan_footer")
+        if footer is None:  # planned by an earlier version
+            return pq.ParquetFile(io.BytesIO(self.store.read(PLAN_FILE)))
+        tail = self.store.read_range(PLAN_FILE, footer["start"], footer["stop"])
+        if hashlib.sha256(tail).hexdigest() != footer["sha256"]:
+            raise self._another_plan()
+        return pq.ParquetFile(
+            Ranges(self.store, PLAN_FILE, footer["stop"]),
+            metadata=pq.read_metadata(io.BytesIO(tail)),
+            pre_buffer=True,
+            page_checksum_verification=True,
+        )
+
+    def _another_plan(self) -> PlanError:
+        return PlanError(f"{self.store.uri}/{PLAN_FILE} is not the plan that {RUN} was written for")
 
     def shard_rows(self, shard: int) -> list[dict[str, Any]]:
-        """The planned records of one shard: the plan keeps one row group per shard."""
-        return pq.ParquetFile(io.BytesIO(self._plan)).read_row_group(shard).to_pylist()
+        """The planned records of one shard; only the row group that holds it is read."""
+        group = self._ranges.read_row_group(shard // self.about.get("shards_per_row_group", 1))
+        return group.filter(pc.equal(group["shard"], shard)).to_pylist()
 
     def shard_sizes(self) -> list[int]:
         """Number of records of each shard."""
-        metadata = pq.ParquetFile(io.BytesIO(self._plan)).metadata
-        return [metadata.row_group(shard).num_rows for shard in range(metadata.num_row_groups)]
+        return np.bincount(self._ranges.read(["shard"])["shard"], minlength=self.shards).tolist()
 
     def done(self) -> set[int]:
         """Committed shards, from one listing."""
@@ -254,23 +329,65 @@ def continue_run(run: Run, keys: dict[str, Any], allow_environment_change: bool 
 
 
 def start_run(store: Store, table: pa.Table, keys: dict[str, Any], about: dict[str, Any]) -> Run:
-    """Write the plan, one row group per shard, then ``run.json``."""
+    """Write the plan, one row group per shard (several where there would be too many), then ``run.json``."""
+    shards = table["shard"].to_numpy()
+    starts = np.flatnonzero(np.diff(shards, prepend=-1))
+    together = -(-len(starts) // ROW_GROUPS)
     sink = io.BytesIO()
-    shards = table["shard"].to_pylist()
-    starts = [at for at, shard in enumerate(shards) if at == 0 or shard != shards[at - 1]]
-    with pq.ParquetWriter(sink, PLAN, compression="zstd") as writer:
-        for start, end in zip(starts, [*starts[1:], len(shards)], strict=True):
-            writer.write_table(table.slice(start, end - start), row_group_size=end - start)
+    # without statistics, which nobody asks and which would be most of the footer
+    options: dict[str, Any] = {"compression": "zstd", "write_statistics": False, "write_page_checksum": True}
+    with pq.ParquetWriter(sink, PLAN, **options) as writer:
+        for begin in range(0, len(starts), together):
+            start, end = starts[begin], (*starts[begin + together : begin + together + 1], len(table))[0]
+            writer.write_table(table.slice(start, end - start).cast(PLAN), row_group_size=end - start)
+        writer.add_key_value_metadata({"ids": _digest_of(table["record_id"])})
     data = sink.getvalue()
     store.put(PLAN_FILE, data)
+    footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     about = {
+        **about,
         "fingerprint": fingerprint(keys),
         "keys": keys,
         "records": len(table),
         "shards": len(starts),
+        "shards_per_row_group": together,
         "plan_sha256": hashlib.sha256(data).hexdigest(),
-        **about,
+        "plan_footer": {"start": footer, "stop": len(data), "sha256": hashlib.sha256(data[footer:]).hexdigest()},
     }
     if not store.put_if_absent(RUN, json.dumps(about, indent=1).encode()):
         raise PlanError(f"{store.uri}: another process planned this run just now; start again to continue it")
     return Run(store, about)
+
+
+def _digest_of(ids: pa.ChunkedArray) -> str:
+    found = hashlib.sha256()
+    for start in range(0, len(ids), 1 << 16):
+        found.update("".join(ids.slice(start, 1 << 16).to_pylist()).encode())
+    return found.hexdigest()
+
+
+class Ranges(io.RawIOBase):
+    """A stored file of ``size`` bytes to read from without fetching it all."""
+
+    def __init__(self, store: Store, path: str, size: int) -> None:
+        super().__init__()
+        self.store, self.path, self.size, self.at = store, path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        stop = self.size if size < 0 else min(self.at + size, self.size)
+        data = self.store.read_range(self.path, self.at, stop) if stop > self.at else b""
+        self.at += len(data)
+        return data

@@ -9,9 +9,7 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +38,7 @@ from diffva_ray.generate.plan import FOLDERS, Run, Unfinished, open_run, part
 from diffva_ray.metrics.features import Extractor, stand_in
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
+from diffva_ray.observe import Stopwatch
 from diffva_ray.schema import RECORDS, Status
 from diffva_ray.storage import Store, open_store, patiently
 
@@ -86,25 +85,15 @@ class Source:
     square: NDArray[np.float32] | None = None
     lungs: NDArray[np.bool_] | None = None
     found: Row = field(default_factory=dict)  # source_sha256, width, height; or status and error
-
-
-@dataclass
-class Stopwatch:
-    """Seconds by stage of one shard."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+    busy: float = 0.0  # seconds that reading it took, and of them to decode it
+    decoding: float = 0.0
 
 
 def run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
     """Make and commit one shard; returns a small report. A shard that is committed already is left alone.
+
+    ``seconds`` are by stage: read (files fetched), decode_films, encode, denoise, decode, metrics, write (PNGs made and
+    stored).
 
     A store that fails is tried again after a pause. Raises StoreError when it goes on failing, OutOfMemory, and
     WorkersKeepDying.
@@ -113,7 +102,8 @@ def run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
 
 
 def _run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
-    run, store, watch = bench.run, bench.run.store, Stopwatch()
+    run, store, watch = bench.run, bench.run.store, bench.engine.watch
+    watch.seconds = {}
     commit = f"records/{part(shard)}.parquet"
     if store.exists(commit):
         return {"shard": shard, "records": 0, "ok": 0, "seconds": watch.seconds}
@@ -141,8 +131,7 @@ def _run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
 
 def _together(bench: Workbench, rows: list[Row], attempt: Attempt, features: Features, watch: Stopwatch) -> list[Row]:
     """The usual way: all films read at once, then micro-batch after micro-batch."""
-    with watch("read"), ThreadPoolExecutor(8) as pool:
-        sources = list(pool.map(lambda row: read_source(bench, row), rows))
+    sources = _read(bench, rows, watch)
     size, finished = bench.run.recipe.generate.micro_batch, []
     for start in range(0, len(sources), size):  # slices of the plan: which neighbours are bad changes nothing
         for made in _micro_batch(bench, sources[start : start + size], watch):
@@ -162,19 +151,29 @@ def _one_by_one(bench: Workbench, rows: list[Row], attempt: Attempt, features: F
             done[key] = {**row, "status": Status.KILLED_WORKER.value, "error": reason}
             continue
         with attempt.flight(key):
-            with watch("read"):
-                source = read_source(bench, row)
-            made = _micro_batch(bench, [source], watch)[0]
+            made = _micro_batch(bench, _read(bench, [row], watch), watch)[0]
         done[key] = _keep(bench, made, features, watch)
     for key in [row["record_id"] for row in rows if row["record_id"] in features]:
         features[key] = features.pop(key)  # back into the plan's order
     return [done[row["record_id"]] for row in rows]
 
 
+def _read(bench: Workbench, rows: list[Row], watch: Stopwatch) -> list[Source]:
+    """The films of records, read side by side; of the time that passes, decoding has its share of the threads' time."""
+    before = watch.seconds.get("read", 0.0)
+    with watch("read"), ThreadPoolExecutor(8) as pool:
+        sources = list(pool.map(lambda row: read_source(bench, row), rows))
+    busy, decoding = sum(source.busy for source in sources), sum(source.decoding for source in sources)
+    decoding *= (watch.seconds["read"] - before) / max(busy, 1e-9)
+    watch.seconds["read"] -= decoding
+    watch.seconds["decode_films"] = watch.seconds.get("decode_films", 0.0) + decoding
+    return sources
+
+
 def read_source(bench: Workbench, row: Row) -> Source:
     """Fetch and decode one film; whatever is wrong with it becomes a status and a reason."""
     config, size = bench.run.recipe.generate, bench.engine.size
-    source = Source(row)
+    source, began = Source(row), time.perf_counter()
     try:
         if not bench.engine.fits(row["prompt"]):
             raise BadImage(
@@ -190,7 +189,9 @@ def read_source(bench: Workbench, row: Row) -> Source:
             data = bench.data.read(row["source_path"])
             if len(data) != planned and planned >= 0:
                 raise BadImage(f"source changed since planning: {planned} bytes then, {len(data)} now", Status.ERROR)
+            fetched = time.perf_counter()
             source.square, (height, width) = decode_square(data, size, config.min_side)
+            source.decoding = time.perf_counter() - fetched
             source.found = {"source_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
         if row["lung_mask_path"]:
             source.lungs = read_mask(bench.data, row["lung_mask_path"], size)
@@ -201,6 +202,7 @@ def read_source(bench: Workbench, row: Row) -> Source:
         source.found = {"status": Status.MISSING.value, "error": "no such file"}
     except (OSError, ValueError) as error:
         source.found = {"status": Status.ERROR.value, "error": one_line(f"{type(error).__name__}: {error}")}
+    source.busy = time.perf_counter() - began
     return source
 
 
@@ -226,7 +228,7 @@ def _micro_batch(bench: Workbench, sources: list[Source], watch: Stopwatch) -> l
     if not any(source.square is not None for source in sources):
         return [Made({**source.row, **source.found}) for source in sources]
     blank = np.zeros((bench.engine.size, bench.engine.size), np.float32)
-    with watch("generate"):
+    with watch("denoise"):  # but for what the engine itself counts as encoding and decoding
         twins = bench.engine(
             [blank if source.square is None else source.square for source in sources],
             [
@@ -276,11 +278,12 @@ def _measure(
         "status": Status.OK.value,
         "error": None,
     }
-    files = {
-        names["counterfactuals"]: encode_grey(counterfactual),
-        names["reconstructions"]: encode_grey(reconstruction),
-        names["maps"]: encode_map(signed),
-    }
+    with bench.engine.watch("write"):
+        files = {
+            names["counterfactuals"]: encode_grey(counterfactual),
+            names["reconstructions"]: encode_grey(reconstruction),
+            names["maps"]: encode_map(signed),
+        }
     return Made(full, files, (pair[0], pair[1]))
 
 

@@ -225,7 +225,12 @@ def test_fid_with_inceptions_weights(run: Path, inception_weights: Path, tmp_pat
 def test_status_reads_storage_only(run: Path, model: Path, tmp_path: Path) -> None:
     status = json.loads(diffva("status", run, "--json").output)
     assert (status["planned"], status["done"], status["ok"], status["finished"]) == (18, 18, 18, True)
-    assert "18 of 18 records" in diffva("status", run).output
+    said = diffva("status", run).output
+    assert "18 of 18 records" in said
+    stages = status["seconds_by_stage"]
+    assert set(stages) == {"read", "decode_films", "encode", "denoise", "decode", "metrics", "write"}
+    assert status["bottleneck"] == max(stages, key=stages.get)
+    assert f"bottleneck: {status['bottleneck']}" in said
     assert json.loads(diffva("status", model, "--json").output)["trained"]
     assert diffva("status", tmp_path).exit_code == 2
 

@@ -67,7 +67,8 @@ def test_pndm_diffusers_is_the_img2img_pipeline(tiny: Recipe, steps: int, streng
 @pytest.mark.parametrize(
     ("method", "scheduler"),
     [*(("sdedit", name) for name in ("pndm", "ddim", "dpmsolver++", "unipc", "euler", "vp-sde", "ve-sde")),
-     *((name, "ddim") for name in ("ddim-inversion", "cycle", "masked", "classifier-guided", "controlnet"))],
+     *((name, "ddim") for name in ("ddim-inversion", "cycle", "masked", "classifier-guided", "controlnet")),
+     *((name, "pndm") for name in ("vant-gan", "ant-gan"))],
 )  # fmt: skip
 def test_neighbours_slots_and_padding_change_nothing(engine: Counterfactuals, method: str, scheduler: str) -> None:
     settings = Settings("normal chest scan", method, scheduler, 0.7, 3.0, 6)

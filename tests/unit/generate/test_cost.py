@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from diffva_ray.cli import main
-from diffva_ray.config import GUESS, Method, Recipe, Scheduler, load_recipe
+from diffva_ray.config import GUESS, WITHOUT_TEXT, Method, Recipe, Scheduler, load_recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.counterfactual.guidance_difference import CALLS
 from diffva_ray.data.phantoms import phantom
@@ -39,6 +39,14 @@ def test_a_derived_mask_has_its_price(engine: Counterfactuals) -> None:
     settings = {**engine.config.model_dump(), "method": "masked", "scheduler": "ddim"}
     derived = {**settings, "masked": {**settings["masked"], "source": "derived"}}
     assert calls(derived, 4).unet - calls(settings, 4).unet == CALLS
+
+
+@pytest.mark.parametrize("method", WITHOUT_TEXT)
+def test_a_method_that_reads_no_prompt_runs_with_any_sampler_but_does_not_guess(method: str, tiny: Recipe) -> None:
+    settings = {"method": method, "scheduler": "pndm"}
+    check_settings(tiny.generate.model_copy(update={"source_prompt": ""}), settings)
+    with pytest.raises(PlanError, match=f"{method} reads no prompt.*--set generate.source_prompt"):
+        check_settings(tiny.generate.model_copy(update={"source_prompt": GUESS}), settings)
 
 
 @pytest.mark.parametrize("method", get_args(Method))

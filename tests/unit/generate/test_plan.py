@@ -129,3 +129,49 @@ def test_an_exchanged_plan_is_noticed(dataset, tiny: Recipe, tmp_path: Path) -> 
     assert run is not None
     with pytest.raises(PlanError, match=r"plan\.parquet"):
         run.plan()
+
+
+class Counting(LocalStore):
+    """Counts the bytes that are read."""
+
+    bytes = 0
+
+    def read(self, path: str) -> bytes:
+        data = super().read(path)
+        self.bytes += len(data)
+        return data
+
+    def read_range(self, path: str, start: int, stop: int) -> bytes:
+        data = super().read_range(path, start, stop)
+        self.bytes += len(data)
+        return data
+
+
+@pytest.mark.parametrize("row_groups", [3, 400])
+def test_a_worker_reads_its_shards_and_not_the_plan(
+    row_groups: int, dataset, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there are too many shards for a row group each."""
+    monkeypatch.setattr("diffva_ray.generate.plan.ROW_GROUPS", row_groups)
+    recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"draws": 400, "shard_size": 64})})
+    table = make_plan(dataset, recipe, Request())
+    start_run(LocalStore(str(tmp_path)), table, keys(recipe), {"recipe": recipe.model_dump(mode="json")})
+    store = Counting(str(tmp_path))
+    run = open_run(store)
+    assert run is not None
+    store.bytes = 0
+    rows = run.shard_rows(40)
+    assert store.bytes < (tmp_path / "plan.parquet").stat().st_size * (0.6 if row_groups == 3 else 0.35)
+    assert rows == table.slice(40 * 64, 64).to_pylist()
+    assert run.shard_sizes() == [64] * 75
+    assert run.plan().to_pylist() == table.to_pylist()
+
+
+def test_an_exchanged_plan_is_noticed_by_who_reads_a_shard_of_it(dataset, tiny: Recipe, tmp_path: Path) -> None:
+    store, other = LocalStore(str(tmp_path)), LocalStore(str(tmp_path / "other"))
+    run = start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), {"recipe": tiny.model_dump(mode="json")})
+    reseeded = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"guidance_scale": 9.0})})
+    start_run(other, make_plan(dataset, reseeded, Request()), keys(tiny), {})
+    store.put("plan.parquet", other.read("plan.parquet"))
+    with pytest.raises(PlanError, match=r"plan\.parquet"):
+        run.shard_rows(0)

@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from diffva_ray import pipeline
 from diffva_ray.config import Recipe
 from diffva_ray.data.images import decode_map, map_levels, pixel_digest, read_map
 from diffva_ray.evaluate.records import read_images, read_records
-from diffva_ray.generate.plan import Request, open_run
+from diffva_ray.generate.plan import PlanError, Request, open_run
 from diffva_ray.generate.shard import Workbench, run_shard
 from diffva_ray.generate.verification import requeue, verify
 from diffva_ray.metrics.ssim import ssim
@@ -161,8 +162,15 @@ def test_films_that_vanish_change_or_arrive_after_planning(
     assert "changed since planning" in changed["error"]
 
 
-def test_a_prompt_longer_than_the_model_holds(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
+def test_a_prompt_longer_than_the_model_holds(
+    tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before anything is planned; a record's own failure where only the workers can read the tokenizer."""
     request = Request(prompt="a very long prompt about absolutely everything", limit=3)
+    with pytest.raises(PlanError, match="more than the 16 tokens"):
+        run_inline(tiny, films, model, tmp_path / "run", request)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(pipeline, "prompt_limit", lambda store, prompts: (0, []))
     run, counts = run_inline(tiny, films, model, tmp_path / "run", request)
     assert counts["ok"] == 0
     assert Counter(read_records(run)["status"]) == {"prompt_too_long": 3}

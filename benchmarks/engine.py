@@ -1,0 +1,381 @@
+"""The engine beside StableDiffusionImg2ImgPipeline: same model, scheduler, steps, guidance, dtype, films and cores.
+
+    python benchmarks/engine.py --model runs/demo/model --out benchmarks/results/engine_cpu.json
+    python benchmarks/engine.py --device cuda --recipe benchmarks/sd14_random.yaml --dtype float16 \
+        --edit 0.55,50 --edit 0.85,75 --batches 1,4,8,16,32,64 --out benchmarks/results/engine_gpu.json
+
+The pipeline stands for the loop a user would write: one film a call, and its best batch; also channels_last, compiled
+(``--compiled``), and on a CPU as one process for each core. Ours does more for a film: it also decodes what the
+autoencoder alone makes of it. Every contender is a process of its own that loads, warms up and then waits for its turn;
+turns are interleaved, ratios are taken within a round. In float32 the pictures must agree to 1e-4, or nothing is
+written.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffva_ray.config import load_recipe
+from diffva_ray.counterfactual.engine import Counterfactuals, Settings
+from diffva_ray.data.phantoms import phantom
+from diffva_ray.model.bundle import Bundle, build, load
+from diffva_ray.model.schedulers import schedule
+from diffva_ray.provenance import code_revision, version
+
+PROMPT, GUIDANCE = "normal chest scan", 4.0
+AGREE = 1e-4  # of grey levels of 1, in float32
+Films = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to heal the films: who, in batches of what size, in how many processes of how many threads."""
+
+    who: str  # ours, diffusers
+    batch: int
+    processes: int = 1
+    threads: int = 1
+    channels_last: bool = False
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        extras = [word for word in ("channels_last", "compiled") if getattr(self, word)]
+        return ", ".join([f"{self.who}, batch {self.batch}", *extras, f"{self.processes} x {self.threads} threads"])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every contender is given."""
+
+    model: str | None
+    recipe: str | None
+    device: str
+    dtype: str
+    strength: float
+    steps: int
+    films: int
+
+
+def films_of(task: Task, size: int) -> Films:
+    """Phantoms on 8 bits, which a pipeline takes as pictures: [films, size, size] in [0, 1]."""
+    made = [phantom(("COVID", "Lung_Opacity")[n % 2], n, 1, size).film for n in range(task.films)]
+    return np.stack([np.round(film * 255).astype(np.float32) / 255 for film in made])
+
+
+def bundle_of(task: Task) -> Bundle:
+    if task.model is not None:
+        return load(task.model)
+    assert task.recipe is not None
+    return build(load_recipe(task.recipe))
+
+
+def ours(task: Task, one: Contender) -> Any:
+    """``heal(films, seeds)`` by the engine, in micro-batches."""
+    bundle = bundle_of(task)
+    changes = {
+        "micro_batch": one.batch, "dtype": task.dtype, "cpu_threads": one.threads,
+        "posterior": "sample", "source_prompt": "", "negative_prompt": "",
+    }  # fmt: skip
+    engine = Counterfactuals(bundle, bundle.recipe.generate.model_copy(update=changes), task.device)
+    settings = Settings(PROMPT, "sdedit", "pndm-diffusers", task.strength, GUIDANCE, task.steps)
+
+    def heal(films: Films, seeds: list[int]) -> Films:
+        made = [
+            engine(list(films[at : at + one.batch]), [settings] * len(films[at : at + one.batch]),
+                   seeds[at : at + one.batch]).counterfactuals
+            for at in range(0, len(films), one.batch)
+        ]  # fmt: skip
+        return np.concatenate(made)
+
+    return heal, engine
+
+
+def diffusers(task: Task, one: Contender) -> Any:
+    """The same by StableDiffusionImg2ImgPipeline, a generator for each film."""
+    torch.set_num_threads(one.threads)
+    bundle = bundle_of(task)
+    parts = {name: module.to(task.device, getattr(torch, task.dtype)).eval() for name, module in bundle.modules.items()}
+    scheduler, _ = schedule("pndm-diffusers", bundle.scheduler, task.steps, task.strength)
+    pipeline = StableDiffusionImg2ImgPipeline(
+        **parts, tokenizer=bundle.tokenizer, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    if one.channels_last:
+        pipeline.unet.to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
+    if one.compiled:
+        pipeline.unet.compile()
+        pipeline.vae.decoder.compile()
+
+    def heal(films: Films, seeds: list[int]) -> Films:
+        pictures = [Image.fromarray(np.round(film * 255).astype(np.uint8)).convert("RGB") for film in films]
+        made = []
+        for at in range(0, len(films), one.batch):
+            batch = pictures[at : at + one.batch]
+            made.append(
+                pipeline(
+                    prompt=[PROMPT] * len(batch), image=batch, strength=task.strength, guidance_scale=GUIDANCE,
+                    num_inference_steps=task.steps, output_type="np",
+                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[at : at + one.batch]],
+                ).images.mean(axis=-1)
+            )  # fmt: skip
+        return np.concatenate(made)
+
+    return heal, None
+
+
+def serve(pipe: Connection, task: Task, one: Contender, share: int) -> None:
+    """A process of a contender: its share of the films, whenever it is told; answers with its CPU seconds, peak bytes
+    on the device and pictures."""
+    torch.set_num_threads(one.threads)
+    torch.backends.cudnn.benchmark = False
+    heal, engine = (ours if one.who == "ours" else diffusers)(task, one)
+    size = load_recipe(task.recipe).model.resolution if task.recipe else load(str(task.model)).recipe.model.resolution
+    mine = slice(share, None, one.processes)
+    films, seeds = films_of(task, size)[mine], list(range(task.films))[mine]
+    began = time.perf_counter()
+    heal(films[: one.batch], seeds[: one.batch])
+    pipe.send(time.perf_counter() - began)
+    while (word := pipe.recv()) != "end":
+        if word == "stages":
+            pipe.send(stages(engine, heal, films, seeds))
+            continue
+        before = time.process_time()
+        made = heal(films, seeds)
+        peak = torch.cuda.max_memory_allocated() if task.device == "cuda" else 0
+        pipe.send((time.process_time() - before, peak, made))
+
+
+def stages(engine: Counterfactuals, heal: Any, films: Films, seeds: list[int]) -> dict[str, float]:
+    """Share of the time that the engine spends encoding, denoising and decoding."""
+    engine.watch.seconds = {}
+    began = time.perf_counter()
+    heal(films, seeds)
+    whole = time.perf_counter() - began
+    spent = {stage: seconds / whole for stage, seconds in engine.watch.seconds.items()}
+    return {stage: round(share, 4) for stage, share in {**spent, "denoise": 1 - sum(spent.values())}.items()}
+
+
+class Player:
+    """A contender's processes, warm and waiting."""
+
+    def __init__(self, task: Task, one: Contender) -> None:
+        self.one, self.task = one, task
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for share in range(one.processes):
+            here, there = context.Pipe()
+            process = context.Process(target=serve, args=(there, task, one, share), daemon=True)
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+        self.warm_up = max(pipe.recv() for pipe in self.pipes)
+
+    def play(self) -> dict[str, Any]:
+        """All films once: films a second, CPU seconds a film, peak memory, and the pictures."""
+        began = time.perf_counter()
+        for pipe in self.pipes:
+            pipe.send("go")
+        answers = [pipe.recv() for pipe in self.pipes]
+        wall = time.perf_counter() - began
+        made = np.empty((self.task.films, *answers[0][2].shape[1:]), np.float32)
+        for share, (_, _, pictures) in enumerate(answers):
+            made[share :: self.one.processes] = pictures
+        return {
+            "rate": self.task.films / wall,
+            "cpu": sum(cpu for cpu, _, _ in answers) / self.task.films,
+            "peak": sum(peak for _, peak, _ in answers),
+            "made": made,
+        }
+
+    def stages(self) -> dict[str, float]:
+        self.pipes[0].send("stages")
+        return self.pipes[0].recv()
+
+    def end(self) -> None:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            pipe.send("end")
+            process.join()
+
+
+def matmul_rate(device: str, dtype: str) -> float:
+    """TFLOP/s of a large square matrix product, the best of some: of the device, or of one core by its CPU seconds,
+    which a busy machine does not change."""
+    torch.set_num_threads(1)
+    gpu = device == "cuda"
+    side, repeats = (8192, 30) if gpu else (2048, 1)
+    clock, settle = (time.perf_counter, torch.cuda.synchronize) if gpu else (time.process_time, lambda: None)
+    a = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))
+    best = float("inf")
+    for _ in range(4):
+        settle()
+        began = clock()
+        for _ in range(repeats):
+            a @ a
+        settle()
+        best = min(best, (clock() - began) / repeats)
+    return 2 * side**3 / best / 1e12
+
+
+def tflop_of_a_film(task: Task) -> float:
+    """Counted, of what our engine does for a film: one encoding, guided steps, two decodings."""
+    bundle = bundle_of(task)
+    size, cells = bundle.recipe.model.resolution, bundle.recipe.model.resolution // bundle.latent_scale
+    with torch.device("meta"):
+        for module in bundle.modules.values():
+            module.to("meta")
+        latents, text = torch.empty(1, 4, cells, cells), torch.empty(1, 16, bundle.text_encoder.config.hidden_size)
+        work = {
+            "unet": lambda: bundle.unet(latents, torch.tensor(0), encoder_hidden_states=text),
+            "encode": lambda: bundle.vae.encode(torch.empty(1, 3, size, size)),
+            "decode": lambda: bundle.vae.decode(latents),
+        }
+        found = {}
+        for name, call in work.items():
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                call()
+            found[name] = counter.get_total_flops() / 1e12
+    _, timesteps = schedule("pndm-diffusers", bundle.scheduler, task.steps, task.strength)
+    return 2 * len(timesteps) * found["unet"] + found["encode"] + 2 * found["decode"]
+
+
+def best_of(task: Task, candidates: list[Contender]) -> tuple[Contender, dict[str, float]]:
+    """The fastest of some, by one turn each after a warm-up."""
+    rates = {}
+    for one in candidates:
+        try:
+            player = Player(task, one)
+            rates[one] = player.play()["rate"]
+            player.end()
+        except EOFError:  # the process is gone: out of memory, or no compiler
+            click.echo(f"  {one.name}: failed")
+            continue
+        click.echo(f"  {one.name}: {rates[one]:.2f} films/s")
+    return max(rates, key=lambda one: rates[one]), {one.name: round(rate, 3) for one, rate in rates.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 3),
+        "least": round(min(values), 3),
+        "most": round(max(values), 3),
+    }
+
+
+def compare(task: Task, cores: int, batches: list[int], rounds: int, compiled: bool) -> dict[str, Any]:
+    """One edit: the best of both sides by probes, then interleaved rounds."""
+    gpu = task.device == "cuda"
+    loop = Contender("diffusers", 1, 1, cores)
+    click.echo(f"strength {task.strength:g} of {task.steps} steps, {cores} cores; probes:")
+    batch, probes = best_of(task, [replace(loop, batch=size) for size in batches if size > 1])
+    own, more = best_of(task, [Contender("ours", size, 1 if gpu else cores, cores if gpu else 1) for size in batches])
+    field = [own, loop, batch, replace(batch, channels_last=True)]
+    if not gpu and cores > 1:
+        field += [replace(batch, processes=cores, threads=1), replace(own, processes=1, threads=cores)]
+    if compiled:
+        field.append(replace(batch, compiled=True))
+    players = [Player(task, one) for one in field]
+    turns: dict[Contender, list[dict[str, Any]]] = {one: [] for one in field}
+    for number in range(rounds):
+        for player in players[:: 1 if number % 2 else -1]:
+            turns[player.one].append(player.play())
+    shares = players[0].stages()
+    warm = {player.one.name: round(player.warm_up, 1) for player in players}
+    for player in players:
+        player.end()
+
+    apart = {one: float(np.abs(turns[own][0]["made"] - turns[one][0]["made"]).max()) for one in field[1:]}
+    if task.dtype == "float32" and max(apart.values()) > AGREE:
+        raise click.ClickException(f"the pictures differ by {max(apart.values()):.2g}: not the same work")
+    rate = {one: [turn["rate"] for turn in turns[one]] for one in field}
+    work, limit = tflop_of_a_film(task), matmul_rate(task.device, task.dtype)
+    busy = statistics.median(1 / turn["rate"] if gpu else turn["cpu"] for turn in turns[own])  # seconds a film
+    return {
+        "strength": task.strength,
+        "steps": task.steps,
+        "probes_films_per_second": probes | more,
+        "films_per_second": {one.name: spread(rate[one]) for one in field},
+        "cpu_seconds_a_film": {one.name: spread([turn["cpu"] for turn in turns[one]]) for one in field},
+        "ours_over": {
+            one.name: spread([a / b for a, b in zip(rate[own], rate[one], strict=True)]) for one in field[1:]
+        },
+        "ours_over_by_cpu_seconds": {
+            one.name: spread([b["cpu"] / a["cpu"] for a, b in zip(turns[own], turns[one], strict=True)])
+            for one in field[1:]
+        },
+        "largest_difference_of_pictures": {one.name: apart[one] for one in field[1:]},
+        "warm_up_seconds": warm,
+        "shares_of_time": shares,
+        "tflop_a_film": round(work, 4),
+        "matmul_tflops": round(limit, 4),
+        "mfu": round(work / busy / limit, 3),
+        "peak_device_gib": {one.name: round(max(turn["peak"] for turn in turns[one]) / 2**30, 2) for one in field}
+        if gpu
+        else None,
+    }
+
+
+@click.command()
+@click.option("--model", default=None, help="A trained model folder; or")
+@click.option("--recipe", default=None, help="a recipe, whose model is built with random weights.")
+@click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]))
+@click.option("--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]))
+@click.option("--edit", "edits", multiple=True, default=["0.55,20"], show_default=True, help="STRENGTH,STEPS; repeat.")
+@click.option("--batches", default="1,2,4,8,16,32", show_default=True, help="Sizes both sides may choose from.")
+@click.option("--films", default=32, show_default=True)
+@click.option("--cores", default=os.cpu_count() or 1, show_default=True, help="Cores that either side uses.")
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--compiled", is_flag=True, help="Also the pipeline under torch.compile (minutes on a CPU).")
+@click.option("--out", type=click.Path(path_type=Path), default=None)
+def main(
+    model: str | None, recipe: str | None, device: str, dtype: str, edits: tuple[str, ...], batches: str, films: int,
+    cores: int, rounds: int, compiled: bool, out: Path | None,
+) -> None:  # fmt: skip
+    if (model is None) == (recipe is None):
+        raise click.UsageError("give --model, or --recipe for random weights")
+    sizes = [int(size) for size in batches.split(",")]
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # of waiting threads, so that contenders do not disturb each other
+    found = []
+    for edit in edits:
+        strength, _, steps = edit.partition(",")
+        task = Task(model, recipe, device, dtype, float(strength), int(steps), films)
+        found.append(compare(task, cores, sizes, rounds, compiled))
+    words = ["--model MODEL" if model else f"--recipe {recipe}", f"--device {device}", f"--dtype {dtype}"]
+    words += [*(f"--edit {edit}" for edit in edits), f"--batches {batches}", f"--films {films}", f"--cores {cores}"]
+    words += [f"--rounds {rounds}", *(["--compiled"] if compiled else [])]
+    result = {
+        "command": " ".join(["python benchmarks/engine.py", *words]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "load_average": [round(value, 1) for value in os.getloadavg()],
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "code": code_revision(),
+        "edits": found,
+    }
+    click.echo(json.dumps(result, indent=1))
+    if out is not None:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

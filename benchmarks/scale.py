@@ -1,0 +1,118 @@
+"""How the distributed run scales: shards of a fixed service time on 1 to 32 pretended GPUs.
+
+    python benchmarks/scale.py
+
+A worker sleeps where the engine would work, so that any machine can pretend to be 32 GPUs; nodes (raylets), scheduling,
+the actor pool and what comes back to the driver are the product's own (``ray_generate.generate``). Efficiency is the
+share of the time that the actors work, from when the last of them has begun until the first has nothing left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diffva_ray.provenance import code_revision, version
+
+GPUS_A_NODE = 8
+
+
+@contextmanager
+def pretended_gpus(gpus: int) -> Iterator[None]:
+    """A cluster of nodes with up to 8 GPUs each, in processes of this machine; connected while it lasts."""
+    os.environ.update(RAY_AUTH_MODE="disabled", RAY_BACKEND_LOG_LEVEL="fatal", RAY_USAGE_STATS_ENABLED="0")
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    cluster.add_node(num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=100 << 20)
+    for first in range(0, gpus, GPUS_A_NODE):
+        cluster.add_node(num_cpus=1, num_gpus=min(GPUS_A_NODE, gpus - first), object_store_memory=80 << 20)
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def simulate(actors: int, shards: int, service: float) -> list[dict[str, Any]]:
+    """The reports of so many shards: shard, worker, and when work on it began and ended (clock of this machine)."""
+    from diffva_ray.ray_generate import generate
+
+    class Sleeper:  # here, so that it travels by value: a worker has not this file
+        def __init__(self, *places: str) -> None:
+            pass
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+            began = time.time()
+            time.sleep(service)
+            return {
+                "shard": [int(batch["shard"][0])],
+                "worker": [os.getpid()],
+                "began": [began],
+                "ended": [time.time()],
+            }
+
+    reports: list[dict[str, Any]] = []
+    generate("run", "data", "model", list(range(shards)), reports.append, actors, 1.0, worker=Sleeper)
+    return reports
+
+
+def efficiency(reports: list[dict[str, Any]], actors: int) -> float:
+    """Share of the time that all of ``actors`` work, while all of them have work."""
+    first, last = {}, {}
+    for report in sorted(reports, key=lambda report: report["began"]):
+        first.setdefault(report["worker"], report["began"])
+        last[report["worker"]] = report["ended"]
+    assert len(first) == actors, f"{len(first)} actors worked, not {actors}"
+    begin, end = max(first.values()), min(last.values())
+    assert end > begin, "an actor was done before another had begun; give them more shards"
+    busy = sum(max(0.0, min(report["ended"], end) - max(report["began"], begin)) for report in reports)
+    return busy / (actors * (end - begin))
+
+
+@click.command()
+@click.option("--actors", "sizes", default="1,2,4,8,16,32", show_default=True)
+@click.option("--service", default=3.0, show_default=True, help="Seconds a shard takes; real ones take minutes.")
+@click.option("--shards-an-actor", default=12, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "scale.json")
+def main(sizes: str, service: float, shards_an_actor: int, out: Path) -> None:
+    curve = []
+    for actors in (int(size) for size in sizes.split(",")):
+        with pretended_gpus(actors):
+            reports = simulate(actors, actors * shards_an_actor, service)
+        assert sorted(report["shard"] for report in reports) == list(range(actors * shards_an_actor))
+        taken = Counter(report["worker"] for report in reports)
+        curve.append(
+            {
+                "actors": actors,
+                "efficiency": round(efficiency(reports, actors), 4),
+                "shards_per_second_steady": round(actors * efficiency(reports, actors) / service, 3),
+                "shards_of_an_actor": [min(taken.values()), max(taken.values())],
+            }
+        )
+        click.echo(json.dumps(curve[-1]))
+        result = {
+            "command": f"python benchmarks/scale.py --actors {sizes} --service {service:g}",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "load_average": [round(value, 1) for value in os.getloadavg()],
+            "versions": {"ray": version("ray")},
+            "code": code_revision(),
+            "service_seconds": service,
+            "curve": curve,
+        }
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What makes the networks faster must leave their numbers alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers.models.upsampling import Upsample2D
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffva_ray.counterfactual.latent_diffusion import FourPhases, branches_share_their_start, speed_up_doubling
+from diffva_ray.model.bundle import Bundle
+
+
+def flops(call: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 7)])
+@torch.no_grad()
+def test_four_phases_are_the_doubled_convolution(size: tuple[int, int]) -> None:
+    upsample = Upsample2D(6, use_conv=True, out_channels=5)
+    films = torch.randn(3, 6, *size)
+    fast = FourPhases(upsample.conv)
+    assert torch.allclose(fast(films), upsample(films), atol=1e-5)
+    assert flops(lambda: fast(films)) * 9 == flops(lambda: upsample(films)) * 4
+
+
+@torch.no_grad()
+def test_networks_with_four_phases_give_the_same(complete: Callable[[], Bundle]) -> None:
+    bundle = complete()
+    fast = copy.deepcopy(bundle)
+    for name in ("unet", "vae"):
+        speed_up_doubling(fast.modules[name])
+        assert not any(isinstance(module, Upsample2D) for module in fast.modules[name].modules())
+    latents, text = torch.randn(2, 4, 8, 8), torch.randn(2, 16, bundle.text_encoder.config.hidden_size)
+    assert torch.allclose(fast.vae.decode(latents).sample, bundle.vae.decode(latents).sample, atol=1e-4)
+    ours, theirs = (one.unet(latents, 500, encoder_hidden_states=text).sample for one in (fast, bundle))
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+@torch.no_grad()
+def test_branches_that_share_their_start_give_the_same(complete: Callable[[], Bundle]) -> None:
+    unet = complete().unet
+    one, text = torch.randn(3, 4, 8, 8), torch.randn(6, 16, unet.config.cross_attention_dim)
+    both = torch.cat([one, one])
+
+    def predict() -> torch.Tensor:
+        return unet(both, torch.tensor(500), encoder_hidden_states=text).sample
+
+    plain, work = predict(), flops(predict)
+    with branches_share_their_start(unet):
+        shared, less = predict(), flops(predict)
+    assert torch.allclose(shared, plain, atol=1e-5)
+    assert less < work
+    assert torch.equal(predict(), plain)  # and nothing stays behind

@@ -1,0 +1,65 @@
+"""Every verb, used wrongly: one or two lines that name the fault and the next step, no traceback, nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from diffva_ray.cli import main
+
+LONG = "mild " * 60
+WRONG = [
+    ("demoo", "Did you mean 'demo'"),
+    ("generate", "Missing option '--data'"),
+    ("train --data nowhere --out x", "nowhere: no files there; expected"),
+    ("train --data FILMS --out x --recipe nope", "--recipe nope: no such recipe; there are paper"),
+    ("train --data FILMS --out x --recipe nope.yaml", "--recipe nope.yaml: cannot be read"),
+    ("train --data FILMS --out x --set train.foo=3", "train.foo: no such key; there are stages"),
+    ("train --data FILMS --out x --set generate.strenght=0.3", "did you mean strength?"),
+    ("train --data FILMS --out x --set train.stages.1.prior_clas=a", "did you mean prior_class?"),
+    ("train --data FILMS --out x --set train.lora.rnk=3", "train.lora.rnk: no such key; did you mean rank?"),
+    ("train --data FILMS --out x --set strength", "--set strength: write it as key=value"),
+    ("train --data FILMS --out x --set train.stages.9.steps=3", "'9' is not a section"),
+    ("train --data FILMS --out x --workers 0", "give a number of workers"),
+    ("generate --data FILMS --model nowhere --out x", "--model nowhere: no diffva.json there; train a model first"),
+    ("generate --data FILMS --model MODEL --out x --method foo", "generate.method: Input should be 'sdedit'"),
+    ("generate --data FILMS --model MODEL --out x --strength 2", "generate.strength: Input should be less than"),
+    ("generate --data FILMS --model MODEL --out x --sweep foo=1", "--sweep foo=1: write key=value,value"),
+    ("generate --data FILMS --model MODEL --out x --classes Measles", "no class 'Measles'; there are COVID"),
+    ("generate --data FILMS --model MODEL --out x --method masked --scheduler pndm", "give --scheduler ddim"),
+    ("generate --data FILMS --model MODEL --out x --method controlnet", "needs a controlnet, which this model has not"),
+    ("generate --data FILMS --model MODEL --out x --prompt LONG", "more than the 16 tokens this model reads"),
+    ("generate --data ftp://a --model MODEL --out x", "ftp://a"),
+    ("reduce nowhere", "nowhere: no run there (no run.json); make one with diffva generate"),
+    ("report nowhere", "no run there"),
+    ("compare nowhere nowhere", "no run there"),
+    ("verify FILMS", "no run there"),
+    ("retry nowhere", "no run there"),
+    ("status nowhere", "neither a run (run.json) nor a model (diffva.json)"),
+    ("score nowhere --data FILMS", "nowhere: no maps there; expected .png"),
+    ("explain nowhere.png --model MODEL", "nowhere.png: no such file"),
+    ("explain FILMS --model MODEL", "a folder; explain takes one film"),
+    ("interpolate FILMS --model MODEL --prompt a", "give --prompt twice"),
+    ("inspect nowhere", "nowhere: no files there; expected"),
+    ("phantoms x --classes Foo", "unknown phantom class 'Foo'; there are Normal"),
+    ("paper --model nowhere --out x --quick", "--model nowhere"),
+]
+
+
+@pytest.mark.parametrize(("line", "said"), WRONG, ids=[line for line, _ in WRONG])
+def test_a_wrong_command_is_answered_in_a_line(
+    line: str, said: str, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"FILMS": str(films), "MODEL": str(model), "LONG": LONG}
+    result = CliRunner().invoke(main, [names.get(word, word) for word in line.split()])
+    assert result.exit_code == 2, result.output
+    assert said in result.output
+    faults = [
+        text for text in result.output.splitlines() if text and not text.startswith(("Usage:", "Try ", "recipe "))
+    ]
+    assert len(faults) == 1, result.output
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
