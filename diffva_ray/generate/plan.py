@@ -259,33 +259,37 @@ class Run:
         return pq.read_table(io.BytesIO(data), columns=columns)
 
     @cached_property
-    def _ranges(self) -> pq.ParquetFile:
-        """The plan as a file of which only what is asked for is read. Its footer holds the digest of all ids, and is
-        checked; the pages carry checksums."""
-        footer = self.about.get("plan_footer")
-        if footer is None:  # planned by an earlier version
-            return pq.ParquetFile(io.BytesIO(self.store.read(PLAN_FILE)))
-        tail = self.store.read_range(PLAN_FILE, footer["start"], footer["stop"])
-        if hashlib.sha256(tail).hexdigest() != footer["sha256"]:
+    def _footer(self) -> pq.FileMetaData:
+        """The plan's footer, which holds the digest of all ids, and is checked."""
+        place = self.about["plan_footer"]
+        tail = self.store.read_range(PLAN_FILE, place["start"], place["stop"])
+        if hashlib.sha256(tail).hexdigest() != place["sha256"]:
             raise self._another_plan()
-        return pq.ParquetFile(
-            Ranges(self.store, PLAN_FILE, footer["stop"]),
-            metadata=pq.read_metadata(io.BytesIO(tail)),
-            pre_buffer=True,
-            page_checksum_verification=True,
-        )
+        return pq.read_metadata(io.BytesIO(tail))
+
+    @cached_property
+    def _whole(self) -> bytes:
+        return self.store.read(PLAN_FILE)
+
+    def _opened(self) -> pq.ParquetFile:
+        """The plan as a file of which only what is asked for is read; the pages carry checksums. Opened anew for every
+        reader: threads that share a ParquetFile crash."""
+        if "plan_footer" not in self.about:  # planned by an earlier version
+            return pq.ParquetFile(io.BytesIO(self._whole))
+        ranges = Ranges(self.store, PLAN_FILE, self.about["plan_footer"]["stop"])
+        return pq.ParquetFile(ranges, metadata=self._footer, pre_buffer=True, page_checksum_verification=True)
 
     def _another_plan(self) -> PlanError:
         return PlanError(f"{self.store.uri}/{PLAN_FILE} is not the plan that {RUN} was written for")
 
     def shard_rows(self, shard: int) -> list[dict[str, Any]]:
         """The planned records of one shard; only the row group that holds it is read."""
-        group = self._ranges.read_row_group(shard // self.about.get("shards_per_row_group", 1))
+        group = self._opened().read_row_group(shard // self.about.get("shards_per_row_group", 1))
         return group.filter(pc.equal(group["shard"], shard)).to_pylist()
 
     def shard_sizes(self) -> list[int]:
         """Number of records of each shard."""
-        return np.bincount(self._ranges.read(["shard"])["shard"], minlength=self.shards).tolist()
+        return np.bincount(self._opened().read(["shard"])["shard"], minlength=self.shards).tolist()
 
     def done(self) -> set[int]:
         """Committed shards, from one listing."""
