@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,18 @@ def test_a_run_goes_on_only_as_it_was_planned(dataset, tiny: Recipe, tmp_path: P
     ):
         with pytest.raises(FingerprintDiffers, match=name):
             continue_run(again, changed, allow_environment_change=True)
+
+
+def test_threads_read_shards_side_by_side(dataset, tiny: Recipe, tmp_path: Path) -> None:
+    """As verify does. A ParquetFile that threads share gives wrong rows, or ends the process."""
+    recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"shard_size": 1})})
+    table = make_plan(dataset, recipe, Request())
+    run = start_run(LocalStore(str(tmp_path)), table, keys(recipe), {"recipe": recipe.model_dump(mode="json")})
+    assert run.shards == len(table)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            found = pool.map(run.shard_rows, range(run.shards))
+            assert [row["record_id"] for rows in found for row in rows] == table["record_id"].to_pylist()
 
 
 def test_another_environment_may_be_forced_and_is_recorded(dataset, tiny: Recipe, tmp_path: Path) -> None:
