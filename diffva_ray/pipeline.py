@@ -21,7 +21,7 @@ from diffva_ray.generate.ledger import start_retry
 from diffva_ray.generate.plan import (
     SUCCESS,
     FingerprintDiffers,
-    PlanError,
+    PromptTooLong,
     Request,
     Run,
     continue_run,
@@ -186,11 +186,11 @@ def check_needs(model: str, method: str) -> None:
 
 
 def check_prompts(model: str, prompts: Sequence[str]) -> None:
-    """Raises PlanError for a prompt that the model would cut."""
+    """Raises PromptTooLong for a prompt that the model would cut."""
     limit, long = prompt_limit(open_store(model), prompts)
     if long:
         shown = long[0] if len(long[0]) <= 60 else long[0][:59] + "…"
-        raise PlanError(f"--prompt {shown!r}: more than the {limit} tokens this model reads; make it shorter")
+        raise PromptTooLong(f"--prompt {shown!r}: more than the {limit} tokens this model reads; make it shorter")
 
 
 def _films_to_heal(recipe: Recipe, data: str, request: Request) -> Dataset:

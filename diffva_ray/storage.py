@@ -10,6 +10,7 @@ the store as a whole is a StoreError, so that a full disk is never taken for a b
 from __future__ import annotations
 
 import errno
+import io
 import os
 import secrets
 import time
@@ -68,6 +69,33 @@ class Store(Protocol):
 
     def local_folder(self) -> Path:
         """The store as a local folder (for libraries that need one): itself, or a private download."""
+
+
+class Ranges(io.RawIOBase):
+    """A stored file of ``size`` bytes to read from without fetching it all."""
+
+    def __init__(self, store: Store, path: str, size: int) -> None:
+        super().__init__()
+        self.store, self.path, self.size, self.at = store, path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        stop = self.size if size < 0 else min(self.at + size, self.size)
+        data = self.store.read_range(self.path, self.at, stop) if stop > self.at else b""
+        self.at += len(data)
+        return data
 
 
 def checked(path: str) -> str:

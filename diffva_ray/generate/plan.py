@@ -33,7 +33,7 @@ from diffva_ray.config import (
 )
 from diffva_ray.data.films import Dataset
 from diffva_ray.schema import PLAN, SCHEMA_VERSION, record_id, record_seed
-from diffva_ray.storage import Store
+from diffva_ray.storage import Ranges, Store
 
 RUN, PLAN_FILE, SUCCESS = "run.json", "plan.parquet", "_SUCCESS"
 FOLDERS = ("counterfactuals", "maps", "reconstructions")  # the images of a record, one file each
@@ -55,6 +55,10 @@ class FingerprintDiffers(Exception):
 
 class PlanError(ValueError):
     """A plan that cannot be made; the message is one line that names the option at fault."""
+
+
+class PromptTooLong(PlanError):
+    """A prompt that the model would cut."""
 
 
 class Unfinished(Exception):
@@ -368,30 +372,3 @@ def _digest_of(ids: pa.ChunkedArray) -> str:
     for start in range(0, len(ids), 1 << 16):
         found.update("".join(ids.slice(start, 1 << 16).to_pylist()).encode())
     return found.hexdigest()
-
-
-class Ranges(io.RawIOBase):
-    """A stored file of ``size`` bytes to read from without fetching it all."""
-
-    def __init__(self, store: Store, path: str, size: int) -> None:
-        super().__init__()
-        self.store, self.path, self.size, self.at = store, path, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
-        return self.at
-
-    def read(self, size: int = -1) -> bytes:
-        stop = self.size if size < 0 else min(self.at + size, self.size)
-        data = self.store.read_range(self.path, self.at, stop) if stop > self.at else b""
-        self.at += len(data)
-        return data

@@ -17,7 +17,7 @@ from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.evaluate.records import Boxes
 from diffva_ray.evaluate.reduction import Options
 from diffva_ray.generate.budget import OverBudget
-from diffva_ray.generate.plan import FingerprintDiffers, Run
+from diffva_ray.generate.plan import FingerprintDiffers, PromptTooLong, Run
 from diffva_ray.model.card import UnusableModel, read_card
 from diffva_ray.observe import LOG
 from diffva_ray.paper.experiments import EXPERIMENTS, Experiment, settings_recipe
@@ -198,7 +198,7 @@ def _runs(made: Made) -> None:
         LOG.info("run %d of %d: %s (%s)", number, len(EXPERIMENTS), experiment.name, experiment.shows)
         try:
             _run(made, experiment)
-        except OverBudget as error:
+        except (OverBudget, PromptTooLong) as error:
             if experiment.films == "abnormal":
                 raise
             made.missing.append((experiment.shows, str(error)))  # a prompt too long for this model, say
