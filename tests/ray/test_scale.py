@@ -15,7 +15,7 @@ def test_four_actors_share_the_shards() -> None:
     with pretended_gpus(4):
         reports = simulate(4, 40, service=0.5)
     assert sorted(report["shard"] for report in reports) == list(range(40))
-    assert efficiency(reports, 4) > 0.6  # of a busy machine's; the slow test below is strict
+    assert len({report["worker"] for report in reports}) > 1  # how well they share is the slow test's question
 
 
 @pytest.mark.slow
