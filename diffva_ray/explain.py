@@ -83,15 +83,8 @@ def explain(
     if len(asked) > MOST_PROMPTS:
         raise UnusableData(f"{len(asked)} prompts; a sheet has room for {MOST_PROMPTS}")
     data, pixels = read_film(film, config.min_side)
-    bundle = load(model, recipe)
-    engine = Counterfactuals(bundle, config, device)
-    for prompt in asked:
-        if not engine.fits(prompt):
-            raise UnusableData(f"--prompt {prompt!r}: more than {bundle.tokenizer.model_max_length} tokens")
-    try:
-        judge = load_judge(open_store(model))
-    except ValueError as error:
-        raise UnusableModel(str(error)) from None
+    engine, judge = open_model(model, recipe, asked, device)
+    bundle = engine.bundle
     name = film.rpartition("/")[2]
     seed = record_seed(recipe.seed, name, 0)
     square = to_square(pixels, engine.size)
@@ -122,6 +115,22 @@ def explain(
         "code_revision": code_revision(),
     }
     return Explanation(square, lungs, lesion, answers, about)
+
+
+def open_model(
+    model: str, recipe: Recipe, prompts: Sequence[str], device: str | None = None
+) -> tuple[Counterfactuals, Judge | None]:
+    """The engine of the model at ``model`` and its judge, where it has one. Raises UnusableModel, and UnusableData for
+    a prompt that is too long."""
+    bundle = load(model, recipe)
+    engine = Counterfactuals(bundle, recipe.generate, device)
+    for prompt in prompts:
+        if not engine.fits(prompt):
+            raise UnusableData(f"--prompt {prompt!r}: more than {bundle.tokenizer.model_max_length} tokens")
+    try:
+        return engine, load_judge(open_store(model))
+    except ValueError as error:
+        raise UnusableModel(str(error)) from None
 
 
 def read_film(film: str, min_side: int) -> tuple[bytes, Image]:
@@ -187,9 +196,14 @@ def induces(prompt: str, data: DataConfig) -> bool:
 def write_sheet(explanation: Explanation, path: str) -> None:
     """Draw the sheet and write it to ``path`` (a .png, local or ``s3://``). Raises UnusableData for another ending,
     StoreError where it cannot be written."""
+    write_png(sheet(explanation), path)
+
+
+def write_png(picture: bytes, path: str) -> None:
+    """Put a drawn sheet at ``path``; raises as ``write_sheet``."""
     check_sheet(path)
     folder, slash, name = path.rpartition("/")
-    open_store(folder or slash or ".").put(name, sheet(explanation))
+    open_store(folder or slash or ".").put(name, picture)
 
 
 def check_sheet(path: str) -> None:

@@ -14,19 +14,14 @@ from numpy.typing import NDArray
 from diffva_ray import __version__
 from diffva_ray.config import Recipe
 from diffva_ray.counterfactual.attribution import attribution
-from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.counterfactual.interpolation import between_films, between_prompts
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import to_square
 from diffva_ray.evaluate.figures import INK, MUTED, Scale, colour_bar, colour_limit, diverging, png
-from diffva_ray.explain import LEAST_LIMIT, check_sheet, read_film, short_path
+from diffva_ray.explain import LEAST_LIMIT, open_model, read_film, short_path, write_png
 from diffva_ray.generate.plan import check_settings
-from diffva_ray.metrics.validity import load_judge
-from diffva_ray.model.bundle import load
-from diffva_ray.model.card import UnusableModel
 from diffva_ray.provenance import code_revision
 from diffva_ray.schema import record_seed
-from diffva_ray.storage import open_store
 
 Image = NDArray[np.float32]
 PANEL, GAP, LEFT, TOP, FOOT, BAR = 1.35, 0.05, 0.95, 0.42, 0.56, 0.32  # inches
@@ -72,15 +67,7 @@ def interpolate(
         raise UnusableData("--to FILM goes with one --prompt at most")
     data, pixels = read_film(film, config.min_side)
     ends = [pixels] if other is None else [pixels, read_film(other, config.min_side)[1]]
-    bundle = load(model, recipe)
-    engine = Counterfactuals(bundle, config, device)
-    for prompt in prompts:
-        if not engine.fits(prompt):
-            raise UnusableData(f"--prompt {prompt!r}: more than {bundle.tokenizer.model_max_length} tokens")
-    try:
-        judge = load_judge(open_store(model))
-    except ValueError as error:
-        raise UnusableModel(str(error)) from None
+    engine, judge = open_model(model, recipe, prompts, device)
     weights = [float(weight) for weight in np.linspace(0, 1, frames)]
     seed = record_seed(recipe.seed, film.rpartition("/")[2], 0)
     squares = [to_square(end, engine.size) for end in ends]
@@ -102,7 +89,7 @@ def interpolate(
         "to": other,
         "prompts": list(prompts),
         "model": model,
-        "model_digest": bundle.digest,
+        "model_digest": engine.bundle.digest,
         "recipe": recipe.name,
         "settings": config.model_dump(mode="json"),
         "run_seed": recipe.seed,
@@ -116,9 +103,7 @@ def interpolate(
 
 def write_strip(strip: Strip, path: str) -> None:
     """Draw the strip and write it to ``path`` (a .png, local or ``s3://``). Raises UnusableData for another ending."""
-    check_sheet(path)
-    folder, slash, name = path.rpartition("/")
-    open_store(folder or slash or ".").put(name, draw(strip))
+    write_png(draw(strip), path)
 
 
 def draw(strip: Strip) -> bytes:

@@ -80,6 +80,12 @@ def train(data: str, out: str, workers: int | tuple[int, int], gpus_per_worker: 
         click.echo(f"model written to {out}")
 
 
+def _beside_the_command(film: str, what: str) -> str:
+    """A name in the current folder for what is made of a film: film.png -> film.explained.png."""
+    name = film.rpartition("/")[2]
+    return f"{name.rpartition('.')[0] or name}.{what}.png"
+
+
 @verb("explain")
 @click.argument("film")
 @model_option
@@ -111,8 +117,7 @@ def explain(film: str, model: str, prompts: tuple[str, ...], out: str | None, as
     from diffva_ray.pipeline import model_recipe
 
     recipe = model_recipe(model, options["recipe"], settings_overrides(options))
-    name = film.rpartition("/")[2]
-    path = out or f"{name.rpartition('.')[0] or name}.explained.png"
+    path = out or _beside_the_command(film, "explained")
     check_sheet(path)
     if options["dry_run"]:
         return show(recipe, film=film, model=model, out=path, prompts=prompts or [recipe.data.healthy_prompt])
@@ -151,8 +156,7 @@ def interpolate(film: str, model: str, prompts: tuple[str, ...], other: str | No
     from diffva_ray.pipeline import model_recipe
 
     recipe = model_recipe(model, options["recipe"], settings_overrides(options))
-    name = film.rpartition("/")[2]
-    path = out or f"{name.rpartition('.')[0] or name}.interpolated.png"
+    path = out or _beside_the_command(film, "interpolated")
     check_sheet(path)
     if options["dry_run"]:
         return show(recipe, film=film, to=other, model=model, out=path, prompts=prompts, frames=frames)

@@ -65,16 +65,13 @@ def between_films(
         num_inference_steps=config.num_inference_steps,
         config=config,
     )
-    scheduler, timesteps = model.schedule(ends)
-    noisy = invert(model, ends, timesteps)
+    noisy = invert(model, ends, model.schedule(ends)[1])
+    told = engine.embed(prompt or "")
+    one = replace(ends, prompt=told, negative=engine.embed(""), guidance_scale=config.guidance_scale if prompt else 1.0)
     films = []
     for weight in weights:  # one by one: a film does not depend on how many stand beside it
-        told = engine.embed(prompt or "")
-        one = replace(
-            ends, prompt=told, negative=engine.embed(""), guidance_scale=config.guidance_scale if prompt else 1.0
-        )
         mixed = slerp(noisy[:1], noisy[1:], weight)
-        scheduler, timesteps = model.schedule(one)
+        scheduler, timesteps = model.schedule(one)  # afresh: some count their steps
         films.append(model.decode(model.denoise(mixed, one, scheduler, timesteps)).cpu().numpy())
     return np.concatenate(films)
 
