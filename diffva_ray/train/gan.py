@@ -8,6 +8,7 @@ originals update a critic several times a step, ours has a higher learning rate 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ MEASURED = 256  # films of each kind, at most
 AT_ONCE = 32
 
 
-class GanStage(Stage):
+class GanStage(Stage, ABC):
     """What the two have in common: a healer, a critic of healthy films, and films of both kinds."""
 
     config: HealerConfig
@@ -83,11 +84,13 @@ class GanStage(Stage):
     def _pixels(self, indices: list[int], device: torch.device) -> torch.Tensor:
         return self.setting.films.batch(indices)[:, None].to(device) * 2 - 1
 
+    @abstractmethod
     def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        raise NotImplementedError
+        """The generator's."""
 
+    @abstractmethod
     def critic_loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        raise NotImplementedError
+        """The critic's, with the generator as it is."""
 
     def export(self, store: Store) -> None:
         """Say how far it came, and write it into the healer's ``config.json``."""
