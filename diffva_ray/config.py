@@ -29,6 +29,7 @@ NEEDS: dict[str, str] = {
     "ant-gan": "ant_gan",
 }
 WITHOUT_TEXT: tuple[Method, ...] = ("vant-gan", "ant-gan")  # methods of one pass: no prompt, no sampler
+ACCELERATED: tuple[Method, ...] = ("sdedit", "ddim-inversion", "masked")  # methods that generate.acceleration is for
 Scheduler = Literal["pndm", "pndm-diffusers", "ddim", "dpmsolver++", "unipc", "euler", "vp-sde", "ve-sde"]
 
 
@@ -106,6 +107,23 @@ class ControlNetConfig(Section):
     end: float = Field(1.0, ge=0, le=1)
 
 
+class AccelerationConfig(Section):
+    """Training-free shortcuts where a sampler runs down one schedule (methods sdedit, ddim-inversion, masked by
+    difference). Each changes pixels; docs/throughput.md has what they save and what they cost."""
+
+    guidance_start: float = Field(0.0, ge=0, le=1)  # share of the steps before guidance counts (Kynkäänniemi et al.
+    guidance_end: float = Field(1.0, ge=0, le=1)  # 2024), and at which it ends; outside, the prompt alone
+    deep_features_every: int = Field(1, ge=1)  # whole UNet calls, the outermost layers alone between them (DeepCache)
+
+    @property
+    def on(self) -> bool:
+        return self != AccelerationConfig()
+
+    def guides(self, step: int, steps: int) -> bool:
+        """Whether guidance counts in ``step`` of ``steps``; the rule of diffusers' ControlNets."""
+        return step / steps >= self.guidance_start and (step + 1) / steps <= self.guidance_end
+
+
 class GenerateConfig(Section):
     """What changes a pixel of a counterfactual; all of it is part of the run's fingerprint."""
 
@@ -129,6 +147,7 @@ class GenerateConfig(Section):
     masked: MaskedConfig = MaskedConfig()
     classifier_guided: ClassifierGuidedConfig = ClassifierGuidedConfig()
     controlnet: ControlNetConfig = ControlNetConfig()
+    acceleration: AccelerationConfig = AccelerationConfig()
 
     @property
     def map_name(self) -> str:

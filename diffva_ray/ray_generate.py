@@ -22,6 +22,8 @@ from diffva_ray.observe import LOG
 from diffva_ray.ray_metrics import GenerationMetrics
 from diffva_ray.storage import patiently
 
+START_DEATHS = 3  # actors in a row that may be lost while they start (a spot node, memory) before the run gives up
+
 
 class ShardWorker:
     """An actor of the pool: opens its workbench once, then runs shard after shard."""
@@ -76,6 +78,7 @@ def generate(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.max_consecutive_actor_init_deaths = START_DEATHS
     shards = ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=len(pending))
     reports = shards.map_batches(
         worker,

@@ -10,6 +10,7 @@ import itertools
 
 import torch
 
+from diffva_ray.counterfactual.deep_features import deep_features_kept
 from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion, split
 
 
@@ -31,8 +32,9 @@ def inversion_path(model: LatentDiffusion, request: Edit, timesteps: torch.Tenso
     """The latents [n, 4, h, w] of each of ``timesteps`` [k] (falling), from the noisiest down to the film's own."""
     alphas = model.alphas.to(request.latents)
     path = [request.latents]
-    for now, later in itertools.pairwise(timesteps.flip(0)):
-        output = model.predict(path[0], now, request.source)
-        clean, noise = split(output, path[0], alphas[now], model.prediction_type)
-        path.insert(0, alphas[later].sqrt() * clean + (1 - alphas[later]).sqrt() * noise)
+    with deep_features_kept(model.unet, request.config.acceleration.deep_features_every):
+        for now, later in itertools.pairwise(timesteps.flip(0)):
+            output = model.predict(path[0], now, request.source)
+            clean, noise = split(output, path[0], alphas[now], model.prediction_type)
+            path.insert(0, alphas[later].sqrt() * clean + (1 - alphas[later]).sqrt() * noise)
     return path

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from diffva_ray.config import GenerateConfig
+from diffva_ray.counterfactual.deep_features import deep_features_kept
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.model.reverse_sde import ReverseSDE
 from diffva_ray.model.schedulers import schedule
@@ -190,10 +191,16 @@ class LatentDiffusion:
         return negative + request.guidance_scale * (prompt - negative)
 
     def denoise(self, latents: torch.Tensor, request: Edit, scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
-        """Run the scheduler over ``timesteps`` under guidance."""
-        for timestep in timesteps:
-            scaled = scheduler.scale_model_input(latents, timestep)  # Euler's latents have the noise's own scale
-            latents = self.step(self.guided(scaled, timestep, request), timestep, latents, request, scheduler)
+        """Run the scheduler over ``timesteps`` under guidance, with the shortcuts that the request allows."""
+        shortcuts = request.config.acceleration
+        with deep_features_kept(self.unet, shortcuts.deep_features_every):
+            for n, timestep in enumerate(timesteps):
+                scaled = scheduler.scale_model_input(latents, timestep)  # Euler's latents have the noise's own scale
+                if shortcuts.guides(n, len(timesteps)):
+                    output = self.guided(scaled, timestep, request)
+                else:
+                    output = self.predict(scaled, timestep, request.prompt)
+                latents = self.step(output, timestep, latents, request, scheduler)
         return latents
 
     def step(

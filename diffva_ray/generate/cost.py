@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diffva_ray.config import GUESS, Recipe
+from diffva_ray.config import GUESS, AccelerationConfig, Recipe
 
 GUESS_CALLS = 8  # a prompt: DRAWS * len(TIMESTEPS) of counterfactual/guess.py, which loads torch
 MASK_CALLS = 6  # of DiffEdit's mask: CALLS of counterfactual/guidance_difference.py
@@ -26,15 +26,15 @@ class Calls(NamedTuple):
     controlnet: int = 0
 
 
-METHODS: dict[str, Callable[[int, int], Calls]] = {  # of the sampler's steps, and the branches of guidance (1 or 2)
-    "sdedit": lambda steps, branches: Calls(steps * branches),
-    "ddim-inversion": lambda steps, branches: Calls(steps * branches + steps - 1),
-    "cycle": lambda steps, branches: Calls(steps * branches + steps),
-    "masked": lambda steps, branches: Calls(steps * branches + steps - 1),
-    "controlnet": lambda steps, branches: Calls(steps * branches, controlnet=steps * branches),
-    "classifier-guided": lambda steps, branches: Calls(2 * steps - 1),
-    "vant-gan": lambda steps, branches: Calls(0, decode=0),
-    "ant-gan": lambda steps, branches: Calls(0, decode=0),
+METHODS: dict[str, Callable[[int, int], Calls]] = {  # of the sampler's steps, and those of them with two branches
+    "sdedit": lambda steps, guided: Calls(steps + guided),
+    "ddim-inversion": lambda steps, guided: Calls(steps + guided + steps - 1),
+    "cycle": lambda steps, guided: Calls(steps + guided + steps),
+    "masked": lambda steps, guided: Calls(steps + guided + steps - 1),
+    "controlnet": lambda steps, guided: Calls(steps + guided, controlnet=steps + guided),
+    "classifier-guided": lambda steps, guided: Calls(2 * steps - 1),
+    "vant-gan": lambda steps, guided: Calls(0, decode=0),
+    "ant-gan": lambda steps, guided: Calls(0, decode=0),
 }
 # TFLOP of one forward (a multiplication and an addition are two), by base and resolution: UNet, encoder, decoder,
 # ControlNet.
@@ -44,14 +44,17 @@ TFLOP = {("CompVis/stable-diffusion-v1-4", 512): (0.803, 1.117, 2.515, 0.283)}
 def calls(settings: Mapping[str, Any], prompts: int) -> Calls:
     """Network calls of one record with these settings (as in ``GenerateConfig``) and a model of so many ``prompts``.
 
-    Raises ValueError for a method whose calls nobody has written down.
+    Calls that only the outermost layers of the UNet answer (``deep_features_every``) count like all others. Raises
+    ValueError for a method whose calls nobody has written down.
     """
     if settings["method"] not in METHODS:
         raise ValueError(f"generate/cost.py: no calls known for method {settings['method']!r}")
     steps = int(settings["num_inference_steps"] * settings["strength"])
     if settings["scheduler"] == "pndm-diffusers" or (settings["scheduler"] == "pndm" and steps > 1):
         steps += 1  # its first step is two calls
-    found = METHODS[settings["method"]](steps, 2 if settings["guidance_scale"] > 1 else 1)
+    shortcuts = AccelerationConfig.model_validate(settings["acceleration"])
+    guided = sum(shortcuts.guides(step, steps) for step in range(steps)) if settings["guidance_scale"] > 1 else 0
+    found = METHODS[settings["method"]](steps, guided)
     guessed = GUESS_CALLS * prompts if settings["source_prompt"] == GUESS else 0
     derived = settings["method"] == "masked" and settings["masked"]["source"] == "derived"
     return found._replace(unet=found.unet + guessed + (MASK_CALLS if derived else 0))
@@ -59,7 +62,7 @@ def calls(settings: Mapping[str, Any], prompts: int) -> Calls:
 
 def cost(recipe: Recipe, sweep: Sequence[tuple[str, Sequence[Any]]], records: int) -> dict[str, Any]:
     """Of ``records`` records, spread evenly over the points of a sweep: UNet forwards and TFLOP (None: networks that
-    are not in the table), of a record on average and of all. Raises ValueError as ``calls``."""
+    are not in the table, or work in part), of a record on average and of all. Raises ValueError as ``calls``."""
     of_points = []
     for point in itertools.product(*(values for _, values in sweep)):
         swept = dict(zip((key for key, _ in sweep), point, strict=True))
@@ -67,7 +70,7 @@ def cost(recipe: Recipe, sweep: Sequence[tuple[str, Sequence[Any]]], records: in
     networks = TFLOP.get((recipe.model.base or "", recipe.model.resolution))
     unet = sum(each.unet for each in of_points) / len(of_points)
     tflop = None
-    if networks is not None:
+    if networks is not None and recipe.generate.acceleration.deep_features_every == 1:
         tflop = sum(n * size for each in of_points for n, size in zip(each, networks, strict=True)) / len(of_points)
     return {
         "unet_forwards_per_record": round(unet, 1),

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from diffva_ray.config import (
+    ACCELERATED,
     GUESS,
     WITHOUT_TEXT,
     GenerateConfig,
@@ -198,6 +199,13 @@ def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:
         raise PlanError(
             f"strength {checked.strength:g} of {checked.num_inference_steps} steps leaves no step to do; raise one of "
             "them"
+        )
+    if checked.acceleration.on and (
+        checked.method not in ACCELERATED or (checked.method == "masked" and checked.masked.source != "difference")
+    ):
+        raise PlanError(
+            f"generate.acceleration: method {checked.method} has no shortcuts; they are for "
+            f"{', '.join(ACCELERATED)} (by difference)"
         )
     if checked.method in WITHOUT_TEXT:
         if checked.source_prompt == GUESS:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffva_ray import ray_cluster
+from diffva_ray import ray_cluster, ray_generate
 from diffva_ray.config import Recipe, make_recipe, to_yaml
 from diffva_ray.generate.plan import FingerprintDiffers, Request, open_run
 from diffva_ray.generate.verification import verify
@@ -50,6 +50,30 @@ def test_any_number_of_actors_makes_the_inline_run(
     assert records(tmp_path).equals(inline)
     again = generate_run(tiny, str(films), str(model), str(tmp_path), Request(), Execution("ray", actors=3 - actors))
     assert again["shards"] == 0
+
+
+@pytest.mark.parametrize("failures", [1, 4])
+def test_actors_that_are_lost_while_they_start_are_replaced(failures: int, cluster, tmp_path: Path) -> None:
+    """Ray Data alone gives up at the first one. A start that never succeeds ends the run all the same."""
+
+    class Unlucky:
+        def __init__(self, run: str, *places: str) -> None:
+            starts = Path(run, "starts")
+            with starts.open("a") as file:
+                file.write(".")
+            if starts.stat().st_size <= failures:
+                raise MemoryError("no room to start in")
+
+        def __call__(self, batch: dict) -> dict:
+            return {"shard": [int(batch["shard"][0])]}
+
+    reports: list[dict] = []
+    if failures == 4:
+        with pytest.raises(Exception, match="no room to start in"):
+            ray_generate.generate(str(tmp_path), "", "", [0, 1, 2], reports.append, 1, worker=Unlucky)
+    else:
+        ray_generate.generate(str(tmp_path), "", "", [0, 1, 2], reports.append, 1, worker=Unlucky)
+        assert sorted(report["shard"] for report in reports) == [0, 1, 2]
 
 
 def test_training_on_ray_is_the_plain_loop(cluster, tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:

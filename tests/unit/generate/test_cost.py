@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from diffva_ray.cli import main
-from diffva_ray.config import GUESS, WITHOUT_TEXT, Method, Recipe, Scheduler, load_recipe
+from diffva_ray.config import GUESS, WITHOUT_TEXT, AccelerationConfig, Method, Recipe, Scheduler, load_recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.counterfactual.guidance_difference import CALLS
 from diffva_ray.data.phantoms import phantom
@@ -85,6 +85,35 @@ def test_calls_are_those_that_happen(method: str, engine: Counterfactuals, monke
             assert made == expected._asdict(), settings
             seen += 1
     assert seen >= len(SETTINGS)
+
+
+@pytest.mark.parametrize("method", ["sdedit", "ddim-inversion"])
+@pytest.mark.parametrize(
+    "shortcuts", [{"guidance_start": 0.3}, {"guidance_start": 0.2, "guidance_end": 0.7}, {"deep_features_every": 3}]
+)
+def test_shortcuts_are_counted(
+    method: str, shortcuts: dict, engine: Counterfactuals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acceleration = AccelerationConfig(**shortcuts)
+    changes = {"source_prompt": "", "micro_batch": 1, "acceleration": acceleration, "scheduler": "ddim"}
+    config = engine.bundle.recipe.generate.model_copy(update=changes)
+    monkeypatch.setattr(engine, "config", config)
+    made: list[int] = []
+    watch = engine.bundle.unet.register_forward_pre_hook(lambda _, args: made.append(len(args[0])))
+    settings = {"method": method, "strength": 0.8, "num_inference_steps": 10, "guidance_scale": 3.0}
+    engine([phantom("COVID", 1, size=32).film], [replace(engine.settings(), scheduler="ddim", **settings)], seeds=[1])
+    watch.remove()
+    assert sum(made) == calls({**config.model_dump(), **settings}, 4).unet
+
+
+def test_shortcuts_are_refused_where_there_are_none(tiny: Recipe) -> None:
+    config = tiny.generate.model_copy(update={"acceleration": AccelerationConfig(deep_features_every=2)})
+    check_settings(config, {"method": "masked"})
+    with pytest.raises(PlanError, match=r"generate.acceleration: method cycle has no shortcuts"):
+        check_settings(config, {"method": "cycle"})
+    derived = config.model_copy(update={"masked": config.masked.model_copy(update={"source": "derived"})})
+    with pytest.raises(PlanError, match="masked has no shortcuts"):
+        check_settings(derived, {"method": "masked"})
 
 
 def test_a_method_without_a_rule_is_an_error(tiny: Recipe) -> None:
