@@ -29,7 +29,9 @@ GPUS_A_NODE = 8
 @contextmanager
 def pretended_gpus(gpus: int) -> Iterator[None]:
     """A cluster of nodes with up to 8 GPUs each, in processes of this machine; connected while it lasts."""
-    os.environ.update(RAY_AUTH_MODE="disabled", RAY_BACKEND_LOG_LEVEL="fatal", RAY_USAGE_STATS_ENABLED="0")
+    # The tokens of a local Ray stay on: a process that has used them once refuses a head that has none, and then the
+    # head takes the process's actors for abandoned.
+    os.environ.update(RAY_BACKEND_LOG_LEVEL="fatal", RAY_USAGE_STATS_ENABLED="0")
     import ray
     from ray.cluster_utils import Cluster
 

@@ -21,6 +21,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "GOMP_SPINCOUNT": "20000",  # OpenMP's long spins make a step several times slower beside any other process
 }
+ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # with it, Ray on Linux keeps to 127.0.0.1
 
 
 @contextmanager
@@ -29,11 +30,25 @@ def session(cpus: int | None = None) -> Iterator[None]:
 
     A private cluster listens on loopback only and keeps its dashboard off; ``cpus`` are its logical CPUs.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # with it, Ray on Linux keeps to 127.0.0.1
+    with _environment(ENVIRONMENT if address else {**ENVIRONMENT, **ALONE}), _connected(address, cpus):
+        yield
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """With these variables where they are not set; a process that goes on afterwards has its own environment again."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _connected(address: str | None, cpus: int | None) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():  # somebody's notebook or test: theirs to end
