@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.evaluate.reduction import Options, Reduced, reduce_run
 from diffva_ray.generate.budget import check_first_shards
+from diffva_ray.generate.cost import Pace, cost, estimate
 from diffva_ray.generate.ledger import start_retry
 from diffva_ray.generate.plan import (
+    FOLDERS,
     SUCCESS,
     FingerprintDiffers,
     PromptTooLong,
@@ -27,6 +30,7 @@ from diffva_ray.generate.plan import (
     continue_run,
     make_plan,
     open_run,
+    part,
     pixel_keys,
     start_run,
 )
@@ -34,7 +38,10 @@ from diffva_ray.model.card import TRAINING, UnusableModel, folder_digest, prompt
 from diffva_ray.observe import LOG, Progress
 from diffva_ray.provenance import provenance, torch_version
 from diffva_ray.schema import digest
+from diffva_ray.status import read_status
 from diffva_ray.storage import open_store
+
+ROW_BYTES = 1500  # of a record in a shard of ordinary size: its row and its features
 
 
 def model_recipe(model: str, recipe: str | None, overrides: tuple[str, ...]) -> Recipe:
@@ -321,6 +328,40 @@ def planned(recipe: Recipe, data: str, out: str, request: Request) -> dict[str, 
     table = make_plan(_films_to_heal(recipe, data, request), recipe, request)
     shards = len(set(table["shard"].to_pylist()))
     return {"data": data, "out": out, "records": len(table), "shards": shards, "pending": shards}
+
+
+def planned_cost(
+    recipe: Recipe, intent: dict[str, Any], out: str, request: Request, execution: Execution, pace: Pace | None
+) -> dict[str, Any]:
+    """What is left to do at ``out`` costs: counted (``generate.cost.cost``), and estimated at ``pace``, or else at
+    that of the run's own finished shards, if it has any."""
+    run = open_run(open_store(out))
+    records, sweep = intent["records"], request.sweep
+    if run is not None:
+        status = read_status(out)
+        records, sweep, recipe = status["planned"] - status["done"], run.about["keys"]["sweep"], run.recipe
+        if pace is None and status["records_per_worker_second"]:
+            pace = Pace(1 / status["records_per_worker_second"], None, run.about["keys"]["device"])
+    found = cost(recipe, sweep, records)
+    if pace is not None:
+        found |= estimate(pace, records, execution.actors, execution.gpus_per_actor)
+    return found
+
+
+def probe(recipe: Recipe, data: str, model: str, request: Request) -> Pace:
+    """The pace of this machine: a small run of two shards of one micro-batch each, in a temporary folder, of which the
+    second counts; the first warms up. Where there are fewer films, the first counts."""
+    size = recipe.generate.micro_batch
+    small = make_recipe(recipe.model_dump(mode="json"), [f"generate.shard_size={size}"])
+    first = replace(request, limit=min(request.limit or 2 * size, 2 * size), sweep=())
+    with tempfile.TemporaryDirectory(prefix="diffva-probe-") as folder:
+        generate_run(small, data, model, folder, first, Execution("inline"))
+        run = existing_run(folder)
+        last = run.shards - 1
+        seconds = sum(json.loads(run.store.read(f"timings/{part(last)}.json")).values())
+        images = [file for kind in FOLDERS for file in (Path(folder) / kind / part(last)).iterdir()]
+        stored = sum(file.stat().st_size for file in images) / run.shard_sizes()[last] + ROW_BYTES
+        return Pace(seconds / run.shard_sizes()[last], stored, run.about["keys"]["device"])
 
 
 def parse_references(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -27,9 +27,6 @@ from diffva_ray.commands.verb import (
     with_flags,
 )
 
-if TYPE_CHECKING:
-    from diffva_ray.generate.plan import Run
-
 
 @verb("generate")
 @data_option
@@ -47,6 +44,13 @@ if TYPE_CHECKING:
 @click.option("--micro-batch", type=int, metavar="N", help="Films in one network call.")
 @actors_option
 @gpus_option
+@click.option("--probe", is_flag=True, help="With --dry-run: heal some films here, to tell hours and storage.")
+@click.option(
+    "--images-per-second",
+    type=click.FloatRange(0, min_open=True),
+    metavar="R",
+    help="With --dry-run: the pace of one actor, to tell hours.",
+)
 @change_option
 @executor_option
 @recipe_option
@@ -71,37 +75,25 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
         options["executor"], options["actors"], options["gpus_per_actor"], options["allow_environment_change"]
     )
     if options["dry_run"]:
-        from diffva_ray.generate.cost import cost
-        from diffva_ray.generate.plan import open_run
-        from diffva_ray.pipeline import planned
-        from diffva_ray.storage import open_store
+        from diffva_ray.generate.cost import Pace
+        from diffva_ray.pipeline import planned, planned_cost, probe
 
-        intent, share = planned(recipe, data, out, request), options["gpus_per_actor"]
-        run = open_run(open_store(out))
-        left = cost(recipe, request.sweep, intent["records"]) if run is None else cost_left(run, share)
-        show(recipe, **intent, cost=left)
+        rate, pace = options["images_per_second"], None
+        if rate is not None:
+            pace = Pace(1 / rate, None, "cuda")
+        elif options["probe"]:
+            pace = probe(recipe, data, model, request)
+        intent = planned(recipe, data, out, request)
+        show(recipe, **intent, cost=planned_cost(recipe, intent, out, request, execution, pace))
         return DONE
+    if options["probe"] or options["images_per_second"]:
+        raise click.UsageError("--probe and --images-per-second are for --dry-run, which they tell the pace")
     click.echo(f"recipe {recipe.name}" + ("" if options["recipe"] else " (the model's own)"), err=True)
     counts = generate_run(recipe, data, model, out, request, execution)
     if counts["shards"]:
         click.echo(f"{counts['ok']} of {counts['records']} records ok; next: diffva reduce {out}")
     check_budget(existing_run(out))
     return DONE
-
-
-def cost_left(run: Run, gpus_per_actor: float | None) -> dict[str, Any]:
-    """``generate.cost.cost`` of what is left of a run, and hours, estimated from the seconds its finished shards took;
-    an actor has a GPU to itself unless ``gpus_per_actor`` says otherwise."""
-    from diffva_ray.generate.cost import cost
-    from diffva_ray.status import read_status
-
-    status = read_status(run.store.uri)
-    found = cost(run.recipe, run.about["keys"]["sweep"], status["planned"] - status["done"])
-    if status["worker_seconds_left"] is not None:
-        device = "gpu" if run.about["keys"]["device"] == "cuda" else "cpu"
-        share = 1.0 if gpus_per_actor is None or device == "cpu" else gpus_per_actor
-        found[f"estimated_{device}_hours"] = status["worker_seconds_left"] * share / 3600
-    return found
 
 
 @verb("status")

@@ -1,7 +1,7 @@
 """What a run costs, known before it is begun: network calls a record, and operations where the networks are known.
 
-Calls are exact. Operations are those of one forward, as torch's FlopCounterMode counts them, times the calls; what a
-GPU makes of them is for the run itself to tell (``diffva status``), so no hours are guessed here.
+Calls are exact. Operations are those of one forward, as torch's FlopCounterMode counts them, times the calls. Hours
+come from a pace that somebody has measured: the run's own shards, a probe, or the user.
 """
 
 from __future__ import annotations
@@ -60,9 +60,31 @@ def calls(settings: Mapping[str, Any], prompts: int) -> Calls:
     return found._replace(unet=found.unet + guessed + (MASK_CALLS if derived else 0))
 
 
+class Pace(NamedTuple):
+    """Of one actor: seconds a record, bytes it stores a record (None: not measured), and the device that has them."""
+
+    seconds: float
+    stored: float | None
+    device: str  # cuda, cpu
+
+
+def estimate(pace: Pace, records: int, actors: int | None, gpus_per_actor: float | None) -> dict[str, Any]:
+    """Device hours, hours of so many actors side by side, and gigabytes, of ``records`` records. An actor has a GPU to
+    itself unless ``gpus_per_actor`` says otherwise."""
+    share = 1.0 if gpus_per_actor is None or pace.device == "cpu" else gpus_per_actor
+    hours = pace.seconds * records / 3600
+    found: dict[str, Any] = {f"estimated_{'gpu' if pace.device == 'cuda' else 'cpu'}_hours": hours * share}
+    if actors is not None:
+        found |= {"actors": actors, "estimated_hours": hours / actors}
+    if pace.stored is not None:
+        found["estimated_gigabytes"] = pace.stored * records / 1e9
+    return found
+
+
 def cost(recipe: Recipe, sweep: Sequence[tuple[str, Sequence[Any]]], records: int) -> dict[str, Any]:
     """Of ``records`` records, spread evenly over the points of a sweep: UNet forwards and TFLOP (None: networks that
-    are not in the table, or work in part), of a record on average and of all. Raises ValueError as ``calls``."""
+    are not in the table, or work in part), of a record on average and of all; and what they store at most: twin and
+    reconstruction (a byte a pixel), map (two), 4 kB of row, features and headers. Raises ValueError as ``calls``."""
     of_points = []
     for point in itertools.product(*(values for _, values in sweep)):
         swept = dict(zip((key for key, _ in sweep), point, strict=True))
@@ -77,4 +99,5 @@ def cost(recipe: Recipe, sweep: Sequence[tuple[str, Sequence[Any]]], records: in
         "unet_forwards": round(unet * records),
         "tflop_per_record": None if tflop is None else round(tflop, 1),
         "tflop": None if tflop is None else round(tflop * records),
+        "gigabytes_at_most": float(f"{(4 * recipe.model.resolution**2 + 4096) * records / 1e9:.4g}"),
     }

@@ -20,7 +20,7 @@ from diffva_ray.data.phantoms import phantom
 from diffva_ray.generate.cost import METHODS, TFLOP, calls, cost
 from diffva_ray.generate.plan import PlanError, Request, check_settings
 from diffva_ray.model.bundle import Bundle
-from diffva_ray.pipeline import Execution, generate_run
+from diffva_ray.pipeline import ROW_BYTES, Execution, generate_run
 
 SETTINGS = [  # strength, steps, guidance scale, source prompt
     (0.5, 4, 2.5, ""),
@@ -154,6 +154,7 @@ def test_the_table_of_the_operations_page() -> None:
     strong, weak = (("strength", (0.85,)),), (("strength", (0.55,)), ("num_inference_steps", (50,)))
     assert cost(paper, weak, 1000) == {
         "unet_forwards_per_record": 56, "unet_forwards": 56_000, "tflop_per_record": 51.1, "tflop": 51_115,
+        "gigabytes_at_most": 1.053,
     }  # fmt: skip
     found = cost(paper, strong, 1)
     assert (found["unet_forwards_per_record"], found["tflop_per_record"]) == (128, 108.9)
@@ -186,3 +187,28 @@ def test_a_dry_run_tells_the_cost_and_what_is_left_of_it(
     assert left["unet_forwards"] == 6 * each
     seconds = [sum(json.loads(file.read_text()).values()) for file in (tmp_path / "run" / "timings").iterdir()]
     assert 0 < left["estimated_cpu_hours"] * 3600 < sum(seconds)
+
+
+def test_a_given_pace_tells_hours(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
+    command = ["generate", "--data", films, "--model", model, "--out", tmp_path / "run", "--images-per-second", 4]
+    words = list(map(str, [*command, "--dry-run", "--actors", 2, "--gpus-per-actor", 0.5]))
+    shown = json.loads(CliRunner().invoke(main, words).output)["cost"]
+    assert shown["estimated_gpu_hours"] == pytest.approx(18 / 4 / 3600 * 0.5)
+    assert (shown["actors"], shown["estimated_hours"]) == (2, pytest.approx(18 / 4 / 3600 / 2))
+    refused = CliRunner().invoke(main, list(map(str, command)))
+    assert refused.exit_code == 2
+    assert "--dry-run" in refused.output
+
+
+def test_a_probe_measures_this_machine(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
+    """It heals for real, and what it says of storage is what a run then stores, but for chance of films."""
+    words = ["generate", "--data", films, "--model", model, "--out", tmp_path / "run", "--dry-run", "--probe"]
+    result = CliRunner().invoke(main, list(map(str, words)))
+    shown = json.loads(result.stdout)["cost"]
+    assert shown["estimated_cpu_hours"] > 0
+    assert not (tmp_path / "run").exists()
+    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), Request(), Execution("inline"))
+    kinds = ("counterfactuals", "maps", "reconstructions")
+    stored = sum(file.stat().st_size for kind in kinds for file in (tmp_path / "run" / kind).rglob("*.png"))
+    assert shown["estimated_gigabytes"] * 1e9 == pytest.approx(stored + 18 * ROW_BYTES, rel=0.1)
+    assert shown["estimated_gigabytes"] < shown["gigabytes_at_most"]
