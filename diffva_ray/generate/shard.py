@@ -9,8 +9,10 @@ import hashlib
 import io
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,7 @@ from diffva_ray.storage import Store, open_store, patiently
 
 Row = dict[str, Any]
 Features = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  # by record: of the film, of its counterfactual
+WRITERS = 4  # images that are made and stored at once beside the work
 READING = Admission(MAX_BYTES)  # bytes of films in memory
 
 
@@ -92,8 +95,8 @@ class Source:
 def run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
     """Make and commit one shard; returns a small report. A shard that is committed already is left alone.
 
-    ``seconds`` are by stage: read (files fetched), decode_films, encode, denoise, decode, metrics, write (PNGs made and
-    stored).
+    ``seconds`` are by stage: read (files fetched), decode_films, encode, denoise, decode, metrics, write (waiting for
+    PNGs, which are made and stored beside the work, and for the commit).
 
     A store that fails is tried again after a pause. Raises StoreError when it goes on failing, OutOfMemory, and
     WorkersKeepDying.
@@ -108,16 +111,17 @@ def _run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
     if store.exists(commit):
         return {"shard": shard, "records": 0, "ok": 0, "seconds": watch.seconds}
     rows, features = run.shard_rows(shard), Features()
-    with Attempt(store, shard, bench.session) as attempt:
+    with Attempt(store, shard, bench.session) as attempt, Writer(store, watch) as writer:
         try:
             work = _one_by_one if attempt.isolated else _together
-            finished = work(bench, rows, attempt, features, watch)
+            finished = work(bench, rows, attempt, features, writer)
         except torch.cuda.OutOfMemoryError as error:
             attempt.ran_out_of_memory()
             raise OutOfMemory(
                 f"{part(shard)}: {' '.join(str(error).split())[:160]}; give each actor more of a GPU, or make a new "
                 "run with a smaller --micro-batch (it changes pixels, so this run keeps its own)"
             ) from error
+        writer.wait()
         with watch("write"):
             if features:
                 store.put(f"features/{part(shard)}.npz", _features(bench.extractor.name, features))
@@ -129,17 +133,43 @@ def _run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
     return {"shard": shard, "records": len(finished), "ok": ok, "seconds": watch.seconds}
 
 
-def _together(bench: Workbench, rows: list[Row], attempt: Attempt, features: Features, watch: Stopwatch) -> list[Row]:
+class Writer:
+    """Makes and stores images in threads, beside the work; whoever commits waits for all of them first."""
+
+    def __init__(self, store: Store, watch: Stopwatch) -> None:
+        self.store, self.watch = store, watch
+        self.pool = ThreadPoolExecutor(WRITERS)
+        self.jobs: list[Future[None]] = []
+
+    def put(self, path: str, encode: Callable[[], bytes]) -> None:
+        self.jobs.append(self.pool.submit(lambda: self.store.put(path, encode())))
+
+    def wait(self) -> None:
+        """Until everything is stored. Raises what a thread raised, StoreError for one."""
+        with self.watch("write"):
+            for job in self.jobs:
+                job.result()
+        self.jobs.clear()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=kind is not None)
+
+
+def _together(bench: Workbench, rows: list[Row], attempt: Attempt, features: Features, writer: Writer) -> list[Row]:
     """The usual way: all films read at once, then micro-batch after micro-batch."""
+    watch = writer.watch
     sources = _read(bench, rows, watch)
     size, finished = bench.run.recipe.generate.micro_batch, []
     for start in range(0, len(sources), size):  # slices of the plan: which neighbours are bad changes nothing
         for made in _micro_batch(bench, sources[start : start + size], watch):
-            finished.append(_keep(bench, made, features, watch))
+            finished.append(_keep(made, features, writer))
     return finished
 
 
-def _one_by_one(bench: Workbench, rows: list[Row], attempt: Attempt, features: Features, watch: Stopwatch) -> list[Row]:
+def _one_by_one(bench: Workbench, rows: list[Row], attempt: Attempt, features: Features, writer: Writer) -> list[Row]:
     """After a worker died on this shard: every record alone, suspects first, known killers not at all. Padding makes a
     record's pixels the same alone as in company."""
     limit, killers = DEATHS[attempt.session.executor], attempt.killers
@@ -151,8 +181,8 @@ def _one_by_one(bench: Workbench, rows: list[Row], attempt: Attempt, features: F
             done[key] = {**row, "status": Status.KILLED_WORKER.value, "error": reason}
             continue
         with attempt.flight(key):
-            made = _micro_batch(bench, _read(bench, [row], watch), watch)[0]
-        done[key] = _keep(bench, made, features, watch)
+            made = _micro_batch(bench, _read(bench, [row], writer.watch), writer.watch)[0]
+        done[key] = _keep(made, features, writer)
     for key in [row["record_id"] for row in rows if row["record_id"] in features]:
         features[key] = features.pop(key)  # back into the plan's order
     return [done[row["record_id"]] for row in rows]
@@ -216,10 +246,11 @@ def read_mask(store: Store, path: str, size: int) -> NDArray[np.bool_] | None:
 
 @dataclass
 class Made:
-    """A record's row, and what it leaves behind where it is ok: files by path, features of film and counterfactual."""
+    """A record's row, and what it leaves behind where it is ok: what makes its files, by path, and features of film and
+    counterfactual."""
 
     row: Row
-    files: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, Callable[[], bytes]] = field(default_factory=dict)
     features: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
 
 
@@ -278,20 +309,18 @@ def _measure(
         "status": Status.OK.value,
         "error": None,
     }
-    with bench.engine.watch("write"):
-        files = {
-            names["counterfactuals"]: encode_grey(counterfactual),
-            names["reconstructions"]: encode_grey(reconstruction),
-            names["maps"]: encode_map(signed),
-        }
+    files: dict[str, Callable[[], bytes]] = {
+        names["counterfactuals"]: partial(encode_grey, counterfactual),
+        names["reconstructions"]: partial(encode_grey, reconstruction),
+        names["maps"]: partial(encode_map, signed),
+    }
     return Made(full, files, (pair[0], pair[1]))
 
 
-def _keep(bench: Workbench, made: Made, features: Features, watch: Stopwatch) -> Row:
-    """Write a record's files; its row waits for the commit."""
-    with watch("write"):
-        for path, data in made.files.items():
-            bench.run.store.put(path, data)
+def _keep(made: Made, features: Features, writer: Writer) -> Row:
+    """Have a record's files written; its row waits for the commit."""
+    for path, encode in made.files.items():
+        writer.put(path, encode)
     if made.features is not None:
         features[made.row["record_id"]] = made.features
     return made.row
