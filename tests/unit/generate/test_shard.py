@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from diffva_ray import pipeline
 from diffva_ray.config import Recipe
+from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.images import decode_map, map_levels, pixel_digest, read_map
 from diffva_ray.evaluate.records import read_images, read_records
 from diffva_ray.generate.plan import PlanError, Request, open_run
@@ -74,6 +76,39 @@ def test_parts_are_plain_parquet_with_the_fingerprint(finished) -> None:
     features = np.load(finished.store.root / "features" / "part-00000.npz")
     assert list(features["ids"]) == pd.read_parquet(file)["record_id"].tolist()
     assert features["stand-in-random-conv-64/counterfactual"].dtype == np.float32
+
+
+def test_images_are_stored_beside_the_work_and_before_the_commit(
+    tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first image is not stored before the second micro-batch is healed, and the part comes after all of them."""
+    healed, order = threading.Event(), []
+    call, put, commit = Counterfactuals.__call__, LocalStore.put, LocalStore.put_if_absent
+
+    def counted(self, *arguments):
+        made = call(self, *arguments)
+        order.append("healed")
+        if order.count("healed") == 2:
+            healed.set()
+        return made
+
+    def waiting(self, path: str, data: bytes) -> None:
+        if path.endswith(".png"):
+            assert healed.wait(120), "the work waits for its images"
+            order.append("image")
+        put(self, path, data)
+
+    def committed(self, path: str, data: bytes) -> bool:
+        if path.startswith("records/"):
+            order.append("part")
+        return commit(self, path, data)
+
+    monkeypatch.setattr(Counterfactuals, "__call__", counted)
+    monkeypatch.setattr(LocalStore, "put", waiting)
+    monkeypatch.setattr(LocalStore, "put_if_absent", committed)
+    run_inline(tiny, films, model, tmp_path, Request(limit=6))  # micro-batches of 4 and 2
+    assert order[:2] == ["healed", "healed"]
+    assert order[2:] == ["image"] * 18 + ["part"]
 
 
 def test_the_same_command_again_writes_nothing(finished, tiny: Recipe, films: Path, model: Path) -> None:
