@@ -1,10 +1,11 @@
-"""What the distributed run costs over ``--executor inline``, for the same records on the same core.
+"""What the distributed run costs over ``--executor inline``, for the same records on the same cores.
 
     python benchmarks/data_plane.py --model runs/demo/model --data runs/demo/data/test
 
-Each is a process of its own, held to one core with all that it starts: for Ray that is one actor, the driver, raylet,
-GCS and object store. Rates are those between the first and the last commit, so start-up is left out; it is given
-apart, as the seconds to the first commit less those that a shard takes. Turns are interleaved.
+Each is a process of its own, held to the same cores with all that it starts; one thread of either computes. For Ray
+that is one actor, beside the driver, raylet, GCS and object store, which on a single core take their time from it.
+Rates are those between the first and the last commit, so start-up is left out; it is given apart, as the seconds to the
+first commit less those that a shard takes. Turns are interleaved.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from diffva_ray.provenance import code_revision, version
 from diffva_ray.storage import open_store
 
 
-def turn(executor: str, words: list[str], out: Path, core: int) -> dict[str, Any]:
+def turn(executor: str, words: list[str], out: Path, cores: str) -> dict[str, Any]:
     """One run to its end: seconds to the first commit, seconds a shard from then on, seconds by stage."""
     command = [
-        "taskset", "--cpu-list", str(core), sys.executable, "-m", "diffva_ray.cli", "generate", *words,
+        "taskset", "--cpu-list", cores, sys.executable, "-m", "diffva_ray.cli", "generate", *words,
         "--out", str(out), "--executor", executor, *(["--actors", "1"] if executor == "ray" else []),
     ]  # fmt: skip
     began = time.time()
@@ -70,9 +71,9 @@ def run_pixels(out: Path) -> list[str]:
 @click.option("--records", default=96, show_default=True)
 @click.option("--shard-size", default=16, show_default=True)
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--core", default=0, show_default=True, help="The core that everything is held to.")
+@click.option("--cores", default="0,1", show_default=True, help="Cores that everything is held to; 0: a single one.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "data_plane.json")
-def main(model: str, data: str, records: int, shard_size: int, rounds: int, core: int, out: Path) -> None:
+def main(model: str, data: str, records: int, shard_size: int, rounds: int, cores: str, out: Path) -> None:
     words = [
         "--model", model, "--data", data, "--limit", str(records), "--shard-size", str(shard_size),
         "--micro-batch", str(shard_size), "--method", "sdedit", "--scheduler", "ddim",
@@ -82,7 +83,7 @@ def main(model: str, data: str, records: int, shard_size: int, rounds: int, core
     with tempfile.TemporaryDirectory(prefix="diffva-plane-") as name:
         for number in range(rounds):
             for executor in ("inline", "ray")[:: 1 if number % 2 else -1]:
-                turns[executor].append(turn(executor, words, Path(name) / f"{executor}{number}", core))
+                turns[executor].append(turn(executor, words, Path(name) / f"{executor}{number}", cores))
                 click.echo(f"{executor}: {turns[executor][-1]['seconds_a_shard']:.3f} s a shard")
     if any(one["pixels"] != turns["inline"][0]["pixels"] for several in turns.values() for one in several):
         raise click.ClickException("the runs made different pictures")
@@ -98,8 +99,9 @@ def main(model: str, data: str, records: int, shard_size: int, rounds: int, core
         for executor, several in turns.items()
     }
     result = {
-        "command": "python benchmarks/data_plane.py --model MODEL --data DATA",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, held to one",
+        "command": f"python benchmarks/data_plane.py --model MODEL --data DATA --records {records} "
+        f"--shard-size {shard_size} --rounds {rounds} --cores {cores}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, held to {cores}",
         "load_average": [round(value, 1) for value in os.getloadavg()],
         "versions": {library: version(library) for library in ("torch", "ray")},
         "code": code_revision(),
