@@ -3,7 +3,7 @@
     python benchmarks/attribution.py [--work runs/attribution] [--seeds 0,1,2] [--films 300] [--recipe phantom]
 
 A training seed is a model of its own: recipe, classifier of noisy latents, ControlNet, both GANs and judge, trained on
-3000 phantoms of a seed of its own. Thresholds come from validation films, scores from test films that nothing has seen;
+4000 phantoms of a seed of its own. Thresholds come from validation films, scores from test films that nothing has seen;
 the judge never guides. Every map is positive part, smoothed by the recipe's Gaussian, scored inside the lungs. Rows
 called *sanity* must fall to the baselines. What is finished below --work is not made again.
 """
@@ -40,6 +40,7 @@ from diffva_ray.observe import LOG, set_up_logging
 from diffva_ray.provenance import code_revision, version
 from diffva_ray.storage import open_store
 
+TRAINING_FILMS = 4000
 SEEDS = {"train": 100, "validation": 101, "test": 103}  # of phantoms; other than the demo's
 PAPER = {"method": "sdedit", "scheduler": "pndm", "strength": 0.55, "guidance_scale": 4.0, "num_inference_steps": 75,
          "difference": "raw", "smoothing": 0.0, "source_prompt": "", "negative_prompt": ""}  # fmt: skip
@@ -68,6 +69,7 @@ VANT_GAN = {"name": "vant-gan", "trains": "vant-gan", "steps": 700, "batch_size"
 ANT_GAN = {"name": "ant-gan", "trains": "ant-gan", "steps": 400, "batch_size": 8, "learning_rate": 1.0e-3,
            "warmup_steps": 20, "schedule": "cosine", "ema_decay": 0.98, "block_out_channels": [8, 16, 32],
            "norm_num_groups": 4}  # fmt: skip
+EXTRAS = (CLASSIFIER, CONTROLNET, VANT_GAN, ANT_GAN)
 SCORES = ("auroc", "auprc", "dice_best", "dice_fixed", "pointing_game", "energy_in_truth")
 
 
@@ -79,11 +81,11 @@ def films(work: Path, split: str, seed: int, count: int, size: int) -> str:
     return str(folder)
 
 
-def trained(work: Path, recipe: Recipe, data: str, name: str, seed: int) -> str:
+def trained(work: Path, recipe: Recipe, data: str, name: str, seed: int, extras: tuple[dict[str, Any], ...]) -> str:
     model = str(work / f"{name}-{seed}")
     values = recipe.model_dump(mode="json")
     values["seed"] = seed
-    values["train"]["stages"] += [CLASSIFIER, CONTROLNET, VANT_GAN, ANT_GAN]
+    values["train"]["stages"] += extras
     pipeline.train_model(make_recipe(values), data, model, executor="inline")
     return model
 
@@ -191,9 +193,9 @@ def gradient_rows(run: Run, model: str, smoothing: float) -> list[dict[str, Any]
 
 def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str, ...]) -> list[dict[str, Any]]:
     size, folder = recipe.model.resolution, work / f"seed-{seed}"
-    train = films(work, "train", seed, 3000, size)
+    train = films(work, "train", seed, TRAINING_FILMS, size)
     data = {split: films(work, split, 0, n, size) for split, n in (("validation", 160), ("test", count * 4 // 3))}
-    model, table = trained(work, recipe, train, "model", seed), []
+    model, table = trained(work, recipe, train, "model", seed, EXTRAS), []
 
     def line(name: str, changes: dict[str, Any], model: str, prompt: str | None = None) -> None:
         if only and not any(text in name for text in only):
@@ -217,7 +219,7 @@ def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str,
     line("sanity: the disease's prompt", {"num_inference_steps": 17}, model, recipe.data.prompt("COVID"))
     line("sanity: random UNet", {"num_inference_steps": 17}, randomised(model, str(work / f"random-{seed}")))
     if seed == 0 and (not only or any("permuted" in text for text in only)):
-        shuffled = trained(work, recipe, permuted(train, seed), "permuted", seed)
+        shuffled = trained(work, recipe, permuted(train, seed), "permuted", seed, ())
         line("sanity: permuted labels", {"num_inference_steps": 17}, shuffled)
     return table
 
@@ -227,21 +229,24 @@ def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str,
 @click.option("--seeds", default="0,1,2", show_default=True, help="Of training.")
 @click.option("--films", "count", default=300, show_default=True, help="Abnormal test films.")
 @click.option("--recipe", "recipe_name", default="phantom", show_default=True)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of the recipe; repeatable.")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--only", multiple=True, metavar="ROW", help="Rows that contain this text; the others are left out.")
 @click.option("--result", default="benchmarks/results/attribution.json", type=click.Path(path_type=Path))
 def main(
-    work: Path, seeds: str, count: int, recipe_name: str, threads: int, only: tuple[str, ...], result: Path
-) -> None:
+    work: Path, seeds: str, count: int, recipe_name: str, overrides: tuple[str, ...], threads: int,
+    only: tuple[str, ...], result: Path,
+) -> None:  # fmt: skip
     set_up_logging()
     torch.set_num_threads(threads)
-    work, recipe = work.absolute(), load_recipe(recipe_name)
+    work, recipe = work.absolute(), load_recipe(recipe_name, overrides)
     numbers = [int(seed) for seed in seeds.split(",")]
     rows = [{"seed": seed, **row} for seed in numbers for row in one_seed(work, recipe, seed, count, only)]
     table = pd.DataFrame(rows)
     grouped = table.drop(columns="seed").groupby("method", sort=False)
     about = {
-        "command": f"python benchmarks/attribution.py --seeds {seeds} --films {count} --recipe {recipe_name}",
+        "command": f"python benchmarks/attribution.py --seeds {seeds} --films {count} --recipe {recipe_name}"
+        + "".join(f" --set {text}" for text in overrides),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {name: version(name) for name in ("torch", "diffusers", "captum")},
         "code_revision": code_revision(),

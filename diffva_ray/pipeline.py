@@ -111,7 +111,7 @@ def train_model(
 
         folder = _training_folder(out)
         keep = Checkpoints(folder, recipe.train.checkpoints_to_keep)
-        train(recipe, data, out, mark, about, keep, keep.latest(), os.cpu_count(), validation_of(recipe))
+        train(recipe, data, out, mark, about, keep, keep.latest(), cores(), validation_of(recipe))
         return True
     from diffva_ray import ray_cluster
 
@@ -120,6 +120,11 @@ def train_model(
 
         fit(recipe.model_dump(mode="json"), _absolute(data), _absolute(out), mark, about, workers, gpus_per_worker)
     return True
+
+
+def cores() -> int:
+    """Cores that this process may use, which a container or ``taskset`` can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _spelt(workers: int | tuple[int, int]) -> str:

@@ -70,27 +70,28 @@ class FourPhases(torch.nn.Module):
     al. 2016, "Is the deconvolution layer the same as a convolutional layer?"). The same numbers but for rounding, for
     4/9 of the operations."""
 
-    weight: torch.Tensor  # [phase, out, in, 2, 2]
     bias: torch.Tensor | None
 
     def __init__(self, convolution: Any) -> None:
         super().__init__()
         first, middle, last = convolution.weight.detach().float().unbind(2)
         rows = (torch.stack([first, middle + last], 2), torch.stack([first + middle, last], 2))
-        phases = []
-        for row in rows:
+        for y, row in enumerate(rows):
             first, middle, last = row.unbind(3)
-            phases += [torch.stack([first, middle + last], 3), torch.stack([first + middle, last], 3)]
-        self.register_buffer("weight", torch.stack(phases).to(convolution.weight.dtype))
+            for x, taps in enumerate(([first, middle + last], [first + middle, last])):
+                kernel = torch.stack(taps, 3).to(convolution.weight.dtype)  # [out, in, 2, 2]
+                self.register_buffer(f"kernel_{y}{x}", kernel.contiguous(memory_format=torch.channels_last))
+        self.out_channels = convolution.out_channels
         self.register_buffer("bias", convolution.bias)
 
     def forward(self, hidden_states: torch.Tensor, output_size: Any = None) -> torch.Tensor:
         n, _, height, width = hidden_states.shape
-        doubled = hidden_states.new_empty(n, self.weight.shape[1], height, 2, width, 2)
-        for phase, (y, x) in enumerate(itertools.product((0, 1), (0, 1))):
+        doubled = hidden_states.new_empty(n, height, 2, width, 2, self.out_channels)
+        for y, x in itertools.product((0, 1), (0, 1)):
             padded = functional.pad(hidden_states, (1 - x, x, 1 - y, y))
-            doubled[:, :, :, y, :, x] = functional.conv2d(padded, self.weight[phase], self.bias)
-        return doubled.view(n, -1, 2 * height, 2 * width)
+            phase = functional.conv2d(padded, getattr(self, f"kernel_{y}{x}"), self.bias)
+            doubled[:, :, y, :, x] = phase.permute(0, 2, 3, 1)
+        return doubled.view(n, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)  # channels last, as the rest
 
 
 def speed_up_doubling(network: Any) -> None:
