@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 
 from diffva_ray import pipeline
-from diffva_ray.config import Recipe, load_recipe, make_recipe
+from diffva_ray.config import NEEDS, Recipe, load_recipe, make_recipe
 from diffva_ray.counterfactual.gradients import BASELINES, FilmClassifier
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.images import decode_map
@@ -195,7 +195,13 @@ def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str,
     size, folder = recipe.model.resolution, work / f"seed-{seed}"
     train = films(work, "train", seed, TRAINING_FILMS, size)
     data = {split: films(work, split, 0, n, size) for split, n in (("validation", 160), ("test", count * 4 // 3))}
-    model, table = trained(work, recipe, train, "model", seed, EXTRAS), []
+    rows = {name: changes for name, changes in METHODS.items() if not only or any(text in name for text in only)}
+    needed = {NEEDS.get(changes.get("method", recipe.generate.method)) for changes in rows.values()}
+    if not only:  # gradients are taken of the classifier
+        needed.add("classifier")
+    extras = tuple(stage for stage in EXTRAS if stage["trains"].replace("-", "_") in needed)
+    name = "model" if len(extras) == len(EXTRAS) else "-".join(["model", *(stage["name"] for stage in extras)])
+    model, table = trained(work, recipe, train, name, seed, extras), []
 
     def line(name: str, changes: dict[str, Any], model: str, prompt: str | None = None) -> None:
         if only and not any(text in name for text in only):

@@ -1,0 +1,135 @@
+"""What limits the maps of one model: each row takes one limit away, or turns one screw, and leaves the rest.
+
+    make demo && python benchmarks/limits.py [--model runs/demo/model] [--films 96]
+
+On abnormal phantoms of a seed of their own, with the recipe's method. *True class as source*: the film is encoded under
+its own label's prompt instead of the model's guess. *Autoencoder alone*: the map D(E(film)) - D(E(true twin)), which a
+perfect denoiser would give, so what is missing there is the autoencoder's and the smoothing's doing. Dice is of the
+set's best threshold; lesion error left is the error inside the lesion as a share of the film's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffva_ray.config import GenerateConfig
+from diffva_ray.counterfactual.attribution import attribution
+from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.data.phantoms import Phantom, phantom
+from diffva_ray.metrics.localization import positive, score
+from diffva_ray.metrics.ssim import psnr
+from diffva_ray.model.bundle import load
+from diffva_ray.observe import LOG, set_up_logging
+from diffva_ray.provenance import code_revision, version
+
+ABNORMAL = ("Lung_Opacity", "COVID", "Viral Pneumonia")
+SEED = 5101
+OWN = "<own>"  # not the model's guess: the film's own class
+ROWS: dict[str, dict[str, Any]] = {
+    "as the recipe has it": {},
+    "true class as source": {"source_prompt": OWN},
+    "true class as source, twice the steps": {"source_prompt": OWN, "num_inference_steps": 40},
+    "true class as source, guidance 1.5": {"source_prompt": OWN, "guidance_scale": 1.5},
+    "true class as source, guidance 4": {"source_prompt": OWN, "guidance_scale": 4.0},
+    "true class as source, strength 0.45": {"source_prompt": OWN, "strength": 0.45},
+    "true class as source, strength 0.75": {"source_prompt": OWN, "strength": 0.75},
+    "true class as source, twice the smoothing": {"source_prompt": OWN, "smoothing": 0.048},
+}
+Pair = tuple[NDArray[np.float32], NDArray[np.float32]]  # reconstruction and twin
+
+
+def healed(engine: Counterfactuals, films: list[Phantom], config: GenerateConfig) -> tuple[list[Pair], list[str]]:
+    """Reconstruction and twin of every film, and the prompt it was taken to show."""
+    pairs: dict[int, Pair] = {}
+    sources: dict[int, str] = {}
+    groups = {"": list(range(len(films)))}
+    if config.source_prompt == OWN:
+        groups = {label: [n for n, film in enumerate(films) if film.label == label] for label in ABNORMAL}
+    for label, members in groups.items():
+        prompt = engine.bundle.recipe.data.prompt(label) if label else config.source_prompt
+        engine.config = config.model_copy(update={"source_prompt": prompt})
+        for start in range(0, len(members), config.micro_batch):
+            some = members[start : start + config.micro_batch]
+            made = engine([films[n].film for n in some], [engine.settings()] * len(some), some)
+            for n, rebuilt, twin, source in zip(some, made.reconstructions, made.counterfactuals, made.sources):
+                pairs[n], sources[n] = (rebuilt, twin), source
+    return [pairs[n] for n in range(len(films))], [sources[n] for n in range(len(films))]
+
+
+@torch.inference_mode()
+def autoencoder_alone(engine: Counterfactuals, films: list[Phantom]) -> list[Pair]:
+    """What a perfect denoiser would leave: both the film and its true twin through the autoencoder."""
+
+    def through(images: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+        mean, _ = engine.model.encode(torch.from_numpy(np.stack(images)))
+        return engine.model.decode(mean.float() * engine.model.scale).numpy()
+
+    return list(zip(through([film.film for film in films]), through([film.twin for film in films]), strict=True))
+
+
+def row_of(name: str, films: list[Phantom], pairs: list[Pair], config: GenerateConfig) -> dict[str, Any]:
+    scored, left, likeness = [], [], []
+    for film, (rebuilt, twin) in zip(films, pairs, strict=True):
+        found = score(positive(attribution(film.film, rebuilt, twin, config)), film.lesion, film.lungs | film.lesion)
+        if found is None:
+            continue
+        scored.append((film.label, found))
+        inside = film.lesion
+        left.append(np.abs(twin - film.twin)[inside].mean() / np.abs(film.film - film.twin)[inside].mean())
+        likeness.append(psnr(twin, film.twin))
+    return {
+        "row": name,
+        "auroc": float(np.mean([found.auroc for _, found in scored])),
+        "auprc": float(np.mean([found.auprc for _, found in scored])),
+        "dice_best": float(np.mean([found.dice_curve for _, found in scored], axis=0).max()),
+        "lesion_error_left": float(np.mean(left)),
+        "psnr_twin": float(np.mean(likeness)),
+        **{
+            f"auroc {label}": float(np.mean([found.auroc for of, found in scored if of == label])) for label in ABNORMAL
+        },
+    }
+
+
+@click.command()
+@click.option("--model", default="runs/demo/model", show_default=True)
+@click.option("--films", "count", default=96, show_default=True, help="Abnormal phantoms.")
+@click.option("--result", default="benchmarks/results/limits.json", type=click.Path(path_type=Path))
+def main(model: str, count: int, result: Path) -> None:
+    set_up_logging()
+    bundle = load(model)
+    engine, base = Counterfactuals(bundle, device="cpu"), bundle.recipe.generate
+    films = [phantom(ABNORMAL[n % 3], n, SEED, bundle.recipe.model.resolution) for n in range(count)]
+    rows, guessed_right = [], float("nan")
+    for name, changes in ROWS.items():
+        config = base.model_copy(update=changes)
+        pairs, sources = healed(engine, films, config)
+        if not changes:
+            own = [bundle.recipe.data.prompt(film.label) for film in films]
+            guessed_right = float(np.mean([a == b for a, b in zip(own, sources, strict=True)]))
+        rows.append(row_of(name, films, pairs, config))
+        LOG.info("%s", rows[-1])
+    rows.append(row_of("autoencoder alone (a perfect denoiser)", films, autoencoder_alone(engine, films), base))
+    about = {
+        "command": f"python benchmarks/limits.py --films {count}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+        "versions": {key: version(key) for key in ("torch", "diffusers")},
+        "code_revision": code_revision(),
+        "model_digest": bundle.digest,
+        "class_guessed_right": guessed_right,
+        "rows": rows,
+    }
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(about, indent=1))
+
+
+if __name__ == "__main__":
+    main()
