@@ -25,6 +25,12 @@ from diffva_ray.data.films import UnusableData
     metavar="NAME[=PATH]",
     help="Network of the distances: inception, torchxrayvision=WEIGHTS, rad-dino=FOLDER, judge[=MODEL] or stand-in; repeatable.",
 )
+@click.option(
+    "--judge",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="Flip rates by another judge too: torchxrayvision=WEIGHTS or judge=MODEL; repeatable.",
+)
 @click.option("--lpips-weights", metavar="PATH", help="Torchvision's AlexNet state dict: adds LPIPS.")
 @click.option(
     "--brixia", metavar="CSV", help="Readers' scores of lung zones (file, S-A to S-F, J-A to J-F) for the maps."
@@ -32,7 +38,7 @@ from diffva_ray.data.films import UnusableData
 @click.option("--sources", metavar="CSV", help="Archive of each film (file, source): compares within each one, too.")
 @executor_option
 def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_weights: str | None, resize: str | None,
-           threshold_from: str | None, extractor: tuple[str, ...], lpips_weights: str | None, brixia: str | None,
+           threshold_from: str | None, extractor: tuple[str, ...], judge: tuple[str, ...], lpips_weights: str | None, brixia: str | None,
            sources: str | None, executor: str) -> None:  # fmt: skip
     """Verify a run and write its tables, quarantine, manifest and _SUCCESS.
 
@@ -48,7 +54,7 @@ def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_we
     options = Options(
         pipeline.parse_references(reference), boxes, pipeline.inception_path(inception_weights),
         resize or opened.recipe.evaluate.resize, threshold_from, extractors=extractor, lpips=lpips_weights,
-        brixia=brixia, sources=sources,
+        brixia=brixia, sources=sources, judges=judge,
     )  # fmt: skip
     reduced = pipeline.reduce(opened, options, executor)
     print_summary(reduced.metrics)

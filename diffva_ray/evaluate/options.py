@@ -10,7 +10,8 @@ class Options:
     """``references``: (label, data or run); ``weights``: pytorch-fid's state dict; ``cache``: where features of
     references are kept, when several runs share them (by default the run); ``extractors``: NAME or NAME=PATH, without
     any Inception where there are ``weights`` and the stand-in elsewhere; ``lpips``: torchvision's AlexNet state dict;
-    ``brixia``, ``sources``: CSV files as in ``evaluate.annotations``."""
+    ``brixia``, ``sources``: CSV files as in ``evaluate.annotations``; ``judges``: NAME=PATH as in
+    ``metrics.external_judges``."""
 
     references: tuple[tuple[str, str], ...] = ()
     boxes: str | None = None
@@ -22,3 +23,4 @@ class Options:
     lpips: str | None = None
     brixia: str | None = None
     sources: str | None = None
+    judges: tuple[str, ...] = ()

@@ -3,6 +3,7 @@ readers' scores of lung zones."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from diffva_ray.evaluate.records import Boxes, Images, Row, Truth, read_images, 
 from diffva_ray.evaluate.tables import by_label, finite_mean
 from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
-from diffva_ray.metrics.counterfactual import changed_share, collateral_change, cout, outside_lesion
+from diffva_ray.metrics.counterfactual import changed_share, collateral_change, cout, flip_rate, outside_lesion
 from diffva_ray.metrics.localization import SALIENCY, patient_bootstrap
 from diffva_ray.metrics.zones import zone_agreement, zone_energy, zone_masks
 from diffva_ray.model.card import read_card
@@ -24,6 +25,7 @@ from diffva_ray.schema import digest
 from diffva_ray.storage import Store, StoreError, open_store
 
 if TYPE_CHECKING:  # they load torch
+    from diffva_ray.metrics.external_judges import ExternalJudge
     from diffva_ray.metrics.perceptual import Lpips
     from diffva_ray.metrics.validity import Judge
 
@@ -107,6 +109,43 @@ def _pictures(run: Run, data: Store, rows: Sequence[Row], boxes: Boxes) -> Itera
             yield row, read_images(run, data, row), read_truth(run, data, row, boxes)
         except (OSError, BadImage):
             continue  # gone since generation: verify names it
+
+
+def external_rows(
+    run: Run, data: Store, rows: Sequence[Row], boxes: Boxes, judges: Sequence[ExternalJudge]
+) -> list[Row]:
+    """Flip rates by judges that this project did not train: of the films each of them calls abnormal, how many have a
+    twin that it calls healthy. One row for each judge and class."""
+    if not judges:
+        return []
+    told: list[Row] = []
+    for row, images, _ in _pictures(run, data, rows, boxes):
+        about = {key: row[key] for key in ("source_path", "label", "setting") if key in row}
+        for judge in judges:
+            before, after = judge.healthy(np.stack([images.film, images.counterfactual]))
+            told.append({**about, "judge": judge.name, "before": float(before), "after": float(after)})
+    found = []
+    for judge in judges:
+        verdicts = pd.DataFrame(row for row in told if row["judge"] == judge.name)
+        for label, members in by_label(verdicts) if len(verdicts) else ():
+            rate, n = flip_rate(members["before"].tolist(), members["after"].tolist())
+            gain = (members["after"] - members["before"]).to_numpy(float)
+            found.append(
+                {
+                    "judge": judge.name,
+                    "label": label,
+                    "films": len(members),
+                    "n": n,
+                    "flip_rate": None if math.isnan(rate) else rate,
+                    "called_healthy_before": float((members["before"] > 0.5).mean()),
+                    "called_healthy_after": float((members["after"] > 0.5).mean()),
+                    "confidence_gain": float(gain.mean()),
+                    "confidence_gain_interval": list(patient_bootstrap(gain, members["source_path"].tolist())),
+                    "healthy_is": judge.says,
+                    "weights_sha256": judge.sha256,
+                }
+            )
+    return found
 
 
 def counterfactual_rows(scores: list[Row]) -> list[Row]:

@@ -26,6 +26,7 @@ from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.pair_scores import (
     SAMPLE,
     counterfactual_rows,
+    external_rows,
     heart_rows,
     run_judge,
     sampled,
@@ -44,6 +45,7 @@ from diffva_ray.schema import RECORDS, Status, digest
 from diffva_ray.storage import open_store
 
 if TYPE_CHECKING:
+    from diffva_ray.metrics.external_judges import ExternalJudge
     from diffva_ray.metrics.perceptual import Lpips
 
 
@@ -129,7 +131,8 @@ def _compute(run: Run, data_uri: str, options: Options, good: pd.DataFrame, work
     if options.threshold_from:
         thresholds, source = read_thresholds(options.threshold_from), options.threshold_from.rstrip("/").split("/")[-1]
     data = open_store(run.about["data_root"])
-    pairs = score_pairs(run, data, sampled(rows), boxes, run_judge(run), _lpips(options, recipe.model.resolution))
+    sample, judges = sampled(rows), _judges(options)
+    pairs = score_pairs(run, data, sample, boxes, run_judge(run), _lpips(options, recipe.model.resolution))
     sets, within = distances(run, data_uri, options, rows, notes, partial(workplace.embed, run, options))
     metrics: dict[str, Any] = {
         "fid": sets,
@@ -137,6 +140,7 @@ def _compute(run: Run, data_uri: str, options: Options, good: pd.DataFrame, work
         "ssim": tables.ssim_rows(good, recipe.generate.ssim_preset, recipe.model.resolution) if len(good) else [],
         "localization": tables.localization_rows(found, thresholds, source),
         "validity": tables.validity_rows(good) if len(good) else [],
+        "external_validity": external_rows(run, data, sample, boxes, judges),
         "twin": tables.twin_rows(twins),
         "counterfactual": counterfactual_rows(pairs),
         "heart": heart_rows(pairs),
@@ -165,6 +169,18 @@ def _lpips(options: Options, size: int) -> Lpips | None:
         raise UnusableData(str(error)) from None
 
 
+def _judges(options: Options) -> list[ExternalJudge]:
+    """Raises UnusableData, one line, for a judge that cannot be had."""
+    if not options.judges:
+        return []
+    from diffva_ray.metrics.external_judges import open_judge  # here, since it loads torch
+
+    try:
+        return [open_judge(asked) for asked in options.judges]
+    except ValueError as error:
+        raise UnusableData(str(error)) from None
+
+
 def _say_training_films(run: Run, good: pd.DataFrame, metrics: dict[str, Any], notes: list[str]) -> None:
     """Rows scored on films that the model was trained on say how many; so do the notes."""
     seen = TrainingFilms.of_model(str(run.about.get("model", "")), run.about["keys"]["model_digest"])
@@ -186,6 +202,8 @@ CAPTIONS = {
     "localization": "Map against lesion truth inside the region, mean over films; dice best and iou best use each "
     "film's own best threshold.",
     "validity": "Flip rate: films called abnormal by the judge whose counterfactual it calls healthy.",
+    "external_validity": "At most {most} films of a class, by judges that this project did not train: films a judge "
+    "calls abnormal (n of films) whose counterfactual it calls healthy.",
     "fid_within": "Mean distance within each condition (class, prompt), weighted by its twins, beside the distance of "
     "the pooled sets; a pooled distance does not see classes exchanged.",
     "counterfactual": "At most {most} films of a class: confidence gain, COUT, collateral change of the other classes "

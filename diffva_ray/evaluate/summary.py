@@ -13,6 +13,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         "dice_best": "Dice best", "pointing_game": "pointing game",
     },
     "validity": {"label": "class", "n": "n", "flip_rate": "flip rate", "confidence_gain": "confidence gain"},
+    "external_validity": {"judge": "judge", "label": "class", "films": "films", "n": "n", "flip_rate": "flip rate",
+                          "confidence_gain": "confidence gain"},
     "twin": {
         "label": "class", "n": "n", "lesion_error_ratio": "lesion error left", "psnr": "PSNR to twin",
         "psnr_input": "film's own", "psnr_reconstruction": "autoencoder's",
@@ -31,6 +33,7 @@ COLUMNS: dict[str, dict[str, str]] = {
 TITLES = {
     "localization": "Localisation of the lesion",
     "validity": "Validity (independent judge)",
+    "external_validity": "Validity (external judges, a sample)",
     "twin": "Against the lesion-free twin",
     "ssim": "Film against counterfactual",
     "counterfactual": "Single counterfactuals (a sample)",
@@ -62,7 +65,7 @@ def print_summary(metrics: dict[str, Any], console: Console | None = None) -> No
         table = Table(title=title, title_justify="left", header_style="bold")
         shown = {key: head for key, head in columns.items() if any(row.get(key) is not None for row in rows)}
         for key, head in shown.items():
-            table.add_column(head, justify="left" if key in ("map", "label", "set1", "set2") else "right")
+            table.add_column(head, justify="left" if key in ("map", "judge", "label", "set1", "set2") else "right")
         for row in rows:
             table.add_row(*(_cell(row.get(key)) for key in shown))
         console.print(table)

@@ -24,17 +24,15 @@ NAMES = ("inception", "torchxrayvision", "rad-dino", "judge", "stand-in")
 XRV_SIDE = 224
 
 
-def torchxrayvision(weights: str | Path, device: str = "cpu") -> Extractor:
-    """``features2`` of torchxrayvision's DenseNet121: 1024 features at 224 px, films scaled to [-1024, 1024] as there.
-
-    ``weights`` is a file as that package downloads it (a pickled DenseNet) or its state dict. It is read with the
-    classes of that network alone, so a file that would run other code is refused. Raises ValueError, one line, for
-    another file and when the package is missing.
+def densenet(weights: str | Path) -> tuple[Any, str]:
+    """torchxrayvision's DenseNet121 and the sha256 of its file, which is one as that package downloads it (a pickled
+    DenseNet) or its state dict. It is read with the classes of that network alone, so a file that would run other code is
+    refused. Raises ValueError, one line, for another file and when the package is missing.
     """
     try:
         from torchxrayvision.models import DenseNet, _DenseBlock, _DenseLayer, _Transition
     except ImportError:
-        raise ValueError("--extractor torchxrayvision: install diffva-ray[xrv]") from None
+        raise ValueError("torchxrayvision: install diffva-ray[xrv]") from None
     path = Path(weights)
     layers = (nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Linear)
     with torch.device("meta"):  # initial values would be drawn from the global generator, only to be replaced
@@ -44,14 +42,22 @@ def torchxrayvision(weights: str | Path, device: str = "cpu") -> Extractor:
         with torch.serialization.safe_globals([DenseNet, _DenseBlock, _DenseLayer, _Transition, *layers, set]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         state = loaded.state_dict() if isinstance(loaded, nn.Module) else loaded
-        prefix = "features."
-        part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        network.features.load_state_dict(part, assign=True)
+        state = {key: value for key, value in state.items() if key.partition(".")[0] in ("features", "classifier")}
+        if (findings := len(state["classifier.bias"])) != network.classifier.out_features:
+            network.classifier = nn.Linear(network.classifier.in_features, findings, device="meta")
+        network.load_state_dict(state, assign=True)
     except Exception as error:  # torch.load raises whatever the bytes of a foreign file lead it to
         pickled = isinstance(error, pickle.UnpicklingError)  # its text advises to load the file without any check
         why = "it holds other classes than that network's" if pickled else brief(error)
         raise ValueError(f"{path}: expected torchxrayvision's DenseNet121 weights ({why})") from None
-    features = network.features.eval().requires_grad_(False).to(device)
+    return network.eval().requires_grad_(False), sha256
+
+
+def torchxrayvision(weights: str | Path, device: str = "cpu") -> Extractor:
+    """``features2`` of torchxrayvision's DenseNet121: 1024 features at 224 px, films scaled to [-1024, 1024] as there.
+    Raises ValueError as ``densenet``."""
+    network, sha256 = densenet(weights)
+    features = network.features.to(device)
 
     def features2(images: torch.Tensor) -> torch.Tensor:
         x = (2 * resized(images, XRV_SIDE, "bilinear") - 1) * 1024  # xrv.datasets.normalize

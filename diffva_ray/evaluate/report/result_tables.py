@@ -36,6 +36,14 @@ VALIDITY: list[Column] = [
     ("called_healthy_before", "called healthy before", percent, False),
     ("confidence_gain", "confidence gain", number, False),
 ]
+EXTERNAL: list[Column] = [
+    ("films", "of films", count, False),
+    ("flip_rate", "flip rate", percent, False),
+    ("called_healthy_before", "called healthy before", percent, False),
+    ("called_healthy_after", "after", percent, False),
+    ("confidence_gain", "confidence gain", number, False),
+    ("confidence_gain_interval", "95% interval", interval, False),
+]
 SSIM: list[Column] = [
     ("ssim", "SSIM", number, False),
     ("ssim_sd", "sd", number, False),
@@ -94,6 +102,16 @@ def report_tables(metrics: Row) -> list[Table]:
             "rate: films it calls abnormal whose counterfactual it calls healthy.",
         )
     )  # fmt: skip
+    external = metrics.get("external_validity", [])
+    for n, judge in enumerate(dict.fromkeys(row["judge"] for row in external)):
+        rows = [row for row in external if row["judge"] == judge]
+        made.append(
+            _by_class(
+                f"validity-{n}", f"Validity, by {judge}", rows, EXTERNAL,
+                f"A judge that this project did not train on this run's films, on a sample of them. Healthy is "
+                f"{rows[0]['healthy_is']}, above one half.",
+            )
+        )  # fmt: skip
     made.append(
         _by_class(
             "twin", "Lesion-free twin", metrics.get("twin", []), TWIN,

@@ -171,3 +171,23 @@ def test_films_of_one_source_meet_references_of_that_source(swept: Path, films: 
         for label in ("COVID", "Lung_Opacity") for strength in ("0.3", "0.9")
     }  # fmt: skip
     assert {(row["n1"], row["n2"]) for row in rows} == {(4, 4)}
+
+
+def test_external_judges_have_a_table_of_their_own(swept: Path, films: Path, model: Path, tables: dict) -> None:
+    """The model's own judge, asked for by name, says of all films (there are few) what it said when they were made."""
+    metrics = reduce_run(existing_run(str(swept)), str(films), Options(judges=(f"judge={model}",))).metrics
+    assert metrics["validity"] == tables["validity"]
+    own = {row["label"]: row for row in tables["validity"]}
+    assert {row["label"] for row in metrics["external_validity"]} == set(own)
+    for row in metrics["external_validity"]:
+        same = own[row["label"]]
+        assert (row["n"], row["flip_rate"]) == (same["n"], same["flip_rate"])
+        assert row["confidence_gain"] == pytest.approx(same["confidence_gain"], abs=1e-6)
+        assert row["judge"] == "judge of tiny"
+    assert (swept / "tables" / "external_validity.md").exists()
+
+
+def test_a_judge_that_cannot_be_had_is_one_line(swept: Path) -> None:
+    result = CliRunner().invoke(main, ["reduce", str(swept), "--executor", "inline", "--judge", "judge=nowhere"])
+    assert result.exit_code == 2
+    assert result.output.strip() == "error: --judge judge=nowhere: no judge there; name a model folder that has one"

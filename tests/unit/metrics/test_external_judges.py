@@ -1,0 +1,64 @@
+"""Judges of others: their own numbers, and one line for what cannot be one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffva_ray.data.phantoms import phantom
+from diffva_ray.metrics.external_judges import OPACITIES, open_judge
+from diffva_ray.metrics.features import resized
+from diffva_ray.metrics.validity import load_judge
+from diffva_ray.storage import open_store
+
+FILMS = np.stack([phantom(label, n, size=32).film for n, label in enumerate(("COVID", "Normal", "Lung_Opacity"))])
+ALL = "nih-pc-chex-mimic_ch-google-openi-kaggle-densenet121-d121-tw-lr001-rot45-tr15-sc15-seed0-best.pt"
+
+
+@pytest.mark.parametrize("saved", ["module", "state"])
+def test_torchxrayvision_says_what_it_says_itself(saved: str, tmp_path: Path) -> None:
+    xrv = pytest.importorskip("torchxrayvision.models")
+    about = next(about for about in xrv.model_urls.values() if about["weights_url"].endswith(f"/{ALL}"))
+    torch.manual_seed(0)
+    network = xrv.DenseNet(num_classes=len(about["labels"])).eval()
+    torch.save(network if saved == "module" else network.state_dict(), tmp_path / ALL)
+    judge = open_judge(f"torchxrayvision={tmp_path / ALL}")
+
+    network.op_threshs = torch.tensor(about["op_threshs"])
+    with torch.inference_mode():
+        grey = resized(torch.from_numpy(FILMS)[:, None], 224, "bilinear")
+        told = network((2 * grey - 1) * 1024).numpy()
+    opacities = [n for n, label in enumerate(about["labels"]) if label in OPACITIES]
+    assert len(opacities) == 4
+    np.testing.assert_allclose(judge.healthy(FILMS), 1 - told[:, opacities].max(axis=1), rtol=1e-5)
+    assert "Consolidation" in judge.says
+
+
+def test_the_judge_of_a_model_is_that_judge(model: Path) -> None:
+    own = load_judge(open_store(str(model)))
+    assert own is not None
+    judge = open_judge(f"judge={model}")
+    np.testing.assert_array_equal(judge.healthy(FILMS), own.healthy_probability(FILMS))
+    assert "Normal" in judge.says
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [("crystal-ball=x", "torchxrayvision=PATH, judge=PATH"), ("judge", "judge=PATH"), ("judge=FOLDER", "no judge there"),
+     ("torchxrayvision=FOLDER/absent.pt", "expected torchxrayvision")],
+)  # fmt: skip
+def test_what_is_no_judge_is_one_line(asked: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="^--judge ") as raised:
+        open_judge(asked.replace("FOLDER", str(tmp_path)))
+    assert says in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_weights_without_operating_points_are_refused(tmp_path: Path) -> None:
+    xrv = pytest.importorskip("torchxrayvision.models")
+    torch.save(xrv.DenseNet().state_dict(), tmp_path / "renamed.pt")
+    with pytest.raises(ValueError, match="no operating points for a file of this name"):
+        open_judge(f"torchxrayvision={tmp_path / 'renamed.pt'}")
