@@ -120,7 +120,7 @@ def external_rows(
         return []
     told: list[Row] = []
     for row, images, _ in _pictures(run, data, rows, boxes):
-        about = {key: row[key] for key in ("source_path", "label", "setting") if key in row}
+        about: Row = {key: row[key] for key in ("source_path", "label", "setting") if key in row}
         for judge in judges:
             before, after = judge.healthy(np.stack([images.film, images.counterfactual]))
             told.append({**about, "judge": judge.name, "before": float(before), "after": float(after)})

@@ -26,8 +26,8 @@ XRV_SIDE = 224
 
 def densenet(weights: str | Path) -> tuple[Any, str]:
     """torchxrayvision's DenseNet121 and the sha256 of its file, which is one as that package downloads it (a pickled
-    DenseNet) or its state dict. It is read with the classes of that network alone, so a file that would run other code is
-    refused. Raises ValueError, one line, for another file and when the package is missing.
+    DenseNet) or its state dict. It is read with the classes of that network alone, so a file that would run other code
+    is refused. Raises ValueError, one line, for another file and when the package is missing.
     """
     try:
         from torchxrayvision.models import DenseNet, _DenseBlock, _DenseLayer, _Transition

@@ -190,4 +190,7 @@ def test_external_judges_have_a_table_of_their_own(swept: Path, films: Path, mod
 def test_a_judge_that_cannot_be_had_is_one_line(swept: Path) -> None:
     result = CliRunner().invoke(main, ["reduce", str(swept), "--executor", "inline", "--judge", "judge=nowhere"])
     assert result.exit_code == 2
-    assert result.output.strip() == "error: --judge judge=nowhere: no judge there; name a model folder that has one"
+    assert (
+        result.output.strip()
+        == "diffva reduce: --judge judge=nowhere: no judge there; name a model folder that has one"
+    )
