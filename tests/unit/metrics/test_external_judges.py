@@ -47,9 +47,13 @@ def test_the_judge_of_a_model_is_that_judge(model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("asked", "says"),
-    [("crystal-ball=x", "torchxrayvision=PATH, judge=PATH"), ("judge", "judge=PATH"), ("judge=FOLDER", "no judge there"),
-     ("torchxrayvision=FOLDER/absent.pt", "expected torchxrayvision")],
-)  # fmt: skip
+    [
+        ("crystal-ball=x", "torchxrayvision=PATH, judge=PATH"),
+        ("judge", "judge=PATH"),
+        ("judge=FOLDER", "no judge there"),
+        ("torchxrayvision=FOLDER/absent.pt", "expected torchxrayvision"),
+    ],
+)
 def test_what_is_no_judge_is_one_line(asked: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="^--judge ") as raised:
         open_judge(asked.replace("FOLDER", str(tmp_path)))
