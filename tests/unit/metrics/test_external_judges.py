@@ -55,7 +55,7 @@ def test_the_judge_of_a_model_is_that_judge(model: Path) -> None:
     ],
 )
 def test_what_is_no_judge_is_one_line(asked: str, says: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^--judge ") as raised:
+    with pytest.raises(ValueError, match=r"^--judge ") as raised:
         open_judge(asked.replace("FOLDER", str(tmp_path)))
     assert says in str(raised.value)
     assert "\n" not in str(raised.value)
