@@ -124,7 +124,7 @@ def maps_of(run: Run) -> tuple[list[np.ndarray], list[np.ndarray | None], np.nda
     """Positive parts, regions and image-level scores (mean of the positive part in the region) of a run's films."""
     data, saliency, regions = open_store(run.about["data_root"]), [], []
     for row in read_records(run).to_dict("records"):
-        saliency.append(positive(decode_map(run.store.read(row["map_path"]))))
+        saliency.append(positive(decode_map(run.store.read(row["attribution_path"]))))
         regions.append(read_truth(run, data, row, {}).region)
     inside = [found if region is None else found[region] for found, region in zip(saliency, regions, strict=True)]
     return saliency, regions, np.array([part.mean() for part in inside])

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from diffva_ray.config_stages import Section, Stage, TrainConfig
 from diffva_ray.schema import digest
-from diffva_ray.storage import open_store
+from diffva_ray.storage import open_file
 
 RECIPES = resources.files("diffva_ray") / "recipes"
 
@@ -192,9 +192,9 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
     if name_or_path in recipe_names():
         text = (RECIPES / f"{name_or_path}.yaml").read_text()
     elif name_or_path.endswith((".yaml", ".yml")):
-        folder, _, file = name_or_path.rpartition("/")
         try:
-            text = open_store(folder or ".").read(file).decode()
+            store, file = open_file(name_or_path)
+            text = store.read(file).decode()
         except OSError as error:
             raise RecipeError(f"--recipe {name_or_path}: cannot be read ({error})") from None
     else:

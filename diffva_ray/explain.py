@@ -30,7 +30,7 @@ from diffva_ray.model.bundle import load
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.provenance import code_revision
 from diffva_ray.schema import record_seed
-from diffva_ray.storage import open_store
+from diffva_ray.storage import open_file, open_store
 
 Image = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -135,11 +135,11 @@ def open_model(
 
 def read_film(film: str, min_side: int) -> tuple[bytes, Image]:
     """The bytes of the film at a path (local or ``s3://``), and its pixels [H, W] in [0, 1]. Raises UnusableData."""
-    folder, slash, name = film.rpartition("/")
+    store, name = open_file(film)
     if not name:
         raise UnusableData(f"FILM {film!r}: names no file")
     try:
-        data = open_store(folder or slash or ".").read(name)
+        data = store.read(name)
         return data, decode(data, min_side)
     except IsADirectoryError:
         raise UnusableData(f"{film}: a folder; explain takes one film") from None
@@ -202,8 +202,8 @@ def write_sheet(explanation: Explanation, path: str) -> None:
 def write_png(picture: bytes, path: str) -> None:
     """Put a drawn sheet at ``path``; raises as ``write_sheet``."""
     check_sheet(path)
-    folder, slash, name = path.rpartition("/")
-    open_store(folder or slash or ".").put(name, picture)
+    store, name = open_file(path)
+    store.put(name, picture)
 
 
 def check_sheet(path: str) -> None:

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffva_ray.config import NEEDS, Recipe, fingerprint, load_recipe, make_recipe
+import pyarrow as pa
+
+from diffva_ray.config import GUESS, NEEDS, SOURCE, Recipe, fingerprint, load_recipe, make_recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.evaluate.reduction import Options, Reduced, reduce_run
@@ -21,6 +23,7 @@ from diffva_ray.generate.budget import check_first_shards
 from diffva_ray.generate.cost import Pace, cost, estimate
 from diffva_ray.generate.ledger import start_retry
 from diffva_ray.generate.plan import (
+    ENVIRONMENT,
     FOLDERS,
     SUCCESS,
     FingerprintDiffers,
@@ -37,9 +40,9 @@ from diffva_ray.generate.plan import (
 from diffva_ray.model.card import TRAINING, UnusableModel, folder_digest, prompt_limit, read_card
 from diffva_ray.observe import LOG, Progress
 from diffva_ray.provenance import provenance, torch_version
-from diffva_ray.schema import digest
+from diffva_ray.schema import ENGINE, digest
 from diffva_ray.status import read_status
-from diffva_ray.storage import open_store
+from diffva_ray.storage import open_file, open_store
 
 ROW_BYTES = 1500  # of a record in a shard of ordinary size: its row and its features
 
@@ -162,12 +165,10 @@ def plan_run(
 ) -> Run:
     """The run at ``out``: planned now, or found there and continued. Raises FingerprintDiffers, PlanError."""
     store = open_store(out)
-    card = read_card(open_store(model))
-    model_digest = card["digest"] if card else folder_digest(open_store(model).local_folder())
-    keys = pixel_keys(recipe, request, model_digest, torch_version(), device)
+    keys = pixel_keys(recipe, request, _model_digest(model), torch_version(), device)
     run = open_run(store)
     if run is not None:
-        return continue_run(run, keys, execution.allow_environment_change)
+        return moved(continue_run(run, keys, execution.allow_environment_change), data)
     dataset = _films_to_heal(recipe, data, request)
     for note in dataset.notes:
         LOG.info("data: %s", note)
@@ -180,10 +181,38 @@ def plan_run(
         **provenance(),
     }
     plan = make_plan(dataset, recipe, request)
+    _check_plan(recipe, model, plan)
+    return start_run(store, plan, keys, about)
+
+
+def _model_digest(model: str) -> str:
+    card = read_card(open_store(model))
+    return str(card["digest"]) if card else folder_digest(open_store(model).local_folder())
+
+
+def _check_plan(recipe: Recipe, model: str, plan: pa.Table) -> None:
+    """Whether the model can do what is planned. Raises UnusableModel, PromptTooLong."""
     for method in plan["method"].unique().to_pylist():
         check_needs(model, method)
     check_prompts(model, plan["prompt"].unique().to_pylist())
-    return start_run(store, plan, keys, about)
+    check_prompts(model, other_prompts(recipe), "generate.source_prompt or negative_prompt")
+
+
+def moved(run: Run, data: str) -> Run:
+    """The run with its films at ``data``, where they are now. Raises UnusableData."""
+    if _absolute(data) == run.about["data"]:
+        return run
+    root = open_dataset(data, run.recipe.data).store.uri
+    if root == run.about["data_root"]:
+        return run
+    LOG.info("%s: films are read from %s now, not from %s", run.store.uri, root, run.about["data_root"])
+    return replace(run, about={**run.about, "data_root": root})
+
+
+def other_prompts(recipe: Recipe) -> list[str]:
+    """The prompts that a method reads beside the record's own, where they are words."""
+    config = recipe.generate
+    return [prompt for prompt in (config.source_prompt, config.negative_prompt) if prompt not in ("", GUESS, SOURCE)]
 
 
 def check_needs(model: str, method: str) -> None:
@@ -197,12 +226,12 @@ def check_needs(model: str, method: str) -> None:
         )
 
 
-def check_prompts(model: str, prompts: Sequence[str]) -> None:
+def check_prompts(model: str, prompts: Sequence[str], option: str = "--prompt") -> None:
     """Raises PromptTooLong for a prompt that the model would cut."""
     limit, long = prompt_limit(open_store(model), prompts)
     if long:
         shown = long[0] if len(long[0]) <= 60 else long[0][:59] + "…"
-        raise PromptTooLong(f"--prompt {shown!r}: more than the {limit} tokens this model reads; make it shorter")
+        raise PromptTooLong(f"{option} {shown!r}: more than the {limit} tokens this model reads; make it shorter")
 
 
 def _films_to_heal(recipe: Recipe, data: str, request: Request) -> Dataset:
@@ -285,18 +314,18 @@ def retry_run(
     ``data`` and ``model`` are where they are now, if they have moved. Raises PlanError, FingerprintDiffers.
     """
     if data is not None or model is not None:
-        root = open_dataset(data, run.recipe.data).store.uri if data is not None else run.about["data_root"]
-        run = replace(run, about={**run.about, "data_root": root, "model": _absolute(model or run.about["model"])})
+        run = moved(run, data) if data is not None else run
+        run = replace(run, about={**run.about, "model": _absolute(model or run.about["model"])})
 
     def carry_out(device: str) -> dict[str, int]:
-        now = {**run.about["keys"], "torch": torch_version(), "device": device}
+        now = {**run.about["keys"], "torch": torch_version(), "device": device, "engine": ENGINE}
         permitted = continue_run(run, now, execution.allow_environment_change)
         overlay = start_retry(permitted)
         if overlay is None:
             return {"shards": 0, "records": 0, "ok": 0}
         run.store.delete(SUCCESS)  # its tables are of the records as they were
-        moved = replace(overlay, about={**overlay.about, "data_root": run.about["data_root"]})
-        return _carry_out(moved, run.about["model"], execution)
+        there = replace(overlay, about={**overlay.about, "data_root": run.about["data_root"]})
+        return _carry_out(there, run.about["model"], execution)
 
     return _with_device(execution, carry_out)
 
@@ -325,12 +354,16 @@ def reduce(run: Run, options: Options, executor: str = "ray") -> Reduced:
         return reduce_run(run, data, options, Cluster())
 
 
-def planned(recipe: Recipe, data: str, out: str, request: Request) -> dict[str, Any]:
-    """What ``diffva generate`` would do, for ``--dry-run``; nothing is written."""
+def planned(recipe: Recipe, data: str, model: str, out: str, request: Request) -> dict[str, Any]:
+    """What ``diffva generate`` would do, for ``--dry-run``; nothing is written. Raises what it would raise, but for
+    what depends on the device."""
     run = open_run(open_store(out))
     if run is not None:
+        keys = pixel_keys(recipe, request, _model_digest(model), torch_version(), run.about["keys"]["device"])
+        continue_run(run, {**keys, **{key: run.about["keys"].get(key) for key in ENVIRONMENT}})
         return {"out": out, "records": run.about["records"], "shards": run.shards, "pending": len(run.pending())}
     table = make_plan(_films_to_heal(recipe, data, request), recipe, request)
+    _check_plan(recipe, model, table)
     shards = len(set(table["shard"].to_pylist()))
     return {"data": data, "out": out, "records": len(table), "shards": shards, "pending": shards}
 
@@ -345,8 +378,9 @@ def planned_cost(
     if run is not None:
         status = read_status(out)
         records, sweep, recipe = status["planned"] - status["done"], run.about["keys"]["sweep"], run.recipe
-        if pace is None and status["records_per_worker_second"]:
-            pace = Pace(1 / status["records_per_worker_second"], None, run.about["keys"]["device"])
+        if pace is None and status["done"]:
+            seconds = sum(status["seconds_by_stage"].values()) / status["done"]
+            pace = Pace(seconds, None, run.about["keys"]["device"])
     found = cost(recipe, sweep, records)
     if pace is not None:
         found |= estimate(pace, records, execution.actors, execution.gpus_per_actor)
@@ -354,19 +388,26 @@ def planned_cost(
 
 
 def probe(recipe: Recipe, data: str, model: str, request: Request) -> Pace:
-    """The pace of this machine: a small run of two shards of one micro-batch each, in a temporary folder, of which the
-    second counts; the first warms up. Where there are fewer films, the first counts."""
+    """The pace of this machine: a small run of two micro-batches in a temporary folder, of which the second counts; the
+    first warms up. Where there are fewer films, the first counts. Of a sweep, its first setting is run, and the seconds
+    are scaled by the UNet forwards of all. Raises UnusableData when no film can be healed."""
     size = recipe.generate.micro_batch
     small = make_recipe(recipe.model_dump(mode="json"), [f"generate.shard_size={size}"])
-    first = replace(request, limit=min(request.limit or 2 * size, 2 * size), sweep=())
+    one = tuple((key, values[:1]) for key, values in request.sweep)
+    first = replace(request, limit=min(request.limit or 2 * size, 2 * size), sweep=one)
     with tempfile.TemporaryDirectory(prefix="diffva-probe-") as folder:
         generate_run(small, data, model, folder, first, Execution("inline"))
         run = existing_run(folder)
-        last = run.shards - 1
-        seconds = sum(json.loads(run.store.read(f"timings/{part(last)}.json")).values())
-        images = [file for kind in FOLDERS for file in (Path(folder) / kind / part(last)).iterdir()]
-        stored = sum(file.stat().st_size for file in images) / run.shard_sizes()[last] + ROW_BYTES
-        return Pace(seconds / run.shard_sizes()[last], stored, run.about["keys"]["device"])
+        shard = run.shards - 1 if run.shard_sizes()[run.shards - 1] == size else 0  # a padded one costs as much
+        images = [file for kind in FOLDERS for file in (Path(folder) / kind / part(shard)).glob("*.png")]
+        if not images:
+            raise UnusableData(f"--probe: none of the first films of {data} could be healed; see diffva inspect {data}")
+        seconds = sum(json.loads(run.store.read(f"timings/{part(shard)}.json")).values()) / run.shard_sizes()[shard]
+        stored = sum(file.stat().st_size for file in images) / (len(images) / len(FOLDERS)) + ROW_BYTES
+        if request.sweep:
+            forwards = [cost(recipe, sweep, 1)["unet_forwards_per_record"] for sweep in (request.sweep, one)]
+            seconds *= forwards[0] / forwards[1] if forwards[1] else 1.0
+        return Pace(seconds, stored, run.about["keys"]["device"])
 
 
 def parse_references(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -392,6 +433,7 @@ def inception_path(option: str | None) -> str | None:
     if option is None:
         cached = inception_cache()
         return str(cached) if cached else None
-    if not open_store(option.rpartition("/")[0] or ".").exists(option.rpartition("/")[2]):
+    store, name = open_file(option)
+    if not store.exists(name):
         raise UnusableData(f"--inception-weights {option}: no such file")
     return option

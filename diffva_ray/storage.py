@@ -15,7 +15,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -155,7 +155,8 @@ class LocalStore:
                 file = os.path.join(folder, name)
                 if name.startswith(TEMPORARY) or not os.path.isfile(file):
                     continue
-                entries.append(Entry(os.path.relpath(file, self.root).replace(os.sep, "/"), os.path.getsize(file)))
+                with suppress(FileNotFoundError):  # deleted since
+                    entries.append(Entry(os.path.relpath(file, self.root).replace(os.sep, "/"), os.path.getsize(file)))
         return sorted(entries)
 
     def put(self, path: str, data: bytes) -> None:
@@ -178,15 +179,14 @@ class LocalStore:
             (self.root / checked(path)).unlink(missing_ok=True)
 
     def sweep(self) -> int:
-        old = [
-            file
-            for folder, _, names in os.walk(self.root)
-            for file in (Path(folder, name) for name in names if name.startswith(TEMPORARY))
-            if file.stat().st_mtime < time.time() - ORPHANED
-        ]
-        for file in old:
-            file.unlink(missing_ok=True)
-        return len(old)
+        removed = 0
+        for folder, _, names in os.walk(self.root):
+            for file in (Path(folder, name) for name in names if name.startswith(TEMPORARY)):
+                with suppress(FileNotFoundError):  # another writer's, which has its own name by now
+                    if file.stat().st_mtime < time.time() - ORPHANED:
+                        file.unlink()
+                        removed += 1
+        return removed
 
     def local_folder(self) -> Path:
         return self.root
@@ -268,13 +268,23 @@ def _s3(uri: str) -> Store:
 STORES: dict[str, Callable[[str], Store]] = {"": LocalStore, "s3": _s3}
 
 
+class UnknownScheme(ValueError):
+    """An address that no kind of store is for; the message is one line that names it."""
+
+
 def open_store(uri: str | os.PathLike[str]) -> Store:
-    """The store at ``uri``: a local path or ``s3://bucket/prefix``. ValueError names an unknown scheme."""
+    """The store at ``uri``: a local path or ``s3://bucket/prefix``. Raises UnknownScheme."""
     text = os.fspath(uri)
     scheme = text.split("://", 1)[0] if "://" in text else ""
     if scheme not in STORES:
-        raise ValueError(f"{text}: unknown scheme {scheme!r}; use a local path or s3://")
+        raise UnknownScheme(f"{text}: unknown scheme {scheme!r}; use a local path or s3://")
     return STORES[scheme](text)
+
+
+def open_file(uri: str | os.PathLike[str]) -> tuple[Store, str]:
+    """The store of the folder that holds the file at ``uri``, and the file's name there. Raises UnknownScheme."""
+    folder, slash, name = os.fspath(uri).rpartition("/")
+    return open_store(folder or slash or "."), name
 
 
 PAUSES = (1.0, 5.0)  # seconds before work is tried again when its storage failed

@@ -83,7 +83,7 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
             pace = Pace(1 / rate, None, "cuda")
         elif options["probe"]:
             pace = probe(recipe, data, model, request)
-        intent = planned(recipe, data, out, request)
+        intent = planned(recipe, data, model, out, request)
         show(recipe, **intent, cost=planned_cost(recipe, intent, out, request, execution, pace))
         return DONE
     if options["probe"] or options["images_per_second"]:

@@ -19,7 +19,7 @@ from diffva_ray.data.films import UnusableData
 from diffva_ray.generate.plan import FingerprintDiffers, PlanError
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.observe import set_up_logging
-from diffva_ray.storage import StoreError
+from diffva_ray.storage import StoreError, UnknownScheme
 
 DONE, UNUSABLE, DIFFERS, OVER_BUDGET, INCOMPLETE, INTERRUPTED = 0, 2, 3, 4, 5, 130
 
@@ -80,9 +80,9 @@ def exit_codes() -> dict[type[BaseException], int]:
     from diffva_ray.evaluate.reduction import Incomplete
     from diffva_ray.generate.attempts import OutOfMemory, WorkersKeepDying
     from diffva_ray.generate.budget import OverBudget
-    from diffva_ray.generate.plan import Unfinished
+    from diffva_ray.generate.plan import DamagedRun, Unfinished
 
-    unusable = (RecipeError, UnusableData, UnusableModel, PlanError, Unfinished, OSError)
+    unusable = (RecipeError, UnusableData, UnusableModel, PlanError, DamagedRun, Unfinished, UnknownScheme, OSError)
     incomplete = (Incomplete, StoreError, WorkersKeepDying, OutOfMemory)
     return {
         **dict.fromkeys(unusable, UNUSABLE),

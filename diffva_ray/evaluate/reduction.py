@@ -42,7 +42,7 @@ from diffva_ray.generate.plan import PLAN_FILE, RUN, SUCCESS, Run
 from diffva_ray.generate.verification import MANIFEST, Problem, verify
 from diffva_ray.model.training_films import TrainingFilms
 from diffva_ray.schema import RECORDS, Status, digest
-from diffva_ray.storage import open_store
+from diffva_ray.storage import open_file, open_store
 
 if TYPE_CHECKING:
     from diffva_ray.metrics.external_judges import ExternalJudge
@@ -233,9 +233,9 @@ def lesion_boxes(data_uri: str, csv: str | None, notes: list[str]) -> Boxes:
         return {}
     if csv is None:
         return dataset.boxes
-    folder, _, name = csv.rpartition("/")
+    store, name = open_file(csv)
     try:
-        boxes = read_boxes(open_store(folder or ".").read(name), dataset.films, name)
+        boxes = read_boxes(store.read(name), dataset.films, name)
     except OSError as error:
         raise UnusableData(f"--boxes {csv}: cannot be read ({error})") from None
     if not boxes:

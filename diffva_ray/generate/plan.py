@@ -33,12 +33,12 @@ from diffva_ray.config import (
     make_recipe,
 )
 from diffva_ray.data.films import Dataset
-from diffva_ray.schema import PLAN, SCHEMA_VERSION, record_id, record_seed
+from diffva_ray.schema import ENGINE, PLAN, SCHEMA_VERSION, record_id, record_seed
 from diffva_ray.storage import Ranges, Store
 
 RUN, PLAN_FILE, SUCCESS = "run.json", "plan.parquet", "_SUCCESS"
 FOLDERS = ("counterfactuals", "maps", "reconstructions")  # the images of a record, one file each
-ENVIRONMENT = ("torch", "device")  # may be changed on request; everything else may not
+ENVIRONMENT = ("torch", "device", "engine")  # may be changed on request; everything else may not
 ROW_GROUPS = 4096  # at most, or the footer, which every worker reads, would grow with the run
 SWEPT = ("strength", "guidance_scale", "num_inference_steps", "scheduler", "method", "prompt")
 
@@ -62,6 +62,10 @@ class PromptTooLong(PlanError):
     """A prompt that the model would cut."""
 
 
+class DamagedRun(ValueError):
+    """``run.json`` cannot be read; the message is one line."""
+
+
 class Unfinished(Exception):
     """A run that cannot be worked on; the message is one line."""
 
@@ -83,17 +87,21 @@ class Request:
 
 def parse_sweep(texts: Iterable[str]) -> tuple[tuple[str, tuple[Any, ...]], ...]:
     """``strength=0.3,0.55`` -> (("strength", (0.3, 0.55)),). PlanError names a key that cannot be swept."""
-    sweep = []
+    sweep: dict[str, tuple[Any, ...]] = {}
     for text in texts:
         key, equals, values = text.partition("=")
         if not equals or key not in SWEPT:
             raise PlanError(f"--sweep {text}: write key=value,value with key one of {', '.join(SWEPT)}")
+        if key in sweep:
+            raise PlanError(f"--sweep {text}: {key} is swept already; write all its values in one --sweep {key}=…,…")
         kind = {"strength": float, "guidance_scale": float, "num_inference_steps": int}.get(key, str)
         try:
-            sweep.append((key, tuple(kind(value) for value in values.split(","))))
+            sweep[key] = tuple(kind(value) for value in values.split(","))
         except ValueError:
             raise PlanError(f"--sweep {text}: {key} takes numbers") from None
-    return tuple(sweep)
+        if len(set(sweep[key])) < len(sweep[key]):
+            raise PlanError(f"--sweep {text}: a value stands there twice")
+    return tuple(sweep.items())
 
 
 def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
@@ -236,6 +244,7 @@ def pixel_keys(recipe: Recipe, request: Request, model_digest: str, torch: str, 
                 "limit": request.limit,
                 "sweep": request.sweep,
                 "schema_version": SCHEMA_VERSION,
+                "engine": ENGINE,
                 "torch": torch,
                 "device": device,
             }
@@ -323,7 +332,7 @@ def open_run(store: Store) -> Run | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except json.JSONDecodeError as error:
-        raise ValueError(f"{store.uri}/{RUN} is damaged ({error})") from None
+        raise DamagedRun(f"{store.uri}/{RUN} is damaged ({error})") from None
 
 
 def continue_run(run: Run, keys: dict[str, Any], allow_environment_change: bool = False) -> Run:

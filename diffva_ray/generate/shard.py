@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ from diffva_ray.storage import Store, open_store, patiently
 Row = dict[str, Any]
 Features = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  # by record: of the film, of its counterfactual
 WRITERS = 4  # images that are made and stored at once beside the work
+MOST_PENDING = 64  # images that wait for that
 READING = Admission(MAX_BYTES)  # bytes of films in memory
 
 
@@ -139,17 +141,21 @@ class Writer:
     def __init__(self, store: Store, watch: Stopwatch) -> None:
         self.store, self.watch = store, watch
         self.pool = ThreadPoolExecutor(WRITERS)
-        self.jobs: list[Future[None]] = []
+        self.jobs: deque[Future[None]] = deque()
 
     def put(self, path: str, encode: Callable[[], bytes]) -> None:
+        """Waits while a store that is slower than the work has MOST_PENDING images to take, and raises what an earlier
+        image raised: nothing is healed for a store that has failed."""
+        while self.jobs and (self.jobs[0].done() or len(self.jobs) >= MOST_PENDING):
+            with self.watch("write"):
+                self.jobs.popleft().result()
         self.jobs.append(self.pool.submit(lambda: self.store.put(path, encode())))
 
     def wait(self) -> None:
         """Until everything is stored. Raises what a thread raised, StoreError for one."""
         with self.watch("write"):
-            for job in self.jobs:
-                job.result()
-        self.jobs.clear()
+            while self.jobs:
+                self.jobs.popleft().result()
 
     def __enter__(self) -> Writer:
         return self

@@ -114,6 +114,10 @@ def load_judge(store: Store) -> Judge | None:
         about = json.loads(store.read("judge/config.json"))
     except FileNotFoundError:
         return None
+    if about["healthy"] not in about["classes"]:
+        raise ValueError(
+            f"{store.uri}/judge: it does not know the healthy class {about['healthy']}; train one that does"
+        )
     judge = Judge(about["classes"], about["healthy"], about["width"])
     try:
         weights = load_safetensors(store.read("judge/model.safetensors"))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from diffva_ray.config import RecipeError
 from diffva_ray.config_stages import JudgeConfig
 from diffva_ray.metrics.validity import Judge, blur, calibration_error, fitted_temperature, save_judge
 from diffva_ray.observe import LOG
@@ -28,8 +29,14 @@ class JudgeStage(Stage):
         each = max(MOST // len(tenths), 1)
         self.held_out = sorted(index for films in tenths.values() for index in films[:each])
         self.draws = Draws(setting.films.films, config.classes, setting.seed, frozenset(self.held_out))
+        healthy = setting.bundle.recipe.data.healthy_class
+        if healthy not in self.draws.members:
+            raise RecipeError(
+                f"stage {config.name}: a judge has to know the healthy class {healthy}, which is not among its classes "
+                f"{', '.join(sorted(self.draws.members))}; see data.healthy_class"
+            )
         torch.manual_seed(setting.seed)
-        self.judge = Judge(sorted(self.draws.members), setting.bundle.recipe.data.healthy_class)
+        self.judge = Judge(sorted(self.draws.members), healthy)
         self.modules = {"judge": self.judge}
         self.kept = len(setting.films.films) * setting.films.size**2 <= setting.cache_megabytes * 2**20
         self._blocks: dict[int, torch.Tensor] = {}

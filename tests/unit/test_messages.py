@@ -27,6 +27,13 @@ WRONG = [
     ("generate --data FILMS --model MODEL --out x --method foo", "generate.method: Input should be 'sdedit'"),
     ("generate --data FILMS --model MODEL --out x --strength 2", "generate.strength: Input should be less than"),
     ("generate --data FILMS --model MODEL --out x --sweep foo=1", "--sweep foo=1: write key=value,value"),
+    ("generate --data FILMS --model MODEL --out x --sweep strength=0.3 --sweep strength=0.6", "is swept already"),
+    ("generate --data FILMS --model MODEL --out x --sweep strength=0.5,0.5", "a value stands there twice"),
+    ("generate --data FILMS --model MODEL --out gs://a", "gs://a: unknown scheme 'gs'"),
+    ("generate --data FILMS --model gs://a --out x", "gs://a: unknown scheme 'gs'"),
+    ("generate --data FILMS --model MODEL --out x --set generate.negative_prompt=LONG", "negative_prompt 'mild mild"),
+    ("generate --data FILMS --model MODEL --out x --dry-run --method controlnet", "needs a controlnet"),
+    ("generate --data FILMS --model MODEL --out x --probe", "--probe and --images-per-second are for --dry-run"),
     ("generate --data FILMS --model MODEL --out x --classes Measles", "no class 'Measles'; there are COVID"),
     ("generate --data FILMS --model MODEL --out x --method masked --scheduler pndm", "give --scheduler ddim"),
     ("generate --data FILMS --model MODEL --out x --method controlnet", "needs a controlnet, which this model has not"),
@@ -54,7 +61,8 @@ def test_a_wrong_command_is_answered_in_a_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names = {"FILMS": str(films), "MODEL": str(model), "LONG": LONG}
-    result = CliRunner().invoke(main, [names.get(word, word) for word in line.split()])
+    words = [names.get(word, word.replace("LONG", LONG)) for word in line.split()]
+    result = CliRunner().invoke(main, words)
     assert result.exit_code == 2, result.output
     assert said in result.output
     faults = [

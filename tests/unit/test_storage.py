@@ -80,3 +80,22 @@ def test_linked_folders_are_followed(tmp_path: Path, store: LocalStore) -> None:
 def test_unknown_scheme_is_named() -> None:
     with pytest.raises(ValueError, match="gopher"):
         open_store("gopher://hole")
+
+
+def test_a_writer_beside_a_sweep_or_a_listing_disturbs_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the walk and the look at a file it gets its own name, or goes."""
+    store = LocalStore(str(tmp_path))
+    (tmp_path / ".tmp-1").write_bytes(b"x")
+    stat = Path.stat
+
+    def vanishing(self: Path, **options: object) -> object:
+        if self.name == ".tmp-1":
+            self.unlink(missing_ok=True)
+        return stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", vanishing)
+    assert store.sweep() == 0
+    store.put("a", b"1")
+    getsize = os.path.getsize
+    monkeypatch.setattr(os.path, "getsize", lambda file: (os.unlink(file), getsize(file))[1])
+    assert store.list() == []

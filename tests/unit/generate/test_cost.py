@@ -16,11 +16,12 @@ from diffva_ray.cli import main
 from diffva_ray.config import GUESS, WITHOUT_TEXT, AccelerationConfig, Method, Recipe, Scheduler, load_recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.counterfactual.guidance_difference import CALLS
+from diffva_ray.data.films import UnusableData
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.generate.cost import METHODS, TFLOP, calls, cost
 from diffva_ray.generate.plan import PlanError, Request, check_settings
 from diffva_ray.model.bundle import Bundle
-from diffva_ray.pipeline import ROW_BYTES, Execution, generate_run
+from diffva_ray.pipeline import ROW_BYTES, Execution, generate_run, probe
 
 SETTINGS = [  # strength, steps, guidance scale, source prompt
     (0.5, 4, 2.5, ""),
@@ -212,3 +213,15 @@ def test_a_probe_measures_this_machine(tiny: Recipe, films: Path, model: Path, t
     stored = sum(file.stat().st_size for kind in kinds for file in (tmp_path / "run" / kind).rglob("*.png"))
     assert shown["estimated_gigabytes"] * 1e9 == pytest.approx(stored + 18 * ROW_BYTES, rel=0.1)
     assert shown["estimated_gigabytes"] < shown["gigabytes_at_most"]
+
+
+def test_a_probe_of_a_sweep_speaks_of_all_its_settings(films: Path, model: Path, tiny: Recipe) -> None:
+    """Where there is nothing to heal, that is said."""
+    short, both = (
+        probe(tiny, str(films), str(model), Request(sweep=(("num_inference_steps", steps),))).seconds
+        for steps in ((4,), (4, 400))
+    )
+    assert both > 3 * short, "counted: 11 times the forwards"
+    nothing = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"min_side": 5000})})
+    with pytest.raises(UnusableData, match="--probe: none of the first films"):
+        probe(nothing, str(films), str(model), Request())

@@ -20,6 +20,7 @@ from diffva_ray.generate.plan import (
     pixel_keys,
     start_run,
 )
+from diffva_ray.schema import ENGINE
 from diffva_ray.storage import LocalStore
 
 
@@ -129,7 +130,7 @@ def test_another_environment_may_be_forced_and_is_recorded(dataset, tiny: Recipe
     assert forced.fingerprint == run.fingerprint
     reread = open_run(store)
     assert reread is not None
-    assert reread.about["environment_changes"] == [{"torch": "2.1", "device": "cuda"}]
+    assert reread.about["environment_changes"] == [{"torch": "2.1", "device": "cuda", "engine": ENGINE}]
 
 
 def test_an_exchanged_plan_is_noticed(dataset, tiny: Recipe, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 from diffva_ray import pipeline
+from diffva_ray.cli import main
 from diffva_ray.config import Recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.images import decode_map, map_levels, pixel_digest, read_map
@@ -24,7 +27,7 @@ from diffva_ray.generate.shard import Workbench, run_shard
 from diffva_ray.generate.verification import requeue, verify
 from diffva_ray.metrics.ssim import ssim
 from diffva_ray.pipeline import Execution, generate_run
-from diffva_ray.storage import LocalStore, open_store
+from diffva_ray.storage import LocalStore, StoreError, open_store
 
 INLINE = Execution("inline")
 
@@ -245,3 +248,64 @@ def test_shard_size_and_actor_order_do_not_change_pixels(
     run, _ = run_inline(recipe, films, model, tmp_path / "run")
     ours, theirs = (read_records(r).set_index("record_id")["pixel_sha256"].sort_index() for r in (run, finished))
     assert ours.equals(theirs)
+
+
+def test_films_that_have_moved_are_found_where_they_are_now(
+    finished, tiny: Recipe, films: Path, model: Path, tmp_path: Path
+) -> None:
+    """A run that was begun with its films elsewhere goes on with --data, and ends as if they had never moved."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    shutil.copytree(films, before)
+    run, _ = run_inline(tiny, before, model, tmp_path / "run")
+    for part in ("part-00001", "part-00002"):
+        (tmp_path / "run" / "records" / f"{part}.parquet").unlink()
+    before.rename(after)
+    _, counts = run_inline(tiny, after, model, tmp_path / "run")
+    assert counts == {"shards": 2, "records": 12, "ok": 12}
+    ours, theirs = (read_records(one).set_index("record_id")["pixel_sha256"] for one in (run, finished))
+    assert ours.equals(theirs)
+
+
+def test_a_dry_run_of_other_settings_says_what_the_command_would(
+    finished, films: Path, model: Path, tiny: Recipe
+) -> None:
+    words = [
+        "generate",
+        "--data",
+        films,
+        "--model",
+        model,
+        "--out",
+        finished.store.root,
+        "--strength",
+        0.9,
+        "--dry-run",
+    ]
+    result = CliRunner().invoke(main, list(map(str, words)))
+    assert result.exit_code == 3
+    assert "strength: 0." in result.output
+
+
+def test_nothing_is_healed_for_a_store_that_has_failed(
+    tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    call = Counterfactuals.__call__
+    put = LocalStore.put
+
+    def full(self, path: str, data: bytes) -> None:
+        if path.endswith(".png"):
+            raise StoreError("no space left", lasting=True)
+        put(self, path, data)
+
+    def counted(self, *arguments):
+        calls.append(1)
+        time.sleep(0.2)  # the images before it have failed by then
+        return call(self, *arguments)
+
+    monkeypatch.setattr(Counterfactuals, "__call__", counted)
+    monkeypatch.setattr(LocalStore, "put", full)
+    recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"micro_batch": 1})})
+    with pytest.raises(StoreError, match="no space left"):
+        run_inline(recipe, films, model, tmp_path)
+    assert len(calls) <= 2, "of six"

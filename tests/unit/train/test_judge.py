@@ -10,7 +10,7 @@ import pytest
 import torch
 from trainings import run, with_stages
 
-from diffva_ray.config import Recipe
+from diffva_ray.config import Recipe, RecipeError
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.metrics.validity import Judge, calibration_error, fitted_temperature, load_judge, save_judge
@@ -112,3 +112,17 @@ def test_it_learns_from_what_the_autoencoder_gives_back(tiny: Recipe, many: Path
         batch = Batch(0, 8, list(range(8)), step_generator(0, "judge", 0))
         losses.append(stage.loss(stage.judge, batch).item())
     assert losses[0] != losses[1]
+
+
+def test_a_judge_that_would_not_know_health_is_refused(tiny: Recipe, many: Path) -> None:
+    recipe = with_stages(tiny, [{**STAGE, "classes": {"COVID": 1, "Lung_Opacity": 1}}])
+    setting = Setting(build(recipe), FilmSet(open_dataset(many, recipe.data), 32, 100), 0, LocalStore(str(many)))
+    with pytest.raises(RecipeError, match="has to know the healthy class Normal.*see data.healthy_class"):
+        JudgeStage(setting, recipe.train.stages[0])
+
+
+def test_an_old_judge_that_does_not_know_health_is_one_line(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path))
+    save_judge(Judge(["COVID", "Flu"], "Normal", 4), store)
+    with pytest.raises(ValueError, match="does not know the healthy class Normal"):
+        load_judge(store)
