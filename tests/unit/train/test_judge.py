@@ -115,9 +115,9 @@ def test_it_learns_from_what_the_autoencoder_gives_back(tiny: Recipe, many: Path
 
 
 def test_a_judge_that_would_not_know_health_is_refused(tiny: Recipe, many: Path) -> None:
-    recipe = with_stages(tiny, [{**STAGE, "classes": {"COVID": 1, "Lung_Opacity": 1}}])
+    recipe = with_stages(tiny, {**STAGE, "classes": {"COVID": 1, "Lung_Opacity": 1}})
     setting = Setting(build(recipe), FilmSet(open_dataset(many, recipe.data), 32, 100), 0, LocalStore(str(many)))
-    with pytest.raises(RecipeError, match="has to know the healthy class Normal.*see data.healthy_class"):
+    with pytest.raises(RecipeError, match=r"has to know the healthy class Normal.*see data.healthy_class"):
         JudgeStage(setting, recipe.train.stages[0])
 
 
