@@ -26,6 +26,8 @@ from diffva_ray.commands.verb import (
 @click.option("--out", metavar="DIR", required=True, help="Folder, or s3://; an unfinished one is continued.")
 @click.option("--quick", is_flag=True, help="24 films of each class; phantoms where no data are given.")
 @click.option("--limit", type=click.IntRange(4), metavar="N", help="At most so many films of each class.")
+@click.option("--boxes", metavar="CSV", help="Lesion boxes (file,x,y,w,h in pixels of the film), for table S3.")
+@click.option("--brixia", metavar="CSV", help="Readers' scores of lung zones (file, S-A to S-F, J-A to J-F), table S7.")
 @weights_option
 @click.option(
     "--resize",
@@ -41,7 +43,7 @@ from diffva_ray.commands.verb import (
 @set_option
 @dry_run_option
 def paper(radiography: str | None, chexpert: str | None, model: str, out: str, quick: bool, limit: int | None,
-          inception_weights: str | None, resize: str, actors: int | None, gpus_per_actor: float | None, executor: str,
+          boxes: str | None, brixia: str | None, inception_weights: str | None, resize: str, actors: int | None, gpus_per_actor: float | None, executor: str,
           recipe: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:  # fmt: skip
     """Every table and figure of Siddiqui et al. 2024 from films and a model, the published values beside ours.
 
@@ -56,7 +58,8 @@ def paper(radiography: str | None, chexpert: str | None, model: str, out: str, q
 
     execution = pipeline.Execution(executor, actors, gpus_per_actor)
     weights = None if dry_run else pipeline.inception_path(inception_weights)
-    inputs = Inputs(radiography, chexpert, model, out, quick, limit, weights, resize, recipe, overrides, execution)
+    inputs = Inputs(radiography, chexpert, model, out, quick, limit, weights, resize, recipe, overrides, boxes, brixia,
+                    execution)  # fmt: skip
     if dry_run:
         show(pipeline.model_recipe(model, recipe, overrides), **planned_paper(inputs))
         return DONE

@@ -30,9 +30,9 @@ PIXELS = 32  # side of the squares that the memorisation audit compares
 
 
 def extra_tables(made: Made, tables: Sequence[Table]) -> list[Table]:
-    """Tables S1 to S6, S5 from the distances of ``tables``; one that cannot be made is noted in ``made.missing``."""
+    """Tables S1 to S7, S5 from the distances of ``tables``; one that cannot be made is noted in ``made.missing``."""
     found = [scores_table(made), false_attribution_table(made), localization_table(made), audit_table(made)]
-    found += [fidelity_table(made, tables), heart_table(made)]
+    found += [fidelity_table(made, tables), heart_table(made), zones_table(made)]
     return [table for table in found if table is not None]
 
 
@@ -103,6 +103,30 @@ def heart_table(made: Made) -> Table | None:
     )
     heads = ["prompt", "N", "before", "after", "change", "grew"]
     return Table("tableS6", "Table S6. Cardiothoracic ratio", caption, heads, body, details)
+
+
+def zones_table(made: Made) -> Table | None:
+    """Table S7: maps against readers' Brixia scores of six lung zones."""
+    if made.options.brixia is None:
+        made.missing.append(("table S7 (Brixia scores)", "no readers' scores given (--brixia)"))
+        return None
+    body, details = list[list[str]](), list[Row]()
+    for name, title in SETTINGS.items():
+        for row in made.metrics[name].get("brixia", []):
+            if row["map"] == "brightness":  # the same for every setting
+                title = "baseline"
+                if any(line[0] == title for line in body):
+                    continue
+            body.append([title, row["map"], str(row["n"]), with_interval(row["spearman"], row["spearman_interval"]),
+                         number(row["spearman_within_film"]), row["lungs"]])  # fmt: skip
+            details.append({"run": name, **row})
+    caption = (
+        "Spearman's correlation of a map's mean in each of six lung zones with the readers' mean scores (0 to 3): over "
+        "all zones of all films with a 95 % bootstrap interval over films, and within films, which leaves out how "
+        "ill a film is as a whole. Brightness is the film itself. Lungs: of a mask, found on the film, or its middle."
+    )
+    heads = ["setting", "map", "N", "all zones", "within films", "lungs"]
+    return Table("tableS7", "Table S7. Maps against Brixia scores", caption, heads, body, details)
 
 
 def _scores(made: Made, name: str, label: str) -> Row:

@@ -15,7 +15,7 @@ from diffva_ray.config import Recipe, RecipeError
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.evaluate.records import Boxes
-from diffva_ray.evaluate.reduction import Options
+from diffva_ray.evaluate.reduction import Options, lesion_boxes
 from diffva_ray.generate.budget import OverBudget
 from diffva_ray.generate.plan import FingerprintDiffers, PromptTooLong, Run
 from diffva_ray.model.card import UnusableModel, read_card
@@ -44,6 +44,8 @@ class Inputs:
     resize: str = "clean"
     recipe: str | None = None
     overrides: tuple[str, ...] = ()
+    boxes: str | None = None
+    brixia: str | None = None
     execution: pipeline.Execution = field(default_factory=pipeline.Execution)
 
 
@@ -71,7 +73,7 @@ def run_paper(options: Inputs) -> str:
 
     store, base, card = _open(options)
     _guard(store, options, card)
-    state = {"weights": options.weights, "resize": options.resize, "version": __version__}
+    state = {key: getattr(options, key) for key in ("weights", "resize", "boxes", "brixia")} | {"version": __version__}
     page = join(store.uri, "index.html")
     if store.exists(SUCCESS) and json.loads(store.read(SUCCESS)) == state:
         LOG.info("%s: everything is made; nothing to do", store.uri)
@@ -164,7 +166,7 @@ def _films(store: Store, base: Recipe, card: dict[str, Any], options: Inputs) ->
     made = Made(store, base, card, radiography, None, options)
     dataset = open_dataset(radiography, base.data)
     made.notes += [f"films: {note}" for note in dataset.notes]
-    made.boxes = dataset.boxes
+    made.boxes = lesion_boxes(radiography, options.boxes, made.notes)
     if healthy not in dataset.classes:
         raise UnusableData(f"--radiography {options.radiography}: no film of the healthy class {healthy}")
     if len(dataset.classes) == 1:
@@ -220,7 +222,15 @@ def _reduce_options(made: Made, experiment: Experiment) -> Options:
     references: tuple[tuple[str, str], ...] = ((made.base.data.healthy_class, made.radiography),)
     if experiment.cardiomegaly:
         references = ((CARDIOMEGALY, made.chexpert),) if made.chexpert else references
-    return Options(references, weights=made.options.weights, resize=made.options.resize, cache=made.store.uri)
+    options, ill = made.options, experiment.films == "abnormal"
+    return Options(
+        references,
+        options.boxes if ill else None,
+        options.weights,
+        options.resize,
+        cache=made.store.uri,
+        brixia=options.brixia if ill else None,
+    )
 
 
 def abnormal_classes(dataset: Dataset, healthy: str) -> Sequence[str]:

@@ -14,7 +14,7 @@ from diffva_ray.cli import main
 from diffva_ray.config import RecipeError, load_recipe, recipe_names
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.paper import published
-from diffva_ray.paper.experiments import EXPERIMENTS, TAKEN, Experiment, guided, settings_recipe
+from diffva_ray.paper.experiments import EXPERIMENTS, SETTINGS, TAKEN, Experiment, guided, settings_recipe
 from diffva_ray.paper.films import copy_films, drawn, phantom_chexpert
 from diffva_ray.paper.layout import Table, flat, number, thinned, with_interval
 from diffva_ray.paper.run import Made
@@ -288,3 +288,23 @@ def test_layout_of_numbers(tmp_path: Path) -> None:
     assert (tmp_path / "tables/t.md").read_text().splitlines()[2] == "| h\\| | % |"
     assert r"a\_b" in (tmp_path / "tables/t.tex").read_text()
     assert json.loads((tmp_path / "tables/t.json").read_text())["details"] == [{"x": None}]
+
+
+def test_readers_scores_have_a_table(made: Path, model: Path) -> None:
+    """Given afterwards: no film is made again, the tables are."""
+    films = sorted((made / "data" / "radiography" / "COVID" / "images").iterdir())
+    zones = [f"S-{zone}" for zone in "ABCDEF"]
+    lines = [
+        ",".join([f"COVID/images/{film.name}", *(str((n + z) % 4) for z in range(6))]) for n, film in enumerate(films)
+    ]
+    scores = made.parent / "zones.csv"
+    scores.write_text("\n".join([",".join(["file", *zones]), *lines]) + "\n")
+    records = {path: path.stat().st_mtime_ns for path in made.rglob("part-*.parquet")}
+    result = paper(model, made, "--quick", "--limit", 8, "--brixia", scores)
+    assert result.exit_code == 0, result.output
+    assert {path: path.stat().st_mtime_ns for path in made.rglob("part-*.parquet")} == records
+    rows = table(made, "tableS7")
+    assert {row["run"] for row in rows} == set(SETTINGS)
+    assert {row["n"] for row in rows} == {len(films)}
+    page = (made / "index.md").read_text()
+    assert page.count("| baseline | brightness |") == 1
