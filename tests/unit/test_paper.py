@@ -303,7 +303,7 @@ def test_readers_scores_have_a_table(made: Path, model: Path) -> None:
     result = paper(model, made, "--quick", "--limit", 8, "--brixia", scores)
     assert result.exit_code == 0, result.output
     assert {path: path.stat().st_mtime_ns for path in made.rglob("part-*.parquet")} == records
-    rows = table(made, "tableS7")
+    rows = table(made, "tableS7")["details"]
     assert {row["run"] for row in rows} == set(SETTINGS)
     assert {row["n"] for row in rows} == {len(films)}
     page = (made / "index.md").read_text()
