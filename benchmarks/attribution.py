@@ -20,6 +20,7 @@ import click
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from diffva_ray import pipeline
 from diffva_ray.config import NEEDS, Recipe, load_recipe, make_recipe
@@ -27,6 +28,7 @@ from diffva_ray.counterfactual.gradients import BASELINES, FilmClassifier
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.images import decode_map
 from diffva_ray.data.phantoms import phantom_set
+from diffva_ray.evaluate.figures import DIVERGING, INK, outline, png
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import by_shard, read_images, read_records, read_truth
 from diffva_ray.evaluate.scores import score_film
@@ -70,6 +72,7 @@ ANT_GAN = {"name": "ant-gan", "trains": "ant-gan", "steps": 400, "batch_size": 8
            "warmup_steps": 20, "schedule": "cosine", "ema_decay": 0.98, "block_out_channels": [8, 16, 32],
            "norm_num_groups": 4}  # fmt: skip
 EXTRAS = (CLASSIFIER, CONTROLNET, VANT_GAN, ANT_GAN)
+SCALE = 0.35  # of the picture's maps, grey levels
 SCORES = ("auroc", "auprc", "dice_best", "dice_fixed", "pointing_game", "energy_in_truth")
 
 
@@ -190,6 +193,45 @@ def gradient_rows(run: Run, model: str, smoothing: float) -> list[dict[str, Any]
     ]
 
 
+def picture(folder: Path) -> bytes:
+    """A film of each class in a row of its own: the film, its true twin, and of every method below ``folder`` the twin
+    and, under it, the signed map; all maps in one scale."""
+    names = [name for name in METHODS if (folder / slug(name) / "test" / "_SUCCESS").exists()]
+    runs = {name: pipeline.existing_run(str(folder / slug(name) / "test")) for name in names}
+    tables = {name: read_records(run).set_index("source_path") for name, run in runs.items()}
+    first = tables[names[0]]
+    paths = [sorted(first.index[first["label"] == label])[0] for label in dict.fromkeys(first["label"])]
+    figure = Figure(figsize=(1.02 * (len(names) + 1), 2.2 * len(paths) + 0.55), facecolor="white")
+    panels = figure.subplots(
+        2 * len(paths), len(names) + 1, squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.04}
+    )
+    figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.5 / figure.get_figheight())
+    for row, path in enumerate(paths):
+        data = open_store(runs[names[0]].about["data_root"])
+        truth = read_truth(runs[names[0]], data, {**first.loc[path].to_dict(), "source_path": path}, {})
+        for column, name in enumerate(names, 1):
+            record = {**tables[name].loc[path].to_dict(), "source_path": path}
+            images = read_images(runs[name], data, record)
+            above, below = panels[2 * row : 2 * row + 2, column]
+            above.imshow(images.counterfactual, cmap="gray", vmin=0, vmax=1)
+            below.imshow(images.signed_map, cmap=DIVERGING, vmin=-SCALE, vmax=SCALE)
+            outline(below, truth.lesion)
+            if row == 0:
+                above.set_title(name.replace(", ", ",\n").replace("inversion", "inv."), fontsize=6.5, color=INK, pad=3)
+        above, below = panels[2 * row : 2 * row + 2, 0]
+        above.imshow(images.film, cmap="gray", vmin=0, vmax=1)
+        below.imshow(images.film if truth.twin is None else truth.twin, cmap="gray", vmin=0, vmax=1)
+        if row == 0:
+            above.set_title("film, and under it\nits true twin", fontsize=6.5, color=INK, pad=3)
+    for axes in panels.flat:
+        axes.set_axis_off()
+    return png(figure)
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
 def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str, ...]) -> list[dict[str, Any]]:
     size, folder = recipe.model.resolution, work / f"seed-{seed}"
     train = films(work, "train", seed, TRAINING_FILMS, size)
@@ -208,7 +250,7 @@ def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str,
         used = make_recipe(
             {**recipe.model_dump(mode="json"), "generate": {**recipe.generate.model_dump(mode="json"), **changes}}
         )
-        where = folder / "".join(c if c.isalnum() else "-" for c in name)
+        where = folder / slug(name)
         LOG.info("seed %d: %s", seed, name)
         table.append(row_of(name, used, model, data, where, Request(prompt=prompt)))
 
@@ -238,9 +280,10 @@ def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str,
 @click.option("--threads", default=1, show_default=True)
 @click.option("--only", multiple=True, metavar="ROW", help="Rows that contain this text; the others are left out.")
 @click.option("--result", default="benchmarks/results/attribution.json", type=click.Path(path_type=Path))
+@click.option("--picture", "target", default="docs/images/methods.png", type=click.Path(path_type=Path))
 def main(
     work: Path, seeds: str, count: int, recipe_name: str, overrides: tuple[str, ...], threads: int,
-    only: tuple[str, ...], result: Path,
+    only: tuple[str, ...], result: Path, target: Path,
 ) -> None:  # fmt: skip
     set_up_logging()
     torch.set_num_threads(threads)
@@ -262,6 +305,8 @@ def main(
     }
     result.parent.mkdir(parents=True, exist_ok=True)
     result.write_text(json.dumps(about, indent=1))
+    if not only:
+        target.write_bytes(picture(work / f"seed-{numbers[-1]}"))
     click.echo(grouped.mean().round(3).reset_index().to_string(index=False))
 
 

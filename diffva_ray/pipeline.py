@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,11 +19,8 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.evaluate.reduction import Options, Reduced, reduce_run
 from diffva_ray.generate.budget import check_first_shards
-from diffva_ray.generate.cost import Pace, cost, estimate
 from diffva_ray.generate.ledger import start_retry
 from diffva_ray.generate.plan import (
-    ENVIRONMENT,
-    FOLDERS,
     SUCCESS,
     FingerprintDiffers,
     PromptTooLong,
@@ -33,7 +29,6 @@ from diffva_ray.generate.plan import (
     continue_run,
     make_plan,
     open_run,
-    part,
     pixel_keys,
     start_run,
 )
@@ -41,10 +36,7 @@ from diffva_ray.model.card import TRAINING, UnusableModel, folder_digest, prompt
 from diffva_ray.observe import LOG, Progress
 from diffva_ray.provenance import provenance, torch_version
 from diffva_ray.schema import ENGINE, digest
-from diffva_ray.status import read_status
 from diffva_ray.storage import open_file, open_store
-
-ROW_BYTES = 1500  # of a record in a shard of ordinary size: its row and its features
 
 
 def model_recipe(model: str, recipe: str | None, overrides: tuple[str, ...]) -> Recipe:
@@ -165,11 +157,11 @@ def plan_run(
 ) -> Run:
     """The run at ``out``: planned now, or found there and continued. Raises FingerprintDiffers, PlanError."""
     store = open_store(out)
-    keys = pixel_keys(recipe, request, _model_digest(model), torch_version(), device)
+    keys = pixel_keys(recipe, request, model_digest_of(model), torch_version(), device)
     run = open_run(store)
     if run is not None:
         return moved(continue_run(run, keys, execution.allow_environment_change), data)
-    dataset = _films_to_heal(recipe, data, request)
+    dataset = films_to_heal(recipe, data, request)
     for note in dataset.notes:
         LOG.info("data: %s", note)
     about = {
@@ -181,16 +173,16 @@ def plan_run(
         **provenance(),
     }
     plan = make_plan(dataset, recipe, request)
-    _check_plan(recipe, model, plan)
+    check_plan(recipe, model, plan)
     return start_run(store, plan, keys, about)
 
 
-def _model_digest(model: str) -> str:
+def model_digest_of(model: str) -> str:
     card = read_card(open_store(model))
     return str(card["digest"]) if card else folder_digest(open_store(model).local_folder())
 
 
-def _check_plan(recipe: Recipe, model: str, plan: pa.Table) -> None:
+def check_plan(recipe: Recipe, model: str, plan: pa.Table) -> None:
     """Whether the model can do what is planned. Raises UnusableModel, PromptTooLong."""
     for method in plan["method"].unique().to_pylist():
         check_needs(model, method)
@@ -234,7 +226,7 @@ def check_prompts(model: str, prompts: Sequence[str], option: str = "--prompt") 
         raise PromptTooLong(f"{option} {shown!r}: more than the {limit} tokens this model reads; make it shorter")
 
 
-def _films_to_heal(recipe: Recipe, data: str, request: Request) -> Dataset:
+def films_to_heal(recipe: Recipe, data: str, request: Request) -> Dataset:
     """The films of the classes asked for; by default of all but the healthy one."""
     if request.classes is not None:
         return open_dataset(data, recipe.data, request.classes)
@@ -352,62 +344,6 @@ def reduce(run: Run, options: Options, executor: str = "ray") -> Reduced:
         from diffva_ray.ray_reduce import Cluster
 
         return reduce_run(run, data, options, Cluster())
-
-
-def planned(recipe: Recipe, data: str, model: str, out: str, request: Request) -> dict[str, Any]:
-    """What ``diffva generate`` would do, for ``--dry-run``; nothing is written. Raises what it would raise, but for
-    what depends on the device."""
-    run = open_run(open_store(out))
-    if run is not None:
-        keys = pixel_keys(recipe, request, _model_digest(model), torch_version(), run.about["keys"]["device"])
-        continue_run(run, {**keys, **{key: run.about["keys"].get(key) for key in ENVIRONMENT}})
-        return {"out": out, "records": run.about["records"], "shards": run.shards, "pending": len(run.pending())}
-    table = make_plan(_films_to_heal(recipe, data, request), recipe, request)
-    _check_plan(recipe, model, table)
-    shards = len(set(table["shard"].to_pylist()))
-    return {"data": data, "out": out, "records": len(table), "shards": shards, "pending": shards}
-
-
-def planned_cost(
-    recipe: Recipe, intent: dict[str, Any], out: str, request: Request, execution: Execution, pace: Pace | None
-) -> dict[str, Any]:
-    """What is left to do at ``out`` costs: counted (``generate.cost.cost``), and estimated at ``pace``, or else at
-    that of the run's own finished shards, if it has any."""
-    run = open_run(open_store(out))
-    records, sweep = intent["records"], request.sweep
-    if run is not None:
-        status = read_status(out)
-        records, sweep, recipe = status["planned"] - status["done"], run.about["keys"]["sweep"], run.recipe
-        if pace is None and status["done"]:
-            seconds = sum(status["seconds_by_stage"].values()) / status["done"]
-            pace = Pace(seconds, None, run.about["keys"]["device"])
-    found = cost(recipe, sweep, records)
-    if pace is not None:
-        found |= estimate(pace, records, execution.actors, execution.gpus_per_actor)
-    return found
-
-
-def probe(recipe: Recipe, data: str, model: str, request: Request) -> Pace:
-    """The pace of this machine: a small run of two micro-batches in a temporary folder, of which the second counts; the
-    first warms up. Where there are fewer films, the first counts. Of a sweep, its first setting is run, and the seconds
-    are scaled by the UNet forwards of all. Raises UnusableData when no film can be healed."""
-    size = recipe.generate.micro_batch
-    small = make_recipe(recipe.model_dump(mode="json"), [f"generate.shard_size={size}"])
-    one = tuple((key, values[:1]) for key, values in request.sweep)
-    first = replace(request, limit=min(request.limit or 2 * size, 2 * size), sweep=one)
-    with tempfile.TemporaryDirectory(prefix="diffva-probe-") as folder:
-        generate_run(small, data, model, folder, first, Execution("inline"))
-        run = existing_run(folder)
-        shard = run.shards - 1 if run.shard_sizes()[run.shards - 1] == size else 0  # a padded one costs as much
-        images = [file for kind in FOLDERS for file in (Path(folder) / kind / part(shard)).glob("*.png")]
-        if not images:
-            raise UnusableData(f"--probe: none of the first films of {data} could be healed; see diffva inspect {data}")
-        seconds = sum(json.loads(run.store.read(f"timings/{part(shard)}.json")).values()) / run.shard_sizes()[shard]
-        stored = sum(file.stat().st_size for file in images) / (len(images) / len(FOLDERS)) + ROW_BYTES
-        if request.sweep:
-            forwards = [cost(recipe, sweep, 1)["unet_forwards_per_record"] for sweep in (request.sweep, one)]
-            seconds *= forwards[0] / forwards[1] if forwards[1] else 1.0
-        return Pace(seconds, stored, run.about["keys"]["device"])
 
 
 def parse_references(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:

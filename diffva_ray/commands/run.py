@@ -75,8 +75,8 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
         options["executor"], options["actors"], options["gpus_per_actor"], options["allow_environment_change"]
     )
     if options["dry_run"]:
+        from diffva_ray.forecast import planned, planned_cost, probe
         from diffva_ray.generate.cost import Pace
-        from diffva_ray.pipeline import planned, planned_cost, probe
 
         rate, pace = options["images_per_second"], None
         if rate is not None:

@@ -57,7 +57,7 @@ def test_options_are_frozen() -> None:
     assert options["train"] == training.split()
     contract = """--data --model --out --classes --healthy-class --prompt --method --strength --guidance-scale --steps
     --scheduler --seed --draws --sweep --limit --shard-size --micro-batch --actors --gpus-per-actor --executor --recipe
-    --set --dry-run --allow-environment-change"""
+    --set --dry-run --allow-environment-change --probe --images-per-second"""
     assert set(contract.split()) == set(options["generate"])
     assert {"--reference", "--boxes", "--inception-weights", "--resize"} <= set(options["reduce"])
     assert {"--out", "--quick"} <= set(options["demo"])

@@ -18,10 +18,11 @@ from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.counterfactual.guidance_difference import CALLS
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.phantoms import phantom
+from diffva_ray.forecast import ROW_BYTES, probe
 from diffva_ray.generate.cost import METHODS, TFLOP, calls, cost
 from diffva_ray.generate.plan import PlanError, Request, check_settings
 from diffva_ray.model.bundle import Bundle
-from diffva_ray.pipeline import ROW_BYTES, Execution, generate_run, probe
+from diffva_ray.pipeline import Execution, generate_run
 
 SETTINGS = [  # strength, steps, guidance scale, source prompt
     (0.5, 4, 2.5, ""),
