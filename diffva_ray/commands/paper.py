@@ -7,6 +7,7 @@ import click
 from diffva_ray.commands.verb import (
     DONE,
     actors_option,
+    change_option,
     dry_run_option,
     executor_option,
     gpus_option,
@@ -38,12 +39,13 @@ from diffva_ray.commands.verb import (
 )
 @actors_option
 @gpus_option
+@change_option
 @executor_option
 @recipe_option
 @set_option
 @dry_run_option
 def paper(radiography: str | None, chexpert: str | None, model: str, out: str, quick: bool, limit: int | None,
-          boxes: str | None, brixia: str | None, inception_weights: str | None, resize: str, actors: int | None, gpus_per_actor: float | None, executor: str,
+          boxes: str | None, brixia: str | None, inception_weights: str | None, resize: str, actors: int | None, gpus_per_actor: float | None, allow_environment_change: bool, executor: str,
           recipe: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:  # fmt: skip
     """Every table and figure of Siddiqui et al. 2024 from films and a model, the published values beside ours.
 
@@ -56,7 +58,7 @@ def paper(radiography: str | None, chexpert: str | None, model: str, out: str, q
     from diffva_ray import pipeline
     from diffva_ray.paper.run import Inputs, planned_paper, run_paper
 
-    execution = pipeline.Execution(executor, actors, gpus_per_actor)
+    execution = pipeline.Execution(executor, actors, gpus_per_actor, allow_environment_change)
     weights = None if dry_run else pipeline.inception_path(inception_weights)
     inputs = Inputs(radiography, chexpert, model, out, quick, limit, weights, resize, recipe, overrides, boxes, brixia,
                     execution)  # fmt: skip
