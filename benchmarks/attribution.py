@@ -236,8 +236,12 @@ def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str,
     size, folder = recipe.model.resolution, work / f"seed-{seed}"
     train = films(work, "train", seed, TRAINING_FILMS, size)
     data = {split: films(work, split, 0, n, size) for split, n in (("validation", 160), ("test", count * 4 // 3))}
-    rows = {name: changes for name, changes in METHODS.items() if not only or any(text in name for text in only)}
-    needed = {NEEDS.get(changes.get("method", recipe.generate.method)) for changes in rows.values()}
+
+    def asked(name: str) -> bool:
+        return not only or any(text in name for text in only)
+
+    methods = (changes.get("method", recipe.generate.method) for row, changes in METHODS.items() if asked(row))
+    needed = {NEEDS.get(method) for method in methods}
     if not only:  # gradients are taken of the classifier
         needed.add("classifier")
     extras = tuple(stage for stage in EXTRAS if stage["trains"].replace("-", "_") in needed)
@@ -245,7 +249,7 @@ def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str,
     model, table = trained(work, recipe, train, name, seed, extras), []
 
     def line(name: str, changes: dict[str, Any], model: str, prompt: str | None = None) -> None:
-        if only and not any(text in name for text in only):
+        if not asked(name):
             return
         used = make_recipe(
             {**recipe.model_dump(mode="json"), "generate": {**recipe.generate.model_dump(mode="json"), **changes}}
@@ -265,7 +269,7 @@ def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str,
         table += gradient_rows(run, model, recipe.generate.smoothing)
     line("sanity: the disease's prompt", {"num_inference_steps": 17}, model, recipe.data.prompt("COVID"))
     line("sanity: random UNet", {"num_inference_steps": 17}, randomised(model, str(work / f"random-{seed}")))
-    if seed == 0 and (not only or any("permuted" in text for text in only)):
+    if seed == 0 and asked("sanity: permuted labels"):
         shuffled = trained(work, recipe, permuted(train, seed), "permuted", seed, ())
         line("sanity: permuted labels", {"num_inference_steps": 17}, shuffled)
     return table

@@ -119,7 +119,7 @@ def main(model: str, count: int, result: Path) -> None:
         LOG.info("%s", rows[-1])
     rows.append(row_of("autoencoder alone (a perfect denoiser)", films, autoencoder_alone(engine, films), base))
     about = {
-        "command": f"python benchmarks/limits.py --films {count}",
+        "command": f"python benchmarks/limits.py --model {model} --films {count}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {key: version(key) for key in ("torch", "diffusers")},
         "code_revision": code_revision(),

@@ -109,7 +109,7 @@ def main(model: str, count: int, rounds: int, result: Path) -> None:
         )
         LOG.info("%s", rows[-1])
     about = {
-        "command": f"python benchmarks/shortcuts.py --films {count} --rounds {rounds}",
+        "command": f"python benchmarks/shortcuts.py --model {model} --films {count} --rounds {rounds}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "load_average": [round(value, 1) for value in os.getloadavg()],
         "versions": {key: version(key) for key in ("torch", "diffusers")},

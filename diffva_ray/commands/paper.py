@@ -45,7 +45,8 @@ from diffva_ray.commands.verb import (
 @set_option
 @dry_run_option
 def paper(radiography: str | None, chexpert: str | None, model: str, out: str, quick: bool, limit: int | None,
-          boxes: str | None, brixia: str | None, inception_weights: str | None, resize: str, actors: int | None, gpus_per_actor: float | None, allow_environment_change: bool, executor: str,
+          boxes: str | None, brixia: str | None, inception_weights: str | None, resize: str, actors: int | None,
+          gpus_per_actor: float | None, allow_environment_change: bool, executor: str,
           recipe: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:  # fmt: skip
     """Every table and figure of Siddiqui et al. 2024 from films and a model, the published values beside ours.
 

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffva_ray.metrics.extractors import XRV_SIDE, densenet
-from diffva_ray.metrics.features import resized
+from diffva_ray.metrics.extractors import densenet, features2
 from diffva_ray.metrics.validity import load_judge
 from diffva_ray.storage import open_store
 
@@ -73,8 +72,7 @@ def torchxrayvision_judge(weights: str | Path) -> ExternalJudge:
 
     @torch.inference_mode()
     def healthy(films: NDArray[np.float32]) -> NDArray[np.float64]:
-        grey = resized(torch.from_numpy(films)[:, None], XRV_SIDE, "bilinear")
-        features = torch.relu(network.features((2 * grey - 1) * 1024)).mean(dim=(2, 3))
+        features = features2(network, torch.from_numpy(films)[:, None])
         scaled = op_norm(network.classifier(features).sigmoid(), points)
         return 1 - scaled[:, told].amax(dim=1).double().numpy()
 

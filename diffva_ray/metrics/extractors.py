@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,15 @@ def torchxrayvision(weights: str | Path, device: str = "cpu") -> Extractor:
     """``features2`` of torchxrayvision's DenseNet121: 1024 features at 224 px, films scaled to [-1024, 1024] as there.
     Raises ValueError as ``densenet``."""
     network, sha256 = densenet(weights)
-    features = network.features.to(device)
+    network.to(device)
+    features = partial(features2, network)
+    return Extractor("torchxrayvision-densenet121", 1024, False, sha256, f"clean-{XRV_SIDE}", 16, features, device)
 
-    def features2(images: torch.Tensor) -> torch.Tensor:
-        x = (2 * resized(images, XRV_SIDE, "bilinear") - 1) * 1024  # xrv.datasets.normalize
-        return torch.relu(features(x)).mean(dim=(2, 3))
 
-    return Extractor("torchxrayvision-densenet121", 1024, False, sha256, f"clean-{XRV_SIDE}", 16, features2, device)
+def features2(network: Any, images: torch.Tensor) -> torch.Tensor:
+    """What torchxrayvision's DenseNet sees [n, 1024] before its last layer, of grey images [n, 1, H, W] in [0, 1]."""
+    x = (2 * resized(images, XRV_SIDE, "bilinear") - 1) * 1024  # xrv.datasets.normalize
+    return torch.relu(network.features(x)).mean(dim=(2, 3))
 
 
 def rad_dino(folder: str | Path, device: str = "cpu") -> Extractor:
