@@ -1,14 +1,18 @@
-"""Time and memory of what happens to records before and after their films: plan, resume, read a shard, metadata.
+"""Time and memory of what happens to records before and after their films: plan, resume, read a shard, reduce.
 
     python benchmarks/planning.py --sizes 10000,100000,1000000,10000000
 
-Records are synthetic: up to 250,000 films, swept and drawn until there are enough; parts are made without images. Every
-measurement is a process of its own; memory is its peak. ``requests`` is what a listing would cost on S3 (1,000 names
-each).
+Records are synthetic: up to 250,000 films of three classes, swept over ten strengths and drawn until there are enough.
+Parts are real files; images and the stand-in's features are not there: a store answers for them (``Pretended``), so
+that reduce does all its work on records, but for opening pictures. No lesion is known, and no film is a reference.
+Every measurement is a process of its own; memory is its peak. ``requests`` is what a listing would cost on S3 (1,000
+names each).
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import os
 import platform
@@ -21,9 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 FILMS = 250_000
-REDUCE_UP_TO = 100_000  # records whose parts are written; each takes milliseconds
+SHARD = 256
+CLASSES = ("COVID", "Lung_Opacity", "Viral Pneumonia")
 
 
 def plan(folder: str, records: int) -> dict[str, Any]:
@@ -35,10 +44,10 @@ def plan(folder: str, records: int) -> dict[str, Any]:
     films = min(records, FILMS)
     points = min(10, -(-records // films))
     draws = -(-records // (films * points))
-    recipe = load_recipe("phantom", [f"generate.draws={draws}", "generate.shard_size=64"])
+    recipe = load_recipe("phantom", [f"generate.draws={draws}", f"generate.shard_size={SHARD}"])
     listed = [
-        Film(f"COVID/images/COVID-{n}.png", "COVID", 4000 + n % 1000, f"COVID/masks/COVID-{n}.png")
-        for n in range(films)
+        Film(f"{label}/images/{label}-{n}.png", label, 4000 + n % 1000, f"{label}/masks/{label}-{n}.png")
+        for n, label in zip(range(films), itertools.cycle(CLASSES))
     ]
     request = Request(
         limit=records,
@@ -51,7 +60,10 @@ def plan(folder: str, records: int) -> dict[str, Any]:
     table = make_plan(Dataset(store, listed, "synthetic"), recipe, request)
     made = time.perf_counter()
     run = start_run(
-        store, table, pixel_keys(recipe, request, "m", "t", "cpu"), {"recipe": recipe.model_dump(mode="json")}
+        store,
+        table,
+        pixel_keys(recipe, request, "m", "t", "cpu"),
+        {"recipe": recipe.model_dump(mode="json"), "data_root": folder, "data_kind": "synthetic", "model": folder},
     )
     return {
         "seconds_plan": made - began,
@@ -94,32 +106,100 @@ def worker(folder: str, records: int) -> dict[str, Any]:
     began = time.perf_counter()
     run.shard_rows(0)
     first = time.perf_counter()
-    assert len(run.shard_rows(run.shards // 2)) == 64
+    assert len(run.shard_rows(run.shards // 2)) in (SHARD, records % SHARD)
     return {"seconds_first_shard": first - began, "seconds_next_shard": time.perf_counter() - first}
 
 
-def reduce(folder: str, records: int) -> dict[str, Any]:
-    """The parts that reduce reads: metadata alone."""
-    from diffva_ray.evaluate.records import read_records
-    from diffva_ray.generate.plan import part
-    from diffva_ray.generate.shard import records_part
+def write_parts(folder: str, records: int) -> dict[str, Any]:
+    """What a finished run has committed. Not measured: workers write a part in each shard's own time."""
+    from diffva_ray.generate.plan import FOLDERS, part
+    from diffva_ray.schema import RECORDS
 
     run = opened(folder)
-    for shard in range(run.shards):
-        rows = [{**row, "status": "ok", "ssim": 0.9, "pixel_sha256": "0" * 64} for row in run.shard_rows(shard)]
-        run.store.put(f"records/{part(shard)}.parquet", records_part(run, shard, rows))
+    parts, random = Path(folder) / "records", np.random.default_rng(0)
+    for old in parts.glob("*"):
+        old.unlink()
+    plan = pq.ParquetFile(Path(folder) / "plan.parquet")
+    for group in range(plan.num_row_groups):
+        table = plan.read_row_group(group)
+        for shard in pc.unique(table["shard"]).to_pylist():
+            planned = table.filter(pc.equal(table["shard"], shard))
+            n, columns = len(planned), {}
+            for field in RECORDS:
+                if field.name in planned.column_names:
+                    columns[field.name] = planned[field.name]
+                elif field.type == pa.float64():
+                    columns[field.name] = pa.array(random.uniform(0.2, 0.9, n))
+                else:
+                    columns[field.name] = pa.repeat(pa.scalar(FILLED.get(field.name, FILL[field.type]), field.type), n)
+            for kind, name in zip(FOLDERS, ("counterfactual_path", "attribution_path", "reconstruction_path")):
+                ids = planned["record_id"].to_pylist()
+                columns[name] = pa.array([f"{kind}/{part(shard)}/{record}.png" for record in ids])
+            schema = RECORDS.with_metadata({"fingerprint": run.fingerprint})
+            pq.write_table(pa.table(columns, schema=schema), parts / f"{part(shard)}.parquet", compression="zstd")
+    return {"parts_megabytes": sum(file.stat().st_size for file in parts.iterdir()) / 1e6}
+
+
+FILL = {pa.string(): "", pa.int32(): 5, pa.int64(): 5}
+FILLED = {
+    "status": "ok", "error": "", "map": "compensated", "source_prompt": "COVID 19", "model_digest": "m" * 64,
+    "source_sha256": "0" * 64, "pixel_sha256": "0" * 64, "map_sha256": "0" * 64, "reconstruction_sha256": "0" * 64,
+}  # fmt: skip
+
+
+def reduce(folder: str, records: int) -> dict[str, Any]:
+    """``diffva reduce``, of which only the pictures are pretended."""
+    from diffva_ray import storage
+    from diffva_ray.evaluate.options import Options
+    from diffva_ray.evaluate.reduction import reduce_run
+    from diffva_ray.generate.plan import FOLDERS, open_run, part
+    from diffva_ray.storage import Entry, LocalStore
+
+    class Pretended(LocalStore):
+        """A folder that has every image and feature that its records name."""
+
+        def ids(self, path: str) -> list[str]:
+            data = io.BytesIO(super().read(f"records/{Path(path).stem}.parquet"))
+            return pq.ParquetFile(data).read(["record_id"]).column(0).to_pylist()
+
+        def list(self, prefix: str = "") -> list[Entry]:
+            kind, _, name = prefix.partition("/")
+            if kind in FOLDERS:
+                return [Entry(f"{prefix}/{record}.png", 2000) for record in self.ids(name)]
+            if prefix == "features":
+                shards = opened(folder).shards
+                return [Entry(f"features/{part(shard)}.npz", 70_000) for shard in range(shards)]
+            return super().list(prefix)
+
+        def read(self, path: str) -> bytes:
+            if not path.startswith("features/"):
+                return super().read(path)
+            ids = self.ids(path)
+            random = np.random.default_rng(int(path[-9:-4]))
+            rows = random.standard_normal((2, len(ids), 64)).astype(np.float32)
+            sink = io.BytesIO()
+            np.savez(sink, **{"ids": np.array(ids), f"{NAME}/source": rows[0], f"{NAME}/counterfactual": rows[1]})
+            return sink.getvalue()
+
+    from diffva_ray.metrics.features import stand_in
+
+    NAME = stand_in().name
+    storage.STORES[""] = Pretended
+    run = open_run(Pretended(folder))
+    assert run is not None
     began = time.perf_counter()
-    assert len(read_records(run)) == records
-    return {"seconds_reading_records": time.perf_counter() - began}
+    metrics = reduce_run(run, f"{folder}/films", Options()).metrics
+    assert metrics["records"]["ok"] == records
+    return {"seconds": time.perf_counter() - began, "rows_of_distances": len(metrics["fid"])}
 
 
-STEPS = {"plan": plan, "resume": resume, "worker": worker, "reduce": reduce}
+STEPS = {"plan": plan, "resume": resume, "worker": worker, "write_parts": write_parts, "reduce": reduce}
 
 
 def measured(step: str, folder: str, records: int) -> dict[str, Any]:
     """One step in a process of its own."""
     done = subprocess.run(
-        [sys.executable, __file__, "--one", step, folder, str(records)], check=True, capture_output=True, text=True
+        [sys.executable, __file__, "--one", step, folder, str(records)], check=True, stdout=subprocess.PIPE, text=True
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -139,8 +219,7 @@ def main(sizes: str, out: Path, one: tuple[str, str, str] | None) -> None:
     curve = []
     for records in (int(size) for size in sizes.split(",")):
         with tempfile.TemporaryDirectory(prefix="diffva-planning-") as folder:
-            steps = [step for step in STEPS if step != "reduce" or records <= REDUCE_UP_TO]
-            curve.append({"records": records, **{step: measured(step, folder, records) for step in steps}})
+            curve.append({"records": records, **{step: measured(step, folder, records) for step in STEPS}})
         click.echo(json.dumps(curve[-1]))
         result = {
             "command": f"python benchmarks/planning.py --sizes {sizes}",

@@ -3,18 +3,18 @@ stored. Rows come back in shard order and features through files, so tables are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util import ActorPool
 
 from diffva_ray import ray_cluster
+from diffva_ray.evaluate.census import Home, Setting
 from diffva_ray.evaluate.distances import Portion, embed_here
 from diffva_ray.evaluate.options import Options
-from diffva_ray.evaluate.records import Boxes, Row
-from diffva_ray.evaluate.scores import score_records
-from diffva_ray.evaluate.workplace import Scored, Workplace
+from diffva_ray.evaluate.records import Boxes
+from diffva_ray.evaluate.workplace import Scored, Workplace, score_home
 from diffva_ray.generate.plan import Run, open_run
 from diffva_ray.storage import open_store
 
@@ -22,11 +22,14 @@ if TYPE_CHECKING:  # it loads torch, which tasks that score have no use for
     from diffva_ray.metrics.features import Extractor
 
 
+WAITING = 512  # tasks that are asked for at a time
+
+
 @ray.remote(num_cpus=1)
-def _score_shard(run: str, data: str, rows: list[Row], boxes: Boxes) -> Scored:
+def _score_home(run: str, home: Home, boxes: Boxes, settings: Mapping[Setting, str]) -> Scored:
     opened = open_run(open_store(run))
     assert opened is not None
-    return score_records(opened, open_store(data), rows, boxes)
+    return score_home(opened, home, boxes, settings)
 
 
 class Embedder:
@@ -49,10 +52,11 @@ class Embedder:
 class Cluster(Workplace):
     """The work of a reduce on the connected cluster."""
 
-    def score(self, run: Run, data: str, groups: list[list[Row]], boxes: Boxes) -> list[Scored]:
-        root: Any = run.about["data_root"]
+    def score(self, run: Run, homes: Sequence[Home], boxes: Boxes, settings: Mapping[Setting, str]) -> Iterator[Scored]:
         shared = ray.put(boxes)
-        return ray.get([_score_shard.remote(run.store.uri, root, rows, shared) for rows in groups])
+        for start in range(0, len(homes), WAITING):
+            some = homes[start : start + WAITING]
+            yield from ray.get([_score_home.remote(run.store.uri, home, shared, settings) for home in some])
 
     def embed(self, run: Run, options: Options, extractor: Extractor, portions: Sequence[Portion]) -> None:
         """One actor for each GPU, or for each CPU where there is none. A single portion is computed here: it takes

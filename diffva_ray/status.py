@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from diffva_ray.data.films import UnusableData
-from diffva_ray.generate.ledger import committed, overlays
+from diffva_ray.generate.ledger import overlays, parts
 from diffva_ray.generate.plan import SUCCESS, Run, open_run, part
 from diffva_ray.model.card import PROGRESS, TRAINING, read_card
 from diffva_ray.observe import duration
@@ -37,8 +38,10 @@ def read_status(uri: str) -> dict[str, Any]:
 def _run_status(run: Run) -> dict[str, Any]:
     sizes = run.shard_sizes()
     done = sorted(shard for shard in run.done() if shard < run.shards)
-    statuses = committed(run, ["status"])["status"].to_pylist()
-    counts = {status: statuses.count(status) for status in sorted(set(statuses))}
+    counted: Counter[str] = Counter()
+    for _, table in parts(run, ["status"]):
+        counted.update(table["status"].to_pylist())
+    counts = dict(sorted(counted.items()))
     seconds: dict[str, float] = {}
     for shard in done:
         for stage, value in (_read_json(run.store, f"timings/{part(shard)}.json") or {}).items():

@@ -14,10 +14,11 @@ from diffva_ray.data.manifest import Table, read_table
 from diffva_ray.metrics.zones import ZONES
 from diffva_ray.storage import open_file
 
+Zones = dict[str, NDArray[np.float64]]  # Brixia scores [6] by film path
 READERS = ("S", "J")  # senior and junior radiologist, columns S-A ... J-F
 
 
-def read_zones(uri: str, paths: Iterable[str]) -> dict[str, NDArray[np.float64]]:
+def read_zones(uri: str, paths: Iterable[str]) -> Zones:
     """Brixia scores [6] (zones A to F, mean of the readers, 0 to 3) by film path, from a CSV with ``file`` and the
     columns ``S-A`` ... ``S-F``, ``J-A`` ... ``J-F`` (one reader is enough). Raises UnusableData, naming the row."""
     table = _table("--brixia", uri)

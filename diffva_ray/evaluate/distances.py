@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import io
+import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffva_ray.data.films import Film
 from diffva_ray.data.images import BadImage, decode, to_square
-from diffva_ray.evaluate.records import by_shard
-from diffva_ray.generate.plan import Run
+from diffva_ray.evaluate.census import Census, Home
+from diffva_ray.evaluate.records import stored_records
+from diffva_ray.generate.ledger import OVERLAYS
+from diffva_ray.generate.plan import Run, open_run, part
+from diffva_ray.metrics.feature_set import Features, FeatureSet
 from diffva_ray.metrics.fid import delete_group_jackknife, frechet_distance_features, matched
 from diffva_ray.metrics.fid_controls import infinity, split_halves
 from diffva_ray.metrics.kid import kid
@@ -26,50 +30,93 @@ from diffva_ray.storage import Store, open_store
 if TYPE_CHECKING:  # it loads torch, which a driver that only plans has no use for
     from diffva_ray.metrics.features import Extractor
 
-Features = NDArray[np.float32]
 Row = dict[str, Any]
 PORTION = 512  # films of a reference set in one file
+IN_MEMORY = 1 << 26  # numbers of a feature matrix (256 MiB), above which it waits on disk
+Arrays = dict[str, NDArray[np.float32]]
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
 
 
 @dataclass(frozen=True)
 class RunFeatures:
-    """Features [n, d] of sources and counterfactuals, row by row those of ``labels``; n is the number of ok records."""
+    """Features of a run's ``ok`` records, row by row those of its census: of films and of their counterfactuals."""
 
-    source: Features
-    counterfactual: Features
-    labels: list[str]
+    source: FeatureSet
+    counterfactual: FeatureSet
+
+
+class Portion(Protocol):
+    """Images whose features make one file, the unit of work of an ``Embed``."""
+
+    def stored(self, extractor: Extractor) -> Arrays | None:
+        """The file's arrays; None where it is missing, damaged or of other images."""
+
+    def fill(self, extractor: Extractor) -> None:
+        """Compute and write the file. Raises BadImage or OSError for an image that cannot be read and is needed."""
 
 
 @dataclass(frozen=True)
-class Portion:
-    """Images whose features make one file, the unit of work of an ``Embed``: ``sets`` is array name -> images, each a
-    store and a path in it. What cannot be read is left out where ``lenient``, and an error elsewhere."""
+class HomePortion:
+    """The films and counterfactuals that one shard holds, in its order."""
 
-    store: str
-    path: str
-    size: int  # of the grid that images are taken to
-    sets: dict[str, list[tuple[str, str]]]
+    run: str
+    home: Home
     ids: list[str]
-    lenient: bool = False
 
-    def stored(self) -> dict[str, Any] | None:
-        """The file's arrays, by the names of ``sets``; None where it is missing, damaged or of other images."""
-        try:
-            found = np.load(io.BytesIO(open_store(self.store).read(self.path)))
-            return {name: found[name] for name in self.sets} if list(found["ids"]) == self.ids else None
-        except (FileNotFoundError, KeyError, ValueError, zipfile.BadZipFile):
-            return None
+    @property
+    def folder(self) -> str:
+        return f"{OVERLAYS}/r{self.home[0]}/" if self.home[0] else ""
+
+    def stored(self, extractor: Extractor) -> Arrays | None:
+        """What the shard's worker stored (the stand-in's), or an earlier reduce."""
+        names = {kind: f"{extractor.name}/{kind}" for kind in ("source", "counterfactual")}
+        own = f"{self.folder}features/{part(self.home[1])}.npz"
+        found = read_npz(self.run, own, self.ids, names) if extractor.is_stand_in else None
+        return found or read_npz(self.run, self._kept(extractor), self.ids, names)
 
     def fill(self, extractor: Extractor) -> None:
-        """Compute and write the file. Raises BadImage or OSError for an unreadable image unless ``lenient``."""
-        stores = {uri: open_store(uri) for images in self.sets.values() for uri, _ in images}
-        arrays: dict[str, Any] = {"ids": np.array(self.ids)}
-        for name, images in self.sets.items():
-            arrays[name] = embed(
-                extractor, [partial(stores[uri].read, path) for uri, path in images], self.size, self.lenient
-            )
-        open_store(self.store).put(self.path, npz(arrays))
+        run = open_run(open_store(self.run))
+        assert run is not None
+        data, size = open_store(run.about["data_root"]), run.recipe.model.resolution
+        rows = {row["record_id"]: row for row in stored_records(run, self.home)}
+        films = [partial(data.read, rows[record]["source_path"]) for record in self.ids]
+        twins = [partial(run.store.read, rows[record]["counterfactual_path"]) for record in self.ids]
+        arrays = {
+            "ids": np.array(self.ids),
+            f"{extractor.name}/source": embed(extractor, films, size),
+            f"{extractor.name}/counterfactual": embed(extractor, twins, size),
+        }
+        run.store.put(self._kept(extractor), npz(arrays))
+
+    def _kept(self, extractor: Extractor) -> str:
+        return f"{self.folder}features/{cache_key(extractor)}/{part(self.home[1])}.npz"
+
+
+@dataclass(frozen=True)
+class ReferencePortion:
+    """Films of a reference set, kept in ``cache`` by place and sizes of the films; those that cannot be read are left
+    out."""
+
+    cache: str
+    data: str
+    films: tuple[Film, ...]
+    size: int  # of the grid that films are taken to
+
+    def stored(self, extractor: Extractor) -> Arrays | None:
+        return read_npz(self.cache, self._kept(extractor), [film.path for film in self.films], {"features": "features"})
+
+    def fill(self, extractor: Extractor) -> None:
+        data = open_store(self.data)
+        films = [partial(data.read, film.path) for film in self.films]
+        arrays = {
+            "ids": np.array([film.path for film in self.films]),
+            "features": embed(extractor, films, self.size, lenient=True),
+        }
+        open_store(self.cache).put(self._kept(extractor), npz(arrays))
+
+    def _kept(self, extractor: Extractor) -> str:
+        name = digest([self.data, self.size, [(film.path, film.size) for film in self.films]])[:16]
+        return f"features/{cache_key(extractor)}/reference-{name}.npz"
 
 
 Embed = Callable[["Extractor", Sequence[Portion]], None]  # fills portions, here or on a cluster
@@ -80,43 +127,53 @@ def embed_here(extractor: Extractor, portions: Sequence[Portion]) -> None:
         portion.fill(extractor)
 
 
-def run_features(
-    run: Run, data: Store, rows: Sequence[Row], extractor: Extractor, spread: Embed = embed_here
-) -> RunFeatures:
-    """Features of a run's ``ok`` records, in the order of ``rows``: those the shards stored (the stand-in's), those of
-    an earlier reduce, and computed (and kept) where missing."""
-    shape = len(rows), extractor.dimension
-    found = RunFeatures(np.zeros(shape, np.float32), np.zeros(shape, np.float32), [row["label"] for row in rows])
-    place = {row["record_id"]: n for n, row in enumerate(rows)}
-    portions = []
-    for (folder, name), members in by_shard(rows).items():
-        sets = {
-            f"{extractor.name}/source": [(data.uri, row["source_path"]) for row in members],
-            f"{extractor.name}/counterfactual": [(run.store.uri, row["counterfactual_path"]) for row in members],
-        }
-        ids = [row["record_id"] for row in members]
-        own = f"{folder}features/{name}.npz"
-        kept = f"{folder}features/{cache_key(extractor)}/{name}.npz"
-        portion = Portion(run.store.uri, kept, run.recipe.model.resolution, sets, ids)
-        by_worker = replace(portion, path=own)
-        use_own = extractor.is_stand_in and by_worker.stored() is not None
-        portions.append(by_worker if use_own else portion)
-    for portion, arrays in zip(portions, filled(portions, extractor, spread), strict=True):
-        at = [place[record] for record in portion.ids]
-        found.source[at], found.counterfactual[at] = (arrays[name] for name in portion.sets)
-    return found
+def run_features(run: Run, records: Census, extractor: Extractor, spread: Embed = embed_here) -> RunFeatures:
+    """Features of a run's ``ok`` records: those the shards stored (the stand-in's), those of an earlier reduce, and
+    computed (and kept) where missing. They wait in a scratch file, not in memory."""
+    portions = [
+        HomePortion(run.store.uri, home, [record.decode() for record in records.ids[rows]])
+        for home, rows in records.homes.items()
+    ]
+    films, twins = (scratch(len(records.ids), extractor.dimension) for _ in range(2))
+    rows = list(records.homes.values())
+    for number, arrays in filled(portions, extractor, spread):
+        films[rows[number]], twins[rows[number]] = arrays["source"], arrays["counterfactual"]
+    return RunFeatures(FeatureSet(films), FeatureSet(twins))
 
 
-def filled(portions: Sequence[Portion], extractor: Extractor, spread: Embed) -> Iterable[dict[str, Any]]:
-    """The arrays of every portion, one after the other; those that are missing are computed first."""
-    missing = [portion for portion in portions if portion.stored() is None]
-    if missing:
-        spread(extractor, missing)
-    for portion in portions:
-        arrays = portion.stored()
+def scratch(rows: int, dimension: int) -> NDArray[np.float32]:
+    """A matrix in a file that nobody else sees and that goes with it; in memory where it is small."""
+    if rows * dimension <= IN_MEMORY:
+        return np.zeros((rows, dimension), np.float32)
+    with tempfile.TemporaryFile(prefix="diffva-features-") as file:
+        return np.memmap(file, np.float32, "w+", shape=(rows, dimension))
+
+
+def filled(portions: Sequence[Portion], extractor: Extractor, spread: Embed) -> Iterator[tuple[int, Arrays]]:
+    """Every portion's place and arrays: first those that are stored, then those that had to be computed."""
+    missing = []
+    for number, portion in enumerate(portions):
+        arrays = portion.stored(extractor)
         if arrays is None:
-            raise OSError(f"{portion.store}/{portion.path}: written a moment ago, and gone or damaged")
-        yield arrays
+            missing.append(number)
+        else:
+            yield number, arrays
+    if missing:
+        spread(extractor, [portions[number] for number in missing])
+    for number in missing:
+        arrays = portions[number].stored(extractor)
+        if arrays is None:
+            raise OSError(f"features that were written a moment ago are gone or damaged: {portions[number]}")
+        yield number, arrays
+
+
+def read_npz(store: str, path: str, ids: list[str], names: Mapping[str, str]) -> Arrays | None:
+    """The arrays ``names`` (name here -> name in the file) of features of exactly ``ids``."""
+    try:
+        found = np.load(io.BytesIO(open_store(store).read(path)))
+        return {name: found[there] for name, there in names.items()} if list(found["ids"]) == ids else None
+    except (FileNotFoundError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
 
 
 def npz(arrays: dict[str, Any]) -> bytes:
@@ -131,10 +188,12 @@ def cache_key(extractor: Extractor) -> str:
     return f"{extractor.name}-{extractor.resize}-{extractor.weights_sha256[:8]}"
 
 
-def embed(extractor: Extractor, readers: Iterable[Callable[[], bytes]], size: int, lenient: bool = False) -> Features:
+def embed(
+    extractor: Extractor, readers: Iterable[Callable[[], bytes]], size: int, lenient: bool = False
+) -> NDArray[np.float32]:
     """Features [n, d] of image files. ``legacy`` takes each file at its stored size, everything else on the model's
     square grid. Raises BadImage or OSError for an unreadable one; ``lenient`` leaves it out."""
-    found: list[Features] = []
+    found: list[NDArray[np.float32]] = []
     waiting: list[NDArray[np.float32]] = []
 
     def flush() -> None:
@@ -160,20 +219,18 @@ def embed(extractor: Extractor, readers: Iterable[Callable[[], bytes]], size: in
 
 def reference_features(
     cache: Store, size: int, store: Store, films: Sequence[Film], extractor: Extractor, spread: Embed = embed_here
-) -> tuple[Features, int]:
+) -> tuple[FeatureSet, int]:
     """Features of a reference set on the model's ``size``, kept in ``cache`` (a run, or what several runs share) and
     found again by place and sizes of the films; and how many films were unreadable."""
-    portions = []
-    for start in range(0, len(films), PORTION):
-        members = films[start : start + PORTION]
-        name = digest([store.uri, size, [(film.path, film.size) for film in members]])[:16]
-        path = f"features/{cache_key(extractor)}/reference-{name}.npz"
-        images = {"features": [(store.uri, film.path) for film in members]}
-        ids = [film.path for film in members]
-        portions.append(Portion(cache.uri, path, size, images, ids, lenient=True))
-    rows = [arrays["features"] for arrays in filled(portions, extractor, spread)]
-    features = np.concatenate(rows) if rows else np.zeros((0, extractor.dimension), np.float32)
-    return features, len(films) - len(features)
+    portions = [
+        ReferencePortion(cache.uri, store.uri, tuple(films[start : start + PORTION]), size)
+        for start in range(0, len(films), PORTION)
+    ]
+    features, read = scratch(len(films), extractor.dimension), np.zeros(len(films), bool)
+    for number, arrays in filled(portions, extractor, spread):
+        here = slice(number * PORTION, number * PORTION + len(arrays["features"]))
+        features[here], read[here] = arrays["features"], True
+    return FeatureSet(features, np.flatnonzero(read)), int((~read).sum())
 
 
 def distance_row(

@@ -34,7 +34,7 @@ from diffva_ray.evaluate.foreign_maps import (
 )
 from diffva_ray.evaluate.records import Boxes, Row, film_truth, grey
 from diffva_ray.evaluate.reduction import lesion_boxes, read_thresholds
-from diffva_ray.evaluate.scores import score_film
+from diffva_ray.evaluate.scores import Places, score_film
 from diffva_ray.metrics.localization import SALIENCY, baselines, smooth
 from diffva_ray.model.training_films import TrainingFilms
 from diffva_ray.storage import open_file
@@ -145,7 +145,7 @@ def score_maps(maps_uri: str, data_uri: str, options: Options = Options()) -> Sc
         films = [row for row in films if row["map"] != "absolute"]
     notes += _said_of_outcomes(matched, outcomes, options, signed, run is not None)
     try:
-        rows = tables.localization_rows(films, thresholds, source)
+        rows = tables.localization_rows(Places.of(films), thresholds, source)
     except ValueError as error:  # a threshold off the grid
         raise UnusableData(f"--threshold-from {options.threshold_from}: {error}") from None
     if trained:

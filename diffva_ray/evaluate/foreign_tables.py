@@ -13,6 +13,7 @@ from rich.table import Table
 from diffva_ray.data.films import UnusableData
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.foreign_scores import Scored
+from diffva_ray.evaluate.scores import Places
 from diffva_ray.evaluate.summary import terminal
 from diffva_ray.generate.plan import RUN
 from diffva_ray.storage import Store, open_store
@@ -45,7 +46,7 @@ def write_scores(store: Store, scored: Scored) -> None:
     tables.write_table(store, "scores", scored.metrics["localization"], caption)
     films = pd.DataFrame(scored.films).drop(columns="dice_curve")
     store.put("tables/films.csv", films.to_csv(index=False).encode())
-    store.put("tables/thresholds.json", json.dumps(tables.best_thresholds(scored.films), indent=1).encode())
+    store.put("tables/thresholds.json", json.dumps(tables.best_thresholds(Places.of(scored.films)), indent=1).encode())
     store.put("tables/metrics.json", json.dumps(tables.clean(scored.metrics), indent=1).encode())
 
 

@@ -21,7 +21,6 @@ from diffva_ray.metrics.counterfactual import changed_share, collateral_change, 
 from diffva_ray.metrics.localization import SALIENCY, patient_bootstrap
 from diffva_ray.metrics.zones import zone_agreement, zone_energy, zone_masks
 from diffva_ray.model.card import read_card
-from diffva_ray.schema import digest
 from diffva_ray.storage import Store, StoreError, open_store
 
 if TYPE_CHECKING:  # they load torch
@@ -29,23 +28,9 @@ if TYPE_CHECKING:  # they load torch
     from diffva_ray.metrics.perceptual import Lpips
     from diffva_ray.metrics.validity import Judge
 
-SAMPLE = 100  # films of a class and setting whose pictures are read again, at most
 COUT_STEPS = 25
 HEART = "cardiomegaly"
 MEASURES = ("gain", "cout", "collateral", "changed", "energy", "in_lungs", "inside_change", "outside_change")
-
-
-def sampled(rows: Sequence[Row], most: int = SAMPLE) -> list[Row]:
-    """At most ``most`` records of each class and setting, by the digest of their films' paths: the same films in every
-    run and setting, in the order of ``rows``."""
-    taken: dict[tuple[str, str], int] = {}
-    kept = set()
-    for row in sorted(rows, key=lambda row: (digest(row["source_path"]), row["record_id"])):
-        key = row["label"], row.get("setting", "")
-        taken[key] = taken.get(key, 0) + 1
-        if taken[key] <= most:
-            kept.add(row["record_id"])
-    return [row for row in rows if row["record_id"] in kept]
 
 
 def run_judge(run: Run) -> Judge | None:
@@ -197,11 +182,11 @@ def heart_rows(scores: list[Row]) -> list[Row]:
 
 
 def zone_rows(run: Run, data: Store, rows: Sequence[Row], scores: Mapping[str, NDArray[np.float64]]) -> list[Row]:
-    """Maps, and brightness alone, against Brixia scores, by setting. Zones are thirds of the lungs' mask; without one,
-    of the lungs that are found on the twin (whose lungs are dark); without those, of the film's middle: ``lungs``
-    counts which."""
+    """Maps, and brightness alone, against Brixia scores of the films of ``rows``, by setting. Zones are thirds of the
+    lungs' mask; without one, of the lungs that are found on the twin (whose lungs are dark); without those, of the
+    film's middle: ``lungs`` counts which."""
     found = dict[tuple[str, str], list[tuple[NDArray[np.float64], NDArray[np.float64], str]]]()
-    for row, images, truth in _pictures(run, data, [row for row in rows if row["source_path"] in scores], {}):
+    for row, images, truth in _pictures(run, data, rows, {}):
         lungs, how = truth.lungs, "mask"
         if lungs is None:
             lungs = find_lungs(images.counterfactual)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
 from diffva_ray.data.films import Film
 from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, to_square
-from diffva_ray.generate.ledger import committed
-from diffva_ray.generate.plan import SWEPT, Run
+from diffva_ray.generate.ledger import OVERLAYS, PATHS, committed
+from diffva_ray.generate.plan import SWEPT, Run, part
 from diffva_ray.metrics.localization import boxes_mask
+from diffva_ray.schema import Status
 from diffva_ray.storage import Store
 
 Boxes = dict[str, list[tuple[float, float, float, float]]]
@@ -28,19 +31,15 @@ def read_records(run: Run) -> pd.DataFrame:
     return committed(run).to_pandas()
 
 
-def with_settings(records: pd.DataFrame) -> pd.DataFrame:
-    """Records with a column ``setting`` that says what of a sweep each is of (“COVID 19”, strength 0.3); as they are
-    where all of them have one setting."""
-    varied = [key for key in SWEPT if records[key].nunique() > 1]
-    if not varied:
-        return records
-    said = [
-        ", ".join(
-            f"“{value}”" if key == "prompt" else f"{_plain(key)} {_short(value)}" for key, value in zip(varied, row)
-        )
-        for row in records[varied].itertuples(index=False)
-    ]
-    return records.assign(setting=said)
+def setting_names(settings: Sequence[tuple[Any, ...]]) -> dict[tuple[Any, ...], str]:
+    """What to call each of a run's settings (values of SWEPT) by what of it is swept: “COVID 19”, strength 0.3. Empty
+    for the setting of a run that has one."""
+    varied = [n for n in range(len(SWEPT)) if len({setting[n] for setting in settings}) > 1]
+
+    def said(key: str, value: Any) -> str:
+        return f"“{value}”" if key == "prompt" else f"{_plain(key)} {_short(value)}"
+
+    return {setting: ", ".join(said(SWEPT[n], setting[n]) for n in varied) for setting in settings}
 
 
 def under(name: str, setting: str) -> str:
@@ -53,7 +52,17 @@ def _plain(key: str) -> str:
 
 
 def _short(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:g}"
+    return value if isinstance(value, str) else f"{value:g}" if float(f"{value:g}") == value else repr(value)
+
+
+def stored_records(run: Run, home: tuple[int, int]) -> list[Row]:
+    """The ``ok`` records that one shard of a run, or of its n-th retry (``home``: n, shard), holds itself; paths are
+    relative to ``run``."""
+    retry, shard = home
+    folder = f"{OVERLAYS}/r{retry}/" if retry else ""
+    table = pq.read_table(io.BytesIO(run.store.read(f"{folder}records/{part(shard)}.parquet")))
+    rows = table.filter(pc.equal(table["status"], Status.OK.value)).to_pylist()
+    return [{**row, **{name: f"{folder}{row[name]}" for name in PATHS}} for row in rows]
 
 
 def by_shard(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,19 +23,19 @@ from diffva_ray.data.boxes import read_boxes
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import UnusableData
 from diffva_ray.evaluate import tables
-from diffva_ray.evaluate.annotations import read_zones
+from diffva_ray.evaluate.annotations import Zones, read_zones
+from diffva_ray.evaluate.census import SAMPLE, Census, census
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.pair_scores import (
-    SAMPLE,
     counterfactual_rows,
     external_rows,
     heart_rows,
     run_judge,
-    sampled,
     score_pairs,
     zone_rows,
 )
-from diffva_ray.evaluate.records import Boxes, by_shard, read_records, with_settings
+from diffva_ray.evaluate.records import Boxes
+from diffva_ray.evaluate.scores import Places, stacked
 from diffva_ray.evaluate.set_distances import distances
 from diffva_ray.evaluate.workplace import Workplace
 from diffva_ray.generate.budget import check_quarantined
@@ -41,7 +43,7 @@ from diffva_ray.generate.ledger import OVERLAYS, overlays
 from diffva_ray.generate.plan import PLAN_FILE, RUN, SUCCESS, Run
 from diffva_ray.generate.verification import MANIFEST, Problem, verify
 from diffva_ray.model.training_films import TrainingFilms
-from diffva_ray.schema import RECORDS, Status, digest
+from diffva_ray.schema import RECORDS, digest
 from diffva_ray.storage import open_file, open_store
 
 if TYPE_CHECKING:
@@ -87,72 +89,74 @@ def reduce_run(run: Run, data_uri: str, options: Options, workplace: Workplace |
         return Reduced(json.loads(run.store.read("tables/metrics.json")), fresh=False)
     run.store.delete(SUCCESS)
 
-    records = read_records(run)
-    quarantined = records[records["status"] != Status.OK.value]
-    good = records[records["status"] == Status.OK.value]
-    _write_quarantine(run, quarantined)
-    reduced = _compute(run, data_uri, options, good, workplace or Workplace())
-    reduced.metrics = {
-        "records": {"planned": run.about["records"], "ok": len(good), "quarantined": len(quarantined)},
-        **reduced.metrics,
-    }
-    if len(quarantined):
-        counts = quarantined["status"].value_counts().to_dict()
-        reduced.metrics["records"]["by_status"] = {key: int(n) for key, n in counts.items()}
-    reduced.metrics["notes"] = reduced.notes
+    notes = list[str]()
+    boxes = lesion_boxes(data_uri, options.boxes, notes)
+    zones = read_zones(options.brixia, run.plan(["source_path"])["source_path"].to_pylist()) if options.brixia else {}
+    seen = TrainingFilms.of_model(str(run.about.get("model", "")), run.about["keys"]["model_digest"])
+    records = census(run, boxes, zones, seen.has if seen else None)
+    if options.brixia and not records.asked:
+        raise UnusableData(f"--brixia {options.brixia}: none of its files is a film of the run")
+    _write_quarantine(run, records.quarantined)
+    metrics = _compute(run, data_uri, options, records, boxes, zones, workplace or Workplace(), notes)
+    counts: dict[str, Any] = {
+        "planned": run.about["records"], "ok": len(records.frame), "quarantined": len(records.quarantined)
+    }  # fmt: skip
+    if len(records.quarantined):
+        counts["by_status"] = dict(Counter(records.quarantined["status"].to_pylist()).most_common())
+    reduced = Reduced({"records": counts, **metrics, "notes": notes}, notes)
     run.store.put("tables/metrics.json", json.dumps(tables.clean(reduced.metrics), indent=1).encode())
     _write_manifest(run)
 
-    check_quarantined(run, quarantined.to_dict("records"))
+    check_quarantined(run, records.quarantined)
     run.store.put(SUCCESS, json.dumps(state).encode())
     return reduced
 
 
-def _compute(run: Run, data_uri: str, options: Options, good: pd.DataFrame, workplace: Workplace) -> Reduced:
+def _compute(
+    run: Run, data_uri: str, options: Options, records: Census, boxes: Boxes, zones: Zones, workplace: Workplace,
+    notes: list[str],
+) -> dict[str, Any]:  # fmt: skip
     recipe = run.recipe
-    notes: list[str] = []
-    boxes = lesion_boxes(data_uri, options.boxes, notes)
-    zones = read_zones(options.brixia, good["source_path"]) if options.brixia else {}
-    if options.brixia and not zones:
-        raise UnusableData(f"--brixia {options.brixia}: none of its files is a film of the run")
-    good = with_settings(good)
-    rows = good.to_dict("records")
-    groups = list(by_shard(rows).values())
-    scored = workplace.score(run, data_uri, groups, boxes)
-    place = {row["record_id"]: n for n, row in enumerate(rows)}  # intervals depend on the order, so it is the plan's
-    order = lambda row: place[row["record_id"]]  # noqa: E731
-    found = sorted((row for localization, _ in scored for row in localization), key=order)
-    twins = sorted((row for _, twin in scored for row in twin), key=order)
-    if "setting" in good:
-        for row in (*found, *twins):
-            row["setting"] = rows[order(row)]["setting"]
-
+    places, twins = _scores(run, records, boxes, workplace)
     thresholds, source = None, None
     if options.threshold_from:
         thresholds, source = read_thresholds(options.threshold_from), options.threshold_from.rstrip("/").split("/")[-1]
     data = open_store(run.about["data_root"])
-    sample, judges = sampled(rows), _judges(options)
-    pairs = score_pairs(run, data, sample, boxes, run_judge(run), _lpips(options, recipe.model.resolution))
-    sets, within = distances(run, data_uri, options, rows, notes, partial(workplace.embed, run, options))
+    judges = _judges(options)
+    pairs = score_pairs(run, data, records.sample, boxes, run_judge(run), _lpips(options, recipe.model.resolution))
+    sets, within = distances(run, data_uri, options, records, notes, partial(workplace.embed, run, options))
     metrics: dict[str, Any] = {
         "fid": sets,
         "fid_within": within,
-        "ssim": tables.ssim_rows(good, recipe.generate.ssim_preset, recipe.model.resolution) if len(good) else [],
-        "localization": tables.localization_rows(found, thresholds, source),
-        "validity": tables.validity_rows(good) if len(good) else [],
-        "external_validity": external_rows(run, data, sample, boxes, judges),
+        "ssim": tables.ssim_rows(records.frame, recipe.generate.ssim_preset, recipe.model.resolution),
+        "localization": tables.localization_rows(places, thresholds, source),
+        "validity": tables.validity_rows(records.frame),
+        "external_validity": external_rows(run, data, records.sample, boxes, judges),
         "twin": tables.twin_rows(twins),
         "counterfactual": counterfactual_rows(pairs),
         "heart": heart_rows(pairs),
-        "brixia": zone_rows(run, data, rows, zones),
+        "brixia": zone_rows(run, data, records.asked, zones),
     }
     tables.add_lpips(metrics["ssim"], pairs)
-    _say_training_films(run, good, metrics, notes)
-    if found:
-        run.store.put("tables/thresholds.json", json.dumps(tables.best_thresholds(found), indent=1).encode())
+    _say_training_films(records, metrics, notes)
+    if len(places.films):
+        run.store.put("tables/thresholds.json", json.dumps(tables.best_thresholds(places), indent=1).encode())
     for name, table in metrics.items():
         tables.write_table(run.store, name, table, CAPTIONS[name].format(size=recipe.model.resolution, most=SAMPLE))
-    return Reduced({name: table for name, table in metrics.items() if table}, notes)
+    return {name: table for name, table in metrics.items() if table}
+
+
+def _scores(run: Run, records: Census, boxes: Boxes, workplace: Workplace) -> tuple[Places, pd.DataFrame]:
+    """Localisation and twin scores of all films whose lesions are known, in plan order, on which intervals depend."""
+    scored = list(workplace.score(run, records.truth, boxes, records.settings))
+    places, twins = Places.merged(each for each, _ in scored), stacked([each for _, each in scored])
+    if any(retry for retry, _ in records.homes):  # what was retried is stored with its retry
+        planned = pd.Index(records.ids.astype(str))
+        places.films, twins = (
+            frame.iloc[np.argsort(planned.get_indexer(frame["record_id"]), kind="stable")] if len(frame) else frame
+            for frame in (places.films, twins)
+        )
+    return places, twins
 
 
 def _lpips(options: Options, size: int) -> Lpips | None:
@@ -181,16 +185,14 @@ def _judges(options: Options) -> list[ExternalJudge]:
         raise UnusableData(str(error)) from None
 
 
-def _say_training_films(run: Run, good: pd.DataFrame, metrics: dict[str, Any], notes: list[str]) -> None:
+def _say_training_films(records: Census, metrics: dict[str, Any], notes: list[str]) -> None:
     """Rows scored on films that the model was trained on say how many; so do the notes."""
-    seen = TrainingFilms.of_model(str(run.about.get("model", "")), run.about["keys"]["model_digest"])
-    if seen is None or not len(good):
+    frame = records.frame
+    if "trained_on" not in frame or not frame["trained_on"].any():
         return
-    trained = good[[seen.has(sha256) for sha256 in good["source_sha256"]]]
-    if not len(trained):
-        return
-    notes.append(f"{len(trained)} of {len(good)} records are of films in the model's training list: this is no test")
-    counts = {label: seen.count(rows["source_sha256"]) for label, rows in tables.by_label(good)}
+    trained = int(frame["trained_on"].sum())
+    notes.append(f"{trained} of {len(frame)} records are of films in the model's training list: this is no test")
+    counts = {label: int(rows["trained_on"].sum()) for label, rows in tables.by_label(frame)}
     for row in (row for name in ("localization", "validity", "twin") for row in metrics[name]):
         row["training_films"] = counts[row["label"]]
 
@@ -243,22 +245,23 @@ def lesion_boxes(data_uri: str, csv: str | None, notes: list[str]) -> Boxes:
     return boxes
 
 
-def _write_quarantine(run: Run, quarantined: pd.DataFrame) -> None:
+def _write_quarantine(run: Run, quarantined: pa.Table) -> None:
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pandas(quarantined, schema=RECORDS, preserve_index=False), sink)
+    pq.write_table(quarantined.cast(RECORDS), sink)
     run.store.put("quarantine.parquet", sink.getvalue())
 
 
 def _write_manifest(run: Run) -> None:
-    """Every file of the finished run with its size; sha256 besides for what no record vouches for."""
+    """Size and sha256 of what no record vouches for, and the sizes of the features; an image's digest stands in its
+    record, and ten million of them would make a manifest that nobody can read."""
     files: dict[str, dict[str, Any]] = {}
-    hashed = (PLAN_FILE, RUN, "quarantine.parquet", "records/", "tables/")
-    for path, size in run.store.list():
-        own = path.split("/", 2)[2] if path.startswith(f"{OVERLAYS}/") else path  # a retry is a run of its own
-        if own.startswith(("report/", "figures/", "attempts/", "timings/")) or path in (MANIFEST, SUCCESS):
-            continue
-        files[path] = {"bytes": size}
-        if own.startswith(hashed):
-            files[path]["sha256"] = hashlib.sha256(run.store.read(path)).hexdigest()
+    for folder in ("", *(f"{OVERLAYS}/r{number}/" for number, _ in enumerate(overlays(run), start=1))):
+        named = [f"{folder}{name}" for name in (PLAN_FILE, RUN, "quarantine.parquet")]
+        paths = [path for path in named if run.store.exists(path)]
+        paths += [path for kind in ("records", "tables") for path, _ in run.store.list(f"{folder}{kind}")]
+        for path in paths:
+            data = run.store.read(path)
+            files[path] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        files |= {path: {"bytes": size} for path, size in run.store.list(f"{folder}features")}
     about = {"fingerprint": run.fingerprint, "shards": run.shards, "files": files}
     run.store.put(MANIFEST, json.dumps(about, indent=1).encode())

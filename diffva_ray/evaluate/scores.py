@@ -1,15 +1,18 @@
-"""Scores of single films against known truth, shard by shard; tables are means over them, whatever the grouping."""
+"""Scores of single films against known truth, shard by shard, and how they merge; tables are means over them, whatever
+the grouping."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from diffva_ray.data.images import BadImage
-from diffva_ray.evaluate.records import Boxes, Images, Truth, read_images, read_truth
+from diffva_ray.evaluate.records import Boxes, Images, Truth, read_images, read_truth, under
 from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.localization import SALIENCY, baselines, score
 from diffva_ray.metrics.ssim import psnr, ssim
@@ -17,6 +20,60 @@ from diffva_ray.storage import Store
 
 Row = dict[str, Any]
 SIMPLE = ("auroc", "auprc", "dice_best", "iou_best", "pointing_game", "energy_in_truth")
+
+
+CATEGORIES = ("label", "map", "region", "setting")
+Curve = tuple[NDArray[np.float64], int]  # sum of films' Dice curves, number of films
+
+
+@dataclass
+class Places:
+    """Localisation scores of films: ``films`` has a row for each film and map, without its Dice curve; curves are
+    summed by (map under its setting, class under its setting), which is all that their means need."""
+
+    films: pd.DataFrame = field(default_factory=pd.DataFrame)
+    curves: dict[tuple[str, str], Curve] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Places:
+        """Rows of ``score_records`` or ``score_film``, with ``label``, ``source_path`` and perhaps ``setting``."""
+        curves: dict[tuple[str, str], Curve] = {}
+        for row in rows:
+            setting = row.get("setting", "")
+            key = under(row["map"], setting), under(row["label"], setting)
+            before, n = curves.get(key, (0.0, 0))
+            curves[key] = before + row["dice_curve"].astype(np.float64), n + 1
+        films = [{key: value for key, value in row.items() if key != "dice_curve"} for row in rows]
+        return cls(narrow(pd.DataFrame(films)), curves)
+
+    @classmethod
+    def merged(cls, parts: Iterable[Places]) -> Places:
+        frames, curves = list[pd.DataFrame](), dict[tuple[str, str], Curve]()
+        for part in parts:
+            frames.append(part.films)
+            for key, (total, n) in part.curves.items():
+                before, count = curves.get(key, (0.0, 0))
+                curves[key] = before + total, count + n
+        return cls(stacked(frames), curves)
+
+    def mean_curve(self, map_name: str, label: str | None = None) -> NDArray[np.float64]:
+        """Mean Dice curve [1, T] of a map over one class, or over all."""
+        found = [curve for (name, of), curve in self.curves.items() if name == map_name and label in (None, of)]
+        return np.sum([total for total, _ in found], axis=0)[None] / sum(n for _, n in found)
+
+
+def narrow(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with its texts of few values as categories."""
+    return frame.astype({name: "category" for name in CATEGORIES if name in frame})
+
+
+def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Frames of ``narrow`` one below the other; empty ones are left out."""
+    frames = [frame for frame in frames if len(frame)]
+    if not frames:
+        return pd.DataFrame()
+    plain = [frame.astype({name: object for name in CATEGORIES if name in frame}) for frame in frames]
+    return narrow(pd.concat(plain, ignore_index=True))
 
 
 def score_records(run: Run, data: Store, rows: list[Row], boxes: Boxes) -> tuple[list[Row], list[Row]]:

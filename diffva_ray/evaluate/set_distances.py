@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.evaluate.annotations import read_sources
+from diffva_ray.evaluate.census import Census, census
 from diffva_ray.evaluate.distances import (
     Embed,
-    Features,
     Row,
     distance_row,
     embed_here,
@@ -22,13 +23,13 @@ from diffva_ray.evaluate.distances import (
     run_features,
 )
 from diffva_ray.evaluate.options import Options
-from diffva_ray.evaluate.records import read_records, under
+from diffva_ray.evaluate.records import under
 from diffva_ray.generate.plan import Run, open_run
+from diffva_ray.metrics.feature_set import FeatureSet
 from diffva_ray.metrics.fid import frechet_distance_features
 from diffva_ray.metrics.fid_controls import conditional
 from diffva_ray.metrics.localization import patient_bootstrap
 from diffva_ray.metrics.realism import directions, interpolation, verisimilitude
-from diffva_ray.schema import Status
 from diffva_ray.storage import Store, open_store
 
 if TYPE_CHECKING:  # it loads torch
@@ -40,10 +41,10 @@ LEAST = 4  # films of a set, below which nothing is compared
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference class and its features [n, d]."""
+    """A reference class and its features."""
 
     label: str
-    features: Features
+    features: FeatureSet
     dataset: Dataset | None = None  # None: another run's counterfactuals
 
 
@@ -96,24 +97,21 @@ def _extractor(text: str, run: Run, options: Options, device: str) -> Extractor:
 
 
 def distances(
-    run: Run, data_uri: str, options: Options, rows: list[Row], notes: list[str], spread: Embed = embed_here
+    run: Run, data_uri: str, options: Options, records: Census, notes: list[str], spread: Embed = embed_here
 ) -> tuple[list[Row], list[Row]]:
     """The rows of tables 1 and 2 and those of the distances within conditions.
 
     For each extractor, setting and class: films to their twins, each reference to both. Of several draws of a film the
     first one counts, or films would be in a set twice."""
-    first = min((row["draw"] for row in rows), default=0)
-    if any(row["draw"] != first for row in rows):
-        notes.append(f"distances are of draw {first} of each film alone")
-    settings = list(dict.fromkeys(row.get("setting", "") for row in rows))  # in the order of the plan
-    # by film, so that what compares the same two sets under other settings has the same interval
-    rows = sorted(rows, key=lambda row: (row["source_path"], row["record_id"]))
-    sources = read_sources(options.sources, [row["source_path"] for row in rows]) if options.sources else {}
+    draws = records.frame["draw"]
+    if draws.nunique() > 1:
+        notes.append(f"distances are of draw {draws.min()} of each film alone")
+    sources = read_sources(options.sources, records.films.to_pylist()) if options.sources else {}
     if options.sources and not sources:
         raise UnusableData(f"--sources {options.sources}: none of its files is a film of the run")
     found, within = list[Row](), list[Row]()
     for number, extractor in enumerate(choose_extractors(run, options, notes)):
-        comparison = _Comparison(run, options, rows, extractor, settings, spread)
+        comparison = _Comparison(run, options, records, extractor, spread)
         wanted = options.references or ((run.recipe.data.healthy_class, data_uri),)
         made = [
             reference(run, label, uri, extractor, options, notes if number == 0 else [], spread)
@@ -128,27 +126,35 @@ def distances(
     return found, within
 
 
+def conditions(records: Census) -> dict[tuple[str, str], NDArray[np.intp]]:
+    """Rows of each (setting, class), of the first draw, in the order of films: what compares the same two sets under
+    other settings then has the same interval."""
+    frame = records.frame
+    labels = sorted(frame["label"].unique())
+    settings = list(frame["setting"].unique()) if "setting" in frame else [""]
+    first = (frame["draw"] == frame["draw"].min()).to_numpy()
+    film, found = frame["film"].to_numpy(), dict[tuple[str, str], NDArray[np.intp]]()
+    for setting in settings:
+        of_setting = first & (frame["setting"] == setting).to_numpy() if setting else first
+        for label in labels:
+            rows = np.flatnonzero(of_setting & (frame["label"] == label).to_numpy())
+            found[setting, label] = rows[np.argsort(film[rows], kind="stable")]
+    return found
+
+
 class _Comparison:
     """The sets of one run in the features of one extractor."""
 
-    def __init__(
-        self, run: Run, options: Options, rows: list[Row], extractor: Extractor, settings: list[str], spread: Embed
-    ) -> None:
-        labels = sorted({row["label"] for row in rows})
-        draw = min((row["draw"] for row in rows), default=0)
-        self.run, self.options, self.rows, self.extractor, self.spread = run, options, rows, extractor, spread
-        self.features = run_features(run, open_store(run.about["data_root"]), rows, extractor, spread)
-        # (setting, class) -> rows
-        self.conditions: dict[tuple[str, str], list[int]] = {(at, label): [] for at in settings for label in labels}
-        for n, row in enumerate(rows):
-            if row["draw"] == draw:
-                self.conditions[row.get("setting", ""), row["label"]].append(n)
+    def __init__(self, run: Run, options: Options, records: Census, extractor: Extractor, spread: Embed) -> None:
+        self.run, self.options, self.records, self.extractor, self.spread = run, options, records, extractor, spread
+        self.features = run_features(run, records, extractor, spread)
+        self.conditions = conditions(records)
 
     def by_condition(self, references: Sequence[Reference]) -> list[Row]:
         found = list[Row | None]()
         seen = set[str]()
         for (setting, label), chosen in self.conditions.items():
-            before, after = self.features.source[chosen], self.features.counterfactual[chosen]
+            before, after = self.features.source.take(chosen), self.features.counterfactual.take(chosen)
             names = f"{label} (source)", under(f"{label} (counterfactual)", setting)
             found.append(self._row(*names, before, after, paired=True))
             for other in references:
@@ -157,22 +163,23 @@ class _Comparison:
                     found.append(self._row(name, names[0], features, before))
                 row = self._row(name, names[1], features, after)
                 if row is not None:
-                    paths = [self.rows[n]["source_path"] for n in chosen]
-                    row |= self._realism(label, other.label, before, after, features, paths)
+                    films = self.records.frame["film"].to_numpy()[chosen]
+                    row |= self._realism(label, other.label, before, after, features, films)
                 found.append(row)
             seen.add(label)
         return [row for row in found if row is not None]
 
     def _realism(
-        self, label: str, reference: str, before: Features, after: Features, real: Features, paths: list[str]
-    ) -> Row:
+        self, label: str, reference: str, before: FeatureSet, after: FeatureSet, real: FeatureSet,
+        films: NDArray[np.integer],
+    ) -> Row:  # fmt: skip
         """Do the twins pass for films of the reference, and did they move towards it?"""
         found: Row = {"verisimilitude": asdict(verisimilitude(after, real))}
         if len(real) > 6:
             found["interpolation"] = asdict(interpolation(after, real))
         if reference == self.run.recipe.data.healthy_class != label:
             cosines = directions(before, after, real)
-            low, high = patient_bootstrap(cosines, paths)
+            low, high = patient_bootstrap(cosines, films)
             found["direction"] = {"mean": float(np.nanmean(cosines)), "low": low, "high": high}
         return found
 
@@ -183,16 +190,17 @@ class _Comparison:
             return []
         for (setting, label), chosen in self.conditions.items():
             for source in sorted(set(sources.values())):
-                rows = [n for n in chosen if sources.get(self.rows[n]["source_path"]) == source]
+                of_source = [sources.get(path) == source for path in self.records.paths(chosen)]
+                rows = chosen[np.array(of_source, bool)]
                 for other in references:
                     if len(rows) >= LEAST and other.dataset is not None:
                         real = self._of_source(other, source)
                         names = f"{other.label} of {source} (reference)", f"{label} of {source} (counterfactual)"
                         found.append(self._row(names[0], under(names[1], setting), real,
-                                               self.features.counterfactual[rows]))  # fmt: skip
+                                               self.features.counterfactual.take(rows)))  # fmt: skip
         return [row for row in found if row is not None]
 
-    def _of_source(self, other: Reference, source: str) -> Features:
+    def _of_source(self, other: Reference, source: str) -> FeatureSet:
         assert other.dataset is not None
         assert self.options.sources is not None
         known = read_sources(self.options.sources, [film.path for film in other.dataset.films])
@@ -211,8 +219,8 @@ class _Comparison:
             sets = {key: self.conditions[key] for key in keys if len(self.conditions[key]) >= LEAST}
             if len(sets) < 2:
                 continue
-            twins = {key: self.features.counterfactual[chosen] for key, chosen in sets.items()}
-            films = {key: self.features.source[chosen] for key, chosen in sets.items()}
+            twins = {key: self.features.counterfactual.take(chosen) for key, chosen in sets.items()}
+            films = {key: self.features.source.take(chosen) for key, chosen in sets.items()}
             found.append(self._within("films", setting, {key: (films[key], twins[key]) for key in sets}))
             for other in references:
                 real = other.features
@@ -221,10 +229,10 @@ class _Comparison:
                     found.append(self._within(name, setting, {key: (real, twins[key]) for key in sets}))
         return found
 
-    def _within(self, name: str, setting: str, sets: dict[tuple[str, str], tuple[Features, Features]]) -> Row:
+    def _within(self, name: str, setting: str, sets: dict[tuple[str, str], tuple[FeatureSet, FeatureSet]]) -> Row:
         first = [x for x, _ in sets.values()]
-        pooled = first[0] if all(x is first[0] for x in first) else np.concatenate(first)
-        twins = np.concatenate([y for _, y in sets.values()])
+        pooled = first[0] if all(x is first[0] for x in first) else FeatureSet.together(first)
+        twins = FeatureSet.together([y for _, y in sets.values()])
         return {
             "set1": name,
             "set2": under("twins", setting),
@@ -238,7 +246,7 @@ class _Comparison:
             "resize": self.extractor.resize,
         }
 
-    def _row(self, first: str, second: str, x: Features, y: Features, paired: bool = False) -> Row | None:
+    def _row(self, first: str, second: str, x: FeatureSet, y: FeatureSet, paired: bool = False) -> Row | None:
         return distance_row(first, second, x, y, self.extractor, self.run.recipe.evaluate.fid_subsets, paired)
 
 
@@ -255,12 +263,11 @@ def reference(
     for it and it is not there. Raises UnusableData."""
     other = open_run(open_store(uri)) if not uri.lower().endswith((".csv", ".parquet")) else None
     if other is not None:
-        frame = read_records(other)
-        rows = frame[(frame["status"] == Status.OK.value) & (frame["label"] == label)].to_dict("records")
-        if not rows:
+        records = census(other)
+        chosen = np.flatnonzero((records.frame["label"] == label).to_numpy())
+        if not len(chosen):
             raise UnusableData(f"--reference {label}={uri}: that run has no finished record of class {label}")
-        twins = run_features(other, open_store(other.about["data_root"]), rows, extractor, spread).counterfactual
-        return Reference(label, twins)
+        return Reference(label, run_features(other, records, extractor, spread).counterfactual.take(chosen))
     try:
         dataset = open_dataset(uri, run.recipe.data, [label])
     except UnusableData as error:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from diffva_ray.evaluate.records import under
-from diffva_ray.evaluate.scores import SIMPLE
+from diffva_ray.evaluate.scores import SIMPLE, Places
 from diffva_ray.metrics.counterfactual import flip_rate
 from diffva_ray.metrics.localization import dice_at, fixed_threshold, patient_bootstrap
 from diffva_ray.storage import Store
@@ -22,7 +22,7 @@ ALL = "all"  # the row over all classes
 
 def by_label(frame: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
     """The rows of each class, then of all of them together; of a sweep (column ``setting``) never of two settings."""
-    settings = dict.fromkeys(frame["setting"]) if "setting" in frame else [""]
+    settings = list(frame["setting"].unique()) if "setting" in frame else [""]
     for setting in settings:
         rows = frame[frame["setting"] == setting] if setting else frame
         labels = sorted(rows["label"].unique())
@@ -34,13 +34,13 @@ def by_label(frame: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
 
 def finite_mean(values: Iterable[float]) -> float | None:
     """Mean of the finite values (PSNR of equal images is infinite); None without any."""
-    numbers = np.asarray(list(values), dtype=float)
+    numbers = np.asarray(values if isinstance(values, (pd.Series, np.ndarray)) else list(values), dtype=float)
     numbers = numbers[np.isfinite(numbers)]
     return float(numbers.mean()) if len(numbers) else None
 
 
 def ssim_rows(records: pd.DataFrame, preset: str, grid: int) -> list[Row]:
-    """Table 3: SSIM and MS-SSIM of film and counterfactual, by class."""
+    """Table 3: SSIM and MS-SSIM of film and counterfactual, by class; ``records`` as in ``Census.frame``."""
     return [
         {
             "label": label,
@@ -76,15 +76,17 @@ def add_lpips(rows: list[Row], scores: list[Row]) -> None:
 
 def _interval(rows: pd.DataFrame, column: str) -> list[float]:
     """95 % interval of a mean by bootstrap over films."""
-    return list(patient_bootstrap(rows[column].to_numpy(float), rows["source_path"].tolist()))
+    film = "film" if "film" in rows else "source_path"
+    return list(patient_bootstrap(rows[column].to_numpy(float), rows[film].to_numpy()))
 
 
 def validity_rows(records: pd.DataFrame) -> list[Row]:
     """Flip rate by class: how many films the judge calls abnormal turn healthy."""
-    judged = records.dropna(subset=["judge_source", "judge_counterfactual"])
+    columns = ["judge_source", "judge_counterfactual"]
+    judged = records[[name for name in ("label", "setting", *columns) if name in records]].dropna(subset=columns)
     found = []
     for label, rows in by_label(judged):
-        rate, n = flip_rate(rows["judge_source"].tolist(), rows["judge_counterfactual"].tolist())
+        rate, n = flip_rate(rows["judge_source"].to_numpy(), rows["judge_counterfactual"].to_numpy())
         found.append(
             {
                 "label": label,
@@ -97,41 +99,41 @@ def validity_rows(records: pd.DataFrame) -> list[Row]:
     return found
 
 
-def localization_rows(scores: list[Row], thresholds: dict[str, float] | None, source: str | None) -> list[Row]:
+def localization_rows(places: Places, thresholds: dict[str, float] | None, source: str | None) -> list[Row]:
     """Localisation by class and map. ``thresholds`` were fixed on another set, named by ``source``; without them there
     is no fixed Dice. Intervals come from a bootstrap over films."""
-    if not scores:
+    if not len(places.films):
         return []
-    frame = pd.DataFrame(scores)
     found = []
-    for name in dict.fromkeys(frame["map"]):
-        for label, rows in by_label(frame[frame["map"] == name]):
+    for name in places.films["map"].unique():
+        for label, rows in by_label(places.films[places.films["map"] == name]):
             row: Row = {"label": label, "n": len(rows), **{key: finite_mean(rows[key]) for key in SIMPLE}}
-            row["auroc_interval"] = list(patient_bootstrap(rows["auroc"].to_numpy(), rows["source_path"].tolist()))
+            row["auroc_interval"] = list(patient_bootstrap(rows["auroc"].to_numpy(), rows["source_path"].to_numpy()))
             row |= {"map": name, "region": ", ".join(sorted(rows["region"].unique()))}
-            setting = rows["setting"].iloc[0] if "setting" in rows else ""
-            threshold = (thresholds or {}).get(under(name, setting), (thresholds or {}).get(name))
+            of_setting = under(name, rows["setting"].iloc[0] if "setting" in rows else "")
+            threshold = (thresholds or {}).get(of_setting, (thresholds or {}).get(name))
             if threshold is not None:
-                curves = np.stack(rows["dice_curve"].to_list())
-                row["dice_fixed"] = float(dice_at(curves, threshold).mean())
+                pooled = rows["label"].nunique() > 1
+                row["dice_fixed"] = float(
+                    dice_at(places.mean_curve(of_setting, None if pooled else label), threshold)[0]
+                )
                 row |= {"threshold": threshold, "threshold_from": source}
             found.append(row)
     return found
 
 
-def best_thresholds(scores: list[Row]) -> dict[str, float]:
+def best_thresholds(places: Places) -> dict[str, float]:
     """The threshold with the best mean Dice of each map (and setting of a sweep): what ``--threshold-from`` takes over
     from a validation run."""
-    found: dict[str, list[np.ndarray]] = {}
-    for row in scores:
-        found.setdefault(under(row["map"], row.get("setting", "")), []).append(row["dice_curve"])
-    return {name: fixed_threshold(np.stack(curves))[0] for name, curves in found.items()}
+    return {
+        name: fixed_threshold(places.mean_curve(name))[0] for name in dict.fromkeys(map for map, _ in places.curves)
+    }
 
 
-def twin_rows(scores: list[Row]) -> list[Row]:
+def twin_rows(scores: pd.DataFrame) -> list[Row]:
     """Closeness to the lesion-free twin by class; ``lesion_error_ratio`` is the error left inside the lesion, as a
     fraction of the film's own."""
-    if not scores:
+    if not len(scores):
         return []
     return [
         {
@@ -140,7 +142,7 @@ def twin_rows(scores: list[Row]) -> list[Row]:
             **{key: finite_mean(rows[key]) for key in ("psnr", "ssim", "psnr_input", "psnr_reconstruction")},
             "lesion_error_ratio": float(rows["lesion_error"].sum() / max(rows["lesion_error_input"].sum(), 1e-12)),
         }
-        for label, rows in by_label(pd.DataFrame(scores))
+        for label, rows in by_label(scores)
     ]
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from diffva_ray.generate.ledger import committed
+from diffva_ray.generate.ledger import parts
 from diffva_ray.generate.plan import Run
-from diffva_ray.schema import Status
+from diffva_ray.schema import RECORDS, Status
 
 FIRST_SHARDS = 3  # when none of their records is usable, it is the folder, the mount or the model
 
@@ -23,7 +23,7 @@ def check_budget(run: Run) -> None:
     check_quarantined(run, _quarantined(run))
 
 
-def check_quarantined(run: Run, bad: Sequence[Mapping[str, Any]]) -> None:
+def check_quarantined(run: Run, bad: pa.Table) -> None:
     """The same of records that have been read already: the quarantined ones, in plan order."""
     planned, allowed = run.about["records"], run.recipe.evaluate.max_quarantined_fraction
     if len(bad) > allowed * planned:
@@ -43,10 +43,11 @@ def check_first_shards(run: Run, counts: Mapping[str, int]) -> None:
         )
 
 
-def _quarantined(run: Run) -> list[dict[str, Any]]:
-    records = committed(run, ["source_path", "status", "error"])
-    return records.filter(pc.field("status") != Status.OK.value).to_pylist()
+def _quarantined(run: Run) -> pa.Table:
+    names = ["source_path", "status", "error"]
+    bad = [table.filter(pc.field("status") != Status.OK.value) for _, table in parts(run, names)]
+    return pa.concat_tables(bad) if bad else RECORDS.empty_table()
 
 
-def _first(bad: Sequence[Mapping[str, Any]]) -> str:
-    return f"first: {bad[0]['source_path']}: {bad[0]['error']}"
+def _first(bad: pa.Table) -> str:
+    return f"first: {bad['source_path'][0]}: {bad['error'][0]}"

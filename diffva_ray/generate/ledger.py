@@ -7,9 +7,10 @@ for the first ones wherever a run is read; committed parts are never edited.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from diffva_ray.storage import join, open_store
 
 OVERLAYS = "overlays"
 PATHS = ("counterfactual_path", "attribution_path", "reconstruction_path")
+AHEAD = 64  # parts read at a time
 
 
 def overlays(run: Run) -> list[Run]:
@@ -33,39 +35,66 @@ def overlays(run: Run) -> list[Run]:
 def committed(run: Run, columns: Sequence[str] | None = None) -> pa.Table:
     """All records that are committed, in plan order, each once: a retried one as its last retry left it.
 
-    Paths are relative to ``run``. Without ``columns`` all of RECORDS.
+    Paths are relative to ``run``. Without ``columns`` all of RECORDS. Millions of records want ``parts``.
     """
     names = list(columns) if columns is not None else RECORDS.names
+    tables = [table for _, table in parts(run, names)]
+    return pa.concat_tables(tables) if tables else _schema(names).empty_table()
+
+
+def parts(run: Run, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+    """The committed records shard by shard: the shard's number, and ``columns`` of its records in plan order, each as
+    its last retry left it. Memory holds a few shards and what was retried."""
+    names = list(columns)
     wanted = [*names, *(["record_id"] if "record_id" not in names else [])]
-    table = _parts(run, wanted)
+    retried = _retried(run, wanted)
+    for shard, table in _read_parts(run, wanted):
+        if retried is not None:
+            places = pc.index_in(table["record_id"], retried["record_id"])
+            table = _lay_over(table, places, retried)
+        yield shard, table.select(names)
+
+
+def _retried(run: Run, columns: list[str]) -> pa.Table | None:
+    """The records of all retries, each as the last one left it; None where nothing was retried."""
+    found: dict[str, tuple[int, int]] = {}
+    tables: list[pa.Table] = []
     for number, overlay in enumerate(overlays(run), start=1):
-        later = _parts(overlay, wanted)
-        for name in set(PATHS) & set(wanted):
-            column = pc.binary_join_element_wise(f"{OVERLAYS}/r{number}", later[name], "/")
-            later = later.set_column(later.column_names.index(name), name, column)
-        table = _lay_over(table, later)
-    return table.select(names)
+        for _, table in _read_parts(overlay, columns):
+            for name in set(PATHS) & set(columns):
+                column = pc.binary_join_element_wise(f"{OVERLAYS}/r{number}", table[name], "/")
+                table = table.set_column(table.column_names.index(name), name, column)
+            found |= {record: (len(tables), row) for row, record in enumerate(table["record_id"].to_pylist())}
+            tables.append(table)
+    if not tables:
+        return None
+    starts = np.cumsum([0, *(len(table) for table in tables)])
+    return pa.concat_tables(tables).take([int(starts[at]) + row for at, row in found.values()])
 
 
-def _parts(run: Run, columns: list[str]) -> pa.Table:
-    def read(shard: int) -> pa.Table:
-        data = io.BytesIO(run.store.read(f"records/{part(shard)}.parquet"))
-        return pq.read_table(data, columns=columns).replace_schema_metadata(None)
+def _read_parts(run: Run, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+    """Columns of the committed parts, in order; a few are read ahead."""
 
+    def read(shard: int) -> tuple[int, pa.Table]:
+        file = pq.ParquetFile(io.BytesIO(run.store.read(f"records/{part(shard)}.parquet")))
+        return shard, file.read(columns, use_threads=False).replace_schema_metadata(None)
+
+    shards = [shard for shard in sorted(run.done()) if shard < run.shards]
     with ThreadPoolExecutor(8) as pool:
-        tables = list(pool.map(read, [shard for shard in sorted(run.done()) if shard < run.shards]))
-    empty = pa.schema([RECORDS.field(name) for name in columns]).empty_table()
-    return pa.concat_tables(tables) if tables else empty
+        for start in range(0, len(shards), AHEAD):
+            yield from pool.map(read, shards[start : start + AHEAD])
 
 
-def _lay_over(table: pa.Table, later: pa.Table) -> pa.Table:
-    """``table`` with the rows of ``later`` in the place of those with the same record_id."""
-    place = {record: n for n, record in enumerate(table["record_id"].to_pylist())}
-    rows = list(range(len(table)))
-    for n, record in enumerate(later["record_id"].to_pylist(), start=len(table)):
-        if record in place:
-            rows[place[record]] = n
-    return pa.concat_tables([table, later]).take(rows)
+def _lay_over(table: pa.Table, places: pa.ChunkedArray, retried: pa.Table) -> pa.Table:
+    """``table`` with row ``places[n]`` of ``retried`` in the place of row n, where that is not null."""
+    if places.null_count == len(places):
+        return table
+    rows = pc.if_else(pc.is_valid(places), pc.add(places, len(table)), pa.array(np.arange(len(table), dtype=np.int32)))
+    return pa.concat_tables([table, retried]).take(rows)
+
+
+def _schema(columns: list[str]) -> pa.Schema:
+    return pa.schema([RECORDS.field(name) for name in columns])
 
 
 def start_retry(run: Run) -> Run | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -34,9 +36,11 @@ class Problem:
 STATUSES = {status.value for status in Status}
 
 
-def verify_shard(run: Run, shard: int, present: set[str] | None = None) -> list[Problem]:
-    """What is wrong with one shard: its part, its ids, its fingerprint, its images' pixels (or, with the listing
-    ``present``, only that they are there)."""
+def verify_shard(
+    run: Run, shard: int, planned: Sequence[str], pixels: bool = True, features: set[str] | None = None
+) -> list[Problem]:
+    """What is wrong with one shard: its part, its ids (``planned``), its fingerprint, its images' pixels; without
+    ``pixels`` that images are there, and (by the listing ``features``) that their features are."""
     name = f"records/{part(shard)}.parquet"
     try:
         table = pq.read_table(io.BytesIO(run.store.read(name)))
@@ -50,37 +54,47 @@ def verify_shard(run: Run, shard: int, present: set[str] | None = None) -> list[
         problems.append(Problem(shard, f"{name} carries fingerprint {metadata.get('fingerprint')}, not the run's"))
     if not table.schema.equals(RECORDS, check_metadata=False):
         return [*problems, Problem(shard, f"{name} has other columns than schema version 1")]
-    planned = [row["record_id"] for row in run.shard_rows(shard)]
-    if table["record_id"].to_pylist() != planned:
+    ids = table["record_id"].to_pylist()
+    if ids != list(planned):
         problems.append(Problem(shard, f"{name} does not hold the planned records, each once and in order"))
-    rows = table.to_pylist()
-    for row in rows:
-        if row["status"] not in STATUSES or bool(row["error"]) == (row["status"] == Status.OK.value):
-            problems.append(Problem(shard, f"{name}: {row['record_id']} has status {row['status']}, {row['error']}"))
-        if row["status"] != Status.OK.value:
-            continue
-        for path, digest, signed in (
-            (row["counterfactual_path"], row["pixel_sha256"], False),
-            (row["attribution_path"], row["map_sha256"], True),
-            (row["reconstruction_path"], row["reconstruction_sha256"], False),
-        ):
-            if present is not None:
-                wrong = None if path in present else "is missing"
-            else:
-                wrong = _image_problem(run, path, digest, signed)
-            if wrong:
-                problems.append(Problem(shard, f"{path} {wrong}"))
-    ok = [row["record_id"] for row in rows if row["status"] == Status.OK.value]
-    wrong = _features_problem(run, shard, ok, present)
+    statuses, errors = table["status"].to_pylist(), table["error"].to_pylist()
+    for record, status, reason in zip(ids, statuses, errors, strict=True):
+        if status not in STATUSES or bool(reason) == (status == Status.OK.value):
+            problems.append(Problem(shard, f"{name}: {record} has status {status}, {reason}"))
+    ok = table.filter(pc.equal(table["status"], Status.OK.value))
+    problems += _pixel_problems(run, shard, ok) if pixels else _absent(run, shard, ok)
+    wrong = _features_problem(run, shard, ok["record_id"].to_pylist(), features)
     return [*problems, *([Problem(shard, wrong)] if wrong else [])]
 
 
-def _features_problem(run: Run, shard: int, ids: list[str], present: set[str] | None) -> str | None:
+IMAGES = (("counterfactual_path", "pixel_sha256"), ("attribution_path", "map_sha256"),
+          ("reconstruction_path", "reconstruction_sha256"))  # fmt: skip
+
+
+def _pixel_problems(run: Run, shard: int, ok: pa.Table) -> list[Problem]:
+    problems = []
+    for row in ok.select([name for pair in IMAGES for name in pair]).to_pylist():
+        for path, digest in IMAGES:
+            wrong = _image_problem(run, row[path], row[digest], signed=path == "attribution_path")
+            if wrong:
+                problems.append(Problem(shard, f"{row[path]} {wrong}"))
+    return problems
+
+
+def _absent(run: Run, shard: int, ok: pa.Table) -> list[Problem]:
+    """Images that are not there, or empty, by a listing of the shard's folders."""
+    listed = [run.store.list(f"{kind}/{part(shard)}") for kind in FOLDERS] if len(ok) else []
+    present = {path for entries in listed for path, size in entries if size > 0}
+    named = [path for row in zip(*(ok[column].to_pylist() for column, _ in IMAGES)) for path in row]
+    return [Problem(shard, f"{path} is missing") for path in named if path not in present]
+
+
+def _features_problem(run: Run, shard: int, ids: list[str], listed: set[str] | None) -> str | None:
     path = f"features/{part(shard)}.npz"
     if not ids:
         return None
-    if present is not None:
-        return None if path in present else f"{path} is missing"
+    if listed is not None:
+        return None if path in listed else f"{path} is missing"
     try:
         stored = np.load(io.BytesIO(run.store.read(path)))
         shapes = {stored[name].shape[0] for name in stored.files}
@@ -107,29 +121,36 @@ def _image_problem(run: Run, path: str, expected: str, signed: bool) -> str | No
 
 def verify(run: Run, pixels: bool = True) -> list[Problem]:
     """All problems of a run and of its retries, by shard; an empty list is a complete and sound run. Without ``pixels``
-    images are looked up in one listing and not opened."""
-    problems = _verify_parts(run, pixels)
-    planned = run.plan()["record_id"].to_pylist()
-    problems += [Problem(-1, f"record {name} is planned twice") for name, n in Counter(planned).items() if n > 1]
-    known = set(planned)
+    images are looked up by name and not opened."""
+    known = run.plan(["record_id", "shard"])
+    problems = _verify_parts(run, known, pixels)
+    ids = known["record_id"]
+    if pc.count_distinct(ids).as_py() < len(ids):
+        twice = (row["values"] for row in pc.value_counts(ids).to_pylist() if row["counts"] > 1)
+        problems += [Problem(-1, f"record {name} is planned twice") for name in twice]
     for number, overlay in enumerate(overlays(run), start=1):
-        found = _verify_parts(overlay, pixels)
+        retried = overlay.plan(["record_id", "shard"])
+        found = _verify_parts(overlay, retried, pixels)
         problems += [replace(one, what=f"overlays/r{number}: {one.what}", overlay=number) for one in found]
-        if not known.issuperset(overlay.plan()["record_id"].to_pylist()):
+        if not pc.all(pc.is_in(retried["record_id"], value_set=ids)).as_py():
             problems.append(Problem(-1, f"overlays/r{number} holds records that the run has not planned", number))
     return problems + (_manifest_problems(run) if pixels else [])
 
 
-def _verify_parts(run: Run, pixels: bool) -> list[Problem]:
-    run.plan()
-    present = None
-    if not pixels:
-        present = {path for folder in (*FOLDERS, "features") for path, size in run.store.list(folder) if size > 0}
-    unplanned = [shard for shard in sorted(run.done()) if shard >= run.shards]
+def _verify_parts(run: Run, plan: pa.Table, pixels: bool) -> list[Problem]:
+    listed = None if pixels else {path for path, size in run.store.list("features") if size > 0}
+    starts = np.searchsorted(plan["shard"], np.arange(run.shards + 1))  # a plan is in the order of its shards
+
+    def verified(shard: int) -> list[Problem]:
+        planned = plan["record_id"].slice(starts[shard], starts[shard + 1] - starts[shard]).to_pylist()
+        return verify_shard(run, shard, planned, pixels, listed)
+
+    problems = list[Problem]()
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda shard: verify_shard(run, shard, present), range(run.shards)))
-    strangers = [Problem(shard, f"records/{part(shard)}.parquet is not planned") for shard in unplanned]
-    return [problem for problems in found for problem in problems] + strangers
+        for found in pool.map(verified, range(run.shards)):
+            problems += found
+    unplanned = [shard for shard in sorted(run.done()) if shard >= run.shards]
+    return problems + [Problem(shard, f"records/{part(shard)}.parquet is not planned") for shard in unplanned]
 
 
 def _manifest_problems(run: Run) -> list[Problem]:

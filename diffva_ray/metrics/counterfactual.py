@@ -138,8 +138,11 @@ def memorisation(
     )
 
 
-def flip_rate(before: Sequence[float], after: Sequence[float]) -> tuple[float, int]:
+def flip_rate(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray) -> tuple[float, int]:
     """Share of films that turn healthy (probability above one half) among those the judge called abnormal before;
-    their number. NaN without any."""
-    abnormal = [new for old, new in zip(before, after, strict=True) if old <= 0.5]
-    return (float(np.mean([new > 0.5 for new in abnormal])) if abnormal else float("nan")), len(abnormal)
+    their number. NaN without any. Raises ValueError for sequences of unequal length."""
+    old, new = np.asarray(before, float), np.asarray(after, float)
+    if old.shape != new.shape:
+        raise ValueError(f"one probability before and one after is needed, got {old.shape} and {new.shape}")
+    turned = new[old <= 0.5] > 0.5
+    return (float(turned.mean()) if len(turned) else float("nan")), len(turned)

@@ -11,7 +11,12 @@ from functools import reduce
 
 import numpy as np
 import scipy.linalg
+from numpy.typing import NDArray
 from scipy.stats import t as student
+
+from diffva_ray.metrics.feature_set import Features, FeatureSet
+
+ROW_BY_ROW = 20_000  # rows up to which a large set is held against one of fewer rows than dimensions
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +32,16 @@ class Moments:
     scatter: np.ndarray
 
     @classmethod
-    def of(cls, features: np.ndarray) -> Moments:
-        """Moments of ``features`` [N, d]; N may be 0 (a shard without a good record)."""
-        x = _matrix(features)
-        if not len(x):
-            return cls(0, np.zeros(x.shape[1]), np.zeros((x.shape[1], x.shape[1])))
-        mean = x.mean(axis=0)
-        centred = x - mean
-        return cls(len(x), mean, centred.T @ centred)
+    def of(cls, features: Features) -> Moments:
+        """Moments of ``features`` [N, d], a block of rows at a time; N may be 0 (a shard without a good record)."""
+        x = FeatureSet.of(features)
+        found = cls(0, np.zeros(x.dimension), np.zeros((x.dimension, x.dimension)))
+        for rows in x.blocks():
+            mean = rows.mean(axis=0)
+            centred = rows - mean
+            block = cls(len(rows), mean, centred.T @ centred)
+            found = block if found.n == 0 else found.merge(block)
+        return found
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets together (Chan, Golub & LeVeque 1979)."""
@@ -75,23 +82,35 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return _distance(a.mean - b.mean, np.trace(s1) + np.trace(s2), np.sqrt(np.clip(product, 0, None)).sum())
 
 
-def frechet_distance_features(x: np.ndarray, y: np.ndarray) -> float:
+def frechet_distance_features(x: Features, y: Features) -> float:
     """Frechet distance of features [N1, d] and [N2, d].
 
     With fewer rows than dimensions the covariances are singular; then tr (S1 S2)^1/2 is taken as the nuclear norm of
-    A B^T (A, B: centred features over sqrt(n - 1)), which is exact at rank n. Raises ValueError below two rows.
+    A B^T (A, B: centred features over sqrt(n - 1)), which is exact at rank n; with more than ROW_BY_ROW rows in the
+    larger set, as the root of A (B^T B) A^T. Raises ValueError below two rows.
     """
-    x, y = _two(x, y, 2)
-    if min(len(x), len(y)) >= x.shape[1]:
-        return frechet_distance(Moments.of(x), Moments.of(y))
-    a = (x - x.mean(axis=0)) / np.sqrt(len(x) - 1)
-    b = (y - y.mean(axis=0)) / np.sqrt(len(y) - 1)
-    root = scipy.linalg.svdvals(a @ b.T).sum()
-    return _distance(x.mean(axis=0) - y.mean(axis=0), np.sum(a * a) + np.sum(b * b), root)
+    first, second = _two(x, y, 2)
+    if min(len(first), len(second)) >= first.dimension:
+        return frechet_distance(Moments.of(first), Moments.of(second))
+    small, large = sorted((first, second), key=len)
+    mean, a = _scaled(small)
+    if len(large) > ROW_BY_ROW:
+        other = Moments.of(large)
+        root = np.sqrt(np.clip(scipy.linalg.eigvalsh(a @ other.covariance @ a.T), 0, None)).sum()
+        return _distance(mean - other.mean, np.sum(a * a) + np.trace(other.covariance), root)
+    centre, b = _scaled(large)
+    return _distance(mean - centre, np.sum(a * a) + np.sum(b * b), scipy.linalg.svdvals(a @ b.T).sum())
+
+
+def _scaled(features: FeatureSet) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean [d], and the centred rows over sqrt(n - 1) [N, d]."""
+    rows = features.load()
+    mean = rows.mean(axis=0)
+    return mean, (rows - mean) / np.sqrt(len(rows) - 1)
 
 
 def delete_group_jackknife(
-    x: np.ndarray, y: np.ndarray, groups: int = 10, seed: int = 0, paired: bool = False
+    x: Features, y: Features, groups: int = 10, seed: int = 0, paired: bool = False
 ) -> tuple[float, float]:
     """95% interval (low, high) of the Frechet distance of features [N1, d] and [N2, d], by deleting groups of rows.
 
@@ -112,9 +131,9 @@ def delete_group_jackknife(
     random = np.random.default_rng(seed)
     of_x = random.permutation(np.arange(len(x)) % groups)
     of_y = of_x if paired else random.permutation(np.arange(len(y)) % groups)
-    if min(len(x), len(y)) * (groups - 1) // groups >= x.shape[1]:
-        parts_x = [Moments.of(x[of_x == g]) for g in range(groups)]
-        parts_y = [Moments.of(y[of_y == g]) for g in range(groups)]
+    if min(len(x), len(y)) * (groups - 1) // groups >= x.dimension:
+        parts_x = [Moments.of(x.take(of_x == g)) for g in range(groups)]
+        parts_y = [Moments.of(y.take(of_y == g)) for g in range(groups)]
         whole = frechet_distance(reduce(Moments.merge, parts_x), reduce(Moments.merge, parts_y))
         without = [
             frechet_distance(*(reduce(Moments.merge, parts[:g] + parts[g + 1 :]) for parts in (parts_x, parts_y)))
@@ -122,14 +141,14 @@ def delete_group_jackknife(
         ]
     else:
         whole = frechet_distance_features(x, y)
-        without = [frechet_distance_features(x[of_x != g], y[of_y != g]) for g in range(groups)]
+        without = [frechet_distance_features(x.take(of_x != g), y.take(of_y != g)) for g in range(groups)]
     centre = groups * whole - (groups - 1) * np.mean(without)
     error = np.sqrt((groups - 1) * np.var(without))
     reach = student.ppf(0.975, groups - 1) * error
     return float(max(centre - reach, 0.0)), float(max(centre + reach, 0.0))
 
 
-def matched(x: np.ndarray, y: np.ndarray, draws: int = 5, seed: int = 0, n: int | None = None) -> tuple[float, float]:
+def matched(x: Features, y: Features, draws: int = 5, seed: int = 0, n: int | None = None) -> tuple[float, float]:
     """Mean and standard deviation of the Frechet distance when both sets are drawn down to the same ``n`` rows.
 
     ``n`` is by default that of the smaller set, which then takes part whole; give the smallest N of a table to make its
@@ -151,7 +170,7 @@ def matched(x: np.ndarray, y: np.ndarray, draws: int = 5, seed: int = 0, n: int 
     for _ in range(draws):
         rows_x = random.choice(len(x), n, replace=False)
         rows_y = random.choice(len(y), n, replace=False)
-        values.append(frechet_distance_features(x[rows_x], y[rows_y]))
+        values.append(frechet_distance_features(x.take(rows_x), y.take(rows_y)))
     return float(np.mean(values)), float(np.std(values, ddof=1))
 
 
@@ -159,18 +178,12 @@ def _distance(shift: np.ndarray, traces: float, root: float) -> float:
     return max(float(shift @ shift + traces - 2 * root), 0.0)
 
 
-def _two(x: np.ndarray, y: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
-    x, y = _matrix(x), _matrix(y)
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"features of {x.shape[1]} and {y.shape[1]} dimensions cannot be compared")
+def _two(x: Features, y: Features, least: int) -> tuple[FeatureSet, FeatureSet]:
+    x, y = FeatureSet.of(x), FeatureSet.of(y)
+    if x.dimension != y.dimension:
+        raise ValueError(f"features of {x.dimension} and {y.dimension} dimensions cannot be compared")
     _enough(min(len(x), len(y)), least)
     return x, y
-
-
-def _matrix(features: np.ndarray) -> np.ndarray:
-    if features.ndim != 2:
-        raise ValueError(f"features are one row per film, [N, d], got shape {features.shape}")
-    return features.astype(np.float64)
 
 
 def _enough(n: int, least: int) -> None:

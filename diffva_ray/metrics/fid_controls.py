@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diffva_ray.metrics.feature_set import Features, FeatureSet
 from diffva_ray.metrics.fid import frechet_distance_features
 
 INVERSE_FRACTIONS = (1.25, 1.5, 1.75, 2.0)  # both sets are drawn down to 80 % ... 50 %
+MOST = 50_000  # rows of a set, as in Chong & Forsyth; beyond, the bias is below what a table shows
 
 
 @dataclass(frozen=True)
@@ -26,20 +28,21 @@ class Extrapolation:
     trusted: bool
 
 
-def infinity(x: np.ndarray, y: np.ndarray, draws: int = 4, seed: int = 0) -> Extrapolation:
+def infinity(x: Features, y: Features, draws: int = 4, seed: int = 0) -> Extrapolation:
     """FID-infinity (Chong & Forsyth 2020) of features [N1, d] and [N2, d].
 
     Both sets are drawn down, without replacement, to the same fractions f; the distance is D + c/f to first order
-    (c = a/N1 + b/N2), so a line over 1/f has D at 0. Not clipped: near 0 it may be negative. Raises ValueError below
-    eight rows.
+    (c = a/N1 + b/N2), so a line over 1/f has D at 0. Not clipped: near 0 it may be negative. Of more than MOST rows,
+    MOST are drawn first. Raises ValueError below eight rows.
     """
     if min(len(x), len(y)) < 8:
         raise ValueError(f"an extrapolation needs at least 8 films in each set, got {min(len(x), len(y))}")
     random = np.random.default_rng(seed)
+    x, y = (FeatureSet.of(z).drawn(MOST, random) for z in (x, y))
     inverse, values = [1.0], [frechet_distance_features(x, y)]
     for ratio in INVERSE_FRACTIONS:
         for _ in range(draws):
-            parts = [z[random.choice(len(z), round(len(z) / ratio), replace=False)] for z in (x, y)]
+            parts = [z.take(random.choice(len(z), round(len(z) / ratio), replace=False)) for z in (x, y)]
             inverse.append(ratio)
             values.append(frechet_distance_features(*parts))
     # The whole sets are one draw, but without the scatter of drawing: they weigh as much as all draws of a fraction.
@@ -53,7 +56,7 @@ def infinity(x: np.ndarray, y: np.ndarray, draws: int = 4, seed: int = 0) -> Ext
     total = float(np.sum((spread - weights * np.average(values, weights=weights**2)) ** 2))
     fit = 1 - float(residuals @ residuals) / total if total > 0 else 1.0
     smallest = round(min(len(x), len(y)) / INVERSE_FRACTIONS[-1])
-    return Extrapolation(float(solution[0]), float(np.sqrt(covariance[0, 0])), fit, smallest > x.shape[1])
+    return Extrapolation(float(solution[0]), float(np.sqrt(covariance[0, 0])), fit, smallest > x.dimension)
 
 
 @dataclass(frozen=True)
@@ -67,24 +70,34 @@ class Halves:
     n: int
 
 
-def split_halves(films: np.ndarray, twins: np.ndarray, splits: int = 4, seed: int = 0) -> Halves:
+def split_halves(films: Features, twins: Features, splits: int = 4, seed: int = 0) -> Halves:
     """Split-halves distance (Jeanneret 2023, there "sFID") of features [N, d] of films and, row by row, their twins.
 
-    Raises ValueError below eight rows or for unequal lengths.
+    Of more than MOST films, MOST are drawn first. Raises ValueError below eight rows or for unequal lengths.
     """
-    if films.shape != twins.shape or len(films) < 8:
-        raise ValueError(f"films and twins are [N, d] of one shape with N >= 8, got {films.shape} and {twins.shape}")
-    random, n = np.random.default_rng(seed), len(films) // 2
+    films, twins = FeatureSet.of(films), FeatureSet.of(twins)
+    if len(films) != len(twins) or films.dimension != twins.dimension or len(films) < 8:
+        raise ValueError(
+            f"films and twins are [N, d] of one shape with N >= 8, got {len(films)} and {len(twins)} rows of "
+            f"{films.dimension} and {twins.dimension}"
+        )
+    random = np.random.default_rng(seed)
+    if len(films) > MOST:
+        chosen = np.sort(random.choice(len(films), MOST, replace=False))
+        films, twins = films.take(chosen), twins.take(chosen)
+    n = len(films) // 2
     crossed, own = [], []
     for _ in range(splits):
         order = random.permutation(len(films))
         first, second = order[:n], order[n : 2 * n]
-        crossed += [frechet_distance_features(films[a], twins[b]) for a, b in ((first, second), (second, first))]
-        own += [frechet_distance_features(films[a], twins[a]) for a in (first, second)]
+        crossed += [
+            frechet_distance_features(films.take(a), twins.take(b)) for a, b in ((first, second), (second, first))
+        ]
+        own += [frechet_distance_features(films.take(a), twins.take(a)) for a in (first, second)]
     return Halves(float(np.mean(crossed)), float(np.mean(own)), n)
 
 
-def conditional(groups: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> float:
+def conditional(groups: Mapping[str, tuple[Features, Features]]) -> float:
     """Mean distance within each condition (class or prompt), weighted by the rows of the second set: what a pooled
     distance hides when a generator makes the right mixture of the wrong films. Raises ValueError without a group, or
     for one with fewer than two rows."""

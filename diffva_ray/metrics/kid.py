@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from diffva_ray.metrics.feature_set import Features, FeatureSet
+
 
 def kid(
-    x: np.ndarray, y: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+    x: Features,
+    y: Features,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Unbiased squared MMD of features [N1, d] and [N2, d] under the kernel (x.y/d + 1)^3, with its standard error.
 
@@ -18,21 +24,21 @@ def kid(
     For a set against its own counterfactuals it is too large, as the pairs are alike.
     Raises ValueError below three rows.
     """
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"features are [N, d] with one d, got shapes {x.shape} and {y.shape}")
+    sets = [FeatureSet.of(x), FeatureSet.of(y)]
+    if sets[0].dimension != sets[1].dimension:
+        raise ValueError(f"features are [N, d] with one d, got {sets[0].dimension} and {sets[1].dimension}")
     size = min(subset_size, len(x), len(y))
     if size < 3 or subsets < 2:
         raise ValueError(f"KID needs at least 3 films in each set and 2 subsets, got {size} and {subsets}")
-    sets = [x.astype(np.float64), y.astype(np.float64)]
     if len(x) == len(y) == size:
-        value, effects = _estimate(*sets)
+        value, effects = _estimate(*(z.load() for z in sets))
         return value, float(np.sqrt(sum(effect.var() / (size - 1) for effect in effects)))
     random = np.random.default_rng(seed)
     values = np.empty(subsets)
     totals, counts = ([np.zeros(len(z)) for z in sets] for _ in range(2))
     for draw in range(subsets):
         rows = [random.choice(len(z), size, replace=False) for z in sets]
-        values[draw], effects = _estimate(*(z[chosen] for z, chosen in zip(sets, rows)))
+        values[draw], effects = _estimate(*(z.take(chosen).load() for z, chosen in zip(sets, rows)))
         for total, count, chosen, effect in zip(totals, counts, rows, effects):
             total[chosen] += effect
             count[chosen] += 1

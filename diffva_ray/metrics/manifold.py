@@ -11,30 +11,39 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from diffva_ray.metrics.feature_set import Features, FeatureSet
+
 BLOCK = 1024  # rows at a time
+MOST = 5_000  # rows of a set that are looked at: work grows with the square
 
 
 @dataclass(frozen=True)
 class Manifold:
     """``precision``: share of the second set inside the first's manifold (fidelity). ``recall``: share of the first
     inside the second's (diversity). ``density``: balls of the first about a row of the second, over k; above 1 where
-    the second keeps to crowded places. ``coverage``: share of the first's balls that hold a row of the second."""
+    the second keeps to crowded places. ``coverage``: share of the first's balls that hold a row of the second.
+    ``n1``, ``n2``: rows of each set that were looked at."""
 
     precision: float
     recall: float
     density: float
     coverage: float
+    n1: int
+    n2: int
 
 
-def prdc(real: np.ndarray, generated: np.ndarray, k: int = 5) -> Manifold:
+def prdc(real: Features, generated: Features, k: int = 5, seed: int = 0) -> Manifold:
     """The four numbers of features [N1, d] and [N2, d]; neighbours are counted without the row itself and a ball is
     open, as in the authors' ``prdc``. Two samples of one distribution have precision and recall below 1, and the
-    lower the fewer rows: compare at equal N. Raises ValueError with ``k`` rows or fewer in a set."""
-    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
-        raise ValueError(f"features are [N, d] with one d, got shapes {real.shape} and {generated.shape}")
-    if min(len(real), len(generated)) <= k:
-        raise ValueError(f"{k} neighbours need more than {k} films in each set, got {len(real)} and {len(generated)}")
-    real, generated = real.astype(np.float64), generated.astype(np.float64)
+    lower the fewer rows: compare at equal N. Of more than MOST rows of a set, MOST are drawn. Raises ValueError with
+    ``k`` rows or fewer in a set."""
+    sets = [FeatureSet.of(real), FeatureSet.of(generated)]
+    if sets[0].dimension != sets[1].dimension:
+        raise ValueError(f"features are [N, d] with one d, got {sets[0].dimension} and {sets[1].dimension}")
+    if min(len(one) for one in sets) <= k:
+        raise ValueError(f"{k} neighbours need more than {k} films in each set, got {len(sets[0])} and {len(sets[1])}")
+    random = np.random.default_rng(seed)
+    real, generated = (one.drawn(MOST, random).load() for one in sets)
     real_radii, generated_radii = _radii(real, k), _radii(generated, k)
     precise = recalled = balls = covered = 0
     for _, squares in _blocks(generated, real):
@@ -44,7 +53,8 @@ def prdc(real: np.ndarray, generated: np.ndarray, k: int = 5) -> Manifold:
     for rows, squares in _blocks(real, generated):
         recalled += int((squares < generated_radii).any(axis=1).sum())
         covered += int((squares.min(axis=1) < real_radii[rows]).sum())
-    return Manifold(precise / len(generated), recalled / len(real), balls / (k * len(generated)), covered / len(real))
+    n1, n2 = len(real), len(generated)
+    return Manifold(precise / n2, recalled / n1, balls / (k * n2), covered / n1, n1, n2)
 
 
 def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:

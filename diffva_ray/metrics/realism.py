@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffva_ray.metrics.manifold import squared_distances
+from diffva_ray.metrics.feature_set import Features, FeatureSet
+from diffva_ray.metrics.manifold import MOST, squared_distances
 
 
 @dataclass(frozen=True)
@@ -20,18 +21,20 @@ class Verisimilitude:
     n: int
 
 
-def verisimilitude(twins: np.ndarray, healthy: np.ndarray, seed: int = 0) -> Verisimilitude:
+def verisimilitude(twins: Features, healthy: Features, seed: int = 0) -> Verisimilitude:
     """How often a twin passes for real, by the leave-one-out nearest-neighbour two-sample test (Xu 2018) on features
     [N1, d] and [N2, d].
 
     ANT-GAN (Sun 2020) asks the same of its normal-looking images under this name; its own formula is not used here.
-    Raises ValueError below two rows in a set.
+    Of more than MOST rows, MOST are drawn. Raises ValueError below two rows in a set.
     """
-    size = min(len(twins), len(healthy))
+    size = min(len(twins), len(healthy), MOST)
     if size < 2:
         raise ValueError(f"a nearest-neighbour test needs 2 films in each set, got {len(twins)} and {len(healthy)}")
     random = np.random.default_rng(seed)
-    twins, healthy = (z[random.choice(len(z), size, replace=False)].astype(np.float64) for z in (twins, healthy))
+    twins, healthy = (
+        FeatureSet.of(z).take(random.choice(len(z), size, replace=False)).load() for z in (twins, healthy)
+    )
     among = squared_distances(twins, twins)
     np.fill_diagonal(among, np.inf)
     nearest, real = among.min(axis=1), squared_distances(twins, healthy).min(axis=1)
@@ -50,18 +53,19 @@ class Interpolation:
     ratio: float
 
 
-def interpolation(twins: np.ndarray, healthy: np.ndarray, k: int = 5) -> Interpolation:
+def interpolation(twins: Features, healthy: Features, k: int = 5, seed: int = 0) -> Interpolation:
     """Mode interpolation (Aithal 2024): diffusion models make samples between the modes of their data, where no film
     is. Features [N1, d] of twins and [N2, d] of healthy films.
 
     Distances are means over the ``k`` nearest healthy films, of a healthy film without itself. A remote twin t is
     between two modes when another healthy film b lies on the far side of it from its nearest one a: the angle a-t-b is
-    above 120 degrees and t-b no longer than twice t-a. Beside a single mode there is no such film. Raises ValueError
-    for ``k`` + 1 healthy films or fewer, or without a twin.
+    above 120 degrees and t-b no longer than twice t-a. Beside a single mode there is no such film. Of more than MOST
+    rows of a set, MOST are drawn. Raises ValueError for ``k`` + 1 healthy films or fewer, or without a twin.
     """
     if len(healthy) <= k + 1 or not len(twins):
         raise ValueError(f"{k} neighbours need more than {k + 1} healthy films and a twin, got {len(healthy)}")
-    twins, healthy = twins.astype(np.float64), healthy.astype(np.float64)
+    random = np.random.default_rng(seed)
+    twins, healthy = (FeatureSet.of(z).drawn(MOST, random).load() for z in (twins, healthy))
     own = np.sqrt(squared_distances(healthy, healthy))
     np.fill_diagonal(own, np.inf)
     to_healthy = np.sqrt(squared_distances(twins, healthy))
@@ -78,7 +82,7 @@ def interpolation(twins: np.ndarray, healthy: np.ndarray, k: int = 5) -> Interpo
     return Interpolation(float(remote.mean()), float(between.mean()), float(np.median(at / gaps)))
 
 
-def directions(films: np.ndarray, twins: np.ndarray, healthy: np.ndarray) -> np.ndarray:
+def directions(films: Features, twins: Features, healthy: Features) -> np.ndarray:
     """Directional agreement [N] in [-1, 1]: cosine between what healing changes in a film's features (twin - film,
     [N, d]) and the way from its class to the healthy films [M, d] (difference of means; the film itself is left out of
     its class's, or its own noise would count as agreement).
@@ -87,11 +91,16 @@ def directions(films: np.ndarray, twins: np.ndarray, healthy: np.ndarray) -> np.
     prompts; the text encoder here has no such image encoder, so classes of real films stand for the prompts. NaN where
     nothing changes. Raises ValueError for sets of unequal shape or below three films.
     """
-    if films.shape != twins.shape or len(films) < 3 or not len(healthy):
-        raise ValueError(f"films and twins are [N, d] with N >= 3, got {films.shape} and {twins.shape}")
-    films, twins = films.astype(np.float64), twins.astype(np.float64)
-    others = (films.sum(axis=0) - films) / (len(films) - 1)
-    change, way = twins - films, healthy.astype(np.float64).mean(axis=0) - others
-    lengths = np.linalg.norm(change, axis=1) * np.linalg.norm(way, axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(lengths > 0, (change * way).sum(axis=1) / lengths, np.nan)
+    before, after, real = (FeatureSet.of(z) for z in (films, twins, healthy))
+    if len(before) != len(after) or before.dimension != after.dimension or len(before) < 3 or not len(real):
+        raise ValueError(f"films and twins are [N, d] with N >= 3, got {len(before)} and {len(after)} rows")
+    total = sum(rows.sum(axis=0) for rows in before.blocks())
+    target = sum(rows.sum(axis=0) for rows in real.blocks()) / len(real)
+    found = []
+    for own, healed in zip(before.blocks(), after.blocks(), strict=True):
+        others = (total - own) / (len(before) - 1)
+        change, way = healed - own, target - others
+        lengths = np.linalg.norm(change, axis=1) * np.linalg.norm(way, axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found.append(np.where(lengths > 0, (change * way).sum(axis=1) / lengths, np.nan))
+    return np.concatenate(found)

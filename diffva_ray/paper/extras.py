@@ -12,8 +12,9 @@ import numpy as np
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Film, UnusableData
 from diffva_ray.data.images import BadImage, decode, to_square
+from diffva_ray.evaluate.census import SAMPLE
 from diffva_ray.evaluate.figures import finished
-from diffva_ray.evaluate.pair_scores import COUT_STEPS, SAMPLE
+from diffva_ray.evaluate.pair_scores import COUT_STEPS
 from diffva_ray.evaluate.records import grey, read_records
 from diffva_ray.evaluate.tables import ALL
 from diffva_ray.metrics.counterfactual import memorisation

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
+from diffva_ray.evaluate.census import census
 from diffva_ray.evaluate.distances import distance_row, run_features
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.reduction import Options
@@ -18,7 +17,6 @@ from diffva_ray.paper.experiments import SETTINGS
 from diffva_ray.paper.layout import Table, number, with_error, with_interval
 from diffva_ray.paper.run import Made
 from diffva_ray.schema import Status
-from diffva_ray.storage import open_store
 
 Row = dict[str, Any]
 SMALL = 2048  # films, below which KID stands first
@@ -268,22 +266,21 @@ def ablation_table(made: Made) -> Table:
 
 def _pooled(made: Made, name: str) -> tuple[Row | None, float | None]:
     run = made.runs[name]
-    records = read_records(run)
-    rows = records[records["status"] == Status.OK.value].to_dict("records")
-    if not rows:
+    records = census(run)
+    if not len(records.frame):
         return None, None
     healthy = made.base.data.healthy_class
     options = Options(weights=made.options.weights, resize=made.options.resize, cache=made.store.uri)
     extractor = choose_extractors(run, options, [])[0]
-    features = run_features(run, open_store(run.about["data_root"]), rows, extractor)
+    twins = run_features(run, records, extractor).counterfactual
     healthy_films = reference(run, healthy, made.radiography, extractor, options, [])
     if healthy_films is None:
         return None, None
     real = healthy_films.features
-    found = distance_row(f"real {healthy}", name, real, features.counterfactual, extractor, 10)
-    labels = np.array(features.labels)
-    groups = {label: (real, features.counterfactual[labels == label]) for label in sorted(set(labels))}
-    small = any(len(twins) < 2 for _, twins in groups.values())
+    found = distance_row(f"real {healthy}", name, real, twins, extractor, 10)
+    labels = records.frame["label"]
+    groups = {label: (real, twins.take((labels == label).to_numpy())) for label in sorted(labels.unique())}
+    small = any(len(of_label) < 2 for _, of_label in groups.values())
     return found, None if small else conditional(groups)
 
 

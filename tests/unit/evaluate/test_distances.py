@@ -54,7 +54,7 @@ def test_a_reference_set_is_embedded_once_for_all_runs(films: Path, tmp_path: Pa
     first, unreadable = reference_features(cache, 32, dataset.store, dataset.films, counting)
     again, _ = reference_features(cache, 32, dataset.store, dataset.films, counting)
     assert (counting.films, unreadable) == (6, 0)
-    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first.load(), again.load())
     reference_features(cache, 32, dataset.store, dataset.films[:4], counting)
     reference_features(cache, 16, dataset.store, dataset.films, counting)
     assert counting.films == 6 + 4 + 6

@@ -8,24 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffva_ray.evaluate.pair_scores import counterfactual_rows, heart_rows, run_judge, sampled, score_pairs, zone_rows
+from diffva_ray.evaluate.pair_scores import counterfactual_rows, heart_rows, run_judge, score_pairs, zone_rows
 from diffva_ray.evaluate.records import read_images, read_records
 from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.validity import Judge
 from diffva_ray.storage import LocalStore
 
 MakeRun = Callable[..., Run]
-
-
-def test_the_same_films_are_drawn_in_every_setting() -> None:
-    rows = [{"record_id": f"{setting}{n}", "source_path": f"{n}.png", "label": "ab"[n % 2], "setting": setting}
-            for setting in ("x", "y") for n in range(20)]  # fmt: skip
-    few, more = sampled(rows, 3), sampled(rows, 5)
-    assert len(few) == 12
-    assert {row["record_id"] for row in few} < {row["record_id"] for row in more}
-    films = {setting: [row["source_path"] for row in few if row["setting"] == setting] for setting in "xy"}
-    assert films["x"] == films["y"]
-    assert [rows.index(row) for row in few] == sorted(rows.index(row) for row in few)
 
 
 def test_scores_are_those_of_the_pictures(make_run: MakeRun) -> None:

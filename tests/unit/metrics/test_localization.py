@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from diffva_ray.metrics import localization
 from diffva_ray.metrics.localization import (
     THRESHOLDS,
     absolute,
@@ -195,6 +196,16 @@ def test_bootstrap_draws_patients_not_films():
     alone = patient_bootstrap(values, list(range(200)))
     assert (high - low) / (alone[1] - alone[0]) == pytest.approx(np.sqrt(20), rel=0.15)
     assert patient_bootstrap(values, patients.tolist()) == (low, high)
+
+
+def test_many_patients_have_the_interval_that_drawing_would_give(monkeypatch):
+    random = np.random.default_rng(1)
+    patients = random.integers(0, 800, 3000)
+    values = random.normal(size=800)[patients] + random.normal(size=3000)
+    values[random.uniform(size=3000) < 0.1] = np.nan
+    drawn = patient_bootstrap(values, patients, draws=4000)
+    monkeypatch.setattr(localization, "MANY", 100)
+    assert patient_bootstrap(values, patients) == pytest.approx(drawn, abs=0.06 * (drawn[1] - drawn[0]))
 
 
 def test_bootstrap_leaves_out_nan_and_knows_when_it_knows_nothing():
