@@ -9,11 +9,9 @@ import hashlib
 import io
 import json
 import time
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,14 +28,12 @@ from diffva_ray.data.images import (
     BadImage,
     decode_mask,
     decode_square,
-    encode_grey,
-    encode_map,
     one_line,
     quantise,
 )
 from diffva_ray.generate.attempts import DEATHS, Attempt, OutOfMemory, Session
-from diffva_ray.generate.measures import measure, unit
-from diffva_ray.generate.plan import FOLDERS, Run, Unfinished, open_run, part
+from diffva_ray.generate.finisher import Finisher, Made, Pair
+from diffva_ray.generate.plan import Run, Unfinished, open_run, part
 from diffva_ray.metrics.features import Extractor, stand_in
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
@@ -46,9 +42,7 @@ from diffva_ray.schema import RECORDS, Status
 from diffva_ray.storage import Store, open_store, patiently
 
 Row = dict[str, Any]
-Features = dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]  # by record: of the film, of its counterfactual
-WRITERS = 4  # images that are made and stored at once beside the work
-MOST_PENDING = 64  # images that wait for that
+READERS = 8  # films that are read at once
 READING = Admission(MAX_BYTES)  # bytes of films in memory
 
 
@@ -81,6 +75,10 @@ class Workbench:
             raise Unfinished(str(error)) from None
         return cls(run, open_store(data_uri), engine, judge, session=session or Session())
 
+    def finisher(self) -> Finisher:
+        config = self.run.recipe.generate
+        return Finisher(self.run.store, self.engine.watch, config, self.judge, self.extractor)
+
 
 @dataclass
 class Source:
@@ -90,15 +88,15 @@ class Source:
     square: NDArray[np.float32] | None = None
     lungs: NDArray[np.bool_] | None = None
     found: Row = field(default_factory=dict)  # source_sha256, width, height; or status and error
-    busy: float = 0.0  # seconds that reading it took, and of them to decode it
+    busy: float = 0.0  # seconds that reading it took, and of them decoding it
     decoding: float = 0.0
 
 
 def run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
     """Make and commit one shard; returns a small report. A shard that is committed already is left alone.
 
-    ``seconds`` are by stage: read (files fetched), decode_films, encode, denoise, decode, metrics, write (waiting for
-    PNGs, which are made and stored beside the work, and for the commit).
+    ``seconds`` are by stage: read and decode_films (waiting for films, which are read ahead), encode, denoise, decode,
+    metrics and write (waiting for pairs, which are measured and stored beside the work, and for the commit).
 
     A store that fails is tried again after a pause. Raises StoreError when it goes on failing, OutOfMemory, and
     WorkersKeepDying.
@@ -112,21 +110,20 @@ def _run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
     commit = f"records/{part(shard)}.parquet"
     if store.exists(commit):
         return {"shard": shard, "records": 0, "ok": 0, "seconds": watch.seconds}
-    rows, features = run.shard_rows(shard), Features()
-    with Attempt(store, shard, bench.session) as attempt, Writer(store, watch) as writer:
+    rows = run.shard_rows(shard)
+    with Attempt(store, shard, bench.session) as attempt:
         try:
-            work = _one_by_one if attempt.isolated else _together
-            finished = work(bench, rows, attempt, features, writer)
+            made = (_one_by_one if attempt.isolated else _together)(bench, rows, attempt)
         except torch.cuda.OutOfMemoryError as error:
             attempt.ran_out_of_memory()
             raise OutOfMemory(
                 f"{part(shard)}: {' '.join(str(error).split())[:160]}; give each actor more of a GPU, or make a new "
                 "run with a smaller --micro-batch (it changes pixels, so this run keeps its own)"
             ) from error
-        writer.wait()
+        finished = [one.row for one in made]
         with watch("write"):
-            if features:
-                store.put(f"features/{part(shard)}.npz", _features(bench.extractor.name, features))
+            if any(one.features for one in made):
+                store.put(f"features/{part(shard)}.npz", _features(bench.extractor.name, made))
             seconds = {stage: round(value, 4) for stage, value in watch.seconds.items()}
             store.put(f"timings/{part(shard)}.json", json.dumps(seconds).encode())
             store.put_if_absent(commit, records_part(run, shard, finished))
@@ -135,75 +132,50 @@ def _run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
     return {"shard": shard, "records": len(finished), "ok": ok, "seconds": watch.seconds}
 
 
-class Writer:
-    """Makes and stores images in threads, beside the work; whoever commits waits for all of them first."""
-
-    def __init__(self, store: Store, watch: Stopwatch) -> None:
-        self.store, self.watch = store, watch
-        self.pool = ThreadPoolExecutor(WRITERS)
-        self.jobs: deque[Future[None]] = deque()
-
-    def put(self, path: str, encode: Callable[[], bytes]) -> None:
-        """Waits while a store that is slower than the work has MOST_PENDING images to take, and raises what an earlier
-        image raised: nothing is healed for a store that has failed."""
-        while self.jobs and (self.jobs[0].done() or len(self.jobs) >= MOST_PENDING):
-            with self.watch("write"):
-                self.jobs.popleft().result()
-        self.jobs.append(self.pool.submit(lambda: self.store.put(path, encode())))
-
-    def wait(self) -> None:
-        """Until everything is stored. Raises what a thread raised, StoreError for one."""
-        with self.watch("write"):
-            while self.jobs:
-                self.jobs.popleft().result()
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.pool.shutdown(cancel_futures=kind is not None)
+def _together(bench: Workbench, rows: list[Row], attempt: Attempt) -> list[Made]:
+    """The usual way: micro-batch after micro-batch, while the next films are read and the last pairs are finished."""
+    size, watch, sources = bench.run.recipe.generate.micro_batch, bench.engine.watch, list[Source]()
+    reading = ThreadPoolExecutor(READERS)
+    try:
+        with bench.finisher() as finisher:
+            films = [reading.submit(read_source, bench, row) for row in rows]
+            for start in range(0, len(films), size):  # slices of the plan: which neighbours are bad changes nothing
+                with watch("read"):
+                    some = [film.result() for film in films[start : start + size]]
+                for done in _heal(bench, some):
+                    finisher.give(done)
+                sources += some
+            _share_reading(watch, sources)
+            return finisher.rows()
+    finally:
+        reading.shutdown(cancel_futures=True)
 
 
-def _together(bench: Workbench, rows: list[Row], attempt: Attempt, features: Features, writer: Writer) -> list[Row]:
-    """The usual way: all films read at once, then micro-batch after micro-batch."""
-    watch = writer.watch
-    sources = _read(bench, rows, watch)
-    size, finished = bench.run.recipe.generate.micro_batch, []
-    for start in range(0, len(sources), size):  # slices of the plan: which neighbours are bad changes nothing
-        for made in _micro_batch(bench, sources[start : start + size], watch):
-            finished.append(_keep(made, features, writer))
-    return finished
-
-
-def _one_by_one(bench: Workbench, rows: list[Row], attempt: Attempt, features: Features, writer: Writer) -> list[Row]:
+def _one_by_one(bench: Workbench, rows: list[Row], attempt: Attempt) -> list[Made]:
     """After a worker died on this shard: every record alone, suspects first, known killers not at all. Padding makes a
     record's pixels the same alone as in company."""
-    limit, killers = DEATHS[attempt.session.executor], attempt.killers
-    done: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: -attempt.blamed[row["record_id"]]):
-        key = row["record_id"]
-        if key in killers:
-            reason = f"its process died {limit} times while this record alone was in flight"
-            done[key] = {**row, "status": Status.KILLED_WORKER.value, "error": reason}
-            continue
-        with attempt.flight(key):
-            made = _micro_batch(bench, _read(bench, [row], writer.watch), writer.watch)[0]
-        done[key] = _keep(made, features, writer)
-    for key in [row["record_id"] for row in rows if row["record_id"] in features]:
-        features[key] = features.pop(key)  # back into the plan's order
-    return [done[row["record_id"]] for row in rows]
+    limit, killers, watch = DEATHS[attempt.session.executor], attempt.killers, bench.engine.watch
+    order, sources = sorted(rows, key=lambda row: -attempt.blamed[row["record_id"]]), list[Source]()
+    with bench.finisher() as finisher:
+        for row in order:
+            if row["record_id"] in killers:
+                reason = f"its process died {limit} times while this record alone was in flight"
+                finisher.give({**row, "status": Status.KILLED_WORKER.value, "error": reason})
+                continue
+            with attempt.flight(row["record_id"]):
+                with watch("read"):
+                    sources.append(read_source(bench, row))
+                finisher.give(_heal(bench, sources[-1:])[0]).result()
+        _share_reading(watch, sources)
+        made = {one.row["record_id"]: one for one in finisher.rows()}
+    return [made[row["record_id"]] for row in rows]
 
 
-def _read(bench: Workbench, rows: list[Row], watch: Stopwatch) -> list[Source]:
-    """The films of records, read side by side; of the time that passes, decoding has its share of the threads' time."""
-    before = watch.seconds.get("read", 0.0)
-    with watch("read"), ThreadPoolExecutor(8) as pool:
-        sources = list(pool.map(lambda row: read_source(bench, row), rows))
+def _share_reading(watch: Stopwatch, sources: Sequence[Source]) -> None:
+    """Of the time spent waiting for films, decoding has its share of the threads' time (stage ``decode_films``)."""
     busy, decoding = sum(source.busy for source in sources), sum(source.decoding for source in sources)
-    decoding *= (watch.seconds["read"] - before) / max(busy, 1e-9)
-    watch.seconds["read"] -= decoding
-    watch.seconds["decode_films"] = watch.seconds.get("decode_films", 0.0) + decoding
-    return sources
+    share = watch.seconds.get("read", 0.0) * decoding / max(busy, 1e-9)
+    watch.seconds |= {"read": watch.seconds.get("read", 0.0) - share, "decode_films": share}
 
 
 def read_source(bench: Workbench, row: Row) -> Source:
@@ -250,22 +222,13 @@ def read_mask(store: Store, path: str, size: int) -> NDArray[np.bool_] | None:
         return None
 
 
-@dataclass
-class Made:
-    """A record's row, and what it leaves behind where it is ok: what makes its files, by path, and features of film and
-    counterfactual."""
-
-    row: Row
-    files: dict[str, Callable[[], bytes]] = field(default_factory=dict)
-    features: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
-
-
-def _micro_batch(bench: Workbench, sources: list[Source], watch: Stopwatch) -> list[Made]:
-    """One fixed-shape call of the engine. Slots of unreadable films are blank; a padded tail is the engine's affair."""
+def _heal(bench: Workbench, sources: Sequence[Source]) -> list[Pair | Row]:
+    """One fixed-shape call of the engine: a pair of each film, or the row of a record that has none. Slots of
+    unreadable films are blank; a padded tail is the engine's affair."""
     if not any(source.square is not None for source in sources):
-        return [Made({**source.row, **source.found}) for source in sources]
+        return [{**source.row, **source.found} for source in sources]
     blank = np.zeros((bench.engine.size, bench.engine.size), np.float32)
-    with watch("denoise"):  # but for what the engine itself counts as encoding and decoding
+    with bench.engine.watch("denoise"):  # but for what the engine itself counts as encoding and decoding
         twins = bench.engine(
             [blank if source.square is None else source.square for source in sources],
             [
@@ -278,66 +241,30 @@ def _micro_batch(bench: Workbench, sources: list[Source], watch: Stopwatch) -> l
             [source.row["seed"] for source in sources],
             [source.lungs for source in sources],
         )  # fmt: skip
-    finished = []
+    done: list[Pair | Row] = []
     for source, counterfactual, reconstruction, shown in zip(
         sources, twins.counterfactuals, twins.reconstructions, twins.sources, strict=True
     ):
+        row = {**source.row, **source.found}
         if source.square is None:
-            finished.append(Made({**source.row, **source.found}))
+            done.append(row)
             continue
-        source.found["source_prompt"] = shown
-        if not (np.isfinite(counterfactual).all() and np.isfinite(reconstruction).all()):
-            reason = {"status": Status.NON_FINITE.value, "error": "the networks gave NaN or infinity for this film"}
-            finished.append(Made({**source.row, **source.found, **reason}))
-            continue
-        with watch("metrics"):
-            finished.append(_measure(bench, source, quantise(counterfactual), quantise(reconstruction)))
-    return finished
+        row["source_prompt"] = shown
+        if np.isfinite(counterfactual).all() and np.isfinite(reconstruction).all():
+            done.append(Pair(row, source.square, source.lungs, quantise(counterfactual), quantise(reconstruction)))
+        else:
+            reason = "the networks gave NaN or infinity for this film"
+            done.append({**row, "status": Status.NON_FINITE.value, "error": reason})
+    return done
 
 
-def _measure(
-    bench: Workbench, source: Source, counterfactual: NDArray[np.uint8], reconstruction: NDArray[np.uint8]
-) -> Made:
-    """The row and the files of one pair."""
-    config, row = bench.run.recipe.generate, source.row
-    film = source.square
-    assert film is not None
-    numbers, signed = measure(film, counterfactual, reconstruction, source.lungs, config, bench.judge)
-    names = {kind: f"{kind}/{part(row['shard'])}/{row['record_id']}.png" for kind in FOLDERS}
-    pair = bench.extractor(np.stack([film, unit(counterfactual)]))
-    full = {
-        **row,
-        **source.found,
-        **numbers,
-        "counterfactual_path": names["counterfactuals"],
-        "attribution_path": names["maps"],
-        "reconstruction_path": names["reconstructions"],
-        "status": Status.OK.value,
-        "error": None,
-    }
-    files: dict[str, Callable[[], bytes]] = {
-        names["counterfactuals"]: partial(encode_grey, counterfactual),
-        names["reconstructions"]: partial(encode_grey, reconstruction),
-        names["maps"]: partial(encode_map, signed),
-    }
-    return Made(full, files, (pair[0], pair[1]))
-
-
-def _keep(made: Made, features: Features, writer: Writer) -> Row:
-    """Have a record's files written; its row waits for the commit."""
-    for path, encode in made.files.items():
-        writer.put(path, encode)
-    if made.features is not None:
-        features[made.row["record_id"]] = made.features
-    return made.row
-
-
-def _features(name: str, features: Features) -> bytes:
+def _features(name: str, made: Sequence[Made]) -> bytes:
     """float32 features by extractor, with the ids of their rows."""
     sink = io.BytesIO()
-    sources, counterfactuals = zip(*features.values(), strict=True)
+    found = [(one.row["record_id"], *one.features) for one in made if one.features is not None]
+    ids, sources, counterfactuals = zip(*found, strict=True)
     arrays: dict[str, Any] = {f"{name}/source": np.stack(sources), f"{name}/counterfactual": np.stack(counterfactuals)}
-    np.savez(sink, ids=np.array(list(features)), **arrays)
+    np.savez(sink, ids=np.array(ids), **arrays)
     return sink.getvalue()
 
 
