@@ -1,11 +1,14 @@
 """Real films against radiologists' boxes: patient-level cross-validation of the small architecture.
 
-    python benchmarks/real_pack.py --pack ../shared/data --base runs/demo/model --out runs/real-cv
+    python benchmarks/real_pack.py --pack ../shared/data --base runs/demo/model --out runs/real-cv [--implants 1600]
 
 Lung_Opacity against Normal of one source (NIH), because class is confounded with source in the pack. Boxed films are
 cut into three folds by patient; for each test fold, settings are chosen on the next fold (validation) and the model is
-trained on the rest and on the unboxed films, none of whose patients is in either. Scores are over the whole film: the
-pack has no lung masks for these classes. Intervals: bootstrap over patients.
+trained on the rest and on the unboxed films, none of whose patients is in either. With ``--implants`` training also
+has that many films of healthy hosts of the training fold, every other one with a phantom's opacity put into it; the
+model is told their class and nothing else. Competitors get the same care: every map's smoothing, occlusion's window and
+our strength and guidance are chosen by AUROC on the validation fold. Scores are over the whole film: the pack has no
+lung masks for these classes. Intervals: bootstrap over patients.
 """
 
 from __future__ import annotations
@@ -15,28 +18,41 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import pandas as pd
+import torch
+from numpy.typing import NDArray
 
-from diffva_ray import ray_cluster
-from diffva_ray.config import load_recipe
+from diffva_ray.config import Recipe, load_recipe, make_recipe
+from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.gradients import FilmClassifier, grad_cam, integrated_gradients, occlusion
+from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.evaluate.records import read_records
-from diffva_ray.evaluate.reduction import lesion_boxes
-from diffva_ray.evaluate.scores import score_records
-from diffva_ray.generate.plan import Request, parse_sweep
-from diffva_ray.metrics.localization import dice_at, fixed_threshold, patient_bootstrap
-from diffva_ray.observe import set_up_logging
-from diffva_ray.pipeline import existing_run, generate_run, train_model
+from diffva_ray.data.images import decode, to_square
+from diffva_ray.data.implants import implant_set
+from diffva_ray.evaluate.records import film_truth
+from diffva_ray.evaluate.scores import score_film
+from diffva_ray.metrics.localization import centre_prior, dice_at, fixed_threshold, patient_bootstrap, smooth
+from diffva_ray.model.bundle import load
+from diffva_ray.observe import LOG, set_up_logging
+from diffva_ray.pipeline import train_model
 from diffva_ray.provenance import code_revision
 from diffva_ray.storage import open_store
 
 FOLDS = 3
-SWEEP = ("strength=0.5,0.7", "guidance_scale=1.5,3.0")
-MAPS = ("positive", "absolute", "brightness", "autoencoder_difference", "centre_prior")
+EDITS = tuple(itertools.product((0.45, 0.6, 0.75), (1.5, 3.0)))  # strength, guidance scale
+SMOOTHINGS = (0.0, 0.024, 0.05, 0.1)
+WINDOWS = (1 / 8, 1 / 4, 3 / 8)  # of occlusion
+METRICS = ("auroc", "auprc", "dice_fixed", "pointing_game")
+CLASSIFIER = {"name": "classifier", "trains": "classifier", "steps": 500, "batch_size": 32, "learning_rate": 2.0e-3,
+              "warmup_steps": 20, "schedule": "cosine", "ema_decay": 0.98,
+              "classes": {"Normal": 1, "Lung_Opacity": 1}}  # fmt: skip
+Maps = NDArray[np.float32]  # [n, size, size]
 
 
 def films_of(pack: Path) -> pd.DataFrame:
@@ -61,40 +77,131 @@ def films_of(pack: Path) -> pd.DataFrame:
 
 
 def write_fold(films: pd.DataFrame, folder: Path, boxes: pd.DataFrame) -> None:
-    """A Radiography folder of those films, with the boxes of the ones that have any."""
-    rows = []
+    """A Radiography folder of those films, with the boxes of the ones that have any, and their patients."""
+    rows, patients = [], {}
     for n, film in enumerate(films.itertuples()):
         name = f"{film.label}/images/{n:04d}-{Path(film.path).name}"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(Path(film.path).read_bytes())
+        patients[name] = film.patient
         if film.boxed:
             of_film = boxes[[film.path.endswith("/" + file) for file in boxes["file"]]]
             rows += [f"{name},{box.x},{box.y},{box.w},{box.h}" for box in of_film.itertuples()]
     (folder / "boxes.csv").write_text("\n".join(["file,x,y,w,h", *rows]) + "\n")
-    (folder / "patients.json").write_text(json.dumps(dict(enumerate(films["patient"]))))
+    (folder / "patients.json").write_text(json.dumps(patients))
 
 
-def scored(run_uri: str, folder: Path) -> pd.DataFrame:
-    """Localisation rows of a run on a fold, with settings and patient."""
-    run = existing_run(run_uri)
-    records = read_records(run)
-    boxes = lesion_boxes(str(folder), None, [])
-    rows, _ = score_records(run, open_store(folder), records.to_dict("records"), boxes)
-    patients = json.loads((folder / "patients.json").read_text())
-    frame = pd.DataFrame(rows).merge(records[["record_id", "strength", "guidance_scale"]], on="record_id")
-    frame["patient"] = [patients[str(int(Path(path).name.split("-")[0]))] for path in frame["source_path"]]
-    return frame
+def with_implants(place: Path, count: int, size: int, seed: int) -> str:
+    """A manifest of the fold's films and of ``count`` films of its healthy hosts, every other one with an opacity.
+    Those without one have gone the same way, so that nothing but the opacity tells the two apart."""
+    dataset, target = open_dataset(str(place / "train")), place / "implants"
+    if not (target / "implants.json").exists():
+        for _ in implant_set(open_store(str(target)), dataset, "Normal", count, size, seed, ("Normal", "Lung_Opacity")):
+            pass
+    rows = [(f"train/{film.path}", film.label) for film in dataset.films]
+    rows += [(str(path.relative_to(place)), path.parts[-3]) for path in sorted(target.glob("*/images/*.png"))]
+    pd.DataFrame(rows, columns=["path", "label"]).to_csv(place / "train.csv", index=False)
+    return str(place / "train.csv")
+
+
+class Fold:
+    """The boxed films of a fold: pixels, truth and patients."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        dataset, self.patients = open_dataset(str(folder)), json.loads((folder / "patients.json").read_text())
+        self.films = [film for film in dataset.films if film.path in dataset.boxes]
+        read = [decode(dataset.store.read(film.path)) for film in self.films]
+        self.pixels = np.stack([to_square(film, size) for film in read])
+        self.truth = [
+            film_truth(dataset.store, film, dataset.boxes, image.shape[1], image.shape[0], size)
+            for film, image in zip(self.films, read, strict=True)
+        ]
+
+    def scores(self, maps: Maps) -> pd.DataFrame:
+        """A row for each film, with its patient."""
+        rows = []
+        for film, truth, saliency in zip(self.films, self.truth, maps, strict=True):
+            rows += [{**row, "patient": self.patients[film.path]} for row in score_film({"map": saliency}, truth)]
+        return pd.DataFrame(rows)
+
+
+def competitors(model: str, fold: Fold, recipe: Recipe) -> Iterator[tuple[str, dict[str, Any], Maps]]:
+    """Every map of every setting: the row it competes in, its setting, and the map before smoothing."""
+    engine = Counterfactuals(load(model), recipe.generate, "cpu")
+    batch = recipe.generate.micro_batch
+    for strength, guidance in EDITS:
+        engine.config = recipe.generate.model_copy(update={"strength": strength, "guidance_scale": guidance})
+        made = [
+            engine(list(some), [engine.settings()] * len(some), list(range(start, start + len(some))))
+            for start in range(0, len(fold.pixels), batch)
+            for some in [fold.pixels[start : start + batch]]
+        ]
+        signed = np.concatenate([one.reconstructions - one.counterfactuals for one in made])
+        yield "positive", {"strength": strength, "guidance_scale": guidance}, np.maximum(signed, 0)
+        yield "absolute", {"strength": strength, "guidance_scale": guidance}, np.abs(signed)
+    classifier = FilmClassifier(LatentDiffusion(load(model)))
+    yield "Grad-CAM", {}, np.maximum(grad_cam(classifier, fold.pixels), 0)
+    yield "integrated gradients", {}, np.maximum(integrated_gradients(classifier, fold.pixels), 0)
+    for window in WINDOWS:
+        found = occlusion(classifier, fold.pixels, window=window, stride=window / 2)
+        yield "occlusion", {"window": window}, np.maximum(found, 0)
+    yield "brightness", {}, fold.pixels
+    prior = centre_prior(fold.pixels.shape[1])
+    yield "centre prior", {}, np.broadcast_to(prior, fold.pixels.shape)
+
+
+def smoothed(maps: Maps, fraction: float) -> Maps:
+    return np.stack([smooth(one, fraction) for one in maps])
+
+
+def tuned(model: str, validation: Fold, test: Fold, recipe: Recipe) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Scores on the test fold of every competitor with the setting and smoothing that the validation fold chose, and
+    what it chose; the threshold is of the validation fold too."""
+    best: dict[str, tuple[float, dict[str, Any], float, float]] = {}
+    for name, setting, maps in competitors(model, validation, recipe):
+        for fraction in SMOOTHINGS:
+            rows = validation.scores(smoothed(maps, fraction))
+            value = float(rows["auroc"].mean())
+            if name not in best or value > best[name][0]:
+                best[name] = value, setting, fraction, fixed_threshold(np.stack(rows["dice_curve"].to_list()))[0]
+    found = []
+    for name, setting, maps in competitors(model, test, recipe):
+        value, chosen, fraction, threshold = best[name]
+        if setting == chosen:
+            rows = test.scores(smoothed(maps, fraction)).assign(map=name)
+            rows["dice_fixed"] = dice_at(np.stack(rows["dice_curve"].to_list()), threshold)
+            found.append(rows.drop(columns="dice_curve"))
+    kept = {
+        name: {**setting, "smoothing": f, "validation_auroc": round(v, 3)} for name, (v, setting, f, _) in best.items()
+    }
+    return pd.concat(found), kept
+
+
+def recipe_of(base: str, autoencoder_steps: int, steps: int, seed: int) -> Recipe:
+    values = load_recipe("real64", [f"model.base={Path(base).resolve()}"]).model_dump(mode="json")
+    values["seed"] = seed
+    stages = values["train"]["stages"]
+    stages[0]["steps"], stages[1]["steps"] = autoencoder_steps, steps
+    values["train"]["stages"] = [*stages, CLASSIFIER]
+    return make_recipe(values)
 
 
 @click.command()
 @click.option("--pack", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--base", default="runs/demo/model", show_default=True)
 @click.option("--out", default="runs/real-cv", show_default=True)
+@click.option("--implants", default=1600, show_default=True, help="Films made of healthy ones; 0: real films alone.")
+@click.option("--autoencoder-steps", default=300, show_default=True)
+@click.option("--steps", default=1500, show_default=True, help="Of UNet and text encoder.")
+@click.option("--threads", default=1, show_default=True)
 @click.option(
     "--result", default="benchmarks/results/real_pack.json", show_default=True, type=click.Path(path_type=Path)
 )
-def main(pack: Path, base: str, out: str, result: Path) -> None:
+def main(
+    pack: Path, base: str, out: str, implants: int, autoencoder_steps: int, steps: int, threads: int, result: Path
+) -> None:
     set_up_logging()
+    torch.set_num_threads(threads)
     began = time.monotonic()
     pack = pack.resolve()
     films, boxes = films_of(pack), pd.read_csv(pack / "boxes.csv")
@@ -102,47 +209,32 @@ def main(pack: Path, base: str, out: str, result: Path) -> None:
     np.random.default_rng(0).shuffle(patients)
     fold_of = {patient: n % FOLDS for n, patient in enumerate(patients)}
     films["fold"] = films["patient"].map(fold_of).fillna(-1).astype(int)
-    recipe = load_recipe("real64", [f"model.base={Path(base).resolve()}"])
-    test_rows, chosen = [], []
-    with ray_cluster.session():
-        for fold in range(FOLDS):
-            place = Path(out) / f"fold-{fold}"
-            validation_fold = (fold + 1) % FOLDS
-            sets = {
-                "test": films[films["boxed"] & (films["fold"] == fold)],
-                "validation": films[films["boxed"] & (films["fold"] == validation_fold)],
-                "train": films[~films["fold"].isin([fold, validation_fold])],
-            }
-            for name, chosen_films in sets.items():
-                if not (place / name).exists():
-                    write_fold(chosen_films, place / name, boxes)
-            train_model(recipe, str(place / "train"), str(place / "model"))
-            sweep = Request(classes=("Lung_Opacity",), sweep=parse_sweep(SWEEP))
-            generate_run(recipe, str(place / "validation"), str(place / "model"), str(place / "tune"), sweep)
-            tuned = scored(str(place / "tune"), place / "validation")
-            ours = tuned[tuned["map"] == "positive"].groupby(["strength", "guidance_scale"])["auroc"].mean()
-            strength, guidance = ours.idxmax()
-            best = tuned[(tuned["strength"] == strength) & (tuned["guidance_scale"] == guidance)]
-            settings = [f"generate.strength={strength}", f"generate.guidance_scale={guidance}"]
-            tuned_recipe = load_recipe("real64", [f"model.base={Path(base).resolve()}", *settings])
-            generate_run(
-                tuned_recipe, str(place / "test"), str(place / "model"), str(place / "run"), Request(("Lung_Opacity",))
-            )
-            found = scored(str(place / "run"), place / "test")
-            for name in MAPS:
-                threshold, _ = fixed_threshold(np.stack(best[best["map"] == name]["dice_curve"].to_list()))
-                rows = found["map"] == name
-                curves = np.stack(found[rows]["dice_curve"].to_list())
-                found.loc[rows, "dice_fixed"] = dice_at(curves, threshold)
-            test_rows.append(found.assign(fold=fold))
-            chosen.append(
-                {"strength": float(strength), "guidance_scale": float(guidance), "validation": float(ours.max())}
-            )
-    table = summary(pd.concat(test_rows))
+    rows, chosen = [], []
+    for number in range(FOLDS):
+        place, recipe = Path(out).absolute() / f"fold-{number}", recipe_of(base, autoencoder_steps, steps, number)
+        size, validation_fold = recipe.model.resolution, (number + 1) % FOLDS
+        sets = {
+            "test": films[films["boxed"] & (films["fold"] == number)],
+            "validation": films[films["boxed"] & (films["fold"] == validation_fold)],
+            "train": films[~films["fold"].isin([number, validation_fold])],
+        }
+        for name, of_set in sets.items():
+            if not (place / name).exists():
+                write_fold(of_set, place / name, boxes)
+        data = with_implants(place, implants, size, number) if implants else str(place / "train")
+        train_model(recipe, data, str(place / "model"), executor="inline")
+        validation, test = (Fold(place / name, size) for name in ("validation", "test"))
+        found, kept = tuned(str(place / "model"), validation, test, recipe)
+        LOG.info("fold %d: %s", number, found.groupby("map")[["auroc", "auprc"]].mean().round(3).to_dict("index"))
+        rows.append(found)
+        chosen.append(kept)
+    table = summary(pd.concat(rows))
     about = {
-        "command": f"python benchmarks/real_pack.py --pack PACK --base {base}",
+        "command": f"python benchmarks/real_pack.py --pack PACK --base {base} --implants {implants} "
+        f"--autoencoder-steps {autoencoder_steps} --steps {steps}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
-        "training_films": len(open_dataset(str(Path(out) / "fold-0" / "train")).films),
+        "base_digest": load(base).digest,
+        "training_films": len(films[~films["fold"].isin([0, 1])]) + implants,
         "code_revision": code_revision(),
         "seconds": round(time.monotonic() - began),
         "boxed_films": int(films["boxed"].sum()),
@@ -158,7 +250,7 @@ def main(pack: Path, base: str, out: str, result: Path) -> None:
 def summary(rows: pd.DataFrame) -> list[dict[str, object]]:
     """Mean over all test films with a patient-bootstrap interval, for each map."""
     table = []
-    for name, metric in itertools.product(MAPS, ("auroc", "auprc", "dice_fixed", "pointing_game")):
+    for name, metric in itertools.product(rows["map"].unique(), METRICS):
         of_map = rows[rows["map"] == name]
         low, high = patient_bootstrap(of_map[metric].to_numpy(), of_map["patient"].tolist())
         mean = float(of_map[metric].mean())
