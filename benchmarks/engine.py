@@ -6,9 +6,10 @@
 
 The pipeline stands for the loop a user would write: one film a call, and its best batch; also channels_last, compiled
 (``--compiled``), and on a CPU as one process for each core. Ours does more for a film: it also decodes what the
-autoencoder alone makes of it. Every contender is a process of its own that loads, warms up and then waits for its turn;
-turns are interleaved, ratios are taken within a round. In float32 the pictures must agree to 1e-4, or nothing is
-written.
+autoencoder alone makes of it, without which there is no compensated map. So the pipeline stands twice: as it is, and
+``with the reconstruction``, for which it encodes the films once more and decodes that. Every contender is a process of
+its own that loads, warms up and then waits for its turn; turns are interleaved, ratios are taken within a round. In
+float32 the pictures must agree to 1e-4, or nothing is written.
 """
 
 from __future__ import annotations
@@ -54,10 +55,12 @@ class Contender:
     threads: int = 1
     channels_last: bool = False
     compiled: bool = False
+    reconstructs: bool = False
 
     @property
     def name(self) -> str:
         extras = [word for word in ("channels_last", "compiled") if getattr(self, word)]
+        extras += ["with the reconstruction"] if self.reconstructs else []
         return ", ".join([f"{self.who}, batch {self.batch}", *extras, f"{self.processes} x {self.threads} threads"])
 
 
@@ -131,6 +134,8 @@ def diffusers(task: Task, one: Contender) -> Any:
         made = []
         for at in range(0, len(films), one.batch):
             batch = pictures[at : at + one.batch]
+            if one.reconstructs:
+                reconstruct(pipeline, batch)
             made.append(
                 pipeline(
                     prompt=[PROMPT] * len(batch), image=batch, strength=task.strength, guidance_scale=GUIDANCE,
@@ -141,6 +146,15 @@ def diffusers(task: Task, one: Contender) -> Any:
         return np.concatenate(made)
 
     return heal, None
+
+
+@torch.inference_mode()
+def reconstruct(pipeline: StableDiffusionImg2ImgPipeline, pictures: list[Image.Image]) -> Films:
+    """What the autoencoder alone makes of the films."""
+    vae = pipeline.vae
+    pixels = pipeline.image_processor.preprocess(pictures).to(vae.device, vae.dtype)
+    decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+    return pipeline.image_processor.postprocess(decoded, output_type="np").mean(axis=-1)
 
 
 def serve(pipe: Connection, task: Task, one: Contender, share: int) -> None:
@@ -290,6 +304,7 @@ def compare(task: Task, cores: int, batches: list[int], rounds: int, compiled: b
     batch, probes = best_of(task, [replace(loop, batch=size) for size in batches if size > 1])
     own, more = best_of(task, [Contender("ours", size, 1 if gpu else cores, cores if gpu else 1) for size in batches])
     field = [own, loop, batch, replace(batch, channels_last=True)]
+    field += [replace(one, reconstructs=True) for one in field[1:]]
     if not gpu and cores > 1:
         field += [replace(batch, processes=cores, threads=1), replace(own, processes=1, threads=cores)]
     if compiled:

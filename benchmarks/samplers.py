@@ -3,10 +3,11 @@ lesion, over the UNet forwards that it took.
 
     make demo && python benchmarks/samplers.py [--model runs/demo/model] [--films 48]
 
-Method sdedit, from the same noise, on abnormal phantoms of a seed of their own. The deterministic samplers solve one
-differential equation, whose solution is taken from DDIM with REFERENCE steps; the reverse SDEs draw noise on the way,
-so there is no one twin they could converge to, and only their maps are scored. AUROC is of the positive part of the
-compensated map, inside the lungs.
+Method sdedit, from the same noise at the same noise level, on abnormal phantoms of a seed of their own. Timesteps are
+spaced differently by different samplers, so the strength of every row is chosen so that it begins at one of START. The
+deterministic samplers solve one differential equation, whose solution is taken from REFERENCE steps from the same
+beginning; the reverse SDEs draw noise on the way, so there is no one twin they could converge to, and only their maps
+are scored. AUROC is of the positive part of the compensated map, inside the lungs.
 """
 
 from __future__ import annotations
@@ -32,16 +33,28 @@ from diffva_ray.generate.cost import calls
 from diffva_ray.metrics.localization import positive, score
 from diffva_ray.metrics.ssim import psnr
 from diffva_ray.model.bundle import load
+from diffva_ray.model.schedulers import schedule
 from diffva_ray.observe import LOG, set_up_logging
 from diffva_ray.provenance import code_revision, version
 
 SOLVERS = ("pndm-diffusers", "pndm", "ddim", "dpmsolver++", "unipc", "euler")
 SDES = ("vp-sde", "ve-sde")
-STEPS = (5, 8, 14, 24, 44, 84)
-REFERENCE = 400
-STRENGTH, GUIDANCE = 0.6, 3.0
+STEPS = (5, 10, 20, 40, 100)  # of the whole noise schedule; 0.6 of them are done
+REFERENCE = 500
+START = {599: "dpmsolver++", 601: "ddim"}  # where an edit begins, and the sampler of the solution from there
+GUIDANCE = 3.0
 ABNORMAL = ("Lung_Opacity", "COVID", "Viral Pneumonia")
 SEED = 501
+
+
+def strength_of(heal: Counterfactuals, scheduler: str, steps: int) -> tuple[float, int]:
+    """The strength that begins at one of START, and where it begins."""
+    for done in range(1, steps + 1):
+        strength = (done + 0.5) / steps
+        begins = int(schedule(scheduler, heal.bundle.scheduler, steps, strength)[1][0])
+        if begins in START:
+            return strength, begins
+    raise ValueError(f"{scheduler} with {steps} steps has no timestep among {list(START)}")
 
 
 def twins(heal: Counterfactuals, films: list[Phantom], scheduler: str, steps: int) -> tuple[NDArray, NDArray]:
@@ -50,7 +63,7 @@ def twins(heal: Counterfactuals, films: list[Phantom], scheduler: str, steps: in
         heal.settings(),
         method="sdedit",
         scheduler=scheduler,
-        strength=STRENGTH,
+        strength=strength_of(heal, scheduler, steps)[0],
         guidance_scale=GUIDANCE,
         num_inference_steps=steps,
     )
@@ -62,20 +75,22 @@ def twins(heal: Counterfactuals, films: list[Phantom], scheduler: str, steps: in
 
 
 def row_of(
-    heal: Counterfactuals, films: list[Phantom], scheduler: str, steps: int, converged: NDArray
+    heal: Counterfactuals, films: list[Phantom], scheduler: str, steps: int, converged: dict[int, NDArray]
 ) -> dict[str, Any]:
+    strength, begins = strength_of(heal, scheduler, steps)
     began = time.monotonic()
     found, rebuilt = twins(heal, films, scheduler, steps)
     seconds = (time.monotonic() - began) / len(films)
     maps = [positive(attribution(p.film, r, t, heal.config)) for p, r, t in zip(films, rebuilt, found, strict=True)]
     scored = [score(m, p.lesion, p.lungs | p.lesion) for m, p in zip(maps, films, strict=True)]
-    settings = {**heal.config.model_dump(), "method": "sdedit", "scheduler": scheduler, "strength": STRENGTH,
+    settings = {**heal.config.model_dump(), "method": "sdedit", "scheduler": scheduler, "strength": strength,
                 "guidance_scale": GUIDANCE, "num_inference_steps": steps}  # fmt: skip
     return {
         "scheduler": scheduler,
         "steps": steps,
         "unet_calls": calls(settings, len(heal.bundle.recipe.data.prompts)).unet,
-        "distance": float(np.abs(found - converged).mean()) if scheduler in SOLVERS else None,
+        "begins_at": begins,
+        "distance": float(np.abs(found - converged[begins]).mean()) if scheduler in SOLVERS else None,
         "auroc": float(np.mean([each.auroc for each in scored if each is not None])),
         "psnr_twin": float(np.mean([psnr(twin, film.twin) for twin, film in zip(found, films, strict=True)])),
         "seconds_per_film": seconds,
@@ -106,7 +121,7 @@ def picture(rows: list[dict[str, Any]], films: int) -> bytes:
             axes.spines[side].set_visible(False)
     panels[0].set_yscale("log")
     panels[1].legend(fontsize=7.5, frameon=False, ncols=2, loc="lower right")
-    figure.supxlabel(f"{films} abnormal phantoms, sdedit at strength {STRENGTH:g}, guidance {GUIDANCE:g}", fontsize=7.5,
+    figure.supxlabel(f"{films} abnormal phantoms, sdedit from timestep 600, guidance {GUIDANCE:g}", fontsize=7.5,
                      color=MUTED)  # fmt: skip
     return png(figure)
 
@@ -122,7 +137,7 @@ def main(model: str, count: int, result: Path, target: Path) -> None:
     changes = {"source_prompt": "", "negative_prompt": "", "difference": "compensated"}
     heal = Counterfactuals(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
     films = [phantom(ABNORMAL[n % 3], n, SEED, heal.size) for n in range(count)]
-    converged, _ = twins(heal, films, "ddim", REFERENCE)
+    converged = {begins: twins(heal, films, name, REFERENCE)[0] for begins, name in START.items()}
     rows = []
     for scheduler in (*SOLVERS, *SDES):
         for steps in STEPS:
@@ -134,7 +149,7 @@ def main(model: str, count: int, result: Path, target: Path) -> None:
         "versions": {key: version(key) for key in ("torch", "diffusers")},
         "code_revision": code_revision(),
         "model_digest": bundle.digest,
-        "settings": {"strength": STRENGTH, "guidance_scale": GUIDANCE, "reference": f"ddim, {REFERENCE} steps"},
+        "settings": {"begins_at": list(START), "guidance_scale": GUIDANCE, "reference": f"{REFERENCE} steps"},
         "rows": rows,
     }
     result.parent.mkdir(parents=True, exist_ok=True)

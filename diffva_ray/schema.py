@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
-ENGINE = 2  # raised whenever the engine rounds differently for the same settings: part of a run's fingerprint
+ENGINE = 3  # raised whenever the engine rounds differently for the same settings: part of a run's fingerprint
 
 
 class Status(str, Enum):

@@ -19,7 +19,7 @@ from diffva_ray.evaluate.census import Census, Home
 from diffva_ray.evaluate.records import stored_records
 from diffva_ray.generate.ledger import OVERLAYS
 from diffva_ray.generate.plan import Run, open_run, part
-from diffva_ray.metrics.feature_set import Features, FeatureSet
+from diffva_ray.metrics.feature_set import Features, FeatureSet, release
 from diffva_ray.metrics.fid import delete_group_jackknife, frechet_distance_features, matched
 from diffva_ray.metrics.fid_controls import infinity, split_halves
 from diffva_ray.metrics.kid import kid
@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # it loads torch, which a driver that only plans has no use f
 
 Row = dict[str, Any]
 PORTION = 512  # films of a reference set in one file
+TOGETHER = 64  # portions that are written to a scratch file before its pages are given back
 IN_MEMORY = 1 << 26  # numbers of a feature matrix (256 MiB), above which it waits on disk
 Arrays = dict[str, NDArray[np.float32]]
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
@@ -138,6 +139,9 @@ def run_features(run: Run, records: Census, extractor: Extractor, spread: Embed 
     rows = list(records.homes.values())
     for number, arrays in filled(portions, extractor, spread):
         films[rows[number]], twins[rows[number]] = arrays["source"], arrays["counterfactual"]
+        if number % TOGETHER == 0:
+            release(films)
+            release(twins)
     return RunFeatures(FeatureSet(films), FeatureSet(twins))
 
 
@@ -230,6 +234,8 @@ def reference_features(
     for number, arrays in filled(portions, extractor, spread):
         here = slice(number * PORTION, number * PORTION + len(arrays["features"]))
         features[here], read[here] = arrays["features"], True
+        if number % TOGETHER == 0:
+            release(features)
     return FeatureSet(features, np.flatnonzero(read)), int((~read).sum())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 
 import numpy as np
@@ -44,12 +45,15 @@ class FeatureSet:
 
     def load(self) -> NDArray[np.float64]:
         """All rows [N, d]."""
-        return np.asarray(self.base[self.rows], np.float64)
+        found = np.asarray(self.base[self.rows], np.float64)
+        release(self.base)
+        return found
 
     def blocks(self) -> Iterator[NDArray[np.float64]]:
         """The rows in order, at most BLOCK at a time."""
         for start in range(0, len(self), BLOCK):
             yield np.asarray(self.base[self.rows[start : start + BLOCK]], np.float64)
+            release(self.base)
 
     @staticmethod
     def together(sets: list[FeatureSet]) -> FeatureSet:
@@ -57,6 +61,14 @@ class FeatureSet:
         if all(one.base is sets[0].base for one in sets):
             return FeatureSet(sets[0].base, np.concatenate([one.rows for one in sets]))
         return FeatureSet(np.concatenate([one.base[one.rows] for one in sets]))
+
+
+def release(matrix: NDArray[np.floating]) -> None:
+    """Give back the memory that pages of a matrix on disk have taken so far; they are read again when they are needed,
+    and what was written is kept."""
+    mapped = getattr(matrix, "_mmap", None)
+    if mapped is not None:
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 Features = FeatureSet | NDArray[np.floating]  # what metrics take: a set, or an array [N, d]

@@ -50,11 +50,11 @@ def _ddim(kind: type[DDIMScheduler]) -> Callable[[dict[str, Any], int, float], t
     return make
 
 
-def _multistep(kind: Any) -> Callable[[dict[str, Any], int, float], tuple[Any, torch.Tensor]]:
+def _multistep(kind: Any, **changes: Any) -> Callable[[dict[str, Any], int, float], tuple[Any, torch.Tensor]]:
     """A solver of diffusers' that keeps count of its steps, told where the strength lets it begin."""
 
     def make(config: dict[str, Any], steps: int, strength: float) -> tuple[Any, torch.Tensor]:
-        scheduler = kind.from_config(config)
+        scheduler = kind.from_config({**config, **changes})
         scheduler.set_timesteps(steps)
         timesteps = _sliced(scheduler.timesteps, steps, strength)
         scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))
@@ -63,14 +63,18 @@ def _multistep(kind: Any) -> Callable[[dict[str, Any], int, float], tuple[Any, t
     return make
 
 
+# With Stable Diffusion's spacing, "leading", these two step by 1000 // (N + 1): 100 steps would span 0.9 of the noise
+# schedule and 500 half of it, so that one strength meant another noise level for every N.
+SPACING = {"timestep_spacing": "trailing"}  # Lin et al. 2023, table 2
+
 SCHEDULERS: dict[str, Callable[[dict[str, Any], int, float], tuple[Any, torch.Tensor]]] = {
     "pndm": _pndm,
     "pndm-diffusers": _pndm_diffusers,
     "ddim": _ddim(DDIMScheduler),
     "vp-sde": _ddim(ReverseSDE),
     "ve-sde": _ddim(VarianceExploding),
-    "dpmsolver++": _multistep(DPMSolverMultistepScheduler),  # 2M (Lu et al. 2022)
-    "unipc": _multistep(UniPCMultistepScheduler),  # Zhao et al. 2023
+    "dpmsolver++": _multistep(DPMSolverMultistepScheduler, **SPACING),  # 2M (Lu et al. 2022)
+    "unipc": _multistep(UniPCMultistepScheduler, **SPACING),  # Zhao et al. 2023
     "euler": _multistep(EulerDiscreteScheduler),  # Karras et al. 2022, algorithm 2 without churn
 }
 

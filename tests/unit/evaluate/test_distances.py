@@ -9,9 +9,11 @@ import pytest
 
 from diffva_ray.config import Recipe
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.evaluate import distances
 from diffva_ray.evaluate.distances import distance_row, reference_features
 from diffva_ray.evaluate.reduction import Options, reduce_run
 from diffva_ray.generate.plan import Request
+from diffva_ray.metrics.feature_set import release
 from diffva_ray.metrics.features import stand_in
 from diffva_ray.metrics.fid import frechet_distance_features
 from diffva_ray.pipeline import Execution, existing_run, generate_run
@@ -62,6 +64,25 @@ def test_a_reference_set_is_embedded_once_for_all_runs(films: Path, tmp_path: Pa
         cache.put(entry.path, b"torn")
     reference_features(cache, 32, dataset.store, dataset.films, counting)
     assert counting.films == 22
+
+
+def test_features_that_wait_on_disk_give_the_same_tables(
+    tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), Request(), Execution("inline"))
+    run = existing_run(str(tmp_path / "run"))
+    found = []
+    for limit in (distances.IN_MEMORY, 0):
+        monkeypatch.setattr(distances, "IN_MEMORY", limit)
+        assert isinstance(distances.scratch(2, 3), np.memmap) == (limit == 0)
+        run.store.delete("_SUCCESS")
+        metrics = reduce_run(run, str(films), Options()).metrics
+        found.append((metrics["fid"], metrics["fid_within"]))
+    assert found[0] == found[1]
+    matrix = distances.scratch(1000, 64)
+    matrix[:] = 7
+    release(matrix)
+    assert (matrix == 7).all()
 
 
 def test_prompts_of_a_sweep_have_rows_of_their_own(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:

@@ -64,6 +64,14 @@ def sampled_distribution(name: str, steps: int) -> tuple[float, float]:
     return float(latents.mean()), float(latents.std())
 
 
+@pytest.mark.parametrize("name", ["dpmsolver++", "unipc"])
+@pytest.mark.parametrize("steps", [5, 20, 75, 100, 500])
+def test_a_strength_is_one_noise_level_whatever_the_steps(name: str, steps: int) -> None:
+    _, timesteps = schedule(name, SD_SCHEDULER, steps, 0.6)
+    assert abs(int(timesteps[0]) - 600) <= max(1, 1000 // steps // 2)
+    assert timesteps[-1] <= 1000 / steps
+
+
 def test_at_full_strength_both_are_the_same() -> None:
     ours, theirs = (schedule(name, SD_SCHEDULER, 50, 1.0)[1] for name in ("pndm", "pndm-diffusers"))
     assert torch.equal(ours, theirs)
