@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from diffva_ray.config import Recipe, make_recipe
 from diffva_ray.data.films import UnusableData
@@ -90,3 +93,29 @@ def probe(recipe: Recipe, data: str, model: str, request: Request) -> Pace:
             forwards = [cost(recipe, sweep, 1)["unet_forwards_per_record"] for sweep in (request.sweep, one)]
             seconds *= forwards[0] / forwards[1] if forwards[1] else 1.0
         return Pace(seconds, stored, run.about["keys"]["device"])
+
+
+def micro_batches(recipe: Recipe, model: str) -> dict[int, float]:
+    """Films a second of this machine's engine by micro-batch, doubled until it gains less than a twentieth or does not
+    fit into the device's memory. The film is blank: a network's time does not depend on it. What is chosen is
+    ``generate.micro_batch``, which a run records and keeps, because it changes the last bits of pixels."""
+    import torch
+
+    from diffva_ray.counterfactual.engine import Counterfactuals
+    from diffva_ray.model.bundle import load
+
+    engine = Counterfactuals(load(model, recipe), recipe.generate)
+    film, found = np.full((engine.size, engine.size), 0.5, np.float32), dict[int, float]()
+    for size in (1, 2, 4, 8, 16, 32, 64, 128):
+        engine.config = recipe.generate.model_copy(update={"micro_batch": size})
+        try:
+            for _ in range(2):  # the first one warms up
+                began = time.perf_counter()
+                engine([film] * size, [engine.settings()] * size, list(range(size)))
+                found[size] = size / (time.perf_counter() - began)
+        except torch.cuda.OutOfMemoryError:
+            found.pop(size, None)
+            break
+        if size > 1 and found[size] < 1.05 * found[size // 2]:
+            break
+    return found

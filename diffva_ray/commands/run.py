@@ -44,7 +44,11 @@ from diffva_ray.commands.verb import (
 @click.option("--micro-batch", type=int, metavar="N", help="Films in one network call.")
 @actors_option
 @gpus_option
-@click.option("--probe", is_flag=True, help="With --dry-run: heal some films here, to tell hours and storage.")
+@click.option(
+    "--probe",
+    is_flag=True,
+    help="With --dry-run: heal some films here, to tell hours, storage and the best --micro-batch.",
+)
 @click.option(
     "--images-per-second",
     type=click.FloatRange(0, min_open=True),
@@ -75,16 +79,20 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
         options["executor"], options["actors"], options["gpus_per_actor"], options["allow_environment_change"]
     )
     if options["dry_run"]:
-        from diffva_ray.forecast import planned, planned_cost, probe
+        from diffva_ray.forecast import micro_batches, planned, planned_cost, probe
         from diffva_ray.generate.cost import Pace
 
-        rate, pace = options["images_per_second"], None
+        rate, pace, by_size = options["images_per_second"], None, dict[int, float]()
         if rate is not None:
             pace = Pace(1 / rate, None, "cuda")
         elif options["probe"]:
             pace = probe(recipe, data, model, request)
+            by_size = micro_batches(recipe, model)
         intent = planned(recipe, data, model, out, request)
-        show(recipe, **intent, cost=planned_cost(recipe, intent, out, request, execution, pace))
+        cost = planned_cost(recipe, intent, out, request, execution, pace)
+        if by_size:
+            cost["films_per_second_by_micro_batch"] = {size: round(rate, 2) for size, rate in by_size.items()}
+        show(recipe, **intent, cost=cost)
         return DONE
     if options["probe"] or options["images_per_second"]:
         raise click.UsageError("--probe and --images-per-second are for --dry-run, which they tell the pace")

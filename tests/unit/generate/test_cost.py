@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.counterfactual.guidance_difference import CALLS
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.phantoms import phantom
-from diffva_ray.forecast import ROW_BYTES, probe
+from diffva_ray.forecast import ROW_BYTES, micro_batches, probe
 from diffva_ray.generate.cost import METHODS, TFLOP, calls, cost
 from diffva_ray.generate.plan import PlanError, Request, check_settings
 from diffva_ray.model.bundle import Bundle
@@ -208,12 +209,30 @@ def test_a_probe_measures_this_machine(tiny: Recipe, films: Path, model: Path, t
     result = CliRunner().invoke(main, list(map(str, words)))
     shown = json.loads(result.stdout)["cost"]
     assert shown["estimated_cpu_hours"] > 0
+    by_size = shown["films_per_second_by_micro_batch"]
+    assert list(by_size)[:2] == ["1", "2"]
+    assert all(rate > 0 for rate in by_size.values())
     assert not (tmp_path / "run").exists()
     generate_run(tiny, str(films), str(model), str(tmp_path / "run"), Request(), Execution("inline"))
     kinds = ("counterfactuals", "maps", "reconstructions")
     stored = sum(file.stat().st_size for kind in kinds for file in (tmp_path / "run" / kind).rglob("*.png"))
     assert shown["estimated_gigabytes"] * 1e9 == pytest.approx(stored + 18 * ROW_BYTES, rel=0.1)
     assert shown["estimated_gigabytes"] < shown["gigabytes_at_most"]
+
+
+def test_micro_batches_stop_where_the_device_has_no_room(
+    tiny: Recipe, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Counterfactuals.__call__
+
+    def small(engine: Counterfactuals, films: list, *rest: object) -> object:
+        if len(films) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        time.sleep(0.2)  # a batch of two takes as long as one
+        return whole(engine, films, *rest)
+
+    monkeypatch.setattr(Counterfactuals, "__call__", small)
+    assert list(micro_batches(tiny, str(model))) == [1, 2]
 
 
 def test_a_probe_of_a_sweep_speaks_of_all_its_settings(films: Path, model: Path, tiny: Recipe) -> None:

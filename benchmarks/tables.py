@@ -1,0 +1,220 @@
+"""Writes the tables of README and docs from the result files, between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+
+python benchmarks/tables.py            # after a benchmark
+python benchmarks/tables.py --check    # exit 1 and the places where a page says something else (a test does this)
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("methods", "throughput", "real_films")))
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+Cells = Sequence[Sequence[str]]
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None or value != value else f"{value:,.{digits}f}"
+
+
+def markdown(heads: Sequence[str], rows: Cells) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+LEADERS = (
+    "masked", "ddim-inversion", "cycle", "ddim-inversion, empty source", "classifier-guided", "controlnet", "sdedit",
+    "vant-gan", "sdedit, the paper's settings", "ant-gan",
+    *(f"latent classifier: {name}" for name in ("occlusion", "grad_cam", "integrated_gradients")),
+    *(f"baseline: {name}" for name in ("brightness", "autoencoder_difference", "centre_prior")),
+    *(f"sanity: {name}" for name in ("the disease's prompt", "random UNet", "permuted labels")),
+)  # fmt: skip
+
+
+def leaderboard() -> str:
+    found = result("attribution")
+    means, spreads = ({row["method"]: row for row in found[key]} for key in ("mean", "spread"))
+    rows = []
+    for name in LEADERS:
+        row, spread = means[name], spreads[name]["auroc"]
+        auroc = number(row["auroc"]) + ("" if spread is None else f" ± {spread:.3f}")
+        scores = [number(row[key]) for key in ("auprc", "dice_fixed")] + [number(row["pointing_game"], 2)]
+        twins = [number(row["flip_rate"]), number(row["lesion_error_left"]), number(row["psnr_twin"], 1)]
+        cost = [number(row["image_auroc"]), number(row["unet_calls"], 0), number(row["core_seconds_a_film"], 2)]
+        rows.append([name.replace("_", " "), auroc, *scores, *twins, *cost])
+    return markdown(
+        ["method", "AUROC", "AUPRC", "Dice, fixed", "pointing game", "flip rate", "lesion error left",
+         "PSNR to the true twin", "ill against healthy", "UNet calls", "s a film"], rows,
+    )  # fmt: skip
+
+
+def limits() -> str:
+    keys = ("auroc", "auprc", "dice_best", "lesion_error_left", "psnr_twin")
+    classes = ("Lung_Opacity", "COVID", "Viral Pneumonia")
+    rows = [
+        [row["row"], *(number(row[key], 1 if key == "psnr_twin" else 3) for key in keys),
+         *(number(row[f"auroc {label}"]) for label in classes)]
+        for row in result("limits")["rows"]
+    ]  # fmt: skip
+    heads = ["row", "AUROC", "AUPRC", "best Dice", "lesion error left", "PSNR to the true twin"]
+    return markdown([*heads, *(label.replace("_", " ") for label in classes)], rows)
+
+
+def corrections() -> str:
+    rows = [
+        [row["recipe"].replace("_", " "), number(row["auroc"]), number(row["dice_fixed"]), number(row.get("flip_rate")),
+         number(row.get("lesion_error_left")), number(row.get("psnr_twin"), 1), number(row.get("unet_calls"), 0)]
+        for row in result("corrections")["table"]
+    ]  # fmt: skip
+    heads = ["recipe", "AUROC", "Dice", "flip rate", "lesion error left", "PSNR to the true twin", "calls"]
+    return markdown(heads, rows)
+
+
+def shortcuts() -> str:
+    rows = [
+        [row["shortcut"], number(row["unet_calls"], 0), number(row["cpu_seconds_share"], 2),
+         number(row["map_distance"], 2), number(row["auroc"]), number(row["psnr_twin"], 1)]
+        for row in result("shortcuts")["rows"]
+    ]  # fmt: skip
+    return markdown(["shortcut", "UNet calls", "time", "distance of the map", "AUROC", "PSNR to the true twin"], rows)
+
+
+def induction() -> str:
+    conditions = result("induction")["conditions"]
+    rows = []
+    for prompt in next(iter(conditions.values())):
+        for key in next(iter(conditions.values()))[prompt]:
+            if key in ("right side", "severe over mild", "in order") or key.startswith("heart") or key == "after":
+                rows.append([prompt, key, *(number(scores[prompt][key], 2) for scores in conditions.values())])
+    return markdown(["prompt", "measure", *conditions], rows)
+
+
+def engine() -> str:
+    edit = result("engine_cpu")["edits"][0]
+    rows = []
+    for name, ratio in edit["ours_over"].items():
+        rate = edit["films_per_second"][name]["median"]
+        rows.append([name.removeprefix("diffusers, "), number(rate, 1), ranged(ratio)])
+    return markdown(["StableDiffusionImg2ImgPipeline", "films/s", "ours is faster by"], rows)
+
+
+def ranged(ratio: dict[str, float], digits: int = 2) -> str:
+    return f"{ratio['median']:.{digits}f} ({ratio['least']:.{digits}f} to {ratio['most']:.{digits}f})"
+
+
+def data_plane() -> str:
+    rows = []
+    for cores, name in (("two", "data_plane"), ("one", "data_plane_one_core")):
+        found = result(name)
+        rows.append([cores, ranged(found["ray_over_inline"], 3), f"{found['share_outside_the_stages']['ray']:.1%}"])
+    heads = ["cores", "Ray over inline, median (least to most)", "of the actor's time outside the stages of its work"]
+    return markdown(heads, rows)
+
+
+def scale() -> str:
+    curve = result("scale")["curve"]
+    return markdown(
+        ["actors", *(str(point["actors"]) for point in curve)],
+        [["efficiency", *(number(point["efficiency"]) for point in curve)]],
+    )
+
+
+def planning() -> str:
+    rows = []
+    for point in result("planning")["curve"]:
+        plan, resume, worker, reduce = (point[key] for key in ("plan", "resume", "worker", "reduce"))
+        rows.append(
+            [f"{point['records']:,}", number(plan["seconds_plan"] + plan["seconds_write"], 1),
+             number(plan["peak_megabytes"], 0), number(resume["seconds_listing"] + resume["seconds_sizes"], 1),
+             number(worker["seconds_first_shard"], 1), number(worker["seconds_next_shard"]), f"{resume['requests']}",
+             number(reduce["seconds"], 0), number(reduce["peak_megabytes"], 0)]
+        )  # fmt: skip
+    return markdown(
+        ["records", "plan", "megabytes", "resume", "a worker's first shard", "next", "S3 LISTs", "reduce", "megabytes"],
+        rows,
+    )
+
+
+def fid_rows() -> str:
+    rows = [
+        [f"{point['rows']:,}", number(point["seconds_distance"], 0), number(point["seconds_interval"], 0),
+         number(point["peak_megabytes"], 0), number(point["scratch_gigabytes"], 1)]
+        for point in result("fid_rows")["curve"]
+    ]  # fmt: skip
+    heads = ["rows of each set", "distance, s", "its interval, s", "peak megabytes", "scratch gigabytes"]
+    return markdown(heads, rows)
+
+
+def real_pack() -> str:
+    metrics = ("auroc", "auprc", "dice_fixed", "pointing_game")
+    by_map: dict[str, dict[str, str]] = {}
+    for row in result("real_pack")["table"]:
+        by_map.setdefault(row["map"], {})[row["metric"]] = f"{row['mean']:.3f} ({row['low']:.3f}-{row['high']:.3f})"
+    rows = [[name, *(cells[metric] for metric in metrics)] for name, cells in by_map.items()]
+    return markdown(["map", "AUROC", "AUPRC", "Dice, fixed", "pointing game"], rows)
+
+
+def throughput() -> str:
+    """README's short one."""
+    engine, plane = result("engine_cpu")["edits"][0]["ours_over"], result("data_plane")["ray_over_inline"]
+    alone = next(ratio for name, ratio in engine.items() if "batch 1," in name and "reconstruction" not in name)
+    best = min((ratio for name, ratio in engine.items() if "reconstruction" not in name), key=lambda one: one["median"])
+    largest, many = result("planning")["curve"][-1], result("scale")["curve"][-1]
+    return markdown(
+        ["", ""],
+        [
+            ["engine over a loop of StableDiffusionImg2ImgPipeline, a film a call", ranged(alone)],
+            ["over its best batch, channels_last", ranged(best)],
+            ["a run on Ray over the same records in a plain loop, time", ranged(plane)],
+            [f"share of the time that {many['actors']} actors work", number(many["efficiency"])],
+            [f"reduce of {largest['records']:,} records", f"{largest['reduce']['seconds'] / 60:.0f} minutes, "
+             f"{largest['reduce']['peak_megabytes'] / 1000:.1f} GB"],
+        ],
+    )  # fmt: skip
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        leaderboard, limits, corrections, shortcuts, induction, engine, data_plane, scale, planning, fid_rows,
+        real_pack, throughput,
+    )
+}  # fmt: skip
+
+
+def rewritten(text: str) -> str:
+    """The page with every marked table made anew. Raises KeyError for a name that is none."""
+    return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}{block[4]}", text)
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Write nothing.")
+def main(check: bool) -> None:
+    wrong = False
+    for name in PAGES:
+        page = ROOT / name
+        before = page.read_text()
+        after = rewritten(before)
+        if check and after != before:
+            wrong = True
+            click.echo("".join(difflib.unified_diff(before.splitlines(True), after.splitlines(True), name, "results")))
+        elif not check:
+            page.write_text(after)
+    if wrong:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
