@@ -140,6 +140,7 @@ class GenerateConfig(Section):
     micro_batch: int = Field(8, ge=1)
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     cpu_threads: int = Field(1, ge=1)
+    compile: bool = False  # the networks by torch.compile: minutes at every actor's start, for runs of many films
     shard_size: int = Field(64, ge=1)
     draws: int = Field(1, ge=1)
     ssim_preset: Literal["wang", "skimage"] = "wang"

@@ -84,6 +84,9 @@ class Counterfactuals:
         for module in bundle.modules.values():
             module.to(self.device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
             speed_up_doubling(module)
+        if self.config.compile:
+            for network in (bundle.unet, bundle.vae.encoder, bundle.vae.decoder):
+                network.compile(dynamic=False)  # a micro-batch has one shape
         self.watch = Stopwatch(torch.cuda.synchronize) if self.device.type == "cuda" else Stopwatch()
         self.model = LatentDiffusion(bundle, self.watch)
         self.size = bundle.recipe.model.resolution

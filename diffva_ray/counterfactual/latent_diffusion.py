@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,7 +186,7 @@ class LatentDiffusion:
         if request.guidance_scale <= 1:
             return self.predict(latents, timestep, request.prompt, **residuals)
         embedding = torch.cat([request.negative, request.prompt])
-        with branches_share_their_start(self.unet):
+        with nullcontext() if request.config.compile else branches_share_their_start(self.unet):  # hooks: not compiled
             both = self.predict(torch.cat([latents, latents]), timestep, embedding, **residuals)
         negative, prompt = both.chunk(2)
         return negative + request.guidance_scale * (prompt - negative)

@@ -215,6 +215,8 @@ def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:
             f"generate.acceleration: method {checked.method} has no shortcuts; they are for "
             f"{', '.join(ACCELERATED)} (by difference)"
         )
+    if checked.compile and checked.acceleration.deep_features_every > 1:
+        raise PlanError("generate.compile: a compiled UNet cannot keep its deep features; set deep_features_every to 1")
     if checked.method in WITHOUT_TEXT:
         if checked.source_prompt == GUESS:
             raise PlanError(
@@ -337,8 +339,8 @@ def open_run(store: Store) -> Run | None:
 
 def continue_run(run: Run, keys: dict[str, Any], allow_environment_change: bool = False) -> Run:
     """The same run, if ``keys`` are the ones it was planned with. Raises FingerprintDiffers; a permitted change of
-    environment is recorded in ``run.json``."""
-    old = run.about["keys"]
+    environment is recorded in ``run.json``. A run planned before a setting existed was made with its default."""
+    old = {**GenerateConfig().model_dump(mode="json"), **run.about["keys"]}
     different = fingerprint_difference(old, keys)
     if not different:
         return run

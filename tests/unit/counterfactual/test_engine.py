@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -78,6 +79,17 @@ def test_neighbours_slots_and_padding_change_nothing(engine: Counterfactuals, me
     moved = engine([FILMS[2], FILMS[1], FILMS[0]], [other, other, settings], seeds=[9, 6, 5]).counterfactuals[2]
     assert np.array_equal(together[0], alone)
     assert np.array_equal(together[0], moved)
+
+
+def test_a_compiled_engine_shares_nothing_by_hooks_and_gives_the_same_pictures(engine: Counterfactuals) -> None:
+    """Dynamo told to run eagerly: what compiled code does to rounding is a slow test's question."""
+    settings = Settings("normal chest scan", "sdedit", "ddim", 0.7, 3.0, 6)
+    plain = engine(FILMS, [settings] * 3, seeds=[5, 6, 7]).counterfactuals
+    bundle = copy.deepcopy(engine.bundle)
+    compiled = Counterfactuals(bundle, engine.config.model_copy(update={"compile": True}), "cpu")
+    assert bundle.unet._compiled_call_impl is not None
+    with torch.compiler.set_stance("force_eager"):
+        assert compiled(FILMS, [settings] * 3, seeds=[5, 6, 7]).counterfactuals == pytest.approx(plain, abs=1e-5)
 
 
 def test_the_seed_is_the_records_own(engine: Counterfactuals) -> None:

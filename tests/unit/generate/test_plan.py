@@ -107,6 +107,16 @@ def test_a_run_goes_on_only_as_it_was_planned(dataset, tiny: Recipe, tmp_path: P
             continue_run(again, changed, allow_environment_change=True)
 
 
+def test_a_setting_that_came_later_had_its_default(dataset, tiny: Recipe, tmp_path: Path) -> None:
+    earlier = {key: value for key, value in keys(tiny).items() if key != "compile"}
+    table, about = make_plan(dataset, tiny, Request()), {"recipe": tiny.model_dump(mode="json")}
+    run = start_run(LocalStore(str(tmp_path)), table, earlier, about)
+    assert continue_run(run, keys(tiny)) is run
+    other = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"compile": True})})
+    with pytest.raises(FingerprintDiffers, match="compile: False there, True now"):
+        continue_run(run, keys(other))
+
+
 def test_threads_read_shards_side_by_side(dataset, tiny: Recipe, tmp_path: Path) -> None:
     """As verify does. A ParquetFile that threads share gives wrong rows, or ends the process."""
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"shard_size": 1})})

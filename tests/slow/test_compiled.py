@@ -1,0 +1,23 @@
+"""The engine under torch.compile, for real: minutes of compiling, then the same pictures to rounding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from diffva_ray.config import Recipe
+from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.data.phantoms import phantom
+from diffva_ray.model.bundle import build
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_compiled_pictures_are_the_same_to_rounding(tiny: Recipe) -> None:
+    made = []
+    for compiled in (False, True):
+        config = tiny.generate.model_copy(update={"compile": compiled, "micro_batch": 2})
+        engine = Counterfactuals(build(tiny), config, "cpu")
+        films = [phantom("COVID", number, 9, engine.size).film for number in range(2)]
+        made.append(engine(films, [engine.settings()] * 2, [0, 1]).counterfactuals)
+    assert np.abs(made[0] - made[1]).max() < 1e-5
