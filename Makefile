@@ -27,8 +27,16 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: demo
+bench: demo  # about an hour on two quiet cores; attribution.py, induction.py and real_pack.py train for longer
 	$(BIN)/python benchmarks/corrections.py
+	$(BIN)/python benchmarks/samplers.py
+	$(BIN)/python benchmarks/shortcuts.py
+	$(BIN)/python benchmarks/engine.py --model runs/demo/model --batches 1,8 --cores 1 --out benchmarks/results/engine_cpu.json
+	$(BIN)/python benchmarks/data_plane.py --model runs/demo/model --data runs/demo/data/test --records 384 --shard-size 64 --out benchmarks/results/data_plane.json
+	$(BIN)/python benchmarks/scale.py --out benchmarks/results/scale.json
+	$(BIN)/python benchmarks/planning.py --sizes 10000,100000,1000000
+	$(BIN)/python benchmarks/fid_rows.py --rows 10000,50000
+	$(BIN)/python benchmarks/tables.py
 
 chaos: setup
 	$(BIN)/python tests/chaos/histories.py --inline 1000 --cluster 50 --out benchmarks/results/chaos.json
