@@ -31,6 +31,7 @@ bench: demo  # about an hour on two quiet cores; attribution.py, induction.py an
 	$(BIN)/python benchmarks/corrections.py
 	$(BIN)/python benchmarks/samplers.py
 	$(BIN)/python benchmarks/shortcuts.py
+	$(BIN)/python benchmarks/unseen.py
 	$(BIN)/python benchmarks/engine.py --model runs/demo/model --batches 1,8 --cores 1 --out benchmarks/results/engine_cpu.json
 	$(BIN)/python benchmarks/data_plane.py --model runs/demo/model --data runs/demo/data/test --records 384 --shard-size 64 --out benchmarks/results/data_plane.json
 	$(BIN)/python benchmarks/scale.py --out benchmarks/results/scale.json

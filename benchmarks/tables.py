@@ -101,6 +101,19 @@ def induction() -> str:
     return markdown(["prompt", "measure", *conditions], rows)
 
 
+def unseen() -> str:
+    columns = ("positive", "negative", "absolute", "brightness")
+    found = result("unseen")
+    rows = [
+        [f"{row['class'].replace('_', ' ')}{'' if row['trained'] else ', never shown'}",
+         *(number(row[name]) for name in columns), f"{row['taken_for_healthy']:.0%}"]
+        for row in found["rows"]
+    ]  # fmt: skip
+    for third in found["by_contrast"]:
+        rows.append([f"contrast {third['from']:.2f} to {third['to']:.2f}", number(third["auroc"]), "", "", "", ""])
+    return markdown(["phantoms", "positive part", "negative part", "\\|M\\|", "brightness", "taken for healthy"], rows)
+
+
 def engine() -> str:
     edit = result("engine_cpu")["edits"][0]
     rows = []
@@ -188,7 +201,7 @@ def throughput() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
-        leaderboard, limits, corrections, shortcuts, induction, engine, data_plane, scale, planning, fid_rows,
+        leaderboard, limits, corrections, shortcuts, induction, unseen, engine, data_plane, scale, planning, fid_rows,
         real_pack, throughput,
     )
 }  # fmt: skip

@@ -1,0 +1,116 @@
+"""Lesions that training has never shown, and faint ones: what the maps of one model find by class and by contrast.
+
+    make demo && python benchmarks/unseen.py [--model runs/demo/model] [--films 48]
+
+Phantoms of a seed of their own, ``--films`` of each class, the recipe's method. A pneumothorax takes brightness away,
+so the positive part of a map cannot find it, and its negative part should; a mass is a ball of another shape than any
+opacity of training; cardiomegaly lies outside the lungs and is scored over the whole film. Contrast is the mean
+|film - true twin| inside the lesion, in thirds of the films of the trained classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from diffva_ray.counterfactual.attribution import attribution
+from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.data.phantoms import Phantom, phantom
+from diffva_ray.metrics.localization import absolute, brightness, positive, score, smooth
+from diffva_ray.model.bundle import load
+from diffva_ray.observe import LOG, set_up_logging
+from diffva_ray.provenance import code_revision, version
+
+TRAINED = ("Lung_Opacity", "COVID", "Viral Pneumonia")
+NEVER = ("Pneumothorax", "Mass", "Cardiomegaly")
+SEED = 5301
+Image = NDArray[np.float32]
+
+
+def negative(signed: Image) -> Image:
+    """max(-M, 0): what healing brightened, the sign of air where it should not be."""
+    return np.maximum(-signed, 0)
+
+
+PARTS = {"positive": positive, "negative": negative, "absolute": absolute}
+
+
+def maps_of(engine: Counterfactuals, films: list[Phantom]) -> tuple[list[Image], list[str]]:
+    """Signed maps, and what each film was taken to show."""
+    maps: list[Image] = []
+    sources: list[str] = []
+    size = engine.config.micro_batch
+    for start in range(0, len(films), size):
+        some = films[start : start + size]
+        made = engine(
+            [film.film for film in some], [engine.settings()] * len(some), list(range(start, start + len(some)))
+        )
+        sources += made.sources
+        maps += [
+            attribution(film.film, rebuilt, twin, engine.config)
+            for film, rebuilt, twin in zip(some, made.reconstructions, made.counterfactuals, strict=True)
+        ]
+    return maps, sources
+
+
+def aurocs(film: Phantom, signed: Image, smoothing: float) -> dict[str, float]:
+    region = None if film.label == "Cardiomegaly" else film.lungs | film.lesion
+    found = {name: score(part(signed), film.lesion, region) for name, part in PARTS.items()}
+    found["brightness"] = score(brightness(smooth(film.film, smoothing)), film.lesion, region)
+    return {name: one.auroc for name, one in found.items() if one is not None}
+
+
+@click.command()
+@click.option("--model", default="runs/demo/model", show_default=True)
+@click.option("--films", "count", default=48, show_default=True, help="Of each class.")
+@click.option("--result", default="benchmarks/results/unseen.json", type=click.Path(path_type=Path))
+def main(model: str, count: int, result: Path) -> None:
+    set_up_logging()
+    bundle = load(model)
+    engine = Counterfactuals(bundle, device="cpu")
+    rows: list[dict[str, Any]] = []
+    contrasts: list[tuple[float, float]] = []
+    for label in (*TRAINED, *NEVER):
+        films = [phantom(label, n, SEED, engine.size) for n in range(count)]
+        maps, sources = maps_of(engine, films)
+        found = [aurocs(film, signed, engine.config.smoothing) for film, signed in zip(films, maps, strict=True)]
+        if label in TRAINED:
+            contrasts += [
+                (float(np.abs(film.film - film.twin)[film.lesion].mean()), each["positive"])
+                for film, each in zip(films, found, strict=True)
+                if "positive" in each
+            ]
+        means = {
+            name: float(np.mean([each[name] for each in found if name in each])) for name in (*PARTS, "brightness")
+        }
+        rows.append(
+            {"class": label, "trained": label in TRAINED, "taken_for_healthy": sources.count("") / count, **means}
+        )
+        LOG.info("%s", rows[-1])
+    contrasts.sort()
+    thirds = np.array_split(np.array(contrasts), 3)
+    about = {
+        "command": f"python benchmarks/unseen.py --model MODEL --films {count}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+        "versions": {key: version(key) for key in ("torch", "diffusers")},
+        "code_revision": code_revision(),
+        "model_digest": bundle.digest,
+        "rows": rows,
+        "by_contrast": [
+            {"from": float(third[0, 0]), "to": float(third[-1, 0]), "auroc": float(third[:, 1].mean())}
+            for third in thirds
+        ],
+    }
+    result.parent.mkdir(parents=True, exist_ok=True)
+    result.write_text(json.dumps(about, indent=1))
+
+
+if __name__ == "__main__":
+    main()
