@@ -230,7 +230,7 @@ def main(
         chosen.append(kept)
     table = summary(pd.concat(rows))
     about = {
-        "command": f"python benchmarks/real_pack.py --pack PACK --base {base} --implants {implants} "
+        "command": f"python benchmarks/real_pack.py --pack PACK --base MODEL --implants {implants} "
         f"--autoencoder-steps {autoencoder_steps} --steps {steps}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "base_digest": load(base).digest,
