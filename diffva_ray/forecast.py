@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 import time
 from dataclasses import replace
@@ -45,7 +46,7 @@ def planned(recipe: Recipe, data: str, model: str, out: str, request: Request) -
     run = open_run(open_store(out))
     if run is not None:
         keys = pixel_keys(recipe, request, model_digest_of(model), torch_version(), run.about["keys"]["device"])
-        continue_run(run, {**keys, **{key: run.about["keys"].get(key) for key in ENVIRONMENT}})
+        continue_run(run, {**keys, **{key: run.keys.get(key) for key in ENVIRONMENT}})
         return {"out": out, "records": run.about["records"], "shards": run.shards, "pending": len(run.pending())}
     table = make_plan(films_to_heal(recipe, data, request), recipe, request)
     check_plan(recipe, model, table)
@@ -109,13 +110,18 @@ def micro_batches(recipe: Recipe, model: str) -> dict[int, float]:
     for size in (1, 2, 4, 8, 16, 32, 64, 128):
         engine.config = recipe.generate.model_copy(update={"micro_batch": size})
         try:
-            for _ in range(2):  # the first one warms up
+            rates = []
+            for _ in range(4):  # the first one warms up
                 began = time.perf_counter()
                 engine([film] * size, [engine.settings()] * size, list(range(size)))
-                found[size] = size / (time.perf_counter() - began)
-        except torch.cuda.OutOfMemoryError:
-            found.pop(size, None)
+                rates.append(size / (time.perf_counter() - began))
+        except (torch.OutOfMemoryError, MemoryError):
             break
+        except RuntimeError as error:  # a CPU's allocator
+            if "allocate memory" not in str(error):
+                raise
+            break
+        found[size] = statistics.median(rates[1:])
         if size > 1 and found[size] < 1.05 * found[size // 2]:
             break
     return found

@@ -27,6 +27,7 @@ from diffva_ray.generate.plan import (
     Request,
     Run,
     continue_run,
+    keys_now,
     make_plan,
     open_run,
     pixel_keys,
@@ -35,7 +36,7 @@ from diffva_ray.generate.plan import (
 from diffva_ray.model.card import TRAINING, UnusableModel, folder_digest, prompt_limit, read_card
 from diffva_ray.observe import LOG, Progress
 from diffva_ray.provenance import provenance, torch_version
-from diffva_ray.schema import ENGINE, digest
+from diffva_ray.schema import digest
 from diffva_ray.storage import open_file, open_store
 
 
@@ -310,7 +311,7 @@ def retry_run(
         run = replace(run, about={**run.about, "model": _absolute(model or run.about["model"])})
 
     def carry_out(device: str) -> dict[str, int]:
-        now = {**run.about["keys"], "torch": torch_version(), "device": device, "engine": ENGINE}
+        now = keys_now(run, torch_version(), device)
         permitted = continue_run(run, now, execution.allow_environment_change)
         overlay = start_retry(permitted)
         if overlay is None:

@@ -3,6 +3,7 @@ stored. Rows come back in shard order and features through files, so tables are 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from diffva_ray.evaluate.census import Home, Setting
 from diffva_ray.evaluate.distances import Portion, embed_here
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import Boxes
-from diffva_ray.evaluate.workplace import Scored, Workplace, score_home
+from diffva_ray.evaluate.workplace import Ids, Scores, Workplace, score_home
 from diffva_ray.generate.plan import Run, open_run
 from diffva_ray.storage import open_store
 
@@ -26,10 +27,10 @@ WAITING = 512  # tasks that are asked for at a time
 
 
 @ray.remote(num_cpus=1)
-def _score_home(run: str, home: Home, boxes: Boxes, settings: Mapping[Setting, str]) -> Scored:
-    opened = open_run(open_store(run))
-    assert opened is not None
-    return score_home(opened, home, boxes, settings)
+def _score_home(run: str, home: Home, ids: Ids, boxes: Boxes, settings: Mapping[Setting, str]) -> Scores:
+    found = open_run(open_store(run))
+    assert found is not None
+    return score_home(found, home, ids, boxes, settings)
 
 
 class Embedder:
@@ -52,11 +53,15 @@ class Embedder:
 class Cluster(Workplace):
     """The work of a reduce on the connected cluster."""
 
-    def score(self, run: Run, homes: Sequence[Home], boxes: Boxes, settings: Mapping[Setting, str]) -> Iterator[Scored]:
-        shared = ray.put(boxes)
-        for start in range(0, len(homes), WAITING):
-            some = homes[start : start + WAITING]
-            yield from ray.get([_score_home.remote(run.store.uri, home, shared, settings) for home in some])
+    def score(
+        self, run: Run, homes: Mapping[Home, Ids], boxes: Boxes, settings: Mapping[Setting, str]
+    ) -> Iterator[Scores]:
+        shared, waiting = ray.put(boxes), deque[Any]()
+        for home, ids in homes.items():
+            waiting.append(_score_home.remote(run.store.uri, home, ids, shared, settings))
+            if len(waiting) == WAITING:
+                yield ray.get(waiting.popleft())
+        yield from map(ray.get, waiting)
 
     def embed(self, run: Run, options: Options, extractor: Extractor, portions: Sequence[Portion]) -> None:
         """One actor for each GPU, or for each CPU where there is none. A single portion is computed here: it takes

@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -279,6 +280,12 @@ def open_store(uri: str | os.PathLike[str]) -> Store:
     if scheme not in STORES:
         raise UnknownScheme(f"{text}: unknown scheme {scheme!r}; use a local path or s3://")
     return STORES[scheme](text)
+
+
+@lru_cache(maxsize=16)
+def opened(uri: str) -> Store:
+    """``open_store``, for loops over many files: a store's client is made once. Raises UnknownScheme."""
+    return open_store(uri)
 
 
 def open_file(uri: str | os.PathLike[str]) -> tuple[Store, str]:

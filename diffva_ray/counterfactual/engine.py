@@ -7,6 +7,8 @@ every network call has the micro-batch's full shape (the tail is padded), and a 
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -84,9 +86,6 @@ class Counterfactuals:
         for module in bundle.modules.values():
             module.to(self.device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
             speed_up_doubling(module)
-        if self.config.compile:
-            for network in (bundle.unet, bundle.vae.encoder, bundle.vae.decoder):
-                network.compile(dynamic=False)  # a micro-batch has one shape
         self.watch = Stopwatch(torch.cuda.synchronize) if self.device.type == "cuda" else Stopwatch()
         self.model = LatentDiffusion(bundle, self.watch)
         self.size = bundle.recipe.model.resolution
@@ -96,6 +95,21 @@ class Counterfactuals:
     def from_pretrained(cls, model: str, device: str | None = None) -> Counterfactuals:
         """The model folder or s3:// URI ``model`` with its own recipe. Raises UnusableModel."""
         return cls(load(model), device=device)
+
+    def compile(self) -> None:
+        """Put the networks through ``torch.compile``, for work on many films: the first call takes minutes. Raises
+        ValueError, one line, where there is no compiler, or one that chooses kernels by a stopwatch."""
+        if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+            raise ValueError("generate.compile: torch.compile needs a C++ compiler, and there is none on this machine")
+        if self.device.type == "cuda":
+            from torch._inductor import config as inductor  # here, since it takes a second
+
+            if not hasattr(inductor, "deterministic"):
+                raise ValueError("generate.compile: this torch chooses kernels by a stopwatch; take 2.10 or later")
+            inductor.deterministic = True  # or two actors could sum in another order
+        for network in (self.bundle.unet, self.bundle.vae.encoder, self.bundle.vae.decoder):
+            network.compile(dynamic=False)  # a micro-batch has one shape
+        self.model.compiled = True
 
     def settings(self, prompt: str | None = None) -> Settings:
         """The recipe's settings, with another prompt if one is given."""

@@ -145,6 +145,7 @@ class LatentDiffusion:
         self.bundle, self.vae, self.unet = bundle, bundle.vae, bundle.unet
         self.watch = watch or Stopwatch()  # of stages "encode" and "decode"
         self.scale: float = bundle.vae.config.scaling_factor
+        self.compiled = False
         training = DDPMScheduler.from_config(bundle.scheduler)
         self.alphas: torch.Tensor = training.alphas_cumprod
         self.prediction_type: str = training.config.prediction_type
@@ -186,7 +187,8 @@ class LatentDiffusion:
         if request.guidance_scale <= 1:
             return self.predict(latents, timestep, request.prompt, **residuals)
         embedding = torch.cat([request.negative, request.prompt])
-        with nullcontext() if request.config.compile else branches_share_their_start(self.unet):  # hooks: not compiled
+        # hooks that come after compiling are not seen
+        with nullcontext() if self.compiled else branches_share_their_start(self.unet):
             both = self.predict(torch.cat([latents, latents]), timestep, embedding, **residuals)
         negative, prompt = both.chunk(2)
         return negative + request.guidance_scale * (prompt - negative)

@@ -85,7 +85,7 @@ def census(
             column[here] = table[name].to_numpy()
         if trained_on is not None:
             trained[here] = [trained_on(sha256) for sha256 in table["source_sha256"].to_pylist()]
-        paths.append(table["source_path"])
+        paths.append(table["source_path"].cast(pa.large_string()))  # 32-bit offsets end at 2 GiB
         for home, members in _homes(table, shard):
             homes.setdefault(home, []).append(members + at)
             if _truth_known(table.take(members), boxes or {}):
@@ -135,7 +135,7 @@ def _truth_known(table: pa.Table, boxes: Boxes) -> bool:
 def _places(paths: list[pa.ChunkedArray]) -> tuple[pa.Array, NDArray[np.int64]]:
     """The distinct paths, sorted, and the place of each path among them."""
     chunks = [chunk for column in paths for chunk in column.chunks]
-    column = pa.chunked_array(chunks, pa.string()).combine_chunks()
+    column = pa.chunked_array(chunks, pa.large_string()).combine_chunks()
     films = pc.unique(column).sort()
     return films, pc.index_in(column, films).to_numpy().astype(np.int64)
 

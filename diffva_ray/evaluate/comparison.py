@@ -283,7 +283,7 @@ def paired_difference(
 
 def differing_settings(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
     """(name, in A, in B) of the keys of the two fingerprints that differ, and of recipe and code where they do."""
-    keys = a.about["keys"], b.about["keys"]
+    keys = a.keys, b.keys
     found = [(key, keys[0].get(key), keys[1].get(key)) for key in fingerprint_difference(*keys)]
     if a.recipe.generate.map_name != b.recipe.generate.map_name:
         found.append(("map", a.recipe.generate.map_name, b.recipe.generate.map_name))

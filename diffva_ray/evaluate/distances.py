@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,14 +27,14 @@ from diffva_ray.metrics.fid_controls import infinity, split_halves
 from diffva_ray.metrics.kid import kid
 from diffva_ray.metrics.manifold import prdc
 from diffva_ray.schema import digest
-from diffva_ray.storage import Store, open_store
+from diffva_ray.storage import Store, StoreError, opened
 
 if TYPE_CHECKING:  # it loads torch, which a driver that only plans has no use for
     from diffva_ray.metrics.features import Extractor
 
 Row = dict[str, Any]
 PORTION = 512  # films of a reference set in one file
-TOGETHER = 64  # portions that are written to a scratch file before its pages are given back
+TOGETHER = 64  # portions that are read ahead, and written before a scratch file's pages are given back
 IN_MEMORY = 1 << 26  # numbers of a feature matrix (256 MiB), above which it waits on disk
 Arrays = dict[str, NDArray[np.float32]]
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
@@ -62,7 +64,7 @@ class HomePortion:
 
     run: str
     home: Home
-    ids: list[str]
+    ids: NDArray[np.bytes_]
 
     @property
     def folder(self) -> str:
@@ -72,18 +74,19 @@ class HomePortion:
         """What the shard's worker stored (the stand-in's), or an earlier reduce."""
         names = {kind: f"{extractor.name}/{kind}" for kind in ("source", "counterfactual")}
         own = f"{self.folder}features/{part(self.home[1])}.npz"
-        found = read_npz(self.run, own, self.ids, names) if extractor.is_stand_in else None
-        return found or read_npz(self.run, self._kept(extractor), self.ids, names)
+        ids = self.ids.astype(str).tolist()
+        found = read_npz(self.run, own, ids, names) if extractor.is_stand_in else None
+        return found or read_npz(self.run, self._kept(extractor), ids, names)
 
     def fill(self, extractor: Extractor) -> None:
-        run = open_run(open_store(self.run))
+        run = open_run(opened(self.run))
         assert run is not None
-        data, size = open_store(run.about["data_root"]), run.recipe.model.resolution
+        data, size, ids = opened(run.about["data_root"]), run.recipe.model.resolution, self.ids.astype(str)
         rows = {row["record_id"]: row for row in stored_records(run, self.home)}
-        films = [partial(data.read, rows[record]["source_path"]) for record in self.ids]
-        twins = [partial(run.store.read, rows[record]["counterfactual_path"]) for record in self.ids]
+        films = [partial(data.read, rows[record]["source_path"]) for record in ids]
+        twins = [partial(run.store.read, rows[record]["counterfactual_path"]) for record in ids]
         arrays = {
-            "ids": np.array(self.ids),
+            "ids": ids,
             f"{extractor.name}/source": embed(extractor, films, size),
             f"{extractor.name}/counterfactual": embed(extractor, twins, size),
         }
@@ -107,13 +110,13 @@ class ReferencePortion:
         return read_npz(self.cache, self._kept(extractor), [film.path for film in self.films], {"features": "features"})
 
     def fill(self, extractor: Extractor) -> None:
-        data = open_store(self.data)
+        data = opened(self.data)
         films = [partial(data.read, film.path) for film in self.films]
         arrays = {
             "ids": np.array([film.path for film in self.films]),
             "features": embed(extractor, films, self.size, lenient=True),
         }
-        open_store(self.cache).put(self._kept(extractor), npz(arrays))
+        opened(self.cache).put(self._kept(extractor), npz(arrays))
 
     def _kept(self, extractor: Extractor) -> str:
         name = digest([self.data, self.size, [(film.path, film.size) for film in self.films]])[:16]
@@ -128,55 +131,79 @@ def embed_here(extractor: Extractor, portions: Sequence[Portion]) -> None:
         portion.fill(extractor)
 
 
-def run_features(run: Run, records: Census, extractor: Extractor, spread: Embed = embed_here) -> RunFeatures:
+def run_features(
+    run: Run,
+    records: Census,
+    extractor: Extractor,
+    spread: Embed = embed_here,
+    chosen: NDArray[np.bool_] | None = None,
+) -> RunFeatures:
     """Features of a run's ``ok`` records: those the shards stored (the stand-in's), those of an earlier reduce, and
-    computed (and kept) where missing. They wait in a scratch file, not in memory."""
-    portions = [
-        HomePortion(run.store.uri, home, [record.decode() for record in records.ids[rows]])
-        for home, rows in records.homes.items()
-    ]
+    computed (and kept) where missing. They wait in a scratch file, not in memory. ``chosen``: records that are wanted
+    (a mask); shards that hold none of them are left out, and their rows are zero."""
+    homes = {home: rows for home, rows in records.homes.items() if chosen is None or chosen[rows].any()}
+    portions = [HomePortion(run.store.uri, home, records.ids[rows]) for home, rows in homes.items()]
     films, twins = (scratch(len(records.ids), extractor.dimension) for _ in range(2))
-    rows = list(records.homes.values())
-    for number, arrays in filled(portions, extractor, spread):
-        films[rows[number]], twins[rows[number]] = arrays["source"], arrays["counterfactual"]
-        if number % TOGETHER == 0:
+    places = list(homes.values())
+    for done, (number, arrays) in enumerate(filled(portions, extractor, spread)):
+        films[places[number]], twins[places[number]] = arrays["source"], arrays["counterfactual"]
+        if done % TOGETHER == 0:
             release(films)
             release(twins)
     return RunFeatures(FeatureSet(films), FeatureSet(twins))
 
 
 def scratch(rows: int, dimension: int) -> NDArray[np.float32]:
-    """A matrix in a file that nobody else sees and that goes with it; in memory where it is small."""
+    """A matrix in a file that nobody else sees and that goes with it; in memory where it is small. Raises StoreError
+    where the disk has no room for it."""
     if rows * dimension <= IN_MEMORY:
         return np.zeros((rows, dimension), np.float32)
     with tempfile.TemporaryFile(prefix="diffva-features-") as file:
-        return np.memmap(file, np.float32, "w+", shape=(rows, dimension))
+        try:  # a file with holes would end the process, without a word, when the disk is full
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(file.fileno(), 0, 4 * rows * dimension)
+            file.truncate(4 * rows * dimension)
+        except OSError as error:
+            raise StoreError(
+                f"{tempfile.gettempdir()} has no room for {4 * rows * dimension / 1e9:.1f} GB of features "
+                f"({error.strerror}); set TMPDIR to a folder that has",
+                lasting=True,
+            ) from None
+        return np.memmap(file, np.float32, "r+", shape=(rows, dimension))
 
 
 def filled(portions: Sequence[Portion], extractor: Extractor, spread: Embed) -> Iterator[tuple[int, Arrays]]:
     """Every portion's place and arrays: first those that are stored, then those that had to be computed."""
     missing = []
-    for number, portion in enumerate(portions):
-        arrays = portion.stored(extractor)
+    for number, arrays in _stored(portions, range(len(portions)), extractor):
         if arrays is None:
             missing.append(number)
         else:
             yield number, arrays
     if missing:
         spread(extractor, [portions[number] for number in missing])
-    for number in missing:
-        arrays = portions[number].stored(extractor)
+    for number, arrays in _stored(portions, missing, extractor):
         if arrays is None:
             raise OSError(f"features that were written a moment ago are gone or damaged: {portions[number]}")
         yield number, arrays
 
 
+def _stored(
+    portions: Sequence[Portion], numbers: Sequence[int], extractor: Extractor
+) -> Iterator[tuple[int, Arrays | None]]:
+    """What is stored of some portions, in order; a few are read ahead."""
+    with ThreadPoolExecutor(8) as pool:
+        for start in range(0, len(numbers), TOGETHER):
+            some = numbers[start : start + TOGETHER]
+            yield from zip(some, pool.map(lambda number: portions[number].stored(extractor), some), strict=True)
+
+
 def read_npz(store: str, path: str, ids: list[str], names: Mapping[str, str]) -> Arrays | None:
     """The arrays ``names`` (name here -> name in the file) of features of exactly ``ids``."""
     try:
-        found = np.load(io.BytesIO(open_store(store).read(path)))
+        found = np.load(io.BytesIO(opened(store).read(path)))
         return {name: found[there] for name, there in names.items()} if list(found["ids"]) == ids else None
-    except (FileNotFoundError, KeyError, ValueError, zipfile.BadZipFile):
+    except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None
 
 
@@ -231,10 +258,10 @@ def reference_features(
         for start in range(0, len(films), PORTION)
     ]
     features, read = scratch(len(films), extractor.dimension), np.zeros(len(films), bool)
-    for number, arrays in filled(portions, extractor, spread):
+    for done, (number, arrays) in enumerate(filled(portions, extractor, spread)):
         here = slice(number * PORTION, number * PORTION + len(arrays["features"]))
         features[here], read[here] = arrays["features"], True
-        if number % TOGETHER == 0:
+        if done % TOGETHER == 0:
             release(features)
     return FeatureSet(features, np.flatnonzero(read)), int((~read).sum())
 

@@ -9,6 +9,8 @@ import hashlib
 import io
 import json
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from diffva_ray import __version__
 from diffva_ray.data.boxes import read_boxes
@@ -44,7 +47,7 @@ from diffva_ray.generate.plan import PLAN_FILE, RUN, SUCCESS, Run
 from diffva_ray.generate.verification import MANIFEST, Problem, verify
 from diffva_ray.model.training_films import TrainingFilms
 from diffva_ray.schema import RECORDS, digest
-from diffva_ray.storage import open_file, open_store
+from diffva_ray.storage import Store, open_file, open_store
 
 if TYPE_CHECKING:
     from diffva_ray.metrics.external_judges import ExternalJudge
@@ -148,15 +151,27 @@ def _compute(
 
 def _scores(run: Run, records: Census, boxes: Boxes, workplace: Workplace) -> tuple[Places, pd.DataFrame]:
     """Localisation and twin scores of all films whose lesions are known, in plan order, on which intervals depend."""
-    scored = list(workplace.score(run, records.truth, boxes, records.settings))
-    places, twins = Places.merged(each for each, _ in scored), stacked([each for _, each in scored])
-    if any(retry for retry, _ in records.homes):  # what was retried is stored with its retry
-        planned = pd.Index(records.ids.astype(str))
-        places.films, twins = (
-            frame.iloc[np.argsort(planned.get_indexer(frame["record_id"]), kind="stable")] if len(frame) else frame
-            for frame in (places.films, twins)
-        )
+    homes = {home: records.ids[records.homes[home]] for home in records.truth}
+    frames = list[pd.DataFrame]()
+
+    def of_homes() -> Iterator[Places]:
+        for places, twins in workplace.score(run, homes, boxes, records.settings):
+            frames.append(twins)
+            yield places
+
+    places = Places.merged(of_homes())
+    twins = stacked(frames)
+    if any(retry for retry, _ in homes):  # what was retried is stored with its retry
+        order = np.argsort(records.ids)
+        places.films, twins = (_in_order(frame, records.ids, order) for frame in (places.films, twins))
     return places, twins
+
+
+def _in_order(frame: pd.DataFrame, ids: NDArray[np.bytes_], order: NDArray[np.intp]) -> pd.DataFrame:
+    if not len(frame):
+        return frame
+    places = order[np.searchsorted(ids, frame["record_id"].to_numpy().astype("S20"), sorter=order)]
+    return frame.iloc[np.argsort(places, kind="stable")]
 
 
 def _lpips(options: Options, size: int) -> Lpips | None:
@@ -259,9 +274,14 @@ def _write_manifest(run: Run) -> None:
         named = [f"{folder}{name}" for name in (PLAN_FILE, RUN, "quarantine.parquet")]
         paths = [path for path in named if run.store.exists(path)]
         paths += [path for kind in ("records", "tables") for path, _ in run.store.list(f"{folder}{kind}")]
-        for path in paths:
-            data = run.store.read(path)
-            files[path] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        with ThreadPoolExecutor(8) as pool:
+            for path, (size, sha256) in zip(paths, pool.map(partial(_hashed, run.store), paths), strict=True):
+                files[path] = {"bytes": size, "sha256": sha256}
         files |= {path: {"bytes": size} for path, size in run.store.list(f"{folder}features")}
     about = {"fingerprint": run.fingerprint, "shards": run.shards, "files": files}
     run.store.put(MANIFEST, json.dumps(about, indent=1).encode())
+
+
+def _hashed(store: Store, path: str) -> tuple[int, str]:
+    data = store.read(path)
+    return len(data), hashlib.sha256(data).hexdigest()

@@ -48,6 +48,7 @@ class Places:
 
     @classmethod
     def merged(cls, parts: Iterable[Places]) -> Places:
+        """The films of all parts, one below the other; of a part no more than its films is kept."""
         frames, curves = list[pd.DataFrame](), dict[tuple[str, str], Curve]()
         for part in parts:
             frames.append(part.films)

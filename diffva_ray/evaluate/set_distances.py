@@ -264,10 +264,11 @@ def reference(
     other = open_run(open_store(uri)) if not uri.lower().endswith((".csv", ".parquet")) else None
     if other is not None:
         records = census(other)
-        chosen = np.flatnonzero((records.frame["label"] == label).to_numpy())
-        if not len(chosen):
+        chosen = (records.frame["label"] == label).to_numpy()
+        if not chosen.any():
             raise UnusableData(f"--reference {label}={uri}: that run has no finished record of class {label}")
-        return Reference(label, run_features(other, records, extractor, spread).counterfactual.take(chosen))
+        found = run_features(other, records, extractor, spread, chosen)
+        return Reference(label, found.counterfactual.take(chosen))
     try:
         dataset = open_dataset(uri, run.recipe.data, [label])
     except UnusableData as error:

@@ -126,7 +126,7 @@ def best_thresholds(places: Places) -> dict[str, float]:
     """The threshold with the best mean Dice of each map (and setting of a sweep): what ``--threshold-from`` takes over
     from a validation run."""
     return {
-        name: fixed_threshold(places.mean_curve(name))[0] for name in dict.fromkeys(map for map, _ in places.curves)
+        name: fixed_threshold(places.mean_curve(name))[0] for name in dict.fromkeys(key for key, _ in places.curves)
     }
 
 

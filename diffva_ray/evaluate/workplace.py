@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from diffva_ray.evaluate.census import Home, Setting
 from diffva_ray.evaluate.distances import Portion, embed_here
@@ -13,30 +15,34 @@ from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import Boxes, stored_records
 from diffva_ray.evaluate.scores import Places, narrow, score_records
 from diffva_ray.generate.plan import SWEPT, Run
-from diffva_ray.storage import open_store
+from diffva_ray.storage import opened
 
 if TYPE_CHECKING:  # it loads torch, which whoever only scores has no use for
     from diffva_ray.metrics.features import Extractor
 
-Scored = tuple[Places, pd.DataFrame]  # localisation, and closeness to the lesion-free twins
+Ids = NDArray[np.bytes_]  # of the records that a home holds
+Scores = tuple[Places, pd.DataFrame]  # localisation, and closeness to the lesion-free twins
 
 
 class Workplace:
     """Tables do not depend on it."""
 
-    def score(self, run: Run, homes: Sequence[Home], boxes: Boxes, settings: Mapping[Setting, str]) -> Iterable[Scored]:
+    def score(
+        self, run: Run, homes: Mapping[Home, Ids], boxes: Boxes, settings: Mapping[Setting, str]
+    ) -> Iterable[Scores]:
         """The scores of what shards hold, in their order; ``settings`` are the names of a sweep's."""
-        return (score_home(run, home, boxes, settings) for home in homes)
+        return (score_home(run, home, ids, boxes, settings) for home, ids in homes.items())
 
     def embed(self, run: Run, options: Options, extractor: Extractor, portions: Sequence[Portion]) -> None:
         """Write the features of images that have none stored."""
         embed_here(extractor, portions)
 
 
-def score_home(run: Run, home: Home, boxes: Boxes, settings: Mapping[Setting, str]) -> Scored:
-    """Scores of the ``ok`` records of one shard whose lesions are known."""
-    rows = stored_records(run, home)
-    places, twins = score_records(run, open_store(run.about["data_root"]), rows, boxes)
+def score_home(run: Run, home: Home, ids: Ids, boxes: Boxes, settings: Mapping[Setting, str]) -> Scores:
+    """Scores of those records of one shard that the run has taken from it, where their lesions are known."""
+    taken = set(ids.astype(str))
+    rows = [row for row in stored_records(run, home) if row["record_id"] in taken]
+    places, twins = score_records(run, opened(run.about["data_root"]), rows, boxes)
     if len(settings) > 1:
         names = {row["record_id"]: settings[tuple(row[key] for key in SWEPT)] for row in rows}
         for row in (*places, *twins):

@@ -43,7 +43,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Made:
+class Finished:
     """A record's finished row; features of film and counterfactual, and the seconds that measuring and storing took, of
     an ``ok`` one."""
 
@@ -61,11 +61,11 @@ class Finisher:
     ) -> None:
         self.store, self.watch, self.config, self.judge, self.extractor = store, watch, config, judge, extractor
         # a thread starts with all cores for torch, and thread counts change the last bits of features
-        self.pool = ThreadPoolExecutor(WORKERS, "finish", torch.set_num_threads, (torch.get_num_threads(),))
-        self.pending: deque[Future[Made]] = deque()
-        self.made: list[Future[Made]] = []
+        self.pool = ThreadPoolExecutor(WORKERS, "finish", torch.set_num_threads, (config.cpu_threads,))
+        self.pending: deque[Future[Finished]] = deque()
+        self.made: list[Future[Finished]] = []
 
-    def give(self, done: Pair | Row) -> Future[Made]:
+    def give(self, done: Pair | Row) -> Future[Finished]:
         """Take over a pair, or the row of a record that has none. Waits while MOST_PENDING pairs are ahead, and raises
         what an earlier one raised: nothing is healed for a store that has failed."""
         while self.pending and (self.pending[0].done() or len(self.pending) >= MOST_PENDING):
@@ -76,11 +76,11 @@ class Finisher:
             self.pending.append(future)
         else:
             future = Future()
-            future.set_result(Made(done))
+            future.set_result(Finished(done))
         self.made.append(future)
         return future
 
-    def rows(self) -> list[Made]:
+    def rows(self) -> list[Finished]:
         """Everything that was given, in order, once it is stored. Raises what a thread raised, StoreError for one.
 
         Of the time spent waiting, measuring has its share of the threads' time (stage ``metrics``)."""
@@ -92,7 +92,7 @@ class Finisher:
         self.watch.seconds["metrics"] = self.watch.seconds.get("metrics", 0.0) + share
         return made
 
-    def _finish(self, pair: Pair) -> Made:
+    def _finish(self, pair: Pair) -> Finished:
         began = time.perf_counter()
         numbers, signed = measure(
             pair.film, pair.counterfactual, pair.reconstruction, pair.lungs, self.config, self.judge
@@ -118,7 +118,7 @@ class Finisher:
             "status": Status.OK.value,
             "error": None,
         }
-        return Made(row, (film, twin), measured - began, time.perf_counter() - measured)
+        return Finished(row, (film, twin), measured - began, time.perf_counter() - measured)
 
     def __enter__(self) -> Finisher:
         return self

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from diffva_ray.generate.plan import PlanError, Run, cut, open_run, part, start_run
 from diffva_ray.schema import PLAN, RECORDS, Status
@@ -47,29 +48,27 @@ def parts(run: Run, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
     its last retry left it. Memory holds a few shards and what was retried."""
     names = list(columns)
     wanted = [*names, *(["record_id"] if "record_id" not in names else [])]
-    retried = _retried(run, wanted)
+    retried, place = _retried(run, wanted)
     for shard, table in _read_parts(run, wanted):
-        if retried is not None:
-            places = pc.index_in(table["record_id"], retried["record_id"])
-            table = _lay_over(table, places, retried)
+        if place:
+            found = [place.get(record, -1) for record in table["record_id"].to_pylist()]
+            table = _lay_over(table, np.array(found, np.int64), retried)
         yield shard, table.select(names)
 
 
-def _retried(run: Run, columns: list[str]) -> pa.Table | None:
-    """The records of all retries, each as the last one left it; None where nothing was retried."""
-    found: dict[str, tuple[int, int]] = {}
-    tables: list[pa.Table] = []
+def _retried(run: Run, columns: list[str]) -> tuple[pa.Table, dict[str, int]]:
+    """The records of all retries, and the place of each as the last one left it."""
+    place: dict[str, int] = {}
+    tables = [_schema(columns).empty_table()]
     for number, overlay in enumerate(overlays(run), start=1):
         for _, table in _read_parts(overlay, columns):
             for name in set(PATHS) & set(columns):
                 column = pc.binary_join_element_wise(f"{OVERLAYS}/r{number}", table[name], "/")
                 table = table.set_column(table.column_names.index(name), name, column)
-            found |= {record: (len(tables), row) for row, record in enumerate(table["record_id"].to_pylist())}
+            start = sum(map(len, tables))
+            place |= {record: start + row for row, record in enumerate(table["record_id"].to_pylist())}
             tables.append(table)
-    if not tables:
-        return None
-    starts = np.cumsum([0, *(len(table) for table in tables)])
-    return pa.concat_tables(tables).take([int(starts[at]) + row for at, row in found.values()])
+    return pa.concat_tables(tables), place
 
 
 def _read_parts(run: Run, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
@@ -85,12 +84,14 @@ def _read_parts(run: Run, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
             yield from pool.map(read, shards[start : start + AHEAD])
 
 
-def _lay_over(table: pa.Table, places: pa.ChunkedArray, retried: pa.Table) -> pa.Table:
-    """``table`` with row ``places[n]`` of ``retried`` in the place of row n, where that is not null."""
-    if places.null_count == len(places):
+def _lay_over(table: pa.Table, found: NDArray[np.int64], retried: pa.Table) -> pa.Table:
+    """``table`` with row ``found[n]`` of ``retried`` in the place of row n, where that is not negative."""
+    hits = np.flatnonzero(found >= 0)
+    if not len(hits):
         return table
-    rows = pc.if_else(pc.is_valid(places), pc.add(places, len(table)), pa.array(np.arange(len(table), dtype=np.int32)))
-    return pa.concat_tables([table, retried]).take(rows)
+    rows = np.arange(len(table))
+    rows[hits] = len(table) + np.arange(len(hits))
+    return pa.concat_tables([table, retried.take(found[hits])]).take(rows)
 
 
 def _schema(columns: list[str]) -> pa.Schema:

@@ -38,6 +38,7 @@ from diffva_ray.storage import Ranges, Store
 
 RUN, PLAN_FILE, SUCCESS = "run.json", "plan.parquet", "_SUCCESS"
 FOLDERS = ("counterfactuals", "maps", "reconstructions")  # the images of a record, one file each
+SPACED_ANEW = {"dpmsolver++", "unipc"}  # samplers whose timesteps were spaced otherwise by earlier versions
 ENVIRONMENT = ("torch", "device", "engine")  # may be changed on request; everything else may not
 ROW_GROUPS = 4096  # at most, or the footer, which every worker reads, would grow with the run
 SWEPT = ("strength", "guidance_scale", "num_inference_steps", "scheduler", "method", "prompt")
@@ -246,12 +247,18 @@ def pixel_keys(recipe: Recipe, request: Request, model_digest: str, torch: str, 
                 "limit": request.limit,
                 "sweep": request.sweep,
                 "schema_version": SCHEMA_VERSION,
+                "timestep_spacing": _spacing(recipe.generate.scheduler, request.sweep),
                 "engine": ENGINE,
                 "torch": torch,
                 "device": device,
             }
         )
     )
+
+
+def _spacing(scheduler: str, sweep: Iterable[tuple[str, Sequence[Any]]]) -> str:
+    """How the timesteps of a run's samplers are spaced: "trailing" where any of them is of SPACED_ANEW."""
+    return "trailing" if SPACED_ANEW & {scheduler, *dict(sweep).get("scheduler", ())} else "leading"
 
 
 @dataclass(frozen=True)
@@ -268,6 +275,15 @@ class Run:
     @property
     def fingerprint(self) -> str:
         return str(self.about["fingerprint"])
+
+    @cached_property
+    def keys(self) -> dict[str, Any]:
+        """What the fingerprint was taken of. A setting that came after the run was planned has its default, and
+        timesteps that were spaced before there was a choice are "leading"."""
+        stored = self.about["keys"]
+        known = {key: value for key, value in stored.items() if key in GenerateConfig.model_fields}
+        settings = GenerateConfig.model_validate(known).model_dump(mode="json")
+        return {"timestep_spacing": "leading", **stored, **settings}
 
     @property
     def shards(self) -> int:
@@ -339,8 +355,8 @@ def open_run(store: Store) -> Run | None:
 
 def continue_run(run: Run, keys: dict[str, Any], allow_environment_change: bool = False) -> Run:
     """The same run, if ``keys`` are the ones it was planned with. Raises FingerprintDiffers; a permitted change of
-    environment is recorded in ``run.json``. A run planned before a setting existed was made with its default."""
-    old = {**GenerateConfig().model_dump(mode="json"), **run.about["keys"]}
+    environment is recorded in ``run.json``."""
+    old = run.keys
     different = fingerprint_difference(old, keys)
     if not different:
         return run
@@ -353,6 +369,12 @@ def continue_run(run: Run, keys: dict[str, Any], allow_environment_change: bool 
     about = {**run.about, "environment_changes": [*changes, change]}
     run.store.put(RUN, json.dumps(about, indent=1).encode())
     return Run(run.store, about)
+
+
+def keys_now(run: Run, torch: str, device: str) -> dict[str, Any]:
+    """The run's keys as this version and machine would have them."""
+    spacing = _spacing(run.keys["scheduler"], run.keys["sweep"])
+    return {**run.keys, "torch": torch, "device": device, "engine": ENGINE, "timestep_spacing": spacing}
 
 
 def start_run(store: Store, table: pa.Table, keys: dict[str, Any], about: dict[str, Any]) -> Run:

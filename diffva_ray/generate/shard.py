@@ -32,7 +32,7 @@ from diffva_ray.data.images import (
     quantise,
 )
 from diffva_ray.generate.attempts import DEATHS, Attempt, OutOfMemory, Session
-from diffva_ray.generate.finisher import Finisher, Made, Pair
+from diffva_ray.generate.finisher import Finished, Finisher, Pair
 from diffva_ray.generate.plan import Run, Unfinished, open_run, part
 from diffva_ray.metrics.features import Extractor, stand_in
 from diffva_ray.metrics.validity import Judge, load_judge
@@ -70,6 +70,8 @@ class Workbench:
             raise Unfinished(f"--model {model_uri}: not the model that {run_uri} was planned with")
         engine = Counterfactuals(bundle, run.recipe.generate, device)
         try:
+            if run.recipe.generate.compile:
+                engine.compile()
             judge = load_judge(open_store(model_uri))
         except ValueError as error:
             raise Unfinished(str(error)) from None
@@ -132,7 +134,7 @@ def _run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
     return {"shard": shard, "records": len(finished), "ok": ok, "seconds": watch.seconds}
 
 
-def _together(bench: Workbench, rows: list[Row], attempt: Attempt) -> list[Made]:
+def _together(bench: Workbench, rows: list[Row], attempt: Attempt) -> list[Finished]:
     """The usual way: micro-batch after micro-batch, while the next films are read and the last pairs are finished."""
     size, watch, sources = bench.run.recipe.generate.micro_batch, bench.engine.watch, list[Source]()
     reading = ThreadPoolExecutor(READERS)
@@ -151,7 +153,7 @@ def _together(bench: Workbench, rows: list[Row], attempt: Attempt) -> list[Made]
         reading.shutdown(cancel_futures=True)
 
 
-def _one_by_one(bench: Workbench, rows: list[Row], attempt: Attempt) -> list[Made]:
+def _one_by_one(bench: Workbench, rows: list[Row], attempt: Attempt) -> list[Finished]:
     """After a worker died on this shard: every record alone, suspects first, known killers not at all. Padding makes a
     record's pixels the same alone as in company."""
     limit, killers, watch = DEATHS[attempt.session.executor], attempt.killers, bench.engine.watch
@@ -165,7 +167,9 @@ def _one_by_one(bench: Workbench, rows: list[Row], attempt: Attempt) -> list[Mad
             with attempt.flight(row["record_id"]):
                 with watch("read"):
                     sources.append(read_source(bench, row))
-                finisher.give(_heal(bench, sources[-1:])[0]).result()
+                finished = finisher.give(_heal(bench, sources[-1:])[0])
+                with watch("write"):
+                    finished.result()
         _share_reading(watch, sources)
         made = {one.row["record_id"]: one for one in finisher.rows()}
     return [made[row["record_id"]] for row in rows]
@@ -258,7 +262,7 @@ def _heal(bench: Workbench, sources: Sequence[Source]) -> list[Pair | Row]:
     return done
 
 
-def _features(name: str, made: Sequence[Made]) -> bytes:
+def _features(name: str, made: Sequence[Finished]) -> bytes:
     """float32 features by extractor, with the ids of their rows."""
     sink = io.BytesIO()
     found = [(one.row["record_id"], *one.features) for one in made if one.features is not None]

@@ -36,11 +36,9 @@ class Problem:
 STATUSES = {status.value for status in Status}
 
 
-def verify_shard(
-    run: Run, shard: int, planned: Sequence[str], pixels: bool = True, features: set[str] | None = None
-) -> list[Problem]:
-    """What is wrong with one shard: its part, its ids (``planned``), its fingerprint, its images' pixels; without
-    ``pixels`` that images are there, and (by the listing ``features``) that their features are."""
+def verify_shard(run: Run, shard: int, planned: Sequence[str], features: set[str] | None = None) -> list[Problem]:
+    """What is wrong with one shard: its part, its ids (``planned``), its fingerprint, its images' pixels. With a
+    listing of ``features`` nothing but the part is opened: features and images have to be there."""
     name = f"records/{part(shard)}.parquet"
     try:
         table = pq.read_table(io.BytesIO(run.store.read(name)))
@@ -62,7 +60,7 @@ def verify_shard(
         if status not in STATUSES or bool(reason) == (status == Status.OK.value):
             problems.append(Problem(shard, f"{name}: {record} has status {status}, {reason}"))
     ok = table.filter(pc.equal(table["status"], Status.OK.value))
-    problems += _pixel_problems(run, shard, ok) if pixels else _absent(run, shard, ok)
+    problems += _pixel_problems(run, shard, ok) if features is None else _absent(run, shard, ok)
     wrong = _features_problem(run, shard, ok["record_id"].to_pylist(), features)
     return [*problems, *([Problem(shard, wrong)] if wrong else [])]
 
@@ -143,7 +141,7 @@ def _verify_parts(run: Run, plan: pa.Table, pixels: bool) -> list[Problem]:
 
     def verified(shard: int) -> list[Problem]:
         planned = plan["record_id"].slice(starts[shard], starts[shard + 1] - starts[shard]).to_pylist()
-        return verify_shard(run, shard, planned, pixels, listed)
+        return verify_shard(run, shard, planned, listed)
 
     problems = list[Problem]()
     with ThreadPoolExecutor(8) as pool:

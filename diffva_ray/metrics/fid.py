@@ -168,9 +168,8 @@ def matched(x: Features, y: Features, draws: int = 5, seed: int = 0, n: int | No
     random = np.random.default_rng(seed)
     values = []
     for _ in range(draws):
-        rows_x = random.choice(len(x), n, replace=False)
-        rows_y = random.choice(len(y), n, replace=False)
-        values.append(frechet_distance_features(x.take(rows_x), y.take(rows_y)))
+        rows = [np.sort(random.choice(len(z), n, replace=False)) for z in (x, y)]
+        values.append(frechet_distance_features(x.take(rows[0]), y.take(rows[1])))
     return float(np.mean(values)), float(np.std(values, ddof=1))
 
 

@@ -193,7 +193,10 @@ def patient_bootstrap(
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.shape != (len(groups),):
         raise ValueError(f"one group per value is needed, got {numbers.shape} values and {len(groups)} groups")
-    index, names = pd.factorize(groups if isinstance(groups, np.ndarray) else np.array([*groups, None], object)[:-1])
+    index, names = pd.factorize(
+        groups if isinstance(groups, np.ndarray) else np.array([*groups, None], object)[:-1],
+        use_na_sentinel=False,
+    )
     kept = ~np.isnan(numbers)
     counts = np.bincount(index[kept], minlength=len(names))
     sums = np.bincount(index[kept], weights=numbers[kept], minlength=len(names))[counts > 0]

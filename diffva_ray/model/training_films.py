@@ -6,7 +6,6 @@ The list is part of ``diffva.json``; films are known by the bytes of their files
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +44,3 @@ class TrainingFilms:
     def has(self, sha256: str | None) -> bool:
         """Whether the file with this sha256 (hex) was trained on; a film without one (not read) was not."""
         return bool(sha256) and str(sha256)[:FILM_DIGITS] in self.hashes
-
-    def count(self, sha256s: Iterable[str | None]) -> int:
-        """How many of the files were trained on."""
-        return sum(self.has(sha256) for sha256 in sha256s)

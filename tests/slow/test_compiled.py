@@ -16,8 +16,9 @@ from diffva_ray.model.bundle import build
 def test_compiled_pictures_are_the_same_to_rounding(tiny: Recipe) -> None:
     made = []
     for compiled in (False, True):
-        config = tiny.generate.model_copy(update={"compile": compiled, "micro_batch": 2})
-        engine = Counterfactuals(build(tiny), config, "cpu")
+        engine = Counterfactuals(build(tiny), tiny.generate.model_copy(update={"micro_batch": 2}), "cpu")
+        if compiled:
+            engine.compile()
         films = [phantom("COVID", number, 9, engine.size).film for number in range(2)]
         made.append(engine(films, [engine.settings()] * 2, [0, 1]).counterfactuals)
     assert np.abs(made[0] - made[1]).max() < 1e-5

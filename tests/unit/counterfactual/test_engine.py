@@ -86,7 +86,8 @@ def test_a_compiled_engine_shares_nothing_by_hooks_and_gives_the_same_pictures(e
     settings = Settings("normal chest scan", "sdedit", "ddim", 0.7, 3.0, 6)
     plain = engine(FILMS, [settings] * 3, seeds=[5, 6, 7]).counterfactuals
     bundle = copy.deepcopy(engine.bundle)
-    compiled = Counterfactuals(bundle, engine.config.model_copy(update={"compile": True}), "cpu")
+    compiled = Counterfactuals(bundle, engine.config, "cpu")
+    compiled.compile()
     assert bundle.unet._compiled_call_impl is not None
     with torch.compiler.set_stance("force_eager"):
         assert compiled(FILMS, [settings] * 3, seeds=[5, 6, 7]).counterfactuals == pytest.approx(plain, abs=1e-5)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 
 from diffva_ray.cli import main
+from diffva_ray.evaluate.census import census
 from diffva_ray.evaluate.records import read_records
-from diffva_ray.generate.ledger import overlays, start_retry
+from diffva_ray.evaluate.reduction import _scores
+from diffva_ray.evaluate.workplace import Workplace
+from diffva_ray.generate.ledger import committed, overlays, start_retry
 from diffva_ray.generate.plan import PlanError, Run, open_run
 from diffva_ray.generate.verification import requeue, verify
 from diffva_ray.status import read_status
@@ -122,3 +128,55 @@ def test_a_run_that_is_not_finished_is_finished_first(films: Path, model: Path, 
     with pytest.raises(PlanError, match="finish diffva generate first"):
         start_retry(opened(out))
     assert retry(out).exit_code == 2
+
+
+def test_films_made_again_in_the_run_itself_are_scored_once(
+    damaged: tuple[Path, list[Path]], films: Path, model: Path, tmp_path: Path
+) -> None:
+    """The run's own part may have a retried record ok, too: made again, from a film that is whole by now."""
+    data, broken = damaged
+    out = tmp_path / "run"
+    assert run_on(data, model, out).exit_code == 0
+    for file in broken:
+        shutil.copy(films / file.relative_to(data), file)
+    assert "2 of 2 records ok now" in retry(out).output
+    later = {row["record_id"]: row for row in committed(opened(out)).to_pylist()}
+    for part in (out / "records").iterdir():
+        rows = [later[row["record_id"]] for row in pq.read_table(part).to_pylist()]
+        schema = pq.read_schema(part)
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
+    found = census(opened(out))
+    assert len(found.frame) == sum(len(rows) for rows in found.homes.values()) == 18
+    places, twins = _scores(opened(out), found, {}, Workplace())
+    assert twins["record_id"].is_unique
+    assert len(twins) == 18
+    assert not places.films.duplicated(["record_id", "map"]).any()
+
+
+def test_a_run_from_before_a_setting_existed_can_be_retried(
+    damaged: tuple[Path, list[Path]], films: Path, model: Path, tmp_path: Path
+) -> None:
+    data, broken = damaged
+    out = tmp_path / "run"
+    assert run_on(data, model, out).exit_code == 0
+    about = json.loads((out / "run.json").read_text())
+    for key in ("compile", "timestep_spacing"):
+        del about["keys"][key]
+    (out / "run.json").write_text(json.dumps(about))
+    shutil.copy(films / broken[0].relative_to(data), broken[0])
+    assert "1 of 2 records ok now" in retry(out).output
+
+
+def test_a_run_whose_samplers_were_spaced_otherwise_is_not_mixed(
+    damaged: tuple[Path, list[Path]], model: Path, tmp_path: Path
+) -> None:
+    data, out = damaged[0], tmp_path / "run"
+    words = ["generate", "--data", data, "--model", model, "--out", out, "--executor", "inline", *BOUNDS]
+    words += ["--method", "sdedit", "--scheduler", "unipc"]
+    assert diffva(*words).exit_code == 0
+    about = json.loads((out / "run.json").read_text())
+    assert about["keys"].pop("timestep_spacing") == "trailing"
+    (out / "run.json").write_text(json.dumps(about))
+    for refused in (diffva(*words, "--allow-environment-change"), retry(out)):
+        assert refused.exit_code == 3
+        assert "timestep_spacing" in refused.output
