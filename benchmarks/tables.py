@@ -179,6 +179,16 @@ def real_pack() -> str:
     return markdown(["map", "AUROC", "AUPRC", "Dice, fixed", "pointing game"], rows)
 
 
+def implants() -> str:
+    keys = ("auroc", "auprc", "dice_best", "pointing_game", "lesion_error_left")
+    rows = [
+        [row["method"].replace("_", " "), *(number(row.get(key)) for key in keys), number(row.get("psnr_twin"), 1)]
+        for row in result("implants")["rows"]
+    ]
+    heads = ["method", "AUROC", "AUPRC", "best Dice", "pointing game", "lesion error left", "PSNR to the true twin"]
+    return markdown(heads, rows)
+
+
 def throughput() -> str:
     """README's short one."""
     engine, plane = result("engine_cpu")["edits"][0]["ours_over"], result("data_plane")["ray_over_inline"]
@@ -202,7 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         leaderboard, limits, corrections, shortcuts, induction, unseen, engine, data_plane, scale, planning, fid_rows,
-        real_pack, throughput,
+        real_pack, implants, throughput,
     )
 }  # fmt: skip
 
