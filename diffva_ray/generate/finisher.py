@@ -43,6 +43,16 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A pair with its numbers: what is left is to make and store ``files`` (by path)."""
+
+    row: Row
+    files: dict[str, Callable[[], bytes]]
+    features: tuple[NDArray[np.float32], NDArray[np.float32]]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Finished:
     """A record's finished row; features of film and counterfactual, and the seconds that measuring and storing took, of
     an ``ok`` one."""
@@ -65,13 +75,13 @@ class Finisher:
         self.pending: deque[Future[Finished]] = deque()
         self.made: list[Future[Finished]] = []
 
-    def give(self, done: Pair | Row) -> Future[Finished]:
-        """Take over a pair, or the row of a record that has none. Waits while MOST_PENDING pairs are ahead, and raises
-        what an earlier one raised: nothing is healed for a store that has failed."""
+    def give(self, done: Pair | Measured | Row) -> Future[Finished]:
+        """Take over a pair, measured or not, or the row of a record that has none. Waits while MOST_PENDING pairs are
+        ahead, and raises what an earlier one raised: nothing is healed for a store that has failed."""
         while self.pending and (self.pending[0].done() or len(self.pending) >= MOST_PENDING):
             with self.watch("write"):
                 self.pending.popleft().result()
-        if isinstance(done, Pair):
+        if isinstance(done, (Pair, Measured)):
             future = self.pool.submit(self._finish, done)
             self.pending.append(future)
         else:
@@ -92,13 +102,12 @@ class Finisher:
         self.watch.seconds["metrics"] = self.watch.seconds.get("metrics", 0.0) + share
         return made
 
-    def _finish(self, pair: Pair) -> Finished:
+    def measure(self, pair: Pair) -> Measured:
         began = time.perf_counter()
         numbers, signed = measure(
             pair.film, pair.counterfactual, pair.reconstruction, pair.lungs, self.config, self.judge
         )
         film, twin = self.extractor(np.stack([pair.film, unit(pair.counterfactual)]))
-        measured = time.perf_counter()
         counterfactual, map_, reconstruction = (
             f"{kind}/{part(pair.row['shard'])}/{pair.row['record_id']}.png" for kind in FOLDERS
         )
@@ -107,8 +116,6 @@ class Finisher:
             reconstruction: partial(encode_grey, pair.reconstruction),
             map_: partial(encode_map, signed),
         }
-        for path, encode in files.items():
-            self.store.put(path, encode())
         row = {
             **pair.row,
             **numbers,
@@ -118,7 +125,14 @@ class Finisher:
             "status": Status.OK.value,
             "error": None,
         }
-        return Finished(row, (film, twin), measured - began, time.perf_counter() - measured)
+        return Measured(row, files, (film, twin), time.perf_counter() - began)
+
+    def _finish(self, done: Pair | Measured) -> Finished:
+        measured = self.measure(done) if isinstance(done, Pair) else done
+        began = time.perf_counter()
+        for path, encode in measured.files.items():
+            self.store.put(path, encode())
+        return Finished(measured.row, measured.features, measured.seconds, time.perf_counter() - began)
 
     def __enter__(self) -> Finisher:
         return self

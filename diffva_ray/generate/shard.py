@@ -164,12 +164,14 @@ def _one_by_one(bench: Workbench, rows: list[Row], attempt: Attempt) -> list[Fin
                 reason = f"its process died {limit} times while this record alone was in flight"
                 finisher.give({**row, "status": Status.KILLED_WORKER.value, "error": reason})
                 continue
-            with attempt.flight(row["record_id"]):
+            with attempt.flight(row["record_id"]):  # whose own fault a death while storing would not be
                 with watch("read"):
                     sources.append(read_source(bench, row))
-                finished = finisher.give(_heal(bench, sources[-1:])[0])
-                with watch("write"):
-                    finished.result()
+                done = _heal(bench, sources[-1:])[0]
+                with watch("metrics"):
+                    measured = finisher.measure(done) if isinstance(done, Pair) else done
+            with watch("write"):
+                finisher.give(measured).result()
         _share_reading(watch, sources)
         made = {one.row["record_id"]: one for one in finisher.rows()}
     return [made[row["record_id"]] for row in rows]
