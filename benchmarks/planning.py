@@ -38,7 +38,8 @@ CLASSES = ("COVID", "Lung_Opacity", "Viral Pneumonia")
 def plan(folder: str, records: int) -> dict[str, Any]:
     from diffva_ray.config import load_recipe
     from diffva_ray.data.films import Dataset, Film
-    from diffva_ray.generate.plan import Request, make_plan, parse_sweep, pixel_keys, start_run
+    from diffva_ray.generate.keys import pixel_keys
+    from diffva_ray.generate.plan import Request, make_plan, parse_sweep, start_run
     from diffva_ray.storage import open_store
 
     films = min(records, FILMS)

@@ -15,6 +15,7 @@ import numpy as np
 from diffva_ray.config import Recipe, make_recipe
 from diffva_ray.data.films import UnusableData
 from diffva_ray.generate.cost import Pace, cost, estimate
+from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import (
     ENVIRONMENT,
     FOLDERS,
@@ -23,7 +24,6 @@ from diffva_ray.generate.plan import (
     make_plan,
     open_run,
     part,
-    pixel_keys,
 )
 from diffva_ray.pipeline import (
     Execution,

@@ -19,6 +19,7 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.evaluate.reduction import Options, Reduced, reduce_run
 from diffva_ray.generate.budget import check_first_shards
+from diffva_ray.generate.keys import keys_now, pixel_keys
 from diffva_ray.generate.ledger import start_retry
 from diffva_ray.generate.plan import (
     SUCCESS,
@@ -27,10 +28,8 @@ from diffva_ray.generate.plan import (
     Request,
     Run,
     continue_run,
-    keys_now,
     make_plan,
     open_run,
-    pixel_keys,
     start_run,
 )
 from diffva_ray.model.card import TRAINING, UnusableModel, folder_digest, prompt_limit, read_card

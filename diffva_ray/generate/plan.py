@@ -33,12 +33,11 @@ from diffva_ray.config import (
     make_recipe,
 )
 from diffva_ray.data.films import Dataset
-from diffva_ray.schema import ENGINE, PLAN, SCHEMA_VERSION, record_id, record_seed
+from diffva_ray.schema import PLAN, record_id, record_seed
 from diffva_ray.storage import Ranges, Store
 
 RUN, PLAN_FILE, SUCCESS = "run.json", "plan.parquet", "_SUCCESS"
 FOLDERS = ("counterfactuals", "maps", "reconstructions")  # the images of a record, one file each
-SPACED_ANEW = {"dpmsolver++", "unipc"}  # samplers whose timesteps were spaced otherwise by earlier versions
 ENVIRONMENT = ("torch", "device", "engine")  # may be changed on request; everything else may not
 ROW_GROUPS = 4096  # at most, or the footer, which every worker reads, would grow with the run
 SWEPT = ("strength", "guidance_scale", "num_inference_steps", "scheduler", "method", "prompt")
@@ -231,36 +230,6 @@ def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:
         )
 
 
-def pixel_keys(recipe: Recipe, request: Request, model_digest: str, torch: str, device: str) -> dict[str, Any]:
-    """Everything that changes a pixel or the set of records, by name: what the fingerprint is taken of."""
-    prompt = request.prompt if request.prompt is not None else recipe.data.healthy_prompt
-    return json.loads(
-        json.dumps(
-            {
-                **recipe.generate.model_dump(mode="json"),
-                "model_digest": model_digest,
-                "resolution": recipe.model.resolution,
-                "aspect": "squash",
-                "seed": recipe.seed,
-                "prompt": prompt,
-                "classes": request.classes,
-                "limit": request.limit,
-                "sweep": request.sweep,
-                "schema_version": SCHEMA_VERSION,
-                "timestep_spacing": _spacing(recipe.generate.scheduler, request.sweep),
-                "engine": ENGINE,
-                "torch": torch,
-                "device": device,
-            }
-        )
-    )
-
-
-def _spacing(scheduler: str, sweep: Iterable[tuple[str, Sequence[Any]]]) -> str:
-    """How the timesteps of a run's samplers are spaced: "trailing" where any of them is of SPACED_ANEW."""
-    return "trailing" if SPACED_ANEW & {scheduler, *dict(sweep).get("scheduler", ())} else "leading"
-
-
 @dataclass(frozen=True)
 class Run:
     """A planned run, as ``run.json`` has it."""
@@ -369,12 +338,6 @@ def continue_run(run: Run, keys: dict[str, Any], allow_environment_change: bool 
     about = {**run.about, "environment_changes": [*changes, change]}
     run.store.put(RUN, json.dumps(about, indent=1).encode())
     return Run(run.store, about)
-
-
-def keys_now(run: Run, torch: str, device: str) -> dict[str, Any]:
-    """The run's keys as this version and machine would have them."""
-    spacing = _spacing(run.keys["scheduler"], run.keys["sweep"])
-    return {**run.keys, "torch": torch, "device": device, "engine": ENGINE, "timestep_spacing": spacing}
 
 
 def start_run(store: Store, table: pa.Table, keys: dict[str, Any], about: dict[str, Any]) -> Run:

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from diffva_ray.config import load_recipe
 from diffva_ray.data.films import Dataset, Film
 from diffva_ray.data.images import encode_grey, encode_map, quantise
-from diffva_ray.generate.plan import Request, Run, make_plan, part, pixel_keys, start_run
+from diffva_ray.generate.keys import pixel_keys
+from diffva_ray.generate.plan import Request, Run, make_plan, part, start_run
 from diffva_ray.schema import RECORDS
 from diffva_ray.storage import LocalStore
 

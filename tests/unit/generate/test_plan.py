@@ -9,6 +9,7 @@ import pytest
 
 from diffva_ray.config import Recipe
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import (
     FingerprintDiffers,
     PlanError,
@@ -17,7 +18,6 @@ from diffva_ray.generate.plan import (
     make_plan,
     open_run,
     parse_sweep,
-    pixel_keys,
     start_run,
 )
 from diffva_ray.schema import ENGINE

@@ -1,0 +1,49 @@
+"""What a run's fingerprint is taken of: everything that changes a pixel or the set of records, by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from diffva_ray.config import Recipe
+from diffva_ray.generate.plan import Request, Run
+from diffva_ray.schema import ENGINE, SCHEMA_VERSION
+
+SPACED_ANEW = {"dpmsolver++", "unipc"}  # samplers whose timesteps were spaced otherwise by earlier versions
+
+
+def pixel_keys(recipe: Recipe, request: Request, model_digest: str, torch: str, device: str) -> dict[str, Any]:
+    """Everything that changes a pixel or the set of records, by name: what the fingerprint is taken of."""
+    prompt = request.prompt if request.prompt is not None else recipe.data.healthy_prompt
+    return json.loads(
+        json.dumps(
+            {
+                **recipe.generate.model_dump(mode="json"),
+                "model_digest": model_digest,
+                "resolution": recipe.model.resolution,
+                "aspect": "squash",
+                "seed": recipe.seed,
+                "prompt": prompt,
+                "classes": request.classes,
+                "limit": request.limit,
+                "sweep": request.sweep,
+                "schema_version": SCHEMA_VERSION,
+                "timestep_spacing": _spacing(recipe.generate.scheduler, request.sweep),
+                "engine": ENGINE,
+                "torch": torch,
+                "device": device,
+            }
+        )
+    )
+
+
+def keys_now(run: Run, torch: str, device: str) -> dict[str, Any]:
+    """The run's keys as this version and machine would have them."""
+    spacing = _spacing(run.keys["scheduler"], run.keys["sweep"])
+    return {**run.keys, "torch": torch, "device": device, "engine": ENGINE, "timestep_spacing": spacing}
+
+
+def _spacing(scheduler: str, sweep: Iterable[tuple[str, Sequence[Any]]]) -> str:
+    """How the timesteps of a run's samplers are spaced: "trailing" where any of them is of SPACED_ANEW."""
+    return "trailing" if SPACED_ANEW & {scheduler, *dict(sweep).get("scheduler", ())} else "leading"
