@@ -206,7 +206,7 @@ def throughput() -> str:
     return markdown(
         ["", ""],
         [
-            ["engine over StableDiffusionImg2ImgPipeline, a film a call, twin and reconstruction", ranged(_alone(same))],
+            ["engine over StableDiffusionImg2ImgPipeline, a film a call, same product", ranged(_alone(same))],
             ["over its best batch by hand, channels_last", ranged(_closest(same))],
             ["the same two where the pipeline makes the twin alone",
              f"{ranged(_alone(twins))}; {ranged(_closest(twins))}"],
