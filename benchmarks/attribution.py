@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 from diffva_ray import pipeline
-from diffva_ray.config import NEEDS, Recipe, load_recipe, make_recipe
+from diffva_ray.config import Recipe, load_recipe, make_recipe
 from diffva_ray.counterfactual.gradients import BASELINES, FilmClassifier
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.images import decode_map
@@ -34,6 +34,7 @@ from diffva_ray.evaluate.records import by_shard, read_images, read_records, rea
 from diffva_ray.evaluate.scores import score_film
 from diffva_ray.generate.cost import calls
 from diffva_ray.generate.plan import Request, Run
+from diffva_ray.methods import METHODS as KNOWN
 from diffva_ray.metrics.conformal import attributed, conformal_threshold
 from diffva_ray.metrics.localization import positive, smooth
 from diffva_ray.model.bundle import build, load, save
@@ -241,7 +242,7 @@ def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str,
         return not only or any(text in name for text in only)
 
     methods = (changes.get("method", recipe.generate.method) for row, changes in METHODS.items() if asked(row))
-    needed = {NEEDS.get(method) for method in methods}
+    needed = {KNOWN[method].needs for method in methods}
     if not only:  # gradients are taken of the classifier
         needed.add("classifier")
     extras = tuple(stage for stage in EXTRAS if stage["trains"].replace("-", "_") in needed)

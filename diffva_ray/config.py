@@ -8,31 +8,15 @@ from importlib import resources
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from diffva_ray.config_stages import Section, Stage, TrainConfig
+from diffva_ray.methods import METHODS
 from diffva_ray.schema import digest
 from diffva_ray.storage import open_file
 
 RECIPES = resources.files("diffva_ray") / "recipes"
-
-
-Method = Literal[  # each is the module of that name in counterfactual/
-    "sdedit", "ddim-inversion", "cycle", "masked", "classifier-guided", "controlnet", "vant-gan", "ant-gan"
-]  # fmt: skip
-
-# What a method needs beside the pipeline's networks: the folder of the model, and the kind of stage that trains it.
-NEEDS: dict[str, str] = {
-    "classifier-guided": "classifier",
-    "controlnet": "controlnet",
-    "vant-gan": "vant_gan",
-    "ant-gan": "ant_gan",
-}
-WITHOUT_TEXT: tuple[Method, ...] = ("vant-gan", "ant-gan")  # methods of one pass: no prompt, no sampler
-ACCELERATED: tuple[Method, ...] = ("sdedit", "ddim-inversion", "masked")  # methods that generate.acceleration is for
 Scheduler = Literal["pndm", "pndm-diffusers", "ddim", "dpmsolver++", "unipc", "euler", "vp-sde", "ve-sde"]
-
-
 GUESS, SOURCE = "<guess>", "<source>"
 
 
@@ -127,7 +111,7 @@ class AccelerationConfig(Section):
 class GenerateConfig(Section):
     """What changes a pixel of a counterfactual; all of it is part of the run's fingerprint."""
 
-    method: Method = "sdedit"
+    method: str = "sdedit"  # of METHODS
     scheduler: Scheduler = "pndm"
     strength: float = Field(0.55, gt=0, le=1)
     guidance_scale: float = Field(4.0, ge=0)
@@ -149,6 +133,13 @@ class GenerateConfig(Section):
     classifier_guided: ClassifierGuidedConfig = ClassifierGuidedConfig()
     controlnet: ControlNetConfig = ControlNetConfig()
     acceleration: AccelerationConfig = AccelerationConfig()
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        if method not in METHODS:
+            raise ValueError(f"no such method; there are {', '.join(METHODS)}")
+        return method
 
     @property
     def map_name(self) -> str:

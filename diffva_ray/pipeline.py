@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from diffva_ray.config import GUESS, NEEDS, SOURCE, Recipe, fingerprint, load_recipe, make_recipe
+from diffva_ray.config import GUESS, SOURCE, Recipe, fingerprint, load_recipe, make_recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.evaluate.reduction import Options, Reduced, reduce_run
@@ -32,11 +32,12 @@ from diffva_ray.generate.plan import (
     open_run,
     start_run,
 )
+from diffva_ray.methods import METHODS
 from diffva_ray.model.card import TRAINING, UnusableModel, folder_digest, prompt_limit, read_card
 from diffva_ray.observe import LOG, Progress
 from diffva_ray.provenance import provenance, torch_version
 from diffva_ray.schema import digest
-from diffva_ray.storage import open_file, open_store
+from diffva_ray.storage import is_local, open_file, open_store
 
 
 def model_recipe(model: str, recipe: str | None, overrides: tuple[str, ...]) -> Recipe:
@@ -127,8 +128,8 @@ def _spelt(workers: int | tuple[int, int]) -> str:
 
 
 def _training_folder(out: str) -> Path:
-    """Where training without Ray keeps its checkpoints: a local folder. Raises UnusableModel for s3://."""
-    if "://" in out:
+    """Where training without Ray keeps its checkpoints: a local folder. Raises UnusableModel for a store."""
+    if not is_local(out):
         raise UnusableModel(f"--out {out}: training with --executor inline keeps its checkpoints on a local disk")
     return Path(open_store(out).uri) / ".train"
 
@@ -139,7 +140,7 @@ def _short(keys: dict[str, Any]) -> dict[str, Any]:
 
 def _absolute(uri: str) -> str:
     """Workers run in folders of their own, so a path must not depend on where a command was given."""
-    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+    return str(Path(uri).expanduser().absolute()) if is_local(uri) else uri
 
 
 @dataclass(frozen=True)
@@ -209,8 +210,8 @@ def other_prompts(recipe: Recipe) -> list[str]:
 
 def check_needs(model: str, method: str) -> None:
     """Raises UnusableModel when the method needs a network that the model folder has not."""
-    needed = NEEDS.get(method)
-    if needed is not None and not open_store(model).exists(f"{needed}/config.json"):
+    needed = METHODS[method].needs
+    if needed and not open_store(model).exists(f"{needed}/config.json"):
         kind = needed.replace("_", "-")
         raise UnusableModel(
             f"--model {model}: method {method} needs a {kind}, which this model has not; train one with a stage that "

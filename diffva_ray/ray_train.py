@@ -20,7 +20,7 @@ from diffva_ray.config import make_recipe
 from diffva_ray.model.card import PROGRESS, UnusableModel
 from diffva_ray.observe import Progress
 from diffva_ray.ray_metrics import TrainingMetrics
-from diffva_ray.storage import Store, open_store
+from diffva_ray.storage import Store, is_local, open_store
 
 
 def fit(
@@ -129,13 +129,13 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _storage(model: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
-    """Where Ray Train keeps its checkpoints: a local path as it is, S3 through s3fs with the same credentials chain as
-    everything else."""
+    """Where Ray Train keeps its checkpoints: a local path as it is, any other store through its own fsspec file system
+    (``fs``), with the same credentials as everything else."""
     store = open_store(model)
-    if not model.startswith("s3://"):
+    if is_local(model):
         return None, store.uri
     handler = pyarrow.fs.FSSpecHandler(store.fs)  # type: ignore[attr-defined]
-    return pyarrow.fs.PyFileSystem(handler), store.uri.removeprefix("s3://")
+    return pyarrow.fs.PyFileSystem(handler), store.uri.partition("://")[2]
 
 
 def _watch(store: Store, stop: threading.Event) -> None:

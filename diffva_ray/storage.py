@@ -10,6 +10,7 @@ the store as a whole is a StoreError, so that a full disk is never taken for a b
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import os
 import secrets
@@ -260,13 +261,17 @@ def _link_or_create(temporary: str, target: Path) -> None:
         os.replace(temporary, target)
 
 
-def _s3(uri: str) -> Store:
-    from diffva_ray.storage_s3 import S3Store  # a local run needs neither botocore's import time nor its credentials
+def _when_opened(place: str) -> Callable[[str], Store]:
+    """The class at ``module:class``, imported with the first address of its kind: a local run needs neither a client's
+    import time nor its credentials."""
+    module, _, name = place.partition(":")
+    return lambda uri: getattr(importlib.import_module(module), name)(uri)
 
-    return S3Store(uri)
 
-
-STORES: dict[str, Callable[[str], Store]] = {"": LocalStore, "s3": _s3}
+STORES: dict[str, Callable[[str], Store]] = {  # by scheme; a new kind is a module with a Store, and a line here
+    "": LocalStore,
+    "s3": _when_opened("diffva_ray.storage_s3:S3Store"),
+}
 
 
 class UnknownScheme(ValueError):
@@ -274,12 +279,19 @@ class UnknownScheme(ValueError):
 
 
 def open_store(uri: str | os.PathLike[str]) -> Store:
-    """The store at ``uri``: a local path or ``s3://bucket/prefix``. Raises UnknownScheme."""
+    """The store at ``uri``: a local path, or an address of one of STORES such as ``s3://bucket/prefix``. Raises
+    UnknownScheme."""
     text = os.fspath(uri)
-    scheme = text.split("://", 1)[0] if "://" in text else ""
+    scheme = "" if is_local(text) else text.partition("://")[0]
     if scheme not in STORES:
-        raise UnknownScheme(f"{text}: unknown scheme {scheme!r}; use a local path or s3://")
+        known = ", ".join(f"{name}://" for name in STORES if name)
+        raise UnknownScheme(f"{text}: unknown scheme {scheme!r}; use a local path or {known}")
     return STORES[scheme](text)
+
+
+def is_local(uri: str) -> bool:
+    """Whether an address is a path, of this machine or of a file system mounted on it."""
+    return "://" not in uri
 
 
 @lru_cache(maxsize=16)

@@ -19,8 +19,9 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
-from diffva_ray.config import NEEDS, Recipe, load_recipe
+from diffva_ray.config import Recipe, load_recipe
 from diffva_ray.data.phantoms import phantom_set
+from diffva_ray.methods import METHODS
 from diffva_ray.storage import LocalStore
 
 CLUSTERS = ("ray", "jobs", "chaos")  # folders of tests that start Rays: one at a time, or they starve each other
@@ -139,7 +140,7 @@ def complete(model: Path) -> Callable[[], Bundle]:
                 torch.nn.init.normal_(parameter, std=0.05)
         bundle.extras["controlnet"] = controlnet.eval()
         bundle.extras["vant_gan"], bundle.extras["ant_gan"] = Healer("map", (8, 16), 4), Healer("image", (8, 16), 4)
-        assert set(NEEDS.values()) <= set(bundle.extras)
+        assert {method.needs for method in METHODS.values() if method.needs} <= set(bundle.extras)
         return bundle
 
     return load_with_extras

@@ -14,9 +14,10 @@ from typing import Any, get_args
 import click
 
 from diffva_ray import __version__
-from diffva_ray.config import Method, Recipe, RecipeError, Scheduler
+from diffva_ray.config import Recipe, RecipeError, Scheduler
 from diffva_ray.data.films import UnusableData
 from diffva_ray.generate.plan import FingerprintDiffers, PlanError
+from diffva_ray.methods import METHODS
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.observe import set_up_logging
 from diffva_ray.storage import StoreError, UnknownScheme
@@ -137,7 +138,7 @@ gpus_option     = click.option("--gpus-per-actor", type=click.FloatRange(0), met
 change_option   = click.option("--allow-environment-change", is_flag=True, help="Go on with another torch or device; recorded.")
 weights_option  = click.option("--inception-weights", metavar="PATH|download", help="pytorch-fid's state dict; default: its cache.")
 SETTINGS = (  # of the engine: what a run and a single film have in common
-    click.option("--method",         metavar="NAME",              help=f"One of {', '.join(get_args(Method))}."),
+    click.option("--method",         metavar="NAME",              help=f"One of {', '.join(METHODS)}."),
     click.option("--strength",       metavar="F",    type=float,  help="How far the film is taken apart, in (0, 1]."),
     click.option("--guidance-scale", metavar="F",    type=float,  help="Classifier-free guidance; 1 or less is none."),
     click.option("--steps",          metavar="N",    type=int,    help="Scheduler steps at strength 1."),

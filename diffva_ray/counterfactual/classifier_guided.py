@@ -17,9 +17,7 @@ from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffu
 
 
 def heal(model: LatentDiffusion, request: Edit) -> Healed:
-    """Raises ValueError for a scheduler other than ``ddim``, UnusableModel for a model without a classifier."""
-    if request.scheduler != "ddim":
-        raise ValueError(f"method classifier-guided runs with scheduler ddim, not {request.scheduler}")
+    """Raises UnusableModel for a model without a classifier."""
     with torch.inference_mode(False):  # weights loaded in inference mode could never take part in a gradient
         classifier = model.bundle.extra("classifier").to(request.latents.device, torch.float32).eval()
         classifier.requires_grad_(False)

@@ -13,9 +13,7 @@ from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffu
 
 
 def heal(model: LatentDiffusion, request: Edit) -> Healed:
-    """Raises ValueError for a scheduler other than ``ddim``, whose timesteps it uses."""
-    if request.scheduler != "ddim":
-        raise ValueError(f"method cycle runs with scheduler ddim, not {request.scheduler}")
+    """Runs on the timesteps of ``ddim``."""
     _, timesteps = model.schedule(request)
     alphas = [model.alphas.to(request.latents)[timestep] for timestep in timesteps]
     alphas.append(torch.ones_like(alphas[0]))  # the film itself

@@ -15,9 +15,7 @@ from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffu
 
 
 def heal(model: LatentDiffusion, request: Edit) -> Healed:
-    """Raises ValueError for a scheduler other than ``ddim``."""
-    if request.scheduler != "ddim":
-        raise ValueError(f"method ddim-inversion runs with scheduler ddim, not {request.scheduler}")
+    """The inverted latents, denoised under the healthy prompt."""
     scheduler, timesteps = model.schedule(request)
     latents = invert(model, request, timesteps)
     return model.healed(model.denoise(latents, request, scheduler, timesteps), request)

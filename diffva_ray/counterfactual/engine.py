@@ -11,25 +11,28 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffva_ray.config import GUESS, SOURCE, GenerateConfig, Method
+from diffva_ray.config import GUESS, SOURCE, GenerateConfig
 from diffva_ray.counterfactual.guess import guess
 from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion, noise, speed_up_doubling
 from diffva_ray.data.images import to_square
+from diffva_ray.methods import METHODS
 from diffva_ray.model import text
 from diffva_ray.model.bundle import Bundle, load
 from diffva_ray.observe import Stopwatch
 
 
-def method_of(name: str) -> Callable[[LatentDiffusion, Edit], Healed]:
-    """The ``heal`` function of a method's module. Raises ValueError for an unknown name."""
-    if name not in get_args(Method):
-        raise ValueError(f"unknown method {name!r}; there are {', '.join(get_args(Method))}")
+def method_of(name: str, scheduler: str) -> Callable[[LatentDiffusion, Edit], Healed]:
+    """The ``heal`` function of a method's module. Raises ValueError for an unknown name, and for a scheduler that the
+    method cannot run with."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
+    if scheduler != (only := METHODS[name].scheduler or scheduler):
+        raise ValueError(f"method {name} runs with scheduler {only}, not {scheduler}")
     return importlib.import_module(f"diffva_ray.counterfactual.{name.replace('-', '_')}").heal
 
 
@@ -156,7 +159,7 @@ class Counterfactuals:
         first = settings[0]
         if any(replace(other, prompt=first.prompt) != first for other in settings):
             raise ValueError("the settings of one call may differ in the prompt only")
-        method = method_of(first.method)
+        method = method_of(first.method, first.scheduler)
         slots = [*range(count), *[0] * (full - count)]
         squares = torch.from_numpy(np.stack([to_square(films[i], self.size) for i in slots])).to(self.device)
         everywhere = np.ones((self.size, self.size), np.bool_)

@@ -19,9 +19,7 @@ from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffu
 
 
 def heal(model: LatentDiffusion, request: Edit) -> Healed:
-    """Raises ValueError for a scheduler other than ``ddim``."""
-    if request.scheduler != "ddim":
-        raise ValueError(f"method masked runs with scheduler ddim, not {request.scheduler}")
+    """The healed film inside the mask, the film itself outside it."""
     config = request.config.masked
     scheduler, timesteps = model.schedule(request)
     path = inversion_path(model, request, timesteps)

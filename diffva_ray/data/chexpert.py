@@ -10,6 +10,7 @@ from diffva_ray.data.films import Dataset, Film, UnusableData
 from diffva_ray.data.manifest import Table, inside, read_table
 from diffva_ray.storage import Entry, Store
 
+LAYOUT = "train.csv (CheXpert)"
 TABLES = ("train.csv", "valid.csv")
 HEALTHY = "No Finding"
 OBSERVATIONS = (

@@ -1,4 +1,7 @@
-"""The one place that finds out what kind of data set a folder or file is. A new kind is one module and one line."""
+"""The one place that finds out what kind of data set a folder or file is.
+
+A new kind is a module with ``LAYOUT`` (how to recognise it, for messages) and ``read``, and a line in KINDS.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,12 @@ from diffva_ray.data.films import Dataset, Film, UnusableData
 from diffva_ray.data.radiography import COMPANIONS
 from diffva_ray.storage import Store, open_store
 
-ADAPTERS = (chexpert.read, radiography.read, folder.read)  # the first that knows the layout reads it
-LAYOUTS = (
-    "<class>/images/*.png (Radiography Database, phantoms), train.csv (CheXpert), <class>/*.png, "
-    "or a .csv or .parquet file with path,label"
-)
+KINDS = (
+    chexpert,
+    radiography,
+    folder,
+)  # of folders; the first that knows the layout reads it
+LAYOUTS = f"{', '.join(kind.LAYOUT for kind in KINDS)}, or {manifest.LAYOUT}"
 DEFAULTS = DataConfig()
 
 
@@ -45,7 +49,7 @@ def open_dataset(
         if file:
             dataset = manifest.read(store, entries, config, file) or chexpert.read(store, entries, config, [file])
         else:
-            dataset = next((found for read in ADAPTERS if (found := read(store, entries, config))), None)
+            dataset = next((found for kind in KINDS if (found := kind.read(store, entries, config))), None)
         if dataset is None:
             raise UnusableData(f"{uri}: {_columns(store, file) if file else f'no films; expected {LAYOUTS}'}")
         if not dataset.films:

@@ -7,6 +7,8 @@ from diffva_ray.data.films import Dataset, Film, UnusableData, image_files
 from diffva_ray.data.radiography import COMPANIONS
 from diffva_ray.storage import Entry, Store
 
+LAYOUT = "<class>/*.png"
+
 
 def read(store: Store, entries: list[Entry], config: DataConfig) -> Dataset | None:
     """The films of the layout, or None where no folder directly below the root holds images."""

@@ -15,6 +15,7 @@ from diffva_ray.config import DataConfig
 from diffva_ray.data.films import Dataset, Film, UnusableData
 from diffva_ray.storage import Entry, Store
 
+LAYOUT = "a .csv or .parquet file with path,label"
 EXTENSIONS = (".csv", ".parquet")
 
 

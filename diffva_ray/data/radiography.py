@@ -10,6 +10,7 @@ from diffva_ray.config import DataConfig
 from diffva_ray.data.films import Dataset, Film, UnusableData, image_files
 from diffva_ray.storage import Entry, Store
 
+LAYOUT = "<class>/images/*.png (Radiography Database, phantoms)"
 KAGGLE_NAME = "COVID-19_Radiography_Dataset"
 COMPANIONS = ("masks", "lesions", "twins")
 

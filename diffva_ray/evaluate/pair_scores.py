@@ -4,7 +4,7 @@ readers' scores of lung zones."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,8 +17,9 @@ from diffva_ray.evaluate.records import Boxes, Images, Row, Truth, read_images, 
 from diffva_ray.evaluate.tables import by_label, finite_mean
 from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
-from diffva_ray.metrics.counterfactual import changed_share, collateral_change, cout, flip_rate, outside_lesion
+from diffva_ray.metrics.counterfactual import flip_rate
 from diffva_ray.metrics.localization import SALIENCY, patient_bootstrap
+from diffva_ray.metrics.pair_metrics import PAIR_METRICS, Pair
 from diffva_ray.metrics.zones import zone_agreement, zone_energy, zone_masks
 from diffva_ray.model.card import read_card
 from diffva_ray.storage import Store, StoreError, open_store
@@ -28,9 +29,7 @@ if TYPE_CHECKING:  # they load torch
     from diffva_ray.metrics.perceptual import Lpips
     from diffva_ray.metrics.validity import Judge
 
-COUT_STEPS = 25
 HEART = "cardiomegaly"
-MEASURES = ("gain", "cout", "collateral", "changed", "energy", "in_lungs", "inside_change", "outside_change")
 
 
 def run_judge(run: Run) -> Judge | None:
@@ -49,37 +48,19 @@ def run_judge(run: Run) -> Judge | None:
 def score_pairs(
     run: Run, data: Store, rows: Sequence[Row], boxes: Boxes, judge: Judge | None, lpips: Lpips | None
 ) -> list[Row]:
-    """One row for each record whose pictures can be read: the scores of MEASURES, ``lpips``, and the cardiothoracic
-    ratio before and after where the heart is the matter; None for what is not known."""
+    """One row for each record whose pictures can be read: PAIR_METRICS, ``lpips``, and the cardiothoracic ratio before
+    and after where the heart is the matter; None for what is not known."""
     found = []
     for row, images, truth in _pictures(run, data, rows, boxes):
-        place = None if truth.lesion is None else outside_lesion(images.signed_map, truth.lesion)
-        before, after = row["judge_source"], row["judge_counterfactual"]
-        scores = {
-            "gain": None if before is None or after is None else after - before,
-            **(_judged(judge, images, row["label"]) if judge is not None else {}),
-            "changed": changed_share(images.signed_map),
-            "energy": float(np.abs(images.signed_map).mean()),
-            "in_lungs": row["map_energy_lung_fraction"],
-            "inside_change": place.inside if place else None,
-            "outside_change": place.change if place else None,
-            "lpips": None if lpips is None else lpips(images.film, images.counterfactual),
-        }
+        pair = Pair(
+            images.film, images.counterfactual, images.signed_map, row["label"], row, truth.lesion, truth.lungs, judge
+        )
+        scores = {metric.key: metric.of(pair) for metric in PAIR_METRICS}
+        scores["lpips"] = None if lpips is None else lpips(images.film, images.counterfactual)
         if HEART in f"{row['label']} {row['prompt']}".casefold():
             scores |= {"heart_before": _heart(images.film), "heart_after": _heart(images.counterfactual)}
         about = {key: row[key] for key in ("record_id", "source_path", "label", "setting") if key in row}
         found.append(about | {key: None if value is None or value != value else value for key, value in scores.items()})
-    return found
-
-
-def _judged(judge: Judge, images: Images, label: str) -> Row:
-    """COUT, and the collateral change of a film of a known abnormal class."""
-    index = judge.classes.index(judge.healthy)
-    healthy: Callable[[NDArray[np.float32]], NDArray[np.float64]] = lambda films: judge.probabilities(films)[:, index]  # noqa: E731
-    found: Row = {"cout": cout(healthy, images.film, images.counterfactual, COUT_STEPS)[0]}
-    if label in judge.classes and label != judge.healthy:
-        before, after = judge.probabilities(np.stack([images.film, images.counterfactual]))
-        found["collateral"] = collateral_change(before, after, judge.classes.index(label), index)
     return found
 
 
@@ -138,8 +119,8 @@ def counterfactual_rows(scores: list[Row]) -> list[Row]:
     found = []
     for label, rows in by_label(pd.DataFrame(scores)) if scores else ():
         row: Row = {"label": label, "n": len(rows)}
-        for key in MEASURES:
-            row |= mean_of(rows, key)
+        for metric in PAIR_METRICS:
+            row |= mean_of(rows, metric.key)
         found.append(row)
     return found
 

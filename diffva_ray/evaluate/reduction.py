@@ -45,6 +45,7 @@ from diffva_ray.generate.budget import check_quarantined
 from diffva_ray.generate.ledger import OVERLAYS, overlays
 from diffva_ray.generate.plan import PLAN_FILE, RUN, SUCCESS, Run
 from diffva_ray.generate.verification import MANIFEST, Problem, verify
+from diffva_ray.metrics.pair_metrics import PAIR_METRICS
 from diffva_ray.model.training_films import TrainingFilms
 from diffva_ray.schema import RECORDS, digest
 from diffva_ray.storage import Store, open_file, open_store
@@ -223,8 +224,7 @@ CAPTIONS = {
     "calls abnormal (n of films) whose counterfactual it calls healthy.",
     "fid_within": "Mean distance within each condition (class, prompt), weighted by its twins, beside the distance of "
     "the pooled sets; a pooled distance does not see classes exchanged.",
-    "counterfactual": "At most {most} films of a class: confidence gain, COUT, collateral change of the other classes "
-    "(all by the judge), share of pixels changed, mean |M|, its share in the lungs, |M| in and outside the lesion.",
+    "counterfactual": "At most {most} films of a class: " + "; ".join(metric.title for metric in PAIR_METRICS) + ".",
     "heart": "Cardiothoracic ratio of film and counterfactual; lungs are found on both alike, which underestimates the "
     "ratio: read the change.",
     "brixia": "Spearman's correlation of a map's mean in each of six lung zones with the readers' Brixia scores; "

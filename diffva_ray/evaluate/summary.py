@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from diffva_ray.metrics.pair_metrics import PAIR_METRICS
+
 COLUMNS: dict[str, dict[str, str]] = {
     "localization": {
         "map": "map", "label": "class", "n": "n", "auroc": "AUROC", "auprc": "AUPRC", "dice_fixed": "Dice at fixed t",
@@ -21,10 +23,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     },
     "ssim": {"label": "class", "n": "n", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "ms_ssim_scales": "scales",
              "lpips": "LPIPS"},
-    "counterfactual": {
-        "label": "class", "n": "n", "cout": "COUT", "collateral": "other classes", "changed": "pixels changed",
-        "inside_change": "|M| in lesion", "outside_change": "outside",
-    },
+    "counterfactual": {"label": "class", "n": "n", **{metric.key: metric.heading for metric in PAIR_METRICS}},
     "heart": {"label": "class", "n": "n", "before": "heart / thorax", "after": "after", "change": "change"},
     "brixia": {"map": "map", "n": "n", "spearman": "Spearman, all zones", "spearman_within_film": "within films"},
     "fid_within": {"set1": "set 1", "set2": "set 2", "n2": "n", "within": "within conditions", "pooled": "pooled"},

@@ -7,35 +7,16 @@ come from a pace that somebody has measured: the run's own shards, a probe, or t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from diffva_ray.config import GUESS, AccelerationConfig, Recipe
+from diffva_ray.methods import METHODS, Calls
 
 GUESS_CALLS = 8  # a prompt: DRAWS * len(TIMESTEPS) of counterfactual/guess.py, which loads torch
 MASK_CALLS = 6  # of DiffEdit's mask: CALLS of counterfactual/guidance_difference.py
 
 
-class Calls(NamedTuple):
-    """Forwards of each network for one record. Every method has the film encoded; those in latent space
-    decode twin and reconstruction."""
-
-    unet: int
-    encode: int = 1
-    decode: int = 2
-    controlnet: int = 0
-
-
-METHODS: dict[str, Callable[[int, int], Calls]] = {  # of the sampler's steps, and those of them with two branches
-    "sdedit": lambda steps, guided: Calls(steps + guided),
-    "ddim-inversion": lambda steps, guided: Calls(steps + guided + steps - 1),
-    "cycle": lambda steps, guided: Calls(steps + guided + steps),
-    "masked": lambda steps, guided: Calls(steps + guided + steps - 1),
-    "controlnet": lambda steps, guided: Calls(steps + guided, controlnet=steps + guided),
-    "classifier-guided": lambda steps, guided: Calls(2 * steps - 1),
-    "vant-gan": lambda steps, guided: Calls(0, decode=0),
-    "ant-gan": lambda steps, guided: Calls(0, decode=0),
-}
 # TFLOP of one forward (a multiplication and an addition are two), by base and resolution: UNet, encoder, decoder,
 # ControlNet.
 TFLOP = {("CompVis/stable-diffusion-v1-4", 512): (0.803, 1.117, 2.515, 0.283)}
@@ -44,17 +25,14 @@ TFLOP = {("CompVis/stable-diffusion-v1-4", 512): (0.803, 1.117, 2.515, 0.283)}
 def calls(settings: Mapping[str, Any], prompts: int) -> Calls:
     """Network calls of one record with these settings (as in ``GenerateConfig``) and a model of so many ``prompts``.
 
-    Calls that only the outermost layers of the UNet answer (``deep_features_every``) count like all others. Raises
-    ValueError for a method whose calls nobody has written down.
+    Calls that only the outermost layers of the UNet answer (``deep_features_every``) count like all others.
     """
-    if settings["method"] not in METHODS:
-        raise ValueError(f"generate/cost.py: no calls known for method {settings['method']!r}")
     steps = int(settings["num_inference_steps"] * settings["strength"])
     if settings["scheduler"] == "pndm-diffusers" or (settings["scheduler"] == "pndm" and steps > 1):
         steps += 1  # its first step is two calls
     shortcuts = AccelerationConfig.model_validate(settings["acceleration"])
     guided = sum(shortcuts.guides(step, steps) for step in range(steps)) if settings["guidance_scale"] > 1 else 0
-    found = METHODS[settings["method"]](steps, guided)
+    found = METHODS[settings["method"]].calls(steps, guided)
     guessed = GUESS_CALLS * prompts if settings["source_prompt"] == GUESS else 0
     derived = settings["method"] == "masked" and settings["masked"]["source"] == "derived"
     return found._replace(unet=found.unet + guessed + (MASK_CALLS if derived else 0))

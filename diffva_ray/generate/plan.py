@@ -22,9 +22,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from diffva_ray.config import (
-    ACCELERATED,
     GUESS,
-    WITHOUT_TEXT,
     GenerateConfig,
     Recipe,
     fingerprint,
@@ -33,6 +31,7 @@ from diffva_ray.config import (
     make_recipe,
 )
 from diffva_ray.data.films import Dataset
+from diffva_ray.methods import METHODS
 from diffva_ray.schema import PLAN, record_id, record_seed
 from diffva_ray.storage import Ranges, Store
 
@@ -208,24 +207,24 @@ def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:
             f"strength {checked.strength:g} of {checked.num_inference_steps} steps leaves no step to do; raise one of "
             "them"
         )
+    method = METHODS[checked.method]
     if checked.acceleration.on and (
-        checked.method not in ACCELERATED or (checked.method == "masked" and checked.masked.source != "difference")
+        not method.shortcuts or (checked.method == "masked" and checked.masked.source != "difference")
     ):
         raise PlanError(
             f"generate.acceleration: method {checked.method} has no shortcuts; they are for "
-            f"{', '.join(ACCELERATED)} (by difference)"
+            f"{', '.join(name for name, method in METHODS.items() if method.shortcuts)} (by difference)"
         )
     if checked.compile and checked.acceleration.deep_features_every > 1:
         raise PlanError("generate.compile: a compiled UNet cannot keep its deep features; set deep_features_every to 1")
-    if checked.method in WITHOUT_TEXT:
-        if checked.source_prompt == GUESS:
-            raise PlanError(
-                f"method {checked.method} reads no prompt, and guessing one costs network calls; give "
-                '--set generate.source_prompt=""'
-            )
-    elif checked.method not in ("sdedit", "controlnet") and checked.scheduler != "ddim":
+    if not method.reads_prompt and checked.source_prompt == GUESS:
         raise PlanError(
-            f"method {checked.method} runs with scheduler ddim, not {checked.scheduler}; give --scheduler ddim or "
+            f"method {checked.method} reads no prompt, and guessing one costs network calls; give "
+            '--set generate.source_prompt=""'
+        )
+    if checked.scheduler != (only := method.scheduler or checked.scheduler):
+        raise PlanError(
+            f"method {checked.method} runs with scheduler {only}, not {checked.scheduler}; give --scheduler {only} or "
             "--method sdedit"
         )
 

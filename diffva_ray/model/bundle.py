@@ -21,7 +21,7 @@ from diffva_ray.model import lora, text
 from diffva_ray.model.card import CARD, COMPONENTS, LORA, UnusableModel, folder_digest, read_card
 from diffva_ray.model.cross_attention import fit_text_width, text_width
 from diffva_ray.model.extras import load_extra
-from diffva_ray.storage import Store, open_store
+from diffva_ray.storage import Store, is_local, open_store
 
 # Stable Diffusion v1.4's own scheduler_config.json
 SD_SCHEDULER: dict[str, Any] = {
@@ -112,7 +112,7 @@ def build(recipe: Recipe) -> Bundle:
 
 def _pretrained(base: str, recipe: Recipe, scheduler: dict[str, Any]) -> tuple[Any, ...]:
     model = recipe.model
-    source = str(open_store(base).local_folder()) if base.startswith("s3://") else base
+    source = base if is_local(base) else str(open_store(base).local_folder())
     try:
         vae = AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True)
         unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", use_safetensors=True)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from diffva_ray.model.card import UnusableModel
-from diffva_ray.storage import open_store
+from diffva_ray.storage import is_local, open_store
 
 # Short names of model.text_encoder. Stanford's RadBERT is the paper's; UCSD's is a RoBERTa (Yan et al. 2022).
 TEXT_ENCODERS = {
@@ -73,7 +73,7 @@ def hub_snapshot(name: str) -> tuple[Path, dict[str, str]]:
     ``name`` is one of TEXT_ENCODERS, a hub id (``owner/name`` or ``owner/name@revision``), a folder or s3://. Of a hub
     repository only the PyTorch weights at its root are fetched, safetensors where it has them. Raises UnusableModel.
     """
-    if name.startswith("s3://"):
+    if not is_local(name):
         return open_store(name).local_folder(), {"source": name}
     if Path(name).is_dir():
         return Path(name), {"source": name}

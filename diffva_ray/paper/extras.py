@@ -14,10 +14,10 @@ from diffva_ray.data.films import Film, UnusableData
 from diffva_ray.data.images import BadImage, decode, to_square
 from diffva_ray.evaluate.census import SAMPLE
 from diffva_ray.evaluate.figures import finished
-from diffva_ray.evaluate.pair_scores import COUT_STEPS
 from diffva_ray.evaluate.records import grey, read_records
 from diffva_ray.evaluate.tables import ALL
 from diffva_ray.metrics.counterfactual import memorisation
+from diffva_ray.metrics.pair_metrics import COUT_STEPS, PAIR_METRICS
 from diffva_ray.model.training_films import TrainingFilms
 from diffva_ray.paper.experiments import SETTINGS
 from diffva_ray.paper.layout import Table, number, with_error, with_interval
@@ -140,17 +140,6 @@ def _cell(row: Row, key: str) -> str:
     return with_interval(row.get(key), row.get(f"{key}_interval"))
 
 
-MEASURES = (
-    ("confidence gain", "gain"),
-    ("COUT", "cout"),
-    ("collateral change of other classes", "collateral"),
-    ("share of pixels changed by > 0.05", "changed"),
-    ("mean |M| in the lesion", "inside_change"),
-    ("mean |M| outside it (hallucination)", "outside_change"),
-    ("share of |M| in the lungs", "in_lungs"),
-)
-
-
 def scores_table(made: Made) -> Table | None:
     """Table S1: validity, decisiveness, minimality and hallucination by class and setting."""
     columns = [name for name in SETTINGS if made.metrics.get(name, {}).get("counterfactual")]
@@ -169,10 +158,10 @@ def scores_table(made: Made) -> Table | None:
             details.append({"setting": name, "flip_rate": rate, **row})
         n = str(max(row["n"] for row in scores))
         body.append([label, "flip rate", n, *rates])
-        for title, key in MEASURES:
-            cells = [_cell(row, key) for row in scores]
+        for metric in PAIR_METRICS:
+            cells = [_cell(row, metric.key) for row in scores]
             if any(cell != "–" for cell in cells):
-                body.append([label, title, n, *cells])
+                body.append([label, metric.title, n, *cells])
     maps = ", ".join(f"{SETTINGS[name]}: {made.runs[name].recipe.generate.map_name}" for name in columns)
     caption = (
         f"At most {SAMPLE} films of a class; 95 % bootstrap intervals over films. Judge: the model's own, which never "

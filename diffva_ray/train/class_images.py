@@ -16,7 +16,7 @@ from diffva_ray.config_stages import DenoiserConfig
 from diffva_ray.data.films import Dataset, Film
 from diffva_ray.data.images import encode_grey, quantise
 from diffva_ray.model.bundle import pipeline_of
-from diffva_ray.storage import open_store
+from diffva_ray.storage import is_local, open_store
 from diffva_ray.train.sampling import FilmSet
 
 STEPS, GUIDANCE = 50, 7.5  # the pipeline's defaults, as in diffusers' script
@@ -58,7 +58,7 @@ def _pipeline(setting: Any, device: torch.device) -> Any:
     if base is None:
         pipeline = pipeline_of(setting.bundle)
     else:
-        source = str(open_store(base).local_folder()) if base.startswith("s3://") else base
+        source = base if is_local(base) else str(open_store(base).local_folder())
         pipeline = StableDiffusionPipeline.from_pretrained(
             source, safety_checker=None, requires_safety_checker=False, use_safetensors=True
         ).to(device)

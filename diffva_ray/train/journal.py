@@ -17,7 +17,7 @@ from accelerate.tracking import TensorBoardTracker
 from diffva_ray.config import Recipe, RecipeError
 from diffva_ray.model.card import PROGRESS
 from diffva_ray.observe import LOG
-from diffva_ray.storage import Store
+from diffva_ray.storage import Store, is_local
 
 TENSORBOARD = ".train/tensorboard"
 SECONDS = 3.0  # between two looks at the training
@@ -50,7 +50,7 @@ class Journal:
 
     def _log_folder(self) -> Path:
         """TensorBoard's files: in the model folder, or, where that is a bucket, copied there at every checkpoint."""
-        if "://" not in self.store.uri:
+        if is_local(self.store.uri):
             return Path(self.store.uri) / TENSORBOARD
         self._events = tempfile.TemporaryDirectory()
         return Path(self._events.name)

@@ -9,15 +9,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "diffva_ray"
-LOW = {"schema", "storage", "observe", "provenance"}
+LOW = {"schema", "storage", "observe", "provenance", "methods"}
 MAY_IMPORT = {
     "schema": set(),
-    "storage": {"storage_s3", "observe"},
+    "storage": {"observe"},
     "storage_s3": {"storage", "observe"},
     "observe": set(),
     "provenance": set(),
     "config_stages": set(),
-    "config": {"config_stages", "schema", "storage"},
+    "methods": set(),
+    "config": {"config_stages", "methods", "schema", "storage"},
     "data": LOW | {"config", "config_stages"},
     "model": LOW | {"config", "config_stages"},
     "metrics": LOW | {"config", "config_stages"},

@@ -24,7 +24,10 @@ WRONG = [
     ("train --data FILMS --out x --set train.stages.9.steps=3", "'9' is not a section"),
     ("train --data FILMS --out x --workers 0", "give a number of workers"),
     ("generate --data FILMS --model nowhere --out x", "--model nowhere: no diffva.json there; train a model first"),
-    ("generate --data FILMS --model MODEL --out x --method foo", "generate.method: Input should be 'sdedit'"),
+    (
+        "generate --data FILMS --model MODEL --out x --method foo",
+        "method: no such method; there are sdedit",
+    ),
     ("generate --data FILMS --model MODEL --out x --strength 2", "generate.strength: Input should be less than"),
     ("generate --data FILMS --model MODEL --out x --sweep foo=1", "--sweep foo=1: write key=value,value"),
     ("generate --data FILMS --model MODEL --out x --sweep strength=0.3 --sweep strength=0.6", "is swept already"),

@@ -41,7 +41,7 @@ from diffva_ray.evaluate.report.assets import policy, style, templates
 from diffva_ray.evaluate.report.numbers import Card, Cell, Group, Table, count, interval, number, plain
 from diffva_ray.evaluate.tables import ALL, clean
 from diffva_ray.generate.plan import RUN, Run
-from diffva_ray.storage import Store, join, open_store
+from diffva_ray.storage import Store, is_local, join, open_store
 
 PAGE, METRICS, SCATTER = "index.html", "metrics.json", "images/films.png"
 PICTURE = re.compile(r"images/\d\d-(film|twin-a|map-a|twin-b|map-b|truth)\.png")
@@ -65,7 +65,7 @@ def output_store(a: Run, b: Run, out: str | None) -> Store:
     said, and for a place inside one of the runs, which are never written to."""
     names = [run.store.uri.rstrip("/").rpartition("/")[2] for run in (a, b)]
     if out is None:
-        if "://" in a.store.uri:
+        if not is_local(a.store.uri):
             raise UnusableData(f"--out is needed: {a.store.uri} is not on a local disk")
         out = join(a.store.uri.rpartition("/")[0] or "/", f"compare-{names[0]}-{names[1]}")
     try:
@@ -81,7 +81,7 @@ def output_store(a: Run, b: Run, out: str | None) -> Store:
 
 
 def _real(uri: str) -> str:
-    return uri.rstrip("/") if "://" in uri else os.path.realpath(uri)
+    return os.path.realpath(uri) if is_local(uri) else uri.rstrip("/")
 
 
 def write_comparison(comparison: Comparison, store: Store) -> str:

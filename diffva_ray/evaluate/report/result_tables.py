@@ -20,6 +20,7 @@ from diffva_ray.evaluate.report.numbers import (
     plain,
 )
 from diffva_ray.metrics.localization import SALIENCY
+from diffva_ray.metrics.pair_metrics import PAIR_METRICS
 
 SMALL = 2048  # films, below which a Fréchet distance is mostly its own bias
 Format = Callable[[Any], str]
@@ -64,14 +65,8 @@ ZONES: list[Column] = [
     ("spearman_within_film", "within a film", number, True),
     ("n_within", "n within", count, False),
 ]
-PAIRS: list[Column] = [
-    ("gain", "confidence gain", number, False),
-    ("cout", "COUT", number, False),
-    ("collateral", "other findings", number, False),
-    ("changed", "pixels changed", percent, False),
-    ("inside_change", "mean |M| in the lesion", lambda value: number(value, 4), False),
-    ("outside_change", "outside it", lambda value: number(value, 4), False),
-]
+FORMS: dict[str, Format] = {"number": number, "percent": percent, "small": lambda value: number(value, 4)}
+PAIRS: list[Column] = [(metric.key, metric.heading, FORMS[metric.form], False) for metric in PAIR_METRICS]
 HEART: list[Column] = [
     ("films", "of films", count, False),
     ("before", "film", number, False),
