@@ -1,6 +1,7 @@
 """The one place that finds out what kind of data set a folder or file is.
 
-A new kind is a module with ``LAYOUT`` (how to recognise it, for messages) and ``read``, and a line in KINDS.
+A new kind is a module of this folder with ``LAYOUT`` (what to recognise it by, for messages) and ``read``, and a line in
+KINDS.
 """
 
 from __future__ import annotations
@@ -8,19 +9,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from itertools import groupby
 
 from diffva_ray.config import DataConfig
-from diffva_ray.data import boxes, chexpert, folder, manifest, radiography
+from diffva_ray.data import boxes, chexpert, manifest
 from diffva_ray.data.films import Dataset, Film, UnusableData
 from diffva_ray.data.radiography import COMPANIONS
 from diffva_ray.storage import Store, open_store
 
-KINDS = (
-    chexpert,
-    radiography,
-    folder,
-)  # of folders; the first that knows the layout reads it
+KINDS = [
+    import_module(f"diffva_ray.data.{name}")
+    for name in (  # the first that knows a folder's layout reads it
+        "chexpert",
+        "radiography",
+        "folder",
+    )
+]
 LAYOUTS = f"{', '.join(kind.LAYOUT for kind in KINDS)}, or {manifest.LAYOUT}"
 DEFAULTS = DataConfig()
 

@@ -1,0 +1,149 @@
+"""The tutorials of docs/extending, executed: their files and lines in a copy of the package, then their commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "extending"
+BLOCK = re.compile(r'^```(python|diff|console)(?: title="([^"]+)")?\n(.*?)^```$', re.M | re.S)
+RUN = """
+import json, sys
+from click.testing import CliRunner
+from diffva_ray.cli import main
+print()
+for words in json.load(sys.stdin):
+    result = CliRunner().invoke(main, words)
+    print(json.dumps([result.exit_code, result.output]))
+"""
+
+
+def applied(page: str, folder: Path) -> int:
+    """A copy of the package in ``folder`` with what the page adds; the number of lines that it adds to files of ours."""
+    shutil.copytree(ROOT / "diffva_ray", folder / "diffva_ray", ignore=shutil.ignore_patterns("__pycache__"))
+    lines = 0
+    for kind, place, text in BLOCK.findall(page):
+        file = folder / place
+        if kind == "python":
+            assert not file.exists(), f"{place} is there already"
+            file.write_text(text)
+        elif kind == "diff":
+            before = "".join(line[1:] for line in text.splitlines(True) if not line.startswith("+"))
+            after = "".join(line[1:] for line in text.splitlines(True))
+            source = file.read_text()
+            assert source.count(before) == 1, f"{place} has not the lines of the tutorial:\n{before}"
+            file.write_text(source.replace(before, after))
+            lines += text.count("\n+") + text.startswith("+")
+    return lines
+
+
+def commands(page: str) -> list[tuple[list[str], int, list[str]]]:
+    """Words, exit code and expected lines of every command of the page."""
+    found = []
+    for kind, _, text in BLOCK.findall(page):
+        for part in re.split(r"^\$ ", text, flags=re.M)[1:] if kind == "console" else ():
+            line, *expected = part.splitlines()
+            line, _, code = line.partition("  # exits with ")
+            found.append((shlex.split(line), int(code or 0), [text for text in expected if text]))
+    return found
+
+
+def followed(page: str, folder: Path, names: dict[str, str], **environment: str) -> None:
+    """Run the page's commands in ``folder`` with its copy of the package."""
+    told = [([names.get(word, word) for word in words], code, expected) for words, code, expected in commands(page)]
+    asked = [words[1:] for words, _, _ in told if words[0] == "diffva"]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN], cwd=folder, input=json.dumps(asked), capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answers = iter(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+    for words, code, expected in told:
+        exit_code, output = next(answers) if words[0] == "diffva" else (0, (folder / words[1]).read_text())
+        assert exit_code == code, (words, output, done.stderr)
+        for line in expected:
+            assert line in output, (words, output)
+
+
+def read(page: str) -> str:
+    return (PAGES / page).read_text()
+
+
+def test_a_kind_of_data_set(films: Path, model: Path, tmp_path: Path) -> None:
+    assert applied(read("data_set.md"), tmp_path) == 1
+    folder = tmp_path / "chestxray14"
+    for n, label in enumerate(("Normal", "COVID")):
+        (folder / f"images_00{n + 1}" / "images").mkdir(parents=True)
+        film = sorted((films / label / "images").iterdir())[0]
+        shutil.copy(film, folder / f"images_00{n + 1}" / "images" / f"0000000{n}_000.png")
+    (folder / "Data_Entry_2017.csv").write_text(
+        "Image Index,Finding Labels,Patient ID\n"
+        "00000000_000.png,No Finding,1\n00000001_000.png,Effusion|Atelectasis,2\n00000002_000.png,Effusion,3\n"
+    )
+    (tmp_path / "empty").mkdir()
+    followed(read("data_set.md"), tmp_path, {"MODEL": str(model)})
+    (record,) = shown(tmp_path / "runs" / "nih")
+    assert (record["label"], record["status"]) == ("Atelectasis", "ok")
+    assert record["source_path"] == "images_002/images/00000001_000.png"
+
+
+def test_a_method(films: Path, model: Path, tmp_path: Path) -> None:
+    assert applied(read("method.md"), tmp_path) == 1
+    followed(read("method.md"), tmp_path, {"FILMS": str(films), "MODEL": str(model)})
+    assert {(row["method"], row["status"]) for row in shown(tmp_path / "runs" / "ilvr")} == {("ilvr", "ok")}
+
+
+def test_a_metric(films: Path, model: Path, tmp_path: Path) -> None:
+    assert applied(read("metric.md"), tmp_path) == 2  # of which one is its import
+    followed(read("metric.md"), tmp_path, {"FILMS": str(films), "MODEL": str(model)})
+    rows = json.loads((tmp_path / "runs" / "first" / "tables" / "metrics.json").read_text())["counterfactual"]
+    assert all(1 < row["nmi"] <= 2 for row in rows)
+
+
+@pytest.fixture
+def google() -> Iterator[str]:
+    """The address of an emulated Google Cloud Storage with a bucket ``films``."""
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="films")
+    server.start()
+    yield f"http://127.0.0.1:{port}"
+    server.stop()
+
+
+def test_a_kind_of_store(
+    films: Path, model: Path, tmp_path: Path, google: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert applied(read("store.md"), tmp_path) == 1
+    settings = {  # no bucket properties by gRPC, which the emulator lacks; no search for Google's metadata server
+        "STORAGE_EMULATOR_HOST": google, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_GCE_CHECK": "true",
+    }  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    gcsfs = pytest.importorskip("gcsfs")
+    fs = gcsfs.GCSFileSystem(token="anon", skip_instance_cache=True)
+    for folder, prefix in ((films, "films/data"), (model, "films/model")):
+        for file in folder.rglob("*"):
+            if file.is_file() and ".train" not in file.parts:
+                fs.pipe_file(f"{prefix}/{file.relative_to(folder)}", file.read_bytes())
+    followed(read("store.md"), tmp_path, {}, **settings)
+    assert fs.cat_file("films/run/_SUCCESS")
+
+
+def shown(run: Path) -> list[dict]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(run / "records").to_pylist()
