@@ -1,7 +1,7 @@
 """The one place that finds out what kind of data set a folder or file is.
 
-A new kind is a module of this folder with ``LAYOUT`` (what to recognise it by, for messages) and ``read``, and a line in
-KINDS.
+A new kind is a module of this folder with ``LAYOUT`` (what to recognise it by, for messages) and ``read``, and a line
+in KINDS.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ for words in json.load(sys.stdin):
 
 
 def applied(page: str, folder: Path) -> int:
-    """A copy of the package in ``folder`` with what the page adds; the number of lines that it adds to files of ours."""
+    """A copy of the package in ``folder`` with what the page adds; the number of lines that it adds to our files."""
     shutil.copytree(ROOT / "diffva_ray", folder / "diffva_ray", ignore=shutil.ignore_patterns("__pycache__"))
     lines = 0
     for kind, place, text in BLOCK.findall(page):
