@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test slow lint bench chaos browser clean
+.PHONY: setup demo test slow lint docs coverage wheel bench chaos browser clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,20 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: setup  # site/, without a network but for the packages that build it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/python docs/write_reference.py --check
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+
+coverage: setup  # of the core, by its unit tests
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --cov --cov-report=term-missing:skip-covered tests/unit
+
+wheel: setup  # as a stranger gets it: built, installed with its dependencies in a clean environment, and run there
+	rm -rf dist build && $(BIN)/python -m pip wheel --quiet --no-deps -w dist .
+	rm -rf build/clean && $(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build/clean && bin/diffva demo --quick
+
 bench: demo  # about an hour on two quiet cores; attribution.py, induction.py and real_pack.py train for longer
 	$(BIN)/python benchmarks/corrections.py
 	$(BIN)/python benchmarks/samplers.py
@@ -47,4 +61,4 @@ browser: setup
 	$(BIN)/python -m pytest -m browser tests/browser -s
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) runs build dist site *.egg-info

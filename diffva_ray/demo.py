@@ -14,7 +14,7 @@ from rich.table import Table
 from diffva_ray import pipeline, ray_cluster
 from diffva_ray.config import Recipe, load_recipe, make_recipe
 from diffva_ray.data.phantoms import phantom_set
-from diffva_ray.evaluate.reduction import Options
+from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.report.page import write_report
 from diffva_ray.evaluate.summary import terminal
 from diffva_ray.generate.plan import Request

@@ -17,7 +17,8 @@ import pyarrow as pa
 from diffva_ray.config import GUESS, SOURCE, Recipe, fingerprint, load_recipe, make_recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, UnusableData
-from diffva_ray.evaluate.reduction import Options, Reduced, reduce_run
+from diffva_ray.evaluate.options import Options
+from diffva_ray.evaluate.reduction import Reduced, reduce_run
 from diffva_ray.generate.budget import check_first_shards
 from diffva_ray.generate.keys import keys_now, pixel_keys
 from diffva_ray.generate.ledger import start_retry

@@ -7,8 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d_blocks import DownBlock2D, UNetMidBlock2D
 from torch import nn

@@ -8,8 +8,8 @@ from typing import Any
 
 from diffva_ray.evaluate.census import census
 from diffva_ray.evaluate.distances import distance_row, run_features
+from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import read_records
-from diffva_ray.evaluate.reduction import Options
 from diffva_ray.evaluate.set_distances import choose_extractors, reference
 from diffva_ray.metrics.fid_controls import conditional
 from diffva_ray.paper import published

@@ -1,25 +1,74 @@
-"""``diffva demo --quick``: the newcomer's command, in a process of its own."""
+"""``diffva demo --quick`` from the wheel alone: the newcomer's command, far from any checkout."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel as a release builds it, from the files that git knows."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in ("diffva_ray", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        source.mkdir(exist_ok=True)
+        copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([*command, str(source)], check=True, capture_output=True, timeout=300)
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the wheel, and with this one's packages but for the project itself: a path in a .pth
+    file is searched for modules, but its own .pth files, of which one is the editable install, are not read."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    return folder
+
+
+def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
+    there = set(zipfile.ZipFile(wheel).namelist())
+    files = [path for path in (ROOT / "diffva_ray").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {str(path.relative_to(ROOT)) for path in files} <= there
+
 
 @pytest.mark.timeout(1800)
-def test_the_quick_demo_goes_from_nothing_to_a_page(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
-    command = [sys.executable, "-m", "diffva_ray.cli", "demo", "--quick", "--out", str(out)]
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    first = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+def test_the_quick_demo_goes_from_the_wheel_to_a_page(environment: Path, tmp_path: Path) -> None:
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        variables = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+        variables["PATH"] = f"{environment / 'bin'}:{variables['PATH']}"
+        return subprocess.run(
+            words, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=1500, check=False
+        )
+
+    where = run("python", "-c", "import diffva_ray; print(diffva_ray.__file__)").stdout
+    assert where.startswith(str(environment)), where
+
+    first = run("diffva", "demo", "--quick")
     assert first.returncode == 0, first.stderr[-2000:]
     assert "index.html" in first.stdout
     assert "AUROC in lungs" in first.stdout
+    out = tmp_path / "runs" / "demo"
     for path in ("data/train/phantoms.json", "data/validation", "data/test", "model/model_index.json", "run/_SUCCESS"):
         assert (out / path).exists(), path
     assert (out / "run" / "report" / "index.html").stat().st_size > 10_000
@@ -33,6 +82,6 @@ def test_the_quick_demo_goes_from_nothing_to_a_page(tmp_path: Path) -> None:
     error_left = next(row["lesion_error_ratio"] for row in metrics["twin"] if row["label"] == "all")
     assert error_left < 1.0
 
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+    again = run("diffva", "demo", "--quick")
     assert again.returncode == 0
     assert "nothing to do" in again.stderr
