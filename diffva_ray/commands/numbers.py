@@ -47,7 +47,7 @@ def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_we
         diffva reduce runs/first --extractor rad-dino=weights/rad-dino --extractor judge
     """
     from diffva_ray import pipeline
-    from diffva_ray.evaluate.reduction import Options
+    from diffva_ray.evaluate.options import Options
     from diffva_ray.evaluate.summary import print_summary
 
     opened = pipeline.existing_run(run)

@@ -14,8 +14,9 @@ from diffva_ray import __version__, pipeline, ray_cluster
 from diffva_ray.config import Recipe, RecipeError
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, UnusableData
+from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import Boxes
-from diffva_ray.evaluate.reduction import Options, lesion_boxes
+from diffva_ray.evaluate.reduction import lesion_boxes
 from diffva_ray.generate.budget import OverBudget
 from diffva_ray.generate.plan import FingerprintDiffers, PromptTooLong, Run
 from diffva_ray.model.card import UnusableModel, read_card
