@@ -3,6 +3,57 @@
 Rooms, in the order in which data flows: ``data`` (films), ``model`` (the diffusers folder), ``train``,
 ``counterfactual`` (twins and maps), ``generate`` (plan and shards), ``metrics``, ``evaluate`` (tables, report);
 ``ray_*`` spread them over a cluster. ARCHITECTURE.md has one line per module.
+
+What a notebook needs stands here (``__all__``) and is loaded when it is first used, so that ``import diffva_ray`` takes
+neither torch nor Ray; metrics are in ``diffva_ray.metrics.*``. These names, their arguments and what they return change
+with a major version only.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffva_ray.config import Recipe as Recipe
+    from diffva_ray.config import load_recipe as load_recipe
+    from diffva_ray.counterfactual.attribution import attribution as attribution
+    from diffva_ray.counterfactual.engine import Counterfactuals as Counterfactuals
+    from diffva_ray.data.datasets import open_dataset as open_dataset
+    from diffva_ray.data.images import read_film as read_film
+    from diffva_ray.data.images import read_map as read_map
+    from diffva_ray.data.images import to_square as to_square
+    from diffva_ray.data.phantoms import phantom as phantom
+    from diffva_ray.evaluate.records import read_images as read_images
+    from diffva_ray.evaluate.records import read_records as read_records
+    from diffva_ray.generate.plan import Run as Run
+    from diffva_ray.generate.plan import open_run as open_run
+
 __version__ = "0.1.0"
+
+_PLACES = {
+    "Counterfactuals": "counterfactual.engine",
+    "Recipe": "config",
+    "Run": "generate.plan",
+    "attribution": "counterfactual.attribution",
+    "load_recipe": "config",
+    "open_dataset": "data.datasets",
+    "open_run": "generate.plan",
+    "phantom": "data.phantoms",
+    "read_film": "data.images",
+    "read_images": "evaluate.records",
+    "read_map": "data.images",
+    "read_records": "evaluate.records",
+    "to_square": "data.images",
+}
+__all__ = [*_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'diffva_ray' has no attribute {name!r}; there are {', '.join(_PLACES)}")
+    return getattr(import_module(f"diffva_ray.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
