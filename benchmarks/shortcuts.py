@@ -22,7 +22,8 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from diffva_ray.config import AccelerationConfig, GenerateConfig
+from diffva_ray.config import GenerateConfig
+from diffva_ray.config_methods import AccelerationConfig
 from diffva_ray.counterfactual.attribution import attribution
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.phantoms import Phantom, phantom

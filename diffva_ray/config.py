@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from diffva_ray.config_methods import AccelerationConfig, ClassifierGuidedConfig, ControlNetConfig, MaskedConfig
 from diffva_ray.config_stages import Section, Stage, TrainConfig
 from diffva_ray.methods import METHODS
 from diffva_ray.schema import digest
@@ -21,7 +22,7 @@ GUESS, SOURCE = "<guess>", "<source>"
 
 
 class DataConfig(Section):
-    """What the classes are called in prompts."""
+    """What the classes are called, in data sets and in prompts."""
 
     prompts: dict[str, str] = {
         "Normal": "Normal chest scan",
@@ -29,9 +30,18 @@ class DataConfig(Section):
         "COVID": "COVID 19",
         "Viral Pneumonia": "Viral Pneumonia",
     }
+    """Class to the prompt its films are trained under; a class that is not named here is prompted by its own name."""
+
     healthy_class: str = "Normal"
+    """The class that counts as healthy, and what CheXpert's "No Finding" is called; it is healed only where it is asked
+    for."""
+
     healthy_prompt: str = "normal chest scan"
-    uncertain: Literal["ignore", "positive", "negative"] = "ignore"  # CheXpert's -1 labels
+    """What a twin is to show, unless ``--prompt`` says otherwise."""
+
+    uncertain: Literal["ignore", "positive", "negative"] = "ignore"
+    """CheXpert's uncertain labels (-1). ``positive``: a finding like any other. A film is listed under its positive
+    findings only, so ``ignore`` and ``negative`` both leave the label out."""
 
     def prompt(self, label: str) -> str:
         """The training prompt of a class; a class without one is prompted by its own name."""
@@ -39,19 +49,37 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """Where the networks come from: ``base`` (a diffusers folder or hub id) and ``text_encoder`` (a short name of
-    model/text.py such as radbert, a hub id, owner/name@revision, or a folder), or the architectures themselves, for a
-    model from scratch (keyword arguments of the diffusers and transformers classes)."""
+    """Where the networks come from: ``base`` and ``text_encoder``, or the architectures themselves, for a model from
+    scratch (keyword arguments of the diffusers and transformers classes)."""
 
     resolution: int = Field(512, ge=16)
+    """Side of the square films that the model works on, in pixels."""
+
     base: str | None = None
-    text_encoder: str | None = None  # None: the base's own
+    """A diffusers folder (local or s3://) or hub id; none: from scratch, with ``vae``, ``unet`` and ``text``."""
+
+    text_encoder: str | None = None
+    """A short name of docs/training.md such as radbert, a hub id, owner/name@revision, or a folder; none: the base's
+    own."""
+
     tokenizer_length: int = Field(77, ge=4)
+    """Tokens that every prompt is padded to; longer captions are cut in training, longer prompts are refused."""
+
     attention_mask: bool = False
+    """Whether the text encoder leaves padding out of account; Stable Diffusion's does not."""
+
     vae: dict[str, Any] | None = None
+    """From scratch: arguments of diffusers' ``AutoencoderKL``."""
+
     unet: dict[str, Any] | None = None
+    """From scratch: arguments of diffusers' ``UNet2DConditionModel``."""
+
     text: dict[str, Any] | None = None
+    """From scratch: arguments of transformers' ``BertConfig``."""
+
     scheduler: dict[str, Any] = {}
+    """Arguments of diffusers' noise schedule, such as ``prediction_type``, over those of the base or of Stable
+    Diffusion."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
@@ -60,79 +88,77 @@ class ModelConfig(Section):
         return self
 
 
-class MaskedConfig(Section):
-    """Method ``masked``. Lengths are fractions of the width, grey levels are of 1."""
-
-    source: Literal["difference", "derived", "lungs"] = "difference"  # what healing changes; DiffEdit's mask; the lungs
-    quantile: float = Field(0.8, gt=0, lt=1)  # derived: share of the film left outside
-    keep_below: float = Field(0.02, ge=0, lt=1)  # difference: a smaller change is none
-    edit_above: float = Field(0.06, gt=0, le=1)  # difference: from here on the twin counts in full
-    dilation: float = Field(0.0, ge=0, lt=0.5)
-    feather: float = Field(0.03, ge=0, lt=0.5)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> MaskedConfig:
-        if self.keep_below >= self.edit_above:
-            raise ValueError(f"keep_below {self.keep_below:g} must be less than edit_above {self.edit_above:g}")
-        return self
-
-
-class ClassifierGuidedConfig(Section):
-    """Method ``classifier-guided``."""
-
-    scale: float = Field(50.0, ge=0)  # of the classifier's gradient; 0: the film comes back
-
-
-class ControlNetConfig(Section):
-    """Method ``controlnet``; names and defaults as in StableDiffusionControlNetImg2ImgPipeline."""
-
-    conditioning_scale: float = Field(0.8, ge=0)
-    start: float = Field(0.0, ge=0, le=1)  # share of the steps before the condition counts
-    end: float = Field(1.0, ge=0, le=1)
-
-
-class AccelerationConfig(Section):
-    """Training-free shortcuts where a sampler runs down one schedule (methods sdedit, ddim-inversion, masked by
-    difference). Each changes pixels; docs/throughput.md has what they save and what they cost."""
-
-    guidance_start: float = Field(0.0, ge=0, le=1)  # share of the steps before guidance counts (Kynkäänniemi et al.
-    guidance_end: float = Field(1.0, ge=0, le=1)  # 2024), and at which it ends; outside, the prompt alone
-    deep_features_every: int = Field(1, ge=1)  # whole UNet calls, the outermost layers alone between them (DeepCache)
-
-    @property
-    def on(self) -> bool:
-        return self != AccelerationConfig()
-
-    def guides(self, step: int, steps: int) -> bool:
-        """Whether guidance counts in ``step`` of ``steps``; the rule of diffusers' ControlNets."""
-        return step / steps >= self.guidance_start and (step + 1) / steps <= self.guidance_end
-
-
 class GenerateConfig(Section):
-    """What changes a pixel of a counterfactual; all of it is part of the run's fingerprint."""
+    """How twins are generated and measured; all of it is part of the run's fingerprint."""
 
-    method: str = "sdedit"  # of METHODS
+    method: str = Field("sdedit", json_schema_extra={"enum": list(METHODS)})
+    """How a twin is made (docs/methods.md)."""
+
     scheduler: Scheduler = "pndm"
+    """The sampler; methods that invert the film run with ``ddim`` only."""
+
     strength: float = Field(0.55, gt=0, le=1)
+    """How far the film is taken apart before it is put together again, as a share of the noise schedule."""
+
     guidance_scale: float = Field(4.0, ge=0)
+    """Classifier-free guidance towards the prompt; 1 or less is none."""
+
     num_inference_steps: int = Field(75, ge=1, le=1000)
-    source_prompt: str = ""  # ddim-inversion encodes the film under it; GUESS: the model's own reading of the film
-    negative_prompt: str = ""  # the other branch of guidance; SOURCE: away from what the film shows
+    """Steps of the sampler at strength 1; ``strength`` times as many are taken."""
+
+    source_prompt: str = ""
+    """What the film is taken to show before it is healed; methods that invert it do so under this prompt. ``<guess>``:
+    the model's own reading of the film."""
+
+    negative_prompt: str = ""
+    """What guidance points away from. ``<source>``: what the film is taken to show."""
+
     posterior: Literal["sample", "mode"] = "mode"
+    """Latents of a film: drawn from the autoencoder's posterior, as diffusers' pipelines do, or its mode."""
+
     difference: Literal["raw", "compensated"] = "compensated"
-    smoothing: float = Field(0.0, ge=0, lt=0.5)  # Gaussian sigma of the map, as a fraction of the width
+    """What the twin is subtracted from: the film itself (the paper's map), or the film as the method gives it back
+    unchanged, which leaves the autoencoder's own error out of the map."""
+
+    smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Sigma of the Gaussian that smooths the map, as a fraction of the width; 0: none."""
+
     micro_batch: int = Field(8, ge=1)
+    """Films in one call of a network. Changes rounding."""
+
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Precision of the networks."""
+
     cpu_threads: int = Field(1, ge=1)
-    compile: bool = False  # the networks by torch.compile: minutes at every actor's start, for runs of many films
+    """PyTorch's threads in an actor without a GPU. Changes rounding; more actors are faster than more threads."""
+
+    compile: bool = False
+    """The networks by ``torch.compile``: minutes at the start of every actor, for runs of many films."""
+
     shard_size: int = Field(64, ge=1)
+    """Records that are made and committed together."""
+
     draws: int = Field(1, ge=1)
+    """Records of each film, each with noise of its own."""
+
     ssim_preset: Literal["wang", "skimage"] = "wang"
-    min_side: int = Field(32, ge=1)  # smaller films are too_small
+    """SSIM's window: Gaussian of sigma 1.5 over 11 pixels (Wang et al. 2004), or scikit-image's default, 7 pixels,
+    uniform."""
+
+    min_side: int = Field(32, ge=1)
+    """Films whose shorter side has fewer pixels are quarantined as ``too_small``."""
+
     masked: MaskedConfig = MaskedConfig()
+    """Settings of method ``masked``."""
+
     classifier_guided: ClassifierGuidedConfig = ClassifierGuidedConfig()
+    """Settings of method ``classifier-guided``."""
+
     controlnet: ControlNetConfig = ControlNetConfig()
+    """Settings of method ``controlnet``."""
+
     acceleration: AccelerationConfig = AccelerationConfig()
+    """Shortcuts of the samplers."""
 
     @field_validator("method")
     @classmethod
@@ -148,23 +174,48 @@ class GenerateConfig(Section):
 
 
 class EvaluateConfig(Section):
+    """How a run becomes tables."""
+
     max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
-    fid_subsets: int = 10
+    """Share of the planned records that may be quarantined; more is exit 4, with all work kept."""
+
+    fid_subsets: int = Field(10, ge=2)
+    """Groups of the jackknife that gives the distances between sets their intervals."""
+
     resize: Literal["clean", "legacy"] = "clean"
+    """How films come to Inception's 299 pixels: bicubic with antialiasing (Parmar et al. 2022), or pytorch-fid's
+    bilinear without."""
 
 
 class Recipe(Section):
-    """One YAML file. ``assumed`` lists what a paper leaves unsaid and the recipe had to choose."""
+    """One YAML file: everything that a training and a run can be told."""
 
     name: str
+    """What the recipe is called in logs, run.json and the model's diffva.json."""
+
     description: str = ""
+    """One line for readers."""
+
     seed: int = 0
+    """Of training, and of a run: all noise follows from it."""
+
     data: DataConfig = DataConfig()
+    """Classes and their prompts."""
+
     model: ModelConfig
+    """Where the networks come from."""
+
     train: TrainConfig = TrainConfig()
+    """How they are trained."""
+
     generate: GenerateConfig = GenerateConfig()
+    """How twins are made."""
+
     evaluate: EvaluateConfig = EvaluateConfig()
+    """How a run becomes tables."""
+
     assumed: tuple[str, ...] = ()
+    """What a paper leaves unsaid and the recipe had to choose."""
 
 
 class RecipeError(ValueError):

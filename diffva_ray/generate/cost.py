@@ -10,7 +10,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diffva_ray.config import GUESS, AccelerationConfig, Recipe
+from diffva_ray.config import GUESS, Recipe
+from diffva_ray.config_methods import AccelerationConfig
 from diffva_ray.methods import METHODS, Calls
 
 GUESS_CALLS = 8  # a prompt: DRAWS * len(TIMESTEPS) of counterfactual/guess.py, which loads torch

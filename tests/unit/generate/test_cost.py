@@ -14,7 +14,8 @@ import torch
 from click.testing import CliRunner
 
 from diffva_ray.cli import main
-from diffva_ray.config import GUESS, AccelerationConfig, Recipe, Scheduler, load_recipe
+from diffva_ray.config import GUESS, Recipe, Scheduler, load_recipe
+from diffva_ray.config_methods import AccelerationConfig
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.counterfactual.guidance_difference import CALLS
 from diffva_ray.data.films import UnusableData
