@@ -98,7 +98,14 @@ def ours(task: Task, one: Contender) -> Any:
         "posterior": "sample", "source_prompt": "", "negative_prompt": "",
     }  # fmt: skip
     engine = Counterfactuals(bundle, bundle.recipe.generate.model_copy(update=changes), task.device)
-    settings = Settings(PROMPT, "sdedit", "pndm-diffusers", task.strength, GUIDANCE, task.steps)
+    settings = Settings(
+        prompt=PROMPT,
+        method="sdedit",
+        scheduler="pndm-diffusers",
+        strength=task.strength,
+        guidance_scale=GUIDANCE,
+        num_inference_steps=task.steps,
+    )
 
     def heal(films: Films, seeds: list[int]) -> Films:
         made = [

@@ -98,7 +98,16 @@ def trained(work: Path, recipe: Recipe, told: dict[str, str], threads: int) -> d
         if start is not None and keep.latest() is None:
             shutil.copytree(start, model / ".train" / start.name)
         if not (model / "diffva.json").exists():
-            train(recipe, data, str(model), "induction", {"data_kind": "phantoms"}, keep, keep.latest(), threads)
+            train(
+                recipe,
+                data,
+                str(model),
+                fingerprint="induction",
+                provenance={"data_kind": "phantoms"},
+                report=keep,
+                resume=keep.latest(),
+                threads=threads,
+            )
         if start is None:
             start = next(folder for folder in sorted((model / ".train").iterdir()) if _begins_denoiser(folder))
         models[name] = str(model)

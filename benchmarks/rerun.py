@@ -40,7 +40,15 @@ def main(records: int, out: Path) -> None:
     recipe = load_recipe("phantom", (*SIZES, *sizes))
     for _ in phantom_set(LocalStore(str(folder / "films")), films, 16, seed=5):
         pass
-    train(recipe, str(folder / "films"), str(folder / "model"), "rerun", {}, discard, threads=1)
+    train(
+        recipe,
+        str(folder / "films"),
+        str(folder / "model"),
+        fingerprint="rerun",
+        provenance={},
+        report=discard,
+        threads=1,
+    )
 
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     command = [

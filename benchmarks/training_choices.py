@@ -105,7 +105,16 @@ def main(demo: str, steps: int, threads: int, only: tuple[str, ...], result: Pat
     values["train"] |= {"stages": [stages[0]], "checkpoints_to_keep": 100}
     keep = Checkpoints(first / ".train", 100)
     if not (first / "diffva.json").exists():
-        train(make_recipe(values), f"{demo}/data/train", str(first), "choices", {}, keep, keep.latest(), threads)
+        train(
+            make_recipe(values),
+            f"{demo}/data/train",
+            str(first),
+            fingerprint="choices",
+            provenance={},
+            report=keep,
+            resume=keep.latest(),
+            threads=threads,
+        )
     start = keep.latest()  # the autoencoder, and the denoiser as it was made
     assert start is not None
 
@@ -120,7 +129,16 @@ def main(demo: str, steps: int, threads: int, only: tuple[str, ...], result: Pat
         if not (model / "diffva.json").exists():
             report = Checkpoints(model / ".train", 1)
             shutil.copytree(start, model / ".train" / start.name, dirs_exist_ok=True)
-            train(recipe, f"{demo}/data/train", str(model), "choices", {}, report, report.latest(), threads)
+            train(
+                recipe,
+                f"{demo}/data/train",
+                str(model),
+                fingerprint="choices",
+                provenance={},
+                report=report,
+                resume=report.latest(),
+                threads=threads,
+            )
             (model / "seconds.txt").write_text(f"{time.monotonic() - began:.0f}")
             shutil.copytree(Path(demo) / "model" / "judge", model / "judge", dirs_exist_ok=True)
         seconds = float((model / "seconds.txt").read_text())

@@ -82,7 +82,7 @@ def probe(recipe: Recipe, data: str, model: str, request: Request) -> Pace:
     one = tuple((key, values[:1]) for key, values in request.sweep)
     first = replace(request, limit=min(request.limit or 2 * size, 2 * size), sweep=one)
     with tempfile.TemporaryDirectory(prefix="diffva-probe-") as folder:
-        generate_run(small, data, model, folder, first, Execution("inline"))
+        generate_run(small, data, model, folder, first, Execution(executor="inline"))
         run = existing_run(folder)
         shard = run.shards - 1 if run.shard_sizes()[run.shards - 1] == size else 0  # a padded one costs as much
         images = [file for kind in FOLDERS for file in (Path(folder) / kind / part(shard)).glob("*.png")]

@@ -108,7 +108,17 @@ def train_model(
 
         folder = _training_folder(out)
         keep = Checkpoints(folder, recipe.train.checkpoints_to_keep)
-        train(recipe, data, out, mark, about, keep, keep.latest(), cores(), validation_of(recipe))
+        train(
+            recipe,
+            data,
+            out,
+            fingerprint=mark,
+            provenance=about,
+            report=keep,
+            resume=keep.latest(),
+            threads=cores(),
+            validate=validation_of(recipe),
+        )
         return True
     from diffva_ray import ray_cluster
 
@@ -144,7 +154,7 @@ def _absolute(uri: str) -> str:
     return str(Path(uri).expanduser().absolute()) if is_local(uri) else uri
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Execution:
     """How a run is carried out; none of it changes a pixel."""
 

@@ -112,12 +112,12 @@ def _worker(config: dict[str, Any]) -> None:
             make_recipe(config["recipe"]),
             config["data"],
             config["model"],
-            config["fingerprint"],
-            config["provenance"],
-            report,
-            resume,
-            config["threads"],
-            validation_of(make_recipe(config["recipe"])),
+            fingerprint=config["fingerprint"],
+            provenance=config["provenance"],
+            report=report,
+            resume=resume,
+            threads=config["threads"],
+            validate=validation_of(make_recipe(config["recipe"])),
         )
 
     latest = ray.train.get_checkpoint()

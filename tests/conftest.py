@@ -87,7 +87,15 @@ def model(tiny: Recipe, films: Path, tmp_path_factory: pytest.TempPathFactory) -
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
     report = Checkpoints(folder / ".train", 2)
-    train(tiny, str(films), str(folder), "tiny", {"data_kind": "phantoms"}, report, threads=1)
+    train(
+        tiny,
+        str(films),
+        str(folder),
+        fingerprint="tiny",
+        provenance={"data_kind": "phantoms"},
+        report=report,
+        threads=1,
+    )
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 import click
 
@@ -52,10 +53,17 @@ def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_we
 
     opened = pipeline.existing_run(run)
     options = Options(
-        pipeline.parse_references(reference), boxes, pipeline.inception_path(inception_weights),
-        resize or opened.recipe.evaluate.resize, threshold_from, extractors=extractor, lpips=lpips_weights,
-        brixia=brixia, sources=sources, judges=judge,
-    )  # fmt: skip
+        references=pipeline.parse_references(reference),
+        boxes=boxes,
+        weights=pipeline.inception_path(inception_weights),
+        resize=resize or opened.recipe.evaluate.resize,
+        threshold_from=threshold_from,
+        extractors=extractor,
+        lpips=lpips_weights,
+        brixia=brixia,
+        sources=sources,
+        judges=judge,
+    )
     reduced = pipeline.reduce(opened, options, executor)
     print_summary(reduced.metrics)
     click.echo(f"tables in {run}/tables" + ("" if reduced.fresh else " (reduced already; nothing written)"))
@@ -122,7 +130,8 @@ def report(run: str, boxes: str | None, served: bool, port: int, films: int | No
 @click.option("--model", metavar="MODEL", help="Refuse this model's training films; a run names its own model.")
 @click.option("--allow-training-films", is_flag=True, help="Score films the model was trained on; the tables say so.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool | None, encoding: str,
+def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool | None,
+          encoding: Literal["auto", "signed16", "unsigned"],
           smoothing: float | None, size: int | None, threshold_from: str | None, model: str | None,
           allow_training_films: bool, as_json: bool) -> None:  # fmt: skip
     """Score anybody's attribution maps with the code of our own tables, beside trivial baselines.
@@ -132,12 +141,21 @@ def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool
     Example:
         diffva score gradcam/ --data data/test --size 64 --out scores/gradcam
     """
-    from diffva_ray.evaluate.foreign_scores import Options, score_maps
+    from diffva_ray.evaluate.foreign_scores import ScoreOptions, score_maps
     from diffva_ray.evaluate.foreign_tables import open_output, print_scores, write_scores
     from diffva_ray.evaluate.tables import clean
 
     output = None if out is None else open_output(out)
-    options = Options(boxes, encoding, signed, smoothing, size, threshold_from, model, allow_training_films)  # type: ignore[arg-type]
+    options = ScoreOptions(
+        boxes=boxes,
+        encoding=encoding,
+        signed=signed,
+        smoothing=smoothing,
+        size=size,
+        threshold_from=threshold_from,
+        model=model,
+        allow_training_films=allow_training_films,
+    )
     scored = score_maps(maps, data, options)
     if output is not None:
         write_scores(output, scored)

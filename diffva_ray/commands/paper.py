@@ -59,10 +59,28 @@ def paper(radiography: str | None, chexpert: str | None, model: str, out: str, q
     from diffva_ray import pipeline
     from diffva_ray.paper.run import Inputs, planned_paper, run_paper
 
-    execution = pipeline.Execution(executor, actors, gpus_per_actor, allow_environment_change)
+    execution = pipeline.Execution(
+        executor=executor,
+        actors=actors,
+        gpus_per_actor=gpus_per_actor,
+        allow_environment_change=allow_environment_change,
+    )
     weights = None if dry_run else pipeline.inception_path(inception_weights)
-    inputs = Inputs(radiography, chexpert, model, out, quick, limit, weights, resize, recipe, overrides, boxes, brixia,
-                    execution)  # fmt: skip
+    inputs = Inputs(
+        radiography=radiography,
+        chexpert=chexpert,
+        model=model,
+        out=out,
+        quick=quick,
+        limit=limit,
+        weights=weights,
+        resize=resize,
+        recipe=recipe,
+        overrides=overrides,
+        boxes=boxes,
+        brixia=brixia,
+        execution=execution,
+    )
     if dry_run:
         show(pipeline.model_recipe(model, recipe, overrides), **planned_paper(inputs))
         return DONE

@@ -76,7 +76,10 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     recipe = model_recipe(model, options["recipe"], overrides)
     request = Request(names(options["classes"]), options["prompt"], options["limit"], parse_sweep(options["sweep"]))
     execution = Execution(
-        options["executor"], options["actors"], options["gpus_per_actor"], options["allow_environment_change"]
+        executor=options["executor"],
+        actors=options["actors"],
+        gpus_per_actor=options["gpus_per_actor"],
+        allow_environment_change=options["allow_environment_change"],
     )
     if options["dry_run"]:
         from diffva_ray.forecast import micro_batches, planned, planned_cost, probe
@@ -165,7 +168,12 @@ def retry(run: str, data: str | None, model: str | None, actors: int | None, gpu
     from diffva_ray.pipeline import Execution, existing_run, retry_run
 
     opened = existing_run(run)
-    execution = Execution(executor, actors, gpus_per_actor, allow_environment_change)
+    execution = Execution(
+        executor=executor,
+        actors=actors,
+        gpus_per_actor=gpus_per_actor,
+        allow_environment_change=allow_environment_change,
+    )
     counts = retry_run(opened, execution, data, model)
     if not counts["shards"]:
         click.echo(f"{run}: no record is quarantined; nothing to retry")

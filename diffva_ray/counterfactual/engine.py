@@ -45,7 +45,7 @@ class Blend:
     weight: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """The part of a record's settings that a sweep may vary."""
 
@@ -118,12 +118,12 @@ class Counterfactuals:
         """The recipe's settings, with another prompt if one is given."""
         config = self.config
         return Settings(
-            prompt if prompt is not None else self.bundle.recipe.data.healthy_prompt,
-            config.method,
-            config.scheduler,
-            config.strength,
-            config.guidance_scale,
-            config.num_inference_steps,
+            prompt=prompt if prompt is not None else self.bundle.recipe.data.healthy_prompt,
+            method=config.method,
+            scheduler=config.scheduler,
+            strength=config.strength,
+            guidance_scale=config.guidance_scale,
+            num_inference_steps=config.num_inference_steps,
         )
 
     def fits(self, prompt: str) -> bool:

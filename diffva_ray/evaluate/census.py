@@ -26,7 +26,7 @@ Setting = tuple[Any, ...]  # the values of SWEPT
 Home = tuple[int, int]  # where a record is stored: retry (0 is the run itself) and shard
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Census:
     """What is known of all records of a run.
 
@@ -108,9 +108,16 @@ def census(
     for row in (*looked_at, *whole) if len(settings) > 1 else ():
         row["setting"] = names[tuple(row[key] for key in SWEPT)]
     return Census(
-        frame, ids[:at], films, {home: np.concatenate(members) for home, members in homes.items()}, list(truth), names,
-        pa.concat_tables(quarantined) if quarantined else RECORDS.empty_table(), looked_at, whole,
-    )  # fmt: skip
+        frame=frame,
+        ids=ids[:at],
+        films=films,
+        homes={home: np.concatenate(members) for home, members in homes.items()},
+        truth=list(truth),
+        settings=names,
+        quarantined=pa.concat_tables(quarantined) if quarantined else RECORDS.empty_table(),
+        sample=looked_at,
+        asked=whole,
+    )
 
 
 def _homes(table: pa.Table, shard: int) -> Iterator[tuple[Home, NDArray[np.intp]]]:

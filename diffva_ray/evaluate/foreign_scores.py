@@ -45,8 +45,8 @@ MID_GREY = (32_000 / 65535, 33_536 / 65535)  # where the zero of a signed 16-bit
 THREADS, SAMPLED = 8, 16
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
     """How maps are read and scored.
 
     ``signed``: score max(M, 0) and |M| (True), max(M, 0) alone (False), or |M| only where any value is negative
@@ -99,7 +99,7 @@ class _Outcome:
     trained_on: bool = False  # the film is in the model's training list
 
 
-def score_maps(maps_uri: str, data_uri: str, options: Options = Options()) -> Scored:
+def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOptions()) -> Scored:
     """Score the maps at ``maps_uri`` on the films of ``data_uri``.
 
     Raises UnusableData, one line, when no map fits a film, when one fits several, when no matched film has lesion
@@ -199,7 +199,7 @@ def _thresholds(uri: str | None) -> tuple[dict[str, float] | None, str | None]:
     return found, name
 
 
-def _choose_grid(folder: MapFolder, matched: Matched, options: Options) -> Grid:
+def _choose_grid(folder: MapFolder, matched: Matched, options: ScoreOptions) -> Grid:
     """The maps' own grid where the most common shape of a few is a square of at least 32 px, else 256 px."""
     if folder.run is not None:
         recipe = folder.run.recipe
@@ -222,7 +222,7 @@ def _sampled(matched: Matched) -> list[MapFile]:
     return [file for file, _ in matched.pairs[::step][:SAMPLED]]
 
 
-def _training_films(folder: MapFolder, options: Options, notes: list[str]) -> TrainingFilms | None:
+def _training_films(folder: MapFolder, options: ScoreOptions, notes: list[str]) -> TrainingFilms | None:
     """The training list of the model that made the maps; without one, for maps of a run or model, that is said."""
     if options.model is not None:
         seen = TrainingFilms.of_model(options.model)
@@ -273,7 +273,7 @@ def _score_one(
     return replace(found, rows=rows, nothing_to_find=not rows)
 
 
-def _said_of_input(folder: MapFolder, matched: Matched, grid: Grid, options: Options) -> list[str]:
+def _said_of_input(folder: MapFolder, matched: Matched, grid: Grid, options: ScoreOptions) -> list[str]:
     """How the maps were found and read: what nobody should have to guess."""
     said = []
     if folder.run is not None:
@@ -294,7 +294,7 @@ def _said_of_input(folder: MapFolder, matched: Matched, grid: Grid, options: Opt
     return said
 
 
-def _said_of_encoding(folder: MapFolder, matched: Matched, options: Options) -> list[str]:
+def _said_of_encoding(folder: MapFolder, matched: Matched, options: ScoreOptions) -> list[str]:
     for file in _sampled(matched):
         try:
             data = folder.store.read(file.path)
@@ -312,7 +312,7 @@ def _said_of_encoding(folder: MapFolder, matched: Matched, options: Options) -> 
 
 
 def _said_of_outcomes(
-    matched: Matched, outcomes: Sequence[_Outcome], options: Options, signed: bool, of_run: bool
+    matched: Matched, outcomes: Sequence[_Outcome], options: ScoreOptions, signed: bool, of_run: bool
 ) -> list[str]:
     """What became of the maps; nothing is left out without a word."""
     said = []

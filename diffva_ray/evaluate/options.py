@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """``references``: (label, data or run); ``weights``: pytorch-fid's state dict; ``cache``: where features of
     references are kept, when several runs share them (by default the run); ``extractors``: NAME or NAME=PATH, without

@@ -239,14 +239,18 @@ def _heal(bench: Workbench, sources: Sequence[Source]) -> list[Pair | Row]:
             [blank if source.square is None else source.square for source in sources],
             [
                 Settings(
-                    row["prompt"], row["method"], row["scheduler"],
-                    row["strength"], row["guidance_scale"], row["num_inference_steps"],
+                    prompt=row["prompt"],
+                    method=row["method"],
+                    scheduler=row["scheduler"],
+                    strength=row["strength"],
+                    guidance_scale=row["guidance_scale"],
+                    num_inference_steps=row["num_inference_steps"],
                 )
                 for row in (source.row for source in sources)
             ],
             [source.row["seed"] for source in sources],
             [source.lungs for source in sources],
-        )  # fmt: skip
+        )
     done: list[Pair | Row] = []
     for source, counterfactual, reconstruction, shown in zip(
         sources, twins.counterfactuals, twins.reconstructions, twins.sources, strict=True

@@ -60,7 +60,16 @@ def torchxrayvision(weights: str | Path, device: str = "cpu") -> Extractor:
     network, sha256 = densenet(weights)
     network.to(device)
     features = partial(features2, network)
-    return Extractor("torchxrayvision-densenet121", 1024, False, sha256, f"clean-{XRV_SIDE}", 16, features, device)
+    return Extractor(
+        name="torchxrayvision-densenet121",
+        dimension=1024,
+        is_stand_in=False,
+        weights_sha256=sha256,
+        resize=f"clean-{XRV_SIDE}",
+        micro_batch=16,
+        network=features,
+        device=device,
+    )
 
 
 def features2(network: Any, images: torch.Tensor) -> torch.Tensor:
@@ -96,7 +105,16 @@ def rad_dino(folder: str | Path, device: str = "cpu") -> Extractor:
         x = resized(images, side, "bicubic").expand(-1, 3, -1, -1)
         return network(pixel_values=(x - centre) / scale).pooler_output
 
-    return Extractor("rad-dino", config.hidden_size, False, sha256, f"clean-{side}", 8, cls, device)
+    return Extractor(
+        name="rad-dino",
+        dimension=config.hidden_size,
+        is_stand_in=False,
+        weights_sha256=sha256,
+        resize=f"clean-{side}",
+        micro_batch=8,
+        network=cls,
+        device=device,
+    )
 
 
 def _preprocessing(about: dict[str, Any]) -> tuple[int, list[float], list[float]]:
@@ -123,7 +141,16 @@ def judge_features(model: str, device: str = "cpu") -> Extractor:
     def penultimate(images: torch.Tensor) -> torch.Tensor:
         return judge.embed(images[:, 0])
 
-    return Extractor("judge", judge.head.in_features, False, sha256, "clean-64", 64, penultimate, device)
+    return Extractor(
+        name="judge",
+        dimension=judge.head.in_features,
+        is_stand_in=False,
+        weights_sha256=sha256,
+        resize="clean-64",
+        micro_batch=64,
+        network=penultimate,
+        device=device,
+    )
 
 
 def _digest(files: list[Path]) -> str:

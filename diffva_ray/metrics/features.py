@@ -21,7 +21,7 @@ from torch import nn
 # take the stand-in down with it.
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Extractor:
     """A feature network: ``extractor(images)`` is float32 [N, dimension] for float images [N, H, W] in [0, 1].
 
@@ -75,7 +75,15 @@ def stand_in() -> Extractor:
             features += [x.mean(dim=(2, 3)), x.std(dim=(2, 3), unbiased=False)]
         return torch.cat(features, dim=1)
 
-    return Extractor("stand-in-random-conv-64", 64, True, sha256, "antialiased-64", 64, network)
+    return Extractor(
+        name="stand-in-random-conv-64",
+        dimension=64,
+        is_stand_in=True,
+        weights_sha256=sha256,
+        resize="antialiased-64",
+        micro_batch=64,
+        network=network,
+    )
 
 
 def inception(
@@ -111,7 +119,16 @@ def inception(
             x = resized(resized(images, grid, "bicubic") if grid else images, 299, "bicubic")
         return blocks(2 * x.expand(-1, 3, -1, -1) - 1).flatten(1)
 
-    return Extractor("inception-pool3", 2048, False, sha256, resize, 16, pool3, device)
+    return Extractor(
+        name="inception-pool3",
+        dimension=2048,
+        is_stand_in=False,
+        weights_sha256=sha256,
+        resize=resize,
+        micro_batch=16,
+        network=pool3,
+        device=device,
+    )
 
 
 # How pytorch_fid.inception.InceptionV3 strings torchvision's and its own layers together up to pool3; two poolings,

@@ -35,7 +35,7 @@ SD_SCHEDULER: dict[str, Any] = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Bundle:
     """The parts of a latent diffusion model. ``digest`` is empty until the model has been saved or loaded."""
 
@@ -105,7 +105,15 @@ def build(recipe: Recipe) -> Bundle:
     else:
         vae, unet, encoder, tokenizer, scheduler, origin = _pretrained(model.base, recipe, scheduler)
     fit_text_width(unet, encoder.config.hidden_size, recipe.seed)
-    bundle = Bundle(vae, unet, encoder, tokenizer, scheduler, recipe, text_source=origin)
+    bundle = Bundle(
+        vae=vae,
+        unet=unet,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        recipe=recipe,
+        text_source=origin,
+    )
     bundle.check()
     return bundle
 
@@ -215,7 +223,17 @@ def load(uri: str, recipe: Recipe | None = None) -> Bundle:
     lora.load(unet, encoder, folder / LORA)
     config = PNDMScheduler.load_config(folder, subfolder="scheduler")
     scheduler = {key: config[key] for key in config if not key.startswith("_")}
-    bundle = Bundle(vae, unet, encoder, tokenizer, scheduler, recipe, digest, card or {}, folder)
+    bundle = Bundle(
+        vae=vae,
+        unet=unet,
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        recipe=recipe,
+        digest=digest,
+        card=card or {},
+        folder=folder,
+    )
     bundle.text_source = bundle.card.get("text_source", {})
     bundle.check()
     return bundle

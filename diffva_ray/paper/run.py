@@ -31,7 +31,7 @@ FEW = 3  # healthy films of the figures with several prompts
 CARDIOMEGALY = "Cardiomegaly"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
     """What is asked for; see ``diffva paper --help``."""
 
@@ -225,10 +225,10 @@ def _reduce_options(made: Made, experiment: Experiment) -> Options:
         references = ((CARDIOMEGALY, made.chexpert),) if made.chexpert else references
     options, ill = made.options, experiment.films == "abnormal"
     return Options(
-        references,
-        options.boxes if ill else None,
-        options.weights,
-        options.resize,
+        references=references,
+        boxes=options.boxes if ill else None,
+        weights=options.weights,
+        resize=options.resize,
         cache=made.store.uri,
         brixia=options.brixia if ill else None,
     )

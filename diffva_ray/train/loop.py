@@ -38,7 +38,7 @@ Validate = Callable[[Bundle, Journal, str, int], None]
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """What stays the same over all stages of one training."""
 
     recipe: Recipe
@@ -59,6 +59,7 @@ def train(
     recipe: Recipe,
     data: str,
     model: str,
+    *,
     fingerprint: str,
     provenance: dict[str, Any],
     report: Report,
@@ -95,7 +96,7 @@ def train(
         load_weights(resume, bundle, modules)
         _say_workers(state["workers"], accelerator.num_processes, accelerator.is_main_process)
     journal = Journal(recipe, store, accelerator, (position.stage, position.step))
-    run = Run(recipe, bundle, accelerator, modules, fingerprint, report, journal, validate)
+    run = TrainingRun(recipe, bundle, accelerator, modules, fingerprint, report, journal, validate)
     for index in range(position.stage, len(stages)):
         start = position.step if index == position.stage else 0
         _run_stage(run, stages[index], index, start, resume if start else None)
@@ -150,7 +151,7 @@ class Turn:
             gather(self.network, self.player.network, everywhere)
 
 
-def _run_stage(run: Run, stage: Stage, index: int, start: int, resume: Path | None) -> None:
+def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: Path | None) -> None:
     accelerator, config = run.accelerator, stage.config
     device, workers, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     if config.batch_size < workers:
@@ -200,7 +201,7 @@ def _run_stage(run: Run, stage: Stage, index: int, start: int, resume: Path | No
     _checkpoint(run, Position(index + 1, 0), [])
 
 
-def _turn(run: Run, config: StageConfig, player: Player) -> Turn:
+def _turn(run: TrainingRun, config: StageConfig, player: Player) -> Turn:
     train, accelerator = run.recipe.train, run.accelerator
     fsdp = train.sharding == "fsdp" and player.shardable and accelerator.num_processes > 1
     if fsdp:
@@ -243,7 +244,7 @@ def _restore(turns: list[Turn], states: list[dict[str, Any]]) -> None:
 
 
 def _play(
-    run: Run, config: StageConfig, turn: Turn, step: int, shares: list[list[int]]
+    run: TrainingRun, config: StageConfig, turn: Turn, step: int, shares: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """One step of one player: gradients of all shares, then the optimizer. Returns this worker's part of the global
     batch's mean loss, the gradient's norm before clipping, and the learning rate."""
@@ -277,7 +278,7 @@ def _alone(accelerator: Accelerator, network: nn.Module, more: bool) -> Any:
     return accelerator.no_sync(network) if more else nullcontext()
 
 
-def _validate(run: Run, turns: list[Turn], stage: str, step: int) -> None:
+def _validate(run: TrainingRun, turns: list[Turn], stage: str, step: int) -> None:
     """With the averaged weights where there are any; the other workers wait."""
     with _averaged(turns):
         if run.first and run.validate is not None:
@@ -309,7 +310,7 @@ class _averaged:
             ema.restore(parameters)
 
 
-def _checkpoint(run: Run, position: Position, turns: list[Turn]) -> None:
+def _checkpoint(run: TrainingRun, position: Position, turns: list[Turn]) -> None:
     newest = run.journal.history[-1] if run.journal.history else {}
     metrics = {key: value for key, value in newest.items() if isinstance(value, float)}
     metrics |= {"stage_index": float(position.stage), "step": float(position.step)}

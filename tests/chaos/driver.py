@@ -61,7 +61,7 @@ def main() -> None:
         logging_level="ERROR",
     )
     values = make_recipe(json.loads(Path(recipe).read_text()))
-    pipeline.generate_run(values, data, model, out, Request(), pipeline.Execution("ray", actors=2))
+    pipeline.generate_run(values, data, model, out, Request(), pipeline.Execution(executor="ray", actors=2))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,15 @@ class Bench:
             pass
         broken = sorted((folder / "films" / "COVID" / "images").iterdir())[0]
         broken.write_bytes(broken.read_bytes()[:100])  # one record that ends quarantined
-        train(self.recipe, self.data, self.model, "chaos", {"data_kind": "phantoms"}, discard, threads=1)
+        train(
+            self.recipe,
+            self.data,
+            self.model,
+            fingerprint="chaos",
+            provenance={"data_kind": "phantoms"},
+            report=discard,
+            threads=1,
+        )
         self.loaded = shards.load(self.model, self.recipe)
         started = time.monotonic()
         self.live(self.folder / "undisturbed")
@@ -71,7 +79,7 @@ class Bench:
     def live(self, out: Path) -> None:
         """One process's life: plan or continue, generate, reduce. It would load the model; thousands need not."""
         with patch.object(shards, "load", lambda model, recipe=None: self.loaded):
-            execution = pipeline.Execution("inline")
+            execution = pipeline.Execution(executor="inline")
             pipeline.generate_run(self.recipe, self.data, self.model, str(out), Request(), execution)
         run = open_run(storage.open_store(str(out)))
         assert run is not None

@@ -42,7 +42,9 @@ def test_a_history_on_a_cluster(bench: Bench) -> None:
 
 def test_the_order_of_shards_changes_nothing(bench: Bench, tmp_path: Path) -> None:
     first = bench.folder / "undisturbed"
-    pipeline.generate_run(bench.recipe, bench.data, bench.model, str(tmp_path), Request(), pipeline.Execution("inline"))
+    pipeline.generate_run(
+        bench.recipe, bench.data, bench.model, str(tmp_path), Request(), pipeline.Execution(executor="inline")
+    )
     run = open_run(LocalStore(str(tmp_path)))
     assert run is not None
     for shard in range(run.shards):

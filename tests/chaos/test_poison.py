@@ -19,7 +19,7 @@ from diffva_ray.generate.plan import Request, Run, open_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.storage import LocalStore
 
-INLINE = pipeline.Execution("inline")
+INLINE = pipeline.Execution(executor="inline")
 
 
 def opened(out: Path) -> Run:
@@ -169,7 +169,7 @@ def test_on_ray_two_blamed_deaths_are_enough(
     )
     try:
         counts = pipeline.generate_run(
-            tiny, str(films), str(model), str(tmp_path), Request(), pipeline.Execution("ray", actors=2)
+            tiny, str(films), str(model), str(tmp_path), Request(), pipeline.Execution(executor="ray", actors=2)
         )
     finally:
         ray.shutdown()

@@ -37,7 +37,7 @@ def cluster():
 @pytest.fixture(scope="module")
 def inline(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     out = tmp_path_factory.mktemp("inline")
-    generate_run(tiny, str(films), str(model), str(out), Request(), Execution("inline"))
+    generate_run(tiny, str(films), str(model), str(out), Request(), Execution(executor="inline"))
     return records(out)
 
 
@@ -45,10 +45,14 @@ def inline(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.Temp
 def test_any_number_of_actors_makes_the_inline_run(
     actors: int, cluster, inline: pd.DataFrame, tiny: Recipe, films: Path, model: Path, tmp_path: Path
 ) -> None:
-    counts = generate_run(tiny, str(films), str(model), str(tmp_path), Request(), Execution("ray", actors=actors))
+    counts = generate_run(
+        tiny, str(films), str(model), str(tmp_path), Request(), Execution(executor="ray", actors=actors)
+    )
     assert counts == {"shards": 3, "records": 18, "ok": 18}
     assert records(tmp_path).equals(inline)
-    again = generate_run(tiny, str(films), str(model), str(tmp_path), Request(), Execution("ray", actors=3 - actors))
+    again = generate_run(
+        tiny, str(films), str(model), str(tmp_path), Request(), Execution(executor="ray", actors=3 - actors)
+    )
     assert again["shards"] == 0
 
 

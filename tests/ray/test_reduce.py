@@ -23,7 +23,7 @@ def runs(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.TempPa
     """The same run twice."""
     here, there = (tmp_path_factory.mktemp(name) / "run" for name in ("here", "there"))
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"shard_size": 6})})
-    generate_run(recipe, str(films), str(model), str(here), Request(), Execution("inline"))
+    generate_run(recipe, str(films), str(model), str(here), Request(), Execution(executor="inline"))
     shutil.copytree(here, there)
     return here, there
 

@@ -33,13 +33,15 @@ def test_one_step_and_two_films_at_full_size(tmp_path: Path) -> None:
         pass
     model = tmp_path / "model"
     # no checkpoint is kept: 13 GB of optimizer state are not what this test is about
-    train(recipe, str(tmp_path / "films"), str(model), "slow", {}, discard)
+    train(recipe, str(tmp_path / "films"), str(model), fingerprint="slow", provenance={}, report=discard)
     progress = json.loads((model / ".train" / "progress.json").read_text())
     assert progress["history"][0]["loss"] == pytest.approx(1.0, abs=0.3)  # an untrained network predicts no noise
     assert sum(file.stat().st_size for file in (model / "unet").glob("*.safetensors")) > 3e9
 
     run = tmp_path / "run"
-    counts = generate_run(recipe, str(tmp_path / "films"), str(model), str(run), Request(limit=2), Execution("inline"))
+    counts = generate_run(
+        recipe, str(tmp_path / "films"), str(model), str(run), Request(limit=2), Execution(executor="inline")
+    )
     assert counts == {"shards": 1, "records": 2, "ok": 2}
     frame = pd.read_parquet(run / "records")
     assert (frame["ms_ssim_scales"] == 5).all()

@@ -51,14 +51,14 @@ def test_every_verb_helps_with_an_example(verb: str) -> None:
 OPTIONS = {
     "compare": "RUN_A RUN_B --out",
     "demo": "--out --quick --seed",
-    "explain": "FILM --dry-run --guidance-scale --json --method --model --out --prompt --recipe --scheduler --seed --set "
-    "--steps --strength",
+    "explain": "FILM --dry-run --guidance-scale --json --method --model --out --prompt --recipe --scheduler --seed "
+    "--set --steps --strength",
     "generate": "--actors --allow-environment-change --classes --data --draws --dry-run --executor --gpus-per-actor "
-    "--guidance-scale --healthy-class --images-per-second --limit --method --micro-batch --model --out --probe --prompt "
-    "--recipe --scheduler --seed --set --shard-size --steps --strength --sweep",
+    "--guidance-scale --healthy-class --images-per-second --limit --method --micro-batch --model --out --probe "
+    "--prompt --recipe --scheduler --seed --set --shard-size --steps --strength --sweep",
     "inspect": "DATA --json --recipe --set",
-    "interpolate": "FILM --dry-run --frames --guidance-scale --json --method --model --out --prompt --recipe --scheduler "
-    "--seed --set --steps --strength --to",
+    "interpolate": "FILM --dry-run --frames --guidance-scale --json --method --model --out --prompt --recipe "
+    "--scheduler --seed --set --steps --strength --to",
     "paper": "--actors --allow-environment-change --boxes --brixia --chexpert --dry-run --executor --gpus-per-actor "
     "--inception-weights --limit --model --out --quick --radiography --recipe --resize --set",
     "phantoms": "OUT --classes --dry-run --onto --patients --recipe --seed --set --size",

@@ -22,7 +22,14 @@ from diffva_ray.model.card import UnusableModel
 MADE = [phantom(label, n, seed=1, size=32) for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
 FILMS = [np.round(made.film * 255).astype(np.float32) / 255 for made in MADE]
 LUNGS = [made.lungs for made in MADE]
-SETTINGS = Settings("normal chest scan", "controlnet", "ddim", 0.6, 3.0, 10)
+SETTINGS = Settings(
+    prompt="normal chest scan",
+    method="controlnet",
+    scheduler="ddim",
+    strength=0.6,
+    guidance_scale=3.0,
+    num_inference_steps=10,
+)
 
 
 def untrained(bundle: Bundle) -> ControlNetModel:

@@ -20,6 +20,16 @@ from diffva_ray.model.bundle import Bundle, build
 
 FILMS = [phantom(label, n, seed=1, size=32).film for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
 
+SETTINGS = Settings(
+    prompt="normal chest scan",
+    method="sdedit",
+    scheduler="ddim",
+    strength=0.7,
+    guidance_scale=3.0,
+    num_inference_steps=6,
+)
+UNEDITED = replace(SETTINGS, prompt="", strength=0.5, guidance_scale=1.0)
+
 
 @pytest.fixture
 def engine(complete: Callable[[], Bundle]) -> Counterfactuals:
@@ -38,7 +48,9 @@ def test_pndm_diffusers_is_the_img2img_pipeline(tiny: Recipe, steps: int, streng
     bundle = build(tiny)
     changes = {"posterior": "sample", "micro_batch": 3, "source_prompt": "", "negative_prompt": ""}
     engine = Counterfactuals(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
-    settings = Settings("normal chest scan", "sdedit", "pndm-diffusers", strength, guidance, steps)
+    settings = replace(
+        SETTINGS, scheduler="pndm-diffusers", strength=strength, guidance_scale=guidance, num_inference_steps=steps
+    )
     films = [np.round(film * 255).astype(np.float32) / 255 for film in FILMS]
     ours = engine(films, [settings] * 3, seeds=[1, 2, 3]).counterfactuals
 
@@ -72,7 +84,7 @@ def test_pndm_diffusers_is_the_img2img_pipeline(tiny: Recipe, steps: int, streng
      *((name, "pndm") for name in ("vant-gan", "ant-gan"))],
 )  # fmt: skip
 def test_neighbours_slots_and_padding_change_nothing(engine: Counterfactuals, method: str, scheduler: str) -> None:
-    settings = Settings("normal chest scan", method, scheduler, 0.7, 3.0, 6)
+    settings = replace(SETTINGS, method=method, scheduler=scheduler)
     other = replace(settings, prompt="COVID 19")
     together = engine(FILMS, [settings, other, settings], seeds=[5, 6, 7]).counterfactuals
     alone = engine([FILMS[0]], [settings], seeds=[5]).counterfactuals[0]
@@ -83,19 +95,17 @@ def test_neighbours_slots_and_padding_change_nothing(engine: Counterfactuals, me
 
 def test_a_compiled_engine_shares_nothing_by_hooks_and_gives_the_same_pictures(engine: Counterfactuals) -> None:
     """Dynamo told to run eagerly: what compiled code does to rounding is a slow test's question."""
-    settings = Settings("normal chest scan", "sdedit", "ddim", 0.7, 3.0, 6)
-    plain = engine(FILMS, [settings] * 3, seeds=[5, 6, 7]).counterfactuals
+    plain = engine(FILMS, [SETTINGS] * 3, seeds=[5, 6, 7]).counterfactuals
     bundle = copy.deepcopy(engine.bundle)
     compiled = Counterfactuals(bundle, engine.config, "cpu")
     compiled.compile()
     assert bundle.unet._compiled_call_impl is not None
     with torch.compiler.set_stance("force_eager"):
-        assert compiled(FILMS, [settings] * 3, seeds=[5, 6, 7]).counterfactuals == pytest.approx(plain, abs=1e-5)
+        assert compiled(FILMS, [SETTINGS] * 3, seeds=[5, 6, 7]).counterfactuals == pytest.approx(plain, abs=1e-5)
 
 
 def test_the_seed_is_the_records_own(engine: Counterfactuals) -> None:
-    settings = Settings("normal chest scan", "sdedit", "ddim", 0.7, 3.0, 6)
-    one, two, again = engine([FILMS[0]] * 3, [settings] * 3, seeds=[1, 2, 1]).counterfactuals
+    one, two, again = engine([FILMS[0]] * 3, [SETTINGS] * 3, seeds=[1, 2, 1]).counterfactuals
     assert np.array_equal(one, again)
     assert not np.array_equal(one, two)
 
@@ -104,7 +114,7 @@ def test_inversion_without_guidance_returns_to_the_autoencoders_film(engine: Cou
     """Encoding and decoding under the same prompt undo each other as the steps grow finer."""
     gaps = []
     for steps in (10, 100):
-        settings = Settings("", "ddim-inversion", "ddim", 0.5, 1.0, steps)
+        settings = replace(UNEDITED, method="ddim-inversion", num_inference_steps=steps)
         twins = engine(FILMS, [settings] * 3, seeds=[0, 0, 0])
         gaps.append(np.abs(twins.counterfactuals - twins.reconstructions).mean())
     assert gaps[1] < gaps[0]
@@ -112,7 +122,7 @@ def test_inversion_without_guidance_returns_to_the_autoencoders_film(engine: Cou
 
 
 def test_cycle_without_guidance_returns_to_the_autoencoders_film_exactly(engine: Counterfactuals) -> None:
-    settings = Settings("", "cycle", "ddim", 0.5, 1.0, 6)
+    settings = replace(UNEDITED, method="cycle")
     heal = Counterfactuals(engine.bundle, engine.config.model_copy(update={"source_prompt": ""}))
     twins = heal(FILMS, [settings] * 3, seeds=[1, 2, 3])
     assert twins.counterfactuals == pytest.approx(twins.reconstructions, abs=1e-4)
@@ -121,10 +131,11 @@ def test_cycle_without_guidance_returns_to_the_autoencoders_film_exactly(engine:
 @pytest.mark.parametrize("scheduler", ["dpmsolver++", "unipc", "euler"])
 def test_solvers_converge_to_the_same_twin(engine: Counterfactuals, scheduler: str) -> None:
     """All solve one differential equation: with many steps they end where DDIM ends."""
+    ill = replace(SETTINGS, prompt="COVID 19", strength=0.5, guidance_scale=2.0)
     few, many = (
         np.abs(
-            engine([FILMS[0]], [Settings("COVID 19", "sdedit", name, 0.5, 2.0, steps)], [3]).counterfactuals
-            - engine([FILMS[0]], [Settings("COVID 19", "sdedit", "ddim", 0.5, 2.0, 200)], [3]).counterfactuals
+            engine([FILMS[0]], [replace(ill, scheduler=name, num_inference_steps=steps)], [3]).counterfactuals
+            - engine([FILMS[0]], [replace(ill, num_inference_steps=200)], [3]).counterfactuals
         ).mean()
         for name, steps in ((scheduler, 6), (scheduler, 100))
     )
@@ -133,7 +144,7 @@ def test_solvers_converge_to_the_same_twin(engine: Counterfactuals, scheduler: s
 
 
 def test_the_prompt_matters(engine: Counterfactuals) -> None:
-    healthy = Settings("normal chest scan", "sdedit", "ddim", 0.7, 5.0, 6)
+    healthy = replace(SETTINGS, guidance_scale=5.0)
     ill = replace(healthy, prompt="COVID 19")
     one, two = engine([FILMS[0]] * 2, [healthy, ill], seeds=[1, 1]).counterfactuals
     assert not np.array_equal(one, two)
@@ -151,7 +162,7 @@ def test_the_prompt_matters(engine: Counterfactuals) -> None:
     ],
 )
 def test_unusable_settings_are_named(engine: Counterfactuals, change: dict, reason: str) -> None:
-    settings = replace(Settings("x", "sdedit", "pndm", 0.7, 3.0, 6), **change)
+    settings = replace(SETTINGS, **{"scheduler": "pndm", **change})
     with pytest.raises(ValueError, match=reason):
         engine([FILMS[0]], [settings], [0])
     with pytest.raises(ValueError, match="1 to 4 films"):

@@ -75,7 +75,7 @@ def test_shards_without_truth_are_not_scored(make_run: MakeRun) -> None:
 def swept(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("census") / "run"
     request = Request(sweep=(("strength", (0.3, 0.6)), ("prompt", ("normal chest scan", "COVID 19"))))
-    generate_run(tiny, str(films), str(model), str(out), request, Execution("inline"))
+    generate_run(tiny, str(films), str(model), str(out), request, Execution(executor="inline"))
     return existing_run(str(out))
 
 

@@ -69,7 +69,7 @@ def test_a_reference_set_is_embedded_once_for_all_runs(films: Path, tmp_path: Pa
 def test_features_that_wait_on_disk_give_the_same_tables(
     tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), Request(), Execution("inline"))
+    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), Request(), Execution(executor="inline"))
     run = existing_run(str(tmp_path / "run"))
     found = []
     for limit in (distances.IN_MEMORY, 0):
@@ -88,7 +88,7 @@ def test_features_that_wait_on_disk_give_the_same_tables(
 def test_prompts_of_a_sweep_have_rows_of_their_own(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
     """Twins under two prompts are two sets; pooled they would answer no question."""
     request = Request(("COVID",), sweep=(("prompt", ("normal chest scan", "COVID 19")),))
-    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), request, Execution("inline"))
+    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), request, Execution(executor="inline"))
     run = existing_run(str(tmp_path / "run"))
     rows = reduce_run(run, str(films), Options(cache=str(tmp_path / "cache"))).metrics["fid"]
     names = {row["set2"] for row in rows if row["set1"] == "COVID (source)"}

@@ -28,7 +28,7 @@ def swept(tiny, films: Path, model: Path, tmp_path_factory: pytest.TempPathFacto
     out = tmp_path_factory.mktemp("swept") / "run"
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"draws": 2})})
     request = Request(("COVID", "Lung_Opacity"), sweep=(("strength", (0.3, 0.9)),))
-    generate_run(recipe, str(films), str(model), str(out), request, Execution("inline"))
+    generate_run(recipe, str(films), str(model), str(out), request, Execution(executor="inline"))
     return out
 
 

@@ -17,7 +17,7 @@ from diffva_ray.cli import main
 from diffva_ray.data.films import Film, UnusableData
 from diffva_ray.data.images import BadImage, decode_map, encode_map
 from diffva_ray.evaluate.foreign_maps import MapFile, match, on_grid, read_map_values, stem
-from diffva_ray.evaluate.foreign_scores import Options, score_maps
+from diffva_ray.evaluate.foreign_scores import ScoreOptions, score_maps
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.scores import score_records
 from diffva_ray.generate.plan import Run
@@ -188,7 +188,7 @@ def test_a_run_of_other_films_is_refused(make_run: MakeRun, tmp_path: Path) -> N
     with pytest.raises(UnusableData, match="other films"):
         score_maps(run.store.uri, run.about["data"])
     with pytest.raises(UnusableData, match="--smoothing"):
-        score_maps(run.store.uri, run.about["data"], Options(smoothing=0.1))
+        score_maps(run.store.uri, run.about["data"], ScoreOptions(smoothing=0.1))
 
 
 def test_a_film_as_its_own_map_is_the_brightness_baseline(maps: Path, films: Path) -> None:
@@ -223,7 +223,7 @@ def test_signs_are_stated_and_can_be_chosen(maps: Path, films: Path) -> None:
     both = score_maps(str(maps), str(films))
     assert {"positive", "absolute"} <= {row["map"] for row in both.films}
     assert any("some values are negative" in note for note in both.metrics["notes"])
-    alone = score_maps(str(maps), str(films), Options(signed=False))
+    alone = score_maps(str(maps), str(films), ScoreOptions(signed=False))
     assert "absolute" not in {row["map"] for row in alone.films}
     for path in maps.iterdir():
         np.save(path, -np.abs(np.load(path)))
@@ -261,7 +261,7 @@ def test_the_encoding_of_sixteen_bit_maps_is_said(films: Path, tmp_path: Path) -
         (folder / path.name).write_bytes(encode_map(np.where(grey(path) > 0.8, 0.1, 0)))
     guessed = score_maps(str(folder), str(films))
     assert any("read as unsigned" in note and "mostly mid-grey" in note for note in guessed.metrics["notes"])
-    told = score_maps(str(folder), str(films), Options(encoding="signed16"))
+    told = score_maps(str(folder), str(films), ScoreOptions(encoding="signed16"))
     assert any("level 32768 is zero" in note for note in told.metrics["notes"])
 
 
@@ -270,12 +270,12 @@ def test_small_maps_and_oblong_ones_are_brought_to_the_default_grid(films: Path,
         for path in pictures(films):
             (tmp_path / name).mkdir(exist_ok=True)
             np.save(tmp_path / name / f"{path.stem}.npy", on_grid(grey(path), 64)[: shape[0], : shape[1]])
-        assert score_maps(str(tmp_path / name), str(films), Options(size=None)).metrics["grid"] == 256
-        assert score_maps(str(tmp_path / name), str(films), Options(size=48)).metrics["grid"] == 48
+        assert score_maps(str(tmp_path / name), str(films), ScoreOptions(size=None)).metrics["grid"] == 256
+        assert score_maps(str(tmp_path / name), str(films), ScoreOptions(size=48)).metrics["grid"] == 48
 
 
 def test_smoothing_is_given_to_maps_and_baselines_alike(maps: Path, films: Path) -> None:
-    rows = score_maps(str(maps), str(films), Options(smoothing=0.05)).metrics["localization"]
+    rows = score_maps(str(maps), str(films), ScoreOptions(smoothing=0.05)).metrics["localization"]
     found = {row["map"]: row["auroc"] for row in rows if row["label"] == "all"}
     plain = score_maps(str(maps), str(films)).metrics["localization"]
     assert found["positive"] == found["brightness"]
@@ -300,7 +300,7 @@ def test_boxes_stand_in_for_masks(films: Path, maps: Path, tmp_path: Path) -> No
     shutil.copytree(films, bare, ignore=shutil.ignore_patterns("lesions", "masks"))
     film = next((bare / "COVID" / "images").iterdir())
     (tmp_path / "boxes.csv").write_text(f"file,x,y,w,h\n{film.name},4,4,10,10\n")
-    scored = score_maps(str(maps), str(bare), Options(boxes=str(tmp_path / "boxes.csv")))
+    scored = score_maps(str(maps), str(bare), ScoreOptions(boxes=str(tmp_path / "boxes.csv")))
     assert {row["region"] for row in scored.films} == {"film"}
     assert scored.metrics["films"]["scored"] == 1
 

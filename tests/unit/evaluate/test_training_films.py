@@ -11,10 +11,9 @@ from click.testing import CliRunner
 
 from diffva_ray.cli import main
 from diffva_ray.data.films import UnusableData
-from diffva_ray.evaluate.foreign_scores import Options, score_maps
+from diffva_ray.evaluate.foreign_scores import ScoreOptions, score_maps
 from diffva_ray.evaluate.records import read_records
-from diffva_ray.evaluate.reduction import Options as ReduceOptions
-from diffva_ray.evaluate.reduction import reduce_run
+from diffva_ray.evaluate.reduction import Options, reduce_run
 from diffva_ray.generate.plan import Run
 from diffva_ray.model.card import read_card
 from diffva_ray.model.training_films import TrainingFilms
@@ -48,7 +47,7 @@ def test_a_run_on_training_films_is_refused_and_told_otherwise_says_so(make_run)
     teach(run, paths[:5])
     with pytest.raises(UnusableData, match="5 of 12 matched films were in the model's training list"):
         score_maps(run.store.uri, run.about["data"])
-    allowed = score_maps(run.store.uri, run.about["data"], Options(allow_training_films=True)).metrics
+    allowed = score_maps(run.store.uri, run.about["data"], ScoreOptions(allow_training_films=True)).metrics
     assert any("5 of 12" in note and "no test" in note for note in allowed["notes"])
     of_all = [row["training_films"] for row in allowed["localization"] if row["label"] == "all"]
     assert set(of_all) == {5}
@@ -100,7 +99,7 @@ def test_reduce_says_it_in_every_table_that_scores_films(tmp_path: Path, films: 
     assert CliRunner().invoke(main, ["generate", *map(str, options)]).exit_code == 0
     from diffva_ray.pipeline import existing_run
 
-    metrics = reduce_run(existing_run(str(out)), str(films), ReduceOptions()).metrics
+    metrics = reduce_run(existing_run(str(out)), str(films), Options()).metrics
     assert any("6 of 6 records are of films in the model's training list" in note for note in metrics["notes"])
     for name in ("localization", "validity", "twin"):
         whole = [row for row in metrics[name] if row["label"] == "all"]

@@ -179,7 +179,7 @@ def test_a_dry_run_tells_the_cost_and_what_is_left_of_it(
     assert (fresh["unet_forwards_per_record"], fresh["unet_forwards"]) == (each, 18 * each)
     assert not any("hours" in key for key in fresh), "nothing is known of hours yet"
 
-    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), Request(), Execution("inline"))
+    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), Request(), Execution(executor="inline"))
     assert shown(tmp_path / "run")["unet_forwards"] == 0
     (tmp_path / "run" / "records" / "part-00001.parquet").unlink()
     left = shown(tmp_path / "run")
@@ -209,7 +209,7 @@ def test_a_probe_measures_this_machine(tiny: Recipe, films: Path, model: Path, t
     assert list(by_size)[:2] == ["1", "2"]
     assert all(rate > 0 for rate in by_size.values())
     assert not (tmp_path / "run").exists()
-    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), Request(), Execution("inline"))
+    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), Request(), Execution(executor="inline"))
     kinds = ("counterfactuals", "maps", "reconstructions")
     stored = sum(file.stat().st_size for kind in kinds for file in (tmp_path / "run" / kind).rglob("*.png"))
     assert shown["estimated_gigabytes"] * 1e9 == pytest.approx(stored + 18 * ROW_BYTES, rel=0.1)

@@ -29,7 +29,7 @@ from diffva_ray.metrics.ssim import ssim
 from diffva_ray.pipeline import Execution, generate_run
 from diffva_ray.storage import LocalStore, StoreError, open_store
 
-INLINE = Execution("inline")
+INLINE = Execution(executor="inline")
 
 
 def run_inline(recipe: Recipe, data: Path, model: Path, out: Path, request: Request = Request()):

@@ -20,7 +20,16 @@ def main(rank: str, world: str, port: str, recipe: str, films: str, out: str) ->
 
     keep = Checkpoints(Path(out) / ".train", 2)
     resume = keep.latest()
-    train(make_recipe(json.loads(Path(recipe).read_text())), films, out, "x", {}, keep, resume, threads=1)
+    train(
+        make_recipe(json.loads(Path(recipe).read_text())),
+        films,
+        out,
+        fingerprint="x",
+        provenance={},
+        report=keep,
+        resume=resume,
+        threads=1,
+    )
 
 
 if __name__ == "__main__":
