@@ -305,11 +305,12 @@ def _set(tree: dict[str, Any], override: str) -> None:
     *parents, last = key.strip().split(".")
     node: Any = tree
     for parent in parents:
-        node = (
-            node[int(parent)]
-            if isinstance(node, list) and parent.isdigit() and int(parent) < len(node)
-            else (node.setdefault(parent, {}) if isinstance(node, dict) else None)
-        )
+        if isinstance(node, dict):
+            node = node.setdefault(parent, {})
+        elif parent.isdigit() and int(parent) < len(node):
+            node = node[int(parent)]
+        else:
+            node = None
         if not isinstance(node, (dict, list)):
             raise RecipeError(f"--set {override}: {parent!r} is not a section of the recipe")
     try:

@@ -24,7 +24,11 @@ def duration(seconds: float) -> str:
     """``75`` -> ``1m15s``."""
     seconds = round(seconds)
     hours, minutes, rest = seconds // 3600, seconds // 60 % 60, seconds % 60
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    if minutes:
+        return f"{minutes}m{rest:02d}s"
+    return f"{rest}s"
 
 
 class Progress:

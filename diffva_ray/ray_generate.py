@@ -72,7 +72,9 @@ def generate(
     By default one actor for each GPU (one GPU each), more as an autoscaling cluster grows; one for each CPU where the
     cluster has no GPU. ``worker`` is a class with ShardWorker's constructor and call: a simulator's, say.
     """
-    share = gpus_per_actor if gpus_per_actor is not None else (1.0 if ray_cluster.gpus() else 0.0)
+    share = gpus_per_actor
+    if share is None:
+        share = 1.0 if ray_cluster.gpus() else 0.0
     if LOG.level > logging.DEBUG:
         ray_cluster.quieten()
     context = ray.data.DataContext.get_current()

@@ -35,7 +35,9 @@ def fit(
     """Train on ``workers`` workers, or on as many between two numbers as the cluster has, and export to ``model``; goes
     on from the last checkpoint in ``model/.train``. The global batch stays the recipe's, whatever the number. Raises
     UnusableModel when checkpoints have been taken away."""
-    share = gpus_per_worker if gpus_per_worker is not None else (1.0 if ray_cluster.gpus() else 0.0)
+    share = gpus_per_worker
+    if share is None:
+        share = 1.0 if ray_cluster.gpus() else 0.0
     threads = max(1, ray_cluster.cpus() // (workers if isinstance(workers, int) else workers[1]))
     config = {
         "recipe": recipe,

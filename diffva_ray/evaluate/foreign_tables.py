@@ -82,4 +82,6 @@ def print_scores(metrics: dict[str, Any], console: Console | None = None) -> Non
 def _cell(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "–".join(f"{part:.3f}" for part in value) if all(part == part for part in value) else ""
-    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -52,7 +52,10 @@ def _plain(key: str) -> str:
 
 
 def _short(value: Any) -> str:
-    return value if isinstance(value, str) else f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    if isinstance(value, str):
+        return value
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def stored_records(run: Run, home: tuple[int, int]) -> list[Row]:

@@ -180,7 +180,12 @@ def likeness_table(made: Made, labels: Sequence[str]) -> Table:
             ("ms_ssim", "MS-SSIM", paper and paper.ms_ssim),
             ("ssim", "SSIM", paper and paper.ssim),
         ):
-            shown = "–" if value is None else f"{value:.3f}" if five or key == "ssim" else "(5 scales)"
+            if value is None:
+                shown = "–"
+            elif key == "ms_ssim" and not five:  # theirs and ours would be two measures
+                shown = "(5 scales)"
+            else:
+                shown = f"{value:.3f}"
             ours = ["–" if row is None else with_interval(row[key], row[f"{key}_interval"]) for row in rows]
             body.append([label, name, str(about["n"]), shown, *ours])
         found += [{"setting": column, **row} for column, row in zip(columns, rows) if row]
