@@ -15,7 +15,14 @@ from diffva_ray.storage import Store
 CARD = "diffva.json"
 TRAINING, PROGRESS = ".train/training.json", ".train/progress.json"  # of a training, while it lasts and after
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
-EXTRAS = ("controlnet", "classifier", "vant_gan", "ant_gan")  # networks that some methods need; see extras.py
+# Networks that some methods need, as folder -> "module:class" (diffusers ModelMixins; extras.py loads them). The digest
+# takes them in this order: add new ones at the end.
+EXTRAS: dict[str, str] = {
+    "controlnet": "diffusers:ControlNetModel",
+    "classifier": "diffva_ray.model.classifier:LatentClassifier",
+    "vant_gan": "diffva_ray.model.healer:Healer",
+    "ant_gan": "diffva_ray.model.healer:Healer",
+}
 LORA = "lora"  # adapters that were not merged, beside the weights they change
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 

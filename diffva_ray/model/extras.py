@@ -8,17 +8,10 @@ from typing import Any
 
 from diffva_ray.model.card import EXTRAS, UnusableModel
 
-CLASSES: dict[str, str] = {  # folder -> "module:class"; classes are diffusers ModelMixins
-    "controlnet": "diffusers:ControlNetModel",
-    "classifier": "diffva_ray.model.classifier:LatentClassifier",
-    "vant_gan": "diffva_ray.model.healer:Healer",
-    "ant_gan": "diffva_ray.model.healer:Healer",
-}
-
 
 def extra_class(name: str) -> Any:
     """The class of an extra network."""
-    module, _, kind = CLASSES[name].partition(":")
+    module, _, kind = EXTRAS[name].partition(":")
     return getattr(importlib.import_module(module), kind)
 
 

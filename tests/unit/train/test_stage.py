@@ -1,0 +1,21 @@
+"""The kinds of stages that recipes may name are those that there is code for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import get_args
+
+from diffva_ray.config_stages import Stage
+from diffva_ray.train import stage
+
+
+def test_every_kind_in_a_recipe_has_a_stage() -> None:
+    union = get_args(get_args(Stage)[0])
+    named = [kind for config in union for kind in get_args(config.model_fields["trains"].annotation)]
+    assert sorted(named) == sorted(stage.KINDS)
+
+
+def test_every_kind_is_a_stage() -> None:
+    for place in stage.KINDS.values():
+        module, _, name = place.partition(":")
+        assert issubclass(getattr(importlib.import_module(f"diffva_ray.train.{module}"), name), stage.Stage)
