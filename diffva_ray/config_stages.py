@@ -48,7 +48,7 @@ class StageConfig(Section):
     """Where the cosine ends, as a fraction of the learning rate."""
 
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """AdamW, or bitsandbytes' with 8-bit states, on a GPU."""
+    """AdamW, or bitsandbytes' with 8-bit states, on a GPU (extra ``bnb``)."""
 
     weight_decay: float = Field(0.01, ge=0)
     """AdamW's."""

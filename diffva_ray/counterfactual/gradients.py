@@ -2,7 +2,7 @@
 healthy, so that positive means evidence of disease, as in the maps of twins.
 
 ``classifier(films)`` gives logits [n, classes] of grey films [n, H, W] in [0, 1] and has ``classes`` and ``healthy``:
-the judge, or ``FilmClassifier``. captum is an optional dependency.
+the judge, or ``FilmClassifier``. Without captum, which is an extra, they raise ValueError, one line.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.metrics.localization import smooth
+from diffva_ray.optional import missing
 
 Films = NDArray[np.float32]
 Baseline = Callable[..., Films]
@@ -62,7 +63,7 @@ def _captum() -> ModuleType:
     try:
         from captum import attr
     except ImportError:
-        raise ImportError("gradient baselines need captum: pip install diffva-ray[gradients]") from None
+        raise ValueError(missing("captum", "gradient baselines", "gradients")) from None
     return attr
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
+from diffva_ray.optional import missing
 from diffva_ray.schema import Status
 from diffva_ray.storage import open_file
 
@@ -270,7 +271,7 @@ def _decode_dicom(data: bytes, min_side: int, max_pixels: int, finish: Callable[
     try:
         import pydicom  # an optional extra
     except ImportError:
-        raise BadImage("a DICOM file; reading it needs pydicom 3: pip install diffva-ray[dicom]") from None
+        raise BadImage(missing("pydicom", "DICOM files", "dicom")) from None
     if DEFLATED in data[:HEADER]:  # a few megabytes of it may hold many gigabytes, and no header says so
         raise BadImage("a DICOM file deflated as a whole; save it with another transfer syntax")
     film = pydicom.dcmread(BytesIO(data))

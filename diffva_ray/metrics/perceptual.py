@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from diffva_ray.metrics.features import brief
+from diffva_ray.optional import missing
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,12 @@ class Lpips:
 
 def lpips(weights: str | Path) -> Lpips:
     """LPIPS v0.1 with AlexNet. ``weights``: torchvision's AlexNet state dict (alexnet-owt-7be5be79.pth); the linear
-    layers come with the ``lpips`` package. Raises ValueError, one line, for another file or without the package."""
+    layers come with the ``lpips`` package. Raises ValueError, one line, for another file and when the package is
+    missing."""
     try:
         import lpips as package
     except ImportError:
-        raise ValueError("--lpips-weights: install the lpips package") from None
+        raise ValueError(missing("lpips", "LPIPS", "lpips")) from None
     path = Path(weights)
     # Its random backbone is only there to be replaced; it warns of torchvision's older names.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

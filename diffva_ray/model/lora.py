@@ -17,6 +17,7 @@ from torch import nn
 
 from diffva_ray.config_stages import LoraConfig
 from diffva_ray.model.card import UnusableModel
+from diffva_ray.optional import missing
 
 ADAPTER = "default"
 FILE = "pytorch_lora_weights.safetensors"
@@ -28,9 +29,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise UnusableModel(
-            "LoRA (train.lora, or a model with a lora folder) needs peft: pip install 'diffva-ray[lora]'"
-        ) from None
+        raise UnusableModel(missing("peft", "LoRA (train.lora, or a model with a lora folder)", "lora")) from None
     return peft
 
 

@@ -25,6 +25,7 @@ from diffva_ray.model.bundle import Bundle, build, save
 from diffva_ray.model.lora import attach
 from diffva_ray.model.training_films import FILM_DIGITS
 from diffva_ray.observe import LOG
+from diffva_ray.optional import missing
 from diffva_ray.storage import open_store
 from diffva_ray.train.checkpoint import Position, load_optimizers, load_weights, read_state, save_checkpoint
 from diffva_ray.train.journal import Journal
@@ -229,9 +230,7 @@ def _optimizer(config: StageConfig, parameters: list[nn.Parameter], rate: float)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise RecipeError(
-            f"stage {config.name}: optimizer adamw8bit needs bitsandbytes; pip install bitsandbytes, or use adamw"
-        ) from None
+        raise RecipeError(f"stage {config.name}: {missing('bitsandbytes', 'optimizer adamw8bit', 'bnb')}") from None
     return AdamW8bit(parameters, **settings)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "diffva_ray"
-LOW = {"schema", "storage", "observe", "provenance", "methods"}
+LOW = {"schema", "storage", "observe", "provenance", "methods", "optional"}
 MAY_IMPORT = {
     "schema": set(),
     "storage": {"observe"},
@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "provenance": set(),
     "config_stages": set(),
     "methods": set(),
+    "optional": set(),
     "config_methods": {"config_stages"},
     "config": {"config_stages", "config_methods", "methods", "schema", "storage"},
     "data": LOW | {"config", "config_stages"},

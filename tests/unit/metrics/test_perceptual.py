@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,12 @@ def test_equals_torchmetrics(weights: Path) -> None:
     assert measure(x, y) == lpips(weights)(x, y)
     with pytest.raises(ValueError, match="one shape from 32 pixels"):
         measure(x[:16, :16], y[:16, :16])
+
+
+def test_without_the_package_a_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ValueError, match=r"^lpips is needed for LPIPS: pip install diffva-ray\[lpips\]$"):
+        lpips(tmp_path / "alexnet.pth")
 
 
 @pytest.mark.parametrize("content", ["missing", "text", "other network"])
