@@ -377,7 +377,7 @@ def inception_path(option: str | None) -> str | None:
         try:
             return str(download_inception())
         except RuntimeError as error:
-            raise UnusableData(f"--inception-weights download: {error}") from None
+            raise UnusableData(f"--inception-weights download: {error} and pass --inception-weights PATH") from None
     if option is None:
         cached = inception_cache()
         return str(cached) if cached else None

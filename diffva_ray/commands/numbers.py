@@ -38,9 +38,9 @@ from diffva_ray.data.films import UnusableData
 )
 @click.option("--sources", metavar="CSV", help="Archive of each film (file, source): compares within each one, too.")
 @executor_option
-def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_weights: str | None, resize: str | None,
-           threshold_from: str | None, extractor: tuple[str, ...], judge: tuple[str, ...],
-           lpips_weights: str | None, brixia: str | None, sources: str | None, executor: str) -> None:  # fmt: skip
+def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_weights: str | None,
+           resize: Literal["clean", "legacy"] | None, threshold_from: str | None, extractor: tuple[str, ...],
+           judge: tuple[str, ...], lpips_weights: str | None, brixia: str | None, sources: str | None, executor: str) -> None:  # fmt: skip
     """Verify a run and write its tables, quarantine, manifest and _SUCCESS.
 
     Example:

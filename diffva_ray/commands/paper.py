@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import click
 
 from diffva_ray.commands.verb import (
@@ -45,7 +47,7 @@ from diffva_ray.commands.verb import (
 @set_option
 @dry_run_option
 def paper(radiography: str | None, chexpert: str | None, model: str, out: str, quick: bool, limit: int | None,
-          boxes: str | None, brixia: str | None, inception_weights: str | None, resize: str, actors: int | None,
+          boxes: str | None, brixia: str | None, inception_weights: str | None, resize: Literal["clean", "legacy"], actors: int | None,
           gpus_per_actor: float | None, allow_environment_change: bool, executor: str,
           recipe: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:  # fmt: skip
     """Every table and figure of Siddiqui et al. 2024 from films and a model, the published values beside ours.

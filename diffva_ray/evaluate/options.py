@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """``references``: (label, data or run); ``weights``: pytorch-fid's state dict; ``cache``: where features of
-    references are kept, when several runs share them (by default the run); ``extractors``: NAME or NAME=PATH, without
-    any Inception where there are ``weights`` and the stand-in elsewhere; ``lpips``: torchvision's AlexNet state dict;
+    references are kept, when several runs share them (by default the run); ``extractors``: NAME or NAME=PATH, by
+    default Inception if ``weights`` are given and the stand-in otherwise; ``lpips``: torchvision's AlexNet state dict;
     ``brixia``, ``sources``: CSV files as in ``evaluate.annotations``; ``judges``: NAME=PATH as in
     ``metrics.external_judges``."""
 
     references: tuple[tuple[str, str], ...] = ()
     boxes: str | None = None
     weights: str | None = None
-    resize: str = "clean"
+    resize: Literal["clean", "legacy"] = "clean"
     threshold_from: str | None = None
     cache: str | None = None
     extractors: tuple[str, ...] = ()

@@ -186,7 +186,7 @@ def _lpips(options: Options, size: int) -> Lpips | None:
     try:
         return lpips(options.lpips)
     except ValueError as error:
-        raise UnusableData(str(error)) from None
+        raise UnusableData(f"--lpips-weights: {error}") from None
 
 
 def _judges(options: Options) -> list[ExternalJudge]:

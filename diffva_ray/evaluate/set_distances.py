@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,28 +72,22 @@ def open_extractor(text: str, run: Run, options: Options, device: str | None = N
 
 
 def _extractor(text: str, run: Run, options: Options, device: str) -> Extractor:
-    from diffva_ray.metrics import extractors
-    from diffva_ray.metrics.features import inception, stand_in
+    from diffva_ray.metrics.extractors import EXTRACTORS
 
     name, _, path = text.partition("=")
-    if name not in extractors.NAMES:
-        raise UnusableData(f"--extractor {text}: no such extractor; there are {', '.join(extractors.NAMES)}")
+    option = f"--extractor {text}"
+    if name not in EXTRACTORS:
+        raise UnusableData(f"{option}: no such extractor; there are {', '.join(EXTRACTORS)}")
+    if name == "judge" and not path:
+        path = str(run.about["model"])
+    if name == "inception" and not path and options.weights:
+        option, path = "--inception-weights", options.weights
+    if name != "stand-in" and not path:
+        raise UnusableData(f"{option}: give its weights as {name}=PATH; nothing is downloaded")
     try:
-        if name == "stand-in":
-            return stand_in()
-        if name == "judge":
-            return extractors.judge_features(path or str(run.about["model"]), device)
-        if name == "inception":
-            path = path or options.weights or ""
-        if not path:
-            raise UnusableData(f"--extractor {text}: give its weights as {name}=PATH; nothing is downloaded")
-        if name == "inception":
-            resize = cast(Literal["clean", "legacy"], options.resize)
-            return inception(path, resize, run.recipe.model.resolution, device)
-        open_network = extractors.torchxrayvision if name == "torchxrayvision" else extractors.rad_dino
-        return open_network(path, device)
+        return EXTRACTORS[name](path, device, options.resize, run.recipe.model.resolution)
     except (OSError, ValueError) as error:
-        raise error if isinstance(error, UnusableData) else UnusableData(str(error)) from None
+        raise UnusableData(f"{option}: {error}") from None
 
 
 def distances(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffva_ray.metrics.features import Extractor, brief, resized
+from diffva_ray.metrics.features import Extractor, Resize, brief, inception, resized, stand_in
 from diffva_ray.metrics.validity import load_judge
+from diffva_ray.optional import missing
 from diffva_ray.storage import open_store
 
-NAMES = ("inception", "torchxrayvision", "rad-dino", "judge", "stand-in")
 XRV_SIDE = 224
+
+# Extractors by name. An opener takes the path of the weights, the device, and what Inception alone knows: the way to
+# its grid, and the side of the films' own grid.
+Opener = Callable[[str, str, Resize, int], Extractor]
+EXTRACTORS: dict[str, Opener] = {
+    "inception": lambda path, device, resize, side: inception(path, resize, side, device),
+    "torchxrayvision": lambda path, device, resize, side: torchxrayvision(path, device),
+    "rad-dino": lambda path, device, resize, side: rad_dino(path, device),
+    "judge": lambda path, device, resize, side: judge_features(path, device),
+    "stand-in": lambda path, device, resize, side: stand_in(),
+}
 
 
 def densenet(weights: str | Path) -> tuple[Any, str]:
@@ -33,7 +45,7 @@ def densenet(weights: str | Path) -> tuple[Any, str]:
     try:
         from torchxrayvision.models import DenseNet, _DenseBlock, _DenseLayer, _Transition
     except ImportError:
-        raise ValueError("torchxrayvision: install diffva-ray[xrv]") from None
+        raise ValueError(missing("torchxrayvision", "its DenseNet121", "xrv")) from None
     path = Path(weights)
     layers = (nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Linear)
     with torch.device("meta"):  # initial values would be drawn from the global generator, only to be replaced
@@ -134,7 +146,7 @@ def judge_features(model: str, device: str = "cpu") -> Extractor:
     store = open_store(model)
     judge = load_judge(store)
     if judge is None:
-        raise ValueError(f"--extractor judge: {model} has no judge; name a model that has one with judge=MODEL")
+        raise ValueError(f"{model} has no judge; name a model that has one")
     judge.requires_grad_(False).to(device)
     sha256 = hashlib.sha256(store.read("judge/model.safetensors")).hexdigest()
 

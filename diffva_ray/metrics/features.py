@@ -20,6 +20,8 @@ from torch import nn
 # pytorch_fid imports torchvision, which fails next to a torch of another build; imported where it is used, it cannot
 # take the stand-in down with it.
 
+Resize = Literal["clean", "legacy"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Extractor:
@@ -86,9 +88,7 @@ def stand_in() -> Extractor:
     )
 
 
-def inception(
-    weights: str | Path, resize: Literal["clean", "legacy"] = "clean", grid: int | None = None, device: str = "cpu"
-) -> Extractor:
+def inception(weights: str | Path, resize: Resize = "clean", grid: int | None = None, device: str = "cpu") -> Extractor:
     """pytorch-fid's Inception, pool3, 2048 features, from a file with its state dict; grey is replicated to 3 channels.
 
     ``legacy`` is pytorch-fid's own path: images as stored (all of one size per call), bilinear without antialiasing to
@@ -188,8 +188,7 @@ def download_inception() -> Path:
         torch.hub.load_state_dict_from_url(FID_WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
         raise RuntimeError(
-            f"pytorch-fid's Inception weights cannot be downloaded ({brief(error)}); fetch {FID_WEIGHTS_URL} "
-            "elsewhere and pass --inception-weights PATH"
+            f"pytorch-fid's Inception weights cannot be downloaded ({brief(error)}); fetch {FID_WEIGHTS_URL} elsewhere"
         ) from None
     return _cache_path()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from diffva_ray import __version__, pipeline, ray_cluster
 from diffva_ray.config import Recipe, RecipeError
@@ -42,7 +42,7 @@ class Inputs:
     quick: bool = False
     limit: int | None = None
     weights: str | None = None
-    resize: str = "clean"
+    resize: Literal["clean", "legacy"] = "clean"
     recipe: str | None = None
     overrides: tuple[str, ...] = ()
     boxes: str | None = None
@@ -135,7 +135,9 @@ def _open(options: Inputs) -> tuple[Store, Recipe, dict[str, Any]]:
 
 
 def _per_class(options: Inputs) -> int | None:
-    return options.limit if options.limit is not None else (QUICK if options.quick else None)
+    if options.limit is not None:
+        return options.limit
+    return QUICK if options.quick else None
 
 
 def _guard(store: Store, options: Inputs, card: dict[str, Any]) -> None:

@@ -95,6 +95,7 @@ def test_a_wrong_extractor_is_one_line_and_exit_2(extractor: str, said: str, swe
     result = CliRunner().invoke(main, ["reduce", str(swept), "--extractor", extractor, "--executor", "inline"])
     assert result.exit_code == 2
     assert said in result.stderr
+    assert f"--extractor {extractor}: " in result.stderr
     assert result.stderr.strip().count("\n") == 0
 
 
@@ -110,7 +111,7 @@ def test_lpips_stands_in_the_table_of_likeness(swept: Path, films: Path, tmp_pat
     assert weak["lpips"] != strong["lpips"]
     assert weak["lpips_n"] == 24
     assert weak["lpips_interval"][0] < weak["lpips"] < weak["lpips_interval"][1]
-    with pytest.raises(UnusableData, match="expected torchvision's AlexNet"):
+    with pytest.raises(UnusableData, match=r"^--lpips-weights: .*nowhere\.pth: expected torchvision's AlexNet"):
         reduce_run(existing_run(str(swept)), str(films), Options(lpips=str(tmp_path / "nowhere.pth")))
 
 

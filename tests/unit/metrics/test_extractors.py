@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,12 @@ def test_torchxrayvision_equals_its_own_features(films: np.ndarray, tmp_path: Pa
         about = (extractor.name, extractor.dimension, extractor.resize, extractor.is_stand_in)
         assert about == ("torchxrayvision-densenet121", 1024, "clean-224", False)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_without_the_package_a_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchxrayvision.models", None)
+    with pytest.raises(ValueError, match=r"torchxrayvision is needed for .*: pip install diffva-ray\[xrv\]$"):
+        extractors.torchxrayvision(tmp_path / "weights.pt")
 
 
 class Command:
