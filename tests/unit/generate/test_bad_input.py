@@ -60,7 +60,7 @@ from diffva_ray.pipeline import Execution, generate_run
 recipe, model, runs = json.load(sys.stdin)
 peaks = []
 for data, out in runs:
-    generate_run(make_recipe(recipe), data, model, out, Request(), Execution("inline"))
+    generate_run(make_recipe(recipe), data, model, out, Request(), Execution(executor="inline"))
     peaks.append(peak())
 print(json.dumps(peaks))
 """
