@@ -60,7 +60,7 @@ def measure(recipe: Recipe, films: str, out: Path) -> dict[str, Any]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     try:
-        loop.train(recipe, films, str(out), "bench", {}, discard)
+        loop.train(recipe, films, str(out), fingerprint="bench", provenance={}, report=discard)
     finally:
         loop.learning_rate = rate
     seconds = statistics.median(later - now for now, later in itertools.pairwise(stamps[5:]))

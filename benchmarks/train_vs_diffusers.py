@@ -143,7 +143,13 @@ def our_run(recipe: Recipe, films: str, out: Path) -> tuple[list[float], float]:
     loop.learning_rate = ticking
     try:
         loop.train(
-            recipe, films, str(out), "bench", {}, Checkpoints(out / ".train", 1), threads=torch.get_num_threads()
+            recipe,
+            films,
+            str(out),
+            fingerprint="bench",
+            provenance={},
+            report=Checkpoints(out / ".train", 1),
+            threads=torch.get_num_threads(),
         )
     finally:
         loop.learning_rate = rate

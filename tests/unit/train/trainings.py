@@ -42,7 +42,8 @@ def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
 def run(recipe: Recipe, films: Path, out: Path, **options: object) -> list[dict]:
     """Train, from the latest checkpoint where there is one; returns the history."""
     keep = Checkpoints(out / ".train", 2)
-    loop.train(recipe, str(films), str(out), "x", {}, keep, keep.latest(), threads=1, **options)
+    settings = {"fingerprint": "x", "provenance": {}, "report": keep, "resume": keep.latest(), "threads": 1}
+    loop.train(recipe, str(films), str(out), **settings, **options)
     return json.loads((out / ".train/progress.json").read_text())["history"]
 
 
