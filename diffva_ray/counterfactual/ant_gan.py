@@ -4,10 +4,9 @@ synthesis for lesion detection"), a reference from before diffusion; train/gan.p
 from __future__ import annotations
 
 from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion
+from diffva_ray.counterfactual.one_pass import one_pass
 
 
 def heal(model: LatentDiffusion, request: Edit) -> Healed:
-    """Prompt, noise and steps play no part. Raises UnusableModel for a model without the network."""
-    dtype = next(model.unet.parameters()).dtype
-    healer = model.bundle.extra("ant_gan").to(request.films.device, dtype).eval().requires_grad_(False)
-    return Healed(healer.heal(request.films), request.films)
+    """See ``one_pass``."""
+    return one_pass(model, request, "ant_gan")

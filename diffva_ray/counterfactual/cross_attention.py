@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from diffva_ray.counterfactual.engine import Counterfactuals
-from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion, noise
+from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
+from diffva_ray.counterfactual.noising import noised
 from diffva_ray.data.images import to_square
 from diffva_ray.model import text
 
@@ -75,12 +76,10 @@ def cross_attention(
     """
     if not words.any(dim=1).all():
         raise ValueError("a prompt without words looks nowhere: cross-attention maps need one")
-    alphas, total, calls = model.alphas.to(latents), torch.zeros_like(latents[:, 0]), 0
+    total, calls = torch.zeros_like(latents[:, 0]), 0
     height, width = latents.shape[2:]
     for fraction in TIMESTEPS:
-        timestep = torch.tensor(int(fraction * len(alphas)), device=latents.device)
-        fresh = noise(latents.shape, generators).to(latents)
-        noisy = alphas[timestep].sqrt() * latents + (1 - alphas[timestep]).sqrt() * fresh
+        noisy, _, timestep, _ = noised(model, latents, fraction, generators)
         with stored(model.unet) as kept:
             model.predict(noisy, timestep, embeddings)
         for probabilities in kept:

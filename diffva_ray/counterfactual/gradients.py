@@ -104,16 +104,14 @@ def grad_cam(score: nn.Module, films: torch.Tensor) -> torch.Tensor:
 
 
 @_on_tensors
-def occlusion(
-    score: nn.Module, films: torch.Tensor, window: float = WINDOW, stride: float = STRIDE, quantile: float = DARK
-) -> torch.Tensor:
+def occlusion(score: nn.Module, films: torch.Tensor, window: float = WINDOW, stride: float = STRIDE) -> torch.Tensor:
     """Maps [n, H, W]: what a square of ``window`` of the width, painted over, takes from the score (Zeiler & Fergus
     2014), averaged over the squares that cover a pixel. It is painted in the film's own dark: in its mean grey, the
     usual choice, a square would be an opacity itself wherever it covers healthy lung (on 24 phantoms AUROC 0.38
     instead of 0.71)."""
     size = films.shape[-1]
     side, step = max(1, round(window * size)), max(1, round(stride * size))
-    dark = films.flatten(1).quantile(quantile, dim=1)[:, None, None].expand_as(films)
+    dark = films.flatten(1).quantile(DARK, dim=1)[:, None, None].expand_as(films)
     with torch.no_grad():
         return _captum().Occlusion(score).attribute(films, (side, side), strides=(step, step), baselines=dark)
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion, noise, split
+from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion, split
+from diffva_ray.counterfactual.noising import noised
 
 DRAWS = 2
 TIMESTEPS = (0.1, 0.2, 0.3, 0.4)  # of the training schedule: late enough to hide detail, early enough to keep lesions
@@ -24,15 +25,12 @@ def guess(
 
     Costs DRAWS * len(TIMESTEPS) * len(embeddings) network calls. Noise comes from generators of the guess's own.
     """
-    alphas = model.alphas.to(latents)
     generators = [torch.Generator("cpu").manual_seed((seed + 1) % 2**63) for seed in seeds]
     errors = torch.zeros(len(latents), len(embeddings), device=latents.device)
     for fraction in TIMESTEPS * DRAWS:
-        timestep = torch.tensor(int(fraction * len(alphas)), device=latents.device)
-        fresh = noise(latents.shape, generators).to(latents)
-        noisy = alphas[timestep].sqrt() * latents + (1 - alphas[timestep]).sqrt() * fresh
+        noisy, fresh, timestep, alpha = noised(model, latents, fraction, generators)
         for column, embedding in enumerate(embeddings):
             output = model.predict(noisy, timestep, embedding.expand(len(latents), -1, -1))
-            predicted = split(output, noisy, alphas[timestep], model.prediction_type)[1]
+            predicted = split(output, noisy, alpha, model.prediction_type)[1]
             errors[:, column] += ((predicted - fresh) ** 2).flatten(1).sum(1)
     return errors.argmin(dim=1).tolist()

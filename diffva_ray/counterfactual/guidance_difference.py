@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import torch
 
-from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion, noise, split
+from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion, split
+from diffva_ray.counterfactual.noising import noised
 
 TIMESTEPS = (0.3, 0.4, 0.5)  # of the training schedule; DiffEdit noises to half of it
-CALLS = 2 * len(TIMESTEPS)  # network calls for one draw
+CALLS = 2 * len(TIMESTEPS)  # network calls; generate/cost.py, which must not load torch, has the number as MASK_CALLS
 
 
 def guidance_difference(
@@ -19,22 +20,18 @@ def guidance_difference(
     healthy: torch.Tensor,
     source: torch.Tensor,
     generators: Sequence[torch.Generator],
-    draws: int = 1,
 ) -> torch.Tensor:
-    """mean |eps(healthy) - eps(source)| over channels, timesteps and draws: [n, h, w], not negative.
+    """mean |eps(healthy) - eps(source)| over channels and timesteps: [n, h, w], not negative.
 
-    ``latents`` [n, 4, h, w]; embeddings [n, length, width]; noise from each film's own generator. Costs ``draws`` *
-    CALLS network calls.
+    ``latents`` [n, 4, h, w]; embeddings [n, length, width]; noise from each film's own generator. Costs CALLS network
+    calls.
     """
-    alphas = model.alphas.to(latents)
     total = torch.zeros_like(latents[:, 0])
-    for fraction in TIMESTEPS * draws:
-        timestep = torch.tensor(int(fraction * len(alphas)), device=latents.device)
-        fresh = noise(latents.shape, generators).to(latents)
-        noisy = alphas[timestep].sqrt() * latents + (1 - alphas[timestep]).sqrt() * fresh
+    for fraction in TIMESTEPS:
+        noisy, _, timestep, alpha = noised(model, latents, fraction, generators)
         seen = [
-            split(model.predict(noisy, timestep, embedding), noisy, alphas[timestep], model.prediction_type)[1]
+            split(model.predict(noisy, timestep, embedding), noisy, alpha, model.prediction_type)[1]
             for embedding in (healthy, source)
         ]
         total += (seen[0] - seen[1]).abs().mean(dim=1)
-    return total / (len(TIMESTEPS) * draws)
+    return total / len(TIMESTEPS)

@@ -52,7 +52,8 @@ MODES = {
 }
 
 
-# What they warn of is either no matter for a film or ends as a BadImage; a million films would be a million lines.
+# Pillow's and pydicom's warnings either do not matter for a film or end as a BadImage; a million films would be a
+# million lines.
 warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\b")
 
 
@@ -95,7 +96,7 @@ class Admission:
 IN_FLIGHT = Admission(MAX_PIXELS)
 
 
-def decode(data: bytes, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode(data: bytes, min_side: int = 1) -> np.ndarray:
     """The image in ``data`` as float32 [H, W] grey in [0, 1]; white is 1. Raises BadImage, and nothing else.
 
     PNG, JPEG, TIFF (first page), BMP and, with pydicom, DICOM; turned upright by its EXIF orientation.
@@ -104,7 +105,7 @@ def decode(data: bytes, min_side: int = 1, max_pixels: int = MAX_PIXELS) -> np.n
     16-bit colours the high byte). Alpha is dropped: the grey values below it are the film's.
     Sizes are checked in the header, before a pixel is decoded.
     """
-    return _guarded(lambda: _decode(data, min_side, max_pixels, lambda film: film))
+    return _guarded(lambda: _decode(data, min_side, lambda film: film))
 
 
 def decode_square(data: bytes, size: int, min_side: int = 1) -> tuple[np.ndarray, tuple[int, int]]:
@@ -112,7 +113,7 @@ def decode_square(data: bytes, size: int, min_side: int = 1) -> tuple[np.ndarray
 
     The large image never leaves the bounds on memory, as it does from ``decode``.
     """
-    return _guarded(lambda: _decode(data, min_side, MAX_PIXELS, lambda film: (to_square(film, size), film.shape)))
+    return _guarded(lambda: _decode(data, min_side, lambda film: (to_square(film, size), film.shape)))
 
 
 def describe(data: bytes) -> str:
@@ -143,17 +144,17 @@ def _guarded(work: Callable[[], Any]) -> Any:
         raise BadImage(f"damaged or truncated image ({type(error).__name__}: {error})") from None
 
 
-def _decode(data: bytes, min_side: int, max_pixels: int, finish: Callable[[np.ndarray], Any]) -> Any:
+def _decode(data: bytes, min_side: int, finish: Callable[[np.ndarray], Any]) -> Any:
     """What ``finish`` makes of the image, while its pixels are in flight."""
     if _is_dicom(data):
-        return _decode_dicom(data, min_side, max_pixels, finish)
+        return _decode_dicom(data, min_side, finish)
     kind, image = _open(data)
     width, height = image.size
-    _check_size(width, height, min_side, max_pixels)
+    _check_size(width, height, min_side)
     if kind == "TIFF":  # a tile is allocated as a whole, however small the image in it
         tile = image.tag_v2.get(322, 1) * image.tag_v2.get(323, 1)
-        if tile > max_pixels:
-            raise BadImage(f"its tiles are of {tile:,} pixels; at most {max_pixels:,} are read")
+        if tile > MAX_PIXELS:
+            raise BadImage(f"its tiles are of {tile:,} pixels; at most {MAX_PIXELS:,} are read")
     if kind == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise BadImage(f"a JPEG of {scans:,} scans; at most {MAX_SCANS:,} are read")
     with IN_FLIGHT(width * height):
@@ -185,9 +186,9 @@ def _open(data: bytes) -> tuple[str, Any]:
     raise BadImage("not an image: neither PNG, JPEG, TIFF, BMP nor DICOM")
 
 
-def _check_size(width: int, height: int, min_side: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise BadImage(f"{width} x {height} is {width * height:,} pixels; at most {max_pixels:,} are read")
+def _check_size(width: int, height: int, min_side: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width} x {height} is {width * height:,} pixels; at most {MAX_PIXELS:,} are read")
     if min(width, height) < min_side:
         raise BadImage(f"{width} x {height} is too small; the shorter side needs {min_side}", Status.TOO_SMALL)
 
@@ -267,7 +268,7 @@ def _stretched(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def _decode_dicom(data: bytes, min_side: int, max_pixels: int, finish: Callable[[np.ndarray], Any]) -> Any:
+def _decode_dicom(data: bytes, min_side: int, finish: Callable[[np.ndarray], Any]) -> Any:
     try:
         import pydicom  # an optional extra
     except ImportError:
@@ -276,7 +277,7 @@ def _decode_dicom(data: bytes, min_side: int, max_pixels: int, finish: Callable[
         raise BadImage("a DICOM file deflated as a whole; save it with another transfer syntax")
     film = pydicom.dcmread(BytesIO(data))
     width, height = int(film.Columns), int(film.Rows)
-    _check_size(width, height, min_side, max_pixels)
+    _check_size(width, height, min_side)
     with IN_FLIGHT(width * height):
         return finish(_dicom_pixels(film))
 
@@ -368,7 +369,7 @@ def read_map(path: str) -> np.ndarray:
 
 def decode_mask(data: bytes, size: int) -> np.ndarray:
     """A mask's bytes as bool [size, size]: nearest pixel, above half of the format's maximum. Raises BadImage."""
-    return _guarded(lambda: _decode(data, 1, MAX_PIXELS, lambda grey: _mask(grey, size)))
+    return _guarded(lambda: _decode(data, 1, lambda grey: _mask(grey, size)))
 
 
 def _mask(grey: np.ndarray, size: int) -> np.ndarray:

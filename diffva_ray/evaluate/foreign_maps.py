@@ -6,7 +6,7 @@ record instead; they are matched through its records.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import Literal
@@ -235,7 +235,6 @@ def on_grid(values: NDArray[np.float32], size: int) -> NDArray[np.float32]:
     return np.asarray(Image.fromarray(values).resize((size, size), Image.Resampling.BILINEAR), np.float32)
 
 
-def first_paths(paths: Iterable[str], shown: int = 2) -> str:
+def first_paths(paths: Sequence[str]) -> str:
     """A few names, for a note."""
-    names = list(paths)
-    return ", ".join(names[:shown]) + (" ..." if len(names) > shown else "")
+    return ", ".join(paths[:2]) + (" ..." if len(paths) > 2 else "")

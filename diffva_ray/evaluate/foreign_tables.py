@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -50,9 +49,9 @@ def write_scores(store: Store, scored: Scored) -> None:
     store.put("tables/metrics.json", json.dumps(tables.clean(scored.metrics), indent=1).encode())
 
 
-def print_scores(metrics: dict[str, Any], console: Console | None = None) -> None:
+def print_scores(metrics: dict[str, Any]) -> None:
     """The table, the counts, and everything that has to be said."""
-    console = console or terminal()
+    console = terminal()
     rows = metrics["localization"]
     regions = ", ".join(sorted({row["region"] for row in rows}))
     smoothing = f"smoothing {metrics['smoothing']:g} of the side" if metrics["smoothing"] else "not smoothed"

@@ -113,6 +113,5 @@ def start_retry(run: Run) -> Run | None:
     rows = [row for row in run.plan().to_pylist() if row["record_id"] in quarantined]
     # a file that was mended has another size: what is read now is what counts
     table = pa.Table.from_pylist(cut([{**row, "source_size": -1} for row in rows], run.recipe), schema=PLAN)
-    about = {key: value for key, value in run.about.items() if key not in ("records", "shards", "plan_sha256")}
     store = open_store(join(run.store.uri, OVERLAYS, f"r{len(before) + 1}"))
-    return start_run(store, table, run.about["keys"], about)
+    return start_run(store, table, run.about["keys"], run.about)

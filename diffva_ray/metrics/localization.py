@@ -139,17 +139,15 @@ def centre_prior(size: int) -> np.ndarray:
     return np.outer(profile, profile).astype(np.float32)
 
 
-def baselines(
-    source: np.ndarray, reconstruction: np.ndarray | None, smoothing: float, saliency: str = "positive"
-) -> dict[str, np.ndarray]:
-    """The trivial competitors of a map on a square film, by name, with the map's own smoothing and sign.
+def baselines(source: np.ndarray, reconstruction: np.ndarray | None, smoothing: float) -> dict[str, np.ndarray]:
+    """The trivial competitors of a map on a square film, by name: their positive parts, with the map's own smoothing.
 
     Without a reconstruction there is no ``autoencoder_difference``.
     """
     signed = {"brightness": brightness(source), "centre_prior": centre_prior(source.shape[1])}
     if reconstruction is not None:
         signed["autoencoder_difference"] = autoencoder_difference(source, reconstruction)
-    return {name: SALIENCY[saliency](smooth(m, smoothing)) for name, m in signed.items()}
+    return {name: positive(smooth(m, smoothing)) for name, m in signed.items()}
 
 
 def fixed_threshold(curves: np.ndarray) -> tuple[float, float]:

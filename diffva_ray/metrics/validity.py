@@ -71,12 +71,6 @@ class Judge(nn.Module):
     def _calibrated(self, films: torch.Tensor) -> torch.Tensor:
         return (self(films) / self.temperature).softmax(1)
 
-    @torch.inference_mode()
-    def predict(self, films: NDArray[np.float32]) -> list[str]:
-        """The most probable class of each film [n, H, W]."""
-        device = next(self.parameters()).device
-        return [self.classes[int(self(torch.from_numpy(film[None]).to(device)).argmax())] for film in films]
-
 
 def fitted_temperature(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
     """The temperature, between 1/20 and 20, under which ``logits`` [n, classes] tell ``targets`` [n] with the least

@@ -222,7 +222,7 @@ def sheet(variants: Sequence[Variant], paths: Sequence[str]) -> tuple[bytes, str
     for line, n in enumerate(kept):
         low = height - head - line * (PANEL + GAP) - PANEL
         first = next(panel for column in columns if (panel := column[n]))
-        _side(figure, [column[n] for column in columns], variants, low + PANEL, width, height)
+        _side(figure, [column[n] for column in columns], low + PANEL, width, height)
         _picture(figure, first.images.film, LEFT, low, width, height, "film" if line == 0 else "")
         for at, column in enumerate(columns):
             left = LEFT + PANEL + GAP + at * (2 * PANEL + 3 * GAP) + 2 * GAP
@@ -252,14 +252,7 @@ def _picture(
         axes.set_title(title, fontsize=7.5, color=MUTED, pad=3)
 
 
-def _side(
-    figure: Figure,
-    panels: Sequence[_Panel | None],
-    variants: Sequence[Variant],
-    top: float,
-    width: float,
-    height: float,
-) -> None:
+def _side(figure: Figure, panels: Sequence[_Panel | None], top: float, width: float, height: float) -> None:
     """Class and likeness of a row, at its left."""
     first = next(panel for panel in panels if panel)
     figure.text(0.1 / width, (top - 0.12) / height, short(first.row["label"], 17), fontsize=8, color=INK, weight="bold",

@@ -13,6 +13,7 @@ from diffva_ray.evaluate.tables import clean, latex, markdown
 from diffva_ray.storage import Store
 
 Row = dict[str, Any]
+LEADING = 3  # columns that name what a row is about
 
 
 @dataclass
@@ -43,12 +44,12 @@ class Table:
         return markdown(self.heads, thinned(self.rows))
 
 
-def thinned(rows: list[list[str]], leading: int = 3) -> list[list[str]]:
-    """Rows whose first cells are empty where they and all before them say what the row above says."""
+def thinned(rows: list[list[str]]) -> list[list[str]]:
+    """Rows whose first cells (of LEADING) are empty where they and all before them say what the row above says."""
     found = []
     for n, row in enumerate(rows):
         cells = list(row)
-        for at in range(min(leading, len(row) - 1)):
+        for at in range(min(LEADING, len(row) - 1)):
             if n == 0 or row[: at + 1] != rows[n - 1][: at + 1]:
                 break
             cells[at] = ""

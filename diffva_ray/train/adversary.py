@@ -11,17 +11,19 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+LAYERS = 3  # behind the first: patches of 70 pixels, as in Isola et al. 2017
+
 
 class PatchDiscriminator(nn.Module):
     """Logits of overlapping patches: real film, or the autoencoder's. Normalised by groups, not by batch, so that a
     film's logits do not depend on its neighbours or on the number of workers."""
 
-    def __init__(self, width: int = 32, layers: int = 3) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
         blocks: list[nn.Module] = [nn.Sequential(nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2))]
         channels = width
-        for depth in range(1, layers + 1):
-            out, stride = width * 2 ** min(depth, 3), 2 if depth < layers else 1
+        for depth in range(1, LAYERS + 1):
+            out, stride = width * 2 ** min(depth, 3), 2 if depth < LAYERS else 1
             blocks.append(
                 nn.Sequential(
                     nn.Conv2d(channels, out, 4, stride, 1, bias=False), nn.GroupNorm(8, out), nn.LeakyReLU(0.2)

@@ -82,7 +82,7 @@ def load_optimizers(folder: Path) -> list[dict[str, Any]]:
 
 
 def discard(metrics: dict[str, float], checkpoint: Path | None) -> None:
-    """A ``report`` that keeps nothing."""
+    """A ``report`` for training without Ray that keeps no checkpoint."""
     if checkpoint is not None:
         shutil.rmtree(checkpoint)
 

@@ -27,7 +27,7 @@ from diffva_ray.model.training_films import FILM_DIGITS
 from diffva_ray.observe import LOG
 from diffva_ray.optional import missing
 from diffva_ray.storage import open_store
-from diffva_ray.train.checkpoint import Position, load_optimizers, load_weights, read_state, save_checkpoint
+from diffva_ray.train.checkpoint import Position, discard, load_optimizers, load_weights, read_state, save_checkpoint
 from diffva_ray.train.journal import Journal
 from diffva_ray.train.loss import learning_rate
 from diffva_ray.train.sampling import FilmSet, step_generator
@@ -63,7 +63,7 @@ def train(
     *,
     fingerprint: str,
     provenance: dict[str, Any],
-    report: Report,
+    report: Report = discard,
     resume: Path | None = None,
     threads: int | None = None,
     validate: Validate | None = None,
@@ -71,9 +71,9 @@ def train(
     """Train the recipe's stages on ``data`` and write the model folder ``model``.
 
     ``report(metrics, checkpoint)`` is called on every worker at every checkpoint, with a folder to be taken over on the
-    first worker and None on the others; ``resume`` is such a folder. ``validate`` looks at the model every
-    ``train.validation.every`` steps of a denoiser stage, on the first worker. Raises UnusableData, UnusableModel or
-    RecipeError.
+    first worker and None on the others; by default checkpoints are thrown away. ``resume`` is such a folder.
+    ``validate`` looks at the model every ``train.validation.every`` steps of a denoiser stage, on the first worker.
+    Raises UnusableData, UnusableModel or RecipeError.
     """
     if threads:
         torch.set_num_threads(threads)

@@ -38,7 +38,7 @@ from diffva_ray.evaluate.figures import (
 from diffva_ray.evaluate.records import Row, read_images, read_records, read_truth
 from diffva_ray.evaluate.reduction import lesion_boxes
 from diffva_ray.evaluate.report.assets import policy, style, templates
-from diffva_ray.evaluate.report.numbers import Card, Cell, Group, Table, count, interval, number, plain
+from diffva_ray.evaluate.report.numbers import Card, Cell, Group, Table, count, number, plain
 from diffva_ray.evaluate.tables import ALL, clean
 from diffva_ray.generate.plan import RUN, Run
 from diffva_ray.storage import Store, is_local, join, open_store
@@ -142,7 +142,7 @@ def _write_films(
                 file = f"{at:02d}-{name}.png"
                 store.put(f"images/{file}", _png(pixels))
                 pictures.append((said, file, f"{about}: {said}"))
-            made.append(ShownFilm(_about(comparison, pair), _scores(comparison, pair, measure), pictures))
+            made.append(ShownFilm(_about(comparison, pair), _scores(pair, measure), pictures))
             at += 1
         groups.append((title, made))
     return [(title, made) for title, made in groups if made], limit, unreadable
@@ -205,7 +205,7 @@ def _about(comparison: Comparison, pair: pd.Series) -> Row:
     return {"label": pair["label"], "source_path": pair["source_path"], "varied": ", ".join(said)}
 
 
-def _scores(comparison: Comparison, pair: pd.Series, measure: Measure) -> list[tuple[str, str, str, str]]:
+def _scores(pair: pd.Series, measure: Measure) -> list[tuple[str, str, str, str]]:
     found: list[tuple[str, str, str, str]] = []
     for key in dict.fromkeys((measure.key, "ssim", "lesion_error_ratio")):
         if f"{key}_a" not in pair:
@@ -337,7 +337,7 @@ def render(
 ) -> str:
     """The page as HTML. Every value is escaped."""
     css = Markup(style("page.css", "comparison.css"))  # our own, not escaped
-    filters = {"count": count, "plain": plain, "shown": shown, "interval": interval}
+    filters = {"count": count, "plain": plain, "shown": shown}
     return (
         templates(**filters)
         .get_template("comparison.html")

@@ -71,8 +71,8 @@ def percent(value: Any) -> str:
     return "–" if value is None else f"{number(100 * value, 1)} %"
 
 
-def interval(value: Any, digits: int = 3) -> str:
-    return "–" if not value or value[0] is None else f"{number(value[0], digits)} to {number(value[1], digits)}"
+def interval(value: Any) -> str:
+    return "–" if not value or value[0] is None else f"{number(value[0])} to {number(value[1])}"
 
 
 def decibel(value: Any) -> str:

@@ -152,7 +152,7 @@ def test_the_prompts_differ_where_the_network_says_so() -> None:
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     healthy, source = torch.full((2, 3, 5), 1.0), torch.full((2, 3, 5), 3.0)
     generators = [torch.Generator().manual_seed(n) for n in range(2)]
-    found = guidance_difference(model, latents, healthy, source, generators, draws=2)
+    found = guidance_difference(model, latents, healthy, source, generators)
     expected = torch.zeros(2, 8, 8)
     expected[:, :3, :3] = 2.0
     assert torch.allclose(found, expected, atol=1e-5)

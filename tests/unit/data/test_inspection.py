@@ -57,15 +57,6 @@ def test_summary_is_plain_and_complete(folder):
     assert f"at most {NEAR} of 256 bits" in found["near_duplicates"]["method"]
 
 
-def test_a_sample_is_spread_and_said(folder):
-    found = inspect(open_dataset(folder), sample=2)
-    assert found["examined"] == 2
-    assert found["files"] == 5
-    assert sum(found["sizes"].values()) + len(found["unreadable"]) == 2
-    assert inspect(open_dataset(folder), sample=99)["examined"] == 5
-    assert inspect(open_dataset(folder), sample=0)["sizes"] == {}
-
-
 def test_a_file_of_two_labels_is_examined_once_and_absent_ones_are_missing(folder):
     rows = "path,label\nCOVID/images/a.png,A\nCOVID/images/a.png,B\nnone.png,A\n"
     (folder / "list.csv").write_text(rows)
