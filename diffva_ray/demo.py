@@ -13,13 +13,14 @@ from rich.table import Table
 
 from diffva_ray import pipeline, ray_cluster
 from diffva_ray.config import Recipe, load_recipe, make_recipe
-from diffva_ray.data.phantoms import phantom_set
+from diffva_ray.data.phantoms import make_phantoms
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.report.page import write_report
 from diffva_ray.evaluate.summary import terminal
+from diffva_ray.evaluate.tables import overall
 from diffva_ray.generate.plan import Request
-from diffva_ray.observe import LOG, duration
-from diffva_ray.storage import join, open_store
+from diffva_ray.observe import duration
+from diffva_ray.storage import join
 
 FILMS = {"train": 3000, "validation": 160, "test": 400}
 SEEDS = {"train": 0, "validation": 1, "test": 3}  # 2 was looked at while the recipe was made
@@ -37,10 +38,7 @@ def run_demo(out: str, quick: bool = False, seed: int = 0) -> str:
     folders = {name: join(out, "data", name) for name in films}
     model, run = join(out, "model"), join(out, "run")
     for name, folder in folders.items():
-        if not open_store(folder).exists("phantoms.json"):
-            LOG.info("making %d phantoms in %s", films[name], folder)
-            for _ in phantom_set(open_store(folder), films[name], recipe.model.resolution, 1000 * seed + SEEDS[name]):
-                pass
+        make_phantoms(folder, films[name], recipe.model.resolution, 1000 * seed + SEEDS[name])
     with ray_cluster.session():
         pipeline.train_model(recipe, folders["train"], model)
         trained = time.monotonic() - began
@@ -54,7 +52,7 @@ def run_demo(out: str, quick: bool = False, seed: int = 0) -> str:
             (paper, "test", paper_recipe, join(out, "paper-validation")),
         ):
             pipeline.generate_run(used, folders[data], model, folder, Request())
-            options = Options(threshold_from=thresholds)
+            options = Options(resize=used.evaluate.resize, threshold_from=thresholds)
             results[folder] = pipeline.reduce(pipeline.existing_run(folder), options).metrics
     page = write_report(pipeline.existing_run(run))
     print_demo(results[run], results[paper])
@@ -98,7 +96,7 @@ def print_demo(ours: dict[str, Any], paper: dict[str, Any]) -> None:
 def _numbers(metrics: dict[str, Any], name: str, twin: bool) -> list[str]:
     def of(table: str, **match: Any) -> dict[str, Any]:
         rows = [row for row in metrics.get(table, []) if all(row[key] == value for key, value in match.items())]
-        return next((row for row in rows if row["label"] == "all"), {})
+        return overall(rows) or {}
 
     place = of("localization", map=name)
     values = [

@@ -45,7 +45,7 @@ def planned(recipe: Recipe, data: str, model: str, out: str, request: Request) -
     what depends on the device."""
     run = open_run(open_store(out))
     if run is not None:
-        keys = pixel_keys(recipe, request, model_digest_of(model), torch_version(), run.about["keys"]["device"])
+        keys = pixel_keys(recipe, request, model_digest_of(model), torch_version(), run.keys["device"])
         continue_run(run, {**keys, **{key: run.keys.get(key) for key in ENVIRONMENT}})
         return {"out": out, "records": run.about["records"], "shards": run.shards, "pending": len(run.pending())}
     table = make_plan(films_to_heal(recipe, data, request), recipe, request)
@@ -63,10 +63,10 @@ def planned_cost(
     records, sweep = intent["records"], request.sweep
     if run is not None:
         status = read_status(out)
-        records, sweep, recipe = status["planned"] - status["done"], run.about["keys"]["sweep"], run.recipe
+        records, sweep, recipe = status["planned"] - status["done"], run.keys["sweep"], run.recipe
         if pace is None and status["done"]:
             seconds = sum(status["seconds_by_stage"].values()) / status["done"]
-            pace = Pace(seconds, None, run.about["keys"]["device"])
+            pace = Pace(seconds, None, run.keys["device"])
     found = cost(recipe, sweep, records)
     if pace is not None:
         found |= estimate(pace, records, execution.actors, execution.gpus_per_actor)
@@ -93,7 +93,7 @@ def probe(recipe: Recipe, data: str, model: str, request: Request) -> Pace:
         if request.sweep:
             forwards = [cost(recipe, sweep, 1)["unet_forwards_per_record"] for sweep in (request.sweep, one)]
             seconds *= forwards[0] / forwards[1] if forwards[1] else 1.0
-        return Pace(seconds, stored, run.about["keys"]["device"])
+        return Pace(seconds, stored, run.keys["device"])
 
 
 def micro_batches(recipe: Recipe, model: str) -> dict[int, float]:

@@ -20,6 +20,16 @@ def set_up_logging(verbose: bool = False) -> None:
     LOG.propagate = False
 
 
+def one_line(said: str | BaseException, length: int = 300) -> str:
+    """A text, or an error's (its kind where it says nothing), as one line of at most ``length`` printable characters,
+    whatever a library quotes from a damaged file: a lone surrogate, say, cannot be written to Parquet, and an escape
+    sequence acts on the terminal that shows it."""
+    text = " ".join(str(said).split())
+    if not text and isinstance(said, BaseException):
+        text = type(said).__name__
+    return "".join(char if char.isprintable() else "?" for char in text)[:length]
+
+
 def duration(seconds: float) -> str:
     """``75`` -> ``1m15s``."""
     seconds = round(seconds)

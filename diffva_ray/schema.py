@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+Row = dict[str, Any]  # a record, or a row of a table, by column
 SCHEMA_VERSION = 1
 ENGINE = 3  # raised whenever the engine rounds differently for the same settings: part of a run's fingerprint
 

@@ -25,7 +25,7 @@ import botocore.exceptions as botocore
 import s3fs
 from botocore.parsers import ResponseParserError
 
-from diffva_ray.observe import LOG
+from diffva_ray.observe import LOG, one_line
 from diffva_ray.storage import Entry, StoreError, checked
 
 # botocore's adaptive mode slows the client down when the server says SlowDown (503), and tries again for about a
@@ -230,7 +230,7 @@ def _reason(error: Exception, code: str) -> tuple[str, bool]:
         return NO_CREDENTIALS, True
     if code:
         return f"the server answers {code}", False
-    text = " ".join(str(error).split())[:200] or type(error).__name__
+    text = one_line(error, 200)
     if isinstance(error, botocore.SSLError):
         return text, True
     if isinstance(error, botocore.ConnectionError | botocore.HTTPClientError):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from diffva_ray.data.films import Film, UnusableData
 from diffva_ray.data.manifest import read_table
 
 Box = tuple[float, float, float, float]
 COLUMNS = ("file", "x", "y", "w", "h")
+Said = TypeVar("Said")  # what a row says of its film: a box, a score, a name
 
 
 def read_boxes(data: bytes, films: Iterable[Film], name: str = "boxes.csv") -> dict[str, list[Box]]:
@@ -38,33 +40,39 @@ def parse(data: bytes, name: str) -> list[tuple[str, str, Box]]:
             raise UnusableData(f"{where}: {','.join(texts)} is not x,y,w,h") from None
         if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
             raise UnusableData(f"{where}: {','.join(texts)} is not a box; w and h are above 0")
-        boxes.append((where, row["file"].replace("\\", "/").removeprefix("./"), (x, y, w, h)))
+        boxes.append((where, file_of(row), (x, y, w, h)))
     return boxes
 
 
-def match(rows: list[tuple[str, str, Box]], paths: Iterable[str]) -> dict[str, list[Box]]:
-    """The boxes of ``parse`` by the path they belong to, as ``read_boxes`` finds it."""
+def file_of(row: Mapping[str, str]) -> str:
+    """The ``file`` of a row, written as paths of films are."""
+    return row["file"].replace("\\", "/").removeprefix("./")
+
+
+def match(rows: Sequence[tuple[str, str, Said]], paths: Iterable[str]) -> dict[str, list[Said]]:
+    """What rows (place, ``file``, what is said) say, by the path that each belongs to, as in ``read_boxes``. Raises
+    UnusableData, naming the row, for a ``file`` that fits several films."""
     known = set(paths)
     files = {file for _, file, _ in rows}
     ending: dict[str, list[str]] = {}  # file -> paths that end with it
     for path in sorted(known):
-        for end in _ends(path):
+        for end in ends(path):
             if end in files:
                 ending.setdefault(end, []).append(path)
-    found: dict[str, list[Box]] = {}
-    for where, file, box in rows:
+    found: dict[str, list[Said]] = {}
+    for where, file, said in rows:
         if file in known:
             fits = [file]
         else:
-            fits = ending.get(file) or [end for end in _ends(file) if end in known][:1]
+            fits = ending.get(file) or [end for end in ends(file) if end in known][:1]
         if len(fits) > 1:
             raise UnusableData(f"{where}: {file!r} fits {len(fits)} films; write more of its path")
         for path in fits:
-            found.setdefault(path, []).append(box)
+            found.setdefault(path, []).append(said)
     return found
 
 
-def _ends(path: str) -> list[str]:
+def ends(path: str) -> list[str]:
     """The path and its tails, longest first: a/b/c, b/c, c."""
     parts = path.split("/")
     return ["/".join(parts[start:]) for start in range(len(parts))]

@@ -16,6 +16,7 @@ from diffva_ray.config import DataConfig
 from diffva_ray.data import boxes, chexpert, manifest
 from diffva_ray.data.films import Dataset, Film, UnusableData
 from diffva_ray.data.radiography import COMPANIONS
+from diffva_ray.observe import one_line
 from diffva_ray.storage import Store, open_store
 
 KINDS = [
@@ -63,7 +64,7 @@ def open_dataset(
             dataset.notes.append(f"{len(listed) - len(entries)} files are ignored: their names are not UTF-8")
         return _filtered(_completed(dataset, known), classes, str(uri))
     except OSError as error:
-        raise UnusableData(f"{uri}: cannot be read ({' '.join(str(error).split())})") from None
+        raise UnusableData(f"{uri}: cannot be read ({one_line(error)})") from None
 
 
 def _split(uri: str) -> tuple[str, str]:

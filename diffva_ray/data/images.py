@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
+from diffva_ray.observe import one_line
 from diffva_ray.optional import missing
 from diffva_ray.schema import Status
 from diffva_ray.storage import open_file
@@ -63,12 +64,6 @@ class BadImage(ValueError):
     def __init__(self, reason: str, status: Status = Status.BAD_IMAGE) -> None:
         super().__init__(one_line(reason))
         self.status = status
-
-
-def one_line(text: str) -> str:
-    """At most 300 printable characters, whatever a library quotes from a damaged file: a lone surrogate, say, cannot be
-    written to Parquet, and an escape sequence acts on the terminal that shows it."""
-    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))[:300]
 
 
 class Admission:
@@ -324,12 +319,17 @@ def encode_grey(pixels: np.ndarray) -> bytes:
     """uint8 [H, W] as an 8-bit grey PNG."""
     if pixels.dtype != np.uint8 or pixels.ndim != 2:
         raise ValueError(f"expected uint8 [H, W], got {pixels.dtype} {list(pixels.shape)}")
-    return _png(pixels)
+    return encode_png(pixels)
+
+
+def encode_mask(mask: np.ndarray) -> bytes:
+    """bool [H, W] as an 8-bit grey PNG of 0 and 255."""
+    return encode_png(mask.astype(np.uint8) * 255)
 
 
 def encode_map(signed: np.ndarray) -> bytes:
     """A signed map, float [H, W] in [-1, 1], as a 16-bit grey PNG of round(32767 * M) + 32768; zero is exact."""
-    return _png(map_levels(signed))
+    return encode_png(map_levels(signed))
 
 
 def map_levels(signed: np.ndarray) -> np.ndarray:
@@ -386,7 +386,8 @@ def pixel_digest(array: np.ndarray) -> str:
     return hashlib.sha256(header + array.tobytes()).hexdigest()
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def encode_png(pixels: np.ndarray) -> bytes:
+    """uint8 or uint16 [H, W], or uint8 [H, W, 3], as a PNG."""
     buffer = BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=PNG_LEVEL)
     return buffer.getvalue()

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from diffva_ray.data.films import Dataset, Film, UnusableData
-from diffva_ray.data.images import BadImage, decode, decode_mask, encode_grey, quantise, to_square
+from diffva_ray.data.images import BadImage, decode, decode_mask, quantise, to_square
 from diffva_ray.data.lesions import LESIONS, Lesion
 from diffva_ray.data.lungs import find_lungs
-from diffva_ray.data.phantoms import CLASSES, VISIBLE
+from diffva_ray.data.phantoms import CLASSES, visible_lesion, write_film
 from diffva_ray.data.thorax import Array
 from diffva_ray.observe import LOG
 from diffva_ray.storage import Store
@@ -139,10 +139,7 @@ def implant(host: Host, label: str, seed: int, number: int) -> Implant:
         rng = np.random.default_rng(np.random.SeedSequence([seed, number, draw]))
         lesion = LESIONS[label](rng, lungs, lungs.u, lungs.v)
         film = quantise(_ill(twin, lesion, lungs, host.lungs, air, contrast))
-        difference = np.abs(film.astype(np.float64) / 255 - twin)
-        if label == "Viral Pneumonia":  # the zone, not each thread of the mesh
-            difference = ndimage.gaussian_filter(difference, 1.5 / 64 * len(twin))
-        visible = (difference > VISIBLE) & host.lungs
+        visible = visible_lesion(film.astype(np.float64) / 255, twin, label) & host.lungs
         if visible.mean() >= PLAIN:
             return Implant(film, visible, lesion.factors)
     raise NoLungs(f"no {label} can be made visible in it")
@@ -247,16 +244,10 @@ def implant_set(
     for number in range(patients):
         label = classes[number % len(classes)]
         host, made = _host_with(hosts, label, seed, number)
-        name = f"{label}-{number + 1}.png"
-        store.put(f"{label}/images/{name}", encode_grey(made.film))
-        store.put(f"{label}/masks/{name}", encode_grey(host.lungs.astype(np.uint8) * 255))
-        if label != "Normal":
-            store.put(f"{label}/lesions/{name}", encode_grey(made.lesion.astype(np.uint8) * 255))
-            store.put(f"{label}/twins/{name}", encode_grey(host.pixels))
+        path = write_film(store, label, number, made.film, host.lungs, made.lesion, host.pixels)
         lungs = "searched" if host.found else "mask"
-        about = {"file": f"{label}/images/{name}", "label": label, "source": host.film.path, "lungs": lungs}
-        films.append({**about, **made.factors})
-        yield f"{label}/images/{name}"
+        films.append({"file": path, "label": label, "source": host.film.path, "lungs": lungs, **made.factors})
+        yield path
     about_set = {"version": VERSION, "seed": seed, "size": size, "classes": list(classes), "onto": dataset.store.uri}
     store.put("implants.json", json.dumps({**about_set, "films": films}, indent=1).encode())
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffva_ray.data.films import Dataset, Film
 from diffva_ray.data.images import BadImage, decode, describe, quantise
+from diffva_ray.observe import one_line
 from diffva_ray.schema import Status
 
 HASH_SIDE = 16
@@ -74,7 +75,7 @@ def _examine(dataset: Dataset, film: Film) -> Finding:
     except FileNotFoundError:
         return Finding(film.path, status=Status.MISSING, reason="no such file")
     except OSError as error:
-        return Finding(film.path, status=Status.ERROR, reason=" ".join(str(error).split()))
+        return Finding(film.path, status=Status.ERROR, reason=one_line(error))
 
 
 def difference_hash(image: np.ndarray) -> int:

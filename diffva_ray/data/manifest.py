@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from diffva_ray.config import DataConfig
 from diffva_ray.data.films import Dataset, Film, UnusableData
+from diffva_ray.observe import one_line
 from diffva_ray.storage import Entry, Store
 
 LAYOUT = "a .csv or .parquet file with path,label"
@@ -84,7 +85,7 @@ def _csv(data: bytes, name: str) -> tuple[list[str], list[list[str]]]:
     try:
         lines = list(csv.reader(StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UnusableData(f"{name}: not a CSV table in UTF-8 ({' '.join(str(error).split())})") from None
+        raise UnusableData(f"{name}: not a CSV table in UTF-8 ({one_line(error)})") from None
     if not lines:
         raise UnusableData(f"{name}: the table is empty")
     return [column.strip() for column in lines[0]], lines[1:]
@@ -95,5 +96,5 @@ def _parquet(data: bytes, name: str) -> tuple[list[str], list[list[str]]]:
         table = pq.read_table(BytesIO(data))
         cells = [column.cast(pa.string()).to_pylist() for column in table.columns]
     except (pa.ArrowException, OSError) as error:
-        raise UnusableData(f"{name}: not a readable Parquet table ({' '.join(str(error).split())})") from None
+        raise UnusableData(f"{name}: not a readable Parquet table ({one_line(error)})") from None
     return table.column_names, [[cell or "" for cell in line] for line in zip(*cells)]

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from diffva_ray.config import DataConfig
-from diffva_ray.data.images import encode_grey, quantise
+from diffva_ray.data.images import encode_grey, encode_mask, quantise
 from diffva_ray.data.lesions import LESIONS, Lesion, distractors
 from diffva_ray.data.thorax import Thorax, grid, lattice_noise
-from diffva_ray.storage import Store
+from diffva_ray.observe import LOG
+from diffva_ray.storage import Store, open_store
 
 VERSION = "phantom v1"
 CLASSES = ("Normal", "Lung_Opacity", "COVID", "Viral Pneumonia")
@@ -61,12 +62,17 @@ def phantom(label: str, patient: int, seed: int = 0, size: int = 64) -> Phantom:
     else:
         lesion = LESIONS[label](np.random.default_rng(disease), thorax, u, v)
         film = develop(_ill(thorax, lesion, healthy, u, v, width) + objects)
-    difference = np.abs(film - twin)
-    if label == "Viral Pneumonia":  # the zone, not each thread of the mesh
-        difference = ndimage.gaussian_filter(difference, 1.5 / 64 * size)
     lungs = np.maximum(thorax.lung(u, v, -1), thorax.lung(u, v, 1)) * np.ones_like(u)
     visible = (lungs > 0) & (thorax.heart(u, v) < 0)
-    return Phantom(film, twin, visible, difference > VISIBLE, label, lesion.factors)
+    return Phantom(film, twin, visible, visible_lesion(film, twin, label), label, lesion.factors)
+
+
+def visible_lesion(film: NDArray[np.floating], twin: NDArray[np.floating], label: str) -> NDArray[np.bool_]:
+    """Where a film [size, size] in [0, 1] differs from its twin by more than VISIBLE."""
+    difference = np.abs(film - twin)
+    if label == "Viral Pneumonia":  # the zone, not each thread of the mesh
+        difference = ndimage.gaussian_filter(difference, 1.5 / 64 * len(film))
+    return difference > VISIBLE
 
 
 def _ill(thorax: Thorax, lesion: Lesion, healthy: np.ndarray, u: np.ndarray, v: np.ndarray, width: float) -> np.ndarray:
@@ -120,15 +126,40 @@ def phantom_set(
     for patient in range(patients):
         label = classes[patient % len(classes)]
         made = phantom(label, patient, seed, size)
-        name = f"{label}-{patient + 1}.png"
-        store.put(f"{label}/images/{name}", encode_grey(quantise(made.film)))
-        store.put(f"{label}/masks/{name}", encode_grey(made.lungs.astype(np.uint8) * 255))
-        if label != "Normal":
-            store.put(f"{label}/lesions/{name}", encode_grey(made.lesion.astype(np.uint8) * 255))
-            store.put(f"{label}/twins/{name}", encode_grey(quantise(made.twin)))
-        films.append({"file": f"{label}/images/{name}", "label": label, "patient": patient, **made.factors})
-        yield f"{label}/images/{name}"
+        film, twin = quantise(made.film), quantise(made.twin)
+        path = write_film(store, label, patient, film, made.lungs, made.lesion, twin)
+        films.append({"file": path, "label": label, "patient": patient, **made.factors})
+        yield path
     lines = [f'{film["file"]},{film["label"]},"{caption(PROMPTS.prompt(str(film["label"])), film)}"' for film in films]
     store.put(CAPTIONS, "\n".join(["path,label,caption", *lines, ""]).encode())
     about = {"version": VERSION, "seed": seed, "size": size, "classes": list(classes), "films": films}
     store.put("phantoms.json", json.dumps(about, indent=1).encode())
+
+
+def write_film(
+    store: Store,
+    label: str,
+    number: int,
+    film: NDArray[np.uint8],
+    lungs: NDArray[np.bool_],
+    lesion: NDArray[np.bool_],
+    twin: NDArray[np.uint8],
+) -> str:
+    """Write the ``number``-th film [size, size] of a set (from 0) in the Radiography layout, with its masks and its
+    twin; a normal film has neither lesion nor twin. Returns the film's path."""
+    name = f"{label}-{number + 1}.png"
+    store.put(f"{label}/images/{name}", encode_grey(film))
+    store.put(f"{label}/masks/{name}", encode_mask(lungs))
+    if label != "Normal":
+        store.put(f"{label}/lesions/{name}", encode_mask(lesion))
+        store.put(f"{label}/twins/{name}", encode_grey(twin))
+    return f"{label}/images/{name}"
+
+
+def make_phantoms(uri: str, patients: int, size: int, seed: int) -> None:
+    """The set ``phantom_set`` writes, at ``uri``, unless it is there already."""
+    store = open_store(uri)
+    if not store.exists("phantoms.json"):
+        LOG.info("making %d phantoms in %s", patients, uri)
+        for _ in phantom_set(store, patients, size, seed):
+            pass

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffva_ray.data.boxes import match
+from diffva_ray.data.boxes import file_of, match
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.manifest import Table, read_table
 from diffva_ray.metrics.zones import ZONES
@@ -25,7 +24,7 @@ def read_zones(uri: str, paths: Iterable[str]) -> Zones:
     readers = [reader for reader in READERS if {f"{reader}-{zone}" for zone in ZONES} <= set(table.columns)]
     if not readers:
         raise UnusableData(f"--brixia {uri}: needs the columns file and S-A to S-F (or J-A to J-F)")
-    rows: list[Any] = []
+    rows: list[tuple[str, str, NDArray[np.float64]]] = []
     for where, row in table.rows:
         texts = [[row[f"{reader}-{zone}"].strip() for zone in ZONES] for reader in readers]
         known = [reader for reader in texts if all(reader)]
@@ -37,7 +36,7 @@ def read_zones(uri: str, paths: Iterable[str]) -> Zones:
             raise UnusableData(f"{where}: zone scores are numbers from 0 to 3") from None
         if not ((scores >= 0) & (scores <= 3)).all():
             raise UnusableData(f"{where}: zone scores are numbers from 0 to 3")
-        rows.append((where, _file(row), scores.mean(axis=0)))
+        rows.append((where, file_of(row), scores.mean(axis=0)))
     return {path: np.mean(found, axis=0) for path, found in match(rows, paths).items()}
 
 
@@ -46,8 +45,8 @@ def read_sources(uri: str, paths: Iterable[str]) -> dict[str, str]:
     table = _table("--sources", uri)
     if "source" not in table.columns:
         raise UnusableData(f"--sources {uri}: needs the columns file and source")
-    rows: list[Any] = [(where, _file(row), row["source"].strip()) for where, row in table.rows if row["source"].strip()]
-    return {path: found[0] for path, found in match(rows, paths).items()}  # type: ignore[misc]
+    rows = [(where, file_of(row), row["source"].strip()) for where, row in table.rows if row["source"].strip()]
+    return {path: found[0] for path, found in match(rows, paths).items()}
 
 
 def _table(option: str, uri: str) -> Table:
@@ -59,7 +58,3 @@ def _table(option: str, uri: str) -> Table:
     if "file" not in table.columns:
         raise UnusableData(f"{option} {uri}: needs the column file")
     return table
-
-
-def _file(row: dict[str, str]) -> str:
-    return row["file"].replace("\\", "/").removeprefix("./")

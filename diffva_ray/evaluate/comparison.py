@@ -31,7 +31,7 @@ from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.localization import dice_at
 from diffva_ray.storage import open_store
 
-FILM = ["source_path", "label", "draw"]  # what makes records of two runs a pair
+JOINED_BY = ["source_path", "label", "draw"]  # what makes records of two runs a pair
 DRAWS = 1000
 
 
@@ -86,10 +86,9 @@ class Comparison:
     swept: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def row(self, key: str, label: str | None = None) -> Row | None:
-        """The row of a measure over all classes (or of the only one), or of class ``label``."""
-        label = label or self.rows[-1]["label"]
-        return next((row for row in self.rows if row["measure"] == key and row["label"] == label), None)
+    def row(self, key: str) -> Row | None:
+        """The row of a measure over all classes, or of the only one."""
+        return tables.overall(row for row in self.rows if row["measure"] == key)
 
     def metrics(self) -> dict[str, Any]:
         """What ``metrics.json`` holds."""
@@ -109,11 +108,11 @@ def compare_runs(a: Run, b: Run) -> Comparison:
     has several records of one film."""
     notes: list[str] = []
     frames = [finished(read_records(run)) for run in (a, b)]
-    swept = [str(key) for key, _ in a.about["keys"]["sweep"] if key in dict(b.about["keys"]["sweep"])]
-    on = FILM + swept
+    swept = [str(key) for key, _ in a.keys["sweep"] if key in dict(b.keys["sweep"])]
+    on = JOINED_BY + swept
     for run, frame in zip((a, b), frames):
         if frame.duplicated(on).any():
-            alone = ", ".join(str(key) for key, _ in run.about["keys"]["sweep"] if key not in swept)
+            alone = ", ".join(str(key) for key, _ in run.keys["sweep"] if key not in swept)
             raise UnusableData(
                 f"{run.store.uri} alone sweeps {alone}: it has several records of one film; compare one point"
             )
@@ -298,7 +297,7 @@ def differing_settings(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
 def _cautions(a: Run, b: Run, pairs: pd.DataFrame) -> list[str]:
     """What makes the two runs less comparable than their table looks."""
     said = []
-    keys = a.about["keys"], b.about["keys"]
+    keys = a.keys, b.keys
     if keys[0]["resolution"] != keys[1]["resolution"]:
         said.append("the runs have other resolutions: every number is on its run's own pixel grid")
     before = [pd.Series([row["judge_source"] for row in pairs[f"record_{side}"]], dtype=float) for side in "ab"]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffva_ray.data.boxes import ends
 from diffva_ray.data.films import Film, UnusableData
 from diffva_ray.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode, describe
 from diffva_ray.evaluate.records import read_records
@@ -144,11 +145,11 @@ def _by_path(wanted: set[str], known: dict[str, list[Film]]) -> dict[str, list[s
     """Film keys that end with a map's key; else the longest film key that the map's key ends with."""
     fits: dict[str, list[str]] = {}
     for key in known:
-        for end in _ends(key):
+        for end in ends(key):
             if end in wanted:
                 fits.setdefault(end, []).append(key)
     for key in wanted - fits.keys():
-        longest = next((end for end in _ends(key) if end in known), None)
+        longest = next((end for end in ends(key) if end in known), None)
         if longest is not None:
             fits[key] = [longest]
     return fits
@@ -159,11 +160,6 @@ def _by_name(wanted: set[str], known: dict[str, list[Film]]) -> dict[str, list[s
     for key in known:
         names.setdefault(key.rpartition("/")[2], []).append(key)
     return {key: names[name] for key in wanted if (name := key.rpartition("/")[2]) in names}
-
-
-def _ends(path: str) -> list[str]:
-    parts = path.split("/")
-    return ["/".join(parts[start:]) for start in range(len(parts))]
 
 
 def read_map_values(data: bytes, path: str, signed16: bool = False) -> NDArray[np.float32]:

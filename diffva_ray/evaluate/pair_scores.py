@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from diffva_ray.data.images import BadImage
 from diffva_ray.data.lungs import find_lungs
 from diffva_ray.evaluate.records import Boxes, Images, Row, Truth, read_images, read_truth, under
-from diffva_ray.evaluate.tables import by_label, finite_mean
+from diffva_ray.evaluate.tables import by_label, finite_mean, known
 from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
 from diffva_ray.metrics.counterfactual import flip_rate
@@ -39,7 +39,7 @@ def run_judge(run: Run) -> Judge | None:
     try:
         store = open_store(str(run.about["model"]))
         card = read_card(store)
-        same = card is not None and card["digest"] == run.about["keys"]["model_digest"]
+        same = card is not None and card["digest"] == run.keys["model_digest"]
         return load_judge(store) if same else None
     except (OSError, ValueError, StoreError):
         return None
@@ -60,7 +60,7 @@ def score_pairs(
         if HEART in f"{row['label']} {row['prompt']}".casefold():
             scores |= {"heart_before": _heart(images.film), "heart_after": _heart(images.counterfactual)}
         about = {key: row[key] for key in ("record_id", "source_path", "label", "setting") if key in row}
-        found.append(about | {key: None if value is None or value != value else value for key, value in scores.items()})
+        found.append(about | {key: value if known(value) else None for key, value in scores.items()})
     return found
 
 

@@ -14,9 +14,9 @@ from diffva_ray.evaluate.records import under
 from diffva_ray.evaluate.scores import SIMPLE, Places
 from diffva_ray.metrics.counterfactual import flip_rate
 from diffva_ray.metrics.localization import dice_at, fixed_threshold, patient_bootstrap
+from diffva_ray.schema import Row
 from diffva_ray.storage import Store
 
-Row = dict[str, Any]
 ALL = "all"  # the row over all classes
 
 
@@ -30,6 +30,18 @@ def by_label(frame: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
             yield under(label, setting), rows[rows["label"] == label]
         if len(labels) > 1:
             yield under(ALL, setting), rows
+
+
+def overall(rows: Iterable[Row]) -> Row | None:
+    """The row over all classes: the one of the only class where there is just one; none of a sweep, whose settings are
+    never taken together."""
+    kept = list(rows)
+    return next((row for row in kept if row["label"] == ALL), kept[0] if len(kept) == 1 else None)
+
+
+def known(value: Any) -> bool:
+    """Whether there is a value: neither None, as JSON has it, nor NaN, as pandas has it."""
+    return value is not None and value == value
 
 
 def finite_mean(values: Iterable[float]) -> float | None:
@@ -154,7 +166,7 @@ def write_table(store: Store, name: str, rows: list[Row], caption: str) -> None:
     store.put(f"tables/{name}.json", json.dumps({"caption": caption, "rows": clean(rows)}, indent=1).encode())
     store.put(f"tables/{name}.csv", flat.to_csv(index=False).encode())
     heads = [str(column).replace("_", " ") for column in flat.columns]
-    cells = [["" if value is None or value != value else str(value) for value in row] for row in flat.to_numpy()]
+    cells = [[str(value) if known(value) else "" for value in row] for row in flat.to_numpy()]
     store.put(f"tables/{name}.md", f"{markdown(heads, cells)}\n\n{caption}\n".encode())
     store.put(f"tables/{name}.tex", f"{latex(heads, cells)}\n% {caption}\n".encode())
 

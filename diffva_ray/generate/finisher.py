@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +21,9 @@ from diffva_ray.generate.plan import FOLDERS, part
 from diffva_ray.metrics.features import Extractor
 from diffva_ray.metrics.validity import Judge
 from diffva_ray.observe import Stopwatch
-from diffva_ray.schema import Status
+from diffva_ray.schema import Row, Status
 from diffva_ray.storage import Store
 
-Row = dict[str, Any]
 WORKERS = 4  # pairs that are finished at once
 MOST_PENDING = 32  # pairs that wait for that
 

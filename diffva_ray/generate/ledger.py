@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from diffva_ray.generate.plan import PlanError, Run, cut, open_run, part, start_run
+from diffva_ray.generate.plan import PlanError, Run, cut_again, open_run, part, start_run
 from diffva_ray.schema import PLAN, RECORDS, Status
 from diffva_ray.storage import join, open_store
 
@@ -107,11 +107,14 @@ def start_retry(run: Run) -> Run | None:
     if before and before[-1].pending():
         return before[-1]
     records = committed(run, ["record_id", "status"])
-    quarantined = set(records.filter(pc.field("status") != Status.OK.value)["record_id"].to_pylist())
-    if not quarantined:
+    quarantined = records.filter(pc.field("status") != Status.OK.value)["record_id"]
+    if not len(quarantined):
         return None
-    rows = [row for row in run.plan().to_pylist() if row["record_id"] in quarantined]
+    plan = run.plan()
+    table = cut_again(plan.filter(pc.is_in(plan["record_id"], quarantined)), run.recipe.generate.shard_size)
     # a file that was mended has another size: what is read now is what counts
-    table = pa.Table.from_pylist(cut([{**row, "source_size": -1} for row in rows], run.recipe), schema=PLAN)
+    unknown = pa.array(np.full(len(table), -1, np.int64))
+    table = table.set_column(PLAN.get_field_index("source_size"), PLAN.field("source_size"), unknown)
     store = open_store(join(run.store.uri, OVERLAYS, f"r{len(before) + 1}"))
+    # the keys as they are stored, without today's defaults: a retry has its run's own fingerprint
     return start_run(store, table, run.about["keys"], run.about)

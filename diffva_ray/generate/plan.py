@@ -40,6 +40,7 @@ FOLDERS = ("counterfactuals", "maps", "reconstructions")  # the images of a reco
 ENVIRONMENT = ("torch", "device", "engine")  # may be changed on request; everything else may not
 ROW_GROUPS = 4096  # at most, or the footer, which every worker reads, would grow with the run
 SWEPT = ("strength", "guidance_scale", "num_inference_steps", "scheduler", "method", "prompt")
+OF_A_SHARD = ("method", "strength", "guidance_scale", "num_inference_steps", "scheduler")  # the same in all its records
 
 
 class FingerprintDiffers(Exception):
@@ -127,9 +128,7 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
     keys = [_setting(point) for point in points]
     rank = np.array([sorted(set(keys)).index(key) for key in keys])[place // (len(films) * draws)]
     place = place[np.argsort(rank, kind="stable")]  # of one setting, they stay in the order of ids
-    rank, number = np.sort(rank), np.arange(len(place))
-    number -= np.searchsorted(rank, rank)  # within the setting
-    position = number % config.shard_size
+    shard, position = cut(np.sort(rank), config.shard_size)
     point_of, film_of, draw_of = np.unravel_index(place, (len(points), len(films), draws))
 
     seeds = np.fromiter(
@@ -138,7 +137,7 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
     )  # fmt: skip
     columns = {
         "record_id": pa.array(ids[place]).cast(pa.string()),
-        "shard": pa.array(np.cumsum(position == 0) - 1, pa.int32()),
+        "shard": pa.array(shard, pa.int32()),
         "position": pa.array(position, pa.int32()),
         "seed": pa.array(seeds[film_of * draws + draw_of]),
         "draw": pa.array(draw_of, pa.int32()),
@@ -176,24 +175,28 @@ def _points(recipe: Recipe, request: Request) -> list[dict[str, Any]]:
 
 
 def _id_settings(point: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: point[key] for key in SWEPT if key not in ("method", "prompt")}
+    return {key: point[key] for key in OF_A_SHARD if key != "method"}
 
 
-def _setting(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What the records of one shard have in common."""
-    return (row["method"], *_id_settings(row).values())
+def _setting(point: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(point[key] for key in OF_A_SHARD)
 
 
-def cut(rows: Iterable[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
-    """The rows in the order of settings and record id, each with its ``shard`` and its ``position`` in it. A shard
-    holds records of one setting: they go through the networks together."""
-    size, shard, ordered = recipe.generate.shard_size, -1, []
-    by_setting = sorted(rows, key=lambda row: (_setting(row), row["record_id"]))
-    for _, members in itertools.groupby(by_setting, key=_setting):
-        for number, row in enumerate(members):
-            shard += number % size == 0
-            ordered.append({**row, "shard": shard, "position": number % size})
-    return ordered
+def cut(rank: NDArray[np.int64], shard_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Shard and position in it of records [n] whose settings have the rising numbers ``rank`` [n]. A shard holds at
+    most ``shard_size`` records, of one setting: they go through the networks together."""
+    position = (np.arange(len(rank)) - np.searchsorted(rank, rank)) % shard_size
+    return np.cumsum(position == 0) - 1, position
+
+
+def cut_again(plan: pa.Table, shard_size: int) -> pa.Table:
+    """Records of a plan (columns of PLAN) as a plan of their own, in the order of settings and record id."""
+    plan = plan.sort_by([(key, "ascending") for key in (*OF_A_SHARD, "record_id")])
+    settings = list(zip(*(plan[key].to_pylist() for key in OF_A_SHARD)))
+    rank = np.cumsum([0, *(before != after for before, after in itertools.pairwise(settings))])
+    for name, values in zip(("shard", "position"), cut(rank, shard_size)):
+        plan = plan.set_column(PLAN.get_field_index(name), PLAN.field(name), pa.array(values, pa.int32()))
+    return plan
 
 
 def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:

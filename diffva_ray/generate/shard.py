@@ -28,7 +28,6 @@ from diffva_ray.data.images import (
     BadImage,
     decode_mask,
     decode_square,
-    one_line,
     quantise,
 )
 from diffva_ray.generate.attempts import DEATHS, Attempt, OutOfMemory, Session
@@ -37,11 +36,10 @@ from diffva_ray.generate.plan import Run, Unfinished, open_run, part
 from diffva_ray.metrics.features import Extractor, stand_in
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
-from diffva_ray.observe import Stopwatch
-from diffva_ray.schema import RECORDS, Status
+from diffva_ray.observe import Stopwatch, one_line
+from diffva_ray.schema import RECORDS, Row, Status
 from diffva_ray.storage import Store, open_store, patiently
 
-Row = dict[str, Any]
 READERS = 8  # films that are read at once
 READING = Admission(MAX_BYTES)  # bytes of films in memory
 
@@ -66,7 +64,7 @@ class Workbench:
         if run is None:
             raise Unfinished(f"{run_uri}: no run there")
         bundle = load(model_uri, run.recipe)
-        if bundle.digest != run.about["keys"]["model_digest"]:
+        if bundle.digest != run.keys["model_digest"]:
             raise Unfinished(f"--model {model_uri}: not the model that {run_uri} was planned with")
         engine = Counterfactuals(bundle, run.recipe.generate, device)
         try:
@@ -119,7 +117,7 @@ def _run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
         except torch.cuda.OutOfMemoryError as error:
             attempt.ran_out_of_memory()
             raise OutOfMemory(
-                f"{part(shard)}: {' '.join(str(error).split())[:160]}; give each actor more of a GPU, or make a new "
+                f"{part(shard)}: {one_line(error, 160)}; give each actor more of a GPU, or make a new "
                 "run with a smaller --micro-batch (it changes pixels, so this run keeps its own)"
             ) from error
         finished = [one.row for one in made]
@@ -280,7 +278,7 @@ def _features(name: str, made: Sequence[Finished]) -> bytes:
 
 def records_part(run: Run, shard: int, rows: list[Row]) -> bytes:
     """The commit of a shard, serialised in memory so that no half of it can ever be seen."""
-    extra = {"model_digest": run.about["keys"]["model_digest"], "map": run.recipe.generate.map_name}
+    extra = {"model_digest": run.keys["model_digest"], "map": run.recipe.generate.map_name}
     full = [{**extra, **row} for row in rows]
     table = pa.Table.from_pylist([{name: row.get(name) for name in RECORDS.names} for row in full], schema=RECORDS)
     about = {"fingerprint": run.fingerprint, "shard": str(shard), "diffva_ray": __version__}

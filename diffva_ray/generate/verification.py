@@ -18,7 +18,8 @@ from PIL import Image
 from diffva_ray.data.images import BadImage, decode_map, map_levels, pixel_digest
 from diffva_ray.generate.ledger import overlays
 from diffva_ray.generate.plan import FOLDERS, SUCCESS, Run, part
-from diffva_ray.schema import RECORDS, Status
+from diffva_ray.observe import one_line
+from diffva_ray.schema import RECORDS, SCHEMA_VERSION, Status
 
 MANIFEST = "manifest.json"
 
@@ -45,13 +46,13 @@ def verify_shard(run: Run, shard: int, planned: Sequence[str], features: set[str
     except FileNotFoundError:
         return [Problem(shard, f"{name} is missing")]
     except (OSError, ValueError) as error:
-        return [Problem(shard, f"{name} cannot be read ({' '.join(str(error).split())[:120]})")]
+        return [Problem(shard, f"{name} cannot be read ({one_line(error, 120)})")]
     problems = []
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     if metadata.get("fingerprint") != run.fingerprint:
         problems.append(Problem(shard, f"{name} carries fingerprint {metadata.get('fingerprint')}, not the run's"))
     if not table.schema.equals(RECORDS, check_metadata=False):
-        return [*problems, Problem(shard, f"{name} has other columns than schema version 1")]
+        return [*problems, Problem(shard, f"{name} has other columns than schema version {SCHEMA_VERSION}")]
     ids = table["record_id"].to_pylist()
     if ids != list(planned):
         problems.append(Problem(shard, f"{name} does not hold the planned records, each once and in order"))

@@ -16,6 +16,7 @@ from scipy.stats import t as student
 
 from diffva_ray.metrics.feature_set import Features, FeatureSet
 
+SMALL = 2048  # rows of a set, below which the distance is mostly its own bias and KID is read first
 ROW_BY_ROW = 20_000  # rows up to which a large set is held against one of fewer rows than dimensions
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 
@@ -15,17 +14,16 @@ from diffva_ray.data.images import BadImage, decode, to_square
 from diffva_ray.evaluate.census import SAMPLE
 from diffva_ray.evaluate.figures import finished
 from diffva_ray.evaluate.records import grey, read_records
-from diffva_ray.evaluate.tables import ALL
+from diffva_ray.evaluate.tables import ALL, overall
 from diffva_ray.metrics.counterfactual import memorisation
 from diffva_ray.metrics.pair_metrics import COUT_STEPS, PAIR_METRICS
 from diffva_ray.model.training_films import TrainingFilms
 from diffva_ray.paper.experiments import SETTINGS
 from diffva_ray.paper.layout import Table, number, with_error, with_interval
 from diffva_ray.paper.run import Made
-from diffva_ray.schema import digest
+from diffva_ray.schema import Row, digest
 from diffva_ray.storage import Store
 
-Row = dict[str, Any]
 AUDITED = 600  # twins, and healthy films of either set before those are equal in number
 PIXELS = 32  # side of the squares that the memorisation audit compares
 
@@ -89,7 +87,7 @@ def heart_table(made: Made) -> Table | None:
     body, details = list[list[str]](), list[Row]()
     for name in HEARTS:
         for row in made.metrics.get(name, {}).get("heart", []):
-            prompt = row["label"].partition(" under ")[2] or f"“{made.runs[name].about['keys']['prompt']}”"
+            prompt = row["label"].partition(" under ")[2] or f"“{made.runs[name].keys['prompt']}”"
             body.append([prompt, f"{row['n']} of {row['films']}", number(row["before"]), number(row["after"]),
                          with_interval(row["change"], row["change_interval"]), f"{row['grew']:.0%}"])  # fmt: skip
             details.append({"run": name, "prompt": prompt, **row})
@@ -206,9 +204,9 @@ def localization_table(made: Made) -> Table | None:
     body, details = list[list[str]](), list[Row]()
     for name in columns:
         rows = made.metrics[name]["localization"]
-        labels = {row["label"] for row in rows}
-        for row in rows:
-            if row["label"] != ("all" if "all" in labels else row["label"]):
+        for name_of_map in dict.fromkeys(row["map"] for row in rows):
+            row = overall(row for row in rows if row["map"] == name_of_map)
+            if row is None:
                 continue
             own = row["map"] in ("positive", "absolute")
             if not own and name != columns[0]:

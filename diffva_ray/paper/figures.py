@@ -31,10 +31,11 @@ from diffva_ray.evaluate.figures import (
     short,
 )
 from diffva_ray.evaluate.records import Images, Row, Truth, read_images, read_records, read_truth
+from diffva_ray.evaluate.tables import known
 from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.counterfactual import side_share
 from diffva_ray.paper.experiments import EXPERIMENTS, SETTINGS, guided
-from diffva_ray.paper.run import Made
+from diffva_ray.paper.run import Made, settings_of
 from diffva_ray.schema import digest
 from diffva_ray.storage import open_store
 
@@ -87,7 +88,7 @@ def draw_figures(made: Made) -> list[Drawn]:
 def _grid(name: str) -> Callable[[Made], tuple[bytes, str]]:
     def draw(made: Made) -> tuple[bytes, str]:
         run = made.runs[name]
-        return figure_grid(run), f"{SETTINGS[name].capitalize()}. {_settings(run)} {_tested(made)}"
+        return figure_grid(run), f"{SETTINGS[name].capitalize()}. {settings_of(run)}. {_tested(made)}"
 
     return draw
 
@@ -98,7 +99,7 @@ def _variants(name: str, note: str) -> Callable[[Made], tuple[bytes, str]]:
         prompts = next(experiment.prompts for experiment in EXPERIMENTS if experiment.name == name)
         variants = [Variant(f"“{prompt}”", run, prompt) for prompt in prompts]
         picture, said = sheet(variants, films_of(run))
-        return picture, f"{note} {said} {_settings(run, prompt=False)} {_zero_shot(made, prompts)}"
+        return picture, f"{note} {said} {settings_of(run, prompt=False)}. {_zero_shot(made, prompts)}"
 
     return draw
 
@@ -111,9 +112,8 @@ def _ablation(name: str, title: str) -> Callable[[Made], tuple[bytes, str]]:
             variants.append(Variant("control: empty prompt", made.runs["prompt-only"]))
         healthy = made.base.data.healthy_class
         picture, said = sheet(variants, one_of_each(open_dataset(made.radiography, made.base.data).films, healthy))
-        keys = run.about["keys"]
-        off = "" if guided(run.recipe.generate, keys["prompt"]) else " Guidance is off in the ablation."
-        return picture, f"{said} Ablation: {_settings(run)}{off}"
+        off = "" if guided(run.recipe.generate, run.keys["prompt"]) else " Guidance is off in the ablation."
+        return picture, f"{said} Ablation: {settings_of(run)}.{off}"
 
     return draw
 
@@ -134,15 +134,6 @@ def side_shares(run: Run) -> dict[str, list[float]]:
         share = side_share(read_images(run, data, row).signed_map)
         found.setdefault(row["prompt"], []).append(share)
     return dict(sorted(found.items()))
-
-
-def _settings(run: Run, prompt: bool = True) -> str:
-    keys = run.about["keys"]
-    text = (
-        f"{keys['method']}, {keys['scheduler']}, strength {keys['strength']:g}, guidance {keys['guidance_scale']:g}, "
-        f"{keys['num_inference_steps']} steps"
-    )
-    return f"{text}, prompt “{keys['prompt']}”." if prompt else f"{text}."
 
 
 def _tested(made: Made) -> str:
@@ -262,7 +253,7 @@ def _side(figure: Figure, panels: Sequence[_Panel | None], top: float, width: fl
         if panel is None:
             continue
         row = panel.row
-        judged = row["judge_source"] is not None and row["judge_source"] == row["judge_source"]
+        judged = known(row["judge_source"])
         healthy = f", h {row['judge_source']:.2f}→{row['judge_counterfactual']:.2f}" if judged else ""
         lines.append(f"{'abcdef'[n]}: SSIM {row['ssim']:.2f}{healthy}")
     figure.text(0.1 / width, (top - 0.28) / height, "\n".join(lines), fontsize=6.3, color=MUTED, va="top",

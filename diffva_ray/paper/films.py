@@ -11,7 +11,7 @@ from diffva_ray.data.chexpert import OBSERVATIONS
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, Film
 from diffva_ray.data.images import encode_grey, quantise
-from diffva_ray.data.phantoms import phantom, phantom_set
+from diffva_ray.data.phantoms import make_phantoms, phantom
 from diffva_ray.observe import LOG
 from diffva_ray.schema import digest
 from diffva_ray.storage import open_store
@@ -22,11 +22,7 @@ DONE = "copied.json"
 
 def phantom_radiography(uri: str, per_class: int, size: int) -> str:
     """Phantoms of the paper's four classes in the Radiography layout, unless they are there; returns ``uri``."""
-    store = open_store(uri)
-    if not store.exists("phantoms.json"):
-        LOG.info("making %d phantoms in %s", 4 * per_class, uri)
-        for _ in phantom_set(store, 4 * per_class, size, SEEDS["radiography"]):
-            pass
+    make_phantoms(uri, 4 * per_class, size, SEEDS["radiography"])
     return uri
 
 

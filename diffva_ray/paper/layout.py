@@ -10,9 +10,9 @@ from typing import Any
 import pandas as pd
 
 from diffva_ray.evaluate.tables import clean, latex, markdown
+from diffva_ray.schema import Row
 from diffva_ray.storage import Store
 
-Row = dict[str, Any]
 LEADING = 3  # columns that name what a row is about
 
 

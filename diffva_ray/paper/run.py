@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diffva_ray import __version__, pipeline, ray_cluster
-from diffva_ray.config import Recipe, RecipeError
+from diffva_ray.config import Recipe, RecipeError, fingerprint_difference
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.evaluate.options import Options
@@ -152,7 +152,7 @@ def _guard(store: Store, options: Inputs, card: dict[str, Any]) -> None:
     }
     if not store.put_if_absent(GUARD, json.dumps(now, indent=1).encode()):
         before = json.loads(store.read(GUARD))
-        changed = sorted(key for key in now if before.get(key) != now[key])
+        changed = fingerprint_difference(before, now)
         if changed:
             raise FingerprintDiffers(store.uri, changed, before, now)
 
@@ -234,6 +234,15 @@ def _reduce_options(made: Made, experiment: Experiment) -> Options:
         cache=made.store.uri,
         brixia=options.brixia if ill else None,
     )
+
+
+def settings_of(run: Run, prompt: bool = True) -> str:
+    """The settings of a run for captions, with its prompt unless it sweeps prompts."""
+    keys = run.keys
+    return (
+        f"{keys['method']}, {keys['scheduler']}, strength {keys['strength']:g}, guidance {keys['guidance_scale']:g}, "
+        f"{keys['num_inference_steps']} steps"
+    ) + (f", prompt “{keys['prompt']}”" if prompt else "")
 
 
 def abnormal_classes(dataset: Dataset, healthy: str) -> Sequence[str]:

@@ -11,15 +11,14 @@ from diffva_ray.evaluate.distances import distance_row, run_features
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.set_distances import choose_extractors, reference
+from diffva_ray.metrics.fid import SMALL
 from diffva_ray.metrics.fid_controls import conditional
 from diffva_ray.paper import published
 from diffva_ray.paper.experiments import SETTINGS
 from diffva_ray.paper.layout import Table, number, with_error, with_interval
-from diffva_ray.paper.run import Made
-from diffva_ray.schema import Status
+from diffva_ray.paper.run import Made, settings_of
+from diffva_ray.schema import Row, Status
 
-Row = dict[str, Any]
-SMALL = 2048  # films, below which KID stands first
 FIVE_SCALES = 5
 
 
@@ -139,11 +138,7 @@ def prompts(made: Made, columns: Sequence[str]) -> str:
     """Prompt and map of each setting, for captions."""
     said = []
     for column in columns:
-        keys = made.runs[column].about["keys"]
-        said.append(
-            f"{SETTINGS.get(column, column)}: {keys['method']}, {keys['scheduler']}, strength {keys['strength']:g}, "
-            f"guidance {keys['guidance_scale']:g}, {keys['num_inference_steps']} steps, prompt “{keys['prompt']}”"
-        )
+        said.append(f"{SETTINGS.get(column, column)}: {settings_of(made.runs[column])}")
     return "Settings: " + "; ".join(said) + "."
 
 
@@ -248,7 +243,7 @@ def ablation_table(made: Made) -> Table:
         comparison.rows["ours"], within = _pooled(made, run_name)
         if comparison.rows["ours"] is not None and within is not None:
             comparison.rows["ours"]["within_class"] = within
-        keys = made.runs[run_name].about["keys"]
+        keys = made.runs[run_name].keys
         settings.append([f"{keys['strength']:g} / {keys['guidance_scale']:g}", f"“{keys['prompt']}”"])
         comparisons.append(comparison)
     name, about = extractor_line([comparison.rows["ours"] for comparison in comparisons])
@@ -282,7 +277,7 @@ def _pooled(made: Made, name: str) -> tuple[Row | None, float | None]:
     if healthy_films is None:
         return None, None
     real = healthy_films.features
-    found = distance_row(f"real {healthy}", name, real, twins, extractor, 10)
+    found = distance_row(f"real {healthy}", name, real, twins, extractor, run.recipe.evaluate.fid_subsets)
     labels = records.frame["label"]
     groups = {label: (real, twins.take((labels == label).to_numpy())) for label in sorted(labels.unique())}
     small = any(len(of_label) < 2 for _, of_label in groups.values())
@@ -299,5 +294,5 @@ def guidance_finding(made: Made) -> str:
     )
     common = sorted(set(one) & set(other))
     same = sum(one[path] == other[path] for path in common)
-    first, second = (made.runs[name].about["keys"]["guidance_scale"] for name in ("no-text", "no-text-guidance-1"))
+    first, second = (made.runs[name].keys["guidance_scale"] for name in ("no-text", "no-text-guidance-1"))
     return f"Guidance {first:g} and {second:g} give the same pixels in {same} of {len(common)} films."

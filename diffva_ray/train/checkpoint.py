@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.model.card import UnusableModel
+from diffva_ray.observe import one_line
 
 Modules = Mapping[str, torch.nn.Module]
 
@@ -71,7 +72,7 @@ def load_weights(folder: Path, bundle: Bundle, modules: Modules) -> None:
             except (RuntimeError, OSError) as error:
                 raise UnusableModel(
                     f"the checkpoint {folder} does not fit this version of diffva-ray ({file.name}: "
-                    f"{' '.join(str(error).split())[:160]}); delete it to train from the start"
+                    f"{one_line(error, 160)}); delete it to train from the start"
                 ) from None
     bundle.vae.register_to_config(scaling_factor=read_state(folder)["scaling_factor"])
 

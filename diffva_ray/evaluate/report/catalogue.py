@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from diffva_ray.evaluate.figures import finished
 from diffva_ray.evaluate.records import Row, read_records
 from diffva_ray.evaluate.report.films import Pictured
-from diffva_ray.evaluate.tables import clean
+from diffva_ray.evaluate.tables import clean, known
 from diffva_ray.generate.ledger import overlays
 from diffva_ray.generate.plan import Run, part
 from diffva_ray.schema import Status
@@ -51,7 +51,7 @@ MEASURES = (
     Measure("auroc", "AUROC of the map", better="high"),
     Measure("dice_best", "Dice of the map, best τ", better="high"),
 )
-NUMBERS = {"ms_ssim_scales", "width", "height", "num_inference_steps", "draw"}
+INTEGERS = {"ms_ssim_scales", "width", "height", "num_inference_steps", "draw"}
 
 
 def scripted(value: Any) -> bytes:
@@ -106,7 +106,7 @@ def write_catalogue(
         found = pictures.get(row["record_id"])
         extra = {"attempts": history.get(row["record_id"], [])}
         full.append({**_columns(row), **(asdict(found) if found else missing), **extra})
-    measures = [m for m in MEASURES if any(_known(row.get(m.key)) for row in full)]
+    measures = [m for m in MEASURES if any(known(row.get(m.key)) for row in full)]
     labels, statuses = (list(dict.fromkeys(row[key] for row in rows)) for key in ("label", "status"))
     labels.sort()
     statuses.sort(key=lambda status: (status != Status.OK.value, status))
@@ -147,20 +147,16 @@ def _index(
 
 
 def _rounded(value: Any) -> float | None:
-    return float(f"{value:.5g}") if _known(value) else None
-
-
-def _known(value: Any) -> bool:
-    return value is not None and value == value
+    return float(f"{value:.5g}") if known(value) else None
 
 
 def _columns(row: Row) -> Row:
     """A record's columns for JSON. Seeds are 64 bits, which a number of JavaScript does not hold."""
     made: Row = {}
     for key, value in row.items():
-        if not _known(value):
+        if not known(value):
             made[key] = None
-        elif key in NUMBERS:
+        elif key in INTEGERS:
             made[key] = int(value)
         elif key == "seed":
             made[key] = str(int(value))

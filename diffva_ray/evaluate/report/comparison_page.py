@@ -5,7 +5,6 @@ Like the report, it asks for nothing but the pictures beside it; it has no scrip
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -22,7 +21,7 @@ from PIL import Image
 from scipy.ndimage import binary_dilation
 
 from diffva_ray.data.films import UnusableData
-from diffva_ray.data.images import BadImage, quantise
+from diffva_ray.data.images import BadImage, encode_png, quantise
 from diffva_ray.evaluate.comparison import BY_KEY, Comparison, Measure, shown
 from diffva_ray.evaluate.figures import (
     CLASS_COLOURS,
@@ -32,6 +31,7 @@ from diffva_ray.evaluate.figures import (
     RULE,
     diverging,
     map_scale,
+    png,
     settings_line,
     short,
 )
@@ -39,7 +39,7 @@ from diffva_ray.evaluate.records import Row, read_images, read_records, read_tru
 from diffva_ray.evaluate.reduction import lesion_boxes
 from diffva_ray.evaluate.report.assets import policy, style, templates
 from diffva_ray.evaluate.report.numbers import Card, Cell, Group, Table, count, number, plain
-from diffva_ray.evaluate.tables import ALL, clean
+from diffva_ray.evaluate.tables import ALL, clean, known
 from diffva_ray.generate.plan import RUN, Run
 from diffva_ray.storage import Store, is_local, join, open_store
 
@@ -140,7 +140,7 @@ def _write_films(
             about = f"{plain(pair['label'])}, {pair['source_path']}"
             for name, said, pixels in panels:
                 file = f"{at:02d}-{name}.png"
-                store.put(f"images/{file}", _png(pixels))
+                store.put(f"images/{file}", encode_png(quantise(pixels)))
                 pictures.append((said, file, f"{about}: {said}"))
             made.append(ShownFilm(_about(comparison, pair), _scores(pair, measure), pictures))
             at += 1
@@ -191,16 +191,10 @@ def _drawn(picture: NDArray[np.float32], edge: NDArray[np.bool_] | None, colour:
     return drawn
 
 
-def _png(pixels: NDArray[np.float32]) -> bytes:
-    sink = io.BytesIO()
-    Image.fromarray(quantise(pixels)).save(sink, "PNG")
-    return sink.getvalue()
-
-
 def _about(comparison: Comparison, pair: pd.Series) -> Row:
     """Class, path and, where there are several of a film, draw and swept settings."""
     said = [f"{plain(key)} {pair[key]}" for key in comparison.swept]
-    if comparison.a.about["keys"]["draws"] > 1:
+    if comparison.a.keys["draws"] > 1:
         said.append(f"draw {pair['draw']}")
     return {"label": pair["label"], "source_path": pair["source_path"], "varied": ", ".join(said)}
 
@@ -221,7 +215,7 @@ def _scores(pair: pd.Series, measure: Measure) -> list[tuple[str, str, str, str]
 def form(measure: Measure, value: float) -> str:
     """A value of a measure, as text."""
     if measure.form == "percent":
-        return "–" if value is None or value != value else f"{number(100 * value, 1)}\u00a0%"
+        return f"{number(100 * value, 1)}\u00a0%" if known(value) else "–"
     return number(value, 4 if measure.key in ("l1", "map_energy") else 1 if measure.key == "twin_psnr" else 3)
 
 
@@ -319,9 +313,7 @@ def scatter(comparison: Comparison, measure: Measure) -> bytes:
         axes.set_axisbelow(True)
         for spine in axes.spines.values():
             spine.set(color=RULE, linewidth=0.8)
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=200, metadata={"Software": None})
-    return sink.getvalue()
+    return png(figure)
 
 
 def _spread(axes: Axes, y: float, gaps: NDArray[np.float64], colour: str) -> None:

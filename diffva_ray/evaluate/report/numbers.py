@@ -4,13 +4,11 @@ here."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffva_ray.evaluate.tables import ALL
-
-Row = dict[str, Any]
+from diffva_ray.evaluate.tables import ALL, overall
+from diffva_ray.schema import Row
 
 
 @dataclass(frozen=True)
@@ -141,13 +139,6 @@ def wilson(rate: float, n: int) -> tuple[float, float]:
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
-def overall(rows: Iterable[Row]) -> Row | None:
-    """The row over all classes: the one of the only class where there is just one; none of a sweep, whose settings are
-    never taken together."""
-    kept = list(rows)
-    return next((row for row in kept if row["label"] == ALL), kept[0] if len(kept) == 1 else None)
 
 
 def everyone(label: str) -> bool:

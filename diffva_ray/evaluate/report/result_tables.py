@@ -8,7 +8,6 @@ from typing import Any
 from diffva_ray.evaluate.report.numbers import (
     Cell,
     Group,
-    Row,
     Table,
     class_name,
     count,
@@ -19,10 +18,11 @@ from diffva_ray.evaluate.report.numbers import (
     percent,
     plain,
 )
+from diffva_ray.metrics.fid import SMALL
 from diffva_ray.metrics.localization import SALIENCY
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS
+from diffva_ray.schema import Row
 
-SMALL = 2048  # films, below which a Fréchet distance is mostly its own bias
 Format = Callable[[Any], str]
 Column = tuple[str, str, Format, bool]  # key, heading, format, more is better
 TWIN: list[Column] = [
