@@ -26,7 +26,7 @@ FILMS = {"train": 3000, "validation": 160, "test": 400}
 SEEDS = {"train": 0, "validation": 1, "test": 3}  # 2 was looked at while the recipe was made
 QUICK_FILMS = {"train": 600, "validation": 32, "test": 64}
 QUICK_STEPS = (120, 160, 60)  # of the recipe's three stages
-PAPER = ("method=sdedit", "scheduler=pndm", "strength=0.55", "guidance_scale=4.0", "num_inference_steps=75",
+PAPER_SETTINGS = ("method=sdedit", "scheduler=pndm", "strength=0.55", "guidance_scale=4.0", "num_inference_steps=75",
          "difference=raw", "smoothing=0.0", "source_prompt=''", "negative_prompt=''")  # fmt: skip
 
 
@@ -43,7 +43,8 @@ def run_demo(out: str, quick: bool = False, seed: int = 0) -> str:
         pipeline.train_model(recipe, folders["train"], model)
         trained = time.monotonic() - began
         validation, paper = join(out, "validation"), join(out, "paper")
-        paper_recipe = make_recipe(recipe.model_dump(mode="json"), [f"generate.{setting}" for setting in PAPER])
+        changes = [f"generate.{setting}" for setting in PAPER_SETTINGS]
+        paper_recipe = make_recipe(recipe.model_dump(mode="json"), changes)
         results: dict[str, dict[str, Any]] = {}
         for folder, data, used, thresholds in (
             (validation, "validation", recipe, None),

@@ -9,24 +9,28 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
+from diffva_ray.arrays import Image, Mask
 from diffva_ray.config import GenerateConfig
 from diffva_ray.metrics.localization import smooth
 
-Image = NDArray[np.float32]
-
 
 def attribution(film: Image, reconstruction: Image, counterfactual: Image, config: GenerateConfig) -> Image:
-    """The recipe's map [H, W] of three grey images [H, W] in [0, 1].
+    """The recipe's signed map [H, W] in [-1, 1] of three grey images [H, W] in [0, 1].
 
-    ``raw`` is the paper's M = I_abnormal - I_counterfactual; ``compensated`` is D(E(I)) - I_counterfactual, which does
-    not count the autoencoder's own error as disease. ``smoothing`` is a Gaussian's sigma as a fraction of the width.
+    ``raw`` is M = I_abnormal - I_counterfactual (Siddiqui et al. 2024); ``compensated`` is D(E(I)) - I_counterfactual,
+    which does not count the autoencoder's own error as disease. ``smoothing`` is a Gaussian's sigma as a fraction of
+    the width. Raises ValueError for images of unequal shapes.
     """
+    if not film.shape == reconstruction.shape == counterfactual.shape or film.ndim != 2:
+        shapes = ", ".join(str(image.shape) for image in (film, reconstruction, counterfactual))
+        raise ValueError(f"film, reconstruction and counterfactual are [H, W] of one shape, got {shapes}")
     difference = (film if config.difference == "raw" else reconstruction) - counterfactual
     return smooth(difference.astype(np.float64), config.smoothing).astype(np.float32)
 
 
-def energy(signed_map: Image, lungs: NDArray[np.bool_] | None = None) -> tuple[float, float | None]:
-    """Mean |M| of the film, and the fraction of it inside the lungs (None without a mask or without any energy)."""
+def energy(signed_map: Image, lungs: Mask | None = None) -> tuple[float, float | None]:
+    """Mean |M| of a map [H, W], in [0, 1], and the fraction of it inside the lungs [H, W], in [0, 1]; None without a
+    mask, or without any energy. Raises IndexError for a mask of another shape."""
     magnitude = np.abs(signed_map.astype(np.float64))
     total = float(magnitude.sum())
     inside = float(magnitude[lungs].sum()) / total if lungs is not None and total > 0 else None
@@ -40,12 +44,12 @@ class Consistency:
     mean: Image
     deviation: Image  # standard deviation over seeds (K - 1 in the denominator)
     t: Image  # Student's statistic of the mean against no effect; infinite where all seeds agree on some effect
-    significant: NDArray[np.bool_]
+    significant: Mask
 
 
 def over_seeds(maps: NDArray[np.float32], level: float = 0.05) -> Consistency:
-    """Mean, spread and significance of ``maps`` [K, H, W]: a two-sided t test per pixel at ``level``, with K - 1
-    degrees of freedom. The test speaks of the sampler's noise, not of the model's errors, which all seeds share; of
+    """Mean, spread and significance of ``maps`` [K, H, W] in [-1, 1]: a two-sided t test per pixel at ``level``, with K
+    - 1 degrees of freedom. The test speaks of the sampler's noise, not of the model's errors, which all seeds share; of
     pixels without any effect a share of ``level`` passes.
 
     Raises ValueError for fewer than two maps.

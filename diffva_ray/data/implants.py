@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from diffva_ray.arrays import Mask
 from diffva_ray.data.films import Dataset, Film, UnusableData
 from diffva_ray.data.images import BadImage, decode, decode_mask, quantise, to_square
 from diffva_ray.data.lesions import LESIONS, Lesion
@@ -32,7 +33,6 @@ CONTRASTS = (0.20, 0.45)  # grey levels between lung and tissue that a lesion is
 DRAWS = 12  # of a lesion, until one is plainly visible
 PLAIN = 0.004  # of the film's area: the least a lesion covers
 
-Mask = NDArray[np.bool_]
 Grey = NDArray[np.uint8]
 
 

@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-Mask = NDArray[np.bool_]
+from diffva_ray.arrays import Mask
+
+# Not from the literature: these and the numbers of _pair are our own, for upright frontal films, and strict, so that
+# what passes is a pair of lungs.
 GRID = 128  # pixels a side on which lungs are searched
 MARGIN = 5  # pixels of that grid, at either side
 LEAST, MOST = 0.035, 0.22  # of the film's area, one lung

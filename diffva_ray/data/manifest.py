@@ -20,11 +20,18 @@ LAYOUT = "a .csv or .parquet file with path,label"
 EXTENSIONS = (".csv", ".parquet")
 
 
+class Line(NamedTuple):
+    """A row of a table: its place for messages ("films.csv row 2"; the header is row 1), and its cells by column."""
+
+    where: str
+    cells: dict[str, str]
+
+
 class Table(NamedTuple):
-    """Text cells by column, each row with its place ("films.csv row 2"; the header is row 1) for messages."""
+    """A table of text."""
 
     columns: list[str]
-    rows: list[tuple[str, dict[str, str]]]
+    rows: list[Line]
 
 
 def read(store: Store, entries: list[Entry], config: DataConfig, name: str) -> Dataset | None:
@@ -77,7 +84,7 @@ def read_table(data: bytes, name: str) -> Table:
         if len(line) != len(columns) and line:
             raise UnusableData(f"{name} row {number}: {len(line)} cells under {len(columns)} columns")
         if line:
-            rows.append((f"{name} row {number}", dict(zip(columns, line))))
+            rows.append(Line(f"{name} row {number}", dict(zip(columns, line))))
     return Table(columns, rows)
 
 

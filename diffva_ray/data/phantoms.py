@@ -26,7 +26,7 @@ from diffva_ray.storage import Store, open_store
 VERSION = "phantom v1"
 CLASSES = ("Normal", "Lung_Opacity", "COVID", "Viral Pneumonia")
 ALL_CLASSES = ("Normal", *LESIONS)
-PROMPTS = DataConfig()
+DEFAULTS = DataConfig()
 CAPTIONS = "captions.csv"  # a manifest of a set's films, for a training that is told more than the class
 VISIBLE = 0.05  # a pixel belongs to the lesion when film and twin differ by more than this
 
@@ -130,7 +130,7 @@ def phantom_set(
         path = write_film(store, label, patient, film, made.lungs, made.lesion, twin)
         films.append({"file": path, "label": label, "patient": patient, **made.factors})
         yield path
-    lines = [f'{film["file"]},{film["label"]},"{caption(PROMPTS.prompt(str(film["label"])), film)}"' for film in films]
+    lines = [f'{film["file"]},{film["label"]},"{caption(DEFAULTS.prompt(str(film["label"])), film)}"' for film in films]
     store.put(CAPTIONS, "\n".join(["path,label,caption", *lines, ""]).encode())
     about = {"version": VERSION, "seed": seed, "size": size, "classes": list(classes), "films": films}
     store.put("phantoms.json", json.dumps(about, indent=1).encode())

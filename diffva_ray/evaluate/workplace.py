@@ -25,7 +25,7 @@ Scores = tuple[Places, pd.DataFrame]  # localisation, and closeness to the lesio
 
 
 class Workplace:
-    """Tables do not depend on it."""
+    """Runs the parts of a reduce in this process. Subclasses spread them over others; the tables are the same."""
 
     def score(
         self, run: Run, homes: Mapping[Home, Ids], boxes: Boxes, settings: Mapping[Setting, str]

@@ -4,9 +4,10 @@ An attempt at a shard leaves a marker while it lasts, so a marker found there is
 records of that shard are worked on one by one, each with a marker of its own while it is in flight; a record in whose
 flight workers keep dying is set aside as ``killed_worker``, and its neighbours go on.
 
-Blame needs a witness. Under Ray that is the driver: markers of a driver that is gone are void, and so are those of a
-node that is gone (preempted, lost). Without Ray the process is its own driver, so a record must have taken three of
-them down while it was alone in flight. A record that lands is acquitted.
+A marker counts against a record only if somebody can tell that its worker died. Under Ray the driver can: markers
+count while their driver runs and their node is there (not preempted or lost). Without Ray the process is its own
+driver, so a record must have taken three of them down while it was alone in flight. A record that completes clears its
+markers.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def check_budget(run: Run) -> None:
 
 
 def check_quarantined(run: Run, bad: pa.Table) -> None:
-    """The same of records that have been read already: the quarantined ones, in plan order."""
+    """``check_budget`` where the quarantined records (``bad``, in plan order) have been read already."""
     planned, allowed = run.about["records"], run.recipe.evaluate.max_quarantined_fraction
     if len(bad) > allowed * planned:
         raise OverBudget(

@@ -42,7 +42,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Measured:
-    """A pair with its numbers: what is left is to make and store ``files`` (by path)."""
+    """A pair whose numbers are known; ``files`` (path: encoder) are still to be written."""
 
     row: Row
     files: dict[str, Callable[[], bytes]]

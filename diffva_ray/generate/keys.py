@@ -13,8 +13,8 @@ from diffva_ray.schema import ENGINE, SCHEMA_VERSION
 SPACED_ANEW = {"dpmsolver++", "unipc"}  # samplers whose timesteps were spaced otherwise by earlier versions
 
 
-def pixel_keys(recipe: Recipe, request: Request, model_digest: str, torch: str, device: str) -> dict[str, Any]:
-    """Everything that changes a pixel or the set of records, by name: what the fingerprint is taken of."""
+def pixel_keys(recipe: Recipe, request: Request, model_digest: str, torch_version: str, device: str) -> dict[str, Any]:
+    """The fingerprint's inputs for a run planned now, as JSON values."""
     prompt = request.prompt if request.prompt is not None else recipe.data.healthy_prompt
     return json.loads(
         json.dumps(
@@ -31,17 +31,17 @@ def pixel_keys(recipe: Recipe, request: Request, model_digest: str, torch: str, 
                 "schema_version": SCHEMA_VERSION,
                 "timestep_spacing": _spacing(recipe.generate.scheduler, request.sweep),
                 "engine": ENGINE,
-                "torch": torch,
+                "torch": torch_version,
                 "device": device,
             }
         )
     )
 
 
-def keys_now(run: Run, torch: str, device: str) -> dict[str, Any]:
+def keys_now(run: Run, torch_version: str, device: str) -> dict[str, Any]:
     """The run's keys as this version and machine would have them."""
     spacing = _spacing(run.keys["scheduler"], run.keys["sweep"])
-    return {**run.keys, "torch": torch, "device": device, "engine": ENGINE, "timestep_spacing": spacing}
+    return {**run.keys, "torch": torch_version, "device": device, "engine": ENGINE, "timestep_spacing": spacing}
 
 
 def _spacing(scheduler: str, sweep: Iterable[tuple[str, Sequence[Any]]]) -> str:

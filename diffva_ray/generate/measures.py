@@ -29,7 +29,8 @@ def measure(
 ) -> tuple[dict[str, Any], NDArray[np.float32]]:
     """The numbers of one pair, named as columns of RECORDS, and its signed map in [-1, 1]; all images [size, size].
 
-    Everything is computed from the 8-bit images as they are stored, so that anybody can recompute it from the files.
+    Twin and reconstruction are taken as they are stored (8 bit), the film as it was decoded, so that anybody can
+    recompute every number from the files.
     """
     healed = unit(counterfactual)
     signed = attribution(film, unit(reconstruction), healed, config)

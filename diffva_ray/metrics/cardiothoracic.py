@@ -1,4 +1,5 @@
-"""Cardiothoracic ratio from lung fields: the heart is what lies between the lungs, the thorax what holds them."""
+"""Cardiothoracic ratio (Danzer 1919) from lung fields: the heart is what lies between the lungs, the thorax what holds
+them."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ def cardiothoracic_ratio(lungs: NDArray[np.bool_]) -> float | None:
 
     As on paper: the farthest reaches of the heart to either side of the midline are added, at whatever heights they
     are, and divided by the widest inner diameter of the thorax. The midline is halfway between the lungs' inner borders
-    in the upper half. None unless there is one lung on each side.
+    in the upper half. None unless there is one lung on each side, and where what lies between is no heart (no width, or
+    wider than the thorax).
     """
     labels, count = ndimage.label(lungs)
     sizes = ndimage.sum_labels(lungs, labels, range(1, count + 1)) if count else []

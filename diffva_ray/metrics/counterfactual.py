@@ -1,6 +1,6 @@
 """Scores of single counterfactuals that no set distance shows: how little changes, where, and whether it decides.
 
-Maps are signed float arrays [H, W]; films and twins grey [H, W] in [0, 1].
+Maps are signed float arrays [H, W] in [-1, 1]; films and twins grey float32 [H, W] in [0, 1].
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffva_ray.metrics.manifold import squared_distances
 
 CHANGED = 0.05  # of the grey range: a pixel that differs by more is changed (phantoms call a lesion visible from there)
 
 
-def changed_share(m: np.ndarray, threshold: float = CHANGED) -> float:
+def changed_share(m: NDArray[np.floating], threshold: float = CHANGED) -> float:
     """Minimality: share of pixels with |M| above ``threshold``, in [0, 1]. On healthy films under a healthy prompt it
     is the false attribution."""
     return float((np.abs(m) > threshold).mean())
 
 
-def collateral_change(before: np.ndarray, after: np.ndarray, own: int, healthy: int) -> float:
+def collateral_change(before: NDArray[np.floating], after: NDArray[np.floating], own: int, healthy: int) -> float:
     """Change of what nobody asked to change: sum of |p' - p| over all classes but the film's ``own`` and the
     ``healthy`` one, of a judge's class probabilities [classes] before and after, in [0, 1]; NaN with no other class.
 
@@ -41,8 +42,9 @@ class Outside:
     share: float
 
 
-def outside_lesion(m: np.ndarray, lesion: np.ndarray) -> Outside | None:
-    """Where a map [H, W] changes the film, against the lesion mask; None when the mask is empty or everything."""
+def outside_lesion(m: NDArray[np.floating], lesion: NDArray[np.bool_]) -> Outside | None:
+    """Where a map [H, W] changes the film, against the lesion mask [H, W]; None when the mask is empty or everything.
+    Raises ValueError for unequal shapes."""
     if m.shape != lesion.shape:
         raise ValueError(f"map and lesion are [H, W] of one shape, got {m.shape} and {lesion.shape}")
     lesion = lesion.astype(bool)
@@ -54,8 +56,10 @@ def outside_lesion(m: np.ndarray, lesion: np.ndarray) -> Outside | None:
     return Outside(float(energy[~lesion].mean()), float(energy[lesion].mean()), share)
 
 
-def side_share(m: np.ndarray) -> float:
-    """Share of |M| on the patient's left, which is the right half of the film, in [0, 1]; NaN for a map of zeros."""
+def side_share(m: NDArray[np.floating]) -> float:
+    """Share of |M| of a map [H, W] on the patient's left, which is the right half of the film, in [0, 1]; NaN for a map
+    of zeros. A measure of our own, of whether a prompt's "left" and "right" are obeyed; of an odd width the middle
+    column counts half."""
     energy = np.abs(m.astype(np.float64))
     total = energy.sum()
     width = m.shape[1]
@@ -64,8 +68,11 @@ def side_share(m: np.ndarray) -> float:
 
 
 def cout(
-    healthy: Callable[[np.ndarray], np.ndarray], film: np.ndarray, twin: np.ndarray, steps: int = 50
-) -> tuple[float, np.ndarray]:
+    healthy: Callable[[NDArray[np.float32]], NDArray[np.floating]],
+    film: NDArray[np.float32],
+    twin: NDArray[np.float32],
+    steps: int = 50,
+) -> tuple[float, NDArray[np.float64]]:
     """COUT (Khorram & Fuxin 2022) in [-1, 1], and its curve [steps + 1].
 
     Pixels of the twin replace the film's in the order of |film - twin|, largest first; after each step
@@ -104,7 +111,11 @@ class Memorisation:
 
 
 def memorisation(
-    twins: np.ndarray, train: np.ndarray, held_out: np.ndarray, deals: int = 999, seed: int = 0
+    twins: NDArray[np.floating],
+    train: NDArray[np.floating],
+    held_out: NDArray[np.floating],
+    deals: int = 999,
+    seed: int = 0,
 ) -> Memorisation:
     """Audit of twins [N, d] against features (or pixels) of training films [N1, d] and films that the model never saw
     [N2, d], which should be of one source and class.
@@ -119,7 +130,7 @@ def memorisation(
     films = [z[random.choice(len(z), size, replace=False)].astype(np.float64) for z in (train, held_out)]
     distances = np.sqrt(squared_distances(twins.astype(np.float64), np.concatenate(films)))
 
-    def share(order: np.ndarray) -> float:
+    def share(order: NDArray[np.intp]) -> float:
         first, second = (distances[:, order[part]].min(axis=1) for part in (slice(size), slice(size, None)))
         return float(np.mean((first < second) + 0.5 * (first == second)))
 
@@ -138,9 +149,12 @@ def memorisation(
     )
 
 
-def flip_rate(before: Sequence[float] | np.ndarray, after: Sequence[float] | np.ndarray) -> tuple[float, int]:
-    """Share of films that turn healthy (probability above one half) among those the judge called abnormal before;
-    their number. NaN without any. Raises ValueError for sequences of unequal length."""
+def flip_rate(
+    before: Sequence[float] | NDArray[np.floating], after: Sequence[float] | NDArray[np.floating]
+) -> tuple[float, int]:
+    """Share, in [0, 1], of films that turn healthy (probability above one half) among those the judge called abnormal
+    before, and the number of these, from probabilities of healthy [n] before and after. NaN without any. Raises
+    ValueError for sequences of unequal length."""
     old, new = np.asarray(before, float), np.asarray(after, float)
     if old.shape != new.shape:
         raise ValueError(f"one probability before and one after is needed, got {old.shape} and {new.shape}")

@@ -1,4 +1,5 @@
-"""Feature vectors of a set of films, which may be more than memory holds: rows of a matrix that may lie on disk."""
+"""Feature vectors of a set of films, which may be more than memory holds: selected rows of an [M, d] array or
+memmap."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ class Moments:
     """
 
     n: int
-    mean: np.ndarray
-    scatter: np.ndarray
+    mean: NDArray[np.float64]
+    scatter: NDArray[np.float64]
 
     @classmethod
     def of(cls, features: Features) -> Moments:
@@ -45,7 +45,7 @@ class Moments:
         return found
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of both sets together (Chan, Golub & LeVeque 1979)."""
+        """Moments of both sets together (Chan, Golub & LeVeque 1979). Raises ValueError for another dimension."""
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"features of {len(self.mean)} and {len(other.mean)} dimensions cannot be merged")
         n = self.n + other.n
@@ -59,17 +59,18 @@ class Moments:
         )
 
     @property
-    def covariance(self) -> np.ndarray:
+    def covariance(self) -> NDArray[np.float64]:
         """Sample covariance [d, d] (divisor n - 1). Raises ValueError below two rows."""
         _enough(self.n, 2)
         return self.scatter / (self.n - 1)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), at least 0.
+    """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^1/2), at least 0, in squared units of the features.
 
     tr (S1 S2)^1/2 is the sum of the square roots of the eigenvalues of S1^1/2 S2 S1^1/2: symmetric, so neither an
-    imaginary part nor ``scipy.linalg.sqrtm`` (mseitzer/pytorch-fid#117). Raises ValueError below two rows.
+    imaginary part nor ``scipy.linalg.sqrtm`` (mseitzer/pytorch-fid#117). Raises ValueError below two rows and for
+    moments of unequal dimension.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared")
@@ -84,11 +85,11 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def frechet_distance_features(x: Features, y: Features) -> float:
-    """Frechet distance of features [N1, d] and [N2, d].
+    """Frechet distance of features [N1, d] and [N2, d], at least 0, in squared units of the features.
 
     With fewer rows than dimensions the covariances are singular; then tr (S1 S2)^1/2 is taken as the nuclear norm of
     A B^T (A, B: centred features over sqrt(n - 1)), which is exact at rank n; with more than ROW_BY_ROW rows in the
-    larger set, as the root of A (B^T B) A^T. Raises ValueError below two rows.
+    larger set, as the root of A (B^T B) A^T. Raises ValueError below two rows and for unequal d.
     """
     first, second = _two(x, y, 2)
     if min(len(first), len(second)) >= first.dimension:
@@ -174,7 +175,7 @@ def matched(x: Features, y: Features, draws: int = 5, seed: int = 0, n: int | No
     return float(np.mean(values)), float(np.std(values, ddof=1))
 
 
-def _distance(shift: np.ndarray, traces: float, root: float) -> float:
+def _distance(shift: NDArray[np.float64], traces: float, root: float) -> float:
     return max(float(shift @ shift + traces - 2 * root), 0.0)
 
 

@@ -18,9 +18,9 @@ MOST = 50_000  # rows of a set, as in Chong & Forsyth; beyond, the bias is below
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """``value`` at infinite N; ``error`` of the fitted intercept, which is not a sampling error; ``r_squared`` of the
-    line. ``trusted``: the smallest draw still has more rows than dimensions; below that the bias is no longer
-    proportional to 1/N and the value remains too high."""
+    """``value`` at infinite N, in squared units of the features; ``error`` of the fitted intercept, which is not a
+    sampling error; ``r_squared`` of the line. ``trusted``: the smallest draw still has more rows than dimensions; below
+    that the bias is no longer proportional to 1/N and the value remains too high."""
 
     value: float
     error: float

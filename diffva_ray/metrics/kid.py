@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffva_ray.metrics.feature_set import Features, FeatureSet
 
@@ -17,7 +18,8 @@ def kid(
     """Unbiased squared MMD of features [N1, d] and [N2, d] under the kernel (x.y/d + 1)^3, with its standard error.
 
     The value is the mean over ``subsets`` draws of min(subset_size, N1, N2) rows from each set, without replacement, as
-    is customary; when one draw takes both sets whole it is that single estimate. It may be negative near 0.
+    is customary; when one draw takes both sets whole it is that single estimate. It has no unit (others print it times
+    1000) and may be negative near 0.
 
     The error is that of sampling N1 and N2 independent films (a delete-one jackknife, each row's effect averaged over
     the draws it is in) together with that of the draws; the deviation over draws, which others print, is neither.
@@ -49,7 +51,7 @@ def kid(
     return float(values.mean()), float(np.sqrt(variance))
 
 
-def _estimate(x: np.ndarray, y: np.ndarray) -> tuple[float, list[np.ndarray]]:
+def _estimate(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, list[NDArray[np.float64]]]:
     """Unbiased MMD^2 of two sets, and the centred effect of each row of x and of y, whose variance over N - 1 is the
     jackknife's."""
     m, n = len(x), len(y)
@@ -65,5 +67,5 @@ def _estimate(x: np.ndarray, y: np.ndarray) -> tuple[float, list[np.ndarray]]:
     return float(value), [effect - effect.mean() for effect in effects]
 
 
-def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
     return (x @ y.T / x.shape[1] + 1) ** 3

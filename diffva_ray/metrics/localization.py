@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.stats import norm
+
+Real = TypeVar("Real", np.float32, np.float64)
 
 # Fixed, so that curves of different films and runs can be averaged and a threshold found on one set applied to another.
 # Geometric (steps of 1.7%), because maps of faint lesions peak at a few hundredths and brightness near 1.
 THRESHOLDS = np.geomspace(1e-3, 1.0, 400)
-MANY = 20_000  # patients, from which on nothing is drawn for an interval
+MANY = 20_000  # number of groups from which the normal interval replaces the bootstrap
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,11 +40,14 @@ class FilmScore:
     iou_best: float
     pointing_game: float
     energy_in_truth: float
-    dice_curve: np.ndarray
+    dice_curve: NDArray[np.float32]
 
 
-def score(saliency: np.ndarray, truth: np.ndarray, region: np.ndarray | None = None) -> FilmScore | None:
-    """Scores of ``saliency`` [H, W] (higher is more lesion) against ``truth`` inside ``region`` (None: the whole film).
+def score(
+    saliency: NDArray[np.floating], truth: NDArray[np.bool_], region: NDArray[np.bool_] | None = None
+) -> FilmScore | None:
+    """Scores of ``saliency`` [H, W] (higher is more lesion; any finite range) against ``truth`` [H, W] inside
+    ``region`` [H, W] (None: the whole film).
 
     Truth outside the region does not count. None when the truth inside the region is empty or fills it: there is
     nothing to find, or nothing to tell it from, and the film belongs in no mean. Raises ValueError for shapes that
@@ -82,8 +89,11 @@ def score(saliency: np.ndarray, truth: np.ndarray, region: np.ndarray | None = N
     )
 
 
-def boxes_mask(boxes: Iterable[tuple[float, float, float, float]], width: int, height: int, size: int) -> np.ndarray:
-    """Boxes (x, y, w, h in pixels of the ``width`` x ``height`` original) as a bool mask of the squashed square.
+def boxes_mask(
+    boxes: Iterable[tuple[float, float, float, float]], width: int, height: int, size: int
+) -> NDArray[np.bool_]:
+    """Boxes (x, y, w, h in pixels of the ``width`` x ``height`` original) as a mask bool [size, size] of the squashed
+    square.
 
     A pixel belongs to a box that holds its centre; a box too thin to hold one gets the pixel its own centre lies in.
     What lies outside the film is cut off. Raises ValueError for a box without area.
@@ -104,43 +114,49 @@ def _span(start: float, length: float, scale: float) -> slice:
     return slice(max(first, 0), max(last, 0))
 
 
-def positive(m: np.ndarray) -> np.ndarray:
-    """max(M, 0): what healing darkened, the sign of opacities."""
+def positive(m: NDArray[Real]) -> NDArray[Real]:
+    """max(M, 0) of a signed map [H, W] in [-1, 1], in [0, 1]: what healing darkened, the sign of opacities."""
     return np.maximum(m, 0)
 
 
-def absolute(m: np.ndarray) -> np.ndarray:
-    """|M|: any change."""
+def absolute(m: NDArray[Real]) -> NDArray[Real]:
+    """|M| of a signed map [H, W] in [-1, 1], in [0, 1]: any change."""
     return np.abs(m)
 
 
-SALIENCY: dict[str, Callable[[np.ndarray], np.ndarray]] = {"positive": positive, "absolute": absolute}
+SALIENCY: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {"positive": positive, "absolute": absolute}
 
 
-def smooth(m: np.ndarray, fraction: float) -> np.ndarray:
-    """``m`` under a Gaussian of sigma ``fraction`` x width, reflected at the border; 0 leaves it as it is."""
+def smooth(m: NDArray[Real], fraction: float) -> NDArray[Real]:
+    """``m`` [H, W] under a Gaussian of sigma ``fraction`` x width, reflected at the border, in the range and type of
+    ``m``; 0 leaves it as it is."""
     return gaussian_filter(m, fraction * m.shape[1], mode="reflect") if fraction else m
 
 
-def brightness(source: np.ndarray) -> np.ndarray:
-    """The film itself: opacities are bright, so this is the score any opacity map has to beat."""
+def brightness(source: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The film [H, W] in [0, 1] itself: opacities are bright, so this is the score any opacity map has to beat."""
     return source
 
 
-def autoencoder_difference(source: np.ndarray, reconstruction: np.ndarray) -> np.ndarray:
-    """I - D(E(I)), signed: what the autoencoder alone changes, without any prompt."""
+def autoencoder_difference(source: NDArray[np.float32], reconstruction: NDArray[np.float32]) -> NDArray[np.float32]:
+    """I - D(E(I)) of two images [H, W] in [0, 1], in [-1, 1]: what the autoencoder alone changes, without any
+    prompt."""
     return source - reconstruction
 
 
-def centre_prior(size: int) -> np.ndarray:
-    """A Gaussian at the film's centre, peak 1, sigma a quarter of the width: it has not seen the film."""
+def centre_prior(size: int) -> NDArray[np.float32]:
+    """A Gaussian [size, size] at the film's centre, peak 1: it has not seen the film. Its sigma of a quarter of the
+    width is chosen, not fitted: within one sigma lies the middle half of the film."""
     offset = (np.arange(size) + 0.5) / size - 0.5
     profile = np.exp(-0.5 * (offset / 0.25) ** 2)
     return np.outer(profile, profile).astype(np.float32)
 
 
-def baselines(source: np.ndarray, reconstruction: np.ndarray | None, smoothing: float) -> dict[str, np.ndarray]:
-    """The trivial competitors of a map on a square film, by name: their positive parts, with the map's own smoothing.
+def baselines(
+    source: NDArray[np.float32], reconstruction: NDArray[np.float32] | None, smoothing: float
+) -> dict[str, NDArray[np.float32]]:
+    """The trivial competitors of a map on a square film [size, size] in [0, 1], by name: their positive parts, with the
+    map's own smoothing.
 
     Without a reconstruction there is no ``autoencoder_difference``.
     """
@@ -150,7 +166,7 @@ def baselines(source: np.ndarray, reconstruction: np.ndarray | None, smoothing: 
     return {name: positive(smooth(m, smoothing)) for name, m in signed.items()}
 
 
-def fixed_threshold(curves: np.ndarray) -> tuple[float, float]:
+def fixed_threshold(curves: NDArray[np.floating]) -> tuple[float, float]:
     """The threshold with the best mean Dice over films' curves [N, T], and that mean; the lowest of equals.
 
     Found on one set and applied to another (``dice_at``), it is a number a reader can have. Raises ValueError for
@@ -164,8 +180,9 @@ def fixed_threshold(curves: np.ndarray) -> tuple[float, float]:
     return float(THRESHOLDS[best]), float(mean[best])
 
 
-def dice_at(curves: np.ndarray, threshold: float) -> np.ndarray:
-    """Each film's Dice [N] at the grid's threshold nearest to ``threshold``; ValueError when it lies off the grid."""
+def dice_at(curves: NDArray[Real], threshold: float) -> NDArray[Real]:
+    """Each film's Dice [N] in [0, 1], from curves [N, T], at the grid's threshold nearest to ``threshold``. Raises
+    ValueError when that lies off the grid, and for curves of another grid."""
     _on_grid(curves)
     step = THRESHOLDS[1] / THRESHOLDS[0]
     if not THRESHOLDS[0] / step < threshold < THRESHOLDS[-1] * step:
@@ -173,13 +190,16 @@ def dice_at(curves: np.ndarray, threshold: float) -> np.ndarray:
     return curves[:, int(np.argmin(np.abs(np.log(THRESHOLDS / threshold))))]
 
 
-def _on_grid(curves: np.ndarray) -> None:
+def _on_grid(curves: NDArray[np.floating]) -> None:
     if curves.ndim != 2 or curves.shape[1] != len(THRESHOLDS):
         raise ValueError(f"Dice curves are [N, {len(THRESHOLDS)}], got {curves.shape}")
 
 
 def patient_bootstrap(
-    values: Sequence[float] | np.ndarray, groups: Sequence[Hashable] | np.ndarray, draws: int = 1000, seed: int = 0
+    values: Sequence[float] | NDArray[np.floating],
+    groups: Sequence[Hashable] | NDArray[Any],
+    draws: int = 1000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """95% percentile interval (low, high) of the mean of ``values``, drawing whole groups (patients) anew.
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffva_ray.metrics.feature_set import Features, FeatureSet
 
@@ -57,12 +58,12 @@ def prdc(real: Features, generated: Features, k: int = 5, seed: int = 0) -> Mani
     return Manifold(precise / n2, recalled / n1, balls / (k * n2), covered / n1, n1, n2)
 
 
-def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def squared_distances(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
     """Squared Euclidean distances [N1, N2] of rows [N1, d] and [N2, d], at least 0."""
     return np.maximum((x * x).sum(axis=1)[:, None] + (y * y).sum(axis=1) - 2 * x @ y.T, 0)
 
 
-def _radii(x: np.ndarray, k: int) -> np.ndarray:
+def _radii(x: NDArray[np.float64], k: int) -> NDArray[np.float64]:
     """Squared distance of each row to its k-th neighbour, itself not counted."""
     radii = np.empty(len(x))
     for rows, squares in _blocks(x, x):
@@ -71,7 +72,7 @@ def _radii(x: np.ndarray, k: int) -> np.ndarray:
     return radii
 
 
-def _blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+def _blocks(x: NDArray[np.float64], y: NDArray[np.float64]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
     """Squared distances of the rows of x, a block at a time, to all of y."""
     for start in range(0, len(x), BLOCK):
         rows = slice(start, min(start + BLOCK, len(x)))

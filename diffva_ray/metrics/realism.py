@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffva_ray.metrics.feature_set import Features, FeatureSet
 from diffva_ray.metrics.manifold import MOST, squared_distances
@@ -82,7 +83,7 @@ def interpolation(twins: Features, healthy: Features, k: int = 5, seed: int = 0)
     return Interpolation(float(remote.mean()), float(between.mean()), float(np.median(at / gaps)))
 
 
-def directions(films: Features, twins: Features, healthy: Features) -> np.ndarray:
+def directions(films: Features, twins: Features, healthy: Features) -> NDArray[np.float64]:
     """Directional agreement [N] in [-1, 1]: cosine between what healing changes in a film's features (twin - film,
     [N, d]) and the way from its class to the healthy films [M, d] (difference of means; the film itself is left out of
     its class's, or its own noise would count as agreement).

@@ -1,6 +1,6 @@
 """Likeness of two grey films: SSIM (Wang 2004), MS-SSIM (Wang 2003), PSNR and mean absolute difference.
 
-Images are float arrays [H, W] in [0, 1] of equal shape; everything is computed in float64.
+Images are grey float arrays [H, W] in [0, 1] of equal shape; everything is computed in float64.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import structural_similarity
 
@@ -24,7 +25,7 @@ C1, C2 = 0.01**2, 0.03**2  # (K1 L)^2 and (K2 L)^2 at L = 1
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang 2003, finest scale first; they sum to 1.0001
 
 
-def ssim(a: np.ndarray, b: np.ndarray, preset: Preset = "wang") -> float:
+def ssim(a: NDArray[np.floating], b: NDArray[np.floating], preset: Preset = "wang") -> float:
     """Mean structural similarity, in [-1, 1]; 1 for equal images.
 
     ``wang`` is Wang 2004 (Gaussian window of 11 taps, sigma 1.5, population covariance), ``skimage`` is scikit-image's
@@ -38,7 +39,7 @@ def ssim(a: np.ndarray, b: np.ndarray, preset: Preset = "wang") -> float:
     return float(structural_similarity(a, b, data_range=1.0, **arguments))
 
 
-def ms_ssim(a: np.ndarray, b: np.ndarray) -> tuple[float, int]:
+def ms_ssim(a: NDArray[np.floating], b: NDArray[np.floating]) -> tuple[float, int]:
     """Multi-scale SSIM (Wang 2003), in [0, 1], and its number of scales.
 
     Five scales from 176 pixels a side. Below that there are as many as leave 11 pixels at the coarsest, with the finest
@@ -66,28 +67,28 @@ def scales_of(side: int) -> int:
     return sum(side // 2**scale >= WINDOW for scale in range(len(WEIGHTS)))
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
+def psnr(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
     """Peak signal-to-noise ratio in dB at data range 1; ``inf`` for equal images.
 
     Infinity is kept rather than capped: Parquet stores it, and a mean that meets it shows so instead of hiding an
-    arbitrary cap. Whoever averages decides about equal pairs.
+    arbitrary cap. Whoever averages decides about equal pairs. Raises ValueError for unequal shapes.
     """
     a, b = _pair(a, b)
     error = float(np.mean((a - b) ** 2))
     return float("inf") if error == 0 else float(-10 * np.log10(error))
 
 
-def l1(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean absolute difference, in [0, 1]."""
+def l1(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
+    """Mean absolute difference, in [0, 1]. Raises ValueError for unequal shapes."""
     a, b = _pair(a, b)
     return float(np.mean(np.abs(a - b)))
 
 
-def _terms(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+def _terms(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
     """Mean SSIM and mean contrast-structure term over the windows that fit."""
     crop = WINDOW // 2
 
-    def local(image: np.ndarray) -> np.ndarray:
+    def local(image: NDArray[np.float64]) -> NDArray[np.float64]:
         return gaussian_filter(image, SIGMA, radius=crop)[crop:-crop, crop:-crop]
 
     mean_a, mean_b = local(a), local(b)
@@ -97,16 +98,16 @@ def _terms(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     return float(np.mean(luminance * contrast)), float(np.mean(contrast))
 
 
-def _half(image: np.ndarray) -> np.ndarray:
+def _half(image: NDArray[np.float64]) -> NDArray[np.float64]:
     height, width = image.shape[0] // 2, image.shape[1] // 2
     return image[: 2 * height, : 2 * width].reshape(height, 2, width, 2).mean(axis=(1, 3))
 
 
-def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _pair(a: NDArray[np.floating], b: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if a.ndim != 2 or a.shape != b.shape:
         raise ValueError(f"two grey images of one shape are needed, got {a.shape} and {b.shape}")
     return a.astype(np.float64), b.astype(np.float64)
 
 
-def _size(image: np.ndarray) -> str:
+def _size(image: NDArray[np.float64]) -> str:
     return f"{image.shape[1]}x{image.shape[0]}"

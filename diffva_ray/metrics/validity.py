@@ -42,7 +42,7 @@ class Judge(nn.Module):
         self.register_buffer("temperature", torch.ones(()))
 
     def forward(self, films: torch.Tensor) -> torch.Tensor:
-        """Logits [n, classes] of grey films [n, H, W] in [0, 1], not calibrated."""
+        """Logits [n, classes] of grey float32 films [n, H, W] in [0, 1], not calibrated."""
         return self.head(self.embed(films))
 
     def embed(self, films: torch.Tensor) -> torch.Tensor:
@@ -56,25 +56,25 @@ class Judge(nn.Module):
     @torch.inference_mode()
     def healthy_probability(self, films: NDArray[np.float32]) -> NDArray[np.float64]:
         """Probability [n] of the healthy class for grey films [n, H, W] in [0, 1]. Films are judged one by one, so
-        that a film's number does not depend on its neighbours."""
+        that a film's number does not depend on its neighbours. Raises RuntimeError, of torch, for another shape."""
         index = self.classes.index(self.healthy)
-        device = next(self.parameters()).device
-        rows = [self._calibrated(torch.from_numpy(film[None]).to(device))[0, index].item() for film in films]
+        rows = [self._calibrated(film[None])[0, index].item() for film in films]
         return np.array(rows, dtype=np.float64)
 
     @torch.inference_mode()
     def probabilities(self, films: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Probabilities [n, classes] of grey films [n, H, W] in [0, 1], judged together."""
-        device = next(self.parameters()).device
-        return self._calibrated(torch.from_numpy(films).to(device)).double().cpu().numpy()
+        """Calibrated probabilities [n, classes] of grey films [n, H, W] in [0, 1], judged together. Raises
+        RuntimeError, of torch, for another shape."""
+        return self._calibrated(films).double().cpu().numpy()
 
-    def _calibrated(self, films: torch.Tensor) -> torch.Tensor:
-        return (self(films) / self.temperature).softmax(1)
+    def _calibrated(self, films: NDArray[np.float32]) -> torch.Tensor:
+        device = next(self.parameters()).device
+        return (self(torch.from_numpy(np.asarray(films, np.float32)).to(device)) / self.temperature).softmax(1)
 
 
 def fitted_temperature(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
-    """The temperature, between 1/20 and 20, under which ``logits`` [n, classes] tell ``targets`` [n] with the least
-    cross-entropy (Guo et al. 2017, section 4.2)."""
+    """The temperature, between exp(-3) and exp(3), under which ``logits`` [n, classes] tell ``targets`` [n] with the
+    least cross-entropy (Guo et al. 2017, section 4.2)."""
 
     def cross_entropy(log_temperature: float) -> float:
         scaled = logits / np.exp(log_temperature)
@@ -85,7 +85,7 @@ def fitted_temperature(logits: NDArray[np.float64], targets: NDArray[np.int64]) 
 
 def calibration_error(probabilities: NDArray[np.float64], targets: NDArray[np.int64], bins: int = 10) -> float:
     """Expected calibration error of ``probabilities`` [n, classes] (Guo et al. 2017, equation 3): the mean distance
-    between confidence and accuracy over ``bins`` of equal width."""
+    between confidence and accuracy over ``bins`` of equal width, in [0, 1]; ``targets`` [n] are indices of classes."""
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
     which = np.minimum((confidence * bins).astype(int), bins - 1)
     gaps = [abs(confidence[which == n].sum() - right[which == n].sum()) for n in range(bins)]
@@ -103,7 +103,8 @@ def save_judge(judge: Judge, store: Store, calibration: Mapping[str, float] | No
 
 
 def load_judge(store: Store) -> Judge | None:
-    """The model folder's judge, in evaluation mode; None when it has none. ValueError for weights that do not fit."""
+    """The model folder's judge, in evaluation mode; None when it has none. Raises ValueError for weights that do not
+    fit, and for a judge that does not know its own healthy class."""
     try:
         about = json.loads(store.read("judge/config.json"))
     except FileNotFoundError:
@@ -119,15 +120,3 @@ def load_judge(store: Store) -> Judge | None:
     except (RuntimeError, FileNotFoundError) as error:
         raise ValueError(f"{store.uri}/judge: not a judge of this version ({str(error).splitlines()[0]})") from None
     return judge.eval()
-
-
-def blur(films: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Films [n, H, W] blurred by a Gaussian of ``sigma`` [n] pixels each: the judge must not take softness, which every
-    autoencoder adds, for health."""
-    offsets = torch.arange(-3, 4, dtype=films.dtype)
-    kernel = torch.exp(-0.5 * (offsets[None] / sigma[:, None].clamp(min=1e-3)) ** 2)
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).to(films.device)
-    n = len(films)
-    padded = functional.pad(films[None], (3, 3, 3, 3), mode="reflect")
-    rows = functional.conv2d(padded, kernel.reshape(n, 1, 1, 7), groups=n)
-    return functional.conv2d(rows, kernel.reshape(n, 1, 7, 1), groups=n)[0]

@@ -15,8 +15,12 @@ ZONES = ("A", "B", "C", "D", "E", "F")
 
 
 def zone_masks(lungs: NDArray[np.bool_] | None, size: int) -> NDArray[np.bool_]:
-    """The six zones bool [6, size, size]: thirds of each lung's height, the lungs parted at the middle between their
-    centres. Without lungs: thirds of the film's middle (15 to 85 % of the height, 10 to 90 % of the width)."""
+    """The six zones bool [6, size, size]: thirds of each lung's height, the lungs [size, size] parted at the middle of
+    their whole width. Without lungs: thirds of the film's middle (15 to 85 % of the height, 10 to 90 % of the width).
+    Borghesi and Maroldi part lungs at the aortic arch and the pulmonary veins, which no mask shows: thirds stand in for
+    that. Raises ValueError for lungs of another shape."""
+    if lungs is not None and lungs.shape != (size, size):
+        raise ValueError(f"lungs are [{size}, {size}], got {lungs.shape}")
     if lungs is None or not lungs.any():
         lungs = np.zeros((size, size), bool)
         lungs[round(0.15 * size) : round(0.85 * size), round(0.1 * size) : round(0.9 * size)] = True
@@ -36,7 +40,10 @@ def zone_masks(lungs: NDArray[np.bool_] | None, size: int) -> NDArray[np.bool_]:
 
 
 def zone_energy(saliency: NDArray[np.float32], zones: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Mean saliency [6] of a map [H, W] in each zone [6, H, W]; NaN in an empty one."""
+    """Mean saliency [6] of a map [H, W] in each zone [6, H, W], in the map's own range; NaN in an empty one. Raises
+    ValueError for unequal shapes."""
+    if zones.shape[1:] != saliency.shape:
+        raise ValueError(f"saliency is [H, W] and zones are [6, H, W], got {saliency.shape} and {zones.shape}")
     areas = zones.sum(axis=(1, 2))
     sums = (zones * saliency.astype(np.float64)).sum(axis=(1, 2))
     return np.where(areas > 0, sums / np.maximum(areas, 1), np.nan)
@@ -55,9 +62,11 @@ class ZoneAgreement:
     n_within: int
 
 
-def zone_agreement(energies: np.ndarray, scores: np.ndarray, draws: int = 1000, seed: int = 0) -> ZoneAgreement:
-    """Agreement of map energies [N, 6] with readers' scores [N, 6] (mean of the readers); zones that are NaN in either
-    are left out. Raises ValueError for unequal shapes or without a film."""
+def zone_agreement(
+    energies: NDArray[np.floating], scores: NDArray[np.floating], draws: int = 1000, seed: int = 0
+) -> ZoneAgreement:
+    """Agreement of map energies [N, 6] with readers' scores [N, 6] (mean of the readers, 0 to 3); zones that are NaN in
+    either are left out. Raises ValueError for unequal shapes or without a film."""
     if energies.shape != scores.shape or energies.ndim != 2 or not len(energies):
         raise ValueError(f"energies and scores are [N, 6], got {energies.shape} and {scores.shape}")
     random = np.random.default_rng(seed)
@@ -72,7 +81,7 @@ def zone_agreement(energies: np.ndarray, scores: np.ndarray, draws: int = 1000, 
     return ZoneAgreement(pooled, (float(low), float(high)), within, len(scores), len(ranked))
 
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+def _spearman(x: NDArray[np.floating], y: NDArray[np.floating]) -> float:
     """Pearson's correlation of the ranks, ties shared; NaN where either is constant."""
     known = ~(np.isnan(x) | np.isnan(y))
     if known.sum() < 3 or np.ptp(x[known]) == 0 or np.ptp(y[known]) == 0:

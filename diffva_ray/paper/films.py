@@ -17,7 +17,7 @@ from diffva_ray.schema import digest
 from diffva_ray.storage import open_store
 
 SEEDS = {"radiography": 4, "chexpert": 5}  # of phantoms; 0 to 3 are the demo's
-DONE = "copied.json"
+COPIED = "copied.json"
 
 
 def phantom_radiography(uri: str, per_class: int, size: int) -> str:
@@ -64,7 +64,7 @@ def copy_films(dataset: Dataset, films: Sequence[Film], uri: str) -> str:
     """Those films with their masks, lesions, twins and boxes as a set of their own in the Radiography layout, byte for
     byte; returns ``uri``. Nothing happens where that has been done."""
     store = open_store(uri)
-    if store.exists(DONE):
+    if store.exists(COPIED):
         return uri
     boxes = io.StringIO()
     table = csv.writer(boxes, lineterminator="\n")
@@ -81,7 +81,7 @@ def copy_films(dataset: Dataset, films: Sequence[Film], uri: str) -> str:
         table.writerows([f"{film.label}/images/{name}.{ending}", *box] for box in dataset.boxes.get(film.path, []))
     if any(film.path in dataset.boxes for film in films):
         store.put("boxes.csv", boxes.getvalue().encode())
-    store.put(DONE, b"{}")
+    store.put(COPIED, b"{}")
     return uri
 
 

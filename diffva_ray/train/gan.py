@@ -106,8 +106,9 @@ class GanStage(Stage, ABC):
 
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
-        """On training films: how far apart the critic scores them, and the mean change of a pixel (grey levels of 1).
-        Converged is a healer that leaves less than half of the distance between abnormal films and healthy ones."""
+        """Measurements on training films: how far apart the critic scores them, and the mean change of a pixel (grey
+        levels of 1). Converged is a healer that leaves less than half of the distance between abnormal films and
+        healthy ones."""
         device = next(self.critic.parameters()).device
         gaps: dict[str, list[torch.Tensor]] = {"healthy": [], "abnormal": [], "healed": []}
         changes: dict[str, list[torch.Tensor]] = {"healthy": [], "abnormal": []}
@@ -129,7 +130,7 @@ class GanStage(Stage, ABC):
 
 
 def logits(critic: nn.Module, films: torch.Tensor) -> torch.Tensor:
-    """Of overlapping patches [n, 1, h, w] of grey films [n, 1, H, W]."""
+    """Logits [n, 1, h, w] of overlapping patches of grey films [n, 1, H, W] in [-1, 1]."""
     return critic(films.float().expand(-1, 3, -1, -1))[0]
 
 

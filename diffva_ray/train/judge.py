@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from diffva_ray.config import RecipeError
 from diffva_ray.config_stages import JudgeConfig
-from diffva_ray.metrics.validity import Judge, blur, calibration_error, fitted_temperature, save_judge
+from diffva_ray.metrics.validity import Judge, calibration_error, fitted_temperature, save_judge
 from diffva_ray.observe import LOG
 from diffva_ray.storage import Store
 from diffva_ray.train.sampling import Draws
@@ -115,3 +115,15 @@ class JudgeStage(Stage):
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
     return torch.from_numpy(logits).softmax(1).numpy()
+
+
+def blur(films: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Films [n, H, W], sides above 3, under a Gaussian of ``sigma`` [n] pixels each, cut off at 3 pixels: the judge
+    must not take softness, which every autoencoder adds, for health."""
+    offsets = torch.arange(-3, 4, dtype=films.dtype)
+    kernel = torch.exp(-0.5 * (offsets[None] / sigma[:, None].clamp(min=1e-3)) ** 2)
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).to(films.device)
+    n = len(films)
+    padded = functional.pad(films[None], (3, 3, 3, 3), mode="reflect")
+    rows = functional.conv2d(padded, kernel.reshape(n, 1, 1, 7), groups=n)
+    return functional.conv2d(rows, kernel.reshape(n, 1, 7, 1), groups=n)[0]

@@ -139,7 +139,7 @@ class Turn:
         return isinstance(self.network, FSDPModule)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; every worker takes part, and the first one's is whole."""
+        """Optimizer and EMA for a checkpoint; every worker takes part, and the first one's copy is whole."""
         average = None
         if self.ema is not None:
             average = self.ema.state_dict()
@@ -147,7 +147,7 @@ class Turn:
         return {"optimizer": optimizer_state(self.network, self.optimizer.optimizer), "ema": average}
 
     def gather(self, everywhere: bool = False) -> None:
-        """The player's own network has the weights of the one that trains; every worker takes part."""
+        """Copy the weights of the network that trains into the player's own; every worker takes part."""
         if self.is_sharded:
             gather(self.network, self.player.network, everywhere)
 

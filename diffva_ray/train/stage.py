@@ -1,4 +1,5 @@
-"""What the loop knows of a stage: its players, and what a player is asked for in a step. One file per kind of stage."""
+"""What the loop knows of a stage: its networks with an optimizer each (players), and their losses. One file per
+kind."""
 
 from __future__ import annotations
 

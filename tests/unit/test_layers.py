@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "diffva_ray"
-LOW = {"schema", "storage", "observe", "provenance", "methods", "optional"}
+LOW = {"arrays", "schema", "storage", "observe", "provenance", "methods", "optional"}
 MAY_IMPORT = {
+    "arrays": set(),
     "schema": set(),
     "storage": {"observe"},
     "storage_s3": {"storage", "observe"},

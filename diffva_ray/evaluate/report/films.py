@@ -32,7 +32,7 @@ PIXELS = 1_300_000_000  # of films in the viewer, at most: 20 000 of 256 pixels,
 SIDE = 512  # of a picture, at most
 LOSSLESS = 128  # pixels of side up to which a picture is PNG
 BRIGHTER, DARKER = (224, 52, 8), (18, 104, 240)  # than the twin; apart in every common colour blindness
-ALGORITHM = 1  # raised when the pictures of a record change
+PICTURES_VERSION = 1  # raised when the pictures of a record change
 BATCH = 256  # records read at a time
 
 
@@ -57,7 +57,7 @@ class Palette:
 
     def key(self, row: Row, boxes: Boxes) -> str:
         """Changes when anything that the pictures of ``row`` show does."""
-        seen = [ALGORITHM, self.limit, boxes.get(row["source_path"])]
+        seen = [PICTURES_VERSION, self.limit, boxes.get(row["source_path"])]
         seen += [row[name] for name in ("source_sha256", "pixel_sha256", "map_sha256", "lesion_mask_path", "twin_path")]
         return hashlib.sha256(repr(seen).encode()).hexdigest()[:8]
 

@@ -270,7 +270,7 @@ def _distances(rows: list[Row]) -> Table | None:
 
 
 def _within(rows: list[Row]) -> Table | None:
-    """Of the pooled sets too, since that is the number which a single row of a paper would be."""
+    """Distances class by class, beside that of the pooled sets, which is what a single row of a paper would be."""
     if not rows:
         return None
     heads = [("image set 1", False), ("image set 2", False), ("N1", True), ("N2", True), ("class by class", True),

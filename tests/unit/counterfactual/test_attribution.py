@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from diffva_ray.counterfactual.attribution import over_seeds
+from diffva_ray.config import GenerateConfig
+from diffva_ray.counterfactual.attribution import attribution, over_seeds
 
 
 def test_mean_spread_and_significance_are_the_t_tests() -> None:
@@ -39,3 +40,9 @@ def test_seeds_that_agree_to_the_bit() -> None:
 def test_one_seed_has_no_spread(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="at least 2"):
         over_seeds(np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("shapes", [((4, 1), (4, 4), (4, 4)), ((4, 4), (4, 4), (1, 4)), ((1, 4, 4),) * 3])
+def test_images_of_unequal_shapes_are_refused_and_not_broadcast(shapes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(ValueError, match=r"\[H, W\] of one shape"):
+        attribution(*(np.zeros(shape, np.float32) for shape in shapes), GenerateConfig())

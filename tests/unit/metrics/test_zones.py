@@ -28,6 +28,13 @@ def test_zones_are_thirds_of_each_lung_from_the_patient_s_right() -> None:
     assert bare.sum(axis=0).max() == 1
 
 
+def test_lungs_and_zones_of_another_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"lungs are \[32, 32\], got \(64, 64\)"):
+        zone_masks(lungs(), 32)
+    with pytest.raises(ValueError, match="zones are"):
+        zone_energy(np.zeros((1, 64), np.float32), zone_masks(lungs(), 64))
+
+
 def test_a_map_of_the_truth_agrees_and_one_of_the_other_side_does_not() -> None:
     random = np.random.default_rng(0)
     zones = zone_masks(lungs(), 64)
