@@ -361,7 +361,8 @@ def read_map(path: str) -> np.ndarray:
         >>> m.shape, m.min(), m.max()
         ((64, 64), -0.031, 0.412)
 
-    Raises FileNotFoundError when there is no such file, BadImage when it is no map.
+    Raises FileNotFoundError when there is no such file, BadImage when it is no map, StoreError when the store fails,
+    UnknownScheme (a ValueError) for an address of another kind.
     """
     store, name = open_file(path)
     return decode_map(store.read(name))

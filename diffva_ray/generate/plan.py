@@ -234,17 +234,22 @@ def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A planned run, as ``run.json`` has it."""
+    """A planned run: where it is, and ``run.json`` (``about``). ``pipeline.existing_run("runs/first")`` opens one.
+
+    Reading the plan raises PlanError where it is not the one that ``run.json`` was written for.
+    """
 
     store: Store
     about: dict[str, Any]
 
     @cached_property
     def recipe(self) -> Recipe:
+        """The recipe it was planned with. Raises RecipeError for one that this version cannot read."""
         return make_recipe(self.about["recipe"])
 
     @property
     def fingerprint(self) -> str:
+        """Digest of the keys as they were when the run was planned: 16 hex digits."""
         return str(self.about["fingerprint"])
 
     @cached_property
@@ -258,11 +263,11 @@ class Run:
 
     @property
     def shards(self) -> int:
+        """Number of planned shards."""
         return int(self.about["shards"])
 
     def plan(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """The whole plan, or some of its columns. Raises PlanError when it is not the one ``run.json`` was written
-        for."""
+        """The whole plan (columns of ``schema.PLAN``), or some of its columns."""
         data = self.store.read(PLAN_FILE)
         if hashlib.sha256(data).hexdigest() != self.about["plan_sha256"]:
             raise self._another_plan()
@@ -293,7 +298,7 @@ class Run:
         return PlanError(f"{self.store.uri}/{PLAN_FILE} is not the plan that {RUN} was written for")
 
     def shard_rows(self, shard: int) -> list[dict[str, Any]]:
-        """The planned records of one shard; only the row group that holds it is read."""
+        """The planned records of one shard, as rows of ``schema.PLAN``; only the row group that holds it is read."""
         group = self._opened().read_row_group(shard // self.about.get("shards_per_row_group", 1))
         return group.filter(pc.equal(group["shard"], shard)).to_pylist()
 
@@ -302,7 +307,7 @@ class Run:
         return np.bincount(self._opened().read(["shard"])["shard"], minlength=self.shards).tolist()
 
     def done(self) -> set[int]:
-        """Committed shards, from one listing."""
+        """Numbers of the committed shards, from one listing."""
         return {
             int(name[len("records/part-") : -len(".parquet")])
             for name, _ in self.store.list("records")
@@ -310,6 +315,7 @@ class Run:
         }
 
     def pending(self) -> list[int]:
+        """Numbers of the shards that are not committed, rising."""
         done = self.done()
         return [shard for shard in range(self.shards) if shard not in done]
 

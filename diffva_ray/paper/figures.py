@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.films import Film
 from diffva_ray.data.images import BadImage
 from diffva_ray.evaluate.figures import (
     GAP,
@@ -155,12 +156,12 @@ def films_of(run: Run, most: int = 3) -> list[str]:
     return sorted(paths, key=digest)[:most]
 
 
-def one_of_each(films: Sequence[object], healthy: str) -> list[str]:
+def one_of_each(films: Sequence[Film], healthy: str) -> list[str]:
     """One film of each abnormal class, by the digest of its path."""
     found: dict[str, str] = {}
-    for film in sorted(films, key=lambda film: digest(film.path)):  # type: ignore[attr-defined]
-        if film.label != healthy:  # type: ignore[attr-defined]
-            found.setdefault(film.label, film.path)  # type: ignore[attr-defined]
+    for film in sorted(films, key=lambda film: digest(film.path)):
+        if film.label != healthy:
+            found.setdefault(film.label, film.path)
     return [found[label] for label in sorted(found)]
 
 

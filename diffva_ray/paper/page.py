@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from jinja2 import Environment
 
@@ -118,5 +118,5 @@ def _markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def _bullets(texts: object) -> str:
-    return "\n".join(f"- {text}" for text in texts)  # type: ignore[attr-defined]
+def _bullets(texts: Iterable[str]) -> str:
+    return "\n".join(f"- {text}" for text in texts)

@@ -18,12 +18,13 @@ from diffva_ray.data.images import encode_grey, quantise
 from diffva_ray.model.bundle import pipeline_of
 from diffva_ray.storage import is_local, open_store
 from diffva_ray.train.sampling import FilmSet
+from diffva_ray.train.stage import Setting
 
 STEPS, GUIDANCE = 50, 7.5  # the pipeline's defaults, as in diffusers' script
 
 
 def class_images(
-    setting: Any, config: DenoiserConfig, device: torch.device, first: bool, wait: Callable[[], None]
+    setting: Setting, config: DenoiserConfig, device: torch.device, first: bool, wait: Callable[[], None]
 ) -> FilmSet:
     """``num_class_images`` films of ``prior_class`` below ``.train/class_images`` of the model folder: those that are
     missing are drawn by the first worker, each from a seed of its own, so that a resumed training has the same set."""
@@ -53,7 +54,7 @@ def class_images(
     return FilmSet(dataset, setting.films.size, setting.cache_megabytes)
 
 
-def _pipeline(setting: Any, device: torch.device) -> Any:
+def _pipeline(setting: Setting, device: torch.device) -> Any:
     base = setting.bundle.recipe.model.base
     if base is None:
         pipeline = pipeline_of(setting.bundle)

@@ -6,12 +6,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
 
 from diffva_ray.config import RecipeError
+from diffva_ray.config_stages import Stage as AnyStageConfig
 from diffva_ray.config_stages import StageConfig
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.storage import Store
@@ -99,7 +99,7 @@ KINDS = {
 }
 
 
-def make_stage(setting: Setting, config: Any) -> Stage:
+def make_stage(setting: Setting, config: AnyStageConfig) -> Stage:
     """The stage a recipe describes. Raises RecipeError, UnusableData."""
     if config.trains not in KINDS:
         raise RecipeError(f"train.stages: nothing trains {config.trains!r}; there are {', '.join(KINDS)}")
