@@ -23,12 +23,13 @@ from diffva_ray.config import fingerprint_difference
 from diffva_ray.data.films import UnusableData
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.figures import finished, reduced_metrics
-from diffva_ray.evaluate.records import Row, by_shard, read_records
+from diffva_ray.evaluate.records import by_shard, read_records
 from diffva_ray.evaluate.reduction import lesion_boxes
 from diffva_ray.evaluate.scores import score_records
 from diffva_ray.evaluate.summary import terminal
 from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.localization import dice_at
+from diffva_ray.schema import Row
 from diffva_ray.storage import open_store
 
 JOINED_BY = ["source_path", "label", "draw"]  # what makes records of two runs a pair

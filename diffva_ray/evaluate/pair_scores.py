@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from diffva_ray.data.images import BadImage
 from diffva_ray.data.lungs import find_lungs
-from diffva_ray.evaluate.records import Boxes, Images, Row, Truth, read_images, read_truth, under
+from diffva_ray.evaluate.records import Boxes, Images, Truth, read_images, read_truth, under
 from diffva_ray.evaluate.tables import by_label, finite_mean, known
 from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
@@ -22,6 +22,7 @@ from diffva_ray.metrics.localization import SALIENCY, patient_bootstrap
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS, Pair
 from diffva_ray.metrics.zones import zone_agreement, zone_energy, zone_masks
 from diffva_ray.model.card import read_card
+from diffva_ray.schema import Row
 from diffva_ray.storage import Store, StoreError, open_store
 
 if TYPE_CHECKING:  # they load torch

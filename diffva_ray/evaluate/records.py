@@ -19,7 +19,8 @@ from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, to
 from diffva_ray.generate.ledger import OVERLAYS, PATHS, committed
 from diffva_ray.generate.plan import SWEPT, Run, part
 from diffva_ray.metrics.localization import boxes_mask
-from diffva_ray.schema import Row, Status
+from diffva_ray.schema import Row as Row
+from diffva_ray.schema import Status
 from diffva_ray.storage import Store
 
 Boxes = dict[str, list[tuple[float, float, float, float]]]

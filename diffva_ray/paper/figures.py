@@ -31,13 +31,13 @@ from diffva_ray.evaluate.figures import (
     png,
     short,
 )
-from diffva_ray.evaluate.records import Images, Row, Truth, read_images, read_records, read_truth
+from diffva_ray.evaluate.records import Images, Truth, read_images, read_records, read_truth
 from diffva_ray.evaluate.tables import known
 from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.counterfactual import side_share
 from diffva_ray.paper.experiments import EXPERIMENTS, SETTINGS, guided
 from diffva_ray.paper.run import Made, settings_of
-from diffva_ray.schema import digest
+from diffva_ray.schema import Row, digest
 from diffva_ray.storage import open_store
 
 LEAST = 0.02  # red is at least that much of the grey range: a film's own noise is no finding

@@ -18,12 +18,12 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from diffva_ray.evaluate.figures import finished
-from diffva_ray.evaluate.records import Row, read_records
+from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.report.films import Pictured
 from diffva_ray.evaluate.tables import clean, known
 from diffva_ray.generate.ledger import overlays
 from diffva_ray.generate.plan import Run, part
-from diffva_ray.schema import Status
+from diffva_ray.schema import Row, Status
 
 FOLDER = "report/data"
 INDEX, DETAILS = 4000, 200  # records of one file

@@ -35,12 +35,13 @@ from diffva_ray.evaluate.figures import (
     settings_line,
     short,
 )
-from diffva_ray.evaluate.records import Row, read_images, read_records, read_truth
+from diffva_ray.evaluate.records import read_images, read_records, read_truth
 from diffva_ray.evaluate.reduction import lesion_boxes
 from diffva_ray.evaluate.report.assets import policy, style, templates
 from diffva_ray.evaluate.report.numbers import Card, Cell, Group, Table, count, number, plain
 from diffva_ray.evaluate.tables import ALL, clean, known
 from diffva_ray.generate.plan import RUN, Run
+from diffva_ray.schema import Row
 from diffva_ray.storage import Store, is_local, join, open_store
 
 PAGE, METRICS, SCATTER = "index.html", "metrics.json", "images/films.png"

@@ -21,9 +21,10 @@ from skimage.measure import approximate_polygon, find_contours
 
 from diffva_ray.data.images import BadImage, decode, decode_map, quantise, to_square
 from diffva_ray.evaluate.figures import finished
-from diffva_ray.evaluate.records import Boxes, Row, grey, read_truth
+from diffva_ray.evaluate.records import Boxes, grey, read_truth
 from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.localization import positive, score
+from diffva_ray.schema import Row
 from diffva_ray.storage import Store, open_store
 
 FOLDER = "report/images"
