@@ -193,10 +193,10 @@ def _judges(options: Options) -> list[ExternalJudge]:
     """Raises UnusableData, one line, for a judge that cannot be had."""
     if not options.judges:
         return []
-    from diffva_ray.metrics.external_judges import open_judge  # here, since it loads torch
+    from diffva_ray.metrics.external_judges import open_judges  # here, since it loads torch
 
     try:
-        return [open_judge(asked) for asked in options.judges]
+        return open_judges(options.judges)
     except ValueError as error:
         raise UnusableData(str(error)) from None
 

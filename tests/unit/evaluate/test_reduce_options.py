@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from diffva_ray.cli import main
 from diffva_ray.data.films import UnusableData
 from diffva_ray.evaluate.annotations import read_sources, read_zones
 from diffva_ray.evaluate.reduction import Options, reduce_run
+from diffva_ray.evaluate.report.result_tables import report_tables
 from diffva_ray.generate.plan import Request
 from diffva_ray.metrics.zones import ZONES
 from diffva_ray.pipeline import Execution, existing_run, generate_run
@@ -185,6 +188,23 @@ def test_external_judges_have_a_table_of_their_own(swept: Path, films: Path, mod
         assert row["confidence_gain"] == pytest.approx(same["confidence_gain"], abs=1e-6)
         assert row["judge"] == "judge of tiny"
     assert (swept / "tables" / "external_validity.md").exists()
+
+
+def test_judges_of_one_name_are_kept_apart(swept: Path, films: Path, model: Path, tmp_path: Path) -> None:
+    """The judges of two training seeds lie in folders of one name, as the documentation has it."""
+    seeds = [tmp_path / seed / "model" for seed in ("s1", "s2")]
+    for n, folder in enumerate(seeds):
+        shutil.copytree(model / "judge", folder / "judge")
+        weights = load_file(folder / "judge/model.safetensors")
+        save_file({name: (1 - 2 * n) * tensor for name, tensor in weights.items()}, folder / "judge/model.safetensors")
+    run, asked = existing_run(str(swept)), tuple(f"judge={folder}" for folder in seeds)
+    alone = [reduce_run(run, str(films), Options(judges=(one,))).metrics["external_validity"] for one in asked]
+    both = reduce_run(run, str(films), Options(judges=asked)).metrics["external_validity"]
+    assert [{**row, "judge": ""} for row in both] == [{**row, "judge": ""} for row in alone[0] + alone[1]]
+    assert alone[0] != alone[1]
+    assert len({row["judge"] for row in both}) == 2
+    assert all(row["judge"] == f"judge of model ({row['weights_sha256'][:8]})" for row in both)
+    assert "Validity, by judge of model (" in " ".join(t.title for t in report_tables({"external_validity": both}))
 
 
 def test_a_judge_that_cannot_be_had_is_one_line(swept: Path) -> None:
