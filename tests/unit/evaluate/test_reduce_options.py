@@ -101,6 +101,35 @@ def test_a_wrong_extractor_is_one_line_and_exit_2(extractor: str, said: str, swe
     assert result.stderr.strip().count("\n") == 0
 
 
+@pytest.fixture
+def movable(swept: Path, films: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of the run and of its data set, whose files may be damaged."""
+    run, data = shutil.copytree(swept, tmp_path / "run"), shutil.copytree(films, tmp_path / "data")
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**about, "data": str(data), "data_root": str(data)}))
+    for computed in (run / "features").glob("judge*"):
+        shutil.rmtree(computed)
+    (run / "_SUCCESS").unlink(missing_ok=True)
+    return run, data
+
+
+@pytest.mark.parametrize(
+    ("column", "damage"),
+    [("source_path", b"no image"), ("source_path", None), ("counterfactual_path", b"no image")],
+)
+def test_an_image_that_features_need_is_named(movable: tuple[Path, Path], column: str, damage: bytes | None) -> None:
+    run, data = movable
+    path = pd.read_parquet(run / "records")[column][3]
+    file = (data if column == "source_path" else run) / path
+    file.unlink()
+    if damage is not None:
+        file.write_bytes(damage)
+    result = CliRunner().invoke(main, ["reduce", str(run), "--extractor", "judge", "--executor", "inline"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"diffva reduce: {file}: needed for features and cannot be read any more (")
+    assert result.stderr.strip().count("\n") == 0
+
+
 def test_lpips_stands_in_the_table_of_likeness(swept: Path, films: Path, tmp_path: Path) -> None:
     models = pytest.importorskip("torchvision.models")
     pytest.importorskip("lpips")
