@@ -130,6 +130,29 @@ def test_an_image_that_features_need_is_named(movable: tuple[Path, Path], column
     assert result.stderr.strip().count("\n") == 0
 
 
+def test_films_that_have_gone_since_are_counted(movable: tuple[Path, Path]) -> None:
+    """Means of fewer films must not pass for means of all; with the films back the note goes."""
+    run, data = movable
+    records = pd.read_parquet(run / "records")
+    films = sorted(set(records["source_path"]))
+    beside = records.set_index("source_path")
+    gone = [films[0], beside.loc[films[1], "lesion_mask_path"].iloc[0], beside.loc[films[2], "twin_path"].iloc[0]]
+    kept = {path: (data / path).read_bytes() for path in gone}
+    (data / gone[0]).unlink()
+    (data / gone[1]).write_bytes(b"no image")
+    (data / gone[2]).unlink()
+    note = f"3 films, or masks or twins of theirs, cannot be read (first: {data / films[0]}); the rows that need them "
+    assert [text for text in _noted(run, data) if "cannot be read" in text] == [f"{note}leave them out"]
+    for path, content in kept.items():
+        (data / path).write_bytes(content)
+    assert not [text for text in _noted(run, data) if "cannot be read" in text]
+
+
+def _noted(run: Path, data: Path) -> list[str]:
+    (run / "_SUCCESS").unlink(missing_ok=True)
+    return reduce_run(existing_run(str(run)), str(data), Options()).metrics["notes"]
+
+
 def test_lpips_stands_in_the_table_of_likeness(swept: Path, films: Path, tmp_path: Path) -> None:
     models = pytest.importorskip("torchvision.models")
     pytest.importorskip("lpips")
