@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from diffva_ray import __version__
-from diffva_ray.config import GUESS, DataConfig, Recipe
+from diffva_ray.config import GUESS, Recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import BadImage, decode, quantise, to_square
+from diffva_ray.evaluate.direction import induces
 from diffva_ray.evaluate.figures import INK, MUTED, Scale, colour_bar, colour_limit, diverging, outline, overlay, png
 from diffva_ray.generate.measures import measure, unit
 from diffva_ray.generate.plan import check_settings
@@ -185,12 +186,6 @@ def _answer(
         numbers["psnr"] = None
     del numbers["reconstruction_sha256"]  # the sheet does not keep the reconstruction
     return Answer(prompt, counterfactual, signed, induces(prompt, recipe.data), numbers)
-
-
-def induces(prompt: str, data: DataConfig) -> bool:
-    """Whether a prompt asks for a finding: it names one of the recipe's abnormal classes."""
-    text = " ".join(prompt.split()).casefold()
-    return any(data.prompt(label).casefold() in text for label in data.prompts if label != data.healthy_class)
 
 
 def write_sheet(explanation: Explanation, path: str) -> None:

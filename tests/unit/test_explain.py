@@ -14,11 +14,10 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from diffva_ray.cli import main
-from diffva_ray.config import DataConfig
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import decode, encode_grey, quantise, to_square
-from diffva_ray.explain import Explanation, explain, induces, sheet, write_sheet
+from diffva_ray.explain import Explanation, explain, sheet, write_sheet
 from diffva_ray.pipeline import model_recipe
 from diffva_ray.schema import RECORDS, record_seed
 
@@ -125,14 +124,6 @@ def test_prompts_that_look_like_mathematics_are_drawn_as_they_are(explanation: E
 
     odd = replace(explanation.answers[0], prompt="$\\frac{ <b> " + "long " * 60)
     assert sheet(replace(explanation, answers=[odd], about={**explanation.about, "film": "$x_{/" * 40}))
-
-
-def test_a_prompt_that_names_a_finding_induces_it() -> None:
-    data = DataConfig()
-    assert induces("covid 19", data)
-    assert induces("Lung  Opacity in the right lung", data)
-    assert not induces("normal chest scan", data)
-    assert not induces("", data)
 
 
 def test_the_sheet_goes_to_the_current_folder(

@@ -17,7 +17,6 @@ from markupsafe import Markup
 
 from diffva_ray.evaluate import figures
 from diffva_ray.evaluate.figures import (
-    direction,
     finished,
     map_scale,
     own_boxes,
@@ -44,7 +43,7 @@ PAGE = "report/index.html"
 QUARANTINED = 100  # rows of the table, at most
 LISTED_BAD = 5000  # quarantined records of the viewer, at most
 SEEN = (
-    "record_id", "source_path", "label", "status", "error", "ssim", "map_energy", "judge_source",
+    "record_id", "source_path", "label", "prompt", "status", "error", "ssim", "map_energy", "judge_source",
     "judge_counterfactual", "counterfactual_path", "attribution_path", "reconstruction_path", "lung_mask_path",
     "lesion_mask_path", "twin_path", "width", "height",
 )  # columns read of every record; of a million, all of them would take several GB  # fmt: skip
@@ -154,7 +153,7 @@ def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
             ranked_by=figures.ranking(run, records)[1] if len(records) else "",
             contents=contents,
             unreadable=contents.chosen - len(contents.pictures),
-            induced=any(direction(run, label) < 0 for label in finished(records)["label"].unique()),
+            induced=figures.inducing(run, records),
             quarantine=bad.head(QUARANTINED).to_dict("records"),
             reasons=bad["status"].value_counts().to_dict(),
         )
