@@ -149,7 +149,7 @@ class GenerateConfig(Section):
 
 class EvaluateConfig(Section):
     max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
-    fid_subsets: int = 10
+    fid_subsets: int = Field(10, ge=2)
     resize: Literal["clean", "legacy"] = "clean"
 
 

@@ -156,4 +156,4 @@ class TrainConfig(Section):
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()  # beside TensorBoard, which is always written
     validation: ValidationConfig = ValidationConfig()
     cache_latents: bool = True
-    cache_megabytes: int = 1024  # decoded films kept in memory, at most; and as much again of latents
+    cache_megabytes: int = Field(1024, ge=0)  # decoded films kept in memory, at most; and as much again of latents

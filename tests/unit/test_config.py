@@ -26,6 +26,8 @@ def test_overrides_are_typed_and_reach_lists() -> None:
         ("train.stages.9.steps=1", "'9'"),
         ("nonsense.deeper.key=1", "nonsense"),
         ("model.base=somewhere", "either base"),
+        ("evaluate.fid_subsets=1", "evaluate.fid_subsets"),  # a jackknife needs two groups
+        ("train.cache_megabytes=-5", "train.cache_megabytes"),
     ],
 )
 def test_a_bad_override_is_named_in_one_line(override: str, named: str) -> None:
