@@ -33,10 +33,10 @@ from diffva_ray.evaluate.report.charts import charts
 from diffva_ray.evaluate.report.films import Palette, Pictured, map_file, sample, strip_file, write_pictures
 from diffva_ray.evaluate.report.numbers import cards, count, glance, number, plain
 from diffva_ray.evaluate.report.result_tables import report_tables
-from diffva_ray.generate.ledger import committed
+from diffva_ray.generate.ledger import committed, parts
 from diffva_ray.generate.plan import SUCCESS, Run
 from diffva_ray.model.card import UnusableModel, read_card
-from diffva_ray.schema import Status
+from diffva_ray.schema import RECORDS, Status
 from diffva_ray.storage import join, open_store
 
 PAGE = "report/index.html"
@@ -111,8 +111,9 @@ def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None, c
 
 def whole(run: Run, ids: set[str]) -> list[Row]:
     """All columns of some records, in plan order."""
-    table = committed(run)
-    return table.filter(pc.is_in(table["record_id"], pa.array(sorted(ids), pa.string()))).to_pandas().to_dict("records")
+    wanted = pa.array(sorted(ids), pa.string())
+    kept = [table.filter(pc.is_in(table["record_id"], wanted)) for _, table in parts(run, RECORDS.names)]
+    return pa.concat_tables(kept).to_pandas().to_dict("records") if kept else []
 
 
 def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
