@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from diffva_ray import __version__
-from diffva_ray.config import GUESS, DataConfig, Recipe
+from diffva_ray.config import GUESS, Recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
-from diffva_ray.data.films import UnusableData
+from diffva_ray.data.films import UnusableData, companions
 from diffva_ray.data.images import BadImage, decode, quantise, to_square
+from diffva_ray.evaluate.direction import induces
 from diffva_ray.evaluate.figures import INK, MUTED, Scale, colour_bar, colour_limit, diverging, outline, overlay, png
 from diffva_ray.generate.measures import measure, unit
 from diffva_ray.generate.plan import check_settings
@@ -88,7 +89,7 @@ def explain(
     name = film.rpartition("/")[2]
     seed = record_seed(recipe.seed, name, 0)
     square = to_square(pixels, engine.size)
-    lungs, lesion = (_beside(film, kind, engine.size) for kind in ("masks", "lesions"))
+    lungs, lesion = (mask_beside(film, kind, engine.size) for kind in ("masks", "lesions"))
     answers: list[Answer] = []
     for start in range(0, len(asked), config.micro_batch):
         some = asked[start : start + config.micro_batch]
@@ -151,15 +152,11 @@ def read_film(film: str, min_side: int) -> tuple[bytes, Image]:
         raise UnusableData(f"{film}: {error}" if isinstance(error, BadImage) else str(error)) from None
 
 
-def _beside(film: str, kind: str, size: int) -> Mask | None:
-    """The mask of the same name in the folder ``kind`` beside the film's ``images/``; None where there is none."""
-    folder, _, name = film.rpartition("/")
-    above, _, images = folder.rpartition("/")
-    if images != "images":
-        return None
-    store = open_store(f"{above}/{kind}" if above else "/" + kind if folder.startswith("/") else kind)
-    for candidate in dict.fromkeys((name, f"{name.rpartition('.')[0]}.png")):  # a JPEG film's mask may be a PNG
-        mask = read_mask(store, candidate, size)
+def mask_beside(film: str, kind: str, size: int) -> Mask | None:
+    """The mask [size, size] of the film at a path, found as a run finds it (``companions``); None without one."""
+    for path in companions(film, kind):
+        store, name = open_file(path)
+        mask = read_mask(store, name, size)
         if mask is not None:
             return mask
     return None
@@ -185,12 +182,6 @@ def _answer(
         numbers["psnr"] = None
     del numbers["reconstruction_sha256"]  # the sheet does not keep the reconstruction
     return Answer(prompt, counterfactual, signed, induces(prompt, recipe.data), numbers)
-
-
-def induces(prompt: str, data: DataConfig) -> bool:
-    """Whether a prompt asks for a finding: it names one of the recipe's abnormal classes."""
-    text = " ".join(prompt.split()).casefold()
-    return any(data.prompt(label).casefold() in text for label in data.prompts if label != data.healthy_class)
 
 
 def write_sheet(explanation: Explanation, path: str) -> None:

@@ -18,7 +18,7 @@ from diffva_ray.counterfactual.interpolation import between_films, between_promp
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import to_square
 from diffva_ray.evaluate.figures import INK, MUTED, Scale, colour_bar, colour_limit, diverging, png
-from diffva_ray.explain import LEAST_LIMIT, open_model, read_film, short_path, write_png
+from diffva_ray.explain import LEAST_LIMIT, mask_beside, open_model, read_film, short_path, write_png
 from diffva_ray.generate.plan import check_settings
 from diffva_ray.provenance import code_revision
 from diffva_ray.schema import record_seed
@@ -74,7 +74,8 @@ def interpolate(
     maps = None
     if other is None:
         first, second = prompts
-        twins = between_prompts(engine, squares[0], first, second, weights, seed)
+        lungs = mask_beside(film, "masks", engine.size)
+        twins = between_prompts(engine, squares[0], first, second, weights, seed, lungs)
         found = twins.counterfactuals
         maps = np.stack(
             [attribution(squares[0], rebuilt, twin, config) for rebuilt, twin in zip(twins.reconstructions, found)]

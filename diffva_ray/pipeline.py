@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from pydantic import ValidationError
 
-from diffva_ray.config import GUESS, SOURCE, Recipe, fingerprint, load_recipe, make_recipe
+from diffva_ray.config import GUESS, SOURCE, Recipe, fingerprint, fingerprint_difference, load_recipe, make_recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.evaluate.options import Options
@@ -82,14 +83,14 @@ def train_model(
     """
     store = open_store(out)
     keys, dataset = training_keys(recipe, data)
-    mark = fingerprint(keys)
     try:
         before = json.loads(store.read(TRAINING))
     except (FileNotFoundError, NotADirectoryError):
-        before = None
-    if before is not None and before != keys:
-        changed = sorted(key for key in keys if before.get(key) != keys[key])
-        raise FingerprintDiffers(out, changed, _short(before), _short(keys))
+        before = keys
+    old, new = _flat(_with_defaults(before)), _flat(keys)
+    if changed := fingerprint_difference(old, new):
+        raise FingerprintDiffers(out, changed, _short(old), _short(new))
+    mark = fingerprint(before)  # the one it was begun with: its card may carry it
     card = read_card(store)
     if card is not None:
         if card.get("training_fingerprint") != mark:
@@ -98,9 +99,9 @@ def train_model(
             )
         LOG.info("%s is trained already; nothing to do", out)
         return False
-    store.put(TRAINING, json.dumps(keys).encode())
+    store.put(TRAINING, json.dumps(before).encode())
     LOG.info("training recipe %s on %d films, %s workers", recipe.name, len(dataset.films), _spelt(workers))
-    about = {**provenance(), "data": data, "data_kind": dataset.kind}
+    about = {**provenance(), "data": _absolute(data), "data_kind": dataset.kind}
     if executor == "inline":
         from diffva_ray.train.checkpoint import Checkpoints
         from diffva_ray.train.loop import train
@@ -143,6 +144,23 @@ def _training_folder(out: str) -> Path:
     if not is_local(out):
         raise UnusableModel(f"--out {out}: training with --executor inline keeps its checkpoints on a local disk")
     return Path(open_store(out).uri) / ".train"
+
+
+def _with_defaults(keys: dict[str, Any]) -> dict[str, Any]:
+    """Keys of an earlier training, with the defaults of settings that came after it; as they are where a setting has
+    gone since."""
+    try:
+        recipe = Recipe.model_validate({"name": "", **{key: keys[key] for key in keys if key != "films"}})
+    except ValidationError:
+        return keys
+    return {**recipe.model_dump(mode="json", include={*keys}), "films": keys.get("films")}
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Sections and lists as one mapping from dotted keys, as ``--set`` writes them: train.stages.1.steps."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = [_flat(below, f"{name}.{key}" if name else str(key)) for key, below in items]
+    return {key: leaf for part in inner for key, leaf in part.items()} if inner else {name: value}
 
 
 def _short(keys: dict[str, Any]) -> dict[str, Any]:

@@ -77,5 +77,5 @@ class Cluster(Workplace):
             for _ in ActorPool(made).map_unordered(lambda one, portion: one.fill.remote(portion), list(portions)):
                 pass
         except ray.exceptions.RayTaskError as error:
-            raise error.cause from None  # BadImage, OSError, UnusableData: as from a loop
+            raise error.cause from None  # OSError, UnusableData: as from a loop
         return None

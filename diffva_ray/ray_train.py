@@ -155,4 +155,5 @@ def _watch(store: Store, stop: threading.Event) -> None:
         if progress is None:
             progress = Progress("training", about["total"], "steps", done=0, interval=10)
             progress.started -= about["seconds"]
-        progress.update(last, f"{about['stage']} loss {about['loss']:.4f}")
+        loss = "" if about["loss"] is None else f" loss {about['loss']:.4f}"
+        progress.update(last, f"{about['stage']}{loss}")

@@ -85,9 +85,10 @@ def describe(status: dict[str, Any]) -> str:
             return f"{status['uri']}: trained (recipe {status['recipe']}, digest {status['digest'][:12]})"
         if "done" not in status:
             return f"{status['uri']}: training has been started and has not reported yet"
+        loss = "" if status["loss"] is None else f"loss {status['loss']:.4f}, "
         return (
             f"{status['uri']}: {status['done']} of {status['total']} steps, stage {status['stage']}, "
-            f"loss {status['loss']:.4f}, about {duration(status['seconds_left'])} to go at that rate"
+            f"{loss}about {duration(status['seconds_left'])} to go at that rate"
         )
     lines = [
         f"{status['uri']}: {status['done']} of {status['planned']} records done, "

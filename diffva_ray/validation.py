@@ -28,7 +28,7 @@ Image = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Case:
-    """An abnormal film [size, size] in [0, 1], its lesion, its lungs (None: not known) and where it is scored."""
+    """An abnormal film [size, size] in [0, 1], its lesion and its lungs (None: not known)."""
 
     film: Image
     lesion: NDArray[np.bool_]

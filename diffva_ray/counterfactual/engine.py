@@ -74,6 +74,9 @@ def device_kind(name: str | None = None) -> str:
 class Counterfactuals:
     """One model, ready to heal films.
 
+    The bundle is taken over in place: its networks move to the device, change dtype and memory layout, and have their
+    upsamplers rewritten, so it cannot be saved or trained afterwards. Load the model again for that, or copy first.
+
     >>> heal = Counterfactuals.from_pretrained("runs/demo/model")     # doctest: +SKIP
     >>> twins = heal([film], [heal.settings("normal chest scan")], seeds=[0])   # doctest: +SKIP
     """

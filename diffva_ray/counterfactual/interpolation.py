@@ -18,10 +18,17 @@ Image = NDArray[np.float32]
 
 
 def between_prompts(
-    engine: Counterfactuals, film: Image, first: str, second: str, weights: Sequence[float], seed: int
+    engine: Counterfactuals,
+    film: Image,
+    first: str,
+    second: str,
+    weights: Sequence[float],
+    seed: int,
+    lungs: NDArray[np.bool_] | None = None,
 ) -> Twins:
     """Twins of one film [H, W] in [0, 1] under prompts from ``first`` (weight 0) to ``second`` (weight 1), all from the
-    same noise, by the recipe's method. At the ends they are what the engine makes of the two prompts."""
+    same noise, by the recipe's method, with the lung mask [size, size] where there is one. At the ends they are what
+    the engine makes of the two prompts."""
     settings = engine.settings()
     parts = []
     for start in range(0, len(weights), engine.config.micro_batch):
@@ -29,7 +36,7 @@ def between_prompts(
             replace(settings, prompt=Blend(first, second, weight))
             for weight in weights[start:][: engine.config.micro_batch]
         ]
-        parts.append(engine([film] * len(some), some, [seed] * len(some)))
+        parts.append(engine([film] * len(some), some, [seed] * len(some), [lungs] * len(some)))
     return Twins(
         np.concatenate([part.counterfactuals for part in parts]),
         np.concatenate([part.reconstructions for part in parts]),

@@ -159,11 +159,11 @@ class LatentDiffusion:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Grey films [n, size, size] in [0, 1] of latents of unit variance: the mean of the three channels, each
-        clamped first as in diffusers."""
+        clamped first as in diffusers; NaN where a channel is not finite, since a clamp makes infinity a grey level."""
         with self.watch("decode"):
             dtype = next(self.vae.parameters()).dtype
             colours = self.vae.decode((latents / self.scale).to(dtype)).sample.float() / 2 + 0.5
-            return colours.clamp(0, 1).mean(dim=1)
+            return torch.where(colours.isfinite().all(dim=1), colours.clamp(0, 1).mean(dim=1), torch.nan)
 
     def healed(self, latents: torch.Tensor, request: Edit) -> Healed:
         """The end of a method that edits in latent space alone."""

@@ -14,7 +14,7 @@ from itertools import groupby
 
 from diffva_ray.config import DataConfig
 from diffva_ray.data import boxes, chexpert, manifest
-from diffva_ray.data.films import Dataset, Film, UnusableData
+from diffva_ray.data.films import Dataset, Film, UnusableData, companions
 from diffva_ray.data.radiography import COMPANIONS
 from diffva_ray.observe import one_line
 from diffva_ray.storage import Store, open_store
@@ -105,13 +105,8 @@ def _completed(dataset: Dataset, known: set[str]) -> Dataset:
 
 
 def _with_companions(film: Film, beside: set[str]) -> Film:
-    head, _, name = film.path.rpartition("/")
-    above = head.removesuffix("images").rstrip("/") if head == "images" or head.endswith("/images") else head
-
-    def find(companion: str) -> str:
-        start = f"{above}/{companion}" if above else companion
-        names = (f"{start}/{name}", f"{start}/{name.rpartition('.')[0]}.png")  # a JPEG film's mask may be a PNG
-        return next((path for path in names if path in beside), "")
+    def find(kind: str) -> str:
+        return next((path for path in companions(film.path, kind) if path in beside), "")
 
     return replace(
         film,

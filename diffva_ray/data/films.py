@@ -45,6 +45,16 @@ class UnusableData(ValueError):
     """A data set that cannot be used; the message is one line that names it and says what is expected."""
 
 
+def companions(path: str, kind: str) -> tuple[str, ...]:
+    """Where the mask or twin of the film at ``path`` may lie, likeliest first: under the film's own name in a folder
+    ``kind`` (``masks``, ``lesions``, ``twins``) beside its ``images/``, or in the folder that holds the film."""
+    name = path.rpartition("/")[2]
+    folder = path[: len(path) - len(name)]
+    above = folder.removesuffix("images/") if f"/{folder}".endswith("/images/") else folder
+    names = (name, f"{name.rpartition('.')[0]}.png")  # a JPEG film's mask may be a PNG
+    return tuple(f"{above}{kind}/{name}" for name in dict.fromkeys(names))
+
+
 def image_files(entries: Iterable[Entry]) -> list[Entry]:
     """The entries named like an image; hidden files and folders (``._x.png``, ``.ipynb_checkpoints``) are left out."""
     return [

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from diffva_ray.data.films import Film
+from diffva_ray.data.films import Film, UnusableData
 from diffva_ray.data.images import BadImage, decode, to_square
 from diffva_ray.evaluate.census import Census, Home
 from diffva_ray.evaluate.records import stored_records
@@ -27,7 +27,7 @@ from diffva_ray.metrics.fid_controls import infinity, split_halves
 from diffva_ray.metrics.kid import kid
 from diffva_ray.metrics.manifold import prdc
 from diffva_ray.schema import digest
-from diffva_ray.storage import Store, StoreError, opened
+from diffva_ray.storage import Store, StoreError, join, opened
 
 if TYPE_CHECKING:  # it loads torch, which a driver that only plans has no use for
     from diffva_ray.metrics.features import Extractor
@@ -55,7 +55,7 @@ class Portion(Protocol):
         """The file's arrays; None where it is missing, damaged or of other images."""
 
     def fill(self, extractor: Extractor) -> None:
-        """Compute and write the file. Raises BadImage or OSError for an image that cannot be read and is needed."""
+        """Compute and write the file. Raises UnusableData for an image that cannot be read and is needed."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,13 @@ class HomePortion:
         assert run is not None
         data, size, ids = opened(run.about["data_root"]), run.recipe.model.resolution, self.ids.astype(str)
         rows = {row["record_id"]: row for row in stored_records(run, self.home)}
-        films = [partial(data.read, rows[record]["source_path"]) for record in ids]
-        twins = [partial(run.store.read, rows[record]["counterfactual_path"]) for record in ids]
+        films = [rows[record]["source_path"] for record in ids]
+        twins = [rows[record]["counterfactual_path"] for record in ids]
+        again = f"withdraw its shard with diffva verify {self.run} --repair and generate it again"
         arrays = {
             "ids": ids,
-            f"{extractor.name}/source": embed(extractor, films, size),
-            f"{extractor.name}/counterfactual": embed(extractor, twins, size),
+            f"{extractor.name}/source": _needed(extractor, data, films, size, "put it back where it was"),
+            f"{extractor.name}/counterfactual": _needed(extractor, run.store, twins, size, again),
         }
         run.store.put(self._kept(extractor), npz(arrays))
 
@@ -246,6 +247,24 @@ def embed(
         waiting.append(image)
     flush()
     return np.concatenate(found) if found else np.zeros((0, extractor.dimension), np.float32)
+
+
+def _needed(extractor: Extractor, store: Store, paths: Sequence[str], size: int, advice: str) -> NDArray[np.float32]:
+    """``embed`` of files none of which can be left out. Raises UnusableData, which names one that cannot be read."""
+    path = ""
+
+    def readers() -> Iterator[Callable[[], bytes]]:
+        nonlocal path
+        for path in paths:
+            yield partial(store.read, path)
+
+    try:
+        return embed(extractor, readers(), size)
+    except (BadImage, OSError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise UnusableData(
+            f"{join(store.uri, path)}: needed for features and cannot be read any more ({reason}); {advice}"
+        ) from None
 
 
 def reference_features(

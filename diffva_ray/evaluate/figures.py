@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from diffva_ray.data.boxes import match, parse
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import BadImage, decode_map
+from diffva_ray.evaluate.direction import direction
 from diffva_ray.evaluate.records import Boxes, Images, Row, Truth, read_images, read_records, read_truth
 from diffva_ray.generate.plan import SWEPT, Run
 from diffva_ray.schema import Status
@@ -106,12 +107,10 @@ def colour_limit(values: Image, least: float = 1e-3) -> float:
 
 def _sampled_maps(run: Run, records: pd.DataFrame) -> Iterator[Image]:
     """Maps of films from all over the run, under the sign in which they are shown red."""
-    ok = finished(records[["status", "label", "attribution_path"]]).sort_values("attribution_path")
-    signs = {label: direction(run, label) for label in ok["label"].unique()}
-    rows = list(zip(ok["attribution_path"], ok["label"]))
-    for path, label in rows[:: max(len(rows) // SAMPLED_MAPS, 1)][:SAMPLED_MAPS]:
+    ok = finished(records[["status", "label", "prompt", "attribution_path"]]).sort_values("attribution_path")
+    for row in ok[:: max(len(ok) // SAMPLED_MAPS, 1)][:SAMPLED_MAPS].to_dict("records"):
         try:
-            yield signs[label] * decode_map(run.store.read(path))
+            yield direction(run, row) * decode_map(run.store.read(row["attribution_path"]))
         except (OSError, BadImage):
             continue
 
@@ -121,9 +120,10 @@ def finished(records: pd.DataFrame) -> pd.DataFrame:
     return records[records["status"] == Status.OK.value]
 
 
-def direction(run: Run, label: str) -> int:
-    """1 where a film is healed, -1 where something is induced in a healthy one: the sign under which M is shown red."""
-    return -1 if label == run.recipe.data.healthy_class else 1
+def inducing(run: Run, records: pd.DataFrame) -> bool:
+    """Whether a finding is induced in any of the finished films."""
+    kinds = finished(records)[["label", "prompt"]].drop_duplicates().to_dict("records")
+    return any(direction(run, kind) < 0 for kind in kinds)
 
 
 def settings_line(run: Run) -> str:
@@ -148,7 +148,7 @@ def ranking(run: Run, records: pd.DataFrame) -> tuple[str, str]:
     """The column films are ranked by, and what it is called: the judge's verdict on the twin where films are healed
     and there is a judge, else SSIM."""
     ok = finished(records)
-    if ok["judge_counterfactual"].notna().all() and run.recipe.data.healthy_class not in ok["label"].unique():
+    if ok["judge_counterfactual"].notna().all() and not inducing(run, ok):
         return "judge_counterfactual", "the judge's probability of healthy"
     return "ssim", "SSIM"
 
@@ -234,7 +234,7 @@ def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
             place = ((LEFT + n * (PANEL + GAP)) / width, bottom / height, PANEL / width, PANEL / height)
             axes = figure.add_axes(place)
             axes.set_axis_off()
-            _panel(axes, title, film, scale, direction(run, film.row["label"]))
+            _panel(axes, title, film, scale, direction(run, film.row))
             if offset == 0:
                 axes.set_title(title, fontsize=8, color=INK, pad=4)
     colour_bar(figure, scale, (LEFT + 3 * (PANEL + GAP)) / width, (foot - 0.13) / height, PANEL / width, height)
@@ -244,7 +244,7 @@ def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
 
 
 def _caption(run: Run, records: pd.DataFrame, shown: Sequence[Shown], scale: Scale) -> str:
-    signs = {"M" if direction(run, film.row["label"]) > 0 else "−M (inducing)" for film in shown}
+    signs = {"M" if direction(run, film.row) > 0 else "−M (inducing)" for film in shown}
     text = (
         f"Rows of each class: highest, median and lowest film by {ranking(run, records)[1]}. Red: "
         f"{' or '.join(sorted(signs))} > τ = {scale.threshold:.3g} ({scale.threshold_from}), inside the lungs where "

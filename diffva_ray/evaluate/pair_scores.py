@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from diffva_ray.data.images import BadImage
 from diffva_ray.data.lungs import find_lungs
 from diffva_ray.evaluate.records import Boxes, Images, Truth, read_images, read_truth, under
+from diffva_ray.evaluate.scores import lost
 from diffva_ray.evaluate.tables import by_label, finite_mean, known
 from diffva_ray.generate.plan import Run
 from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
@@ -47,12 +48,19 @@ def run_judge(run: Run) -> Judge | None:
 
 
 def score_pairs(
-    run: Run, data: Store, rows: Sequence[Row], boxes: Boxes, judge: Judge | None, lpips: Lpips | None
+    run: Run,
+    data: Store,
+    rows: Sequence[Row],
+    boxes: Boxes,
+    judge: Judge | None,
+    lpips: Lpips | None,
+    unread: set[str] | None = None,
 ) -> list[Row]:
     """One row for each record whose pictures can be read: PAIR_METRICS, ``lpips``, and the cardiothoracic ratio before
-    and after where the heart is the matter; None for what is not known."""
+    and after where the heart is the matter; None for what is not known. Films that cannot be read, whole or in part,
+    are added to ``unread``."""
     found = []
-    for row, images, truth in _pictures(run, data, rows, boxes):
+    for row, images, truth in _pictures(run, data, rows, boxes, unread):
         pair = Pair(
             images.film, images.counterfactual, images.signed_map, row["label"], row, truth.lesion, truth.lungs, judge
         )
@@ -70,12 +78,21 @@ def _heart(film: NDArray[np.float32]) -> float | None:
     return None if lungs is None else cardiothoracic_ratio(lungs)
 
 
-def _pictures(run: Run, data: Store, rows: Sequence[Row], boxes: Boxes) -> Iterator[tuple[Row, Images, Truth]]:
+def _pictures(
+    run: Run, data: Store, rows: Sequence[Row], boxes: Boxes, unread: set[str] | None = None
+) -> Iterator[tuple[Row, Images, Truth]]:
+    """Of the records whose film can be read; the paths of others, and of films that lack a mask or twin that their
+    record names, are added to ``unread``."""
+    unread = set() if unread is None else unread
     for row in rows:
         try:
-            yield row, read_images(run, data, row), read_truth(run, data, row, boxes)
+            images, truth = read_images(run, data, row), read_truth(run, data, row, boxes)
         except (OSError, BadImage):
-            continue  # gone since generation: verify names it
+            unread.add(row["source_path"])
+            continue
+        if lost(row, truth):
+            unread.add(row["source_path"])
+        yield row, images, truth
 
 
 def external_rows(
@@ -163,12 +180,18 @@ def heart_rows(scores: list[Row]) -> list[Row]:
     return found
 
 
-def zone_rows(run: Run, data: Store, rows: Sequence[Row], scores: Mapping[str, NDArray[np.float64]]) -> list[Row]:
+def zone_rows(
+    run: Run,
+    data: Store,
+    rows: Sequence[Row],
+    scores: Mapping[str, NDArray[np.float64]],
+    unread: set[str] | None = None,
+) -> list[Row]:
     """Maps, and brightness alone, against Brixia scores of the films of ``rows``, by setting. Zones are thirds of the
     lungs' mask; without one, of the lungs that are found on the twin (whose lungs are dark); without those, of the
-    film's middle: ``lungs`` counts which."""
+    film's middle: ``lungs`` counts which. Films that cannot be read are added to ``unread``."""
     found = dict[tuple[str, str], list[tuple[NDArray[np.float64], NDArray[np.float64], str]]]()
-    for row, images, truth in _pictures(run, data, rows, {}):
+    for row, images, truth in _pictures(run, data, rows, {}, unread):
         lungs, how = truth.lungs, "mask"
         if lungs is None:
             lungs = find_lungs(images.counterfactual)

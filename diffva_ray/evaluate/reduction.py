@@ -48,7 +48,7 @@ from diffva_ray.generate.verification import MANIFEST, Problem, verify
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS
 from diffva_ray.model.training_films import TrainingFilms
 from diffva_ray.schema import RECORDS, digest
-from diffva_ray.storage import Store, open_file, open_store
+from diffva_ray.storage import Store, join, open_file, open_store
 
 if TYPE_CHECKING:
     from diffva_ray.metrics.external_judges import ExternalJudge
@@ -127,7 +127,8 @@ def _compute(
         thresholds, source = read_thresholds(options.threshold_from), options.threshold_from.rstrip("/").split("/")[-1]
     data = open_store(run.about["data_root"])
     judges = _judges(options)
-    pairs = score_pairs(run, data, records.sample, boxes, run_judge(run), _lpips(options, recipe.model.resolution))
+    lpips, unread = _lpips(options, recipe.model.resolution), set(places.unread)
+    pairs = score_pairs(run, data, records.sample, boxes, run_judge(run), lpips, unread)
     sets, within = distances(run, data_uri, options, records, notes, partial(workplace.embed, run, options))
     metrics: dict[str, Any] = {
         "fid": sets,
@@ -139,8 +140,13 @@ def _compute(
         "twin": tables.twin_rows(twins),
         "counterfactual": counterfactual_rows(pairs),
         "heart": heart_rows(pairs),
-        "brixia": zone_rows(run, data, records.asked, zones),
+        "brixia": zone_rows(run, data, records.asked, zones, unread),
     }
+    if unread:
+        notes.append(
+            f"{len(unread)} films, or masks or twins of theirs, cannot be read (first: {join(data.uri, min(unread))}); "
+            "the rows that need them leave them out"
+        )
     tables.add_lpips(metrics["ssim"], pairs)
     _say_training_films(records, metrics, notes)
     if len(places.films):
@@ -193,10 +199,10 @@ def _judges(options: Options) -> list[ExternalJudge]:
     """Raises UnusableData, one line, for a judge that cannot be had."""
     if not options.judges:
         return []
-    from diffva_ray.metrics.external_judges import open_judge  # here, since it loads torch
+    from diffva_ray.metrics.external_judges import open_judges  # here, since it loads torch
 
     try:
-        return [open_judge(asked) for asked in options.judges]
+        return open_judges(options.judges)
     except ValueError as error:
         raise UnusableData(str(error)) from None
 

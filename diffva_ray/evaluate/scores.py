@@ -29,13 +29,15 @@ Curve = tuple[NDArray[np.float64], int]  # sum of films' Dice curves, number of 
 @dataclass
 class Places:
     """Localisation scores of films: ``films`` has a row for each film and map, without its Dice curve; curves are
-    summed by (map under its setting, class under its setting), which is all that their means need."""
+    summed by (map under its setting, class under its setting), which is all that their means need. ``unread``: paths
+    of films that ought to be scored and cannot be read, or a mask or twin of theirs cannot."""
 
     films: pd.DataFrame = field(default_factory=pd.DataFrame)
     curves: dict[tuple[str, str], Curve] = field(default_factory=dict)
+    unread: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> Places:
+    def of(cls, rows: Sequence[Row], unread: Iterable[str] = ()) -> Places:
         """Rows of ``score_records`` or ``score_film``, with ``label``, ``source_path`` and perhaps ``setting``."""
         curves: dict[tuple[str, str], Curve] = {}
         for row in rows:
@@ -44,18 +46,19 @@ class Places:
             before, n = curves.get(key, (0.0, 0))
             curves[key] = before + row["dice_curve"].astype(np.float64), n + 1
         films = [{key: value for key, value in row.items() if key != "dice_curve"} for row in rows]
-        return cls(narrow(pd.DataFrame(films)), curves)
+        return cls(narrow(pd.DataFrame(films)), curves, set(unread))
 
     @classmethod
     def merged(cls, parts: Iterable[Places]) -> Places:
         """The films of all parts, one below the other; of a part no more than its films is kept."""
-        frames, curves = list[pd.DataFrame](), dict[tuple[str, str], Curve]()
+        frames, curves, unread = list[pd.DataFrame](), dict[tuple[str, str], Curve](), set[str]()
         for part in parts:
             frames.append(part.films)
+            unread |= part.unread
             for key, (total, n) in part.curves.items():
                 before, count = curves.get(key, (0.0, 0))
                 curves[key] = before + total, count + n
-        return cls(stacked(frames), curves)
+        return cls(stacked(frames), curves, unread)
 
     def mean_curve(self, map_name: str, label: str | None = None) -> NDArray[np.float64]:
         """Mean Dice curve [1, T] of a map over one class, or over all."""
@@ -77,11 +80,15 @@ def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return narrow(pd.concat(plain, ignore_index=True))
 
 
-def score_records(run: Run, data: Store, rows: list[Row], boxes: Boxes) -> tuple[list[Row], list[Row]]:
+def score_records(
+    run: Run, data: Store, rows: list[Row], boxes: Boxes, unread: set[str] | None = None
+) -> tuple[list[Row], list[Row]]:
     """Localisation rows (one per film and map) and twin rows (one per film with a lesion-free twin) of ``ok`` records.
 
-    A localisation row holds the scores of ``metrics.localization.FilmScore`` with its Dice curve.
+    A localisation row holds the scores of ``metrics.localization.FilmScore`` with its Dice curve. Films that cannot be
+    read, whole or in part (``lost``), are added to ``unread``.
     """
+    unread = set() if unread is None else unread
     localization, twins = [], []
     for row in rows:
         if not (row["lesion_mask_path"] or row["source_path"] in boxes or row["twin_path"]):
@@ -89,14 +96,23 @@ def score_records(run: Run, data: Store, rows: list[Row], boxes: Boxes) -> tuple
         try:
             truth = read_truth(run, data, row, boxes)
             images = read_images(run, data, row)
-        except (OSError, BadImage):
-            continue  # gone since generation: verify names it
+        except (OSError, BadImage):  # verify looks at the run's own files, so nobody else says that a film has gone
+            unread.add(row["source_path"])
+            continue
+        if lost(row, truth):
+            unread.add(row["source_path"])
         about = {"record_id": row["record_id"], "source_path": row["source_path"], "label": row["label"]}
         if truth.lesion is not None:
             localization += [{**about, **found} for found in _localization(images, truth, run)]
         if truth.twin is not None:
             twins.append({**about, **twin_scores(images, truth)})
     return localization, twins
+
+
+def lost(row: Row, truth: Truth) -> bool:
+    """Whether a record names a mask or a lesion-free twin that ``read_truth`` could not read."""
+    named = (("lesion_mask_path", truth.lesion), ("lung_mask_path", truth.lungs), ("twin_path", truth.twin))
+    return any(row[path] and known is None for path, known in named)
 
 
 def _localization(images: Images, truth: Truth, run: Run) -> list[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS
@@ -66,7 +67,7 @@ def print_summary(metrics: dict[str, Any], console: Console | None = None) -> No
         for key, head in shown.items():
             table.add_column(head, justify="left" if key in ("map", "judge", "label", "set1", "set2") else "right")
         for row in rows:
-            table.add_row(*(_cell(row.get(key)) for key in shown))
+            table.add_row(*(escape(_cell(row.get(key))) for key in shown))
         console.print(table)
     counts = metrics["records"]
     console.print(f"{counts['planned']} records planned, {counts['ok']} ok, {counts['quarantined']} quarantined")

@@ -42,9 +42,10 @@ def score_home(run: Run, home: Home, ids: Ids, boxes: Boxes, settings: Mapping[S
     """Scores of those records of one shard that the run has taken from it, where their lesions are known."""
     taken = set(ids.astype(str))
     rows = [row for row in stored_records(run, home) if row["record_id"] in taken]
-    places, twins = score_records(run, opened(run.about["data_root"]), rows, boxes)
+    unread = set[str]()
+    places, twins = score_records(run, opened(run.about["data_root"]), rows, boxes, unread)
     if len(settings) > 1:
         names = {row["record_id"]: settings[tuple(row[key] for key in SWEPT)] for row in rows}
         for row in (*places, *twins):
             row["setting"] = names[row["record_id"]]
-    return Places.of(places), narrow(pd.DataFrame(twins))
+    return Places.of(places, unread), narrow(pd.DataFrame(twins))

@@ -7,8 +7,8 @@ folder (another training seed, say). Weights come by path and nothing is downloa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ from diffva_ray.metrics.extractors import densenet, features2
 from diffva_ray.metrics.validity import load_judge
 from diffva_ray.storage import open_store
 
-NAMES = ("torchxrayvision", "judge")
 # Findings that make a lung opaque, as torchxrayvision calls them: what the classes healed here are made of.
 OPACITIES = ("Lung Opacity", "Pneumonia", "Consolidation", "Infiltration")
 
@@ -33,17 +32,6 @@ class ExternalJudge:
     sha256: str
     says: str
     healthy: Callable[[NDArray[np.float32]], NDArray[np.float64]]
-
-
-def open_judge(asked: str) -> ExternalJudge:
-    """``NAME=PATH``. Raises ValueError, one line that names the option, the file and what is wrong with it."""
-    name, _, path = asked.partition("=")
-    if name not in NAMES or not path:
-        raise ValueError(f"--judge {asked}: write one of {', '.join(f'{known}=PATH' for known in NAMES)}")
-    try:
-        return torchxrayvision_judge(path) if name == "torchxrayvision" else judge_of(path)
-    except ValueError as error:
-        raise ValueError(f"--judge {error}") from None
 
 
 def torchxrayvision_judge(weights: str | Path) -> ExternalJudge:
@@ -89,3 +77,34 @@ def judge_of(model: str) -> ExternalJudge:
     sha256 = hashlib.sha256(store.read("judge/model.safetensors")).hexdigest()
     says = f"its calibrated probability of {judge.healthy}"
     return ExternalJudge(f"judge of {Path(model).name}", sha256, says, judge.healthy_probability)
+
+
+JUDGES: dict[str, Callable[[str], ExternalJudge]] = {"torchxrayvision": torchxrayvision_judge, "judge": judge_of}
+
+
+def open_judge(asked: str) -> ExternalJudge:
+    """``NAME=PATH``. Raises ValueError, one line that names the option, the file and what is wrong with it."""
+    name, _, path = asked.partition("=")
+    if name not in JUDGES or not path:
+        raise ValueError(f"--judge {asked}: write one of {', '.join(f'{known}=PATH' for known in JUDGES)}")
+    try:
+        return JUDGES[name](path)
+    except ValueError as error:
+        raise ValueError(f"--judge {error}") from None
+
+
+def open_judges(asked: Sequence[str]) -> list[ExternalJudge]:
+    """The judges of several ``NAME=PATH``, each under a name of its own, since tables tell them apart by it: where two
+    would be called the same (model folders of one name), the first digits of their sha256 follow. Raises ValueError as
+    ``open_judge``, and for the same weights twice."""
+    judges = [open_judge(text) for text in asked]
+    first = dict[str, str]()
+    for text, judge in zip(asked, judges):
+        if judge.sha256 in first:
+            raise ValueError(f"--judge {text}: the same weights as --judge {first[judge.sha256]}; give each judge once")
+        first[judge.sha256] = text
+    names = [judge.name for judge in judges]
+    return [
+        replace(judge, name=f"{judge.name} ({judge.sha256[:8]})") if names.count(judge.name) > 1 else judge
+        for judge in judges
+    ]

@@ -35,6 +35,9 @@ SD_SCHEDULER: dict[str, Any] = {
 }
 
 
+REWRITTEN = ".kernel_00"  # of an upsampler that counterfactual.latent_diffusion.FourPhases has replaced
+
+
 @dataclass(kw_only=True)
 class Bundle:
     """The parts of a latent diffusion model. ``digest`` is empty until the model has been saved or loaded."""
@@ -143,8 +146,12 @@ def save(bundle: Bundle, store: Store, card: dict[str, Any]) -> str:
     """Write the diffusers folder, then ``diffva.json`` (whose appearance completes it); returns the digest.
 
     Adapters of LoRA are merged into the weights, or with ``train.lora.merge: false`` written beside the untouched ones
-    (``lora/``); the bundle has merged weights afterwards in either case.
+    (``lora/``); the bundle has merged weights afterwards in either case. Raises ValueError for a bundle that an engine
+    has taken over: its weights have names that no loader knows.
     """
+    buffers = (name for module in bundle.modules.values() for name, _ in module.named_buffers())
+    if any(name.endswith(REWRITTEN) for name in buffers):
+        raise ValueError("an engine (Counterfactuals) has rewritten this bundle in place; load the model again to save")
     quiet()
     backend = getattr(bundle.tokenizer, "backend_tokenizer", None)
     if backend is not None:  # a used tokenizer would save the padding of its last call, and change the digest

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Film
 from diffva_ray.data.images import BadImage
+from diffva_ray.evaluate.direction import direction
 from diffva_ray.evaluate.figures import (
     GAP,
     INK,
@@ -24,7 +25,6 @@ from diffva_ray.evaluate.figures import (
     PANEL,
     QUANTILE,
     TOP,
-    direction,
     figure_grid,
     finished,
     overlay,
@@ -179,7 +179,7 @@ def _read(variant: Variant, paths: Sequence[str]) -> list[_Panel | None]:
                 None
                 if row is None
                 else _Panel(row, read_images(variant.run, data, row), read_truth(variant.run, data, row, {}),
-                            direction(variant.run, row["label"]))
+                            direction(variant.run, row))
             )  # fmt: skip
         except (OSError, BadImage):
             panels.append(None)

@@ -112,7 +112,8 @@ class Journal:
             "stage_steps": next(other.steps for other in stages if other.name == stage),
             "done": self.steps_before(stage) + step,
             "total": sum(other.steps for other in stages),
-            "loss": next(entry["loss"] for entry in reversed(self.history) if "loss" in entry),
+            # None before the first ``log_every`` steps, where validation or a checkpoint comes earlier
+            "loss": next((entry["loss"] for entry in reversed(self.history) if "loss" in entry), None),
             "seconds": round(self.earlier + time.monotonic() - self.started, 1),
             "history": self.history,
         }

@@ -277,7 +277,9 @@ def test_the_cases_lead_into_the_viewer(visit: Visit, page_uri: str) -> None:
     case = page.locator(".case").nth(3)
     name = case.locator(".path").get_attribute("title")
     case.locator("a").click()
-    page.wait_for_function("name => document.getElementById('film-path').textContent === name", arg=name)
+    page.wait_for_function(  # fails in the end, where the film never comes
+        "name => document.getElementById('film-path').textContent === name", arg=name
+    )
 
 
 def test_the_keyboard_is_enough(visit: Visit, page_uri: str) -> None:

@@ -99,7 +99,9 @@ def test_training_on_ray_is_the_plain_loop(cluster, tiny: Recipe, films: Path, m
     out = tmp_path / "model"
     assert train_model(tiny, str(films), str(out))
     for part in ("vae", "unet", "text_encoder", "judge"):
-        for file in (out / part).glob("*.safetensors"):
+        files, expected = (sorted((folder / part).glob("*.safetensors")) for folder in (out, model))
+        assert [file.name for file in files] == [file.name for file in expected] != []
+        for file in files:
             ours, theirs = (torch.cat([value.flatten().float() for value in load_file(path).values()])
                             for path in (file, model / part / file.name))  # fmt: skip
             # Of all weights together: Adam makes a whole step of a gradient that is zero but for rounding.

@@ -17,7 +17,6 @@ from markupsafe import Markup
 
 from diffva_ray.evaluate import figures
 from diffva_ray.evaluate.figures import (
-    direction,
     finished,
     map_scale,
     own_boxes,
@@ -34,17 +33,17 @@ from diffva_ray.evaluate.report.charts import charts
 from diffva_ray.evaluate.report.films import Palette, Pictured, map_file, sample, strip_file, write_pictures
 from diffva_ray.evaluate.report.numbers import cards, count, glance, number, plain
 from diffva_ray.evaluate.report.result_tables import report_tables
-from diffva_ray.generate.ledger import committed
+from diffva_ray.generate.ledger import committed, parts
 from diffva_ray.generate.plan import SUCCESS, Run
 from diffva_ray.model.card import UnusableModel, read_card
-from diffva_ray.schema import Status
+from diffva_ray.schema import RECORDS, Status
 from diffva_ray.storage import join, open_store
 
 PAGE = "report/index.html"
 QUARANTINED = 100  # rows of the table, at most
 LISTED_BAD = 5000  # quarantined records of the viewer, at most
 SEEN = (
-    "record_id", "source_path", "label", "status", "error", "ssim", "map_energy", "judge_source",
+    "record_id", "source_path", "label", "prompt", "status", "error", "ssim", "map_energy", "judge_source",
     "judge_counterfactual", "counterfactual_path", "attribution_path", "reconstruction_path", "lung_mask_path",
     "lesion_mask_path", "twin_path", "width", "height",
 )  # columns read of every record; of a million, all of them would take several GB  # fmt: skip
@@ -112,8 +111,9 @@ def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None, c
 
 def whole(run: Run, ids: set[str]) -> list[Row]:
     """All columns of some records, in plan order."""
-    table = committed(run)
-    return table.filter(pc.is_in(table["record_id"], pa.array(sorted(ids), pa.string()))).to_pandas().to_dict("records")
+    wanted = pa.array(sorted(ids), pa.string())
+    kept = [table.filter(pc.is_in(table["record_id"], wanted)) for _, table in parts(run, RECORDS.names)]
+    return pa.concat_tables(kept).to_pandas().to_dict("records") if kept else []
 
 
 def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
@@ -154,7 +154,7 @@ def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
             ranked_by=figures.ranking(run, records)[1] if len(records) else "",
             contents=contents,
             unreadable=contents.chosen - len(contents.pictures),
-            induced=any(direction(run, label) < 0 for label in finished(records)["label"].unique()),
+            induced=figures.inducing(run, records),
             quarantine=bad.head(QUARANTINED).to_dict("records"),
             reasons=bad["status"].value_counts().to_dict(),
         )

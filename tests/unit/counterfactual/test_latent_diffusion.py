@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,12 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffva_ray.counterfactual.latent_diffusion import FourPhases, branches_share_their_start, speed_up_doubling
+from diffva_ray.counterfactual.latent_diffusion import (
+    FourPhases,
+    LatentDiffusion,
+    branches_share_their_start,
+    speed_up_doubling,
+)
 from diffva_ray.model.bundle import Bundle
 
 
@@ -44,6 +50,18 @@ def test_networks_with_four_phases_give_the_same(complete: Callable[[], Bundle])
 
 
 @torch.no_grad()
+def test_what_is_not_finite_is_no_grey_level(complete: Callable[[], Bundle]) -> None:
+    """A clamp alone makes an infinite channel white, and the record passes for ok."""
+    model, latents = LatentDiffusion(complete()), torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        colours = model.vae.decode(latents / model.scale).sample / 2 + 0.5
+        assert torch.equal(model.decode(latents), colours.clamp(0, 1).mean(dim=1))  # bit for bit
+    with torch.no_grad():
+        for value in (math.inf, -math.inf, math.nan):
+            model.vae.decoder.conv_out.bias[1] = value
+            assert model.decode(latents).isnan().all()
+
+
 def test_branches_that_share_their_start_give_the_same(complete: Callable[[], Bundle]) -> None:
     unet = complete().unet
     one, text = torch.randn(3, 4, 8, 8), torch.randn(6, 16, unet.config.cross_attention_dim)

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffva_ray.config import DataConfig
+from diffva_ray.evaluate import figures
+from diffva_ray.evaluate.direction import induces
 from diffva_ray.evaluate.figures import (
     QUANTILE,
     distributions,
     diverging,
     figure_grid,
+    inducing,
     map_scale,
     overlay,
     spanning,
@@ -54,6 +58,33 @@ def test_diverging_is_white_at_zero_red_above_and_blue_below() -> None:
     assert red[0] > 2 * red[2]
     assert blue[2] > 2 * blue[0]
     np.testing.assert_array_equal(beyond, red)
+
+
+def test_a_prompt_that_names_a_finding_induces_it() -> None:
+    data = DataConfig()
+    assert induces("covid 19", data)
+    assert induces("Lung  Opacity in the right lung", data)
+    assert not induces("normal chest scan", data)
+    assert not induces("", data)
+    assert not induces("no COVID 19", DataConfig(healthy_prompt="no COVID 19"))
+    assert induces("Cardiomegaly", data, "Cardiomegaly")  # a class that the recipe has no prompt for
+    assert [induces("Cardiomegaly", data, label) for label in ("Normal", "COVID", None)] == [True, False, False]
+    assert not induces("a normal chest scan, frontal", data, "Normal")
+
+
+@pytest.mark.parametrize(("prompt", "red"), [("normal chest scan", "M > τ"), ("COVID 19", "−M (inducing) > τ")])
+@pytest.mark.parametrize("labels", [("COVID", "Lung_Opacity"), ("Normal", "Normal")])
+def test_the_sign_of_the_overlay_follows_the_prompt(
+    make_run: MakeRun, prompt: str, red: str, labels: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Healthy films under the healthy prompt are healed, ill films under a finding's prompt made ill."""
+    captions: list[str] = []
+    fill = figures.textwrap.wrap
+    monkeypatch.setattr(figures.textwrap, "wrap", lambda text, width: captions.append(text) or fill(text, width))
+    run = make_run(prompt=prompt, labels=labels)
+    figure_grid(run)
+    assert f"Red: {red}" in captions[0]
+    assert inducing(run, read_records(run)) == (prompt == "COVID 19")
 
 
 @pytest.mark.parametrize("judged", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from diffva_ray.cli import main
 from diffva_ray.data.films import UnusableData
 from diffva_ray.evaluate.annotations import read_sources, read_zones
 from diffva_ray.evaluate.reduction import Options, reduce_run
+from diffva_ray.evaluate.report.result_tables import report_tables
 from diffva_ray.generate.plan import Request
 from diffva_ray.metrics.zones import ZONES
 from diffva_ray.pipeline import Execution, existing_run, generate_run
@@ -97,6 +100,58 @@ def test_a_wrong_extractor_is_one_line_and_exit_2(extractor: str, said: str, swe
     assert said in result.stderr
     assert f"--extractor {extractor}: " in result.stderr
     assert result.stderr.strip().count("\n") == 0
+
+
+@pytest.fixture
+def movable(swept: Path, films: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of the run and of its data set, whose files may be damaged."""
+    run, data = shutil.copytree(swept, tmp_path / "run"), shutil.copytree(films, tmp_path / "data")
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**about, "data": str(data), "data_root": str(data)}))
+    for computed in (run / "features").glob("judge*"):
+        shutil.rmtree(computed)
+    (run / "_SUCCESS").unlink(missing_ok=True)
+    return run, data
+
+
+@pytest.mark.parametrize(
+    ("column", "damage"),
+    [("source_path", b"no image"), ("source_path", None), ("counterfactual_path", b"no image")],
+)
+def test_an_image_that_features_need_is_named(movable: tuple[Path, Path], column: str, damage: bytes | None) -> None:
+    run, data = movable
+    path = pd.read_parquet(run / "records")[column][3]
+    file = (data if column == "source_path" else run) / path
+    file.unlink()
+    if damage is not None:
+        file.write_bytes(damage)
+    result = CliRunner().invoke(main, ["reduce", str(run), "--extractor", "judge", "--executor", "inline"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"diffva reduce: {file}: needed for features and cannot be read any more (")
+    assert result.stderr.strip().count("\n") == 0
+
+
+def test_films_that_have_gone_since_are_counted(movable: tuple[Path, Path]) -> None:
+    """Means of fewer films must not pass for means of all; with the films back the note goes."""
+    run, data = movable
+    records = pd.read_parquet(run / "records")
+    films = sorted(set(records["source_path"]))
+    beside = records.set_index("source_path")
+    gone = [films[0], beside.loc[films[1], "lesion_mask_path"].iloc[0], beside.loc[films[2], "twin_path"].iloc[0]]
+    kept = {path: (data / path).read_bytes() for path in gone}
+    (data / gone[0]).unlink()
+    (data / gone[1]).write_bytes(b"no image")
+    (data / gone[2]).unlink()
+    note = f"3 films, or masks or twins of theirs, cannot be read (first: {data / films[0]}); the rows that need them "
+    assert [text for text in _noted(run, data) if "cannot be read" in text] == [f"{note}leave them out"]
+    for path, content in kept.items():
+        (data / path).write_bytes(content)
+    assert not [text for text in _noted(run, data) if "cannot be read" in text]
+
+
+def _noted(run: Path, data: Path) -> list[str]:
+    (run / "_SUCCESS").unlink(missing_ok=True)
+    return reduce_run(existing_run(str(run)), str(data), Options()).metrics["notes"]
 
 
 def test_lpips_stands_in_the_table_of_likeness(swept: Path, films: Path, tmp_path: Path) -> None:
@@ -186,6 +241,23 @@ def test_external_judges_have_a_table_of_their_own(swept: Path, films: Path, mod
         assert row["confidence_gain"] == pytest.approx(same["confidence_gain"], abs=1e-6)
         assert row["judge"] == "judge of tiny"
     assert (swept / "tables" / "external_validity.md").exists()
+
+
+def test_judges_of_one_name_are_kept_apart(swept: Path, films: Path, model: Path, tmp_path: Path) -> None:
+    """The judges of two training seeds lie in folders of one name, as the documentation has it."""
+    seeds = [tmp_path / seed / "model" for seed in ("s1", "s2")]
+    for n, folder in enumerate(seeds):
+        shutil.copytree(model / "judge", folder / "judge")
+        weights = load_file(folder / "judge/model.safetensors")
+        save_file({name: (1 - 2 * n) * tensor for name, tensor in weights.items()}, folder / "judge/model.safetensors")
+    run, asked = existing_run(str(swept)), tuple(f"judge={folder}" for folder in seeds)
+    alone = [reduce_run(run, str(films), Options(judges=(one,))).metrics["external_validity"] for one in asked]
+    both = reduce_run(run, str(films), Options(judges=asked)).metrics["external_validity"]
+    assert [{**row, "judge": ""} for row in both] == [{**row, "judge": ""} for row in alone[0] + alone[1]]
+    assert alone[0] != alone[1]
+    assert len({row["judge"] for row in both}) == 2
+    assert all(row["judge"] == f"judge of model ({row['weights_sha256'][:8]})" for row in both)
+    assert "Validity, by judge of model (" in " ".join(t.title for t in report_tables({"external_validity": both}))
 
 
 def test_a_judge_that_cannot_be_had_is_one_line(swept: Path) -> None:

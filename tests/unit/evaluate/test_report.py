@@ -5,7 +5,8 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,15 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import encode_grey
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.report.catalogue import read_earlier, scripted, unscripted
 from diffva_ray.evaluate.report.charts import charts
 from diffva_ray.evaluate.report.films import most, sample, shares
 from diffva_ray.evaluate.report.numbers import cards, glance, wilson
-from diffva_ray.evaluate.report.page import write_report
+from diffva_ray.evaluate.report.page import whole, write_report
 from diffva_ray.evaluate.report.result_tables import report_tables
-from diffva_ray.generate.ledger import start_retry
+from diffva_ray.generate.ledger import parts, start_retry
 from diffva_ray.generate.plan import Run
 from diffva_ray.schema import RECORDS
 
@@ -262,8 +264,7 @@ def test_films_that_have_gone_are_counted(make_run: MakeRun) -> None:
     for file in (Path(run.about["data_root"]) / "COVID" / "images").iterdir():
         file.unlink()
     _, page = written(run)
-    assert "6 " in flat(page)
-    assert "cannot be read any more" in flat(page)
+    assert ". 6 have no picture here: their files cannot be read any more." in flat(page)
 
 
 def test_the_sample_is_even_over_classes_and_spans_the_scores(make_run: MakeRun) -> None:
@@ -277,21 +278,40 @@ def test_the_sample_is_even_over_classes_and_spans_the_scores(make_run: MakeRun)
     assert len(sample(records, 200)) == 12
 
 
-def test_boxes_given_to_the_report_are_outlined_and_scored(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_boxes_given_to_the_report_are_outlined_and_scored(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run()
-    asked: list[str | None] = []
+    for name in ("00", "02"):
+        (Path(run.about["data_root"]) / f"COVID/lesions/{name}.png").unlink()
+    (tmp_path / "boxes.csv").write_text("file,x,y,w,h\nCOVID/images/00.png,2,2,4,4\n")
+    write_report(run, boxes=str(tmp_path / "boxes.csv"))
+    found = {row["source_path"]: row for row in beside(run)[1]}
+    boxed, unknown = found["COVID/images/00.png"], found["COVID/images/02.png"]
+    assert boxed["lesion"].startswith("M")
+    assert 0 <= boxed["auroc"] <= 1
+    assert (unknown["lesion"], unknown["auroc"]) == ("", None)
+    (tmp_path / "boxes.csv").write_text("file,x,y,w,h\nelsewhere.png,2,2,4,4\n")
+    with pytest.raises(UnusableData, match="none of its files is a film of"):
+        write_report(run, boxes=str(tmp_path / "boxes.csv"))
 
-    def of_boxes(data: str, csv: str | None, notes: list[str]) -> dict[str, list[tuple[float, float, float, float]]]:
-        asked.append(csv)
-        return {"COVID/images/00.png": [(2.0, 2.0, 4.0, 4.0)]}
 
-    monkeypatch.setattr("diffva_ray.evaluate.report.page.lesion_boxes", of_boxes)
-    (Path(run.about["data_root"]) / "COVID/lesions/00.png").unlink()
-    write_report(run, boxes="boxes.csv")
-    assert asked == ["boxes.csv"]
-    found = next(row for row in beside(run)[1] if row["source_path"] == "COVID/images/00.png")
-    assert found["lesion"].startswith("M")
-    assert 0 <= found["auroc"] <= 1
+def test_of_the_records_that_are_not_shown_no_more_than_a_part_is_held(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of ten million records, all columns would take many GB."""
+    run, read = make_run(), list[weakref.ref[pa.Table]]()
+
+    def watched(run: Run, columns: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+        for number, table in parts(run, columns):
+            assert sum(earlier() is not None for earlier in read) <= 1  # which the loop has not let go of yet
+            read.append(weakref.ref(table))
+            yield number, table
+
+    monkeypatch.setattr("diffva_ray.evaluate.report.page.parts", watched)
+    records = read_records(run)
+    ids = set(records["record_id"][[1, 2, 11]])
+    assert [row["record_id"] for row in whole(run, ids)] == records["record_id"][[1, 2, 11]].tolist()
+    assert len(read) == 3
+    assert whole(run, set()) == []
 
 
 def test_a_sample_is_said(make_run: MakeRun) -> None:

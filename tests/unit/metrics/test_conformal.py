@@ -40,3 +40,12 @@ def test_new_healthy_films_keep_the_promise() -> None:
 def test_too_few_films_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"18 healthy films are too few .*; 19 would do"):
         conformal_threshold([np.zeros((2, 2), np.float32)] * 18, [None] * 18)
+
+
+def test_a_region_without_a_pixel_is_an_error() -> None:
+    """A lung mask of zeros."""
+    maps, empty = [np.zeros((2, 2), np.float32)] * 19, np.zeros((2, 2), bool)
+    with pytest.raises(ValueError, match="region without a pixel"):
+        conformal_threshold(maps, [None] * 18 + [empty], level=0.1)
+    with pytest.raises(ValueError, match="region without a pixel"):
+        attributed(maps[0], empty, 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from diffva_ray.data.phantoms import phantom
-from diffva_ray.metrics.external_judges import OPACITIES, open_judge
+from diffva_ray.metrics.external_judges import OPACITIES, open_judge, open_judges
 from diffva_ray.metrics.features import resized
 from diffva_ray.metrics.validity import load_judge
 from diffva_ray.storage import open_store
@@ -43,6 +44,14 @@ def test_the_judge_of_a_model_is_that_judge(model: Path) -> None:
     judge = open_judge(f"judge={model}")
     np.testing.assert_array_equal(judge.healthy(FILMS), own.healthy_probability(FILMS))
     assert "Normal" in judge.says
+
+
+def test_the_same_judge_twice_is_refused(model: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copy" / model.name
+    shutil.copytree(model / "judge", copied / "judge")
+    assert [judge.name for judge in open_judges([f"judge={model}"])] == [f"judge of {model.name}"]
+    with pytest.raises(ValueError, match=f"^--judge judge={copied}: the same weights as --judge judge={model}"):
+        open_judges([f"judge={model}", f"judge={copied}"])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from trainings import different, killed, run, weights, with_stages
 
 from diffva_ray.config import Recipe, RecipeError
-from diffva_ray.model.bundle import build, load
+from diffva_ray.model.bundle import Bundle, build, load
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.model.cross_attention import cross_attention_parameters
+from diffva_ray.status import describe, read_status
 from diffva_ray.train.checkpoint import Checkpoints
+from diffva_ray.train.journal import Journal
 from diffva_ray.validation import validation_of
 
 PARTS = ("vae", "unet", "text_encoder", "judge")
@@ -135,6 +138,24 @@ def test_validation_says_how_well_lesions_are_found_and_changes_nothing(
         assert name in said
 
 
+def test_a_validation_before_the_first_logged_loss_is_reported_without_one(
+    tiny: Recipe, films: Path, tmp_path: Path
+) -> None:
+    """Where the denoiser is the first stage, as in recipe ``paper``, nothing was logged when it is validated."""
+    recipe = with_stages(tiny, DENOISER, validation={"every": 1, "films": 1}, log_every=20)
+    validate, told = validation_of(recipe), list[str]()
+    assert validate is not None
+
+    def watched(bundle: Bundle, journal: Journal, stage: str, step: int) -> None:
+        validate(bundle, journal, stage, step)
+        told.append(describe(read_status(str(tmp_path))))
+
+    history = run(recipe, films, tmp_path, validate=watched)
+    assert [entry["step"] for entry in history if "validation_auroc" in entry] == [1, 2, 3]
+    assert [entry["step"] for entry in history if "loss" in entry] == [3]
+    assert "1 of 3 steps, stage joint, about " in told[0]
+
+
 def test_a_warm_up_moves_only_what_reads_the_prompt(tiny: Recipe, films: Path, tmp_path: Path) -> None:
     start = build(tiny)
     run(with_stages(tiny, {**DENOISER, "trainable": "cross-attention"}), films, tmp_path)
@@ -166,16 +187,12 @@ def test_lora_resumes_bitwise_and_exports_ordinary_weights(
     [
         ({}, {**DENOISER, "optimizer": "adamw8bit"}, "bitsandbytes"),
         ({"trackers": ["mlflow"]}, DENOISER, "mlflow"),
+        ({"trackers": ["wandb"]}, DENOISER, "wandb"),
     ],
 )
 def test_what_is_not_installed_is_named(
-    changes: dict, stage: dict, reason: str, tiny: Recipe, films: Path, tmp_path: Path
+    changes: dict, stage: dict, reason: str, tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("torch")
-    try:
-        __import__(reason)
-    except ImportError:
-        with pytest.raises(RecipeError, match=reason):
-            run(with_stages(tiny, stage, **changes), films, tmp_path)
-    else:
-        pytest.skip(f"{reason} is installed")
+    monkeypatch.setitem(sys.modules, reason, None)  # as if it were not installed
+    with pytest.raises(RecipeError, match=reason):
+        run(with_stages(tiny, stage, **changes), films, tmp_path)
