@@ -33,7 +33,8 @@ from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import by_shard, read_images, read_records, read_truth
 from diffva_ray.evaluate.scores import score_film
 from diffva_ray.generate.cost import calls
-from diffva_ray.generate.plan import Request, Run
+from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import Run, open_run
 from diffva_ray.methods import METHODS as KNOWN
 from diffva_ray.metrics.conformal import attributed, conformal_threshold
 from diffva_ray.metrics.localization import positive, smooth
@@ -121,16 +122,16 @@ def of(metrics: dict[str, Any], table: str, **match: Any) -> dict[str, Any]:
 def made(recipe: Recipe, data: str, model: str, out: Path, request: Request, threshold_from: Path | None) -> dict:
     pipeline.generate_run(recipe, data, model, str(out), request, pipeline.Execution(executor="inline"))
     options = Options(threshold_from=str(threshold_from) if threshold_from else None)
-    return pipeline.reduce(pipeline.existing_run(str(out)), options, executor="inline").metrics
+    return pipeline.reduce(open_run(str(out)), options, executor="inline").metrics
 
 
 def maps_of(run: Run) -> tuple[list[np.ndarray], list[np.ndarray | None], np.ndarray]:
     """Positive parts, regions and image-level scores (98 % quantile of the positive part in the region) of a run's
     films."""
-    data, saliency, regions = open_store(run.about["data_root"]), [], []
+    saliency, regions = [], []
     for row in read_records(run).to_dict("records"):
         saliency.append(positive(decode_map(run.store.read(row["attribution_path"]))))
-        regions.append(read_truth(run, data, row, {}).region)
+        regions.append(read_truth(run, row, {}).region)
     inside = [found if region is None else found[region] for found, region in zip(saliency, regions, strict=True)]
     return saliency, regions, np.array([np.quantile(part, 0.98) for part in inside])
 
@@ -150,7 +151,7 @@ def row_of(name: str, recipe: Recipe, model: str, data: dict[str, str], out: Pat
         pipeline.generate_run(
             recipe, data[split], model, str(out / f"healthy-{split}"), healthy, pipeline.Execution(executor="inline")
         )
-    runs = {name: pipeline.existing_run(str(out / name)) for name in ("test", "healthy-validation", "healthy-test")}
+    runs = {name: open_run(str(out / name)) for name in ("test", "healthy-validation", "healthy-test")}
     (_, _, ill), (calm, lungs, _), (unseen, places, well) = (maps_of(run) for run in runs.values())
     threshold = conformal_threshold(calm, lungs)
     place = of(metrics, "localization", map="positive", label="all")
@@ -178,10 +179,10 @@ def row_of(name: str, recipe: Recipe, model: str, data: dict[str, str], out: Pat
 def gradient_rows(run: Run, model: str, smoothing: float) -> list[dict[str, Any]]:
     """Gradient maps of the latent classifier, a competitor without a twin, on the films of a finished run."""
     classifier = FilmClassifier(LatentDiffusion(load(model)))
-    data, rows = open_store(run.about["data_root"]), []
+    rows = []
     for members in by_shard(read_records(run).to_dict("records")).values():
-        images = [read_images(run, data, row) for row in members]
-        truths = [read_truth(run, data, row, {}) for row in members]
+        images = [read_images(run, row) for row in members]
+        truths = [read_truth(run, row, {}) for row in members]
         stacked = np.stack([image.film for image in images])
         for name, function in BASELINES.items():
             found = function(classifier, stacked)
@@ -198,7 +199,7 @@ def picture(folder: Path) -> bytes:
     """A film of each class in a row of its own: the film, its true twin, and of every method below ``folder`` the twin
     and, under it, the signed map; all maps in one scale."""
     names = [name for name in METHODS if (folder / slug(name) / "test" / "_SUCCESS").exists()]
-    runs = {name: pipeline.existing_run(str(folder / slug(name) / "test")) for name in names}
+    runs = {name: open_run(str(folder / slug(name) / "test")) for name in names}
     tables = {name: read_records(run).set_index("source_path") for name, run in runs.items()}
     first = tables[names[0]]
     paths = [sorted(first.index[first["label"] == label])[0] for label in dict.fromkeys(first["label"])]
@@ -208,11 +209,10 @@ def picture(folder: Path) -> bytes:
     )
     figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.5 / figure.get_figheight())
     for row, path in enumerate(paths):
-        data = open_store(runs[names[0]].about["data_root"])
-        truth = read_truth(runs[names[0]], data, {**first.loc[path].to_dict(), "source_path": path}, {})
+        truth = read_truth(runs[names[0]], {**first.loc[path].to_dict(), "source_path": path}, {})
         for column, name in enumerate(names, 1):
             record = {**tables[name].loc[path].to_dict(), "source_path": path}
-            images = read_images(runs[name], data, record)
+            images = read_images(runs[name], record)
             above, below = panels[2 * row : 2 * row + 2, column]
             above.imshow(images.counterfactual, cmap="gray", vmin=0, vmax=1)
             below.imshow(images.signed_map, cmap=DIVERGING, vmin=-SCALE, vmax=SCALE)
@@ -262,7 +262,7 @@ def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str,
     for name, changes in METHODS.items():
         line(name, changes, model)
     if not only:
-        run = pipeline.existing_run(str(folder / "ddim-inversion" / "test"))
+        run = open_run(str(folder / "ddim-inversion" / "test"))
         metrics = json.loads(run.store.read("tables/metrics.json"))
         for name in ("brightness", "autoencoder_difference", "centre_prior"):
             place = of(metrics, "localization", map=name, label="all")

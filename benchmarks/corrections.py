@@ -22,6 +22,7 @@ from diffva_ray.config import make_recipe
 from diffva_ray.evaluate.reduction import Options
 from diffva_ray.generate.cost import calls
 from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import open_run
 from diffva_ray.model.card import read_card
 from diffva_ray.observe import set_up_logging
 from diffva_ray.provenance import code_revision, version
@@ -70,7 +71,7 @@ def main(demo: str, result: Path) -> None:
                 out = f"{demo}/corrections/{turn}-{split}"
                 pipeline.generate_run(recipe, f"{demo}/data/{split}", f"{demo}/model", out, Request())
                 options = Options(threshold_from=f"{demo}/corrections/{turn}-{source}" if source else None)
-                metrics = pipeline.reduce(pipeline.existing_run(out), options).metrics
+                metrics = pipeline.reduce(open_run(out), options).metrics
             place, twin = of(metrics, "localization", map="positive", label="all"), of(metrics, "twin", label="all")
             table.append(
                 {

@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 
-from diffva_ray.generate.plan import open_run
+from diffva_ray.generate.run import find_run
 from diffva_ray.provenance import code_revision, version
 from diffva_ray.storage import open_store
 
@@ -38,7 +38,7 @@ def turn(executor: str, words: list[str], out: Path, cores: str) -> dict[str, An
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise click.ClickException(f"{executor} failed: {done.stderr[-800:]}")
-    run = open_run(open_store(str(out)))
+    run = find_run(open_store(str(out)))
     assert run is not None
     commits = sorted((file.stat().st_mtime, file.stem) for file in (out / "records").glob("part-*.parquet"))
     each = (commits[-1][0] - commits[0][0]) / (len(commits) - 1)

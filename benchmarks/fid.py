@@ -27,7 +27,7 @@ LIBRARIES = ("torch", "numpy", "scipy", "pytorch_fid", "torchvision")
 
 def write_films(folder: Path, label: str, films: int) -> None:
     """Phantoms of the Radiography Database's size."""
-    from diffva_ray.data.images import encode_grey, quantise
+    from diffva_ray.data.encoding import encode_grey, quantise
     from diffva_ray.data.phantoms import phantom
 
     folder.mkdir(parents=True)

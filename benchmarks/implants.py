@@ -26,6 +26,7 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.implants import implant_set
 from diffva_ray.evaluate.options import Options
 from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import open_run
 from diffva_ray.model.bundle import load
 from diffva_ray.observe import LOG, set_up_logging
 from diffva_ray.provenance import code_revision, version
@@ -82,7 +83,7 @@ def main(model: str, pack: Path, count: int, result: Path) -> None:
             out = str(folder / f"run-{number}")
             execution = pipeline.Execution(executor="inline")
             pipeline.generate_run(make_recipe(values), made, model, out, Request(("Lung_Opacity",)), execution)
-            metrics = pipeline.reduce(pipeline.existing_run(out), Options(), executor="inline").metrics
+            metrics = pipeline.reduce(open_run(out), Options(), executor="inline").metrics
             place, twin = one(metrics["localization"], map="positive"), metrics["twin"][0]
             rows.append(
                 {

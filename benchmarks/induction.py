@@ -34,7 +34,8 @@ from diffva_ray.data.lungs import find_lungs
 from diffva_ray.data.phantoms import CAPTIONS, phantom_set
 from diffva_ray.evaluate.figures import INK, MUTED, png
 from diffva_ray.evaluate.records import by_shard, read_images, read_records, read_truth
-from diffva_ray.generate.plan import Request, Run
+from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import Run, open_run
 from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
 from diffva_ray.observe import LOG, set_up_logging
 from diffva_ray.provenance import code_revision, version
@@ -121,14 +122,13 @@ def _begins_denoiser(folder: Path) -> bool:
 
 def twins(run: Run) -> tuple[dict[str, dict[str, Image]], dict[str, NDArray[np.bool_]], dict[str, Image]]:
     """Twins by prompt and film, lung masks by film, and the films."""
-    data = open_store(run.about["data_root"])
     found: dict[str, dict[str, Image]] = {prompt: {} for prompt in PROMPTS}
     lungs, films = {}, {}
     for members in by_shard(read_records(run).to_dict("records")).values():
         for row in members:
-            images = read_images(run, data, row)
+            images = read_images(run, row)
             found[row["prompt"]][row["source_path"]] = images.counterfactual
-            lungs[row["source_path"]] = read_truth(run, data, row, {}).region
+            lungs[row["source_path"]] = read_truth(run, row, {}).region
             films[row["source_path"]] = images.film
     return found, lungs, films
 
@@ -235,7 +235,7 @@ def main(
         LOG.info("condition %s", name)
         out = str(work / f"run-{name}")
         pipeline.generate_run(recipe, test, model, out, request, pipeline.Execution(executor="inline"))
-        runs[name] = pipeline.existing_run(out)
+        runs[name] = open_run(out)
         table[name] = scores(runs[name])
     about = {
         "command": f"python benchmarks/induction.py --steps {steps} --films {films}",

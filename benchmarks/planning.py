@@ -39,7 +39,8 @@ def plan(folder: str, records: int) -> dict[str, Any]:
     from diffva_ray.config import load_recipe
     from diffva_ray.data.films import Dataset, Film
     from diffva_ray.generate.keys import pixel_keys
-    from diffva_ray.generate.plan import Request, make_plan, parse_sweep, start_run
+    from diffva_ray.generate.plan import Request, make_plan, parse_sweep
+    from diffva_ray.generate.run import start_run
     from diffva_ray.storage import open_store
 
     films = min(records, FILMS)
@@ -76,10 +77,10 @@ def plan(folder: str, records: int) -> dict[str, Any]:
 
 
 def opened(folder: str) -> Any:
-    from diffva_ray.generate.plan import open_run
+    from diffva_ray.generate.run import find_run
     from diffva_ray.storage import open_store
 
-    return open_run(open_store(folder))
+    return find_run(open_store(folder))
 
 
 def resume(folder: str, records: int) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def worker(folder: str, records: int) -> dict[str, Any]:
 
 def write_parts(folder: str, records: int) -> dict[str, Any]:
     """What a finished run has committed. Not measured: workers write a part in each shard's own time."""
-    from diffva_ray.generate.plan import FOLDERS, part
+    from diffva_ray.generate.run import FOLDERS, part
     from diffva_ray.schema import RECORDS
 
     run = opened(folder)
@@ -153,7 +154,7 @@ def reduce(folder: str, records: int) -> dict[str, Any]:
     from diffva_ray import storage
     from diffva_ray.evaluate.options import Options
     from diffva_ray.evaluate.reduction import reduce_run
-    from diffva_ray.generate.plan import FOLDERS, open_run, part
+    from diffva_ray.generate.run import FOLDERS, find_run, part
     from diffva_ray.storage import Entry, LocalStore
 
     class Pretended(LocalStore):
@@ -186,7 +187,7 @@ def reduce(folder: str, records: int) -> dict[str, Any]:
 
     NAME = stand_in().name
     storage.STORES[""] = Pretended
-    run = open_run(Pretended(folder))
+    run = find_run(Pretended(folder))
     assert run is not None
     began = time.perf_counter()
     metrics = reduce_run(run, f"{folder}/films", Options()).metrics

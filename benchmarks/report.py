@@ -30,9 +30,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from diffva_ray.config import load_recipe
-from diffva_ray.data.images import encode_grey, encode_map, quantise
+from diffva_ray.data.encoding import encode_grey, encode_map, quantise
 from diffva_ray.generate.keys import pixel_keys
-from diffva_ray.generate.plan import Request, part, start_run
+from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import part, start_run
 from diffva_ray.provenance import code_revision
 from diffva_ray.schema import PLAN, RECORDS
 from diffva_ray.storage import LocalStore, Store

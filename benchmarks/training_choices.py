@@ -23,6 +23,7 @@ from diffva_ray import pipeline
 from diffva_ray.config import Recipe, load_recipe, make_recipe
 from diffva_ray.evaluate.reduction import Options
 from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import open_run
 from diffva_ray.model.card import read_card
 from diffva_ray.observe import set_up_logging
 from diffva_ray.provenance import code_revision, version
@@ -74,7 +75,7 @@ def score(recipe: Recipe, demo: str, model: str, out: str) -> dict[str, float]:
     pipeline.generate_run(
         recipe, f"{demo}/data/validation", model, out, Request(), pipeline.Execution(executor="inline")
     )
-    metrics = pipeline.reduce(pipeline.existing_run(out), Options(), executor="inline").metrics
+    metrics = pipeline.reduce(open_run(out), Options(), executor="inline").metrics
 
     def of(table: str, key: str, **match: Any) -> float:
         rows = [row for row in metrics[table] if all(row[name] == value for name, value in match.items())]

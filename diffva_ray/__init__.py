@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from diffva_ray.data.phantoms import phantom as phantom
     from diffva_ray.evaluate.records import read_images as read_images
     from diffva_ray.evaluate.records import read_records as read_records
-    from diffva_ray.generate.plan import Run as Run
-    from diffva_ray.generate.plan import open_run as open_run
+    from diffva_ray.generate.run import Run as Run
+    from diffva_ray.generate.run import open_run as open_run
 
 __version__ = "0.1.0"
 
 _PLACES = {
     "Counterfactuals": "counterfactual.engine",
     "Recipe": "config",
-    "Run": "generate.plan",
+    "Run": "generate.run",
     "attribution": "counterfactual.attribution",
     "load_recipe": "config",
     "open_dataset": "data.datasets",
-    "open_run": "generate.plan",
+    "open_run": "generate.run",
     "phantom": "data.phantoms",
     "read_film": "data.images",
     "read_images": "evaluate.records",

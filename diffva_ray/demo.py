@@ -19,6 +19,7 @@ from diffva_ray.evaluate.report.page import write_report
 from diffva_ray.evaluate.summary import terminal
 from diffva_ray.evaluate.tables import overall
 from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import open_run
 from diffva_ray.observe import duration
 from diffva_ray.storage import join
 
@@ -54,8 +55,8 @@ def run_demo(out: str, quick: bool = False, seed: int = 0) -> str:
         ):
             pipeline.generate_run(used, folders[data], model, folder, Request())
             options = Options(resize=used.evaluate.resize, threshold_from=thresholds)
-            results[folder] = pipeline.reduce(pipeline.existing_run(folder), options).metrics
-    page = write_report(pipeline.existing_run(run))
+            results[folder] = pipeline.reduce(open_run(folder), options).metrics
+    page = write_report(open_run(run))
     print_demo(results[run], results[paper])
     took = duration(time.monotonic() - began)
     return f"done in {took} (films and training {duration(trained)}); open {page}"

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from diffva_ray import __version__
 from diffva_ray.config import GUESS, Recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.data.encoding import quantise
 from diffva_ray.data.films import UnusableData, companions
-from diffva_ray.data.images import BadImage, decode, quantise, to_square
+from diffva_ray.data.images import BadImage, decode, to_square
 from diffva_ray.evaluate.direction import induces
 from diffva_ray.evaluate.figures import INK, MUTED, Scale, colour_bar, colour_limit, diverging, outline, overlay, png
 from diffva_ray.generate.measures import measure, unit
@@ -83,7 +84,7 @@ def explain(
     asked = list(dict.fromkeys(prompts)) or [recipe.data.healthy_prompt]
     if len(asked) > MOST_PROMPTS:
         raise UnusableData(f"{len(asked)} prompts; a sheet has room for {MOST_PROMPTS}")
-    data, pixels = read_film(film, config.min_side)
+    data, pixels = open_film(film, config.min_side)
     engine, judge = open_model(model, recipe, asked, device)
     bundle = engine.bundle
     name = film.rpartition("/")[2]
@@ -134,7 +135,7 @@ def open_model(
         raise UnusableModel(str(error)) from None
 
 
-def read_film(film: str, min_side: int) -> tuple[bytes, Image]:
+def open_film(film: str, min_side: int) -> tuple[bytes, Image]:
     """The bytes of the film at a path (local or ``s3://``), and its pixels [H, W] in [0, 1]. Raises UnusableData."""
     store, name = open_file(film)
     if not name:

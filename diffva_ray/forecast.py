@@ -16,23 +16,9 @@ from diffva_ray.config import Recipe, make_recipe
 from diffva_ray.data.films import UnusableData
 from diffva_ray.generate.cost import Pace, cost, estimate
 from diffva_ray.generate.keys import pixel_keys
-from diffva_ray.generate.plan import (
-    ENVIRONMENT,
-    FOLDERS,
-    Request,
-    continue_run,
-    make_plan,
-    open_run,
-    part,
-)
-from diffva_ray.pipeline import (
-    Execution,
-    check_plan,
-    existing_run,
-    films_to_heal,
-    generate_run,
-    model_digest_of,
-)
+from diffva_ray.generate.plan import Request, make_plan
+from diffva_ray.generate.run import ENVIRONMENT, FOLDERS, continue_run, find_run, open_run, part
+from diffva_ray.pipeline import Execution, check_plan, films_to_heal, generate_run, model_digest_of
 from diffva_ray.provenance import torch_version
 from diffva_ray.status import read_status
 from diffva_ray.storage import open_store
@@ -43,7 +29,7 @@ ROW_BYTES = 1500  # of a record in a shard of ordinary size: its row and its fea
 def planned(recipe: Recipe, data: str, model: str, out: str, request: Request) -> dict[str, Any]:
     """What ``diffva generate`` would do, for ``--dry-run``; nothing is written. Raises what it would raise, but for
     what depends on the device."""
-    run = open_run(open_store(out))
+    run = find_run(open_store(out))
     if run is not None:
         keys = pixel_keys(recipe, request, model_digest_of(model), torch_version(), run.keys["device"])
         continue_run(run, {**keys, **{key: run.keys.get(key) for key in ENVIRONMENT}})
@@ -59,7 +45,7 @@ def planned_cost(
 ) -> dict[str, Any]:
     """What is left to do at ``out`` costs: counted (``generate.cost.cost``), and estimated at ``pace``, or else at
     that of the run's own finished shards, if it has any."""
-    run = open_run(open_store(out))
+    run = find_run(open_store(out))
     records, sweep = intent["records"], request.sweep
     if run is not None:
         status = read_status(out)
@@ -83,7 +69,7 @@ def probe(recipe: Recipe, data: str, model: str, request: Request) -> Pace:
     first = replace(request, limit=min(request.limit or 2 * size, 2 * size), sweep=one)
     with tempfile.TemporaryDirectory(prefix="diffva-probe-") as folder:
         generate_run(small, data, model, folder, first, Execution(executor="inline"))
-        run = existing_run(folder)
+        run = open_run(folder)
         shard = run.shards - 1 if run.shard_sizes()[run.shards - 1] == size else 0  # a padded one costs as much
         images = [file for kind in FOLDERS for file in (Path(folder) / kind / part(shard)).glob("*.png")]
         if not images:

@@ -18,7 +18,7 @@ from diffva_ray.counterfactual.interpolation import between_films, between_promp
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import to_square
 from diffva_ray.evaluate.figures import INK, MUTED, Scale, colour_bar, colour_limit, diverging, png
-from diffva_ray.explain import LEAST_LIMIT, mask_beside, open_model, read_film, short_path, write_png
+from diffva_ray.explain import LEAST_LIMIT, mask_beside, open_film, open_model, short_path, write_png
 from diffva_ray.generate.plan import check_settings
 from diffva_ray.provenance import code_revision
 from diffva_ray.schema import record_seed
@@ -65,8 +65,8 @@ def interpolate(
         )
     if other is not None and len(prompts) > 1:
         raise UnusableData("--to FILM goes with one --prompt at most")
-    data, pixels = read_film(film, config.min_side)
-    ends = [pixels] if other is None else [pixels, read_film(other, config.min_side)[1]]
+    data, pixels = open_film(film, config.min_side)
+    ends = [pixels] if other is None else [pixels, open_film(other, config.min_side)[1]]
     engine, judge = open_model(model, recipe, prompts, device)
     weights = [float(weight) for weight in np.linspace(0, 1, frames)]
     seed = record_seed(recipe.seed, film.rpartition("/")[2], 0)

@@ -23,17 +23,8 @@ from diffva_ray.evaluate.reduction import Reduced, reduce_run
 from diffva_ray.generate.budget import check_first_shards
 from diffva_ray.generate.keys import keys_now, pixel_keys
 from diffva_ray.generate.ledger import start_retry
-from diffva_ray.generate.plan import (
-    SUCCESS,
-    FingerprintDiffers,
-    PromptTooLong,
-    Request,
-    Run,
-    continue_run,
-    make_plan,
-    open_run,
-    start_run,
-)
+from diffva_ray.generate.plan import PromptTooLong, Request, make_plan
+from diffva_ray.generate.run import SUCCESS, FingerprintDiffers, Run, continue_run, find_run, start_run
 from diffva_ray.methods import METHODS
 from diffva_ray.model.card import TRAINING, UnusableModel, folder_digest, prompt_limit, read_card
 from diffva_ray.observe import LOG, Progress
@@ -188,7 +179,7 @@ def plan_run(
     """The run at ``out``: planned now, or found there and continued. Raises FingerprintDiffers, PlanError."""
     store = open_store(out)
     keys = pixel_keys(recipe, request, model_digest_of(model), torch_version(), device)
-    run = open_run(store)
+    run = find_run(store)
     if run is not None:
         return moved(continue_run(run, keys, execution.allow_environment_change), data)
     dataset = films_to_heal(recipe, data, request)
@@ -350,17 +341,6 @@ def retry_run(
         return _carry_out(there, run.about["model"], execution)
 
     return _with_device(execution, carry_out)
-
-
-def existing_run(uri: str) -> Run:
-    """The run at ``uri``. Raises UnusableData when nothing was planned there, or ``run.json`` is damaged."""
-    try:
-        run = open_run(open_store(uri))
-    except ValueError as error:
-        raise UnusableData(str(error)) from None
-    if run is None:
-        raise UnusableData(f"{uri}: no run there (no run.json); make one with diffva generate")
-    return run
 
 
 def reduce(run: Run, options: Options, executor: str = "ray") -> Reduced:

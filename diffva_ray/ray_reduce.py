@@ -16,7 +16,7 @@ from diffva_ray.evaluate.distances import Portion, embed_here
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import Boxes
 from diffva_ray.evaluate.workplace import Ids, Scores, Workplace, score_home
-from diffva_ray.generate.plan import Run, open_run
+from diffva_ray.generate.run import Run, find_run
 from diffva_ray.storage import open_store
 
 if TYPE_CHECKING:  # it loads torch, which tasks that score have no use for
@@ -28,7 +28,7 @@ WAITING = 512  # tasks that are asked for at a time
 
 @ray.remote(num_cpus=1)
 def _score_home(run: str, home: Home, ids: Ids, boxes: Boxes, settings: Mapping[Setting, str]) -> Scores:
-    found = open_run(open_store(run))
+    found = find_run(open_store(run))
     assert found is not None
     return score_home(found, home, ids, boxes, settings)
 
@@ -39,7 +39,7 @@ class Embedder:
     def __init__(self, run: str, options: Options, asked: str, device: str) -> None:
         from diffva_ray.evaluate.set_distances import open_extractor
 
-        opened = open_run(open_store(run))
+        opened = find_run(open_store(run))
         assert opened is not None
         self.open = lambda: open_extractor(asked, opened, options, device)
         self.extractor: Extractor | None = None

@@ -38,6 +38,9 @@ def record_id(source_key: str, label: str, prompt: str, method: str, settings: M
     """Name of one planned record: 20 hex digits (80 bits: two of 50 million collide with odds near 1e-9).
 
     ``source_key`` is the film's path relative to the data root, so moving a bucket keeps every id.
+
+    >>> len(record_id("COVID/images/1.png", "COVID", "normal chest scan", "sdedit", {"strength": 0.5}))
+    20
     """
     return digest([source_key, label, prompt, method, dict(settings)])[:20]
 
@@ -47,6 +50,11 @@ def record_seed(run_seed: int, source_key: str, draw: int) -> int:
 
     Prompt and settings stay out of it on purpose: all prompts and sweep points of one film share their noise, so they
     are paired comparisons.
+
+    >>> record_seed(0, "COVID/images/1.png", 0) == record_seed(0, "COVID/images/1.png", 0)
+    True
+    >>> record_seed(0, "COVID/images/1.png", 0) == record_seed(0, "COVID/images/1.png", 1)
+    False
     """
     return int(digest([run_seed, source_key, draw])[:16], 16) >> 1
 
@@ -73,44 +81,43 @@ PLAN = pa.schema(
     ]
 )
 
-RECORDS = pa.schema(
-    [
-        ("record_id", pa.string()),
-        ("source_path", pa.string()),  # this and the next three: relative to data_root in run.json
-        ("lung_mask_path", pa.string()),
-        ("lesion_mask_path", pa.string()),
-        ("twin_path", pa.string()),
-        ("source_sha256", pa.string()),
-        ("label", pa.string()),
-        ("prompt", pa.string()),
-        ("source_prompt", pa.string()),  # what the film was taken to show; empty: nothing in particular
-        ("method", pa.string()),
-        ("map", pa.string()),
-        ("scheduler", pa.string()),
-        ("strength", pa.float64()),
-        ("guidance_scale", pa.float64()),
-        ("num_inference_steps", pa.int32()),
-        ("seed", pa.int64()),
-        ("draw", pa.int32()),
-        ("model_digest", pa.string()),
-        ("counterfactual_path", pa.string()),  # this and the next two: relative to the run
-        ("attribution_path", pa.string()),
-        ("reconstruction_path", pa.string()),
-        ("width", pa.int32()),  # of the source file; the generated images have the recipe's resolution
-        ("height", pa.int32()),
-        ("ssim", pa.float64()),
-        ("ms_ssim", pa.float64()),
-        ("ms_ssim_scales", pa.int32()),
-        ("psnr", pa.float64()),
-        ("l1", pa.float64()),
-        ("map_energy", pa.float64()),
-        ("map_energy_lung_fraction", pa.float64()),
-        ("judge_source", pa.float64()),  # the judge's probability of the healthy class, before and after
-        ("judge_counterfactual", pa.float64()),
-        ("pixel_sha256", pa.string()),
-        ("map_sha256", pa.string()),
-        ("reconstruction_sha256", pa.string()),
-        ("status", pa.string()),
-        ("error", pa.string()),
-    ]
+COLUMNS = (  # of records/*.parquet: name, type, meaning
+    ("record_id", pa.string(), "the planned record's name, 20 hex digits"),
+    ("source_path", pa.string(), "the film, relative to data_root in run.json"),
+    ("lung_mask_path", pa.string(), "its lung mask, likewise; empty without one"),
+    ("lesion_mask_path", pa.string(), "its lesion mask, likewise"),
+    ("twin_path", pa.string(), "its true twin, likewise: phantoms and implants have one"),
+    ("source_sha256", pa.string(), "of the film's bytes"),
+    ("label", pa.string(), "the class it was planned under"),
+    ("prompt", pa.string(), "what the twin is to show"),
+    ("source_prompt", pa.string(), "what the film was taken to show; empty: nothing in particular"),
+    ("method", pa.string(), "the counterfactual method"),
+    ("map", pa.string(), "the stored map: its difference and its smoothing"),
+    ("scheduler", pa.string(), "the sampler"),
+    ("strength", pa.float64(), "how far the film was taken apart, in (0, 1]"),
+    ("guidance_scale", pa.float64(), "classifier-free guidance; 1 or less is none"),
+    ("num_inference_steps", pa.int32(), "scheduler steps at strength 1"),
+    ("seed", pa.int64(), "of the record's own noise"),
+    ("draw", pa.int32(), "which of a film's draws, from 0"),
+    ("model_digest", pa.string(), "of the weights that made it"),
+    ("counterfactual_path", pa.string(), "the twin, relative to the run"),
+    ("attribution_path", pa.string(), "the map, relative to the run"),
+    ("reconstruction_path", pa.string(), "the film given back unchanged, relative to the run"),
+    ("width", pa.int32(), "of the film's file, in pixels; made images have the recipe's resolution"),
+    ("height", pa.int32(), "of the film's file, in pixels"),
+    ("ssim", pa.float64(), "SSIM of film and twin, in [-1, 1]"),
+    ("ms_ssim", pa.float64(), "MS-SSIM of film and twin, in [0, 1]"),
+    ("ms_ssim_scales", pa.int32(), "its number of scales; five from 176 pixels"),
+    ("psnr", pa.float64(), "of film and twin, in dB; infinite for equal images"),
+    ("l1", pa.float64(), "mean |film - twin|, in [0, 1]"),
+    ("map_energy", pa.float64(), "mean |M|, in [0, 1]"),
+    ("map_energy_lung_fraction", pa.float64(), "share of it inside the lungs; null without a mask"),
+    ("judge_source", pa.float64(), "the judge's probability of healthy for the film; null without a judge"),
+    ("judge_counterfactual", pa.float64(), "the same for the twin"),
+    ("pixel_sha256", pa.string(), "of the twin's pixels"),
+    ("map_sha256", pa.string(), "of the map's levels"),
+    ("reconstruction_sha256", pa.string(), "of the reconstruction's pixels"),
+    ("status", pa.string(), "how the record ended"),
+    ("error", pa.string(), "why it is not ok; null where it is"),
 )
+RECORDS = pa.schema([(name, kind) for name, kind, _ in COLUMNS])

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffva_ray.data.films import UnusableData
 from diffva_ray.generate.ledger import overlays, parts
-from diffva_ray.generate.plan import SUCCESS, Run, open_run, part
+from diffva_ray.generate.run import SUCCESS, Run, find_run, part
 from diffva_ray.model.card import PROGRESS, TRAINING, read_card
 from diffva_ray.observe import duration
 from diffva_ray.schema import Status
@@ -18,7 +18,7 @@ from diffva_ray.storage import Store, open_store
 def read_status(uri: str) -> dict[str, Any]:
     """Counts of a run, or the position of a training. Raises UnusableData when ``uri`` is neither."""
     store = open_store(uri)
-    run = open_run(store)
+    run = find_run(store)
     if run is not None:
         return _run_status(run)
     card = read_card(store)

@@ -15,8 +15,9 @@ from diffva_ray.config import Recipe
 from diffva_ray.counterfactual.attribution import attribution
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.encoding import quantise
 from diffva_ray.data.films import UnusableData
-from diffva_ray.data.images import decode, decode_mask, quantise, to_square
+from diffva_ray.data.images import decode, decode_mask, to_square
 from diffva_ray.data.phantoms import ALL_CLASSES, phantom
 from diffva_ray.metrics.localization import positive, score
 from diffva_ray.model.bundle import Bundle

@@ -1,4 +1,4 @@
-"""Writes docs/reference from the code: every key of a recipe, and the help of every command.
+"""Writes docs/reference from the code: every key of a recipe, every column of the records, the help of every command.
 
 python docs/write_reference.py            # after a change of either
 python docs/write_reference.py --check    # exit 1 and the pages that say something else (a test does this)
@@ -17,6 +17,7 @@ import click
 from diffva_ray.cli import main
 from diffva_ray.config import Recipe
 from diffva_ray.config_stages import StageConfig
+from diffva_ray.schema import COLUMNS, Status
 
 FOLDER = Path(__file__).parent / "reference"
 WIDTH = 100
@@ -36,6 +37,12 @@ COMMANDS = """# Commands
 Written by `docs/write_reference.py` from the code (`diffva_ray/commands/`). `python jobs/VERB.py` takes the options of
 `diffva VERB`.
 """
+HEAD = """# Columns of the records
+
+Written by `docs/write_reference.py` from the code (`diffva_ray/schema.py`). One row for every planned record, in
+`records/part-*.parquet`, whatever became of it.
+"""
+STATUSES = ", ".join(f"`{status.value}`" for status in Status)
 
 
 def recipes_page() -> str:
@@ -140,7 +147,12 @@ def commands_page() -> str:
     return "\n".join([COMMANDS, *blocks])
 
 
-PAGES = {"recipes.md": recipes_page, "commands.md": commands_page}
+def columns_page() -> str:
+    rows = "".join(f"| `{name}` | {kind} | {meaning} |\n" for name, kind, meaning in COLUMNS)
+    return f"{HEAD}\n| column | type | meaning |\n| --- | --- | --- |\n{rows}\n`status` is one of {STATUSES}.\n"
+
+
+PAGES = {"recipes.md": recipes_page, "commands.md": commands_page, "columns.md": columns_page}
 
 
 def stale() -> list[str]:

@@ -50,8 +50,9 @@ def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_we
     from diffva_ray import pipeline
     from diffva_ray.evaluate.options import Options
     from diffva_ray.evaluate.summary import print_summary
+    from diffva_ray.generate.run import open_run
 
-    opened = pipeline.existing_run(run)
+    opened = open_run(run)
     options = Options(
         references=pipeline.parse_references(reference),
         boxes=boxes,
@@ -89,9 +90,9 @@ def report(run: str, boxes: str | None, served: bool, port: int, films: int | No
     """
     from diffva_ray.evaluate.report.page import write_report
     from diffva_ray.evaluate.report.serve import serve
-    from diffva_ray.pipeline import existing_run
+    from diffva_ray.generate.run import open_run
 
-    opened = existing_run(run)
+    opened = open_run(run)
     click.echo(f"open {write_report(opened, films, boxes)}")
     if served:
         serve(opened.store, port, click.echo)
@@ -179,10 +180,10 @@ def compare(run_a: str, run_b: str, out: str | None) -> None:
     """
     from diffva_ray.evaluate.comparison import compare_runs, print_comparison
     from diffva_ray.evaluate.report.comparison_page import output_store, write_comparison
-    from diffva_ray.pipeline import existing_run
+    from diffva_ray.generate.run import open_run
 
     try:
-        a, b = existing_run(run_a), existing_run(run_b)
+        a, b = open_run(run_a), open_run(run_b)
     except ValueError as error:  # an unknown scheme, or a run.json that is damaged
         raise UnusableData(str(error)) from None
     store = output_store(a, b, out)

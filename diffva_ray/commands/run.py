@@ -68,7 +68,8 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     """
     from diffva_ray.generate.budget import check_budget
     from diffva_ray.generate.plan import Request, parse_sweep
-    from diffva_ray.pipeline import Execution, existing_run, generate_run, model_recipe
+    from diffva_ray.generate.run import open_run
+    from diffva_ray.pipeline import Execution, generate_run, model_recipe
 
     overrides = with_flags(
         settings_overrides(options, "draws", "shard_size", "micro_batch"), data__healthy_class=options["healthy_class"]
@@ -103,7 +104,7 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     counts = generate_run(recipe, data, model, out, request, execution)
     if counts["shards"]:
         click.echo(f"{counts['ok']} of {counts['records']} records ok; next: diffva reduce {out}")
-    check_budget(existing_run(out))
+    check_budget(open_run(out))
     return DONE
 
 
@@ -131,11 +132,11 @@ def verify(run: str, repair: bool) -> int:
     Example:
         diffva verify runs/first
     """
+    from diffva_ray.generate.run import open_run
     from diffva_ray.generate.verification import requeue
     from diffva_ray.generate.verification import verify as check
-    from diffva_ray.pipeline import existing_run
 
-    opened = existing_run(run)
+    opened = open_run(run)
     problems = check(opened)
     for problem in problems[:20]:
         click.echo(f"shard {problem.shard}: {problem.what}" if problem.shard >= 0 else problem.what, err=True)
@@ -165,9 +166,10 @@ def retry(run: str, data: str | None, model: str | None, actors: int | None, gpu
         diffva retry runs/first
     """
     from diffva_ray.generate.budget import check_budget
-    from diffva_ray.pipeline import Execution, existing_run, retry_run
+    from diffva_ray.generate.run import open_run
+    from diffva_ray.pipeline import Execution, retry_run
 
-    opened = existing_run(run)
+    opened = open_run(run)
     execution = Execution(
         executor=executor,
         actors=actors,

@@ -16,7 +16,7 @@ import click
 from diffva_ray import __version__
 from diffva_ray.config import Recipe, RecipeError, Scheduler
 from diffva_ray.data.films import UnusableData
-from diffva_ray.generate.plan import FingerprintDiffers, PlanError
+from diffva_ray.generate.run import FingerprintDiffers, PlanError
 from diffva_ray.methods import METHODS
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.observe import set_up_logging
@@ -81,7 +81,7 @@ def exit_codes() -> dict[type[BaseException], int]:
     from diffva_ray.evaluate.reduction import Incomplete
     from diffva_ray.generate.attempts import OutOfMemory, WorkersKeepDying
     from diffva_ray.generate.budget import OverBudget
-    from diffva_ray.generate.plan import DamagedRun, Unfinished
+    from diffva_ray.generate.run import DamagedRun, Unfinished
 
     unusable = (RecipeError, UnusableData, UnusableModel, PlanError, DamagedRun, Unfinished, UnknownScheme, OSError)
     incomplete = (Incomplete, StoreError, WorkersKeepDying, OutOfMemory)

@@ -59,11 +59,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Twins:
-    """Grey images float32 [n, size, size] in [0, 1]; NaN where a network gave non-finite values."""
+    """What a call returns for n films: grey images float32 [n, size, size] in [0, 1], NaN where a network gave
+    non-finite values.
+
+    ``counterfactuals``: the healthy twins. ``reconstructions``: what the method would have returned had it changed
+    nothing (D(E(film)) where it goes through the autoencoder), of which compensated maps are made. ``sources``: the
+    prompt each film was taken to show; empty where the recipe names none or the film looks healthy to the model.
+    """
 
     counterfactuals: NDArray[np.float32]
-    reconstructions: NDArray[np.float32]  # what the method returns for a film it does not change; see Healed
-    sources: list[str]  # the prompt each film was taken to show
+    reconstructions: NDArray[np.float32]
+    sources: list[str]
 
 
 def device_kind(name: str | None = None) -> str:
@@ -72,13 +78,21 @@ def device_kind(name: str | None = None) -> str:
 
 
 class Counterfactuals:
-    """One model, ready to heal films.
+    """One model, ready to heal films: ``heal(films, settings, seeds)``.
+
+    >>> from diffva_ray.data.phantoms import phantom
+    >>> heal = Counterfactuals.from_pretrained("runs/demo/model")
+    >>> film = phantom("COVID", patient=7, size=heal.size).film
+    >>> twins = heal([film], [heal.settings("normal chest scan")], seeds=[0])
+    >>> twins.counterfactuals.shape == (1, heal.size, heal.size)
+    True
+
+    ``size`` is the side of the model's square in pixels, ``config`` the recipe's section ``generate``. ``device``:
+    ``cpu`` or ``cuda``, by default the GPU where there is one. On a CPU ``config.cpu_threads`` becomes torch's number
+    of threads for the whole process, since it changes pixels.
 
     The bundle is taken over in place: its networks move to the device, change dtype and memory layout, and have their
     upsamplers rewritten, so it cannot be saved or trained afterwards. Load the model again for that, or copy first.
-
-    >>> heal = Counterfactuals.from_pretrained("runs/demo/model")     # doctest: +SKIP
-    >>> twins = heal([film], [heal.settings("normal chest scan")], seeds=[0])   # doctest: +SKIP
     """
 
     def __init__(self, bundle: Bundle, config: GenerateConfig | None = None, device: str | None = None) -> None:
@@ -99,7 +113,10 @@ class Counterfactuals:
 
     @classmethod
     def from_pretrained(cls, model: str, device: str | None = None) -> Counterfactuals:
-        """The model folder or s3:// URI ``model`` with its own recipe. Raises UnusableModel."""
+        """The model in a folder or at an address such as ``s3://bucket/model``, with its own recipe.
+
+        Raises UnusableModel where there is none or it cannot be loaded, StoreError when the store fails.
+        """
         return cls(load(model), device=device)
 
     def compile(self) -> None:
@@ -151,17 +168,19 @@ class Counterfactuals:
         seeds: Sequence[int],
         lungs: Sequence[NDArray[np.bool_] | None] | None = None,
     ) -> Twins:
-        """Heal up to ``micro_batch`` films (grey, [H, W] in [0, 1], any size; squashed to the model's square), with
-        their lung masks [size, size] where there are any.
+        """Heal n films, at most ``config.micro_batch``: grey [H, W] in [0, 1] of any size, squashed to the model's
+        square. ``settings`` and ``seeds``: one for each film; ``lungs``: a mask [size, size] or None for each.
 
-        All settings of a call agree but for the prompt. Raises ValueError when they do not, or for unknown names.
+        All settings of a call agree but for the prompt. A film's twin depends on the film, its prompt, the settings and
+        its seed alone, not on its neighbours. Raises ValueError for settings that do not agree, unknown names, a prompt
+        that the model would cut, and arguments of unequal lengths or shapes; UnusableModel where the method needs a
+        network that the model has not.
         """
         count, full = len(films), self.config.micro_batch
         if not 1 <= count <= full:
-            raise ValueError(f"a call takes 1 to {full} films, got {count}")
+            raise ValueError(f"a call takes 1 to {full} films (config.micro_batch), got {count}")
+        self._check(films, settings, seeds, lungs)
         first = settings[0]
-        if any(replace(other, prompt=first.prompt) != first for other in settings):
-            raise ValueError("the settings of one call may differ in the prompt only")
         method = method_of(first.method, first.scheduler)
         slots = [*range(count), *[0] * (full - count)]
         squares = torch.from_numpy(np.stack([to_square(films[i], self.size) for i in slots])).to(self.device)
@@ -194,6 +213,32 @@ class Counterfactuals:
         healed = method(self.model, request)
         twins, unchanged = (films[:count].cpu().numpy() for films in (healed.counterfactuals, healed.reconstructions))
         return Twins(twins, unchanged, sources[:count])
+
+    def _check(
+        self,
+        films: Sequence[NDArray[np.float32]],
+        settings: Sequence[Settings],
+        seeds: Sequence[int],
+        lungs: Sequence[NDArray[np.bool_] | None] | None,
+    ) -> None:
+        counts = {"films": len(films), "settings": len(settings), "seeds": len(seeds)}
+        counts |= {} if lungs is None else {"lungs": len(lungs)}
+        if len(set(counts.values())) > 1:
+            given = ", ".join(f"{count} {name}" for name, count in counts.items())
+            raise ValueError(f"a call takes one of each for every film, got {given}")
+        square = (self.size, self.size)
+        for film in films:
+            if film.ndim != 2:
+                raise ValueError(f"a film is grey [H, W], got {list(film.shape)}")
+        for mask in lungs or ():
+            if mask is not None and mask.shape != square:
+                raise ValueError(f"a lung mask is {list(square)}, as the model's square, got {list(mask.shape)}")
+        if any(replace(other, prompt=settings[0].prompt) != settings[0] for other in settings):
+            raise ValueError("the settings of one call may differ in the prompt only")
+        for prompt in {setting.prompt for setting in settings if isinstance(setting.prompt, str)}:
+            if not self.fits(prompt):
+                limit = self.bundle.tokenizer.model_max_length
+                raise ValueError(f"prompt {prompt!r}: more than the {limit} tokens that this model reads")
 
     def _sources(self, latents: torch.Tensor, seeds: list[int]) -> list[str]:
         """The prompt of what each film shows: the recipe's, or the model's guess among the classes it was trained on.

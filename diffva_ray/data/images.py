@@ -6,19 +6,18 @@ decode, and however large the films, memory stays bounded: ``IN_FLIGHT``.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from io import BytesIO
-from threading import Condition
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
+from diffva_ray.data.admission import Admission
 from diffva_ray.observe import one_line
 from diffva_ray.optional import missing
 from diffva_ray.schema import Status
@@ -29,7 +28,6 @@ MAX_PIXELS = 100_000_000
 MAX_BYTES = 4 * MAX_PIXELS  # of one file; 16 bits a pixel, uncompressed, need half of it
 MAX_SCANS = 1000  # a progressive JPEG has about ten; each goes over all pixels, so a small file may take a day
 DEFLATED, HEADER = b"1.2.840.10008.1.2.1.99", 1 << 16  # DICOM's transfer syntax for that, and where it stands
-PNG_LEVEL = 6  # fixed, so that equal pixels are equal files
 
 # Opened by their own class: Image.open refuses sizes by a limit that is global to the process, before ours is asked.
 SIGNATURES: tuple[tuple[bytes, str, Callable[[BytesIO], Image.Image]], ...] = (
@@ -66,32 +64,11 @@ class BadImage(ValueError):
         self.status = status
 
 
-class Admission:
-    """Lets threads work on ``limit`` units (pixels, bytes) at a time; a larger piece of work than that goes alone."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._taken = 0
-        self._changed = Condition()
-
-    @contextmanager
-    def __call__(self, units: int) -> Iterator[None]:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._taken or self._taken + units <= self._limit)
-            self._taken += units
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._taken -= units
-                self._changed.notify_all()
-
-
 # A pixel takes about 10 bytes while it is decoded, and 30 in a DICOM. Films of 10 megapixels still go ten abreast.
 IN_FLIGHT = Admission(MAX_PIXELS)
 
 
-def decode(data: bytes, min_side: int = 1) -> np.ndarray:
+def decode(data: bytes, min_side: int = 1) -> NDArray[np.float32]:
     """The image in ``data`` as float32 [H, W] grey in [0, 1]; white is 1. Raises BadImage, and nothing else.
 
     PNG, JPEG, TIFF (first page), BMP and, with pydicom, DICOM; turned upright by its EXIF orientation.
@@ -299,7 +276,7 @@ def _dicom_pixels(film: Any) -> np.ndarray:
     return 1 - grey if photometric == "MONOCHROME1" else grey
 
 
-def to_square(image: np.ndarray, size: int) -> np.ndarray:
+def to_square(image: NDArray[np.floating], size: int) -> NDArray[np.float32]:
     """float [H, W] in [0, 1] squashed to float32 [size, size] in [0, 1], aspect not kept; the image itself if it fits.
 
     Bicubic whose support grows with the reduction: antialiased, and with less ringing at wires and edges than Lanczos.
@@ -310,34 +287,7 @@ def to_square(image: np.ndarray, size: int) -> np.ndarray:
     return np.clip(np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)), 0, 1)
 
 
-def quantise(image: np.ndarray) -> np.ndarray:
-    """Float grey in [0, 1] to uint8: round(255 * x), clipped."""
-    return np.clip(np.rint(255 * image), 0, 255).astype(np.uint8)
-
-
-def encode_grey(pixels: np.ndarray) -> bytes:
-    """uint8 [H, W] as an 8-bit grey PNG."""
-    if pixels.dtype != np.uint8 or pixels.ndim != 2:
-        raise ValueError(f"expected uint8 [H, W], got {pixels.dtype} {list(pixels.shape)}")
-    return encode_png(pixels)
-
-
-def encode_mask(mask: np.ndarray) -> bytes:
-    """bool [H, W] as an 8-bit grey PNG of 0 and 255."""
-    return encode_png(mask.astype(np.uint8) * 255)
-
-
-def encode_map(signed: np.ndarray) -> bytes:
-    """A signed map, float [H, W] in [-1, 1], as a 16-bit grey PNG of round(32767 * M) + 32768; zero is exact."""
-    return encode_png(map_levels(signed))
-
-
-def map_levels(signed: np.ndarray) -> np.ndarray:
-    """The uint16 levels in which ``encode_map`` stores a map; what ``map_sha256`` is taken of."""
-    return (np.rint(32767 * np.clip(np.asarray(signed, np.float64), -1, 1)) + 32768).astype(np.uint16)
-
-
-def decode_map(data: bytes) -> np.ndarray:
+def decode_map(data: bytes) -> NDArray[np.float32]:
     """The signed map of ``encode_map``'s bytes, as float32 [H, W] in [-1, 1]. Raises BadImage."""
 
     def steps() -> np.ndarray:
@@ -351,15 +301,31 @@ def decode_map(data: bytes) -> np.ndarray:
     return np.clip((_guarded(steps) - 32768) / 32767, -1, 1).astype(np.float32)
 
 
-def read_map(path: str) -> np.ndarray:
+def read_film(path: str) -> NDArray[np.float32]:
+    """The film in an image file (a local path or ``s3://``), as float32 grey [H, W] in [0, 1]; white is 1. See
+    ``decode`` for what is read, and how.
+
+    >>> film = read_film("runs/demo/data/test/COVID/images/COVID-3.png")
+    >>> film.ndim, bool(0 <= film.min() <= film.max() <= 1)
+    (2, True)
+
+    Raises FileNotFoundError when there is no such file, BadImage when it is no film, StoreError when the store fails,
+    UnknownScheme (a ValueError) for an address of another kind.
+    """
+    store, name = open_file(path)
+    return decode(store.read(name))
+
+
+def read_map(path: str) -> NDArray[np.float32]:
     """The attribution map in a run's PNG file (a local path or ``s3://``), as float32 [H, W] in [-1, 1].
 
     Positive is where the film is brighter than its healthy twin:
 
-        >>> from diffva_ray.data.images import read_map
-        >>> m = read_map("runs/demo/run/maps/part-00000/0a1b2c3d4e5f60718293.png")
-        >>> m.shape, m.min(), m.max()
-        ((64, 64), -0.031, 0.412)
+    >>> import pandas, os
+    >>> path = pandas.read_parquet("runs/demo/run/records")["attribution_path"][0]
+    >>> m = read_map(os.path.join("runs/demo/run", path))
+    >>> m.ndim, bool(-1 <= m.min() <= m.max() <= 1)
+    (2, True)
 
     Raises FileNotFoundError when there is no such file, BadImage when it is no map, StoreError when the store fails,
     UnknownScheme (a ValueError) for an address of another kind.
@@ -368,7 +334,7 @@ def read_map(path: str) -> np.ndarray:
     return decode_map(store.read(name))
 
 
-def decode_mask(data: bytes, size: int) -> np.ndarray:
+def decode_mask(data: bytes, size: int) -> NDArray[np.bool_]:
     """A mask's bytes as bool [size, size]: nearest pixel, above half of the format's maximum. Raises BadImage."""
     return _guarded(lambda: _decode(data, 1, lambda grey: _mask(grey, size)))
 
@@ -378,17 +344,3 @@ def _mask(grey: np.ndarray, size: int) -> np.ndarray:
         raise BadImage(f"a mask is 0 and white; this one reaches {grey.max():.3f} of white only")
     mask = Image.fromarray(np.where(grey > 0.5, 255, 0).astype(np.uint8))
     return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
-
-
-def pixel_digest(array: np.ndarray) -> str:
-    """sha256 (hex) of an array's type, shape and values, whatever its memory layout."""
-    array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    header = f"{array.dtype.str}{list(array.shape)}".encode()
-    return hashlib.sha256(header + array.tobytes()).hexdigest()
-
-
-def encode_png(pixels: np.ndarray) -> bytes:
-    """uint8 or uint16 [H, W], or uint8 [H, W, 3], as a PNG."""
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=PNG_LEVEL)
-    return buffer.getvalue()

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from diffva_ray.arrays import Mask
+from diffva_ray.data.encoding import quantise
 from diffva_ray.data.films import Dataset, Film, UnusableData
-from diffva_ray.data.images import BadImage, decode, decode_mask, quantise, to_square
+from diffva_ray.data.images import BadImage, decode, decode_mask, to_square
 from diffva_ray.data.lesions import LESIONS, Lesion
 from diffva_ray.data.lungs import find_lungs
 from diffva_ray.data.phantoms import CLASSES, visible_lesion, write_film

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from diffva_ray.data.encoding import quantise
 from diffva_ray.data.films import Dataset, Film
-from diffva_ray.data.images import BadImage, decode, describe, quantise
+from diffva_ray.data.images import BadImage, decode, describe
 from diffva_ray.observe import one_line
 from diffva_ray.schema import Status
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from diffva_ray.config import DataConfig
-from diffva_ray.data.images import encode_grey, encode_mask, quantise
+from diffva_ray.data.encoding import encode_grey, encode_mask, quantise
 from diffva_ray.data.lesions import LESIONS, Lesion, distractors
 from diffva_ray.data.thorax import Thorax, grid, lattice_noise
 from diffva_ray.observe import LOG

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from diffva_ray.evaluate.records import Boxes, Row, setting_names
 from diffva_ray.generate.ledger import OVERLAYS, parts
-from diffva_ray.generate.plan import SWEPT, Run
+from diffva_ray.generate.plan import SWEPT
+from diffva_ray.generate.run import Run
 from diffva_ray.schema import RECORDS, Status, digest
 
 SAMPLE = 100  # films of a class and setting whose pictures are read again, at most

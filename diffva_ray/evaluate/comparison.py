@@ -27,10 +27,9 @@ from diffva_ray.evaluate.records import by_shard, read_records
 from diffva_ray.evaluate.reduction import lesion_boxes
 from diffva_ray.evaluate.scores import score_records
 from diffva_ray.evaluate.summary import terminal
-from diffva_ray.generate.plan import Run
+from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import dice_at
 from diffva_ray.schema import Row
-from diffva_ray.storage import open_store
 
 JOINED_BY = ["source_path", "label", "draw"]  # what makes records of two runs a pair
 DRAWS = 1000
@@ -178,12 +177,11 @@ def _film_numbers(run: Run, records: list[Row], notes: list[str]) -> pd.DataFram
     before, after = (pd.to_numeric(frame[f"judge_{which}"]) for which in ("source", "counterfactual"))
     found["flip_rate"] = (after > 0.5).astype(float).where(before <= 0.5)
     found["confidence_gain"] = after - before
-    data = open_store(run.about["data_root"])
     said: list[str] = []
     boxes = lesion_boxes(run.about["data"], None, said)
     notes += [note for note in said if note not in notes]
     with ThreadPoolExecutor(8) as pool:  # waits on the store, mostly
-        scored = list(pool.map(lambda rows: score_records(run, data, rows, boxes), by_shard(records).values()))
+        scored = list(pool.map(lambda rows: score_records(run, rows, boxes), by_shard(records).values()))
     places = {row["record_id"]: row for found_here, _ in scored for row in found_here if row["map"] == "positive"}
     twins = {row["record_id"]: row for _, found_here in scored for row in found_here}
     threshold = fixed_threshold_of(run)

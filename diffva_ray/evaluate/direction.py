@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffva_ray.config import DataConfig
 from diffva_ray.evaluate.records import Row
-from diffva_ray.generate.plan import Run
+from diffva_ray.generate.run import Run
 
 
 def induces(prompt: str, data: DataConfig, label: str | None = None) -> bool:

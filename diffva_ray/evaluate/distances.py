@@ -20,7 +20,7 @@ from diffva_ray.data.images import BadImage, decode, to_square
 from diffva_ray.evaluate.census import Census, Home
 from diffva_ray.evaluate.records import stored_records
 from diffva_ray.generate.ledger import OVERLAYS
-from diffva_ray.generate.plan import Run, open_run, part
+from diffva_ray.generate.run import Run, find_run, part
 from diffva_ray.metrics.feature_set import Features, FeatureSet, release
 from diffva_ray.metrics.fid import delete_group_jackknife, frechet_distance_features, matched
 from diffva_ray.metrics.fid_controls import infinity, split_halves
@@ -79,7 +79,7 @@ class HomePortion:
         return found or read_npz(self.run, self._kept(extractor), ids, names)
 
     def fill(self, extractor: Extractor) -> None:
-        run = open_run(opened(self.run))
+        run = find_run(opened(self.run))
         assert run is not None
         data, size, ids = opened(run.about["data_root"]), run.recipe.model.resolution, self.ids.astype(str)
         rows = {row["record_id"]: row for row in stored_records(run, self.home)}

@@ -26,9 +26,9 @@ from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import BadImage, decode_map
 from diffva_ray.evaluate.direction import direction
 from diffva_ray.evaluate.records import Boxes, Images, Row, Truth, read_images, read_records, read_truth
-from diffva_ray.generate.plan import SWEPT, Run
+from diffva_ray.generate.plan import SWEPT
+from diffva_ray.generate.run import Run
 from diffva_ray.schema import Status
-from diffva_ray.storage import open_store
 
 Image = NDArray[np.float32]
 RED = np.array([0.90, 0.05, 0.08], np.float32)
@@ -178,13 +178,12 @@ class Shown:
 
 
 def _read_shown(run: Run, chosen: Sequence[tuple[str, Row]]) -> list[Shown]:
-    data = open_store(run.about["data_root"])
     paths = [row["source_path"] for _, row in chosen]
     boxes = {} if any(row["lesion_mask_path"] for _, row in chosen) else own_boxes(run, paths)
     shown = []
     for rank, row in chosen:
         try:
-            shown.append(Shown(rank, row, read_images(run, data, row), read_truth(run, data, row, boxes)))
+            shown.append(Shown(rank, row, read_images(run, row), read_truth(run, row, boxes)))
         except (OSError, BadImage):
             continue  # a film that has gone leaves the grid, not the run, without it
     return shown
@@ -193,11 +192,10 @@ def _read_shown(run: Run, chosen: Sequence[tuple[str, Row]]) -> list[Shown]:
 def own_boxes(run: Run, paths: Sequence[str]) -> Boxes:
     """The lesion boxes of the films ``paths`` in the ``boxes.csv`` of their data set, as ``open_dataset`` finds it, and
     without listing a data set of a million files; none where there is no such file or it cannot be used."""
-    data = open_store(run.about["data_root"])
     tops = {path.split("/")[0] for path in paths}
     for name in ("boxes.csv", *(f"{top}/boxes.csv" for top in tops if len(tops) == 1)):
         try:
-            return match(parse(data.read(name), name), paths)
+            return match(parse(run.data.read(name), name), paths)
         except OSError:
             continue
         except UnusableData:

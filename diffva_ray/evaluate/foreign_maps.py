@@ -19,7 +19,7 @@ from diffva_ray.data.boxes import ends
 from diffva_ray.data.films import Film, UnusableData
 from diffva_ray.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode, describe
 from diffva_ray.evaluate.records import read_records
-from diffva_ray.generate.plan import Run, open_run
+from diffva_ray.generate.run import Run, find_run
 from diffva_ray.schema import Status
 from diffva_ray.storage import Store, open_store
 
@@ -66,10 +66,10 @@ def open_maps(uri: str) -> MapFolder:
     """
     try:
         store = open_store(uri)
-        run = open_run(store)
+        run = find_run(store)
         above, _, name = store.uri.rstrip("/").rpartition("/")
         if run is None and name == MAPS and above:
-            run = open_run(open_store(above))
+            run = find_run(open_store(above))
     except ValueError as error:  # an unknown scheme, or a run.json that is damaged
         raise UnusableData(str(error)) from None
     if run is not None:

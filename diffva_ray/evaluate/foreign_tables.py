@@ -14,7 +14,7 @@ from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.foreign_scores import Scored
 from diffva_ray.evaluate.scores import Places
 from diffva_ray.evaluate.summary import terminal
-from diffva_ray.generate.plan import RUN
+from diffva_ray.generate.run import RUN
 from diffva_ray.storage import Store, open_store
 
 COLUMNS = {

@@ -16,7 +16,7 @@ from diffva_ray.data.lungs import find_lungs
 from diffva_ray.evaluate.records import Boxes, Images, Truth, read_images, read_truth, under
 from diffva_ray.evaluate.scores import lost
 from diffva_ray.evaluate.tables import by_label, finite_mean, known
-from diffva_ray.generate.plan import Run
+from diffva_ray.generate.run import Run
 from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
 from diffva_ray.metrics.counterfactual import flip_rate
 from diffva_ray.metrics.localization import SALIENCY, patient_bootstrap
@@ -24,7 +24,7 @@ from diffva_ray.metrics.pair_metrics import PAIR_METRICS, Pair
 from diffva_ray.metrics.zones import zone_agreement, zone_energy, zone_masks
 from diffva_ray.model.card import read_card
 from diffva_ray.schema import Row
-from diffva_ray.storage import Store, StoreError, open_store
+from diffva_ray.storage import StoreError, open_store
 
 if TYPE_CHECKING:  # they load torch
     from diffva_ray.metrics.external_judges import ExternalJudge
@@ -49,7 +49,6 @@ def run_judge(run: Run) -> Judge | None:
 
 def score_pairs(
     run: Run,
-    data: Store,
     rows: Sequence[Row],
     boxes: Boxes,
     judge: Judge | None,
@@ -60,7 +59,7 @@ def score_pairs(
     and after where the heart is the matter; None for what is not known. Films that cannot be read, whole or in part,
     are added to ``unread``."""
     found = []
-    for row, images, truth in _pictures(run, data, rows, boxes, unread):
+    for row, images, truth in _pictures(run, rows, boxes, unread):
         pair = Pair(
             images.film, images.counterfactual, images.signed_map, row["label"], row, truth.lesion, truth.lungs, judge
         )
@@ -79,14 +78,14 @@ def _heart(film: NDArray[np.float32]) -> float | None:
 
 
 def _pictures(
-    run: Run, data: Store, rows: Sequence[Row], boxes: Boxes, unread: set[str] | None = None
+    run: Run, rows: Sequence[Row], boxes: Boxes, unread: set[str] | None = None
 ) -> Iterator[tuple[Row, Images, Truth]]:
     """Of the records whose film can be read; the paths of others, and of films that lack a mask or twin that their
     record names, are added to ``unread``."""
     unread = set() if unread is None else unread
     for row in rows:
         try:
-            images, truth = read_images(run, data, row), read_truth(run, data, row, boxes)
+            images, truth = read_images(run, row), read_truth(run, row, boxes)
         except (OSError, BadImage):
             unread.add(row["source_path"])
             continue
@@ -95,15 +94,13 @@ def _pictures(
         yield row, images, truth
 
 
-def external_rows(
-    run: Run, data: Store, rows: Sequence[Row], boxes: Boxes, judges: Sequence[ExternalJudge]
-) -> list[Row]:
+def external_rows(run: Run, rows: Sequence[Row], boxes: Boxes, judges: Sequence[ExternalJudge]) -> list[Row]:
     """Flip rates by judges that this project did not train: of the films each of them calls abnormal, how many have a
     twin that it calls healthy. One row for each judge and class."""
     if not judges:
         return []
     told: list[Row] = []
-    for row, images, _ in _pictures(run, data, rows, boxes):
+    for row, images, _ in _pictures(run, rows, boxes):
         about: Row = {key: row[key] for key in ("source_path", "label", "setting") if key in row}
         for judge in judges:
             before, after = judge.healthy(np.stack([images.film, images.counterfactual]))
@@ -182,7 +179,6 @@ def heart_rows(scores: list[Row]) -> list[Row]:
 
 def zone_rows(
     run: Run,
-    data: Store,
     rows: Sequence[Row],
     scores: Mapping[str, NDArray[np.float64]],
     unread: set[str] | None = None,
@@ -191,7 +187,7 @@ def zone_rows(
     lungs' mask; without one, of the lungs that are found on the twin (whose lungs are dark); without those, of the
     film's middle: ``lungs`` counts which. Films that cannot be read are added to ``unread``."""
     found = dict[tuple[str, str], list[tuple[NDArray[np.float64], NDArray[np.float64], str]]]()
-    for row, images, truth in _pictures(run, data, rows, {}, unread):
+    for row, images, truth in _pictures(run, rows, {}, unread):
         lungs, how = truth.lungs, "mask"
         if lungs is None:
             lungs = find_lungs(images.counterfactual)

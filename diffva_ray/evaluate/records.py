@@ -17,7 +17,8 @@ from PIL import Image
 from diffva_ray.data.films import Film
 from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, to_square
 from diffva_ray.generate.ledger import OVERLAYS, PATHS, committed
-from diffva_ray.generate.plan import SWEPT, Run, part
+from diffva_ray.generate.plan import SWEPT
+from diffva_ray.generate.run import Run, part
 from diffva_ray.metrics.localization import boxes_mask
 from diffva_ray.schema import Row as Row
 from diffva_ray.schema import Status
@@ -106,24 +107,27 @@ def grey(store: Store, path: str) -> NDArray[np.float32]:
     return np.asarray(Image.open(io.BytesIO(store.read(path))).convert("L"), np.float32) / np.float32(255)
 
 
-def read_images(run: Run, data: Store, row: Row) -> Images:
-    """The four pictures of an ``ok`` record. Raises FileNotFoundError or BadImage when a file is gone or damaged."""
+def read_images(run: Run, row: Row) -> Images:
+    """The four pictures of an ``ok`` record, a row of ``read_records`` as a dictionary.
+
+    Raises FileNotFoundError or BadImage when a file is gone or damaged, StoreError when the store fails.
+    """
     size = run.recipe.model.resolution
     return Images(
-        to_square(decode(data.read(row["source_path"])), size),
+        to_square(decode(run.data.read(row["source_path"])), size),
         grey(run.store, row["counterfactual_path"]),
         grey(run.store, row["reconstruction_path"]),
         decode_map(run.store.read(row["attribution_path"])),
     )
 
 
-def read_truth(run: Run, data: Store, row: Row, boxes: Boxes) -> Truth:
+def read_truth(run: Run, row: Row, boxes: Boxes) -> Truth:
     """What the data set knows about a record's film, its lesion-free twin included."""
     size = run.recipe.model.resolution
     film = Film(row["source_path"], row["label"], -1, row["lung_mask_path"] or "", row["lesion_mask_path"] or "")
-    truth = film_truth(data, film, boxes, row["width"], row["height"], size)
+    truth = film_truth(run.data, film, boxes, row["width"], row["height"], size)
     try:
-        twin = to_square(decode(data.read(row["twin_path"])), size) if row["twin_path"] else None
+        twin = to_square(decode(run.data.read(row["twin_path"])), size) if row["twin_path"] else None
     except (OSError, BadImage):
         twin = None
     return replace(truth, twin=twin)

@@ -43,7 +43,7 @@ from diffva_ray.evaluate.set_distances import distances
 from diffva_ray.evaluate.workplace import Workplace
 from diffva_ray.generate.budget import check_quarantined
 from diffva_ray.generate.ledger import OVERLAYS, overlays
-from diffva_ray.generate.plan import PLAN_FILE, RUN, SUCCESS, Run
+from diffva_ray.generate.run import PLAN_FILE, RUN, SUCCESS, Run
 from diffva_ray.generate.verification import MANIFEST, Problem, verify
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS
 from diffva_ray.model.training_films import TrainingFilms
@@ -125,10 +125,9 @@ def _compute(
     thresholds, source = None, None
     if options.threshold_from:
         thresholds, source = read_thresholds(options.threshold_from), options.threshold_from.rstrip("/").split("/")[-1]
-    data = open_store(run.about["data_root"])
     judges = _judges(options)
     lpips, unread = _lpips(options, recipe.model.resolution), set(places.unread)
-    pairs = score_pairs(run, data, records.sample, boxes, run_judge(run), lpips, unread)
+    pairs = score_pairs(run, records.sample, boxes, run_judge(run), lpips, unread)
     sets, within = distances(run, data_uri, options, records, notes, partial(workplace.embed, run, options))
     metrics: dict[str, Any] = {
         "fid": sets,
@@ -136,16 +135,16 @@ def _compute(
         "ssim": tables.ssim_rows(records.frame, recipe.generate.ssim_preset, recipe.model.resolution),
         "localization": tables.localization_rows(places, thresholds, source),
         "validity": tables.validity_rows(records.frame),
-        "external_validity": external_rows(run, data, records.sample, boxes, judges),
+        "external_validity": external_rows(run, records.sample, boxes, judges),
         "twin": tables.twin_rows(twins),
         "counterfactual": counterfactual_rows(pairs),
         "heart": heart_rows(pairs),
-        "brixia": zone_rows(run, data, records.asked, zones, unread),
+        "brixia": zone_rows(run, records.asked, zones, unread),
     }
     if unread:
         notes.append(
-            f"{len(unread)} films, or masks or twins of theirs, cannot be read (first: {join(data.uri, min(unread))}); "
-            "the rows that need them leave them out"
+            f"{len(unread)} films, or masks or twins of theirs, cannot be read (first: "
+            f"{join(run.data.uri, min(unread))}); the rows that need them leave them out"
         )
     tables.add_lpips(metrics["ssim"], pairs)
     _say_training_films(records, metrics, notes)

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from diffva_ray.data.images import BadImage
 from diffva_ray.evaluate.records import Boxes, Images, Truth, read_images, read_truth, under
-from diffva_ray.generate.plan import Run
+from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import SALIENCY, baselines, score
 from diffva_ray.metrics.ssim import psnr, ssim
-from diffva_ray.storage import Store
 
 Row = dict[str, Any]
 SIMPLE = ("auroc", "auprc", "dice_best", "iou_best", "pointing_game", "energy_in_truth")
@@ -81,7 +80,7 @@ def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def score_records(
-    run: Run, data: Store, rows: list[Row], boxes: Boxes, unread: set[str] | None = None
+    run: Run, rows: list[Row], boxes: Boxes, unread: set[str] | None = None
 ) -> tuple[list[Row], list[Row]]:
     """Localisation rows (one per film and map) and twin rows (one per film with a lesion-free twin) of ``ok`` records.
 
@@ -94,8 +93,8 @@ def score_records(
         if not (row["lesion_mask_path"] or row["source_path"] in boxes or row["twin_path"]):
             continue
         try:
-            truth = read_truth(run, data, row, boxes)
-            images = read_images(run, data, row)
+            truth = read_truth(run, row, boxes)
+            images = read_images(run, row)
         except (OSError, BadImage):  # verify looks at the run's own files, so nobody else says that a film has gone
             unread.add(row["source_path"])
             continue

@@ -24,7 +24,7 @@ from diffva_ray.evaluate.distances import (
 )
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import under
-from diffva_ray.generate.plan import Run, open_run
+from diffva_ray.generate.run import Run, find_run
 from diffva_ray.metrics.feature_set import FeatureSet
 from diffva_ray.metrics.fid import frechet_distance_features
 from diffva_ray.metrics.fid_controls import conditional
@@ -255,7 +255,7 @@ def reference(
 ) -> Reference | None:
     """Class ``label`` of a data set, or the counterfactuals of another run's class; None, and a note, when nobody asked
     for it and it is not there. Raises UnusableData."""
-    other = open_run(open_store(uri)) if not uri.lower().endswith((".csv", ".parquet")) else None
+    other = find_run(open_store(uri)) if not uri.lower().endswith((".csv", ".parquet")) else None
     if other is not None:
         records = census(other)
         chosen = (records.frame["label"] == label).to_numpy()

@@ -14,8 +14,8 @@ from diffva_ray.evaluate.distances import Portion, embed_here
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import Boxes, stored_records
 from diffva_ray.evaluate.scores import Places, narrow, score_records
-from diffva_ray.generate.plan import SWEPT, Run
-from diffva_ray.storage import opened
+from diffva_ray.generate.plan import SWEPT
+from diffva_ray.generate.run import Run
 
 if TYPE_CHECKING:  # it loads torch, which whoever only scores has no use for
     from diffva_ray.metrics.features import Extractor
@@ -43,7 +43,7 @@ def score_home(run: Run, home: Home, ids: Ids, boxes: Boxes, settings: Mapping[S
     taken = set(ids.astype(str))
     rows = [row for row in stored_records(run, home) if row["record_id"] in taken]
     unread = set[str]()
-    places, twins = score_records(run, opened(run.about["data_root"]), rows, boxes, unread)
+    places, twins = score_records(run, rows, boxes, unread)
     if len(settings) > 1:
         names = {row["record_id"]: settings[tuple(row[key] for key in SWEPT)] for row in rows}
         for row in (*places, *twins):

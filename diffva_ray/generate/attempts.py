@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from diffva_ray.generate.plan import part
+from diffva_ray.generate.run import part
 from diffva_ray.storage import Store
 
 FOLDER = "attempts"

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffva_ray.generate.ledger import parts
-from diffva_ray.generate.plan import Run
+from diffva_ray.generate.run import Run
 from diffva_ray.schema import RECORDS, Status
 
 FIRST_SHARDS = 3  # when none of their records is usable, it is the folder, the mount or the model

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from diffva_ray.config import GenerateConfig
-from diffva_ray.data.images import encode_grey, encode_map
+from diffva_ray.data.encoding import encode_grey, encode_map
 from diffva_ray.generate.measures import measure, unit
-from diffva_ray.generate.plan import FOLDERS, part
+from diffva_ray.generate.run import FOLDERS, part
 from diffva_ray.metrics.features import Extractor
 from diffva_ray.metrics.validity import Judge
 from diffva_ray.observe import Stopwatch

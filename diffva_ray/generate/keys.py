@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from diffva_ray.config import Recipe
-from diffva_ray.generate.plan import Request, Run
+from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import Run
 from diffva_ray.schema import ENGINE, SCHEMA_VERSION
 
 SPACED_ANEW = {"dpmsolver++", "unipc"}  # samplers whose timesteps were spaced otherwise by earlier versions

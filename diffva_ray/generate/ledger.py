@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from diffva_ray.generate.plan import PlanError, Run, cut_again, open_run, part, start_run
+from diffva_ray.generate.plan import cut_again
+from diffva_ray.generate.run import PlanError, Run, find_run, part, start_run
 from diffva_ray.schema import PLAN, RECORDS, Status
 from diffva_ray.storage import join, open_store
 
@@ -28,7 +29,7 @@ AHEAD = 64  # parts read at a time
 def overlays(run: Run) -> list[Run]:
     """The retries of a run, oldest first."""
     found: list[Run] = []
-    while (overlay := open_run(open_store(join(run.store.uri, OVERLAYS, f"r{len(found) + 1}")))) is not None:
+    while (overlay := find_run(open_store(join(run.store.uri, OVERLAYS, f"r{len(found) + 1}")))) is not None:
         found.append(overlay)
     return found
 

@@ -22,17 +22,12 @@ from numpy.typing import NDArray
 
 from diffva_ray import __version__
 from diffva_ray.counterfactual.engine import Counterfactuals, Settings
-from diffva_ray.data.images import (
-    MAX_BYTES,
-    Admission,
-    BadImage,
-    decode_mask,
-    decode_square,
-    quantise,
-)
+from diffva_ray.data.admission import Admission
+from diffva_ray.data.encoding import quantise
+from diffva_ray.data.images import MAX_BYTES, BadImage, decode_mask, decode_square
 from diffva_ray.generate.attempts import DEATHS, Attempt, OutOfMemory, Session
 from diffva_ray.generate.finisher import Finished, Finisher, Pair
-from diffva_ray.generate.plan import Run, Unfinished, open_run, part
+from diffva_ray.generate.run import Run, Unfinished, find_run, part
 from diffva_ray.metrics.features import Extractor, stand_in
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
@@ -60,7 +55,7 @@ class Workbench:
         cls, run_uri: str, data_uri: str, model_uri: str, device: str | None = None, session: Session | None = None
     ) -> Workbench:
         """Load everything a shard needs. Raises UnusableModel, or Unfinished when the model is not the run's."""
-        run = open_run(open_store(run_uri))
+        run = find_run(open_store(run_uri))
         if run is None:
             raise Unfinished(f"{run_uri}: no run there")
         bundle = load(model_uri, run.recipe)
@@ -237,14 +232,14 @@ def _heal(bench: Workbench, sources: Sequence[Source]) -> list[Pair | Row]:
             [blank if source.square is None else source.square for source in sources],
             [
                 Settings(
-                    prompt=row["prompt"],
-                    method=row["method"],
-                    scheduler=row["scheduler"],
-                    strength=row["strength"],
-                    guidance_scale=row["guidance_scale"],
-                    num_inference_steps=row["num_inference_steps"],
+                    prompt="" if source.square is None else source.row["prompt"],
+                    method=source.row["method"],
+                    scheduler=source.row["scheduler"],
+                    strength=source.row["strength"],
+                    guidance_scale=source.row["guidance_scale"],
+                    num_inference_steps=source.row["num_inference_steps"],
                 )
-                for row in (source.row for source in sources)
+                for source in sources
             ],
             [source.row["seed"] for source in sources],
             [source.lungs for source in sources],

@@ -18,7 +18,11 @@ CHANGED = 0.05  # of the grey range: a pixel that differs by more is changed (ph
 
 def changed_share(m: NDArray[np.floating], threshold: float = CHANGED) -> float:
     """Minimality: share of pixels with |M| above ``threshold``, in [0, 1]. On healthy films under a healthy prompt it
-    is the false attribution."""
+    is the false attribution.
+
+    >>> changed_share(np.array([[0.0, 0.1], [-0.1, 0.01]]))
+    0.5
+    """
     return float((np.abs(m) > threshold).mean())
 
 

@@ -33,12 +33,11 @@ from diffva_ray.evaluate.figures import (
 )
 from diffva_ray.evaluate.records import Images, Truth, read_images, read_records, read_truth
 from diffva_ray.evaluate.tables import known
-from diffva_ray.generate.plan import Run
+from diffva_ray.generate.run import Run
 from diffva_ray.metrics.counterfactual import side_share
 from diffva_ray.paper.experiments import EXPERIMENTS, SETTINGS, guided
 from diffva_ray.paper.run import Made, settings_of
 from diffva_ray.schema import Row, digest
-from diffva_ray.storage import open_store
 
 LEAST = 0.02  # red is at least that much of the grey range: a film's own noise is no finding
 
@@ -130,9 +129,9 @@ def _sides(made: Made) -> tuple[bytes, str]:
 
 def side_shares(run: Run) -> dict[str, list[float]]:
     """Share of each map's energy on the patient's left, by prompt."""
-    data, found = open_store(run.about["data_root"]), dict[str, list[float]]()
+    found = dict[str, list[float]]()
     for row in finished(read_records(run)).to_dict("records"):
-        share = side_share(read_images(run, data, row).signed_map)
+        share = side_share(read_images(run, row).signed_map)
         found.setdefault(row["prompt"], []).append(share)
     return dict(sorted(found.items()))
 
@@ -170,7 +169,6 @@ def _read(variant: Variant, paths: Sequence[str]) -> list[_Panel | None]:
     if variant.prompt is not None:
         records = records[records["prompt"] == variant.prompt]
     rows = {row["source_path"]: row for row in records.to_dict("records")}
-    data = open_store(variant.run.about["data_root"])
     panels: list[_Panel | None] = []
     for path in paths:
         row = rows.get(path)
@@ -178,7 +176,7 @@ def _read(variant: Variant, paths: Sequence[str]) -> list[_Panel | None]:
             panels.append(
                 None
                 if row is None
-                else _Panel(row, read_images(variant.run, data, row), read_truth(variant.run, data, row, {}),
+                else _Panel(row, read_images(variant.run, row), read_truth(variant.run, row, {}),
                             direction(variant.run, row))
             )  # fmt: skip
         except (OSError, BadImage):

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from diffva_ray.config import DataConfig
 from diffva_ray.data.chexpert import OBSERVATIONS
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.data.films import Dataset, Film
-from diffva_ray.data.images import encode_grey, quantise
 from diffva_ray.data.phantoms import make_phantoms, phantom
 from diffva_ray.observe import LOG
 from diffva_ray.schema import digest

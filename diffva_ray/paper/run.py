@@ -18,7 +18,8 @@ from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import Boxes
 from diffva_ray.evaluate.reduction import lesion_boxes
 from diffva_ray.generate.budget import OverBudget
-from diffva_ray.generate.plan import FingerprintDiffers, PromptTooLong, Run
+from diffva_ray.generate.plan import PromptTooLong
+from diffva_ray.generate.run import FingerprintDiffers, Run, open_run
 from diffva_ray.model.card import UnusableModel, read_card
 from diffva_ray.observe import LOG
 from diffva_ray.paper.experiments import EXPERIMENTS, Experiment, settings_recipe
@@ -216,7 +217,7 @@ def _run(made: Made, experiment: Experiment) -> None:
     out = join(made.store.uri, "runs", experiment.name)
     request = experiment.request(made.base.data.healthy_class)
     pipeline.generate_run(recipe, data, made.options.model, out, request, made.options.execution)
-    run = pipeline.existing_run(out)
+    run = open_run(out)
     reduced = pipeline.reduce(run, _reduce_options(made, experiment), made.options.execution.executor)
     made.runs[experiment.name], made.metrics[experiment.name] = run, reduced.metrics
 

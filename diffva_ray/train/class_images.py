@@ -13,8 +13,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from diffva_ray.config_stages import DenoiserConfig
+from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.data.films import Dataset, Film
-from diffva_ray.data.images import encode_grey, quantise
 from diffva_ray.model.bundle import pipeline_of
 from diffva_ray.storage import is_local, open_store
 from diffva_ray.train.sampling import FilmSet

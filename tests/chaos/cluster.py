@@ -19,7 +19,7 @@ from typing import Any
 from ray.cluster_utils import Cluster
 
 from diffva_ray.evaluate.reduction import Options, reduce_run
-from diffva_ray.generate.plan import Run, open_run
+from diffva_ray.generate.run import Run, find_run
 from diffva_ray.storage import LocalStore
 
 BLOWS = ("worker", "node", "driver")
@@ -96,7 +96,7 @@ class ClusterBench:
                 driver.kill()
                 counts["hanging drivers"] += 1
                 return None
-            run = run or open_run(LocalStore(str(out)))
+            run = run or find_run(LocalStore(str(out)))
             if run is None or not blows:
                 continue
             tries = [path for path, _ in run.store.list("attempts") if "/try~" in path and path not in struck]
@@ -129,6 +129,6 @@ class ClusterBench:
             os.kill(json.loads(run.store.read(marker))["pid"], signal.SIGKILL)
 
     def _reduce(self, out: Path) -> None:
-        run = open_run(LocalStore(str(out)))
+        run = find_run(LocalStore(str(out)))
         assert run is not None
         reduce_run(run, self.bench.data, Options())

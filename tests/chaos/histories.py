@@ -32,7 +32,8 @@ from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.reduction import Options, reduce_run
 from diffva_ray.generate import shard as shards
-from diffva_ray.generate.plan import FOLDERS, Request, Run, open_run
+from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import FOLDERS, Run, find_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.provenance import code_revision
 from diffva_ray.storage import LocalStore, StoreError
@@ -81,14 +82,14 @@ class Bench:
         with patch.object(shards, "load", lambda model, recipe=None: self.loaded):
             execution = pipeline.Execution(executor="inline")
             pipeline.generate_run(self.recipe, self.data, self.model, str(out), Request(), execution)
-        run = open_run(storage.open_store(str(out)))
+        run = find_run(storage.open_store(str(out)))
         assert run is not None
         reduce_run(run, self.data, Options())
 
     @staticmethod
     def outcome(out: Path) -> dict[str, Any]:
         """What a finished run is: records, pictures and features, tables."""
-        run = open_run(LocalStore(str(out)))
+        run = find_run(LocalStore(str(out)))
         assert run is not None
         pictures = {path: run.store.read(path) for kind in (*FOLDERS, "features") for path, _ in run.store.list(kind)}
         return {
@@ -105,7 +106,7 @@ class Bench:
         if not found["records"].equals(expected["records"]):
             wrong.append("records")
         wrong += [key for key in ("pictures", "tables", "quarantine") if found[key] != expected[key]]
-        run = open_run(LocalStore(str(out)))
+        run = find_run(LocalStore(str(out)))
         assert isinstance(run, Run)
         wrong += [problem.what for problem in verify(run)]
         if not run.store.exists("_SUCCESS"):

@@ -10,7 +10,8 @@ from histories import Bench
 
 from diffva_ray import pipeline
 from diffva_ray.evaluate.records import read_records
-from diffva_ray.generate.plan import Request, open_run
+from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import find_run
 from diffva_ray.generate.shard import Workbench, run_shard
 from diffva_ray.storage import LocalStore
 
@@ -45,7 +46,7 @@ def test_the_order_of_shards_changes_nothing(bench: Bench, tmp_path: Path) -> No
     pipeline.generate_run(
         bench.recipe, bench.data, bench.model, str(tmp_path), Request(), pipeline.Execution(executor="inline")
     )
-    run = open_run(LocalStore(str(tmp_path)))
+    run = find_run(LocalStore(str(tmp_path)))
     assert run is not None
     for shard in range(run.shards):
         run.store.delete(f"records/part-{shard:05d}.parquet")
@@ -54,6 +55,6 @@ def test_the_order_of_shards_changes_nothing(bench: Bench, tmp_path: Path) -> No
     workbench = Workbench.open(run.store.uri, bench.data, bench.model)
     for shard in order:
         run_shard(workbench, shard)
-    undisturbed = open_run(LocalStore(str(first)))
+    undisturbed = find_run(LocalStore(str(first)))
     assert undisturbed is not None
     assert read_records(run).equals(read_records(undisturbed))

@@ -15,7 +15,8 @@ from diffva_ray.config import Recipe
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.generate import shard as shards
 from diffva_ray.generate.attempts import MOST_DEATHS, RAY, Attempt, OutOfMemory, Session, WorkersKeepDying
-from diffva_ray.generate.plan import Request, Run, open_run
+from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import Run, find_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.storage import LocalStore
 
@@ -23,7 +24,7 @@ INLINE = pipeline.Execution(executor="inline")
 
 
 def opened(out: Path) -> Run:
-    run = open_run(LocalStore(str(out)))
+    run = find_run(LocalStore(str(out)))
     assert run is not None
     return run
 

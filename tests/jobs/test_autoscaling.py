@@ -13,7 +13,7 @@ import pytest
 from head import Head
 
 from diffva_ray.config import Recipe, to_yaml
-from diffva_ray.generate.plan import open_run
+from diffva_ray.generate.run import find_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.storage import LocalStore
 
@@ -62,7 +62,7 @@ def test_a_run_uses_the_gpus_that_come_while_it_works(tiny: Recipe, films: Path,
         head.stop()
     assert "1 GPUs at the start" in done.stdout
     assert int(re.findall(r"(\d) GPUs in the end", done.stdout)[0]) > 1
-    opened = open_run(LocalStore(str(run)))
+    opened = find_run(LocalStore(str(run)))
     assert opened is not None
     assert verify(opened) == []
     # Work, not nodes alone: with one actor, shards of four seconds would have been committed four seconds apart.

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from head import ROOT, SECRET, Head, wait_for
 
-from diffva_ray.generate.plan import open_run
+from diffva_ray.generate.run import find_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.storage import LocalStore
 
@@ -24,7 +24,7 @@ def records(run: Path) -> pd.DataFrame:
 
 
 def sound(run: Path) -> bool:
-    opened = open_run(LocalStore(str(run)))
+    opened = find_run(LocalStore(str(run)))
     return opened is not None and verify(opened) == []
 
 

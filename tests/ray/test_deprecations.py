@@ -29,7 +29,7 @@ recipe = load_recipe(recipe)
 with ray_cluster.session(cpus=2):
     pipeline.train_model(recipe, data, model)
     pipeline.generate_run(recipe, data, model, run, Request())
-    pipeline.reduce(pipeline.existing_run(run), Options())
+    pipeline.reduce(open_run(run), Options())
     setting = "import ray.data; ray.data.DataContext.get_current().use_polars = False"
     exec(compile(setting, ours + "/canary.py", "exec"), {})
 """

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from diffva_ray import ray_cluster, ray_generate
 from diffva_ray.config import Recipe, make_recipe, to_yaml
-from diffva_ray.generate.plan import FingerprintDiffers, Request, open_run
+from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import FingerprintDiffers, find_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.pipeline import Execution, generate_run, train_model
 from diffva_ray.storage import LocalStore
@@ -144,7 +145,7 @@ def test_a_killed_driver_costs_no_record(inline: pd.DataFrame, tiny: Recipe, fil
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     assert subprocess.run(command, env={**os.environ}, timeout=400).returncode == 0
-    run = open_run(LocalStore(str(out)))
+    run = find_run(LocalStore(str(out)))
     assert run is not None
     assert verify(run) == []
     ours, theirs = (frame.set_index("record_id").sort_index() for frame in (records(out), inline))

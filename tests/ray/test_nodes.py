@@ -18,7 +18,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from diffva_ray.config import Recipe, to_yaml
-from diffva_ray.generate.plan import open_run
+from diffva_ray.generate.run import find_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.storage import LocalStore, open_store
 from diffva_ray.storage_s3 import S3Store
@@ -110,7 +110,7 @@ def test_nothing_but_s3_is_shared(cluster: Cluster, bucket: str, films: Path, ti
     command(cluster, hosts, "driver2", f"reduce {run}")
     command(cluster, hosts, "driver3", f"verify {run}")
 
-    opened = open_run(open_store(run))
+    opened = find_run(open_store(run))
     assert opened is not None
     assert verify(opened) == []
     assert opened.store.exists("_SUCCESS")

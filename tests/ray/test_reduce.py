@@ -14,7 +14,8 @@ from diffva_ray.data.films import UnusableData
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.reduction import reduce_run
 from diffva_ray.generate.plan import Request
-from diffva_ray.pipeline import Execution, existing_run, generate_run
+from diffva_ray.generate.run import open_run
+from diffva_ray.pipeline import Execution, generate_run
 from diffva_ray.ray_reduce import Cluster
 
 
@@ -30,9 +31,9 @@ def runs(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.TempPa
 
 def test_actors_embed_what_a_loop_embeds(runs: tuple[Path, Path]) -> None:
     options = Options(extractors=("stand-in", "judge"))
-    one = reduce_run(existing_run(str(runs[0])), existing_run(str(runs[0])).about["data"], options)
+    one = reduce_run(open_run(str(runs[0])), open_run(str(runs[0])).about["data"], options)
     with ray_cluster.session(cpus=2):
-        run = existing_run(str(runs[1]))
+        run = open_run(str(runs[1]))
         other = reduce_run(run, run.about["data"], options, Cluster())
         with pytest.raises(UnusableData, match=r"nowhere.pth"):
             reduce_run(run, run.about["data"], Options(extractors=("inception=/nowhere.pth",)), Cluster())

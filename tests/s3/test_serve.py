@@ -19,7 +19,7 @@ import pytest
 
 from diffva_ray.evaluate.report.page import write_report
 from diffva_ray.evaluate.report.serve import ReportServer
-from diffva_ray.pipeline import existing_run
+from diffva_ray.generate.run import open_run
 from diffva_ray.storage import LocalStore, open_store
 
 pytestmark = pytest.mark.parametrize("server", ["moto"], indirect=True)
@@ -43,7 +43,7 @@ def run_uri(bucket: str, tmp_path: Path) -> str:
             if entry.path == "run.json":
                 data = data.replace(str(tmp_path / "data").encode(), f"{bucket}/data".encode())
             target.put(entry.path, data)
-    write_report(existing_run(f"{bucket}/run"))
+    write_report(open_run(f"{bucket}/run"))
     open_store(bucket).put("secret/index.html", b"another run's")
     return f"{bucket}/run"
 

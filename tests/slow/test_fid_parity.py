@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffva_ray.data.images import encode_grey, quantise
+from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.evaluate.distances import embed
 from diffva_ray.metrics import features

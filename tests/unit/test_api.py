@@ -16,7 +16,10 @@ import diffva_ray
 from diffva_ray.cli import main
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "python.md"
-DOCUMENTED = ("data.images", "metrics.ssim", "metrics.localization", "metrics.fid", "metrics.kid", "schema")
+DOCUMENTED = (
+    "counterfactual.engine", "counterfactual.attribution", "data.images", "metrics.ssim", "metrics.localization",
+    "metrics.fid", "metrics.kid", "metrics.counterfactual", "schema",
+)  # fmt: skip
 
 
 def test_names_are_frozen() -> None:

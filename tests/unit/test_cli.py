@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from diffva_ray.cli import main
-from diffva_ray.generate.plan import open_run
+from diffva_ray.generate.run import find_run
 from diffva_ray.storage import LocalStore
 
 SMALL = ("--set", "generate.num_inference_steps=4")
@@ -294,7 +294,7 @@ def test_a_killed_generation_goes_on(blow: int, run: Path, films: Path, model: P
         pd.concat([pd.read_parquet(part) for part in sorted(folder.glob("records/part-*"))]) for folder in (out, run)
     )
     assert ours.reset_index(drop=True).equals(theirs.reset_index(drop=True))
-    opened = open_run(LocalStore(str(out)))
+    opened = find_run(LocalStore(str(out)))
     assert opened is not None
     assert opened.pending() == []
 
@@ -334,7 +334,7 @@ def test_a_folder_without_a_usable_film_stops_early(films: Path, model: Path, tm
     result = generate(data, model, out, "--shard-size", 2)
     assert result.exit_code == 4
     assert "none of the first 6 records is usable" in result.output
-    opened = open_run(LocalStore(str(out)))
+    opened = find_run(LocalStore(str(out)))
     assert opened is not None
     assert len(opened.pending()) == 6
 

@@ -22,7 +22,7 @@ from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.report.films import Pictured
 from diffva_ray.evaluate.tables import clean, known
 from diffva_ray.generate.ledger import overlays
-from diffva_ray.generate.plan import Run, part
+from diffva_ray.generate.run import Run, part
 from diffva_ray.schema import Row, Status
 
 FOLDER = "report/data"

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
+from diffva_ray.data.encoding import encode_png, quantise
 from diffva_ray.data.films import UnusableData
-from diffva_ray.data.images import BadImage, encode_png, quantise
+from diffva_ray.data.images import BadImage
 from diffva_ray.evaluate.comparison import BY_KEY, Comparison, Measure, shown
 from diffva_ray.evaluate.figures import (
     CLASS_COLOURS,
@@ -40,7 +41,7 @@ from diffva_ray.evaluate.reduction import lesion_boxes
 from diffva_ray.evaluate.report.assets import policy, style, templates
 from diffva_ray.evaluate.report.numbers import Card, Cell, Group, Table, count, number, plain
 from diffva_ray.evaluate.tables import ALL, clean, known
-from diffva_ray.generate.plan import RUN, Run
+from diffva_ray.generate.run import RUN, Run
 from diffva_ray.schema import Row
 from diffva_ray.storage import Store, is_local, join, open_store
 
@@ -153,9 +154,8 @@ def _panels(
     runs: tuple[Run, Run], rows: tuple[Row, Row], boxes: Any, limit: float
 ) -> list[tuple[str, str, NDArray[np.float32]]]:
     """(file name, caption, picture [side, side, 3]) of one film; the lesion is outlined on the maps where known."""
-    data = [open_store(run.about["data_root"]) for run in runs]
-    images = [read_images(run, store, row) for run, store, row in zip(runs, data, rows)]
-    lesion = read_truth(runs[0], data[0], {**rows[0], "twin_path": None}, boxes).lesion
+    images = [read_images(run, row) for run, row in zip(runs, rows)]
+    lesion = read_truth(runs[0], {**rows[0], "twin_path": None}, boxes).lesion
     side = min(max(SMALLEST, *(image.film.shape[0] for image in images)), LARGEST)
     edge = None if lesion is None else _outline(lesion, side)
     film = _enlarged(images[0].film, side)

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
-from diffva_ray.data.images import BadImage, decode, decode_map, quantise, to_square
+from diffva_ray.data.encoding import quantise
+from diffva_ray.data.images import BadImage, decode, decode_map, to_square
 from diffva_ray.evaluate.figures import finished
 from diffva_ray.evaluate.records import Boxes, grey, read_truth
-from diffva_ray.generate.plan import Run
+from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import positive, score
 from diffva_ray.schema import Row
-from diffva_ray.storage import Store, open_store
 
 FOLDER = "report/images"
 LISTED = 20_000  # records in the viewer, at most
@@ -106,7 +106,6 @@ def write_pictures(
     """The pictures of ``rows`` below ``report/images``, by record id; those of an earlier report are kept where they
     still hold (``before``), and others there are deleted. A film that cannot be read any more is left out."""
     there = {entry.path.removeprefix(f"{FOLDER}/") for entry in run.store.list(FOLDER)}
-    data = open_store(run.about["data_root"])
     size = run.recipe.model.resolution
 
     def files(record: str, key: str) -> set[str]:
@@ -117,7 +116,7 @@ def write_pictures(
         key = palette.key(row, boxes)
         if known is not None and known.key == key and files(row["record_id"], key) <= there:
             return known
-        return _write(run, data, row, key, palette, boxes)
+        return _write(run, row, key, palette, boxes)
 
     found: dict[str, Pictured] = {}
     with ThreadPoolExecutor(8) as pool:  # waits on the store, mostly
@@ -131,13 +130,13 @@ def write_pictures(
     return found
 
 
-def _write(run: Run, data: Store, row: Row, key: str, palette: Palette, boxes: Boxes) -> Pictured | None:
+def _write(run: Run, row: Row, key: str, palette: Palette, boxes: Boxes) -> Pictured | None:
     size, record = run.recipe.model.resolution, row["record_id"]
     try:
-        film = to_square(decode(data.read(row["source_path"])), size)
+        film = to_square(decode(run.data.read(row["source_path"])), size)
         twin = grey(run.store, row["counterfactual_path"])
         signed = decode_map(run.store.read(row["attribution_path"]))
-        truth = read_truth(run, data, row, boxes)
+        truth = read_truth(run, row, boxes)
     except (OSError, BadImage):
         return None
     panels = [film, twin] + ([truth.twin] if truth.twin is not None else [])

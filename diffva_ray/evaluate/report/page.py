@@ -34,7 +34,7 @@ from diffva_ray.evaluate.report.films import Palette, Pictured, map_file, sample
 from diffva_ray.evaluate.report.numbers import cards, count, glance, number, plain
 from diffva_ray.evaluate.report.result_tables import report_tables
 from diffva_ray.generate.ledger import committed, parts
-from diffva_ray.generate.plan import SUCCESS, Run
+from diffva_ray.generate.run import SUCCESS, Run
 from diffva_ray.model.card import UnusableModel, read_card
 from diffva_ray.schema import RECORDS, Status
 from diffva_ray.storage import join, open_store

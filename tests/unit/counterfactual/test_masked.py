@@ -17,7 +17,7 @@ from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.counterfactual.guidance_difference import guidance_difference
 from diffva_ray.counterfactual.latent_diffusion import Healed, LatentDiffusion
 from diffva_ray.counterfactual.masked import blend, differing, feathered, soften
-from diffva_ray.data.images import quantise
+from diffva_ray.data.encoding import quantise
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.generate.measures import unit
 from diffva_ray.model.bundle import SD_SCHEDULER, load

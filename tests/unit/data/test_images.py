@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, ImageFile
 
 from diffva_ray.data import images
-from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, encode_grey, encode_map, to_square
+from diffva_ray.data.encoding import encode_grey, encode_map
+from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, to_square
 from diffva_ray.schema import Status
 
 RAMP = np.linspace(0, 255, 24 * 20).reshape(24, 20).astype(np.uint8)

@@ -12,8 +12,9 @@ from scipy import ndimage
 
 from diffva_ray.cli import main
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.data.films import UnusableData
-from diffva_ray.data.images import decode, decode_mask, encode_grey, quantise, to_square
+from diffva_ray.data.images import decode, decode_mask, to_square
 from diffva_ray.data.implants import INSIDE_LUNGS, Host, Lungs, NoLungs, implant, implant_set
 from diffva_ray.data.lungs import find_lungs
 from diffva_ray.data.phantoms import phantom

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffva_ray.config import load_recipe
+from diffva_ray.data.encoding import encode_grey, encode_map, quantise
 from diffva_ray.data.films import Dataset, Film
-from diffva_ray.data.images import encode_grey, encode_map, quantise
 from diffva_ray.generate.keys import pixel_keys
-from diffva_ray.generate.plan import FOLDERS, Request, Run, make_plan, part, start_run
+from diffva_ray.generate.plan import Request, make_plan
+from diffva_ray.generate.run import FOLDERS, Run, part, start_run
 from diffva_ray.schema import RECORDS
 from diffva_ray.storage import LocalStore
 

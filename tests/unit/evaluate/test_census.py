@@ -15,8 +15,9 @@ from diffva_ray.config import Recipe
 from diffva_ray.evaluate import census as module
 from diffva_ray.evaluate.census import census
 from diffva_ray.evaluate.records import read_records, stored_records
-from diffva_ray.generate.plan import SWEPT, Request, Run
-from diffva_ray.pipeline import Execution, existing_run, generate_run
+from diffva_ray.generate.plan import SWEPT, Request
+from diffva_ray.generate.run import Run, open_run
+from diffva_ray.pipeline import Execution, generate_run
 
 MakeRun = Callable[..., Run]
 
@@ -76,7 +77,7 @@ def swept(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.TempP
     out = tmp_path_factory.mktemp("census") / "run"
     request = Request(sweep=(("strength", (0.3, 0.6)), ("prompt", ("normal chest scan", "COVID 19"))))
     generate_run(tiny, str(films), str(model), str(out), request, Execution(executor="inline"))
-    return existing_run(str(out))
+    return open_run(str(out))
 
 
 def test_settings_of_a_sweep_have_names(swept: Run) -> None:

@@ -23,8 +23,8 @@ from PIL import Image
 from rich.console import Console
 
 from diffva_ray.cli import main
+from diffva_ray.data.encoding import encode_map
 from diffva_ray.data.films import UnusableData
-from diffva_ray.data.images import encode_map
 from diffva_ray.evaluate.comparison import (
     Comparison,
     compare_runs,
@@ -37,7 +37,7 @@ from diffva_ray.evaluate.comparison import (
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.report.comparison_page import chosen, output_store, ranking, write_comparison
 from diffva_ray.evaluate.scores import score_records
-from diffva_ray.generate.plan import Run, open_run
+from diffva_ray.generate.run import Run, find_run
 from diffva_ray.storage import LocalStore
 
 MakeRun = Callable[..., Run]
@@ -58,7 +58,7 @@ def copied(run: Run, name: str, keys: dict[str, Any] | None = None, change: Chan
     for part in (folder / "records").iterdir():
         table = pq.read_table(part)
         pq.write_table(pa.Table.from_pylist([change(row) for row in table.to_pylist()], schema=table.schema), part)
-    other = open_run(LocalStore(str(folder)))
+    other = find_run(LocalStore(str(folder)))
     assert other is not None
     return other
 
@@ -134,7 +134,7 @@ def test_numbers_are_those_of_the_runs_own_tables(make_run: MakeRun) -> None:
     run = make_run()
     other = with_perfect_maps(copied(run, "better", {"strength": 0.4, "prompt": ""}))
     comparison = compare_runs(run, other)
-    places, twins = score_records(run, LocalStore(run.about["data_root"]), read_records(run).to_dict("records"), {})
+    places, twins = score_records(run, read_records(run).to_dict("records"), {})
     ours = [row["auroc"] for row in places if row["map"] == "positive"]
     auroc = comparison.row("auroc")
     assert auroc is not None

@@ -13,10 +13,11 @@ from diffva_ray.evaluate import distances
 from diffva_ray.evaluate.distances import distance_row, reference_features
 from diffva_ray.evaluate.reduction import Options, reduce_run
 from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import open_run
 from diffva_ray.metrics.feature_set import release
 from diffva_ray.metrics.features import stand_in
 from diffva_ray.metrics.fid import frechet_distance_features
-from diffva_ray.pipeline import Execution, existing_run, generate_run
+from diffva_ray.pipeline import Execution, generate_run
 from diffva_ray.storage import LocalStore
 
 
@@ -70,7 +71,7 @@ def test_features_that_wait_on_disk_give_the_same_tables(
     tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generate_run(tiny, str(films), str(model), str(tmp_path / "run"), Request(), Execution(executor="inline"))
-    run = existing_run(str(tmp_path / "run"))
+    run = open_run(str(tmp_path / "run"))
     found = []
     for limit in (distances.IN_MEMORY, 0):
         monkeypatch.setattr(distances, "IN_MEMORY", limit)
@@ -89,7 +90,7 @@ def test_prompts_of_a_sweep_have_rows_of_their_own(tiny: Recipe, films: Path, mo
     """Twins under two prompts are two sets; pooled they would answer no question."""
     request = Request(("COVID",), sweep=(("prompt", ("normal chest scan", "COVID 19")),))
     generate_run(tiny, str(films), str(model), str(tmp_path / "run"), request, Execution(executor="inline"))
-    run = existing_run(str(tmp_path / "run"))
+    run = open_run(str(tmp_path / "run"))
     rows = reduce_run(run, str(films), Options(cache=str(tmp_path / "cache"))).metrics["fid"]
     names = {row["set2"] for row in rows if row["set1"] == "COVID (source)"}
     assert names == {"COVID (counterfactual) under “COVID 19”", "COVID (counterfactual) under “normal chest scan”"}

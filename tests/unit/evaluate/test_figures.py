@@ -23,7 +23,7 @@ from diffva_ray.evaluate.figures import (
     write_figures,
 )
 from diffva_ray.evaluate.records import read_records
-from diffva_ray.generate.plan import Run
+from diffva_ray.generate.run import Run
 
 MakeRun = Callable[..., Run]
 

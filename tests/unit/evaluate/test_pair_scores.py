@@ -10,23 +10,21 @@ import torch
 
 from diffva_ray.evaluate.pair_scores import counterfactual_rows, heart_rows, run_judge, score_pairs, zone_rows
 from diffva_ray.evaluate.records import read_images, read_records
-from diffva_ray.generate.plan import Run
+from diffva_ray.generate.run import Run
 from diffva_ray.metrics.validity import Judge
-from diffva_ray.storage import LocalStore
 
 MakeRun = Callable[..., Run]
 
 
 def test_scores_are_those_of_the_pictures(make_run: MakeRun) -> None:
     run = make_run()
-    data = LocalStore(run.about["data_root"])
     rows = read_records(run).to_dict("records")
     torch.manual_seed(0)
     judge = Judge(["COVID", "Lung_Opacity", "Normal"], "Normal", width=4).eval()
-    scores = score_pairs(run, data, rows, {}, judge, None)
+    scores = score_pairs(run, rows, {}, judge, None)
     assert len(scores) == 12
     row, found = rows[0], scores[0]
-    images = read_images(run, data, row)
+    images = read_images(run, row)
     lesion = np.zeros((16, 16), bool)
     lesion[4:8, 4:8] = True
     before, after = judge.probabilities(np.stack([images.film, images.counterfactual]))
@@ -50,7 +48,7 @@ def test_without_a_judge_nothing_is_judged(make_run: MakeRun) -> None:
     run = make_run(judged=False)
     assert run_judge(run) is None
     rows = read_records(run).to_dict("records")
-    table = counterfactual_rows(score_pairs(run, LocalStore(run.about["data_root"]), rows, {}, None, None))
+    table = counterfactual_rows(score_pairs(run, rows, {}, None, None))
     assert not {"gain", "cout", "collateral"} & table[0].keys()
     assert {"changed", "energy", "inside_change"} <= table[0].keys()
     assert counterfactual_rows([]) == []
@@ -71,7 +69,7 @@ def test_brightness_finds_the_bright_zone(make_run: MakeRun) -> None:
     run = make_run()
     rows = read_records(run).to_dict("records")
     scores = {row["source_path"]: np.array([3.0, 0, 0, 0, 0, 0]) for row in rows}
-    found = {row["map"]: row for row in zone_rows(run, LocalStore(run.about["data_root"]), rows, scores)}
+    found = {row["map"]: row for row in zone_rows(run, rows, scores)}
     assert found["brightness"]["spearman"] > 0.4  # one zone of six above ties: 0.65 at most
     assert found["brightness"]["spearman_within_film"] > 0.4
     assert abs(found["absolute"]["spearman"]) < 0.4  # its maps are noise

@@ -21,8 +21,9 @@ from diffva_ray.evaluate.annotations import read_sources, read_zones
 from diffva_ray.evaluate.reduction import Options, reduce_run
 from diffva_ray.evaluate.report.result_tables import report_tables
 from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import open_run
 from diffva_ray.metrics.zones import ZONES
-from diffva_ray.pipeline import Execution, existing_run, generate_run
+from diffva_ray.pipeline import Execution, generate_run
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def swept(tiny, films: Path, model: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def tables(swept: Path, films: Path) -> dict:
-    return reduce_run(existing_run(str(swept)), str(films), Options()).metrics
+    return reduce_run(open_run(str(swept)), str(films), Options()).metrics
 
 
 def test_every_table_of_a_sweep_is_by_setting(swept: Path, tables: dict) -> None:
@@ -75,7 +76,7 @@ def test_distances_of_a_sweep_are_by_setting_and_of_one_draw(tables: dict) -> No
 
 
 def test_extractors_by_name_have_rows_of_their_own(swept: Path, films: Path, model: Path, tmp_path: Path) -> None:
-    run = existing_run(str(swept))
+    run = open_run(str(swept))
     options = Options(extractors=("judge", "stand-in"), cache=str(tmp_path))
     rows = reduce_run(run, str(films), options).metrics["fid"]
     by_name = {name: [row for row in rows if row["extractor"] == name] for name in ("judge", "stand-in-random-conv-64")}
@@ -151,7 +152,7 @@ def test_films_that_have_gone_since_are_counted(movable: tuple[Path, Path]) -> N
 
 def _noted(run: Path, data: Path) -> list[str]:
     (run / "_SUCCESS").unlink(missing_ok=True)
-    return reduce_run(existing_run(str(run)), str(data), Options()).metrics["notes"]
+    return reduce_run(open_run(str(run)), str(data), Options()).metrics["notes"]
 
 
 def test_lpips_stands_in_the_table_of_likeness(swept: Path, films: Path, tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_lpips_stands_in_the_table_of_likeness(swept: Path, films: Path, tmp_pat
     pytest.importorskip("lpips")
     torch.manual_seed(0)
     torch.save(models.alexnet(weights=None).state_dict(), tmp_path / "alexnet.pth")
-    metrics = reduce_run(existing_run(str(swept)), str(films), Options(lpips=str(tmp_path / "alexnet.pth"))).metrics
+    metrics = reduce_run(open_run(str(swept)), str(films), Options(lpips=str(tmp_path / "alexnet.pth"))).metrics
     rows = {row["label"]: row for row in metrics["ssim"]}
     weak, strong = (rows[f"all under strength {strength}"] for strength in ("0.3", "0.9"))
     assert min(weak["lpips"], strong["lpips"]) > 0
@@ -167,7 +168,7 @@ def test_lpips_stands_in_the_table_of_likeness(swept: Path, films: Path, tmp_pat
     assert weak["lpips_n"] == 24
     assert weak["lpips_interval"][0] < weak["lpips"] < weak["lpips_interval"][1]
     with pytest.raises(UnusableData, match=r"^--lpips-weights: .*nowhere\.pth: expected torchvision's AlexNet"):
-        reduce_run(existing_run(str(swept)), str(films), Options(lpips=str(tmp_path / "nowhere.pth")))
+        reduce_run(open_run(str(swept)), str(films), Options(lpips=str(tmp_path / "nowhere.pth")))
 
 
 def zones_csv(path: Path, films: list[str], score: Callable[[int, int], object]) -> Path:
@@ -184,7 +185,7 @@ def test_brixia_scores_meet_the_maps(swept: Path, films: Path, tmp_path: Path) -
     records = pd.read_parquet(swept / "records")
     paths = sorted(records["source_path"].unique())
     scores = zones_csv(tmp_path / "zones.csv", [f"elsewhere/{path}" for path in paths], lambda n, at: (n + at) % 4)
-    metrics = reduce_run(existing_run(str(swept)), str(films), Options(brixia=str(scores))).metrics
+    metrics = reduce_run(open_run(str(swept)), str(films), Options(brixia=str(scores))).metrics
     rows = {row["map"]: row for row in metrics["brixia"]}
     assert set(rows) == {f"{name} under strength {strength}" for name in ("positive", "absolute", "brightness")
                          for strength in ("0.3", "0.9")}  # fmt: skip
@@ -193,7 +194,7 @@ def test_brixia_scores_meet_the_maps(swept: Path, films: Path, tmp_path: Path) -
     assert all(-1 <= row["spearman"] <= 1 for row in rows.values())
     other = zones_csv(tmp_path / "other.csv", ["nothing.png"], lambda n, at: 1)
     with pytest.raises(UnusableData, match="none of its files is a film of the run"):
-        reduce_run(existing_run(str(swept)), str(films), Options(brixia=str(other)))
+        reduce_run(open_run(str(swept)), str(films), Options(brixia=str(other)))
 
 
 def test_zone_scores_are_the_mean_of_the_readers(tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ def test_films_of_one_source_meet_references_of_that_source(swept: Path, films: 
     path = tmp_path / "sources.csv"
     children = [name for n, name in enumerate(names) if n % 3]  # four of six films of each class
     path.write_text("file,source\n" + "".join(f"{name},children\n" for name in children))
-    metrics = reduce_run(existing_run(str(swept)), str(films), Options(sources=str(path))).metrics
+    metrics = reduce_run(open_run(str(swept)), str(films), Options(sources=str(path))).metrics
     rows = [row for row in metrics["fid"] if "children" in row["set1"]]
     assert {row["set1"] for row in rows} == {"Normal of children (reference)"}
     assert {row["set2"] for row in rows} == {
@@ -231,7 +232,7 @@ def test_films_of_one_source_meet_references_of_that_source(swept: Path, films: 
 
 def test_external_judges_have_a_table_of_their_own(swept: Path, films: Path, model: Path, tables: dict) -> None:
     """The model's own judge, asked for by name, says of all films (there are few) what it said when they were made."""
-    metrics = reduce_run(existing_run(str(swept)), str(films), Options(judges=(f"judge={model}",))).metrics
+    metrics = reduce_run(open_run(str(swept)), str(films), Options(judges=(f"judge={model}",))).metrics
     assert metrics["validity"] == tables["validity"]
     own = {row["label"]: row for row in tables["validity"]}
     assert {row["label"] for row in metrics["external_validity"]} == set(own)
@@ -250,7 +251,7 @@ def test_judges_of_one_name_are_kept_apart(swept: Path, films: Path, model: Path
         shutil.copytree(model / "judge", folder / "judge")
         weights = load_file(folder / "judge/model.safetensors")
         save_file({name: (1 - 2 * n) * tensor for name, tensor in weights.items()}, folder / "judge/model.safetensors")
-    run, asked = existing_run(str(swept)), tuple(f"judge={folder}" for folder in seeds)
+    run, asked = open_run(str(swept)), tuple(f"judge={folder}" for folder in seeds)
     alone = [reduce_run(run, str(films), Options(judges=(one,))).metrics["external_validity"] for one in asked]
     both = reduce_run(run, str(films), Options(judges=asked)).metrics["external_validity"]
     assert [{**row, "judge": ""} for row in both] == [{**row, "judge": ""} for row in alone[0] + alone[1]]

@@ -14,15 +14,15 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from diffva_ray.cli import main
+from diffva_ray.data.encoding import encode_map
 from diffva_ray.data.films import Film, UnusableData
-from diffva_ray.data.images import BadImage, decode_map, encode_map
+from diffva_ray.data.images import BadImage, decode_map
 from diffva_ray.evaluate.foreign_maps import MapFile, match, on_grid, read_map_values, stem
 from diffva_ray.evaluate.foreign_scores import ScoreOptions, score_maps
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.scores import score_records
-from diffva_ray.generate.plan import Run
+from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import brightness, score
-from diffva_ray.storage import LocalStore
 
 MakeRun = Callable[..., Run]
 
@@ -163,7 +163,7 @@ def test_the_grid_keeps_sign_and_zero() -> None:
 def test_the_same_numbers_as_reduce_film_by_film(make_run: MakeRun) -> None:
     run = make_run()
     rows = read_records(run).to_dict("records")
-    theirs, _ = score_records(run, LocalStore(run.about["data_root"]), rows, {})
+    theirs, _ = score_records(run, rows, {})
     expected = {(row["source_path"], row["map"]): row for row in theirs}
     for address in (run.store.uri, f"{run.store.uri}/maps"):
         scored = score_maps(address, run.about["data"])

@@ -14,7 +14,7 @@ from diffva_ray.data.films import UnusableData
 from diffva_ray.evaluate.foreign_scores import ScoreOptions, score_maps
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.reduction import Options, reduce_run
-from diffva_ray.generate.plan import Run
+from diffva_ray.generate.run import Run
 from diffva_ray.model.card import read_card
 from diffva_ray.model.training_films import TrainingFilms
 from diffva_ray.storage import LocalStore
@@ -97,9 +97,9 @@ def test_reduce_says_it_in_every_table_that_scores_films(tmp_path: Path, films: 
     out = tmp_path / "run"
     options = ["--data", films, "--model", model, "--out", out, "--executor", "inline", "--limit", 6]
     assert CliRunner().invoke(main, ["generate", *map(str, options)]).exit_code == 0
-    from diffva_ray.pipeline import existing_run
+    from diffva_ray.generate.run import open_run
 
-    metrics = reduce_run(existing_run(str(out)), str(films), Options()).metrics
+    metrics = reduce_run(open_run(str(out)), str(films), Options()).metrics
     assert any("6 of 6 records are of films in the model's training list" in note for note in metrics["notes"])
     for name in ("localization", "validity", "twin"):
         whole = [row for row in metrics[name] if row["label"] == "all"]

@@ -23,10 +23,11 @@ from PIL import Image, ImageFile
 
 from diffva_ray.config import Recipe
 from diffva_ray.data import images
-from diffva_ray.data.images import MAX_PIXELS, Admission, BadImage, decode, decode_square, to_square
+from diffva_ray.data.admission import Admission
+from diffva_ray.data.images import MAX_PIXELS, BadImage, decode, decode_square, to_square
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.evaluate.records import read_records
-from diffva_ray.generate.plan import Run, open_run
+from diffva_ray.generate.run import Run, find_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.schema import Status
 from diffva_ray.storage import LocalStore
@@ -131,7 +132,7 @@ def finished(tiny: Recipe, model: Path, tmp_path_factory: pytest.TempPathFactory
         env=_child(),
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = [open_run(LocalStore(out)) for _, out in jobs]
+    found = [find_run(LocalStore(out)) for _, out in jobs]
     assert all(found)
     new = set(os.listdir(top)) - listed | set(os.listdir(top / "runs")) - {out for _, out in runs}
     new |= set(os.listdir(top / "cwd"))

@@ -22,7 +22,8 @@ from diffva_ray.data.films import UnusableData
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.forecast import ROW_BYTES, micro_batches, probe
 from diffva_ray.generate.cost import TFLOP, calls, cost
-from diffva_ray.generate.plan import PlanError, Request, check_settings
+from diffva_ray.generate.plan import Request, check_settings
+from diffva_ray.generate.run import PlanError
 from diffva_ray.methods import METHODS
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.pipeline import Execution, generate_run

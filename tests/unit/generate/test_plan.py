@@ -10,16 +10,8 @@ import pytest
 from diffva_ray.config import Recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.generate.keys import pixel_keys
-from diffva_ray.generate.plan import (
-    FingerprintDiffers,
-    PlanError,
-    Request,
-    continue_run,
-    make_plan,
-    open_run,
-    parse_sweep,
-    start_run,
-)
+from diffva_ray.generate.plan import Request, make_plan, parse_sweep
+from diffva_ray.generate.run import FingerprintDiffers, PlanError, continue_run, find_run, start_run
 from diffva_ray.schema import ENGINE
 from diffva_ray.storage import LocalStore
 
@@ -88,7 +80,7 @@ def test_a_run_goes_on_only_as_it_was_planned(dataset, tiny: Recipe, tmp_path: P
     run = start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), {"recipe": tiny.model_dump(mode="json")})
     assert run.pending() == [0, 1]
     assert [len(run.shard_rows(shard)) for shard in (0, 1)] == run.shard_sizes() == [6, 6]
-    again = open_run(store)
+    again = find_run(store)
     assert again is not None
     assert again.recipe == tiny
     continue_run(again, keys(tiny))
@@ -138,7 +130,7 @@ def test_another_environment_may_be_forced_and_is_recorded(dataset, tiny: Recipe
         continue_run(run, moved)
     forced = continue_run(run, moved, allow_environment_change=True)
     assert forced.fingerprint == run.fingerprint
-    reread = open_run(store)
+    reread = find_run(store)
     assert reread is not None
     assert reread.about["environment_changes"] == [{"torch": "2.1", "device": "cuda", "engine": ENGINE}]
 
@@ -149,7 +141,7 @@ def test_an_exchanged_plan_is_noticed(dataset, tiny: Recipe, tmp_path: Path) -> 
     other = LocalStore(str(tmp_path / "other"))
     start_run(other, make_plan(dataset, tiny, Request(limit=3)), keys(tiny), {})
     store.put("plan.parquet", other.read("plan.parquet"))
-    run = open_run(store)
+    run = find_run(store)
     assert run is not None
     with pytest.raises(PlanError, match=r"plan\.parquet"):
         run.plan()
@@ -176,12 +168,12 @@ def test_a_worker_reads_its_shards_and_not_the_plan(
     row_groups: int, dataset, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where there are too many shards for a row group each."""
-    monkeypatch.setattr("diffva_ray.generate.plan.ROW_GROUPS", row_groups)
+    monkeypatch.setattr("diffva_ray.generate.run.ROW_GROUPS", row_groups)
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"draws": 400, "shard_size": 64})})
     table = make_plan(dataset, recipe, Request())
     start_run(LocalStore(str(tmp_path)), table, keys(recipe), {"recipe": recipe.model_dump(mode="json")})
     store = Counting(str(tmp_path))
-    run = open_run(store)
+    run = find_run(store)
     assert run is not None
     store.bytes = 0
     rows = run.shard_rows(40)

@@ -17,7 +17,7 @@ from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.reduction import _scores
 from diffva_ray.evaluate.workplace import Workplace
 from diffva_ray.generate.ledger import committed, overlays, start_retry
-from diffva_ray.generate.plan import PlanError, Run, open_run
+from diffva_ray.generate.run import PlanError, Run, find_run
 from diffva_ray.generate.verification import requeue, verify
 from diffva_ray.status import read_status
 from diffva_ray.storage import LocalStore
@@ -30,7 +30,7 @@ def diffva(*arguments: object) -> Result:
 
 
 def opened(out: Path) -> Run:
-    run = open_run(LocalStore(str(out)))
+    run = find_run(LocalStore(str(out)))
     assert run is not None
     return run
 

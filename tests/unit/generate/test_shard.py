@@ -20,21 +20,23 @@ from diffva_ray import pipeline
 from diffva_ray.cli import main
 from diffva_ray.config import Recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
-from diffva_ray.data.images import decode_map, map_levels, pixel_digest, read_map
+from diffva_ray.data.encoding import map_levels, pixel_digest
+from diffva_ray.data.images import decode_map, read_map
 from diffva_ray.evaluate.records import read_images, read_records
-from diffva_ray.generate.plan import PlanError, Request, open_run
+from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import PlanError, find_run
 from diffva_ray.generate.shard import Workbench, run_shard
 from diffva_ray.generate.verification import requeue, verify
 from diffva_ray.metrics.ssim import ssim
 from diffva_ray.pipeline import Execution, generate_run
-from diffva_ray.storage import LocalStore, StoreError, open_store
+from diffva_ray.storage import LocalStore, StoreError
 
 INLINE = Execution(executor="inline")
 
 
 def run_inline(recipe: Recipe, data: Path, model: Path, out: Path, request: Request = Request()):
     counts = generate_run(recipe, str(data), str(model), str(out), request, INLINE)
-    run = open_run(LocalStore(str(out)))
+    run = find_run(LocalStore(str(out)))
     assert run is not None
     return run, counts
 
@@ -61,7 +63,7 @@ def test_records_hold_what_the_files_hold(finished, films: Path) -> None:
         assert counterfactual.dtype == np.uint8
         assert counterfactual.shape == (32, 32)
         assert pixel_digest(counterfactual) == row["pixel_sha256"]
-        images = read_images(finished, open_store(films), row)
+        images = read_images(finished, row)
         assert ssim(images.film, images.counterfactual) == pytest.approx(row["ssim"], abs=1e-6)
         assert np.abs(images.signed_map).mean() == pytest.approx(row["map_energy"], abs=1e-4)
         stored = finished.store.read(row["attribution_path"])
@@ -217,7 +219,7 @@ def test_a_prompt_longer_than_the_model_holds(
 def test_verify_names_every_kind_of_damage_and_repair_requeues(finished, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(finished.store.root, copy)
-    run = open_run(LocalStore(str(copy)))
+    run = find_run(LocalStore(str(copy)))
     assert run is not None
     assert verify(run) == []
     rows = read_records(run).to_dict("records")

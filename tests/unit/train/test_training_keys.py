@@ -9,7 +9,7 @@ import pytest
 from trainings import with_stages
 
 from diffva_ray.config import Recipe, fingerprint, make_recipe
-from diffva_ray.generate.plan import FingerprintDiffers
+from diffva_ray.generate.run import FingerprintDiffers
 from diffva_ray.pipeline import train_model
 
 STAGE = {"name": "joint", "trains": "denoiser", "steps": 1, "batch_size": 4, "learning_rate": 1e-3}

@@ -1,0 +1,28 @@
+"""How much threads may hold in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Condition
+
+
+class Admission:
+    """Lets threads work on ``limit`` units (pixels, bytes) at a time; a larger piece of work than that goes alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._taken = 0
+        self._changed = Condition()
+
+    @contextmanager
+    def __call__(self, units: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + units <= self._limit)
+            self._taken += units
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= units
+                self._changed.notify_all()
