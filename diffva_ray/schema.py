@@ -39,8 +39,8 @@ def record_id(source_key: str, label: str, prompt: str, method: str, settings: M
 
     ``source_key`` is the film's path relative to the data root, so moving a bucket keeps every id.
 
-    >>> len(record_id("COVID/images/1.png", "COVID", "normal chest scan", "sdedit", {"strength": 0.5}))
-    20
+        >>> len(record_id("COVID/images/1.png", "COVID", "normal chest scan", "sdedit", {"strength": 0.5}))
+        20
     """
     return digest([source_key, label, prompt, method, dict(settings)])[:20]
 
@@ -51,10 +51,10 @@ def record_seed(run_seed: int, source_key: str, draw: int) -> int:
     Prompt and settings stay out of it on purpose: all prompts and sweep points of one film share their noise, so they
     are paired comparisons.
 
-    >>> record_seed(0, "COVID/images/1.png", 0) == record_seed(0, "COVID/images/1.png", 0)
-    True
-    >>> record_seed(0, "COVID/images/1.png", 0) == record_seed(0, "COVID/images/1.png", 1)
-    False
+        >>> record_seed(0, "COVID/images/1.png", 0) == record_seed(0, "COVID/images/1.png", 0)
+        True
+        >>> record_seed(0, "COVID/images/1.png", 0) == record_seed(0, "COVID/images/1.png", 1)
+        False
     """
     return int(digest([run_seed, source_key, draw])[:16], 16) >> 1
 

@@ -21,9 +21,9 @@ def attribution(film: Image, reconstruction: Image, counterfactual: Image, confi
     which does not count the autoencoder's own error as disease. ``smoothing`` is a Gaussian's sigma as a fraction of
     the width. Raises ValueError for images of unequal shapes.
 
-    >>> film, twin = np.full((8, 8), 0.5, np.float32), np.full((8, 8), 0.2, np.float32)
-    >>> attribution(film, film, twin, GenerateConfig(difference="raw")).mean().round(3)
-    np.float32(0.3)
+        >>> film, twin = np.full((8, 8), 0.5, np.float32), np.full((8, 8), 0.2, np.float32)
+        >>> attribution(film, film, twin, GenerateConfig(difference="raw")).mean().round(3)
+        np.float32(0.3)
     """
     if not film.shape == reconstruction.shape == counterfactual.shape or film.ndim != 2:
         shapes = ", ".join(str(image.shape) for image in (film, reconstruction, counterfactual))

@@ -80,12 +80,12 @@ def device_kind(name: str | None = None) -> str:
 class Counterfactuals:
     """One model, ready to heal films: ``heal(films, settings, seeds)``.
 
-    >>> from diffva_ray.data.phantoms import phantom
-    >>> heal = Counterfactuals.from_pretrained("runs/demo/model")
-    >>> film = phantom("COVID", patient=7, size=heal.size).film
-    >>> twins = heal([film], [heal.settings("normal chest scan")], seeds=[0])
-    >>> twins.counterfactuals.shape == (1, heal.size, heal.size)
-    True
+        >>> from diffva_ray.data.phantoms import phantom
+        >>> heal = Counterfactuals.from_pretrained("runs/demo/model")
+        >>> film = phantom("COVID", patient=7, size=heal.size).film
+        >>> twins = heal([film], [heal.settings("normal chest scan")], seeds=[0])
+        >>> twins.counterfactuals.shape == (1, heal.size, heal.size)
+        True
 
     ``size`` is the side of the model's square in pixels, ``config`` the recipe's section ``generate``. ``device``:
     ``cpu`` or ``cuda``, by default the GPU where there is one. On a CPU ``config.cpu_threads`` becomes torch's number

@@ -305,9 +305,9 @@ def read_film(path: str) -> NDArray[np.float32]:
     """The film in an image file (a local path or ``s3://``), as float32 grey [H, W] in [0, 1]; white is 1. See
     ``decode`` for what is read, and how.
 
-    >>> film = read_film("runs/demo/data/test/COVID/images/COVID-3.png")
-    >>> film.ndim, bool(0 <= film.min() <= film.max() <= 1)
-    (2, True)
+        >>> film = read_film("runs/demo/data/test/COVID/images/COVID-3.png")
+        >>> film.ndim, bool(0 <= film.min() <= film.max() <= 1)
+        (2, True)
 
     Raises FileNotFoundError when there is no such file, BadImage when it is no film, StoreError when the store fails,
     UnknownScheme (a ValueError) for an address of another kind.
@@ -321,11 +321,11 @@ def read_map(path: str) -> NDArray[np.float32]:
 
     Positive is where the film is brighter than its healthy twin:
 
-    >>> import pandas, os
-    >>> path = pandas.read_parquet("runs/demo/run/records")["attribution_path"][0]
-    >>> m = read_map(os.path.join("runs/demo/run", path))
-    >>> m.ndim, bool(-1 <= m.min() <= m.max() <= 1)
-    (2, True)
+        >>> import pandas, os
+        >>> path = pandas.read_parquet("runs/demo/run/records")["attribution_path"][0]
+        >>> m = read_map(os.path.join("runs/demo/run", path))
+        >>> m.ndim, bool(-1 <= m.min() <= m.max() <= 1)
+        (2, True)
 
     Raises FileNotFoundError when there is no such file, BadImage when it is no map, StoreError when the store fails,
     UnknownScheme (a ValueError) for an address of another kind.

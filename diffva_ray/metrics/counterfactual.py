@@ -20,8 +20,8 @@ def changed_share(m: NDArray[np.floating], threshold: float = CHANGED) -> float:
     """Minimality: share of pixels with |M| above ``threshold``, in [0, 1]. On healthy films under a healthy prompt it
     is the false attribution.
 
-    >>> changed_share(np.array([[0.0, 0.1], [-0.1, 0.01]]))
-    0.5
+        >>> changed_share(np.array([[0.0, 0.1], [-0.1, 0.01]]))
+        0.5
     """
     return float((np.abs(m) > threshold).mean())
 

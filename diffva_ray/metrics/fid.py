@@ -72,9 +72,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     imaginary part nor ``scipy.linalg.sqrtm`` (mseitzer/pytorch-fid#117). Raises ValueError below two rows and for
     moments of unequal dimension.
 
-    >>> x = np.random.default_rng(0).normal(size=(500, 4))
-    >>> round(frechet_distance(Moments.of(x), Moments.of(x + 0.5)), 6)
-    1.0
+        >>> x = np.random.default_rng(0).normal(size=(500, 4))
+        >>> round(frechet_distance(Moments.of(x), Moments.of(x + 0.5)), 6)
+        1.0
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of {len(a.mean)} and {len(b.mean)} dimensions cannot be compared")

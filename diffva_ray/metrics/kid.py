@@ -26,11 +26,11 @@ def kid(
     For a set against its own counterfactuals it is too large, as the pairs are alike.
     Raises ValueError below three rows.
 
-    >>> random = np.random.default_rng(0)
-    >>> x, y = random.normal(size=(200, 4)), random.normal(size=(200, 4))
-    >>> value, error = kid(x, y + 1)
-    >>> value > 3 * error, abs(kid(x, y)[0]) < 3 * kid(x, y)[1]
-    (True, True)
+        >>> random = np.random.default_rng(0)
+        >>> x, y = random.normal(size=(200, 4)), random.normal(size=(200, 4))
+        >>> value, error = kid(x, y + 1)
+        >>> value > 3 * error, abs(kid(x, y)[0]) < 3 * kid(x, y)[1]
+        (True, True)
     """
     sets = [FeatureSet.of(x), FeatureSet.of(y)]
     if sets[0].dimension != sets[1].dimension:

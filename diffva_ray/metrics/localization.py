@@ -53,13 +53,13 @@ def score(
     nothing to find, or nothing to tell it from, and the film belongs in no mean. Raises ValueError for shapes that
     differ and for saliency that is not finite.
 
-    >>> truth = np.zeros((8, 8), bool)
-    >>> truth[2:4, 2:4] = True
-    >>> found = score(truth + 0.0, truth)
-    >>> found.auroc, found.dice_best, found.pointing_game
-    (1.0, 1.0, 1.0)
-    >>> score(truth + 0.0, np.zeros((8, 8), bool)) is None
-    True
+        >>> truth = np.zeros((8, 8), bool)
+        >>> truth[2:4, 2:4] = True
+        >>> found = score(truth + 0.0, truth)
+        >>> found.auroc, found.dice_best, found.pointing_game
+        (1.0, 1.0, 1.0)
+        >>> score(truth + 0.0, np.zeros((8, 8), bool)) is None
+        True
     """
     if saliency.ndim != 2 or any(mask.shape != saliency.shape for mask in (truth, region) if mask is not None):
         shapes = ", ".join(str(array.shape) for array in (saliency, truth, region) if array is not None)

@@ -32,9 +32,9 @@ def ssim(a: NDArray[np.floating], b: NDArray[np.floating], preset: Preset = "wan
     default (uniform window of 7, sample covariance); both leave out the border where the window does not fit.
     Raises ValueError for unequal shapes and for images smaller than the window.
 
-    >>> a = np.linspace(0, 1, 256).reshape(16, 16)
-    >>> ssim(a, a), round(ssim(a, 1 - a), 2) < 0
-    (1.0, True)
+        >>> a = np.linspace(0, 1, 256).reshape(16, 16)
+        >>> ssim(a, a), round(ssim(a, 1 - a), 2) < 0
+        (1.0, True)
     """
     a, b = _pair(a, b)
     window, arguments = PRESETS[preset]
@@ -52,8 +52,8 @@ def ms_ssim(a: NDArray[np.floating], b: NDArray[np.floating]) -> tuple[float, in
     pixels are averaged 2x2; an odd last row or column is dropped (as torchmetrics does; pytorch-msssim pads).
     Raises ValueError for unequal shapes and below 11 pixels a side.
 
-    >>> ms_ssim(np.ones((64, 64)), np.ones((64, 64)))
-    (1.0, 3)
+        >>> ms_ssim(np.ones((64, 64)), np.ones((64, 64)))
+        (1.0, 3)
     """
     a, b = _pair(a, b)
     scales = scales_of(min(a.shape))
@@ -80,8 +80,8 @@ def psnr(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
     Infinity is kept rather than capped: Parquet stores it, and a mean that meets it shows so instead of hiding an
     arbitrary cap. Whoever averages decides about equal pairs. Raises ValueError for unequal shapes.
 
-    >>> psnr(np.zeros((8, 8)), np.full((8, 8), 0.1)), psnr(np.zeros((8, 8)), np.zeros((8, 8)))
-    (20.0, inf)
+        >>> psnr(np.zeros((8, 8)), np.full((8, 8), 0.1)), psnr(np.zeros((8, 8)), np.zeros((8, 8)))
+        (20.0, inf)
     """
     a, b = _pair(a, b)
     error = float(np.mean((a - b) ** 2))
