@@ -37,7 +37,7 @@ from diffva_ray.data.images import decode, to_square
 from diffva_ray.data.implants import implant_set
 from diffva_ray.evaluate.records import film_truth
 from diffva_ray.evaluate.scores import score_film
-from diffva_ray.metrics.localization import centre_prior, dice_at, fixed_threshold, patient_bootstrap, smooth
+from diffva_ray.metrics.localization import centre_prior, dice_at, fixed_threshold, group_bootstrap, smooth
 from diffva_ray.model.bundle import load
 from diffva_ray.observe import LOG, set_up_logging
 from diffva_ray.pipeline import train_model
@@ -252,7 +252,7 @@ def summary(rows: pd.DataFrame) -> list[dict[str, object]]:
     table = []
     for name, metric in itertools.product(rows["map"].unique(), METRICS):
         of_map = rows[rows["map"] == name]
-        low, high = patient_bootstrap(of_map[metric].to_numpy(), of_map["patient"].tolist())
+        low, high = group_bootstrap(of_map[metric].to_numpy(), of_map["patient"].tolist())
         mean = float(of_map[metric].mean())
         table.append({"map": name, "metric": metric, "n": len(of_map), "mean": round(mean, 3),
                       "low": round(low, 3), "high": round(high, 3)})  # fmt: skip

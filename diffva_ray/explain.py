@@ -86,7 +86,6 @@ def explain(
         raise UnusableData(f"{len(asked)} prompts; a sheet has room for {MOST_PROMPTS}")
     data, pixels = open_film(film, config.min_side)
     engine, judge = open_model(model, recipe, asked, device)
-    bundle = engine.bundle
     name = film.rpartition("/")[2]
     seed = record_seed(recipe.seed, name, 0)
     square = to_square(pixels, engine.size)
@@ -100,23 +99,26 @@ def explain(
             raise UnusableData(f"{film}: the networks gave NaN or infinity for this film")
         for prompt, healed, rebuilt, shown in zip(some, twins.counterfactuals, twins.reconstructions, twins.sources):
             answers.append(_answer(square, lungs, healed, rebuilt, prompt, shown, recipe, judge))
-    about = {
+    size = {"width": pixels.shape[1], "height": pixels.shape[0]}
+    return Explanation(square, lungs, lesion, answers, {**origin(film, data, model, engine, recipe, seed), **size})
+
+
+def origin(film: str, data: bytes, model: str, engine: Counterfactuals, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """What a sheet or a strip is made of: film, model, settings, seed, code."""
+    return {
         "film": film,
         "source_sha256": hashlib.sha256(data).hexdigest(),
-        "width": pixels.shape[1],
-        "height": pixels.shape[0],
         "model": model,
-        "model_digest": bundle.digest,
-        "trained_on": bundle.card.get("data_kind"),
+        "model_digest": engine.bundle.digest,
+        "trained_on": engine.bundle.card.get("data_kind"),
         "recipe": recipe.name,
-        "settings": config.model_dump(mode="json"),
+        "settings": recipe.generate.model_dump(mode="json"),
         "run_seed": recipe.seed,
         "seed": seed,
         "device": engine.device.type,
         "diffva_ray": __version__,
         "code_revision": code_revision(),
     }
-    return Explanation(square, lungs, lesion, answers, about)
 
 
 def open_model(

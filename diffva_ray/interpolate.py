@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,16 +10,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from diffva_ray import __version__
 from diffva_ray.config import Recipe
 from diffva_ray.counterfactual.attribution import attribution
 from diffva_ray.counterfactual.interpolation import between_films, between_prompts
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import to_square
 from diffva_ray.evaluate.figures import INK, MUTED, Scale, colour_bar, colour_limit, diverging, png
-from diffva_ray.explain import LEAST_LIMIT, mask_beside, open_film, open_model, short_path, write_png
+from diffva_ray.explain import LEAST_LIMIT, mask_beside, open_film, open_model, origin, short_path, write_png
 from diffva_ray.generate.plan import check_settings
-from diffva_ray.provenance import code_revision
 from diffva_ray.schema import record_seed
 
 Image = NDArray[np.float32]
@@ -84,20 +81,7 @@ def interpolate(
         found = between_films(engine, squares[0], squares[1], weights, prompts[0] if prompts else None)
     if not np.isfinite(found).all():
         raise UnusableData(f"{film}: the networks gave NaN or infinity for this film")
-    about = {
-        "film": film,
-        "source_sha256": hashlib.sha256(data).hexdigest(),
-        "to": other,
-        "prompts": list(prompts),
-        "model": model,
-        "model_digest": engine.bundle.digest,
-        "recipe": recipe.name,
-        "settings": config.model_dump(mode="json"),
-        "run_seed": recipe.seed,
-        "seed": seed,
-        "diffva_ray": __version__,
-        "code_revision": code_revision(),
-    }
+    about = {**origin(film, data, model, engine, recipe, seed), "to": other, "prompts": list(prompts)}
     healthy = None if judge is None else [float(p) for p in judge.healthy_probability(found)]
     return Strip(weights, found, maps, healthy, about)
 
@@ -118,7 +102,7 @@ def draw(strip: Strip) -> bytes:
     scale = Scale(0, "", colour_limit(strip.maps.ravel(), LEAST_LIMIT)) if strip.maps is not None else None
     for row in range(rows):
         bottom = height - TOP - 0.22 - row * (PANEL + GAP) - PANEL
-        name = "signed map" if row else "twin" if rows == 2 else "film"
+        name = ("twin" if rows == 2 else "film", "signed map")[row]
         _text(figure, 0.12 / width, (bottom + PANEL / 2) / height, name, 8.5, INK)
         for column, weight in enumerate(strip.weights):
             left = (LEFT + column * (PANEL + GAP)) / width

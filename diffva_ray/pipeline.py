@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import ValidationError
@@ -31,6 +31,8 @@ from diffva_ray.observe import LOG, Progress
 from diffva_ray.provenance import provenance, torch_version
 from diffva_ray.schema import digest
 from diffva_ray.storage import is_local, open_file, open_store
+
+Executor = Literal["ray", "inline"]  # on a Ray, or a plain loop in this process
 
 
 def model_recipe(model: str, recipe: str | None, overrides: tuple[str, ...]) -> Recipe:
@@ -66,7 +68,7 @@ def train_model(
     out: str,
     workers: int | tuple[int, int] = 1,
     gpus_per_worker: float | None = None,
-    executor: str = "ray",
+    executor: Executor = "ray",
 ) -> bool:
     """Train (or go on training) and export to ``out``; False when that model is there already.
 
@@ -149,7 +151,9 @@ def _with_defaults(keys: dict[str, Any]) -> dict[str, Any]:
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     """Sections and lists as one mapping from dotted keys, as ``--set`` writes them: train.stages.1.steps."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
     inner = [_flat(below, f"{name}.{key}" if name else str(key)) for key, below in items]
     return {key: leaf for part in inner for key, leaf in part.items()} if inner else {name: value}
 
@@ -167,7 +171,7 @@ def _absolute(uri: str) -> str:
 class Execution:
     """How a run is carried out; none of it changes a pixel."""
 
-    executor: str = "ray"
+    executor: Executor = "ray"
     actors: int | None = None
     gpus_per_actor: float | None = None
     allow_environment_change: bool = False
@@ -343,7 +347,7 @@ def retry_run(
     return _with_device(execution, carry_out)
 
 
-def reduce(run: Run, options: Options, executor: str = "ray") -> Reduced:
+def reduce(run: Run, options: Options, executor: Executor = "ray") -> Reduced:
     """Verify the run and write its tables; scoring is spread over the cluster unless ``executor`` is ``inline``."""
     data = run.about["data"]
     if executor == "inline" or run.shards == 1:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-MINUTES = [
+SHARD_SECONDS = [
     5.0,
     15.0,
     30.0,
@@ -32,7 +32,7 @@ class GenerationMetrics:
         self.records = counter("diffva_records_done", "Records committed, quarantined ones too", tags)
         self.quarantined = counter("diffva_records_quarantined", "Records committed with a status other than ok", tags)
         self.stages = counter("diffva_stage_seconds", "Seconds of work, by stage of a shard", tags, "stage")
-        self.seconds = Histogram("diffva_shard_seconds", "Seconds a shard took", MINUTES, ("run",))
+        self.seconds = Histogram("diffva_shard_seconds", "Seconds a shard took", SHARD_SECONDS, ("run",))
         self.seconds.set_default_tags(tags)
 
     def begin(self) -> None:

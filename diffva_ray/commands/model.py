@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,6 +20,9 @@ from diffva_ray.commands.verb import (
     verb,
 )
 from diffva_ray.config import load_recipe
+
+if TYPE_CHECKING:
+    from diffva_ray.pipeline import Executor
 
 
 def worker_count(_: click.Context, __: click.Parameter, text: str) -> int | tuple[int, int]:
@@ -64,7 +67,7 @@ def demo(out: str, quick: bool, seed: int) -> None:
 @recipe_option
 @set_option
 @dry_run_option
-def train(data: str, out: str, workers: int | tuple[int, int], gpus_per_worker: float | None, executor: str, recipe: str | None,
+def train(data: str, out: str, workers: int | tuple[int, int], gpus_per_worker: float | None, executor: Executor, recipe: str | None,
           overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
     """Fine-tune the UNet and the text encoder together. The same command again goes on, or does nothing.
 

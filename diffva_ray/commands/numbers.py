@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from diffva_ray.commands.verb import data_option, executor_option, verb, weights_option
 from diffva_ray.data.films import UnusableData
+
+if TYPE_CHECKING:
+    from diffva_ray.pipeline import Executor
 
 
 @verb("reduce")
@@ -40,7 +43,7 @@ from diffva_ray.data.films import UnusableData
 @executor_option
 def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_weights: str | None,
            resize: Literal["clean", "legacy"] | None, threshold_from: str | None, extractor: tuple[str, ...],
-           judge: tuple[str, ...], lpips_weights: str | None, brixia: str | None, sources: str | None, executor: str) -> None:  # fmt: skip
+           judge: tuple[str, ...], lpips_weights: str | None, brixia: str | None, sources: str | None, executor: Executor) -> None:  # fmt: skip
     """Verify a run and write its tables, quarantine, manifest and _SUCCESS.
 
     Example:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -20,6 +20,9 @@ from diffva_ray.commands.verb import (
     verb,
     weights_option,
 )
+
+if TYPE_CHECKING:
+    from diffva_ray.pipeline import Executor
 
 
 @verb("paper")
@@ -48,7 +51,7 @@ from diffva_ray.commands.verb import (
 @dry_run_option
 def paper(radiography: str | None, chexpert: str | None, model: str, out: str, quick: bool, limit: int | None,
           boxes: str | None, brixia: str | None, inception_weights: str | None, resize: Literal["clean", "legacy"], actors: int | None,
-          gpus_per_actor: float | None, allow_environment_change: bool, executor: str,
+          gpus_per_actor: float | None, allow_environment_change: bool, executor: Executor,
           recipe: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:  # fmt: skip
     """Every table and figure of Siddiqui et al. 2024 from films and a model, the published values beside ours.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,6 +26,9 @@ from diffva_ray.commands.verb import (
     verb,
     with_flags,
 )
+
+if TYPE_CHECKING:
+    from diffva_ray.pipeline import Executor
 
 
 @verb("generate")
@@ -159,7 +162,7 @@ def verify(run: str, repair: bool) -> int:
 @change_option
 @executor_option
 def retry(run: str, data: str | None, model: str | None, actors: int | None, gpus_per_actor: float | None,
-          allow_environment_change: bool, executor: str) -> int:  # fmt: skip
+          allow_environment_change: bool, executor: Executor) -> int:  # fmt: skip
     """Make quarantined records again, once their films are mended: into RUN/overlays/r1, r2 ...
 
     Example:

@@ -19,7 +19,7 @@ from diffva_ray.evaluate.tables import by_label, finite_mean, known
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
 from diffva_ray.metrics.counterfactual import flip_rate
-from diffva_ray.metrics.localization import SALIENCY, patient_bootstrap
+from diffva_ray.metrics.localization import SALIENCY, group_bootstrap
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS, Pair
 from diffva_ray.metrics.zones import zone_agreement, zone_energy, zone_masks
 from diffva_ray.model.card import read_card
@@ -121,7 +121,7 @@ def external_rows(run: Run, rows: Sequence[Row], boxes: Boxes, judges: Sequence[
                     "called_healthy_before": float((members["before"] > 0.5).mean()),
                     "called_healthy_after": float((members["after"] > 0.5).mean()),
                     "confidence_gain": float(gain.mean()),
-                    "confidence_gain_interval": list(patient_bootstrap(gain, members["source_path"].tolist())),
+                    "confidence_gain_interval": list(group_bootstrap(gain, members["source_path"].tolist())),
                     "healthy_is": judge.says,
                     "weights_sha256": judge.sha256,
                 }
@@ -145,7 +145,7 @@ def mean_of(rows: pd.DataFrame, key: str) -> Row:
     known = rows.dropna(subset=[key]) if key in rows else rows[:0]
     if not len(known):
         return {}
-    interval = patient_bootstrap(known[key].to_numpy(float), known["source_path"].tolist())
+    interval = group_bootstrap(known[key].to_numpy(float), known["source_path"].tolist())
     return {key: finite_mean(known[key].astype(float)), f"{key}_interval": list(interval)}
 
 
@@ -169,7 +169,7 @@ def heart_rows(scores: list[Row]) -> list[Row]:
                 "before": finite_mean(known["heart_before"].astype(float)),
                 "after": finite_mean(known["heart_after"].astype(float)),
                 "change": float(change.mean()),
-                "change_interval": list(patient_bootstrap(change, known["source_path"].tolist())),
+                "change_interval": list(group_bootstrap(change, known["source_path"].tolist())),
                 "grew": float((change > 0).mean()),
                 "lungs": "found on film and twin (data/lungs.py)",
             }

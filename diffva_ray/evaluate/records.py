@@ -99,7 +99,9 @@ class Truth:
     @property
     def region(self) -> NDArray[np.bool_] | None:
         """Where a map is scored: lungs or lesion when the lungs are known, else the whole film."""
-        return None if self.lungs is None else self.lungs | (self.lesion if self.lesion is not None else False)
+        if self.lungs is None or self.lesion is None:
+            return self.lungs
+        return self.lungs | self.lesion
 
 
 def grey(store: Store, path: str) -> NDArray[np.float32]:

@@ -28,7 +28,7 @@ from diffva_ray.generate.run import Run, find_run
 from diffva_ray.metrics.feature_set import FeatureSet
 from diffva_ray.metrics.fid import frechet_distance_features
 from diffva_ray.metrics.fid_controls import conditional
-from diffva_ray.metrics.localization import patient_bootstrap
+from diffva_ray.metrics.localization import group_bootstrap
 from diffva_ray.metrics.realism import directions, interpolation, verisimilitude
 from diffva_ray.storage import Store, open_store
 
@@ -173,7 +173,7 @@ class _Comparison:
             found["interpolation"] = asdict(interpolation(after, real))
         if reference == self.run.recipe.data.healthy_class != label:
             cosines = directions(before, after, real)
-            low, high = patient_bootstrap(cosines, films)
+            low, high = group_bootstrap(cosines, films)
             found["direction"] = {"mean": float(np.nanmean(cosines)), "low": low, "high": high}
         return found
 

@@ -13,7 +13,7 @@ import pandas as pd
 from diffva_ray.evaluate.records import under
 from diffva_ray.evaluate.scores import SIMPLE, Places
 from diffva_ray.metrics.counterfactual import flip_rate
-from diffva_ray.metrics.localization import dice_at, fixed_threshold, patient_bootstrap
+from diffva_ray.metrics.localization import dice_at, fixed_threshold, group_bootstrap
 from diffva_ray.schema import Row
 from diffva_ray.storage import Store
 
@@ -89,7 +89,7 @@ def add_lpips(rows: list[Row], scores: list[Row]) -> None:
 def _interval(rows: pd.DataFrame, column: str) -> list[float]:
     """95 % interval of a mean by bootstrap over films."""
     film = "film" if "film" in rows else "source_path"
-    return list(patient_bootstrap(rows[column].to_numpy(float), rows[film].to_numpy()))
+    return list(group_bootstrap(rows[column].to_numpy(float), rows[film].to_numpy()))
 
 
 def validity_rows(records: pd.DataFrame) -> list[Row]:
@@ -120,7 +120,7 @@ def localization_rows(places: Places, thresholds: dict[str, float] | None, sourc
     for name in places.films["map"].unique():
         for label, rows in by_label(places.films[places.films["map"] == name]):
             row: Row = {"label": label, "n": len(rows), **{key: finite_mean(rows[key]) for key in SIMPLE}}
-            row["auroc_interval"] = list(patient_bootstrap(rows["auroc"].to_numpy(), rows["source_path"].to_numpy()))
+            row["auroc_interval"] = list(group_bootstrap(rows["auroc"].to_numpy(), rows["source_path"].to_numpy()))
             row |= {"map": name, "region": ", ".join(sorted(rows["region"].unique()))}
             of_setting = under(name, rows["setting"].iloc[0] if "setting" in rows else "")
             threshold = (thresholds or {}).get(of_setting, (thresholds or {}).get(name))

@@ -138,6 +138,7 @@ def delete_group_jackknife(
     of_x = random.permutation(np.arange(len(x)) % groups)
     of_y = of_x if paired else random.permutation(np.arange(len(y)) % groups)
     if min(len(x), len(y)) * (groups - 1) // groups >= x.dimension:
+        # Moments merge, so each set is gone over once and what is left without a group is put together from the others.
         parts_x = [Moments.of(x.take(of_x == g)) for g in range(groups)]
         parts_y = [Moments.of(y.take(of_y == g)) for g in range(groups)]
         whole = frechet_distance(reduce(Moments.merge, parts_x), reduce(Moments.merge, parts_y))
@@ -145,9 +146,10 @@ def delete_group_jackknife(
             frechet_distance(*(reduce(Moments.merge, parts[:g] + parts[g + 1 :]) for parts in (parts_x, parts_y)))
             for g in range(groups)
         ]
-    else:
+    else:  # fewer rows than dimensions: a distance from the rows costs less than one from [d, d] moments
         whole = frechet_distance_features(x, y)
         without = [frechet_distance_features(x.take(of_x != g), y.take(of_y != g)) for g in range(groups)]
+    # Efron & Tibshirani 1993, chapter 11: bias-corrected value and standard error of a jackknife over groups.
     centre = groups * whole - (groups - 1) * np.mean(without)
     error = np.sqrt((groups - 1) * np.var(without))
     reach = student.ppf(0.975, groups - 1) * error

@@ -203,7 +203,7 @@ def _on_grid(curves: NDArray[np.floating]) -> None:
         raise ValueError(f"Dice curves are [N, {len(THRESHOLDS)}], got {curves.shape}")
 
 
-def patient_bootstrap(
+def group_bootstrap(
     values: Sequence[float] | NDArray[np.floating],
     groups: Sequence[Hashable] | NDArray[Any],
     draws: int = 1000,

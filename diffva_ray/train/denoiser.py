@@ -53,6 +53,7 @@ class NoisePrediction(Stage):
         mean, std = self.films.moments(indices, device)
         told = [self._told(self.setting.films.films[index]) for index in indices]
         groups, rows, prior_loss_weight = 1, list(batch.rows), 0.0
+        # DreamBooth's prior preservation (Ruiz et al. 2023, equation 2): the class set stands below the instances.
         if self.prior is not None:
             groups, prior_loss_weight = 2, self.prior.loss_weight
             prior_mean, prior_std = self.prior.films.moments([self.prior.draws[at] for at in positions], device)
@@ -60,6 +61,7 @@ class NoisePrediction(Stage):
             told += [data.prompt(self.prior.label)] * len(indices)
             rows += [batch.size + row for row in batch.rows]
 
+        # All random numbers are drawn for the whole batch on every worker, so that they do not depend on the workers.
         whole = Batch(batch.step, groups * batch.size, rows, batch.generator)
         posterior_noise = whole.normal(mean.shape[1:], mean)
         noise = whole.normal(mean.shape[1:], mean)
@@ -67,6 +69,7 @@ class NoisePrediction(Stage):
         timesteps = torch.randint(0, steps, (whole.size,), generator=batch.generator)[rows].to(device)
         dropped = whole.uniform() < self.config.prompt_dropout
 
+        # z ~ q(z | x), then z_t = sqrt(a_t) z + sqrt(1 - a_t) e (Rombach et al. 2022).
         latents = (mean + std * posterior_noise) * self.setting.bundle.vae.config.scaling_factor
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
         prompts = ["" if drop else prompt for prompt, drop in zip(told, dropped.tolist(), strict=True)]

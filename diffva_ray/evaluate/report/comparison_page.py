@@ -213,18 +213,23 @@ def _scores(pair: pd.Series, measure: Measure) -> list[tuple[str, str, str, str]
     return found
 
 
+DIGITS = {"l1": 4, "map_energy": 4, "twin_psnr": 1}  # after the point, by measure; three elsewhere
+
+
 def form(measure: Measure, value: float) -> str:
     """A value of a measure, as text."""
     if measure.form == "percent":
         return f"{number(100 * value, 1)}\u00a0%" if known(value) else "–"
-    return number(value, 4 if measure.key in ("l1", "map_energy") else 1 if measure.key == "twin_psnr" else 3)
+    return number(value, DIGITS.get(measure.key, 3))
 
 
 def signed(measure: Measure, value: float) -> str:
     """A difference, as text with its sign, of percentages in points; one that rounds to zero has no sign."""
     text = form(measure, value).replace("%", "pp")
     nothing = not any(digit in text for digit in "123456789")
-    return text.removeprefix("−") if nothing else text if value < 0 else f"+{text}"
+    if nothing:
+        return text.removeprefix("−")
+    return text if value < 0 else f"+{text}"
 
 
 def cards(comparison: Comparison) -> list[Card]:

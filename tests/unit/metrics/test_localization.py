@@ -14,7 +14,7 @@ from diffva_ray.metrics.localization import (
     centre_prior,
     dice_at,
     fixed_threshold,
-    patient_bootstrap,
+    group_bootstrap,
     positive,
     score,
     smooth,
@@ -186,13 +186,13 @@ def test_bootstrap_draws_patients_not_films():
     random = np.random.default_rng(0)
     per_patient = random.normal(size=10)
     values, patients = np.repeat(per_patient, 20), np.repeat([f"p{i}" for i in range(10)], 20)
-    low, high = patient_bootstrap(values, patients.tolist())
+    low, high = group_bootstrap(values, patients.tolist())
     expected = 2 * 1.96 * per_patient.std() / np.sqrt(10)
     assert low < per_patient.mean() < high
     assert high - low == pytest.approx(expected, rel=0.15)
-    alone = patient_bootstrap(values, list(range(200)))
+    alone = group_bootstrap(values, list(range(200)))
     assert (high - low) / (alone[1] - alone[0]) == pytest.approx(np.sqrt(20), rel=0.15)
-    assert patient_bootstrap(values, patients.tolist()) == (low, high)
+    assert group_bootstrap(values, patients.tolist()) == (low, high)
 
 
 def test_many_patients_have_the_interval_that_drawing_would_give(monkeypatch):
@@ -200,15 +200,15 @@ def test_many_patients_have_the_interval_that_drawing_would_give(monkeypatch):
     patients = random.integers(0, 800, 3000)
     values = random.normal(size=800)[patients] + random.normal(size=3000)
     values[random.uniform(size=3000) < 0.1] = np.nan
-    drawn = patient_bootstrap(values, patients, draws=4000)
+    drawn = group_bootstrap(values, patients, draws=4000)
     monkeypatch.setattr(localization, "MANY", 100)
-    assert patient_bootstrap(values, patients) == pytest.approx(drawn, abs=0.06 * (drawn[1] - drawn[0]))
+    assert group_bootstrap(values, patients) == pytest.approx(drawn, abs=0.06 * (drawn[1] - drawn[0]))
 
 
 def test_bootstrap_leaves_out_nan_and_knows_when_it_knows_nothing():
     values, groups = [0.1, float("nan"), 0.3, 0.5], ["a", "b", "b", "c"]
-    assert patient_bootstrap(values, groups) == patient_bootstrap([0.1, 0.3, 0.5], ["a", "b", "c"])
+    assert group_bootstrap(values, groups) == group_bootstrap([0.1, 0.3, 0.5], ["a", "b", "c"])
     for too_few in (([], []), ([0.5, 0.6], ["a", "a"]), ([float("nan")] * 2, ["a", "b"])):
-        assert all(math.isnan(end) for end in patient_bootstrap(*too_few))
+        assert all(math.isnan(end) for end in group_bootstrap(*too_few))
     with pytest.raises(ValueError, match="one group per value"):
-        patient_bootstrap([0.1, 0.2], ["a"])
+        group_bootstrap([0.1, 0.2], ["a"])
