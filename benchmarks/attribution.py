@@ -28,7 +28,7 @@ from diffva_ray.counterfactual.gradients import BASELINES, FilmClassifier
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.images import decode_map
 from diffva_ray.data.phantoms import phantom_set
-from diffva_ray.evaluate.figures import DIVERGING, INK, outline, png
+from diffva_ray.evaluate.drawing import DIVERGING, INK, outline, png
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import by_shard, read_images, read_records, read_truth
 from diffva_ray.evaluate.scores import score_film

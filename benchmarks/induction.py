@@ -32,7 +32,7 @@ from diffva_ray.config import Recipe, load_recipe, make_recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.lungs import find_lungs
 from diffva_ray.data.phantoms import CAPTIONS, phantom_set
-from diffva_ray.evaluate.figures import INK, MUTED, png
+from diffva_ray.evaluate.drawing import INK, MUTED, png
 from diffva_ray.evaluate.records import by_shard, read_images, read_records, read_truth
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run, open_run

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from diffva_ray.counterfactual.attribution import attribution
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.phantoms import Phantom, phantom
-from diffva_ray.evaluate.figures import CLASS_COLOURS, INK, MUTED, RULE, png
+from diffva_ray.evaluate.drawing import CLASS_COLOURS, INK, MUTED, RULE, png
 from diffva_ray.generate.cost import calls
 from diffva_ray.metrics.localization import positive, score
 from diffva_ray.metrics.ssim import psnr

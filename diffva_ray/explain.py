@@ -17,13 +17,14 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from diffva_ray import __version__
+from diffva_ray.arrays import Image, Mask
 from diffva_ray.config import GUESS, Recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.films import UnusableData, companions
 from diffva_ray.data.images import BadImage, decode, to_square
 from diffva_ray.evaluate.direction import induces
-from diffva_ray.evaluate.figures import INK, MUTED, Scale, colour_bar, colour_limit, diverging, outline, overlay, png
+from diffva_ray.evaluate.drawing import INK, MUTED, Scale, colour_bar, colour_limit, diverging, outline, overlay, png
 from diffva_ray.generate.measures import measure, unit
 from diffva_ray.generate.plan import check_settings
 from diffva_ray.generate.shard import read_mask
@@ -34,8 +35,6 @@ from diffva_ray.provenance import code_revision
 from diffva_ray.schema import record_seed
 from diffva_ray.storage import open_file, open_store
 
-Image = NDArray[np.float32]
-Mask = NDArray[np.bool_]
 MOST_PROMPTS = 24  # rows of one sheet
 RED_ABOVE = 0.05  # a quantile of the film's own map would paint a healthy film, too
 LEAST_LIMIT = 0.1  # a map of nearly nothing looks like nearly nothing

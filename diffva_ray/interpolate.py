@@ -8,19 +8,18 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
+from diffva_ray.arrays import Image
 from diffva_ray.config import Recipe
 from diffva_ray.counterfactual.attribution import attribution
 from diffva_ray.counterfactual.interpolation import between_films, between_prompts
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import to_square
-from diffva_ray.evaluate.figures import INK, MUTED, Scale, colour_bar, colour_limit, diverging, png
+from diffva_ray.evaluate.drawing import INK, MUTED, Scale, colour_bar, colour_limit, diverging, png
 from diffva_ray.explain import LEAST_LIMIT, mask_beside, open_film, open_model, origin, short_path, write_png
 from diffva_ray.generate.plan import check_settings
 from diffva_ray.schema import record_seed
 
-Image = NDArray[np.float32]
 PANEL, GAP, LEFT, TOP, FOOT, BAR = 1.35, 0.05, 0.95, 0.42, 0.56, 0.32  # inches
 
 

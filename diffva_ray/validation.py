@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from diffva_ray.arrays import Image
 from diffva_ray.config import Recipe
 from diffva_ray.counterfactual.attribution import attribution
 from diffva_ray.counterfactual.engine import Counterfactuals
@@ -24,7 +25,6 @@ from diffva_ray.model.bundle import Bundle
 from diffva_ray.train.journal import Journal
 
 PHANTOM_SEED = 9001  # of no training, validation or test set of the demo
-Image = NDArray[np.float32]
 
 
 @dataclass(frozen=True)

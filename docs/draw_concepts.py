@@ -17,7 +17,7 @@ from diffva_ray.counterfactual.attribution import attribution
 from diffva_ray.counterfactual.engine import Counterfactuals, Twins
 from diffva_ray.counterfactual.latent_diffusion import noise
 from diffva_ray.data.phantoms import Phantom, phantom
-from diffva_ray.evaluate.figures import DIVERGING, INK, MUTED, outline, png
+from diffva_ray.evaluate.drawing import DIVERGING, INK, MUTED, outline, png
 from diffva_ray.metrics.localization import positive, score
 from diffva_ray.model.schedulers import schedule
 

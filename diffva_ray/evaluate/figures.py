@@ -1,74 +1,47 @@
-"""Pictures of a run: the paper's red overlay, signed maps, a grid of films, and how their scores are distributed.
-
-Drawn with matplotlib's objects and never with pyplot, whose global state belongs to whoever imports this package.
-"""
+"""Pictures of a run: which films are shown, a grid of them, and how their scores are distributed."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
-import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
+from diffva_ray.arrays import Image
 from diffva_ray.data.boxes import match, parse
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import BadImage, decode_map
 from diffva_ray.evaluate.direction import direction
+from diffva_ray.evaluate.drawing import (
+    CLASS_COLOURS,
+    INK,
+    MUTED,
+    RULE,
+    Scale,
+    colour_bar,
+    colour_limit,
+    diverging,
+    outline,
+    overlay,
+    png,
+    short,
+)
 from diffva_ray.evaluate.records import Boxes, Images, Row, Truth, read_images, read_records, read_truth
 from diffva_ray.generate.plan import SWEPT
 from diffva_ray.generate.run import Run
 from diffva_ray.schema import Status
 
-Image = NDArray[np.float32]
-RED = np.array([0.90, 0.05, 0.08], np.float32)
-DIVERGING = "RdBu_r"  # red and blue stay apart in every common colour blindness; white is no change
-OUTLINE = "#00a6d6"
-INK, MUTED, RULE = "#1c2328", "#5d6a73", "#c9d1d6"
-CLASS_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
 QUANTILE = 0.97  # of a run's maps, where no threshold has been fixed
 SAMPLED_MAPS = 64  # whose values set the colour scale
 CLASSES, STRIPS, POINTS = 4, 8, 300  # shown at most: classes of the grid, of the distributions, and points of a class
 PANEL, GAP, LEFT, TOP, LINE = 1.12, 0.045, 1.32, 0.30, 0.135  # inches
-
-
-def overlay(film: Image, signed_map: Image, threshold: float, region: NDArray[np.bool_] | None = None) -> Image:
-    """The paper's "generated tissue" as float32 [H, W, 3] in [0, 1]: ``film`` [H, W] in [0, 1], red exactly where
-    M > ``threshold`` (inside ``region``), denser the further above it.
-
-    ``signed_map`` is M when healing and -M when inducing a finding.
-    """
-    above = signed_map > threshold
-    if region is not None:
-        above &= region
-    excess = np.clip((signed_map - threshold) / max(2 * abs(threshold), 1e-3), 0, 1)
-    alpha = np.where(above, 0.35 + 0.5 * excess, 0)[..., None]
-    return np.clip((1 - alpha) * film[..., None] + alpha * RED, 0, 1).astype(np.float32)
-
-
-def diverging(signed_map: Image, limit: float) -> Image:
-    """A signed map [H, W] as float32 [H, W, 3]: blue at -``limit``, white at zero, red at ``limit`` and beyond."""
-    levels = np.clip(signed_map / limit, -1, 1) / 2 + 0.5
-    return matplotlib.colormaps[DIVERGING](levels)[..., :3].astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How the maps of one run are coloured: red above ``threshold``, signed colours from -``limit`` to ``limit``."""
-
-    threshold: float
-    threshold_from: str
-    limit: float
 
 
 def reduced_metrics(run: Run) -> dict[str, Any] | None:
@@ -96,13 +69,6 @@ def map_scale(run: Run, records: pd.DataFrame) -> Scale:
         return Scale(own["positive"], "the best mean Dice of these same films", limit)
     above = max(float(np.quantile(values, QUANTILE)), 1e-3)
     return Scale(above, f"the {QUANTILE:.0%} quantile of this run's maps", limit)
-
-
-def colour_limit(values: Image, least: float = 1e-3) -> float:
-    """Where signed colours saturate: the 99.5 % quantile of |M|, rounded up to two digits, and at least ``least``."""
-    limit = max(float(np.quantile(np.abs(values), 0.995)), least)
-    digits = 10.0 ** (math.floor(math.log10(limit)) - 1)
-    return math.ceil(limit / digits) * digits
 
 
 def _sampled_maps(run: Run, records: pd.DataFrame) -> Iterator[Image]:
@@ -279,24 +245,6 @@ def _panel(axes: Axes, title: str, film: Shown, scale: Scale, sign: int) -> None
         outline(axes, truth.lesion)
 
 
-def outline(axes: Axes, lesion: NDArray[np.bool_] | None) -> None:
-    """Draw the border of a lesion mask [H, W] over a picture of the same grid; nothing where there is none."""
-    if lesion is not None and lesion.any():
-        axes.contour(lesion.astype(float), levels=[0.5], colors=[OUTLINE], linewidths=0.9)
-
-
-def colour_bar(figure: Figure, scale: Scale, left: float, bottom: float, width: float, height: float) -> None:
-    """The signed colours of ``scale``, at fractions of a figure that is ``height`` inches high."""
-    axes = figure.add_axes((left, bottom, width, 0.055 / height))
-    ramp = np.linspace(-1, 1, 256)[None]
-    axes.imshow(ramp, cmap=DIVERGING, aspect="auto", extent=(-scale.limit, scale.limit, 0, 1))
-    axes.set_yticks([])
-    axes.set_xticks([-scale.limit, 0, scale.limit], [f"−{scale.limit:.2g}", "0", f"{scale.limit:.2g}"])
-    axes.tick_params(labelsize=6.5, colors=MUTED, length=2, pad=1.5, width=0.5)
-    for spine in axes.spines.values():
-        spine.set(linewidth=0.4, color=RULE)
-
-
 def distributions(run: Run, records: pd.DataFrame | None = None) -> bytes:
     """PNG: SSIM, map energy and, where there is a judge, its confidence before and after, film by film and class by
     class. Raises ValueError when no film is finished."""
@@ -366,21 +314,8 @@ def _finish(axes: Axes, title: str, names: Sequence[str]) -> None:
         spine.set(visible=side == "bottom", color=RULE, linewidth=0.8)
 
 
-def short(text: str, length: int) -> str:
-    """``text`` on one line of at most ``length`` characters, cut with an ellipsis."""
-    line = " ".join(str(text).replace("_", " ").split())
-    return line if len(line) <= length else line[: length - 1] + "…"
-
-
 def _missing(value: Any) -> bool:
     return value is None or value != value
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG of 200 dpi, the same bytes every time."""
-    sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=200, metadata={"Software": None})
-    return sink.getvalue()
 
 
 def write_figures(run: Run, records: pd.DataFrame | None = None) -> list[str]:

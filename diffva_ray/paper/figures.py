@@ -16,21 +16,8 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Film
 from diffva_ray.data.images import BadImage
 from diffva_ray.evaluate.direction import direction
-from diffva_ray.evaluate.figures import (
-    GAP,
-    INK,
-    LEFT,
-    LINE,
-    MUTED,
-    PANEL,
-    QUANTILE,
-    TOP,
-    figure_grid,
-    finished,
-    overlay,
-    png,
-    short,
-)
+from diffva_ray.evaluate.drawing import INK, MUTED, overlay, png, short
+from diffva_ray.evaluate.figures import GAP, LEFT, LINE, PANEL, QUANTILE, TOP, figure_grid, finished
 from diffva_ray.evaluate.records import Images, Truth, read_images, read_records, read_truth
 from diffva_ray.evaluate.tables import known
 from diffva_ray.generate.run import Run

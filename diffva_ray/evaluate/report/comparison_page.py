@@ -24,18 +24,8 @@ from diffva_ray.data.encoding import encode_png, quantise
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import BadImage
 from diffva_ray.evaluate.comparison import BY_KEY, Comparison, Measure, shown
-from diffva_ray.evaluate.figures import (
-    CLASS_COLOURS,
-    INK,
-    MUTED,
-    OUTLINE,
-    RULE,
-    diverging,
-    map_scale,
-    png,
-    settings_line,
-    short,
-)
+from diffva_ray.evaluate.drawing import CLASS_COLOURS, INK, MUTED, OUTLINE, RULE, diverging, png, short
+from diffva_ray.evaluate.figures import map_scale, settings_line
 from diffva_ray.evaluate.records import read_images, read_records, read_truth
 from diffva_ray.evaluate.reduction import lesion_boxes
 from diffva_ray.evaluate.report.assets import policy, style, templates

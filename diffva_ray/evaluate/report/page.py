@@ -16,14 +16,7 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 
 from diffva_ray.evaluate import figures
-from diffva_ray.evaluate.figures import (
-    finished,
-    map_scale,
-    own_boxes,
-    reduced_metrics,
-    settings_line,
-    write_figures,
-)
+from diffva_ray.evaluate.figures import finished, map_scale, own_boxes, reduced_metrics, settings_line, write_figures
 from diffva_ray.evaluate.records import Row
 from diffva_ray.evaluate.reduction import lesion_boxes
 from diffva_ray.evaluate.report import films

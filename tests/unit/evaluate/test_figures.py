@@ -11,14 +11,13 @@ from PIL import Image
 from diffva_ray.config import DataConfig
 from diffva_ray.evaluate import figures
 from diffva_ray.evaluate.direction import induces
+from diffva_ray.evaluate.drawing import diverging, overlay
 from diffva_ray.evaluate.figures import (
     QUANTILE,
     distributions,
-    diverging,
     figure_grid,
     inducing,
     map_scale,
-    overlay,
     spanning,
     write_figures,
 )
