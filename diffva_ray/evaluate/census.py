@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from diffva_ray.evaluate.records import Boxes, Row, setting_names
+from diffva_ray.evaluate.records import Boxes, setting_names
 from diffva_ray.generate.ledger import OVERLAYS, parts
 from diffva_ray.generate.plan import SWEPT
 from diffva_ray.generate.run import Run
-from diffva_ray.schema import RECORDS, Status, digest
+from diffva_ray.schema import RECORDS, Row, Status, digest
 
 SAMPLE = 100  # films of a class and setting whose pictures are read again, at most
 NUMBERS = ("ssim", "ms_ssim", "ms_ssim_scales", "psnr", "l1", "map_energy", "map_energy_lung_fraction", "judge_source",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from diffva_ray.config import DataConfig
-from diffva_ray.evaluate.records import Row
 from diffva_ray.generate.run import Run
+from diffva_ray.schema import Row
 
 
 def induces(prompt: str, data: DataConfig, label: str | None = None) -> bool:

@@ -21,7 +21,7 @@ from diffva_ray.evaluate.census import Census, Home
 from diffva_ray.evaluate.records import stored_records
 from diffva_ray.generate.ledger import OVERLAYS
 from diffva_ray.generate.run import Run, find_run, part
-from diffva_ray.metrics.feature_set import Features, FeatureSet, release
+from diffva_ray.metrics.feature_set import Features, FeatureSet, npz, release
 from diffva_ray.metrics.fid import delete_group_jackknife, frechet_distance_features, matched
 from diffva_ray.metrics.fid_controls import infinity, split_halves
 from diffva_ray.metrics.kid import kid
@@ -206,13 +206,6 @@ def read_npz(store: str, path: str, ids: list[str], names: Mapping[str, str]) ->
         return {name: found[there] for name, there in names.items()} if list(found["ids"]) == ids else None
     except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None
-
-
-def npz(arrays: dict[str, Any]) -> bytes:
-    """Named arrays as an .npz file."""
-    sink = io.BytesIO()
-    np.savez(sink, **arrays)
-    return sink.getvalue()
 
 
 def cache_key(extractor: Extractor) -> str:

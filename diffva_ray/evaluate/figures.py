@@ -33,10 +33,10 @@ from diffva_ray.evaluate.drawing import (
     png,
     short,
 )
-from diffva_ray.evaluate.records import Boxes, Images, Row, Truth, read_images, read_records, read_truth
+from diffva_ray.evaluate.records import Boxes, Images, Truth, read_images, read_records, read_truth
 from diffva_ray.generate.plan import SWEPT
 from diffva_ray.generate.run import Run
-from diffva_ray.schema import Status
+from diffva_ray.schema import Row, Status
 
 QUANTILE = 0.97  # of a run's maps, where no threshold has been fixed
 SAMPLED_MAPS = 64  # whose values set the colour scale
@@ -94,8 +94,8 @@ def inducing(run: Run, records: pd.DataFrame) -> bool:
 
 def settings_line(run: Run) -> str:
     """Method, settings, model and seed in one line; every value of what is swept."""
-    swept = dict(run.about["keys"]["sweep"])
-    values = {key: ", ".join(f"{v}" for v in swept.get(key, [run.about["keys"][key]])) for key in SWEPT}
+    swept = dict(run.keys["sweep"])
+    values = {key: ", ".join(f"{v}" for v in swept.get(key, [run.keys[key]])) for key in SWEPT}
     return " · ".join(
         [
             values["method"],

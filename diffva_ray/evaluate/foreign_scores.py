@@ -32,11 +32,12 @@ from diffva_ray.evaluate.foreign_maps import (
     open_maps,
     read_map_values,
 )
-from diffva_ray.evaluate.records import Boxes, Row, film_truth, grey
+from diffva_ray.evaluate.records import Boxes, film_truth, grey
 from diffva_ray.evaluate.reduction import lesion_boxes, read_thresholds
 from diffva_ray.evaluate.scores import Places, score_film
 from diffva_ray.metrics.localization import SALIENCY, baselines, smooth
 from diffva_ray.model.training_films import TrainingFilms
+from diffva_ray.schema import Row
 from diffva_ray.storage import open_file
 
 DEFAULT_GRID = 256
@@ -228,7 +229,7 @@ def _training_films(folder: MapFolder, options: ScoreOptions, notes: list[str]) 
         seen = TrainingFilms.of_model(options.model)
         where = f"--model {options.model}"
     elif folder.run is not None:
-        seen = TrainingFilms.of_model(str(folder.run.about["model"]), folder.run.about["keys"]["model_digest"])
+        seen = TrainingFilms.of_model(str(folder.run.about["model"]), folder.run.keys["model_digest"])
         where = "the run's model"
     else:
         return None

@@ -20,8 +20,7 @@ from diffva_ray.generate.ledger import OVERLAYS, PATHS, committed
 from diffva_ray.generate.plan import SWEPT
 from diffva_ray.generate.run import Run, part
 from diffva_ray.metrics.localization import boxes_mask
-from diffva_ray.schema import Row as Row
-from diffva_ray.schema import Status
+from diffva_ray.schema import Row, Status
 from diffva_ray.storage import Store
 
 Boxes = dict[str, list[tuple[float, float, float, float]]]

@@ -96,7 +96,7 @@ def reduce_run(run: Run, data_uri: str, options: Options, workplace: Workplace |
     notes = list[str]()
     boxes = lesion_boxes(data_uri, options.boxes, notes)
     zones = read_zones(options.brixia, run.plan(["source_path"])["source_path"].to_pylist()) if options.brixia else {}
-    seen = TrainingFilms.of_model(str(run.about.get("model", "")), run.about["keys"]["model_digest"])
+    seen = TrainingFilms.of_model(str(run.about.get("model", "")), run.keys["model_digest"])
     records = census(run, boxes, zones, seen.has if seen else None)
     if options.brixia and not records.asked:
         raise UnusableData(f"--brixia {options.brixia}: none of its files is a film of the run")

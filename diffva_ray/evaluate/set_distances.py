@@ -26,7 +26,7 @@ from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import under
 from diffva_ray.generate.run import Run, find_run
 from diffva_ray.metrics.feature_set import FeatureSet
-from diffva_ray.metrics.fid import frechet_distance_features
+from diffva_ray.metrics.fid import SMALL, frechet_distance_features
 from diffva_ray.metrics.fid_controls import conditional
 from diffva_ray.metrics.localization import group_bootstrap
 from diffva_ray.metrics.realism import directions, interpolation, verisimilitude
@@ -35,7 +35,6 @@ from diffva_ray.storage import Store, open_store
 if TYPE_CHECKING:  # it loads torch
     from diffva_ray.metrics.features import Extractor
 
-SMALL = 2048  # films, below which a Fréchet distance is mostly its own bias
 LEAST = 4  # films of a set, below which nothing is compared
 
 
@@ -116,7 +115,7 @@ def distances(
         found += comparison.by_source(references, sources)
         within += comparison.within_conditions(references)
     if found and min(min(row["n1"], row["n2"]) for row in found) < SMALL:
-        notes.append("sets of fewer than 2048 films: read KID before the Fréchet distance, whose bias grows as 1/N")
+        notes.append(f"sets of fewer than {SMALL} films: read KID before the Fréchet distance, whose bias grows as 1/N")
     return found, within
 
 

@@ -28,6 +28,7 @@ from diffva_ray.data.images import MAX_BYTES, BadImage, decode_mask, decode_squa
 from diffva_ray.generate.attempts import DEATHS, Attempt, OutOfMemory, Session
 from diffva_ray.generate.finisher import Finished, Finisher, Pair
 from diffva_ray.generate.run import Run, Unfinished, find_run, part
+from diffva_ray.metrics.feature_set import npz
 from diffva_ray.metrics.features import Extractor, stand_in
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
@@ -263,12 +264,10 @@ def _heal(bench: Workbench, sources: Sequence[Source]) -> list[Pair | Row]:
 
 def _features(name: str, made: Sequence[Finished]) -> bytes:
     """float32 features by extractor, with the ids of their rows."""
-    sink = io.BytesIO()
     found = [(one.row["record_id"], *one.features) for one in made if one.features is not None]
     ids, sources, counterfactuals = zip(*found, strict=True)
-    arrays: dict[str, Any] = {f"{name}/source": np.stack(sources), f"{name}/counterfactual": np.stack(counterfactuals)}
-    np.savez(sink, ids=np.array(ids), **arrays)
-    return sink.getvalue()
+    arrays = {f"{name}/source": np.stack(sources), f"{name}/counterfactual": np.stack(counterfactuals)}
+    return npz({"ids": np.array(ids), **arrays})
 
 
 def records_part(run: Run, shard: int, rows: list[Row]) -> bytes:

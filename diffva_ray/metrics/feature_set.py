@@ -3,13 +3,22 @@ memmap."""
 
 from __future__ import annotations
 
+import io
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 BLOCK = 4096  # rows at a time: 64 MiB of 2048 features in float64
+
+
+def npz(arrays: Mapping[str, Any]) -> bytes:
+    """Named arrays as an .npz file, as features are stored."""
+    sink = io.BytesIO()
+    np.savez(sink, **arrays)
+    return sink.getvalue()
 
 
 class FeatureSet:

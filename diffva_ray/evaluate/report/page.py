@@ -17,7 +17,6 @@ from markupsafe import Markup
 
 from diffva_ray.evaluate import figures
 from diffva_ray.evaluate.figures import finished, map_scale, own_boxes, reduced_metrics, settings_line, write_figures
-from diffva_ray.evaluate.records import Row
 from diffva_ray.evaluate.reduction import lesion_boxes
 from diffva_ray.evaluate.report import films
 from diffva_ray.evaluate.report.assets import policy, style, templates, viewer_script
@@ -29,7 +28,7 @@ from diffva_ray.evaluate.report.result_tables import report_tables
 from diffva_ray.generate.ledger import committed, parts
 from diffva_ray.generate.run import SUCCESS, Run
 from diffva_ray.model.card import UnusableModel, read_card
-from diffva_ray.schema import RECORDS, Status
+from diffva_ray.schema import RECORDS, Row, Status
 from diffva_ray.storage import join, open_store
 
 PAGE = "report/index.html"
@@ -132,7 +131,7 @@ def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
             policy=policy(css, script),
             name=run.store.uri.rstrip("/").split("/")[-1],
             recipe=run.recipe,
-            prompt=run.about["keys"]["prompt"],
+            prompt=run.keys["prompt"],
             settings=settings_line(run),
             facts=facts(run),
             recipe_json=json.dumps(run.about["recipe"], indent=1, ensure_ascii=False),
@@ -180,9 +179,9 @@ def cases(run: Run, records: pd.DataFrame, pictures: dict[str, Pictured]) -> lis
 
 def varied_settings(run: Run, row: Row) -> str:
     """What sets a record apart from others of its film: swept settings, draws."""
-    keys = [str(key) for key, _ in run.about["keys"]["sweep"]]
+    keys = [str(key) for key, _ in run.keys["sweep"]]
     said = [f"{plain(key)} {row[key]}" for key in keys if row.get(key) is not None]
-    if run.about["keys"]["draws"] > 1:
+    if run.keys["draws"] > 1:
         said.append(f"draw {row['draw']}")
     return ", ".join(said)
 
@@ -193,7 +192,7 @@ def _known(value: Any) -> bool:
 
 def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     """What was run and with what, as headed lists of (name, value)."""
-    keys, about, recipe = run.about["keys"], run.about, run.recipe
+    keys, about, recipe = run.keys, run.about, run.recipe
     swept = {key: ", ".join(str(value) for value in values) + " (swept)" for key, values in keys["sweep"]}
     method = ("method", "scheduler", "num_inference_steps", "strength", "guidance_scale", "prompt", "draws", "seed")
     machine = about.get("machine", {})
@@ -249,8 +248,8 @@ def notes(run: Run, metrics: Row | None, done: Row) -> list[Note]:
         if not run.store.exists(SUCCESS):
             text = "Not marked as finished (no _SUCCESS): the last reduce ended early, or more records are quarantined"
             found.append(Note(f"{text} than max_quarantined_fraction allows.", grave=True))
-    if run.about["keys"]["sweep"]:
-        varied = ", ".join(plain(key) for key, _ in run.about["keys"]["sweep"])
+    if run.keys["sweep"]:
+        varied = ", ".join(plain(key) for key, _ in run.keys["sweep"])
         found.append(
             Note(f"This run sweeps {varied}: tables keep its settings apart, distributions take them together.")
         )
