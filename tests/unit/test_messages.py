@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,23 @@ WRONG = [
     ("phantoms x --classes Foo", "unknown phantom class 'Foo'; there are Normal"),
     ("paper --model nowhere --out x --quick", "--model nowhere"),
 ]
+
+
+FAQ = (Path(__file__).parents[2] / "docs" / "faq.md").read_text()
+SOURCES = "".join(path.read_text() for path in (Path(__file__).parents[2] / "diffva_ray").rglob("*.py"))
+
+
+def test_the_faq_quotes_what_we_say() -> None:
+    quoted = re.findall(r"^\*\*`([^`]+)`", FAQ, re.M)
+    assert len(quoted) >= 5
+    for text in quoted:
+        for part in text.split("..."):
+            assert part.strip(" :") in SOURCES, text
+
+
+def test_there_are_twenty_and_every_verb_is_among_them() -> None:
+    assert len(WRONG) >= 20
+    assert set(main.commands) - {"demo"} <= {line.split()[0] for line, _ in WRONG}
 
 
 @pytest.mark.parametrize(("line", "said"), WRONG, ids=[line for line, _ in WRONG])
