@@ -1,4 +1,4 @@
-"""diffva-ray: healthy twins, attribution maps and honest numbers for chest X-rays, at scale.
+"""diffva-ray: healthy twins, attribution maps and their numbers for chest X-rays, at scale.
 
 Rooms, in the order in which data flows: ``data`` (films), ``model`` (the diffusers folder), ``train``,
 ``counterfactual`` (twins and maps), ``generate`` (plan and shards), ``metrics``, ``evaluate`` (tables, report);

@@ -35,7 +35,7 @@ have none; write `null`.
 COMMANDS = """# Commands
 
 Written by `docs/write_reference.py` from the code (`diffva_ray/commands/`). `python jobs/VERB.py` takes the options of
-`diffva VERB`.
+`diffva VERB`, for all verbs but demo and inspect.
 """
 HEAD = """# Columns of the records
 

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from diffva_ray.commands.verb import dry_run_option, names, recipe_option, set_option, show, verb
+from diffva_ray.commands.verb import dry_run_option, names, recipe_or_phantom, set_option, show, verb
 from diffva_ray.config import load_recipe
 from diffva_ray.data.films import UnusableData
 
@@ -18,11 +18,11 @@ from diffva_ray.data.films import UnusableData
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same films.")
 @click.option("--classes", metavar="A,B", help="Classes; default: Normal, Lung_Opacity, COVID, Viral Pneumonia.")
 @click.option("--onto", metavar="DATA", help="Put the lesions into the healthy films of this data set.")
-@recipe_option
+@recipe_or_phantom
 @set_option
 @dry_run_option
 def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str | None, onto: str | None,
-             recipe: str | None, overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
+             recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
     """Write synthetic thorax films with lung masks, lesion masks and lesion-free twins; with --onto real healthy films
     with synthetic lesions, whose originals are the exact twins.
 
@@ -35,7 +35,7 @@ def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str 
     from diffva_ray.data.phantoms import CLASSES, phantom_set
     from diffva_ray.storage import open_store
 
-    resolved = load_recipe(recipe or "phantom", overrides)
+    resolved = load_recipe(recipe, overrides)
     chosen = names(classes) or CLASSES
     side = size or resolved.model.resolution
     dataset = open_dataset(onto, resolved.data) if onto else None
@@ -57,9 +57,9 @@ def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str 
 @verb("inspect")
 @click.argument("data")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@recipe_option
+@recipe_or_phantom
 @set_option
-def inspect(data: str, as_json: bool, recipe: str | None, overrides: tuple[str, ...]) -> None:
+def inspect(data: str, as_json: bool, recipe: str, overrides: tuple[str, ...]) -> None:
     """What a data set holds: classes, sizes, masks, unreadable files, near-duplicates.
 
     Example:
@@ -69,5 +69,6 @@ def inspect(data: str, as_json: bool, recipe: str | None, overrides: tuple[str, 
     from diffva_ray.data.inspection import describe_findings
     from diffva_ray.data.inspection import inspect as examine
 
-    found = examine(open_dataset(data, load_recipe(recipe or "phantom", overrides).data))
+    config = load_recipe(recipe, overrides).data
+    found = examine(open_dataset(data, config), config.healthy_class)
     click.echo(json.dumps(found, indent=1) if as_json else describe_findings(found))

@@ -13,6 +13,7 @@ from diffva_ray.commands.verb import (
     executor_option,
     model_option,
     recipe_option,
+    recipe_or_phantom,
     set_option,
     settings_options,
     settings_overrides,
@@ -64,10 +65,10 @@ def demo(out: str, quick: bool, seed: int) -> None:
 )
 @click.option("--gpus-per-worker", type=click.FloatRange(0), metavar="F", help="Default: 1 where the cluster has GPUs.")
 @executor_option
-@recipe_option
+@recipe_or_phantom
 @set_option
 @dry_run_option
-def train(data: str, out: str, workers: int | tuple[int, int], gpus_per_worker: float | None, executor: Executor, recipe: str | None,
+def train(data: str, out: str, workers: int | tuple[int, int], gpus_per_worker: float | None, executor: Executor, recipe: str,
           overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
     """Fine-tune the UNet and the text encoder together. The same command again goes on, or does nothing.
 
@@ -76,7 +77,7 @@ def train(data: str, out: str, workers: int | tuple[int, int], gpus_per_worker: 
     """
     from diffva_ray.pipeline import train_model, training_keys
 
-    resolved = load_recipe(recipe or "phantom", overrides)
+    resolved = load_recipe(recipe, overrides)
     if dry_run:
         return show(resolved, data=data, out=out, films=len(training_keys(resolved, data)[1].films), workers=workers)
     if train_model(resolved, data, out, workers, gpus_per_worker, executor):

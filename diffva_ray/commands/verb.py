@@ -43,7 +43,7 @@ class Examples(click.Command):
 @click.version_option(__version__, prog_name="diffva")
 @click.option("-v", "--verbose", is_flag=True, help="Say more, and let Ray speak.")
 def main(verbose: bool) -> None:
-    """Healthy twins, attribution maps and honest numbers for chest X-rays. Not for clinical use."""
+    """Healthy twins, attribution maps and their numbers for chest X-rays. Not for clinical use."""
     set_up_logging(verbose)
 
 
@@ -127,6 +127,7 @@ def _known_cause(error: BaseException, kinds: tuple[type[BaseException], ...]) -
 
 
 # fmt: off
+recipe_or_phantom = click.option("--recipe",   metavar="NAME|FILE", default="phantom", show_default=True, help="A recipe that comes with the package, or a YAML file.")
 recipe_option   = click.option("--recipe",     metavar="NAME|FILE", help="Recipe; default: the model's own.")
 set_option      = click.option("--set",        "overrides", metavar="KEY=VALUE", multiple=True, help="Override one value of the recipe, as in generate.strength=0.4; repeatable.")
 dry_run_option  = click.option("--dry-run",    is_flag=True, help="Print the resolved recipe and what would be done; write nothing.")

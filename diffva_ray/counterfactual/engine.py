@@ -176,6 +176,8 @@ class Counterfactuals:
         that the model would cut, and arguments of unequal lengths or shapes; UnusableModel where the method needs a
         network that the model has not.
         """
+        if (isinstance(films, np.ndarray) and films.ndim == 2) or isinstance(settings, Settings):
+            raise ValueError("films, settings and seeds are lists, with one of each for every film")
         count, full = len(films), self.config.micro_batch
         if not 1 <= count <= full:
             raise ValueError(f"a call takes 1 to {full} films (config.micro_batch), got {count}")
@@ -227,12 +229,21 @@ class Counterfactuals:
             given = ", ".join(f"{count} {name}" for name, count in counts.items())
             raise ValueError(f"a call takes one of each for every film, got {given}")
         square = (self.size, self.size)
-        for film in films:
-            if film.ndim != 2:
-                raise ValueError(f"a film is grey [H, W], got {list(film.shape)}")
+        for number, film in enumerate(films):
+            if not isinstance(film, np.ndarray) or film.ndim != 2 or not np.issubdtype(film.dtype, np.floating):
+                given = f"{film.dtype} {list(film.shape)}" if isinstance(film, np.ndarray) else type(film).__name__
+                raise ValueError(f"film {number}: a film is a float array [H, W] in [0, 1], got {given}; see read_film")
+            if not (film.min() >= 0 and film.max() <= 1):  # NaN is neither
+                given = f"{film.min():g} to {film.max():g}"
+                raise ValueError(f"film {number}: values are in [0, 1], got {given}; divide 8-bit ones by 255")
         for mask in lungs or ():
             if mask is not None and mask.shape != square:
                 raise ValueError(f"a lung mask is {list(square)}, as the model's square, got {list(mask.shape)}")
+        if not 0 < settings[0].strength <= 1 or settings[0].num_inference_steps < 1:
+            raise ValueError(
+                f"strength is in (0, 1] and there is a step or more, got strength {settings[0].strength:g}, "
+                f"{settings[0].num_inference_steps} steps"
+            )
         if any(replace(other, prompt=settings[0].prompt) != settings[0] for other in settings):
             raise ValueError("the settings of one call may differ in the prompt only")
         for prompt in {setting.prompt for setting in settings if isinstance(setting.prompt, str)}:

@@ -280,8 +280,11 @@ def to_square(image: NDArray[np.floating], size: int) -> NDArray[np.float32]:
     """float [H, W] in [0, 1] squashed to float32 [size, size] in [0, 1], aspect not kept; the image itself if it fits.
 
     Bicubic whose support grows with the reduction: antialiased, and with less ringing at wires and edges than Lanczos.
+    Raises ValueError for an array of other than two dimensions.
     """
     image = np.ascontiguousarray(image, np.float32)
+    if image.ndim != 2:
+        raise ValueError(f"a film is grey [H, W], got {list(image.shape)}")
     if image.shape == (size, size):
         return image
     return np.clip(np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)), 0, 1)
@@ -313,7 +316,7 @@ def read_film(path: str) -> NDArray[np.float32]:
     UnknownScheme (a ValueError) for an address of another kind.
     """
     store, name = open_file(path)
-    return decode(store.read(name))
+    return _named(path, lambda: decode(store.read(name)))
 
 
 def read_map(path: str) -> NDArray[np.float32]:
@@ -331,7 +334,14 @@ def read_map(path: str) -> NDArray[np.float32]:
     UnknownScheme (a ValueError) for an address of another kind.
     """
     store, name = open_file(path)
-    return decode_map(store.read(name))
+    return _named(path, lambda: decode_map(store.read(name)))
+
+
+def _named(path: str, work: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+    try:
+        return work()
+    except BadImage as error:
+        raise BadImage(f"{path}: {error}", error.status) from None
 
 
 def decode_mask(data: bytes, size: int) -> NDArray[np.bool_]:

@@ -31,7 +31,7 @@ class Finding(NamedTuple):
     reason: str = ""
 
 
-def inspect(dataset: Dataset) -> dict[str, Any]:
+def inspect(dataset: Dataset, healthy_class: str = "Normal") -> dict[str, Any]:
     """A JSON-able summary; every file is decoded once."""
     files = list({film.path: film for film in dataset.films}.values())
     with ThreadPoolExecutor(THREADS) as pool:
@@ -42,6 +42,7 @@ def inspect(dataset: Dataset) -> dict[str, Any]:
         "kind": dataset.kind,
         "notes": list(dataset.notes),
         "classes": dataset.classes,
+        "healthy_class": healthy_class,
         "films": len(dataset.films),
         "files": len(files),
         "with_lung_mask": sum(bool(film.lung_mask) for film in files),
@@ -122,11 +123,17 @@ def describe_findings(found: dict[str, Any]) -> str:
     """The findings in a few lines for people."""
     lines = [f"{found['uri']}: {found['kind']}, {found['films']} films in {found['files']} files"]
     lines += [f"  {label}: {count}" for label, count in found["classes"].items()]
+    healthy = found["healthy_class"]
+    there = "" if healthy in found["classes"] else ", of which there is no film (--set data.healthy_class=NAME)"
+    lines.append(f"healthy class: {healthy}{there}")
     truth = {key: found[f"with_{key}"] for key in ("lung_mask", "lesion_mask", "twin", "boxes")}
     lines.append("with " + ", ".join(f"{key.replace('_', ' ')}: {count}" for key, count in truth.items()))
     lines.append("sizes: " + ", ".join(f"{size} ({count})" for size, count in found["sizes"].items()))
     lines.append("modes: " + ", ".join(f"{mode} ({count})" for mode, count in found["modes"].items()))
-    lines += [f"unreadable: {bad['path']!r}: {bad['reason']}" for bad in found["unreadable"]]
+    lines += [
+        f"{'missing' if bad['status'] == Status.MISSING.value else 'unreadable'}: {bad['path']!r}: {bad['reason']}"
+        for bad in found["unreadable"]
+    ]
     groups = found["near_duplicates"]["groups"]
     lines += [f"near-duplicates: {', '.join(map(repr, group))}" for group in groups[:10]]
     lines += [f"near-duplicates: {len(groups) - 10} more groups (--json has all)"] if len(groups) > 10 else []

@@ -24,6 +24,7 @@ from diffva_ray.observe import LOG
 from diffva_ray.storage import Store, open_store
 
 VERSION = "phantom v1"
+SMALLEST = 16  # pixels a side
 CLASSES = ("Normal", "Lung_Opacity", "COVID", "Viral Pneumonia")
 ALL_CLASSES = ("Normal", *LESIONS)
 DEFAULTS = DataConfig()
@@ -44,7 +45,17 @@ class Phantom:
 
 
 def phantom(label: str, patient: int, seed: int = 0, size: int = 64) -> Phantom:
-    """The film of one patient under one label, the same for the same arguments. KeyError: unknown label."""
+    """The film of patient number ``patient`` under one label of ALL_CLASSES, with its truth; ``size``: its side in
+    pixels. The same arguments give the same film. Raises ValueError for an unknown label or fewer than 16 pixels.
+
+        >>> made = phantom("COVID", patient=7, size=32)
+        >>> made.film.shape, bool(made.lesion.any()), bool((phantom("Normal", 7, size=32).film == made.twin).all())
+        ((32, 32), True, True)
+    """
+    if label not in ALL_CLASSES:
+        raise ValueError(f"unknown phantom class {label!r}; there are {', '.join(ALL_CLASSES)}")
+    if size < SMALLEST:
+        raise ValueError(f"a phantom has a side of {SMALLEST} pixels or more, got {size}")
     anatomy, foreign, exposure, disease = np.random.SeedSequence([seed, patient]).spawn(4)
     thorax = Thorax.sample(np.random.default_rng(anatomy))
     film_u, film_v = grid(size)

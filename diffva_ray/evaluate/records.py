@@ -27,7 +27,8 @@ Boxes = dict[str, list[tuple[float, float, float, float]]]
 
 
 def read_records(run: Run) -> pd.DataFrame:
-    """All committed records, in plan order; an empty frame with the same columns when there are none."""
+    """All committed records of a run (``open_run``), in plan order, with the columns of ``schema.RECORDS``; an empty
+    frame with the same columns when there are none. Raises StoreError when the store fails."""
     return committed(run).to_pandas()
 
 

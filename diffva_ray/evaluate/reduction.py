@@ -88,7 +88,7 @@ def reduce_run(run: Run, data_uri: str, options: Options, workplace: Workplace |
         raise Incomplete(problems, run.store.uri)
     asked = {key: value for key, value in options.__dict__.items() if key != "cache"}  # it changes no number
     state = {"options": digest(asked), "fingerprint": run.fingerprint, "version": __version__,
-             "retries": len(overlays(run))}  # fmt: skip
+             "retries": len(overlays(run)), "pair_metrics": [metric.key for metric in PAIR_METRICS]}  # fmt: skip
     if run.store.exists(SUCCESS) and json.loads(run.store.read(SUCCESS)) == state:
         return Reduced(json.loads(run.store.read("tables/metrics.json")), fresh=False)
     run.store.delete(SUCCESS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,10 @@ from diffva_ray.config import (
     Recipe,
     first_error,
 )
-from diffva_ray.data.films import Dataset
+from diffva_ray.data.films import Dataset, Film
 from diffva_ray.generate.run import PlanError
 from diffva_ray.methods import METHODS
-from diffva_ray.schema import PLAN, record_id, record_seed
+from diffva_ray.schema import PLAN, digest, record_id, record_seed
 
 SWEPT = ("strength", "guidance_scale", "num_inference_steps", "scheduler", "method", "prompt")
 OF_A_SHARD = ("method", "strength", "guidance_scale", "num_inference_steps", "scheduler")  # the same in all its records
@@ -79,7 +79,8 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
     place = np.argsort(ids, kind="stable")
     if (ids[place[1:]] == ids[place[:-1]]).any():
         raise PlanError("the data set names a film twice under one label")
-    place = place[: request.limit]
+    if request.limit is not None:
+        place = place[_limited(films, len(points), draws, request.limit)[place]]
 
     keys = [_setting(point) for point in points]
     rank = np.array([sorted(set(keys)).index(key) for key in keys])[place // (len(films) * draws)]
@@ -104,6 +105,17 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
         elif name in SWEPT:
             columns[name] = _spread([point[name] for point in points], point_of, name)
     return pa.table({name: columns[name] for name in PLAN.names})
+
+
+def _limited(films: Sequence[Film], points: int, draws: int, limit: int) -> NDArray[np.bool_]:
+    """Which of the records [points x films x draws] a limit leaves: those of as many films as it takes, chosen by the
+    digest of path and label. So runs of other settings take the same films and can be compared, and a sweep has all
+    its points of each film."""
+    digests = np.array([digest([film.path, film.label]) for film in films])
+    film_of = np.tile(np.repeat(np.argsort(np.argsort(digests)), draws), points)
+    chosen = np.zeros(len(film_of), bool)
+    chosen[np.argsort(film_of, kind="stable")[:limit]] = True
+    return chosen
 
 
 OF_A_FILM = {

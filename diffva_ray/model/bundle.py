@@ -129,7 +129,9 @@ def _pretrained(base: str, recipe: Recipe, scheduler: dict[str, Any]) -> tuple[A
         unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", use_safetensors=True)
         config = PNDMScheduler.load_config(source, subfolder="scheduler")
     except (OSError, ValueError) as error:
-        raise UnusableModel(f"model.base {base}: {text.first_line(error)}") from None
+        raise UnusableModel(
+            f"model.base {base}: neither a diffusers folder here nor to be had from the hub ({text.first_line(error)})"
+        ) from None
     scheduler = {**{key: config[key] for key in config if not key.startswith("_")}, **model.scheduler}
     about = read_card(open_store(source)) if Path(source).is_dir() else None
     wanted = (model.tokenizer_length, model.attention_mask)

@@ -21,8 +21,9 @@ LINE = """
 import sys
 from diffva_ray import pipeline, ray_cluster
 from diffva_ray.config import load_recipe
-from diffva_ray.evaluate.reduction import Options
+from diffva_ray.evaluate.options import Options
 from diffva_ray.generate.plan import Request
+from diffva_ray.generate.run import open_run
 
 recipe, data, model, run, ours = sys.argv[1:]
 recipe = load_recipe(recipe)

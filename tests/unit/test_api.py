@@ -18,7 +18,7 @@ from diffva_ray.cli import main
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "python.md"
 DOCUMENTED = (
     "counterfactual.engine", "counterfactual.attribution", "data.images", "metrics.ssim", "metrics.localization",
-    "metrics.fid", "metrics.kid", "metrics.counterfactual", "schema",
+    "metrics.fid", "metrics.kid", "metrics.counterfactual", "schema", "data.phantoms",
 )  # fmt: skip
 
 

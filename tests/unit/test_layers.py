@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo": ROOMS | STAGES | {"pipeline"},
     "commands": ROOMS | STAGES | {"pipeline", "forecast", "paper", "demo", "explain", "interpolate", "status"},
     "cli": {"commands"},
+    "__main__": {"cli"},
     "__init__": ROOMS,  # the names that a notebook starts from
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

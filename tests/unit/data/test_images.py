@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from diffva_ray.data import images
-from diffva_ray.data.encoding import encode_grey, encode_map
+from diffva_ray.data.encoding import encode_grey, encode_map, pixel_digest, quantise
 from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, to_square
 from diffva_ray.schema import Status
 
@@ -283,9 +283,9 @@ def test_to_square_squashes_with_antialiasing():
 
 def test_grey_round_trip():
     values = np.arange(256, dtype=np.float32).reshape(16, 16) / 255
-    pixels = images.quantise(values)
+    pixels = quantise(values)
     np.testing.assert_array_equal(pixels.ravel(), np.arange(256))
-    np.testing.assert_array_equal(images.quantise(np.array([-0.5, 1.5])), [0, 255])
+    np.testing.assert_array_equal(quantise(np.array([-0.5, 1.5])), [0, 255])
     np.testing.assert_array_equal(decode(encode_grey(pixels)), values)
     assert encode_grey(pixels) == encode_grey(pixels.copy())
     with pytest.raises(ValueError, match="uint8"):
@@ -338,8 +338,8 @@ def test_mask_of_zeros_and_ones_is_refused_rather_than_empty():
 
 def test_pixel_digest_is_of_type_shape_and_values():
     pixels = RAMP.copy()
-    base = images.pixel_digest(pixels)
-    assert images.pixel_digest(np.asfortranarray(pixels)) == base
+    base = pixel_digest(pixels)
+    assert pixel_digest(np.asfortranarray(pixels)) == base
     others = [pixels.T, pixels.astype(np.float32), pixels.ravel(), pixels + 1]
-    assert len({base, *map(images.pixel_digest, others)}) == 5
-    assert images.pixel_digest(pixels.astype(">u2")) == images.pixel_digest(pixels.astype("<u2"))
+    assert len({base, *map(pixel_digest, others)}) == 5
+    assert pixel_digest(pixels.astype(">u2")) == pixel_digest(pixels.astype("<u2"))
