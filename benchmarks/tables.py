@@ -211,7 +211,8 @@ def throughput() -> str:
             ["the same two where the pipeline makes the twin alone",
              f"{ranged(_alone(twins))}; {ranged(_closest(twins))}"],
             ["a run on Ray over the same records in a plain loop, time", ranged(plane)],
-            [f"share of the time that {many['actors']} pretended actors work (4 s a shard)", number(many["efficiency"])],
+            ["share of the time that "
+             f"{many['actors']} pretended actors work (4 s a shard)", number(many["efficiency"])],
             [f"reduce of {largest['records']:,} records", f"{largest['reduce']['seconds'] / 60:.0f} minutes, "
              f"{largest['reduce']['peak_megabytes'] / 1000:.1f} GB"],
         ],

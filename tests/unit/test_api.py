@@ -7,8 +7,11 @@ import importlib
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -37,6 +40,50 @@ def test_importing_costs_nothing() -> None:
     code = "import sys, diffva_ray; diffva_ray.load_recipe; print({'torch', 'ray', 'diffusers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.fixture(scope="module")
+def heal(model: Path) -> diffva_ray.Counterfactuals:
+    return diffva_ray.Counterfactuals.from_pretrained(str(model), "cpu")
+
+
+FILM = np.full((32, 32), 0.5, np.float32)
+TWO_FILMS = {"films": [FILM, FILM]}
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"films": FILM}, "films, settings and seeds are lists"),
+    ({"films": [255 * FILM]}, "film 0: values are in .0, 1., got 127.5 to 127.5; divide 8-bit ones by 255"),
+    ({"films": [FILM.astype(np.uint8)]}, "film 0: a film is a float array .H, W. in .0, 1., got uint8"),
+    ({"films": [FILM * np.nan]}, "film 0: values are in"),
+    ({"films": ["film.png"]}, "film 0: a film is a float array .H, W. in .0, 1., got str; see read_film"),
+    ({"films": [np.stack([FILM] * 3, -1)]}, "got float32 .32, 32, 3."),
+    (TWO_FILMS, "one of each for every film, got 2 films, 1 settings, 1 seeds"),
+    ({"films": [FILM] * 5}, "a call takes 1 to 4 films"),
+    ({"lungs": [np.ones((5, 5), bool)]}, "a lung mask is .32, 32., as the model's square, got .5, 5."),
+    ({"strength": 1.3}, "strength is in .0, 1. and there is a step or more, got strength 1.3"),
+    ({"method": "foo"}, "unknown method 'foo'; there are sdedit"),
+    ({"method": "cycle", "scheduler": "pndm"}, "method cycle runs with scheduler ddim, not pndm"),
+    ({"prompt": "mild " * 40}, "more than the 16 tokens that this model reads"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), WRONG, ids=[said[:40] for _, said in WRONG])
+def test_a_wrong_call_is_answered_in_a_line(
+    heal: diffva_ray.Counterfactuals, changes: dict[str, Any], said: str
+) -> None:
+    own = {key: changes[key] for key in changes if key in ("prompt", "method", "scheduler", "strength")}
+    given = {"films": [FILM], "settings": [replace(heal.settings(), **own)], "seeds": [0], **changes}
+    with pytest.raises(ValueError, match=said) as caught:
+        heal(**{key: value for key, value in given.items() if key not in own})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_film_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("no film")
+    for read in (diffva_ray.read_film, diffva_ray.read_map):
+        with pytest.raises(ValueError, match=r"notes\.png"):
+            read(str(tmp_path / "notes.png"))
+    with pytest.raises(ValueError, match="unknown phantom class 'Covid'; there are Normal"):
+        diffva_ray.phantom("Covid", 1)
 
 
 @pytest.fixture(scope="module")

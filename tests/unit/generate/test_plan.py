@@ -48,6 +48,18 @@ def test_limit_takes_a_fixed_subset(dataset, tiny: Recipe) -> None:
     assert {row["record_id"] for row in few} <= {row["record_id"] for row in more}
 
 
+def test_a_limit_takes_the_same_films_whatever_the_settings(dataset, tiny: Recipe) -> None:
+    """So that two limited runs can be compared, and a limited sweep has every point of each film."""
+
+    def films_of(request: Request, **settings: float) -> list[str]:
+        recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update=settings)})
+        return sorted(row["source_path"] for row in make_plan(dataset, recipe, request).to_pylist())
+
+    plain = films_of(Request(limit=4))
+    assert films_of(Request(limit=4), strength=0.3) == films_of(Request(limit=4, prompt="healthy")) == plain
+    assert films_of(Request(limit=8, sweep=parse_sweep(["strength=0.4,0.7"]))) == sorted(plain * 2)
+
+
 def test_draws_are_records_with_noise_of_their_own(dataset, tiny: Recipe) -> None:
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"draws": 3})})
     rows = make_plan(dataset, recipe, Request()).to_pylist()
