@@ -98,21 +98,23 @@ def train_model(
     if executor == "inline":
         from diffva_ray.train.checkpoint import Checkpoints
         from diffva_ray.train.loop import train
+        from diffva_ray.train.progress import followed
         from diffva_ray.validation import validation_of
 
         folder = _training_folder(out)
         keep = Checkpoints(folder, recipe.train.checkpoints_to_keep)
-        train(
-            recipe,
-            data,
-            out,
-            fingerprint=mark,
-            provenance=about,
-            report=keep,
-            resume=keep.latest(),
-            threads=cores(),
-            validate=validation_of(recipe),
-        )
+        with followed(store):
+            train(
+                recipe,
+                data,
+                out,
+                fingerprint=mark,
+                provenance=about,
+                report=keep,
+                resume=keep.latest(),
+                threads=cores(),
+                validate=validation_of(recipe),
+            )
         return True
     from diffva_ray import ray_cluster
 

@@ -5,8 +5,6 @@ The trainer lives in a task beside the driver: importing it loads torch, and it 
 
 from __future__ import annotations
 
-import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffva_ray import ray_cluster
 from diffva_ray.config import make_recipe
-from diffva_ray.model.card import PROGRESS, UnusableModel
-from diffva_ray.observe import Progress
+from diffva_ray.model.card import UnusableModel
 from diffva_ray.ray_metrics import TrainingMetrics
-from diffva_ray.storage import Store, is_local, open_store
+from diffva_ray.storage import is_local, open_store
+from diffva_ray.train.progress import followed
 
 
 def fit(
@@ -51,20 +49,15 @@ def fit(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     settings = {name: value for name, value in ray_cluster.ENVIRONMENT.items() if name.startswith("RAY_TRAIN_")}
     trainer = _trainer.options(scheduling_strategy=here, runtime_env={"env_vars": settings})
-    stop = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(open_store(model), stop), daemon=True)
-    watcher.start()
     try:
-        ray.get(trainer.remote(config, workers, resources))
+        with followed(open_store(model)):
+            ray.get(trainer.remote(config, workers, resources))
     except ray.exceptions.RayTaskError as error:
         if "CheckpointManagerInitializationError" not in str(error):  # of Ray Train's own, which is not public
             raise
         raise UnusableModel(
             f"{model}/.train/ray: a checkpoint that is listed there is gone; delete that folder to train from the start"
         ) from None
-    finally:
-        stop.set()
-        watcher.join(timeout=5)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -138,22 +131,3 @@ def _storage(model: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
         return None, store.uri
     handler = pyarrow.fs.FSSpecHandler(store.fs)  # type: ignore[attr-defined]
     return pyarrow.fs.PyFileSystem(handler), store.uri.partition("://")[2]
-
-
-def _watch(store: Store, stop: threading.Event) -> None:
-    """Say what the first worker last wrote into the model folder: progress comes from storage."""
-    progress: Progress | None = None
-    last = -1
-    while not stop.wait(2.0):
-        try:
-            about = json.loads(store.read(PROGRESS))
-        except (OSError, ValueError):
-            continue
-        if about["done"] == last:
-            continue
-        last = about["done"]
-        if progress is None:
-            progress = Progress("training", about["total"], "steps", done=0, interval=10)
-            progress.started -= about["seconds"]
-        loss = "" if about["loss"] is None else f" loss {about['loss']:.4f}"
-        progress.update(last, f"{about['stage']}{loss}")

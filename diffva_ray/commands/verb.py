@@ -166,7 +166,7 @@ def settings_overrides(options: Mapping[str, Any], *more: str) -> tuple[str, ...
 
 def show(recipe: Recipe, **intent: Any) -> None:
     """What ``--dry-run`` prints: one JSON document."""
-    click.echo(json.dumps({**intent, "recipe": recipe.model_dump(mode="json")}, indent=1))
+    click.echo(json.dumps({"recipe": recipe.model_dump(mode="json"), **intent}, indent=1))
 
 
 def with_flags(overrides: tuple[str, ...], **flags: Any) -> tuple[str, ...]:
