@@ -24,7 +24,7 @@ from diffva_ray.model.schedulers import schedule
 Image = NDArray[np.float32]
 SEED, PATIENT, LABEL = 90210, 4, "COVID"  # films of no split
 STRENGTHS = (0.2, 0.4, 0.6, 0.8)
-LIMIT = 0.3  # of the maps' colours
+LIMIT = 0.2  # of the maps' colours
 
 
 def noised(heal: Counterfactuals, film: Image, strength: float) -> Image:
