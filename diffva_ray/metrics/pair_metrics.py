@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffva_ray.metrics.counterfactual import CHANGED, changed_share, collateral_change, cout, outside_lesion
+from diffva_ray.metrics.counterfactual import CHANGED, Outside, changed_share, collateral_change, cout, outside_lesion
 
 if TYPE_CHECKING:  # it loads torch
     from diffva_ray.metrics.validity import Judge
@@ -69,13 +69,17 @@ def _collateral(pair: Pair) -> float | None:
     return collateral_change(before, after, judge.classes.index(pair.label), judge.classes.index(judge.healthy))
 
 
+def _place(pair: Pair) -> Outside | None:
+    return None if pair.lesion is None else outside_lesion(pair.signed_map, pair.lesion)
+
+
 def _inside(pair: Pair) -> float | None:
-    place = None if pair.lesion is None else outside_lesion(pair.signed_map, pair.lesion)
+    place = _place(pair)
     return place.inside if place else None
 
 
 def _outside(pair: Pair) -> float | None:
-    place = None if pair.lesion is None else outside_lesion(pair.signed_map, pair.lesion)
+    place = _place(pair)
     return place.change if place else None
 
 

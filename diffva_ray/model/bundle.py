@@ -121,9 +121,15 @@ def build(recipe: Recipe) -> Bundle:
     return bundle
 
 
+def base_source(base: str) -> str:
+    """What ``from_pretrained`` takes for ``model.base``: a folder or hub id as it is, a private copy of another store's
+    folder."""
+    return base if is_local(base) else str(open_store(base).local_folder())
+
+
 def _pretrained(base: str, recipe: Recipe, scheduler: dict[str, Any]) -> tuple[Any, ...]:
     model = recipe.model
-    source = base if is_local(base) else str(open_store(base).local_folder())
+    source = base_source(base)
     try:
         vae = AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True)
         unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", use_safetensors=True)

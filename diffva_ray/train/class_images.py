@@ -15,8 +15,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffva_ray.config_stages import DenoiserConfig
 from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.data.films import Dataset, Film
-from diffva_ray.model.bundle import pipeline_of
-from diffva_ray.storage import is_local, open_store
+from diffva_ray.model.bundle import base_source, pipeline_of
 from diffva_ray.train.sampling import FilmSet
 from diffva_ray.train.stage import Setting
 
@@ -59,7 +58,7 @@ def _pipeline(setting: Setting, device: torch.device) -> Any:
     if base is None:
         pipeline = pipeline_of(setting.bundle)
     else:
-        source = base if is_local(base) else str(open_store(base).local_folder())
+        source = base_source(base)
         pipeline = StableDiffusionPipeline.from_pretrained(
             source, safety_checker=None, requires_safety_checker=False, use_safetensors=True
         ).to(device)
