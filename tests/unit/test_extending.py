@@ -39,8 +39,9 @@ def applied(page: str, folder: Path) -> int:
             assert not file.exists(), f"{place} is there already"
             file.write_text(text)
         elif kind == "diff":
-            before = "".join(line[1:] for line in text.splitlines(True) if not line.startswith("+"))
-            after = "".join(line[1:] for line in text.splitlines(True))
+            said = [(line[0], line[1:] or line) for line in text.splitlines(True)]  # an empty line lost its space
+            before = "".join(line for sign, line in said if sign != "+")
+            after = "".join(line for _, line in said)
             source = file.read_text()
             assert source.count(before) == 1, f"{place} has not the lines of the tutorial:\n{before}"
             file.write_text(source.replace(before, after))
