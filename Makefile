@@ -42,6 +42,7 @@ wheel: setup  # as a stranger gets it: built, installed with its dependencies in
 	cd build/clean && bin/diffva demo --quick
 
 bench: demo  # about an hour on two quiet cores; attribution.py, induction.py and real_pack.py train for longer
+	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/corrections.py
 	$(BIN)/python benchmarks/samplers.py
 	$(BIN)/python benchmarks/shortcuts.py

@@ -219,11 +219,20 @@ def throughput() -> str:
     )  # fmt: skip
 
 
+def demo() -> str:
+    """README's first one."""
+    keys = ("flip_rate", "auroc", "dice_fixed", "lesion_error_left")
+    return markdown(
+        ["", "flip rate", "AUROC in the lungs", "Dice at fixed threshold", "lesion error left"],
+        [[row["row"], *(number(row.get(key)) for key in keys)] for row in result("demo")["rows"]],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         leaderboard, limits, corrections, shortcuts, induction, unseen, engine, data_plane, scale, planning, fid_rows,
-        real_pack, implants, throughput,
+        real_pack, implants, throughput, demo,
     )
 }  # fmt: skip
 

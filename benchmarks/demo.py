@@ -1,0 +1,61 @@
+"""python benchmarks/demo.py --demo runs/demo: the numbers of README's first table, from a demo that is there.
+
+They are read from the runs' own tables/metrics.json; nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diffva_ray.evaluate.tables import overall
+from diffva_ray.generate.run import open_run
+from diffva_ray.provenance import version
+
+RESULT = Path("benchmarks/results/demo.json")
+BASELINES = ("brightness", "autoencoder_difference", "centre_prior")
+
+
+def row_of(metrics: dict[str, Any], name: str, place: str, judged: bool) -> dict[str, Any]:
+    """One line: localisation of the map ``place``, and flip rate and twin of the run where they are its own."""
+    found = [row for row in metrics["localization"] if row["map"] == place]
+    everyone = overall(found) or {}
+    row = {"row": name, "auroc": everyone["auroc"], "auroc_interval": everyone["auroc_interval"],
+           "auroc_by_class": {one["label"]: one["auroc"] for one in found if one is not everyone},
+           "dice_fixed": everyone["dice_fixed"]}  # fmt: skip
+    if judged:
+        row["flip_rate"] = (overall(metrics["validity"]) or {})["flip_rate"]
+        row["lesion_error_left"] = (overall(metrics["twin"]) or {})["lesion_error_ratio"]
+    return row
+
+
+@click.command()
+@click.option("--demo", default="runs/demo", show_default=True)
+@click.option("--result", default=str(RESULT), type=click.Path(path_type=Path))
+def main(demo: str, result: Path) -> None:
+    ours, paper = (
+        json.loads(open_run(f"{demo}/{name}").store.read("tables/metrics.json")) for name in ("run", "paper")
+    )
+    run = open_run(f"{demo}/run")
+    rows = [row_of(ours, "recipe `phantom`", "positive", True)]
+    rows.append(row_of(paper, "the paper's settings (PNDM aligned), same model", "positive", True))
+    rows += [row_of(ours, f"baseline: {name.replace('_', ' ')}", name, False) for name in BASELINES]
+    about = {
+        "command": "make demo && python benchmarks/demo.py",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+        "versions": {key: version(key) for key in ("torch", "diffusers")},
+        "code_revision": run.about["code_revision"],
+        "model_digest": run.keys["model_digest"],
+        "films": ours["records"]["ok"],
+        "rows": rows,
+    }
+    result.write_text(json.dumps(about, indent=1))
+
+
+if __name__ == "__main__":
+    main()
