@@ -74,7 +74,7 @@ def demo_recipe(quick: bool, seed: int) -> Recipe:
 GOALS = {
     "flip rate": ">= 0.95",
     "AUROC in lungs": ">= 0.94",
-    "Dice at fixed t": ">= 0.72",
+    "Dice at fixed threshold": ">= 0.72",
     "lesion error left": "<= 0.55",
 }
 

@@ -12,8 +12,8 @@ from diffva_ray.metrics.pair_metrics import PAIR_METRICS
 
 COLUMNS: dict[str, dict[str, str]] = {
     "localization": {
-        "map": "map", "label": "class", "n": "n", "auroc": "AUROC", "auprc": "AUPRC", "dice_fixed": "Dice at fixed t",
-        "dice_best": "Dice best", "pointing_game": "pointing game",
+        "map": "map", "label": "class", "n": "n", "auroc": "AUROC", "auprc": "AUPRC",
+        "dice_fixed": "Dice at fixed threshold", "dice_best": "Dice best", "pointing_game": "pointing game",
     },
     "validity": {"label": "class", "n": "n", "flip_rate": "flip rate", "confidence_gain": "confidence gain"},
     "external_validity": {"judge": "judge", "label": "class", "films": "films", "n": "n", "flip_rate": "flip rate",
