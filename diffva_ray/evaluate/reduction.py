@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from diffva_ray.metrics.external_judges import ExternalJudge
     from diffva_ray.metrics.perceptual import Lpips
 
+THRESHOLDS = "tables/thresholds.json"
+
 
 class Incomplete(Exception):
     """Shards are missing or damaged; the message says how many and what to do."""
@@ -66,6 +68,13 @@ class Incomplete(Exception):
             f"{uri}: {shards} shards are missing or damaged (first: {problems[0].what}); run diffva {verb} again, "
             "or diffva verify --repair"
         )
+
+
+class Notes(list[str]):
+    """What has to be said of the tables. ``all_read``: whether all films and masks that they are of could be read; if
+    not, the same reduce may do better later."""
+
+    all_read = True
 
 
 @dataclass
@@ -86,15 +95,14 @@ def reduce_run(run: Run, data_uri: str, options: Options, workplace: Workplace |
     problems = verify(run, pixels=False)
     if problems:
         raise Incomplete(problems, run.store.uri)
-    asked = {key: value for key, value in options.__dict__.items() if key != "cache"}  # it changes no number
-    state = {"options": digest(asked), "fingerprint": run.fingerprint, "version": __version__,
-             "retries": len(overlays(run)), "pair_metrics": [metric.key for metric in PAIR_METRICS]}  # fmt: skip
-    if run.store.exists(SUCCESS) and json.loads(run.store.read(SUCCESS)) == state:
+    state = _state(run, options)
+    if run.store.exists(SUCCESS) and json.loads(run.store.read(SUCCESS)) == {**state, "all_read": True}:
         return Reduced(json.loads(run.store.read("tables/metrics.json")), fresh=False)
     run.store.delete(SUCCESS)
 
-    notes = list[str]()
+    notes = Notes()
     boxes = lesion_boxes(data_uri, options.boxes, notes)
+    notes.all_read = not notes  # or the data set could not be opened
     zones = read_zones(options.brixia, run.plan(["source_path"])["source_path"].to_pylist()) if options.brixia else {}
     seen = TrainingFilms.of_model(str(run.about.get("model", "")), run.keys["model_digest"])
     records = census(run, boxes, zones, seen.has if seen else None)
@@ -112,13 +120,31 @@ def reduce_run(run: Run, data_uri: str, options: Options, workplace: Workplace |
     _write_manifest(run)
 
     check_quarantined(run, records.quarantined)
-    run.store.put(SUCCESS, json.dumps(state).encode())
+    run.store.put(SUCCESS, json.dumps({**state, "all_read": notes.all_read}).encode())
     return reduced
+
+
+def _state(run: Run, options: Options) -> dict[str, Any]:
+    """What the tables are made of: while ``_SUCCESS`` says the same, they are those of the run."""
+    asked = {key: value for key, value in options.__dict__.items() if key != "cache"}  # it changes no number
+    files = [open_file(csv) for csv in (options.boxes, options.brixia, options.sources) if csv]
+    if options.threshold_from:
+        files.append((open_store(options.threshold_from), THRESHOLDS))
+    contents = list[str | None]()
+    for store, name in files:
+        try:
+            contents.append(hashlib.sha256(store.read(name)).hexdigest())
+        except OSError:
+            contents.append(None)  # its reader says which option named it
+    return {
+        "options": digest({**asked, "contents": contents}), "fingerprint": run.fingerprint, "version": __version__,
+        "retries": len(overlays(run)), "pair_metrics": [metric.key for metric in PAIR_METRICS],
+    }  # fmt: skip
 
 
 def _compute(
     run: Run, data_uri: str, options: Options, records: Census, boxes: Boxes, zones: Zones, workplace: Workplace,
-    notes: list[str],
+    notes: Notes,
 ) -> dict[str, Any]:  # fmt: skip
     recipe = run.recipe
     places, twins = _scores(run, records, boxes, workplace)
@@ -142,6 +168,7 @@ def _compute(
         "brixia": zone_rows(run, records.asked, zones, unread),
     }
     if unread:
+        notes.all_read = False
         notes.append(
             f"{len(unread)} films, or masks or twins of theirs, cannot be read (first: "
             f"{join(run.data.uri, min(unread))}); the rows that need them leave them out"
@@ -149,7 +176,7 @@ def _compute(
     tables.add_lpips(metrics["ssim"], pairs)
     _say_training_films(records, metrics, notes)
     if len(places.films):
-        run.store.put("tables/thresholds.json", json.dumps(tables.best_thresholds(places), indent=1).encode())
+        run.store.put(THRESHOLDS, json.dumps(tables.best_thresholds(places), indent=1).encode())
     for name, table in metrics.items():
         tables.write_table(run.store, name, table, CAPTIONS[name].format(size=recipe.model.resolution, most=SAMPLE))
     return {name: table for name, table in metrics.items() if table}
@@ -241,7 +268,7 @@ CAPTIONS = {
 def read_thresholds(uri: str) -> dict[str, float]:
     """The thresholds fixed on another (validation) run. Raises UnusableData when it has not been reduced."""
     try:
-        return json.loads(open_store(uri).read("tables/thresholds.json"))
+        return json.loads(open_store(uri).read(THRESHOLDS))
     except FileNotFoundError:
         raise UnusableData(f"--threshold-from {uri}: no thresholds there; reduce that run first") from None
 

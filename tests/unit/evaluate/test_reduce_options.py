@@ -151,8 +151,20 @@ def test_films_that_have_gone_since_are_counted(movable: tuple[Path, Path]) -> N
 
 
 def _noted(run: Path, data: Path) -> list[str]:
-    (run / "_SUCCESS").unlink(missing_ok=True)
-    return reduce_run(open_run(str(run)), str(data), Options()).metrics["notes"]
+    reduced = reduce_run(open_run(str(run)), str(data), Options())
+    assert reduced.fresh
+    return reduced.metrics["notes"]
+
+
+def test_what_the_options_name_is_read_again_when_it_changes(movable: tuple[Path, Path], tmp_path: Path) -> None:
+    run, data = movable
+    films = sorted(set(pd.read_parquet(run / "records")["source_path"]))
+    boxes = tmp_path / "boxes.csv"
+    fresh = list[bool]()
+    for seen in (films[:1], films[:1], films[:2]):
+        boxes.write_text("file,x,y,w,h\n" + "".join(f"{film},10,10,20,20\n" for film in seen))
+        fresh.append(reduce_run(open_run(str(run)), str(data), Options(boxes=str(boxes))).fresh)
+    assert fresh == [True, False, True]
 
 
 def test_lpips_stands_in_the_table_of_likeness(swept: Path, films: Path, tmp_path: Path) -> None:
