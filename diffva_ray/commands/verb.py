@@ -22,6 +22,8 @@ from diffva_ray.model.card import UnusableModel
 from diffva_ray.observe import set_up_logging
 from diffva_ray.storage import StoreError, UnknownScheme
 
+# Of every verb, too: click keeps a verb's help option from its first call, which may be one without the group.
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 DONE, UNUSABLE, DIFFERS, OVER_BUDGET, INCOMPLETE, INTERRUPTED = 0, 2, 3, 4, 5, 130
 
 
@@ -39,7 +41,7 @@ class Examples(click.Command):
                 formatter.write("".join(f"  {line.strip()}\n" for line in ["Example:", *example.strip().splitlines()]))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="diffva")
 @click.option("-v", "--verbose", is_flag=True, help="Say more, and let Ray speak.")
 def main(verbose: bool) -> None:
@@ -71,7 +73,7 @@ def verb(name: str) -> Callable[[Callable[..., Any]], click.Command]:
                 sys.exit(next(code for kind, code in codes.items() if isinstance(cause, kind)))
             sys.exit(code or DONE)
 
-        return main.command(name, cls=Examples)(run)
+        return main.command(name, cls=Examples, context_settings=CONTEXT)(run)
 
     return decorate
 
