@@ -13,11 +13,11 @@ from typing import Any
 
 import click
 
+from diffva_ray.evaluate.figures import reduced_metrics
 from diffva_ray.evaluate.tables import overall
 from diffva_ray.generate.run import open_run
 from diffva_ray.provenance import version
 
-RESULT = Path("benchmarks/results/demo.json")
 BASELINES = ("brightness", "autoencoder_difference", "centre_prior")
 
 
@@ -36,12 +36,12 @@ def row_of(metrics: dict[str, Any], name: str, place: str, judged: bool) -> dict
 
 @click.command()
 @click.option("--demo", default="runs/demo", show_default=True)
-@click.option("--result", default=str(RESULT), type=click.Path(path_type=Path))
+@click.option("--result", default="benchmarks/results/demo.json", type=click.Path(path_type=Path))
 def main(demo: str, result: Path) -> None:
-    ours, paper = (
-        json.loads(open_run(f"{demo}/{name}").store.read("tables/metrics.json")) for name in ("run", "paper")
-    )
     run = open_run(f"{demo}/run")
+    ours, paper = reduced_metrics(run), reduced_metrics(open_run(f"{demo}/paper"))
+    if ours is None or paper is None:
+        raise click.ClickException(f"{demo}: not a finished demo; run make demo first")
     rows = [row_of(ours, "recipe `phantom`", "positive", True)]
     rows.append(row_of(paper, "the paper's settings (PNDM aligned), same model", "positive", True))
     rows += [row_of(ours, f"baseline: {name.replace('_', ' ')}", name, False) for name in BASELINES]

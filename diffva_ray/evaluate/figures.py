@@ -18,6 +18,7 @@ from diffva_ray.arrays import Image
 from diffva_ray.data.boxes import match, parse
 from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import BadImage, decode_map
+from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.direction import direction
 from diffva_ray.evaluate.drawing import (
     CLASS_COLOURS,
@@ -64,7 +65,7 @@ def map_scale(run: Run, records: pd.DataFrame) -> Scale:
     for row in (reduced_metrics(run) or {}).get("localization", []):
         if row["map"] == "positive" and row.get("threshold") is not None:
             return Scale(row["threshold"], f"fixed on {row['threshold_from']}", limit)
-    own = _json(run, "tables/thresholds.json") or {}
+    own = _json(run, tables.THRESHOLDS_FILE) or {}
     if "positive" in own:
         return Scale(own["positive"], "the best mean Dice of these same films", limit)
     above = max(float(np.quantile(values, QUANTILE)), 1e-3)

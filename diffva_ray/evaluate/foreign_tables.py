@@ -45,7 +45,7 @@ def write_scores(store: Store, scored: Scored) -> None:
     tables.write_table(store, "scores", scored.metrics["localization"], caption)
     films = pd.DataFrame(scored.films).drop(columns="dice_curve")
     store.put("tables/films.csv", films.to_csv(index=False).encode())
-    store.put("tables/thresholds.json", json.dumps(tables.best_thresholds(Places.of(scored.films)), indent=1).encode())
+    store.put(tables.THRESHOLDS_FILE, json.dumps(tables.best_thresholds(Places.of(scored.films)), indent=1).encode())
     store.put("tables/metrics.json", json.dumps(tables.clean(scored.metrics), indent=1).encode())
 
 

@@ -54,8 +54,6 @@ if TYPE_CHECKING:
     from diffva_ray.metrics.external_judges import ExternalJudge
     from diffva_ray.metrics.perceptual import Lpips
 
-THRESHOLDS = "tables/thresholds.json"
-
 
 class Incomplete(Exception):
     """Shards are missing or damaged; the message says how many and what to do."""
@@ -129,7 +127,7 @@ def _state(run: Run, options: Options) -> dict[str, Any]:
     asked = {key: value for key, value in options.__dict__.items() if key != "cache"}  # it changes no number
     files = [open_file(csv) for csv in (options.boxes, options.brixia, options.sources) if csv]
     if options.threshold_from:
-        files.append((open_store(options.threshold_from), THRESHOLDS))
+        files.append((open_store(options.threshold_from), tables.THRESHOLDS_FILE))
     contents = list[str | None]()
     for store, name in files:
         try:
@@ -176,7 +174,7 @@ def _compute(
     tables.add_lpips(metrics["ssim"], pairs)
     _say_training_films(records, metrics, notes)
     if len(places.films):
-        run.store.put(THRESHOLDS, json.dumps(tables.best_thresholds(places), indent=1).encode())
+        run.store.put(tables.THRESHOLDS_FILE, json.dumps(tables.best_thresholds(places), indent=1).encode())
     for name, table in metrics.items():
         tables.write_table(run.store, name, table, CAPTIONS[name].format(size=recipe.model.resolution, most=SAMPLE))
     return {name: table for name, table in metrics.items() if table}
@@ -268,7 +266,7 @@ CAPTIONS = {
 def read_thresholds(uri: str) -> dict[str, float]:
     """The thresholds fixed on another (validation) run. Raises UnusableData when it has not been reduced."""
     try:
-        return json.loads(open_store(uri).read(THRESHOLDS))
+        return json.loads(open_store(uri).read(tables.THRESHOLDS_FILE))
     except FileNotFoundError:
         raise UnusableData(f"--threshold-from {uri}: no thresholds there; reduce that run first") from None
 

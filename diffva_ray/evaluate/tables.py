@@ -18,6 +18,7 @@ from diffva_ray.schema import Row
 from diffva_ray.storage import Store
 
 ALL = "all"  # the row over all classes
+THRESHOLDS_FILE = "tables/thresholds.json"  # where a run keeps its best ones
 
 
 def by_label(frame: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
