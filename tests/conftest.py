@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+import sysconfig
 import tempfile
+import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +29,7 @@ from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.methods import METHODS
 from diffva_ray.storage import LocalStore
 
+ROOT = Path(__file__).parents[1]
 CLUSTERS = ("ray", "jobs", "chaos")  # folders of tests that start Rays: one at a time, or they starve each other
 
 
@@ -101,6 +106,38 @@ def model(tiny: Recipe, films: Path, tmp_path_factory: pytest.TempPathFactory) -
         report=report,
         threads=1,
     )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel as a release builds it, from the files that git knows."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in ("diffva_ray", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        source.mkdir(exist_ok=True)
+        copy(ROOT / name, source / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([*command, str(source)], check=True, capture_output=True, timeout=300)
+    (made,) = folder.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="session")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the wheel, and with this one's packages but for the project itself: a path in a .pth
+    file is searched for modules, but its own .pth files, of which one is the editable install, are not read."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    ray = folder / "bin" / "ray"  # the command of the package that the .pth file brings
+    ray.write_text(f"#!{python}\nfrom ray.scripts.scripts import main\n\nmain()\n")
+    ray.chmod(0o755)
     return folder
 
 

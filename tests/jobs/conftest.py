@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from head import Head
@@ -12,8 +13,10 @@ from diffva_ray.config import Recipe
 
 
 @pytest.fixture(scope="session")
-def head() -> Iterator[Head]:
-    started = Head()
+def head(environment: Path) -> Iterator[Head]:
+    """Its nodes have the project as cluster/Dockerfile installs it: the wheel, not an editable checkout, which would
+    answer for whatever an upload lacks."""
+    started = Head(environment / "bin")
     yield started
     started.stop()
 

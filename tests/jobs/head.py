@@ -28,8 +28,10 @@ class Head:
     """``ray start --head`` on 127.0.0.1. All its processes carry the path of its token in their environment, which is
     how they are found in the end: ``ray stop`` would end every Ray on the machine."""
 
-    def __init__(self, autoscaling: Callable[[str], dict[str, Any]] | None = None) -> None:
-        """``autoscaling`` makes a launcher's configuration out of the address of GCS."""
+    def __init__(self, bin: Path = BIN, autoscaling: Callable[[str], dict[str, Any]] | None = None) -> None:
+        """``bin``: the commands of the environment that nodes have. ``autoscaling`` makes a launcher's configuration
+        out of the address of GCS."""
+        self.bin = bin
         self.folder = Path(tempfile.mkdtemp(prefix="dj-", dir="/tmp"))  # short: sockets' names end at 107 characters
         self.token = secrets.token_hex(32)
         (self.folder / "token").touch(0o600)
@@ -39,7 +41,7 @@ class Head:
         self.metrics = f"http://127.0.0.1:{metrics}/metrics"
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "AWS_"))},
-            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "PATH": f"{bin}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # undocumented: on Linux, all of Ray then keeps to 127.0.0.1
@@ -66,7 +68,7 @@ class Head:
 
     def ray(self, *words: Any, **environment: str) -> subprocess.CompletedProcess[str]:
         """A command of Ray's command line."""
-        command = [str(word) for word in (BIN / "ray", *words)]
+        command = [str(word) for word in (self.bin / "ray", *words)]
         return subprocess.run(
             command, cwd=ROOT, env={**self.environment, **environment}, capture_output=True, text=True, timeout=400
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import urllib.error
+import zipfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from head import ROOT, SECRET, Head, wait_for
+from head import ROOT, RUNTIME_ENV, SECRET, Head, wait_for
 
 from diffva_ray.generate.run import find_run
 from diffva_ray.generate.verification import verify
@@ -30,6 +32,47 @@ def sound(run: Path) -> bool:
 
 def generate(films: Path, model: Path, run: Path, *more: str) -> list[str]:
     return ["--data", str(films), "--model", str(model), "--out", str(run), "--actors", "1", *more]
+
+
+@pytest.mark.timeout(900)
+def test_the_lines_of_the_page_do_what_they_say(head: Head, tmp_path: Path) -> None:
+    """docs/cluster.md as it is typed; only the cluster is one that is up already, and HOME another one."""
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    lines = page.split("## Try it on one machine")[1].split("```")[1].replace("\\\n", " ").strip().splitlines()
+    ours = ("export RAY_", "ray get-auth-token", "ray start", "ray stop")  # about the cluster itself
+    typed = [line for line in lines if not line.startswith(ours)]
+    assert [line.split()[0] for line in typed if line] == ["TRY=$HOME/diffva-try", "diffva", *["ray"] * 4]
+    variables = {**head.environment, "HOME": str(tmp_path), "RAY_API_SERVER_ADDRESS": head.address}
+    script = "\n".join(["set -e", *typed])
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run = tmp_path / "diffva-try" / "run"
+    assert sound(run)
+    assert (run / "_SUCCESS").exists()
+    assert (run / "report" / "index.html").stat().st_size > 10_000
+
+
+def test_every_file_of_the_package_travels_and_answers_for_itself(head: Head, wheel: Path, tmp_path: Path) -> None:
+    """Excludes are gitignore patterns: an unanchored ``data`` takes diffva_ray/data along (ray-project/ray#25874)."""
+    where, program = tmp_path / "where.txt", tmp_path / "where.py"
+    program.write_text(
+        "import importlib, pathlib, pkgutil, sys, diffva_ray\n"
+        "names = [m.name for m in pkgutil.walk_packages(diffva_ray.__path__, 'diffva_ray.') if m.ispkg]\n"
+        "files = [importlib.import_module(name).__file__ for name in ['diffva_ray', *names]]\n"
+        "pathlib.Path(sys.argv[1]).write_text('\\n'.join(files))\n"
+    )
+    done = head.ray(
+        "job", "submit", "--address", head.address, "--submission-id", "where", "--working-dir", ".",
+        "--runtime-env", RUNTIME_ENV.relative_to(ROOT), "--", "python", program, where,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = [Path(line) for line in where.read_text().splitlines()]
+    upload = files[0].parents[1]
+    assert upload.name.startswith("_ray_pkg_")
+    assert len(files) > 5
+    assert all(file.is_relative_to(upload) for file in files), "two versions of the code in one job"
+    packaged = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert not {name for name in packaged if not (upload / name).is_file()}
 
 
 def test_a_job_ends_with_the_exit_code_of_its_verb(head: Head, films: Path, model: Path, tmp_path: Path) -> None:
@@ -90,26 +133,26 @@ def test_the_whole_line_by_jobs_with_drivers_stopped_and_killed(
     """train (stopped in the middle, resubmitted), generate (killed in the middle, resubmitted), reduce, report."""
     model, run = tmp_path / "model", tmp_path / "run"
     train = ["--data", str(films), "--out", str(model), *tiny_options, "--set", "train.stages.0.steps=400"]
-    assert head.submit("train-1", "train", *train, wait=False).returncode == 0
+    assert head.submit("long-train-1", "train", *train, wait=False).returncode == 0
     wait_for(lambda: list(model.glob(".train/ray/checkpoint_*")))
-    assert head.ray("job", "stop", "--address", head.address, "train-1").returncode == 0
-    assert head.about("train-1")["status"] == "STOPPED"
+    assert head.ray("job", "stop", "--address", head.address, "long-train-1").returncode == 0
+    assert head.about("long-train-1")["status"] == "STOPPED"
     assert not (model / "diffva.json").exists(), "stopped too late to show anything"
-    resumed = head.submit("train-2", "train", *train)
+    resumed = head.submit("long-train-2", "train", *train)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert (model / "diffva.json").exists()
-    assert "nothing to do" in head.submit("train-3", "train", *train).stdout
+    assert "nothing to do" in head.submit("long-train-3", "train", *train).stdout
 
     options = generate(films, model, run, "--set", "generate.shard_size=2")
-    assert head.submit("generate-1", "generate", *options, wait=False).returncode == 0
+    assert head.submit("long-generate-1", "generate", *options, wait=False).returncode == 0
     wait_for(lambda: len(list(run.glob("records/*.parquet"))) >= 2)
     os.kill(driver(head, "jobs/generate.py"), 9)
-    wait_for(lambda: head.about("generate-1")["status"] == "FAILED")
+    wait_for(lambda: head.about("long-generate-1")["status"] == "FAILED")
     left = len(list(run.glob("records/*.parquet")))
     assert left < 9, "killed too late to show anything"
     assert head.submit("reduce-early", "reduce", str(run)).returncode == 1
     assert head.about("reduce-early")["driver_exit_code"] == 5
-    finished = head.submit("generate-2", "generate", *options)
+    finished = head.submit("long-generate-2", "generate", *options)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert sound(run)
     assert len(records(run)) == 18
@@ -120,7 +163,7 @@ def test_the_whole_line_by_jobs_with_drivers_stopped_and_killed(
         assert done.returncode == 0, done.stdout + done.stderr
     assert (run / "_SUCCESS").exists()
     assert (run / "report" / "index.html").stat().st_size > 10_000
-    assert "nothing to do" in head.submit("generate-3", "generate", *options).stdout
+    assert "nothing to do" in head.submit("long-generate-3", "generate", *options).stdout
     assert not (ROOT / "runs" / run.name).exists()
 
 
