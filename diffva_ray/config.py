@@ -43,6 +43,10 @@ class DataConfig(Section):
     """CheXpert's uncertain labels (-1). ``positive``: a finding like any other. A film is listed under its positive
     findings only, so ``ignore`` and ``negative`` both leave the label out."""
 
+    bits: int = Field(16, ge=8, le=16)
+    """Bits that the values of 16-bit grey PNGs and TIFFs have, of the whole data set: 12 for values up to 4095, as many
+    exports of DICOM have them. ``diffva inspect`` tells."""
+
     def prompt(self, label: str) -> str:
         """The training prompt of a class; a class without one is prompted by its own name."""
         return self.prompts.get(label, label.replace("_", " "))

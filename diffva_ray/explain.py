@@ -22,7 +22,7 @@ from diffva_ray.config import GUESS, Recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.films import UnusableData, companions
-from diffva_ray.data.images import BadImage, decode, to_square
+from diffva_ray.data.images import BadImage, check_contrast, decode, to_square
 from diffva_ray.evaluate.direction import induces
 from diffva_ray.evaluate.drawing import INK, MUTED, Scale, colour_bar, colour_limit, diverging, outline, overlay, png
 from diffva_ray.generate.measures import measure, unit
@@ -83,7 +83,7 @@ def explain(
     asked = list(dict.fromkeys(prompts)) or [recipe.data.healthy_prompt]
     if len(asked) > MOST_PROMPTS:
         raise UnusableData(f"{len(asked)} prompts; a sheet has room for {MOST_PROMPTS}")
-    data, pixels = open_film(film, config.min_side)
+    data, pixels = open_film(film, config.min_side, recipe.data.bits)
     engine, judge = open_model(model, recipe, asked, device)
     name = film.rpartition("/")[2]
     seed = record_seed(recipe.seed, name, 0)
@@ -136,14 +136,16 @@ def open_model(
         raise UnusableModel(str(error)) from None
 
 
-def open_film(film: str, min_side: int) -> tuple[bytes, Image]:
+def open_film(film: str, min_side: int, bits: int = 16) -> tuple[bytes, Image]:
     """The bytes of the film at a path (local or ``s3://``), and its pixels [H, W] in [0, 1]. Raises UnusableData."""
     store, name = open_file(film)
     if not name:
         raise UnusableData(f"FILM {film!r}: names no file")
     try:
         data = store.read(name)
-        return data, decode(data, min_side)
+        pixels = decode(data, min_side, bits)
+        check_contrast(pixels)
+        return data, pixels
     except IsADirectoryError:
         raise UnusableData(f"{film}: a folder; explain takes one film") from None
     except (FileNotFoundError, NotADirectoryError):

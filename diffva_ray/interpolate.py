@@ -61,8 +61,8 @@ def interpolate(
         )
     if other is not None and len(prompts) > 1:
         raise UnusableData("--to FILM goes with one --prompt at most")
-    data, pixels = open_film(film, config.min_side)
-    ends = [pixels] if other is None else [pixels, open_film(other, config.min_side)[1]]
+    data, pixels = open_film(film, config.min_side, recipe.data.bits)
+    ends = [pixels] if other is None else [pixels, open_film(other, config.min_side, recipe.data.bits)[1]]
     engine, judge = open_model(model, recipe, prompts, device)
     weights = [float(weight) for weight in np.linspace(0, 1, frames)]
     seed = record_seed(recipe.seed, film.rpartition("/")[2], 0)

@@ -21,6 +21,7 @@ class Status(str, Enum):
     OK = "ok"
     MISSING = "missing"
     BAD_IMAGE = "bad_image"
+    BLANK = "blank"
     TOO_SMALL = "too_small"
     PROMPT_TOO_LONG = "prompt_too_long"
     NON_FINITE = "non_finite"

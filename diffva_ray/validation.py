@@ -18,7 +18,7 @@ from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.films import UnusableData
-from diffva_ray.data.images import decode, decode_mask, to_square
+from diffva_ray.data.images import decode_mask, decode_square
 from diffva_ray.data.phantoms import ALL_CLASSES, phantom
 from diffva_ray.metrics.localization import positive, score
 from diffva_ray.model.bundle import Bundle
@@ -95,7 +95,7 @@ def _cases(recipe: Recipe) -> list[Case]:
         raise UnusableData(f"train.validation.data {config.data}: no abnormal film there has a lesion mask")
     cases = []
     for film in films[:: max(1, len(films) // config.films)][: config.films]:
-        pixels = to_square(decode(dataset.store.read(film.path)), size)
+        pixels = decode_square(dataset.store.read(film.path), size, bits=dataset.bits)[0]
         lungs = decode_mask(dataset.store.read(film.lung_mask), size) if film.lung_mask else None
         cases.append(Case(pixels, decode_mask(dataset.store.read(film.lesion_mask), size), lungs))
     return cases

@@ -62,7 +62,7 @@ def open_dataset(
             raise UnusableData(f"{uri}: names no films")
         if len(entries) < len(listed):
             dataset.notes.append(f"{len(listed) - len(entries)} files are ignored: their names are not UTF-8")
-        return _filtered(_completed(dataset, known), classes, str(uri))
+        return _filtered(replace(_completed(dataset, known), bits=config.bits), classes, str(uri))
     except OSError as error:
         raise UnusableData(f"{uri}: cannot be read ({one_line(error)})") from None
 

@@ -31,6 +31,7 @@ class Dataset:
     kind: str
     notes: list[str] = field(default_factory=list)
     boxes: dict[str, list[tuple[float, float, float, float]]] = field(default_factory=dict)  # path -> x, y, w, h
+    bits: int = 16  # that the values of its 16-bit grey files have (``data.bits``)
 
     @property
     def classes(self) -> dict[str, int]:

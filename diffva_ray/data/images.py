@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
+from diffva_ray.data import dicom
 from diffva_ray.data.admission import Admission
 from diffva_ray.observe import one_line
 from diffva_ray.optional import missing
@@ -27,6 +28,7 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 4 * MAX_PIXELS  # of one file; 16 bits a pixel, uncompressed, need half of it
 MAX_SCANS = 1000  # a progressive JPEG has about ten; each goes over all pixels, so a small file may take a day
+LEAST_CONTRAST = 1 / 16  # of the grey scale; 12-bit values in a 16-bit file reach just below it
 DEFLATED, HEADER = b"1.2.840.10008.1.2.1.99", 1 << 16  # DICOM's transfer syntax for that, and where it stands
 
 # Opened by their own class: Image.open refuses sizes by a limit that is global to the process, before ours is asked.
@@ -68,24 +70,48 @@ class BadImage(ValueError):
 IN_FLIGHT = Admission(MAX_PIXELS)
 
 
-def decode(data: bytes, min_side: int = 1) -> NDArray[np.float32]:
+def decode(data: bytes, min_side: int = 1, bits: int = 16) -> NDArray[np.float32]:
     """The image in ``data`` as float32 [H, W] grey in [0, 1]; white is 1. Raises BadImage, and nothing else.
 
     PNG, JPEG, TIFF (first page), BMP and, with pydicom, DICOM; turned upright by its EXIF orientation.
-    8-bit values are divided by 255 and 16-bit by 65535; 32-bit integers and floats by their own maximum where they
-    exceed that range, and by their own minimum and maximum where they are negative. Colours become ITU-R 601 luma (of
-    16-bit colours the high byte). Alpha is dropped: the grey values below it are the film's.
+    8-bit values are divided by 255 and 16-bit ones by the largest of ``bits``, which is the data set's own choice
+    (``data.bits``: 12-bit values in 16-bit files are common); a file with larger values is refused. 32-bit integers
+    and floats by their own maximum where they exceed that range, and by their own minimum and maximum where they are
+    negative. DICOM as ``dicom.grey`` has it. Colours become ITU-R 601 luma (of 16-bit colours the high byte). Alpha is
+    dropped: the grey values below it are the image's.
     Sizes are checked in the header, before a pixel is decoded.
     """
-    return _guarded(lambda: _decode(data, min_side, lambda film: film))
+    return _guarded(lambda: _decode(data, min_side, bits, lambda image: image))
 
 
-def decode_square(data: bytes, size: int, min_side: int = 1) -> tuple[np.ndarray, tuple[int, int]]:
-    """``to_square(decode(data), size)``, and the film's own height and width. Raises BadImage.
+def decode_square(data: bytes, size: int, min_side: int = 1, bits: int = 16) -> tuple[np.ndarray, tuple[int, int]]:
+    """``to_square(decode(data), size)`` of a chest X-ray, and the image's own height and width. Raises BadImage, also
+    for an image that ``check_contrast`` refuses.
 
     The large image never leaves the bounds on memory, as it does from ``decode``.
     """
-    return _guarded(lambda: _decode(data, min_side, lambda film: (to_square(film, size), film.shape)))
+
+    def square(image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+        check_contrast(image)
+        return to_square(image, size), image.shape
+
+    return _guarded(lambda: _decode(data, min_side, bits, square))
+
+
+def check_contrast(image: NDArray[np.floating]) -> None:
+    """Raises BadImage (status ``blank``) for a chest X-ray, float [H, W] in [0, 1], nine tenths of whose values lie
+    within LEAST_CONTRAST: a flat image, a window off its values, or values that use a sliver of the file's range.
+
+    Such an image decodes, and everything that is computed from it is nonsense.
+    """
+    rows, columns = (max(1, side // 256) for side in image.shape)  # of a large image, a grid of it tells as much
+    low, high = np.percentile(image[::rows, ::columns], (5, 95))
+    if not high - low >= LEAST_CONTRAST:
+        raise BadImage(
+            f"blank: nine tenths of the image lie between {low:.3f} and {high:.3f} of the grey scale. A flat image, a "
+            "DICOM window off its values, or 16-bit values of fewer bits (diffva inspect tells; --set data.bits=12)",
+            Status.BLANK,
+        )
 
 
 def describe(data: bytes) -> str:
@@ -104,6 +130,11 @@ def describe(data: bytes) -> str:
     return _guarded(header)
 
 
+def largest_value(data: bytes) -> int:
+    """The largest value that a 16-bit grey image stores. Raises BadImage."""
+    return round(float(decode(data).max()) * 65535)
+
+
 def _guarded(work: Callable[[], Any]) -> Any:
     """Decoders raise whatever a damaged file leads them to; callers see BadImage."""
     try:
@@ -116,7 +147,7 @@ def _guarded(work: Callable[[], Any]) -> Any:
         raise BadImage(f"damaged or truncated image ({type(error).__name__}: {error})") from None
 
 
-def _decode(data: bytes, min_side: int, finish: Callable[[np.ndarray], Any]) -> Any:
+def _decode(data: bytes, min_side: int, bits: int, finish: Callable[[np.ndarray], Any]) -> Any:
     """What ``finish`` makes of the image, while its pixels are in flight."""
     if _is_dicom(data):
         return _decode_dicom(data, min_side, finish)
@@ -130,15 +161,15 @@ def _decode(data: bytes, min_side: int, finish: Callable[[np.ndarray], Any]) -> 
     if kind == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise BadImage(f"a JPEG of {scans:,} scans; at most {MAX_SCANS:,} are read")
     with IN_FLIGHT(width * height):
-        return finish(_pixels(kind, image, data))
+        return finish(_pixels(kind, image, data, bits))
 
 
-def _pixels(kind: str, image: Any, data: bytes) -> np.ndarray:
+def _pixels(kind: str, image: Any, data: bytes, bits: int) -> np.ndarray:
     white_is_zero = kind == "TIFF" and image.tag_v2.get(262) == 0
     image.load()
     _check_end(kind, data)
     ImageOps.exif_transpose(image, in_place=True)
-    grey = _grey(image)
+    grey = _grey(image, bits)
     if white_is_zero and image.mode.startswith("I;16"):  # Pillow inverts such TIFFs up to 8 bits only
         np.subtract(1, grey, out=grey)
     return grey
@@ -210,10 +241,14 @@ def _jpeg_end(data: bytes) -> int | None:
     return None
 
 
-def _grey(image: Image.Image) -> np.ndarray:
+def _grey(image: Image.Image, bits: int) -> np.ndarray:
     if image.mode.startswith("I;16"):  # convert("L") would clip it
         grey = np.array(image, np.float32)
-        grey /= 65535  # in place, here and below: a large film is large
+        if grey.max(initial=0) >= 1 << bits:
+            raise BadImage(
+                f"holds the value {grey.max():.0f}, more than {bits} bits have; raise data.bits, which is {bits}"
+            )
+        grey /= (1 << bits) - 1  # in place, here and below: a large film is large
         return grey
     if image.mode in ("I", "F"):
         values = np.array(image, np.float64)
@@ -247,33 +282,14 @@ def _decode_dicom(data: bytes, min_side: int, finish: Callable[[np.ndarray], Any
         raise BadImage(missing("pydicom", "DICOM files", "dicom")) from None
     if DEFLATED in data[:HEADER]:  # a few megabytes of it may hold many gigabytes, and no header says so
         raise BadImage("a DICOM file deflated as a whole; save it with another transfer syntax")
-    film = pydicom.dcmread(BytesIO(data))
-    width, height = int(film.Columns), int(film.Rows)
+    image = pydicom.dcmread(BytesIO(data))
+    width, height = int(image.Columns), int(image.Rows)
     _check_size(width, height, min_side)
     with IN_FLIGHT(width * height):
-        return finish(_dicom_pixels(film))
-
-
-def _dicom_pixels(film: Any) -> np.ndarray:
-    """Through modality and VOI tables (the file's own window), then own minimum and maximum to [0, 1]; MONOCHROME1
-    inverted, so that dense is bright."""
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-
-    frames = int(film.get("NumberOfFrames") or 1)
-    if frames > 1:
-        raise BadImage(f"a DICOM file of {frames} frames; a film has one")
-    photometric = str(film.PhotometricInterpretation)
-    if photometric == "PALETTE COLOR":
-        raise BadImage("a DICOM file with a colour palette; a film is MONOCHROME1 or MONOCHROME2")
-    pixels = film.pixel_array
-    if pixels.ndim == 3:
-        values = pixels[..., :3] @ np.array([0.299, 0.587, 0.114])
-    else:
-        values = np.asarray(apply_voi_lut(apply_modality_lut(pixels, film), film), np.float64)
-    if not np.isfinite(values).all():
-        raise BadImage("the image holds NaN or infinite values")
-    grey = _stretched(values)
-    return 1 - grey if photometric == "MONOCHROME1" else grey
+        try:
+            return finish(dicom.grey(image).astype(np.float32))
+        except dicom.UnusableDicom as error:
+            raise BadImage(str(error)) from None
 
 
 def to_square(image: NDArray[np.floating], size: int) -> NDArray[np.float32]:
@@ -346,7 +362,7 @@ def _named(path: str, work: Callable[[], NDArray[np.float32]]) -> NDArray[np.flo
 
 def decode_mask(data: bytes, size: int) -> NDArray[np.bool_]:
     """A mask's bytes as bool [size, size]: nearest pixel, above half of the format's maximum. Raises BadImage."""
-    return _guarded(lambda: _decode(data, 1, lambda grey: _mask(grey, size)))
+    return _guarded(lambda: _decode(data, 1, 16, lambda grey: _mask(grey, size)))
 
 
 def _mask(grey: np.ndarray, size: int) -> np.ndarray:

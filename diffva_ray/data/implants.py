@@ -17,7 +17,7 @@ from scipy import ndimage
 from diffva_ray.arrays import Mask
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.films import Dataset, Film, UnusableData
-from diffva_ray.data.images import BadImage, decode, decode_mask, to_square
+from diffva_ray.data.images import BadImage, decode_mask, decode_square
 from diffva_ray.data.lesions import LESIONS, Lesion
 from diffva_ray.data.lungs import find_lungs
 from diffva_ray.data.phantoms import CLASSES, visible_lesion, write_film
@@ -181,7 +181,7 @@ class Hosts:
     """
 
     def __init__(self, dataset: Dataset, healthy: str, size: int) -> None:
-        self.store, self.size, self.unusable = dataset.store, size, 0
+        self.store, self.size, self.bits, self.unusable = dataset.store, size, dataset.bits, 0
         self._films = [film for film in dataset.films if film.label == healthy]
         if not self._films:
             raise UnusableData(
@@ -208,7 +208,7 @@ class Hosts:
         self.unusable += 1
 
     def _read(self, film: Film) -> Host:
-        pixels = quantise(to_square(decode(self.store.read(film.path)), self.size))
+        pixels = quantise(decode_square(self.store.read(film.path), self.size, bits=self.bits)[0])
         if film.lung_mask:
             lungs: Mask | None = decode_mask(self.store.read(film.lung_mask), self.size)
         else:

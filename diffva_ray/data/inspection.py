@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from diffva_ray.data.bit_depth import bit_depth_note
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.films import Dataset, Film
-from diffva_ray.data.images import BadImage, decode, describe
+from diffva_ray.data.images import BadImage, check_contrast, decode, describe
 from diffva_ray.observe import one_line
 from diffva_ray.schema import Status
 
@@ -40,7 +41,7 @@ def inspect(dataset: Dataset, healthy_class: str = "Normal") -> dict[str, Any]:
     return {
         "uri": dataset.store.uri,
         "kind": dataset.kind,
-        "notes": list(dataset.notes),
+        "notes": [*dataset.notes, *filter(None, [bit_depth_note(dataset)])],
         "classes": dataset.classes,
         "healthy_class": healthy_class,
         "films": len(dataset.films),
@@ -69,7 +70,8 @@ def _examine(dataset: Dataset, film: Film) -> Finding:
         return Finding(film.path, status=Status.MISSING, reason="no such file")
     try:
         data = dataset.store.read(film.path)
-        image = decode(data)
+        image = decode(data, bits=dataset.bits)
+        check_contrast(image)
         height, width = image.shape
         return Finding(film.path, f"{width}x{height}", describe(data), difference_hash(image))
     except BadImage as error:

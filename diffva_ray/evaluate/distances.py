@@ -81,6 +81,7 @@ class HomePortion:
     def fill(self, extractor: Extractor) -> None:
         run = find_run(opened(self.run))
         assert run is not None
+        bits = run.recipe.data.bits
         data, size, ids = opened(run.about["data_root"]), run.recipe.model.resolution, self.ids.astype(str)
         rows = {row["record_id"]: row for row in stored_records(run, self.home)}
         films = [rows[record]["source_path"] for record in ids]
@@ -88,7 +89,7 @@ class HomePortion:
         again = f"withdraw its shard with diffva verify {self.run} --repair and generate it again"
         arrays = {
             "ids": ids,
-            f"{extractor.name}/source": _needed(extractor, data, films, size, "put it back where it was"),
+            f"{extractor.name}/source": _needed(extractor, data, films, size, "put it back where it was", bits),
             f"{extractor.name}/counterfactual": _needed(extractor, run.store, twins, size, again),
         }
         run.store.put(self._kept(extractor), npz(arrays))
@@ -106,6 +107,7 @@ class ReferencePortion:
     data: str
     films: tuple[Film, ...]
     size: int  # of the grid that films are taken to
+    bits: int = 16  # of its 16-bit grey files
 
     def stored(self, extractor: Extractor) -> Arrays | None:
         return read_npz(self.cache, self._kept(extractor), [film.path for film in self.films], {"features": "features"})
@@ -115,12 +117,13 @@ class ReferencePortion:
         films = [partial(data.read, film.path) for film in self.films]
         arrays = {
             "ids": np.array([film.path for film in self.films]),
-            "features": embed(extractor, films, self.size, lenient=True),
+            "features": embed(extractor, films, self.size, self.bits, lenient=True),
         }
         opened(self.cache).put(self._kept(extractor), npz(arrays))
 
     def _kept(self, extractor: Extractor) -> str:
-        name = digest([self.data, self.size, [(film.path, film.size) for film in self.films]])[:16]
+        depth = [] if self.bits == 16 else [self.bits]
+        name = digest([self.data, self.size, [(film.path, film.size) for film in self.films], *depth])[:16]
         return f"features/{cache_key(extractor)}/reference-{name}.npz"
 
 
@@ -214,7 +217,7 @@ def cache_key(extractor: Extractor) -> str:
 
 
 def embed(
-    extractor: Extractor, readers: Iterable[Callable[[], bytes]], size: int, lenient: bool = False
+    extractor: Extractor, readers: Iterable[Callable[[], bytes]], size: int, bits: int = 16, lenient: bool = False
 ) -> NDArray[np.float32]:
     """Features [n, d] of image files. ``legacy`` takes each file at its stored size, everything else on the model's
     square grid. Raises BadImage or OSError for an unreadable one; ``lenient`` leaves it out."""
@@ -228,7 +231,7 @@ def embed(
 
     for read in readers:
         try:
-            image = decode(read())
+            image = decode(read(), bits=bits)
         except (BadImage, OSError):
             if lenient:
                 continue
@@ -242,7 +245,9 @@ def embed(
     return np.concatenate(found) if found else np.zeros((0, extractor.dimension), np.float32)
 
 
-def _needed(extractor: Extractor, store: Store, paths: Sequence[str], size: int, advice: str) -> NDArray[np.float32]:
+def _needed(
+    extractor: Extractor, store: Store, paths: Sequence[str], size: int, advice: str, bits: int = 16
+) -> NDArray[np.float32]:
     """``embed`` of files none of which can be left out. Raises UnusableData, which names one that cannot be read."""
     path = ""
 
@@ -252,7 +257,7 @@ def _needed(extractor: Extractor, store: Store, paths: Sequence[str], size: int,
             yield partial(store.read, path)
 
     try:
-        return embed(extractor, readers(), size)
+        return embed(extractor, readers(), size, bits)
     except (BadImage, OSError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error
         raise UnusableData(
@@ -261,12 +266,13 @@ def _needed(extractor: Extractor, store: Store, paths: Sequence[str], size: int,
 
 
 def reference_features(
-    cache: Store, size: int, store: Store, films: Sequence[Film], extractor: Extractor, spread: Embed = embed_here
-) -> tuple[FeatureSet, int]:
+    cache: Store, size: int, store: Store, films: Sequence[Film], extractor: Extractor, spread: Embed = embed_here,
+    bits: int = 16,
+) -> tuple[FeatureSet, int]:  # fmt: skip
     """Features of a reference set on the model's ``size``, kept in ``cache`` (a run, or what several runs share) and
     found again by place and sizes of the films; and how many films were unreadable."""
     portions = [
-        ReferencePortion(cache.uri, store.uri, tuple(films[start : start + PORTION]), size)
+        ReferencePortion(cache.uri, store.uri, tuple(films[start : start + PORTION]), size, bits)
         for start in range(0, len(films), PORTION)
     ]
     features, read = scratch(len(films), extractor.dimension), np.zeros(len(films), bool)

@@ -116,7 +116,7 @@ def read_images(run: Run, row: Row) -> Images:
     """
     size = run.recipe.model.resolution
     return Images(
-        to_square(decode(run.data.read(row["source_path"])), size),
+        to_square(decode(run.data.read(row["source_path"]), bits=run.recipe.data.bits), size),
         grey(run.store, row["counterfactual_path"]),
         grey(run.store, row["reconstruction_path"]),
         decode_map(run.store.read(row["attribution_path"])),
@@ -129,7 +129,8 @@ def read_truth(run: Run, row: Row, boxes: Boxes) -> Truth:
     film = Film(row["source_path"], row["label"], -1, row["lung_mask_path"] or "", row["lesion_mask_path"] or "")
     truth = film_truth(run.data, film, boxes, row["width"], row["height"], size)
     try:
-        twin = to_square(decode(run.data.read(row["twin_path"])), size) if row["twin_path"] else None
+        path, bits = row["twin_path"], run.recipe.data.bits
+        twin = to_square(decode(run.data.read(path), bits=bits), size) if path else None
     except (OSError, BadImage):
         twin = None
     return replace(truth, twin=twin)

@@ -198,8 +198,8 @@ class _Comparison:
         assert self.options.sources is not None
         known = read_sources(self.options.sources, [film.path for film in other.dataset.films])
         films = [film for film in other.dataset.films if known.get(film.path) == source]
-        cache, size = _cache(self.run, self.options), self.run.recipe.model.resolution
-        return reference_features(cache, size, other.dataset.store, films, self.extractor, self.spread)[0]
+        cache, size, data = _cache(self.run, self.options), self.run.recipe.model.resolution, other.dataset
+        return reference_features(cache, size, data.store, films, self.extractor, self.spread, data.bits)[0]
 
     def within_conditions(self, references: Sequence[Reference]) -> list[Row]:
         """Mean distance within each class (and setting), beside the distance of the pooled sets."""
@@ -271,7 +271,7 @@ def reference(
         return None
     size = run.recipe.model.resolution
     features, unreadable = reference_features(
-        _cache(run, options), size, dataset.store, dataset.films, extractor, spread
+        _cache(run, options), size, dataset.store, dataset.films, extractor, spread, dataset.bits
     )
     if unreadable:
         notes.append(f"{unreadable} films of reference {label} could not be read")

@@ -22,6 +22,7 @@ def pixel_keys(recipe: Recipe, request: Request, model_digest: str, torch_versio
             {
                 **recipe.generate.model_dump(mode="json"),
                 "model_digest": model_digest,
+                "bits": recipe.data.bits,
                 "resolution": recipe.model.resolution,
                 "aspect": "squash",
                 "seed": recipe.seed,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.films import Dataset, Film, UnusableData
-from diffva_ray.data.images import BadImage, decode, to_square
+from diffva_ray.data.images import BadImage, decode_square
 from diffva_ray.schema import digest
 
 Pixels = NDArray[np.uint8]
@@ -28,7 +28,7 @@ class FilmSet:
     """The films of a data set at the model's resolution, as uint8 squares; kept in memory up to ``megabytes``."""
 
     def __init__(self, dataset: Dataset, size: int, megabytes: int = 1024) -> None:
-        self.store, self.size = dataset.store, size
+        self.store, self.size, self.bits = dataset.store, size, dataset.bits
         self.films = list(dataset.films)
         self.unreadable: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
@@ -46,7 +46,7 @@ class FilmSet:
         try:
             data = self.store.read(film.path)
             self._hashes[film.path] = hashlib.sha256(data).hexdigest()
-            return quantise(to_square(decode(data), self.size))
+            return quantise(decode_square(data, self.size, bits=self.bits)[0])
         except (BadImage, OSError) as error:
             self.unreadable[film.path] = str(error)
             return None

@@ -133,7 +133,7 @@ def write_pictures(
 def _write(run: Run, row: Row, key: str, palette: Palette, boxes: Boxes) -> Pictured | None:
     size, record = run.recipe.model.resolution, row["record_id"]
     try:
-        film = to_square(decode(run.data.read(row["source_path"])), size)
+        film = to_square(decode(run.data.read(row["source_path"]), bits=run.recipe.data.bits), size)
         twin = grey(run.store, row["counterfactual_path"])
         signed = decode_map(run.store.read(row["attribution_path"]))
         truth = read_truth(run, row, boxes)

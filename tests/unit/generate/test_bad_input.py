@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pytest
-from damage import CLASSES, EXPECTED, constant, filled_jpeg, many_scans, write_damaged
+from damage import CLASSES, EXPECTED, filled_jpeg, halves, many_scans, write_damaged
 from PIL import Image, ImageFile
 
 from diffva_ray.config import Recipe
@@ -230,7 +230,7 @@ def test_a_manifest_may_name_what_is_no_file(finished: Finished) -> None:
 
 
 def test_eight_threads_do_not_need_eight_times_the_memory() -> None:
-    done = subprocess.run([sys.executable, "-c", CROWD], input=constant(6000, 6000), capture_output=True, env=_child())
+    done = subprocess.run([sys.executable, "-c", CROWD], input=halves(6000, 6000), capture_output=True, env=_child())
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 1750  # measured: up to 1440; with all eight at once 2080 or more, on two cores
 
@@ -275,7 +275,7 @@ def test_a_large_film_is_squared_while_it_is_in_flight(monkeypatch: pytest.Monke
     monkeypatch.setattr(images, "IN_FLIGHT", admission)
     taken = []
     monkeypatch.setattr(images, "to_square", lambda film, size: taken.append(admission._taken) or to_square(film, size))
-    film = constant(300, 200)
+    film = halves(300, 200)
     square, shape = decode_square(film, 32)
     assert shape == (200, 300)
     assert np.array_equal(square, to_square(decode(film), 32))
@@ -296,12 +296,12 @@ def test_small_files_that_would_take_hours_take_no_time() -> None:
 
 
 def test_flipped_bits_of_a_png_are_found_by_its_checksums() -> None:
-    data = bytearray(constant(64, 64))
+    data = bytearray(halves(64, 64))
     at = data.index(b"IDAT") + 20
     data[at] ^= 1
     with pytest.raises(BadImage):
         decode(bytes(data))
-    text = constant(64, 64)
+    text = halves(64, 64)
     end = text.index(b"IEND") - 4
     intact = text[:end] + b"\0\0\0\4tEXta\0bc\x6d\x2c\x10\x5e" + text[end:]
     with pytest.raises(BadImage, match="tEXt"):

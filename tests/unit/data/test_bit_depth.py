@@ -1,0 +1,101 @@
+"""Narrow values in 16-bit files: said by inspect and generate, mended by one option, never read as black and ``ok``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from diffva_ray.cli import main
+from diffva_ray.config import DataConfig
+from diffva_ray.data.bit_depth import bit_depth_note
+from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.images import BadImage, decode, decode_square
+from diffva_ray.schema import Status
+
+
+def encoded(values: np.ndarray, kind: str) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(values.astype(np.uint16)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def narrowed(films: Path, out: Path, bits: int, kind: str = "PNG") -> Path:
+    """The phantoms as ``bits``-bit values in 16-bit files."""
+    shutil.copytree(films, out)
+    for file in out.glob("*/images/*.png"):
+        grey = np.asarray(Image.open(file), np.float64) / 255
+        file.write_bytes(encoded(np.round(grey * (2**bits - 1)), kind))
+    return out
+
+
+def diffva(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_the_option_gives_the_image_back_and_clips_nothing(bits: int, kind: str) -> None:
+    values = np.arange(1 << bits, dtype=np.int64).reshape(-1, 32)
+    np.testing.assert_allclose(decode(encoded(values, kind), bits=bits), values / (2**bits - 1), atol=1e-6)
+    with pytest.raises(BadImage, match=f"more than {bits} bits"):
+        decode(encoded(values + 1, kind), bits=bits)
+    eight = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    buffer = BytesIO()
+    Image.fromarray(eight).save(buffer, "PNG")
+    np.testing.assert_array_equal(decode(buffer.getvalue(), bits=bits), decode(buffer.getvalue()))
+
+
+def test_twelve_bits_read_as_sixteen_are_blank() -> None:
+    values = np.linspace(0, 4095, 4096).reshape(64, 64)
+    with pytest.raises(BadImage, match=r"data\.bits=12") as caught:
+        decode_square(encoded(values, "PNG"), 32)
+    assert caught.value.status is Status.BLANK
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(10, "PNG"), (12, "PNG"), (14, "PNG"), (12, "TIFF")])
+def test_the_note_names_the_bits(films: Path, tmp_path: Path, bits: int, kind: str) -> None:
+    data = narrowed(films, tmp_path / "data", bits, kind)
+    note = bit_depth_note(open_dataset(data))
+    assert f"data.bits={bits}" in note
+    assert bit_depth_note(open_dataset(data, DataConfig(bits=bits))) == ""
+    assert "refused" in bit_depth_note(open_dataset(data, DataConfig(bits=bits - 2)))
+
+
+def test_full_range_and_eight_bits_need_no_note(films: Path, tmp_path: Path) -> None:
+    assert bit_depth_note(open_dataset(films)) == ""
+    assert bit_depth_note(open_dataset(narrowed(films, tmp_path / "data", 16))) == ""
+
+
+def test_inspect_and_generate_say_it_and_the_option_mends_it(films: Path, model: Path, tmp_path: Path) -> None:
+    data = narrowed(films, tmp_path / "data", 12)
+    assert "--set data.bits=12" in diffva("inspect", data).output
+    found = json.loads(diffva("inspect", data, "--json").output)
+    assert {bad["status"] for bad in found["unreadable"]} == {"blank"}
+
+    def generate(source: Path, name: str, *more: str) -> Result:
+        return diffva("generate", "--data", source, "--model", model, "--out", tmp_path / name, "--executor", "inline",
+                      "--set", "generate.shard_size=2", *more)  # fmt: skip
+
+    refused = generate(data, "refused")
+    assert refused.exit_code == 4
+    assert "data.bits=12" in refused.output
+    assert set(pd.read_parquet(tmp_path / "refused" / "records")["status"]) == {"blank"}
+
+    mended = generate(data, "mended", "--set", "data.bits=12")
+    assert mended.exit_code == 0, mended.output
+    assert generate(films, "eight").exit_code == 0
+    ours, theirs = (
+        pd.read_parquet(tmp_path / name / "records").set_index("record_id").sort_index() for name in ("mended", "eight")
+    )
+    np.testing.assert_allclose(ours["ssim"], theirs["ssim"], atol=0.01)
+    differs = generate(data, "mended")
+    assert differs.exit_code == 3
+    assert "bits: 12 there, 16 now" in differs.output

@@ -1,0 +1,120 @@
+"""DICOM pixels: what a file declares about itself is what is shown; no declared padding or single hot pixel decides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from dicom_files import dicom
+
+from diffva_ray.data.images import BadImage, decode, decode_square
+from diffva_ray.data.phantoms import phantom
+from diffva_ray.schema import Status
+
+SIDE = 64
+
+
+@pytest.fixture(scope="module")
+def tissue() -> np.ndarray:
+    """A phantom as 12-bit values, 400 to 3200."""
+    image = phantom("COVID", 0, 1, SIDE).film
+    return np.round(400 + 2800 * (image - image.min()) / np.ptp(image)).astype(np.int64)
+
+
+def bordered(values: np.ndarray, padding: int) -> np.ndarray:
+    padded = values.copy()
+    padded[:2] = padded[-2:] = padding
+    padded[:, :2] = padded[:, -2:] = padding
+    return padded
+
+
+INSIDE = (slice(2, -2), slice(2, -2))
+
+
+@pytest.mark.parametrize(
+    ("padding", "declared"),
+    [
+        (65535, {"PixelPaddingValue": 65535}),
+        (0, {"PixelPaddingValue": 0}),
+        (65000, {"PixelPaddingValue": 64000, "PixelPaddingRangeLimit": 65535}),
+        (65000, {"PixelPaddingValue": 65535, "PixelPaddingRangeLimit": 64000}),
+        (4000, {"PixelPaddingValue": 4000, "RescaleSlope": 2, "RescaleIntercept": -1024}),
+        (65535, {"PixelPaddingValue": 65535, "WindowCenter": 1800, "WindowWidth": 2800}),
+    ],
+)
+@pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
+def test_declared_padding_is_black_and_decides_nothing(
+    tissue: np.ndarray, padding: int, declared: dict[str, Any], photometric: str
+) -> None:
+    others = {key: value for key, value in declared.items() if not key.startswith("PixelPadding")}
+    plain = decode(dicom(tissue[INSIDE], PhotometricInterpretation=photometric, **others))
+    shown = decode(dicom(bordered(tissue, padding), PhotometricInterpretation=photometric, **declared))
+    np.testing.assert_allclose(shown[INSIDE], plain, atol=1e-6)
+    outline = np.ones(shown.shape, bool)
+    outline[INSIDE] = False
+    assert (shown[outline] == 0).all()
+
+
+@pytest.mark.parametrize("written", [-32768, 32768])
+def test_padding_of_signed_pixels_with_and_without_its_sign(tissue: np.ndarray, written: int) -> None:
+    signed = tissue - 2000
+    plain = decode(dicom(signed[INSIDE]))
+    data = dicom(bordered(signed, -32768), PixelPaddingValue=-32768)
+    if written > 0:  # as unsigned, which some devices write: the same two bytes under VR US
+        assert data.count(b"\x28\x00\x20\x01SS") == 1
+        data = data.replace(b"\x28\x00\x20\x01SS", b"\x28\x00\x20\x01US")
+    np.testing.assert_allclose(decode(data)[INSIDE], plain, atol=1e-6)
+
+
+def test_a_window_is_shown_as_it_stands_and_never_stretched(tissue: np.ndarray) -> None:
+    narrow = np.clip(tissue, 1500, 2523)
+    shown = decode(dicom(narrow, WindowCenter=2048, WindowWidth=2048))
+    assert shown.min() == pytest.approx((1500 - 1024) / 2048, abs=2e-3)
+    assert shown.max() == pytest.approx((2523 - 1024) / 2048, abs=2e-3)
+    first = decode(dicom(narrow, WindowCenter=[2048, 100], WindowWidth=[2048, 10]))
+    np.testing.assert_array_equal(first, shown)
+    turned = decode(dicom(narrow, WindowCenter=2048, WindowWidth=2048, PhotometricInterpretation="MONOCHROME1"))
+    np.testing.assert_allclose(turned, 1 - shown, atol=1e-6)
+    sigmoid = decode(dicom(narrow, WindowCenter=2048, WindowWidth=2048, VOILUTFunction="SIGMOID"))
+    assert sigmoid.max() == pytest.approx(1 / (1 + np.exp(-4 * (2523 - 2048) / 2048)), abs=2e-3)
+
+
+def test_a_window_without_width_is_none(tissue: np.ndarray) -> None:
+    np.testing.assert_array_equal(decode(dicom(tissue, WindowCenter=0, WindowWidth=0)), decode(dicom(tissue)))
+
+
+def test_a_lookup_table_is_shown_over_its_own_range(tissue: np.ndarray) -> None:
+    from pydicom.dataset import Dataset
+
+    table = Dataset()
+    entries = np.linspace(0, 1023, 4096).round().astype("<u2")  # ten bits of output, as 16-bit entries
+    table.LUTDescriptor, table.LUTData = [4096, 0, 16], entries.tobytes()
+    narrow = np.clip(tissue, 1024, 3071)
+    shown = decode(dicom(narrow, VOILUTSequence=[table]))
+    np.testing.assert_allclose(shown, narrow / 4095, atol=2e-3)
+
+
+def test_a_hot_pixel_does_not_darken_the_rest(tissue: np.ndarray) -> None:
+    hot = tissue.copy()
+    hot[0, 0] = 65535
+    assert np.abs(decode(dicom(hot)) - decode(dicom(tissue))).ravel()[1:].max() < 0.01
+
+
+@pytest.mark.parametrize(
+    "declared", [{"WindowCenter": 40000, "WindowWidth": 100}, {"PixelPaddingValue": 0, "PixelPaddingRangeLimit": 65535}]
+)
+def test_an_image_without_contrast_is_blank_and_says_why(tissue: np.ndarray, declared: dict[str, Any]) -> None:
+    data = dicom(tissue, **declared)
+    with pytest.raises(BadImage, match="window off its values") as caught:
+        decode_square(data, 32)
+    assert caught.value.status is Status.BLANK
+
+
+def test_colours_are_not_stretched() -> None:
+    values = np.full((8, 8, 3), (50, 100, 150), np.uint8)
+    data = dicom(
+        np.zeros((8, 8)), PhotometricInterpretation="RGB", SamplesPerPixel=3, PlanarConfiguration=0, BitsAllocated=8,
+        BitsStored=8, HighBit=7, PixelData=values.tobytes(),
+    )  # fmt: skip
+    np.testing.assert_allclose(decode(data), (0.299 * 50 + 0.587 * 100 + 0.114 * 150) / 255, atol=1e-6)
