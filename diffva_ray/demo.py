@@ -102,7 +102,7 @@ def _numbers(metrics: dict[str, Any], name: str, twin: bool) -> list[str]:
 
     place = of("localization", map=name)
     values = [
-        of("validity").get("flip_rate") if twin else None,
+        of("validity").get("flip_rate") if twin and not metrics.get("judge", {}).get("problem") else None,
         place.get("auroc"),
         place.get("dice_fixed"),
         of("twin").get("lesion_error_ratio") if twin else None,

@@ -16,21 +16,32 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from diffva_ray.config import GUESS, SOURCE, Recipe, fingerprint, fingerprint_difference, load_recipe, make_recipe
+from diffva_ray.data.bit_depth import bit_depth_note
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.reduction import Reduced, reduce_run
 from diffva_ray.generate.budget import check_first_shards
+from diffva_ray.generate.data_identity import check_same, content_sample, moved
 from diffva_ray.generate.keys import keys_now, pixel_keys
 from diffva_ray.generate.ledger import start_retry
 from diffva_ray.generate.plan import PromptTooLong, Request, make_plan
-from diffva_ray.generate.run import SUCCESS, FingerprintDiffers, Run, continue_run, find_run, start_run
+from diffva_ray.generate.run import (
+    PLAN_FILE,
+    SUCCESS,
+    FingerprintDiffers,
+    Run,
+    continue_run,
+    find_run,
+    remember_data,
+    start_run,
+)
 from diffva_ray.methods import METHODS
-from diffva_ray.model.card import TRAINING, UnusableModel, folder_digest, prompt_limit, read_card
+from diffva_ray.model.card import TRAINING, UnusableModel, folder_digest, judge_card, prompt_limit, read_card
 from diffva_ray.observe import LOG, Progress
 from diffva_ray.provenance import provenance, torch_version
 from diffva_ray.schema import digest
-from diffva_ray.storage import is_local, open_file, open_store
+from diffva_ray.storage import Store, absolute, is_local, open_store
 
 Executor = Literal["ray", "inline"]  # on a Ray, or a plain loop in this process
 
@@ -92,9 +103,11 @@ def train_model(
             )
         LOG.info("%s is trained already; nothing to do", out)
         return False
+    if note := bit_depth_note(dataset):
+        LOG.info("data: %s", note)
     store.put(TRAINING, json.dumps(before).encode())
     LOG.info("training recipe %s on %d films, %s workers", recipe.name, len(dataset.films), _spelt(workers))
-    about = {**provenance(), "data": _absolute(data), "data_kind": dataset.kind}
+    about = {**provenance(), "data": absolute(data), "data_kind": dataset.kind}
     if executor == "inline":
         from diffva_ray.train.checkpoint import Checkpoints
         from diffva_ray.train.loop import train
@@ -118,10 +131,13 @@ def train_model(
         return True
     from diffva_ray import ray_cluster
 
-    with ray_cluster.session():
+    with ray_cluster.session() as private:
         from diffva_ray.ray_train import fit
 
-        fit(recipe.model_dump(mode="json"), _absolute(data), _absolute(out), mark, about, workers, gpus_per_worker)
+        fit(
+            recipe.model_dump(mode="json"), absolute(data), absolute(out), mark, about, workers, gpus_per_worker,
+            private,
+        )  # fmt: skip
     return True
 
 
@@ -164,11 +180,6 @@ def _short(keys: dict[str, Any]) -> dict[str, Any]:
     return {key: value if len(str(value)) < 60 else f"digest {digest(value)[:8]}" for key, value in keys.items()}
 
 
-def _absolute(uri: str) -> str:
-    """Workers run in folders of their own, so a path must not depend on where a command was given."""
-    return str(Path(uri).expanduser().absolute()) if is_local(uri) else uri
-
-
 @dataclass(frozen=True, kw_only=True)
 class Execution:
     """How a run is carried out; none of it changes a pixel."""
@@ -187,16 +198,25 @@ def plan_run(
     keys = pixel_keys(recipe, request, model_digest_of(model), torch_version(), device)
     run = find_run(store)
     if run is not None:
-        return moved(continue_run(run, keys, execution.allow_environment_change), data)
+        run = continue_run(run, keys, execution.allow_environment_change)
+    if run is None or not store.exists(PLAN_FILE):
+        run = _planned(recipe, data, model, store, request, run.about["keys"] if run else keys)
+    return moved(run, data)
+
+
+def _planned(recipe: Recipe, data: str, model: str, store: Store, request: Request, keys: dict[str, Any]) -> Run:
+    """The run at ``store``, planned now, or just now by another process."""
     dataset = films_to_heal(recipe, data, request)
-    for note in dataset.notes:
+    for note in (*dataset.notes, *filter(None, [bit_depth_note(dataset)])):
         LOG.info("data: %s", note)
     about = {
         "recipe": recipe.model_dump(mode="json"),
-        "data": _absolute(data),
+        "data": absolute(data),
         "data_root": dataset.store.uri,
         "data_kind": dataset.kind,
-        "model": _absolute(model),
+        "data_sample": content_sample(dataset),
+        "model": absolute(model),
+        "judge": judge_card(open_store(model)),
         **provenance(),
     }
     plan = make_plan(dataset, recipe, request)
@@ -215,17 +235,6 @@ def check_plan(recipe: Recipe, model: str, plan: pa.Table) -> None:
         check_needs(model, method)
     check_prompts(model, plan["prompt"].unique().to_pylist())
     check_prompts(model, other_prompts(recipe), "generate.source_prompt or negative_prompt")
-
-
-def moved(run: Run, data: str) -> Run:
-    """The run with its films at ``data``, where they are now. Raises UnusableData."""
-    if _absolute(data) == run.about["data"]:
-        return run
-    root = open_dataset(data, run.recipe.data).store.uri
-    if root == run.about["data_root"]:
-        return run
-    LOG.info("%s: films are read from %s now, not from %s", run.store.uri, root, run.about["data_root"])
-    return replace(run, about={**run.about, "data_root": root})
 
 
 def other_prompts(recipe: Recipe) -> list[str]:
@@ -283,7 +292,9 @@ def _with_device(execution: Execution, work: Callable[[str], dict[str, int]]) ->
         return work(device_kind())
     from diffva_ray import ray_cluster
 
-    with ray_cluster.session():
+    with ray_cluster.session() as private:
+        if private and execution.gpus_per_actor:
+            ray_cluster.check_room(f"--gpus-per-actor {execution.gpus_per_actor:g}", GPU=execution.gpus_per_actor)
         share = execution.gpus_per_actor  # asked for, it is waited for: an autoscaling cluster has no GPU yet
         return work("cuda" if (ray_cluster.gpus() if share is None else share) else "cpu")
 
@@ -297,6 +308,9 @@ def _carry_out(run: Run, model: str, execution: Execution) -> dict[str, int]:
     sizes = run.shard_sizes()
     done = total - sum(sizes[shard] for shard in pending)
     LOG.info("%s: %d records in %d shards, %d shards pending", run.store.uri, total, shards, len(pending))
+    check_same(run, run.data)
+    remember_data(run)
+    run.store.delete(SUCCESS)  # what is committed from here on is in no table yet
     run.store.sweep()
     progress = Progress("generated", total, "records", done=done)
     counts = {"shards": 0, "records": 0, "ok": 0}
@@ -319,7 +333,7 @@ def _carry_out(run: Run, model: str, execution: Execution) -> dict[str, int]:
         from diffva_ray.ray_generate import generate
 
         generate(
-            run.store.uri, run.about["data_root"], _absolute(model), pending, on_shard,
+            run.store.uri, run.about["data_root"], absolute(model), pending, on_shard,
             execution.actors, execution.gpus_per_actor,
         )  # fmt: skip
     return counts
@@ -334,7 +348,7 @@ def retry_run(
     """
     if data is not None or model is not None:
         run = moved(run, data) if data is not None else run
-        run = replace(run, about={**run.about, "model": _absolute(model or run.about["model"])})
+        run = replace(run, about={**run.about, "model": absolute(model or run.about["model"])})
 
     def carry_out(device: str) -> dict[str, int]:
         now = keys_now(run, torch_version(), device)
@@ -343,14 +357,20 @@ def retry_run(
         if overlay is None:
             return {"shards": 0, "records": 0, "ok": 0}
         run.store.delete(SUCCESS)  # its tables are of the records as they were
-        there = replace(overlay, about={**overlay.about, "data_root": run.about["data_root"]})
+        remember_data(run)
+        there = replace(overlay, about={**overlay.about, **{key: run.about[key] for key in ("data", "data_root")}})
         return _carry_out(there, run.about["model"], execution)
 
     return _with_device(execution, carry_out)
 
 
-def reduce(run: Run, options: Options, executor: Executor = "ray") -> Reduced:
-    """Verify the run and write its tables; scoring is spread over the cluster unless ``executor`` is ``inline``."""
+def reduce(run: Run, options: Options, executor: Executor = "ray", data: str | None = None) -> Reduced:
+    """Verify the run and write its tables; scoring is spread over the cluster unless ``executor`` is ``inline``.
+
+    ``data``: where the data set is now, if it has moved; the run remembers it. Raises Incomplete, StoreError where the
+    images are not there, UnusableData where they are others.
+    """
+    run = run if data is None else moved(run, data)
     data = run.about["data"]
     if executor == "inline" or run.shards == 1:
         return reduce_run(run, data, options)
@@ -360,32 +380,3 @@ def reduce(run: Run, options: Options, executor: Executor = "ray") -> Reduced:
         from diffva_ray.ray_reduce import Cluster
 
         return reduce_run(run, data, options, Cluster())
-
-
-def parse_references(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """``LABEL=DATA_OR_RUN`` options. Raises UnusableData for one without a label."""
-    pairs = []
-    for text in texts:
-        label, equals, uri = text.partition("=")
-        if not (equals and label and uri):
-            raise UnusableData(f"--reference {text}: write LABEL=DATA or LABEL=RUN, as in Normal=data/test")
-        pairs.append((label, uri))
-    return tuple(pairs)
-
-
-def inception_path(option: str | None) -> str | None:
-    """Where Inception's weights are: the path given, a download when asked for, pytorch-fid's cache, or nowhere."""
-    from diffva_ray.metrics.features import download_inception, inception_cache
-
-    if option == "download":
-        try:
-            return str(download_inception())
-        except RuntimeError as error:
-            raise UnusableData(f"--inception-weights download: {error} and pass --inception-weights PATH") from None
-    if option is None:
-        cached = inception_cache()
-        return str(cached) if cached else None
-    store, name = open_file(option)
-    if not store.exists(name):
-        raise UnusableData(f"--inception-weights {option}: no such file")
-    return option

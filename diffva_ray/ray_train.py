@@ -29,10 +29,11 @@ def fit(
     provenance: dict[str, Any],
     workers: int | tuple[int, int] = 1,
     gpus_per_worker: float | None = None,
+    private: bool = False,
 ) -> None:
     """Train on ``workers`` workers, or on as many between two numbers as the cluster has, and export to ``model``; goes
     on from the last checkpoint in ``model/.train``. The global batch stays the recipe's, whatever the number. Raises
-    UnusableModel when checkpoints have been taken away."""
+    UnusableModel when checkpoints have been taken away, UnusableCluster for more than a ``private`` cluster has."""
     share = gpus_per_worker
     if share is None:
         share = 1.0 if ray_cluster.gpus() else 0.0
@@ -46,6 +47,10 @@ def fit(
         "threads": None if share else threads,
     }
     resources: dict[str, float] = {"GPU": share} if share else {"CPU": threads}
+    if private:
+        least = workers if isinstance(workers, int) else workers[0]
+        said = f"--workers {least}" + (f" --gpus-per-worker {share:g}" if share else "")
+        ray_cluster.check_room(said, **{kind: amount * least for kind, amount in resources.items()})
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     settings = {name: value for name, value in ray_cluster.ENVIRONMENT.items() if name.startswith("RAY_TRAIN_")}
     trainer = _trainer.options(scheduling_strategy=here, runtime_env={"env_vars": settings})

@@ -14,6 +14,7 @@ import importlib
 import io
 import os
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -55,7 +56,8 @@ class Store(Protocol):
     def exists(self, path: str) -> bool: ...
 
     def list(self, prefix: str = "") -> list[Entry]:
-        """All files below the folder ``prefix`` (recursively), sorted by path; empty when there is none."""
+        """All files below the folder ``prefix`` (recursively), sorted by path; empty when there is none. Raises
+        StoreError when a folder cannot be looked into."""
 
     def put(self, path: str, data: bytes) -> None:
         """Write a file whole or not at all, replacing what is there."""
@@ -121,6 +123,7 @@ LASTING = {
     errno.ENOTDIR: "a file is in the way of a folder",
 }
 TEMPORARY = ".tmp-"
+OF_THE_SYSTEM = ("lost+found", ".Trashes", ".snapshot", "System Volume Information")  # at the top of a disk
 ORPHANED = 3600.0  # seconds after which a temporary file has no writer any more
 
 
@@ -146,7 +149,7 @@ class LocalStore:
     def list(self, prefix: str = "") -> list[Entry]:
         top = self.root / checked(prefix)
         entries, visited = [], set()
-        for folder, folders, names in os.walk(top, followlinks=True):
+        for folder, folders, names in os.walk(top, onerror=self._unlisted, followlinks=True):
             real = os.path.realpath(folder)
             if real in visited or f"{os.path.realpath(os.path.dirname(folder))}/".startswith(f"{real}/"):
                 folders.clear()  # a loop of links, or a link to a folder that holds it
@@ -155,11 +158,27 @@ class LocalStore:
             visited.add(real)
             for name in names:
                 file = os.path.join(folder, name)
-                if name.startswith(TEMPORARY) or not os.path.isfile(file):
+                if name.startswith(TEMPORARY):
                     continue
-                with suppress(FileNotFoundError):  # deleted since
-                    entries.append(Entry(os.path.relpath(file, self.root).replace(os.sep, "/"), os.path.getsize(file)))
+                try:
+                    about = os.stat(file)
+                except OSError as error:  # a folder that may be listed and not entered, for one
+                    self._unlisted(error)
+                    continue
+                if stat.S_ISREG(about.st_mode):
+                    entries.append(Entry(os.path.relpath(file, self.root).replace(os.sep, "/"), about.st_size))
         return sorted(entries)
+
+    def _unlisted(self, error: OSError) -> None:
+        """Raises StoreError for what a listing could not look into: a class that silently vanishes is worse than none.
+        What was deleted since, links that lead nowhere and a disk's own folders are no entries."""
+        name = os.path.basename(str(error.filename or ""))
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP) and name not in OF_THE_SYSTEM:
+            raise StoreError(
+                f"{error.filename or self.root} cannot be listed: {error.strerror or error}; mend that, or take it out "
+                "of the folder",
+                lasting=error.errno in (errno.EACCES, errno.EPERM),
+            ) from error
 
     def put(self, path: str, data: bytes) -> None:
         with self._writing(path):
@@ -292,6 +311,11 @@ def open_store(uri: str | os.PathLike[str]) -> Store:
 def is_local(uri: str) -> bool:
     """Whether an address is a path, of this machine or of a file system mounted on it."""
     return "://" not in uri
+
+
+def absolute(uri: str) -> str:
+    """An address that does not depend on the folder a command was given in: workers run in folders of their own."""
+    return str(Path(uri).expanduser().absolute()) if is_local(uri) else uri
 
 
 @lru_cache(maxsize=16)

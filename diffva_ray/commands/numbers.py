@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 @verb("reduce")
 @click.argument("run")
+@click.option("--data", metavar="DATA", help="Where the data set is now, if it has moved; the run remembers it.")
 @click.option("--reference", multiple=True, metavar="LABEL=DATA_OR_RUN", help="Compare with class LABEL; repeatable.")
 @click.option("--boxes", metavar="CSV", help="Lesion boxes: file,x,y,w,h in pixels of the film.")
 @weights_option
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 )
 @click.option("--sources", metavar="CSV", help="Archive of each film (file, source): compares within each one, too.")
 @executor_option
-def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_weights: str | None,
+def reduce(run: str, data: str | None, reference: tuple[str, ...], boxes: str | None, inception_weights: str | None,
            resize: Literal["clean", "legacy"] | None, threshold_from: str | None, extractor: tuple[str, ...],
            judge: tuple[str, ...], lpips_weights: str | None, brixia: str | None, sources: str | None, executor: Executor) -> None:  # fmt: skip
     """Verify a run and write its tables, quarantine, manifest and _SUCCESS.
@@ -51,15 +52,15 @@ def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_we
         diffva reduce runs/first --extractor rad-dino=weights/rad-dino --extractor judge
     """
     from diffva_ray import pipeline
-    from diffva_ray.evaluate.options import Options
+    from diffva_ray.evaluate.options import Options, inception_path, parse_references
     from diffva_ray.evaluate.summary import print_summary
     from diffva_ray.generate.run import open_run
 
     opened = open_run(run)
     options = Options(
-        references=pipeline.parse_references(reference),
+        references=parse_references(reference),
         boxes=boxes,
-        weights=pipeline.inception_path(inception_weights),
+        weights=inception_path(inception_weights),
         resize=resize or opened.recipe.evaluate.resize,
         threshold_from=threshold_from,
         extractors=extractor,
@@ -68,7 +69,7 @@ def reduce(run: str, reference: tuple[str, ...], boxes: str | None, inception_we
         sources=sources,
         judges=judge,
     )
-    reduced = pipeline.reduce(opened, options, executor)
+    reduced = pipeline.reduce(opened, options, executor, data)
     print_summary(reduced.metrics)
     click.echo(f"tables in {run}/tables" + ("" if reduced.fresh else " (reduced already; nothing written)"))
 

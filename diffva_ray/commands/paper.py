@@ -62,6 +62,7 @@ def paper(radiography: str | None, chexpert: str | None, model: str, out: str, q
         diffva paper --radiography DATA --chexpert CHEXPERT --model models/cxr --out runs/paper
     """
     from diffva_ray import pipeline
+    from diffva_ray.evaluate.options import inception_path
     from diffva_ray.paper.run import Inputs, planned_paper, run_paper
 
     execution = pipeline.Execution(
@@ -70,7 +71,7 @@ def paper(radiography: str | None, chexpert: str | None, model: str, out: str, q
         gpus_per_actor=gpus_per_actor,
         allow_environment_change=allow_environment_change,
     )
-    weights = None if dry_run else pipeline.inception_path(inception_weights)
+    weights = None if dry_run else inception_path(inception_weights)
     inputs = Inputs(
         radiography=radiography,
         chexpert=chexpert,

@@ -84,8 +84,19 @@ def exit_codes() -> dict[type[BaseException], int]:
     from diffva_ray.generate.attempts import OutOfMemory, WorkersKeepDying
     from diffva_ray.generate.budget import OverBudget
     from diffva_ray.generate.run import DamagedRun, Unfinished
+    from diffva_ray.ray_cluster import UnusableCluster
 
-    unusable = (RecipeError, UnusableData, UnusableModel, PlanError, DamagedRun, Unfinished, UnknownScheme, OSError)
+    unusable = (
+        UnusableCluster,
+        RecipeError,
+        UnusableData,
+        UnusableModel,
+        PlanError,
+        DamagedRun,
+        Unfinished,
+        UnknownScheme,
+        OSError,
+    )
     incomplete = (Incomplete, StoreError, WorkersKeepDying, OutOfMemory)
     return {
         **dict.fromkeys(unusable, UNUSABLE),

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from diffva_ray.data.films import UnusableData
+from diffva_ray.storage import open_file
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -25,3 +28,32 @@ class Options:
     brixia: str | None = None
     sources: str | None = None
     judges: tuple[str, ...] = ()
+
+
+def parse_references(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """``LABEL=DATA_OR_RUN`` options. Raises UnusableData for one without a label."""
+    pairs = []
+    for text in texts:
+        label, equals, uri = text.partition("=")
+        if not (equals and label and uri):
+            raise UnusableData(f"--reference {text}: write LABEL=DATA or LABEL=RUN, as in Normal=data/test")
+        pairs.append((label, uri))
+    return tuple(pairs)
+
+
+def inception_path(option: str | None) -> str | None:
+    """Where Inception's weights are: the path given, a download when asked for, pytorch-fid's cache, or nowhere."""
+    from diffva_ray.metrics.features import download_inception, inception_cache
+
+    if option == "download":
+        try:
+            return str(download_inception())
+        except RuntimeError as error:
+            raise UnusableData(f"--inception-weights download: {error} and pass --inception-weights PATH") from None
+    if option is None:
+        cached = inception_cache()
+        return str(cached) if cached else None
+    store, name = open_file(option)
+    if not store.exists(name):
+        raise UnusableData(f"--inception-weights {option}: no such file")
+    return option

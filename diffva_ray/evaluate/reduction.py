@@ -28,6 +28,7 @@ from diffva_ray.data.films import UnusableData
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.annotations import Zones, read_zones
 from diffva_ray.evaluate.census import SAMPLE, Census, census
+from diffva_ray.evaluate.judge_quality import judge_quality
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.pair_scores import (
     counterfactual_rows,
@@ -42,8 +43,9 @@ from diffva_ray.evaluate.scores import Places, stacked
 from diffva_ray.evaluate.set_distances import distances
 from diffva_ray.evaluate.workplace import Workplace
 from diffva_ray.generate.budget import check_quarantined
+from diffva_ray.generate.data_identity import check_there
 from diffva_ray.generate.ledger import OVERLAYS, overlays
-from diffva_ray.generate.run import PLAN_FILE, RUN, SUCCESS, Run
+from diffva_ray.generate.run import PLAN_FILE, RUN, SUCCESS, Run, remember_data
 from diffva_ray.generate.verification import MANIFEST, Problem, verify
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS
 from diffva_ray.model.training_films import TrainingFilms
@@ -53,6 +55,9 @@ from diffva_ray.storage import Store, join, open_file, open_store
 if TYPE_CHECKING:
     from diffva_ray.metrics.external_judges import ExternalJudge
     from diffva_ray.metrics.perceptual import Lpips
+
+
+METRICS = "tables/metrics.json"
 
 
 class Incomplete(Exception):
@@ -94,9 +99,11 @@ def reduce_run(run: Run, data_uri: str, options: Options, workplace: Workplace |
     if problems:
         raise Incomplete(problems, run.store.uri)
     state = _state(run, options)
-    if run.store.exists(SUCCESS) and json.loads(run.store.read(SUCCESS)) == {**state, "all_read": True}:
-        return Reduced(json.loads(run.store.read("tables/metrics.json")), fresh=False)
+    if (before := _reduced(run, {**state, "all_read": True})) is not None:
+        return Reduced(before, fresh=False)
+    check_there(run.about, run.data)
     run.store.delete(SUCCESS)
+    remember_data(run)
 
     notes = Notes()
     boxes = lesion_boxes(data_uri, options.boxes, notes)
@@ -113,13 +120,30 @@ def reduce_run(run: Run, data_uri: str, options: Options, workplace: Workplace |
     }  # fmt: skip
     if len(records.quarantined):
         counts["by_status"] = dict(Counter(records.quarantined["status"].to_pylist()).most_common())
+    quality = judge_quality(run) if metrics.get("validity") else None
+    if quality is not None:
+        metrics["judge"] = quality.as_dict()
+        if quality.problem:
+            notes.append(f"{quality.problem}; its flip rates say nothing")
     reduced = Reduced({"records": counts, **metrics, "notes": notes}, notes)
-    run.store.put("tables/metrics.json", json.dumps(tables.clean(reduced.metrics), indent=1).encode())
+    run.store.put(METRICS, json.dumps(tables.clean(reduced.metrics), indent=1).encode())
     _write_manifest(run)
 
     check_quarantined(run, records.quarantined)
     run.store.put(SUCCESS, json.dumps({**state, "all_read": notes.all_read}).encode())
     return reduced
+
+
+def _reduced(run: Run, state: dict[str, Any]) -> dict[str, Any] | None:
+    """The metrics of an earlier reduce, if ``_SUCCESS`` says that they are of this very ``state``. What cannot be read
+    is made again."""
+    try:
+        if json.loads(run.store.read(SUCCESS)) != state:
+            return None
+        metrics = json.loads(run.store.read(METRICS))
+    except (FileNotFoundError, ValueError):
+        return None
+    return metrics if isinstance(metrics, dict) and "records" in metrics else None
 
 
 def _state(run: Run, options: Options) -> dict[str, Any]:
@@ -136,8 +160,15 @@ def _state(run: Run, options: Options) -> dict[str, Any]:
             contents.append(None)  # its reader says which option named it
     return {
         "options": digest({**asked, "contents": contents}), "fingerprint": run.fingerprint, "version": __version__,
-        "retries": len(overlays(run)), "pair_metrics": [metric.key for metric in PAIR_METRICS],
+        "data_root": run.about["data_root"], "parts": _parts(run),
+        "pair_metrics": [metric.key for metric in PAIR_METRICS],
     }  # fmt: skip
+
+
+def _parts(run: Run) -> str:
+    """Digest of the names and sizes of all parts, those of the retries included."""
+    folders = ["records", *(f"{OVERLAYS}/r{number}/records" for number, _ in enumerate(overlays(run), start=1))]
+    return digest([run.store.list(folder) for folder in folders])
 
 
 def _compute(
@@ -173,7 +204,9 @@ def _compute(
         )
     tables.add_lpips(metrics["ssim"], pairs)
     _say_training_films(records, metrics, notes)
-    if len(places.films):
+    if not len(places.films):
+        run.store.delete(tables.THRESHOLDS_FILE)
+    else:
         run.store.put(tables.THRESHOLDS_FILE, json.dumps(tables.best_thresholds(places), indent=1).encode())
     for name, table in metrics.items():
         tables.write_table(run.store, name, table, CAPTIONS[name].format(size=recipe.model.resolution, most=SAMPLE))

@@ -32,7 +32,7 @@ COLUMNS: dict[str, dict[str, str]] = {
 }  # fmt: skip
 TITLES = {
     "localization": "Localisation of the lesion",
-    "validity": "Validity (independent judge)",
+    "validity": "Validity (the model's own judge)",
     "external_validity": "Validity (external judges, a sample)",
     "twin": "Against the lesion-free twin",
     "ssim": "Film against counterfactual",
@@ -58,6 +58,9 @@ def print_summary(metrics: dict[str, Any], console: Console | None = None) -> No
         if not rows:
             continue
         title = TITLES[name]
+        judge = metrics.get("judge") if name == "validity" else None
+        if judge and judge["accuracy"] is not None:
+            title += f": right on {judge['accuracy']:.1%} of {judge['n']} held-out films"
         if name == "fid":
             used = dict.fromkeys(f"{row['extractor']}, {row['resize']}" for row in rows)
             title += f" ({'; '.join(used)})" if len(used) == 1 else ""

@@ -159,9 +159,15 @@ def twin_rows(scores: pd.DataFrame) -> list[Row]:
     ]
 
 
+FORMATS = ("csv", "md", "tex", "json")
+
+
 def write_table(store: Store, name: str, rows: list[Row], caption: str) -> None:
-    """``tables/<name>`` as .csv, .md, .tex and .json; nested values are spelled out in the JSON only."""
+    """``tables/<name>`` in all FORMATS; nested values are spelled out in the JSON only. Without rows the table of an
+    earlier reduce is removed: it is not of these records, or not of these options."""
     if not rows:
+        for extension in FORMATS:
+            store.delete(f"tables/{name}.{extension}")
         return
     flat = pd.DataFrame([{key: _cell(value) for key, value in row.items()} for row in rows])
     store.put(f"tables/{name}.json", json.dumps({"caption": caption, "rows": clean(rows)}, indent=1).encode())

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -95,7 +96,7 @@ class Run:
         stored = self.about["keys"]
         known = {key: value for key, value in stored.items() if key in GenerateConfig.model_fields}
         settings = GenerateConfig.model_validate(known).model_dump(mode="json")
-        return {"timestep_spacing": "leading", **stored, **settings}
+        return {"timestep_spacing": "leading", "bits": 16, **stored, **settings}
 
     @property
     def shards(self) -> int:
@@ -104,7 +105,7 @@ class Run:
 
     def plan(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The whole plan (columns of ``schema.PLAN``), or some of its columns."""
-        data = self.store.read(PLAN_FILE)
+        data = self._whole
         if hashlib.sha256(data).hexdigest() != self.about["plan_sha256"]:
             raise self._another_plan()
         return pq.read_table(io.BytesIO(data), columns=columns)
@@ -113,14 +114,27 @@ class Run:
     def _footer(self) -> pq.FileMetaData:
         """The plan's footer, which holds the digest of all ids, and is checked."""
         place = self.about["plan_footer"]
-        tail = self.store.read_range(PLAN_FILE, place["start"], place["stop"])
+        with self._planned():
+            tail = self.store.read_range(PLAN_FILE, place["start"], place["stop"])
         if hashlib.sha256(tail).hexdigest() != place["sha256"]:
             raise self._another_plan()
         return pq.read_metadata(io.BytesIO(tail))
 
-    @cached_property
+    @property
     def _whole(self) -> bytes:
-        return self.store.read(PLAN_FILE)
+        with self._planned():
+            return self.store.read(PLAN_FILE)
+
+    @contextmanager
+    def _planned(self) -> Iterator[None]:
+        """Raises PlanError in the place of FileNotFoundError: the run was claimed, and its plan is not there (yet)."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise PlanError(
+                f"{self.store.uri}/{PLAN_FILE} is missing; give the run's own diffva generate command again, which "
+                "writes it"
+            ) from None
 
     def _opened(self) -> pq.ParquetFile:
         """The plan as a file of which only what is asked for is read; the pages carry checksums. Opened anew for every
@@ -198,8 +212,50 @@ def continue_run(run: Run, keys: dict[str, Any], allow_environment_change: bool 
     return Run(run.store, about)
 
 
+def remember_data(run: Run) -> None:
+    """Write into ``run.json`` where the run's data set is now (``about``: data, data_root), if it says otherwise."""
+    stored = json.loads(run.store.read(RUN))
+    now = {key: run.about[key] for key in ("data", "data_root")}
+    if stored | now != stored:
+        run.store.put(RUN, json.dumps(stored | now, indent=1).encode())
+
+
 def start_run(store: Store, table: pa.Table, keys: dict[str, Any], about: dict[str, Any]) -> Run:
-    """Write the plan, one row group per shard (several where there would be too many), then ``run.json``."""
+    """Claim ``store`` for a run with ``run.json``, which only one process can, then write the plan it names.
+
+    Where another process was first, its run is returned: it has the same keys and continues. Nothing of this process
+    is written then. Raises FingerprintDiffers when the other run has other keys, PlanError when it has another plan
+    that is not there.
+    """
+    data, place = _plan_file(table, keys)
+    about = {
+        **about,
+        "fingerprint": fingerprint(keys),
+        "keys": keys,
+        "records": len(table),
+        **place,
+        "plan_sha256": hashlib.sha256(data).hexdigest(),
+    }
+    store.put_if_absent(RUN, json.dumps(about, indent=1).encode())
+    run = find_run(store)  # read back: also where the store has no lock, everybody goes on with what stands there
+    if run is None:
+        raise PlanError(f"{store.uri}: {RUN} was removed while the run was planned; start again")
+    if run.fingerprint != about["fingerprint"]:
+        continue_run(run, keys)
+    if run.about["plan_sha256"] == about["plan_sha256"]:
+        store.put_if_absent(PLAN_FILE, data)
+    elif not store.exists(PLAN_FILE):
+        raise PlanError(
+            f"{store.uri}: claimed by a process that has not written its plan, of other images than are there now; "
+            f"start again, and remove the folder if that does not help"
+        )
+    return run
+
+
+def _plan_file(table: pa.Table, keys: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """The bytes of the plan's file, one row group per shard (several where there would be too many), and what
+    ``run.json`` says of it. Its footer, which workers check, is of this plan alone: it has the digest of all ids and
+    the fingerprint, which covers what ids do not, the seed for one."""
     shards = table["shard"].to_numpy()
     starts = np.flatnonzero(np.diff(shards, prepend=-1))
     together = -(-len(starts) // ROW_GROUPS)
@@ -210,23 +266,14 @@ def start_run(store: Store, table: pa.Table, keys: dict[str, Any], about: dict[s
         for begin in range(0, len(starts), together):
             start, end = starts[begin], (*starts[begin + together : begin + together + 1], len(table))[0]
             writer.write_table(table.slice(start, end - start).cast(PLAN), row_group_size=end - start)
-        writer.add_key_value_metadata({"ids": _digest_of(table["record_id"])})
+        writer.add_key_value_metadata({"ids": _digest_of(table["record_id"]), "fingerprint": fingerprint(keys)})
     data = sink.getvalue()
-    store.put(PLAN_FILE, data)
     footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
-    about = {
-        **about,
-        "fingerprint": fingerprint(keys),
-        "keys": keys,
-        "records": len(table),
+    return data, {
         "shards": len(starts),
         "shards_per_row_group": together,
-        "plan_sha256": hashlib.sha256(data).hexdigest(),
         "plan_footer": {"start": footer, "stop": len(data), "sha256": hashlib.sha256(data[footer:]).hexdigest()},
     }
-    if not store.put_if_absent(RUN, json.dumps(about, indent=1).encode()):
-        raise PlanError(f"{store.uri}: another process planned this run just now; start again to continue it")
-    return Run(store, about)
 
 
 def _digest_of(ids: pa.ChunkedArray) -> str:

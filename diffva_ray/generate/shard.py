@@ -26,6 +26,7 @@ from diffva_ray.data.admission import Admission
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import MAX_BYTES, BadImage, decode_mask, decode_square
 from diffva_ray.generate.attempts import DEATHS, Attempt, OutOfMemory, Session
+from diffva_ray.generate.data_identity import check_there, readable
 from diffva_ray.generate.finisher import Finished, Finisher, Pair
 from diffva_ray.generate.run import Run, Unfinished, find_run, part
 from diffva_ray.metrics.feature_set import npz
@@ -34,7 +35,7 @@ from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
 from diffva_ray.observe import Stopwatch, one_line
 from diffva_ray.schema import RECORDS, Row, Status
-from diffva_ray.storage import Store, open_store, patiently
+from diffva_ray.storage import Store, StoreError, open_store, patiently
 
 READERS = 8  # films that are read at once
 READING = Admission(MAX_BYTES)  # bytes of films in memory
@@ -84,6 +85,7 @@ class Source:
     square: NDArray[np.float32] | None = None
     lungs: NDArray[np.bool_] | None = None
     found: Row = field(default_factory=dict)  # source_sha256, width, height; or status and error
+    absent: bool = False  # there is no such file, or no permission to read it
     busy: float = 0.0  # seconds that reading it took, and of them decoding it
     decoding: float = 0.0
 
@@ -141,6 +143,7 @@ def _together(bench: Workbench, rows: list[Row], attempt: Attempt) -> list[Finis
                 for done in _heal(bench, some):
                     finisher.give(done)
                 sources += some
+            _check_absent(bench, sources)
             _share_reading(watch, sources)
             return finisher.rows()
     finally:
@@ -166,9 +169,21 @@ def _one_by_one(bench: Workbench, rows: list[Row], attempt: Attempt) -> list[Fin
                     measured = finisher.measure(done) if isinstance(done, Pair) else done
             with watch("write"):
                 finisher.give(measured).result()
+        _check_absent(bench, sources)
         _share_reading(watch, sources)
         made = {one.row["record_id"]: one for one in finisher.rows()}
     return [made[row["record_id"]] for row in rows]
+
+
+def _check_absent(bench: Workbench, sources: Sequence[Source]) -> None:
+    """Raises StoreError, and so nothing is committed, where images are absent because the data set is, or was while the
+    others were read."""
+    absent = [source.row for source in sources if source.absent]
+    if absent:
+        check_there(bench.run.about, bench.data)
+    for row in absent:
+        if row["source_size"] >= 0 and readable(bench.data, row["source_path"]):
+            raise StoreError(f"{bench.data.uri}/{row['source_path']} was not there a moment ago, and is again")
 
 
 def _share_reading(watch: Stopwatch, sources: Sequence[Source]) -> None:
@@ -198,7 +213,7 @@ def read_source(bench: Workbench, row: Row) -> Source:
             if len(data) != planned and planned >= 0:
                 raise BadImage(f"source changed since planning: {planned} bytes then, {len(data)} now", Status.ERROR)
             fetched = time.perf_counter()
-            source.square, (height, width) = decode_square(data, size, config.min_side)
+            source.square, (height, width) = decode_square(data, size, config.min_side, bench.run.recipe.data.bits)
             source.decoding = time.perf_counter() - fetched
             source.found = {"source_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
         if row["lung_mask_path"]:
@@ -207,8 +222,9 @@ def read_source(bench: Workbench, row: Row) -> Source:
         source.found |= {"status": error.status.value, "error": str(error)}
         source.square = None
     except (FileNotFoundError, NotADirectoryError):
-        source.found = {"status": Status.MISSING.value, "error": "no such file"}
+        source.found, source.absent = {"status": Status.MISSING.value, "error": "no such file"}, True
     except (OSError, ValueError) as error:
+        source.absent = isinstance(error, PermissionError)
         source.found = {"status": Status.ERROR.value, "error": one_line(f"{type(error).__name__}: {error}")}
     source.busy = time.perf_counter() - began
     return source

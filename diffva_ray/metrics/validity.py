@@ -1,5 +1,5 @@
-"""Validity: does an independent judge call the twin healthy? The judge is a small classifier that is trained on the
-same films' labels and never guides a counterfactual."""
+"""Validity: does a judge call the twin healthy? The judge is a small classifier that is trained on the same films'
+labels and never guides a counterfactual."""
 
 from __future__ import annotations
 

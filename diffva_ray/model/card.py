@@ -41,6 +41,17 @@ def read_card(store: Store) -> dict[str, Any] | None:
         raise UnusableModel(f"{store.uri}/{CARD}: not JSON ({error})") from None
 
 
+def judge_card(store: Store) -> dict[str, Any] | None:
+    """``judge/config.json``: the judge's classes, and what was measured on images held out of its training
+    (``calibration``); None where the model has no judge. Raises UnusableModel for a damaged one."""
+    try:
+        return json.loads(store.read("judge/config.json"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise UnusableModel(f"{store.uri}/judge/config.json: not JSON ({error})") from None
+
+
 def prompt_limit(store: Store, prompts: Sequence[str]) -> tuple[int, list[str]]:
     """The model's token length, and those of ``prompts`` that are longer; (0, []) where its tokenizer is in no
     ``tokenizer.json`` (CLIP's, as Stable Diffusion ships it), and only the workers can tell."""

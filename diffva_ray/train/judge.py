@@ -101,6 +101,7 @@ class JudgeStage(Stage):
         self.judge.temperature.fill_(temperature)
         measured = {
             "films": len(self.held_out),
+            "chance": float(np.bincount(targets).max() / len(targets)),
             "accuracy": float((told.argmax(1) == targets).mean()),
             "temperature": temperature,
             "calibration_error": calibration_error(_softmax(told / temperature), targets),

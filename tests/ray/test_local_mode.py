@@ -132,6 +132,56 @@ def test_two_ray_workers_have_one_workers_losses(cluster, tiny: Recipe, films: P
     assert two == pytest.approx(one, rel=1e-5)
 
 
+@pytest.mark.parametrize("verb", ["generate", "train"])
+def test_sigterm_ends_a_driver_of_ray_as_ctrl_c_does(
+    verb: str, tiny: Recipe, films: Path, model: Path, tmp_path: Path
+) -> None:
+    """Ray's own handler would abort the process (134) with a stack of C++."""
+    recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"
+    recipe.write_text(to_yaml(tiny))
+    command = [sys.executable, "-m", "diffva_ray.cli", verb, "--data", films, "--out", out, "--recipe", recipe]
+    if verb == "generate":
+        command += ["--model", model, "--actors", 1, "--set", "generate.shard_size=1", "--steps", 60]
+        begun = "records/*.parquet"
+    else:
+        command += ["--set", "train.stages.0.steps=4000"]
+        begun = ".train/progress.json"
+    driver = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not list(out.glob(begun)) and driver.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGTERM)
+    _, errors = driver.communicate(timeout=120)
+    assert driver.returncode == 130, errors[-2000:]
+    assert errors.decode().rstrip().endswith("interrupted; all committed work is kept, the same command goes on")
+    assert b"SIGTERM received" not in errors
+
+
+@pytest.mark.parametrize(
+    ("verb", "asked", "says"),
+    [
+        ("generate", ("--gpus-per-actor", "1"), "--gpus-per-actor 1: needs 1 GPU on this machine, where Ray sees no"),
+        ("generate", ("--gpus-per-actor", "0.5"), "needs 0.5 GPU"),
+        ("train", ("--gpus-per-worker", "1"), "--workers 1 --gpus-per-worker 1: needs 1 GPU"),
+        ("train", ("--workers", "64"), "--workers 64: needs 64 CPU on this machine"),
+    ],
+)
+def test_what_a_private_cluster_will_never_have_is_refused_at_once(
+    verb: str, asked: tuple[str, str], says: str, films: Path, model: Path, tiny: Recipe, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(to_yaml(tiny))
+    command = [sys.executable, "-m", "diffva_ray.cli", verb, "--data", films, "--out", tmp_path / "out", *asked]
+    command += (
+        ["--model", model] if verb == "generate" else ["--recipe", recipe, "--set", "train.stages.0.batch_size=64"]
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr.splitlines()[-1]
+
+
 def test_a_killed_driver_costs_no_record(inline: pd.DataFrame, tiny: Recipe, films: Path, model: Path, tmp_path: Path):
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "run"
     recipe.write_text(to_yaml(tiny))

@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from diffva_ray.cli import main
+from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.generate.run import find_run
 from diffva_ray.storage import LocalStore
 
@@ -62,8 +63,8 @@ OPTIONS = {
     "paper": "--actors --allow-environment-change --boxes --brixia --chexpert --dry-run --executor --gpus-per-actor "
     "--inception-weights --limit --model --out --quick --radiography --recipe --resize --set",
     "phantoms": "OUT --classes --dry-run --onto --patients --recipe --seed --set --size",
-    "reduce": "RUN --boxes --brixia --executor --extractor --inception-weights --judge --lpips-weights --reference "
-    "--resize --sources --threshold-from",
+    "reduce": "RUN --boxes --brixia --data --executor --extractor --inception-weights --judge --lpips-weights "
+    "--reference --resize --sources --threshold-from",
     "report": "RUN --boxes --films --port --serve",
     "retry": "RUN --actors --allow-environment-change --data --executor --gpus-per-actor --model",
     "score": "MAPS --allow-training-films --boxes --data --encoding --json --model --out --positive --signed --size "
@@ -337,6 +338,102 @@ def test_a_folder_without_a_usable_film_stops_early(films: Path, model: Path, tm
     opened = find_run(LocalStore(str(out)))
     assert opened is not None
     assert len(opened.pending()) == 6
+
+
+def metrics_of(out: Path) -> dict:
+    return json.loads((out / "tables" / "metrics.json").read_text())
+
+
+def reduce(out: Path, *more: object) -> Result:
+    return diffva("reduce", out, "--executor", "inline", *more)
+
+
+def test_tables_of_records_that_have_changed_are_made_again(
+    run: Path, films: Path, model: Path, tmp_path: Path
+) -> None:
+    """A shard that is committed again withdraws ``_SUCCESS``, and "reduced already" is said of the same parts only."""
+    data, out = tmp_path / "films", tmp_path / "run"
+    shutil.copytree(films, data)
+    shutil.copytree(run, out)
+    about = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**about, "data": str(data), "data_root": str(data)}))
+    assert reduce(out).exit_code == 0
+    assert "nothing written" in reduce(out).output
+
+    part = next(iter(sorted(out.glob("records/part-*"))))
+    broken = pd.read_parquet(part)["source_path"].iloc[0]
+    (data / broken).write_bytes((data / broken).read_bytes()[:-20])
+    kept = (out / "_SUCCESS").read_bytes()
+    part.unlink()
+    assert generate(data, model, out).exit_code == 4
+    assert not (out / "_SUCCESS").exists()
+    (out / "_SUCCESS").write_bytes(kept)  # as if withdrawing it had been lost
+    again = reduce(out)
+    assert again.exit_code == 4
+    assert "nothing written" not in again.output
+    assert metrics_of(out)["records"]["quarantined"] == 1
+    assert not (out / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("file", ["_SUCCESS", "tables/metrics.json"])
+@pytest.mark.parametrize("damage", [b"", b"[]", None], ids=["empty", "of another shape", "missing"])
+def test_damaged_tables_are_made_again(run: Path, tmp_path: Path, file: str, damage: bytes | None) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    expected = metrics_of(out)
+    (out / file).unlink()
+    if damage is not None:
+        (out / file).write_bytes(damage)
+    assert reduce(out).exit_code == 0
+    assert metrics_of(out) == expected
+
+
+def test_films_that_have_moved_are_not_left_out_of_the_tables(run: Path, films: Path, tmp_path: Path) -> None:
+    out, data, moved = tmp_path / "run", tmp_path / "films", tmp_path / "elsewhere"
+    shutil.copytree(films, data)
+    shutil.copytree(run, out)
+    about = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**about, "data": str(data), "data_root": str(data)}))
+    (out / "_SUCCESS").unlink()
+    data.rename(moved)
+    lost = reduce(out)
+    assert lost.exit_code == 5
+    assert "--data" in lost.output
+    assert str(data) in lost.output
+    assert not (out / "_SUCCESS").exists()
+    found = reduce(out, "--data", moved)
+    assert found.exit_code == 0, found.output
+    assert metrics_of(out)["localization"] == metrics_of(run)["localization"]
+    assert metrics_of(out)["twin"] == metrics_of(run)["twin"]
+    assert diffva("verify", out).exit_code == 0
+    (out / "_SUCCESS").unlink()
+    assert reduce(out).exit_code == 0, "the run remembers where they are"
+
+    for _ in phantom_set(LocalStore(str(tmp_path / "other")), 24, 32, seed=99):
+        pass
+    wrong = reduce(out, "--data", tmp_path / "other")
+    assert wrong.exit_code == 2
+    assert "planned from" in wrong.output
+
+
+def test_tables_that_no_longer_apply_are_removed(films: Path, model: Path, tmp_path: Path) -> None:
+    """Boxes given to one reduce and not to the next: no localisation, and no thresholds for others to take over."""
+    data, out = tmp_path / "films", tmp_path / "run"
+    for file in films.glob("*/images/*.png"):
+        (data / file.parts[-3]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, data / file.parts[-3])
+    names = sorted(path.relative_to(data).as_posix() for path in data.glob("COVID/*.png"))
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text("file,x,y,w,h\n" + "".join(f"{name},4,4,10,10\n" for name in names))
+    assert generate(data, model, out).exit_code == 0
+    assert reduce(out, "--boxes", boxes).exit_code == 0
+    assert (out / "tables" / "localization.csv").exists()
+    assert (out / "tables" / "thresholds.json").exists()
+    assert reduce(out).exit_code == 0
+    assert "localization" not in metrics_of(out)
+    assert not list((out / "tables").glob("localization.*"))
+    assert not (out / "tables" / "thresholds.json").exists()
+    assert diffva("verify", out).exit_code == 0
 
 
 def test_a_run_made_with_relative_paths_is_reduced_from_anywhere(

@@ -96,6 +96,9 @@ def test_a_writer_beside_a_sweep_or_a_listing_disturbs_neither(tmp_path: Path, m
     monkeypatch.setattr(Path, "stat", vanishing)
     assert store.sweep() == 0
     store.put("a", b"1")
-    getsize = os.path.getsize
-    monkeypatch.setattr(os.path, "getsize", lambda file: (os.unlink(file), getsize(file))[1])
+    look = os.stat
+    gone = str(tmp_path / "a")
+    monkeypatch.setattr(
+        os, "stat", lambda file, **how: (os.unlink(file) if file == gone else None, look(file, **how))[1]
+    )
     assert store.list() == []

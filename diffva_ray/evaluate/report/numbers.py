@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffva_ray.evaluate.judge_quality import wilson
 from diffva_ray.evaluate.tables import ALL, overall
 from diffva_ray.schema import Row
 
@@ -83,7 +84,9 @@ def cards(metrics: Row | None, done: Row) -> list[Card]:
     found = [Card("Records", count(done["ok"]), f"ok of {count(done['planned'])} planned, {count(bad)} quarantined")]
     metrics = metrics or {}
     flips = overall(metrics.get("validity", []))
-    if flips and flips["flip_rate"] is not None:
+    if flips and flips["flip_rate"] is not None and (problem := judge_problem(metrics)):
+        found.append(Card("Flip rate", "–", f"not stated: {problem}"))
+    elif flips and flips["flip_rate"] is not None:
         low, high = wilson(flips["flip_rate"], flips["n"])
         detail = f"{number(100 * low, 1)} to {percent(high)}\nof {count(flips['n'])} films called abnormal"
         found.append(Card("Flip rate", percent(flips["flip_rate"]), detail))
@@ -113,9 +116,13 @@ def glance(metrics: Row | None) -> list[str]:
     """What the run found, in a sentence or three; nothing before it has been reduced."""
     metrics, said = metrics or {}, []
     flips = overall(metrics.get("validity", []))
-    if flips and flips["flip_rate"] is not None:
+    if flips and flips["flip_rate"] is not None and (problem := judge_problem(metrics)):
+        said.append(f"No flip rate is stated, because {problem}.")
+    elif flips and flips["flip_rate"] is not None:
+        judge = metrics.get("judge")
+        tested = f" (right on {percent(judge['accuracy'])} of {count(judge['n'])} held-out films)" if judge else ""
         said.append(
-            f"Of {count(flips['n'])} films that an independent judge calls abnormal, it calls "
+            f"Of {count(flips['n'])} films that the model’s own judge{tested} calls abnormal, it calls "
             f"{percent(flips['flip_rate'])} of the twins healthy."
         )
     places = metrics.get("localization", [])
@@ -133,12 +140,9 @@ def glance(metrics: Row | None) -> list[str]:
     return said
 
 
-def wilson(rate: float, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion, sensible at 0 and 1 too."""
-    z = 1.959964
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+def judge_problem(metrics: Row) -> str:
+    """Why no flip rate of these metrics may be a headline; empty where it may."""
+    return (metrics.get("judge") or {}).get("problem", "")
 
 
 def everyone(label: str) -> bool:

@@ -23,7 +23,7 @@ from diffva_ray.evaluate.report.assets import policy, style, templates, viewer_s
 from diffva_ray.evaluate.report.catalogue import attempts, counts, read_earlier, write_catalogue
 from diffva_ray.evaluate.report.charts import charts
 from diffva_ray.evaluate.report.films import Palette, Pictured, map_file, sample, strip_file, write_pictures
-from diffva_ray.evaluate.report.numbers import cards, count, glance, number, plain
+from diffva_ray.evaluate.report.numbers import cards, count, glance, judge_problem, number, plain
 from diffva_ray.evaluate.report.result_tables import report_tables
 from diffva_ray.generate.ledger import committed, parts
 from diffva_ray.generate.run import SUCCESS, Run
@@ -245,6 +245,8 @@ def notes(run: Run, metrics: Row | None, done: Row) -> list[Note]:
         if metrics["records"]["ok"] != done["ok"]:
             text = f"The tables are of {count(metrics['records']['ok'])} records; {count(done['ok'])} are ok now."
             found.append(Note(text, f"diffva reduce {place}", True))
+        if problem := judge_problem(metrics):
+            found.append(Note(f"No flip rate of this page says anything: {problem}.", grave=True))
         if not run.store.exists(SUCCESS):
             text = "Not marked as finished (no _SUCCESS): the last reduce ended early, or more records are quarantined"
             found.append(Note(f"{text} than max_quarantined_fraction allows.", grave=True))

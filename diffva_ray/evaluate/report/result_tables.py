@@ -93,7 +93,7 @@ def report_tables(metrics: Row) -> list[Table]:
     made.append(
         _by_class(
             "validity", "Validity", metrics.get("validity", []), VALIDITY,
-            "An independent judge, a classifier trained on the same labels that never guides a counterfactual. Flip "
+            "The model’s own judge: a classifier trained on the same labels, which never guides a counterfactual. Flip "
             "rate: films it calls abnormal whose counterfactual it calls healthy.",
         )
     )  # fmt: skip

@@ -1,0 +1,208 @@
+"""A data set that is another one, or is gone, is refused or waited for; it never becomes rows of the run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from diffva_ray import storage
+from diffva_ray.cli import main
+from diffva_ray.data.phantoms import phantom_set
+from diffva_ray.generate import shard
+from diffva_ray.generate.run import open_run
+from diffva_ray.generate.verification import verify
+from diffva_ray.storage import LocalStore
+
+
+def diffva(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def generate(data: Path, model: Path, out: Path, *more: object) -> Result:
+    return diffva("generate", "--data", data, "--model", model, "--out", out, "--executor", "inline",
+                  "--set", "generate.shard_size=3", *more)  # fmt: skip
+
+
+def rows(out: Path) -> pd.DataFrame:
+    return pd.read_parquet(out / "records").sort_values("record_id").reset_index(drop=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert generate(films, model, out).exit_code == 0
+    return rows(out)
+
+
+@pytest.fixture
+def interrupted(films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A data set and a run of it, stopped after one shard."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(films, data)
+    whole = shard.run_shard
+
+    def stop(bench: shard.Workbench, number: int) -> dict:
+        if number == 1:
+            raise KeyboardInterrupt
+        return whole(bench, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, "run_shard", stop)
+        assert generate(data, model, out).exit_code == 130
+    assert len(open_run(str(out)).done()) == 1
+    return data, out
+
+
+def test_another_data_set_of_the_same_names_is_refused(
+    interrupted: tuple[Path, Path], model: Path, tmp_path: Path, undisturbed: pd.DataFrame
+) -> None:
+    data, out = interrupted
+    other = tmp_path / "other"
+    for _ in phantom_set(LocalStore(str(other)), 24, 32, seed=99):
+        pass
+    before = rows(out)
+    refused = generate(other, model, out)
+    assert refused.exit_code == 2
+    assert str(other) in refused.output
+    assert rows(out).equals(before)
+    assert generate(data, model, out).exit_code == 0
+    assert rows(out).equals(undisturbed)
+
+
+def as_bitmaps(films: Path, out: Path) -> Path:
+    """The phantoms as BMP, all of one size in bytes."""
+    for file in films.glob("*/images/*.png"):
+        target = out / file.parts[-3] / "images" / f"{file.stem}.bmp"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(file).save(target)
+    return out
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_files_of_equal_size_are_told_apart_by_content(
+    films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    data, out = as_bitmaps(films, tmp_path / "data"), tmp_path / "run"
+
+    def stop(bench: shard.Workbench, number: int) -> dict:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, "run_shard", stop)
+        assert generate(data, model, out).exit_code == 130
+    assert len({file.stat().st_size for file in data.rglob("*.bmp")}) == 1
+    other = shutil.copytree(data, tmp_path / "other") if moved else data
+    for number, file in enumerate(sorted(other.rglob("*.bmp"))):
+        noise = np.random.default_rng(number).integers(0, 256, (32, 32), np.uint8)
+        Image.fromarray(noise).save(file)
+    refused = generate(other, model, out)
+    assert refused.exit_code == 2
+    assert "other content" in refused.output
+    assert not list(out.glob("records/*"))
+
+
+def test_a_moved_data_set_is_followed_and_remembered(
+    interrupted: tuple[Path, Path], model: Path, tmp_path: Path, undisturbed: pd.DataFrame
+) -> None:
+    data, out = interrupted
+    assert generate(data.rename(tmp_path / "elsewhere"), model, out).exit_code == 0
+    assert rows(out).equals(undisturbed)
+    assert open_run(str(out)).about["data_root"] == str(tmp_path / "elsewhere")
+    reduced = diffva("reduce", out, "--executor", "inline")
+    assert reduced.exit_code == 0
+    assert (out / "tables" / "localization.json").exists()
+
+
+def test_a_lost_mount_writes_no_row_and_the_same_command_goes_on(
+    interrupted: tuple[Path, Path], model: Path, tmp_path: Path, undisturbed: pd.DataFrame,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The folder is there, as the mount point is, and empty."""
+    data, out = interrupted
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    whole, gone = shard.run_shard, tmp_path / "gone"
+
+    def unmounted(bench: shard.Workbench, number: int) -> dict:
+        if number == 2:
+            data.rename(gone)
+            data.mkdir()
+        return whole(bench, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, "run_shard", unmounted)
+        lost = generate(data, model, out)
+    assert lost.exit_code == 5
+    assert str(data) in lost.output
+    assert "mount" in lost.output
+    assert set(rows(out)["status"]) == {"ok"}
+    assert generate(data, model, out).exit_code == 5, "still gone"
+    data.rmdir()
+    gone.rename(data)
+    assert generate(data, model, out).exit_code == 0
+    assert rows(out).equals(undisturbed)
+    assert verify(open_run(str(out))) == []
+
+
+def test_a_mount_that_came_back_in_the_middle_of_a_shard(
+    interrupted: tuple[Path, Path], model: Path, undisturbed: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = interrupted
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    read, away = LocalStore.read, [2]
+
+    def flickering(store: LocalStore, path: str) -> bytes:
+        if store.uri == str(data) and path.endswith(".png") and "/images/" in path and away[0]:
+            away[0] -= 1
+            raise FileNotFoundError(path)
+        return read(store, path)
+
+    def later(bench: shard.Workbench, number: int) -> dict:
+        monkeypatch.setattr(LocalStore, "read", flickering)
+        return whole(bench, number)
+
+    whole = shard.run_shard
+    monkeypatch.setattr(shard, "run_shard", later)
+    assert generate(data, model, out).exit_code == 0
+    assert away == [0]
+    assert rows(out).equals(undisturbed)
+
+
+def test_single_images_that_are_gone_are_rows(
+    interrupted: tuple[Path, Path], model: Path, undisturbed: pd.DataFrame
+) -> None:
+    data, out = interrupted
+    pending = undisturbed[~undisturbed["record_id"].isin(rows(out)["record_id"])]
+    lost = pending["source_path"].iloc[0]
+    (data / lost).unlink()
+    ended = generate(data, model, out, "--set", "evaluate.max_quarantined_fraction=0.5")
+    assert ended.exit_code == 4, ended.output  # the run's own budget, as it was planned
+    statuses = rows(out).set_index("source_path")["status"]
+    assert statuses[lost] == "missing"
+    assert (statuses.drop(lost) == "ok").all()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+@pytest.mark.parametrize("mode", [0o000, 0o444], ids=["unlisted", "listed and not entered"])
+def test_a_class_that_may_not_be_read_does_not_vanish(films: Path, tmp_path: Path, mode: int) -> None:
+    data = shutil.copytree(films, tmp_path / "data")
+    assert diffva("inspect", data).exit_code == 0  # everything is imported
+    for folder in [*tmp_path.parents][:-2]:
+        folder.chmod(folder.stat().st_mode | 0o055)
+    tmp_path.chmod(0o755)
+    data.chmod(0o755)
+    (data / "COVID").chmod(mode)
+    os.seteuid(65534)
+    try:
+        ended = diffva("inspect", data)
+    finally:
+        os.seteuid(0)
+    assert ended.exit_code == 5, ended.output
+    assert f"{data}/COVID" in ended.output
+    assert "Permission denied" in ended.output

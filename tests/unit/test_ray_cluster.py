@@ -1,0 +1,60 @@
+"""An address where no Ray answers is one line, at once: Ray itself would try for a quarter of an hour."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from diffva_ray.cli import main
+from diffva_ray.ray_cluster import UnusableCluster, check_address
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("http://127.0.0.1:8265", "RAY_API_SERVER_ADDRESS"),
+        ("https://head:8265", "of its dashboard"),
+        (" ", "neither HOST:PORT"),
+        ("nonsense", "neither HOST:PORT"),
+        ("127.0.0.1:", "neither HOST:PORT"),
+        (":6379", "neither HOST:PORT"),
+        ("127.0.0.1:99999", "neither HOST:PORT"),
+        ("ray://127.0.0.1", "neither HOST:PORT"),
+    ],
+)
+def test_what_is_no_address_is_said(address: str, says: str) -> None:
+    with pytest.raises(UnusableCluster, match=says) as caught:
+        check_address(address)
+    assert "unset it to run on this machine" in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["", "auto", "local"])
+def test_what_ray_finds_by_itself_is_left_to_it(address: str) -> None:
+    check_address(address)
+
+
+def test_an_address_that_answers_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        check_address(f"127.0.0.1:{server.getsockname()[1]}")
+        check_address(f"ray://127.0.0.1:{server.getsockname()[1]}")
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
+@pytest.mark.parametrize("verb", ["generate", "train"])
+def test_a_head_that_is_gone_is_one_line_within_seconds(
+    form: str, verb: str, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    address = form.format(port=port)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    words = {"generate": ["--model", model, "--out", tmp_path / "run"], "train": ["--out", tmp_path / "model"]}[verb]
+    began = time.monotonic()
+    done = CliRunner().invoke(main, [verb, "--data", str(films), *map(str, words)])
+    assert time.monotonic() - began < 60  # the contract says ten seconds; a busy machine imports for longer
+    assert done.exit_code == 2, done.output
+    assert done.output.splitlines()[-1].startswith(f"diffva {verb}: RAY_ADDRESS={address}: nothing answers there")
