@@ -22,8 +22,8 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from diffva_ray import pipeline
-from diffva_ray.config import Recipe, load_recipe, make_recipe
+from diffva_ray.config.methods import METHODS as KNOWN
+from diffva_ray.config.recipe import Recipe, load_recipe, make_recipe
 from diffva_ray.counterfactual.gradients import BASELINES, FilmClassifier
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.images import decode_map
@@ -35,14 +35,17 @@ from diffva_ray.evaluate.scores import score_film
 from diffva_ray.generate.cost import calls
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run, open_run
-from diffva_ray.methods import METHODS as KNOWN
 from diffva_ray.metrics.conformal import attributed, conformal_threshold
 from diffva_ray.metrics.localization import positive, smooth
 from diffva_ray.model.bundle import build, load, save
-from diffva_ray.observe import LOG, set_up_logging
+from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision, version
-from diffva_ray.status import read_status
-from diffva_ray.storage import open_store
+from diffva_ray.storage.store import open_store
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import generate_run
+from diffva_ray.workflows.reduce import reduce
+from diffva_ray.workflows.status import read_status
+from diffva_ray.workflows.train import train_model
 
 TRAINING_FILMS = 4000
 SEEDS = {"train": 100, "validation": 101, "test": 103}  # of phantoms; other than the demo's
@@ -91,7 +94,7 @@ def trained(work: Path, recipe: Recipe, data: str, name: str, seed: int, extras:
     values = recipe.model_dump(mode="json")
     values["seed"] = seed
     values["train"]["stages"] += extras
-    pipeline.train_model(make_recipe(values), data, model, executor="inline")
+    train_model(make_recipe(values), data, model, executor="inline")
     return model
 
 
@@ -120,9 +123,9 @@ def of(metrics: dict[str, Any], table: str, **match: Any) -> dict[str, Any]:
 
 
 def made(recipe: Recipe, data: str, model: str, out: Path, request: Request, threshold_from: Path | None) -> dict:
-    pipeline.generate_run(recipe, data, model, str(out), request, pipeline.Execution(executor="inline"))
+    generate_run(recipe, data, model, str(out), request, Execution(executor="inline"))
     options = Options(threshold_from=str(threshold_from) if threshold_from else None)
-    return pipeline.reduce(open_run(str(out)), options, executor="inline").metrics
+    return reduce(open_run(str(out)), options, executor="inline").metrics
 
 
 def maps_of(run: Run) -> tuple[list[np.ndarray], list[np.ndarray | None], np.ndarray]:
@@ -148,9 +151,7 @@ def row_of(name: str, recipe: Recipe, model: str, data: dict[str, str], out: Pat
     status = read_status(str(out / "test"))
     healthy = Request(classes=[recipe.data.healthy_class], prompt=request.prompt)
     for split in ("validation", "test"):
-        pipeline.generate_run(
-            recipe, data[split], model, str(out / f"healthy-{split}"), healthy, pipeline.Execution(executor="inline")
-        )
+        generate_run(recipe, data[split], model, str(out / f"healthy-{split}"), healthy, Execution(executor="inline"))
     runs = {name: open_run(str(out / name)) for name in ("test", "healthy-validation", "healthy-test")}
     (_, _, ill), (calm, lungs, _), (unseen, places, well) = (maps_of(run) for run in runs.values())
     threshold = conformal_threshold(calm, lungs)

@@ -17,16 +17,18 @@ from pathlib import Path
 import click
 import pandas as pd
 
-from diffva_ray import pipeline, ray_cluster
-from diffva_ray.config import make_recipe
+from diffva_ray.config.recipe import make_recipe
+from diffva_ray.distributed import session
 from diffva_ray.evaluate.reduction import Options
 from diffva_ray.generate.cost import calls
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import open_run
 from diffva_ray.model.card import read_card
-from diffva_ray.observe import set_up_logging
+from diffva_ray.progress import set_up_logging
 from diffva_ray.provenance import code_revision, version
-from diffva_ray.storage import open_store
+from diffva_ray.storage.store import open_store
+from diffva_ray.workflows.generate import generate_run
+from diffva_ray.workflows.reduce import reduce
 
 PAPER = {
     "method": "sdedit", "scheduler": "pndm-diffusers", "strength": 0.55, "guidance_scale": 4.0,
@@ -62,16 +64,16 @@ def main(demo: str, result: Path) -> None:
     if card is None:
         raise click.ClickException(f"{demo}: no model there; run make demo first")
     settings, table, metrics = dict(PAPER), [], {}
-    with ray_cluster.session():
+    with session.connect():
         for turn, (name, change) in enumerate(STEPS):
             settings |= change
             recipe = make_recipe({**card["recipe"], "generate": {**card["recipe"]["generate"], **settings}})
             began = time.monotonic()
             for split, source in (("validation", None), ("test", "validation")):
                 out = f"{demo}/corrections/{turn}-{split}"
-                pipeline.generate_run(recipe, f"{demo}/data/{split}", f"{demo}/model", out, Request())
+                generate_run(recipe, f"{demo}/data/{split}", f"{demo}/model", out, Request())
                 options = Options(threshold_from=f"{demo}/corrections/{turn}-{source}" if source else None)
-                metrics = pipeline.reduce(open_run(out), options).metrics
+                metrics = reduce(open_run(out), options).metrics
             place, twin = of(metrics, "localization", map="positive", label="all"), of(metrics, "twin", label="all")
             table.append(
                 {

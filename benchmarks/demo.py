@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from diffva_ray.evaluate.figures import reduced_metrics
+from diffva_ray.evaluate.records import reduced_metrics
 from diffva_ray.evaluate.tables import overall
 from diffva_ray.generate.run import open_run
 from diffva_ray.provenance import version

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffva_ray.config import load_recipe
+from diffva_ray.config.recipe import load_recipe
 from diffva_ray.counterfactual.engine import Counterfactuals, Settings
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import Bundle, build, load

@@ -20,17 +20,19 @@ import click
 import pandas as pd
 import torch
 
-from diffva_ray import pipeline
-from diffva_ray.config import make_recipe
+from diffva_ray.config.recipe import make_recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.implants import implant_set
 from diffva_ray.evaluate.options import Options
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import open_run
 from diffva_ray.model.bundle import load
-from diffva_ray.observe import LOG, set_up_logging
+from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision, version
-from diffva_ray.storage import open_store
+from diffva_ray.storage.store import open_store
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import generate_run
+from diffva_ray.workflows.reduce import reduce
 
 NOISED = {"method": "sdedit", "source_prompt": "", "negative_prompt": ""}
 METHODS: dict[str, dict[str, Any]] = {
@@ -81,9 +83,9 @@ def main(model: str, pack: Path, count: int, result: Path) -> None:
             values = bundle.recipe.model_dump(mode="json")
             values["generate"] |= changes
             out = str(folder / f"run-{number}")
-            execution = pipeline.Execution(executor="inline")
-            pipeline.generate_run(make_recipe(values), made, model, out, Request(("Lung_Opacity",)), execution)
-            metrics = pipeline.reduce(open_run(out), Options(), executor="inline").metrics
+            execution = Execution(executor="inline")
+            generate_run(make_recipe(values), made, model, out, Request(("Lung_Opacity",)), execution)
+            metrics = reduce(open_run(out), Options(), executor="inline").metrics
             place, twin = one(metrics["localization"], map="positive"), metrics["twin"][0]
             rows.append(
                 {

@@ -27,8 +27,7 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from diffva_ray import pipeline
-from diffva_ray.config import Recipe, load_recipe, make_recipe
+from diffva_ray.config.recipe import Recipe, load_recipe, make_recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.lungs import find_lungs
 from diffva_ray.data.phantoms import CAPTIONS, phantom_set
@@ -37,11 +36,13 @@ from diffva_ray.evaluate.records import by_shard, read_images, read_records, rea
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run, open_run
 from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
-from diffva_ray.observe import LOG, set_up_logging
+from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision, version
-from diffva_ray.storage import open_store
+from diffva_ray.storage.store import open_store
 from diffva_ray.train.checkpoint import Checkpoints
 from diffva_ray.train.loop import train
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import generate_run
 
 Image = NDArray[np.float32]
 CLASSES = ("Normal", "Lung_Opacity", "COVID", "Viral Pneumonia", "Pneumothorax", "Mass")
@@ -234,7 +235,7 @@ def main(
     for name, model in models.items():
         LOG.info("condition %s", name)
         out = str(work / f"run-{name}")
-        pipeline.generate_run(recipe, test, model, out, request, pipeline.Execution(executor="inline"))
+        generate_run(recipe, test, model, out, request, Execution(executor="inline"))
         runs[name] = open_run(out)
         table[name] = scores(runs[name])
     about = {

@@ -36,12 +36,12 @@ CLASSES = ("COVID", "Lung_Opacity", "Viral Pneumonia")
 
 
 def plan(folder: str, records: int) -> dict[str, Any]:
-    from diffva_ray.config import load_recipe
-    from diffva_ray.data.films import Dataset, Film
+    from diffva_ray.config.recipe import load_recipe
+    from diffva_ray.data.dataset import Dataset, Film
     from diffva_ray.generate.keys import pixel_keys
     from diffva_ray.generate.plan import Request, make_plan, parse_sweep
     from diffva_ray.generate.run import start_run
-    from diffva_ray.storage import open_store
+    from diffva_ray.storage.store import open_store
 
     films = min(records, FILMS)
     points = min(10, -(-records // films))
@@ -78,7 +78,7 @@ def plan(folder: str, records: int) -> dict[str, Any]:
 
 def opened(folder: str) -> Any:
     from diffva_ray.generate.run import find_run
-    from diffva_ray.storage import open_store
+    from diffva_ray.storage.store import open_store
 
     return find_run(open_store(folder))
 
@@ -151,11 +151,11 @@ FILLED = {
 
 def reduce(folder: str, records: int) -> dict[str, Any]:
     """``diffva reduce``, of which only the pictures are pretended."""
-    from diffva_ray import storage
     from diffva_ray.evaluate.options import Options
     from diffva_ray.evaluate.reduction import reduce_run
     from diffva_ray.generate.run import FOLDERS, find_run, part
-    from diffva_ray.storage import Entry, LocalStore
+    from diffva_ray.storage import store as storage
+    from diffva_ray.storage.store import Entry, LocalStore
 
     class Pretended(LocalStore):
         """A folder that has every image and feature that its records name."""

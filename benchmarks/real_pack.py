@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from diffva_ray.config import Recipe, load_recipe, make_recipe
+from diffva_ray.config.recipe import Recipe, load_recipe, make_recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.counterfactual.gradients import FilmClassifier, grad_cam, integrated_gradients, occlusion
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
@@ -39,10 +39,10 @@ from diffva_ray.evaluate.records import film_truth
 from diffva_ray.evaluate.scores import score_film
 from diffva_ray.metrics.localization import centre_prior, dice_at, fixed_threshold, group_bootstrap, smooth
 from diffva_ray.model.bundle import load
-from diffva_ray.observe import LOG, set_up_logging
-from diffva_ray.pipeline import train_model
+from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision
-from diffva_ray.storage import open_store
+from diffva_ray.storage.store import open_store
+from diffva_ray.workflows.train import train_model
 
 FOLDS = 3
 EDITS = tuple(itertools.product((0.45, 0.6, 0.75), (1.5, 3.0)))  # strength, guidance scale

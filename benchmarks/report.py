@@ -29,14 +29,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from diffva_ray.config import load_recipe
+from diffva_ray.config.recipe import load_recipe
 from diffva_ray.data.encoding import encode_grey, encode_map, quantise
 from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import part, start_run
 from diffva_ray.provenance import code_revision
 from diffva_ray.schema import PLAN, RECORDS
-from diffva_ray.storage import LocalStore, Store
+from diffva_ray.storage.store import LocalStore, Store
 
 LABELS = ("COVID", "Lung_Opacity", "Viral Pneumonia")
 SHARD, FILES, LINKS = 10_000, 10_000, 100  # records of a shard; names in a folder of films; names of one file

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "chaos"))
 
 from histories import SIZES
 
-from diffva_ray.config import load_recipe, to_yaml
+from diffva_ray.config.recipe import load_recipe, to_yaml
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.provenance import code_revision
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 from diffva_ray.train.checkpoint import discard
 from diffva_ray.train.loop import train
 

@@ -34,7 +34,7 @@ from diffva_ray.metrics.localization import positive, score
 from diffva_ray.metrics.ssim import psnr
 from diffva_ray.model.bundle import load
 from diffva_ray.model.schedulers import schedule
-from diffva_ray.observe import LOG, set_up_logging
+from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision, version
 
 SOLVERS = ("pndm-diffusers", "pndm", "ddim", "dpmsolver++", "unipc", "euler")

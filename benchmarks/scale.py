@@ -49,7 +49,7 @@ def pretended_gpus(gpus: int) -> Iterator[None]:
 
 def simulate(actors: int, shards: int, service: float) -> list[dict[str, Any]]:
     """The reports of so many shards: shard, worker, and when work on it began and ended (clock of this machine)."""
-    from diffva_ray.ray_generate import generate
+    from diffva_ray.distributed.generate import generate
 
     class Sleeper:  # here, so that it travels by value: a worker has not this file
         def __init__(self, *places: str) -> None:

@@ -22,8 +22,8 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from diffva_ray.config import GenerateConfig
-from diffva_ray.config_methods import AccelerationConfig
+from diffva_ray.config.generation import AccelerationConfig
+from diffva_ray.config.recipe import GenerateConfig
 from diffva_ray.counterfactual.attribution import attribution
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.phantoms import Phantom, phantom
@@ -31,7 +31,7 @@ from diffva_ray.generate.cost import calls
 from diffva_ray.metrics.localization import positive, score
 from diffva_ray.metrics.ssim import psnr
 from diffva_ray.model.bundle import load
-from diffva_ray.observe import LOG, set_up_logging
+from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision, version
 
 ABNORMAL = ("Lung_Opacity", "COVID", "Viral Pneumonia")

@@ -23,10 +23,10 @@ from typing import Any
 import click
 import torch
 
-from diffva_ray.config import Recipe, load_recipe, make_recipe
+from diffva_ray.config.recipe import Recipe, load_recipe, make_recipe
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.provenance import code_revision, version
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 from diffva_ray.train import loop
 from diffva_ray.train.checkpoint import discard
 

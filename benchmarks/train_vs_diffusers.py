@@ -25,13 +25,13 @@ from diffusers import DDPMScheduler
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffva_ray.config import Recipe, load_recipe, make_recipe
+from diffva_ray.config.recipe import Recipe, load_recipe, make_recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.model import text
 from diffva_ray.model.bundle import Bundle, build, save
 from diffva_ray.provenance import code_revision, version
-from diffva_ray.storage import LocalStore, open_store
+from diffva_ray.storage.store import LocalStore, open_store
 from diffva_ray.train import loop
 from diffva_ray.train.checkpoint import Checkpoints
 from diffva_ray.train.denoiser import DenoiserStage

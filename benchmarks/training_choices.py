@@ -19,17 +19,19 @@ from typing import Any
 import click
 import pandas as pd
 
-from diffva_ray import pipeline
-from diffva_ray.config import Recipe, load_recipe, make_recipe
+from diffva_ray.config.recipe import Recipe, load_recipe, make_recipe
 from diffva_ray.evaluate.reduction import Options
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import open_run
 from diffva_ray.model.card import read_card
-from diffva_ray.observe import set_up_logging
+from diffva_ray.progress import set_up_logging
 from diffva_ray.provenance import code_revision, version
-from diffva_ray.storage import open_store
+from diffva_ray.storage.store import open_store
 from diffva_ray.train.checkpoint import Checkpoints
 from diffva_ray.train.loop import train
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import generate_run
+from diffva_ray.workflows.reduce import reduce
 
 ABNORMAL = {"Lung_Opacity": 1, "COVID": 1, "Viral Pneumonia": 1}
 MIXED: dict[str, Any] = {
@@ -72,10 +74,8 @@ PAPER = {
 
 
 def score(recipe: Recipe, demo: str, model: str, out: str) -> dict[str, float]:
-    pipeline.generate_run(
-        recipe, f"{demo}/data/validation", model, out, Request(), pipeline.Execution(executor="inline")
-    )
-    metrics = pipeline.reduce(open_run(out), Options(), executor="inline").metrics
+    generate_run(recipe, f"{demo}/data/validation", model, out, Request(), Execution(executor="inline"))
+    metrics = reduce(open_run(out), Options(), executor="inline").metrics
 
     def of(table: str, key: str, **match: Any) -> float:
         rows = [row for row in metrics[table] if all(row[name] == value for name, value in match.items())]

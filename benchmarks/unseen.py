@@ -25,7 +25,7 @@ from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.phantoms import Phantom, phantom
 from diffva_ray.metrics.localization import absolute, brightness, positive, score, smooth
 from diffva_ray.model.bundle import load
-from diffva_ray.observe import LOG, set_up_logging
+from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision, version
 
 TRAINED = ("Lung_Opacity", "COVID", "Viral Pneumonia")

@@ -14,9 +14,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from diffva_ray._version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from diffva_ray.config import Recipe as Recipe
-    from diffva_ray.config import load_recipe as load_recipe
+    from diffva_ray.config.recipe import Recipe as Recipe
+    from diffva_ray.config.recipe import load_recipe as load_recipe
     from diffva_ray.counterfactual.attribution import attribution as attribution
     from diffva_ray.counterfactual.engine import Counterfactuals as Counterfactuals
     from diffva_ray.data.datasets import open_dataset as open_dataset
@@ -29,14 +31,12 @@ if TYPE_CHECKING:
     from diffva_ray.generate.run import Run as Run
     from diffva_ray.generate.run import open_run as open_run
 
-__version__ = "0.1.0"
-
 _PLACES = {
     "Counterfactuals": "counterfactual.engine",
-    "Recipe": "config",
+    "Recipe": "config.recipe",
     "Run": "generate.run",
     "attribution": "counterfactual.attribution",
-    "load_recipe": "config",
+    "load_recipe": "config.recipe",
     "open_dataset": "data.datasets",
     "open_run": "generate.run",
     "phantom": "data.phantoms",

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from diffva_ray import __version__
+from diffva_ray._version import __version__
 
 PACKAGES = ("torch", "diffusers", "transformers", "ray", "numpy", "scipy", "scikit-image", "pillow", "pyarrow")
 
@@ -52,3 +52,8 @@ def provenance() -> dict[str, Any]:
         "machine": {"system": platform.platform(terse=True), "processor": platform.machine(), "cpus": os.cpu_count()},
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def missing(package: str, what: str, extra: str) -> str:
+    """The line that says what ``package`` is needed for and how it is installed, for the exception of the caller."""
+    return f"{package} is needed for {what}: pip install diffva-ray[{extra}]"

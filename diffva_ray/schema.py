@@ -8,8 +8,12 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
+Image = NDArray[np.float32]  # grey in [0, 1], or a signed map in [-1, 1]; [H, W] unless it is said otherwise
+Mask = NDArray[np.bool_]  # [H, W] likewise
 Row = dict[str, Any]  # a record, or a row of a table, by column
 SCHEMA_VERSION = 1
 ENGINE = 3  # raised whenever the engine rounds differently for the same settings: part of a run's fingerprint

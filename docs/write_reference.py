@@ -15,8 +15,8 @@ from typing import Any
 import click
 
 from diffva_ray.cli import main
-from diffva_ray.config import Recipe
-from diffva_ray.config_stages import StageConfig
+from diffva_ray.config.recipe import Recipe
+from diffva_ray.config.stages import StageConfig
 from diffva_ray.schema import COLUMNS, Status
 
 FOLDER = Path(__file__).parent / "reference"

@@ -24,10 +24,10 @@ os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_worker_niceness", "0")
 
-from diffva_ray.config import Recipe, load_recipe
+from diffva_ray.config.methods import METHODS
+from diffva_ray.config.recipe import Recipe, load_recipe
 from diffva_ray.data.phantoms import phantom_set
-from diffva_ray.methods import METHODS
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 
 ROOT = Path(__file__).parents[1]
 CLUSTERS = ("ray", "jobs", "chaos")  # folders of tests that start Rays: one at a time, or they starve each other
@@ -177,7 +177,7 @@ def complete(model: Path) -> Callable[[], Bundle]:
 
     from diffva_ray.model.bundle import load
     from diffva_ray.model.classifier import LatentClassifier
-    from diffva_ray.model.healer import Healer
+    from diffva_ray.model.gan_generator import Healer
 
     def load_with_extras() -> Bundle:
         bundle = load(str(model))

@@ -20,10 +20,10 @@ from diffva_ray.commands.verb import (
     show,
     verb,
 )
-from diffva_ray.config import load_recipe
+from diffva_ray.config.recipe import load_recipe
 
 if TYPE_CHECKING:
-    from diffva_ray.pipeline import Executor
+    from diffva_ray.workflows.execution import Executor
 
 
 def worker_count(_: click.Context, __: click.Parameter, text: str) -> int | tuple[int, int]:
@@ -47,7 +47,7 @@ def demo(out: str, quick: bool, seed: int) -> None:
     Example:
         diffva demo --quick
     """
-    from diffva_ray.demo import run_demo
+    from diffva_ray.workflows.demo import run_demo
 
     click.echo(run_demo(out, quick, seed))
 
@@ -75,7 +75,7 @@ def train(data: str, out: str, workers: int | tuple[int, int], gpus_per_worker: 
     Example:
         diffva train --data data/train --out models/mine --recipe phantom
     """
-    from diffva_ray.pipeline import train_model, training_keys
+    from diffva_ray.workflows.train import train_model, training_keys
 
     resolved = load_recipe(recipe, overrides)
     if dry_run:
@@ -116,9 +116,9 @@ def explain(film: str, model: str, prompts: tuple[str, ...], out: str | None, as
     Example:
         diffva explain film.png --model models/mine --prompt "normal chest scan" --prompt "COVID 19"
     """
-    from diffva_ray.explain import check_sheet, describe, write_sheet
-    from diffva_ray.explain import explain as ask
-    from diffva_ray.pipeline import model_recipe
+    from diffva_ray.explain.image import explain as ask
+    from diffva_ray.explain.sheet import check_sheet, describe, write_sheet
+    from diffva_ray.workflows.execution import model_recipe
 
     recipe = model_recipe(model, options["recipe"], settings_overrides(options))
     path = out or _beside_the_command(film, "explained")
@@ -154,10 +154,10 @@ def interpolate(film: str, model: str, prompts: tuple[str, ...], other: str | No
         diffva interpolate film.png --model models/mine --prompt "normal chest scan" --prompt "COVID 19"
         diffva interpolate film.png --model models/mine --to other.png
     """
-    from diffva_ray.explain import check_sheet
-    from diffva_ray.interpolate import interpolate as between
-    from diffva_ray.interpolate import write_strip
-    from diffva_ray.pipeline import model_recipe
+    from diffva_ray.explain.interpolate import interpolate as between
+    from diffva_ray.explain.interpolate import write_strip
+    from diffva_ray.explain.sheet import check_sheet
+    from diffva_ray.workflows.execution import model_recipe
 
     recipe = model_recipe(model, options["recipe"], settings_overrides(options))
     path = out or _beside_the_command(film, "interpolated")

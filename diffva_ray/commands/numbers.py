@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from diffva_ray.commands.verb import data_option, executor_option, verb, weights_option
-from diffva_ray.data.films import UnusableData
+from diffva_ray.data.dataset import UnusableData
 
 if TYPE_CHECKING:
-    from diffva_ray.pipeline import Executor
+    from diffva_ray.workflows.execution import Executor
 
 
 @verb("reduce")
@@ -51,10 +51,10 @@ def reduce(run: str, data: str | None, reference: tuple[str, ...], boxes: str | 
         diffva reduce runs/first --reference Normal=data/test
         diffva reduce runs/first --extractor rad-dino=weights/rad-dino --extractor judge
     """
-    from diffva_ray import pipeline
     from diffva_ray.evaluate.options import Options, inception_path, parse_references
     from diffva_ray.evaluate.summary import print_summary
     from diffva_ray.generate.run import open_run
+    from diffva_ray.workflows.reduce import reduce
 
     opened = open_run(run)
     options = Options(
@@ -69,7 +69,7 @@ def reduce(run: str, data: str | None, reference: tuple[str, ...], boxes: str | 
         sources=sources,
         judges=judge,
     )
-    reduced = pipeline.reduce(opened, options, executor, data)
+    reduced = reduce(opened, options, executor, data)
     print_summary(reduced.metrics)
     click.echo(f"tables in {run}/tables" + ("" if reduced.fresh else " (reduced already; nothing written)"))
 
@@ -146,8 +146,8 @@ def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool
     Example:
         diffva score gradcam/ --data data/test --size 64 --out scores/gradcam
     """
-    from diffva_ray.evaluate.foreign_scores import ScoreOptions, score_maps
-    from diffva_ray.evaluate.foreign_tables import open_output, print_scores, write_scores
+    from diffva_ray.evaluate.external_scores import ScoreOptions, score_maps
+    from diffva_ray.evaluate.external_tables import open_output, print_scores, write_scores
     from diffva_ray.evaluate.tables import clean
 
     output = None if out is None else open_output(out)

@@ -22,7 +22,7 @@ from diffva_ray.commands.verb import (
 )
 
 if TYPE_CHECKING:
-    from diffva_ray.pipeline import Executor
+    from diffva_ray.workflows.execution import Executor
 
 
 @verb("paper")
@@ -61,11 +61,12 @@ def paper(radiography: str | None, chexpert: str | None, model: str, out: str, q
         diffva paper --quick --model runs/demo/model --out runs/paper
         diffva paper --radiography DATA --chexpert CHEXPERT --model models/cxr --out runs/paper
     """
-    from diffva_ray import pipeline
     from diffva_ray.evaluate.options import inception_path
-    from diffva_ray.paper.run import Inputs, planned_paper, run_paper
+    from diffva_ray.paper.build import planned_paper, run_paper
+    from diffva_ray.paper.state import Inputs
+    from diffva_ray.workflows.execution import Execution, model_recipe
 
-    execution = pipeline.Execution(
+    execution = Execution(
         executor=executor,
         actors=actors,
         gpus_per_actor=gpus_per_actor,
@@ -88,7 +89,7 @@ def paper(radiography: str | None, chexpert: str | None, model: str, out: str, q
         execution=execution,
     )
     if dry_run:
-        show(pipeline.model_recipe(model, recipe, overrides), **planned_paper(inputs))
+        show(model_recipe(model, recipe, overrides), **planned_paper(inputs))
         return DONE
     click.echo(f"open {run_paper(inputs)}")
     return DONE

@@ -28,7 +28,7 @@ from diffva_ray.commands.verb import (
 )
 
 if TYPE_CHECKING:
-    from diffva_ray.pipeline import Executor
+    from diffva_ray.workflows.execution import Executor
 
 
 @verb("generate")
@@ -69,10 +69,11 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     Example:
         diffva generate --data data/test --model models/mine --out runs/first
     """
-    from diffva_ray.generate.budget import check_budget
+    from diffva_ray.generate.failure_threshold import check_budget
     from diffva_ray.generate.plan import Request, parse_sweep
     from diffva_ray.generate.run import open_run
-    from diffva_ray.pipeline import Execution, generate_run, model_recipe
+    from diffva_ray.workflows.execution import Execution, model_recipe
+    from diffva_ray.workflows.generate import generate_run
 
     overrides = with_flags(
         settings_overrides(options, "draws", "shard_size", "micro_batch"), data__healthy_class=options["healthy_class"]
@@ -86,8 +87,8 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
         allow_environment_change=options["allow_environment_change"],
     )
     if options["dry_run"]:
-        from diffva_ray.forecast import micro_batches, planned, planned_cost, probe
         from diffva_ray.generate.cost import Pace
+        from diffva_ray.workflows.forecast import micro_batches, planned, planned_cost, probe
 
         rate, pace, by_size = options["images_per_second"], None, dict[int, float]()
         if rate is not None:
@@ -120,7 +121,7 @@ def status(run_or_model: str, as_json: bool) -> None:
     Example:
         diffva status runs/first --json
     """
-    from diffva_ray.status import describe, read_status
+    from diffva_ray.workflows.status import describe, read_status
 
     found = read_status(run_or_model)
     click.echo(json.dumps(found, indent=1) if as_json else describe(found))
@@ -168,9 +169,10 @@ def retry(run: str, data: str | None, model: str | None, actors: int | None, gpu
     Example:
         diffva retry runs/first
     """
-    from diffva_ray.generate.budget import check_budget
+    from diffva_ray.generate.failure_threshold import check_budget
     from diffva_ray.generate.run import open_run
-    from diffva_ray.pipeline import Execution, retry_run
+    from diffva_ray.workflows.execution import Execution
+    from diffva_ray.workflows.generate import retry_run
 
     opened = open_run(run)
     execution = Execution(

@@ -13,14 +13,14 @@ from typing import Any, get_args
 
 import click
 
-from diffva_ray import __version__
-from diffva_ray.config import Recipe, RecipeError, Scheduler
-from diffva_ray.data.films import UnusableData
+from diffva_ray._version import __version__
+from diffva_ray.config.methods import METHODS
+from diffva_ray.config.recipe import Recipe, RecipeError, Scheduler
+from diffva_ray.data.dataset import UnusableData
 from diffva_ray.generate.run import FingerprintDiffers, PlanError
-from diffva_ray.methods import METHODS
 from diffva_ray.model.card import UnusableModel
-from diffva_ray.observe import set_up_logging
-from diffva_ray.storage import StoreError, UnknownScheme
+from diffva_ray.progress import set_up_logging
+from diffva_ray.storage.store import StoreError, UnknownScheme
 
 # Of every verb, too: click keeps a verb's help option from its first call, which may be one without the group.
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -80,11 +80,11 @@ def verb(name: str) -> Callable[[Callable[..., Any]], click.Command]:
 
 def exit_codes() -> dict[type[BaseException], int]:
     """Which failure ends with which exit code of the contract."""
+    from diffva_ray.distributed.session import UnusableCluster
     from diffva_ray.evaluate.reduction import Incomplete
     from diffva_ray.generate.attempts import OutOfMemory, WorkersKeepDying
-    from diffva_ray.generate.budget import OverBudget
+    from diffva_ray.generate.failure_threshold import OverBudget
     from diffva_ray.generate.run import DamagedRun, Unfinished
-    from diffva_ray.ray_cluster import UnusableCluster
 
     unusable = (
         UnusableCluster,

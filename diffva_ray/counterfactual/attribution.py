@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from diffva_ray.arrays import Image, Mask
-from diffva_ray.config import GenerateConfig
+from diffva_ray.config.recipe import GenerateConfig
 from diffva_ray.metrics.localization import smooth
+from diffva_ray.schema import Image, Mask
 
 
 def attribution(film: Image, reconstruction: Image, counterfactual: Image, config: GenerateConfig) -> Image:

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffva_ray.config import GUESS, SOURCE, GenerateConfig
+from diffva_ray.config.methods import METHODS
+from diffva_ray.config.recipe import GUESS, SOURCE, GenerateConfig
 from diffva_ray.counterfactual.guess import guess
 from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion, noise, speed_up_doubling
 from diffva_ray.data.images import to_square
-from diffva_ray.methods import METHODS
 from diffva_ray.model import text
 from diffva_ray.model.bundle import Bundle, load
-from diffva_ray.observe import Stopwatch
+from diffva_ray.progress import Stopwatch
 
 
 def method_of(name: str, scheduler: str) -> Callable[[LatentDiffusion, Edit], Healed]:

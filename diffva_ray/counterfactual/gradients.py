@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.metrics.localization import smooth
-from diffva_ray.optional import missing
+from diffva_ray.provenance import missing
 
 Films = NDArray[np.float32]
 Baseline = Callable[..., Films]

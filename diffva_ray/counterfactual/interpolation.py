@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffva_ray.arrays import Image
 from diffva_ray.counterfactual.ddim_inversion import invert
 from diffva_ray.counterfactual.engine import Blend, Counterfactuals, Twins
 from diffva_ray.counterfactual.latent_diffusion import Edit
 from diffva_ray.data.images import to_square
+from diffva_ray.schema import Image
 
 
 def between_prompts(

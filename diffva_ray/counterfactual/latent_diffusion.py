@@ -14,12 +14,12 @@ from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
-from diffva_ray.config import GenerateConfig
+from diffva_ray.config.recipe import GenerateConfig
 from diffva_ray.counterfactual.deep_features import deep_features_kept
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.model.reverse_sde import ReverseSDE
 from diffva_ray.model.schedulers import schedule
-from diffva_ray.observe import Stopwatch
+from diffva_ray.progress import Stopwatch
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from diffva_ray.config_methods import MaskedConfig
+from diffva_ray.config.generation import MaskedConfig
 from diffva_ray.counterfactual.ddim_inversion import inversion_path
 from diffva_ray.counterfactual.guidance_difference import guidance_difference
 from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffva_ray.data.films import Dataset
+from diffva_ray.data.dataset import Dataset
 from diffva_ray.data.images import BadImage, describe, largest_value
 from diffva_ray.schema import digest
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from diffva_ray.data.films import Film, UnusableData
+from diffva_ray.data.dataset import Film, UnusableData
 from diffva_ray.data.manifest import read_table
 
 Box = tuple[float, float, float, float]

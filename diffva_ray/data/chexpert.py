@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from diffva_ray.config import DataConfig
-from diffva_ray.data.films import Dataset, Film, UnusableData
+from diffva_ray.config.recipe import DataConfig
+from diffva_ray.data.dataset import Dataset, Film, UnusableData
 from diffva_ray.data.manifest import Table, inside, read_table
-from diffva_ray.storage import Entry, Store
+from diffva_ray.storage.store import Entry, Store
 
 LAYOUT = "train.csv (CheXpert)"
 TABLES = ("train.csv", "valid.csv")

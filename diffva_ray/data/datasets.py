@@ -12,12 +12,12 @@ from dataclasses import replace
 from importlib import import_module
 from itertools import groupby
 
-from diffva_ray.config import DataConfig
+from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data import boxes, chexpert, manifest
-from diffva_ray.data.films import Dataset, Film, UnusableData, companions
+from diffva_ray.data.dataset import Dataset, Film, UnusableData, companions
 from diffva_ray.data.radiography import COMPANIONS
-from diffva_ray.observe import one_line
-from diffva_ray.storage import Store, open_store
+from diffva_ray.progress import one_line
+from diffva_ray.storage.store import Store, open_store
 
 KINDS = [
     import_module(f"diffva_ray.data.{name}")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffva_ray.observe import one_line
+from diffva_ray.progress import one_line
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601
 TAILS = (0.1, 99.9)  # percentiles that become black and white where a file brings no window

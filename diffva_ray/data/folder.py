@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from diffva_ray.config import DataConfig
-from diffva_ray.data.films import Dataset, Film, UnusableData, image_files
+from diffva_ray.config.recipe import DataConfig
+from diffva_ray.data.dataset import Dataset, Film, UnusableData, image_files
 from diffva_ray.data.radiography import COMPANIONS
-from diffva_ray.storage import Entry, Store
+from diffva_ray.storage.store import Entry, Store
 
 LAYOUT = "<class>/*.png"
 

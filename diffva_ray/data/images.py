@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from diffva_ray.data import dicom
-from diffva_ray.data.admission import Admission
-from diffva_ray.observe import one_line
-from diffva_ray.optional import missing
+from diffva_ray.data.memory_limit import Admission
+from diffva_ray.progress import one_line
+from diffva_ray.provenance import missing
 from diffva_ray.schema import Status
-from diffva_ray.storage import open_file
+from diffva_ray.storage.store import Store, open_file
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
 MAX_PIXELS = 100_000_000
@@ -370,3 +370,11 @@ def _mask(grey: np.ndarray, size: int) -> np.ndarray:
         raise BadImage(f"a mask is 0 and white; this one reaches {grey.max():.3f} of white only")
     mask = Image.fromarray(np.where(grey > 0.5, 255, 0).astype(np.uint8))
     return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
+
+
+def read_mask(store: Store, path: str, size: int) -> NDArray[np.bool_] | None:
+    """A mask on the model's grid; None when it cannot be read (a mask is an extra, not a reason to lose a record)."""
+    try:
+        return decode_mask(store.read(path), size)
+    except (ValueError, OSError):  # BadImage is a ValueError
+        return None

@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from diffva_ray.arrays import Mask
+from diffva_ray.data.dataset import Dataset, Film, UnusableData
 from diffva_ray.data.encoding import quantise
-from diffva_ray.data.films import Dataset, Film, UnusableData
 from diffva_ray.data.images import BadImage, decode_mask, decode_square
 from diffva_ray.data.lesions import LESIONS, Lesion
 from diffva_ray.data.lungs import find_lungs
 from diffva_ray.data.phantoms import CLASSES, visible_lesion, write_film
 from diffva_ray.data.thorax import Array
-from diffva_ray.observe import LOG
-from diffva_ray.storage import Store
+from diffva_ray.progress import LOG
+from diffva_ray.schema import Mask
+from diffva_ray.storage.store import Store
 
 VERSION = "implants v1"
 INSIDE_LUNGS = ("Lung_Opacity", "COVID", "Viral Pneumonia", "Pneumothorax")  # the others move heart and vessels

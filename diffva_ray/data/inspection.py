@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from diffva_ray.data.bit_depth import bit_depth_note
+from diffva_ray.data.dataset import Dataset, Film
 from diffva_ray.data.encoding import quantise
-from diffva_ray.data.films import Dataset, Film
 from diffva_ray.data.images import BadImage, check_contrast, decode, describe
-from diffva_ray.observe import one_line
+from diffva_ray.progress import one_line
 from diffva_ray.schema import Status
 
 HASH_SIDE = 16

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from diffva_ray.arrays import Mask
+from diffva_ray.schema import Mask
 
 # Not from the literature: these and the numbers of _pair are our own, for upright frontal films, and strict, so that
 # what passes is a pair of lungs.

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffva_ray.config import DataConfig
-from diffva_ray.data.films import Dataset, Film, UnusableData
-from diffva_ray.observe import one_line
-from diffva_ray.storage import Entry, Store
+from diffva_ray.config.recipe import DataConfig
+from diffva_ray.data.dataset import Dataset, Film, UnusableData
+from diffva_ray.progress import one_line
+from diffva_ray.storage.store import Entry, Store
 
 LAYOUT = "a .csv or .parquet file with path,label"
 EXTENSIONS = (".csv", ".parquet")

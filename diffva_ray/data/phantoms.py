@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from diffva_ray.config import DataConfig
+from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data.encoding import encode_grey, encode_mask, quantise
 from diffva_ray.data.lesions import LESIONS, Lesion, distractors
 from diffva_ray.data.thorax import Thorax, grid, lattice_noise
-from diffva_ray.observe import LOG
-from diffva_ray.storage import Store, open_store
+from diffva_ray.progress import LOG
+from diffva_ray.storage.store import Store, open_store
 
 VERSION = "phantom v1"
 SMALLEST = 16  # pixels a side

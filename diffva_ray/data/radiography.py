@@ -6,9 +6,9 @@ root is the folder of the classes, or the folder above it (as Kaggle unpacks it)
 
 from __future__ import annotations
 
-from diffva_ray.config import DataConfig
-from diffva_ray.data.films import Dataset, Film, UnusableData, image_files
-from diffva_ray.storage import Entry, Store
+from diffva_ray.config.recipe import DataConfig
+from diffva_ray.data.dataset import Dataset, Film, UnusableData, image_files
+from diffva_ray.storage.store import Entry, Store
 
 LAYOUT = "<class>/images/*.png (Radiography Database, phantoms)"
 KAGGLE_NAME = "COVID-19_Radiography_Dataset"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffva_ray.data.boxes import file_of, match
-from diffva_ray.data.films import UnusableData
+from diffva_ray.data.boxes import file_of, match, read_boxes
+from diffva_ray.data.dataset import UnusableData
+from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.manifest import Table, read_table
+from diffva_ray.evaluate import tables
+from diffva_ray.evaluate.records import Boxes
 from diffva_ray.metrics.zones import ZONES
-from diffva_ray.storage import open_file
+from diffva_ray.storage.store import open_file, open_store
 
 Zones = dict[str, NDArray[np.float64]]  # Brixia scores [6] by film path
 READERS = ("S", "J")  # senior and junior radiologist, columns S-A ... J-F
@@ -58,3 +62,30 @@ def _table(option: str, uri: str) -> Table:
     if "file" not in table.columns:
         raise UnusableData(f"{option} {uri}: needs the column file")
     return table
+
+
+def lesion_boxes(data_uri: str, csv: str | None, notes: list[str]) -> Boxes:
+    """Lesion boxes by film: those of ``csv``, or the data set's own; none when the data cannot be opened any more."""
+    try:
+        dataset = open_dataset(data_uri)
+    except UnusableData as error:
+        notes.append(f"data not opened for boxes and references: {error}")
+        return {}
+    if csv is None:
+        return dataset.boxes
+    store, name = open_file(csv)
+    try:
+        boxes = read_boxes(store.read(name), dataset.films, name)
+    except OSError as error:
+        raise UnusableData(f"--boxes {csv}: cannot be read ({error})") from None
+    if not boxes:
+        raise UnusableData(f"--boxes {csv}: none of its files is a film of {data_uri}")
+    return boxes
+
+
+def read_thresholds(uri: str) -> dict[str, float]:
+    """The thresholds fixed on another (validation) run. Raises UnusableData when it has not been reduced."""
+    try:
+        return json.loads(open_store(uri).read(tables.THRESHOLDS_FILE))
+    except FileNotFoundError:
+        raise UnusableData(f"--threshold-from {uri}: no thresholds there; reduce that run first") from None

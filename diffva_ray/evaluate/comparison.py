@@ -19,12 +19,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from diffva_ray.config import fingerprint_difference
-from diffva_ray.data.films import UnusableData
+from diffva_ray.config.recipe import fingerprint_difference
+from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate import tables
-from diffva_ray.evaluate.figures import finished, reduced_metrics
-from diffva_ray.evaluate.records import by_shard, read_records
-from diffva_ray.evaluate.reduction import lesion_boxes
+from diffva_ray.evaluate.annotations import lesion_boxes
+from diffva_ray.evaluate.records import by_shard, finished, read_records, reduced_metrics
 from diffva_ray.evaluate.scores import score_records
 from diffva_ray.evaluate.summary import terminal
 from diffva_ray.generate.run import Run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffva_ray.config import DataConfig
+from diffva_ray.config.recipe import DataConfig
 from diffva_ray.generate.run import Run
 from diffva_ray.schema import Row
 

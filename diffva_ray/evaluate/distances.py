@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from diffva_ray.data.films import Film, UnusableData
+from diffva_ray.data.dataset import Film, UnusableData
 from diffva_ray.data.images import BadImage, decode, to_square
-from diffva_ray.evaluate.census import Census, Home
 from diffva_ray.evaluate.records import stored_records
-from diffva_ray.generate.ledger import OVERLAYS
+from diffva_ray.evaluate.run_index import Census, Home
+from diffva_ray.generate.committed import OVERLAYS
 from diffva_ray.generate.run import Run, find_run, part
 from diffva_ray.metrics.feature_set import Features, FeatureSet, npz, release
 from diffva_ray.metrics.fid import delete_group_jackknife, frechet_distance_features, matched
@@ -27,7 +27,7 @@ from diffva_ray.metrics.fid_controls import infinity, split_halves
 from diffva_ray.metrics.kid import kid
 from diffva_ray.metrics.manifold import prdc
 from diffva_ray.schema import digest
-from diffva_ray.storage import Store, StoreError, join, opened
+from diffva_ray.storage.store import Store, StoreError, join, opened
 
 if TYPE_CHECKING:  # it loads torch, which a driver that only plans has no use for
     from diffva_ray.metrics.features import Extractor

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from diffva_ray.arrays import Image
+from diffva_ray.schema import Image
 
 RED = np.array([0.90, 0.05, 0.08], np.float32)
 DIVERGING = "RdBu_r"  # red and blue stay apart in every common colour blindness; white is no change

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from diffva_ray.arrays import Image
 from diffva_ray.data.boxes import match, parse
-from diffva_ray.data.films import UnusableData
+from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.images import BadImage, decode_map
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.direction import direction
@@ -34,27 +32,25 @@ from diffva_ray.evaluate.drawing import (
     png,
     short,
 )
-from diffva_ray.evaluate.records import Boxes, Images, Truth, read_images, read_records, read_truth
+from diffva_ray.evaluate.records import (
+    Boxes,
+    Images,
+    Truth,
+    _json,
+    finished,
+    read_images,
+    read_records,
+    read_truth,
+    reduced_metrics,
+)
 from diffva_ray.generate.plan import SWEPT
 from diffva_ray.generate.run import Run
-from diffva_ray.schema import Row, Status
+from diffva_ray.schema import Image, Row
 
 QUANTILE = 0.97  # of a run's maps, where no threshold has been fixed
 SAMPLED_MAPS = 64  # whose values set the colour scale
 CLASSES, STRIPS, POINTS = 4, 8, 300  # shown at most: classes of the grid, of the distributions, and points of a class
 PANEL, GAP, LEFT, TOP, LINE = 1.12, 0.045, 1.32, 0.30, 0.135  # inches
-
-
-def reduced_metrics(run: Run) -> dict[str, Any] | None:
-    """``tables/metrics.json``; None when the run has not been reduced."""
-    return _json(run, "tables/metrics.json")
-
-
-def _json(run: Run, path: str) -> dict[str, Any] | None:
-    try:
-        return json.loads(run.store.read(path))
-    except FileNotFoundError:
-        return None
 
 
 def map_scale(run: Run, records: pd.DataFrame) -> Scale:
@@ -80,11 +76,6 @@ def _sampled_maps(run: Run, records: pd.DataFrame) -> Iterator[Image]:
             yield direction(run, row) * decode_map(run.store.read(row["attribution_path"]))
         except (OSError, BadImage):
             continue
-
-
-def finished(records: pd.DataFrame) -> pd.DataFrame:
-    """The ``ok`` records."""
-    return records[records["status"] == Status.OK.value]
 
 
 def inducing(run: Run, records: pd.DataFrame) -> bool:

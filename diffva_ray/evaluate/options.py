@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from diffva_ray.data.films import UnusableData
-from diffva_ray.storage import open_file
+from diffva_ray.data.dataset import UnusableData
+from diffva_ray.storage.store import open_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from diffva_ray.metrics.pair_metrics import PAIR_METRICS, Pair
 from diffva_ray.metrics.zones import zone_agreement, zone_energy, zone_masks
 from diffva_ray.model.card import read_card
 from diffva_ray.schema import Row
-from diffva_ray.storage import StoreError, open_store
+from diffva_ray.storage.store import StoreError, open_store
 
 if TYPE_CHECKING:  # they load torch
     from diffva_ray.metrics.external_judges import ExternalJudge

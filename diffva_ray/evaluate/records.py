@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,14 +15,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffva_ray.data.films import Film
+from diffva_ray.data.dataset import Film
 from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, to_square
-from diffva_ray.generate.ledger import OVERLAYS, PATHS, committed
+from diffva_ray.generate.committed import OVERLAYS, PATHS, committed
 from diffva_ray.generate.plan import SWEPT
 from diffva_ray.generate.run import Run, part
 from diffva_ray.metrics.localization import boxes_mask
 from diffva_ray.schema import Row, Status
-from diffva_ray.storage import Store
+from diffva_ray.storage.store import Store
 
 Boxes = dict[str, list[tuple[float, float, float, float]]]
 
@@ -150,3 +151,20 @@ def film_truth(data: Store, film: Film, boxes: Boxes, width: int, height: int, s
     if lesion is None and film.path in boxes:
         lesion = boxes_mask(boxes[film.path], width, height, size)
     return Truth(lesion, mask(film.lung_mask))
+
+
+def finished(records: pd.DataFrame) -> pd.DataFrame:
+    """The ``ok`` records."""
+    return records[records["status"] == Status.OK.value]
+
+
+def reduced_metrics(run: Run) -> dict[str, Any] | None:
+    """``tables/metrics.json``; None when the run has not been reduced."""
+    return _json(run, "tables/metrics.json")
+
+
+def _json(run: Run, path: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(run.store.read(path))
+    except FileNotFoundError:
+        return None

@@ -21,13 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from diffva_ray import __version__
-from diffva_ray.data.boxes import read_boxes
-from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.films import UnusableData
+from diffva_ray._version import __version__
+from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate import tables
-from diffva_ray.evaluate.annotations import Zones, read_zones
-from diffva_ray.evaluate.census import SAMPLE, Census, census
+from diffva_ray.evaluate.annotations import Zones, lesion_boxes, read_thresholds, read_zones
+from diffva_ray.evaluate.executor import Workplace
 from diffva_ray.evaluate.judge_quality import judge_quality
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.pair_scores import (
@@ -39,18 +37,18 @@ from diffva_ray.evaluate.pair_scores import (
     zone_rows,
 )
 from diffva_ray.evaluate.records import Boxes
+from diffva_ray.evaluate.run_index import SAMPLE, Census, census
 from diffva_ray.evaluate.scores import Places, stacked
 from diffva_ray.evaluate.set_distances import distances
-from diffva_ray.evaluate.workplace import Workplace
-from diffva_ray.generate.budget import check_quarantined
+from diffva_ray.generate.committed import OVERLAYS, overlays
 from diffva_ray.generate.data_identity import check_there
-from diffva_ray.generate.ledger import OVERLAYS, overlays
+from diffva_ray.generate.failure_threshold import check_quarantined
 from diffva_ray.generate.run import PLAN_FILE, RUN, SUCCESS, Run, remember_data
 from diffva_ray.generate.verification import MANIFEST, Problem, verify
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS
-from diffva_ray.model.training_films import TrainingFilms
+from diffva_ray.model.training_images import TrainingFilms
 from diffva_ray.schema import RECORDS, digest
-from diffva_ray.storage import Store, join, open_file, open_store
+from diffva_ray.storage.store import Store, join, open_file, open_store
 
 if TYPE_CHECKING:
     from diffva_ray.metrics.external_judges import ExternalJudge
@@ -294,33 +292,6 @@ CAPTIONS = {
     "pooled over films with a bootstrap interval over films, and within films.",
     "twin": "Counterfactual against the lesion-free twin; lesion error ratio: error left inside the lesion.",
 }
-
-
-def read_thresholds(uri: str) -> dict[str, float]:
-    """The thresholds fixed on another (validation) run. Raises UnusableData when it has not been reduced."""
-    try:
-        return json.loads(open_store(uri).read(tables.THRESHOLDS_FILE))
-    except FileNotFoundError:
-        raise UnusableData(f"--threshold-from {uri}: no thresholds there; reduce that run first") from None
-
-
-def lesion_boxes(data_uri: str, csv: str | None, notes: list[str]) -> Boxes:
-    """Lesion boxes by film: those of ``csv``, or the data set's own; none when the data cannot be opened any more."""
-    try:
-        dataset = open_dataset(data_uri)
-    except UnusableData as error:
-        notes.append(f"data not opened for boxes and references: {error}")
-        return {}
-    if csv is None:
-        return dataset.boxes
-    store, name = open_file(csv)
-    try:
-        boxes = read_boxes(store.read(name), dataset.films, name)
-    except OSError as error:
-        raise UnusableData(f"--boxes {csv}: cannot be read ({error})") from None
-    if not boxes:
-        raise UnusableData(f"--boxes {csv}: none of its files is a film of {data_uri}")
-    return boxes
 
 
 def _write_quarantine(run: Run, quarantined: pa.Table) -> None:

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.evaluate.annotations import read_sources
-from diffva_ray.evaluate.census import Census, census
 from diffva_ray.evaluate.distances import (
     Embed,
     Row,
@@ -24,13 +23,14 @@ from diffva_ray.evaluate.distances import (
 )
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import under
+from diffva_ray.evaluate.run_index import Census, census
 from diffva_ray.generate.run import Run, find_run
 from diffva_ray.metrics.feature_set import FeatureSet
 from diffva_ray.metrics.fid import SMALL, frechet_distance_features
 from diffva_ray.metrics.fid_controls import conditional
 from diffva_ray.metrics.localization import group_bootstrap
 from diffva_ray.metrics.realism import directions, interpolation, verisimilitude
-from diffva_ray.storage import Store, open_store
+from diffva_ray.storage.store import Store, open_store
 
 if TYPE_CHECKING:  # it loads torch
     from diffva_ray.metrics.features import Extractor

@@ -15,7 +15,7 @@ from diffva_ray.evaluate.scores import SIMPLE, Places
 from diffva_ray.metrics.counterfactual import flip_rate
 from diffva_ray.metrics.localization import dice_at, fixed_threshold, group_bootstrap
 from diffva_ray.schema import Row
-from diffva_ray.storage import Store
+from diffva_ray.storage.store import Store
 
 ALL = "all"  # the row over all classes
 THRESHOLDS_FILE = "tables/thresholds.json"  # where a run keeps its best ones

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from diffva_ray.generate.run import part
-from diffva_ray.storage import Store
+from diffva_ray.storage.store import Store
 
 FOLDER = "attempts"
 INLINE, RAY = "inline", "ray"

@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from diffva_ray.config import GUESS, Recipe
-from diffva_ray.config_methods import AccelerationConfig
-from diffva_ray.methods import METHODS, Calls
+from diffva_ray.config.generation import AccelerationConfig
+from diffva_ray.config.methods import METHODS, Calls
+from diffva_ray.config.recipe import GUESS, Recipe
 
 GUESS_CALLS = 8  # a prompt: DRAWS * len(TIMESTEPS) of counterfactual/guess.py, which loads torch
 MASK_CALLS = 6  # of DiffEdit's mask: CALLS of counterfactual/guidance_difference.py

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.films import Dataset, UnusableData
 from diffva_ray.generate.run import Run
-from diffva_ray.observe import LOG
+from diffva_ray.progress import LOG
 from diffva_ray.schema import digest
-from diffva_ray.storage import Store, StoreError, absolute
+from diffva_ray.storage.store import Store, StoreError, absolute
 
 SAMPLE = 8  # images whose content is remembered
 

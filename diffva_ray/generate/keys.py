@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from diffva_ray.config import Recipe
+from diffva_ray.config.recipe import Recipe
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run
 from diffva_ray.schema import ENGINE, SCHEMA_VERSION

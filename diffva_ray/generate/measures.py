@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffva_ray.config import GenerateConfig
+from diffva_ray.config.recipe import GenerateConfig
 from diffva_ray.counterfactual.attribution import attribution, energy
 from diffva_ray.data.encoding import map_levels, pixel_digest
 from diffva_ray.metrics.ssim import l1, ms_ssim, psnr, ssim

@@ -12,15 +12,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from diffva_ray.config import (
+from diffva_ray.config.methods import METHODS
+from diffva_ray.config.recipe import (
     GUESS,
     GenerateConfig,
     Recipe,
     first_error,
 )
-from diffva_ray.data.films import Dataset, Film
+from diffva_ray.data.dataset import Dataset, Film
 from diffva_ray.generate.run import PlanError
-from diffva_ray.methods import METHODS
 from diffva_ray.schema import PLAN, digest, record_id, record_seed
 
 SWEPT = ("strength", "guidance_scale", "num_inference_steps", "scheduler", "method", "prompt")

@@ -19,16 +19,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from diffva_ray.config import (
+from diffva_ray.config.recipe import (
     GenerateConfig,
     Recipe,
     fingerprint,
     fingerprint_difference,
     make_recipe,
 )
-from diffva_ray.data.films import UnusableData
+from diffva_ray.data.dataset import UnusableData
 from diffva_ray.schema import PLAN
-from diffva_ray.storage import Ranges, Store, open_store, opened
+from diffva_ray.storage.store import Ranges, Store, open_store, opened
 
 RUN, PLAN_FILE, SUCCESS = "run.json", "plan.parquet", "_SUCCESS"
 FOLDERS = ("counterfactuals", "maps", "reconstructions")  # the images of a record, one file each

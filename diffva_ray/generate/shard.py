@@ -20,22 +20,22 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from diffva_ray import __version__
+from diffva_ray._version import __version__
 from diffva_ray.counterfactual.engine import Counterfactuals, Settings
-from diffva_ray.data.admission import Admission
 from diffva_ray.data.encoding import quantise
-from diffva_ray.data.images import MAX_BYTES, BadImage, decode_mask, decode_square
+from diffva_ray.data.images import MAX_BYTES, BadImage, decode_square, read_mask
+from diffva_ray.data.memory_limit import Admission
 from diffva_ray.generate.attempts import DEATHS, Attempt, OutOfMemory, Session
 from diffva_ray.generate.data_identity import check_there, readable
-from diffva_ray.generate.finisher import Finished, Finisher, Pair
+from diffva_ray.generate.postprocessing import Finished, Finisher, Pair
 from diffva_ray.generate.run import Run, Unfinished, find_run, part
 from diffva_ray.metrics.feature_set import npz
 from diffva_ray.metrics.features import Extractor, stand_in
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
-from diffva_ray.observe import Stopwatch, one_line
+from diffva_ray.progress import Stopwatch, one_line
 from diffva_ray.schema import RECORDS, Row, Status
-from diffva_ray.storage import Store, StoreError, open_store, patiently
+from diffva_ray.storage.store import Store, StoreError, open_store, patiently
 
 READERS = 8  # films that are read at once
 READING = Admission(MAX_BYTES)  # bytes of films in memory
@@ -228,14 +228,6 @@ def read_source(bench: Workbench, row: Row) -> Source:
         source.found = {"status": Status.ERROR.value, "error": one_line(f"{type(error).__name__}: {error}")}
     source.busy = time.perf_counter() - began
     return source
-
-
-def read_mask(store: Store, path: str, size: int) -> NDArray[np.bool_] | None:
-    """A mask on the model's grid; None when it cannot be read (a mask is an extra, not a reason to lose a record)."""
-    try:
-        return decode_mask(store.read(path), size)
-    except (ValueError, OSError):  # BadImage is a ValueError
-        return None
 
 
 def _heal(bench: Workbench, sources: Sequence[Source]) -> list[Pair | Row]:

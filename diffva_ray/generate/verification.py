@@ -17,9 +17,9 @@ from PIL import Image
 
 from diffva_ray.data.encoding import map_levels, pixel_digest
 from diffva_ray.data.images import BadImage, decode_map
-from diffva_ray.generate.ledger import overlays
+from diffva_ray.generate.committed import overlays
 from diffva_ray.generate.run import FOLDERS, SUCCESS, Run, part
-from diffva_ray.observe import one_line
+from diffva_ray.progress import one_line
 from diffva_ray.schema import RECORDS, SCHEMA_VERSION, Status
 
 MANIFEST = "manifest.json"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from diffva_ray.metrics.extractors import densenet, features2
 from diffva_ray.metrics.validity import load_judge
-from diffva_ray.storage import open_store
+from diffva_ray.storage.store import open_store
 
 # Findings that make a lung opaque, as torchxrayvision calls them: what the classes healed here are made of.
 OPACITIES = ("Lung Opacity", "Pneumonia", "Consolidation", "Infiltration")

@@ -20,8 +20,8 @@ from torch import nn
 
 from diffva_ray.metrics.features import Extractor, Resize, brief, inception, resized, stand_in
 from diffva_ray.metrics.validity import load_judge
-from diffva_ray.optional import missing
-from diffva_ray.storage import open_store
+from diffva_ray.provenance import missing
+from diffva_ray.storage.store import open_store
 
 XRV_SIDE = 224
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from diffva_ray.metrics.features import brief
-from diffva_ray.optional import missing
+from diffva_ray.provenance import missing
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from scipy.special import logsumexp
 from torch import nn
 from torch.nn import functional
 
-from diffva_ray.storage import Store
+from diffva_ray.storage.store import Store
 
 SIZE = 64  # the judge's own pixel grid
 

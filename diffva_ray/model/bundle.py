@@ -16,12 +16,12 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from diffva_ray.config import Recipe, RecipeError, make_recipe
+from diffva_ray.config.recipe import Recipe, RecipeError, make_recipe
 from diffva_ray.model import lora, text
 from diffva_ray.model.card import CARD, COMPONENTS, LORA, UnusableModel, folder_digest, read_card
 from diffva_ray.model.cross_attention import fit_text_width, text_width
 from diffva_ray.model.extras import load_extra
-from diffva_ray.storage import Store, is_local, open_store
+from diffva_ray.storage.store import Store, is_local, open_store
 
 # Stable Diffusion v1.4's own scheduler_config.json
 SD_SCHEDULER: dict[str, Any] = {

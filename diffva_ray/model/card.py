@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from diffva_ray.storage import Store
+from diffva_ray.storage.store import Store
 
 CARD = "diffva.json"
 TRAINING, PROGRESS = ".train/training.json", ".train/progress.json"  # of a training, while it lasts and after
@@ -20,8 +20,8 @@ COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 EXTRAS: dict[str, str] = {
     "controlnet": "diffusers:ControlNetModel",
     "classifier": "diffva_ray.model.classifier:LatentClassifier",
-    "vant_gan": "diffva_ray.model.healer:Healer",
-    "ant_gan": "diffva_ray.model.healer:Healer",
+    "vant_gan": "diffva_ray.model.gan_generator:Healer",
+    "ant_gan": "diffva_ray.model.gan_generator:Healer",
 }
 LORA = "lora"  # adapters that were not merged, beside the weights they change
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

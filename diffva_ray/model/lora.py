@@ -15,9 +15,9 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from safetensors.torch import save_file
 from torch import nn
 
-from diffva_ray.config_stages import LoraConfig
+from diffva_ray.config.stages import LoraConfig
 from diffva_ray.model.card import UnusableModel
-from diffva_ray.optional import missing
+from diffva_ray.provenance import missing
 
 ADAPTER = "default"
 FILE = "pytorch_lora_weights.safetensors"

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from diffva_ray.model.card import UnusableModel
-from diffva_ray.storage import is_local, open_store
+from diffva_ray.storage.store import is_local, open_store
 
 # Short names of model.text_encoder. Stanford's RadBERT is the paper's; UCSD's is a RoBERTa (Yan et al. 2022).
 TEXT_ENCODERS = {

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from diffva_ray.config import GenerateConfig, Recipe, RecipeError, load_recipe, make_recipe
+from diffva_ray.config.recipe import GenerateConfig, Recipe, RecipeError, load_recipe, make_recipe
 from diffva_ray.generate.plan import Request
 
 TAKEN = ("method", "scheduler", "strength", "guidance_scale", "num_inference_steps", "source_prompt",

@@ -8,21 +8,20 @@ from dataclasses import asdict
 
 import numpy as np
 
+from diffva_ray.data.dataset import Film, UnusableData
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.films import Film, UnusableData
 from diffva_ray.data.images import BadImage, decode, to_square
-from diffva_ray.evaluate.census import SAMPLE
-from diffva_ray.evaluate.figures import finished
-from diffva_ray.evaluate.records import grey, read_records
+from diffva_ray.evaluate.records import finished, grey, read_records
+from diffva_ray.evaluate.run_index import SAMPLE
 from diffva_ray.evaluate.tables import ALL, overall
 from diffva_ray.metrics.counterfactual import memorisation
 from diffva_ray.metrics.pair_metrics import COUT_STEPS, PAIR_METRICS
-from diffva_ray.model.training_films import TrainingFilms
+from diffva_ray.model.training_images import TrainingFilms
 from diffva_ray.paper.experiments import SETTINGS
 from diffva_ray.paper.layout import Table, number, with_error, with_interval
-from diffva_ray.paper.run import Made
+from diffva_ray.paper.state import Made
 from diffva_ray.schema import Row, digest
-from diffva_ray.storage import Store
+from diffva_ray.storage.store import Store
 
 AUDITED = 600  # twins, and healthy films of either set before those are equal in number
 PIXELS = 32  # side of the squares that the memorisation audit compares

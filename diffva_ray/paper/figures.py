@@ -12,18 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
+from diffva_ray.data.dataset import Film
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.films import Film
 from diffva_ray.data.images import BadImage
 from diffva_ray.evaluate.direction import direction
 from diffva_ray.evaluate.drawing import INK, MUTED, overlay, png, short
-from diffva_ray.evaluate.figures import GAP, LEFT, LINE, PANEL, QUANTILE, TOP, figure_grid, finished
-from diffva_ray.evaluate.records import Images, Truth, read_images, read_records, read_truth
+from diffva_ray.evaluate.figures import GAP, LEFT, LINE, PANEL, QUANTILE, TOP, figure_grid
+from diffva_ray.evaluate.records import Images, Truth, finished, read_images, read_records, read_truth
 from diffva_ray.evaluate.tables import known
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.counterfactual import side_share
 from diffva_ray.paper.experiments import EXPERIMENTS, SETTINGS, guided
-from diffva_ray.paper.run import Made, settings_of
+from diffva_ray.paper.state import Made, settings_of
 from diffva_ray.schema import Row, digest
 
 LEAST = 0.02  # red is at least that much of the grey range: a film's own noise is no finding

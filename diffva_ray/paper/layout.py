@@ -11,7 +11,7 @@ import pandas as pd
 
 from diffva_ray.evaluate.tables import clean, latex, markdown
 from diffva_ray.schema import Row
-from diffva_ray.storage import Store
+from diffva_ray.storage.store import Store
 
 LEADING = 3  # columns that name what a row is about
 

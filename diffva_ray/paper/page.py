@@ -11,7 +11,7 @@ from diffva_ray.paper.experiments import ASSUMED, EXPERIMENTS
 from diffva_ray.paper.extras import extra_tables
 from diffva_ray.paper.figures import Drawn, draw_figures
 from diffva_ray.paper.layout import Table, thinned
-from diffva_ray.paper.run import Made, abnormal_classes
+from diffva_ray.paper.state import Made, abnormal_classes
 from diffva_ray.paper.tables import ablation_table, cardiomegaly_table, distance_tables, likeness_table
 
 TITLE = "The tables and figures of Siddiqui et al. 2024"

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffva_ray.evaluate.census import census
 from diffva_ray.evaluate.distances import distance_row, run_features
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import read_records
+from diffva_ray.evaluate.run_index import census
 from diffva_ray.evaluate.set_distances import choose_extractors, reference
 from diffva_ray.metrics.fid import SMALL
 from diffva_ray.metrics.fid_controls import conditional
 from diffva_ray.paper import published
 from diffva_ray.paper.experiments import SETTINGS
 from diffva_ray.paper.layout import Table, number, with_error, with_interval
-from diffva_ray.paper.run import Made, settings_of
+from diffva_ray.paper.state import Made, settings_of
 from diffva_ray.schema import Row, Status
 
 FIVE_SCALES = 5

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffva_ray.config_stages import AutoencoderConfig
+from diffva_ray.config.stages import AutoencoderConfig
 from diffva_ray.train.adversary import PatchDiscriminator, adaptive_weight, feature_matching, frozen, hinge_loss
 from diffva_ray.train.loss import autoencoder_loss
 from diffva_ray.train.sampling import Draws

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.model.card import UnusableModel
-from diffva_ray.observe import one_line
+from diffva_ray.progress import one_line
 
 Modules = Mapping[str, torch.nn.Module]
 

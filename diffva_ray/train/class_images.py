@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from diffva_ray.config_stages import DenoiserConfig
+from diffva_ray.config.stages import DenoiserConfig
+from diffva_ray.data.dataset import Dataset, Film
 from diffva_ray.data.encoding import encode_grey, quantise
-from diffva_ray.data.films import Dataset, Film
 from diffva_ray.model.bundle import base_source, pipeline_of
 from diffva_ray.train.sampling import FilmSet
 from diffva_ray.train.stage import Setting

@@ -7,8 +7,8 @@ from diffusers import DDPMScheduler
 from torch import nn
 from torch.nn import functional
 
-from diffva_ray.config import RecipeError
-from diffva_ray.config_stages import ClassifierConfig
+from diffva_ray.config.recipe import RecipeError
+from diffva_ray.config.stages import ClassifierConfig
 from diffva_ray.model.classifier import LatentClassifier
 from diffva_ray.train.denoiser import Latents
 from diffva_ray.train.sampling import Draws

@@ -11,7 +11,7 @@ from diffusers import ControlNetModel
 from numpy.typing import NDArray
 from torch import nn
 
-from diffva_ray.config_stages import ControlNetStageConfig
+from diffva_ray.config.stages import ControlNetStageConfig
 from diffva_ray.data.conditions import condition
 from diffva_ray.data.images import BadImage, decode_mask
 from diffva_ray.model import text

@@ -12,12 +12,12 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
-from diffva_ray.config_stages import DenoiserConfig, NoisePredictionConfig
-from diffva_ray.data.films import Film
+from diffva_ray.config.stages import DenoiserConfig, NoisePredictionConfig
+from diffva_ray.data.dataset import Film
 from diffva_ray.model import text
 from diffva_ray.model.cross_attention import cross_attention_parameters
 from diffva_ray.model.lora import adapter_parameters, attached
-from diffva_ray.observe import LOG
+from diffva_ray.progress import LOG
 from diffva_ray.train.class_images import class_images
 from diffva_ray.train.loss import denoising_loss, min_snr_weights
 from diffva_ray.train.sampling import Draws, FilmSet

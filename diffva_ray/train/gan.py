@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from diffva_ray.config import RecipeError
-from diffva_ray.config_stages import AntGanConfig, HealerConfig, VantGanConfig
-from diffva_ray.model.healer import Healer
-from diffva_ray.observe import LOG
-from diffva_ray.storage import Store
+from diffva_ray.config.recipe import RecipeError
+from diffva_ray.config.stages import AntGanConfig, HealerConfig, VantGanConfig
+from diffva_ray.model.gan_generator import Healer
+from diffva_ray.progress import LOG
+from diffva_ray.storage.store import Store
 from diffva_ray.train.adversary import PatchDiscriminator, frozen
 from diffva_ray.train.sampling import Draws
 from diffva_ray.train.stage import Batch, Player, Setting, Stage

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from diffva_ray.config import RecipeError
-from diffva_ray.config_stages import JudgeConfig
+from diffva_ray.config.recipe import RecipeError
+from diffva_ray.config.stages import JudgeConfig
 from diffva_ray.metrics.validity import Judge, calibration_error, fitted_temperature, save_judge
-from diffva_ray.observe import LOG
-from diffva_ray.storage import Store
+from diffva_ray.progress import LOG
+from diffva_ray.storage.store import Store
 from diffva_ray.train.sampling import Draws
 from diffva_ray.train.stage import Batch, Player, Setting, Stage, three_channels
 

@@ -18,17 +18,17 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from diffva_ray.config import Recipe, RecipeError
-from diffva_ray.config_stages import StageConfig
+from diffva_ray.config.recipe import Recipe, RecipeError
+from diffva_ray.config.stages import StageConfig
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.model.bundle import Bundle, build, save
 from diffva_ray.model.lora import attach
-from diffva_ray.model.training_films import FILM_DIGITS
-from diffva_ray.observe import LOG
-from diffva_ray.optional import missing
-from diffva_ray.storage import open_store
+from diffva_ray.model.training_images import FILM_DIGITS
+from diffva_ray.progress import LOG
+from diffva_ray.provenance import missing
+from diffva_ray.storage.store import open_store
 from diffva_ray.train.checkpoint import Position, discard, load_optimizers, load_weights, read_state, save_checkpoint
-from diffva_ray.train.journal import Journal
+from diffva_ray.train.logger import Journal
 from diffva_ray.train.loss import learning_rate
 from diffva_ray.train.sampling import FilmSet, step_generator
 from diffva_ray.train.sharding import gather, like, load_optimizer_state, optimizer_state, sharded, whole

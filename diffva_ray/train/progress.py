@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from diffva_ray.model.card import PROGRESS
-from diffva_ray.observe import Progress
-from diffva_ray.storage import Store
+from diffva_ray.progress import Progress
+from diffva_ray.storage.store import Store
 
 
 @contextmanager

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from diffva_ray.data.dataset import Dataset, Film, UnusableData
 from diffva_ray.data.encoding import quantise
-from diffva_ray.data.films import Dataset, Film, UnusableData
 from diffva_ray.data.images import BadImage, decode_square
 from diffva_ray.schema import digest
 

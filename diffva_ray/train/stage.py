@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from diffva_ray.config import RecipeError
-from diffva_ray.config_stages import Stage as AnyStageConfig
-from diffva_ray.config_stages import StageConfig
+from diffva_ray.config.recipe import RecipeError
+from diffva_ray.config.stages import Stage as AnyStageConfig
+from diffva_ray.config.stages import StageConfig
 from diffva_ray.model.bundle import Bundle
-from diffva_ray.storage import Store
+from diffva_ray.storage.store import Store
 from diffva_ray.train.sampling import FilmSet
 
 

@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffva_ray.config import load_recipe
+from diffva_ray.config.recipe import load_recipe
+from diffva_ray.data.dataset import Dataset, Film
 from diffva_ray.data.encoding import encode_grey, encode_map, quantise
-from diffva_ray.data.films import Dataset, Film
 from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request, make_plan
 from diffva_ray.generate.run import Run, part, start_run
 from diffva_ray.schema import RECORDS
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 
 SIZE = 32
 LABELS = ("COVID", "Lung_Opacity", "Viral Pneumonia")

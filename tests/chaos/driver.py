@@ -20,8 +20,8 @@ def prepare_worker() -> None:
     """What every worker process does before its first task: fake GPUs are CPUs, and storage is slow and fails."""
     from faults import Faults, FaultyStore
 
-    from diffva_ray import storage
     from diffva_ray.counterfactual import engine
+    from diffva_ray.storage import store as storage
 
     engine.device_kind = lambda name=None: "cpu"
     call = engine.Counterfactuals.__call__
@@ -44,11 +44,13 @@ def main() -> None:
     out, data, model, seed, recipe = sys.argv[1:]
     import ray
 
-    from diffva_ray import pipeline, ray_cluster
-    from diffva_ray.config import make_recipe
+    from diffva_ray.config.recipe import make_recipe
+    from diffva_ray.distributed import session
     from diffva_ray.generate.plan import Request
+    from diffva_ray.workflows.execution import Execution
+    from diffva_ray.workflows.generate import generate_run
 
-    for name, value in ray_cluster.ENVIRONMENT.items():
+    for name, value in session.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     here = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
@@ -61,7 +63,7 @@ def main() -> None:
         logging_level="ERROR",
     )
     values = make_recipe(json.loads(Path(recipe).read_text()))
-    pipeline.generate_run(values, data, model, out, Request(), pipeline.Execution(executor="ray", actors=2))
+    generate_run(values, data, model, out, Request(), Execution(executor="ray", actors=2))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,7 @@ from unittest.mock import patch
 import click
 from faults import Faults, FaultyStore, Stopped
 
-from diffva_ray import pipeline, storage
-from diffva_ray.config import Recipe, load_recipe
+from diffva_ray.config.recipe import Recipe, load_recipe
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.reduction import Options, reduce_run
@@ -36,9 +35,12 @@ from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import FOLDERS, Run, find_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.provenance import code_revision
-from diffva_ray.storage import LocalStore, StoreError
+from diffva_ray.storage import store as storage
+from diffva_ray.storage.store import LocalStore, StoreError
 from diffva_ray.train.checkpoint import discard
 from diffva_ray.train.loop import train
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import generate_run
 
 SIZES = (
     "name=chaos", "model.resolution=16", "model.vae.block_out_channels=[4, 4, 8]", "model.vae.norm_num_groups=4",
@@ -80,8 +82,8 @@ class Bench:
     def live(self, out: Path) -> None:
         """One process's life: plan or continue, generate, reduce. It would load the model; thousands need not."""
         with patch.object(shards, "load", lambda model, recipe=None: self.loaded):
-            execution = pipeline.Execution(executor="inline")
-            pipeline.generate_run(self.recipe, self.data, self.model, str(out), Request(), execution)
+            execution = Execution(executor="inline")
+            generate_run(self.recipe, self.data, self.model, str(out), Request(), execution)
         run = find_run(storage.open_store(str(out)))
         assert run is not None
         reduce_run(run, self.data, Options())

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from histories import Bench
 
-from diffva_ray import pipeline
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import find_run
 from diffva_ray.generate.shard import Workbench, run_shard
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import generate_run
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,7 @@ def test_a_history_on_a_cluster(bench: Bench) -> None:
 
 def test_the_order_of_shards_changes_nothing(bench: Bench, tmp_path: Path) -> None:
     first = bench.folder / "undisturbed"
-    pipeline.generate_run(
-        bench.recipe, bench.data, bench.model, str(tmp_path), Request(), pipeline.Execution(executor="inline")
-    )
+    generate_run(bench.recipe, bench.data, bench.model, str(tmp_path), Request(), Execution(executor="inline"))
     run = find_run(LocalStore(str(tmp_path)))
     assert run is not None
     for shard in range(run.shards):

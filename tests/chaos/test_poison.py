@@ -10,17 +10,19 @@ import pytest
 import torch
 from faults import Faults, FaultyStore, Stopped
 
-from diffva_ray import pipeline, storage
-from diffva_ray.config import Recipe
+from diffva_ray.config.recipe import Recipe
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.generate import shard as shards
 from diffva_ray.generate.attempts import MOST_DEATHS, RAY, Attempt, OutOfMemory, Session, WorkersKeepDying
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run, find_run
 from diffva_ray.generate.verification import verify
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage import store as storage
+from diffva_ray.storage.store import LocalStore
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import generate_run
 
-INLINE = pipeline.Execution(executor="inline")
+INLINE = Execution(executor="inline")
 
 
 def opened(out: Path) -> Run:
@@ -32,7 +34,7 @@ def opened(out: Path) -> Run:
 @pytest.fixture(scope="module")
 def undisturbed(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     out = tmp_path_factory.mktemp("undisturbed")
-    pipeline.generate_run(tiny, str(films), str(model), str(out), Request(), INLINE)
+    generate_run(tiny, str(films), str(model), str(out), Request(), INLINE)
     return read_records(opened(out))
 
 
@@ -59,7 +61,7 @@ class Inline:
     def live(self, tiny: Recipe, films: Path, model: Path, out: Path) -> bool:
         self.faults.begin()
         try:
-            pipeline.generate_run(tiny, str(films), str(model), str(out), Request(), INLINE)
+            generate_run(tiny, str(films), str(model), str(out), Request(), INLINE)
         except Stopped:
             return False
         return True
@@ -141,11 +143,11 @@ def test_running_out_of_memory_blames_no_record(
 
     monkeypatch.setattr(Counterfactuals, "__call__", full)
     with pytest.raises(OutOfMemory, match="smaller --micro-batch"):
-        pipeline.generate_run(tiny, str(films), str(model), str(tmp_path), Request(), INLINE)
+        generate_run(tiny, str(films), str(model), str(tmp_path), Request(), INLINE)
     (marker,) = opened(tmp_path).store.list("attempts")
     assert "/memory~" in marker.path
     monkeypatch.undo()
-    counts = pipeline.generate_run(tiny, str(films), str(model), str(tmp_path), Request(), INLINE)
+    counts = generate_run(tiny, str(films), str(model), str(tmp_path), Request(), INLINE)
     assert counts["ok"] == 18
 
 
@@ -154,10 +156,10 @@ def test_on_ray_two_blamed_deaths_are_enough(
 ) -> None:
     import ray
 
-    from diffva_ray import ray_cluster
+    from diffva_ray.distributed import session
 
     deadly = [undisturbed["source_path"][2], undisturbed["source_path"][13]]  # of two shards
-    for name, value in ray_cluster.ENVIRONMENT.items():
+    for name, value in session.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     environment = {"DEADLY_FILMS": ":".join(deadly), "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     ray.init(
@@ -169,8 +171,8 @@ def test_on_ray_two_blamed_deaths_are_enough(
         runtime_env={"worker_process_setup_hook": "lethal.prepare_worker", "env_vars": environment},
     )
     try:
-        counts = pipeline.generate_run(
-            tiny, str(films), str(model), str(tmp_path), Request(), pipeline.Execution(executor="ray", actors=2)
+        counts = generate_run(
+            tiny, str(films), str(model), str(tmp_path), Request(), Execution(executor="ray", actors=2)
         )
     finally:
         ray.shutdown()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from head import Head
 
-from diffva_ray.config import Recipe
+from diffva_ray.config.recipe import Recipe
 
 
 @pytest.fixture(scope="session")

@@ -31,9 +31,10 @@ def main() -> None:
     recipe, data, model, run = sys.argv[1:]
     import ray
 
-    from diffva_ray import pipeline, ray_cluster
-    from diffva_ray.config import load_recipe
+    from diffva_ray.config.recipe import load_recipe
+    from diffva_ray.distributed import session
     from diffva_ray.generate.plan import Request
+    from diffva_ray.workflows.generate import generate_run
 
     ray.init(
         address=os.environ["RAY_ADDRESS"],
@@ -44,10 +45,10 @@ def main() -> None:
         log_to_driver=False,
         logging_level="ERROR",
     )
-    while not ray_cluster.gpus():  # min_workers: 1
+    while not session.gpus():  # min_workers: 1
         time.sleep(0.5)
-    print(ray_cluster.gpus(), "GPUs at the start")
-    pipeline.generate_run(load_recipe(recipe), data, model, run, Request())
+    print(session.gpus(), "GPUs at the start")
+    generate_run(load_recipe(recipe), data, model, run, Request())
     print(len([node for node in ray.nodes() if node["Resources"].get("GPU")]), "GPUs in the end")
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from head import Head
 
-from diffva_ray.config import Recipe, to_yaml
+from diffva_ray.config.recipe import Recipe, to_yaml
 from diffva_ray.generate.run import find_run
 from diffva_ray.generate.verification import verify
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 
 MOST = 3  # nodes
 NONE = ("auth", "docker", "file_mounts")

@@ -25,7 +25,7 @@ OF_GPUS = {"ray_node_gpus_utilization", "ray_node_gram_used"}
 WORKER = """
 import sys, time
 import ray
-from diffva_ray.ray_metrics import GenerationMetrics, TrainingMetrics
+from diffva_ray.distributed.prometheus import GenerationMetrics, TrainingMetrics
 
 @ray.remote(num_cpus=0)
 class Worker:

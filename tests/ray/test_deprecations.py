@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from diffva_ray.config import Recipe, to_yaml
+from diffva_ray.config.recipe import Recipe, to_yaml
 
 ROOT = Path(__file__).parents[2]
 OURS, RAYS = str(ROOT / "diffva_ray"), str(Path(ray.__file__).parent)
@@ -19,18 +19,21 @@ OURS, RAYS = str(ROOT / "diffva_ray"), str(Path(ray.__file__).parent)
 # The last two lines are what the test would find: a deprecated setting, made by a file of ours.
 LINE = """
 import sys
-from diffva_ray import pipeline, ray_cluster
-from diffva_ray.config import load_recipe
+from diffva_ray.workflows.generate import generate_run
+from diffva_ray.workflows.reduce import reduce
+from diffva_ray.workflows.train import train_model
+from diffva_ray.distributed import session
+from diffva_ray.config.recipe import load_recipe
 from diffva_ray.evaluate.options import Options
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import open_run
 
 recipe, data, model, run, ours = sys.argv[1:]
 recipe = load_recipe(recipe)
-with ray_cluster.session(cpus=2):
-    pipeline.train_model(recipe, data, model)
-    pipeline.generate_run(recipe, data, model, run, Request())
-    pipeline.reduce(open_run(run), Options())
+with session.connect(cpus=2):
+    train_model(recipe, data, model)
+    generate_run(recipe, data, model, run, Request())
+    reduce(open_run(run), Options())
     setting = "import ray.data; ray.data.DataContext.get_current().use_polars = False"
     exec(compile(setting, ours + "/canary.py", "exec"), {})
 """

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from hosts import BIN, hosts, why_not
 
-from diffva_ray.config import Recipe, to_yaml
+from diffva_ray.config.recipe import Recipe, to_yaml
 
 ROOT = Path(__file__).parents[2]
 KEY, SECRET = "key-of-the-hosts", "secret-of-the-hosts"
 UPLOAD = """
 import sys
 from pathlib import Path
-from diffva_ray.storage_s3 import S3Store
+from diffva_ray.storage.s3 import S3Store
 folder, recipe = map(Path, sys.argv[1:])
 S3Store("s3://films").fs.mkdir("films")
 S3Store("s3://films").put("tiny.yaml", recipe.read_bytes())

@@ -15,13 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffva_ray import ray_cluster, ray_generate
-from diffva_ray.config import Recipe, make_recipe, to_yaml
+from diffva_ray.config.recipe import Recipe, make_recipe, to_yaml
+from diffva_ray.distributed import generate as ray_generate
+from diffva_ray.distributed import session
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import FingerprintDiffers, find_run
 from diffva_ray.generate.verification import verify
-from diffva_ray.pipeline import Execution, generate_run, train_model
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import generate_run
+from diffva_ray.workflows.train import train_model
 
 
 def records(out: Path) -> pd.DataFrame:
@@ -31,7 +34,7 @@ def records(out: Path) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def cluster():
-    with ray_cluster.session(cpus=2):
+    with session.connect(cpus=2):
         yield
 
 
@@ -84,14 +87,14 @@ def test_actors_that_are_lost_while_they_start_are_replaced(failures: int, clust
 def test_a_session_leaves_the_environment_as_it_was() -> None:
     code = """
 import os
-from diffva_ray import ray_cluster
+from diffva_ray.distributed import session
 os.environ["GOMP_SPINCOUNT"] = "5"
 before = dict(os.environ)
-with ray_cluster.session(cpus=1):
+with session.connect(cpus=1):
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     assert os.environ["GOMP_SPINCOUNT"] == "5"
-assert {name: value for name, value in os.environ.items() if name in ray_cluster.ENVIRONMENT} == {
-    name: value for name, value in before.items() if name in ray_cluster.ENVIRONMENT}
+assert {name: value for name, value in os.environ.items() if name in session.ENVIRONMENT} == {
+    name: value for name, value in before.items() if name in session.ENVIRONMENT}
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 

@@ -17,11 +17,11 @@ import hosts as namespaces
 import pytest
 from ray.cluster_utils import Cluster
 
-from diffva_ray.config import Recipe, to_yaml
+from diffva_ray.config.recipe import Recipe, to_yaml
 from diffva_ray.generate.run import find_run
 from diffva_ray.generate.verification import verify
-from diffva_ray.storage import LocalStore, open_store
-from diffva_ray.storage_s3 import S3Store
+from diffva_ray.storage.s3 import S3Store
+from diffva_ray.storage.store import LocalStore, open_store
 
 sys.path.append(str(Path(__file__).parents[1] / "s3"))
 from swift_server import KEY, SECRET, Swift, why_not

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from diffva_ray import ray_cluster
-from diffva_ray.config import Recipe
-from diffva_ray.data.films import UnusableData
+from diffva_ray.config.recipe import Recipe
+from diffva_ray.data.dataset import UnusableData
+from diffva_ray.distributed import session
+from diffva_ray.distributed.reduce import Cluster
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.reduction import reduce_run
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import open_run
-from diffva_ray.pipeline import Execution, generate_run
-from diffva_ray.ray_reduce import Cluster
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import generate_run
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def runs(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.TempPa
 def test_actors_embed_what_a_loop_embeds(runs: tuple[Path, Path]) -> None:
     options = Options(extractors=("stand-in", "judge"))
     one = reduce_run(open_run(str(runs[0])), open_run(str(runs[0])).about["data"], options)
-    with ray_cluster.session(cpus=2):
+    with session.connect(cpus=2):
         run = open_run(str(runs[1]))
         other = reduce_run(run, run.about["data"], options, Cluster())
         with pytest.raises(UnusableData, match=r"nowhere.pth"):

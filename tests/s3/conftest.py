@@ -13,7 +13,7 @@ from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 from swift_server import KEY, SECRET, Swift, free_ports, why_not
 
-from diffva_ray.storage_s3 import S3Store
+from diffva_ray.storage.s3 import S3Store
 
 
 class Server(NamedTuple):

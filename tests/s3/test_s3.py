@@ -20,10 +20,11 @@ from botocore.retries.standard import ExponentialBackoff
 from click.testing import CliRunner, Result
 from faulty import BREAK_OFF, CONFLICT, DENIED, EXPIRED, NOT_IMPLEMENTED, SLOW_DOWN, Proxy, first
 
-from diffva_ray import storage, storage_s3
 from diffva_ray.cli import main
-from diffva_ray.storage import LocalStore, StoreError, open_store
-from diffva_ray.storage_s3 import S3Store
+from diffva_ray.storage import s3 as storage_s3
+from diffva_ray.storage import store as storage
+from diffva_ray.storage.s3 import S3Store
+from diffva_ray.storage.store import LocalStore, StoreError, open_store
 
 if TYPE_CHECKING:
     from conftest import Server

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffva_ray.config import Recipe
+from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import build

@@ -12,13 +12,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from diffva_ray.config import load_recipe
+from diffva_ray.config.recipe import load_recipe
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.generate.plan import Request
-from diffva_ray.pipeline import Execution, generate_run
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 from diffva_ray.train.checkpoint import discard
 from diffva_ray.train.loop import train
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import generate_run
 
 ARCHITECTURE = Path(__file__).parents[2] / "benchmarks/sd14_random.yaml"
 ONE_STEP = ("train.gradient_checkpointing=true", "generate.num_inference_steps=2", "generate.strength=1.0",

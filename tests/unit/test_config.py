@@ -1,6 +1,6 @@
 import pytest
 
-from diffva_ray.config import RecipeError, fingerprint_difference, load_recipe, make_recipe, recipe_names
+from diffva_ray.config.recipe import RecipeError, fingerprint_difference, load_recipe, make_recipe, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -15,14 +15,15 @@ from PIL import Image
 
 from diffva_ray.cli import main
 from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import encode_grey, quantise
-from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import decode, to_square
-from diffva_ray.explain import Explanation, explain, sheet, write_sheet
-from diffva_ray.interpolate import interpolate
-from diffva_ray.pipeline import model_recipe
+from diffva_ray.explain.image import Explanation, explain
+from diffva_ray.explain.interpolate import interpolate
+from diffva_ray.explain.sheet import sheet, write_sheet
 from diffva_ray.schema import RECORDS, record_seed
+from diffva_ray.workflows.execution import model_recipe
 
 HEALTHY = "normal chest scan"
 PROMPTS = (HEALTHY, "COVID 19")

@@ -11,14 +11,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from diffva_ray.cli import main
-from diffva_ray.config import RecipeError, load_recipe, recipe_names
+from diffva_ray.config.recipe import RecipeError, load_recipe, recipe_names
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.paper import published
 from diffva_ray.paper.experiments import EXPERIMENTS, SETTINGS, TAKEN, Experiment, guided, settings_recipe
-from diffva_ray.paper.films import copy_films, drawn, phantom_chexpert
+from diffva_ray.paper.inputs import copy_films, drawn, phantom_chexpert
 from diffva_ray.paper.layout import Table, flat, number, thinned, with_interval
-from diffva_ray.paper.run import Made
-from diffva_ray.storage import LocalStore
+from diffva_ray.paper.state import Made
+from diffva_ray.storage.store import LocalStore
 
 STEPS = ("--set", "generate.num_inference_steps=4")
 
@@ -175,7 +175,7 @@ def test_a_prompt_the_model_cannot_read_costs_its_figure_only(
     """The other runs are made. Bad films in a run of the tables are another matter and end the command."""
     long = Experiment("carcinoma", "figure 4", "few healthy", "paper_induction", ("severe " * 40,))
     seen: list[Made] = []
-    monkeypatch.setattr("diffva_ray.paper.run.EXPERIMENTS", (long, EXPERIMENTS[4]))
+    monkeypatch.setattr("diffva_ray.paper.build.EXPERIMENTS", (long, EXPERIMENTS[4]))
     monkeypatch.setattr("diffva_ray.paper.page.write_page", seen.append)
     assert paper(model, tmp_path / "out", "--quick", "--limit", 4).exit_code == 0
     (made,) = seen

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from diffva_ray.cli import main
-from diffva_ray.ray_cluster import UnusableCluster, check_address
+from diffva_ray.distributed.session import UnusableCluster, check_address
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from diffva_ray import config, config_methods, config_stages
+from diffva_ray.config import generation as config_methods
+from diffva_ray.config import recipe as config
+from diffva_ray.config import stages as config_stages
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = [

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from diffva_ray.storage import LocalStore, StoreError, open_store
+from diffva_ray.storage.store import LocalStore, StoreError, open_store
 
 
 @pytest.fixture

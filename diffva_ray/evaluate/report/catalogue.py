@@ -17,11 +17,10 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
-from diffva_ray.evaluate.figures import finished
-from diffva_ray.evaluate.records import read_records
-from diffva_ray.evaluate.report.films import Pictured
+from diffva_ray.evaluate.records import finished, read_records
+from diffva_ray.evaluate.report.images import Pictured
 from diffva_ray.evaluate.tables import clean, known
-from diffva_ray.generate.ledger import overlays
+from diffva_ray.generate.committed import overlays
 from diffva_ray.generate.run import Run, part
 from diffva_ray.schema import Row, Status
 

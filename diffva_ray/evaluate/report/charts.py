@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from diffva_ray.evaluate.figures import finished
+from diffva_ray.evaluate.records import finished
 from diffva_ray.evaluate.report.numbers import count, number, plain
 
 BINS, CLASSES, COLOURS = 40, 8, 6  # bins of a histogram; classes shown at most; colours there are

@@ -20,20 +20,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
+from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.encoding import encode_png, quantise
-from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import BadImage
+from diffva_ray.evaluate.annotations import lesion_boxes
 from diffva_ray.evaluate.comparison import BY_KEY, Comparison, Measure, shown
 from diffva_ray.evaluate.drawing import CLASS_COLOURS, INK, MUTED, OUTLINE, RULE, diverging, png, short
 from diffva_ray.evaluate.figures import map_scale, settings_line
 from diffva_ray.evaluate.records import read_images, read_records, read_truth
-from diffva_ray.evaluate.reduction import lesion_boxes
 from diffva_ray.evaluate.report.assets import policy, style, templates
 from diffva_ray.evaluate.report.numbers import Card, Cell, Group, Table, count, number, plain
 from diffva_ray.evaluate.tables import ALL, clean, known
 from diffva_ray.generate.run import RUN, Run
 from diffva_ray.schema import Row
-from diffva_ray.storage import Store, is_local, join, open_store
+from diffva_ray.storage.store import Store, is_local, join, open_store
 
 PAGE, METRICS, SCATTER = "index.html", "metrics.json", "images/films.png"
 PICTURE = re.compile(r"images/\d\d-(film|twin-a|map-a|twin-b|map-b|truth)\.png")

@@ -16,20 +16,21 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 
 from diffva_ray.evaluate import figures
-from diffva_ray.evaluate.figures import finished, map_scale, own_boxes, reduced_metrics, settings_line, write_figures
-from diffva_ray.evaluate.reduction import lesion_boxes
-from diffva_ray.evaluate.report import films
+from diffva_ray.evaluate.annotations import lesion_boxes
+from diffva_ray.evaluate.figures import map_scale, own_boxes, settings_line, write_figures
+from diffva_ray.evaluate.records import finished, reduced_metrics
+from diffva_ray.evaluate.report import images
 from diffva_ray.evaluate.report.assets import policy, style, templates, viewer_script
 from diffva_ray.evaluate.report.catalogue import attempts, counts, read_earlier, write_catalogue
 from diffva_ray.evaluate.report.charts import charts
-from diffva_ray.evaluate.report.films import Palette, Pictured, map_file, sample, strip_file, write_pictures
+from diffva_ray.evaluate.report.images import Palette, Pictured, map_file, sample, strip_file, write_pictures
 from diffva_ray.evaluate.report.numbers import cards, count, glance, judge_problem, number, plain
 from diffva_ray.evaluate.report.result_tables import report_tables
-from diffva_ray.generate.ledger import committed, parts
+from diffva_ray.generate.committed import committed, parts
 from diffva_ray.generate.run import SUCCESS, Run
 from diffva_ray.model.card import UnusableModel, read_card
 from diffva_ray.schema import RECORDS, Row, Status
-from diffva_ray.storage import join, open_store
+from diffva_ray.storage.store import join, open_store
 
 PAGE = "report/index.html"
 QUARANTINED = 100  # rows of the table, at most
@@ -83,7 +84,7 @@ def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None, c
     limit = map_scale(run, records).limit
     if earlier.limit is not None and 1 / STICKY <= limit / earlier.limit <= STICKY:
         limit = earlier.limit
-    most = films.most(run.recipe.model.resolution) if listed is None else listed
+    most = images.most(run.recipe.model.resolution) if listed is None else listed
     chosen = {row["record_id"] for row in sample(records, most)}
     chosen |= {row["record_id"] for _, row in figures.spanning(run, records)}
     failed = records.loc[records["status"] != Status.OK.value, "record_id"].head(LISTED_BAD)

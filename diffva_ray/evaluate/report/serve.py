@@ -11,7 +11,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from urllib.parse import unquote, urlsplit
 
-from diffva_ray.storage import Store, StoreError
+from diffva_ray.storage.store import Store, StoreError
 
 LOOPBACK = "127.0.0.1"
 KINDS = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from diffva_ray.config import GenerateConfig
+from diffva_ray.config.recipe import GenerateConfig
 from diffva_ray.counterfactual.attribution import attribution, over_seeds
 
 

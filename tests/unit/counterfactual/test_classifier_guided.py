@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffva_ray.config_methods import ClassifierGuidedConfig
+from diffva_ray.config.generation import ClassifierGuidedConfig
 from diffva_ray.counterfactual.classifier_guided import gradient
 from diffva_ray.counterfactual.engine import Counterfactuals, Twins
 from diffva_ray.data.phantoms import phantom

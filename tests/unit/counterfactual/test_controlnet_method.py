@@ -11,8 +11,8 @@ import torch
 from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetImg2ImgPipeline
 from PIL import Image
 
-from diffva_ray.config import Recipe
-from diffva_ray.config_methods import ControlNetConfig
+from diffva_ray.config.generation import ControlNetConfig
+from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.engine import Counterfactuals, Settings
 from diffva_ray.data.conditions import condition
 from diffva_ray.data.phantoms import phantom

@@ -12,7 +12,7 @@ import torch
 from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
 
-from diffva_ray.config import Recipe
+from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.attribution import attribution, energy
 from diffva_ray.counterfactual.engine import Counterfactuals, Settings
 from diffva_ray.data.phantoms import phantom

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffva_ray.config import RecipeError, load_recipe
-from diffva_ray.config_methods import MaskedConfig
+from diffva_ray.config.generation import MaskedConfig
+from diffva_ray.config.recipe import RecipeError, load_recipe
 from diffva_ray.counterfactual import masked
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.counterfactual.guidance_difference import guidance_difference

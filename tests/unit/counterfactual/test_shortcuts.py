@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from diffva_ray.config_methods import AccelerationConfig
+from diffva_ray.config.generation import AccelerationConfig
 from diffva_ray.counterfactual.deep_features import deep_features_kept
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.phantoms import phantom

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from diffva_ray.cli import main
-from diffva_ray.config import DataConfig
+from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data.bit_depth import bit_depth_note
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.images import BadImage, decode, decode_square

@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffva_ray.config import DataConfig
+from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data import boxes, datasets
+from diffva_ray.data.dataset import Film, UnusableData
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.films import Film, UnusableData
-from diffva_ray.storage import Entry, LocalStore
+from diffva_ray.storage.store import Entry, LocalStore
 
 KAGGLE = "COVID-19_Radiography_Dataset"
 PACK = Path(__file__).parents[4] / "shared" / "data"

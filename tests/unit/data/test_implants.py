@@ -11,14 +11,14 @@ from click.testing import CliRunner
 from scipy import ndimage
 
 from diffva_ray.cli import main
+from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import encode_grey, quantise
-from diffva_ray.data.films import UnusableData
 from diffva_ray.data.images import decode, decode_mask, to_square
 from diffva_ray.data.implants import INSIDE_LUNGS, Host, Lungs, NoLungs, implant, implant_set
 from diffva_ray.data.lungs import find_lungs
 from diffva_ray.data.phantoms import phantom
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 
 SIZE = 64
 

@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffva_ray.config import load_recipe
+from diffva_ray.config.recipe import load_recipe
+from diffva_ray.data.dataset import Dataset, Film
 from diffva_ray.data.encoding import encode_grey, encode_map, quantise
-from diffva_ray.data.films import Dataset, Film
 from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request, make_plan
 from diffva_ray.generate.run import FOLDERS, Run, part, start_run
 from diffva_ray.schema import RECORDS
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 
 SIZE = 16
 HOSTILE = '<script>alert("x")</script>&$\\frac{'  # markup, and mathematics that matplotlib cannot parse

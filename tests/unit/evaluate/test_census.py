@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffva_ray.config import Recipe
+from diffva_ray.config.recipe import Recipe
 from diffva_ray.evaluate import census as module
-from diffva_ray.evaluate.census import census
 from diffva_ray.evaluate.records import read_records, stored_records
+from diffva_ray.evaluate.run_index import census
 from diffva_ray.generate.plan import SWEPT, Request
 from diffva_ray.generate.run import Run, open_run
-from diffva_ray.pipeline import Execution, generate_run
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import generate_run
 
 MakeRun = Callable[..., Run]
 

@@ -23,8 +23,8 @@ from PIL import Image
 from rich.console import Console
 
 from diffva_ray.cli import main
+from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.encoding import encode_map
-from diffva_ray.data.films import UnusableData
 from diffva_ray.evaluate.comparison import (
     Comparison,
     compare_runs,
@@ -38,7 +38,7 @@ from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.report.comparison_page import chosen, output_store, ranking, write_comparison
 from diffva_ray.evaluate.scores import score_records
 from diffva_ray.generate.run import Run, find_run
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 
 MakeRun = Callable[..., Run]
 Change = Callable[[dict[str, Any]], dict[str, Any]]

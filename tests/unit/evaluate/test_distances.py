@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffva_ray.config import Recipe
+from diffva_ray.config.recipe import Recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.evaluate import distances
 from diffva_ray.evaluate.distances import distance_row, reference_features
@@ -17,8 +17,9 @@ from diffva_ray.generate.run import open_run
 from diffva_ray.metrics.feature_set import release
 from diffva_ray.metrics.features import stand_in
 from diffva_ray.metrics.fid import frechet_distance_features
-from diffva_ray.pipeline import Execution, generate_run
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import generate_run
 
 
 def test_a_row_has_its_controls_where_the_sets_allow_them() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffva_ray.config import DataConfig
+from diffva_ray.config.recipe import DataConfig
 from diffva_ray.evaluate import figures
 from diffva_ray.evaluate.direction import induces
 from diffva_ray.evaluate.drawing import diverging, overlay

@@ -16,14 +16,15 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from diffva_ray.cli import main
-from diffva_ray.data.films import UnusableData
+from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate.annotations import read_sources, read_zones
 from diffva_ray.evaluate.reduction import Options, reduce_run
 from diffva_ray.evaluate.report.result_tables import report_tables
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import open_run
 from diffva_ray.metrics.zones import ZONES
-from diffva_ray.pipeline import Execution, generate_run
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import generate_run
 
 
 @pytest.fixture(scope="module")

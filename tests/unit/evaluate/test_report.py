@@ -18,16 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.encoding import encode_grey
-from diffva_ray.data.films import UnusableData
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.report.catalogue import read_earlier, scripted, unscripted
 from diffva_ray.evaluate.report.charts import charts
-from diffva_ray.evaluate.report.films import most, sample, shares
+from diffva_ray.evaluate.report.images import most, sample, shares
 from diffva_ray.evaluate.report.numbers import cards, glance, wilson
 from diffva_ray.evaluate.report.page import whole, write_report
 from diffva_ray.evaluate.report.result_tables import report_tables
-from diffva_ray.generate.ledger import parts, start_retry
+from diffva_ray.generate.committed import parts, start_retry
 from diffva_ray.generate.run import Run
 from diffva_ray.schema import RECORDS
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffva_ray.evaluate.report.assets import HERE, IMPORT, MODULES, viewer_script
 from diffva_ray.evaluate.report.catalogue import scripted, unscripted
-from diffva_ray.evaluate.report.films import coloured, outline, strip
+from diffva_ray.evaluate.report.images import coloured, outline, strip
 
 
 def test_colours_of_the_map_are_clear_at_zero_and_full_at_the_limit() -> None:

@@ -14,11 +14,11 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from diffva_ray.cli import main
+from diffva_ray.data.dataset import Film, UnusableData
 from diffva_ray.data.encoding import encode_map
-from diffva_ray.data.films import Film, UnusableData
 from diffva_ray.data.images import BadImage, decode_map
-from diffva_ray.evaluate.foreign_maps import MapFile, match, on_grid, read_map_values, stem
-from diffva_ray.evaluate.foreign_scores import ScoreOptions, score_maps
+from diffva_ray.evaluate.external_maps import MapFile, match, on_grid, read_map_values, stem
+from diffva_ray.evaluate.external_scores import ScoreOptions, score_maps
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.scores import score_records
 from diffva_ray.generate.run import Run

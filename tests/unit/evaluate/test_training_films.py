@@ -10,14 +10,14 @@ import pytest
 from click.testing import CliRunner
 
 from diffva_ray.cli import main
-from diffva_ray.data.films import UnusableData
-from diffva_ray.evaluate.foreign_scores import ScoreOptions, score_maps
+from diffva_ray.data.dataset import UnusableData
+from diffva_ray.evaluate.external_scores import ScoreOptions, score_maps
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.reduction import Options, reduce_run
 from diffva_ray.generate.run import Run
 from diffva_ray.model.card import read_card
-from diffva_ray.model.training_films import TrainingFilms
-from diffva_ray.storage import LocalStore
+from diffva_ray.model.training_images import TrainingFilms
+from diffva_ray.storage.store import LocalStore
 
 
 def teach(run: Run, paths: list[str]) -> None:

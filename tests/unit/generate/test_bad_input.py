@@ -21,16 +21,16 @@ import pytest
 from damage import CLASSES, EXPECTED, filled_jpeg, halves, many_scans, write_damaged
 from PIL import Image, ImageFile
 
-from diffva_ray.config import Recipe
+from diffva_ray.config.recipe import Recipe
 from diffva_ray.data import images
-from diffva_ray.data.admission import Admission
 from diffva_ray.data.images import MAX_PIXELS, BadImage, decode, decode_square, to_square
+from diffva_ray.data.memory_limit import Admission
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.generate.run import Run, find_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.schema import Status
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 
 DAMAGED = 1000
 SECONDS = 300  # for all three runs together; they take about 25, and one film that hangs takes for ever
@@ -55,9 +55,10 @@ CHILD = (
     PEAK
     + """
 import json, sys
-from diffva_ray.config import make_recipe
+from diffva_ray.config.recipe import make_recipe
 from diffva_ray.generate.plan import Request
-from diffva_ray.pipeline import Execution, generate_run
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import generate_run
 recipe, model, runs = json.load(sys.stdin)
 peaks = []
 for data, out in runs:

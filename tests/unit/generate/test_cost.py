@@ -14,19 +14,20 @@ import torch
 from click.testing import CliRunner
 
 from diffva_ray.cli import main
-from diffva_ray.config import GUESS, Recipe, Scheduler, load_recipe
-from diffva_ray.config_methods import AccelerationConfig
+from diffva_ray.config.generation import AccelerationConfig
+from diffva_ray.config.methods import METHODS
+from diffva_ray.config.recipe import GUESS, Recipe, Scheduler, load_recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.counterfactual.guidance_difference import CALLS
-from diffva_ray.data.films import UnusableData
+from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.phantoms import phantom
-from diffva_ray.forecast import ROW_BYTES, micro_batches, probe
 from diffva_ray.generate.cost import TFLOP, calls, cost
 from diffva_ray.generate.plan import Request, check_settings
 from diffva_ray.generate.run import PlanError
-from diffva_ray.methods import METHODS
 from diffva_ray.model.bundle import Bundle
-from diffva_ray.pipeline import Execution, generate_run
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.forecast import ROW_BYTES, micro_batches, probe
+from diffva_ray.workflows.generate import generate_run
 
 SETTINGS = [  # strength, steps, guidance scale, source prompt
     (0.5, 4, 2.5, ""),

@@ -12,13 +12,13 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from diffva_ray import storage
 from diffva_ray.cli import main
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.generate import shard
 from diffva_ray.generate.run import open_run
 from diffva_ray.generate.verification import verify
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage import store as storage
+from diffva_ray.storage.store import LocalStore
 
 
 def diffva(*words: object) -> Result:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from diffva_ray.config import Recipe
+from diffva_ray.config.recipe import Recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request, make_plan, parse_sweep
 from diffva_ray.generate.run import FingerprintDiffers, PlanError, continue_run, find_run, start_run
 from diffva_ray.schema import ENGINE
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 
 
 @pytest.fixture

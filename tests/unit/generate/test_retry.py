@@ -12,15 +12,15 @@ import pytest
 from click.testing import CliRunner, Result
 
 from diffva_ray.cli import main
-from diffva_ray.evaluate.census import census
+from diffva_ray.evaluate.executor import Workplace
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.reduction import _scores
-from diffva_ray.evaluate.workplace import Workplace
-from diffva_ray.generate.ledger import committed, overlays, start_retry
+from diffva_ray.evaluate.run_index import census
+from diffva_ray.generate.committed import committed, overlays, start_retry
 from diffva_ray.generate.run import PlanError, Run, find_run
 from diffva_ray.generate.verification import requeue, verify
-from diffva_ray.status import read_status
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
+from diffva_ray.workflows.status import read_status
 
 BOUNDS = ("--set", "evaluate.max_quarantined_fraction=0.2")
 

@@ -16,9 +16,8 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from diffva_ray import pipeline
 from diffva_ray.cli import main
-from diffva_ray.config import Recipe
+from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.data.encoding import map_levels, pixel_digest
 from diffva_ray.data.images import decode_map, read_map
@@ -28,8 +27,9 @@ from diffva_ray.generate.run import PlanError, find_run
 from diffva_ray.generate.shard import Workbench, run_shard
 from diffva_ray.generate.verification import requeue, verify
 from diffva_ray.metrics.ssim import ssim
-from diffva_ray.pipeline import Execution, generate_run
-from diffva_ray.storage import LocalStore, StoreError
+from diffva_ray.storage.store import LocalStore, StoreError
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import generate_run
 
 INLINE = Execution(executor="inline")
 
@@ -210,7 +210,7 @@ def test_a_prompt_longer_than_the_model_holds(
     with pytest.raises(PlanError, match="more than the 16 tokens"):
         run_inline(tiny, films, model, tmp_path / "run", request)
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(pipeline, "prompt_limit", lambda store, prompts: (0, []))
+    monkeypatch.setattr("diffva_ray.workflows.generate.prompt_limit", lambda store, prompts: (0, []))
     run, counts = run_inline(tiny, films, model, tmp_path / "run", request)
     assert counts["ok"] == 0
     assert Counter(read_records(run)["status"]) == {"prompt_too_long": 3}

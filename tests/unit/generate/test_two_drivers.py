@@ -9,14 +9,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from diffva_ray.config import Recipe
+from diffva_ray.config.recipe import Recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request, make_plan
 from diffva_ray.generate.run import FingerprintDiffers, PlanError, Run, find_run, start_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.schema import record_seed
-from diffva_ray.storage import LocalStore, StoreError
+from diffva_ray.storage.store import LocalStore, StoreError
 
 
 def planned(films: Path, recipe: Recipe, store: LocalStore, limit: int | None = None) -> Run:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 
-from diffva_ray.config import Recipe
+from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.engine import Counterfactuals
 from diffva_ray.model import text
 from diffva_ray.model.bundle import build, load, save
 from diffva_ray.model.card import UnusableModel
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 
 
 def embedding(bundle, prompt: str) -> torch.Tensor:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffva_ray.config import Recipe
+from diffva_ray.config.recipe import Recipe
 from diffva_ray.model.bundle import build, load, save
 from diffva_ray.model.classifier import LatentClassifier
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 
 
 def classifier() -> LatentClassifier:

@@ -11,12 +11,12 @@ from diffusers import DiffusionPipeline
 from hub_snapshots import snapshot
 from safetensors.torch import load_file, save_file
 
-from diffva_ray.config import Recipe, make_recipe
-from diffva_ray.config_stages import LoraConfig
+from diffva_ray.config.recipe import Recipe, make_recipe
+from diffva_ray.config.stages import LoraConfig
 from diffva_ray.model import lora, text
 from diffva_ray.model.bundle import Bundle, build, load, save
 from diffva_ray.model.card import UnusableModel, folder_digest
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 
 KINDS = ["radbert", "radbert-roberta", "pubmedclip"]
 

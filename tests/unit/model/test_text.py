@@ -15,11 +15,11 @@ from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 from hub_snapshots import KINDS, WORDS, snapshot
 from PIL import Image
 
-from diffva_ray.config import Recipe, make_recipe
+from diffva_ray.config.recipe import Recipe, make_recipe
 from diffva_ray.model import text
 from diffva_ray.model.bundle import build, load, save
 from diffva_ray.model.card import UnusableModel
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 
 COMMIT = "62e979a" + "0" * 33
 

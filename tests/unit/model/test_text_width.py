@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from diffva_ray.config import Recipe, load_recipe
+from diffva_ray.config.recipe import Recipe, load_recipe
 from diffva_ray.model.bundle import build
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.model.cross_attention import cross_attention_parameters, fit_text_width, text_width

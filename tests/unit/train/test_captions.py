@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from trainings import different, run, weights, with_stages
 
-from diffva_ray.config import Recipe
+from diffva_ray.config.recipe import Recipe
+from diffva_ray.data.dataset import Film
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.films import Film
-from diffva_ray.pipeline import training_keys
+from diffva_ray.workflows.train import training_keys
 
 STAGE = {"name": "joint", "trains": "denoiser", "steps": 2, "batch_size": 4, "learning_rate": 1e-3}
 

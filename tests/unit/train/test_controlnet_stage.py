@@ -8,7 +8,7 @@ import pytest
 import torch
 from trainings import different, killed, run, weights, with_stages
 
-from diffva_ray.config import Recipe, RecipeError
+from diffva_ray.config.recipe import Recipe, RecipeError
 from diffva_ray.model.bundle import build, load
 
 DENOISER = {"name": "denoiser", "trains": "denoiser", "steps": 2, "batch_size": 4, "learning_rate": 1e-3}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from diffva_ray.config import make_recipe
+from diffva_ray.config.recipe import make_recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.model.bundle import build
 from diffva_ray.train.sampling import FilmSet, step_generator

@@ -12,8 +12,8 @@ from PIL import Image
 from test_workers import run as run_workers
 from trainings import different, killed, run, weights, with_stages
 
-from diffva_ray.config import Recipe, RecipeError
-from diffva_ray.data.films import UnusableData
+from diffva_ray.config.recipe import Recipe, RecipeError
+from diffva_ray.data.dataset import UnusableData
 from diffva_ray.model.bundle import build, load
 from diffva_ray.train.adversary import PatchDiscriminator
 from diffva_ray.train.gan import WassersteinCritic, score

@@ -10,12 +10,12 @@ import pytest
 import torch
 from trainings import run, with_stages
 
-from diffva_ray.config import Recipe, RecipeError
+from diffva_ray.config.recipe import Recipe, RecipeError
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.metrics.validity import Judge, calibration_error, fitted_temperature, load_judge, save_judge
 from diffva_ray.model.bundle import build
-from diffva_ray.storage import LocalStore
+from diffva_ray.storage.store import LocalStore
 from diffva_ray.train.judge import JudgeStage
 from diffva_ray.train.sampling import FilmSet, step_generator
 from diffva_ray.train.stage import Batch, Setting

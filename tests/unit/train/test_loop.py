@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from trainings import different, killed, run, weights, with_stages
 
-from diffva_ray.config import Recipe, RecipeError
+from diffva_ray.config.recipe import Recipe, RecipeError
 from diffva_ray.model.bundle import Bundle, build, load
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.model.cross_attention import cross_attention_parameters
-from diffva_ray.status import describe, read_status
 from diffva_ray.train.checkpoint import Checkpoints
-from diffva_ray.train.journal import Journal
-from diffva_ray.validation import validation_of
+from diffva_ray.train.logger import Journal
+from diffva_ray.train.validation import validation_of
+from diffva_ray.workflows.status import describe, read_status
 
 PARTS = ("vae", "unet", "text_encoder", "judge")
 DENOISER = {"name": "joint", "trains": "denoiser", "steps": 3, "batch_size": 4, "learning_rate": 1e-3}

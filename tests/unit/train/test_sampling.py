@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffva_ray.data.dataset import Film, UnusableData
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.films import Film, UnusableData
 from diffva_ray.train.sampling import Draws, FilmSet, step_generator
 
 FILMS = [Film(f"{label}/{n}.png", label) for label, count in (("a", 5), ("b", 3)) for n in range(count)]

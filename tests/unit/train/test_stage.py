@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import get_args
 
-from diffva_ray.config_stages import Stage
+from diffva_ray.config.stages import Stage
 from diffva_ray.train import stage
 
 

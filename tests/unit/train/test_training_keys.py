@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from trainings import with_stages
 
-from diffva_ray.config import Recipe, fingerprint, make_recipe
+from diffva_ray.config.recipe import Recipe, fingerprint, make_recipe
 from diffva_ray.generate.run import FingerprintDiffers
-from diffva_ray.pipeline import train_model
+from diffva_ray.workflows.train import train_model
 
 STAGE = {"name": "joint", "trains": "denoiser", "steps": 1, "batch_size": 4, "learning_rate": 1e-3}
 KEYS = ".train/training.json"

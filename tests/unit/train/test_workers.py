@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from trainings import weights
 
-from diffva_ray.config import Recipe, make_recipe
+from diffva_ray.config.recipe import Recipe, make_recipe
 
 WORKER = Path(__file__).with_name("workers.py")
 

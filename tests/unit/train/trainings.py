@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffva_ray.config import Recipe, make_recipe
+from diffva_ray.config.recipe import Recipe, make_recipe
 from diffva_ray.train import loop
 from diffva_ray.train.checkpoint import Checkpoints
 

@@ -14,7 +14,7 @@ def main(rank: str, world: str, port: str, recipe: str, films: str, out: str) ->
     if world == "1":
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             del os.environ[name]
-    from diffva_ray.config import make_recipe
+    from diffva_ray.config.recipe import make_recipe
     from diffva_ray.train.checkpoint import Checkpoints
     from diffva_ray.train.loop import train
 

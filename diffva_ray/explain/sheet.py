@@ -1,0 +1,170 @@
+"""The sheet of one image: the image, each counterfactual and attribution map, and the numbers, as a PNG."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from diffva_ray.config.recipe import GUESS
+from diffva_ray.data.dataset import UnusableData
+from diffva_ray.evaluate.drawing import INK, MUTED, Scale, colour_bar, colour_limit, diverging, outline, overlay, png
+from diffva_ray.explain.image import Answer, Explanation
+from diffva_ray.generate.measures import unit
+from diffva_ray.storage.store import open_file
+
+RED_ABOVE = 0.05  # a quantile of the film's own map would paint a healthy film, too
+
+
+LEAST_LIMIT = 0.1  # a map of nearly nothing looks like nearly nothing
+
+
+PANEL, GAP, LEFT, TOP, LINE = 2.15, 0.06, 1.95, 0.66, 0.15  # inches
+
+
+def write_sheet(explanation: Explanation, path: str) -> None:
+    """Draw the sheet and write it to ``path`` (a .png, local or ``s3://``). Raises UnusableData for another ending,
+    StoreError where it cannot be written."""
+    write_png(sheet(explanation), path)
+
+
+def write_png(picture: bytes, path: str) -> None:
+    """Put a drawn sheet at ``path``; raises as ``write_sheet``."""
+    check_sheet(path)
+    store, name = open_file(path)
+    store.put(name, picture)
+
+
+def check_sheet(path: str) -> None:
+    """Raises UnusableData unless ``path`` can be the name of a sheet."""
+    if not path.lower().endswith(".png"):
+        raise UnusableData(f"--out {path}: the sheet is a .png")
+
+
+def sheet(explanation: Explanation) -> bytes:
+    """PNG in the manner of a run's figures: a row per prompt with the film, its twin, the red overlay and the signed
+    map; the outline of the lesion where its mask lies beside the film."""
+    answers = explanation.answers
+    limit = colour_limit(np.concatenate([answer.signed_map.ravel() for answer in answers]), LEAST_LIMIT)
+    scale = Scale(RED_ABOVE, "fixed", limit)
+    columns = ("film", "twin", "red overlay", "signed map")
+    width = LEFT + len(columns) * (PANEL + GAP) + 0.18
+    lines = [line for part in _footer(explanation, scale) for line in textwrap.wrap(part, int(width * 18.5))]
+    foot = 0.74 + LINE * len(lines)
+    height = TOP + len(answers) * (PANEL + GAP) + foot
+    figure = Figure(figsize=(width, height), facecolor="white")
+    figure.text(0.12 / width, 1 - 0.22 / height, short_path(explanation.about["film"]), fontsize=10, color=INK,
+                weight="bold", va="center", parse_math=False)  # fmt: skip
+    for row, answer in enumerate(answers):
+        bottom = height - TOP - row * (PANEL + GAP) - PANEL
+        _side(figure, answer, 0.12 / width, bottom + PANEL, height)
+        healed = unit(answer.counterfactual)
+        red = (-1 if answer.inducing else 1) * answer.signed_map
+        pictures = (
+            explanation.film,
+            healed,
+            overlay(explanation.film, red, scale.threshold, explanation.lungs),
+            diverging(answer.signed_map, scale.limit),
+        )
+        for column, (title, picture) in enumerate(zip(columns, pictures)):
+            left = (LEFT + column * (PANEL + GAP)) / width
+            axes = figure.add_axes((left, bottom / height, PANEL / width, PANEL / height))
+            axes.set_axis_off()
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
+            if column >= 2:
+                outline(axes, explanation.lesion)
+            if row == 0:
+                axes.set_title(title, fontsize=8.5, color=INK, pad=4)
+    colour_bar(figure, scale, (LEFT + 3 * (PANEL + GAP)) / width, (foot - 0.17) / height, PANEL / width, height)
+    figure.text(0.12 / width, 0.32 / height, "\n".join(lines), fontsize=7, color=MUTED, va="bottom", linespacing=1.45,
+                parse_math=False)  # fmt: skip
+    figure.text(0.12 / width, 0.14 / height, "Not for clinical use.", fontsize=7.5, color=INK, weight="bold",
+                va="bottom")  # fmt: skip
+    return png(figure)
+
+
+def _side(figure: Figure, answer: Answer, x: float, top: float, height: float) -> None:
+    """Prompt and numbers at the left of a row whose panels end ``top`` inches above the figure's foot."""
+    prompt = textwrap.wrap(f"“{answer.prompt}”", 25)
+    if len(prompt) > 4:
+        prompt = [*prompt[:3], prompt[3][:23] + "…”"]
+    figure.text(x, (top - 0.02) / height, "\n".join(prompt), fontsize=8, color=INK, weight="bold", va="top",
+                linespacing=1.35, parse_math=False)  # fmt: skip
+    below = top - 0.12 - 0.155 * len(prompt)
+    figure.text(x, below / height, "\n".join(said(answer)), fontsize=7.5, color=MUTED, va="top", linespacing=1.55,
+                parse_math=False)  # fmt: skip
+
+
+def said(answer: Answer) -> list[str]:
+    """The numbers of one answer, a line each."""
+    numbers = answer.numbers
+    ratio = "equal images" if numbers["psnr"] is None else f"{numbers['psnr']:.1f} dB"
+    lines = [
+        f"SSIM {numbers['ssim']:.3f}",
+        f"MS-SSIM {numbers['ms_ssim']:.3f} ({numbers['ms_ssim_scales']} scales)",
+        f"PSNR {ratio} · L1 {numbers['l1']:.3f}",
+        f"map energy {numbers['map_energy']:.4f}",
+    ]
+    if numbers["map_energy_lung_fraction"] is not None:
+        lines.append(f"of it in the lungs {numbers['map_energy_lung_fraction']:.0%}")
+    if numbers["judge_source"] is not None:
+        lines.insert(0, f"healthy {numbers['judge_source']:.2f} → {numbers['judge_counterfactual']:.2f}")
+    if numbers["source_prompt"]:
+        lines.append(f"taken to show “{numbers['source_prompt']}”")
+    return lines
+
+
+def _footer(explanation: Explanation, scale: Scale) -> list[str]:
+    about, config = explanation.about, explanation.about["settings"]
+    signs = dict.fromkeys("−M" if answer.inducing else "M" for answer in explanation.answers)
+    red = " or ".join(signs) + f" > {scale.threshold:g}"
+    if "−M" in signs:
+        red += " (−M where the prompt asks for a finding)"
+    legend = [f"M: {_difference(config)}; red: {red}{', inside the lungs' if explanation.lungs is not None else ''}"]
+    if explanation.lesion is not None:
+        legend.append("outline: the lesion mask beside the film")
+    if explanation.answers[0].numbers["judge_source"] is not None:
+        legend.append("healthy: the probability that the model's judge gives film → twin")
+    if config["source_prompt"] == GUESS and not all(answer.numbers["source_prompt"] for answer in explanation.answers):
+        legend.append("the model takes the film for healthy")
+    settings = [
+        f"{about['width']} × {about['height']} px, seen at {len(explanation.film)}",
+        config["method"],
+        f"strength {config['strength']:g}",
+        f"guidance {config['guidance_scale']:g}",
+        f"{config['num_inference_steps']} steps",
+        f"scheduler {config['scheduler']}",
+    ]
+    origin = [
+        f"recipe {about['recipe']}",
+        f"model {about['model_digest'][:12]}" + (", trained on phantoms" if about["trained_on"] == "phantoms" else ""),
+        f"seed {about['run_seed']}",
+        f"diffva-ray {about['diffva_ray']} ({about['code_revision']})",
+    ]
+    return ["; ".join(legend) + ".", " · ".join(settings), " · ".join(origin)]
+
+
+def _difference(config: dict[str, Any]) -> str:
+    first = "film" if config["difference"] == "raw" else "film through the autoencoder"
+    return f"{first} − twin" + (f", smoothed by {config['smoothing']:.1%} of the width" if config["smoothing"] else "")
+
+
+def short_path(path: str) -> str:
+    """The end of a path, which is what tells films apart; folders above it are nobody's business on a sheet."""
+    end = "/".join(path.split("/")[-3:])
+    return end if len(end) <= 80 else "…" + end[-79:]
+
+
+def describe(explanation: Explanation) -> str:
+    """The numbers on a terminal, a paragraph per prompt."""
+    about = explanation.about
+    lines = [
+        f"{about['film']}: {about['width']} x {about['height']} px; model {about['model_digest'][:12]}, "
+        f"recipe {about['recipe']}, seed {about['run_seed']}"
+    ]
+    if about["trained_on"] == "phantoms":
+        lines.append("the model was trained on phantoms and has not learned real films")
+    lines += [f"“{answer.prompt}”: {' · '.join(said(answer))}" for answer in explanation.answers]
+    return "\n".join([*lines, "Not for clinical use."])

@@ -1,0 +1,114 @@
+"""What a run would do, and what it would cost: ``diffva generate --dry-run``."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffva_ray.config.recipe import Recipe, make_recipe
+from diffva_ray.data.dataset import UnusableData
+from diffva_ray.generate.cost import Pace, cost, estimate
+from diffva_ray.generate.keys import pixel_keys
+from diffva_ray.generate.plan import Request, make_plan
+from diffva_ray.generate.run import ENVIRONMENT, FOLDERS, continue_run, find_run, open_run, part
+from diffva_ray.provenance import torch_version
+from diffva_ray.storage.store import open_store
+from diffva_ray.workflows.execution import Execution
+from diffva_ray.workflows.generate import check_plan, films_to_heal, generate_run, model_digest_of
+from diffva_ray.workflows.status import read_status
+
+ROW_BYTES = 1500  # of a record in a shard of ordinary size: its row and its features
+
+
+def planned(recipe: Recipe, data: str, model: str, out: str, request: Request) -> dict[str, Any]:
+    """What ``diffva generate`` would do, for ``--dry-run``; nothing is written. Raises what it would raise, but for
+    what depends on the device."""
+    run = find_run(open_store(out))
+    if run is not None:
+        keys = pixel_keys(recipe, request, model_digest_of(model), torch_version(), run.keys["device"])
+        continue_run(run, {**keys, **{key: run.keys.get(key) for key in ENVIRONMENT}})
+        return {"out": out, "records": run.about["records"], "shards": run.shards, "pending": len(run.pending())}
+    table = make_plan(films_to_heal(recipe, data, request), recipe, request)
+    check_plan(recipe, model, table)
+    shards = len(set(table["shard"].to_pylist()))
+    return {"data": data, "out": out, "records": len(table), "shards": shards, "pending": shards}
+
+
+def planned_cost(
+    recipe: Recipe, intent: dict[str, Any], out: str, request: Request, execution: Execution, pace: Pace | None
+) -> dict[str, Any]:
+    """What is left to do at ``out`` costs: counted (``generate.cost.cost``), and estimated at ``pace``, or else at
+    that of the run's own finished shards, if it has any."""
+    run = find_run(open_store(out))
+    records, sweep = intent["records"], request.sweep
+    if run is not None:
+        status = read_status(out)
+        records, sweep, recipe = status["planned"] - status["done"], run.keys["sweep"], run.recipe
+        if pace is None and status["done"]:
+            seconds = sum(status["seconds_by_stage"].values()) / status["done"]
+            pace = Pace(seconds, None, run.keys["device"])
+    found = cost(recipe, sweep, records)
+    if pace is not None:
+        found |= estimate(pace, records, execution.actors, execution.gpus_per_actor)
+    return found
+
+
+def probe(recipe: Recipe, data: str, model: str, request: Request) -> Pace:
+    """The pace of this machine: a small run of two micro-batches in a temporary folder, of which the second counts; the
+    first warms up. Where there are fewer films, the first counts. Of a sweep, its first setting is run, and the seconds
+    are scaled by the UNet forwards of all. Raises UnusableData when no film can be healed."""
+    size = recipe.generate.micro_batch
+    small = make_recipe(recipe.model_dump(mode="json"), [f"generate.shard_size={size}"])
+    one = tuple((key, values[:1]) for key, values in request.sweep)
+    first = replace(request, limit=min(request.limit or 2 * size, 2 * size), sweep=one)
+    with tempfile.TemporaryDirectory(prefix="diffva-probe-") as folder:
+        generate_run(small, data, model, folder, first, Execution(executor="inline"))
+        run = open_run(folder)
+        shard = run.shards - 1 if run.shard_sizes()[run.shards - 1] == size else 0  # a padded one costs as much
+        images = [file for kind in FOLDERS for file in (Path(folder) / kind / part(shard)).glob("*.png")]
+        if not images:
+            raise UnusableData(f"--probe: none of the first films of {data} could be healed; see diffva inspect {data}")
+        seconds = sum(json.loads(run.store.read(f"timings/{part(shard)}.json")).values()) / run.shard_sizes()[shard]
+        stored = sum(file.stat().st_size for file in images) / (len(images) / len(FOLDERS)) + ROW_BYTES
+        if request.sweep:
+            forwards = [cost(recipe, sweep, 1)["unet_forwards_per_record"] for sweep in (request.sweep, one)]
+            seconds *= forwards[0] / forwards[1] if forwards[1] else 1.0
+        return Pace(seconds, stored, run.keys["device"])
+
+
+def micro_batches(recipe: Recipe, model: str) -> dict[int, float]:
+    """Films a second of this machine's engine by micro-batch, doubled until it gains less than a twentieth or does not
+    fit into the device's memory. The film is blank: a network's time does not depend on it. What is chosen is
+    ``generate.micro_batch``, which a run records and keeps, because it changes the last bits of pixels."""
+    import torch
+
+    from diffva_ray.counterfactual.engine import Counterfactuals
+    from diffva_ray.model.bundle import load
+
+    engine = Counterfactuals(load(model, recipe), recipe.generate)
+    film, found = np.full((engine.size, engine.size), 0.5, np.float32), dict[int, float]()
+    for size in (1, 2, 4, 8, 16, 32, 64, 128):
+        engine.config = recipe.generate.model_copy(update={"micro_batch": size})
+        try:
+            rates = []
+            for _ in range(4):  # the first one warms up
+                began = time.perf_counter()
+                engine([film] * size, [engine.settings()] * size, list(range(size)))
+                rates.append(size / (time.perf_counter() - began))
+        except (torch.OutOfMemoryError, MemoryError):
+            break
+        except RuntimeError as error:  # a CPU's allocator
+            if "allocate memory" not in str(error):
+                raise
+            break
+        found[size] = statistics.median(rates[1:])
+        if size > 1 and found[size] < 1.05 * found[size // 2]:
+            break
+    return found
