@@ -1,11 +1,11 @@
 """The leaderboard: every method and every map on the same phantoms of unseen seeds, over several training seeds.
 
-    python benchmarks/attribution.py [--work runs/attribution] [--seeds 0,1,2] [--films 300] [--recipe phantom]
+    python benchmarks/attribution.py [--work runs/attribution] [--seeds 0,1,2] [--images 300] [--recipe phantom]
 
 A training seed is a model of its own: recipe, classifier of noisy latents, ControlNet, both GANs and judge, trained on
-4000 phantoms of a seed of its own. Thresholds come from validation films, scores from test films that nothing has seen;
-the judge never guides. Every map is positive part, smoothed by the recipe's Gaussian, scored inside the lungs. Rows
-called *sanity* must fall to the baselines. What is finished below --work is not made again.
+4000 phantoms of a seed of its own. Thresholds come from validation images, scores from test images that nothing has
+seen; the judge never guides. Every map is positive part, smoothed by the recipe's Gaussian, scored inside the lungs.
+Rows called *sanity* must fall to the baselines. What is finished below --work is not made again.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from matplotlib.figure import Figure
 
 from diffva_ray.config.methods import METHODS as KNOWN
 from diffva_ray.config.recipe import Recipe, load_recipe, make_recipe
-from diffva_ray.counterfactual.gradients import BASELINES, FilmClassifier
+from diffva_ray.counterfactual.gradients import BASELINES, ImageClassifier
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.images import decode_map
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.evaluate.drawing import DIVERGING, INK, outline, png
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import by_shard, read_images, read_records, read_truth
-from diffva_ray.evaluate.scores import score_film
+from diffva_ray.evaluate.scores import score_image
 from diffva_ray.generate.cost import calls
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run, open_run
@@ -47,7 +47,7 @@ from diffva_ray.workflows.reduce import reduce
 from diffva_ray.workflows.status import read_status
 from diffva_ray.workflows.train import train_model
 
-TRAINING_FILMS = 4000
+TRAINING_IMAGES = 4000
 SEEDS = {"train": 100, "validation": 101, "test": 103}  # of phantoms; other than the demo's
 PAPER = {"method": "sdedit", "scheduler": "pndm", "strength": 0.55, "guidance_scale": 4.0, "num_inference_steps": 75,
          "difference": "raw", "smoothing": 0.0, "source_prompt": "", "negative_prompt": ""}  # fmt: skip
@@ -81,7 +81,7 @@ SCALE = 0.35  # of the picture's maps, grey levels
 SCORES = ("auroc", "auprc", "dice_best", "dice_fixed", "pointing_game", "energy_in_truth")
 
 
-def films(work: Path, split: str, seed: int, count: int, size: int) -> str:
+def images(work: Path, split: str, seed: int, count: int, size: int) -> str:
     folder = work / f"{split}-{seed}"
     if not (folder / "phantoms.json").exists():
         for _ in phantom_set(open_store(str(folder)), count, size, 1000 * seed + SEEDS[split]):
@@ -99,7 +99,7 @@ def trained(work: Path, recipe: Recipe, data: str, name: str, seed: int, extras:
 
 
 def permuted(data: str, seed: int) -> str:
-    """A manifest of the same films with their labels shuffled."""
+    """A manifest of the same images with their labels shuffled."""
     root = Path(data)
     paths = sorted(path.relative_to(root) for path in root.glob("*/images/*.png"))
     labels = np.random.default_rng(seed).permutation([path.parts[0] for path in paths])
@@ -130,7 +130,7 @@ def made(recipe: Recipe, data: str, model: str, out: Path, request: Request, thr
 
 def maps_of(run: Run) -> tuple[list[np.ndarray], list[np.ndarray | None], np.ndarray]:
     """Positive parts, regions and image-level scores (98 % quantile of the positive part in the region) of a run's
-    films."""
+    images."""
     saliency, regions = [], []
     for row in read_records(run).to_dict("records"):
         saliency.append(positive(decode_map(run.store.read(row["attribution_path"]))))
@@ -144,7 +144,7 @@ def rank_auroc(ill: np.ndarray, healthy: np.ndarray) -> float:
 
 
 def row_of(name: str, recipe: Recipe, model: str, data: dict[str, str], out: Path, request: Request) -> dict[str, Any]:
-    """One line of the table: abnormal films for scores, healthy ones for false attribution."""
+    """One line of the table: abnormal images for scores, healthy ones for false attribution."""
     metrics: dict[str, Any] = {}
     for split, source in (("validation", None), ("test", out / "validation")):
         metrics = made(recipe, data[split], model, out / split, request, source)
@@ -153,42 +153,43 @@ def row_of(name: str, recipe: Recipe, model: str, data: dict[str, str], out: Pat
     for split in ("validation", "test"):
         generate_run(recipe, data[split], model, str(out / f"healthy-{split}"), healthy, Execution(executor="inline"))
     runs = {name: open_run(str(out / name)) for name in ("test", "healthy-validation", "healthy-test")}
-    (_, _, ill), (calm, lungs, _), (unseen, places, well) = (maps_of(run) for run in runs.values())
+    (_, _, ill), (calm, lungs, _), (unseen, localization, well) = (maps_of(run) for run in runs.values())
     threshold = conformal_threshold(calm, lungs)
     place = of(metrics, "localization", map="positive", label="all")
-    twin, flips = of(metrics, "twin", label="all"), of(metrics, "validity", label="all")
+    counterfactual, flips = of(metrics, "ground_truth", label="all"), of(metrics, "validity", label="all")
     counted = calls(recipe.generate.model_dump(), len(recipe.data.prompts))
     by_class = {row["label"]: row["auroc"] for row in metrics["localization"] if row["map"] == "positive"}
     return {
         "method": name,
         **{key: place.get(key) for key in SCORES},
         "auroc_absolute": of(metrics, "localization", map="absolute", label="all").get("auroc"),
-        "psnr_twin": twin.get("psnr"),
-        "lesion_error_left": twin.get("lesion_error_ratio"),
+        "psnr_counterfactual": counterfactual.get("psnr"),
+        "lesion_error_left": counterfactual.get("lesion_error_ratio"),
         "ssim_input": of(metrics, "ssim", label="all").get("ssim"),
         "flip_rate": flips.get("flip_rate"),
         "image_auroc": rank_auroc(ill, well),
-        "energy_on_healthy_films": float(np.mean([found.mean() for found in unseen])),
+        "energy_on_healthy_images": float(np.mean([found.mean() for found in unseen])),
         "conformal_threshold": threshold,
-        "conformal_share_unseen": float(np.mean([attributed(m, r, threshold) for m, r in zip(unseen, places)])),
+        "conformal_share_unseen": float(np.mean([attributed(m, r, threshold) for m, r in zip(unseen, localization)])),
         **{f"auroc {label}": value for label, value in by_class.items() if label != "all"},
         "unet_calls": counted.unet,
-        "core_seconds_a_film": sum(status["seconds_by_stage"].values()) / status["done"],
+        "core_seconds_a_image": sum(status["seconds_by_stage"].values()) / status["done"],
     }
 
 
 def gradient_rows(run: Run, model: str, smoothing: float) -> list[dict[str, Any]]:
-    """Gradient maps of the latent classifier, a competitor without a twin, on the films of a finished run."""
-    classifier = FilmClassifier(LatentDiffusion(load(model)))
+    """Gradient maps of the latent classifier, a competitor without a counterfactual, on the images of a finished
+    run."""
+    classifier = ImageClassifier(LatentDiffusion(load(model)))
     rows = []
     for members in by_shard(read_records(run).to_dict("records")).values():
         images = [read_images(run, row) for row in members]
         truths = [read_truth(run, row, {}) for row in members]
-        stacked = np.stack([image.film for image in images])
+        stacked = np.stack([image.image for image in images])
         for name, function in BASELINES.items():
             found = function(classifier, stacked)
             for saliency, truth in zip(found, truths, strict=True):
-                rows += score_film({name: smooth(positive(np.asarray(saliency)), smoothing)}, truth)
+                rows += score_image({name: smooth(positive(np.asarray(saliency)), smoothing)}, truth)
     table = pd.DataFrame([{key: row[key] for key in ("map", *SCORES) if key in row} for row in rows])
     return [
         {"method": f"latent classifier: {name}", **group.drop(columns="map").mean().to_dict()}
@@ -197,11 +198,11 @@ def gradient_rows(run: Run, model: str, smoothing: float) -> list[dict[str, Any]
 
 
 def picture(folder: Path) -> bytes:
-    """A film of each class in a row of its own: the film, its true twin, and of every method below ``folder`` the twin
-    and, under it, the signed map; all maps in one scale."""
+    """An image of each class in a row of its own: the image, its ground-truth counterfactual, and of every method below
+    ``folder`` the counterfactual and, under it, the signed map; all maps in one scale."""
     names = [name for name in METHODS if (folder / slug(name) / "test" / "_SUCCESS").exists()]
     runs = {name: open_run(str(folder / slug(name) / "test")) for name in names}
-    tables = {name: read_records(run).set_index("source_path") for name, run in runs.items()}
+    tables = {name: read_records(run).set_index("image_path") for name, run in runs.items()}
     first = tables[names[0]]
     paths = [sorted(first.index[first["label"] == label])[0] for label in dict.fromkeys(first["label"])]
     figure = Figure(figsize=(1.02 * (len(names) + 1), 2.2 * len(paths) + 0.55), facecolor="white")
@@ -210,9 +211,9 @@ def picture(folder: Path) -> bytes:
     )
     figure.subplots_adjust(0.005, 0.005, 0.995, 1 - 0.5 / figure.get_figheight())
     for row, path in enumerate(paths):
-        truth = read_truth(runs[names[0]], {**first.loc[path].to_dict(), "source_path": path}, {})
+        truth = read_truth(runs[names[0]], {**first.loc[path].to_dict(), "image_path": path}, {})
         for column, name in enumerate(names, 1):
-            record = {**tables[name].loc[path].to_dict(), "source_path": path}
+            record = {**tables[name].loc[path].to_dict(), "image_path": path}
             images = read_images(runs[name], record)
             above, below = panels[2 * row : 2 * row + 2, column]
             above.imshow(images.counterfactual, cmap="gray", vmin=0, vmax=1)
@@ -221,10 +222,12 @@ def picture(folder: Path) -> bytes:
             if row == 0:
                 above.set_title(name.replace(", ", ",\n").replace("inversion", "inv."), fontsize=6.5, color=INK, pad=3)
         above, below = panels[2 * row : 2 * row + 2, 0]
-        above.imshow(images.film, cmap="gray", vmin=0, vmax=1)
-        below.imshow(images.film if truth.twin is None else truth.twin, cmap="gray", vmin=0, vmax=1)
+        above.imshow(images.image, cmap="gray", vmin=0, vmax=1)
+        below.imshow(
+            images.image if truth.counterfactual is None else truth.counterfactual, cmap="gray", vmin=0, vmax=1
+        )
         if row == 0:
-            above.set_title("film, and under it\nits true twin", fontsize=6.5, color=INK, pad=3)
+            above.set_title("image, and under it\nits ground-truth counterfactual", fontsize=6.5, color=INK, pad=3)
     for axes in panels.flat:
         axes.set_axis_off()
     return png(figure)
@@ -236,8 +239,8 @@ def slug(name: str) -> str:
 
 def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str, ...]) -> list[dict[str, Any]]:
     size, folder = recipe.model.resolution, work / f"seed-{seed}"
-    train = films(work, "train", seed, TRAINING_FILMS, size)
-    data = {split: films(work, split, 0, n, size) for split, n in (("validation", 160), ("test", count * 4 // 3))}
+    train = images(work, "train", seed, TRAINING_IMAGES, size)
+    data = {split: images(work, split, 0, n, size) for split, n in (("validation", 160), ("test", count * 4 // 3))}
 
     def asked(name: str) -> bool:
         return not only or any(text in name for text in only)
@@ -280,7 +283,7 @@ def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str,
 @click.command()
 @click.option("--work", default="runs/attribution", show_default=True, type=click.Path(path_type=Path))
 @click.option("--seeds", default="0,1,2", show_default=True, help="Of training.")
-@click.option("--films", "count", default=300, show_default=True, help="Abnormal test films.")
+@click.option("--images", "count", default=300, show_default=True, help="Abnormal test images.")
 @click.option("--recipe", "recipe_name", default="phantom", show_default=True)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of the recipe; repeatable.")
 @click.option("--threads", default=1, show_default=True)
@@ -299,12 +302,12 @@ def main(
     table = pd.DataFrame(rows)
     grouped = table.drop(columns="seed").groupby("method", sort=False)
     about = {
-        "command": f"python benchmarks/attribution.py --seeds {seeds} --films {count} --recipe {recipe_name}"
+        "command": f"python benchmarks/attribution.py --seeds {seeds} --images {count} --recipe {recipe_name}"
         + "".join(f" --set {text}" for text in overrides),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {name: version(name) for name in ("torch", "diffusers", "captum")},
         "code_revision": code_revision(),
-        "test_films": count,
+        "test_images": count,
         "mean": json.loads(grouped.mean().reset_index().to_json(orient="records")),
         "spread": json.loads(grouped.std().reset_index().to_json(orient="records")) if len(numbers) > 1 else None,
         "rows": json.loads(table.to_json(orient="records")),

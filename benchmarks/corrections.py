@@ -1,9 +1,9 @@
-"""What each correction of the paper's recipe is worth, on the demo's model and films.
+"""What each correction of the paper's recipe is worth, on the demo's model and images.
 
     make demo && python benchmarks/corrections.py
 
-Every row changes one thing from the row above it. Thresholds are fixed on the validation films, scores are of the test
-films, inside the lungs, with the positive part of each row's map; trivial baselines stand below.
+Every row changes one thing from the row above it. Thresholds are fixed on the validation images, scores are of the test
+images, inside the lungs, with the positive part of each row's map; trivial baselines stand below.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PAPER = {
 STEPS: list[tuple[str, dict[str, object]]] = [
     ("the paper's settings (0.55 / 4 / PNDM 75, raw map)", {}),
     ("+ PNDM aligned, posterior mean", {"scheduler": "pndm", "posterior": "mode"}),
-    ("+ map against the autoencoder's film", {"difference": "compensated"}),
+    ("+ map against the autoencoder's image", {"difference": "compensated"}),
     ("+ map smoothed", {"smoothing": 0.024}),
     ("+ DDIM, 20 steps", {"scheduler": "ddim", "num_inference_steps": 20}),
     (
@@ -74,7 +74,10 @@ def main(demo: str, result: Path) -> None:
                 generate_run(recipe, f"{demo}/data/{split}", f"{demo}/model", out, Request())
                 options = Options(threshold_from=f"{demo}/corrections/{turn}-{source}" if source else None)
                 metrics = reduce(open_run(out), options).metrics
-            place, twin = of(metrics, "localization", map="positive", label="all"), of(metrics, "twin", label="all")
+            place, counterfactual = (
+                of(metrics, "localization", map="positive", label="all"),
+                of(metrics, "ground_truth", label="all"),
+            )
             table.append(
                 {
                     "recipe": name,
@@ -83,8 +86,8 @@ def main(demo: str, result: Path) -> None:
                     "dice_fixed": place["dice_fixed"],
                     "auroc_absolute": of(metrics, "localization", map="absolute", label="all")["auroc"],
                     "flip_rate": of(metrics, "validity", label="all")["flip_rate"],
-                    "lesion_error_left": twin["lesion_error_ratio"],
-                    "psnr_twin": twin["psnr"],
+                    "lesion_error_left": counterfactual["lesion_error_ratio"],
+                    "psnr_counterfactual": counterfactual["psnr"],
                     "unet_calls": calls(recipe.generate.model_dump(), len(recipe.data.prompts)).unet,
                     "seconds": round(time.monotonic() - began),
                 }
@@ -98,7 +101,7 @@ def main(demo: str, result: Path) -> None:
         "versions": {name: version(name) for name in ("torch", "diffusers", "ray")},
         "code_revision": code_revision(),
         "model_digest": card["digest"],
-        "test_films": metrics["records"]["ok"],
+        "test_images": metrics["records"]["ok"],
         "table": table,
     }
     result.parent.mkdir(parents=True, exist_ok=True)

@@ -58,11 +58,11 @@ def turn(executor: str, words: list[str], out: Path, cores: str) -> dict[str, An
 
 
 def run_pixels(out: Path) -> list[str]:
-    """The hashes of all twins, by record."""
+    """The hashes of all counterfactuals, by record."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(out / "records", columns=["record_id", "pixel_sha256"]).to_pydict()
-    return [sha256 for _, sha256 in sorted(zip(table["record_id"], table["pixel_sha256"], strict=True))]
+    table = pq.read_table(out / "records", columns=["record_id", "counterfactual_sha256"]).to_pydict()
+    return [sha256 for _, sha256 in sorted(zip(table["record_id"], table["counterfactual_sha256"], strict=True))]
 
 
 @click.command()

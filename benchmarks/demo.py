@@ -22,7 +22,8 @@ BASELINES = ("brightness", "autoencoder_difference", "centre_prior")
 
 
 def row_of(metrics: dict[str, Any], name: str, place: str, judged: bool) -> dict[str, Any]:
-    """One line: localisation of the map ``place``, and flip rate and twin of the run where they are its own."""
+    """One line: localisation of the map ``place``, and flip rate and counterfactual of the run where they are its
+    own."""
     found = [row for row in metrics["localization"] if row["map"] == place]
     everyone = overall(found) or {}
     row = {"row": name, "auroc": everyone["auroc"], "auroc_interval": everyone["auroc_interval"],
@@ -30,7 +31,7 @@ def row_of(metrics: dict[str, Any], name: str, place: str, judged: bool) -> dict
            "dice_fixed": everyone["dice_fixed"]}  # fmt: skip
     if judged:
         row["flip_rate"] = (overall(metrics["validity"]) or {})["flip_rate"]
-        row["lesion_error_left"] = (overall(metrics["twin"]) or {})["lesion_error_ratio"]
+        row["lesion_error_left"] = (overall(metrics["ground_truth"]) or {})["lesion_error_ratio"]
     return row
 
 
@@ -51,7 +52,7 @@ def main(demo: str, result: Path) -> None:
         "versions": {key: version(key) for key in ("torch", "diffusers")},
         "code_revision": run.about["code_revision"],
         "model_digest": run.keys["model_digest"],
-        "films": ours["records"]["ok"],
+        "images": ours["records"]["ok"],
         "rows": rows,
     }
     result.write_text(json.dumps(about, indent=1))

@@ -1,13 +1,13 @@
-"""The engine beside StableDiffusionImg2ImgPipeline: same model, scheduler, steps, guidance, dtype, films and cores.
+"""The engine beside StableDiffusionImg2ImgPipeline: same model, scheduler, steps, guidance, dtype, images and cores.
 
     python benchmarks/engine.py --model runs/demo/model --out benchmarks/results/engine_cpu.json
     python benchmarks/engine.py --device cuda --recipe benchmarks/sd14_random.yaml --dtype float16 \
         --edit 0.55,50 --edit 0.85,75 --batches 1,4,8,16,32,64 --out benchmarks/results/engine_gpu.json
 
-The pipeline stands for the loop a user would write: one film a call, and its best batch; also channels_last, compiled
-(``--compiled``), and on a CPU as one process for each core. Ours does more for a film: it also decodes what the
+The pipeline stands for the loop a user would write: one image a call, and its best batch; also channels_last, compiled
+(``--compiled``), and on a CPU as one process for each core. Ours does more for an image: it also decodes what the
 autoencoder alone makes of it, without which there is no compensated map. So the pipeline stands twice: as it is, and
-``with the reconstruction``, for which it encodes the films once more and decodes that. Every contender is a process of
+``with the reconstruction``, for which it encodes the images once more and decodes that. Every contender is a process of
 its own that loads, warms up and then waits for its turn; turns are interleaved, ratios are taken within a round. In
 float32 the pictures must agree to 1e-4, or nothing is written.
 """
@@ -34,7 +34,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffva_ray.config.recipe import load_recipe
-from diffva_ray.counterfactual.engine import Counterfactuals, Settings
+from diffva_ray.counterfactual.engine import CounterfactualEngine, SamplingSettings
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import Bundle, build, load
 from diffva_ray.model.schedulers import schedule
@@ -42,12 +42,12 @@ from diffva_ray.provenance import code_revision, version
 
 PROMPT, GUIDANCE = "normal chest scan", 4.0
 AGREE = 1e-4  # of grey levels of 1, in float32
-Films = NDArray[np.float32]
+Images = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to heal the films: who, in batches of what size, in how many processes of how many threads."""
+    """One way to generate the images: who, in batches of what size, in how many processes of how many threads."""
 
     who: str  # ours, diffusers
     batch: int
@@ -74,13 +74,13 @@ class Task:
     dtype: str
     strength: float
     steps: int
-    films: int
+    images: int
 
 
-def films_of(task: Task, size: int) -> Films:
-    """Phantoms on 8 bits, which a pipeline takes as pictures: [films, size, size] in [0, 1]."""
-    made = [phantom(("COVID", "Lung_Opacity")[n % 2], n, 1, size).film for n in range(task.films)]
-    return np.stack([np.round(film * 255).astype(np.float32) / 255 for film in made])
+def images_of(task: Task, size: int) -> Images:
+    """Phantoms on 8 bits, which a pipeline takes as pictures: [images, size, size] in [0, 1]."""
+    made = [phantom(("COVID", "Lung_Opacity")[n % 2], n, 1, size).image for n in range(task.images)]
+    return np.stack([np.round(image * 255).astype(np.float32) / 255 for image in made])
 
 
 def bundle_of(task: Task) -> Bundle:
@@ -91,14 +91,14 @@ def bundle_of(task: Task) -> Bundle:
 
 
 def ours(task: Task, one: Contender) -> Any:
-    """``heal(films, seeds)`` by the engine, in micro-batches."""
+    """``generate(images, seeds)`` by the engine, in micro-batches."""
     bundle = bundle_of(task)
     changes = {
         "micro_batch": one.batch, "dtype": task.dtype, "cpu_threads": one.threads,
         "posterior": "sample", "source_prompt": "", "negative_prompt": "",
     }  # fmt: skip
-    engine = Counterfactuals(bundle, bundle.recipe.generate.model_copy(update=changes), task.device)
-    settings = Settings(
+    engine = CounterfactualEngine(bundle, bundle.recipe.generate.model_copy(update=changes), task.device)
+    settings = SamplingSettings(
         prompt=PROMPT,
         method="sdedit",
         scheduler="pndm-diffusers",
@@ -107,19 +107,19 @@ def ours(task: Task, one: Contender) -> Any:
         num_inference_steps=task.steps,
     )
 
-    def heal(films: Films, seeds: list[int]) -> Films:
+    def generate(images: Images, seeds: list[int]) -> Images:
         made = [
-            engine(list(films[at : at + one.batch]), [settings] * len(films[at : at + one.batch]),
+            engine(list(images[at : at + one.batch]), [settings] * len(images[at : at + one.batch]),
                    seeds[at : at + one.batch]).counterfactuals
-            for at in range(0, len(films), one.batch)
+            for at in range(0, len(images), one.batch)
         ]  # fmt: skip
         return np.concatenate(made)
 
-    return heal, engine
+    return generate, engine
 
 
 def diffusers(task: Task, one: Contender) -> Any:
-    """The same by StableDiffusionImg2ImgPipeline, a generator for each film."""
+    """The same by StableDiffusionImg2ImgPipeline, a generator for each image."""
     torch.set_num_threads(one.threads)
     bundle = bundle_of(task)
     parts = {name: module.to(task.device, getattr(torch, task.dtype)).eval() for name, module in bundle.modules.items()}
@@ -136,10 +136,10 @@ def diffusers(task: Task, one: Contender) -> Any:
         pipeline.unet.compile()
         pipeline.vae.decoder.compile()
 
-    def heal(films: Films, seeds: list[int]) -> Films:
-        pictures = [Image.fromarray(np.round(film * 255).astype(np.uint8)).convert("RGB") for film in films]
+    def generate(images: Images, seeds: list[int]) -> Images:
+        pictures = [Image.fromarray(np.round(image * 255).astype(np.uint8)).convert("RGB") for image in images]
         made = []
-        for at in range(0, len(films), one.batch):
+        for at in range(0, len(images), one.batch):
             batch = pictures[at : at + one.batch]
             if one.reconstructs:
                 reconstruct(pipeline, batch)
@@ -152,12 +152,12 @@ def diffusers(task: Task, one: Contender) -> Any:
             )  # fmt: skip
         return np.concatenate(made)
 
-    return heal, None
+    return generate, None
 
 
 @torch.inference_mode()
-def reconstruct(pipeline: StableDiffusionImg2ImgPipeline, pictures: list[Image.Image]) -> Films:
-    """What the autoencoder alone makes of the films."""
+def reconstruct(pipeline: StableDiffusionImg2ImgPipeline, pictures: list[Image.Image]) -> Images:
+    """What the autoencoder alone makes of the images."""
     vae = pipeline.vae
     pixels = pipeline.image_processor.preprocess(pictures).to(vae.device, vae.dtype)
     decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
@@ -165,38 +165,38 @@ def reconstruct(pipeline: StableDiffusionImg2ImgPipeline, pictures: list[Image.I
 
 
 def serve(pipe: Connection, task: Task, one: Contender, share: int) -> None:
-    """A process of a contender: its share of the films, whenever it is told; answers with its CPU seconds, peak bytes
+    """A process of a contender: its share of the images, whenever it is told; answers with its CPU seconds, peak bytes
     on the device and pictures."""
     torch.set_num_threads(one.threads)
     torch.backends.cudnn.benchmark = False
-    heal, engine = (ours if one.who == "ours" else diffusers)(task, one)
+    generate, engine = (ours if one.who == "ours" else diffusers)(task, one)
     size = load_recipe(task.recipe).model.resolution if task.recipe else load(str(task.model)).recipe.model.resolution
     mine = slice(share, None, one.processes)
-    films, seeds = films_of(task, size)[mine], list(range(task.films))[mine]
+    images, seeds = images_of(task, size)[mine], list(range(task.images))[mine]
     began = time.perf_counter()
-    heal(films[: one.batch], seeds[: one.batch])
+    generate(images[: one.batch], seeds[: one.batch])
     pipe.send(time.perf_counter() - began)
     while (word := pipe.recv()) != "end":
         if word == "stages":
-            pipe.send(stages(engine, heal, films, seeds))
+            pipe.send(stages(engine, generate, images, seeds))
             continue
         before = time.process_time()
-        made = heal(films, seeds)
+        made = generate(images, seeds)
         peak = torch.cuda.max_memory_allocated() if task.device == "cuda" else 0
         pipe.send((time.process_time() - before, peak, made))
 
 
-def stages(engine: Counterfactuals, heal: Any, films: Films, seeds: list[int]) -> dict[str, float]:
+def stages(engine: CounterfactualEngine, generate: Any, images: Images, seeds: list[int]) -> dict[str, float]:
     """Share of the time that the engine spends encoding, denoising and decoding."""
     engine.watch.seconds = {}
     began = time.perf_counter()
-    heal(films, seeds)
+    generate(images, seeds)
     whole = time.perf_counter() - began
     spent = {stage: seconds / whole for stage, seconds in engine.watch.seconds.items()}
     return {stage: round(share, 4) for stage, share in {**spent, "denoise": 1 - sum(spent.values())}.items()}
 
 
-class Player:
+class Trainable:
     """A contender's processes, warm and waiting."""
 
     def __init__(self, task: Task, one: Contender) -> None:
@@ -213,18 +213,18 @@ class Player:
         self.warm_up = max(pipe.recv() for pipe in self.pipes)
 
     def play(self) -> dict[str, Any]:
-        """All films once: films a second, CPU seconds a film, peak memory, and the pictures."""
+        """All images once: images a second, CPU seconds an image, peak memory, and the pictures."""
         began = time.perf_counter()
         for pipe in self.pipes:
             pipe.send("go")
         answers = [pipe.recv() for pipe in self.pipes]
         wall = time.perf_counter() - began
-        made = np.empty((self.task.films, *answers[0][2].shape[1:]), np.float32)
+        made = np.empty((self.task.images, *answers[0][2].shape[1:]), np.float32)
         for share, (_, _, pictures) in enumerate(answers):
             made[share :: self.one.processes] = pictures
         return {
-            "rate": self.task.films / wall,
-            "cpu": sum(cpu for cpu, _, _ in answers) / self.task.films,
+            "rate": self.task.images / wall,
+            "cpu": sum(cpu for cpu, _, _ in answers) / self.task.images,
             "peak": sum(peak for _, peak, _ in answers),
             "made": made,
         }
@@ -258,8 +258,8 @@ def matmul_rate(device: str, dtype: str) -> float:
     return 2 * side**3 / best / 1e12
 
 
-def tflop_of_a_film(task: Task) -> float:
-    """Counted, of what our engine does for a film: one encoding, guided steps, two decodings."""
+def tflop_of_a_image(task: Task) -> float:
+    """Counted, of what our engine does for an image: one encoding, guided steps, two decodings."""
     bundle = bundle_of(task)
     size, cells = bundle.recipe.model.resolution, bundle.recipe.model.resolution // bundle.latent_scale
     with torch.device("meta"):
@@ -285,13 +285,13 @@ def best_of(task: Task, candidates: list[Contender]) -> tuple[Contender, dict[st
     rates = {}
     for one in candidates:
         try:
-            player = Player(task, one)
+            player = Trainable(task, one)
             rates[one] = player.play()["rate"]
             player.end()
         except EOFError:  # the process is gone: out of memory, or no compiler
             click.echo(f"  {one.name}: failed")
             continue
-        click.echo(f"  {one.name}: {rates[one]:.2f} films/s")
+        click.echo(f"  {one.name}: {rates[one]:.2f} images/s")
     return max(rates, key=lambda one: rates[one]), {one.name: round(rate, 3) for one, rate in rates.items()}
 
 
@@ -316,7 +316,7 @@ def compare(task: Task, cores: int, batches: list[int], rounds: int, compiled: b
         field += [replace(batch, processes=cores, threads=1), replace(own, processes=1, threads=cores)]
     if compiled:
         field.append(replace(batch, compiled=True))
-    players = [Player(task, one) for one in field]
+    players = [Trainable(task, one) for one in field]
     turns: dict[Contender, list[dict[str, Any]]] = {one: [] for one in field}
     for number in range(rounds):
         for player in players[:: 1 if number % 2 else -1]:
@@ -330,14 +330,14 @@ def compare(task: Task, cores: int, batches: list[int], rounds: int, compiled: b
     if task.dtype == "float32" and max(apart.values()) > AGREE:
         raise click.ClickException(f"the pictures differ by {max(apart.values()):.2g}: not the same work")
     rate = {one: [turn["rate"] for turn in turns[one]] for one in field}
-    work, limit = tflop_of_a_film(task), matmul_rate(task.device, task.dtype)
-    busy = statistics.median(1 / turn["rate"] if gpu else turn["cpu"] for turn in turns[own])  # seconds a film
+    work, limit = tflop_of_a_image(task), matmul_rate(task.device, task.dtype)
+    busy = statistics.median(1 / turn["rate"] if gpu else turn["cpu"] for turn in turns[own])  # seconds an image
     return {
         "strength": task.strength,
         "steps": task.steps,
-        "probes_films_per_second": probes | more,
-        "films_per_second": {one.name: spread(rate[one]) for one in field},
-        "cpu_seconds_a_film": {one.name: spread([turn["cpu"] for turn in turns[one]]) for one in field},
+        "probes_images_per_second": probes | more,
+        "images_per_second": {one.name: spread(rate[one]) for one in field},
+        "cpu_seconds_a_image": {one.name: spread([turn["cpu"] for turn in turns[one]]) for one in field},
         "ours_over": {
             one.name: spread([a / b for a, b in zip(rate[own], rate[one], strict=True)]) for one in field[1:]
         },
@@ -348,7 +348,7 @@ def compare(task: Task, cores: int, batches: list[int], rounds: int, compiled: b
         "largest_difference_of_pictures": {one.name: apart[one] for one in field[1:]},
         "warm_up_seconds": warm,
         "shares_of_time": shares,
-        "tflop_a_film": round(work, 4),
+        "tflop_a_image": round(work, 4),
         "matmul_tflops": round(limit, 4),
         "mfu": round(work / busy / limit, 3),
         "peak_device_gib": {one.name: round(max(turn["peak"] for turn in turns[one]) / 2**30, 2) for one in field}
@@ -364,13 +364,13 @@ def compare(task: Task, cores: int, batches: list[int], rounds: int, compiled: b
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]))
 @click.option("--edit", "edits", multiple=True, default=["0.55,20"], show_default=True, help="STRENGTH,STEPS; repeat.")
 @click.option("--batches", default="1,2,4,8,16,32", show_default=True, help="Sizes both sides may choose from.")
-@click.option("--films", default=32, show_default=True)
+@click.option("--images", default=32, show_default=True)
 @click.option("--cores", default=os.cpu_count() or 1, show_default=True, help="Cores that either side uses.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--compiled", is_flag=True, help="Also the pipeline under torch.compile (minutes on a CPU).")
 @click.option("--out", type=click.Path(path_type=Path), default=None)
 def main(
-    model: str | None, recipe: str | None, device: str, dtype: str, edits: tuple[str, ...], batches: str, films: int,
+    model: str | None, recipe: str | None, device: str, dtype: str, edits: tuple[str, ...], batches: str, images: int,
     cores: int, rounds: int, compiled: bool, out: Path | None,
 ) -> None:  # fmt: skip
     if (model is None) == (recipe is None):
@@ -380,10 +380,10 @@ def main(
     found = []
     for edit in edits:
         strength, _, steps = edit.partition(",")
-        task = Task(model, recipe, device, dtype, float(strength), int(steps), films)
+        task = Task(model, recipe, device, dtype, float(strength), int(steps), images)
         found.append(compare(task, cores, sizes, rounds, compiled))
     words = ["--model MODEL" if model else f"--recipe {recipe}", f"--device {device}", f"--dtype {dtype}"]
-    words += [*(f"--edit {edit}" for edit in edits), f"--batches {batches}", f"--films {films}", f"--cores {cores}"]
+    words += [*(f"--edit {edit}" for edit in edits), f"--batches {batches}", f"--images {images}", f"--cores {cores}"]
     words += [f"--rounds {rounds}", *(["--compiled"] if compiled else [])]
     result = {
         "command": " ".join(["python benchmarks/engine.py", *words]),

@@ -1,10 +1,10 @@
-"""From PNG files to one FID, cold, beside pytorch-fid on the same films, weights and cores.
+"""From PNG files to one FID, cold, beside pytorch-fid on the same images, weights and cores.
 
-    python benchmarks/fid.py --films 150 --out benchmarks/results/fid.json
+    python benchmarks/fid.py --images 150 --out benchmarks/results/fid.json
 
 Weights are random (kaiming, seed 0) in pytorch-fid's architecture, as the real ones cannot be had everywhere; the time
 does not depend on them. Each measurement is a process of its own, from its first import to the number; CPU seconds are
-all threads', which a busy machine does not change as it does the wall clock. Memory: ours again with twice the films.
+all threads', which a busy machine does not change as it does the wall clock. Memory: ours again with twice the images.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ SIDE = 299
 LIBRARIES = ("torch", "numpy", "scipy", "pytorch_fid", "torchvision")
 
 
-def write_films(folder: Path, label: str, films: int) -> None:
+def write_images(folder: Path, label: str, images: int) -> None:
     """Phantoms of the Radiography Database's size."""
     from diffva_ray.data.encoding import encode_grey, quantise
     from diffva_ray.data.phantoms import phantom
 
     folder.mkdir(parents=True)
-    for patient in range(films):
-        (folder / f"{patient:05d}.png").write_bytes(encode_grey(quantise(phantom(label, patient, 6, SIDE).film)))
+    for patient in range(images):
+        (folder / f"{patient:05d}.png").write_bytes(encode_grey(quantise(phantom(label, patient, 6, SIDE).image)))
 
 
 def write_weights(path: Path) -> None:
@@ -107,11 +107,11 @@ def report(which: str, first: str, second: str, weights: str, threads: int) -> N
 
 
 @click.command()
-@click.option("--films", default=150, show_default=True, help="Films of each set.")
+@click.option("--images", default=150, show_default=True, help="Images of each set.")
 @click.option("--threads", default=os.cpu_count() or 1, help="Cores of either side.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Where the result file goes.")
 @click.option("--one", nargs=5, hidden=True)
-def main(films: int, threads: int, out: Path | None, one: tuple[str, str, str, str, str] | None) -> None:
+def main(images: int, threads: int, out: Path | None, one: tuple[str, str, str, str, str] | None) -> None:
     if one:
         report(*one[:4], int(one[4]))
         return
@@ -119,8 +119,8 @@ def main(films: int, threads: int, out: Path | None, one: tuple[str, str, str, s
         folder, weights = Path(name), Path(name) / "weights.pth"
         write_weights(weights)
         for label, place in (("Normal", "a"), ("COVID", "b")):
-            write_films(folder / place, label, films)
-            write_films(folder / f"{place}2", label, 2 * films)
+            write_images(folder / place, label, images)
+            write_images(folder / f"{place}2", label, 2 * images)
         theirs = measured("pytorch-fid", folder / "a", folder / "b", weights, threads)
         own = measured("ours", folder / "a", folder / "b", weights, threads)
         twice = measured("ours", folder / "a2", folder / "b2", weights, threads)
@@ -128,17 +128,17 @@ def main(films: int, threads: int, out: Path | None, one: tuple[str, str, str, s
 
     result = {
         "what": "PNG files to one FID, a process each from first import to number; random Inception weights",
-        "films": [films, films],
+        "images": [images, images],
         "side": SIDE,
         "threads": threads,
         "pytorch_fid": theirs,
         "ours": own,
-        "ours_twice_the_films": twice,
+        "ours_twice_the_images": twice,
         "ratio_wall": round(theirs["seconds"] / own["seconds"], 2),
         "ratio_cpu": round(theirs["cpu_seconds"] / own["cpu_seconds"], 2),
         "ratio_distance": round(theirs["seconds_distance"] / own["seconds_distance"], 1),
         "relative_difference": abs(own["value"] / theirs["value"] - 1),
-        "note": "with fewer films than dimensions pytorch-fid's sqrtm is off by about 1e-6 of the traces",
+        "note": "with fewer images than dimensions pytorch-fid's sqrtm is off by about 1e-6 of the traces",
         "machine": {"cpus": os.cpu_count(), "system": platform.platform()},
         "load_average": os.getloadavg(),
         "versions": {library: version(library.replace("_", "-")) for library in LIBRARIES},

@@ -1,14 +1,15 @@
-"""Two other explanations of the paper's table 2, where Viral Pneumonia is worst: few films, and another source.
+"""Two other explanations of the paper's table 2, where Viral Pneumonia is worst: few images, and another source.
 
     python benchmarks/fid_bias.py --out benchmarks/results/fid_bias.json
 
-Simulation 1, N: sets of the paper's sizes (10192 real healthy films; twins as many as there are films of a class) drawn
-from ONE distribution, so the true distance is 0. Features are Gaussian with variances 1/i that sum to 1: values are
-shares of the trace, and what counts is the ranking of the classes. ``--scale`` divides sizes and dimensions
+Simulation 1, N: sets of the paper's sizes (10192 real healthy images; counterfactuals as many as there are images of a
+class) drawn from ONE distribution, so the true distance is 0. Features are Gaussian with variances 1/i that sum to 1:
+values are shares of the trace, and what counts is the ranking of the classes. ``--scale`` divides sizes and dimensions
 alike, which keeps N over d, on which the bias depends.
 
-Simulation 2, source: the healthy reference is 87 % adult (8851 of 10192) and 13 % paediatric; twins of one class come
-from children alone. Every twin is a perfect healthy film of its own source. The distance left is that of the sources.
+Simulation 2, source: the healthy reference is 87 % adult (8851 of 10192) and 13 % paediatric; counterfactuals of one
+class come from children alone. Every counterfactual is a perfect healthy image of its own source. The distance left is
+that of the sources.
 
 Simulation 3: how often the delete-group jackknife's 95 % interval covers a true distance of 0.25, and a bootstrap's.
 """
@@ -26,9 +27,9 @@ from diffva_ray.metrics.fid import delete_group_jackknife, frechet_distance_feat
 from diffva_ray.metrics.fid_controls import infinity
 from diffva_ray.metrics.kid import kid
 
-REAL = 10192  # healthy films of the Radiography Database
+REAL = 10192  # healthy images of the Radiography Database
 ADULT = 8851  # of them from RSNA; the others are paediatric (Kaggle)
-FILMS = {"COVID": 3616, "Lung_Opacity": 6012, "Viral Pneumonia": 1345}
+IMAGES = {"COVID": 3616, "Lung_Opacity": 6012, "Viral Pneumonia": 1345}
 PAPER = {"COVID": 45.11, "Lung_Opacity": 60.60, "Viral Pneumonia": 110.72}
 
 
@@ -45,17 +46,17 @@ def draw(random: np.random.Generator, n: int, d: int) -> np.ndarray:
 def bias_of_n(d: int, scale: float, draws: int) -> list[dict[str, Any]]:
     """Distance between two samples of one distribution at the sizes of table 2, over the trace."""
     rows = []
-    smallest = round(min(FILMS.values()) / scale)
-    for label, films in FILMS.items():
+    smallest = round(min(IMAGES.values()) / scale)
+    for label, images in IMAGES.items():
         values, equal, unbiased, far = [], [], [], []
         for seed in range(draws):
             random = np.random.default_rng(seed)
-            real, twins = draw(random, round(REAL / scale), d), draw(random, round(films / scale), d)
-            values.append(frechet_distance_features(real, twins))
-            equal.append(matched(real, twins, draws=2, n=smallest)[0])
-            unbiased.append(kid(real, twins, subsets=20, subset_size=300)[0])
-            far.append(infinity(real, twins, draws=1, seed=seed).value)
-        rows.append({"class": label, "n_real": round(REAL / scale), "n_twins": round(films / scale),
+            real, counterfactuals = draw(random, round(REAL / scale), d), draw(random, round(images / scale), d)
+            values.append(frechet_distance_features(real, counterfactuals))
+            equal.append(matched(real, counterfactuals, draws=2, n=smallest)[0])
+            unbiased.append(kid(real, counterfactuals, subsets=20, subset_size=300)[0])
+            far.append(infinity(real, counterfactuals, draws=1, seed=seed).value)
+        rows.append({"class": label, "n_real": round(REAL / scale), "n_counterfactuals": round(images / scale),
                      "paper": PAPER[label], "distance_over_trace": float(np.mean(values)),
                      "n_matched_over_trace": float(np.mean(equal)),
                      "kid": float(np.mean(unbiased)), "infinity_over_trace": float(np.mean(far))})  # fmt: skip
@@ -63,7 +64,7 @@ def bias_of_n(d: int, scale: float, draws: int) -> list[dict[str, Any]]:
 
 
 def source_confound(d: int, scale: float, shifts: tuple[float, ...]) -> list[dict[str, Any]]:
-    """Perfect twins, all of them children, against the mixed reference; and against the children in it."""
+    """Perfect counterfactuals, all of them children, against the mixed reference; and against the children in it."""
     rows = []
     direction = np.zeros(d, np.float32)
     direction[:8] = 1 / np.sqrt(8)
@@ -72,12 +73,12 @@ def source_confound(d: int, scale: float, shifts: tuple[float, ...]) -> list[dic
         adults, children = round(ADULT / scale), round((REAL - ADULT) / scale)
         reference = draw(random, adults + children, d)
         reference[adults:] += shift * direction
-        twins = draw(random, round(FILMS["Viral Pneumonia"] / scale), d) + shift * direction
-        mixed = draw(random, len(twins), d)
+        counterfactuals = draw(random, round(IMAGES["Viral Pneumonia"] / scale), d) + shift * direction
+        mixed = draw(random, len(counterfactuals), d)
         mixed[round(len(mixed) * ADULT / REAL) :] += shift * direction
         rows.append({"shift_over_root_trace": shift,
-                     "children_against_all": frechet_distance_features(reference, twins),
-                     "children_against_children": frechet_distance_features(reference[adults:], twins),
+                     "children_against_all": frechet_distance_features(reference, counterfactuals),
+                     "children_against_children": frechet_distance_features(reference[adults:], counterfactuals),
                      "mixed_against_all": frechet_distance_features(reference, mixed)})  # fmt: skip
     return rows
 

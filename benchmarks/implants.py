@@ -1,10 +1,10 @@
-"""The methods on real anatomy with known truth: phantom lesions in real healthy films that the model has not seen.
+"""The methods on real anatomy with known truth: phantom lesions in real healthy images that the model has not seen.
 
     python benchmarks/implants.py --model runs/real-cv/fold-0/model --pack ../shared/data
 
-A small table beside the leaderboard's: the model of one fold of ``real_pack.py`` (trained on real films and implants of
-one source), on opacities in healthy films of the pack's other sources. The host is the exact twin. Scores are those of
-``diffva reduce``: positive part inside the lungs, without tuning.
+A small table beside the leaderboard's: the model of one fold of ``real_pack.py`` (trained on real images and implants
+of one source), on opacities in healthy images of the pack's other sources. The host is the exact ground truth. Scores
+are those of ``diffva reduce``: positive part inside the lungs, without tuning.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ BASELINES = ("brightness", "autoencoder_difference", "centre_prior")
 
 
 def hosts(pack: Path, folder: Path) -> str:
-    """A manifest of the pack's healthy films that are not NIH's."""
+    """A manifest of the pack's healthy images that are not NIH's."""
     table = pd.read_csv(pack / "manifest.csv")
     table = table[(table["kind"] == "image") & (table["class"] == "Normal")]
     table = table[~table["patient"].fillna("").str.startswith("NIH")]
@@ -66,7 +66,7 @@ def one(table: list[dict[str, Any]], **match: Any) -> dict[str, Any]:
 @click.command()
 @click.option("--model", required=True)
 @click.option("--pack", type=click.Path(path_type=Path, exists=True), required=True)
-@click.option("--films", "count", default=120, show_default=True)
+@click.option("--images", "count", default=120, show_default=True)
 @click.option("--result", default="benchmarks/results/implants.json", type=click.Path(path_type=Path))
 def main(model: str, pack: Path, count: int, result: Path) -> None:
     set_up_logging()
@@ -76,9 +76,9 @@ def main(model: str, pack: Path, count: int, result: Path) -> None:
         folder = Path(name)
         (folder / "hosts").mkdir()
         dataset = open_dataset(hosts(pack, folder / "hosts"))
-        size, made = bundle.recipe.model.resolution, str(folder / "films")
+        size, made = bundle.recipe.model.resolution, str(folder / "images")
         written = list(implant_set(open_store(made), dataset, "Normal", count, size, 4001, ("Lung_Opacity",)))
-        sources = {film["source"] for film in json.loads((folder / "films/implants.json").read_text())["films"]}
+        sources = {image["source"] for image in json.loads((folder / "images/implants.json").read_text())["images"]}
         for number, (method, changes) in enumerate(METHODS.items()):
             values = bundle.recipe.model_dump(mode="json")
             values["generate"] |= changes
@@ -86,13 +86,13 @@ def main(model: str, pack: Path, count: int, result: Path) -> None:
             execution = Execution(executor="inline")
             generate_run(make_recipe(values), made, model, out, Request(("Lung_Opacity",)), execution)
             metrics = reduce(open_run(out), Options(), executor="inline").metrics
-            place, twin = one(metrics["localization"], map="positive"), metrics["twin"][0]
+            place, ground_truth = one(metrics["localization"], map="positive"), metrics["ground_truth"][0]
             rows.append(
                 {
                     "method": method,
                     **{key: place[key] for key in ("n", "auroc", "auprc", "dice_best", "pointing_game")},
-                    "lesion_error_left": twin["lesion_error_ratio"],
-                    "psnr_twin": twin["psnr"],
+                    "lesion_error_left": ground_truth["lesion_error_ratio"],
+                    "psnr_counterfactual": ground_truth["psnr"],
                     "flip_rate": metrics["validity"][0]["flip_rate"],
                 }
             )
@@ -102,12 +102,12 @@ def main(model: str, pack: Path, count: int, result: Path) -> None:
             rows.append({"method": f"baseline: {map_name}", **{key: place[key] for key in
                          ("n", "auroc", "auprc", "dice_best", "pointing_game")}})  # fmt: skip
     about = {
-        "command": f"python benchmarks/implants.py --model MODEL --pack PACK --films {count}",
+        "command": f"python benchmarks/implants.py --model MODEL --pack PACK --images {count}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {key: version(key) for key in ("torch", "diffusers")},
         "code_revision": code_revision(),
         "model_digest": bundle.digest,
-        "films": len(written),
+        "images": len(written),
         "hosts": len(sources),
         "rows": rows,
     }

@@ -1,13 +1,14 @@
 """Disease by text, in three conditions that must not be mixed up, on healthy phantoms of an unseen seed.
 
-    python benchmarks/induction.py [--work runs/induction] [--steps 2000] [--films 40]
+    python benchmarks/induction.py [--work runs/induction] [--steps 2000] [--images 40]
 
 - *labels*: training is told the class alone, as in the paper. Side and grade in a prompt are words it has never met.
 - *held-out*: captions with grade and side, but without the combinations HELD_OUT: compositional zero-shot.
 - *captions*: all combinations.
 
 All start from one autoencoder. Left and right are the patient's. What a prompt adds is taken as the difference between
-the film's twin under it and its twin under the healthy prompt, from the same noise. No condition has seen cardiomegaly.
+the image's counterfactual under it and its counterfactual under the healthy prompt, from the same noise. No condition
+has seen cardiomegaly.
 """
 
 from __future__ import annotations
@@ -64,14 +65,16 @@ PROMPTS = list(dict.fromkeys([HEALTHY, *SIDES, *NEVER, *GRADED, *UNSEEN]))
 
 def manifests(data: Path) -> dict[str, str]:
     """What each condition is trained on."""
-    films = open_dataset(data / CAPTIONS).films
+    images = open_dataset(data / CAPTIONS).images
     kept = [
-        film for film in films if not any(film.caption.endswith(f"{label} on the {side}") for label, side in HELD_OUT)
+        image
+        for image in images
+        if not any(image.caption.endswith(f"{label} on the {side}") for label, side in HELD_OUT)
     ]
     rows = {
-        "labels": [(film.path, film.label, "") for film in films],
-        "held-out": [(film.path, film.label, film.caption) for film in kept],
-        "captions": [(film.path, film.label, film.caption) for film in films],
+        "labels": [(image.path, image.label, "") for image in images],
+        "held-out": [(image.path, image.label, image.caption) for image in kept],
+        "captions": [(image.path, image.label, image.caption) for image in images],
     }
     for name, lines in rows.items():
         with open(data / f"told-{name}.csv", "w", newline="") as file:
@@ -121,22 +124,22 @@ def _begins_denoiser(folder: Path) -> bool:
     return state.exists() and {"stage": 1, "step": 0}.items() <= json.loads(state.read_text()).items()
 
 
-def twins(run: Run) -> tuple[dict[str, dict[str, Image]], dict[str, NDArray[np.bool_]], dict[str, Image]]:
-    """Twins by prompt and film, lung masks by film, and the films."""
+def counterfactuals(run: Run) -> tuple[dict[str, dict[str, Image]], dict[str, NDArray[np.bool_]], dict[str, Image]]:
+    """CounterfactualBatch by prompt and image, lung masks by image, and the images."""
     found: dict[str, dict[str, Image]] = {prompt: {} for prompt in PROMPTS}
-    lungs, films = {}, {}
+    lungs, images = {}, {}
     for members in by_shard(read_records(run).to_dict("records")).values():
         for row in members:
-            images = read_images(run, row)
-            found[row["prompt"]][row["source_path"]] = images.counterfactual
-            lungs[row["source_path"]] = read_truth(run, row, {}).region
-            films[row["source_path"]] = images.film
-    return found, lungs, films
+            made = read_images(run, row)
+            found[row["prompt"]][row["image_path"]] = made.counterfactual
+            lungs[row["image_path"]] = read_truth(run, row, {}).region
+            images[row["image_path"]] = made.image
+    return found, lungs, images
 
 
-def added(found: dict[str, dict[str, Image]], prompt: str, film: str) -> Image:
-    """What the prompt puts into the film [size, size], >= 0."""
-    change = found[prompt][film] - found[HEALTHY][film]
+def added(found: dict[str, dict[str, Image]], prompt: str, image: str) -> Image:
+    """What the prompt puts into the image [size, size], >= 0."""
+    change = found[prompt][image] - found[HEALTHY][image]
     return np.clip(-change if DARK in prompt else change, 0, None)
 
 
@@ -151,16 +154,16 @@ def share_on(side: str, change: Image, lungs: NDArray[np.bool_]) -> float:
 
 
 def scores(run: Run) -> dict[str, Any]:
-    found, lungs, films = twins(run)
-    names = sorted(films)
+    found, lungs, images = counterfactuals(run)
+    names = sorted(images)
     row: dict[str, Any] = {}
     for prompt in [*SIDES, *NEVER]:
         side = prompt.rsplit(" ", 1)[1]
-        shares = [share_on(side, added(found, prompt, film), lungs[film]) for film in names]
+        shares = [share_on(side, added(found, prompt, image), lungs[image]) for image in names]
         row[prompt] = {"right side": float(np.mean(np.array(shares) > 0.5)), "share on it": float(np.mean(shares))}
     for start in range(0, len(GRADED), len(GRADES)):
         amounts = np.array(
-            [[added(found, prompt, film)[lungs[film]].mean() for film in names] for prompt in GRADED[start:][:3]]
+            [[added(found, prompt, image)[lungs[image]].mean() for image in names] for prompt in GRADED[start:][:3]]
         )
         row[GRADED[start].partition(" ")[2]] = {
             "severe over mild": float(np.mean(amounts[2] > amounts[0])),
@@ -168,30 +171,30 @@ def scores(run: Run) -> dict[str, Any]:
             **{f"amount {grade}": float(amount) for grade, amount in zip(GRADES, amounts.mean(axis=1), strict=True)},
         }
     for prompt in UNSEEN:
-        ratios = [(_heart(found[HEALTHY][film]), _heart(found[prompt][film])) for film in names]
+        ratios = [(_heart(found[HEALTHY][image]), _heart(found[prompt][image])) for image in names]
         known = np.array([pair for pair in ratios if None not in pair], float)
         row[prompt] = {"n": len(known), "heart / thorax before": known[:, 0].mean(), "after": known[:, 1].mean()}
     return row
 
 
-def _heart(film: Image) -> float | None:
-    lungs = find_lungs(film)
+def _heart(image: Image) -> float | None:
+    lungs = find_lungs(image)
     return None if lungs is None else cardiothoracic_ratio(lungs)
 
 
 def picture(runs: dict[str, Run], folder: Path) -> None:
-    """A film under each of the sided prompts, a row for each condition."""
+    """An image under each of the sided prompts, a row for each condition."""
     shown = [HEALTHY, *SIDES, NEVER[0]]
     size, left, top = 1.25, 0.95, 0.62
     width, height = left + (len(shown) + 1) * size + 0.1, top + len(runs) * size + 0.1
     figure = Figure(figsize=(width, height), facecolor="white")
     for row, (name, run) in enumerate(runs.items()):
-        found, _, films = twins(run)
-        film = sorted(films)[3]
+        found, _, images = counterfactuals(run)
+        image = sorted(images)[3]
         bottom = height - top - (row + 1) * size
         figure.text(0.1 / width, (bottom + size / 2) / height, name, fontsize=9, color=INK, va="center")
-        for column, prompt in enumerate(["film", *shown]):
-            pixels = films[film] if prompt == "film" else found[prompt][film]
+        for column, prompt in enumerate(["image", *shown]):
+            pixels = images[image] if prompt == "image" else found[prompt][image]
             axes = figure.add_axes(
                 ((left + column * size) / width, bottom / height, 0.97 * size / width, 0.97 * size / height)
             )
@@ -203,9 +206,9 @@ def picture(runs: dict[str, Run], folder: Path) -> None:
     (folder / "induction.png").write_bytes(png(figure))
 
 
-def made(work: Path, films: int) -> tuple[Path, str]:
-    data, test = work / "train-films", work / "test-films"
-    for folder, count, seed, classes in ((data, 3000, 300, CLASSES), (test, films, 303, ("Normal",))):
+def made(work: Path, images: int) -> tuple[Path, str]:
+    data, test = work / "train-images", work / "test-images"
+    for folder, count, seed, classes in ((data, 3000, 300, CLASSES), (test, images, 303, ("Normal",))):
         if not (folder / "phantoms.json").exists():
             for _ in phantom_set(open_store(str(folder)), count, 64, seed, classes):
                 pass
@@ -216,18 +219,18 @@ def made(work: Path, films: int) -> tuple[Path, str]:
 @click.option("--work", default="runs/induction", show_default=True, type=click.Path(path_type=Path))
 @click.option("--steps", default=2000, show_default=True, help="Of UNet and text encoder, in every condition.")
 @click.option("--autoencoder-steps", default=550, show_default=True)
-@click.option("--films", default=40, show_default=True, help="Healthy test films.")
+@click.option("--images", default=40, show_default=True, help="Healthy test images.")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--result", default="benchmarks/results/induction.json", type=click.Path(path_type=Path))
 @click.option("--pictures", default="docs/images", type=click.Path(path_type=Path))
 def main(
-    work: Path, steps: int, autoencoder_steps: int, films: int, threads: int, result: Path, pictures: Path
+    work: Path, steps: int, autoencoder_steps: int, images: int, threads: int, result: Path, pictures: Path
 ) -> None:
     set_up_logging()
     torch.set_num_threads(threads)
     work = work.absolute()
     work.mkdir(parents=True, exist_ok=True)
-    data, test = made(work, films)
+    data, test = made(work, images)
     recipe = recipe_of(steps, autoencoder_steps)
     models = trained(work, recipe, manifests(data), threads)
     table, runs = {}, {}
@@ -239,7 +242,7 @@ def main(
         runs[name] = open_run(out)
         table[name] = scores(runs[name])
     about = {
-        "command": f"python benchmarks/induction.py --steps {steps} --films {films}",
+        "command": f"python benchmarks/induction.py --steps {steps} --images {images}",
         "autoencoder_steps": autoencoder_steps,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {key: version(key) for key in ("torch", "diffusers", "transformers")},

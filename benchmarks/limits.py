@@ -1,13 +1,14 @@
 """What limits the maps of one model: each row takes one limit away, or turns one screw, and leaves the rest.
 
-    make demo && python benchmarks/limits.py [--model runs/demo/model] [--films 96] [--told-steps 3000]
+    make demo && python benchmarks/limits.py [--model runs/demo/model] [--images 96] [--told-steps 3000]
 
-On abnormal phantoms of a seed of their own, with the recipe's method. *True class as source*: the film is encoded under
-its own label's prompt instead of the model's guess. *Autoencoder alone*: the map D(E(film)) - D(E(true twin)), which a
-perfect denoiser would give, so what is missing there is the autoencoder's and the smoothing's doing. *Told the true
-twins*: no method but a yardstick, a UNet that is trained with supervision to take the lesion out of TOLD_FILMS phantoms
-whose twins it is shown, on the pixels; nobody has such pairs of real patients. Dice is of the set's best threshold;
-lesion error left is the error inside the lesion as a share of the film's own.
+On abnormal phantoms of a seed of their own, with the recipe's method. *True class as source*: the image is encoded
+under its own label's prompt instead of the model's guess. *Autoencoder alone*: the map D(E(image)) - D(E(ground-truth
+counterfactual)), which a perfect denoiser would give, so what is missing there is the autoencoder's and the smoothing's
+doing. *Told the true ground truth*: no method but a yardstick, a UNet that is trained with supervision to take the
+lesion out of TOLD_IMAGES phantoms whose ground truth it is shown, on the pixels; nobody has such pairs of real
+patients. Dice is of the set's best threshold; lesion error left is the error inside the lesion as a share of the
+image's own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from diffva_ray.config.recipe import GenerateConfig
 from diffva_ray.counterfactual.attribution import attribution
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.phantoms import Phantom, phantom
 from diffva_ray.metrics.localization import positive, score
 from diffva_ray.metrics.ssim import psnr
@@ -36,8 +37,8 @@ from diffva_ray.provenance import code_revision, version
 
 ABNORMAL = ("Lung_Opacity", "COVID", "Viral Pneumonia")
 SEED = 5101
-TOLD_FILMS, TOLD_SEED = 4000, 100
-OWN = "<own>"  # not the model's guess: the film's own class
+TOLD_IMAGES, TOLD_SEED = 4000, 100
+OWN = "<own>"  # not the model's guess: the image's own class
 ROWS: dict[str, dict[str, Any]] = {
     "as the recipe has it": {},
     "true class as source": {"source_prompt": OWN},
@@ -48,46 +49,51 @@ ROWS: dict[str, dict[str, Any]] = {
     "true class as source, strength 0.75": {"source_prompt": OWN, "strength": 0.75},
     "true class as source, twice the smoothing": {"source_prompt": OWN, "smoothing": 0.048},
 }
-Pair = tuple[NDArray[np.float32], NDArray[np.float32]]  # reconstruction and twin
+Pair = tuple[NDArray[np.float32], NDArray[np.float32]]  # reconstruction and ground truth
 
 
-def healed(engine: Counterfactuals, films: list[Phantom], config: GenerateConfig) -> tuple[list[Pair], list[str]]:
-    """Reconstruction and twin of every film, and the prompt it was taken to show."""
+def generated(
+    engine: CounterfactualEngine, images: list[Phantom], config: GenerateConfig
+) -> tuple[list[Pair], list[str]]:
+    """Reconstruction and ground truth of every image, and the prompt it was taken to show."""
     pairs: dict[int, Pair] = {}
     sources: dict[int, str] = {}
-    groups = {"": list(range(len(films)))}
+    groups = {"": list(range(len(images)))}
     if config.source_prompt == OWN:
-        groups = {label: [n for n, film in enumerate(films) if film.label == label] for label in ABNORMAL}
+        groups = {label: [n for n, image in enumerate(images) if image.label == label] for label in ABNORMAL}
     for label, members in groups.items():
         prompt = engine.bundle.recipe.data.prompt(label) if label else config.source_prompt
         engine.config = config.model_copy(update={"source_prompt": prompt})
         for start in range(0, len(members), config.micro_batch):
             some = members[start : start + config.micro_batch]
-            made = engine([films[n].film for n in some], [engine.settings()] * len(some), some)
-            for n, rebuilt, twin, source in zip(some, made.reconstructions, made.counterfactuals, made.sources):
-                pairs[n], sources[n] = (rebuilt, twin), source
-    return [pairs[n] for n in range(len(films))], [sources[n] for n in range(len(films))]
+            made = engine([images[n].image for n in some], [engine.settings()] * len(some), some)
+            for n, rebuilt, ground_truth, source in zip(some, made.reconstructions, made.counterfactuals, made.sources):
+                pairs[n], sources[n] = (rebuilt, ground_truth), source
+    return [pairs[n] for n in range(len(images))], [sources[n] for n in range(len(images))]
 
 
 @torch.inference_mode()
-def autoencoder_alone(engine: Counterfactuals, films: list[Phantom]) -> list[Pair]:
-    """What a perfect denoiser would leave: both the film and its true twin through the autoencoder."""
+def autoencoder_alone(engine: CounterfactualEngine, images: list[Phantom]) -> list[Pair]:
+    """What a perfect denoiser would leave: both the image and its ground-truth counterfactual through the
+    autoencoder."""
 
-    def through(images: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-        mean, _ = engine.model.encode(torch.from_numpy(np.stack(images)))
+    def through(pixels: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+        mean, _ = engine.model.encode(torch.from_numpy(np.stack(pixels)))
         return engine.model.decode(mean.float() * engine.model.scale).numpy()
 
-    return list(zip(through([film.film for film in films]), through([film.twin for film in films]), strict=True))
+    return list(
+        zip(through([image.image for image in images]), through([image.ground_truth for image in images]), strict=True)
+    )
 
 
-def told_the_twins(films: list[Phantom], steps: int) -> list[Pair]:
-    """Films and the twins that a network makes of them which was shown the true ones of other films; the recipe's own
-    classes, as many of each as the denoiser is trained on."""
+def told_the_counterfactuals(images: list[Phantom], steps: int) -> list[Pair]:
+    """Images and the ground truth that a network makes of them which was shown the true ones of other images; the
+    recipe's own classes, as many of each as the denoiser is trained on."""
     torch.manual_seed(0)
-    size = films[0].film.shape[0]
-    shown = [phantom(("Normal", *ABNORMAL)[n % 4], n, TOLD_SEED, size) for n in range(TOLD_FILMS)]
-    pixels = torch.from_numpy(np.stack([one.film for one in shown]))[:, None] * 2 - 1
-    lesions = torch.from_numpy(np.stack([one.film - one.twin for one in shown]))[:, None]
+    size = images[0].image.shape[0]
+    shown = [phantom(("Normal", *ABNORMAL)[n % 4], n, TOLD_SEED, size) for n in range(TOLD_IMAGES)]
+    pixels = torch.from_numpy(np.stack([one.image for one in shown]))[:, None] * 2 - 1
+    lesions = torch.from_numpy(np.stack([one.image - one.ground_truth for one in shown]))[:, None]
     network = UNet2DModel(
         sample_size=size, in_channels=1, out_channels=1, block_out_channels=(16, 32, 64, 64), layers_per_block=1,
         norm_num_groups=8, down_block_types=("DownBlock2D",) * 4, up_block_types=("UpBlock2D",) * 4,
@@ -104,30 +110,35 @@ def told_the_twins(films: list[Phantom], steps: int) -> list[Pair]:
         optimiser.step()
         schedule.step()
         if step % 250 == 0:
-            LOG.info("told the true twins: step %d, loss %.6f", step, loss.item())
+            LOG.info("told the ground-truth counterfactuals: step %d, loss %.6f", step, loss.item())
     with torch.no_grad():
-        given = torch.from_numpy(np.stack([film.film for film in films]))[:, None] * 2 - 1
+        given = torch.from_numpy(np.stack([image.image for image in images]))[:, None] * 2 - 1
         found = torch.cat([network(some, 0).sample for some in given.split(32)])[:, 0].numpy()
-    return [(film.film, film.film - lesion) for film, lesion in zip(films, found, strict=True)]
+    return [(image.image, image.image - lesion) for image, lesion in zip(images, found, strict=True)]
 
 
-def row_of(name: str, films: list[Phantom], pairs: list[Pair], config: GenerateConfig) -> dict[str, Any]:
+def row_of(name: str, images: list[Phantom], pairs: list[Pair], config: GenerateConfig) -> dict[str, Any]:
     scored, left, likeness = [], [], []
-    for film, (rebuilt, twin) in zip(films, pairs, strict=True):
-        found = score(positive(attribution(film.film, rebuilt, twin, config)), film.lesion, film.lungs | film.lesion)
+    for image, (rebuilt, ground_truth) in zip(images, pairs, strict=True):
+        found = score(
+            positive(attribution(image.image, rebuilt, ground_truth, config)), image.lesion, image.lungs | image.lesion
+        )
         if found is None:
             continue
-        scored.append((film.label, found))
-        inside = film.lesion
-        left.append(np.abs(twin - film.twin)[inside].mean() / np.abs(film.film - film.twin)[inside].mean())
-        likeness.append(psnr(twin, film.twin))
+        scored.append((image.label, found))
+        inside = image.lesion
+        left.append(
+            np.abs(ground_truth - image.ground_truth)[inside].mean()
+            / np.abs(image.image - image.ground_truth)[inside].mean()
+        )
+        likeness.append(psnr(ground_truth, image.ground_truth))
     return {
         "row": name,
         "auroc": float(np.mean([found.auroc for _, found in scored])),
         "auprc": float(np.mean([found.auprc for _, found in scored])),
         "dice_best": float(np.mean([found.dice_curve for _, found in scored], axis=0).max()),
         "lesion_error_left": float(np.mean(left)),
-        "psnr_twin": float(np.mean(likeness)),
+        "psnr_counterfactual": float(np.mean(likeness)),
         **{
             f"auroc {label}": float(np.mean([found.auroc for of, found in scored if of == label])) for label in ABNORMAL
         },
@@ -136,29 +147,36 @@ def row_of(name: str, films: list[Phantom], pairs: list[Pair], config: GenerateC
 
 @click.command()
 @click.option("--model", default="runs/demo/model", show_default=True)
-@click.option("--films", "count", default=96, show_default=True, help="Abnormal phantoms.")
+@click.option("--images", "count", default=96, show_default=True, help="Abnormal phantoms.")
 @click.option("--told-steps", default=0, show_default=True, help="Of the supervised yardstick; 3000 take 20 minutes.")
 @click.option("--result", default="benchmarks/results/limits.json", type=click.Path(path_type=Path))
 def main(model: str, count: int, told_steps: int, result: Path) -> None:
     set_up_logging()
     bundle = load(model)
-    engine, base = Counterfactuals(bundle, device="cpu"), bundle.recipe.generate
-    films = [phantom(ABNORMAL[n % 3], n, SEED, bundle.recipe.model.resolution) for n in range(count)]
+    engine, base = CounterfactualEngine(bundle, device="cpu"), bundle.recipe.generate
+    images = [phantom(ABNORMAL[n % 3], n, SEED, bundle.recipe.model.resolution) for n in range(count)]
     rows, guessed_right = [], float("nan")
     for name, changes in ROWS.items():
         config = base.model_copy(update=changes)
-        pairs, sources = healed(engine, films, config)
+        pairs, sources = generated(engine, images, config)
         if not changes:
-            own = [bundle.recipe.data.prompt(film.label) for film in films]
+            own = [bundle.recipe.data.prompt(image.label) for image in images]
             guessed_right = float(np.mean([a == b for a, b in zip(own, sources, strict=True)]))
-        rows.append(row_of(name, films, pairs, config))
+        rows.append(row_of(name, images, pairs, config))
         LOG.info("%s", rows[-1])
-    rows.append(row_of("autoencoder alone (a perfect denoiser)", films, autoencoder_alone(engine, films), base))
+    rows.append(row_of("autoencoder alone (a perfect denoiser)", images, autoencoder_alone(engine, images), base))
     if told_steps:
         raw = base.model_copy(update={"difference": "raw"})
-        rows.append(row_of(f"told the true twins, {told_steps} steps", films, told_the_twins(films, told_steps), raw))
+        rows.append(
+            row_of(
+                f"told the ground-truth counterfactuals, {told_steps} steps",
+                images,
+                told_the_counterfactuals(images, told_steps),
+                raw,
+            )
+        )
     about = {
-        "command": f"python benchmarks/limits.py --model MODEL --films {count} --told-steps {told_steps}",
+        "command": f"python benchmarks/limits.py --model MODEL --images {count} --told-steps {told_steps}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {key: version(key) for key in ("torch", "diffusers")},
         "code_revision": code_revision(),

@@ -1,10 +1,10 @@
-"""Time and memory of what happens to records before and after their films: plan, resume, read a shard, reduce.
+"""Time and memory of what happens to records before and after their images: plan, resume, read a shard, reduce.
 
     python benchmarks/planning.py --sizes 10000,100000,1000000,10000000
 
-Records are synthetic: up to 250,000 films of three classes, swept over ten strengths and drawn until there are enough.
+Records are synthetic: up to 250,000 images of three classes, swept over ten strengths and drawn until there are enough.
 Parts are real files; images and the stand-in's features are not there: a store answers for them (``Pretended``), so
-that reduce does all its work on records, but for opening pictures. No lesion is known, and no film is a reference.
+that reduce does all its work on records, but for opening pictures. No lesion is known, and no image is a reference.
 Every measurement is a process of its own; memory is its peak. ``requests`` is what a listing would cost on S3 (1,000
 names each).
 """
@@ -30,26 +30,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-FILMS = 250_000
+IMAGES = 250_000
 SHARD = 256
 CLASSES = ("COVID", "Lung_Opacity", "Viral Pneumonia")
 
 
 def plan(folder: str, records: int) -> dict[str, Any]:
     from diffva_ray.config.recipe import load_recipe
-    from diffva_ray.data.dataset import Dataset, Film
+    from diffva_ray.data.dataset import Dataset, LabelledImage
     from diffva_ray.generate.keys import pixel_keys
     from diffva_ray.generate.plan import Request, make_plan, parse_sweep
     from diffva_ray.generate.run import start_run
     from diffva_ray.storage.store import open_store
 
-    films = min(records, FILMS)
-    points = min(10, -(-records // films))
-    draws = -(-records // (films * points))
+    images = min(records, IMAGES)
+    points = min(10, -(-records // images))
+    draws = -(-records // (images * points))
     recipe = load_recipe("phantom", [f"generate.draws={draws}", f"generate.shard_size={SHARD}"])
     listed = [
-        Film(f"{label}/images/{label}-{n}.png", label, 4000 + n % 1000, f"{label}/masks/{label}-{n}.png")
-        for n, label in zip(range(films), itertools.cycle(CLASSES))
+        LabelledImage(f"{label}/images/{label}-{n}.png", label, 4000 + n % 1000, f"{label}/masks/{label}-{n}.png")
+        for n, label in zip(range(images), itertools.cycle(CLASSES))
     ]
     request = Request(
         limit=records,
@@ -145,7 +145,8 @@ def write_parts(folder: str, records: int) -> dict[str, Any]:
 FILL = {pa.string(): "", pa.int32(): 5, pa.int64(): 5}
 FILLED = {
     "status": "ok", "error": "", "map": "compensated", "source_prompt": "COVID 19", "model_digest": "m" * 64,
-    "source_sha256": "0" * 64, "pixel_sha256": "0" * 64, "map_sha256": "0" * 64, "reconstruction_sha256": "0" * 64,
+    "image_sha256": "0" * 64,
+        "counterfactual_sha256": "0" * 64, "attribution_sha256": "0" * 64, "reconstruction_sha256": "0" * 64,
 }  # fmt: skip
 
 
@@ -190,7 +191,7 @@ def reduce(folder: str, records: int) -> dict[str, Any]:
     run = find_run(Pretended(folder))
     assert run is not None
     began = time.perf_counter()
-    metrics = reduce_run(run, f"{folder}/films", Options()).metrics
+    metrics = reduce_run(run, f"{folder}/images", Options()).metrics
     assert metrics["records"]["ok"] == records
     return {"seconds": time.perf_counter() - began, "rows_of_distances": len(metrics["fid"])}
 

@@ -1,13 +1,13 @@
-"""Real films against radiologists' boxes: patient-level cross-validation of the small architecture.
+"""Real images against radiologists' boxes: patient-level cross-validation of the small architecture.
 
     python benchmarks/real_pack.py --pack ../shared/data --base runs/demo/model --out runs/real-cv [--implants 1600]
 
-Lung_Opacity against Normal of one source (NIH), because class is confounded with source in the pack. Boxed films are
+Lung_Opacity against Normal of one source (NIH), because class is confounded with source in the pack. Boxed images are
 cut into three folds by patient; for each test fold, settings are chosen on the next fold (validation) and the model is
-trained on the rest and on the unboxed films, none of whose patients is in either. With ``--implants`` training also
-has that many films of healthy hosts of the training fold, every other one with a phantom's opacity put into it; the
+trained on the rest and on the unboxed images, none of whose patients is in either. With ``--implants`` training also
+has that many images of healthy hosts of the training fold, every other one with a phantom's opacity put into it; the
 model is told their class and nothing else. Competitors get the same care: every map's smoothing, occlusion's window and
-our strength and guidance are chosen by AUROC on the validation fold. Scores are over the whole film: the pack has no
+our strength and guidance are chosen by AUROC on the validation fold. Scores are over the whole image: the pack has no
 lung masks for these classes. Intervals: bootstrap over patients.
 """
 
@@ -29,14 +29,14 @@ import torch
 from numpy.typing import NDArray
 
 from diffva_ray.config.recipe import Recipe, load_recipe, make_recipe
-from diffva_ray.counterfactual.engine import Counterfactuals
-from diffva_ray.counterfactual.gradients import FilmClassifier, grad_cam, integrated_gradients, occlusion
+from diffva_ray.counterfactual.engine import CounterfactualEngine
+from diffva_ray.counterfactual.gradients import ImageClassifier, grad_cam, integrated_gradients, occlusion
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.images import decode, to_square
 from diffva_ray.data.implants import implant_set
-from diffva_ray.evaluate.records import film_truth
-from diffva_ray.evaluate.scores import score_film
+from diffva_ray.evaluate.records import image_truth
+from diffva_ray.evaluate.scores import score_image
 from diffva_ray.metrics.localization import centre_prior, dice_at, fixed_threshold, group_bootstrap, smooth
 from diffva_ray.model.bundle import load
 from diffva_ray.progress import LOG, set_up_logging
@@ -55,8 +55,8 @@ CLASSIFIER = {"name": "classifier", "trains": "classifier", "steps": 500, "batch
 Maps = NDArray[np.float32]  # [n, size, size]
 
 
-def films_of(pack: Path) -> pd.DataFrame:
-    """Films of NIH's source: columns path (absolute), label, patient, boxed."""
+def images_of(pack: Path) -> pd.DataFrame:
+    """Images of NIH's source: columns path (absolute), label, patient, boxed."""
     boxed = set(pd.read_csv(pack / "boxes.csv")["file"])
     parts = []
     for folder in (pack, pack / "train_extra"):
@@ -76,58 +76,58 @@ def films_of(pack: Path) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def write_fold(films: pd.DataFrame, folder: Path, boxes: pd.DataFrame) -> None:
-    """A Radiography folder of those films, with the boxes of the ones that have any, and their patients."""
+def write_fold(images: pd.DataFrame, folder: Path, boxes: pd.DataFrame) -> None:
+    """A Radiography folder of those images, with the boxes of the ones that have any, and their patients."""
     rows, patients = [], {}
-    for n, film in enumerate(films.itertuples()):
-        name = f"{film.label}/images/{n:04d}-{Path(film.path).name}"
+    for n, image in enumerate(images.itertuples()):
+        name = f"{image.label}/images/{n:04d}-{Path(image.path).name}"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(Path(film.path).read_bytes())
-        patients[name] = film.patient
-        if film.boxed:
-            of_film = boxes[[film.path.endswith("/" + file) for file in boxes["file"]]]
-            rows += [f"{name},{box.x},{box.y},{box.w},{box.h}" for box in of_film.itertuples()]
+        (folder / name).write_bytes(Path(image.path).read_bytes())
+        patients[name] = image.patient
+        if image.boxed:
+            of_image = boxes[[image.path.endswith("/" + file) for file in boxes["file"]]]
+            rows += [f"{name},{box.x},{box.y},{box.w},{box.h}" for box in of_image.itertuples()]
     (folder / "boxes.csv").write_text("\n".join(["file,x,y,w,h", *rows]) + "\n")
     (folder / "patients.json").write_text(json.dumps(patients))
 
 
 def with_implants(place: Path, count: int, size: int, seed: int) -> str:
-    """A manifest of the fold's films and of ``count`` films of its healthy hosts, every other one with an opacity.
+    """A manifest of the fold's images and of ``count`` images of its healthy hosts, every other one with an opacity.
     Those without one have gone the same way, so that nothing but the opacity tells the two apart."""
     dataset, target = open_dataset(str(place / "train")), place / "implants"
     if not (target / "implants.json").exists():
         for _ in implant_set(open_store(str(target)), dataset, "Normal", count, size, seed, ("Normal", "Lung_Opacity")):
             pass
-    rows = [(f"train/{film.path}", film.label) for film in dataset.films]
+    rows = [(f"train/{image.path}", image.label) for image in dataset.images]
     rows += [(str(path.relative_to(place)), path.parts[-3]) for path in sorted(target.glob("*/images/*.png"))]
     pd.DataFrame(rows, columns=["path", "label"]).to_csv(place / "train.csv", index=False)
     return str(place / "train.csv")
 
 
 class Fold:
-    """The boxed films of a fold: pixels, truth and patients."""
+    """The boxed images of a fold: pixels, truth and patients."""
 
     def __init__(self, folder: Path, size: int) -> None:
         dataset, self.patients = open_dataset(str(folder)), json.loads((folder / "patients.json").read_text())
-        self.films = [film for film in dataset.films if film.path in dataset.boxes]
-        read = [decode(dataset.store.read(film.path)) for film in self.films]
-        self.pixels = np.stack([to_square(film, size) for film in read])
+        self.images = [image for image in dataset.images if image.path in dataset.boxes]
+        read = [decode(dataset.store.read(image.path)) for image in self.images]
+        self.pixels = np.stack([to_square(image, size) for image in read])
         self.truth = [
-            film_truth(dataset.store, film, dataset.boxes, image.shape[1], image.shape[0], size)
-            for film, image in zip(self.films, read, strict=True)
+            image_truth(dataset.store, image, dataset.boxes, pixels.shape[1], pixels.shape[0], size)
+            for image, pixels in zip(self.images, read, strict=True)
         ]
 
     def scores(self, maps: Maps) -> pd.DataFrame:
-        """A row for each film, with its patient."""
+        """A row for each image, with its patient."""
         rows = []
-        for film, truth, saliency in zip(self.films, self.truth, maps, strict=True):
-            rows += [{**row, "patient": self.patients[film.path]} for row in score_film({"map": saliency}, truth)]
+        for image, truth, saliency in zip(self.images, self.truth, maps, strict=True):
+            rows += [{**row, "patient": self.patients[image.path]} for row in score_image({"map": saliency}, truth)]
         return pd.DataFrame(rows)
 
 
 def competitors(model: str, fold: Fold, recipe: Recipe) -> Iterator[tuple[str, dict[str, Any], Maps]]:
     """Every map of every setting: the row it competes in, its setting, and the map before smoothing."""
-    engine = Counterfactuals(load(model), recipe.generate, "cpu")
+    engine = CounterfactualEngine(load(model), recipe.generate, "cpu")
     batch = recipe.generate.micro_batch
     for strength, guidance in EDITS:
         engine.config = recipe.generate.model_copy(update={"strength": strength, "guidance_scale": guidance})
@@ -139,7 +139,7 @@ def competitors(model: str, fold: Fold, recipe: Recipe) -> Iterator[tuple[str, d
         signed = np.concatenate([one.reconstructions - one.counterfactuals for one in made])
         yield "positive", {"strength": strength, "guidance_scale": guidance}, np.maximum(signed, 0)
         yield "absolute", {"strength": strength, "guidance_scale": guidance}, np.abs(signed)
-    classifier = FilmClassifier(LatentDiffusion(load(model)))
+    classifier = ImageClassifier(LatentDiffusion(load(model)))
     yield "Grad-CAM", {}, np.maximum(grad_cam(classifier, fold.pixels), 0)
     yield "integrated gradients", {}, np.maximum(integrated_gradients(classifier, fold.pixels), 0)
     for window in WINDOWS:
@@ -190,7 +190,7 @@ def recipe_of(base: str, autoencoder_steps: int, steps: int, seed: int) -> Recip
 @click.option("--pack", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--base", default="runs/demo/model", show_default=True)
 @click.option("--out", default="runs/real-cv", show_default=True)
-@click.option("--implants", default=1600, show_default=True, help="Films made of healthy ones; 0: real films alone.")
+@click.option("--implants", default=1600, show_default=True, help="Images made of healthy ones; 0: real images alone.")
 @click.option("--autoencoder-steps", default=300, show_default=True)
 @click.option("--steps", default=1500, show_default=True, help="Of UNet and text encoder.")
 @click.option("--threads", default=1, show_default=True)
@@ -204,19 +204,19 @@ def main(
     torch.set_num_threads(threads)
     began = time.monotonic()
     pack = pack.resolve()
-    films, boxes = films_of(pack), pd.read_csv(pack / "boxes.csv")
-    patients = sorted(films[films["boxed"]]["patient"].unique())
+    images, boxes = images_of(pack), pd.read_csv(pack / "boxes.csv")
+    patients = sorted(images[images["boxed"]]["patient"].unique())
     np.random.default_rng(0).shuffle(patients)
     fold_of = {patient: n % FOLDS for n, patient in enumerate(patients)}
-    films["fold"] = films["patient"].map(fold_of).fillna(-1).astype(int)
+    images["fold"] = images["patient"].map(fold_of).fillna(-1).astype(int)
     rows, chosen = [], []
     for number in range(FOLDS):
         place, recipe = Path(out).absolute() / f"fold-{number}", recipe_of(base, autoencoder_steps, steps, number)
         size, validation_fold = recipe.model.resolution, (number + 1) % FOLDS
         sets = {
-            "test": films[films["boxed"] & (films["fold"] == number)],
-            "validation": films[films["boxed"] & (films["fold"] == validation_fold)],
-            "train": films[~films["fold"].isin([number, validation_fold])],
+            "test": images[images["boxed"] & (images["fold"] == number)],
+            "validation": images[images["boxed"] & (images["fold"] == validation_fold)],
+            "train": images[~images["fold"].isin([number, validation_fold])],
         }
         for name, of_set in sets.items():
             if not (place / name).exists():
@@ -234,10 +234,10 @@ def main(
         f"--autoencoder-steps {autoencoder_steps} --steps {steps}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "base_digest": load(base).digest,
-        "training_films": len(films[~films["fold"].isin([0, 1])]) + implants,
+        "training_images": len(images[~images["fold"].isin([0, 1])]) + implants,
         "code_revision": code_revision(),
         "seconds": round(time.monotonic() - began),
-        "boxed_films": int(films["boxed"].sum()),
+        "boxed_images": int(images["boxed"].sum()),
         "patients": len(patients),
         "chosen_on_validation": chosen,
         "table": table,
@@ -248,7 +248,7 @@ def main(
 
 
 def summary(rows: pd.DataFrame) -> list[dict[str, object]]:
-    """Mean over all test films with a patient-bootstrap interval, for each map."""
+    """Mean over all test images with a patient-bootstrap interval, for each map."""
     table = []
     for name, metric in itertools.product(rows["map"].unique(), METRICS):
         of_map = rows[rows["map"] == name]

@@ -1,6 +1,6 @@
 """What `diffva report` costs by the number of records, and what its page costs a browser.
 
-    python benchmarks/report.py [--films 10000,20000,1000000]
+    python benchmarks/report.py [--images 10000,20000,1000000]
 
 Each size is a run of its own that no model has made: real plan, real records, and as many pictures as are read. The
 report is the command itself in a process of its own, once anew and once again; its time and peak memory are measured
@@ -39,39 +39,39 @@ from diffva_ray.schema import PLAN, RECORDS
 from diffva_ray.storage.store import LocalStore, Store
 
 LABELS = ("COVID", "Lung_Opacity", "Viral Pneumonia")
-SHARD, FILES, LINKS = 10_000, 10_000, 100  # records of a shard; names in a folder of films; names of one file
+SHARD, FILES, LINKS = 10_000, 10_000, 100  # records of a shard; names in a folder of images; names of one file
 DIGEST = "d" * 64
 Table = dict[str, Any]
 
 
-def make_run(folder: Path, films: int, side: int) -> Path:
-    """A run of ``films`` records below ``folder``. Folders of films are links to one of ten thousand names, and those
-    are of a hundred files; twins and maps are a hundred files each. The data set is a manifest."""
+def make_run(folder: Path, images: int, side: int) -> Path:
+    """A run of ``images`` records below ``folder``. Folders of images are links to one of ten thousand names, and those
+    are of a hundred files; counterfactuals and maps are a hundred files each. The data set is a manifest."""
     random, data, run = np.random.default_rng(0), LocalStore(str(folder / "data")), LocalStore(str(folder / "run"))
     pictures(data, run, random, side)
-    names = [f"d{n // FILES:03d}/film-{n % FILES:05d}.png" for n in range(films)]
-    for number in range(-(-films // FILES)):
-        (folder / "data" / f"d{number:03d}").symlink_to("films", target_is_directory=True)
-    labels = random.choice(LABELS, films, p=(0.3, 0.6, 0.1))
+    names = [f"d{n // FILES:03d}/image-{n % FILES:05d}.png" for n in range(images)]
+    for number in range(-(-images // FILES)):
+        (folder / "data" / f"d{number:03d}").symlink_to("images", target_is_directory=True)
+    labels = random.choice(LABELS, images, p=(0.3, 0.6, 0.1))
     manifest = pd.DataFrame({"path": names, "label": labels})
-    manifest.to_csv(folder / "data" / "films.csv", index=False)
+    manifest.to_csv(folder / "data" / "images.csv", index=False)
     recipe = load_recipe("phantom", [f"model.resolution={side}", f"generate.shard_size={SHARD}"])
     request, config = Request(), recipe.generate
-    place = np.arange(films)
+    place = np.arange(images)
     fixed = {
         "prompt": recipe.data.healthy_prompt, "method": config.method, "scheduler": config.scheduler,
         "strength": config.strength, "guidance_scale": config.guidance_scale,
         "num_inference_steps": config.num_inference_steps, "draw": 0,
     }  # fmt: skip
-    plan = manifest.rename(columns={"path": "source_path"}).assign(
-        record_id=[f"{n * 0x9E3779B97F4A7C15 % 2**64:020x}" for n in range(films)],
-        shard=place // SHARD, position=place % SHARD, source_size=1000, seed=random.integers(2**62, size=films),
-        lung_mask_path="lungs.png", lesion_mask_path="", twin_path="", **fixed,
+    plan = manifest.rename(columns={"path": "image_path"}).assign(
+        record_id=[f"{n * 0x9E3779B97F4A7C15 % 2**64:020x}" for n in range(images)],
+        shard=place // SHARD, position=place % SHARD, image_size=1000, seed=random.integers(2**62, size=images),
+        lung_mask_path="lungs.png", lesion_mask_path="", ground_truth_path="", **fixed,
     )  # fmt: skip
     (folder / "model").mkdir()
     (folder / "model" / "diffva.json").write_text(json.dumps({"digest": DIGEST, "data_kind": "manifest"}))
     about = {
-        "recipe": recipe.model_dump(mode="json"), "data": f"{data.uri}/films.csv", "data_root": data.uri,
+        "recipe": recipe.model_dump(mode="json"), "data": f"{data.uri}/images.csv", "data_root": data.uri,
         "data_kind": "manifest", "model": str(folder / "model"), "code_revision": code_revision(),
         "started": "2025-01-01T00:00:00+00:00",
     }  # fmt: skip
@@ -86,20 +86,22 @@ def make_run(folder: Path, films: int, side: int) -> Path:
 
 
 def pictures(data: Store, run: Store, random: np.random.Generator, side: int) -> None:
-    """A hundred smooth films, their twins and maps, and the ten thousand names of the films."""
+    """A hundred smooth images, their counterfactuals and maps, and the ten thousand names of the images."""
     root = Path(data.uri)
-    (root / "films").mkdir(parents=True)
+    (root / "images").mkdir(parents=True)
     y, x = np.mgrid[0:side, 0:side] / side
     lungs = (np.abs(np.abs(x - 0.5) - 0.22) < 0.14) & (np.abs(y - 0.5) < 0.34)
     data.put("lungs.png", encode_grey(quantise(lungs.astype(np.float32))))
     for n in range(LINKS):
         spot = np.exp(-((x - random.uniform(0.2, 0.8)) ** 2 + (y - random.uniform(0.3, 0.7)) ** 2) / 0.01)
-        twin = 0.75 - 0.5 * lungs + 0.02 * random.normal(size=(side, side))
-        data.put(f"base/{n:03d}.png", encode_grey(quantise((twin + 0.2 * spot).clip(0, 1).astype(np.float32))))
-        run.put(f"counterfactuals/{n:03d}.png", encode_grey(quantise(twin.clip(0, 1).astype(np.float32))))
-        run.put(f"maps/{n:03d}.png", encode_map((0.2 * spot).astype(np.float32)))
+        counterfactual = 0.75 - 0.5 * lungs + 0.02 * random.normal(size=(side, side))
+        data.put(
+            f"base/{n:03d}.png", encode_grey(quantise((counterfactual + 0.2 * spot).clip(0, 1).astype(np.float32)))
+        )
+        run.put(f"counterfactuals/{n:03d}.png", encode_grey(quantise(counterfactual.clip(0, 1).astype(np.float32))))
+        run.put(f"attributions/{n:03d}.png", encode_map((0.2 * spot).astype(np.float32)))
     for n in range(FILES):
-        os.link(root / "base" / f"{n % LINKS:03d}.png", root / "films" / f"film-{n:05d}.png")
+        os.link(root / "base" / f"{n % LINKS:03d}.png", root / "images" / f"image-{n:05d}.png")
 
 
 def records(rows: pd.DataFrame, random: np.random.Generator) -> pd.DataFrame:
@@ -110,15 +112,16 @@ def records(rows: pd.DataFrame, random: np.random.Generator) -> pd.DataFrame:
     hashes = [f"{n:064x}" for n in random.integers(2**62, size=many)]
     scores = {
         "ssim": random.beta(30, 3, many), "ms_ssim": random.beta(40, 2, many), "psnr": random.normal(28, 3, many),
-        "l1": random.beta(2, 60, many), "map_energy": random.beta(2, 80, many),
-        "map_energy_lung_fraction": random.beta(6, 3, many), "judge_source": random.beta(1, 6, many),
+        "l1": random.beta(2, 60, many), "attribution_energy": random.beta(2, 80, many),
+        "attribution_energy_lung_fraction": random.beta(6, 3, many), "judge_image": random.beta(1, 6, many),
         "judge_counterfactual": random.beta(6, 1, many),
     }  # fmt: skip
     made = rows.assign(
-        source_sha256=hashes, source_prompt="", map="compensated", model_digest=DIGEST, ms_ssim_scales=5, width=299,
+        image_sha256=hashes, source_prompt="", map="compensated", model_digest=DIGEST, ms_ssim_scales=5, width=299,
         height=299, counterfactual_path=[f"counterfactuals/{name}" for name in file],
         reconstruction_path=[f"counterfactuals/{name}" for name in file],
-        attribution_path=[f"maps/{name}" for name in file], pixel_sha256=hashes, map_sha256=hashes,
+        attribution_path=[f"attributions/{name}" for name in file],
+        counterfactual_sha256=hashes, attribution_sha256=hashes,
         reconstruction_sha256=hashes, status=np.where(ok, "ok", "bad_image"),
         error=np.where(ok, None, "truncated PNG"), **scores,
     )  # fmt: skip
@@ -159,7 +162,7 @@ def opened(run: Path) -> Table:
             "document.body.offsetHeight; return performance.now() - t; })()"
         )
         heap = page.evaluate("performance.memory.usedJSHeapSize")
-        said = page.text_content("#films .caption")
+        said = page.text_content("#images .caption")
         browser.close()
     return {"ready_s": round(ready, 2), "filter_ms": round(spent, 1), "heap_mib": heap // 2**20, "says": said.strip()}
 
@@ -180,23 +183,23 @@ def processor() -> str:
 
 
 @click.command()
-@click.option("--films", "sizes", default="10000,20000", show_default=True, help="Records of each run.")
-@click.option("--side", default=64, show_default=True, help="Pixels of a film.")
+@click.option("--images", "sizes", default="10000,20000", show_default=True, help="Records of each run.")
+@click.option("--side", default=64, show_default=True, help="Pixels of an image.")
 @click.option("--result", default="benchmarks/results/report.json", type=click.Path(path_type=Path))
 @click.option("--keep", type=click.Path(path_type=Path), help="Leave the runs there.")
 def main(sizes: str, side: int, result: Path, keep: Path | None) -> None:
     rows = []
     load = [round(value, 1) for value in os.getloadavg()]  # of others: seconds are no better than the machine was free
-    for films in map(int, sizes.split(",")):
+    for images in map(int, sizes.split(",")):
         folder = keep or Path(tempfile.mkdtemp())
-        run = make_run(folder / f"films-{films}", films, side)
-        row: Table = {"records": films, "first": measured(run), "again": measured(run), **written(run)}
+        run = make_run(folder / f"images-{images}", images, side)
+        row: Table = {"records": images, "first": measured(run), "again": measured(run), **written(run)}
         rows.append({**row, "page": opened(run)})
         click.echo(json.dumps(rows[-1]))
         if keep is None:
             shutil.rmtree(folder)
     about = {
-        "command": f"python benchmarks/report.py --films {sizes}",
+        "command": f"python benchmarks/report.py --images {sizes}",
         "code": code_revision(),
         "machine": f"{processor()}, {os.cpu_count()} cores",
         "load_before": load,

@@ -1,13 +1,13 @@
-"""Quality against cost of every sampler: how far a twin is from the converged one, and how well its map finds the
-lesion, over the UNet forwards that it took.
+"""Quality against cost of every sampler: how far a counterfactual is from the converged one, and how well its map finds
+the lesion, over the UNet forwards that it took.
 
-    make demo && python benchmarks/samplers.py [--model runs/demo/model] [--films 48]
+    make demo && python benchmarks/samplers.py [--model runs/demo/model] [--images 48]
 
 Method sdedit, from the same noise at the same noise level, on abnormal phantoms of a seed of their own. Timesteps are
 spaced differently by different samplers, so the strength of every row is chosen so that it begins at one of START. The
 deterministic samplers solve one differential equation, whose solution is taken from REFERENCE steps from the same
-beginning; the reverse SDEs draw noise on the way, so there is no one twin they could converge to, and only their maps
-are scored. AUROC is of the positive part of the compensated map, inside the lungs.
+beginning; the reverse SDEs draw noise on the way, so there is no one counterfactual they could converge to, and only
+their maps are scored. AUROC is of the positive part of the compensated map, inside the lungs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from diffva_ray.counterfactual.attribution import attribution
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.phantoms import Phantom, phantom
 from diffva_ray.evaluate.drawing import CLASS_COLOURS, INK, MUTED, RULE, png
 from diffva_ray.generate.cost import calls
@@ -47,63 +47,77 @@ ABNORMAL = ("Lung_Opacity", "COVID", "Viral Pneumonia")
 SEED = 501
 
 
-def strength_of(heal: Counterfactuals, scheduler: str, steps: int) -> tuple[float, int]:
+def strength_of(generate: CounterfactualEngine, scheduler: str, steps: int) -> tuple[float, int]:
     """The strength that begins at one of START, and where it begins."""
     for done in range(1, steps + 1):
         strength = (done + 0.5) / steps
-        begins = int(schedule(scheduler, heal.bundle.scheduler, steps, strength)[1][0])
+        begins = int(schedule(scheduler, generate.bundle.scheduler, steps, strength)[1][0])
         if begins in START:
             return strength, begins
     raise ValueError(f"{scheduler} with {steps} steps has no timestep among {list(START)}")
 
 
-def twins(heal: Counterfactuals, films: list[Phantom], scheduler: str, steps: int) -> tuple[NDArray, NDArray]:
-    """Counterfactuals and reconstructions [n, size, size]."""
+def counterfactuals(
+    generate: CounterfactualEngine, images: list[Phantom], scheduler: str, steps: int
+) -> tuple[NDArray, NDArray]:
+    """CounterfactualEngine and reconstructions [n, size, size]."""
     settings = replace(
-        heal.settings(),
+        generate.settings(),
         method="sdedit",
         scheduler=scheduler,
-        strength=strength_of(heal, scheduler, steps)[0],
+        strength=strength_of(generate, scheduler, steps)[0],
         guidance_scale=GUIDANCE,
         num_inference_steps=steps,
     )
-    size, parts = heal.config.micro_batch, []
-    for start in range(0, len(films), size):
-        some = films[start : start + size]
-        parts.append(heal([film.film for film in some], [settings] * len(some), list(range(start, start + len(some)))))
+    size, parts = generate.config.micro_batch, []
+    for start in range(0, len(images), size):
+        some = images[start : start + size]
+        parts.append(
+            generate([image.image for image in some], [settings] * len(some), list(range(start, start + len(some))))
+        )
     return np.concatenate([p.counterfactuals for p in parts]), np.concatenate([p.reconstructions for p in parts])
 
 
 def row_of(
-    heal: Counterfactuals, films: list[Phantom], scheduler: str, steps: int, converged: dict[int, NDArray]
+    generate: CounterfactualEngine, images: list[Phantom], scheduler: str, steps: int, converged: dict[int, NDArray]
 ) -> dict[str, Any]:
-    strength, begins = strength_of(heal, scheduler, steps)
+    strength, begins = strength_of(generate, scheduler, steps)
     began = time.monotonic()
-    found, rebuilt = twins(heal, films, scheduler, steps)
-    seconds = (time.monotonic() - began) / len(films)
-    maps = [positive(attribution(p.film, r, t, heal.config)) for p, r, t in zip(films, rebuilt, found, strict=True)]
-    scored = [score(m, p.lesion, p.lungs | p.lesion) for m, p in zip(maps, films, strict=True)]
-    settings = {**heal.config.model_dump(), "method": "sdedit", "scheduler": scheduler, "strength": strength,
+    found, rebuilt = counterfactuals(generate, images, scheduler, steps)
+    seconds = (time.monotonic() - began) / len(images)
+    maps = [
+        positive(attribution(p.image, r, t, generate.config)) for p, r, t in zip(images, rebuilt, found, strict=True)
+    ]
+    scored = [score(m, p.lesion, p.lungs | p.lesion) for m, p in zip(maps, images, strict=True)]
+    settings = {**generate.config.model_dump(), "method": "sdedit", "scheduler": scheduler, "strength": strength,
                 "guidance_scale": GUIDANCE, "num_inference_steps": steps}  # fmt: skip
     return {
         "scheduler": scheduler,
         "steps": steps,
-        "unet_calls": calls(settings, len(heal.bundle.recipe.data.prompts)).unet,
+        "unet_calls": calls(settings, len(generate.bundle.recipe.data.prompts)).unet,
         "begins_at": begins,
         "distance": float(np.abs(found - converged[begins]).mean()) if scheduler in SOLVERS else None,
         "auroc": float(np.mean([each.auroc for each in scored if each is not None])),
-        "psnr_twin": float(np.mean([psnr(twin, film.twin) for twin, film in zip(found, films, strict=True)])),
-        "seconds_per_film": seconds,
+        "psnr_counterfactual": float(
+            np.mean(
+                [psnr(counterfactual, image.ground_truth) for counterfactual, image in zip(found, images, strict=True)]
+            )
+        ),
+        "seconds_per_image": seconds,
     }
 
 
-def picture(rows: list[dict[str, Any]], films: int) -> bytes:
-    """Two panels over the UNet forwards of a film: distance to the converged twin, and AUROC."""
+def picture(rows: list[dict[str, Any]], images: int) -> bytes:
+    """Two panels over the UNet forwards of an image: distance to the converged counterfactual, and AUROC."""
     figure = Figure(figsize=(9.2, 3.7), facecolor="white", layout="constrained")
     panels = figure.subplots(1, 2)
     colours = [*CLASS_COLOURS, "#7f7f7f", "#3b3b3b"]
     for (key, title), axes in zip(
-        (("distance", "mean |twin − converged twin|"), ("auroc", "AUROC of the map, inside the lungs")), panels
+        (
+            ("distance", "mean |counterfactual − converged counterfactual|"),
+            ("auroc", "AUROC of the map, inside the lungs"),
+        ),
+        panels,
     ):
         for colour, name in zip(colours, (*SOLVERS, *SDES)):
             line = [(row["unet_calls"], row[key]) for row in rows if row["scheduler"] == name and row[key] is not None]
@@ -113,7 +127,7 @@ def picture(rows: list[dict[str, Any]], films: int) -> bytes:
         axes.set_xscale("log")
         axes.set_xticks([8, 16, 32, 64, 128], ["8", "16", "32", "64", "128"])
         axes.minorticks_off()
-        axes.set_xlabel("UNet forwards a film (a guided step is two)", fontsize=8.5, color=INK)
+        axes.set_xlabel("UNet forwards an image (a guided step is two)", fontsize=8.5, color=INK)
         axes.set_title(title, fontsize=9.5, color=INK, loc="left")
         axes.tick_params(labelsize=8, colors=MUTED, length=3)
         axes.grid(color=RULE, linewidth=0.5, alpha=0.6)
@@ -121,30 +135,30 @@ def picture(rows: list[dict[str, Any]], films: int) -> bytes:
             axes.spines[side].set_visible(False)
     panels[0].set_yscale("log")
     panels[1].legend(fontsize=7.5, frameon=False, ncols=2, loc="lower right")
-    figure.supxlabel(f"{films} abnormal phantoms, sdedit from timestep 600, guidance {GUIDANCE:g}", fontsize=7.5,
+    figure.supxlabel(f"{images} abnormal phantoms, sdedit from timestep 600, guidance {GUIDANCE:g}", fontsize=7.5,
                      color=MUTED)  # fmt: skip
     return png(figure)
 
 
 @click.command()
 @click.option("--model", default="runs/demo/model", show_default=True)
-@click.option("--films", "count", default=48, show_default=True, help="Abnormal phantoms.")
+@click.option("--images", "count", default=48, show_default=True, help="Abnormal phantoms.")
 @click.option("--result", default="benchmarks/results/samplers.json", type=click.Path(path_type=Path))
 @click.option("--picture", "target", default="docs/images/samplers.png", type=click.Path(path_type=Path))
 def main(model: str, count: int, result: Path, target: Path) -> None:
     set_up_logging()
     bundle = load(model)
     changes = {"source_prompt": "", "negative_prompt": "", "difference": "compensated"}
-    heal = Counterfactuals(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
-    films = [phantom(ABNORMAL[n % 3], n, SEED, heal.size) for n in range(count)]
-    converged = {begins: twins(heal, films, name, REFERENCE)[0] for begins, name in START.items()}
+    generate = CounterfactualEngine(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
+    images = [phantom(ABNORMAL[n % 3], n, SEED, generate.size) for n in range(count)]
+    converged = {begins: counterfactuals(generate, images, name, REFERENCE)[0] for begins, name in START.items()}
     rows = []
     for scheduler in (*SOLVERS, *SDES):
         for steps in STEPS:
-            rows.append(row_of(heal, films, scheduler, steps, converged))
+            rows.append(row_of(generate, images, scheduler, steps, converged))
             LOG.info("%s", rows[-1])
     about = {
-        "command": f"python benchmarks/samplers.py --films {count}",
+        "command": f"python benchmarks/samplers.py --images {count}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {key: version(key) for key in ("torch", "diffusers")},
         "code_revision": code_revision(),

@@ -52,7 +52,7 @@ def simulate(actors: int, shards: int, service: float) -> list[dict[str, Any]]:
     from diffva_ray.distributed.generate import generate
 
     class Sleeper:  # here, so that it travels by value: a worker has not this file
-        def __init__(self, *places: str) -> None:
+        def __init__(self, *localization: str) -> None:
             pass
 
         def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:

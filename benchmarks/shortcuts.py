@@ -1,11 +1,11 @@
 """What training-free shortcuts save and what they cost: CPU seconds, distance of the maps, how well they localise.
 
-    make demo && python benchmarks/shortcuts.py [--model runs/demo/model] [--films 96]
+    make demo && python benchmarks/shortcuts.py [--model runs/demo/model] [--images 96]
 
 The recipe's own method on abnormal phantoms of a seed of their own. Every shortcut is taken alone. Distance is the mean
 |map - map without shortcuts| over the mean |map|; AUROC of the positive part inside the lungs; seconds are CPU seconds
-of one core for the healing alone, as a share of the plain method's in the same round (turns are interleaved; median of
-the rounds).
+of one core for the generating alone, as a share of the plain method's in the same round (turns are interleaved; median
+of the rounds).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from diffva_ray.config.generation import AccelerationConfig
 from diffva_ray.config.recipe import GenerateConfig
 from diffva_ray.counterfactual.attribution import attribution
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.phantoms import Phantom, phantom
 from diffva_ray.generate.cost import calls
 from diffva_ray.metrics.localization import positive, score
@@ -54,46 +54,50 @@ def changed(config: GenerateConfig, shortcut: dict[str, Any]) -> GenerateConfig:
     return config.model_copy(update={**plain, "acceleration": AccelerationConfig(**ours)})
 
 
-def heal(engine: Counterfactuals, films: list[Phantom]) -> tuple[list[NDArray], list[NDArray], float]:
-    """Twins, maps, and the CPU seconds of a film."""
-    twins: list[NDArray] = []
+def generate(engine: CounterfactualEngine, images: list[Phantom]) -> tuple[list[NDArray], list[NDArray], float]:
+    """CounterfactualBatch, maps, and the CPU seconds of an image."""
+    counterfactuals: list[NDArray] = []
     maps: list[NDArray] = []
     size, spent = engine.config.micro_batch, 0.0
-    for start in range(0, len(films), size):
-        some = films[start : start + size]
+    for start in range(0, len(images), size):
+        some = images[start : start + size]
         began = time.process_time()
-        made = engine([film.film for film in some], [engine.settings()] * len(some),
+        made = engine([image.image for image in some], [engine.settings()] * len(some),
                       list(range(start, start + len(some))))  # fmt: skip
         spent += time.process_time() - began
-        for film, twin, rebuilt in zip(some, made.counterfactuals, made.reconstructions, strict=True):
-            twins.append(twin)
-            maps.append(attribution(film.film, rebuilt, twin, engine.config))
-    return twins, maps, spent / len(films)
+        for image, counterfactual, rebuilt in zip(some, made.counterfactuals, made.reconstructions, strict=True):
+            counterfactuals.append(counterfactual)
+            maps.append(attribution(image.image, rebuilt, counterfactual, engine.config))
+    return counterfactuals, maps, spent / len(images)
 
 
 @click.command()
 @click.option("--model", default="runs/demo/model", show_default=True)
-@click.option("--films", "count", default=96, show_default=True, help="Abnormal phantoms.")
+@click.option("--images", "count", default=96, show_default=True, help="Abnormal phantoms.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--result", default="benchmarks/results/shortcuts.json", type=click.Path(path_type=Path))
 def main(model: str, count: int, rounds: int, result: Path) -> None:
     set_up_logging()
     bundle = load(model)
     base = bundle.recipe.generate
-    films = [phantom(ABNORMAL[n % 3], n, SEED, bundle.recipe.model.resolution) for n in range(count)]
-    engines = {name: Counterfactuals(bundle, changed(base, shortcut), "cpu") for name, shortcut in SHORTCUTS.items()}
+    images = [phantom(ABNORMAL[n % 3], n, SEED, bundle.recipe.model.resolution) for n in range(count)]
+    engines = {
+        name: CounterfactualEngine(bundle, changed(base, shortcut), "cpu") for name, shortcut in SHORTCUTS.items()
+    }
     made: dict[str, tuple[list[NDArray], list[NDArray]]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in SHORTCUTS}
     for turn in range(rounds):
         for name in list(SHORTCUTS)[:: 1 if turn % 2 == 0 else -1]:
-            twins, maps, spent = heal(engines[name], films)
-            made[name] = twins, maps
+            counterfactuals, maps, spent = generate(engines[name], images)
+            made[name] = counterfactuals, maps
             seconds[name].append(spent)
     plain = made["none"][1]
     rows = []
     for name in SHORTCUTS:
-        twins, maps = made[name]
-        found = [score(positive(m), film.lesion, film.lungs | film.lesion) for m, film in zip(maps, films, strict=True)]
+        counterfactuals, maps = made[name]
+        found = [
+            score(positive(m), image.lesion, image.lungs | image.lesion) for m, image in zip(maps, images, strict=True)
+        ]
         apart = np.mean([np.abs(a - b).mean() for a, b in zip(maps, plain, strict=True)])
         rows.append(
             {
@@ -102,15 +106,22 @@ def main(model: str, count: int, rounds: int, result: Path) -> None:
                 "cpu_seconds_share": statistics.median(
                     a / b for a, b in zip(seconds[name], seconds["none"], strict=True)
                 ),
-                "cpu_seconds_a_film": statistics.median(seconds[name]),
+                "cpu_seconds_a_image": statistics.median(seconds[name]),
                 "map_distance": float(apart / np.mean([np.abs(m).mean() for m in plain])),
                 "auroc": float(np.mean([each.auroc for each in found if each is not None])),
-                "psnr_twin": float(np.mean([psnr(twin, film.twin) for twin, film in zip(twins, films, strict=True)])),
+                "psnr_counterfactual": float(
+                    np.mean(
+                        [
+                            psnr(counterfactual, image.ground_truth)
+                            for counterfactual, image in zip(counterfactuals, images, strict=True)
+                        ]
+                    )
+                ),
             }
         )
         LOG.info("%s", rows[-1])
     about = {
-        "command": f"python benchmarks/shortcuts.py --model {model} --films {count} --rounds {rounds}",
+        "command": f"python benchmarks/shortcuts.py --model {model} --images {count} --rounds {rounds}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "load_average": [round(value, 1) for value in os.getloadavg()],
         "versions": {key: version(key) for key in ("torch", "diffusers")},

@@ -1,7 +1,7 @@
 """Writes the tables of README and docs from the result files, between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 
 python benchmarks/tables.py            # after a benchmark
-python benchmarks/tables.py --check    # exit 1 and the places where a page says something else (a test does this)
+python benchmarks/tables.py --check    # exit 1 and the localization where a page says something else (a test does this)
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("methods", "throughput", "real_films")))
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("methods", "throughput", "real_images")))
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 Cells = Sequence[Sequence[str]]
 
@@ -51,44 +51,60 @@ def leaderboard() -> str:
         row, spread = means[name], spreads[name]["auroc"]
         auroc = number(row["auroc"]) + ("" if spread is None else f" ± {spread:.3f}")
         scores = [number(row[key]) for key in ("auprc", "dice_fixed")] + [number(row["pointing_game"], 2)]
-        twins = [number(row["flip_rate"]), number(row["lesion_error_left"]), number(row["psnr_twin"], 1)]
-        cost = [number(row["image_auroc"]), number(row["unet_calls"], 0), number(row["core_seconds_a_film"], 2)]
-        rows.append([name.replace("_", " "), auroc, *scores, *twins, *cost])
+        counterfactuals = [
+            number(row["flip_rate"]),
+            number(row["lesion_error_left"]),
+            number(row["psnr_counterfactual"], 1),
+        ]
+        cost = [number(row["image_auroc"]), number(row["unet_calls"], 0), number(row["core_seconds_a_image"], 2)]
+        rows.append([name.replace("_", " "), auroc, *scores, *counterfactuals, *cost])
     return markdown(
         ["method", "AUROC", "AUPRC", "Dice, fixed", "pointing game", "flip rate", "lesion error left",
-         "PSNR to the true twin", "ill against healthy", "UNet calls", "s a film"], rows,
+         "PSNR to the ground-truth counterfactual", "ill against healthy", "UNet calls", "s an image"], rows,
     )  # fmt: skip
 
 
 def limits() -> str:
-    keys = ("auroc", "auprc", "dice_best", "lesion_error_left", "psnr_twin")
+    keys = ("auroc", "auprc", "dice_best", "lesion_error_left", "psnr_counterfactual")
     classes = ("Lung_Opacity", "COVID", "Viral Pneumonia")
     rows = [
-        [row["row"], *(number(row[key], 1 if key == "psnr_twin" else 3) for key in keys),
+        [row["row"], *(number(row[key], 1 if key == "psnr_counterfactual" else 3) for key in keys),
          *(number(row[f"auroc {label}"]) for label in classes)]
         for row in result("limits")["rows"]
     ]  # fmt: skip
-    heads = ["row", "AUROC", "AUPRC", "best Dice", "lesion error left", "PSNR to the true twin"]
+    heads = ["row", "AUROC", "AUPRC", "best Dice", "lesion error left", "PSNR to the ground-truth counterfactual"]
     return markdown([*heads, *(label.replace("_", " ") for label in classes)], rows)
 
 
 def corrections() -> str:
     rows = [
         [row["recipe"].replace("_", " "), number(row["auroc"]), number(row["dice_fixed"]), number(row.get("flip_rate")),
-         number(row.get("lesion_error_left")), number(row.get("psnr_twin"), 1), number(row.get("unet_calls"), 0)]
+         number(row.get("lesion_error_left")), number(row.get("psnr_counterfactual"), 1),
+             number(row.get("unet_calls"), 0)]
         for row in result("corrections")["table"]
     ]  # fmt: skip
-    heads = ["recipe", "AUROC", "Dice", "flip rate", "lesion error left", "PSNR to the true twin", "calls"]
+    heads = [
+        "recipe",
+        "AUROC",
+        "Dice",
+        "flip rate",
+        "lesion error left",
+        "PSNR to the ground-truth counterfactual",
+        "calls",
+    ]
     return markdown(heads, rows)
 
 
 def shortcuts() -> str:
     rows = [
         [row["shortcut"], number(row["unet_calls"], 0), number(row["cpu_seconds_share"], 2),
-         number(row["map_distance"], 2), number(row["auroc"]), number(row["psnr_twin"], 1)]
+         number(row["map_distance"], 2), number(row["auroc"]), number(row["psnr_counterfactual"], 1)]
         for row in result("shortcuts")["rows"]
     ]  # fmt: skip
-    return markdown(["shortcut", "UNet calls", "time", "distance of the map", "AUROC", "PSNR to the true twin"], rows)
+    return markdown(
+        ["shortcut", "UNet calls", "time", "distance of the map", "AUROC", "PSNR to the ground-truth counterfactual"],
+        rows,
+    )
 
 
 def induction() -> str:
@@ -118,9 +134,9 @@ def engine() -> str:
     edit = result("engine_cpu")["edits"][0]
     rows = []
     for name, ratio in edit["ours_over"].items():
-        rate = edit["films_per_second"][name]["median"]
+        rate = edit["images_per_second"][name]["median"]
         rows.append([name.removeprefix("diffusers, "), number(rate, 1), ranged(ratio)])
-    return markdown(["StableDiffusionImg2ImgPipeline", "films/s", "ours is faster by"], rows)
+    return markdown(["StableDiffusionImg2ImgPipeline", "images/s", "ours is faster by"], rows)
 
 
 def ranged(ratio: dict[str, float], digits: int = 2) -> str:
@@ -182,10 +198,22 @@ def real_pack() -> str:
 def implants() -> str:
     keys = ("auroc", "auprc", "dice_best", "pointing_game", "lesion_error_left")
     rows = [
-        [row["method"].replace("_", " "), *(number(row.get(key)) for key in keys), number(row.get("psnr_twin"), 1)]
+        [
+            row["method"].replace("_", " "),
+            *(number(row.get(key)) for key in keys),
+            number(row.get("psnr_counterfactual"), 1),
+        ]
         for row in result("implants")["rows"]
     ]
-    heads = ["method", "AUROC", "AUPRC", "best Dice", "pointing game", "lesion error left", "PSNR to the true twin"]
+    heads = [
+        "method",
+        "AUROC",
+        "AUPRC",
+        "best Dice",
+        "pointing game",
+        "lesion error left",
+        "PSNR to the ground-truth counterfactual",
+    ]
     return markdown(heads, rows)
 
 
@@ -201,15 +229,15 @@ def throughput() -> str:
     """README's short one."""
     engine, plane = result("engine_cpu")["edits"][0]["ours_over"], result("data_plane")["ray_over_inline"]
     same = {name: ratio for name, ratio in engine.items() if "reconstruction" in name}
-    twins = {name: ratio for name, ratio in engine.items() if name not in same}
+    counterfactuals = {name: ratio for name, ratio in engine.items() if name not in same}
     largest, many = result("planning")["curve"][-1], result("scale")["curve"][-1]
     return markdown(
         ["", ""],
         [
-            ["engine over StableDiffusionImg2ImgPipeline, a film a call, same product", ranged(_alone(same))],
+            ["engine over StableDiffusionImg2ImgPipeline, an image a call, same product", ranged(_alone(same))],
             ["over its best batch by hand, channels_last", ranged(_closest(same))],
-            ["the same two where the pipeline makes the twin alone",
-             f"{ranged(_alone(twins))}; {ranged(_closest(twins))}"],
+            ["the same two where the pipeline makes the counterfactual alone",
+             f"{ranged(_alone(counterfactuals))}; {ranged(_closest(counterfactuals))}"],
             ["a run on Ray over the same records in a plain loop, time", ranged(plane)],
             ["share of the time that "
              f"{many['actors']} pretended actors work (4 s a shard)", number(many["efficiency"])],

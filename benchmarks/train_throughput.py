@@ -44,7 +44,7 @@ def recipe_of(tiny: bool, batch: int, steps: int, overrides: tuple[str, ...]) ->
     return make_recipe(values, overrides)
 
 
-def measure(recipe: Recipe, films: str, out: Path) -> dict[str, Any]:
+def measure(recipe: Recipe, images: str, out: Path) -> dict[str, Any]:
     """Median seconds of the steps after the first five, and the memory they took."""
     stamps: list[float] = []
     rate = loop.learning_rate
@@ -60,7 +60,7 @@ def measure(recipe: Recipe, films: str, out: Path) -> dict[str, Any]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     try:
-        loop.train(recipe, films, str(out), fingerprint="bench", provenance={}, report=discard)
+        loop.train(recipe, images, str(out), fingerprint="bench", provenance={}, report=discard)
     finally:
         loop.learning_rate = rate
     seconds = statistics.median(later - now for now, later in itertools.pairwise(stamps[5:]))
@@ -87,12 +87,12 @@ def main(batches: tuple[int, ...], steps: int, overrides: tuple[str, ...], tiny:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for _ in phantom_set(LocalStore(str(folder / "films")), 64, 64 if tiny else 512, 1, classes=("Normal",)):
+        for _ in phantom_set(LocalStore(str(folder / "images")), 64, 64 if tiny else 512, 1, classes=("Normal",)):
             pass
         for batch in batches:
             recipe = recipe_of(tiny, batch, steps, overrides)
             try:
-                row = measure(recipe, str(folder / "films"), folder / f"model-{batch}")
+                row = measure(recipe, str(folder / "images"), folder / f"model-{batch}")
             except torch.cuda.OutOfMemoryError:
                 row = {"batch": batch, "error": "out of memory"}
                 torch.cuda.empty_cache()

@@ -4,7 +4,7 @@
 
 ``script_loss`` and ``diffusers_curve`` are what examples/dreambooth/train_dreambooth.py does in a step, by the same
 library calls (the script itself cannot be run here: it reads its base and its class images from a hub). Both sides see
-the same films, noise and initial weights, so at equal settings their loss curves must agree; then ours runs at its
+the same images, noise and initial weights, so at equal settings their loss curves must agree; then ours runs at its
 recommended settings. Speeds are ratios of medians from one process, one side after the other.
 """
 
@@ -35,8 +35,8 @@ from diffva_ray.storage.store import LocalStore, open_store
 from diffva_ray.train import loop
 from diffva_ray.train.checkpoint import Checkpoints
 from diffva_ray.train.denoiser import DenoiserStage
-from diffva_ray.train.sampling import FilmSet, step_generator
-from diffva_ray.train.stage import Batch, Setting, three_channels
+from diffva_ray.train.sampling import ImageSet, step_generator
+from diffva_ray.train.stage import Batch, StageContext, three_channels
 
 LEARNING_RATE, BATCH = 5e-4, 4
 STAGE = {"name": "covid", "trains": "denoiser", "steps": 40, "batch_size": BATCH, "learning_rate": LEARNING_RATE,
@@ -91,8 +91,8 @@ def script_loss(
 class DiffusersSide:
     """The script's step: both networks trainable, AdamW with its defaults, gradients clipped together."""
 
-    def __init__(self, recipe: Recipe, films: FilmSet, device: torch.device) -> None:
-        self.bundle, self.films, self.device = build(recipe), films, device
+    def __init__(self, recipe: Recipe, images: ImageSet, device: torch.device) -> None:
+        self.bundle, self.images, self.device = build(recipe), images, device
         for module in self.bundle.modules.values():
             module.to(device)
         self.bundle.vae.requires_grad_(False)
@@ -100,15 +100,15 @@ class DiffusersSide:
         self.parameters = list(itertools.chain(unet.parameters(), encoder.parameters()))
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.999), weight_decay=1e-2)
         self.noise_scheduler = DDPMScheduler.from_config(self.bundle.scheduler)
-        self.draws = DenoiserStage(setting(recipe, self.bundle, films), recipe.train.stages[0])  # the same films
+        self.draws = DenoiserStage(context(recipe, self.bundle, images), recipe.train.stages[0])  # the same images
         self.seed = recipe.seed
 
     def step(self, step: int) -> float:
         positions = range(step * BATCH, (step + 1) * BATCH)
         assert self.draws.prior is not None
         indices = [self.draws.draws[n] for n in positions] + [self.draws.prior.draws[n] for n in positions]
-        prompts = [self.bundle.recipe.data.prompt(self.films.films[index].label) for index in indices]
-        pixels = three_channels(self.films.batch(indices)).to(self.device)
+        prompts = [self.bundle.recipe.data.prompt(self.images.images[index].label) for index in indices]
+        pixels = three_channels(self.images.batch(indices)).to(self.device)
         generator = step_generator(self.seed, STAGE["name"], step)
         loss = script_loss(self.bundle, self.noise_scheduler, pixels, prompts, generator)
         loss.backward()
@@ -118,19 +118,19 @@ class DiffusersSide:
         return loss.item()
 
 
-def setting(recipe: Recipe, bundle: Bundle, films: FilmSet) -> Setting:
-    return Setting(bundle, films, recipe.seed, open_store("."), 0)
+def context(recipe: Recipe, bundle: Bundle, images: ImageSet) -> StageContext:
+    return StageContext(bundle, images, recipe.seed, open_store("."), 0)
 
 
-def our_loss(recipe: Recipe, films: FilmSet, step: int) -> torch.Tensor:
+def our_loss(recipe: Recipe, images: ImageSet, step: int) -> torch.Tensor:
     """The loss our stage computes in a step, on a freshly built model."""
-    stage = DenoiserStage(setting(recipe, build(recipe), films), recipe.train.stages[0])
+    stage = DenoiserStage(context(recipe, build(recipe), images), recipe.train.stages[0])
     stage.begin(torch.device("cpu"), True, lambda: None)
     batch = Batch(step, BATCH, list(range(BATCH)), step_generator(recipe.seed, STAGE["name"], step))
-    return stage.loss(stage.players[0].network, batch)
+    return stage.loss(stage.trainables[0].network, batch)
 
 
-def our_run(recipe: Recipe, films: str, out: Path) -> tuple[list[float], float]:
+def our_run(recipe: Recipe, images: str, out: Path) -> tuple[list[float], float]:
     """Loss curve and seconds a step of our own loop, its first steps (caches, compilers) apart."""
     stamps: list[float] = []
 
@@ -144,7 +144,7 @@ def our_run(recipe: Recipe, films: str, out: Path) -> tuple[list[float], float]:
     try:
         loop.train(
             recipe,
-            films,
+            images,
             str(out),
             fingerprint="bench",
             provenance={},
@@ -162,13 +162,13 @@ def our_run(recipe: Recipe, films: str, out: Path) -> tuple[list[float], float]:
 @click.command()
 @click.option("--size", default=64, show_default=True, help="Pixels.")
 @click.option("--steps", default=40, show_default=True)
-@click.option("--films", default=240, show_default=True)
+@click.option("--images", default=240, show_default=True)
 @click.option("--result", default="benchmarks/results/train_vs_diffusers.json", type=click.Path(path_type=Path))
-def main(size: int, steps: int, films: int, result: Path) -> None:
+def main(size: int, steps: int, images: int, result: Path) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for _ in phantom_set(LocalStore(str(folder / "films")), films, size, seed=5):
+        for _ in phantom_set(LocalStore(str(folder / "images")), images, size, seed=5):
             pass
         equal = small_clip_model(folder / "base", size)
         values = equal.model_dump(mode="json")
@@ -177,15 +177,15 @@ def main(size: int, steps: int, films: int, result: Path) -> None:
         values["train"] |= {"cache_latents": True}
         recommended = make_recipe(values)
 
-        theirs = DiffusersSide(equal, FilmSet(open_dataset(str(folder / "films")), size, 1024), device)
+        theirs = DiffusersSide(equal, ImageSet(open_dataset(str(folder / "images")), size, 1024), device)
         curve, stamps = [], []
         for step in range(steps):
             began = time.perf_counter()
             curve.append(theirs.step(step))
             stamps.append(time.perf_counter() - began)
         seconds = statistics.median(stamps[3:])
-        ours, equal_seconds = our_run(equal, str(folder / "films"), folder / "equal")
-        _, best_seconds = our_run(recommended, str(folder / "films"), folder / "recommended")
+        ours, equal_seconds = our_run(equal, str(folder / "images"), folder / "equal")
+        _, best_seconds = our_run(recommended, str(folder / "images"), folder / "recommended")
     about = {
         "command": f"python benchmarks/train_vs_diffusers.py --size {size} --steps {steps}",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device.type}",

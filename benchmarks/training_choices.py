@@ -2,8 +2,8 @@
 
     make demo && python benchmarks/training_choices.py [--steps 1000] [--only mixed ...]
 
-All rows have the same number of steps, the same batch of films and the same autoencoder; what a class set costs besides
-(DreamBooth doubles the batch) is in the last column. Scores are of the 120 abnormal validation phantoms, by the
+All rows have the same number of steps, the same batch of images and the same autoencoder; what a class set costs
+besides (DreamBooth doubles the batch) is in the last column. Scores are of the 120 abnormal validation phantoms, by the
 recipe's own sampler and by the paper's. One training seed: differences below about 0.01 are noise.
 """
 
@@ -85,8 +85,8 @@ def score(recipe: Recipe, demo: str, model: str, out: str) -> dict[str, float]:
         "auroc": of("localization", "auroc", map="positive"),
         "dice_best": of("localization", "dice_best", map="positive"),
         "flip_rate": of("validity", "flip_rate"),
-        "lesion_error_left": of("twin", "lesion_error_ratio"),
-        "psnr_twin": of("twin", "psnr"),
+        "lesion_error_left": of("ground_truth", "lesion_error_ratio"),
+        "psnr_counterfactual": of("ground_truth", "psnr"),
     }
 
 

@@ -1,11 +1,11 @@
 """Lesions that training has never shown, and faint ones: what the maps of one model find by class and by contrast.
 
-    make demo && python benchmarks/unseen.py [--model runs/demo/model] [--films 48]
+    make demo && python benchmarks/unseen.py [--model runs/demo/model] [--images 48]
 
-Phantoms of a seed of their own, ``--films`` of each class, the recipe's method. A pneumothorax takes brightness away,
+Phantoms of a seed of their own, ``--images`` of each class, the recipe's method. A pneumothorax takes brightness away,
 so the positive part of a map cannot find it, and its negative part should; a mass is a ball of another shape than any
-opacity of training; cardiomegaly lies outside the lungs and is scored over the whole film. Contrast is the mean
-|film - true twin| inside the lesion, in thirds of the films of the trained classes.
+opacity of training; cardiomegaly lies outside the lungs and is scored over the whole image. Contrast is the mean
+|image - ground-truth counterfactual| inside the lesion, in thirds of the images of the trained classes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffva_ray.counterfactual.attribution import attribution
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.phantoms import Phantom, phantom
 from diffva_ray.metrics.localization import absolute, brightness, positive, score, smooth
 from diffva_ray.model.bundle import load
@@ -35,56 +35,56 @@ Image = NDArray[np.float32]
 
 
 def negative(signed: Image) -> Image:
-    """max(-M, 0): what healing brightened, the sign of air where it should not be."""
+    """max(-M, 0): what generating brightened, the sign of air where it should not be."""
     return np.maximum(-signed, 0)
 
 
 PARTS = {"positive": positive, "negative": negative, "absolute": absolute}
 
 
-def maps_of(engine: Counterfactuals, films: list[Phantom]) -> tuple[list[Image], list[str]]:
-    """Signed maps, and what each film was taken to show."""
+def maps_of(engine: CounterfactualEngine, images: list[Phantom]) -> tuple[list[Image], list[str]]:
+    """Signed maps, and what each image was taken to show."""
     maps: list[Image] = []
     sources: list[str] = []
     size = engine.config.micro_batch
-    for start in range(0, len(films), size):
-        some = films[start : start + size]
+    for start in range(0, len(images), size):
+        some = images[start : start + size]
         made = engine(
-            [film.film for film in some], [engine.settings()] * len(some), list(range(start, start + len(some)))
+            [image.image for image in some], [engine.settings()] * len(some), list(range(start, start + len(some)))
         )
         sources += made.sources
         maps += [
-            attribution(film.film, rebuilt, twin, engine.config)
-            for film, rebuilt, twin in zip(some, made.reconstructions, made.counterfactuals, strict=True)
+            attribution(image.image, rebuilt, counterfactual, engine.config)
+            for image, rebuilt, counterfactual in zip(some, made.reconstructions, made.counterfactuals, strict=True)
         ]
     return maps, sources
 
 
-def aurocs(film: Phantom, signed: Image, smoothing: float) -> dict[str, float]:
-    region = None if film.label == "Cardiomegaly" else film.lungs | film.lesion
-    found = {name: score(part(signed), film.lesion, region) for name, part in PARTS.items()}
-    found["brightness"] = score(brightness(smooth(film.film, smoothing)), film.lesion, region)
+def aurocs(image: Phantom, signed: Image, smoothing: float) -> dict[str, float]:
+    region = None if image.label == "Cardiomegaly" else image.lungs | image.lesion
+    found = {name: score(part(signed), image.lesion, region) for name, part in PARTS.items()}
+    found["brightness"] = score(brightness(smooth(image.image, smoothing)), image.lesion, region)
     return {name: one.auroc for name, one in found.items() if one is not None}
 
 
 @click.command()
 @click.option("--model", default="runs/demo/model", show_default=True)
-@click.option("--films", "count", default=48, show_default=True, help="Of each class.")
+@click.option("--images", "count", default=48, show_default=True, help="Of each class.")
 @click.option("--result", default="benchmarks/results/unseen.json", type=click.Path(path_type=Path))
 def main(model: str, count: int, result: Path) -> None:
     set_up_logging()
     bundle = load(model)
-    engine = Counterfactuals(bundle, device="cpu")
+    engine = CounterfactualEngine(bundle, device="cpu")
     rows: list[dict[str, Any]] = []
     contrasts: list[tuple[float, float]] = []
     for label in (*TRAINED, *NEVER):
-        films = [phantom(label, n, SEED, engine.size) for n in range(count)]
-        maps, sources = maps_of(engine, films)
-        found = [aurocs(film, signed, engine.config.smoothing) for film, signed in zip(films, maps, strict=True)]
+        images = [phantom(label, n, SEED, engine.size) for n in range(count)]
+        maps, sources = maps_of(engine, images)
+        found = [aurocs(image, signed, engine.config.smoothing) for image, signed in zip(images, maps, strict=True)]
         if label in TRAINED:
             contrasts += [
-                (float(np.abs(film.film - film.twin)[film.lesion].mean()), each["positive"])
-                for film, each in zip(films, found, strict=True)
+                (float(np.abs(image.image - image.ground_truth)[image.lesion].mean()), each["positive"])
+                for image, each in zip(images, found, strict=True)
                 if "positive" in each
             ]
         means = {
@@ -97,7 +97,7 @@ def main(model: str, count: int, result: Path) -> None:
     contrasts.sort()
     thirds = np.array_split(np.array(contrasts), 3)
     about = {
-        "command": f"python benchmarks/unseen.py --model MODEL --films {count}",
+        "command": f"python benchmarks/unseen.py --model MODEL --images {count}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {key: version(key) for key in ("torch", "diffusers")},
         "code_revision": code_revision(),

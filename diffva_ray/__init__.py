@@ -1,8 +1,8 @@
-"""diffva-ray: healthy twins, attribution maps and their numbers for chest X-rays, at scale.
+"""diffva-ray: healthy counterfactuals, attribution maps and their numbers for chest X-rays, at scale.
 
-Rooms, in the order in which data flows: ``data`` (films), ``model`` (the diffusers folder), ``train``,
-``counterfactual`` (twins and maps), ``generate`` (plan and shards), ``metrics``, ``evaluate`` (tables, report);
-``ray_*`` spread them over a cluster. ARCHITECTURE.md has one line per module.
+Rooms, in the order in which data flows: ``data`` (images), ``model`` (the diffusers folder), ``train``,
+``counterfactual`` (counterfactuals and maps), ``generate`` (plan and shards), ``metrics``, ``evaluate`` (tables,
+report); ``ray_*`` spread them over a cluster. ARCHITECTURE.md has one line per module.
 
 What a notebook needs stands here (``__all__``) and is loaded when it is first used, so that ``import diffva_ray`` takes
 neither torch nor Ray; metrics are in ``diffva_ray.metrics.*``. These names, their arguments and what they return change
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from diffva_ray.config.recipe import Recipe as Recipe
     from diffva_ray.config.recipe import load_recipe as load_recipe
     from diffva_ray.counterfactual.attribution import attribution as attribution
-    from diffva_ray.counterfactual.engine import Counterfactuals as Counterfactuals
+    from diffva_ray.counterfactual.engine import CounterfactualEngine as CounterfactualEngine
     from diffva_ray.data.datasets import open_dataset as open_dataset
-    from diffva_ray.data.images import read_film as read_film
+    from diffva_ray.data.images import read_image as read_image
     from diffva_ray.data.images import read_map as read_map
     from diffva_ray.data.images import to_square as to_square
     from diffva_ray.data.phantoms import phantom as phantom
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from diffva_ray.generate.run import open_run as open_run
 
 _PLACES = {
-    "Counterfactuals": "counterfactual.engine",
+    "CounterfactualEngine": "counterfactual.engine",
     "Recipe": "config.recipe",
     "Run": "generate.run",
     "attribution": "counterfactual.attribution",
@@ -40,7 +40,7 @@ _PLACES = {
     "open_dataset": "data.datasets",
     "open_run": "generate.run",
     "phantom": "data.phantoms",
-    "read_film": "data.images",
+    "read_image": "data.images",
     "read_images": "evaluate.records",
     "read_map": "data.images",
     "read_records": "evaluate.records",

@@ -81,16 +81,16 @@ def tiny() -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 phantoms of 32 px, six of each class."""
-    folder = tmp_path_factory.mktemp("films")
+    folder = tmp_path_factory.mktemp("images")
     for _ in phantom_set(LocalStore(str(folder)), 24, 32, seed=11):
         pass
     return folder
 
 
 @pytest.fixture(scope="session")
-def model(tiny: Recipe, films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tiny: Recipe, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model after a few training steps, exported by the training loop itself (no Ray)."""
     from diffva_ray.train.checkpoint import Checkpoints
     from diffva_ray.train.loop import train
@@ -99,7 +99,7 @@ def model(tiny: Recipe, films: Path, tmp_path_factory: pytest.TempPathFactory) -
     report = Checkpoints(folder / ".train", 2)
     train(
         tiny,
-        str(films),
+        str(images),
         str(folder),
         fingerprint="tiny",
         provenance={"data_kind": "phantoms"},
@@ -177,7 +177,7 @@ def complete(model: Path) -> Callable[[], Bundle]:
 
     from diffva_ray.model.bundle import load
     from diffva_ray.model.classifier import LatentClassifier
-    from diffva_ray.model.gan_generator import Healer
+    from diffva_ray.model.gan_generator import GanGenerator
 
     def load_with_extras() -> Bundle:
         bundle = load(str(model))
@@ -189,7 +189,10 @@ def complete(model: Path) -> Callable[[], Bundle]:
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.05)
         bundle.extras["controlnet"] = controlnet.eval()
-        bundle.extras["vant_gan"], bundle.extras["ant_gan"] = Healer("map", (8, 16), 4), Healer("image", (8, 16), 4)
+        bundle.extras["vant_gan"], bundle.extras["ant_gan"] = (
+            GanGenerator("map", (8, 16), 4),
+            GanGenerator("image", (8, 16), 4),
+        )
         assert {method.needs for method in METHODS.values() if method.needs} <= set(bundle.extras)
         return bundle
 

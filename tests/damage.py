@@ -1,4 +1,4 @@
-"""A seeded data set of damaged films, a folder per class: what disks, copies, downloads and people do to files.
+"""A seeded data set of damaged images, a folder per class: what disks, copies, downloads and people do to files.
 
     python tests/damage.py FOLDER [COUNT] [SEED]     # about COUNT files, made from phantoms
 
@@ -29,9 +29,9 @@ PNG_MARK = b"\x89PNG\r\n\x1a\n"
 Draw = random.Random
 
 
-def encoded(film: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     sink = BytesIO()
-    film.save(sink, kind, **options)
+    image.save(sink, kind, **options)
     return sink.getvalue()
 
 
@@ -40,16 +40,16 @@ def as_jpeg(good: bytes, **options: object) -> bytes:
 
 
 def any_format(good: bytes, draw: Draw) -> tuple[str, bytes]:
-    """Extension and bytes of a film in one of the formats that are read."""
-    film = Image.open(BytesIO(good)).convert("L")
+    """Extension and bytes of an image in one of the formats that are read."""
+    image = Image.open(BytesIO(good)).convert("L")
     return draw.choice(
         [
             (".png", good),
             (".jpg", as_jpeg(good)),
             (".jpg", as_jpeg(good, progressive=True)),
-            (".bmp", encoded(film, "BMP")),
-            (".tif", encoded(film, "TIFF", compression="tiff_lzw")),
-            (".tif", encoded(film, "TIFF")),
+            (".bmp", encoded(image, "BMP")),
+            (".tif", encoded(image, "TIFF", compression="tiff_lzw")),
+            (".tif", encoded(image, "TIFF")),
         ]
     )
 
@@ -78,7 +78,7 @@ def zeros_deflated(megabytes: int) -> bytes:
     return b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(megabytes)), packer.flush()])
 
 
-# ---- kinds of files: each a function of a good film's bytes and a generator, to an extension and bytes
+# ---- kinds of files: each a function of a good image's bytes and a generator, to an extension and bytes
 
 
 def flipped(extension: str, data: bytes, draw: Draw, first: int | None = None) -> tuple[str, bytes]:
@@ -138,17 +138,17 @@ def large_tile(good: bytes, draw: Draw) -> tuple[str, bytes]:
 
 
 def with_text_bomb(good: bytes, draw: Draw) -> tuple[str, bytes]:
-    film, packed = Image.open(BytesIO(good)).convert("L"), zeros_deflated(64)
+    image, packed = Image.open(BytesIO(good)).convert("L"), zeros_deflated(64)
     body = b"Comment\0\0" + packed
     kind, body = draw.choice([(b"zTXt", body), (b"iCCP", body), (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + packed)])
-    raw = b"".join(b"\0" + row.tobytes() for row in np.asarray(film))
-    return ".png", png(*film.size, 8, 0, zlib.compress(raw), chunk(kind, body))
+    raw = b"".join(b"\0" + row.tobytes() for row in np.asarray(image))
+    return ".png", png(*image.size, 8, 0, zlib.compress(raw), chunk(kind, body))
 
 
 def not_an_image(good: bytes, draw: Draw) -> tuple[str, bytes]:
     sink = BytesIO()
     with zipfile.ZipFile(sink, "w") as archive:
-        archive.writestr("film.png", good)
+        archive.writestr("image.png", good)
     texts = [
         b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
@@ -195,28 +195,28 @@ def declared_bomb(good: bytes, draw: Draw) -> tuple[str, bytes]:
 
 
 def unusual_but_good(good: bytes, draw: Draw) -> tuple[str, bytes]:
-    film = Image.open(BytesIO(good)).convert("L")
-    deep = Image.fromarray(np.asarray(film).astype(np.uint16) * 257)
+    image = Image.open(BytesIO(good)).convert("L")
+    deep = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
     exif = Image.Exif()
     exif[0x0112] = draw.randrange(1, 9)
     text = PngImagePlugin.PngInfo()
     text.add_text("Patient", "anonymous", zip=True)
     return draw.choice(
         [
-            (".png", encoded(film.convert("P"))),
-            (".png", encoded(film.convert("P"), transparency=0)),
-            (".jpg", encoded(film.convert("RGB").convert("CMYK"), "JPEG")),
+            (".png", encoded(image.convert("P"))),
+            (".png", encoded(image.convert("P"), transparency=0)),
+            (".jpg", encoded(image.convert("RGB").convert("CMYK"), "JPEG")),
             (".png", encoded(deep)),
             (".tiff", encoded(deep, "TIFF")),
-            (".png", encoded(film.convert("1"))),
-            (".png", encoded(film.convert("LA"))),
-            (".png", encoded(film.convert("RGBA"), pnginfo=text)),
+            (".png", encoded(image.convert("1"))),
+            (".png", encoded(image.convert("LA"))),
+            (".png", encoded(image.convert("RGBA"), pnginfo=text)),
             (".jpeg", as_jpeg(good, progressive=True, exif=exif)),
             (".png", good + bytes(512)),
-            (".tif", encoded(film.convert("F"), "TIFF")),
+            (".tif", encoded(image.convert("F"), "TIFF")),
             (".jpg", good),  # extensions are not believed
             (".png", as_jpeg(good)),
-            (".PNG", encoded(film, "BMP")),
+            (".PNG", encoded(image, "BMP")),
         ]
     )
 
@@ -281,7 +281,7 @@ EXPECTED: dict[str, frozenset[str]] = {
     "odd name, good": OK,
     "odd name, bad": BAD,
     "250 bytes of name": OK,
-    "link to a good film": OK,
+    "link to a good image": OK,
     "file of 3 GB": BAD,
     "no permission": frozenset({"error"}),
     "no permission, but readable": OK,  # to root everything is
@@ -295,7 +295,7 @@ EXPECTED: dict[str, frozenset[str]] = {
 
 
 def write_damaged(folder: Path, count: int, seed: int, good: list[bytes]) -> dict[str, str]:
-    """About ``count`` files of all kinds below ``folder``, made from the PNG films ``good``; kind by relative path."""
+    """About ``count`` files of all kinds below ``folder``, made from the PNG images ``good``; kind by relative path."""
     draw = Draw(seed)
     for name in CLASSES:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -331,8 +331,8 @@ def _names(draw: Draw, good: list[bytes]) -> Iterator[tuple[str, str, bytes]]:
 def _no_plain_files(folder: Path, good: bytes) -> dict[str, str]:
     """What lies in data folders beside plain files."""
     here = folder / CLASSES[0]
-    (folder / "film.bin").write_bytes(good)
-    (here / "link.png").symlink_to("../film.bin")
+    (folder / "image.bin").write_bytes(good)
+    (here / "link.png").symlink_to("../image.bin")
     (here / "dangling.png").symlink_to("nowhere.png")
     (here / "loop-a.png").symlink_to("loop-b.png")
     (here / "loop-b.png").symlink_to("loop-a.png")
@@ -346,7 +346,7 @@ def _no_plain_files(folder: Path, good: bytes) -> dict[str, str]:
     (here / "locked.png").chmod(0)
     readable = os.access(here / "locked.png", os.R_OK)
     kinds = {
-        "link.png": "link to a good film",
+        "link.png": "link to a good image",
         "dangling.png": "dangling link",
         "loop-a.png": "loop of links",
         "loop-b.png": "loop of links",
@@ -367,7 +367,7 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     for _ in phantom_set(LocalStore(str(target / "phantoms")), 12, 64, seed=1):
         pass
-    films = [file.read_bytes() for file in sorted((target / "phantoms").glob("*/images/*.png"))]
+    images = [file.read_bytes() for file in sorted((target / "phantoms").glob("*/images/*.png"))]
     count, seed = (int(text) for text in [*sys.argv[2:4], "1000", "0"][:2])
-    found = write_damaged(target / "films", count, seed, films)
-    print(f"{len(found)} files of {len(set(found.values()))} kinds in {target / 'films'}")
+    found = write_damaged(target / "images", count, seed, images)
+    print(f"{len(found)} files of {len(set(found.values()))} kinds in {target / 'images'}")

@@ -1,4 +1,4 @@
-"""Verbs about films: make phantoms, look at a data set."""
+"""Verbs about images: make phantoms, look at a data set."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from diffva_ray.data.dataset import UnusableData
 
 @verb("phantoms")
 @click.argument("out")
-@click.option("--patients", default=400, show_default=True, metavar="N", help="Films in all, classes in turn.")
-@click.option("--size", metavar="PX", type=click.IntRange(16, 4096), help="Side of the films; default: the recipe's.")
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same films.")
+@click.option("--patients", default=400, show_default=True, metavar="N", help="Images in all, classes in turn.")
+@click.option("--size", metavar="PX", type=click.IntRange(16, 4096), help="Side of the images; default: the recipe's.")
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same images.")
 @click.option("--classes", metavar="A,B", help="Classes; default: Normal, Lung_Opacity, COVID, Viral Pneumonia.")
-@click.option("--onto", metavar="DATA", help="Put the lesions into the healthy films of this data set.")
+@click.option("--onto", metavar="DATA", help="Put the lesions into the healthy images of this data set.")
 @recipe_or_phantom
 @set_option
 @dry_run_option
 def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str | None, onto: str | None,
              recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
-    """Write synthetic thorax films with lung masks, lesion masks and lesion-free twins; with --onto real healthy films
-    with synthetic lesions, whose originals are the exact twins.
+    """Write synthetic thorax images with lung masks, lesion masks and ground-truth counterfactual; with --onto real healthy images
+    with synthetic lesions, whose originals are the exact counterfactuals.
 
     Example:
         diffva phantoms data/test --patients 400 --size 128 --seed 7
@@ -41,7 +41,7 @@ def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str 
     dataset = open_dataset(onto, resolved.data) if onto else None
     healthy = resolved.data.healthy_class
     if dry_run:
-        about = {"onto": onto, "healthy_films": dataset.classes.get(healthy, 0)} if dataset else {}
+        about = {"onto": onto, "healthy_images": dataset.classes.get(healthy, 0)} if dataset else {}
         return show(resolved, out=out, patients=patients, size=side, seed=seed, classes=chosen, **about)
     try:
         store = open_store(out)
@@ -51,7 +51,7 @@ def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str 
             made = sum(1 for _ in phantom_set(store, patients, side, seed, chosen))
     except ValueError as error:
         raise UnusableData(str(error)) from None
-    click.echo(f"{made} films of {side} px in {out}")
+    click.echo(f"{made} images of {side} px in {out}")
 
 
 @verb("inspect")

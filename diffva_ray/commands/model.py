@@ -1,4 +1,4 @@
-"""Verbs about a model: train it, ask it about one film, and the whole line from phantoms to report."""
+"""Verbs about a model: train it, ask it about one image, and the whole line from phantoms to report."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def worker_count(_: click.Context, __: click.Parameter, text: str) -> int | tupl
 @click.option("--quick", is_flag=True, help="The same path with less of everything, in under 4 minutes.")
 @click.option("--seed", default=0, show_default=True, help="Seed of phantoms, training and generation.")
 def demo(out: str, quick: bool, seed: int) -> None:
-    """The whole line on this machine: phantoms, training, twins, tables and a page.
+    """The whole line on this machine: phantoms, training, counterfactuals, tables and a page.
 
     Example:
         diffva demo --quick
@@ -79,53 +79,53 @@ def train(data: str, out: str, workers: int | tuple[int, int], gpus_per_worker: 
 
     resolved = load_recipe(recipe, overrides)
     if dry_run:
-        return show(resolved, data=data, out=out, films=len(training_keys(resolved, data)[1].films), workers=workers)
+        return show(resolved, data=data, out=out, images=len(training_keys(resolved, data)[1].images), workers=workers)
     if train_model(resolved, data, out, workers, gpus_per_worker, executor):
         click.echo(f"model written to {out}")
 
 
-def _beside_the_command(film: str, what: str) -> str:
-    """A name in the current folder for what is made of a film: film.png -> film.explained.png."""
-    name = film.rpartition("/")[2]
+def _beside_the_command(image: str, what: str) -> str:
+    """A name in the current folder for what is made of an image: image.png -> image.explained.png."""
+    name = image.rpartition("/")[2]
     return f"{name.rpartition('.')[0] or name}.{what}.png"
 
 
 @verb("explain")
-@click.argument("film")
+@click.argument("image")
 @model_option
 @click.option(
     "--prompt",
     "prompts",
     multiple=True,
     metavar="TEXT",
-    help="What the twin should be, a row of the sheet each; default: the recipe's healthy prompt.",
+    help="What the counterfactual should be, a row of the sheet each; default: the recipe's healthy prompt.",
 )
 @click.option(
-    "--out", metavar="FILE.png", help="The sheet, local or s3://; default: <film>.explained.png in the current folder."
+    "--out", metavar="FILE.png", help="The sheet, local or s3://; default: <image>.explained.png in the current folder."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 @settings_options
-@click.option("--seed", type=int, help="As of a run; the film's own is made of it and the file's name.")
+@click.option("--seed", type=int, help="As of a run; the image's own is made of it and the file's name.")
 @recipe_option
 @set_option
 @dry_run_option
-def explain(film: str, model: str, prompts: tuple[str, ...], out: str | None, as_json: bool, **options: Any) -> None:
-    """One film, at once: its healthy twin, the attribution map, the numbers, and a sheet that shows them. The engine is
-    that of generate; a run gives a film the same noise where its path in the data set is just the file's name.
+def explain(image: str, model: str, prompts: tuple[str, ...], out: str | None, as_json: bool, **options: Any) -> None:
+    """One image, at once: its healthy counterfactual, the attribution map, the numbers, and a sheet that shows them. The engine is
+    that of generate; a run gives an image the same noise where its path in the data set is just the file's name.
 
     Example:
-        diffva explain film.png --model models/mine --prompt "normal chest scan" --prompt "COVID 19"
+        diffva explain image.png --model models/mine --prompt "normal chest scan" --prompt "COVID 19"
     """
     from diffva_ray.explain.image import explain as ask
     from diffva_ray.explain.sheet import check_sheet, describe, write_sheet
     from diffva_ray.workflows.execution import model_recipe
 
     recipe = model_recipe(model, options["recipe"], settings_overrides(options))
-    path = out or _beside_the_command(film, "explained")
+    path = out or _beside_the_command(image, "explained")
     check_sheet(path)
     if options["dry_run"]:
-        return show(recipe, film=film, model=model, out=path, prompts=prompts or [recipe.data.healthy_prompt])
-    found = ask(film, model, recipe, prompts)
+        return show(recipe, image=image, model=model, out=path, prompts=prompts or [recipe.data.healthy_prompt])
+    found = ask(image, model, recipe, prompts)
     write_sheet(found, path)
     if as_json:
         return click.echo(json.dumps({**found.as_dict(), "sheet": path}, indent=1))
@@ -133,26 +133,26 @@ def explain(film: str, model: str, prompts: tuple[str, ...], out: str | None, as
 
 
 @verb("interpolate")
-@click.argument("film")
+@click.argument("image")
 @model_option
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Twice: from the first to the second.")
-@click.option("--to", "other", metavar="FILM", help="From film to film, under one --prompt or unedited.")
-@click.option("--frames", default=7, show_default=True, type=click.IntRange(2, 25), help="Films of the strip.")
-@click.option("--out", metavar="FILE.png", help="The strip, local or s3://; default: <film>.interpolated.png here.")
+@click.option("--to", "other", metavar="IMAGE", help="From image to image, under one --prompt or unedited.")
+@click.option("--frames", default=7, show_default=True, type=click.IntRange(2, 25), help="Images of the strip.")
+@click.option("--out", metavar="FILE.png", help="The strip, local or s3://; default: <image>.interpolated.png here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
 @settings_options
-@click.option("--seed", type=int, help="As of a run; the film's own is made of it and the file's name.")
+@click.option("--seed", type=int, help="As of a run; the image's own is made of it and the file's name.")
 @recipe_option
 @set_option
 @dry_run_option
-def interpolate(film: str, model: str, prompts: tuple[str, ...], other: str | None, frames: int, out: str | None,
+def interpolate(image: str, model: str, prompts: tuple[str, ...], other: str | None, frames: int, out: str | None,
                 as_json: bool, **options: Any) -> None:  # fmt: skip
-    """A strip of films between two prompts (their text embeddings mixed) or between two films (their noisy latents
+    """A strip of images between two prompts (their text embeddings mixed) or between two images (their noisy latents
     mixed), with the judge's opinion of each.
 
     Example:
-        diffva interpolate film.png --model models/mine --prompt "normal chest scan" --prompt "COVID 19"
-        diffva interpolate film.png --model models/mine --to other.png
+        diffva interpolate image.png --model models/mine --prompt "normal chest scan" --prompt "COVID 19"
+        diffva interpolate image.png --model models/mine --to other.png
     """
     from diffva_ray.explain.interpolate import interpolate as between
     from diffva_ray.explain.interpolate import write_strip
@@ -160,10 +160,10 @@ def interpolate(film: str, model: str, prompts: tuple[str, ...], other: str | No
     from diffva_ray.workflows.execution import model_recipe
 
     recipe = model_recipe(model, options["recipe"], settings_overrides(options))
-    path = out or _beside_the_command(film, "interpolated")
+    path = out or _beside_the_command(image, "interpolated")
     check_sheet(path)
     if options["dry_run"]:
-        return show(recipe, film=film, to=other, model=model, out=path, prompts=prompts, frames=frames)
-    strip = between(film, model, recipe, prompts, other, frames)
+        return show(recipe, image=image, to=other, model=model, out=path, prompts=prompts, frames=frames)
+    strip = between(image, model, recipe, prompts, other, frames)
     write_strip(strip, path)
     click.echo(json.dumps({**strip.as_dict(), "strip": path}, indent=1) if as_json else f"strip in {path}")

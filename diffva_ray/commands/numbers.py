@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.argument("run")
 @click.option("--data", metavar="DATA", help="Where the data set is now, if it has moved; the run remembers it.")
 @click.option("--reference", multiple=True, metavar="LABEL=DATA_OR_RUN", help="Compare with class LABEL; repeatable.")
-@click.option("--boxes", metavar="CSV", help="Lesion boxes: file,x,y,w,h in pixels of the film.")
+@click.option("--boxes", metavar="CSV", help="Lesion boxes: file,x,y,w,h in pixels of the image.")
 @weights_option
 @click.option(
     "--resize", type=click.Choice(["clean", "legacy"]), help="Way to Inception's grid; legacy: pytorch-fid's."
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option(
     "--brixia", metavar="CSV", help="Readers' scores of lung zones (file, S-A to S-F, J-A to J-F) for the maps."
 )
-@click.option("--sources", metavar="CSV", help="Archive of each film (file, source): compares within each one, too.")
+@click.option("--sources", metavar="CSV", help="Archive of each image (file, source): compares within each one, too.")
 @executor_option
 def reduce(run: str, data: str | None, reference: tuple[str, ...], boxes: str | None, inception_weights: str | None,
            resize: Literal["clean", "legacy"] | None, threshold_from: str | None, extractor: tuple[str, ...],
@@ -76,18 +76,18 @@ def reduce(run: str, data: str | None, reference: tuple[str, ...], boxes: str | 
 
 @verb("report")
 @click.argument("run")
-@click.option("--boxes", metavar="CSV", help="Lesion boxes to outline: file,x,y,w,h in pixels of the film.")
+@click.option("--boxes", metavar="CSV", help="Lesion boxes to outline: file,x,y,w,h in pixels of the image.")
 @click.option("--serve", "served", is_flag=True, help="Then show it on this machine's loopback address until Ctrl-C.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Of --serve; default: any that is free.")
 @click.option(
-    "--films",
+    "--images",
     type=click.IntRange(1),
     metavar="N",
     help="Records in the viewer at most; default: by their size, up to 20000.",
 )
-def report(run: str, boxes: str | None, served: bool, port: int, films: int | None) -> None:
+def report(run: str, boxes: str | None, served: bool, port: int, images: int | None) -> None:
     """Write the figures and the HTML report of a run, finished or not: one page that opens from disk, with a viewer of
-    its films. Pictures of an earlier report are kept where they still hold.
+    its images. Pictures of an earlier report are kept where they still hold.
 
     Example:
         diffva report runs/first
@@ -97,7 +97,7 @@ def report(run: str, boxes: str | None, served: bool, port: int, films: int | No
     from diffva_ray.generate.run import open_run
 
     opened = open_run(run)
-    click.echo(f"open {write_report(opened, films, boxes)}")
+    click.echo(f"open {write_report(opened, images, boxes)}")
     if served:
         serve(opened.store, port, click.echo)
 
@@ -105,7 +105,7 @@ def report(run: str, boxes: str | None, served: bool, port: int, films: int | No
 @verb("score")
 @click.argument("maps")
 @data_option
-@click.option("--boxes", metavar="CSV", help="Lesion boxes: file,x,y,w,h in pixels of the film.")
+@click.option("--boxes", metavar="CSV", help="Lesion boxes: file,x,y,w,h in pixels of the image.")
 @click.option("--out", metavar="FOLDER", help="Write tables/scores.{csv,md,tex,json} and more there.")
 @click.option(
     "--signed/--positive",
@@ -130,18 +130,18 @@ def report(run: str, boxes: str | None, served: bool, port: int, films: int | No
 @click.option(
     "--threshold-from",
     metavar="RUN|FOLDER|JSON",
-    help="Thresholds fixed on validation films: a run, an --out of this verb, or a file.",
+    help="Thresholds fixed on validation images: a run, an --out of this verb, or a file.",
 )
-@click.option("--model", metavar="MODEL", help="Refuse this model's training films; a run names its own model.")
-@click.option("--allow-training-films", is_flag=True, help="Score films the model was trained on; the tables say so.")
+@click.option("--model", metavar="MODEL", help="Refuse this model's training images; a run names its own model.")
+@click.option("--allow-training-images", is_flag=True, help="Score images the model was trained on; the tables say so.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool | None,
           encoding: Literal["auto", "signed16", "unsigned"],
           smoothing: float | None, size: int | None, threshold_from: str | None, model: str | None,
-          allow_training_films: bool, as_json: bool) -> None:  # fmt: skip
+          allow_training_images: bool, as_json: bool) -> None:  # fmt: skip
     """Score anybody's attribution maps with the code of our own tables, beside trivial baselines.
 
-    MAPS is a folder of PNG, NPY or TIFF files named like the films of DATA, or a run.
+    MAPS is a folder of PNG, NPY or TIFF files named like the images of DATA, or a run.
 
     Example:
         diffva score gradcam/ --data data/test --size 64 --out scores/gradcam
@@ -159,7 +159,7 @@ def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool
         size=size,
         threshold_from=threshold_from,
         model=model,
-        allow_training_films=allow_training_films,
+        allow_training_images=allow_training_images,
     )
     scored = score_maps(maps, data, options)
     if output is not None:
@@ -177,7 +177,7 @@ def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool
 @click.argument("run_b")
 @click.option("--out", metavar="FOLDER", help="Where the page goes; default: compare-<A>-<B> beside a local RUN_A.")
 def compare(run_a: str, run_b: str, out: str | None) -> None:
-    """Two runs on the same films, side by side: numbers, settings that differ, pictures. Neither run is written to.
+    """Two runs on the same images, side by side: numbers, settings that differ, pictures. Neither run is written to.
 
     Example:
         diffva compare runs/first runs/second

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 @click.option("--chexpert", metavar="DATA", help="CheXpert-v1.0-small, for table 4; phantoms with --quick.")
 @model_option
 @click.option("--out", metavar="DIR", required=True, help="Folder, or s3://; an unfinished one is continued.")
-@click.option("--quick", is_flag=True, help="24 films of each class; phantoms where no data are given.")
-@click.option("--limit", type=click.IntRange(4), metavar="N", help="At most so many films of each class.")
-@click.option("--boxes", metavar="CSV", help="Lesion boxes (file,x,y,w,h in pixels of the film), for table S3.")
+@click.option("--quick", is_flag=True, help="24 images of each class; phantoms where no data are given.")
+@click.option("--limit", type=click.IntRange(4), metavar="N", help="At most so many images of each class.")
+@click.option("--boxes", metavar="CSV", help="Lesion boxes (file,x,y,w,h in pixels of the image), for table S3.")
 @click.option("--brixia", metavar="CSV", help="Readers' scores of lung zones (file, S-A to S-F, J-A to J-F), table S7.")
 @weights_option
 @click.option(
@@ -53,7 +53,7 @@ def paper(radiography: str | None, chexpert: str | None, model: str, out: str, q
           boxes: str | None, brixia: str | None, inception_weights: str | None, resize: Literal["clean", "legacy"], actors: int | None,
           gpus_per_actor: float | None, allow_environment_change: bool, executor: Executor,
           recipe: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:  # fmt: skip
-    """Every table and figure of Siddiqui et al. 2024 from films and a model, the published values beside ours.
+    """Every table and figure of Siddiqui et al. 2024 from images and a model, the published values beside ours.
 
     What cannot be made is listed with the reason. --set changes every run, as in generate.num_inference_steps=20.
 

@@ -35,22 +35,24 @@ if TYPE_CHECKING:
 @data_option
 @model_option
 @click.option("--out", metavar="RUN", required=True, help="Run folder, or s3://; an unfinished one is continued.")
-@click.option("--classes", metavar="A,B", help="Classes to heal; default: all but the healthy one.")
+@click.option("--classes", metavar="A,B", help="Classes to generate; default: all but the healthy one.")
 @click.option("--healthy-class", metavar="NAME", help="The class that counts as healthy.")
-@click.option("--prompt", metavar="TEXT", help="What the twin should be; default: the recipe's healthy prompt.")
+@click.option(
+    "--prompt", metavar="TEXT", help="What the counterfactual should be; default: the recipe's healthy prompt."
+)
 @settings_options
 @click.option("--seed", type=int, help="Seed of the run.")
-@click.option("--draws", type=int, metavar="K", help="Records per film, each with noise of its own.")
+@click.option("--samples", type=int, metavar="K", help="Records per image, each with noise of its own.")
 @click.option("--sweep", multiple=True, metavar="KEY=V,V", help="Several values of one setting; repeatable.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="At most so many records.")
 @click.option("--shard-size", type=int, metavar="N", help="Records per shard.")
-@click.option("--micro-batch", type=int, metavar="N", help="Films in one network call.")
+@click.option("--micro-batch", type=int, metavar="N", help="Images in one network call.")
 @actors_option
 @gpus_option
 @click.option(
     "--probe",
     is_flag=True,
-    help="With --dry-run: heal some films here, to tell hours, storage and the best --micro-batch.",
+    help="With --dry-run: generate some images here, to tell hours, storage and the best --micro-batch.",
 )
 @click.option(
     "--images-per-second",
@@ -64,7 +66,7 @@ if TYPE_CHECKING:
 @set_option
 @dry_run_option
 def generate(data: str, model: str, out: str, **options: Any) -> int:
-    """Make the healthy twin and the attribution map of every abnormal film.
+    """Make the healthy counterfactual and the attribution map of every abnormal image.
 
     Example:
         diffva generate --data data/test --model models/mine --out runs/first
@@ -76,7 +78,8 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     from diffva_ray.workflows.generate import generate_run
 
     overrides = with_flags(
-        settings_overrides(options, "draws", "shard_size", "micro_batch"), data__healthy_class=options["healthy_class"]
+        settings_overrides(options, "samples", "shard_size", "micro_batch"),
+        data__healthy_class=options["healthy_class"],
     )
     recipe = model_recipe(model, options["recipe"], overrides)
     request = Request(names(options["classes"]), options["prompt"], options["limit"], parse_sweep(options["sweep"]))
@@ -99,7 +102,7 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
         intent = planned(recipe, data, model, out, request)
         cost = planned_cost(recipe, intent, out, request, execution, pace)
         if by_size:
-            cost["films_per_second_by_micro_batch"] = {size: round(rate, 2) for size, rate in by_size.items()}
+            cost["images_per_second_by_micro_batch"] = {size: round(rate, 2) for size, rate in by_size.items()}
         show(recipe, **intent, cost=cost)
         return DONE
     if options["probe"] or options["images_per_second"]:
@@ -164,7 +167,7 @@ def verify(run: str, repair: bool) -> int:
 @executor_option
 def retry(run: str, data: str | None, model: str | None, actors: int | None, gpus_per_actor: float | None,
           allow_environment_change: bool, executor: Executor) -> int:  # fmt: skip
-    """Make quarantined records again, once their films are mended: into RUN/overlays/r1, r2 ...
+    """Make quarantined records again, once their images are mended: into RUN/overlays/r1, r2 ...
 
     Example:
         diffva retry runs/first

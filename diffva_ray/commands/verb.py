@@ -45,7 +45,7 @@ class Examples(click.Command):
 @click.version_option(__version__, prog_name="diffva")
 @click.option("-v", "--verbose", is_flag=True, help="Say more, and let Ray speak.")
 def main(verbose: bool) -> None:
-    """Healthy twins, attribution maps and their numbers for chest X-rays. Not for clinical use."""
+    """Healthy counterfactuals, attribution maps and their numbers for chest X-rays. Not for clinical use."""
     set_up_logging(verbose)
 
 
@@ -151,9 +151,9 @@ actors_option   = click.option("--actors",     type=click.IntRange(1), metavar="
 gpus_option     = click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="Default: 1 where the cluster has GPUs.")
 change_option   = click.option("--allow-environment-change", is_flag=True, help="Go on with another torch or device; recorded.")
 weights_option  = click.option("--inception-weights", metavar="PATH|download", help="pytorch-fid's state dict; default: its cache.")
-SETTINGS = (  # of the engine: what a run and a single film have in common
+SETTINGS = (  # of the engine: what a run and a single image have in common
     click.option("--method",         metavar="NAME",              help=f"One of {', '.join(METHODS)}."),
-    click.option("--strength",       metavar="F",    type=float,  help="How far the film is taken apart, in (0, 1]."),
+    click.option("--strength",       metavar="F",    type=float,  help="How far the image is taken apart, in (0, 1]."),
     click.option("--guidance-scale", metavar="F",    type=float,  help="Classifier-free guidance; 1 or less is none."),
     click.option("--steps",          metavar="N",    type=int,    help="Scheduler steps at strength 1."),
     click.option("--scheduler",      metavar="NAME", help=f"One of {', '.join(get_args(Scheduler))}."),

@@ -1,4 +1,4 @@
-"""Settings of single methods as data. ``config.py`` puts them into recipes, as sections of ``generate``."""
+"""SamplingSettings of single methods as data. ``config.py`` puts them into recipes, as sections of ``generate``."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ class MaskedConfig(Section):
     """Method ``masked``. Lengths are fractions of the width, grey levels are of 1."""
 
     source: Literal["difference", "derived", "lungs"] = "difference"
-    """Where the mask comes from. ``difference``: what healing changes. ``derived``: DiffEdit's mask, where the noise
+    """Where the mask comes from. ``difference``: what generating changes. ``derived``: DiffEdit's mask, where the noise
     predicted under the healthy and under the source prompt differs most. ``lungs``: the lung mask, or the whole of a
-    film that has none."""
+    image that has none."""
 
     quantile: float = Field(0.8, gt=0, lt=1)
-    """``derived``: share of the film left outside the mask."""
+    """``derived``: share of the image left outside the mask."""
 
     keep_below: float = Field(0.02, ge=0, lt=1)
     """``difference``: a change of up to this much (grey levels of 1) counts as none; less than ``edit_above``."""
 
     edit_above: float = Field(0.06, gt=0, le=1)
-    """``difference``: from a change of this much on (grey levels of 1) the twin counts in full."""
+    """``difference``: from a change of this much on (grey levels of 1) the counterfactual counts in full."""
 
     dilation: float = Field(0.0, ge=0, lt=0.5)
     """How far the mask grows, as a fraction of the width."""
@@ -43,7 +43,7 @@ class ClassifierGuidedConfig(Section):
     """Method ``classifier-guided``."""
 
     scale: float = Field(50.0, ge=0)
-    """Weight of the classifier's gradient; 0: the film comes back as the autoencoder leaves it."""
+    """Weight of the classifier's gradient; 0: the image comes back as the autoencoder leaves it."""
 
 
 class ControlNetConfig(Section):

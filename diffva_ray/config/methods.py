@@ -1,5 +1,5 @@
 """The counterfactual methods, a line each: what a method runs with, needs and costs. A new one is a module of its name
-in ``counterfactual/`` with a function ``heal``, and a line here.
+in ``counterfactual/`` with a function ``generate``, and a line here.
 
 The table stands apart from the modules so that drivers can check and price a run without loading torch.
 """
@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 
 class Calls(NamedTuple):
-    """Forwards of each network for one record. Every method has the film encoded; those in latent space
-    decode twin and reconstruction."""
+    """Forwards of each network for one record. Every method has the image encoded; those in latent space
+    decode counterfactual and reconstruction."""
 
     unet: int
     encode: int = 1

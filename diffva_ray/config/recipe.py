@@ -30,17 +30,17 @@ class DataConfig(Section):
         "COVID": "COVID 19",
         "Viral Pneumonia": "Viral Pneumonia",
     }
-    """Class to the prompt its films are trained under; a class that is not named here is prompted by its own name."""
+    """Class to the prompt its images are trained under; a class that is not named here is prompted by its own name."""
 
     healthy_class: str = "Normal"
-    """The class that counts as healthy, and what CheXpert's "No Finding" is called; it is healed only where it is asked
-    for."""
+    """The class that counts as healthy, and what CheXpert's "No Finding" is called; it is generated only where it is
+    asked for."""
 
     healthy_prompt: str = "normal chest scan"
-    """What a twin is to show, unless ``--prompt`` says otherwise."""
+    """What a counterfactual is to show, unless ``--prompt`` says otherwise."""
 
     uncertain: Literal["ignore", "positive", "negative"] = "ignore"
-    """CheXpert's uncertain labels (-1). ``positive``: a finding like any other. A film is listed under its positive
+    """CheXpert's uncertain labels (-1). ``positive``: a finding like any other. An image is listed under its positive
     findings only, so ``ignore`` and ``negative`` both leave the label out."""
 
     bits: int = Field(16, ge=8, le=16)
@@ -57,7 +57,7 @@ class ModelConfig(Section):
     scratch (keyword arguments of the diffusers and transformers classes)."""
 
     resolution: int = Field(512, ge=16)
-    """Side of the square films that the model works on, in pixels."""
+    """Side of the square images that the model works on, in pixels."""
 
     base: str | None = None
     """A diffusers folder (local or s3://) or hub id; none: from scratch, with ``vae``, ``unet`` and ``text``."""
@@ -93,16 +93,16 @@ class ModelConfig(Section):
 
 
 class GenerateConfig(Section):
-    """How twins are generated and measured; all of it is part of the run's fingerprint."""
+    """How counterfactuals are generated and measured; all of it is part of the run's fingerprint."""
 
     method: str = Field("sdedit", json_schema_extra={"enum": list(METHODS)})
-    """How a twin is made (docs/methods.md)."""
+    """How a counterfactual is made (docs/methods.md)."""
 
     scheduler: Scheduler = "pndm"
-    """The sampler; methods that invert the film run with ``ddim`` only."""
+    """The sampler; methods that invert the image run with ``ddim`` only."""
 
     strength: float = Field(0.55, gt=0, le=1)
-    """How far the film is taken apart before it is put together again, as a share of the noise schedule."""
+    """How far the image is taken apart before it is put together again, as a share of the noise schedule."""
 
     guidance_scale: float = Field(4.0, ge=0)
     """Classifier-free guidance towards the prompt; 1 or less is none."""
@@ -111,24 +111,24 @@ class GenerateConfig(Section):
     """Steps of the sampler at strength 1; ``strength`` times as many are taken."""
 
     source_prompt: str = ""
-    """What the film is taken to show before it is healed; methods that invert it do so under this prompt. ``<guess>``:
-    the model's own reading of the film."""
+    """What the image is taken to show before it is generated; methods that invert it do so under this prompt.
+    ``<guess>``: the model's own reading of the image."""
 
     negative_prompt: str = ""
-    """What guidance points away from. ``<source>``: what the film is taken to show."""
+    """What guidance points away from. ``<source>``: what the image is taken to show."""
 
     posterior: Literal["sample", "mode"] = "mode"
-    """Latents of a film: drawn from the autoencoder's posterior, as diffusers' pipelines do, or its mode."""
+    """Latents of an image: drawn from the autoencoder's posterior, as diffusers' pipelines do, or its mode."""
 
     difference: Literal["raw", "compensated"] = "compensated"
-    """What the twin is subtracted from: the film itself (the paper's map), or the film as the method gives it back
-    unchanged, which leaves the autoencoder's own error out of the map."""
+    """What the counterfactual is subtracted from: the image itself (the paper's map), or the image as the method gives
+    it back unchanged, which leaves the autoencoder's own error out of the map."""
 
     smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Sigma of the Gaussian that smooths the map, as a fraction of the width; 0: none."""
 
     micro_batch: int = Field(8, ge=1)
-    """Films in one call of a network. Changes rounding."""
+    """Images in one call of a network. Changes rounding."""
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the networks."""
@@ -137,29 +137,29 @@ class GenerateConfig(Section):
     """PyTorch's threads in an actor without a GPU. Changes rounding; more actors are faster than more threads."""
 
     compile: bool = False
-    """The networks by ``torch.compile``: minutes at the start of every actor, for runs of many films."""
+    """The networks by ``torch.compile``: minutes at the start of every actor, for runs of many images."""
 
     shard_size: int = Field(64, ge=1)
     """Records that are made and committed together."""
 
-    draws: int = Field(1, ge=1)
-    """Records of each film, each with noise of its own."""
+    samples: int = Field(1, ge=1)
+    """Records of each image, each with noise of its own."""
 
     ssim_preset: Literal["wang", "skimage"] = "wang"
     """SSIM's window: Gaussian of sigma 1.5 over 11 pixels (Wang et al. 2004), or scikit-image's default, 7 pixels,
     uniform."""
 
     min_side: int = Field(32, ge=1)
-    """Films whose shorter side has fewer pixels are quarantined as ``too_small``."""
+    """Images whose shorter side has fewer pixels are quarantined as ``too_small``."""
 
     masked: MaskedConfig = MaskedConfig()
-    """Settings of method ``masked``."""
+    """SamplingSettings of method ``masked``."""
 
     classifier_guided: ClassifierGuidedConfig = ClassifierGuidedConfig()
-    """Settings of method ``classifier-guided``."""
+    """SamplingSettings of method ``classifier-guided``."""
 
     controlnet: ControlNetConfig = ControlNetConfig()
-    """Settings of method ``controlnet``."""
+    """SamplingSettings of method ``controlnet``."""
 
     acceleration: AccelerationConfig = AccelerationConfig()
     """Shortcuts of the samplers."""
@@ -187,7 +187,7 @@ class EvaluateConfig(Section):
     """Groups of the jackknife that gives the distances between sets their intervals."""
 
     resize: Literal["clean", "legacy"] = "clean"
-    """How films come to Inception's 299 pixels: bicubic with antialiasing (Parmar et al. 2022), or pytorch-fid's
+    """How images come to Inception's 299 pixels: bicubic with antialiasing (Parmar et al. 2022), or pytorch-fid's
     bilinear without."""
 
 
@@ -213,7 +213,7 @@ class Recipe(Section):
     """How they are trained."""
 
     generate: GenerateConfig = GenerateConfig()
-    """How twins are made."""
+    """How counterfactuals are made."""
 
     evaluate: EvaluateConfig = EvaluateConfig()
     """How a run becomes tables."""

@@ -1,4 +1,4 @@
-"""Stages of training as data: what they train, on which films, and how. ``config.py`` puts them into recipes."""
+"""Stages of training as data: what they train, on which images, and how. ``config.py`` puts them into recipes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StageConfig(Section):
     """What all stages have."""
 
     name: str
-    """What the stage is called in logs and checkpoints; its films and noise are drawn by it."""
+    """What the stage is called in logs and checkpoints; its images and noise are drawn by it."""
 
     trains: str
     """The kind of stage; each has keys of its own."""
@@ -27,16 +27,16 @@ class StageConfig(Section):
     """Steps of the optimizer."""
 
     batch_size: int = Field(ge=1)
-    """Films in a step, of all workers together, whatever their number."""
+    """Images in a step, of all workers together, whatever their number."""
 
     micro_batch_size: int | None = Field(None, ge=1)
-    """Films in one forward pass of one worker, whose gradients accumulate; none: the worker's whole share."""
+    """Images in one forward pass of one worker, whose gradients accumulate; none: the worker's whole share."""
 
     learning_rate: float = Field(gt=0)
     """Of AdamW, after the warm-up."""
 
     classes: dict[str, int] = {}
-    """Class to weight: how often its films are drawn; empty: all classes, equally often."""
+    """Class to weight: how often its images are drawn; empty: all classes, equally often."""
 
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly."""
@@ -89,7 +89,7 @@ class AutoencoderConfig(StageConfig):
 
 
 class NoisePredictionConfig(StageConfig):
-    """Learning to predict noise (or velocity) under the film's caption or its class's prompt."""
+    """Learning to predict noise (or velocity) under the image's caption or its class's prompt."""
 
     prompt_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of prompts that are replaced by the empty one, so that guidance has a trained unconditional branch."""
@@ -112,16 +112,16 @@ class DenoiserConfig(NoisePredictionConfig):
     """Whether the text encoder learns, too; with ``cross-attention`` it never does."""
 
     prior_class: str | None = None
-    """The class of DreamBooth's class set, of which as many films join each step; none: no class set."""
+    """The class of DreamBooth's class set, of which as many images join each step; none: no class set."""
 
     prior_loss_weight: float = Field(1.0, ge=0)
     """Weight of the class set's loss."""
 
     class_images: Literal["real", "generated"] = "real"
-    """The class set: the films of ``prior_class``, or films that the model draws before the stage begins."""
+    """The class set: the images of ``prior_class``, or images that the model draws before the stage begins."""
 
     num_class_images: int = Field(200, ge=1)
-    """Films of the class set, where they are drawn."""
+    """Images of the class set, where they are drawn."""
 
 
 class ControlNetStageConfig(NoisePredictionConfig):
@@ -158,10 +158,10 @@ class ClassifierConfig(StageConfig):
 
 
 class HealerConfig(StageConfig):
-    """A generator of healthy films, and its critic."""
+    """A generator of healthy images, and its critic."""
 
     classes: dict[str, int] = {}
-    """Abnormal class to weight; empty: all of them, equally often. Healthy films come as often as all of those
+    """Abnormal class to weight; empty: all of them, equally often. Healthy images come as often as all of those
     together."""
 
     weight_decay: float = Field(0.0, ge=0)
@@ -190,7 +190,7 @@ class VantGanConfig(HealerConfig):
     """AdamW's decay of the gradient's mean and of its square."""
 
     map_weight: float = Field(100.0, ge=0)
-    """Weight of the map's L1, the mean over pixels in [-1, 1]; smaller films want less."""
+    """Weight of the map's L1, the mean over pixels in [-1, 1]; smaller images want less."""
 
     penalty_weight: float = Field(10.0, ge=0)
     """Weight of the gradient penalty (Gulrajani et al. 2017)."""
@@ -206,10 +206,10 @@ class AntGanConfig(HealerConfig):
     """AdamW's decay of the gradient's mean and of its square."""
 
     cycle_weight: float = Field(10.0, ge=0)
-    """Weight of the L1 between a film and what comes back after both translations."""
+    """Weight of the L1 between an image and what comes back after both translations."""
 
     identity_weight: float = Field(5.0, ge=0)
-    """Weight of the L1 between a film that is already what is wanted and its translation."""
+    """Weight of the L1 between an image that is already what is wanted and its translation."""
 
 
 Stage = Annotated[
@@ -241,16 +241,17 @@ class LoraConfig(Section):
 
 
 class ValidationConfig(Section):
-    """Twins of a fixed set of films, made and scored while training runs; they change nothing of the training."""
+    """CounterfactualBatch of a fixed set of images, made and scored while training runs; they change nothing of the
+    training."""
 
     every: int = Field(0, ge=0)
     """Steps of a denoiser stage between validations; 0: none."""
 
     data: str | None = None
-    """A data set whose films have lesion masks; none: phantoms of a fixed seed."""
+    """A data set whose images have lesion masks; none: phantoms of a fixed seed."""
 
-    films: int = Field(12, ge=1)
-    """Abnormal films that are healed, at most."""
+    images: int = Field(12, ge=1)
+    """Abnormal images that are generated, at most."""
 
 
 class TrainConfig(Section):
@@ -293,7 +294,7 @@ class TrainConfig(Section):
     """A look at the model while it trains."""
 
     cache_latents: bool = True
-    """Encode every film once and keep its latents' mean and deviation, where memory allows."""
+    """Encode every image once and keep its latents' mean and deviation, where memory allows."""
 
     cache_megabytes: int = Field(1024, ge=0)
-    """Decoded films that a worker keeps in memory, in MB, at most; and as much again of latents."""
+    """Decoded images that a worker keeps in memory, in MB, at most; and as much again of latents."""

@@ -1,1 +1,1 @@
-"""Healthy twins and attribution maps: the engine and one file per method."""
+"""Healthy counterfactuals and attribution maps: the engine and one file per method."""

@@ -1,5 +1,5 @@
-"""Attribution maps: what makes a film abnormal, as a signed image in [-1, 1]; positive where the film is brighter than
-its healthy twin."""
+"""Attribution maps: what makes an image abnormal, as a signed image in [-1, 1]; positive where the image is brighter
+than its healthy counterfactual."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from diffva_ray.metrics.localization import smooth
 from diffva_ray.schema import Image, Mask
 
 
-def attribution(film: Image, reconstruction: Image, counterfactual: Image, config: GenerateConfig) -> Image:
+def attribution(image: Image, reconstruction: Image, counterfactual: Image, config: GenerateConfig) -> Image:
     """The recipe's signed map [H, W] in [-1, 1] of three grey images [H, W] in [0, 1].
 
     ``raw`` is M = I_abnormal - I_counterfactual (Siddiqui et al. 2024); ``compensated`` is D(E(I)) - I_counterfactual,
     which does not count the autoencoder's own error as disease. ``smoothing`` is a Gaussian's sigma as a fraction of
     the width. Raises ValueError for images of unequal shapes.
 
-        >>> film, twin = np.full((8, 8), 0.5, np.float32), np.full((8, 8), 0.2, np.float32)
-        >>> attribution(film, film, twin, GenerateConfig(difference="raw")).mean().round(3)
+        >>> image, counterfactual = np.full((8, 8), 0.5, np.float32), np.full((8, 8), 0.2, np.float32)
+        >>> attribution(image, image, counterfactual, GenerateConfig(difference="raw")).mean().round(3)
         np.float32(0.3)
     """
-    if not film.shape == reconstruction.shape == counterfactual.shape or film.ndim != 2:
-        shapes = ", ".join(str(image.shape) for image in (film, reconstruction, counterfactual))
-        raise ValueError(f"film, reconstruction and counterfactual are [H, W] of one shape, got {shapes}")
-    difference = (film if config.difference == "raw" else reconstruction) - counterfactual
+    if not image.shape == reconstruction.shape == counterfactual.shape or image.ndim != 2:
+        shapes = ", ".join(str(one.shape) for one in (image, reconstruction, counterfactual))
+        raise ValueError(f"image, reconstruction and counterfactual are [H, W] of one shape, got {shapes}")
+    difference = (image if config.difference == "raw" else reconstruction) - counterfactual
     return smooth(difference.astype(np.float64), config.smoothing).astype(np.float32)
 
 
@@ -43,7 +43,7 @@ def energy(signed_map: Image, lungs: Mask | None = None) -> tuple[float, float |
 
 @dataclass(frozen=True, eq=False)
 class Consistency:
-    """What K maps of one film, of K seeds, agree on; all [H, W]."""
+    """What K maps of one image, of K seeds, agree on; all [H, W]."""
 
     mean: Image
     deviation: Image  # standard deviation over seeds (K - 1 in the denominator)

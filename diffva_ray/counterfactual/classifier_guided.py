@@ -1,9 +1,9 @@
-"""``classifier-guided``: encode the film by DDIM inversion up to a noise level, decode it with the gradient of a
+"""``classifier-guided``: encode the image by DDIM inversion up to a noise level, decode it with the gradient of a
 classifier that knows noise (Wolleb et al. 2022, "Diffusion models for medical anomaly detection", algorithm 1;
 Dhariwal & Nichol 2021, algorithm 2).
 
 The text steers neither way: both passes predict noise under the source prompt ("" is Wolleb's unconditional model), so
-without a classifier the film comes back as the autoencoder leaves it.
+without a classifier the image comes back as the autoencoder leaves it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from diffva_ray.counterfactual.ddim_inversion import invert
-from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion
+from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion
 
 
-def heal(model: LatentDiffusion, request: Edit) -> Healed:
+def generate(model: LatentDiffusion, request: Edit) -> Generated:
     """Raises UnusableModel for a model without a classifier."""
     with torch.inference_mode(False):  # weights loaded in inference mode could never take part in a gradient
         classifier = model.bundle.extra("classifier").to(request.latents.device, torch.float32).eval()
@@ -30,7 +30,7 @@ def heal(model: LatentDiffusion, request: Edit) -> Healed:
         if model.prediction_type == "v_prediction":  # v = (noise - sigma * latents) / sqrt(alpha)
             push = push / alpha.sqrt()
         latents = scheduler.step(output - push, timestep, latents).prev_sample
-    return model.healed(latents, request)
+    return model.generated(latents, request)
 
 
 def gradient(classifier: Any, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

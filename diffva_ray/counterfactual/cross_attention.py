@@ -1,5 +1,6 @@
-"""Where the words of a prompt look in a film: cross-attention maps, an attribution without any edit (Tang et al. 2023,
-"What the DAAM"; Vilouras et al. 2024, "Zero-shot medical phrase grounding using off-the-shelf diffusion models")."""
+"""Where the words of a prompt look in an image: cross-attention maps, an attribution without any edit (Tang et al.
+2023, "What the DAAM"; Vilouras et al. 2024, "Zero-shot medical phrase grounding using off-the-shelf diffusion
+models")."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.counterfactual.noising import noised
 from diffva_ray.data.images import to_square
@@ -72,7 +73,8 @@ def cross_attention(
     length]) of its prompt ``embeddings`` [n, length, width]: over layers (resized to the latents' grid), heads,
     timesteps and words.
 
-    Costs len(TIMESTEPS) network calls. Raises ValueError for a network without cross-attention or a film without words.
+    Costs len(TIMESTEPS) network calls. Raises ValueError for a network without cross-attention or an image without
+    words.
     """
     if not words.any(dim=1).all():
         raise ValueError("a prompt without words looks nowhere: cross-attention maps need one")
@@ -94,17 +96,18 @@ def cross_attention(
 
 
 def cross_attention_maps(
-    engine: Counterfactuals,
-    films: Sequence[NDArray[np.float32]],
+    engine: CounterfactualEngine,
+    images: Sequence[NDArray[np.float32]],
     prompts: Sequence[str],
     seeds: Sequence[int],
 ) -> NDArray[np.float32]:
-    """Maps [n, size, size] in [0, 1] of grey films [H, W] in [0, 1], each under its own prompt (the class prompt it was
-    taken to show, say). A film's map depends on its own film, prompt and seed alone. Raises ValueError as above."""
+    """Maps [n, size, size] in [0, 1] of grey images [H, W] in [0, 1], each under its own prompt (the class prompt it
+    was taken to show, say). An image's map depends on its own image, prompt and seed alone. Raises ValueError as
+    above."""
     maps, full = list[NDArray[np.float32]](), engine.config.micro_batch
-    for start in range(0, len(films), full):
-        slots = [min(at, len(films) - 1) for at in range(start, start + full)]
-        squares = torch.from_numpy(np.stack([to_square(films[n], engine.size) for n in slots])).to(engine.device)
+    for start in range(0, len(images), full):
+        slots = [min(at, len(images) - 1) for at in range(start, start + full)]
+        squares = torch.from_numpy(np.stack([to_square(images[n], engine.size) for n in slots])).to(engine.device)
         with torch.inference_mode():
             latents = engine.model.encode(squares)[0].float() * engine.model.scale
             found = cross_attention(
@@ -115,7 +118,7 @@ def cross_attention_maps(
                 [torch.Generator("cpu").manual_seed(seeds[n]) for n in slots],
             )
             found = functional.interpolate(found[:, None], size=(engine.size,) * 2, mode="bilinear")[:, 0]
-        maps += list(found.cpu().numpy()[: len(films) - start])
+        maps += list(found.cpu().numpy()[: len(images) - start])
     return np.stack(maps)
 
 

@@ -1,24 +1,24 @@
-"""``cycle``: noise the film, and record what noise the model would have had to draw on the way back to it; go back
+"""``cycle``: noise the image, and record what noise the model would have had to draw on the way back to it; go back
 under the healthy prompt with the same noise (Wu & De la Torre 2023, "A latent space of stochastic diffusion models",
 CycleDiffusion; Huberman-Spiegelglas et al. 2024).
 
-Where the two prompts agree the recorded noise leads back to the film exactly, so nothing else is lost.
+Where the two prompts agree the recorded noise leads back to the image exactly, so nothing else is lost.
 """
 
 from __future__ import annotations
 
 import torch
 
-from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion, noise, split
+from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion, noise, split
 
 
-def heal(model: LatentDiffusion, request: Edit) -> Healed:
+def generate(model: LatentDiffusion, request: Edit) -> Generated:
     """Runs on the timesteps of ``ddim``."""
     _, timesteps = model.schedule(request)
     alphas = [model.alphas.to(request.latents)[timestep] for timestep in timesteps]
-    alphas.append(torch.ones_like(alphas[0]))  # the film itself
+    alphas.append(torch.ones_like(alphas[0]))  # the image itself
 
-    path = [request.latents]  # from the film up to the noisiest level, by the forward process
+    path = [request.latents]  # from the image up to the noisiest level, by the forward process
     for upper, lower in zip(reversed(alphas[:-1]), reversed(alphas[1:]), strict=True):
         kept = upper / lower
         fresh = noise(request.latents.shape, request.generators).to(request.latents)
@@ -27,9 +27,9 @@ def heal(model: LatentDiffusion, request: Edit) -> Healed:
     latents = path[0]
     for n, timestep in enumerate(timesteps):
         source = _mean(model, path[n], model.predict(path[n], timestep, request.source), alphas[n], alphas[n + 1])
-        healed = _mean(model, latents, model.guided(latents, timestep, request), alphas[n], alphas[n + 1])
-        latents = healed + (path[n + 1] - source)
-    return model.healed(latents, request)
+        generated = _mean(model, latents, model.guided(latents, timestep, request), alphas[n], alphas[n + 1])
+        latents = generated + (path[n + 1] - source)
+    return model.generated(latents, request)
 
 
 def _mean(

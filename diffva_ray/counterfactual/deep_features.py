@@ -14,7 +14,7 @@ from torch import nn
 def deep_features_kept(unet: Any, every: int) -> Iterator[None]:
     """While the UNet follows one path of timesteps: in every ``every``-th call all of it works, in the calls between,
     its first convolution, the last residual block and what comes after; all other layers give what they gave in the
-    last whole call (DeepCache's branch 0). A call with another number of films is a whole one. 1: nothing is kept."""
+    last whole call (DeepCache's branch 0). A call with another number of images is a whole one. 1: nothing is kept."""
     if every == 1:
         yield
         return
@@ -39,15 +39,15 @@ def _deep(unet: Any) -> list[nn.Module]:
 
 class _Kept:
     def __init__(self, every: int) -> None:
-        self.every, self.films, self.age = every, 0, 0
+        self.every, self.images, self.age = every, 0, 0
         self.whole = True
 
-    def begin(self, films: int) -> None:
+    def begin(self, images: int) -> None:
         """A call of the UNet begins."""
         self.age += 1
-        self.whole = films != self.films or self.age >= self.every
+        self.whole = images != self.images or self.age >= self.every
         if self.whole:
-            self.films, self.age = films, 0
+            self.images, self.age = images, 0
 
     def of(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         last: list[Any] = [None]

@@ -1,7 +1,7 @@
-"""The counterfactual engine: films in, healthy twins out, in batches of one fixed shape.
+"""The counterfactual engine: images in, healthy counterfactuals out, in batches of one fixed shape.
 
-A record's result depends on its own film, prompt, settings and seed alone: noise comes from a CPU generator of its own,
-every network call has the micro-batch's full shape (the tail is padded), and a prompt is embedded by itself.
+A record's result depends on its own image, prompt, settings and seed alone: noise comes from a CPU generator of its
+own, every network call has the micro-batch's full shape (the tail is padded), and a prompt is embedded by itself.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from numpy.typing import NDArray
 from diffva_ray.config.methods import METHODS
 from diffva_ray.config.recipe import GUESS, SOURCE, GenerateConfig
 from diffva_ray.counterfactual.guess import guess
-from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion, noise, speed_up_doubling
+from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion, noise, speed_up_doubling
 from diffva_ray.data.images import to_square
 from diffva_ray.model import text
 from diffva_ray.model.bundle import Bundle, load
 from diffva_ray.progress import Stopwatch
 
 
-def method_of(name: str, scheduler: str) -> Callable[[LatentDiffusion, Edit], Healed]:
-    """The ``heal`` function of a method's module. Raises ValueError for an unknown name, and for a scheduler that the
-    method cannot run with."""
+def method_of(name: str, scheduler: str) -> Callable[[LatentDiffusion, Edit], Generated]:
+    """The ``generate`` function of a method's module. Raises ValueError for an unknown name, and for a scheduler that
+    the method cannot run with."""
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
     if scheduler != (only := METHODS[name].scheduler or scheduler):
         raise ValueError(f"method {name} runs with scheduler {only}, not {scheduler}")
-    return importlib.import_module(f"diffva_ray.counterfactual.{name.replace('-', '_')}").heal
+    return importlib.import_module(f"diffva_ray.counterfactual.{name.replace('-', '_')}").generate
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Blend:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class SamplingSettings:
     """The part of a record's settings that a sweep may vary."""
 
     prompt: str | Blend
@@ -58,13 +58,14 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Twins:
-    """What a call returns for n films: grey images float32 [n, size, size] in [0, 1], NaN where a network gave
+class CounterfactualBatch:
+    """What a call returns for n images: grey images float32 [n, size, size] in [0, 1], NaN where a network gave
     non-finite values.
 
-    ``counterfactuals``: the healthy twins. ``reconstructions``: what the method would have returned had it changed
-    nothing (D(E(film)) where it goes through the autoencoder), of which compensated maps are made. ``sources``: the
-    prompt each film was taken to show; empty where the recipe names none or the film looks healthy to the model.
+    ``counterfactuals``: the healthy counterfactuals. ``reconstructions``: what the method would have returned had it
+    changed nothing (D(E(image)) where it goes through the autoencoder), of which compensated maps are made.
+    ``sources``: the prompt each image was taken to show; empty where the recipe names none or the image looks healthy
+    to the model.
     """
 
     counterfactuals: NDArray[np.float32]
@@ -77,14 +78,14 @@ def device_kind(name: str | None = None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class Counterfactuals:
-    """One model, ready to heal films: ``heal(films, settings, seeds)``.
+class CounterfactualEngine:
+    """One model, ready to generate images: ``generate(images, settings, seeds)``.
 
         >>> from diffva_ray.data.phantoms import phantom
-        >>> heal = Counterfactuals.from_pretrained("runs/demo/model")
-        >>> film = phantom("COVID", patient=7, size=heal.size).film
-        >>> twins = heal([film], [heal.settings("normal chest scan")], seeds=[0])
-        >>> twins.counterfactuals.shape == (1, heal.size, heal.size)
+        >>> generate = CounterfactualEngine.from_pretrained("runs/demo/model")
+        >>> image = phantom("COVID", patient=7, size=generate.size).image
+        >>> counterfactuals = generate([image], [generate.settings("normal chest scan")], seeds=[0])
+        >>> counterfactuals.counterfactuals.shape == (1, generate.size, generate.size)
         True
 
     ``size`` is the side of the model's square in pixels, ``config`` the recipe's section ``generate``. ``device``:
@@ -112,7 +113,7 @@ class Counterfactuals:
         self._embeddings: dict[str, torch.Tensor] = {}
 
     @classmethod
-    def from_pretrained(cls, model: str, device: str | None = None) -> Counterfactuals:
+    def from_pretrained(cls, model: str, device: str | None = None) -> CounterfactualEngine:
         """The model in a folder or at an address such as ``s3://bucket/model``, with its own recipe.
 
         Raises UnusableModel where there is none or it cannot be loaded, StoreError when the store fails.
@@ -120,7 +121,7 @@ class Counterfactuals:
         return cls(load(model), device=device)
 
     def compile(self) -> None:
-        """Put the networks through ``torch.compile``, for work on many films: the first call takes minutes. Raises
+        """Put the networks through ``torch.compile``, for work on many images: the first call takes minutes. Raises
         ValueError, one line, where there is no compiler, or one that chooses kernels by a stopwatch."""
         if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
             raise ValueError("generate.compile: torch.compile needs a C++ compiler, and there is none on this machine")
@@ -134,10 +135,10 @@ class Counterfactuals:
             network.compile(dynamic=False)  # a micro-batch has one shape
         self.model.compiled = True
 
-    def settings(self, prompt: str | None = None) -> Settings:
+    def settings(self, prompt: str | None = None) -> SamplingSettings:
         """The recipe's settings, with another prompt if one is given."""
         config = self.config
-        return Settings(
+        return SamplingSettings(
             prompt=prompt if prompt is not None else self.bundle.recipe.data.healthy_prompt,
             method=config.method,
             scheduler=config.scheduler,
@@ -163,29 +164,29 @@ class Counterfactuals:
     @torch.inference_mode()
     def __call__(
         self,
-        films: Sequence[NDArray[np.float32]],
-        settings: Sequence[Settings],
+        images: Sequence[NDArray[np.float32]],
+        settings: Sequence[SamplingSettings],
         seeds: Sequence[int],
         lungs: Sequence[NDArray[np.bool_] | None] | None = None,
-    ) -> Twins:
-        """Heal n films, at most ``config.micro_batch``: grey [H, W] in [0, 1] of any size, squashed to the model's
-        square. ``settings`` and ``seeds``: one for each film; ``lungs``: a mask [size, size] or None for each.
+    ) -> CounterfactualBatch:
+        """Generate n images, at most ``config.micro_batch``: grey [H, W] in [0, 1] of any size, squashed to the model's
+        square. ``settings`` and ``seeds``: one for each image; ``lungs``: a mask [size, size] or None for each.
 
-        All settings of a call agree but for the prompt. A film's twin depends on the film, its prompt, the settings and
-        its seed alone, not on its neighbours. Raises ValueError for settings that do not agree, unknown names, a prompt
-        that the model would cut, and arguments of unequal lengths or shapes; UnusableModel where the method needs a
-        network that the model has not.
+        All settings of a call agree but for the prompt. An image's counterfactual depends on the image, its prompt, the
+        settings and its seed alone, not on its neighbours. Raises ValueError for settings that do not agree, unknown
+        names, a prompt that the model would cut, and arguments of unequal lengths or shapes; UnusableModel where the
+        method needs a network that the model has not.
         """
-        if (isinstance(films, np.ndarray) and films.ndim == 2) or isinstance(settings, Settings):
-            raise ValueError("films, settings and seeds are lists, with one of each for every film")
-        count, full = len(films), self.config.micro_batch
+        if (isinstance(images, np.ndarray) and images.ndim == 2) or isinstance(settings, SamplingSettings):
+            raise ValueError("images, settings and seeds are lists, with one of each for every image")
+        count, full = len(images), self.config.micro_batch
         if not 1 <= count <= full:
-            raise ValueError(f"a call takes 1 to {full} films (config.micro_batch), got {count}")
-        self._check(films, settings, seeds, lungs)
+            raise ValueError(f"a call takes 1 to {full} images (config.micro_batch), got {count}")
+        self._check(images, settings, seeds, lungs)
         first = settings[0]
         method = method_of(first.method, first.scheduler)
         slots = [*range(count), *[0] * (full - count)]
-        squares = torch.from_numpy(np.stack([to_square(films[i], self.size) for i in slots])).to(self.device)
+        squares = torch.from_numpy(np.stack([to_square(images[i], self.size) for i in slots])).to(self.device)
         everywhere = np.ones((self.size, self.size), np.bool_)
         masks = [everywhere if lungs is None or (mask := lungs[i]) is None else mask for i in slots]
         generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in slots]
@@ -199,7 +200,7 @@ class Counterfactuals:
         sources = self._sources(latents, [seeds[i] for i in slots])
         negatives = sources if self.config.negative_prompt == SOURCE else [self.config.negative_prompt] * full
         request = Edit(
-            films=squares,
+            images=squares,
             lungs=torch.from_numpy(np.stack(masks)).to(self.device),
             latents=latents,
             generators=generators,
@@ -212,30 +213,34 @@ class Counterfactuals:
             num_inference_steps=first.num_inference_steps,
             config=self.config,
         )
-        healed = method(self.model, request)
-        twins, unchanged = (films[:count].cpu().numpy() for films in (healed.counterfactuals, healed.reconstructions))
-        return Twins(twins, unchanged, sources[:count])
+        generated = method(self.model, request)
+        counterfactuals, unchanged = (
+            images[:count].cpu().numpy() for images in (generated.counterfactuals, generated.reconstructions)
+        )
+        return CounterfactualBatch(counterfactuals, unchanged, sources[:count])
 
     def _check(
         self,
-        films: Sequence[NDArray[np.float32]],
-        settings: Sequence[Settings],
+        images: Sequence[NDArray[np.float32]],
+        settings: Sequence[SamplingSettings],
         seeds: Sequence[int],
         lungs: Sequence[NDArray[np.bool_] | None] | None,
     ) -> None:
-        counts = {"films": len(films), "settings": len(settings), "seeds": len(seeds)}
+        counts = {"images": len(images), "settings": len(settings), "seeds": len(seeds)}
         counts |= {} if lungs is None else {"lungs": len(lungs)}
         if len(set(counts.values())) > 1:
             given = ", ".join(f"{count} {name}" for name, count in counts.items())
-            raise ValueError(f"a call takes one of each for every film, got {given}")
+            raise ValueError(f"a call takes one of each for every image, got {given}")
         square = (self.size, self.size)
-        for number, film in enumerate(films):
-            if not isinstance(film, np.ndarray) or film.ndim != 2 or not np.issubdtype(film.dtype, np.floating):
-                given = f"{film.dtype} {list(film.shape)}" if isinstance(film, np.ndarray) else type(film).__name__
-                raise ValueError(f"film {number}: a film is a float array [H, W] in [0, 1], got {given}; see read_film")
-            if not (film.min() >= 0 and film.max() <= 1):  # NaN is neither
-                given = f"{film.min():g} to {film.max():g}"
-                raise ValueError(f"film {number}: values are in [0, 1], got {given}; divide 8-bit ones by 255")
+        for number, image in enumerate(images):
+            if not isinstance(image, np.ndarray) or image.ndim != 2 or not np.issubdtype(image.dtype, np.floating):
+                given = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+                raise ValueError(
+                    f"image {number}: an image is a float array [H, W] in [0, 1], got {given}; see read_image"
+                )
+            if not (image.min() >= 0 and image.max() <= 1):  # NaN is neither
+                given = f"{image.min():g} to {image.max():g}"
+                raise ValueError(f"image {number}: values are in [0, 1], got {given}; divide 8-bit ones by 255")
         for mask in lungs or ():
             if mask is not None and mask.shape != square:
                 raise ValueError(f"a lung mask is {list(square)}, as the model's square, got {list(mask.shape)}")
@@ -252,8 +257,8 @@ class Counterfactuals:
                 raise ValueError(f"prompt {prompt!r}: more than the {limit} tokens that this model reads")
 
     def _sources(self, latents: torch.Tensor, seeds: list[int]) -> list[str]:
-        """The prompt of what each film shows: the recipe's, or the model's guess among the classes it was trained on.
-        A film that looks healthy to it is encoded under the empty prompt."""
+        """The prompt of what each image shows: the recipe's, or the model's guess among the classes it was trained on.
+        An image that looks healthy to it is encoded under the empty prompt."""
         if self.config.source_prompt != GUESS:
             return [self.config.source_prompt] * len(latents)
         data = self.bundle.recipe.data

@@ -1,8 +1,8 @@
-"""Gradient baselines, by captum: what a classifier looks at. All explain one number, the log odds of the film not being
-healthy, so that positive means evidence of disease, as in the maps of twins.
+"""Gradient baselines, by captum: what a classifier looks at. All explain one number, the log odds of the image not
+being healthy, so that positive means evidence of disease, as in the maps of counterfactuals.
 
-``classifier(films)`` gives logits [n, classes] of grey films [n, H, W] in [0, 1] and has ``classes`` and ``healthy``:
-the judge, or ``FilmClassifier``. Without captum, which is an extra, they raise ValueError, one line.
+``classifier(images)`` gives logits [n, classes] of grey images [n, H, W] in [0, 1] and has ``classes`` and ``healthy``:
+the judge, or ``ImageClassifier``. Without captum, which is an extra, they raise ValueError, one line.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.metrics.localization import smooth
 from diffva_ray.provenance import missing
 
-Films = NDArray[np.float32]
-Baseline = Callable[..., Films]
+Images = NDArray[np.float32]
+Baseline = Callable[..., Images]
 IG_STEPS = 32
-BLUR = 0.1  # sigma of the blurred film, of the width
+BLUR = 0.1  # sigma of the blurred image, of the width
 WINDOW, STRIDE = 1 / 8, 1 / 16  # of the width, for occlusion
-DARK = 0.1  # quantile of the film's greys that occlusion paints with: air
+DARK = 0.1  # quantile of the image's greys that occlusion paints with: air
 
 
-class FilmClassifier(nn.Module):
-    """The model's noise-aware classifier, reading films: the latents of the autoencoder's mean at timestep 0."""
+class ImageClassifier(nn.Module):
+    """The model's noise-aware classifier, reading images: the latents of the autoencoder's mean at timestep 0."""
 
     def __init__(self, model: LatentDiffusion) -> None:
         super().__init__()
@@ -39,10 +39,10 @@ class FilmClassifier(nn.Module):
         self.network = model.bundle.extra("classifier").float().eval()
         self.classes, self.healthy = self.network.classes, self.network.healthy
 
-    def forward(self, films: torch.Tensor) -> torch.Tensor:
-        """Logits [n, classes] of grey films [n, H, W] in [0, 1]."""
-        latents = self.model.encode(films)[0].float() * self.model.scale
-        return self.network(latents, torch.zeros((), dtype=torch.long, device=films.device))
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [n, classes] of grey images [n, H, W] in [0, 1]."""
+        latents = self.model.encode(images)[0].float() * self.model.scale
+        return self.network(latents, torch.zeros((), dtype=torch.long, device=images.device))
 
 
 class _Abnormality(nn.Module):
@@ -53,8 +53,8 @@ class _Abnormality(nn.Module):
         self.classifier = classifier
         self.index = tuple(classifier.classes).index(classifier.healthy)
 
-    def forward(self, films: torch.Tensor) -> torch.Tensor:
-        logits = self.classifier(films)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.classifier(images)
         others = [n for n in range(logits.shape[1]) if n != self.index]
         return logits[:, others].logsumexp(dim=1) - logits[:, self.index]
 
@@ -68,13 +68,13 @@ def _captum() -> ModuleType:
 
 
 def _on_tensors(baseline: Callable[..., torch.Tensor]) -> Baseline:
-    """Films and maps as arrays [n, H, W], the classifier's own device, gradients whatever the caller's mode."""
+    """Images and maps as arrays [n, H, W], the classifier's own device, gradients whatever the caller's mode."""
 
     @wraps(baseline)
-    def of_arrays(classifier: Any, films: Films, **options: Any) -> Films:
+    def of_arrays(classifier: Any, images: Images, **options: Any) -> Images:
         device = next(classifier.parameters()).device
         with torch.inference_mode(False), torch.enable_grad():
-            tensor = torch.from_numpy(np.ascontiguousarray(films)).to(device)
+            tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device)
             maps = baseline(_Abnormality(classifier), tensor, **options)
         return maps.detach().float().cpu().numpy()
 
@@ -82,38 +82,38 @@ def _on_tensors(baseline: Callable[..., torch.Tensor]) -> Baseline:
 
 
 @_on_tensors
-def integrated_gradients(score: nn.Module, films: torch.Tensor, steps: int = IG_STEPS) -> torch.Tensor:
-    """Maps [n, H, W] (Sundararajan et al. 2017) against the film blurred (Sturmfels et al. 2020): they sum to what the
-    film's score has over the blurred one's. A black baseline would tell nothing: the judge standardises every film, and
-    between black and the film only the contrast changes."""
-    baseline = np.stack([smooth(film, BLUR) for film in films.detach().cpu().numpy()])
+def integrated_gradients(score: nn.Module, images: torch.Tensor, steps: int = IG_STEPS) -> torch.Tensor:
+    """Maps [n, H, W] (Sundararajan et al. 2017) against the image blurred (Sturmfels et al. 2020): they sum to what the
+    image's score has over the blurred one's. A black baseline would tell nothing: the judge standardises every image,
+    and between black and the image only the contrast changes."""
+    baseline = np.stack([smooth(image, BLUR) for image in images.detach().cpu().numpy()])
     method = _captum().IntegratedGradients(score)
     return method.attribute(
-        films, torch.from_numpy(baseline).to(films), n_steps=steps, internal_batch_size=max(len(films), 64)
+        images, torch.from_numpy(baseline).to(images), n_steps=steps, internal_batch_size=max(len(images), 64)
     )
 
 
 @_on_tensors
-def grad_cam(score: nn.Module, films: torch.Tensor) -> torch.Tensor:
-    """Maps [n, H, W], not negative, of the last convolution (Selvaraju et al. 2017), resized to the film."""
+def grad_cam(score: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Maps [n, H, W], not negative, of the last convolution (Selvaraju et al. 2017), resized to the image."""
     layers = [module for module in score.modules() if isinstance(module, nn.Conv2d)]
     if not layers:
         raise ValueError("Grad-CAM needs a classifier with a convolution")
-    maps = _captum().LayerGradCam(score, layers[-1]).attribute(films.requires_grad_(), relu_attributions=True)
-    return functional.interpolate(maps, size=films.shape[1:], mode="bilinear")[:, 0]
+    maps = _captum().LayerGradCam(score, layers[-1]).attribute(images.requires_grad_(), relu_attributions=True)
+    return functional.interpolate(maps, size=images.shape[1:], mode="bilinear")[:, 0]
 
 
 @_on_tensors
-def occlusion(score: nn.Module, films: torch.Tensor, window: float = WINDOW, stride: float = STRIDE) -> torch.Tensor:
+def occlusion(score: nn.Module, images: torch.Tensor, window: float = WINDOW, stride: float = STRIDE) -> torch.Tensor:
     """Maps [n, H, W]: what a square of ``window`` of the width, painted over, takes from the score (Zeiler & Fergus
-    2014), averaged over the squares that cover a pixel. It is painted in the film's own dark: in its mean grey, the
+    2014), averaged over the squares that cover a pixel. It is painted in the image's own dark: in its mean grey, the
     usual choice, a square would be an opacity itself wherever it covers healthy lung (on 24 phantoms AUROC 0.38
     instead of 0.71)."""
-    size = films.shape[-1]
+    size = images.shape[-1]
     side, step = max(1, round(window * size)), max(1, round(stride * size))
-    dark = films.flatten(1).quantile(DARK, dim=1)[:, None, None].expand_as(films)
+    dark = images.flatten(1).quantile(DARK, dim=1)[:, None, None].expand_as(images)
     with torch.no_grad():
-        return _captum().Occlusion(score).attribute(films, (side, side), strides=(step, step), baselines=dark)
+        return _captum().Occlusion(score).attribute(images, (side, side), strides=(step, step), baselines=dark)
 
 
 BASELINES: dict[str, Baseline] = {

@@ -1,7 +1,7 @@
-"""What a film shows, as the model itself sees it: the prompt under which its noise is predicted best.
+"""What an image shows, as the model itself sees it: the prompt under which its noise is predicted best.
 
 A zero-shot diffusion classifier (Li et al. 2023, "Your diffusion model is secretly a zero-shot classifier"). It needs
-neither the film's label nor the judge; all prompts of a film meet the same noise, so their errors are paired.
+neither the image's label nor the judge; all prompts of an image meet the same noise, so their errors are paired.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TIMESTEPS = (0.1, 0.2, 0.3, 0.4)  # of the training schedule: late enough to hid
 def guess(
     model: LatentDiffusion, latents: torch.Tensor, embeddings: Sequence[torch.Tensor], seeds: Sequence[int]
 ) -> list[int]:
-    """Index into ``embeddings`` ([1, length, width] each) for every film's latents [n, 4, h, w].
+    """Index into ``embeddings`` ([1, length, width] each) for every image's latents [n, 4, h, w].
 
     Costs DRAWS * len(TIMESTEPS) * len(embeddings) network calls. Noise comes from generators of the guess's own.
     """

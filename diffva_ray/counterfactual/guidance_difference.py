@@ -1,4 +1,4 @@
-"""Where two prompts disagree about a film: the difference of the noise that the model predicts under each, which
+"""Where two prompts disagree about an image: the difference of the noise that the model predicts under each, which
 DiffEdit makes its mask from (Couairon et al. 2023, section 3.2), and an attribution by itself."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def guidance_difference(
 ) -> torch.Tensor:
     """mean |eps(healthy) - eps(source)| over channels and timesteps: [n, h, w], not negative.
 
-    ``latents`` [n, 4, h, w]; embeddings [n, length, width]; noise from each film's own generator. Costs CALLS network
+    ``latents`` [n, 4, h, w]; embeddings [n, length, width]; noise from each image's own generator. Costs CALLS network
     calls.
     """
     total = torch.zeros_like(latents[:, 0])

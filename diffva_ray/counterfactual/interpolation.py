@@ -1,4 +1,4 @@
-"""Between two prompts, in the text embedding, and between two films, in latent space."""
+"""Between two prompts, in the text embedding, and between two images, in latent space."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 from numpy.typing import NDArray
 
 from diffva_ray.counterfactual.ddim_inversion import invert
-from diffva_ray.counterfactual.engine import Blend, Counterfactuals, Twins
+from diffva_ray.counterfactual.engine import Blend, CounterfactualBatch, CounterfactualEngine
 from diffva_ray.counterfactual.latent_diffusion import Edit
 from diffva_ray.data.images import to_square
 from diffva_ray.schema import Image
 
 
 def between_prompts(
-    engine: Counterfactuals,
-    film: Image,
+    engine: CounterfactualEngine,
+    image: Image,
     first: str,
     second: str,
     weights: Sequence[float],
     seed: int,
     lungs: NDArray[np.bool_] | None = None,
-) -> Twins:
-    """Twins of one film [H, W] in [0, 1] under prompts from ``first`` (weight 0) to ``second`` (weight 1), all from the
-    same noise, by the recipe's method, with the lung mask [size, size] where there is one. At the ends they are what
-    the engine makes of the two prompts."""
+) -> CounterfactualBatch:
+    """CounterfactualBatch of one image [H, W] in [0, 1] under prompts from ``first`` (weight 0) to ``second`` (weight
+    1), all from the same noise, by the recipe's method, with the lung mask [size, size] where there is one. At the ends
+    they are what the engine makes of the two prompts."""
     settings = engine.settings()
     parts = []
     for start in range(0, len(weights), engine.config.micro_batch):
@@ -35,8 +35,8 @@ def between_prompts(
             replace(settings, prompt=Blend(first, second, weight))
             for weight in weights[start:][: engine.config.micro_batch]
         ]
-        parts.append(engine([film] * len(some), some, [seed] * len(some), [lungs] * len(some)))
-    return Twins(
+        parts.append(engine([image] * len(some), some, [seed] * len(some), [lungs] * len(some)))
+    return CounterfactualBatch(
         np.concatenate([part.counterfactuals for part in parts]),
         np.concatenate([part.reconstructions for part in parts]),
         [source for part in parts for source in part.sources],
@@ -44,21 +44,21 @@ def between_prompts(
 
 
 @torch.inference_mode()
-def between_films(
-    engine: Counterfactuals, first: Image, second: Image, weights: Sequence[float], prompt: str | None = None
+def between_images(
+    engine: CounterfactualEngine, first: Image, second: Image, weights: Sequence[float], prompt: str | None = None
 ) -> Image:
-    """Films [n, size, size] from ``first`` (weight 0) to ``second`` (weight 1), each [H, W] in [0, 1].
+    """Images [n, size, size] from ``first`` (weight 0) to ``second`` (weight 1), each [H, W] in [0, 1].
 
     Both are encoded by running DDIM backwards to the recipe's strength, the noisy latents are interpolated on the
     sphere, and DDIM leads back (Song et al. 2021, section 5.3). Without a prompt nothing is edited, and the ends are
-    what autoencoder and inversion give back of the films; with one, every film is led to it on the way.
+    what autoencoder and inversion give back of the images; with one, every image is led to it on the way.
     """
     config, model = engine.config, engine.model
-    squares = torch.from_numpy(np.stack([to_square(film, engine.size) for film in (first, second)])).to(engine.device)
+    squares = torch.from_numpy(np.stack([to_square(image, engine.size) for image in (first, second)])).to(engine.device)
     latents = model.encode(squares)[0].float() * model.scale
     empty = engine.embed("").expand(2, -1, -1)
     ends = Edit(
-        films=squares,
+        images=squares,
         lungs=torch.ones_like(squares, dtype=torch.bool),
         latents=latents,
         generators=[torch.Generator("cpu").manual_seed(0) for _ in range(2)],  # DDIM draws nothing from them
@@ -74,12 +74,12 @@ def between_films(
     noisy = invert(model, ends, model.schedule(ends)[1])
     told = engine.embed(prompt or "")
     one = replace(ends, prompt=told, negative=engine.embed(""), guidance_scale=config.guidance_scale if prompt else 1.0)
-    films = []
-    for weight in weights:  # one by one: a film does not depend on how many stand beside it
+    images = []
+    for weight in weights:  # one by one: an image does not depend on how many stand beside it
         mixed = slerp(noisy[:1], noisy[1:], weight)
         scheduler, timesteps = model.schedule(one)  # afresh: some count their steps
-        films.append(model.decode(model.denoise(mixed, one, scheduler, timesteps)).cpu().numpy())
-    return np.concatenate(films)
+        images.append(model.decode(model.denoise(mixed, one, scheduler, timesteps)).cpu().numpy())
+    return np.concatenate(images)
 
 
 def slerp(first: torch.Tensor, second: torch.Tensor, weight: float) -> torch.Tensor:

@@ -24,15 +24,15 @@ from diffva_ray.progress import Stopwatch
 
 @dataclass(frozen=True)
 class Edit:
-    """A batch of films and what to make of them. Embeddings are [n, length, width]; everything is on the device."""
+    """A batch of images and what to make of them. Embeddings are [n, length, width]; everything is on the device."""
 
-    films: torch.Tensor  # grey float32 [n, size, size] in [0, 1]
-    lungs: torch.Tensor  # bool [n, size, size]; all true for a film without a mask
+    images: torch.Tensor  # grey float32 [n, size, size] in [0, 1]
+    lungs: torch.Tensor  # bool [n, size, size]; all true for an image without a mask
     latents: torch.Tensor  # float32 [n, 4, h, w], scaled to unit variance
-    generators: Sequence[torch.Generator]  # one per film, on the CPU
+    generators: Sequence[torch.Generator]  # one per image, on the CPU
     prompt: torch.Tensor
     negative: torch.Tensor  # the unconditional branch: "" unless a negative prompt is given
-    source: torch.Tensor  # what the film shows, for methods that encode it first
+    source: torch.Tensor  # what the image shows, for methods that encode it first
     scheduler: str
     strength: float
     guidance_scale: float
@@ -41,9 +41,10 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Healed:
-    """Grey films [n, size, size] in [0, 1]: the twins, and what the method would have returned had it changed nothing
-    (D(E(film)) where it goes through the autoencoder): the compensated map is the difference of the two."""
+class Generated:
+    """Grey images [n, size, size] in [0, 1]: the counterfactuals, and what the method would have returned had it
+    changed nothing (D(E(image)) where it goes through the autoencoder): the compensated map is the difference of the
+    two."""
 
     counterfactuals: torch.Tensor
     reconstructions: torch.Tensor
@@ -150,24 +151,24 @@ class LatentDiffusion:
         self.alphas: torch.Tensor = training.alphas_cumprod
         self.prediction_type: str = training.config.prediction_type
 
-    def encode(self, films: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior mean and standard deviation, unscaled, of grey films [n, size, size] in [0, 1]."""
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior mean and standard deviation, unscaled, of grey images [n, size, size] in [0, 1]."""
         with self.watch("encode"):
-            pixels = films.to(next(self.vae.parameters()).dtype)[:, None].expand(-1, 3, -1, -1) * 2 - 1
+            pixels = images.to(next(self.vae.parameters()).dtype)[:, None].expand(-1, 3, -1, -1) * 2 - 1
             posterior = self.vae.encode(pixels.contiguous()).latent_dist
             return posterior.mean, posterior.std
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Grey films [n, size, size] in [0, 1] of latents of unit variance: the mean of the three channels, each
+        """Grey images [n, size, size] in [0, 1] of latents of unit variance: the mean of the three channels, each
         clamped first as in diffusers; NaN where a channel is not finite, since a clamp makes infinity a grey level."""
         with self.watch("decode"):
             dtype = next(self.vae.parameters()).dtype
             colours = self.vae.decode((latents / self.scale).to(dtype)).sample.float() / 2 + 0.5
             return torch.where(colours.isfinite().all(dim=1), colours.clamp(0, 1).mean(dim=1), torch.nan)
 
-    def healed(self, latents: torch.Tensor, request: Edit) -> Healed:
+    def generated(self, latents: torch.Tensor, request: Edit) -> Generated:
         """The end of a method that edits in latent space alone."""
-        return Healed(self.decode(latents), self.decode(request.latents))
+        return Generated(self.decode(latents), self.decode(request.latents))
 
     def schedule(self, request: Edit) -> tuple[Any, torch.Tensor]:
         """A fresh scheduler and the timesteps that the edit's strength leaves to do."""
@@ -209,6 +210,6 @@ class LatentDiffusion:
     def step(
         self, output: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, request: Edit, scheduler: Any
     ) -> torch.Tensor:
-        """The scheduler's own step; what noise it adds comes from each film's own generator."""
+        """The scheduler's own step; what noise it adds comes from each image's own generator."""
         noisy = {"generator": list(request.generators)} if isinstance(scheduler, ReverseSDE) else {}
         return scheduler.step(output, timestep, latents, **noisy).prev_sample

@@ -1,8 +1,9 @@
-"""``masked``: DDIM inversion and healing, confined to a mask; everything outside it stays the film's own.
+"""``masked``: DDIM inversion and generating, confined to a mask; everything outside it stays the image's own.
 
-The mask is the lungs, is derived from the two prompts' difference of noise as in DiffEdit (Couairon et al. 2023), or
-is where the healed film differs. The first two are known beforehand: outside them the inverted latents of the film
-are put back after every step (DiffEdit, section 3.3). In pixels the twin is blended in softly, weight 0 outside.
+The mask is the lungs, is derived from the two prompts' difference of noise as in DiffEdit (Couairon et al. 2023), or is
+where the generated image differs. The first two are known beforehand: outside them the inverted latents of the image
+are put back after every step (DiffEdit, section 3.3). In pixels the counterfactual is blended in softly, weight 0
+outside.
 """
 
 from __future__ import annotations
@@ -15,42 +16,44 @@ from torch.nn import functional
 from diffva_ray.config.generation import MaskedConfig
 from diffva_ray.counterfactual.ddim_inversion import inversion_path
 from diffva_ray.counterfactual.guidance_difference import guidance_difference
-from diffva_ray.counterfactual.latent_diffusion import Edit, Healed, LatentDiffusion
+from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion
 
 
-def heal(model: LatentDiffusion, request: Edit) -> Healed:
-    """The healed film inside the mask, the film itself outside it."""
+def generate(model: LatentDiffusion, request: Edit) -> Generated:
+    """The generated image inside the mask, the image itself outside it."""
     config = request.config.masked
     scheduler, timesteps = model.schedule(request)
     path = inversion_path(model, request, timesteps)
     if config.source == "difference":
-        healed = model.healed(model.denoise(path[0], request, scheduler, timesteps), request)
-        weight = grown(differing(healed, config), config.dilation)  # soft already
+        generated = model.generated(model.denoise(path[0], request, scheduler, timesteps), request)
+        weight = grown(differing(generated, config), config.dilation)  # soft already
     else:
         weight = soften(given(model, request), config)
-        healed = model.healed(confined(model, request, scheduler, timesteps, path, weight), request)
-    return Healed(
-        blend(weight, healed.counterfactuals, request.films), blend(weight, healed.reconstructions, request.films)
+        generated = model.generated(confined(model, request, scheduler, timesteps, path, weight), request)
+    return Generated(
+        blend(weight, generated.counterfactuals, request.images),
+        blend(weight, generated.reconstructions, request.images),
     )
 
 
 def given(model: LatentDiffusion, request: Edit) -> torch.Tensor:
-    """The mask known before anything is healed, 0 or 1 [n, size, size]: the lungs, or DiffEdit's."""
+    """The mask known before anything is generated, 0 or 1 [n, size, size]: the lungs, or DiffEdit's."""
     config = request.config.masked
     if config.source == "lungs":
         return request.lungs.float()
     cells = guidance_difference(model, request.latents, request.prompt, request.source, request.generators)
-    smooth = functional.interpolate(cells[:, None], size=request.films.shape[1:], mode="bilinear")[:, 0]
+    smooth = functional.interpolate(cells[:, None], size=request.images.shape[1:], mode="bilinear")[:, 0]
     thresholds = smooth.flatten(1).quantile(config.quantile, dim=1)
     return (smooth > thresholds[:, None, None]).float()
 
 
-def differing(healed: Healed, config: MaskedConfig) -> torch.Tensor:
-    """The weight [n, size, size] in [0, 1] of how much healing changed: 0 up to ``keep_below``, 1 from ``edit_above``.
+def differing(generated: Generated, config: MaskedConfig) -> torch.Tensor:
+    """The weight [n, size, size] in [0, 1] of how much generating changed: 0 up to ``keep_below``, 1 from
+    ``edit_above``.
 
     The change is smoothed first, by as much as the mask is feathered: single pixels are noise.
     """
-    change = feathered(healed.reconstructions - healed.counterfactuals, config.feather).abs()
+    change = feathered(generated.reconstructions - generated.counterfactuals, config.feather).abs()
     return ((change - config.keep_below) / (config.edit_above - config.keep_below)).clamp(0, 1)
 
 
@@ -62,7 +65,7 @@ def confined(
     path: list[torch.Tensor],
     weight: torch.Tensor,
 ) -> torch.Tensor:
-    """Latents denoised under guidance in the cells that hold any ``weight``; the others follow the film's own path."""
+    """Latents denoised under guidance in the cells that hold any ``weight``; the others follow the image's own path."""
     cells = functional.adaptive_max_pool2d(weight[:, None], tuple(request.latents.shape[2:])) > 0
     latents = path[0]
     for timestep, own in zip(timesteps, [*path[1:], request.latents], strict=True):

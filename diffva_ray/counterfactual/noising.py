@@ -1,4 +1,5 @@
-"""A film's latents at a noise level of the training schedule: what all readings of the noise prediction start from."""
+"""An image's latents at a noise level of the training schedule: what all readings of the noise prediction start
+from."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def noised(
     model: LatentDiffusion, latents: torch.Tensor, fraction: float, generators: Sequence[torch.Generator]
 ) -> Noised:
     """sqrt(alpha_bar) z + sqrt(1 - alpha_bar) eps (Ho et al. 2020, equation 4) of latents [n, 4, h, w], at ``fraction``
-    of the training schedule (in [0, 1)); film i's noise comes from generator i."""
+    of the training schedule (in [0, 1)); image i's noise comes from generator i."""
     alphas = model.alphas.to(latents)
     timestep = torch.tensor(int(fraction * len(alphas)), device=latents.device)
     alpha, fresh = alphas[timestep], noise(latents.shape, generators).to(latents)

@@ -1,1 +1,1 @@
-"""Films: decoding, data sets, phantoms."""
+"""Images: decoding, data sets, phantoms."""

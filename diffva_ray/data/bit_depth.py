@@ -15,7 +15,7 @@ def bit_depth_note(dataset: Dataset) -> str:
 
     A sample of LOOKED_AT files is looked at. Raises StoreError when the store fails.
     """
-    paths = sorted({image.path for image in dataset.films if image.size >= 0}, key=digest)[:LOOKED_AT]
+    paths = sorted({image.path for image in dataset.images if image.size >= 0}, key=digest)[:LOOKED_AT]
     largest = [value for path in paths if (value := _largest(dataset, path)) is not None]
     used = max(largest, default=0).bit_length()
     if not largest or used == dataset.bits or used < dataset.bits < 16:

@@ -6,22 +6,22 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from diffva_ray.data.dataset import Film, UnusableData
+from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.manifest import read_table
 
 Box = tuple[float, float, float, float]
 COLUMNS = ("file", "x", "y", "w", "h")
-Said = TypeVar("Said")  # what a row says of its film: a box, a score, a name
+Said = TypeVar("Said")  # what a row says of its image: a box, a score, a name
 
 
-def read_boxes(data: bytes, films: Iterable[Film], name: str = "boxes.csv") -> dict[str, list[Box]]:
-    """Boxes (x, y of the upper left corner, width, height) by film path, for those of ``films`` that have any.
+def read_boxes(data: bytes, images: Iterable[LabelledImage], name: str = "boxes.csv") -> dict[str, list[Box]]:
+    """Boxes (x, y of the upper left corner, width, height) by image path, for those of ``images`` that have any.
 
-    A row belongs to the film whose path ends with its ``file``, or with whose path its ``file`` ends: the two may be
+    A row belongs to the image whose path ends with its ``file``, or with whose path its ``file`` ends: the two may be
     relative to different folders. Raises UnusableData, naming the row, for what is no box and for a ``file`` that
-    fits several films. Rows that fit none are left out.
+    fits several images. Rows that fit none are left out.
     """
-    return match(parse(data, name), [film.path for film in films])
+    return match(parse(data, name), [image.path for image in images])
 
 
 def parse(data: bytes, name: str) -> list[tuple[str, str, Box]]:
@@ -45,13 +45,13 @@ def parse(data: bytes, name: str) -> list[tuple[str, str, Box]]:
 
 
 def file_of(row: Mapping[str, str]) -> str:
-    """The ``file`` of a row, written as paths of films are."""
+    """The ``file`` of a row, written as paths of images are."""
     return row["file"].replace("\\", "/").removeprefix("./")
 
 
 def match(rows: Sequence[tuple[str, str, Said]], paths: Iterable[str]) -> dict[str, list[Said]]:
     """What rows (place, ``file``, what is said) say, by the path that each belongs to, as in ``read_boxes``. Raises
-    UnusableData, naming the row, for a ``file`` that fits several films."""
+    UnusableData, naming the row, for a ``file`` that fits several images."""
     known = set(paths)
     files = {file for _, file, _ in rows}
     ending: dict[str, list[str]] = {}  # file -> paths that end with it
@@ -66,7 +66,7 @@ def match(rows: Sequence[tuple[str, str, Said]], paths: Iterable[str]) -> dict[s
         else:
             fits = ending.get(file) or [end for end in ends(file) if end in known][:1]
         if len(fits) > 1:
-            raise UnusableData(f"{where}: {file!r} fits {len(fits)} films; write more of its path")
+            raise UnusableData(f"{where}: {file!r} fits {len(fits)} images; write more of its path")
         for path in fits:
             found.setdefault(path, []).append(said)
     return found

@@ -1,4 +1,4 @@
-"""CheXpert-v1.0-small: ``train.csv`` and ``valid.csv`` beside their folders; one film per positive label."""
+"""CheXpert-v1.0-small: ``train.csv`` and ``valid.csv`` beside their folders; one image per positive label."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from diffva_ray.config.recipe import DataConfig
-from diffva_ray.data.dataset import Dataset, Film, UnusableData
+from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
 from diffva_ray.data.manifest import Table, inside, read_table
 from diffva_ray.storage.store import Entry, Store
 
@@ -32,12 +32,12 @@ OBSERVATIONS = (
 
 
 def read(store: Store, entries: list[Entry], config: DataConfig, tables: Sequence[str] = TABLES) -> Dataset | None:
-    """Frontal films, one for each observation that is 1; None where there are no such tables.
+    """Frontal images, one for each observation that is 1; None where there are no such tables.
 
-    ``No Finding`` is called ``config.healthy_class``. Uncertain observations (-1) make a film only under the policy
-    ``positive``; ``ignore`` and ``negative`` give the same films, as a negative observation makes none. The root is
-    the tables' folder or the one above it. Films whose file is absent are kept, with size -1; a table none of whose
-    films is there (only ``valid/`` unpacked) is left out, and both are noted.
+    ``No Finding`` is called ``config.healthy_class``. Uncertain observations (-1) make an image only under the policy
+    ``positive``; ``ignore`` and ``negative`` give the same images, as a negative observation makes none. The root is
+    the tables' folder or the one above it. Images whose file is absent are kept, with size -1; a table none of whose
+    images is there (only ``valid/`` unpacked) is left out, and both are noted.
     """
     sizes = {entry.path: entry.size for entry in entries}
     bases: dict[str, dict[str, Table]] = {}  # "" or "folder/" -> name -> table
@@ -52,23 +52,25 @@ def read(store: Store, entries: list[Entry], config: DataConfig, tables: Sequenc
     if len(bases) > 1:
         raise UnusableData(f"{store.uri}: holds several CheXpert sets ({', '.join(sorted(bases))}); give one of them")
     base, found = bases.popitem()
-    films: list[Film] = []
+    images: list[LabelledImage] = []
     notes = [f"{HEALTHY!r} is class {config.healthy_class!r}"]
     for name, table in found.items():
-        here, said = _films(table, base, sizes, config)
-        if any(film.size >= 0 for film in here):
-            films += here
+        here, said = _images(table, base, sizes, config)
+        if any(image.size >= 0 for image in here):
+            images += here
             notes += [f"{name}: {text}" for text in said]
         else:
-            notes.append(f"{name}: left out, as none of its {len(table.rows)} films is there")
-    if not films:
+            notes.append(f"{name}: left out, as none of its {len(table.rows)} images is there")
+    if not images:
         raise UnusableData(f"{store.uri}: {'; '.join(notes[1:])}")
-    return Dataset(store, films, "chexpert", notes)
+    return Dataset(store, images, "chexpert", notes)
 
 
-def _films(table: Table, base: str, sizes: dict[str, int], config: DataConfig) -> tuple[list[Film], list[str]]:
+def _images(
+    table: Table, base: str, sizes: dict[str, int], config: DataConfig
+) -> tuple[list[LabelledImage], list[str]]:
     observations = [observation for observation in OBSERVATIONS if observation in table.columns]
-    films: list[Film] = []
+    images: list[LabelledImage] = []
     uncertain: Counter[str] = Counter()
     lateral = unlabelled = absent = 0
     for where, row in table.rows:
@@ -84,20 +86,21 @@ def _films(table: Table, base: str, sizes: dict[str, int], config: DataConfig) -
                 labels.append(config.healthy_class if observation == HEALTHY else observation)
         unlabelled += not labels
         absent += path not in sizes
-        films += [Film(path, label, sizes.get(path, -1)) for label in labels]
+        images += [LabelledImage(path, label, sizes.get(path, -1)) for label in labels]
     uncertain = +uncertain
     counts = ", ".join(f"{observation} {count}" for observation, count in sorted(uncertain.items()))
     said = (
         (uncertain.total(), f"uncertain labels (-1), policy {config.uncertain!r}: {counts}"),
         (lateral, "lateral views left out"),
-        (unlabelled, "frontal films without a positive label left out"),
-        (absent, "frontal films are not there"),
+        (unlabelled, "frontal images without a positive label left out"),
+        (absent, "frontal images are not there"),
     )
-    return films, [f"{count} {text}" for count, text in said if count]
+    return images, [f"{count} {text}" for count, text in said if count]
 
 
 def _locate(text: str, base: str, sizes: dict[str, int], where: str) -> str:
-    """Path of a film in the store; the tables write it from above the set's own folder, whatever that is called now."""
+    """Path of an image in the store; the tables write it from above the set's own folder, whatever that is called
+    now."""
     path = inside(text, sizes, where)
     if base + path in sizes:
         return base + path

@@ -1,4 +1,4 @@
-"""A film, and a data set of films: what every adapter returns."""
+"""An image, and a data set of images: what every adapter returns."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from diffva_ray.storage.store import Entry, Store
 
 
 @dataclass(frozen=True)
-class Film:
-    """One film under one label. Paths are relative to the data root; empty where there is no such file."""
+class LabelledImage:
+    """One image under one label. Paths are relative to the data root; empty where there is no such file."""
 
     path: str
     label: str
     size: int = -1  # bytes; -1 when the file is absent
     lung_mask: str = ""
     lesion_mask: str = ""
-    twin: str = ""  # the lesion-free twin of a phantom
-    caption: str = ""  # what training tells of this film; empty: its class's prompt
+    ground_truth: str = ""  # the ground-truth counterfactual of a phantom
+    caption: str = ""  # what training tells of this image; empty: its class's prompt
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Films in a fixed order (by path, then label), with what the adapter wants to say about them."""
+    """Images in a fixed order (by path, then label), with what the adapter wants to say about them."""
 
     store: Store
-    films: list[Film]
+    images: list[LabelledImage]
     kind: str
     notes: list[str] = field(default_factory=list)
     boxes: dict[str, list[tuple[float, float, float, float]]] = field(default_factory=dict)  # path -> x, y, w, h
@@ -35,10 +35,10 @@ class Dataset:
 
     @property
     def classes(self) -> dict[str, int]:
-        """Number of films by class, in alphabetical order."""
+        """Number of images by class, in alphabetical order."""
         counts: dict[str, int] = {}
-        for film in self.films:
-            counts[film.label] = counts.get(film.label, 0) + 1
+        for image in self.images:
+            counts[image.label] = counts.get(image.label, 0) + 1
         return dict(sorted(counts.items()))
 
 
@@ -47,12 +47,13 @@ class UnusableData(ValueError):
 
 
 def companions(path: str, kind: str) -> tuple[str, ...]:
-    """Where the mask or twin of the film at ``path`` may lie, likeliest first: under the film's own name in a folder
-    ``kind`` (``masks``, ``lesions``, ``twins``) beside its ``images/``, or in the folder that holds the film."""
+    """Where the mask or ground truth of the image at ``path`` may lie, likeliest first: under the image's own name in a
+    folder ``kind`` (``masks``, ``lesions``, ``ground_truth``) beside its ``images/``, or in the folder that holds the
+    image."""
     name = path.rpartition("/")[2]
     folder = path[: len(path) - len(name)]
     above = folder.removesuffix("images/") if f"/{folder}".endswith("/images/") else folder
-    names = (name, f"{name.rpartition('.')[0]}.png")  # a JPEG film's mask may be a PNG
+    names = (name, f"{name.rpartition('.')[0]}.png")  # a JPEG image's mask may be a PNG
     return tuple(f"{above}{kind}/{name}" for name in dict.fromkeys(names))
 
 

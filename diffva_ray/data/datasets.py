@@ -14,7 +14,7 @@ from itertools import groupby
 
 from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data import boxes, chexpert, manifest
-from diffva_ray.data.dataset import Dataset, Film, UnusableData, companions
+from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData, companions
 from diffva_ray.data.radiography import COMPANIONS
 from diffva_ray.progress import one_line
 from diffva_ray.storage.store import Store, open_store
@@ -34,10 +34,11 @@ DEFAULTS = DataConfig()
 def open_dataset(
     uri: str | os.PathLike[str], config: DataConfig = DEFAULTS, classes: Sequence[str] | None = None
 ) -> Dataset:
-    """The films at ``uri`` (a folder or a manifest file, local or ``s3://``), of ``classes`` only where given.
+    """The images at ``uri`` (a folder or a manifest file, local or ``s3://``), of ``classes`` only where given.
 
-    The store is listed once. Masks, lesions and twins lying beside the films (``masks/``, ``lesions/``, ``twins/``,
-    same name) and a ``boxes.csv`` are found for every kind. Raises UnusableData, one line that says what is wrong.
+    The store is listed once. Masks, lesions and ground truth lying beside the images (``masks/``, ``lesions/``,
+    ``ground_truth/``, same name) and a ``boxes.csv`` are found for every kind. Raises UnusableData, one line that says
+    what is wrong.
     """
     place, file = _split(os.fspath(uri))
     try:
@@ -56,10 +57,14 @@ def open_dataset(
             dataset = manifest.read(store, entries, config, file) or chexpert.read(store, entries, config, [file])
         else:
             dataset = next((found for kind in KINDS if (found := kind.read(store, entries, config))), None)
+        if any("/twins/" in f"/{entry.path}" for entry in entries):
+            raise UnusableData(
+                f"{uri}: holds twins/, as phantom sets of an earlier version do; rename those folders to ground_truth/"
+            )
         if dataset is None:
-            raise UnusableData(f"{uri}: {_columns(store, file) if file else f'no films; expected {LAYOUTS}'}")
-        if not dataset.films:
-            raise UnusableData(f"{uri}: names no films")
+            raise UnusableData(f"{uri}: {_columns(store, file) if file else f'no images; expected {LAYOUTS}'}")
+        if not dataset.images:
+            raise UnusableData(f"{uri}: names no images")
         if len(entries) < len(listed):
             dataset.notes.append(f"{len(listed) - len(entries)} files are ignored: their names are not UTF-8")
         return _filtered(replace(_completed(dataset, known), bits=config.bits), classes, str(uri))
@@ -90,42 +95,42 @@ def _columns(store: Store, file: str) -> str:
 
 
 def _completed(dataset: Dataset, known: set[str]) -> Dataset:
-    """The data set in order, without repeated films, with the files beside them."""
+    """The data set in order, without repeated images, with the files beside them."""
     notes = list(dataset.notes)
-    films = []
+    images = []
     beside = {path for path in known if path.split("/")[-2:-1] and path.split("/")[-2] in COMPANIONS}
-    ordered = sorted(dataset.films, key=lambda film: (film.path, film.label, film.lung_mask == ""))
-    for _, same in groupby(ordered, key=lambda film: (film.path, film.label)):
-        film = next(same)
-        films.append(_with_companions(film, beside) if beside else film)
-    if len(films) < len(ordered):
-        notes.append(f"{len(ordered) - len(films)} repeated rows of the same film and label are merged")
-    found, said = _boxes(dataset.store, [film.path for film in films], known)
-    return replace(dataset, films=films, notes=notes + said, boxes=dataset.boxes or found)
+    ordered = sorted(dataset.images, key=lambda image: (image.path, image.label, image.lung_mask == ""))
+    for _, same in groupby(ordered, key=lambda image: (image.path, image.label)):
+        image = next(same)
+        images.append(_with_companions(image, beside) if beside else image)
+    if len(images) < len(ordered):
+        notes.append(f"{len(ordered) - len(images)} repeated rows of the same image and label are merged")
+    found, said = _boxes(dataset.store, [image.path for image in images], known)
+    return replace(dataset, images=images, notes=notes + said, boxes=dataset.boxes or found)
 
 
-def _with_companions(film: Film, beside: set[str]) -> Film:
+def _with_companions(image: LabelledImage, beside: set[str]) -> LabelledImage:
     def find(kind: str) -> str:
-        return next((path for path in companions(film.path, kind) if path in beside), "")
+        return next((path for path in companions(image.path, kind) if path in beside), "")
 
     return replace(
-        film,
-        lung_mask=film.lung_mask or find("masks"),
-        lesion_mask=film.lesion_mask or find("lesions"),
-        twin=film.twin or find("twins"),
+        image,
+        lung_mask=image.lung_mask or find("masks"),
+        lesion_mask=image.lesion_mask or find("lesions"),
+        ground_truth=image.ground_truth or find("ground_truth"),
     )
 
 
 def _boxes(store: Store, paths: Sequence[str], known: set[str]) -> tuple[dict[str, list[boxes.Box]], list[str]]:
-    """The boxes in ``boxes.csv`` at the root, or in the one folder that holds all films."""
+    """The boxes in ``boxes.csv`` at the root, or in the one folder that holds all images."""
     tops = {path.split("/")[0] for path in paths}
     for name in ("boxes.csv", *(f"{top}/boxes.csv" for top in tops if len(tops) == 1)):
         if name in known:
             rows = boxes.parse(store.read(name), name)
             found = boxes.match(rows, paths)
             count = sum(map(len, found.values()))
-            strays = f"; {len(rows) - count} fit no film" if count < len(rows) else ""
-            return found, [f"{count} boxes on {len(found)} films ({name}){strays}"]
+            strays = f"; {len(rows) - count} fit no image" if count < len(rows) else ""
+            return found, [f"{count} boxes on {len(found)} images ({name}){strays}"]
     return {}, []
 
 
@@ -137,6 +142,6 @@ def _filtered(dataset: Dataset, classes: Sequence[str] | None, uri: str) -> Data
         if name not in there:
             raise UnusableData(f"{uri}: no class {name!r}; there are {', '.join(there)}")
     wanted = set(classes)
-    films = [film for film in dataset.films if film.label in wanted]
-    paths = {film.path for film in films}
-    return replace(dataset, films=films, boxes={path: b for path, b in dataset.boxes.items() if path in paths})
+    images = [image for image in dataset.images if image.label in wanted]
+    paths = {image.path for image in images}
+    return replace(dataset, images=images, boxes={path: b for path, b in dataset.boxes.items() if path in paths})

@@ -36,7 +36,7 @@ def encode_map(signed: NDArray[np.floating]) -> bytes:
 
 
 def map_levels(signed: NDArray[np.floating]) -> NDArray[np.uint16]:
-    """The uint16 levels in which ``encode_map`` stores a map; what ``map_sha256`` is taken of."""
+    """The uint16 levels in which ``encode_map`` stores a map; what ``attribution_sha256`` is taken of."""
     return (np.rint(32767 * np.clip(np.asarray(signed, np.float64), -1, 1)) + 32768).astype(np.uint16)
 
 

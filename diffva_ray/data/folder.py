@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diffva_ray.config.recipe import DataConfig
-from diffva_ray.data.dataset import Dataset, Film, UnusableData, image_files
+from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData, image_files
 from diffva_ray.data.radiography import COMPANIONS
 from diffva_ray.storage.store import Entry, Store
 
@@ -11,18 +11,18 @@ LAYOUT = "<class>/*.png"
 
 
 def read(store: Store, entries: list[Entry], config: DataConfig) -> Dataset | None:
-    """The films of the layout, or None where no folder directly below the root holds images."""
-    films = []
+    """The images of the layout, or None where no folder directly below the root holds images."""
+    images = []
     others = 0
     for entry in image_files(entries):
         folder, *rest = entry.path.split("/")
         if len(rest) == 1 and folder not in COMPANIONS:
-            films.append(Film(entry.path, folder, entry.size))
+            images.append(LabelledImage(entry.path, folder, entry.size))
         elif len(rest) != 2 or rest[0] not in COMPANIONS:
             others += 1
-    if not films:
+    if not images:
         return None
-    if {film.label for film in films} == {"images"}:
+    if {image.label for image in images} == {"images"}:
         raise UnusableData(f"{store.uri}: is one class of a data set; give the folder above it")
     notes = [f"{others} images outside the class folders are ignored"] if others else []
-    return Dataset(store, films, "folder", notes)
+    return Dataset(store, images, "folder", notes)

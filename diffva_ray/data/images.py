@@ -1,7 +1,7 @@
-"""Pixels in and out: any film's bytes to float grey in [0, 1], and grey images and signed maps to PNG.
+"""Pixels in and out: any image's bytes to float grey in [0, 1], and grey images and signed maps to PNG.
 
 Whatever the bytes are, ``decode`` returns an image or raises BadImage with one line that says why. However many threads
-decode, and however large the films, memory stays bounded: ``IN_FLIGHT``.
+decode, and however large the images, memory stays bounded: ``IN_FLIGHT``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from diffva_ray.data import dicom
-from diffva_ray.data.memory_limit import Admission
+from diffva_ray.data.memory_limit import MemoryLimit
 from diffva_ray.progress import one_line
 from diffva_ray.provenance import missing
 from diffva_ray.schema import Status
@@ -53,7 +53,7 @@ MODES = {
 }
 
 
-# Pillow's and pydicom's warnings either do not matter for a film or end as a BadImage; a million films would be a
+# Pillow's and pydicom's warnings either do not matter for an image or end as a BadImage; a million images would be a
 # million lines.
 warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\b")
 
@@ -66,8 +66,8 @@ class BadImage(ValueError):
         self.status = status
 
 
-# A pixel takes about 10 bytes while it is decoded, and 30 in a DICOM. Films of 10 megapixels still go ten abreast.
-IN_FLIGHT = Admission(MAX_PIXELS)
+# A pixel takes about 10 bytes while it is decoded, and 30 in a DICOM. Images of 10 megapixels still go ten abreast.
+IN_FLIGHT = MemoryLimit(MAX_PIXELS)
 
 
 def decode(data: bytes, min_side: int = 1, bits: int = 16) -> NDArray[np.float32]:
@@ -211,7 +211,7 @@ def _check_end(kind: str, data: bytes) -> None:
 
 def _png_end(data: bytes) -> int | None:
     """Offset just behind the IEND chunk; None when there is none. The checksums are checked on the way: Pillow leaves
-    out those of the pixels, and a few wrong bits there are a whole wrong film."""
+    out those of the pixels, and a few wrong bits there are a whole wrong image."""
     at, view = 8, memoryview(data)
     while at + 12 <= len(data):
         kind, body, at = data[at + 4 : at + 8], at + 4, at + 12 + int.from_bytes(data[at : at + 4], "big")
@@ -248,7 +248,7 @@ def _grey(image: Image.Image, bits: int) -> np.ndarray:
             raise BadImage(
                 f"holds the value {grey.max():.0f}, more than {bits} bits have; raise data.bits, which is {bits}"
             )
-        grey /= (1 << bits) - 1  # in place, here and below: a large film is large
+        grey /= (1 << bits) - 1  # in place, here and below: a large image is large
         return grey
     if image.mode in ("I", "F"):
         values = np.array(image, np.float64)
@@ -300,7 +300,7 @@ def to_square(image: NDArray[np.floating], size: int) -> NDArray[np.float32]:
     """
     image = np.ascontiguousarray(image, np.float32)
     if image.ndim != 2:
-        raise ValueError(f"a film is grey [H, W], got {list(image.shape)}")
+        raise ValueError(f"an image is grey [H, W], got {list(image.shape)}")
     if image.shape == (size, size):
         return image
     return np.clip(np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)), 0, 1)
@@ -320,15 +320,15 @@ def decode_map(data: bytes) -> NDArray[np.float32]:
     return np.clip((_guarded(steps) - 32768) / 32767, -1, 1).astype(np.float32)
 
 
-def read_film(path: str) -> NDArray[np.float32]:
-    """The film in an image file (a local path or ``s3://``), as float32 grey [H, W] in [0, 1]; white is 1. See
+def read_image(path: str) -> NDArray[np.float32]:
+    """The image in an image file (a local path or ``s3://``), as float32 grey [H, W] in [0, 1]; white is 1. See
     ``decode`` for what is read, and how.
 
-        >>> film = read_film("runs/demo/data/test/COVID/images/COVID-3.png")
-        >>> film.ndim, bool(0 <= film.min() <= film.max() <= 1)
+        >>> image = read_image("runs/demo/data/test/COVID/images/COVID-3.png")
+        >>> image.ndim, bool(0 <= image.min() <= image.max() <= 1)
         (2, True)
 
-    Raises FileNotFoundError when there is no such file, BadImage when it is no film, StoreError when the store fails,
+    Raises FileNotFoundError when there is no such file, BadImage when it is no image, StoreError when the store fails,
     UnknownScheme (a ValueError) for an address of another kind.
     """
     store, name = open_file(path)
@@ -338,7 +338,7 @@ def read_film(path: str) -> NDArray[np.float32]:
 def read_map(path: str) -> NDArray[np.float32]:
     """The attribution map in a run's PNG file (a local path or ``s3://``), as float32 [H, W] in [-1, 1].
 
-    Positive is where the film is brighter than its healthy twin:
+    Positive is where the image is brighter than its healthy counterfactual:
 
         >>> import pandas, os
         >>> path = pandas.read_parquet("runs/demo/run/records")["attribution_path"][0]

@@ -1,7 +1,7 @@
-"""Phantom lesions in real healthy films, whose originals are then the exact twins.
+"""Phantom lesions in real healthy images, whose originals are then the exact ground truth.
 
-A lesion is drawn as for a phantom, in coordinates that fit this film's lungs, and scaled from phantom densities to the
-grey levels of this film. It is added to the film, so ribs and vessels stay visible through it.
+A lesion is drawn as for a phantom, in coordinates that fit this image's lungs, and scaled from phantom densities to the
+grey levels of this image. It is added to the image, so ribs and vessels stay visible through it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from diffva_ray.data.dataset import Dataset, Film, UnusableData
+from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import BadImage, decode_mask, decode_square
 from diffva_ray.data.lesions import LESIONS, Lesion
 from diffva_ray.data.lungs import find_lungs
-from diffva_ray.data.phantoms import CLASSES, visible_lesion, write_film
+from diffva_ray.data.phantoms import CLASSES, visible_lesion, write_image
 from diffva_ray.data.thorax import Array
 from diffva_ray.progress import LOG
 from diffva_ray.schema import Mask
@@ -29,23 +29,23 @@ VERSION = "implants v1"
 INSIDE_LUNGS = ("Lung_Opacity", "COVID", "Viral Pneumonia", "Pneumothorax")  # the others move heart and vessels
 LUNG_BOX = (-0.74, 0.74, -0.80, 0.50)  # left, right, top, bottom of a phantom's lungs, in its coordinates
 AIR, TISSUE = 0.29, 0.62  # what a phantom's lung and an opacity come to, in its densities
-FLAT = 0.15  # a film whose lungs are darker than their surroundings by less is passed over
+FLAT = 0.15  # an image whose lungs are darker than their surroundings by less is passed over
 CONTRASTS = (0.20, 0.45)  # grey levels between lung and tissue that a lesion is scaled to, at least and at most
 DRAWS = 12  # of a lesion, until one is plainly visible
-PLAIN = 0.004  # of the film's area: the least a lesion covers
+PLAIN = 0.004  # of the image's area: the least a lesion covers
 
 Grey = NDArray[np.uint8]
 
 
 class NoLungs(ValueError):
-    """A film no lesion can be put into; the message is one line that says why."""
+    """An image no lesion can be put into; the message is one line that says why."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A real film that receives a lesion: grey levels uint8 [size, size], lungs bool [size, size]."""
+    """A real image that receives a lesion: grey levels uint8 [size, size], lungs bool [size, size]."""
 
-    film: Film
+    image: LabelledImage
     pixels: Grey
     lungs: Mask
     found: bool  # the lungs were searched for; there was no mask
@@ -53,15 +53,16 @@ class Host:
 
 @dataclass(frozen=True)
 class Implant:
-    """A film with its lesion; ``film`` uint8 and ``lesion`` bool, [size, size]. The host's pixels are the twin."""
+    """An image with its lesion; ``image`` uint8 and ``lesion`` bool, [size, size]. The host's pixels are the
+    ground truth."""
 
-    film: Grey
+    image: Grey
     lesion: Mask
     factors: dict[str, object] = field(default_factory=dict)
 
 
 class Lungs:
-    """The lungs of a real film in the coordinates of a phantom's: the anatomy that ``lesions`` asks for.
+    """The lungs of a real image in the coordinates of a phantom's: the anatomy that ``lesions`` asks for.
 
     ``mask`` is bool [size, size]. Raises NoLungs unless it shows a lung on either side.
     """
@@ -127,96 +128,97 @@ def _signed_distance(lung: Mask, down: float, across: float) -> Array:
 def implant(host: Host, label: str, seed: int, number: int) -> Implant:
     """The host with a lesion of class ``label``, the same for the same arguments.
 
-    Film and twin are equal outside the lungs, and the lesion mask (differences above 0.05, as for phantoms) lies inside
-    them. Raises KeyError for an unknown label, NoLungs where no lesion can be made visible.
+    LabelledImage and ground truth are equal outside the lungs, and the lesion mask (differences above 0.05, as for
+    phantoms) lies inside them. Raises KeyError for an unknown label, NoLungs where no lesion can be made visible.
     """
     lungs = Lungs(host.lungs)
-    twin = host.pixels.astype(np.float64) / 255
-    air, tissue = _levels(twin, host.lungs)
+    ground_truth = host.pixels.astype(np.float64) / 255
+    air, tissue = _levels(ground_truth, host.lungs)
     if tissue - air < FLAT:
         raise NoLungs("its lungs are hardly darker than what surrounds them")
     contrast = float(np.clip(tissue - air, *CONTRASTS)) / (TISSUE - AIR)  # grey levels per unit of a phantom's density
     for draw in range(DRAWS):
         rng = np.random.default_rng(np.random.SeedSequence([seed, number, draw]))
         lesion = LESIONS[label](rng, lungs, lungs.u, lungs.v)
-        film = quantise(_ill(twin, lesion, lungs, host.lungs, air, contrast))
-        visible = visible_lesion(film.astype(np.float64) / 255, twin, label) & host.lungs
+        image = quantise(_ill(ground_truth, lesion, lungs, host.lungs, air, contrast))
+        visible = visible_lesion(image.astype(np.float64) / 255, ground_truth, label) & host.lungs
         if visible.mean() >= PLAIN:
-            return Implant(film, visible, lesion.factors)
+            return Implant(image, visible, lesion.factors)
     raise NoLungs(f"no {label} can be made visible in it")
 
 
-def _ill(twin: Array, lesion: Lesion, lungs: Lungs, mask: Mask, air: float, contrast: float) -> Array:
-    """The film with the lesion, [size, size] in [0, 1]."""
+def _ill(ground_truth: Array, lesion: Lesion, lungs: Lungs, mask: Mask, air: float, contrast: float) -> Array:
+    """The image with the lesion, [size, size] in [0, 1]."""
     towards = air + contrast * (lesion.towards - AIR)
-    # towards tissue from the film without its ribs and vessels, so that these remain in the lesion
-    background = _inside(twin, mask, 0.03 * len(twin))
-    change = lesion.opacity * (towards - 0.5 * (background + twin))
+    # towards tissue from the image without its ribs and vessels, so that these remain in the lesion
+    background = _inside(ground_truth, mask, 0.03 * len(ground_truth))
+    change = lesion.opacity * (towards - 0.5 * (background + ground_truth))
     brighter = lesion.towards > AIR
     change = np.where(brighter, np.maximum(change, 0), np.minimum(change, 0))
     if lesion.extra is not None:
         change = change + contrast * lesion.extra
-    return np.clip(twin + change * lungs.air, 0, 1)
+    return np.clip(ground_truth + change * lungs.air, 0, 1)
 
 
-def _levels(twin: Array, mask: Mask) -> tuple[float, float]:
+def _levels(ground_truth: Array, mask: Mask) -> tuple[float, float]:
     """Grey levels of the lungs and of what surrounds them."""
-    steps = max(round(0.06 * len(twin)), 2)
+    steps = max(round(0.06 * len(ground_truth)), 2)
     around = ndimage.binary_dilation(mask, iterations=steps) & ~ndimage.binary_dilation(mask, iterations=1)
-    return float(np.median(twin[mask])), float(np.median(twin[around]))
+    return float(np.median(ground_truth[mask])), float(np.median(ground_truth[around]))
 
 
-def _inside(twin: Array, mask: Mask, sigma: float) -> Array:
-    """The film blurred inside the lungs alone: what is bright beside them does not leak in."""
+def _inside(ground_truth: Array, mask: Mask, sigma: float) -> Array:
+    """The image blurred inside the lungs alone: what is bright beside them does not leak in."""
     weight = ndimage.gaussian_filter(mask.astype(np.float64), sigma)
-    return ndimage.gaussian_filter(np.where(mask, twin, 0.0), sigma) / np.maximum(weight, 1e-3)
+    return ndimage.gaussian_filter(np.where(mask, ground_truth, 0.0), sigma) / np.maximum(weight, 1e-3)
 
 
 class Hosts:
-    """The healthy films of a data set that can receive a lesion, on a square of ``size`` pixels.
+    """The healthy images of a data set that can receive a lesion, on a square of ``size`` pixels.
 
-    Film k of a set is the k-th of them, and after the last comes the first again. Films are read when they are needed;
-    one that cannot be used is passed over and said. Raises UnusableData when the set has no film of class ``healthy``,
-    or none that can be used.
+    LabelledImage k of a set is the k-th of them, and after the last comes the first again. Images are read when they
+    are needed; one that cannot be used is passed over and said. Raises UnusableData when the set has no image of class
+    ``healthy``, or none that can be used.
     """
 
     def __init__(self, dataset: Dataset, healthy: str, size: int) -> None:
         self.store, self.size, self.bits, self.unusable = dataset.store, size, dataset.bits, 0
-        self._films = [film for film in dataset.films if film.label == healthy]
-        if not self._films:
+        self._images = [image for image in dataset.images if image.label == healthy]
+        if not self._images:
             raise UnusableData(
-                f"{dataset.store.uri}: no film of the healthy class {healthy!r}; there are {', '.join(dataset.classes)}"
+                f"{dataset.store.uri}: no image of the healthy class {healthy!r}; there are "
+                f"{', '.join(dataset.classes)}"
             )
 
     def __len__(self) -> int:
-        """Healthy films not found unusable so far."""
-        return len(self._films)
+        """Healthy images not found unusable so far."""
+        return len(self._images)
 
     def __getitem__(self, number: int) -> Host:
-        while self._films:
-            film = self._films[number % len(self._films)]
+        while self._images:
+            image = self._images[number % len(self._images)]
             try:
-                return self._read(film)
+                return self._read(image)
             except (BadImage, NoLungs, OSError) as error:
-                self.drop(film, str(error))
-        raise UnusableData(f"{self.store.uri}: none of its {self.unusable} healthy films can be used")
+                self.drop(image, str(error))
+        raise UnusableData(f"{self.store.uri}: none of its {self.unusable} healthy images can be used")
 
-    def drop(self, film: Film, reason: str) -> None:
-        """Pass over a film from now on. Films before it keep their numbers."""
-        LOG.info("%s is passed over: %s", film.path, reason)
-        self._films.remove(film)
+    def drop(self, image: LabelledImage, reason: str) -> None:
+        """Pass over an image from now on. Images before it keep their numbers."""
+        LOG.info("%s is passed over: %s", image.path, reason)
+        self._images.remove(image)
         self.unusable += 1
 
-    def _read(self, film: Film) -> Host:
-        pixels = quantise(decode_square(self.store.read(film.path), self.size, bits=self.bits)[0])
-        if film.lung_mask:
-            lungs: Mask | None = decode_mask(self.store.read(film.lung_mask), self.size)
+    def _read(self, image: LabelledImage) -> Host:
+        pixels = quantise(decode_square(self.store.read(image.path), self.size, bits=self.bits)[0])
+        if image.lung_mask:
+            lungs: Mask | None = decode_mask(self.store.read(image.lung_mask), self.size)
         else:
             lungs = find_lungs(pixels.astype(np.float32) / np.float32(255))
         if lungs is None:
             raise NoLungs("it has no lung mask, and its lungs cannot be told by their darkness")
         _sides(lungs)
-        return Host(film, pixels, lungs, not film.lung_mask)
+        return Host(image, pixels, lungs, not image.lung_mask)
 
 
 def implant_set(
@@ -228,29 +230,29 @@ def implant_set(
     seed: int = 0,
     classes: Sequence[str] = CLASSES,
 ) -> Iterator[str]:
-    """Write ``patients`` films of ``size`` pixels, classes in turn, in the layout of a phantom set; yields each path.
+    """Write ``patients`` images of ``size`` pixels, classes in turn, in the layout of a phantom set; yields each path.
 
-    Film k is made of the k-th healthy film that can be used, modulo their number; ``Normal`` films are these films as
-    they are. ``implants.json``, written last, lists every film with its source and factors. Raises UnusableData for an
-    unknown class, for ``store`` inside the data set, and where no healthy film can be used.
+    LabelledImage k is made of the k-th healthy image that can be used, modulo their number; ``Normal`` images are these
+    images as they are. ``implants.json``, written last, lists every image with its source and factors. Raises
+    UnusableData for an unknown class, for ``store`` inside the data set, and where no healthy image can be used.
     """
     known = ("Normal", *INSIDE_LUNGS)
     unknown = [label for label in classes if label not in known]
     if unknown:
-        raise UnusableData(f"no class {unknown[0]!r} can be put into a film; there are {', '.join(known)}")
+        raise UnusableData(f"no class {unknown[0]!r} can be put into an image; there are {', '.join(known)}")
     if f"{store.uri}/".startswith(f"{dataset.store.uri}/"):
-        raise UnusableData(f"{store.uri}: lies in the data set whose films are read; choose another folder")
+        raise UnusableData(f"{store.uri}: lies in the data set whose images are read; choose another folder")
     hosts = Hosts(dataset, healthy, size)
-    films = []
+    images = []
     for number in range(patients):
         label = classes[number % len(classes)]
         host, made = _host_with(hosts, label, seed, number)
-        path = write_film(store, label, number, made.film, host.lungs, made.lesion, host.pixels)
+        path = write_image(store, label, number, made.image, host.lungs, made.lesion, host.pixels)
         lungs = "searched" if host.found else "mask"
-        films.append({"file": path, "label": label, "source": host.film.path, "lungs": lungs, **made.factors})
+        images.append({"file": path, "label": label, "source": host.image.path, "lungs": lungs, **made.factors})
         yield path
     about_set = {"version": VERSION, "seed": seed, "size": size, "classes": list(classes), "onto": dataset.store.uri}
-    store.put("implants.json", json.dumps({**about_set, "films": films}, indent=1).encode())
+    store.put("implants.json", json.dumps({**about_set, "images": images}, indent=1).encode())
 
 
 def _host_with(hosts: Hosts, label: str, seed: int, number: int) -> tuple[Host, Implant]:
@@ -261,4 +263,4 @@ def _host_with(hosts: Hosts, label: str, seed: int, number: int) -> tuple[Host, 
         try:
             return host, implant(host, label, seed, number)
         except NoLungs as error:
-            hosts.drop(host.film, str(error))
+            hosts.drop(host.image, str(error))

@@ -10,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from diffva_ray.data.bit_depth import bit_depth_note
-from diffva_ray.data.dataset import Dataset, Film
+from diffva_ray.data.dataset import Dataset, LabelledImage
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import BadImage, check_contrast, decode, describe
 from diffva_ray.progress import one_line
 from diffva_ray.schema import Status
 
 HASH_SIDE = 16
-NEAR = 8  # of 256 bits; measured: one film in two resolutions 0 to 8 apart, different films at least 20
+NEAR = 8  # of 256 bits; measured: one image in two resolutions 0 to 8 apart, different images at least 20
 THREADS = 8
 
 
@@ -34,9 +34,9 @@ class Finding(NamedTuple):
 
 def inspect(dataset: Dataset, healthy_class: str = "Normal") -> dict[str, Any]:
     """A JSON-able summary; every file is decoded once."""
-    files = list({film.path: film for film in dataset.films}.values())
+    files = list({image.path: image for image in dataset.images}.values())
     with ThreadPoolExecutor(THREADS) as pool:
-        findings = list(pool.map(lambda film: _examine(dataset, film), files))
+        findings = list(pool.map(lambda image: _examine(dataset, image), files))
     usable = [finding for finding in findings if finding.status is Status.OK]
     return {
         "uri": dataset.store.uri,
@@ -44,12 +44,12 @@ def inspect(dataset: Dataset, healthy_class: str = "Normal") -> dict[str, Any]:
         "notes": [*dataset.notes, *filter(None, [bit_depth_note(dataset)])],
         "classes": dataset.classes,
         "healthy_class": healthy_class,
-        "films": len(dataset.films),
+        "images": len(dataset.images),
         "files": len(files),
-        "with_lung_mask": sum(bool(film.lung_mask) for film in files),
-        "with_lesion_mask": sum(bool(film.lesion_mask) for film in files),
-        "with_twin": sum(bool(film.twin) for film in files),
-        "with_boxes": sum(film.path in dataset.boxes for film in files),
+        "with_lung_mask": sum(bool(image.lung_mask) for image in files),
+        "with_lesion_mask": sum(bool(image.lesion_mask) for image in files),
+        "with_ground_truth": sum(bool(image.ground_truth) for image in files),
+        "with_boxes": sum(image.path in dataset.boxes for image in files),
         "examined": len(files),
         "sizes": dict(Counter(finding.size for finding in usable).most_common(10)),
         "modes": dict(Counter(finding.mode for finding in usable).most_common()),
@@ -65,21 +65,21 @@ def inspect(dataset: Dataset, healthy_class: str = "Normal") -> dict[str, Any]:
     }
 
 
-def _examine(dataset: Dataset, film: Film) -> Finding:
-    if film.size < 0:
-        return Finding(film.path, status=Status.MISSING, reason="no such file")
+def _examine(dataset: Dataset, image: LabelledImage) -> Finding:
+    if image.size < 0:
+        return Finding(image.path, status=Status.MISSING, reason="no such file")
     try:
-        data = dataset.store.read(film.path)
-        image = decode(data, bits=dataset.bits)
-        check_contrast(image)
-        height, width = image.shape
-        return Finding(film.path, f"{width}x{height}", describe(data), difference_hash(image))
+        data = dataset.store.read(image.path)
+        pixels = decode(data, bits=dataset.bits)
+        check_contrast(pixels)
+        height, width = pixels.shape
+        return Finding(image.path, f"{width}x{height}", describe(data), difference_hash(pixels))
     except BadImage as error:
-        return Finding(film.path, status=error.status, reason=str(error))
+        return Finding(image.path, status=error.status, reason=str(error))
     except FileNotFoundError:
-        return Finding(film.path, status=Status.MISSING, reason="no such file")
+        return Finding(image.path, status=Status.MISSING, reason="no such file")
     except OSError as error:
-        return Finding(film.path, status=Status.ERROR, reason=one_line(error))
+        return Finding(image.path, status=Status.ERROR, reason=one_line(error))
 
 
 def difference_hash(image: np.ndarray) -> int:
@@ -123,12 +123,12 @@ def near_duplicates(hashes: dict[str, int]) -> list[list[str]]:
 
 def describe_findings(found: dict[str, Any]) -> str:
     """The findings in a few lines for people."""
-    lines = [f"{found['uri']}: {found['kind']}, {found['films']} films in {found['files']} files"]
+    lines = [f"{found['uri']}: {found['kind']}, {found['images']} images in {found['files']} files"]
     lines += [f"  {label}: {count}" for label, count in found["classes"].items()]
     healthy = found["healthy_class"]
-    there = "" if healthy in found["classes"] else ", of which there is no film (--set data.healthy_class=NAME)"
+    there = "" if healthy in found["classes"] else ", of which there is no image (--set data.healthy_class=NAME)"
     lines.append(f"healthy class: {healthy}{there}")
-    truth = {key: found[f"with_{key}"] for key in ("lung_mask", "lesion_mask", "twin", "boxes")}
+    truth = {key: found[f"with_{key}"] for key in ("lung_mask", "lesion_mask", "ground_truth", "boxes")}
     lines.append("with " + ", ".join(f"{key.replace('_', ' ')}: {count}" for key, count in truth.items()))
     lines.append("sizes: " + ", ".join(f"{size} ({count})" for size, count in found["sizes"].items()))
     lines.append("modes: " + ", ".join(f"{mode} ({count})" for mode, count in found["modes"].items()))

@@ -1,7 +1,7 @@
 """What makes a phantom abnormal, and what merely looks odd: lesions by class, and distractors of every class.
 
-A lesion changes densities (or the coordinates at which they are taken) of a patient who exists without it; the film
-without it is the exact twin.
+A lesion changes densities (or the coordinates at which they are taken) of a patient who exists without it; the image
+without it is the exact ground truth.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from diffva_ray.data.thorax import Array, edge, ellipse, lattice_noise
 
 
 class Anatomy(Protocol):
-    """What a lesion needs to know of a patient: a synthetic ``Thorax``, or the lungs of a real film."""
+    """What a lesion needs to know of a patient: a synthetic ``Thorax``, or the lungs of a real image."""
 
     def lung(self, u: Array, v: Array, side: int) -> Array: ...
 
@@ -112,7 +112,7 @@ def viral_pneumonia(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Arra
 
 
 def cardiomegaly(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
-    """An enlarged heart; the twin has the patient's own."""
+    """An enlarged heart; the ground truth has the patient's own."""
     scale, factors = _severity(rng, 1.28, 1.5, "heart_scale")
     return Lesion(np.zeros_like(u), _tissue(u), heart_scale=scale, factors=factors)
 
@@ -134,7 +134,7 @@ def pneumothorax(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) 
 
 
 def mass_effect(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
-    """A dense mass that displaces heart and vessels; the twin has them in place."""
+    """A dense mass that displaces heart and vessels; the ground truth has them in place."""
     side = -1 if rng.random() < 0.5 else 1
     at = _point_in_lung(rng, thorax, side, peripheral=False)
     radius, factors = _severity(rng, 0.16, 0.22, "radius")
@@ -163,12 +163,12 @@ LESIONS: dict[str, Callable[[np.random.Generator, Anatomy, Array, Array], Lesion
     "Mass": mass_effect,
 }
 
-# 5 x 5 stencils of the side markers on a real film
+# 5 x 5 stencils of the side markers on a real image
 _LETTERS = {"R": "11110 10010 11110 10100 10010", "L": "10000 10000 10000 10000 11110"}
 
 
 def distractors(rng: np.random.Generator, u: Array, v: Array) -> Array:
-    """Density [H, W] of what every film may show, healthy or not: a side marker, wires, an electrode, a pacemaker."""
+    """Density [H, W] of what every image may show, healthy or not: a side marker, wires, an electrode, a pacemaker."""
     shade = np.zeros_like(u)
     if rng.random() < 0.6:
         letter = "R" if rng.random() < 0.5 else "L"

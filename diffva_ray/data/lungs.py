@@ -1,7 +1,7 @@
-"""Where the lungs are on a film that has no mask of them.
+"""Where the lungs are on an image that has no mask of them.
 
-The finder is plain (dark, large, one on each side, off the film's edge) and would rather find nothing than something
-else; it is for healthy films, whose lungs are dark.
+The finder is plain (dark, large, one on each side, off the image's edge) and would rather find nothing than something
+else; it is for healthy images, whose lungs are dark.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from scipy import ndimage
 
 from diffva_ray.schema import Mask
 
-# Not from the literature: these and the numbers of _pair are our own, for upright frontal films, and strict, so that
+# Not from the literature: these and the numbers of _pair are our own, for upright frontal images, and strict, so that
 # what passes is a pair of lungs.
 GRID = 128  # pixels a side on which lungs are searched
 MARGIN = 5  # pixels of that grid, at either side
-LEAST, MOST = 0.035, 0.22  # of the film's area, one lung
-LEVELS = np.linspace(0.3, 0.75, 16)  # quantiles of the film's inner part that are tried as thresholds
+LEAST, MOST = 0.035, 0.22  # of the image's area, one lung
+LEVELS = np.linspace(0.3, 0.75, 16)  # quantiles of the image's inner part that are tried as thresholds
 
 
-def find_lungs(film: NDArray[np.float32]) -> Mask | None:
-    """The lungs of a healthy film [size, size] in [0, 1] as bool [size, size]; None where no plausible pair shows.
+def find_lungs(image: NDArray[np.float32]) -> Mask | None:
+    """The lungs of a healthy image [size, size] in [0, 1] as bool [size, size]; None where no plausible pair shows.
 
     Of the thresholds whose dark regions are one plausible lung on each side, the one is taken at which the pair is
     large and its outline smooth.
     """
-    small = np.asarray(Image.fromarray(film).resize((GRID, GRID), Image.Resampling.BILINEAR))
+    small = np.asarray(Image.fromarray(image).resize((GRID, GRID), Image.Resampling.BILINEAR))
     smooth = ndimage.gaussian_filter(small, 0.018 * GRID)  # ribs must not cut a lung into slices
     flat = smooth - ndimage.gaussian_filter(small, 0.25 * GRID)  # nor exposure hide one of them
     inner = flat[GRID // 8 : -GRID // 5, GRID // 8 : -GRID // 8]
@@ -42,7 +42,7 @@ def find_lungs(film: NDArray[np.float32]) -> Mask | None:
             best, best_score = pair, score
     if best is None:
         return None
-    grown = Image.fromarray(best.astype(np.float32)).resize(film.shape[::-1], Image.Resampling.BICUBIC)
+    grown = Image.fromarray(best.astype(np.float32)).resize(image.shape[::-1], Image.Resampling.BICUBIC)
     return np.asarray(grown) > 0.5
 
 
@@ -74,7 +74,7 @@ def _pair(dark: Mask) -> Mask | None:
 
 
 def _touches_edge(box: tuple[slice, slice]) -> bool:
-    """Air around the patient is dark, too, and reaches the edge; lungs on a film do not."""
+    """Air around the patient is dark, too, and reaches the edge; lungs on an image do not."""
     return box[1].start < MARGIN or box[1].stop > GRID - MARGIN or box[0].start < 1 or box[0].stop > GRID - 1
 
 

@@ -1,4 +1,4 @@
-"""A table that names the films: a CSV or Parquet file with the columns ``path,label[,mask][,caption]``."""
+"""A table that names the images: a CSV or Parquet file with the columns ``path,label[,mask][,caption]``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffva_ray.config.recipe import DataConfig
-from diffva_ray.data.dataset import Dataset, Film, UnusableData
+from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
 from diffva_ray.progress import one_line
 from diffva_ray.storage.store import Entry, Store
 
@@ -21,7 +21,7 @@ EXTENSIONS = (".csv", ".parquet")
 
 
 class Line(NamedTuple):
-    """A row of a table: its place for messages ("films.csv row 2"; the header is row 1), and its cells by column."""
+    """A row of a table: its place for messages ("images.csv row 2"; the header is row 1), and its cells by column."""
 
     where: str
     cells: dict[str, str]
@@ -35,16 +35,16 @@ class Table(NamedTuple):
 
 
 def read(store: Store, entries: list[Entry], config: DataConfig, name: str) -> Dataset | None:
-    """The films of the manifest ``name``, whose paths are relative to the store; None when it has other columns.
+    """The images of the manifest ``name``, whose paths are relative to the store; None when it has other columns.
 
-    Films whose file is absent are kept, with size -1, and noted; an absent mask is an empty one, noted too.
+    Images whose file is absent are kept, with size -1, and noted; an absent mask is an empty one, noted too.
     Raises UnusableData, naming the row, for paths that leave the folder and for empty cells.
     """
     table = read_table(store.read(name), name)
     if not {"path", "label"} <= set(table.columns):
         return None
     sizes = {entry.path: entry.size for entry in entries}
-    films = []
+    images = []
     absent_masks = 0
     for where, row in table.rows:
         label = row["label"].strip()
@@ -54,11 +54,11 @@ def read(store: Store, entries: list[Entry], config: DataConfig, name: str) -> D
         mask = inside(row["mask"], sizes, where) if row.get("mask", "").strip() else ""
         absent_masks += bool(mask) and mask not in sizes
         caption = " ".join(row.get("caption", "").split())
-        films.append(Film(path, label, sizes.get(path, -1), mask if mask in sizes else "", caption=caption))
-    absent = sum(film.size < 0 for film in films)
-    said = ((absent, "films"), (absent_masks, "masks"))
+        images.append(LabelledImage(path, label, sizes.get(path, -1), mask if mask in sizes else "", caption=caption))
+    absent = sum(image.size < 0 for image in images)
+    said = ((absent, "images"), (absent_masks, "masks"))
     notes = [f"{count} {what} named in {name} are not there" for count, what in said if count]
-    return Dataset(store, films, "phantoms" if "phantoms.json" in sizes else "manifest", notes)
+    return Dataset(store, images, "phantoms" if "phantoms.json" in sizes else "manifest", notes)
 
 
 def inside(text: str, sizes: dict[str, int], where: str) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from threading import Condition
 
 
-class Admission:
+class MemoryLimit:
     """Lets threads work on ``limit`` units (pixels, bytes) at a time; a larger piece of work than that goes alone."""
 
     def __init__(self, limit: int) -> None:

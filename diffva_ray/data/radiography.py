@@ -1,37 +1,37 @@
 """The layout of the COVID-19 Radiography Database, and of phantom sets: ``<class>/images/*.png``.
 
-Beside ``images`` a class may have ``masks`` (lungs), ``lesions`` and ``twins``, with files of the same name. The data
-root is the folder of the classes, or the folder above it (as Kaggle unpacks it).
+Beside ``images`` a class may have ``masks`` (lungs), ``lesions`` and ``ground_truth``, with files of the same name. The
+data root is the folder of the classes, or the folder above it (as Kaggle unpacks it).
 """
 
 from __future__ import annotations
 
 from diffva_ray.config.recipe import DataConfig
-from diffva_ray.data.dataset import Dataset, Film, UnusableData, image_files
+from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData, image_files
 from diffva_ray.storage.store import Entry, Store
 
 LAYOUT = "<class>/images/*.png (Radiography Database, phantoms)"
 KAGGLE_NAME = "COVID-19_Radiography_Dataset"
-COMPANIONS = ("masks", "lesions", "twins")
+COMPANIONS = ("masks", "lesions", "ground_truth")
 
 
 def read(store: Store, entries: list[Entry], config: DataConfig) -> Dataset | None:
-    """The films of the layout, or None where it is another; UnusableData when several such sets lie side by side."""
-    roots: dict[str, list[Film]] = {}  # "" or one folder -> its films
+    """The images of the layout, or None where it is another; UnusableData when several such sets lie side by side."""
+    roots: dict[str, list[LabelledImage]] = {}  # "" or one folder -> its images
     others: list[str] = []
     for entry in image_files(entries):
         *above, name, folder, _ = ("", "", *entry.path.split("/"))  # padded: a short path unpacks too
         above = [part for part in above if part]
         if folder == "images" and name and len(above) <= 1:
-            roots.setdefault("/".join(above), []).append(Film(entry.path, name, entry.size))
+            roots.setdefault("/".join(above), []).append(LabelledImage(entry.path, name, entry.size))
         elif folder not in COMPANIONS:
             others.append(entry.path)
     if not roots:
         return None
     root = _choose(store, list(roots))
     prefix = f"{root}/" if root else ""
-    notes = [f"films from {prefix}"] if root else []
-    others += [film.path for other in roots if other != root for film in roots[other]]
+    notes = [f"images from {prefix}"] if root else []
+    others += [image.path for other in roots if other != root for image in roots[other]]
     if others:
         tops = sorted({path.split("/")[0] for path in others})
         notes.append(f"{len(others)} images outside the layout are ignored ({', '.join(tops)})")

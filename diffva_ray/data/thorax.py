@@ -1,7 +1,7 @@
-"""Anatomy of one synthetic patient: a chest film's densities as functions of coordinates.
+"""Anatomy of one synthetic patient: a chest image's densities as functions of coordinates.
 
 Coordinates are the patient's own: u runs from -1 (image left, the patient's right) to 1, v from -1 (neck) to 1
-(abdomen). Everything is defined on the continuum, so a film looks the same at 64 and at 512 px.
+(abdomen). Everything is defined on the continuum, so an image looks the same at 64 and at 512 px.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def ellipse(u: Array, v: Array, centre: tuple[float, float], radii: tuple[float,
 
 
 def grid(size: int) -> tuple[Array, Array]:
-    """Pixel centres in film coordinates, each [size, size] in (-1, 1)."""
+    """Pixel centres in image coordinates, each [size, size] in (-1, 1)."""
     line = (np.arange(size) + 0.5) / size * 2 - 1
     v, u = np.meshgrid(line, line, indexing="ij")
     return u, v
@@ -127,7 +127,7 @@ class Thorax:
         )
 
     def coordinates(self, u: Array, v: Array) -> tuple[Array, Array]:
-        """Film coordinates to the patient's: undo shift, rotation and scale."""
+        """LabelledImage coordinates to the patient's: undo shift, rotation and scale."""
         u, v = (u - self.shift[0]) / self.scale, (v - self.shift[1]) / self.scale
         cos, sin = np.cos(self.rotation), np.sin(self.rotation)
         return u * cos + v * sin, -u * sin + v * cos
@@ -157,7 +157,7 @@ class Thorax:
         return both * (1.0 - edge(self.heart(u, v, heart_scale), 1.5 * width))
 
     def density(self, u: Array, v: Array, width: float, heart_scale: float = 1.0) -> Array:
-        """Film density [H, W] (bright is dense, about 0 to 1) at patient coordinates; edges ``width`` wide."""
+        """LabelledImage density [H, W] (bright is dense, about 0 to 1) at patient coordinates; edges ``width`` wide."""
         air = self.lungs(u, v, width, heart_scale)
         across = np.abs(u)
         torso = edge(

@@ -34,7 +34,7 @@ class ShardWorker:
         node = ray.get_runtime_context().get_node_id()
         self.run_shard = shard.run_shard
         session = Session(RAY, driver, node, _alive)
-        self.bench = patiently(lambda: shard.Workbench.open(run, data, model, device, session))
+        self.context = patiently(lambda: shard.WorkerContext.open(run, data, model, device, session))
         self.metrics = GenerationMetrics(run)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
@@ -44,9 +44,9 @@ class ShardWorker:
     def _run(self, shard: int) -> dict[str, Any]:
         self.metrics.begin()
         try:
-            report = self.run_shard(self.bench, shard)
+            report = self.run_shard(self.context, shard)
         except OutOfMemory:
-            if Attempt(self.bench.run.store, shard, self.bench.session).short_of_memory >= MOST_MEMORY:
+            if Attempt(self.context.run.store, shard, self.context.session).short_of_memory >= MOST_MEMORY:
                 raise
             os._exit(1)  # what the process holds on the device is not to be trusted any more; Ray starts a clean one
         self.metrics.commit(report)

@@ -1,4 +1,4 @@
-"""What readers and archives say of films, from CSV: Brixia scores of lung zones, and where a film comes from."""
+"""What readers and archives say of images, from CSV: Brixia scores of lung zones, and where an image comes from."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from diffva_ray.evaluate.records import Boxes
 from diffva_ray.metrics.zones import ZONES
 from diffva_ray.storage.store import open_file, open_store
 
-Zones = dict[str, NDArray[np.float64]]  # Brixia scores [6] by film path
+Zones = dict[str, NDArray[np.float64]]  # Brixia scores [6] by image path
 READERS = ("S", "J")  # senior and junior radiologist, columns S-A ... J-F
 
 
 def read_zones(uri: str, paths: Iterable[str]) -> Zones:
-    """Brixia scores [6] (zones A to F, mean of the readers, 0 to 3) by film path, from a CSV with ``file`` and the
+    """Brixia scores [6] (zones A to F, mean of the readers, 0 to 3) by image path, from a CSV with ``file`` and the
     columns ``S-A`` ... ``S-F``, ``J-A`` ... ``J-F`` (one reader is enough). Raises UnusableData, naming the row."""
     table = _table("--brixia", uri)
     readers = [reader for reader in READERS if {f"{reader}-{zone}" for zone in ZONES} <= set(table.columns)]
@@ -45,7 +45,7 @@ def read_zones(uri: str, paths: Iterable[str]) -> Zones:
 
 
 def read_sources(uri: str, paths: Iterable[str]) -> dict[str, str]:
-    """The archive a film comes from, by film path, from a CSV with ``file`` and ``source``. Raises UnusableData."""
+    """The archive an image comes from, by image path, from a CSV with ``file`` and ``source``. Raises UnusableData."""
     table = _table("--sources", uri)
     if "source" not in table.columns:
         raise UnusableData(f"--sources {uri}: needs the columns file and source")
@@ -65,7 +65,7 @@ def _table(option: str, uri: str) -> Table:
 
 
 def lesion_boxes(data_uri: str, csv: str | None, notes: list[str]) -> Boxes:
-    """Lesion boxes by film: those of ``csv``, or the data set's own; none when the data cannot be opened any more."""
+    """Lesion boxes by image: those of ``csv``, or the data set's own; none when the data cannot be opened any more."""
     try:
         dataset = open_dataset(data_uri)
     except UnusableData as error:
@@ -75,11 +75,11 @@ def lesion_boxes(data_uri: str, csv: str | None, notes: list[str]) -> Boxes:
         return dataset.boxes
     store, name = open_file(csv)
     try:
-        boxes = read_boxes(store.read(name), dataset.films, name)
+        boxes = read_boxes(store.read(name), dataset.images, name)
     except OSError as error:
         raise UnusableData(f"--boxes {csv}: cannot be read ({error})") from None
     if not boxes:
-        raise UnusableData(f"--boxes {csv}: none of its files is a film of {data_uri}")
+        raise UnusableData(f"--boxes {csv}: none of its files is an image of {data_uri}")
     return boxes
 
 

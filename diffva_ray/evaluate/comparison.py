@@ -1,7 +1,7 @@
-"""Two runs on the same films: every number of both, film by film, and whether the difference is more than chance.
+"""Two runs on the same images: every number of both, image by image, and whether the difference is more than chance.
 
-Films are joined by path, label and draw; only films that both runs have count. Intervals come from a paired bootstrap:
-the same films are drawn anew for both runs, so what makes a film hard for both cancels.
+Images are joined by path, label and sample; only images that both runs have count. Intervals come from a paired
+bootstrap: the same images are drawn anew for both runs, so what makes an image hard for both cancels.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import dice_at
 from diffva_ray.schema import Row
 
-JOINED_BY = ["source_path", "label", "draw"]  # what makes records of two runs a pair
+JOINED_BY = ["image_path", "label", "sample"]  # what makes records of two runs a pair
 DRAWS = 1000
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a film. ``better``: 1 more is better, -1 less is, 0 neither; ``form``: number or percent;
+    """One number of an image. ``better``: 1 more is better, -1 less is, 0 neither; ``form``: number or percent;
     ``name``: a short title."""
 
     key: str
@@ -50,27 +50,27 @@ MEASURES = (
     Measure("auroc", "AUROC of max(M, 0)", 1, name="AUROC"),
     Measure("auprc", "AUPRC of max(M, 0)", 1),
     Measure("dice_fixed", "Dice at each run’s fixed threshold", 1, name="Dice at fixed threshold"),
-    Measure("dice_best", "Dice at each film’s best threshold", 1),
+    Measure("dice_best", "Dice at each image’s best threshold", 1),
     Measure("pointing_game", "pointing game", 1),
     Measure("flip_rate", "flip rate", 1, "percent"),
     Measure("confidence_gain", "judge’s confidence gain", 1),
     Measure("lesion_error_ratio", "lesion error left", -1, "percent"),
-    Measure("twin_psnr", "PSNR to true twin, dB", 1),
-    Measure("twin_ssim", "SSIM to true twin", 1),
-    Measure("ssim", "SSIM, film and twin", 0, name="SSIM"),
-    Measure("ms_ssim", "MS-SSIM, film and twin", 0),
-    Measure("l1", "mean |film − twin|", 0),
-    Measure("map_energy", "map energy, mean |M|", 0, name="map energy"),
-    Measure("map_energy_lung_fraction", "map energy inside the lungs", 0, "percent"),
+    Measure("ground_truth_psnr", "PSNR to ground-truth counterfactual, dB", 1),
+    Measure("ground_truth_ssim", "SSIM to ground-truth counterfactual", 1),
+    Measure("ssim", "SSIM, image and counterfactual", 0, name="SSIM"),
+    Measure("ms_ssim", "MS-SSIM, image and counterfactual", 0),
+    Measure("l1", "mean |image − counterfactual|", 0),
+    Measure("attribution_energy", "map energy, mean |M|", 0, name="map energy"),
+    Measure("attribution_energy_lung_fraction", "map energy inside the lungs", 0, "percent"),
 )
 BY_KEY = {measure.key: measure for measure in MEASURES}
-RECORDED = ("ssim", "ms_ssim", "l1", "map_energy", "map_energy_lung_fraction")  # columns of the records
+RECORDED = ("ssim", "ms_ssim", "l1", "attribution_energy", "attribution_energy_lung_fraction")  # columns of the records
 PLACED = ("auroc", "auprc", "dice_best", "pointing_game")  # of a localisation row
 
 
 @dataclass
 class Comparison:
-    """``pairs``: one row per film that both runs have, with columns ``<measure>_a`` and ``<measure>_b``, weights of
+    """``pairs``: one row per image that both runs have, with columns ``<measure>_a`` and ``<measure>_b``, weights of
     ratios as ``<measure>_of_a`` and ``_of_b``, and the records as ``record_a`` and ``record_b``. ``rows``: one per
     measure and class. ``settings``: (name, in A, in B) of what differs. ``swept``: settings that both runs sweep, by
     which their records are joined besides."""
@@ -95,7 +95,7 @@ class Comparison:
         return {
             "a": {"run": self.a.store.uri, "fingerprint": self.a.fingerprint},
             "b": {"run": self.b.store.uri, "fingerprint": self.b.fingerprint},
-            "films": self.counts,
+            "images": self.counts,
             "settings": settings,
             "differences": self.rows,
             "notes": self.notes,
@@ -103,8 +103,8 @@ class Comparison:
 
 
 def compare_runs(a: Run, b: Run) -> Comparison:
-    """Compare two runs; nothing is written. Raises UnusableData, one line, when they have no film in common or a run
-    has several records of one film."""
+    """Compare two runs; nothing is written. Raises UnusableData, one line, when they have no image in common or a run
+    has several records of one image."""
     notes: list[str] = []
     frames = [finished(read_records(run)) for run in (a, b)]
     swept = [str(key) for key, _ in a.keys["sweep"] if key in dict(b.keys["sweep"])]
@@ -113,7 +113,7 @@ def compare_runs(a: Run, b: Run) -> Comparison:
         if frame.duplicated(on).any():
             alone = ", ".join(str(key) for key, _ in run.keys["sweep"] if key not in swept)
             raise UnusableData(
-                f"{run.store.uri} alone sweeps {alone}: it has several records of one film; compare one point"
+                f"{run.store.uri} alone sweeps {alone}: it has several records of one image; compare one point"
             )
     joined = frames[0].merge(frames[1], on=on, suffixes=("_a", "_b"), how="inner").sort_values(on)
     other = joined["source_sha256_a"].notna() & joined["source_sha256_b"].notna()
@@ -127,7 +127,7 @@ def compare_runs(a: Run, b: Run) -> Comparison:
     joined = joined[~other]
     if joined.empty:
         why = f"; {counts['same_name_other_bytes']} have one name and other bytes" if other.any() else ""
-        raise UnusableData(f"{a.store.uri} and {b.store.uri} have no finished film in common{why}")
+        raise UnusableData(f"{a.store.uri} and {b.store.uri} have no finished image in common{why}")
     pairs = joined[on].reset_index(drop=True)
     for side, frame in zip("ab", frames):
         ids = joined["record_id_a" if side == "a" else "record_id_b"].tolist()
@@ -152,8 +152,8 @@ def run_names(a: str, b: str) -> tuple[str, str]:
 
 def _fill(pairs: pd.DataFrame, a: Run, b: Run, notes: list[str]) -> None:
     """Add the columns of every measure that both runs have."""
-    sides = {"a": _film_numbers(a, pairs["record_a"].tolist(), notes)}
-    sides["b"] = _film_numbers(b, pairs["record_b"].tolist(), notes) if b is not a else sides["a"]
+    sides = {"a": _image_numbers(a, pairs["record_a"].tolist(), notes)}
+    sides["b"] = _image_numbers(b, pairs["record_b"].tolist(), notes) if b is not a else sides["a"]
     for measure in MEASURES:
         key = measure.key
         if any(key not in numbers or numbers[key].isna().all() for numbers in sides.values()):
@@ -166,11 +166,11 @@ def _fill(pairs: pd.DataFrame, a: Run, b: Run, notes: list[str]) -> None:
         pairs.drop(columns=["ms_ssim_a", "ms_ssim_b"], inplace=True)
         notes.append("MS-SSIM is left out: the runs' grids allow another number of scales")
     if "auroc_a" in pairs and (unplaced := int((pairs["auroc_a"].isna() | pairs["auroc_b"].isna()).sum())):
-        notes.append(f"{unplaced} films have no localisation in one run or both (no lesion known, or nothing to find)")
+        notes.append(f"{unplaced} images have no localisation in one run or both (no lesion known, or nothing to find)")
 
 
-def _film_numbers(run: Run, records: list[Row], notes: list[str]) -> pd.DataFrame:
-    """The numbers of one run, a row per record of ``records``, in their order; NaN where a film has none."""
+def _image_numbers(run: Run, records: list[Row], notes: list[str]) -> pd.DataFrame:
+    """The numbers of one run, a row per record of ``records``, in their order; NaN where an image has none."""
     frame = pd.DataFrame(records)
     found = frame[[*RECORDED, "ms_ssim_scales"]].apply(pd.to_numeric)
     before, after = (pd.to_numeric(frame[f"judge_{which}"]) for which in ("source", "counterfactual"))
@@ -181,27 +181,30 @@ def _film_numbers(run: Run, records: list[Row], notes: list[str]) -> pd.DataFram
     notes += [note for note in said if note not in notes]
     with ThreadPoolExecutor(8) as pool:  # waits on the store, mostly
         scored = list(pool.map(lambda rows: score_records(run, rows, boxes), by_shard(records).values()))
-    places = {row["record_id"]: row for found_here, _ in scored for row in found_here if row["map"] == "positive"}
-    twins = {row["record_id"]: row for _, found_here in scored for row in found_here}
+    localization = {row["record_id"]: row for found_here, _ in scored for row in found_here if row["map"] == "positive"}
+    counterfactuals = {row["record_id"]: row for _, found_here in scored for row in found_here}
     threshold = fixed_threshold_of(run)
 
     def column(rows: dict[str, Row], key: str) -> list[float]:
         return [rows[name][key] if name in rows else math.nan for name in frame["record_id"]]
 
     for key in PLACED:
-        found[key] = column(places, key)
-    if threshold is not None and places:
-        at = dice_at(np.stack([row["dice_curve"] for row in places.values()]), threshold)
-        fixed = {name: {"dice": float(dice)} for name, dice in zip(places, at)}
+        found[key] = column(localization, key)
+    if threshold is not None and localization:
+        at = dice_at(np.stack([row["dice_curve"] for row in localization.values()]), threshold)
+        fixed = {name: {"dice": float(dice)} for name, dice in zip(localization, at)}
         found["dice_fixed"] = column(fixed, "dice")
-    found["lesion_error_ratio"] = column(twins, "lesion_error")
-    found["lesion_error_ratio_of"] = column(twins, "lesion_error_input")
-    found["twin_psnr"], found["twin_ssim"] = column(twins, "psnr"), column(twins, "ssim")
+    found["lesion_error_ratio"] = column(counterfactuals, "lesion_error")
+    found["lesion_error_ratio_of"] = column(counterfactuals, "lesion_error_input")
+    found["ground_truth_psnr"], found["ground_truth_ssim"] = (
+        column(counterfactuals, "psnr"),
+        column(counterfactuals, "ssim"),
+    )
     return found.replace([np.inf, -np.inf], np.nan)  # PSNR of equal pictures
 
 
 def fixed_threshold_of(run: Run) -> float | None:
-    """The threshold of max(M, 0) that the run's own tables used, fixed on other films; None when there was none."""
+    """The threshold of max(M, 0) that the run's own tables used, fixed on other images; None when there was none."""
     for row in (reduced_metrics(run) or {}).get("localization", []):
         if row["map"] == "positive" and row.get("threshold") is not None:
             return float(row["threshold"])
@@ -211,18 +214,18 @@ def fixed_threshold_of(run: Run) -> float | None:
 def difference_rows(pairs: pd.DataFrame) -> list[Row]:
     """One row per class and measure: value of A, of B, and B - A with its 95 % interval; classes first, then all."""
     found = []
-    for label, films in tables.by_label(pairs):
+    for label, images in tables.by_label(pairs):
         for measure in MEASURES:
-            if f"{measure.key}_a" not in films:
+            if f"{measure.key}_a" not in images:
                 continue
-            values = [films[f"{measure.key}_{side}"].to_numpy(float) for side in "ab"]
+            values = [images[f"{measure.key}_{side}"].to_numpy(float) for side in "ab"]
             weights = [
-                films.get(f"{measure.key}_of_{side}", pd.Series(1.0, films.index)).to_numpy(float) for side in "ab"
+                images.get(f"{measure.key}_of_{side}", pd.Series(1.0, images.index)).to_numpy(float) for side in "ab"
             ]
             known = np.isfinite(np.stack([*values, *weights])).all(axis=0)
             if not known.any():
                 continue
-            paths = films.loc[known, "source_path"].tolist()
+            paths = images.loc[known, "image_path"].tolist()
             above, below = (np.stack([part[known] for part in parts], axis=1) for parts in (values, weights))
             in_a, in_b, interval = paired_difference(above, below, paths)
             found.append(
@@ -252,7 +255,7 @@ def paired_difference(
     values: NDArray[np.float64], weights: NDArray[np.float64], groups: Sequence[Hashable], draws: int = DRAWS
 ) -> tuple[float, float, tuple[float, float]]:
     """Ratio of sums of ``values`` over ``weights`` [N, 2] for A and for B (weights of 1 make it a mean), and the 95 %
-    percentile interval of B - A, drawing whole ``groups`` (films) anew, the same ones for both.
+    percentile interval of B - A, drawing whole ``groups`` (images) anew, the same ones for both.
 
     The interval is (nan, nan) for fewer than two groups. Raises ValueError for shapes that differ.
     """
@@ -298,13 +301,13 @@ def _cautions(a: Run, b: Run, pairs: pd.DataFrame) -> list[str]:
     keys = a.keys, b.keys
     if keys[0]["resolution"] != keys[1]["resolution"]:
         said.append("the runs have other resolutions: every number is on its run's own pixel grid")
-    before = [pd.Series([row["judge_source"] for row in pairs[f"record_{side}"]], dtype=float) for side in "ab"]
+    before = [pd.Series([row["judge_image"] for row in pairs[f"record_{side}"]], dtype=float) for side in "ab"]
     if (
         before[0].notna().any()
         and before[1].notna().any()
         and not np.allclose(before[0], before[1], atol=1e-3, equal_nan=True)
     ):
-        said.append("the runs have judges of their own: flip rates are of the films that both call abnormal")
+        said.append("the runs have judges of their own: flip rates are of the images that both call abnormal")
     for name, run in zip("AB", (a, b)):
         if run.pending():
             said.append(f"{name} is unfinished: {len(run.pending())} of {run.shards} shards are pending")
@@ -320,7 +323,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     names = [escape(name) for name in comparison.names]
     console.print(f"A  {escape(comparison.a.store.uri)}\nB  {escape(comparison.b.store.uri)}", highlight=False)
     if comparison.settings:
-        settings = Table(title="Settings that differ", title_justify="left", header_style="bold")
+        settings = Table(title="SamplingSettings that differ", title_justify="left", header_style="bold")
         for head in ("setting", f"A {names[0]}", f"B {names[1]}"):
             settings.add_column(head)
         for name, *values in comparison.settings:
@@ -344,7 +347,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     console.print(table)
     counts = comparison.counts
     console.print(
-        f"{counts['pairs']} films in both runs, {counts['only_in_a']} in A only, {counts['only_in_b']} in B only"
+        f"{counts['pairs']} images in both runs, {counts['only_in_a']} in A only, {counts['only_in_b']} in B only"
         + (f", {counts['same_name_other_bytes']} with one name and other bytes (left out)"
            if counts["same_name_other_bytes"] else ""), highlight=False,
     )  # fmt: skip

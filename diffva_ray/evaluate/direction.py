@@ -1,4 +1,5 @@
-"""Whether a prompt heals a film or induces a finding in it, which decides the sign under which its map is shown red."""
+"""Whether a prompt generates an image or induces a finding in it, which decides the sign under which its map is shown
+red."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ from diffva_ray.schema import Row
 
 
 def induces(prompt: str, data: DataConfig, label: str | None = None) -> bool:
-    """Whether a prompt asks for a finding: it names an abnormal class of the recipe, or the film's own (``label``).
+    """Whether a prompt asks for a finding: it names an abnormal class of the recipe, or the image's own (``label``).
 
-    A prompt that names no class, such as a finding the model was never trained on, is taken to induce it in a film of
-    the healthy class, and to heal any other film.
+    A prompt that names no class, such as a finding the model was never trained on, is taken to induce it in an image of
+    the healthy class, and to generate any other image.
     """
     asked = _plain(prompt)
     healthy = {_plain(data.healthy_prompt), _plain(data.prompt(data.healthy_class))}
@@ -24,7 +25,7 @@ def induces(prompt: str, data: DataConfig, label: str | None = None) -> bool:
 
 
 def direction(run: Run, row: Row) -> int:
-    """1 where a record (``prompt``, ``label``) heals, -1 where it induces: its map M times this is shown red."""
+    """1 where a record (``prompt``, ``label``) generates, -1 where it induces: its map M times this is shown red."""
     return -1 if induces(row["prompt"], run.recipe.data, row["label"]) else 1
 
 

@@ -1,4 +1,4 @@
-"""Distances between sets of films: features where they are missing, then FID (or a stand-in's distance) and KID."""
+"""Distances between sets of images: features where they are missing, then FID (or a stand-in's distance) and KID."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from diffva_ray.data.dataset import Film, UnusableData
+from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.images import BadImage, decode, to_square
 from diffva_ray.evaluate.records import stored_records
-from diffva_ray.evaluate.run_index import Census, Home
+from diffva_ray.evaluate.run_index import RunIndex, ShardRef
 from diffva_ray.generate.committed import OVERLAYS
 from diffva_ray.generate.run import Run, find_run, part
 from diffva_ray.metrics.feature_set import Features, FeatureSet, npz, release
@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # it loads torch, which a driver that only plans has no use f
     from diffva_ray.metrics.features import Extractor
 
 Row = dict[str, Any]
-PORTION = 512  # films of a reference set in one file
-TOGETHER = 64  # portions that are read ahead, and written before a scratch file's pages are given back
+CHUNK = 512  # images of a reference set in one file
+TOGETHER = 64  # chunks that are read ahead, and written before a scratch file's pages are given back
 IN_MEMORY = 1 << 26  # numbers of a feature matrix (256 MiB), above which it waits on disk
 Arrays = dict[str, NDArray[np.float32]]
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
@@ -42,13 +42,13 @@ NEIGHBOURS = 5  # k of precision, recall, density and coverage
 
 @dataclass(frozen=True)
 class RunFeatures:
-    """Features of a run's ``ok`` records, row by row those of its census: of films and of their counterfactuals."""
+    """Features of a run's ``ok`` records, row by row those of its index_run: of images and of their counterfactuals."""
 
     source: FeatureSet
     counterfactual: FeatureSet
 
 
-class Portion(Protocol):
+class FeatureChunk(Protocol):
     """Images whose features make one file, the unit of work of an ``Embed``."""
 
     def stored(self, extractor: Extractor) -> Arrays | None:
@@ -59,21 +59,21 @@ class Portion(Protocol):
 
 
 @dataclass(frozen=True)
-class HomePortion:
-    """The films and counterfactuals that one shard holds, in its order."""
+class ShardFeatures:
+    """The images and counterfactuals that one shard holds, in its order."""
 
     run: str
-    home: Home
+    shard_ref: ShardRef
     ids: NDArray[np.bytes_]
 
     @property
     def folder(self) -> str:
-        return f"{OVERLAYS}/r{self.home[0]}/" if self.home[0] else ""
+        return f"{OVERLAYS}/r{self.shard_ref[0]}/" if self.shard_ref[0] else ""
 
     def stored(self, extractor: Extractor) -> Arrays | None:
         """What the shard's worker stored (the stand-in's), or an earlier reduce."""
         names = {kind: f"{extractor.name}/{kind}" for kind in ("source", "counterfactual")}
-        own = f"{self.folder}features/{part(self.home[1])}.npz"
+        own = f"{self.folder}features/{part(self.shard_ref[1])}.npz"
         ids = self.ids.astype(str).tolist()
         found = read_npz(self.run, own, ids, names) if extractor.is_stand_in else None
         return found or read_npz(self.run, self._kept(extractor), ids, names)
@@ -83,61 +83,63 @@ class HomePortion:
         assert run is not None
         bits = run.recipe.data.bits
         data, size, ids = opened(run.about["data_root"]), run.recipe.model.resolution, self.ids.astype(str)
-        rows = {row["record_id"]: row for row in stored_records(run, self.home)}
-        films = [rows[record]["source_path"] for record in ids]
-        twins = [rows[record]["counterfactual_path"] for record in ids]
+        rows = {row["record_id"]: row for row in stored_records(run, self.shard_ref)}
+        images = [rows[record]["image_path"] for record in ids]
+        counterfactuals = [rows[record]["counterfactual_path"] for record in ids]
         again = f"withdraw its shard with diffva verify {self.run} --repair and generate it again"
         arrays = {
             "ids": ids,
-            f"{extractor.name}/source": _needed(extractor, data, films, size, "put it back where it was", bits),
-            f"{extractor.name}/counterfactual": _needed(extractor, run.store, twins, size, again),
+            f"{extractor.name}/source": _needed(extractor, data, images, size, "put it back where it was", bits),
+            f"{extractor.name}/counterfactual": _needed(extractor, run.store, counterfactuals, size, again),
         }
         run.store.put(self._kept(extractor), npz(arrays))
 
     def _kept(self, extractor: Extractor) -> str:
-        return f"{self.folder}features/{cache_key(extractor)}/{part(self.home[1])}.npz"
+        return f"{self.folder}features/{cache_key(extractor)}/{part(self.shard_ref[1])}.npz"
 
 
 @dataclass(frozen=True)
-class ReferencePortion:
-    """Films of a reference set, kept in ``cache`` by place and sizes of the films; those that cannot be read are left
+class ReferenceFeatures:
+    """Images of a reference set, kept in ``cache`` by place and sizes of the images; those that cannot be read are left
     out."""
 
     cache: str
     data: str
-    films: tuple[Film, ...]
-    size: int  # of the grid that films are taken to
+    images: tuple[LabelledImage, ...]
+    size: int  # of the grid that images are taken to
     bits: int = 16  # of its 16-bit grey files
 
     def stored(self, extractor: Extractor) -> Arrays | None:
-        return read_npz(self.cache, self._kept(extractor), [film.path for film in self.films], {"features": "features"})
+        return read_npz(
+            self.cache, self._kept(extractor), [image.path for image in self.images], {"features": "features"}
+        )
 
     def fill(self, extractor: Extractor) -> None:
         data = opened(self.data)
-        films = [partial(data.read, film.path) for film in self.films]
+        images = [partial(data.read, image.path) for image in self.images]
         arrays = {
-            "ids": np.array([film.path for film in self.films]),
-            "features": embed(extractor, films, self.size, self.bits, lenient=True),
+            "ids": np.array([image.path for image in self.images]),
+            "features": embed(extractor, images, self.size, self.bits, lenient=True),
         }
         opened(self.cache).put(self._kept(extractor), npz(arrays))
 
     def _kept(self, extractor: Extractor) -> str:
         depth = [] if self.bits == 16 else [self.bits]
-        name = digest([self.data, self.size, [(film.path, film.size) for film in self.films], *depth])[:16]
+        name = digest([self.data, self.size, [(image.path, image.size) for image in self.images], *depth])[:16]
         return f"features/{cache_key(extractor)}/reference-{name}.npz"
 
 
-Embed = Callable[["Extractor", Sequence[Portion]], None]  # fills portions, here or on a cluster
+Embed = Callable[["Extractor", Sequence[FeatureChunk]], None]  # fills chunks, here or on a cluster
 
 
-def embed_here(extractor: Extractor, portions: Sequence[Portion]) -> None:
-    for portion in portions:
-        portion.fill(extractor)
+def embed_here(extractor: Extractor, chunks: Sequence[FeatureChunk]) -> None:
+    for chunk in chunks:
+        chunk.fill(extractor)
 
 
 def run_features(
     run: Run,
-    records: Census,
+    records: RunIndex,
     extractor: Extractor,
     spread: Embed = embed_here,
     chosen: NDArray[np.bool_] | None = None,
@@ -145,16 +147,18 @@ def run_features(
     """Features of a run's ``ok`` records: those the shards stored (the stand-in's), those of an earlier reduce, and
     computed (and kept) where missing. They wait in a scratch file, not in memory. ``chosen``: records that are wanted
     (a mask); shards that hold none of them are left out, and their rows are zero."""
-    homes = {home: rows for home, rows in records.homes.items() if chosen is None or chosen[rows].any()}
-    portions = [HomePortion(run.store.uri, home, records.ids[rows]) for home, rows in homes.items()]
-    films, twins = (scratch(len(records.ids), extractor.dimension) for _ in range(2))
-    places = list(homes.values())
-    for done, (number, arrays) in enumerate(filled(portions, extractor, spread)):
-        films[places[number]], twins[places[number]] = arrays["source"], arrays["counterfactual"]
+    shards_of = {
+        shard_ref: rows for shard_ref, rows in records.shards_of.items() if chosen is None or chosen[rows].any()
+    }
+    chunks = [ShardFeatures(run.store.uri, shard_ref, records.ids[rows]) for shard_ref, rows in shards_of.items()]
+    images, counterfactuals = (scratch(len(records.ids), extractor.dimension) for _ in range(2))
+    localization = list(shards_of.values())
+    for done, (number, arrays) in enumerate(filled(chunks, extractor, spread)):
+        images[localization[number]], counterfactuals[localization[number]] = arrays["source"], arrays["counterfactual"]
         if done % TOGETHER == 0:
-            release(films)
-            release(twins)
-    return RunFeatures(FeatureSet(films), FeatureSet(twins))
+            release(images)
+            release(counterfactuals)
+    return RunFeatures(FeatureSet(images), FeatureSet(counterfactuals))
 
 
 def scratch(rows: int, dimension: int) -> NDArray[np.float32]:
@@ -176,30 +180,30 @@ def scratch(rows: int, dimension: int) -> NDArray[np.float32]:
         return np.memmap(file, np.float32, "r+", shape=(rows, dimension))
 
 
-def filled(portions: Sequence[Portion], extractor: Extractor, spread: Embed) -> Iterator[tuple[int, Arrays]]:
-    """Every portion's place and arrays: first those that are stored, then those that had to be computed."""
+def filled(chunks: Sequence[FeatureChunk], extractor: Extractor, spread: Embed) -> Iterator[tuple[int, Arrays]]:
+    """Every chunk's place and arrays: first those that are stored, then those that had to be computed."""
     missing = []
-    for number, arrays in _stored(portions, range(len(portions)), extractor):
+    for number, arrays in _stored(chunks, range(len(chunks)), extractor):
         if arrays is None:
             missing.append(number)
         else:
             yield number, arrays
     if missing:
-        spread(extractor, [portions[number] for number in missing])
-    for number, arrays in _stored(portions, missing, extractor):
+        spread(extractor, [chunks[number] for number in missing])
+    for number, arrays in _stored(chunks, missing, extractor):
         if arrays is None:
-            raise OSError(f"features that were written a moment ago are gone or damaged: {portions[number]}")
+            raise OSError(f"features that were written a moment ago are gone or damaged: {chunks[number]}")
         yield number, arrays
 
 
 def _stored(
-    portions: Sequence[Portion], numbers: Sequence[int], extractor: Extractor
+    chunks: Sequence[FeatureChunk], numbers: Sequence[int], extractor: Extractor
 ) -> Iterator[tuple[int, Arrays | None]]:
-    """What is stored of some portions, in order; a few are read ahead."""
+    """What is stored of some chunks, in order; a few are read ahead."""
     with ThreadPoolExecutor(8) as pool:
         for start in range(0, len(numbers), TOGETHER):
             some = numbers[start : start + TOGETHER]
-            yield from zip(some, pool.map(lambda number: portions[number].stored(extractor), some), strict=True)
+            yield from zip(some, pool.map(lambda number: chunks[number].stored(extractor), some), strict=True)
 
 
 def read_npz(store: str, path: str, ids: list[str], names: Mapping[str, str]) -> Arrays | None:
@@ -266,18 +270,18 @@ def _needed(
 
 
 def reference_features(
-    cache: Store, size: int, store: Store, films: Sequence[Film], extractor: Extractor, spread: Embed = embed_here,
-    bits: int = 16,
+    cache: Store, size: int, store: Store, images: Sequence[LabelledImage], extractor: Extractor,
+    spread: Embed = embed_here, bits: int = 16,
 ) -> tuple[FeatureSet, int]:  # fmt: skip
     """Features of a reference set on the model's ``size``, kept in ``cache`` (a run, or what several runs share) and
-    found again by place and sizes of the films; and how many films were unreadable."""
-    portions = [
-        ReferencePortion(cache.uri, store.uri, tuple(films[start : start + PORTION]), size, bits)
-        for start in range(0, len(films), PORTION)
+    found again by place and sizes of the images; and how many images were unreadable."""
+    chunks = [
+        ReferenceFeatures(cache.uri, store.uri, tuple(images[start : start + CHUNK]), size, bits)
+        for start in range(0, len(images), CHUNK)
     ]
-    features, read = scratch(len(films), extractor.dimension), np.zeros(len(films), bool)
-    for done, (number, arrays) in enumerate(filled(portions, extractor, spread)):
-        here = slice(number * PORTION, number * PORTION + len(arrays["features"]))
+    features, read = scratch(len(images), extractor.dimension), np.zeros(len(images), bool)
+    for done, (number, arrays) in enumerate(filled(chunks, extractor, spread)):
+        here = slice(number * CHUNK, number * CHUNK + len(arrays["features"]))
         features[here], read[here] = arrays["features"], True
         if done % TOGETHER == 0:
             release(features)
@@ -287,10 +291,10 @@ def reference_features(
 def distance_row(
     first: str, second: str, x: Features, y: Features, extractor: Extractor, groups: int, paired: bool = False
 ) -> Row | None:
-    """One row of the distance table; None when a set has fewer than four films.
+    """One row of the distance table; None when a set has fewer than four images.
 
-    ``paired``: row i of both sets is one film and its counterfactual; then ``halves`` says what the distance is when no
-    film meets its own edit. ``manifold`` and ``infinity`` are absent where the sets are too small for them.
+    ``paired``: row i of both sets is one image and its counterfactual; then ``halves`` says what the distance is when
+    no image meets its own edit. ``manifold`` and ``infinity`` are absent where the sets are too small for them.
     """
     if min(len(x), len(y)) < 4:
         return None

@@ -24,18 +24,18 @@ INK, MUTED, RULE = "#1c2328", "#5d6a73", "#c9d1d6"
 CLASS_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
 
 
-def overlay(film: Image, signed_map: Image, threshold: float, region: NDArray[np.bool_] | None = None) -> Image:
-    """The paper's "generated tissue" as float32 [H, W, 3] in [0, 1]: ``film`` [H, W] in [0, 1], red exactly where
+def overlay(image: Image, signed_map: Image, threshold: float, region: NDArray[np.bool_] | None = None) -> Image:
+    """The paper's "generated tissue" as float32 [H, W, 3] in [0, 1]: ``image`` [H, W] in [0, 1], red exactly where
     M > ``threshold`` (inside ``region``), denser the further above it.
 
-    ``signed_map`` is M when healing and -M when inducing a finding.
+    ``signed_map`` is M when generating and -M when inducing a finding.
     """
     above = signed_map > threshold
     if region is not None:
         above &= region
     excess = np.clip((signed_map - threshold) / max(2 * abs(threshold), 1e-3), 0, 1)
     alpha = np.where(above, 0.35 + 0.5 * excess, 0)[..., None]
-    return np.clip((1 - alpha) * film[..., None] + alpha * RED, 0, 1).astype(np.float32)
+    return np.clip((1 - alpha) * image[..., None] + alpha * RED, 0, 1).astype(np.float32)
 
 
 def diverging(signed_map: Image, limit: float) -> Image:

@@ -1,7 +1,7 @@
-"""Attribution maps from anywhere: which film each belongs to, and its values.
+"""Attribution maps from anywhere: which image each belongs to, and its values.
 
-A map is a PNG, TIFF or NPY file named like its film, in a folder of any depth. The maps of one of our runs are named by
-record instead; they are matched through its records.
+A map is a PNG, TIFF or NPY file named like its image, in a folder of any depth. The maps of one of our runs are named
+by record instead; they are matched through its records.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffva_ray.data.boxes import ends
-from diffva_ray.data.dataset import Film, UnusableData
+from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode, describe
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.generate.run import Run, find_run
@@ -25,18 +25,18 @@ from diffva_ray.storage.store import Store, open_store
 
 Encoding = Literal["auto", "signed16", "unsigned"]
 EXTENSIONS = (".png", ".npy", ".tif", ".tiff")
-MAPS = "maps"  # a run's own folder of maps
+MAPS = "attributions"  # a run's own folder of maps
 
 
 @dataclass(frozen=True)
 class MapFile:
-    """One map. ``key`` is what is matched with films: a path without its extension."""
+    """One map. ``key`` is what is matched with images: a path without its extension."""
 
     path: str  # relative to the store of the maps
     key: str
-    label: str | None = None  # of a run's record; None: every label of its film
-    reconstruction: str = ""  # the autoencoder's rendering of the film; this and the next only a run has
-    film_sha256: str = ""
+    label: str | None = None  # of a run's record; None: every label of its image
+    reconstruction: str = ""  # the autoencoder's rendering of the image; this and the next only a run has
+    image_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class MapFolder:
 
 @dataclass(frozen=True)
 class Matched:
-    """Maps with their films (one pair for each label of a film), and what is left on either side."""
+    """Maps with their images (one pair for each label of an image), and what is left on either side."""
 
-    pairs: list[tuple[MapFile, Film]]
-    maps_without_film: list[str] = field(default_factory=list)
-    films_without_map: list[str] = field(default_factory=list)
+    pairs: list[tuple[MapFile, LabelledImage]]
+    maps_without_image: list[str] = field(default_factory=list)
+    images_without_map: list[str] = field(default_factory=list)
     by: Literal["path", "name"] = "path"
 
 
@@ -77,7 +77,7 @@ def open_maps(uri: str) -> MapFolder:
     entries = [entry.path for entry in store.list()]
     named = [path for path in entries if path.lower().endswith(EXTENSIONS) and "/." not in f"/{path}"]
     if not named:
-        raise UnusableData(f"{uri}: no maps there; expected {', '.join(EXTENSIONS)} files named like the films")
+        raise UnusableData(f"{uri}: no maps there; expected {', '.join(EXTENSIONS)} files named like the images")
     return MapFolder(store, [MapFile(path, stem(path)) for path in named], ignored=len(entries) - len(named))
 
 
@@ -88,8 +88,8 @@ def _of_run(run: Run, uri: str) -> MapFolder:
         raise UnusableData(f"{uri}: that run has no finished record")
     maps = [
         MapFile(
-            row["attribution_path"], stem(row["source_path"]), row["label"], _text(row["reconstruction_path"]),
-            _text(row["source_sha256"]),
+            row["attribution_path"], stem(row["image_path"]), row["label"], _text(row["reconstruction_path"]),
+            _text(row["image_sha256"]),
         )
         for row in rows
     ]  # fmt: skip
@@ -107,15 +107,15 @@ def stem(path: str) -> str:
     return head if dot and f".{ending.lower()}" in (*EXTENSIONS, *IMAGE_EXTENSIONS) else path
 
 
-def match(maps: Sequence[MapFile], films: Sequence[Film], uri: str, records: bool = False) -> Matched:
-    """Which map is of which film: the path of one (without extension) ends with the path of the other.
+def match(maps: Sequence[MapFile], images: Sequence[LabelledImage], uri: str, records: bool = False) -> Matched:
+    """Which map is of which image: the path of one (without extension) ends with the path of the other.
 
     Where that fits no map at all, the file name alone decides. Raises UnusableData, one line, for a map that fits two
-    films and, unless ``records`` (a run may have several of one film), for two maps of one film.
+    images and, unless ``records`` (a run may have several of one image), for two maps of one image.
     """
-    by_key: dict[str, list[Film]] = {}
-    for film in films:
-        by_key.setdefault(stem(film.path), []).append(film)
+    by_key: dict[str, list[LabelledImage]] = {}
+    for image in images:
+        by_key.setdefault(stem(image.path), []).append(image)
     fits = _by_path({file.key for file in maps}, by_key)
     by: Literal["path", "name"] = "path"
     if not fits:
@@ -123,12 +123,12 @@ def match(maps: Sequence[MapFile], films: Sequence[Film], uri: str, records: boo
     pairs, orphans, taken = [], [], dict[str, MapFile]()
     for file in maps:
         keys = fits.get(file.key, [])
-        found = [film for key in keys for film in by_key[key] if file.label in (None, film.label)]
-        paths = list(dict.fromkeys(film.path for film in found))
+        found = [image for key in keys for image in by_key[key] if file.label in (None, image.label)]
+        paths = list(dict.fromkeys(image.path for image in found))
         if len(paths) > 1:
             raise UnusableData(
-                f"{uri}: {file.path} fits {len(paths)} films, {paths[0]} and {paths[1]}; "
-                "name maps by more of the film's path"
+                f"{uri}: {file.path} fits {len(paths)} images, {paths[0]} and {paths[1]}; "
+                "name maps by more of the image's path"
             )
         if not paths:
             orphans.append(file.key if records else file.path)
@@ -136,13 +136,13 @@ def match(maps: Sequence[MapFile], films: Sequence[Film], uri: str, records: boo
         other = taken.setdefault(paths[0], file)
         if other is not file and not records:
             raise UnusableData(f"{uri}: {other.path} and {file.path} are both maps of {paths[0]}; keep one of them")
-        pairs += [(file, film) for film in found]
-    left = list(dict.fromkeys(film.path for film in films if film.path not in taken))
+        pairs += [(file, image) for image in found]
+    left = list(dict.fromkeys(image.path for image in images if image.path not in taken))
     return Matched(pairs, orphans, left, by)
 
 
-def _by_path(wanted: set[str], known: dict[str, list[Film]]) -> dict[str, list[str]]:
-    """Film keys that end with a map's key; else the longest film key that the map's key ends with."""
+def _by_path(wanted: set[str], known: dict[str, list[LabelledImage]]) -> dict[str, list[str]]:
+    """LabelledImage keys that end with a map's key; else the longest image key that the map's key ends with."""
     fits: dict[str, list[str]] = {}
     for key in known:
         for end in ends(key):
@@ -155,7 +155,7 @@ def _by_path(wanted: set[str], known: dict[str, list[Film]]) -> dict[str, list[s
     return fits
 
 
-def _by_name(wanted: set[str], known: dict[str, list[Film]]) -> dict[str, list[str]]:
+def _by_name(wanted: set[str], known: dict[str, list[LabelledImage]]) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for key in known:
         names.setdefault(key.rpartition("/")[2], []).append(key)
@@ -209,7 +209,7 @@ def _picture(data: bytes, signed16: bool) -> NDArray[np.generic]:
         image = Image.open(BytesIO(data), formats=("PNG", "TIFF"))
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
-        if image.mode in ("I", "F"):  # decode would bring a film's values into [0, 1]; a map's are its own
+        if image.mode in ("I", "F"):  # decode would bring an image's values into [0, 1]; a map's are its own
             return np.asarray(image, np.float64)
         if image.mode == "1":
             return decode(data)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from diffva_ray.config.recipe import DataConfig
-from diffva_ray.data.dataset import Dataset, Film, UnusableData
+from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.images import BadImage, decode, to_square
 from diffva_ray.evaluate import tables
@@ -33,10 +33,10 @@ from diffva_ray.evaluate.external_maps import (
     open_maps,
     read_map_values,
 )
-from diffva_ray.evaluate.records import Boxes, film_truth, grey
-from diffva_ray.evaluate.scores import Places, score_film
+from diffva_ray.evaluate.records import Boxes, grey, image_truth
+from diffva_ray.evaluate.scores import LocalizationScores, score_image
 from diffva_ray.metrics.localization import SALIENCY, baselines, smooth
-from diffva_ray.model.training_images import TrainingFilms
+from diffva_ray.model.training_images import TrainingImages
 from diffva_ray.schema import Row
 from diffva_ray.storage.store import open_file
 
@@ -61,13 +61,13 @@ class ScoreOptions:
     smoothing: float | None = None
     size: int | None = None
     threshold_from: str | None = None
-    model: str | None = None  # whose training films are refused; a run names its own
-    allow_training_films: bool = False
+    model: str | None = None  # whose training images are refused; a run names its own
+    allow_training_images: bool = False
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What all films are scored with. ``smoothing`` is of the baselines, ``map_smoothing`` of the maps: a run's maps
+    """What all images are scored with. ``smoothing`` is of the baselines, ``map_smoothing`` of the maps: a run's maps
     come smoothed already."""
 
     size: int
@@ -78,10 +78,10 @@ class Grid:
 
 @dataclass
 class Scored:
-    """``metrics`` is for people and scripts (``tables/metrics.json``), ``films`` one row per film and map."""
+    """``metrics`` is for people and scripts (``tables/metrics.json``), ``images`` one row per image and map."""
 
     metrics: dict[str, Any]
-    films: list[Row]
+    images: list[Row]
 
 
 @dataclass(frozen=True)
@@ -90,20 +90,20 @@ class _Outcome:
 
     rows: list[Row] = field(default_factory=list)
     problem: str = ""  # the map cannot be read
-    film_problem: bool = False
-    other_film: bool = False  # the run was made of another film of this name
-    no_truth: bool = False  # no lesion of this film is known
+    image_problem: bool = False
+    other_image: bool = False  # the run was made of another image of this name
+    no_truth: bool = False  # no lesion of this image is known
     nothing_to_find: bool = False  # its lesion is empty or fills the region
     resized: bool = False
     negative: bool = False
     flat: bool = False  # no positive value at all
-    trained_on: bool = False  # the film is in the model's training list
+    trained_on: bool = False  # the image is in the model's training list
 
 
 def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOptions()) -> Scored:
-    """Score the maps at ``maps_uri`` on the films of ``data_uri``.
+    """Score the maps at ``maps_uri`` on the images of ``data_uri``.
 
-    Raises UnusableData, one line, when no map fits a film, when one fits several, when no matched film has lesion
+    Raises UnusableData, one line, when no map fits an image, when one fits several, when no matched image has lesion
     truth, and for options that cannot be used.
     """
     folder = open_maps(maps_uri)
@@ -117,59 +117,59 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
     notes: list[str] = []
     boxes = dataset.boxes if options.boxes is None else lesion_boxes(data_uri, options.boxes, notes)
     thresholds, source = _thresholds(options.threshold_from)
-    matched = match(folder.maps, dataset.films, maps_uri, records=run is not None)
+    matched = match(folder.maps, dataset.images, maps_uri, records=run is not None)
     if not matched.pairs:
-        hint = f"as in {folder.maps[0].path} for film {dataset.films[0].path}"
+        hint = f"as in {folder.maps[0].path} for image {dataset.images[0].path}"
         raise UnusableData(
-            f"{maps_uri}: none of its {len(folder.maps)} maps is named like one of the {len(dataset.films)} films of "
+            f"{maps_uri}: none of its {len(folder.maps)} maps is named like one of the {len(dataset.images)} images of "
             f"{data_uri} ({hint}); for the maps of a diffva run, give the run itself"
         )
     grid = _choose_grid(folder, matched, options)
     notes += _said_of_input(folder, matched, grid, options)
 
-    seen = _training_films(folder, options, notes)
+    seen = _training_images(folder, options, notes)
     with ThreadPoolExecutor(THREADS) as pool:  # waits on the store, mostly
         outcomes = list(pool.map(lambda pair: _score_one(folder, dataset, boxes, grid, seen, *pair), matched.pairs))
     trained = sum(outcome.trained_on for outcome in outcomes)
-    if trained and not options.allow_training_films:
+    if trained and not options.allow_training_images:
         raise UnusableData(
-            f"{data_uri}: {trained} of {len(outcomes)} matched films were in the model's training list; score films "
-            "that it has not seen, or give --allow-training-films, which the tables then say"
+            f"{data_uri}: {trained} of {len(outcomes)} matched images were in the model's training list; score images "
+            "that it has not seen, or give --allow-training-images, which the tables then say"
         )
-    films = [row for outcome in outcomes for row in outcome.rows]
-    if not films:
+    images = [row for outcome in outcomes for row in outcome.rows]
+    if not images:
         raise UnusableData(_why_nothing(data_uri, matched, outcomes))
     signed = options.signed
     if signed is None:
         signed = run is not None or any(outcome.negative for outcome in outcomes)
     if not signed:
-        films = [row for row in films if row["map"] != "absolute"]
+        images = [row for row in images if row["map"] != "absolute"]
     notes += _said_of_outcomes(matched, outcomes, options, signed, run is not None)
     try:
-        rows = tables.localization_rows(Places.of(films), thresholds, source)
+        rows = tables.localization_rows(LocalizationScores.of(images), thresholds, source)
     except ValueError as error:  # a threshold off the grid
         raise UnusableData(f"--threshold-from {options.threshold_from}: {error}") from None
     if trained:
-        notes.append(f"{trained} of {len(outcomes)} matched films were in the model's training list: this is no test")
+        notes.append(f"{trained} of {len(outcomes)} matched images were in the model's training list: this is no test")
         for row in rows:
-            labels = {row["label"]} if row["label"] != tables.ALL else {film.label for _, film in matched.pairs}
-            row["training_films"] = sum(
-                outcome.trained_on and film.label in labels for outcome, (_, film) in zip(outcomes, matched.pairs)
+            labels = {row["label"]} if row["label"] != tables.ALL else {image.label for _, image in matched.pairs}
+            row["training_images"] = sum(
+                outcome.trained_on and image.label in labels for outcome, (_, image) in zip(outcomes, matched.pairs)
             )
-    with_truth = {film.path for film in dataset.films if film.lesion_mask or film.path in boxes}
+    with_truth = {image.path for image in dataset.images if image.lesion_mask or image.path in boxes}
     metrics = {
         "maps": {
             "found": len(folder.maps),
             "scored": sum(bool(outcome.rows) for outcome in outcomes),
-            "without_film": len(matched.maps_without_film),
+            "without_image": len(matched.maps_without_image),
             "unreadable": sum(bool(outcome.problem) for outcome in outcomes),
         },
-        "films": {
-            "found": len({film.path for film in dataset.films}),
+        "images": {
+            "found": len({image.path for image in dataset.images}),
             "with_lesion_truth": len(with_truth),
-            "scored": len({row["source_path"] for row in films}),
-            "without_map": len(matched.films_without_map),
-            "with_lesion_truth_without_map": len(with_truth & set(matched.films_without_map)),
+            "scored": len({row["image_path"] for row in images}),
+            "without_map": len(matched.images_without_map),
+            "with_lesion_truth_without_map": len(with_truth & set(matched.images_without_map)),
         },
         "grid": grid.size,
         "smoothing": grid.smoothing,
@@ -177,7 +177,7 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
         "localization": rows,
         "notes": notes,
     }
-    return Scored(metrics, films)
+    return Scored(metrics, images)
 
 
 def _thresholds(uri: str | None) -> tuple[dict[str, float] | None, str | None]:
@@ -223,45 +223,51 @@ def _sampled(matched: Matched) -> list[MapFile]:
     return [file for file, _ in matched.pairs[::step][:SAMPLED]]
 
 
-def _training_films(folder: MapFolder, options: ScoreOptions, notes: list[str]) -> TrainingFilms | None:
+def _training_images(folder: MapFolder, options: ScoreOptions, notes: list[str]) -> TrainingImages | None:
     """The training list of the model that made the maps; without one, for maps of a run or model, that is said."""
     if options.model is not None:
-        seen = TrainingFilms.of_model(options.model)
+        seen = TrainingImages.of_model(options.model)
         where = f"--model {options.model}"
     elif folder.run is not None:
-        seen = TrainingFilms.of_model(str(folder.run.about["model"]), folder.run.keys["model_digest"])
+        seen = TrainingImages.of_model(str(folder.run.about["model"]), folder.run.keys["model_digest"])
         where = "the run's model"
     else:
         return None
     if seen is None:
-        notes.append(f"{where} has no list of training films: whether it has seen these is not known")
+        notes.append(f"{where} has no list of training images: whether it has seen these is not known")
     return seen
 
 
 def _score_one(
-    folder: MapFolder, dataset: Dataset, boxes: Boxes, grid: Grid, seen: TrainingFilms | None, file: MapFile, film: Film
+    folder: MapFolder,
+    dataset: Dataset,
+    boxes: Boxes,
+    grid: Grid,
+    seen: TrainingImages | None,
+    file: MapFile,
+    image: LabelledImage,
 ) -> _Outcome:
-    if not film.lesion_mask and film.path not in boxes:
+    if not image.lesion_mask and image.path not in boxes:
         return _Outcome(no_truth=True)
     try:
         values = read_map_values(folder.store.read(file.path), file.path, grid.signed16)
     except (OSError, BadImage) as error:
         return _Outcome(problem=f"{file.path}: {error}")
     try:
-        data = dataset.store.read(film.path)
-        if file.film_sha256 and hashlib.sha256(data).hexdigest() != file.film_sha256:
-            return _Outcome(other_film=True)
+        data = dataset.store.read(image.path)
+        if file.image_sha256 and hashlib.sha256(data).hexdigest() != file.image_sha256:
+            return _Outcome(other_image=True)
         picture = decode(data)
         reconstruction = grey(folder.store, file.reconstruction) if file.reconstruction else None
     except (OSError, BadImage):
-        return _Outcome(film_problem=True)
+        return _Outcome(image_problem=True)
     found = _Outcome(
         trained_on=seen is not None and seen.holds(data),
         resized=values.shape != (grid.size, grid.size),
         negative=bool(values.min() < 0),
         flat=bool(values.max() <= 0),
     )
-    truth = film_truth(dataset.store, film, boxes, picture.shape[1], picture.shape[0], grid.size)
+    truth = image_truth(dataset.store, image, boxes, picture.shape[1], picture.shape[0], grid.size)
     if truth.lesion is None:
         return replace(found, no_truth=True)
     signed = smooth(on_grid(values, grid.size), grid.map_smoothing)
@@ -269,8 +275,8 @@ def _score_one(
     rendered = None if reconstruction is None else to_square(reconstruction, grid.size)
     maps = {name: transform(signed) for name, transform in SALIENCY.items()}
     maps |= baselines(square, rendered, grid.smoothing)
-    about = {"map_path": file.path, "source_path": film.path, "label": film.label}
-    rows = [{**about, **row} for row in score_film(maps, truth)]
+    about = {"map_path": file.path, "image_path": image.path, "label": image.label}
+    rows = [{**about, **row} for row in score_image(maps, truth)]
     return replace(found, rows=rows, nothing_to_find=not rows)
 
 
@@ -283,15 +289,17 @@ def _said_of_input(folder: MapFolder, matched: Matched, grid: Grid, options: Sco
             f"baselines are smoothed like them ({grid.smoothing:g} of the side)"
         )
     else:
-        said.append("autoencoder difference is a baseline for runs only: it needs the model's own rendering of a film")
+        said.append(
+            "autoencoder difference is a baseline for runs only: it needs the model's own rendering of an image"
+        )
         if matched.by == "name":
-            said.append("maps and films are matched by file name alone: no map's path fits a film's")
+            said.append("maps and images are matched by file name alone: no map's path fits an image's")
         said += _said_of_encoding(folder, matched, options)
     if folder.ignored:
         said.append(f"{folder.ignored} files of the folder are no maps by their names")
-    if matched.maps_without_film:
-        names = first_paths(matched.maps_without_film)
-        said.append(f"{len(matched.maps_without_film)} maps fit no film and are left out ({names})")
+    if matched.maps_without_image:
+        names = first_paths(matched.maps_without_image)
+        said.append(f"{len(matched.maps_without_image)} maps fit no image and are left out ({names})")
     return said
 
 
@@ -324,10 +332,10 @@ def _said_of_outcomes(
     if problems:
         said.append(f"{len(problems)} maps cannot be read and are left out (first: {problems[0]})")
     counted = (
-        ("film_problem", "films cannot be read and are left out"),
-        ("other_film", "films are not those the run was made of (same name, other bytes) and are left out"),
-        ("no_truth", "matched films have no known lesion and are left out"),
-        ("nothing_to_find", "matched films have nothing to find: the lesion is empty or fills the region"),
+        ("image_problem", "images cannot be read and are left out"),
+        ("other_image", "images are not those the run was made of (same name, other bytes) and are left out"),
+        ("no_truth", "matched images have no known lesion and are left out"),
+        ("nothing_to_find", "matched images have nothing to find: the lesion is empty or fills the region"),
         ("resized", "maps had another size and were brought to the grid"),
         ("flat", "maps have no positive value: they point nowhere, which is AUROC 0.5; is their sign turned?"),
     )
@@ -335,8 +343,8 @@ def _said_of_outcomes(
         number = sum(getattr(outcome, name) for outcome in outcomes)
         if number:
             said.append(f"{number} {text}")
-    if matched.films_without_map:
-        said.append(f"{len(matched.films_without_map)} films have no map ({first_paths(matched.films_without_map)})")
+    if matched.images_without_map:
+        said.append(f"{len(matched.images_without_map)} images have no map ({first_paths(matched.images_without_map)})")
     return said
 
 
@@ -344,9 +352,9 @@ def _why_nothing(data_uri: str, matched: Matched, outcomes: Sequence[_Outcome]) 
     problem = next((outcome.problem for outcome in outcomes if outcome.problem), None)
     if problem is not None:
         return f"none of {len(matched.pairs)} matched maps can be scored; {problem}"
-    if any(outcome.other_film for outcome in outcomes):
-        return f"{data_uri}: the run was made of other films: the names are the same, the bytes are not"
+    if any(outcome.other_image for outcome in outcomes):
+        return f"{data_uri}: the run was made of other images: the names are the same, the bytes are not"
     return (
-        f"{data_uri}: none of the {len(matched.pairs)} matched films has a lesion to find; bring lesions/ masks, a "
+        f"{data_uri}: none of the {len(matched.pairs)} matched images has a lesion to find; bring lesions/ masks, a "
         "boxes.csv, or --boxes CSV"
     )

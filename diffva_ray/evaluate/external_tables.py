@@ -12,7 +12,7 @@ from rich.table import Table
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.external_scores import Scored
-from diffva_ray.evaluate.scores import Places
+from diffva_ray.evaluate.scores import LocalizationScores
 from diffva_ray.evaluate.summary import terminal
 from diffva_ray.generate.run import RUN
 from diffva_ray.storage.store import Store, open_store
@@ -22,7 +22,7 @@ COLUMNS = {
     "dice_fixed": "Dice at t", "dice_best": "Dice best", "pointing_game": "pointing",
 }  # fmt: skip
 CAPTION = (
-    "Maps against lesion truth inside the region, mean over films; dice best and iou best use each film's own best "
+    "Maps against lesion truth inside the region, mean over images; dice best and iou best use each image's own best "
     "threshold."
 )
 
@@ -39,13 +39,16 @@ def open_output(uri: str) -> Store:
 
 
 def write_scores(store: Store, scored: Scored) -> None:
-    """``tables/scores.{csv,md,tex,json}``, ``tables/films.csv`` (every film), ``tables/thresholds.json`` (for
+    """``tables/scores.{csv,md,tex,json}``, ``tables/images.csv`` (every image), ``tables/thresholds.json`` (for
     ``--threshold-from``) and ``tables/metrics.json``."""
     caption = f"{CAPTION} Grid {scored.metrics['grid']} px, smoothing {scored.metrics['smoothing']:g} of the side."
     tables.write_table(store, "scores", scored.metrics["localization"], caption)
-    films = pd.DataFrame(scored.films).drop(columns="dice_curve")
-    store.put("tables/films.csv", films.to_csv(index=False).encode())
-    store.put(tables.THRESHOLDS_FILE, json.dumps(tables.best_thresholds(Places.of(scored.films)), indent=1).encode())
+    images = pd.DataFrame(scored.images).drop(columns="dice_curve")
+    store.put("tables/images.csv", images.to_csv(index=False).encode())
+    store.put(
+        tables.THRESHOLDS_FILE,
+        json.dumps(tables.best_thresholds(LocalizationScores.of(scored.images)), indent=1).encode(),
+    )
     store.put("tables/metrics.json", json.dumps(tables.clean(scored.metrics), indent=1).encode())
 
 
@@ -68,11 +71,11 @@ def print_scores(metrics: dict[str, Any]) -> None:
     if any(row.get("threshold_from") for row in rows):
         first = next(row for row in rows if row.get("threshold_from"))
         console.print(f"fixed thresholds t are from {first['threshold_from']}", markup=False, highlight=False)
-    maps, films = metrics["maps"], metrics["films"]
+    maps, images = metrics["maps"], metrics["images"]
     console.print(
-        f"{maps['found']} maps: {maps['scored']} scored, {maps['without_film']} without film, {maps['unreadable']} "
-        f"unreadable; {films['found']} films, {films['with_lesion_truth']} with lesion truth, of which "
-        f"{films['with_lesion_truth_without_map']} have no map", highlight=False,
+        f"{maps['found']} maps: {maps['scored']} scored, {maps['without_image']} without image, {maps['unreadable']} "
+        f"unreadable; {images['found']} images, {images['with_lesion_truth']} with lesion truth, of which "
+        f"{images['with_lesion_truth_without_map']} have no map", highlight=False,
     )  # fmt: skip
     for note in metrics["notes"]:
         console.print(f"note: {note}", markup=False, highlight=False)

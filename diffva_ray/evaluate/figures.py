@@ -1,4 +1,4 @@
-"""Pictures of a run: which films are shown, a grid of them, and how their scores are distributed."""
+"""Pictures of a run: which images are shown, a grid of them, and how their scores are distributed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from diffva_ray.evaluate.drawing import (
 )
 from diffva_ray.evaluate.records import (
     Boxes,
-    Images,
+    RecordImages,
     Truth,
     _json,
     finished,
@@ -63,13 +63,13 @@ def map_scale(run: Run, records: pd.DataFrame) -> Scale:
             return Scale(row["threshold"], f"fixed on {row['threshold_from']}", limit)
     own = _json(run, tables.THRESHOLDS_FILE) or {}
     if "positive" in own:
-        return Scale(own["positive"], "the best mean Dice of these same films", limit)
+        return Scale(own["positive"], "the best mean Dice of these same images", limit)
     above = max(float(np.quantile(values, QUANTILE)), 1e-3)
     return Scale(above, f"the {QUANTILE:.0%} quantile of this run's maps", limit)
 
 
 def _sampled_maps(run: Run, records: pd.DataFrame) -> Iterator[Image]:
-    """Maps of films from all over the run, under the sign in which they are shown red."""
+    """Maps of images from all over the run, under the sign in which they are shown red."""
     ok = finished(records[["status", "label", "prompt", "attribution_path"]]).sort_values("attribution_path")
     for row in ok[:: max(len(ok) // SAMPLED_MAPS, 1)][:SAMPLED_MAPS].to_dict("records"):
         try:
@@ -79,7 +79,7 @@ def _sampled_maps(run: Run, records: pd.DataFrame) -> Iterator[Image]:
 
 
 def inducing(run: Run, records: pd.DataFrame) -> bool:
-    """Whether a finding is induced in any of the finished films."""
+    """Whether a finding is induced in any of the finished images."""
     kinds = finished(records)[["label", "prompt"]].drop_duplicates().to_dict("records")
     return any(direction(run, kind) < 0 for kind in kinds)
 
@@ -103,8 +103,8 @@ def settings_line(run: Run) -> str:
 
 
 def ranking(run: Run, records: pd.DataFrame) -> tuple[str, str]:
-    """The column films are ranked by, and what it is called: the judge's verdict on the twin where films are healed
-    and there is a judge, else SSIM."""
+    """The column images are ranked by, and what it is called: the judge's verdict on the counterfactual where images
+    are generated and there is a judge, else SSIM."""
     ok = finished(records)
     if ok["judge_counterfactual"].notna().all() and not inducing(run, ok):
         return "judge_counterfactual", "the judge's probability of healthy"
@@ -112,7 +112,7 @@ def ranking(run: Run, records: pd.DataFrame) -> tuple[str, str]:
 
 
 def spanning(run: Run, records: pd.DataFrame) -> list[tuple[str, Row]]:
-    """(rank, record) of the highest, the median and the lowest film of each class, by ``ranking``; ties by id."""
+    """(rank, record) of the highest, the median and the lowest image of each class, by ``ranking``; ties by id."""
     column, _ = ranking(run, records)
     ok = finished(records)
     chosen: list[tuple[str, Row]] = []
@@ -131,25 +131,25 @@ class Shown:
 
     rank: str
     row: Row
-    images: Images
+    images: RecordImages
     truth: Truth
 
 
 def _read_shown(run: Run, chosen: Sequence[tuple[str, Row]]) -> list[Shown]:
-    paths = [row["source_path"] for _, row in chosen]
+    paths = [row["image_path"] for _, row in chosen]
     boxes = {} if any(row["lesion_mask_path"] for _, row in chosen) else own_boxes(run, paths)
     shown = []
     for rank, row in chosen:
         try:
             shown.append(Shown(rank, row, read_images(run, row), read_truth(run, row, boxes)))
         except (OSError, BadImage):
-            continue  # a film that has gone leaves the grid, not the run, without it
+            continue  # an image that has gone leaves the grid, not the run, without it
     return shown
 
 
 def own_boxes(run: Run, paths: Sequence[str]) -> Boxes:
-    """The lesion boxes of the films ``paths`` in the ``boxes.csv`` of their data set, as ``open_dataset`` finds it, and
-    without listing a data set of a million files; none where there is no such file or it cannot be used."""
+    """The lesion boxes of the images ``paths`` in the ``boxes.csv`` of their data set, as ``open_dataset`` finds it,
+    and without listing a data set of a million files; none where there is no such file or it cannot be used."""
     tops = {path.split("/")[0] for path in paths}
     for name in ("boxes.csv", *(f"{top}/boxes.csv" for top in tops if len(tops) == 1)):
         try:
@@ -162,19 +162,19 @@ def own_boxes(run: Run, paths: Sequence[str]) -> Boxes:
 
 
 def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
-    """PNG in the manner of the paper's figures 2 and 3: a row per film, with its twin, overlay and signed map, and the
-    truth where it is known. Raises ValueError when no film of the run can be shown.
+    """PNG in the manner of the paper's figures 2 and 3: a row per image, with its counterfactual, overlay and signed
+    map, and the truth where it is known. Raises ValueError when no image of the run can be shown.
     """
     records = read_records(run) if records is None else records
     shown = _read_shown(run, spanning(run, records))
     if not shown:
-        raise ValueError(f"{run.store.uri}: no finished film to show")
+        raise ValueError(f"{run.store.uri}: no finished image to show")
     scale = map_scale(run, records)
     truths = [title for title, known in (
-        ("true twin", any(film.truth.twin is not None for film in shown)),
-        ("lesion outline", any(film.truth.lesion is not None for film in shown)),
+        ("ground-truth counterfactual", any(image.truth.counterfactual is not None for image in shown)),
+        ("lesion outline", any(image.truth.lesion is not None for image in shown)),
     ) if known]  # fmt: skip
-    columns = ["film", "counterfactual", "red overlay", "signed map", *truths]
+    columns = ["image", "counterfactual", "red overlay", "signed map", *truths]
     breaks = [0.0]
     for before, after in itertools.pairwise(shown):
         breaks.append(breaks[-1] + PANEL + GAP * (4 if before.row["label"] != after.row["label"] else 1))
@@ -183,14 +183,14 @@ def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
     foot = 0.52 + LINE * len(caption)
     height = TOP + breaks[-1] + PANEL + foot
     figure = Figure(figsize=(width, height), facecolor="white")
-    for offset, film in zip(breaks, shown):
+    for offset, image in zip(breaks, shown):
         bottom = height - TOP - offset - PANEL
-        _row_label(figure, film, 0.1 / width, (bottom + PANEL / 2) / height)
+        _row_label(figure, image, 0.1 / width, (bottom + PANEL / 2) / height)
         for n, title in enumerate(columns):
             place = ((LEFT + n * (PANEL + GAP)) / width, bottom / height, PANEL / width, PANEL / height)
             axes = figure.add_axes(place)
             axes.set_axis_off()
-            _panel(axes, title, film, scale, direction(run, film.row))
+            _panel(axes, title, image, scale, direction(run, image.row))
             if offset == 0:
                 axes.set_title(title, fontsize=8, color=INK, pad=4)
     colour_bar(figure, scale, (LEFT + 3 * (PANEL + GAP)) / width, (foot - 0.13) / height, PANEL / width, height)
@@ -200,50 +200,52 @@ def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
 
 
 def _caption(run: Run, records: pd.DataFrame, shown: Sequence[Shown], scale: Scale) -> str:
-    signs = {"M" if direction(run, film.row) > 0 else "−M (inducing)" for film in shown}
+    signs = {"M" if direction(run, image.row) > 0 else "−M (inducing)" for image in shown}
     text = (
-        f"Rows of each class: highest, median and lowest film by {ranking(run, records)[1]}. Red: "
+        f"Rows of each class: highest, median and lowest image by {ranking(run, records)[1]}. Red: "
         f"{' or '.join(sorted(signs))} > τ = {scale.threshold:.3g} ({scale.threshold_from}), inside the lungs where "
         f"their mask is known. {settings_line(run)}."
     )
     return " ".join(text.split())
 
 
-def _row_label(figure: Figure, film: Shown, x: float, y: float) -> None:
-    row = film.row
+def _row_label(figure: Figure, image: Shown, x: float, y: float) -> None:
+    row = image.row
     lines = [f"SSIM {row['ssim']:.3f}"]
-    if not _missing(row["judge_source"]):
-        lines.append(f"healthy {row['judge_source']:.2f} → {row['judge_counterfactual']:.2f}")
-    lines.append(film.rank)
+    if not _missing(row["judge_image"]):
+        lines.append(f"healthy {row['judge_image']:.2f} → {row['judge_counterfactual']:.2f}")
+    lines.append(image.rank)
     name = short(row["label"], 17)
     figure.text(x, y, "\n".join(["", *lines]), fontsize=6.8, color=MUTED, va="center", linespacing=1.5)
     top = y + (len(lines) * 6.8 * 1.5 / 2 / 72) / figure.get_figheight()
     figure.text(x, top, name, fontsize=8, color=INK, weight="bold", va="center", parse_math=False)
 
 
-def _panel(axes: Axes, title: str, film: Shown, scale: Scale, sign: int) -> None:
-    images, truth = film.images, film.truth
-    if (title == "true twin" and truth.twin is None) or (title == "lesion outline" and truth.lesion is None):
+def _panel(axes: Axes, title: str, image: Shown, scale: Scale, sign: int) -> None:
+    images, truth = image.images, image.truth
+    if (title == "ground-truth counterfactual" and truth.counterfactual is None) or (
+        title == "lesion outline" and truth.lesion is None
+    ):
         axes.text(0.5, 0.5, "unknown", fontsize=6.5, color=MUTED, ha="center", va="center", transform=axes.transAxes)
         return
     pictures = {
         "counterfactual": images.counterfactual,
-        "red overlay": overlay(images.film, sign * images.signed_map, scale.threshold, truth.lungs),
+        "red overlay": overlay(images.image, sign * images.signed_map, scale.threshold, truth.lungs),
         "signed map": diverging(images.signed_map, scale.limit),
-        "true twin": images.film if truth.twin is None else truth.twin,
+        "ground-truth counterfactual": images.image if truth.counterfactual is None else truth.counterfactual,
     }
-    axes.imshow(pictures.get(title, images.film), cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
+    axes.imshow(pictures.get(title, images.image), cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
     if title == "lesion outline":
         outline(axes, truth.lesion)
 
 
 def distributions(run: Run, records: pd.DataFrame | None = None) -> bytes:
-    """PNG: SSIM, map energy and, where there is a judge, its confidence before and after, film by film and class by
-    class. Raises ValueError when no film is finished."""
+    """PNG: SSIM, map energy and, where there is a judge, its confidence before and after, image by image and class by
+    class. Raises ValueError when no image is finished."""
     ok = finished(read_records(run) if records is None else records)
     if ok.empty:
-        raise ValueError(f"{run.store.uri}: no finished film to show")
-    judged = ok.dropna(subset=["judge_source", "judge_counterfactual"])
+        raise ValueError(f"{run.store.uri}: no finished image to show")
+    judged = ok.dropna(subset=["judge_image", "judge_counterfactual"])
     counts = ok["label"].value_counts().sort_index()
     labels = sorted(counts.nlargest(STRIPS).index)
     panels = 3 if len(judged) else 2
@@ -251,15 +253,15 @@ def distributions(run: Run, records: pd.DataFrame | None = None) -> bytes:
     shape = (1, panels) if len(labels) <= 4 else (panels, 1)
     figure = Figure(figsize=(breadth * shape[1], 3.5 * shape[0]), facecolor="white", layout="constrained")
     axes = figure.subplots(*shape, squeeze=False).ravel()
-    for place, column, title in ((axes[0], "ssim", "SSIM, film and counterfactual"),
-                                 (axes[1], "map_energy", "Map energy, mean |M|")):  # fmt: skip
+    for place, column, title in ((axes[0], "ssim", "SSIM, image and counterfactual"),
+                                 (axes[1], "attribution_energy", "Map energy, mean |M|")):  # fmt: skip
         for n, label in enumerate(labels):
             _strip(place, n, ok.loc[ok["label"] == label, column], CLASS_COLOURS[n % len(CLASS_COLOURS)])
         _finish(place, title, [f"{short(label, 15)}\nn = {counts[label]}" for label in labels])
     axes[1].set_ylim(bottom=0)
     if panels == 3:
         _before_and_after(axes[2], judged, labels)
-    note = "Points: films; bar: median and middle half of all films."
+    note = "Points: images; bar: median and middle half of all images."
     if counts.max() > POINTS:
         note += f" At most {POINTS} points of a class are drawn."
     if len(counts) > STRIPS:
@@ -274,12 +276,20 @@ def _before_and_after(axes: Axes, judged: pd.DataFrame, labels: Sequence[str]) -
         rows = judged[judged["label"] == label]
         names.append(f"{short(label, 15)}\nn = {len(rows)}")
         colour = CLASS_COLOURS[n % len(CLASS_COLOURS)]
-        _strip(axes, n - 0.2, rows["judge_source"], "#9aa5ad", spread=0.13)
+        _strip(axes, n - 0.2, rows["judge_image"], "#9aa5ad", spread=0.13)
         _strip(axes, n + 0.2, rows["judge_counterfactual"], colour, spread=0.13)
     axes.axhline(0.5, color=MUTED, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
     axes.set_ylim(-0.03, 1.03)
     _finish(axes, "Judge's probability of healthy", names)
-    axes.text(1, 1.015, "grey: film · colour: twin", fontsize=6.5, color=MUTED, ha="right", transform=axes.transAxes)
+    axes.text(
+        1,
+        1.015,
+        "grey: image · colour: counterfactual",
+        fontsize=6.5,
+        color=MUTED,
+        ha="right",
+        transform=axes.transAxes,
+    )
 
 
 def _strip(axes: Axes, x: float, values: pd.Series, colour: str, spread: float = 0.26) -> None:
@@ -312,7 +322,7 @@ def _missing(value: Any) -> bool:
 
 def write_figures(run: Run, records: pd.DataFrame | None = None) -> list[str]:
     """Draw ``figures/grid.png`` and ``figures/distributions.png``; returns the paths of those written: a figure
-    without any film to show is left out."""
+    without any image to show is left out."""
     records = read_records(run) if records is None else records
     written = []
     for path, draw in (("figures/grid.png", figure_grid), ("figures/distributions.png", distributions)):

@@ -54,7 +54,7 @@ def judge_quality(run: Run) -> JudgeQuality | None:
         return None
     tested = about.get("calibration") or {}
     chance = tested.get("chance", 1 / max(len(about["classes"]), 1))
-    return JudgeQuality(tested.get("accuracy"), int(tested.get("films", 0)), float(chance))
+    return JudgeQuality(tested.get("accuracy"), int(tested.get("images", 0)), float(chance))
 
 
 def wilson(rate: float, n: int) -> tuple[float, float]:

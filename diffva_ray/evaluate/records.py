@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffva_ray.data.dataset import Film
+from diffva_ray.data.dataset import LabelledImage
 from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, to_square
 from diffva_ray.generate.committed import OVERLAYS, PATHS, committed
 from diffva_ray.generate.plan import SWEPT
@@ -60,10 +60,10 @@ def _short(value: Any) -> str:
     return short if float(short) == value else repr(value)
 
 
-def stored_records(run: Run, home: tuple[int, int]) -> list[Row]:
-    """The ``ok`` records that one shard of a run, or of its n-th retry (``home``: n, shard), holds itself; paths are
-    relative to ``run``."""
-    retry, shard = home
+def stored_records(run: Run, shard_ref: tuple[int, int]) -> list[Row]:
+    """The ``ok`` records that one shard of a run, or of its n-th retry (``shard_ref``: n, shard), holds itself; paths
+    are relative to ``run``."""
+    retry, shard = shard_ref
     folder = f"{OVERLAYS}/r{retry}/" if retry else ""
     table = pq.read_table(io.BytesIO(run.store.read(f"{folder}records/{part(shard)}.parquet")))
     rows = table.filter(pc.equal(table["status"], Status.OK.value)).to_pylist()
@@ -80,10 +80,10 @@ def by_shard(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 @dataclass(frozen=True)
-class Images:
+class RecordImages:
     """The pictures of one record, float32 [size, size]; grey in [0, 1], the map signed in [-1, 1]."""
 
-    film: NDArray[np.float32]
+    image: NDArray[np.float32]
     counterfactual: NDArray[np.float32]
     reconstruction: NDArray[np.float32]
     signed_map: NDArray[np.float32]
@@ -91,15 +91,16 @@ class Images:
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known about a film's lesion: masks bool [size, size], the lesion-free twin float32 in [0, 1]."""
+    """What is known about an image's lesion: masks bool [size, size], the ground-truth counterfactual float32 in [0,
+    1]."""
 
     lesion: NDArray[np.bool_] | None = None
     lungs: NDArray[np.bool_] | None = None
-    twin: NDArray[np.float32] | None = None
+    counterfactual: NDArray[np.float32] | None = None
 
     @property
     def region(self) -> NDArray[np.bool_] | None:
-        """Where a map is scored: lungs or lesion when the lungs are known, else the whole film."""
+        """Where a map is scored: lungs or lesion when the lungs are known, else the whole image."""
         if self.lungs is None or self.lesion is None:
             return self.lungs
         return self.lungs | self.lesion
@@ -110,14 +111,14 @@ def grey(store: Store, path: str) -> NDArray[np.float32]:
     return np.asarray(Image.open(io.BytesIO(store.read(path))).convert("L"), np.float32) / np.float32(255)
 
 
-def read_images(run: Run, row: Row) -> Images:
+def read_images(run: Run, row: Row) -> RecordImages:
     """The four pictures of an ``ok`` record, a row of ``read_records`` as a dictionary.
 
     Raises FileNotFoundError or BadImage when a file is gone or damaged, StoreError when the store fails.
     """
     size = run.recipe.model.resolution
-    return Images(
-        to_square(decode(run.data.read(row["source_path"]), bits=run.recipe.data.bits), size),
+    return RecordImages(
+        to_square(decode(run.data.read(row["image_path"]), bits=run.recipe.data.bits), size),
         grey(run.store, row["counterfactual_path"]),
         grey(run.store, row["reconstruction_path"]),
         decode_map(run.store.read(row["attribution_path"])),
@@ -125,20 +126,22 @@ def read_images(run: Run, row: Row) -> Images:
 
 
 def read_truth(run: Run, row: Row, boxes: Boxes) -> Truth:
-    """What the data set knows about a record's film, its lesion-free twin included."""
+    """What the data set knows about a record's image, its ground-truth counterfactual included."""
     size = run.recipe.model.resolution
-    film = Film(row["source_path"], row["label"], -1, row["lung_mask_path"] or "", row["lesion_mask_path"] or "")
-    truth = film_truth(run.data, film, boxes, row["width"], row["height"], size)
+    image = LabelledImage(
+        row["image_path"], row["label"], -1, row["lung_mask_path"] or "", row["lesion_mask_path"] or ""
+    )
+    truth = image_truth(run.data, image, boxes, row["width"], row["height"], size)
     try:
-        path, bits = row["twin_path"], run.recipe.data.bits
-        twin = to_square(decode(run.data.read(path), bits=bits), size) if path else None
+        path, bits = row["ground_truth_path"], run.recipe.data.bits
+        ground_truth = to_square(decode(run.data.read(path), bits=bits), size) if path else None
     except (OSError, BadImage):
-        twin = None
-    return replace(truth, twin=twin)
+        ground_truth = None
+    return replace(truth, counterfactual=ground_truth)
 
 
-def film_truth(data: Store, film: Film, boxes: Boxes, width: int, height: int, size: int) -> Truth:
-    """What a data set knows about the lesion of a film of ``width`` x ``height``, as masks [size, size]; boxes count
+def image_truth(data: Store, image: LabelledImage, boxes: Boxes, width: int, height: int, size: int) -> Truth:
+    """What a data set knows about the lesion of an image of ``width`` x ``height``, as masks [size, size]; boxes count
     where there is no lesion mask, and a mask that cannot be read is none."""
 
     def mask(path: str) -> NDArray[np.bool_] | None:
@@ -147,10 +150,10 @@ def film_truth(data: Store, film: Film, boxes: Boxes, width: int, height: int, s
         except (OSError, BadImage):
             return None
 
-    lesion = mask(film.lesion_mask)
-    if lesion is None and film.path in boxes:
-        lesion = boxes_mask(boxes[film.path], width, height, size)
-    return Truth(lesion, mask(film.lung_mask))
+    lesion = mask(image.lesion_mask)
+    if lesion is None and image.path in boxes:
+        lesion = boxes_mask(boxes[image.path], width, height, size)
+    return Truth(lesion, mask(image.lung_mask))
 
 
 def finished(records: pd.DataFrame) -> pd.DataFrame:

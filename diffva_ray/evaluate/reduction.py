@@ -25,7 +25,7 @@ from diffva_ray._version import __version__
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.annotations import Zones, lesion_boxes, read_thresholds, read_zones
-from diffva_ray.evaluate.executor import Workplace
+from diffva_ray.evaluate.executor import LocalExecutor
 from diffva_ray.evaluate.judge_quality import judge_quality
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.pair_scores import (
@@ -37,8 +37,8 @@ from diffva_ray.evaluate.pair_scores import (
     zone_rows,
 )
 from diffva_ray.evaluate.records import Boxes
-from diffva_ray.evaluate.run_index import SAMPLE, Census, census
-from diffva_ray.evaluate.scores import Places, stacked
+from diffva_ray.evaluate.run_index import SAMPLE, RunIndex, index_run
+from diffva_ray.evaluate.scores import LocalizationScores, stacked
 from diffva_ray.evaluate.set_distances import distances
 from diffva_ray.generate.committed import OVERLAYS, overlays
 from diffva_ray.generate.data_identity import check_there
@@ -46,7 +46,7 @@ from diffva_ray.generate.failure_threshold import check_quarantined
 from diffva_ray.generate.run import PLAN_FILE, RUN, SUCCESS, Run, remember_data
 from diffva_ray.generate.verification import MANIFEST, Problem, verify
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS
-from diffva_ray.model.training_images import TrainingFilms
+from diffva_ray.model.training_images import TrainingImages
 from diffva_ray.schema import RECORDS, digest
 from diffva_ray.storage.store import Store, join, open_file, open_store
 
@@ -72,7 +72,7 @@ class Incomplete(Exception):
 
 
 class Notes(list[str]):
-    """What has to be said of the tables. ``all_read``: whether all films and masks that they are of could be read; if
+    """What has to be said of the tables. ``all_read``: whether all images and masks that they are of could be read; if
     not, the same reduce may do better later."""
 
     all_read = True
@@ -87,10 +87,10 @@ class Reduced:
     fresh: bool = True  # False: the run had been reduced like this already, nothing was written
 
 
-def reduce_run(run: Run, data_uri: str, options: Options, workplace: Workplace | None = None) -> Reduced:
+def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecutor | None = None) -> Reduced:
     """Tables, quarantine, manifest and ``_SUCCESS`` of a run.
 
-    ``workplace`` is where the work is done. Raises Incomplete, OverBudget (the tables are written, ``_SUCCESS`` is not)
+    ``executor`` is where the work is done. Raises Incomplete, OverBudget (the tables are written, ``_SUCCESS`` is not)
     or UnusableData.
     """
     problems = verify(run, pixels=False)
@@ -106,13 +106,13 @@ def reduce_run(run: Run, data_uri: str, options: Options, workplace: Workplace |
     notes = Notes()
     boxes = lesion_boxes(data_uri, options.boxes, notes)
     notes.all_read = not notes  # or the data set could not be opened
-    zones = read_zones(options.brixia, run.plan(["source_path"])["source_path"].to_pylist()) if options.brixia else {}
-    seen = TrainingFilms.of_model(str(run.about.get("model", "")), run.keys["model_digest"])
-    records = census(run, boxes, zones, seen.has if seen else None)
+    zones = read_zones(options.brixia, run.plan(["image_path"])["image_path"].to_pylist()) if options.brixia else {}
+    seen = TrainingImages.of_model(str(run.about.get("model", "")), run.keys["model_digest"])
+    records = index_run(run, boxes, zones, seen.has if seen else None)
     if options.brixia and not records.asked:
-        raise UnusableData(f"--brixia {options.brixia}: none of its files is a film of the run")
+        raise UnusableData(f"--brixia {options.brixia}: none of its files is an image of the run")
     _write_quarantine(run, records.quarantined)
-    metrics = _compute(run, data_uri, options, records, boxes, zones, workplace or Workplace(), notes)
+    metrics = _compute(run, data_uri, options, records, boxes, zones, executor or LocalExecutor(), notes)
     counts: dict[str, Any] = {
         "planned": run.about["records"], "ok": len(records.frame), "quarantined": len(records.quarantined)
     }  # fmt: skip
@@ -170,26 +170,26 @@ def _parts(run: Run) -> str:
 
 
 def _compute(
-    run: Run, data_uri: str, options: Options, records: Census, boxes: Boxes, zones: Zones, workplace: Workplace,
+    run: Run, data_uri: str, options: Options, records: RunIndex, boxes: Boxes, zones: Zones, executor: LocalExecutor,
     notes: Notes,
 ) -> dict[str, Any]:  # fmt: skip
     recipe = run.recipe
-    places, twins = _scores(run, records, boxes, workplace)
+    localization, ground_truth = _scores(run, records, boxes, executor)
     thresholds, source = None, None
     if options.threshold_from:
         thresholds, source = read_thresholds(options.threshold_from), options.threshold_from.rstrip("/").split("/")[-1]
     judges = _judges(options)
-    lpips, unread = _lpips(options, recipe.model.resolution), set(places.unread)
-    pairs = score_pairs(run, records.sample, boxes, run_judge(run), lpips, unread)
-    sets, within = distances(run, data_uri, options, records, notes, partial(workplace.embed, run, options))
+    lpips, unread = _lpips(options, recipe.model.resolution), set(localization.unread)
+    pairs = score_pairs(run, records.sampled, boxes, run_judge(run), lpips, unread)
+    sets, within = distances(run, data_uri, options, records, notes, partial(executor.embed, run, options))
     metrics: dict[str, Any] = {
         "fid": sets,
         "fid_within": within,
         "ssim": tables.ssim_rows(records.frame, recipe.generate.ssim_preset, recipe.model.resolution),
-        "localization": tables.localization_rows(places, thresholds, source),
+        "localization": tables.localization_rows(localization, thresholds, source),
         "validity": tables.validity_rows(records.frame),
-        "external_validity": external_rows(run, records.sample, boxes, judges),
-        "twin": tables.twin_rows(twins),
+        "external_validity": external_rows(run, records.sampled, boxes, judges),
+        "ground_truth": tables.ground_truth_rows(ground_truth),
         "counterfactual": counterfactual_rows(pairs),
         "heart": heart_rows(pairs),
         "brixia": zone_rows(run, records.asked, zones, unread),
@@ -197,43 +197,48 @@ def _compute(
     if unread:
         notes.all_read = False
         notes.append(
-            f"{len(unread)} films, or masks or twins of theirs, cannot be read (first: "
+            f"{len(unread)} images, or masks or ground_truth of theirs, cannot be read (first: "
             f"{join(run.data.uri, min(unread))}); the rows that need them leave them out"
         )
     tables.add_lpips(metrics["ssim"], pairs)
-    _say_training_films(records, metrics, notes)
-    if not len(places.films):
+    _say_training_images(records, metrics, notes)
+    if not len(localization.images):
         run.store.delete(tables.THRESHOLDS_FILE)
     else:
-        run.store.put(tables.THRESHOLDS_FILE, json.dumps(tables.best_thresholds(places), indent=1).encode())
+        run.store.put(tables.THRESHOLDS_FILE, json.dumps(tables.best_thresholds(localization), indent=1).encode())
     for name, table in metrics.items():
         tables.write_table(run.store, name, table, CAPTIONS[name].format(size=recipe.model.resolution, most=SAMPLE))
     return {name: table for name, table in metrics.items() if table}
 
 
-def _scores(run: Run, records: Census, boxes: Boxes, workplace: Workplace) -> tuple[Places, pd.DataFrame]:
-    """Localisation and twin scores of all films whose lesions are known, in plan order, on which intervals depend."""
-    homes = {home: records.ids[records.homes[home]] for home in records.truth}
+def _scores(
+    run: Run, records: RunIndex, boxes: Boxes, executor: LocalExecutor
+) -> tuple[LocalizationScores, pd.DataFrame]:
+    """Localisation and ground truth scores of all images whose lesions are known, in plan order, on which intervals
+    depend."""
+    shards_of = {shard_ref: records.ids[records.shards_of[shard_ref]] for shard_ref in records.truth}
     frames = list[pd.DataFrame]()
 
-    def of_homes() -> Iterator[Places]:
-        for places, twins in workplace.score(run, homes, boxes, records.settings):
-            frames.append(twins)
-            yield places
+    def of_shards() -> Iterator[LocalizationScores]:
+        for localization, ground_truth in executor.score(run, shards_of, boxes, records.settings):
+            frames.append(ground_truth)
+            yield localization
 
-    places = Places.merged(of_homes())
-    twins = stacked(frames)
-    if any(retry for retry, _ in homes):  # what was retried is stored with its retry
+    localization = LocalizationScores.merged(of_shards())
+    ground_truth = stacked(frames)
+    if any(retry for retry, _ in shards_of):  # what was retried is stored with its retry
         order = np.argsort(records.ids)
-        places.films, twins = (_in_order(frame, records.ids, order) for frame in (places.films, twins))
-    return places, twins
+        localization.images, ground_truth = (
+            _in_order(frame, records.ids, order) for frame in (localization.images, ground_truth)
+        )
+    return localization, ground_truth
 
 
 def _in_order(frame: pd.DataFrame, ids: NDArray[np.bytes_], order: NDArray[np.intp]) -> pd.DataFrame:
     if not len(frame):
         return frame
-    places = order[np.searchsorted(ids, frame["record_id"].to_numpy().astype("S20"), sorter=order)]
-    return frame.iloc[np.argsort(places, kind="stable")]
+    localization = order[np.searchsorted(ids, frame["record_id"].to_numpy().astype("S20"), sorter=order)]
+    return frame.iloc[np.argsort(localization, kind="stable")]
 
 
 def _lpips(options: Options, size: int) -> Lpips | None:
@@ -243,7 +248,7 @@ def _lpips(options: Options, size: int) -> Lpips | None:
     from diffva_ray.metrics.perceptual import lpips  # here, since it loads torch
 
     if size < 32:
-        raise UnusableData(f"--lpips-weights: films of {size} px are too small for LPIPS, which needs 32")
+        raise UnusableData(f"--lpips-weights: images of {size} px are too small for LPIPS, which needs 32")
     try:
         return lpips(options.lpips)
     except ValueError as error:
@@ -262,35 +267,38 @@ def _judges(options: Options) -> list[ExternalJudge]:
         raise UnusableData(str(error)) from None
 
 
-def _say_training_films(records: Census, metrics: dict[str, Any], notes: list[str]) -> None:
-    """Rows scored on films that the model was trained on say how many; so do the notes."""
+def _say_training_images(records: RunIndex, metrics: dict[str, Any], notes: list[str]) -> None:
+    """Rows scored on images that the model was trained on say how many; so do the notes."""
     frame = records.frame
     if "trained_on" not in frame or not frame["trained_on"].any():
         return
     trained = int(frame["trained_on"].sum())
-    notes.append(f"{trained} of {len(frame)} records are of films in the model's training list: this is no test")
+    notes.append(f"{trained} of {len(frame)} records are of images in the model's training list: this is no test")
     counts = {label: int(rows["trained_on"].sum()) for label, rows in tables.by_label(frame)}
-    for row in (row for name in ("localization", "validity", "twin") for row in metrics[name]):
-        row["training_films"] = counts[row["label"]]
+    for row in (row for name in ("localization", "validity", "ground_truth") for row in metrics[name]):
+        row["training_images"] = counts[row["label"]]
 
 
 CAPTIONS = {
     "fid": "Fréchet distance between sets; extractor, resize path and N as given, interval by delete-group jackknife "
     "(bias-corrected: the plain value may lie above it).",
-    "ssim": "Film against counterfactual, mean by class, on the {size} px grid.",
-    "localization": "Map against lesion truth inside the region, mean over films; dice best and iou best use each "
-    "film's own best threshold.",
-    "validity": "Flip rate: films called abnormal by the judge whose counterfactual it calls healthy.",
-    "external_validity": "At most {most} films of a class, by judges that this project did not train: films a judge "
-    "calls abnormal (n of films) whose counterfactual it calls healthy.",
-    "fid_within": "Mean distance within each condition (class, prompt), weighted by its twins, beside the distance of "
+    "ssim": "LabelledImage against counterfactual, mean by class, on the {size} px grid.",
+    "localization": "Map against lesion truth inside the region, mean over images; dice best and iou best use each "
+    "image's own best threshold.",
+    "validity": "Flip rate: images called abnormal by the judge whose counterfactual it calls healthy.",
+    "external_validity": "At most {most} images of a class, by judges that this project did not train: images a judge "
+    "calls abnormal (n of images) whose counterfactual it calls healthy.",
+    "fid_within": "Mean distance within each condition (class, prompt), weighted by its "
+    "ground_truth, beside the distance of "
     "the pooled sets; a pooled distance does not see classes exchanged.",
-    "counterfactual": "At most {most} films of a class: " + "; ".join(metric.title for metric in PAIR_METRICS) + ".",
-    "heart": "Cardiothoracic ratio of film and counterfactual; lungs are found on both alike, which underestimates the "
+    "counterfactual": "At most {most} images of a class: " + "; ".join(metric.title for metric in PAIR_METRICS) + ".",
+    "heart": "Cardiothoracic ratio of image and counterfactual; lungs are found on both alike, which "
+    "underestimates the "
     "ratio: read the change.",
     "brixia": "Spearman's correlation of a map's mean in each of six lung zones with the readers' Brixia scores; "
-    "pooled over films with a bootstrap interval over films, and within films.",
-    "twin": "Counterfactual against the lesion-free twin; lesion error ratio: error left inside the lesion.",
+    "pooled over images with a bootstrap interval over images, and within images.",
+    "ground_truth": "Counterfactual against the ground-truth counterfactual; lesion error ratio: "
+    "error left inside the lesion.",
 }
 
 

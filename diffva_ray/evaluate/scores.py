@@ -1,4 +1,4 @@
-"""Scores of single films against known truth, shard by shard, and how they merge; tables are means over them, whatever
+"""Scores of single images against known truth, shard by shard, and how they merge; tables are means over them, whatever
 the grouping."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from diffva_ray.data.images import BadImage
-from diffva_ray.evaluate.records import Boxes, Images, Truth, read_images, read_truth, under
+from diffva_ray.evaluate.records import Boxes, RecordImages, Truth, read_images, read_truth, under
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import SALIENCY, baselines, score
 from diffva_ray.metrics.ssim import psnr, ssim
@@ -22,37 +22,37 @@ SIMPLE = ("auroc", "auprc", "dice_best", "iou_best", "pointing_game", "energy_in
 
 
 CATEGORIES = ("label", "map", "region", "setting")
-Curve = tuple[NDArray[np.float64], int]  # sum of films' Dice curves, number of films
+Curve = tuple[NDArray[np.float64], int]  # sum of images' Dice curves, number of images
 
 
 @dataclass
-class Places:
-    """Localisation scores of films: ``films`` has a row for each film and map, without its Dice curve; curves are
+class LocalizationScores:
+    """Localisation scores of images: ``images`` has a row for each image and map, without its Dice curve; curves are
     summed by (map under its setting, class under its setting), which is all that their means need. ``unread``: paths
-    of films that ought to be scored and cannot be read, or a mask or twin of theirs cannot."""
+    of images that ought to be scored and cannot be read, or a mask or ground truth of theirs cannot."""
 
-    films: pd.DataFrame = field(default_factory=pd.DataFrame)
+    images: pd.DataFrame = field(default_factory=pd.DataFrame)
     curves: dict[tuple[str, str], Curve] = field(default_factory=dict)
     unread: set[str] = field(default_factory=set)
 
     @classmethod
-    def of(cls, rows: Sequence[Row], unread: Iterable[str] = ()) -> Places:
-        """Rows of ``score_records`` or ``score_film``, with ``label``, ``source_path`` and perhaps ``setting``."""
+    def of(cls, rows: Sequence[Row], unread: Iterable[str] = ()) -> LocalizationScores:
+        """Rows of ``score_records`` or ``score_image``, with ``label``, ``image_path`` and perhaps ``setting``."""
         curves: dict[tuple[str, str], Curve] = {}
         for row in rows:
             setting = row.get("setting", "")
             key = under(row["map"], setting), under(row["label"], setting)
             before, n = curves.get(key, (0.0, 0))
             curves[key] = before + row["dice_curve"].astype(np.float64), n + 1
-        films = [{key: value for key, value in row.items() if key != "dice_curve"} for row in rows]
-        return cls(narrow(pd.DataFrame(films)), curves, set(unread))
+        images = [{key: value for key, value in row.items() if key != "dice_curve"} for row in rows]
+        return cls(narrow(pd.DataFrame(images)), curves, set(unread))
 
     @classmethod
-    def merged(cls, parts: Iterable[Places]) -> Places:
-        """The films of all parts, one below the other; of a part no more than its films is kept."""
+    def merged(cls, parts: Iterable[LocalizationScores]) -> LocalizationScores:
+        """The images of all parts, one below the other; of a part no more than its images is kept."""
         frames, curves, unread = list[pd.DataFrame](), dict[tuple[str, str], Curve](), set[str]()
         for part in parts:
-            frames.append(part.films)
+            frames.append(part.images)
             unread |= part.unread
             for key, (total, n) in part.curves.items():
                 before, count = curves.get(key, (0.0, 0))
@@ -82,49 +82,54 @@ def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def score_records(
     run: Run, rows: list[Row], boxes: Boxes, unread: set[str] | None = None
 ) -> tuple[list[Row], list[Row]]:
-    """Localisation rows (one per film and map) and twin rows (one per film with a lesion-free twin) of ``ok`` records.
+    """Localisation rows (one per image and map) and ground truth rows (one per image with a ground-truth
+    counterfactual) of ``ok`` records.
 
-    A localisation row holds the scores of ``metrics.localization.FilmScore`` with its Dice curve. Films that cannot be
-    read, whole or in part (``lost``), are added to ``unread``.
+    A localisation row holds the scores of ``metrics.localization.ImageScore`` with its Dice curve. Images that cannot
+    be read, whole or in part (``lost``), are added to ``unread``.
     """
     unread = set() if unread is None else unread
-    localization, twins = [], []
+    localization, ground_truth = [], []
     for row in rows:
-        if not (row["lesion_mask_path"] or row["source_path"] in boxes or row["twin_path"]):
+        if not (row["lesion_mask_path"] or row["image_path"] in boxes or row["ground_truth_path"]):
             continue
         try:
             truth = read_truth(run, row, boxes)
             images = read_images(run, row)
-        except (OSError, BadImage):  # verify looks at the run's own files, so nobody else says that a film has gone
-            unread.add(row["source_path"])
+        except (OSError, BadImage):  # verify looks at the run's own files, so nobody else says that an image has gone
+            unread.add(row["image_path"])
             continue
         if lost(row, truth):
-            unread.add(row["source_path"])
-        about = {"record_id": row["record_id"], "source_path": row["source_path"], "label": row["label"]}
+            unread.add(row["image_path"])
+        about = {"record_id": row["record_id"], "image_path": row["image_path"], "label": row["label"]}
         if truth.lesion is not None:
             localization += [{**about, **found} for found in _localization(images, truth, run)]
-        if truth.twin is not None:
-            twins.append({**about, **twin_scores(images, truth)})
-    return localization, twins
+        if truth.counterfactual is not None:
+            ground_truth.append({**about, **ground_truth_scores(images, truth)})
+    return localization, ground_truth
 
 
 def lost(row: Row, truth: Truth) -> bool:
-    """Whether a record names a mask or a lesion-free twin that ``read_truth`` could not read."""
-    named = (("lesion_mask_path", truth.lesion), ("lung_mask_path", truth.lungs), ("twin_path", truth.twin))
+    """Whether a record names a mask or a ground-truth counterfactual that ``read_truth`` could not read."""
+    named = (
+        ("lesion_mask_path", truth.lesion),
+        ("lung_mask_path", truth.lungs),
+        ("ground_truth_path", truth.counterfactual),
+    )
     return any(row[path] and known is None for path, known in named)
 
 
-def _localization(images: Images, truth: Truth, run: Run) -> list[Row]:
+def _localization(images: RecordImages, truth: Truth, run: Run) -> list[Row]:
     maps = {name: transform(images.signed_map) for name, transform in SALIENCY.items()}
     smoothing = run.recipe.generate.smoothing
-    maps |= baselines(images.film, images.reconstruction, smoothing)
-    return score_film(maps, truth)
+    maps |= baselines(images.image, images.reconstruction, smoothing)
+    return score_image(maps, truth)
 
 
-def score_film(maps: Mapping[str, NDArray[np.float32]], truth: Truth) -> list[Row]:
-    """One row for each map [size, size] of a film whose lesion is known; none where there is nothing to find."""
+def score_image(maps: Mapping[str, NDArray[np.float32]], truth: Truth) -> list[Row]:
+    """One row for each map [size, size] of an image whose lesion is known; none where there is nothing to find."""
     assert truth.lesion is not None
-    region = "film" if truth.region is None else "lungs or lesion"
+    region = "image" if truth.region is None else "lungs or lesion"
     rows = []
     for name, saliency in maps.items():
         found = score(saliency, truth.lesion, truth.region)
@@ -134,16 +139,17 @@ def score_film(maps: Mapping[str, NDArray[np.float32]], truth: Truth) -> list[Ro
     return rows
 
 
-def twin_scores(images: Images, truth: Truth) -> Row:
-    """Closeness of the counterfactual to the true twin, and the input's own; errors inside the lesion are mean |.|."""
-    twin = truth.twin
-    assert twin is not None
-    inside = truth.lesion if truth.lesion is not None and truth.lesion.any() else np.ones_like(twin, bool)
+def ground_truth_scores(images: RecordImages, truth: Truth) -> Row:
+    """Closeness of the counterfactual to the ground-truth counterfactual, and the input's own; errors inside the lesion
+    are mean |.|."""
+    ground_truth = truth.counterfactual
+    assert ground_truth is not None
+    inside = truth.lesion if truth.lesion is not None and truth.lesion.any() else np.ones_like(ground_truth, bool)
     return {
-        "psnr": psnr(images.counterfactual, twin),
-        "ssim": ssim(images.counterfactual, twin),
-        "psnr_input": psnr(images.film, twin),
-        "psnr_reconstruction": psnr(images.reconstruction, twin),
-        "lesion_error": float(np.abs(images.counterfactual - twin)[inside].mean()),
-        "lesion_error_input": float(np.abs(images.film - twin)[inside].mean()),
+        "psnr": psnr(images.counterfactual, ground_truth),
+        "ssim": ssim(images.counterfactual, ground_truth),
+        "psnr_input": psnr(images.image, ground_truth),
+        "psnr_reconstruction": psnr(images.reconstruction, ground_truth),
+        "lesion_error": float(np.abs(images.counterfactual - ground_truth)[inside].mean()),
+        "lesion_error_input": float(np.abs(images.image - ground_truth)[inside].mean()),
     }

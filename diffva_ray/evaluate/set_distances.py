@@ -1,5 +1,5 @@
-"""Which sets of a run are compared: films, twins and references, by class and setting, within classes, within sources,
-in the features of every extractor asked for."""
+"""Which sets of a run are compared: images, counterfactuals and references, by class and setting, within classes,
+within sources, in the features of every extractor asked for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from diffva_ray.evaluate.distances import (
 )
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import under
-from diffva_ray.evaluate.run_index import Census, census
+from diffva_ray.evaluate.run_index import RunIndex, index_run
 from diffva_ray.generate.run import Run, find_run
 from diffva_ray.metrics.feature_set import FeatureSet
 from diffva_ray.metrics.fid import SMALL, frechet_distance_features
@@ -35,7 +35,7 @@ from diffva_ray.storage.store import Store, open_store
 if TYPE_CHECKING:  # it loads torch
     from diffva_ray.metrics.features import Extractor
 
-LEAST = 4  # films of a set, below which nothing is compared
+LEAST = 4  # images of a set, below which nothing is compared
 
 
 @dataclass(frozen=True)
@@ -90,18 +90,18 @@ def _extractor(text: str, run: Run, options: Options, device: str) -> Extractor:
 
 
 def distances(
-    run: Run, data_uri: str, options: Options, records: Census, notes: list[str], spread: Embed = embed_here
+    run: Run, data_uri: str, options: Options, records: RunIndex, notes: list[str], spread: Embed = embed_here
 ) -> tuple[list[Row], list[Row]]:
     """The rows of tables 1 and 2 and those of the distances within conditions.
 
-    For each extractor, setting and class: films to their twins, each reference to both. Of several draws of a film the
-    first one counts, or films would be in a set twice."""
-    draws = records.frame["draw"]
-    if draws.nunique() > 1:
-        notes.append(f"distances are of draw {draws.min()} of each film alone")
-    sources = read_sources(options.sources, records.films.to_pylist()) if options.sources else {}
+    For each extractor, setting and class: images to their counterfactuals, each reference to both. Of several samples
+    of an image the first one counts, or images would be in a set twice."""
+    samples = records.frame["sample"]
+    if samples.nunique() > 1:
+        notes.append(f"distances are of sample {samples.min()} of each image alone")
+    sources = read_sources(options.sources, records.images.to_pylist()) if options.sources else {}
     if options.sources and not sources:
-        raise UnusableData(f"--sources {options.sources}: none of its files is a film of the run")
+        raise UnusableData(f"--sources {options.sources}: none of its files is an image of the run")
     found, within = list[Row](), list[Row]()
     for number, extractor in enumerate(choose_extractors(run, options, notes)):
         comparison = _Comparison(run, options, records, extractor, spread)
@@ -115,30 +115,32 @@ def distances(
         found += comparison.by_source(references, sources)
         within += comparison.within_conditions(references)
     if found and min(min(row["n1"], row["n2"]) for row in found) < SMALL:
-        notes.append(f"sets of fewer than {SMALL} films: read KID before the Fréchet distance, whose bias grows as 1/N")
+        notes.append(
+            f"sets of fewer than {SMALL} images: read KID before the Fréchet distance, whose bias grows as 1/N"
+        )
     return found, within
 
 
-def conditions(records: Census) -> dict[tuple[str, str], NDArray[np.intp]]:
-    """Rows of each (setting, class), of the first draw, in the order of films: what compares the same two sets under
+def conditions(records: RunIndex) -> dict[tuple[str, str], NDArray[np.intp]]:
+    """Rows of each (setting, class), of the first sample, in the order of images: what compares the same two sets under
     other settings then has the same interval."""
     frame = records.frame
     labels = sorted(frame["label"].unique())
     settings = list(frame["setting"].unique()) if "setting" in frame else [""]
-    first = (frame["draw"] == frame["draw"].min()).to_numpy()
-    film, found = frame["film"].to_numpy(), dict[tuple[str, str], NDArray[np.intp]]()
+    first = (frame["sample"] == frame["sample"].min()).to_numpy()
+    image, found = frame["image"].to_numpy(), dict[tuple[str, str], NDArray[np.intp]]()
     for setting in settings:
         of_setting = first & (frame["setting"] == setting).to_numpy() if setting else first
         for label in labels:
             rows = np.flatnonzero(of_setting & (frame["label"] == label).to_numpy())
-            found[setting, label] = rows[np.argsort(film[rows], kind="stable")]
+            found[setting, label] = rows[np.argsort(image[rows], kind="stable")]
     return found
 
 
 class _Comparison:
     """The sets of one run in the features of one extractor."""
 
-    def __init__(self, run: Run, options: Options, records: Census, extractor: Extractor, spread: Embed) -> None:
+    def __init__(self, run: Run, options: Options, records: RunIndex, extractor: Extractor, spread: Embed) -> None:
         self.run, self.options, self.records, self.extractor, self.spread = run, options, records, extractor, spread
         self.features = run_features(run, records, extractor, spread)
         self.conditions = conditions(records)
@@ -156,28 +158,29 @@ class _Comparison:
                     found.append(self._row(name, names[0], features, before))
                 row = self._row(name, names[1], features, after)
                 if row is not None:
-                    films = self.records.frame["film"].to_numpy()[chosen]
-                    row |= self._realism(label, other.label, before, after, features, films)
+                    images = self.records.frame["image"].to_numpy()[chosen]
+                    row |= self._realism(label, other.label, before, after, features, images)
                 found.append(row)
             seen.add(label)
         return [row for row in found if row is not None]
 
     def _realism(
         self, label: str, reference: str, before: FeatureSet, after: FeatureSet, real: FeatureSet,
-        films: NDArray[np.integer],
+        images: NDArray[np.integer],
     ) -> Row:  # fmt: skip
-        """Do the twins pass for films of the reference, and did they move towards it?"""
+        """Do the counterfactuals pass for images of the reference, and did they move towards it?"""
         found: Row = {"verisimilitude": asdict(verisimilitude(after, real))}
         if len(real) > 6:
             found["interpolation"] = asdict(interpolation(after, real))
         if reference == self.run.recipe.data.healthy_class != label:
             cosines = directions(before, after, real)
-            low, high = group_bootstrap(cosines, films)
+            low, high = group_bootstrap(cosines, images)
             found["direction"] = {"mean": float(np.nanmean(cosines)), "low": low, "high": high}
         return found
 
     def by_source(self, references: Sequence[Reference], sources: dict[str, str]) -> list[Row]:
-        """Twins of films of one archive against reference films of the same archive: children against children."""
+        """CounterfactualBatch of images of one archive against reference images of the same archive: children against
+        children."""
         found = list[Row | None]()
         if not sources:
             return []
@@ -196,10 +199,10 @@ class _Comparison:
     def _of_source(self, other: Reference, source: str) -> FeatureSet:
         assert other.dataset is not None
         assert self.options.sources is not None
-        known = read_sources(self.options.sources, [film.path for film in other.dataset.films])
-        films = [film for film in other.dataset.films if known.get(film.path) == source]
+        known = read_sources(self.options.sources, [image.path for image in other.dataset.images])
+        images = [image for image in other.dataset.images if known.get(image.path) == source]
         cache, size, data = _cache(self.run, self.options), self.run.recipe.model.resolution, other.dataset
-        return reference_features(cache, size, data.store, films, self.extractor, self.spread, data.bits)[0]
+        return reference_features(cache, size, data.store, images, self.extractor, self.spread, data.bits)[0]
 
     def within_conditions(self, references: Sequence[Reference]) -> list[Row]:
         """Mean distance within each class (and setting), beside the distance of the pooled sets."""
@@ -212,28 +215,28 @@ class _Comparison:
             sets = {key: self.conditions[key] for key in keys if len(self.conditions[key]) >= LEAST}
             if len(sets) < 2:
                 continue
-            twins = {key: self.features.counterfactual.take(chosen) for key, chosen in sets.items()}
-            films = {key: self.features.source.take(chosen) for key, chosen in sets.items()}
-            found.append(self._within("films", setting, {key: (films[key], twins[key]) for key in sets}))
+            counterfactuals = {key: self.features.counterfactual.take(chosen) for key, chosen in sets.items()}
+            images = {key: self.features.source.take(chosen) for key, chosen in sets.items()}
+            found.append(self._within("images", setting, {key: (images[key], counterfactuals[key]) for key in sets}))
             for other in references:
                 real = other.features
                 if len(real) >= LEAST:
                     name = f"{other.label} (reference)"
-                    found.append(self._within(name, setting, {key: (real, twins[key]) for key in sets}))
+                    found.append(self._within(name, setting, {key: (real, counterfactuals[key]) for key in sets}))
         return found
 
     def _within(self, name: str, setting: str, sets: dict[tuple[str, str], tuple[FeatureSet, FeatureSet]]) -> Row:
         first = [x for x, _ in sets.values()]
         pooled = first[0] if all(x is first[0] for x in first) else FeatureSet.together(first)
-        twins = FeatureSet.together([y for _, y in sets.values()])
+        counterfactuals = FeatureSet.together([y for _, y in sets.values()])
         return {
             "set1": name,
-            "set2": under("twins", setting),
+            "set2": under("ground_truth", setting),
             "conditions": ", ".join(under(label, at if setting == "every setting" else "") for at, label in sets),
             "n1": len(pooled),
-            "n2": len(twins),
+            "n2": len(counterfactuals),
             "within": conditional({under(label, at): pair for (at, label), pair in sets.items()}),
-            "pooled": frechet_distance_features(pooled, twins),
+            "pooled": frechet_distance_features(pooled, counterfactuals),
             "extractor": self.extractor.name,
             "weights_sha256": self.extractor.weights_sha256,
             "resize": self.extractor.resize,
@@ -256,7 +259,7 @@ def reference(
     for it and it is not there. Raises UnusableData."""
     other = find_run(open_store(uri)) if not uri.lower().endswith((".csv", ".parquet")) else None
     if other is not None:
-        records = census(other)
+        records = index_run(other)
         chosen = (records.frame["label"] == label).to_numpy()
         if not chosen.any():
             raise UnusableData(f"--reference {label}={uri}: that run has no finished record of class {label}")
@@ -271,10 +274,10 @@ def reference(
         return None
     size = run.recipe.model.resolution
     features, unreadable = reference_features(
-        _cache(run, options), size, dataset.store, dataset.films, extractor, spread, dataset.bits
+        _cache(run, options), size, dataset.store, dataset.images, extractor, spread, dataset.bits
     )
     if unreadable:
-        notes.append(f"{unreadable} films of reference {label} could not be read")
+        notes.append(f"{unreadable} images of reference {label} could not be read")
     return Reference(label, features, dataset)
 
 

@@ -16,17 +16,17 @@ COLUMNS: dict[str, dict[str, str]] = {
         "dice_fixed": "Dice at fixed threshold", "dice_best": "Dice best", "pointing_game": "pointing game",
     },
     "validity": {"label": "class", "n": "n", "flip_rate": "flip rate", "confidence_gain": "confidence gain"},
-    "external_validity": {"judge": "judge", "label": "class", "films": "films", "n": "n", "flip_rate": "flip rate",
+    "external_validity": {"judge": "judge", "label": "class", "images": "images", "n": "n", "flip_rate": "flip rate",
                           "confidence_gain": "confidence gain"},
-    "twin": {
-        "label": "class", "n": "n", "lesion_error_ratio": "lesion error left", "psnr": "PSNR to twin",
-        "psnr_input": "film's own", "psnr_reconstruction": "autoencoder's",
+    "ground_truth": {
+        "label": "class", "n": "n", "lesion_error_ratio": "lesion error left", "psnr": "PSNR to ground_truth",
+        "psnr_input": "image's own", "psnr_reconstruction": "autoencoder's",
     },
     "ssim": {"label": "class", "n": "n", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "ms_ssim_scales": "scales",
              "lpips": "LPIPS"},
     "counterfactual": {"label": "class", "n": "n", **{metric.key: metric.heading for metric in PAIR_METRICS}},
     "heart": {"label": "class", "n": "n", "before": "heart / thorax", "after": "after", "change": "change"},
-    "brixia": {"map": "map", "n": "n", "spearman": "Spearman, all zones", "spearman_within_film": "within films"},
+    "brixia": {"map": "map", "n": "n", "spearman": "Spearman, all zones", "spearman_within_image": "within images"},
     "fid_within": {"set1": "set 1", "set2": "set 2", "n2": "n", "within": "within conditions", "pooled": "pooled"},
     "fid": {"set1": "set 1", "set2": "set 2", "n1": "n1", "n2": "n2", "kid": "KID", "value": "Fréchet distance"},
 }  # fmt: skip
@@ -34,10 +34,10 @@ TITLES = {
     "localization": "Localisation of the lesion",
     "validity": "Validity (the model's own judge)",
     "external_validity": "Validity (external judges, a sample)",
-    "twin": "Against the lesion-free twin",
-    "ssim": "Film against counterfactual",
+    "ground_truth": "Against the ground-truth counterfactual",
+    "ssim": "LabelledImage against counterfactual",
     "counterfactual": "Single counterfactuals (a sample)",
-    "heart": "Cardiothoracic ratio (lungs found on film and twin)",
+    "heart": "Cardiothoracic ratio (lungs found on image and ground_truth)",
     "brixia": "Maps against Brixia scores of six lung zones",
     "fid_within": "Distances within conditions",
     "fid": "Distances between sets",
@@ -60,7 +60,7 @@ def print_summary(metrics: dict[str, Any], console: Console | None = None) -> No
         title = TITLES[name]
         judge = metrics.get("judge") if name == "validity" else None
         if judge and judge["accuracy"] is not None:
-            title += f": right on {judge['accuracy']:.1%} of {judge['n']} held-out films"
+            title += f": right on {judge['accuracy']:.1%} of {judge['n']} held-out images"
         if name == "fid":
             used = dict.fromkeys(f"{row['extractor']}, {row['resize']}" for row in rows)
             title += f" ({'; '.join(used)})" if len(used) == 1 else ""

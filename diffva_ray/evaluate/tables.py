@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from diffva_ray.evaluate.records import under
-from diffva_ray.evaluate.scores import SIMPLE, Places
+from diffva_ray.evaluate.scores import SIMPLE, LocalizationScores
 from diffva_ray.metrics.counterfactual import flip_rate
 from diffva_ray.metrics.localization import dice_at, fixed_threshold, group_bootstrap
 from diffva_ray.schema import Row
@@ -53,7 +53,7 @@ def finite_mean(values: Iterable[float]) -> float | None:
 
 
 def ssim_rows(records: pd.DataFrame, preset: str, grid: int) -> list[Row]:
-    """Table 3: SSIM and MS-SSIM of film and counterfactual, by class; ``records`` as in ``Census.frame``."""
+    """Table 3: SSIM and MS-SSIM of image and counterfactual, by class; ``records`` as in ``RunIndex.frame``."""
     return [
         {
             "label": label,
@@ -66,8 +66,8 @@ def ssim_rows(records: pd.DataFrame, preset: str, grid: int) -> list[Row]:
             "ms_ssim_scales": int(rows["ms_ssim_scales"].iloc[0]),
             "psnr": finite_mean(rows["psnr"]),
             "l1": finite_mean(rows["l1"]),
-            "map_energy": finite_mean(rows["map_energy"]),
-            "map_energy_lung_fraction": finite_mean(rows["map_energy_lung_fraction"].dropna()),
+            "attribution_energy": finite_mean(rows["attribution_energy"]),
+            "attribution_energy_lung_fraction": finite_mean(rows["attribution_energy_lung_fraction"].dropna()),
             "preset": preset,
             "grid": grid,
         }
@@ -88,64 +88,67 @@ def add_lpips(rows: list[Row], scores: list[Row]) -> None:
 
 
 def _interval(rows: pd.DataFrame, column: str) -> list[float]:
-    """95 % interval of a mean by bootstrap over films."""
-    film = "film" if "film" in rows else "source_path"
-    return list(group_bootstrap(rows[column].to_numpy(float), rows[film].to_numpy()))
+    """95 % interval of a mean by bootstrap over images."""
+    image = "image" if "image" in rows else "image_path"
+    return list(group_bootstrap(rows[column].to_numpy(float), rows[image].to_numpy()))
 
 
 def validity_rows(records: pd.DataFrame) -> list[Row]:
-    """Flip rate by class: how many films the judge calls abnormal turn healthy."""
-    columns = ["judge_source", "judge_counterfactual"]
+    """Flip rate by class: how many images the judge calls abnormal turn healthy."""
+    columns = ["judge_image", "judge_counterfactual"]
     judged = records[[name for name in ("label", "setting", *columns) if name in records]].dropna(subset=columns)
     found = []
     for label, rows in by_label(judged):
-        rate, n = flip_rate(rows["judge_source"].to_numpy(), rows["judge_counterfactual"].to_numpy())
+        rate, n = flip_rate(rows["judge_image"].to_numpy(), rows["judge_counterfactual"].to_numpy())
         found.append(
             {
                 "label": label,
                 "n": n,
                 "flip_rate": None if math.isnan(rate) else rate,
-                "called_healthy_before": float((rows["judge_source"] > 0.5).mean()),
-                "confidence_gain": float((rows["judge_counterfactual"] - rows["judge_source"]).mean()),
+                "called_healthy_before": float((rows["judge_image"] > 0.5).mean()),
+                "confidence_gain": float((rows["judge_counterfactual"] - rows["judge_image"]).mean()),
             }
         )
     return found
 
 
-def localization_rows(places: Places, thresholds: dict[str, float] | None, source: str | None) -> list[Row]:
+def localization_rows(
+    localization: LocalizationScores, thresholds: dict[str, float] | None, source: str | None
+) -> list[Row]:
     """Localisation by class and map. ``thresholds`` were fixed on another set, named by ``source``; without them there
-    is no fixed Dice. Intervals come from a bootstrap over films."""
-    if not len(places.films):
+    is no fixed Dice. Intervals come from a bootstrap over images."""
+    if not len(localization.images):
         return []
     found = []
-    for name in places.films["map"].unique():
-        for label, rows in by_label(places.films[places.films["map"] == name]):
+    for name in localization.images["map"].unique():
+        for label, rows in by_label(localization.images[localization.images["map"] == name]):
             row: Row = {"label": label, "n": len(rows), **{key: finite_mean(rows[key]) for key in SIMPLE}}
-            row["auroc_interval"] = list(group_bootstrap(rows["auroc"].to_numpy(), rows["source_path"].to_numpy()))
+            row["auroc_interval"] = list(group_bootstrap(rows["auroc"].to_numpy(), rows["image_path"].to_numpy()))
             row |= {"map": name, "region": ", ".join(sorted(rows["region"].unique()))}
             of_setting = under(name, rows["setting"].iloc[0] if "setting" in rows else "")
             threshold = (thresholds or {}).get(of_setting, (thresholds or {}).get(name))
             if threshold is not None:
                 pooled = rows["label"].nunique() > 1
                 row["dice_fixed"] = float(
-                    dice_at(places.mean_curve(of_setting, None if pooled else label), threshold)[0]
+                    dice_at(localization.mean_curve(of_setting, None if pooled else label), threshold)[0]
                 )
                 row |= {"threshold": threshold, "threshold_from": source}
             found.append(row)
     return found
 
 
-def best_thresholds(places: Places) -> dict[str, float]:
+def best_thresholds(localization: LocalizationScores) -> dict[str, float]:
     """The threshold with the best mean Dice of each map (and setting of a sweep): what ``--threshold-from`` takes over
     from a validation run."""
     return {
-        name: fixed_threshold(places.mean_curve(name))[0] for name in dict.fromkeys(key for key, _ in places.curves)
+        name: fixed_threshold(localization.mean_curve(name))[0]
+        for name in dict.fromkeys(key for key, _ in localization.curves)
     }
 
 
-def twin_rows(scores: pd.DataFrame) -> list[Row]:
-    """Closeness to the lesion-free twin by class; ``lesion_error_ratio`` is the error left inside the lesion, as a
-    fraction of the film's own."""
+def ground_truth_rows(scores: pd.DataFrame) -> list[Row]:
+    """Closeness to the ground-truth counterfactual by class; ``lesion_error_ratio`` is the error left inside the
+    lesion, as a fraction of the image's own."""
     if not len(scores):
         return []
     return [

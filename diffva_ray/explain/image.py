@@ -1,4 +1,4 @@
-"""One film, at once: its twin under each prompt, the map, the numbers, and a sheet that shows them.
+"""One image, at once: its counterfactual under each prompt, the map, the numbers, and a sheet that shows them.
 
 The engine and the measures are those of ``diffva generate``, so equal settings and seeds give equal pixels and numbers.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from diffva_ray._version import __version__
 from diffva_ray.config.recipe import Recipe
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.dataset import UnusableData, companions
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import BadImage, check_contrast, decode, read_mask, to_square
@@ -35,21 +35,21 @@ MOST_PROMPTS = 24  # rows of one sheet
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model makes of the film under one prompt; images [size, size]. ``numbers`` are named as the columns of
+    """What the model makes of the image under one prompt; images [size, size]. ``numbers`` are named as the columns of
     a run's records."""
 
     prompt: str
     counterfactual: NDArray[np.uint8]  # as a run stores it
-    signed_map: Image  # in [-1, 1]; positive where the film is brighter than its twin
+    signed_map: Image  # in [-1, 1]; positive where the image is brighter than its counterfactual
     inducing: bool  # the prompt names a finding, so red is -M
     numbers: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A film, what lies beside it, and an answer for each prompt. ``about``: film, model, settings, seed, code."""
+    """An image, what lies beside it, and an answer for each prompt. ``about``: image, model, settings, seed, code."""
 
-    film: Image  # [size, size] in [0, 1], as the model sees it
+    image: Image  # [size, size] in [0, 1], as the model sees it
     lungs: Mask | None
     lesion: Mask | None
     answers: list[Answer]
@@ -61,44 +61,52 @@ class Explanation:
 
 
 def explain(
-    film: str, model: str, recipe: Recipe, prompts: Sequence[str] = (), device: str | None = None
+    image: str, model: str, recipe: Recipe, prompts: Sequence[str] = (), device: str | None = None
 ) -> Explanation:
-    """Heal the film at ``film`` (local or ``s3://``) with the model at ``model``, once for each prompt; without prompts
-    once, for the recipe's healthy prompt.
+    """Generate the image at ``image`` (local or ``s3://``) with the model at ``model``, once for each prompt; without
+    prompts once, for the recipe's healthy prompt.
 
-    The seed is ``record_seed(recipe.seed, <file name>, 0)``: the one a run would use if the film lay at its data root.
+    The seed is ``record_seed(recipe.seed, <file name>, 0)``: the one a run would use if the image lay at its data root.
     All prompts share it. Raises UnusableData (no such file, not an image, too small, a prompt that is too long),
-    UnusableModel, and PlanError for settings that no film could be generated with.
+    UnusableModel, and PlanError for settings that no image could be generated with.
     """
     config = recipe.generate
     check_settings(config, {})
     asked = list(dict.fromkeys(prompts)) or [recipe.data.healthy_prompt]
     if len(asked) > MOST_PROMPTS:
         raise UnusableData(f"{len(asked)} prompts; a sheet has room for {MOST_PROMPTS}")
-    data, pixels = open_film(film, config.min_side, recipe.data.bits)
+    data, pixels = open_image(image, config.min_side, recipe.data.bits)
     engine, judge = open_model(model, recipe, asked, device)
-    name = film.rpartition("/")[2]
+    name = image.rpartition("/")[2]
     seed = record_seed(recipe.seed, name, 0)
     square = to_square(pixels, engine.size)
-    lungs, lesion = (mask_beside(film, kind, engine.size) for kind in ("masks", "lesions"))
+    lungs, lesion = (mask_beside(image, kind, engine.size) for kind in ("masks", "lesions"))
     answers: list[Answer] = []
     for start in range(0, len(asked), config.micro_batch):
         some = asked[start : start + config.micro_batch]
         count = len(some)
-        twins = engine([square] * count, [engine.settings(prompt) for prompt in some], [seed] * count, [lungs] * count)
-        if not (np.isfinite(twins.counterfactuals).all() and np.isfinite(twins.reconstructions).all()):
-            raise UnusableData(f"{film}: the networks gave NaN or infinity for this film")
-        for prompt, healed, rebuilt, shown in zip(some, twins.counterfactuals, twins.reconstructions, twins.sources):
-            answers.append(_answer(square, lungs, healed, rebuilt, prompt, shown, recipe, judge))
+        counterfactuals = engine(
+            [square] * count, [engine.settings(prompt) for prompt in some], [seed] * count, [lungs] * count
+        )
+        if not (
+            np.isfinite(counterfactuals.counterfactuals).all() and np.isfinite(counterfactuals.reconstructions).all()
+        ):
+            raise UnusableData(f"{image}: the networks gave NaN or infinity for this image")
+        for prompt, generated, rebuilt, shown in zip(
+            some, counterfactuals.counterfactuals, counterfactuals.reconstructions, counterfactuals.sources
+        ):
+            answers.append(_answer(square, lungs, generated, rebuilt, prompt, shown, recipe, judge))
     size = {"width": pixels.shape[1], "height": pixels.shape[0]}
-    return Explanation(square, lungs, lesion, answers, {**origin(film, data, model, engine, recipe, seed), **size})
+    return Explanation(square, lungs, lesion, answers, {**origin(image, data, model, engine, recipe, seed), **size})
 
 
-def origin(film: str, data: bytes, model: str, engine: Counterfactuals, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """What a sheet or a strip is made of: film, model, settings, seed, code."""
+def origin(
+    image: str, data: bytes, model: str, engine: CounterfactualEngine, recipe: Recipe, seed: int
+) -> dict[str, Any]:
+    """What a sheet or a strip is made of: image, model, settings, seed, code."""
     return {
-        "film": film,
-        "source_sha256": hashlib.sha256(data).hexdigest(),
+        "image": image,
+        "image_sha256": hashlib.sha256(data).hexdigest(),
         "model": model,
         "model_digest": engine.bundle.digest,
         "trained_on": engine.bundle.card.get("data_kind"),
@@ -114,11 +122,11 @@ def origin(film: str, data: bytes, model: str, engine: Counterfactuals, recipe: 
 
 def open_model(
     model: str, recipe: Recipe, prompts: Sequence[str], device: str | None = None
-) -> tuple[Counterfactuals, Judge | None]:
+) -> tuple[CounterfactualEngine, Judge | None]:
     """The engine of the model at ``model`` and its judge, where it has one. Raises UnusableModel, and UnusableData for
     a prompt that is too long."""
     bundle = load(model, recipe)
-    engine = Counterfactuals(bundle, recipe.generate, device)
+    engine = CounterfactualEngine(bundle, recipe.generate, device)
     for prompt in prompts:
         if not engine.fits(prompt):
             raise UnusableData(f"--prompt {prompt!r}: more than {bundle.tokenizer.model_max_length} tokens")
@@ -128,29 +136,29 @@ def open_model(
         raise UnusableModel(str(error)) from None
 
 
-def open_film(film: str, min_side: int, bits: int = 16) -> tuple[bytes, Image]:
-    """The bytes of the film at a path (local or ``s3://``), and its pixels [H, W] in [0, 1]. Raises UnusableData."""
-    store, name = open_file(film)
+def open_image(image: str, min_side: int, bits: int = 16) -> tuple[bytes, Image]:
+    """The bytes of the image at a path (local or ``s3://``), and its pixels [H, W] in [0, 1]. Raises UnusableData."""
+    store, name = open_file(image)
     if not name:
-        raise UnusableData(f"FILM {film!r}: names no file")
+        raise UnusableData(f"IMAGE {image!r}: names no file")
     try:
         data = store.read(name)
         pixels = decode(data, min_side, bits)
         check_contrast(pixels)
         return data, pixels
     except IsADirectoryError:
-        raise UnusableData(f"{film}: a folder; explain takes one film") from None
+        raise UnusableData(f"{image}: a folder; explain takes one image") from None
     except (FileNotFoundError, NotADirectoryError):
-        raise UnusableData(f"{film}: no such file") from None
+        raise UnusableData(f"{image}: no such file") from None
     except OSError as error:
-        raise UnusableData(f"{film}: cannot be read ({error.strerror or error})") from None
+        raise UnusableData(f"{image}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:  # BadImage, an unknown scheme, a path that leaves its folder
-        raise UnusableData(f"{film}: {error}" if isinstance(error, BadImage) else str(error)) from None
+        raise UnusableData(f"{image}: {error}" if isinstance(error, BadImage) else str(error)) from None
 
 
-def mask_beside(film: str, kind: str, size: int) -> Mask | None:
-    """The mask [size, size] of the film at a path, found as a run finds it (``companions``); None without one."""
-    for path in companions(film, kind):
+def mask_beside(image: str, kind: str, size: int) -> Mask | None:
+    """The mask [size, size] of the image at a path, found as a run finds it (``companions``); None without one."""
+    for path in companions(image, kind):
         store, name = open_file(path)
         mask = read_mask(store, name, size)
         if mask is not None:
@@ -159,9 +167,9 @@ def mask_beside(film: str, kind: str, size: int) -> Mask | None:
 
 
 def _answer(
-    film: Image,
+    image: Image,
     lungs: Mask | None,
-    healed: Image,
+    generated: Image,
     rebuilt: Image,
     prompt: str,
     shown: str,
@@ -169,10 +177,10 @@ def _answer(
     judge: Judge | None,
 ) -> Answer:
     """Measured on the 8-bit images, as a run's records are."""
-    counterfactual = quantise(healed)
-    found, signed = measure(film, counterfactual, quantise(rebuilt), lungs, recipe.generate, judge)
+    counterfactual = quantise(generated)
+    found, signed = measure(image, counterfactual, quantise(rebuilt), lungs, recipe.generate, judge)
     numbers = {"prompt": prompt, "source_prompt": shown, **found}
-    for name in ("judge_source", "judge_counterfactual"):  # JSON knows no numpy
+    for name in ("judge_image", "judge_counterfactual"):  # JSON knows no numpy
         numbers[name] = None if found[name] is None else float(found[name])
     if not math.isfinite(found["psnr"]):  # nor infinity; only equal images have it
         numbers["psnr"] = None

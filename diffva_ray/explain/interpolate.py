@@ -1,4 +1,4 @@
-"""A strip of films between two prompts or between two films, with what the judge makes of each."""
+"""A strip of images between two prompts or between two images, with what the judge makes of each."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.attribution import attribution
-from diffva_ray.counterfactual.interpolation import between_films, between_prompts
+from diffva_ray.counterfactual.interpolation import between_images, between_prompts
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.images import to_square
 from diffva_ray.evaluate.drawing import INK, MUTED, Scale, colour_bar, colour_limit, diverging, png
-from diffva_ray.explain.image import mask_beside, open_film, open_model, origin
+from diffva_ray.explain.image import mask_beside, open_image, open_model, origin
 from diffva_ray.explain.sheet import LEAST_LIMIT, short_path, write_png
 from diffva_ray.generate.plan import check_settings
 from diffva_ray.schema import Image, record_seed
@@ -25,11 +25,11 @@ PANEL, GAP, LEFT, TOP, FOOT, BAR = 1.35, 0.05, 0.95, 0.42, 0.56, 0.32  # inches
 
 @dataclass(frozen=True)
 class Strip:
-    """Films [n, size, size] at ``weights`` between two ends; ``maps`` of the same shape where one film is shown under
-    two prompts; ``healthy`` [n] where the model has a judge. ``about``: films, model, settings, seed, code."""
+    """Images [n, size, size] at ``weights`` between two ends; ``maps`` of the same shape where one image is shown under
+    two prompts; ``healthy`` [n] where the model has a judge. ``about``: images, model, settings, seed, code."""
 
     weights: list[float]
-    films: Image
+    images: Image
     maps: Image | None
     healthy: list[float] | None
     about: dict[str, Any]
@@ -40,7 +40,7 @@ class Strip:
 
 
 def interpolate(
-    film: str,
+    image: str,
     model: str,
     recipe: Recipe,
     prompts: Sequence[str] = (),
@@ -48,39 +48,42 @@ def interpolate(
     frames: int = 7,
     device: str | None = None,
 ) -> Strip:
-    """``frames`` films, equally spaced: of the film at ``film`` from the first of two prompts to the second, or, where
-    ``other`` names a film, from one film to the other (under one prompt, or unedited).
+    """``frames`` images, equally spaced: of the image at ``image`` from the first of two prompts to the second, or,
+    where ``other`` names an image, from one image to the other (under one prompt, or unedited).
 
-    Raises UnusableData (films, the number of prompts, a prompt that is too long), UnusableModel and PlanError.
+    Raises UnusableData (images, the number of prompts, a prompt that is too long), UnusableModel and PlanError.
     """
     config = recipe.generate
     check_settings(config, {})
     if other is None and len(prompts) != 2:
         raise UnusableData(
-            "give --prompt twice for a strip between two prompts, or --to FILM for one between two films"
+            "give --prompt twice for a strip between two prompts, or --to IMAGE for one between two images"
         )
     if other is not None and len(prompts) > 1:
-        raise UnusableData("--to FILM goes with one --prompt at most")
-    data, pixels = open_film(film, config.min_side, recipe.data.bits)
-    ends = [pixels] if other is None else [pixels, open_film(other, config.min_side, recipe.data.bits)[1]]
+        raise UnusableData("--to IMAGE goes with one --prompt at most")
+    data, pixels = open_image(image, config.min_side, recipe.data.bits)
+    ends = [pixels] if other is None else [pixels, open_image(other, config.min_side, recipe.data.bits)[1]]
     engine, judge = open_model(model, recipe, prompts, device)
     weights = [float(weight) for weight in np.linspace(0, 1, frames)]
-    seed = record_seed(recipe.seed, film.rpartition("/")[2], 0)
+    seed = record_seed(recipe.seed, image.rpartition("/")[2], 0)
     squares = [to_square(end, engine.size) for end in ends]
     maps = None
     if other is None:
         first, second = prompts
-        lungs = mask_beside(film, "masks", engine.size)
-        twins = between_prompts(engine, squares[0], first, second, weights, seed, lungs)
-        found = twins.counterfactuals
+        lungs = mask_beside(image, "masks", engine.size)
+        counterfactuals = between_prompts(engine, squares[0], first, second, weights, seed, lungs)
+        found = counterfactuals.counterfactuals
         maps = np.stack(
-            [attribution(squares[0], rebuilt, twin, config) for rebuilt, twin in zip(twins.reconstructions, found)]
+            [
+                attribution(squares[0], rebuilt, counterfactual, config)
+                for rebuilt, counterfactual in zip(counterfactuals.reconstructions, found)
+            ]
         )
     else:
-        found = between_films(engine, squares[0], squares[1], weights, prompts[0] if prompts else None)
+        found = between_images(engine, squares[0], squares[1], weights, prompts[0] if prompts else None)
     if not np.isfinite(found).all():
-        raise UnusableData(f"{film}: the networks gave NaN or infinity for this film")
-    about = {**origin(film, data, model, engine, recipe, seed), "to": other, "prompts": list(prompts)}
+        raise UnusableData(f"{image}: the networks gave NaN or infinity for this image")
+    about = {**origin(image, data, model, engine, recipe, seed), "to": other, "prompts": list(prompts)}
     healthy = None if judge is None else [float(p) for p in judge.healthy_probability(found)]
     return Strip(weights, found, maps, healthy, about)
 
@@ -91,9 +94,9 @@ def write_strip(strip: Strip, path: str) -> None:
 
 
 def draw(strip: Strip) -> bytes:
-    """PNG: the films from left to right with their weights and the judge's probability, and below them their maps."""
+    """PNG: the images from left to right with their weights and the judge's probability, and below them their maps."""
     rows = 1 if strip.maps is None else 2
-    width = LEFT + len(strip.films) * (PANEL + GAP) + 0.12
+    width = LEFT + len(strip.images) * (PANEL + GAP) + 0.12
     foot = FOOT + (BAR if rows == 2 else 0)
     height = TOP + 0.22 + rows * (PANEL + GAP) + foot
     figure = Figure(figsize=(width, height), facecolor="white")
@@ -101,7 +104,7 @@ def draw(strip: Strip) -> bytes:
     scale = Scale(0, "", colour_limit(strip.maps.ravel(), LEAST_LIMIT)) if strip.maps is not None else None
     for row in range(rows):
         bottom = height - TOP - 0.22 - row * (PANEL + GAP) - PANEL
-        name = ("twin" if rows == 2 else "film", "signed map")[row]
+        name = ("counterfactual" if rows == 2 else "image", "signed map")[row]
         _text(figure, 0.12 / width, (bottom + PANEL / 2) / height, name, 8.5, INK)
         for column, weight in enumerate(strip.weights):
             left = (LEFT + column * (PANEL + GAP)) / width
@@ -110,7 +113,7 @@ def draw(strip: Strip) -> bytes:
             if row and strip.maps is not None and scale is not None:
                 axes.imshow(diverging(strip.maps[column], scale.limit), interpolation="bicubic")
                 continue
-            axes.imshow(strip.films[column], cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
+            axes.imshow(strip.images[column], cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
             judged = f"\nhealthy {strip.healthy[column]:.2f}" if strip.healthy is not None else ""
             axes.set_title(f"{weight:.2f}{judged}", fontsize=8, color=MUTED, pad=3, linespacing=1.3)
     if scale is not None:
@@ -127,9 +130,9 @@ def _text(figure: Figure, x: float, y: float, text: str, size: float, colour: st
 def _title(strip: Strip) -> str:
     about = strip.about
     if about["to"] is None:
-        return f"{short_path(about['film'])}: from “{about['prompts'][0]}” to “{about['prompts'][1]}”"
+        return f"{short_path(about['image'])}: from “{about['prompts'][0]}” to “{about['prompts'][1]}”"
     told = f", under “{about['prompts'][0]}”" if about["prompts"] else ""
-    return f"from {short_path(about['film'])} to {short_path(about['to'])}{told}"
+    return f"from {short_path(about['image'])} to {short_path(about['to'])}{told}"
 
 
 def _settings(strip: Strip) -> str:

@@ -15,7 +15,7 @@ from diffva_ray.explain.image import Answer, Explanation
 from diffva_ray.generate.measures import unit
 from diffva_ray.storage.store import open_file
 
-RED_ABOVE = 0.05  # a quantile of the film's own map would paint a healthy film, too
+RED_ABOVE = 0.05  # a quantile of the image's own map would paint a healthy image, too
 
 
 LEAST_LIMIT = 0.1  # a map of nearly nothing looks like nearly nothing
@@ -44,28 +44,28 @@ def check_sheet(path: str) -> None:
 
 
 def sheet(explanation: Explanation) -> bytes:
-    """PNG in the manner of a run's figures: a row per prompt with the film, its twin, the red overlay and the signed
-    map; the outline of the lesion where its mask lies beside the film."""
+    """PNG in the manner of a run's figures: a row per prompt with the image, its counterfactual, the red overlay and
+    the signed map; the outline of the lesion where its mask lies beside the image."""
     answers = explanation.answers
     limit = colour_limit(np.concatenate([answer.signed_map.ravel() for answer in answers]), LEAST_LIMIT)
     scale = Scale(RED_ABOVE, "fixed", limit)
-    columns = ("film", "twin", "red overlay", "signed map")
+    columns = ("image", "counterfactual", "red overlay", "signed map")
     width = LEFT + len(columns) * (PANEL + GAP) + 0.18
     lines = [line for part in _footer(explanation, scale) for line in textwrap.wrap(part, int(width * 18.5))]
     foot = 0.74 + LINE * len(lines)
     height = TOP + len(answers) * (PANEL + GAP) + foot
     figure = Figure(figsize=(width, height), facecolor="white")
-    figure.text(0.12 / width, 1 - 0.22 / height, short_path(explanation.about["film"]), fontsize=10, color=INK,
+    figure.text(0.12 / width, 1 - 0.22 / height, short_path(explanation.about["image"]), fontsize=10, color=INK,
                 weight="bold", va="center", parse_math=False)  # fmt: skip
     for row, answer in enumerate(answers):
         bottom = height - TOP - row * (PANEL + GAP) - PANEL
         _side(figure, answer, 0.12 / width, bottom + PANEL, height)
-        healed = unit(answer.counterfactual)
+        generated = unit(answer.counterfactual)
         red = (-1 if answer.inducing else 1) * answer.signed_map
         pictures = (
-            explanation.film,
-            healed,
-            overlay(explanation.film, red, scale.threshold, explanation.lungs),
+            explanation.image,
+            generated,
+            overlay(explanation.image, red, scale.threshold, explanation.lungs),
             diverging(answer.signed_map, scale.limit),
         )
         for column, (title, picture) in enumerate(zip(columns, pictures)):
@@ -105,12 +105,12 @@ def said(answer: Answer) -> list[str]:
         f"SSIM {numbers['ssim']:.3f}",
         f"MS-SSIM {numbers['ms_ssim']:.3f} ({numbers['ms_ssim_scales']} scales)",
         f"PSNR {ratio} · L1 {numbers['l1']:.3f}",
-        f"map energy {numbers['map_energy']:.4f}",
+        f"map energy {numbers['attribution_energy']:.4f}",
     ]
-    if numbers["map_energy_lung_fraction"] is not None:
-        lines.append(f"of it in the lungs {numbers['map_energy_lung_fraction']:.0%}")
-    if numbers["judge_source"] is not None:
-        lines.insert(0, f"healthy {numbers['judge_source']:.2f} → {numbers['judge_counterfactual']:.2f}")
+    if numbers["attribution_energy_lung_fraction"] is not None:
+        lines.append(f"of it in the lungs {numbers['attribution_energy_lung_fraction']:.0%}")
+    if numbers["judge_image"] is not None:
+        lines.insert(0, f"healthy {numbers['judge_image']:.2f} → {numbers['judge_counterfactual']:.2f}")
     if numbers["source_prompt"]:
         lines.append(f"taken to show “{numbers['source_prompt']}”")
     return lines
@@ -124,13 +124,13 @@ def _footer(explanation: Explanation, scale: Scale) -> list[str]:
         red += " (−M where the prompt asks for a finding)"
     legend = [f"M: {_difference(config)}; red: {red}{', inside the lungs' if explanation.lungs is not None else ''}"]
     if explanation.lesion is not None:
-        legend.append("outline: the lesion mask beside the film")
-    if explanation.answers[0].numbers["judge_source"] is not None:
-        legend.append("healthy: the probability that the model's judge gives film → twin")
+        legend.append("outline: the lesion mask beside the image")
+    if explanation.answers[0].numbers["judge_image"] is not None:
+        legend.append("healthy: the probability that the model's judge gives image → counterfactual")
     if config["source_prompt"] == GUESS and not all(answer.numbers["source_prompt"] for answer in explanation.answers):
-        legend.append("the model takes the film for healthy")
+        legend.append("the model takes the image for healthy")
     settings = [
-        f"{about['width']} × {about['height']} px, seen at {len(explanation.film)}",
+        f"{about['width']} × {about['height']} px, seen at {len(explanation.image)}",
         config["method"],
         f"strength {config['strength']:g}",
         f"guidance {config['guidance_scale']:g}",
@@ -147,12 +147,14 @@ def _footer(explanation: Explanation, scale: Scale) -> list[str]:
 
 
 def _difference(config: dict[str, Any]) -> str:
-    first = "film" if config["difference"] == "raw" else "film through the autoencoder"
-    return f"{first} − twin" + (f", smoothed by {config['smoothing']:.1%} of the width" if config["smoothing"] else "")
+    first = "image" if config["difference"] == "raw" else "image through the autoencoder"
+    return f"{first} − counterfactual" + (
+        f", smoothed by {config['smoothing']:.1%} of the width" if config["smoothing"] else ""
+    )
 
 
 def short_path(path: str) -> str:
-    """The end of a path, which is what tells films apart; folders above it are nobody's business on a sheet."""
+    """The end of a path, which is what tells images apart; folders above it are nobody's business on a sheet."""
     end = "/".join(path.split("/")[-3:])
     return end if len(end) <= 80 else "…" + end[-79:]
 
@@ -161,10 +163,10 @@ def describe(explanation: Explanation) -> str:
     """The numbers on a terminal, a paragraph per prompt."""
     about = explanation.about
     lines = [
-        f"{about['film']}: {about['width']} x {about['height']} px; model {about['model_digest'][:12]}, "
+        f"{about['image']}: {about['width']} x {about['height']} px; model {about['model_digest'][:12]}, "
         f"recipe {about['recipe']}, seed {about['run_seed']}"
     ]
     if about["trained_on"] == "phantoms":
-        lines.append("the model was trained on phantoms and has not learned real films")
+        lines.append("the model was trained on phantoms and has not learned real images")
     lines += [f"“{answer.prompt}”: {' · '.join(said(answer))}" for answer in explanation.answers]
     return "\n".join([*lines, "Not for clinical use."])

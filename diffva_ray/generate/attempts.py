@@ -28,7 +28,7 @@ from diffva_ray.storage.store import Store
 FOLDER = "attempts"
 INLINE, RAY = "inline", "ray"
 DEATHS = {RAY: 2, INLINE: 3}  # in one record's flight, before it is set aside
-MOST_DEATHS = 20  # of one driver's workers on one shard: that is no longer about single films
+MOST_DEATHS = 20  # of one driver's workers on one shard: that is no longer about single images
 MOST_MEMORY = 3  # attempts that may run out of memory
 
 
@@ -104,7 +104,7 @@ class Attempt:
             suspects = ", ".join(sorted(self.blamed)[:3]) or "none in flight"
             raise WorkersKeepDying(
                 f"{part(self.shard)}: {self.deaths} workers died on it, on {len(self.blamed)} different records "
-                f"({suspects}); that points to the machine (memory, GPU, driver), not to the films. All committed "
+                f"({suspects}); that points to the machine (memory, GPU, driver), not to the images. All committed "
                 "work is kept, the same command goes on"
             )
         self._mark("try")

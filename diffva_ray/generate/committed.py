@@ -115,7 +115,7 @@ def start_retry(run: Run) -> Run | None:
     table = cut_again(plan.filter(pc.is_in(plan["record_id"], quarantined)), run.recipe.generate.shard_size)
     # a file that was mended has another size: what is read now is what counts
     unknown = pa.array(np.full(len(table), -1, np.int64))
-    table = table.set_column(PLAN.get_field_index("source_size"), PLAN.field("source_size"), unknown)
+    table = table.set_column(PLAN.get_field_index("image_size"), PLAN.field("image_size"), unknown)
     store = open_store(join(run.store.uri, OVERLAYS, f"r{len(before) + 1}"))
     # the keys as they are stored, without today's defaults: a retry has its run's own fingerprint
     return start_run(store, table, run.about["keys"], run.about)

@@ -63,8 +63,8 @@ def estimate(pace: Pace, records: int, actors: int | None, gpus_per_actor: float
 def cost(recipe: Recipe, sweep: Sequence[tuple[str, Sequence[Any]]], records: int) -> dict[str, Any]:
     """The cost of ``records`` records, spread evenly over the points of a sweep: UNet forwards and TFLOP (None:
     networks that are not in the table, or work in part), of a record on average and of all; and what they store at
-    most: twin and reconstruction (a byte a pixel), map (two), 4 kB of row, features and headers. Raises ValueError as
-    ``calls``."""
+    most: counterfactual and reconstruction (a byte a pixel), map (two), 4 kB of row, features and headers. Raises
+    ValueError as ``calls``."""
     of_points = []
     for point in itertools.product(*(values for _, values in sweep)):
         swept = dict(zip((key for key, _ in sweep), point, strict=True))

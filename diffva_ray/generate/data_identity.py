@@ -23,7 +23,7 @@ SAMPLE = 8  # images whose content is remembered
 
 def content_sample(dataset: Dataset) -> dict[str, str]:
     """The sha256 of up to SAMPLE readable images by path, spread over the data set by the digest of their paths."""
-    paths = sorted({image.path for image in dataset.films if image.size >= 0}, key=digest)
+    paths = sorted({image.path for image in dataset.images if image.size >= 0}, key=digest)
     sample: dict[str, str] = {}
     for path in paths[: 2 * SAMPLE]:  # some of them may be unreadable
         if len(sample) < SAMPLE and (found := _sha256(dataset.store, path)):
@@ -56,9 +56,9 @@ def check_same(run: Run, data: Store) -> None:
 def check_listing(run: Run, dataset: Dataset) -> None:
     """Raises UnusableData when ``dataset`` lacks more of the planned images, by path and size, than
     ``max_quarantined_fraction`` allows."""
-    listed = {image.path: image.size for image in dataset.films}
-    plan = run.plan(["source_path", "source_size"])
-    planned = dict(zip(plan["source_path"].to_pylist(), plan["source_size"].to_pylist(), strict=True))
+    listed = {image.path: image.size for image in dataset.images}
+    plan = run.plan(["image_path", "image_size"])
+    planned = dict(zip(plan["image_path"].to_pylist(), plan["image_size"].to_pylist(), strict=True))
     wrong = [path for path, size in planned.items() if size >= 0 and listed.get(path) != size]
     if len(wrong) > run.recipe.evaluate.max_quarantined_fraction * len(planned):
         raise UnusableData(

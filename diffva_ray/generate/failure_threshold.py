@@ -29,7 +29,7 @@ def check_quarantined(run: Run, bad: pa.Table) -> None:
     if len(bad) > allowed * planned:
         raise OverBudget(
             f"{len(bad)} of {planned} records are quarantined, more than max_quarantined_fraction {allowed:g} allows "
-            f"({_first(bad)}); all work is kept in {run.store.uri}; mend the films and run diffva retry"
+            f"({_first(bad)}); all work is kept in {run.store.uri}; mend the images and run diffva retry"
         )
 
 
@@ -44,10 +44,10 @@ def check_first_shards(run: Run, counts: Mapping[str, int]) -> None:
 
 
 def _quarantined(run: Run) -> pa.Table:
-    names = ["source_path", "status", "error"]
+    names = ["image_path", "status", "error"]
     bad = [table.filter(pc.field("status") != Status.OK.value) for _, table in parts(run, names)]
     return pa.concat_tables(bad) if bad else RECORDS.empty_table()
 
 
 def _first(bad: pa.Table) -> str:
-    return f"first: {bad['source_path'][0]}: {bad['error'][0]}"
+    return f"first: {bad['image_path'][0]}: {bad['error'][0]}"

@@ -1,4 +1,5 @@
-"""What is measured on a film and its twin: the same numbers for a run's records and for ``diffva explain``."""
+"""What is measured on an image and its counterfactual: the same numbers for a run's records and for ``diffva
+explain``."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ def unit(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def measure(
-    film: NDArray[np.float32],
+    image: NDArray[np.float32],
     counterfactual: NDArray[np.uint8],
     reconstruction: NDArray[np.uint8],
     lungs: NDArray[np.bool_] | None,
@@ -29,26 +30,26 @@ def measure(
 ) -> tuple[dict[str, Any], NDArray[np.float32]]:
     """The numbers of one pair, named as columns of RECORDS, and its signed map in [-1, 1]; all images [size, size].
 
-    Twin and reconstruction are taken as they are stored (8 bit), the film as it was decoded, so that anybody can
-    recompute every number from the files.
+    Counterfactual and reconstruction are taken as they are stored (8 bit), the image as it was decoded, so that anybody
+    can recompute every number from the files.
     """
-    healed = unit(counterfactual)
-    signed = attribution(film, unit(reconstruction), healed, config)
-    multiscale, scales = ms_ssim(film, healed)
-    map_energy, in_lungs = energy(signed, lungs)
-    judged = judge.healthy_probability(np.stack([film, healed])) if judge is not None else (None, None)
+    generated = unit(counterfactual)
+    signed = attribution(image, unit(reconstruction), generated, config)
+    multiscale, scales = ms_ssim(image, generated)
+    attribution_energy, in_lungs = energy(signed, lungs)
+    judged = judge.healthy_probability(np.stack([image, generated])) if judge is not None else (None, None)
     return {
         "map": config.map_name,
-        "ssim": ssim(film, healed, config.ssim_preset),
+        "ssim": ssim(image, generated, config.ssim_preset),
         "ms_ssim": multiscale,
         "ms_ssim_scales": scales,
-        "psnr": psnr(film, healed),
-        "l1": l1(film, healed),
-        "map_energy": map_energy,
-        "map_energy_lung_fraction": in_lungs,
-        "judge_source": judged[0],
+        "psnr": psnr(image, generated),
+        "l1": l1(image, generated),
+        "attribution_energy": attribution_energy,
+        "attribution_energy_lung_fraction": in_lungs,
+        "judge_image": judged[0],
         "judge_counterfactual": judged[1],
-        "pixel_sha256": pixel_digest(counterfactual),
-        "map_sha256": pixel_digest(map_levels(signed)),
+        "counterfactual_sha256": pixel_digest(counterfactual),
+        "attribution_sha256": pixel_digest(map_levels(signed)),
         "reconstruction_sha256": pixel_digest(reconstruction),
     }, signed

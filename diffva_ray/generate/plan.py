@@ -19,7 +19,7 @@ from diffva_ray.config.recipe import (
     Recipe,
     first_error,
 )
-from diffva_ray.data.dataset import Dataset, Film
+from diffva_ray.data.dataset import Dataset, LabelledImage
 from diffva_ray.generate.run import PlanError
 from diffva_ray.schema import PLAN, digest, record_id, record_seed
 
@@ -33,7 +33,7 @@ class PromptTooLong(PlanError):
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: which films, which prompt, what is swept. ``classes`` None: all but the healthy one."""
+    """What is asked for: which images, which prompt, what is swept. ``classes`` None: all but the healthy one."""
 
     classes: tuple[str, ...] | None = None
     prompt: str | None = None
@@ -61,66 +61,67 @@ def parse_sweep(texts: Iterable[str]) -> tuple[tuple[str, tuple[Any, ...]], ...]
 
 
 def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
-    """One row per film, sweep point and draw, in the order of settings and record id, cut into shards of one setting.
+    """One row per image, sweep point and sample, in the order of settings and record id, cut into shards of one
+    setting.
 
     Columns are those of PLAN, texts as dictionaries, so that ten million rows fit in memory. Sorting by id spreads
     classes and storage keys evenly over shards. Raises PlanError when nothing is left to do.
     """
-    config, films = recipe.generate, dataset.films
+    config, images = recipe.generate, dataset.images
     points = _points(recipe, request)
-    if not points or not films:
-        raise PlanError("no film is left to plan")
-    draws, total = config.draws, len(points) * len(films) * config.draws
+    if not points or not images:
+        raise PlanError("no image is left to plan")
+    samples, total = config.samples, len(points) * len(images) * config.samples
     names = (
-        record_id(film.path, film.label, point["prompt"], point["method"], {**_id_settings(point), "draw": draw})
-        for point, film, draw in itertools.product(points, films, range(draws))
+        record_id(image.path, image.label, point["prompt"], point["method"], {**_id_settings(point), "draw": sample})
+        for point, image, sample in itertools.product(points, images, range(samples))
     )
     ids = np.fromiter(names, "S20", total)
     place = np.argsort(ids, kind="stable")
     if (ids[place[1:]] == ids[place[:-1]]).any():
-        raise PlanError("the data set names a film twice under one label")
+        raise PlanError("the data set names an image twice under one label")
     if request.limit is not None:
-        place = place[_limited(films, len(points), draws, request.limit)[place]]
+        place = place[_limited(images, len(points), samples, request.limit)[place]]
 
     keys = [_setting(point) for point in points]
-    rank = np.array([sorted(set(keys)).index(key) for key in keys])[place // (len(films) * draws)]
+    rank = np.array([sorted(set(keys)).index(key) for key in keys])[place // (len(images) * samples)]
     place = place[np.argsort(rank, kind="stable")]  # of one setting, they stay in the order of ids
     shard, position = cut(np.sort(rank), config.shard_size)
-    point_of, film_of, draw_of = np.unravel_index(place, (len(points), len(films), draws))
+    point_of, image_of, sample_of = np.unravel_index(place, (len(points), len(images), samples))
 
     seeds = np.fromiter(
-        (record_seed(recipe.seed, film.path, draw) for film, draw in itertools.product(films, range(draws))),
-        np.int64, len(films) * draws,
+        (record_seed(recipe.seed, image.path, sample) for image, sample in itertools.product(images, range(samples))),
+        np.int64, len(images) * samples,
     )  # fmt: skip
     columns = {
         "record_id": pa.array(ids[place]).cast(pa.string()),
         "shard": pa.array(shard, pa.int32()),
         "position": pa.array(position, pa.int32()),
-        "seed": pa.array(seeds[film_of * draws + draw_of]),
-        "draw": pa.array(draw_of, pa.int32()),
+        "seed": pa.array(seeds[image_of * samples + sample_of]),
+        "sample": pa.array(sample_of, pa.int32()),
     }
     for name in PLAN.names:
-        if name in OF_A_FILM:
-            columns[name] = _spread([getattr(film, OF_A_FILM[name]) for film in films], film_of, name)
+        if name in OF_A_IMAGE:
+            columns[name] = _spread([getattr(image, OF_A_IMAGE[name]) for image in images], image_of, name)
         elif name in SWEPT:
             columns[name] = _spread([point[name] for point in points], point_of, name)
     return pa.table({name: columns[name] for name in PLAN.names})
 
 
-def _limited(films: Sequence[Film], points: int, draws: int, limit: int) -> NDArray[np.bool_]:
-    """Which of the records [points x films x draws] a limit leaves: those of as many films as it takes, chosen by the
-    digest of path and label. So runs of other settings take the same films and can be compared, and a sweep has all
-    its points of each film."""
-    digests = np.array([digest([film.path, film.label]) for film in films])
-    film_of = np.tile(np.repeat(np.argsort(np.argsort(digests)), draws), points)
-    chosen = np.zeros(len(film_of), bool)
-    chosen[np.argsort(film_of, kind="stable")[:limit]] = True
+def _limited(images: Sequence[LabelledImage], points: int, samples: int, limit: int) -> NDArray[np.bool_]:
+    """Which of the records [points x images x samples] a limit leaves: those of as many images as it takes, chosen by
+    the digest of path and label. So runs of other settings take the same images and can be compared, and a sweep has
+    all its points of each image."""
+    digests = np.array([digest([image.path, image.label]) for image in images])
+    image_of = np.tile(np.repeat(np.argsort(np.argsort(digests)), samples), points)
+    chosen = np.zeros(len(image_of), bool)
+    chosen[np.argsort(image_of, kind="stable")[:limit]] = True
     return chosen
 
 
-OF_A_FILM = {
-    "source_path": "path", "source_size": "size", "label": "label", "lung_mask_path": "lung_mask",
-    "lesion_mask_path": "lesion_mask", "twin_path": "twin",
+OF_A_IMAGE = {
+    "image_path": "path", "image_size": "size", "label": "label", "lung_mask_path": "lung_mask",
+    "lesion_mask_path": "lesion_mask", "ground_truth_path": "ground_truth",
 }  # fmt: skip
 
 
@@ -168,7 +169,7 @@ def cut_again(plan: pa.Table, shard_size: int) -> pa.Table:
 
 
 def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:
-    """PlanError for settings that no film could be generated with, whether swept or from the recipe."""
+    """PlanError for settings that no image could be generated with, whether swept or from the recipe."""
     try:
         checked = GenerateConfig.model_validate({**config.model_dump(), **settings})
     except ValidationError as error:

@@ -30,11 +30,11 @@ MOST_PENDING = 32  # pairs that wait for that
 
 @dataclass(frozen=True)
 class Pair:
-    """A film (grey [size, size] in [0, 1]) with its lungs, and on 8 bits what the networks made of it. ``row``: what is
-    known of the record so far."""
+    """An image (grey [size, size] in [0, 1]) with its lungs, and on 8 bits what the networks made of it. ``row``: what
+    is known of the record so far."""
 
     row: Row
-    film: NDArray[np.float32]
+    image: NDArray[np.float32]
     lungs: NDArray[np.bool_] | None
     counterfactual: NDArray[np.uint8]
     reconstruction: NDArray[np.uint8]
@@ -52,8 +52,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Finished:
-    """A record's finished row; features of film and counterfactual, and the seconds that measuring and storing took, of
-    an ``ok`` one."""
+    """A record's finished row; features of image and counterfactual, and the seconds that measuring and storing took,
+    of an ``ok`` one."""
 
     row: Row
     features: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
@@ -61,7 +61,7 @@ class Finished:
     storing: float = 0.0
 
 
-class Finisher:
+class Postprocessor:
     """Finishes pairs in threads; whoever commits takes the rows of all of them first (``rows``)."""
 
     def __init__(
@@ -75,7 +75,7 @@ class Finisher:
 
     def give(self, done: Pair | Measured | Row) -> Future[Finished]:
         """Take over a pair, measured or not, or the row of a record that has none. Waits while MOST_PENDING pairs are
-        ahead, and raises what an earlier one raised: nothing is healed for a store that has failed."""
+        ahead, and raises what an earlier one raised: nothing is generated for a store that has failed."""
         while self.pending and (self.pending[0].done() or len(self.pending) >= MOST_PENDING):
             with self.watch("write"):
                 self.pending.popleft().result()
@@ -103,9 +103,9 @@ class Finisher:
     def measure(self, pair: Pair) -> Measured:
         began = time.perf_counter()
         numbers, signed = measure(
-            pair.film, pair.counterfactual, pair.reconstruction, pair.lungs, self.config, self.judge
+            pair.image, pair.counterfactual, pair.reconstruction, pair.lungs, self.config, self.judge
         )
-        film, twin = self.extractor(np.stack([pair.film, unit(pair.counterfactual)]))
+        image_features, counterfactual_features = self.extractor(np.stack([pair.image, unit(pair.counterfactual)]))
         counterfactual, map_, reconstruction = (
             f"{kind}/{part(pair.row['shard'])}/{pair.row['record_id']}.png" for kind in FOLDERS
         )
@@ -123,7 +123,7 @@ class Finisher:
             "status": Status.OK.value,
             "error": None,
         }
-        return Measured(row, files, (film, twin), time.perf_counter() - began)
+        return Measured(row, files, (image_features, counterfactual_features), time.perf_counter() - began)
 
     def _finish(self, done: Pair | Measured) -> Finished:
         measured = self.measure(done) if isinstance(done, Pair) else done
@@ -132,7 +132,7 @@ class Finisher:
             self.store.put(path, encode())
         return Finished(measured.row, measured.features, measured.seconds, time.perf_counter() - began)
 
-    def __enter__(self) -> Finisher:
+    def __enter__(self) -> Postprocessor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -27,11 +27,11 @@ from diffva_ray.config.recipe import (
     make_recipe,
 )
 from diffva_ray.data.dataset import UnusableData
-from diffva_ray.schema import PLAN
+from diffva_ray.schema import PLAN, SCHEMA_VERSION
 from diffva_ray.storage.store import Ranges, Store, open_store, opened
 
 RUN, PLAN_FILE, SUCCESS = "run.json", "plan.parquet", "_SUCCESS"
-FOLDERS = ("counterfactuals", "maps", "reconstructions")  # the images of a record, one file each
+FOLDERS = ("counterfactuals", "attributions", "reconstructions")  # the images of a record, one file each
 ENVIRONMENT = ("torch", "device", "engine")  # may be changed on request; everything else may not
 ROW_GROUPS = 4096  # at most, or the footer, which every worker reads, would grow with the run
 
@@ -76,7 +76,7 @@ class Run:
 
     @cached_property
     def data(self) -> Store:
-        """Where its films are. Raises UnknownScheme."""
+        """Where its images are. Raises UnknownScheme."""
         return opened(self.about["data_root"])
 
     @cached_property
@@ -187,11 +187,20 @@ def open_run(uri: str) -> Run:
 def find_run(store: Store) -> Run | None:
     """The run at ``store``, or None when nothing has been planned there."""
     try:
-        return Run(store, json.loads(store.read(RUN)))
+        about = json.loads(store.read(RUN))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except json.JSONDecodeError as error:
         raise DamagedRun(f"{store.uri}/{RUN} is damaged ({error})") from None
+    if (
+        isinstance(about, dict)
+        and (version := about.get("keys", {}).get("schema_version", SCHEMA_VERSION)) < SCHEMA_VERSION
+    ):
+        raise DamagedRun(
+            f"{store.uri}: a run of an earlier version (schema {version}), whose files and columns have other names; "
+            "choose another folder and make it again"
+        )
+    return Run(store, about)
 
 
 def continue_run(run: Run, keys: dict[str, Any], allow_environment_change: bool = False) -> Run:

@@ -1,4 +1,5 @@
-"""One planned shard from bytes to commit: read, heal, measure, write; the Parquet part comes last and is the commit.
+"""One planned shard from bytes to commit: read, generate, measure, write; the Parquet part comes last and is the
+commit.
 
 No Ray in here: a Ray actor and a plain loop call the same ``run_shard``.
 """
@@ -21,13 +22,13 @@ import torch
 from numpy.typing import NDArray
 
 from diffva_ray._version import __version__
-from diffva_ray.counterfactual.engine import Counterfactuals, Settings
+from diffva_ray.counterfactual.engine import CounterfactualEngine, SamplingSettings
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import MAX_BYTES, BadImage, decode_square, read_mask
-from diffva_ray.data.memory_limit import Admission
+from diffva_ray.data.memory_limit import MemoryLimit
 from diffva_ray.generate.attempts import DEATHS, Attempt, OutOfMemory, Session
 from diffva_ray.generate.data_identity import check_there, readable
-from diffva_ray.generate.postprocessing import Finished, Finisher, Pair
+from diffva_ray.generate.postprocessing import Finished, Pair, Postprocessor
 from diffva_ray.generate.run import Run, Unfinished, find_run, part
 from diffva_ray.metrics.feature_set import npz
 from diffva_ray.metrics.features import Extractor, stand_in
@@ -37,17 +38,17 @@ from diffva_ray.progress import Stopwatch, one_line
 from diffva_ray.schema import RECORDS, Row, Status
 from diffva_ray.storage.store import Store, StoreError, open_store, patiently
 
-READERS = 8  # films that are read at once
-READING = Admission(MAX_BYTES)  # bytes of films in memory
+READERS = 8  # images that are read at once
+READING = MemoryLimit(MAX_BYTES)  # bytes of images in memory
 
 
 @dataclass
-class Workbench:
+class WorkerContext:
     """What a worker holds between shards: the run, the data, the model on its device."""
 
     run: Run
     data: Store
-    engine: Counterfactuals
+    engine: CounterfactualEngine
     judge: Judge | None
     extractor: Extractor = field(default_factory=stand_in)
     session: Session = field(default_factory=Session)
@@ -55,7 +56,7 @@ class Workbench:
     @classmethod
     def open(
         cls, run_uri: str, data_uri: str, model_uri: str, device: str | None = None, session: Session | None = None
-    ) -> Workbench:
+    ) -> WorkerContext:
         """Load everything a shard needs. Raises UnusableModel, or Unfinished when the model is not the run's."""
         run = find_run(open_store(run_uri))
         if run is None:
@@ -63,7 +64,7 @@ class Workbench:
         bundle = load(model_uri, run.recipe)
         if bundle.digest != run.keys["model_digest"]:
             raise Unfinished(f"--model {model_uri}: not the model that {run_uri} was planned with")
-        engine = Counterfactuals(bundle, run.recipe.generate, device)
+        engine = CounterfactualEngine(bundle, run.recipe.generate, device)
         try:
             if run.recipe.generate.compile:
                 engine.compile()
@@ -72,46 +73,46 @@ class Workbench:
             raise Unfinished(str(error)) from None
         return cls(run, open_store(data_uri), engine, judge, session=session or Session())
 
-    def finisher(self) -> Finisher:
+    def postprocessor(self) -> Postprocessor:
         config = self.run.recipe.generate
-        return Finisher(self.run.store, self.engine.watch, config, self.judge, self.extractor)
+        return Postprocessor(self.run.store, self.engine.watch, config, self.judge, self.extractor)
 
 
 @dataclass
 class Source:
-    """A film as read for a record: its square, or why there is none."""
+    """An image as read for a record: its square, or why there is none."""
 
     row: Row
     square: NDArray[np.float32] | None = None
     lungs: NDArray[np.bool_] | None = None
-    found: Row = field(default_factory=dict)  # source_sha256, width, height; or status and error
+    found: Row = field(default_factory=dict)  # image_sha256, width, height; or status and error
     absent: bool = False  # there is no such file, or no permission to read it
     busy: float = 0.0  # seconds that reading it took, and of them decoding it
     decoding: float = 0.0
 
 
-def run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
+def run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
     """Make and commit one shard; returns a small report. A shard that is committed already is left alone.
 
-    ``seconds`` are by stage: read and decode_films (waiting for films, which are read ahead), encode, denoise, decode,
-    metrics and write (waiting for pairs, which are measured and stored beside the work, and for the commit).
+    ``seconds`` are by stage: read and decode_images (waiting for images, which are read ahead), encode, denoise,
+    decode, metrics and write (waiting for pairs, which are measured and stored beside the work, and for the commit).
 
     A store that fails is tried again after a pause. Raises StoreError when it goes on failing, OutOfMemory, and
     WorkersKeepDying.
     """
-    return patiently(lambda: _run_shard(bench, shard))
+    return patiently(lambda: _run_shard(context, shard))
 
 
-def _run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
-    run, store, watch = bench.run, bench.run.store, bench.engine.watch
+def _run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
+    run, store, watch = context.run, context.run.store, context.engine.watch
     watch.seconds = {}
     commit = f"records/{part(shard)}.parquet"
     if store.exists(commit):
         return {"shard": shard, "records": 0, "ok": 0, "seconds": watch.seconds}
     rows = run.shard_rows(shard)
-    with Attempt(store, shard, bench.session) as attempt:
+    with Attempt(store, shard, context.session) as attempt:
         try:
-            made = (_one_by_one if attempt.isolated else _together)(bench, rows, attempt)
+            made = (_one_by_one if attempt.isolated else _together)(context, rows, attempt)
         except torch.cuda.OutOfMemoryError as error:
             attempt.ran_out_of_memory()
             raise OutOfMemory(
@@ -121,7 +122,7 @@ def _run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
         finished = [one.row for one in made]
         with watch("write"):
             if any(one.features for one in made):
-                store.put(f"features/{part(shard)}.npz", _features(bench.extractor.name, made))
+                store.put(f"features/{part(shard)}.npz", _features(context.extractor.name, made))
             seconds = {stage: round(value, 4) for stage, value in watch.seconds.items()}
             store.put(f"timings/{part(shard)}.json", json.dumps(seconds).encode())
             store.put_if_absent(commit, records_part(run, shard, finished))
@@ -130,94 +131,95 @@ def _run_shard(bench: Workbench, shard: int) -> dict[str, Any]:
     return {"shard": shard, "records": len(finished), "ok": ok, "seconds": watch.seconds}
 
 
-def _together(bench: Workbench, rows: list[Row], attempt: Attempt) -> list[Finished]:
-    """The usual way: micro-batch after micro-batch, while the next films are read and the last pairs are finished."""
-    size, watch, sources = bench.run.recipe.generate.micro_batch, bench.engine.watch, list[Source]()
+def _together(context: WorkerContext, rows: list[Row], attempt: Attempt) -> list[Finished]:
+    """The usual way: micro-batch after micro-batch, while the next images are read and the last pairs are finished."""
+    size, watch, sources = context.run.recipe.generate.micro_batch, context.engine.watch, list[Source]()
     reading = ThreadPoolExecutor(READERS)
     try:
-        with bench.finisher() as finisher:
-            films = [reading.submit(read_source, bench, row) for row in rows]
-            for start in range(0, len(films), size):  # slices of the plan: which neighbours are bad changes nothing
+        with context.postprocessor() as postprocessor:
+            images = [reading.submit(read_source, context, row) for row in rows]
+            for start in range(0, len(images), size):  # slices of the plan: which neighbours are bad changes nothing
                 with watch("read"):
-                    some = [film.result() for film in films[start : start + size]]
-                for done in _heal(bench, some):
-                    finisher.give(done)
+                    some = [image.result() for image in images[start : start + size]]
+                for done in _generate(context, some):
+                    postprocessor.give(done)
                 sources += some
-            _check_absent(bench, sources)
+            _check_absent(context, sources)
             _share_reading(watch, sources)
-            return finisher.rows()
+            return postprocessor.rows()
     finally:
         reading.shutdown(cancel_futures=True)
 
 
-def _one_by_one(bench: Workbench, rows: list[Row], attempt: Attempt) -> list[Finished]:
+def _one_by_one(context: WorkerContext, rows: list[Row], attempt: Attempt) -> list[Finished]:
     """After a worker died on this shard: every record alone, suspects first, known killers not at all. Padding makes a
     record's pixels the same alone as in company."""
-    limit, killers, watch = DEATHS[attempt.session.executor], attempt.killers, bench.engine.watch
+    limit, killers, watch = DEATHS[attempt.session.executor], attempt.killers, context.engine.watch
     order, sources = sorted(rows, key=lambda row: -attempt.blamed[row["record_id"]]), list[Source]()
-    with bench.finisher() as finisher:
+    with context.postprocessor() as postprocessor:
         for row in order:
             if row["record_id"] in killers:
                 reason = f"its process died {limit} times while this record alone was in flight"
-                finisher.give({**row, "status": Status.KILLED_WORKER.value, "error": reason})
+                postprocessor.give({**row, "status": Status.KILLED_WORKER.value, "error": reason})
                 continue
             with attempt.flight(row["record_id"]):  # whose own fault a death while storing would not be
                 with watch("read"):
-                    sources.append(read_source(bench, row))
-                done = _heal(bench, sources[-1:])[0]
+                    sources.append(read_source(context, row))
+                done = _generate(context, sources[-1:])[0]
                 with watch("metrics"):
-                    measured = finisher.measure(done) if isinstance(done, Pair) else done
+                    measured = postprocessor.measure(done) if isinstance(done, Pair) else done
             with watch("write"):
-                finisher.give(measured).result()
-        _check_absent(bench, sources)
+                postprocessor.give(measured).result()
+        _check_absent(context, sources)
         _share_reading(watch, sources)
-        made = {one.row["record_id"]: one for one in finisher.rows()}
+        made = {one.row["record_id"]: one for one in postprocessor.rows()}
     return [made[row["record_id"]] for row in rows]
 
 
-def _check_absent(bench: Workbench, sources: Sequence[Source]) -> None:
+def _check_absent(context: WorkerContext, sources: Sequence[Source]) -> None:
     """Raises StoreError, and so nothing is committed, where images are absent because the data set is, or was while the
     others were read."""
     absent = [source.row for source in sources if source.absent]
     if absent:
-        check_there(bench.run.about, bench.data)
+        check_there(context.run.about, context.data)
     for row in absent:
-        if row["source_size"] >= 0 and readable(bench.data, row["source_path"]):
-            raise StoreError(f"{bench.data.uri}/{row['source_path']} was not there a moment ago, and is again")
+        if row["image_size"] >= 0 and readable(context.data, row["image_path"]):
+            raise StoreError(f"{context.data.uri}/{row['image_path']} was not there a moment ago, and is again")
 
 
 def _share_reading(watch: Stopwatch, sources: Sequence[Source]) -> None:
-    """Of the time spent waiting for films, decoding has its share of the threads' time (stage ``decode_films``)."""
+    """Of the time spent waiting for images, decoding has its share of the threads' time (stage ``decode_images``)."""
     busy, decoding = sum(source.busy for source in sources), sum(source.decoding for source in sources)
     share = watch.seconds.get("read", 0.0) * decoding / max(busy, 1e-9)
-    watch.seconds |= {"read": watch.seconds.get("read", 0.0) - share, "decode_films": share}
+    watch.seconds |= {"read": watch.seconds.get("read", 0.0) - share, "decode_images": share}
 
 
-def read_source(bench: Workbench, row: Row) -> Source:
-    """Fetch and decode one film; whatever is wrong with it becomes a status and a reason."""
-    config, size = bench.run.recipe.generate, bench.engine.size
+def read_source(context: WorkerContext, row: Row) -> Source:
+    """Fetch and decode one image; whatever is wrong with it becomes a status and a reason."""
+    config, size = context.run.recipe.generate, context.engine.size
     source, began = Source(row), time.perf_counter()
     try:
-        if not bench.engine.fits(row["prompt"]):
+        if not context.engine.fits(row["prompt"]):
             raise BadImage(
-                f"prompt has more than {bench.engine.bundle.tokenizer.model_max_length} tokens", Status.PROMPT_TOO_LONG
+                f"prompt has more than {context.engine.bundle.tokenizer.model_max_length} tokens",
+                Status.PROMPT_TOO_LONG,
             )
-        planned = row["source_size"]
+        planned = row["image_size"]
         if planned > MAX_BYTES:
             raise BadImage(f"the file has {planned:,} bytes; at most {MAX_BYTES:,} are read")
         # What was not listed is absent, or no plain file; waiting for a pipe would never end.
-        if planned < 0 and not bench.data.exists(row["source_path"]):
+        if planned < 0 and not context.data.exists(row["image_path"]):
             raise FileNotFoundError
         with READING(max(planned, 0)):
-            data = bench.data.read(row["source_path"])
+            data = context.data.read(row["image_path"])
             if len(data) != planned and planned >= 0:
                 raise BadImage(f"source changed since planning: {planned} bytes then, {len(data)} now", Status.ERROR)
             fetched = time.perf_counter()
-            source.square, (height, width) = decode_square(data, size, config.min_side, bench.run.recipe.data.bits)
+            source.square, (height, width) = decode_square(data, size, config.min_side, context.run.recipe.data.bits)
             source.decoding = time.perf_counter() - fetched
-            source.found = {"source_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
+            source.found = {"image_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
         if row["lung_mask_path"]:
-            source.lungs = read_mask(bench.data, row["lung_mask_path"], size)
+            source.lungs = read_mask(context.data, row["lung_mask_path"], size)
     except BadImage as error:
         source.found |= {"status": error.status.value, "error": str(error)}
         source.square = None
@@ -230,17 +232,17 @@ def read_source(bench: Workbench, row: Row) -> Source:
     return source
 
 
-def _heal(bench: Workbench, sources: Sequence[Source]) -> list[Pair | Row]:
-    """One fixed-shape call of the engine: a pair of each film, or the row of a record that has none. Slots of
-    unreadable films are blank; a padded tail is the engine's affair."""
+def _generate(context: WorkerContext, sources: Sequence[Source]) -> list[Pair | Row]:
+    """One fixed-shape call of the engine: a pair of each image, or the row of a record that has none. Slots of
+    unreadable images are blank; a padded tail is the engine's affair."""
     if not any(source.square is not None for source in sources):
         return [{**source.row, **source.found} for source in sources]
-    blank = np.zeros((bench.engine.size, bench.engine.size), np.float32)
-    with bench.engine.watch("denoise"):  # but for what the engine itself counts as encoding and decoding
-        twins = bench.engine(
+    blank = np.zeros((context.engine.size, context.engine.size), np.float32)
+    with context.engine.watch("denoise"):  # but for what the engine itself counts as encoding and decoding
+        counterfactuals = context.engine(
             [blank if source.square is None else source.square for source in sources],
             [
-                Settings(
+                SamplingSettings(
                     prompt="" if source.square is None else source.row["prompt"],
                     method=source.row["method"],
                     scheduler=source.row["scheduler"],
@@ -255,7 +257,7 @@ def _heal(bench: Workbench, sources: Sequence[Source]) -> list[Pair | Row]:
         )
     done: list[Pair | Row] = []
     for source, counterfactual, reconstruction, shown in zip(
-        sources, twins.counterfactuals, twins.reconstructions, twins.sources, strict=True
+        sources, counterfactuals.counterfactuals, counterfactuals.reconstructions, counterfactuals.sources, strict=True
     ):
         row = {**source.row, **source.found}
         if source.square is None:
@@ -265,7 +267,7 @@ def _heal(bench: Workbench, sources: Sequence[Source]) -> list[Pair | Row]:
         if np.isfinite(counterfactual).all() and np.isfinite(reconstruction).all():
             done.append(Pair(row, source.square, source.lungs, quantise(counterfactual), quantise(reconstruction)))
         else:
-            reason = "the networks gave NaN or infinity for this film"
+            reason = "the networks gave NaN or infinity for this image"
             done.append({**row, "status": Status.NON_FINITE.value, "error": reason})
     return done
 
@@ -280,7 +282,7 @@ def _features(name: str, made: Sequence[Finished]) -> bytes:
 
 def records_part(run: Run, shard: int, rows: list[Row]) -> bytes:
     """The commit of a shard, serialised in memory so that no half of it can ever be seen."""
-    extra = {"model_digest": run.keys["model_digest"], "map": run.recipe.generate.map_name}
+    extra = {"model_digest": run.keys["model_digest"], "attribution_kind": run.recipe.generate.map_name}
     full = [{**extra, **row} for row in rows]
     table = pa.Table.from_pylist([{name: row.get(name) for name in RECORDS.names} for row in full], schema=RECORDS)
     about = {"fingerprint": run.fingerprint, "shard": str(shard), "diffva_ray": __version__}

@@ -67,7 +67,7 @@ def verify_shard(run: Run, shard: int, planned: Sequence[str], features: set[str
     return [*problems, *([Problem(shard, wrong)] if wrong else [])]
 
 
-IMAGES = (("counterfactual_path", "pixel_sha256"), ("attribution_path", "map_sha256"),
+IMAGES = (("counterfactual_path", "counterfactual_sha256"), ("attribution_path", "attribution_sha256"),
           ("reconstruction_path", "reconstruction_sha256"))  # fmt: skip
 
 

@@ -7,13 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-LEAST = 0.02  # of the film's area, each lung
+LEAST = 0.02  # of the image's area, each lung
 UPPER = 0.5  # of the lungs' height; the heart is looked for below, the mediastinum above is no heart
 
 
 def cardiothoracic_ratio(lungs: NDArray[np.bool_]) -> float | None:
     """Width of the heart's shadow over that of the thorax, in (0, 1), from the visible lung fields bool [H, W] (without
-    the heart); above one half is called cardiomegaly on an upright film.
+    the heart); above one half is called cardiomegaly on an upright image.
 
     As on paper: the farthest reaches of the heart to either side of the midline are added, at whatever heights they
     are, and divided by the widest inner diameter of the thorax. The midline is halfway between the lungs' inner borders

@@ -1,6 +1,6 @@
 """Scores of single counterfactuals that no set distance shows: how little changes, where, and whether it decides.
 
-Maps are signed float arrays [H, W] in [-1, 1]; films and twins grey float32 [H, W] in [0, 1].
+Maps are signed float arrays [H, W] in [-1, 1]; images and counterfactuals grey float32 [H, W] in [0, 1].
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHANGED = 0.05  # of the grey range: a pixel that differs by more is changed (ph
 
 
 def changed_share(m: NDArray[np.floating], threshold: float = CHANGED) -> float:
-    """Minimality: share of pixels with |M| above ``threshold``, in [0, 1]. On healthy films under a healthy prompt it
+    """Minimality: share of pixels with |M| above ``threshold``, in [0, 1]. On healthy images under a healthy prompt it
     is the false attribution.
 
         >>> changed_share(np.array([[0.0, 0.1], [-0.1, 0.01]]))
@@ -27,11 +27,11 @@ def changed_share(m: NDArray[np.floating], threshold: float = CHANGED) -> float:
 
 
 def collateral_change(before: NDArray[np.floating], after: NDArray[np.floating], own: int, healthy: int) -> float:
-    """Change of what nobody asked to change: sum of |p' - p| over all classes but the film's ``own`` and the
+    """Change of what nobody asked to change: sum of |p' - p| over all classes but the image's ``own`` and the
     ``healthy`` one, of a judge's class probabilities [classes] before and after, in [0, 1]; NaN with no other class.
 
-    Healing may move probability from the film's own class to the healthy one; what arrives elsewhere is another disease
-    that the twin now shows (or one that the film showed and that went along)."""
+    Healing may move probability from the image's own class to the healthy one; what arrives elsewhere is another
+    disease that the counterfactual now shows (or one that the image showed and that went along)."""
     others = [n for n in range(len(before)) if n not in (own, healthy)]
     return float(np.abs(np.asarray(after)[others] - np.asarray(before)[others]).sum()) if others else float("nan")
 
@@ -47,7 +47,7 @@ class Outside:
 
 
 def outside_lesion(m: NDArray[np.floating], lesion: NDArray[np.bool_]) -> Outside | None:
-    """Where a map [H, W] changes the film, against the lesion mask [H, W]; None when the mask is empty or everything.
+    """Where a map [H, W] changes the image, against the lesion mask [H, W]; None when the mask is empty or everything.
     Raises ValueError for unequal shapes."""
     if m.shape != lesion.shape:
         raise ValueError(f"map and lesion are [H, W] of one shape, got {m.shape} and {lesion.shape}")
@@ -61,8 +61,8 @@ def outside_lesion(m: NDArray[np.floating], lesion: NDArray[np.bool_]) -> Outsid
 
 
 def side_share(m: NDArray[np.floating]) -> float:
-    """Share of |M| of a map [H, W] on the patient's left, which is the right half of the film, in [0, 1]; NaN for a map
-    of zeros. A measure of our own, of whether a prompt's "left" and "right" are obeyed; of an odd width the middle
+    """Share of |M| of a map [H, W] on the patient's left, which is the right half of the image, in [0, 1]; NaN for a
+    map of zeros. A measure of our own, of whether a prompt's "left" and "right" are obeyed; of an odd width the middle
     column counts half."""
     energy = np.abs(m.astype(np.float64))
     total = energy.sum()
@@ -73,37 +73,38 @@ def side_share(m: NDArray[np.floating]) -> float:
 
 def cout(
     healthy: Callable[[NDArray[np.float32]], NDArray[np.floating]],
-    film: NDArray[np.float32],
-    twin: NDArray[np.float32],
+    image: NDArray[np.float32],
+    counterfactual: NDArray[np.float32],
     steps: int = 50,
 ) -> tuple[float, NDArray[np.float64]]:
     """COUT (Khorram & Fuxin 2022) in [-1, 1], and its curve [steps + 1].
 
-    Pixels of the twin replace the film's in the order of |film - twin|, largest first; after each step
-    ``healthy(films [n, H, W])`` gives the probabilities [n] of the target. The score is the area under the target's
-    curve less that under the rest's (1 - p): near 1 when few, decisive pixels turn the verdict. Ties are in raster
-    order. Raises ValueError for unequal shapes or no step.
+    Pixels of the counterfactual replace the image's in the order of |image - counterfactual|, largest first; after each
+    step ``healthy(images [n, H, W])`` gives the probabilities [n] of the target. The score is the area under the
+    target's curve less that under the rest's (1 - p): near 1 when few, decisive pixels turn the verdict. Ties are in
+    raster order. Raises ValueError for unequal shapes or no step.
     """
-    if film.shape != twin.shape or film.ndim != 2 or steps < 1:
+    if image.shape != counterfactual.shape or image.ndim != 2 or steps < 1:
         raise ValueError(
-            f"film and twin are [H, W] of one shape and steps >= 1, got {film.shape}, {twin.shape}, {steps}"
+            f"image and counterfactual are [H, W] of one shape and steps >= 1, got {image.shape}, "
+            f"{counterfactual.shape}, {steps}"
         )
-    order = np.argsort(-np.abs(film.astype(np.float64) - twin), axis=None, kind="stable")
-    stages = np.repeat(film[None], steps + 1, axis=0).reshape(steps + 1, -1)
+    order = np.argsort(-np.abs(image.astype(np.float64) - counterfactual), axis=None, kind="stable")
+    stages = np.repeat(image[None], steps + 1, axis=0).reshape(steps + 1, -1)
     for step in range(1, steps + 1):
-        taken = order[: round(step * film.size / steps)]
-        stages[step, taken] = twin.ravel()[taken]
-    curve = np.asarray(healthy(stages.reshape(steps + 1, *film.shape)), dtype=np.float64)
+        taken = order[: round(step * image.size / steps)]
+        stages[step, taken] = counterfactual.ravel()[taken]
+    curve = np.asarray(healthy(stages.reshape(steps + 1, *image.shape)), dtype=np.float64)
     area = float((curve[1:] + curve[:-1]).sum() / 2 / steps)
     return 2 * area - 1, curve
 
 
 @dataclass(frozen=True)
 class Memorisation:
-    """``nearer``: share of twins nearer to a training film than to any held-out film, sets drawn to equal size; one
-    half when training films are not special. ``without_memory``: where 95 % of that share lie when films are dealt to
-    the two sets at random; ``p_value``: how often it is then at least as large. ``train``, ``held_out``: median
-    distances to the nearest."""
+    """``nearer``: share of counterfactuals nearer to a training image than to any held-out image, sets drawn to equal
+    size; one half when training images are not special. ``without_memory``: where 95 % of that share lie when images
+    are dealt to the two sets at random; ``p_value``: how often it is then at least as large. ``train``, ``held_out``:
+    median distances to the nearest."""
 
     nearer: float
     without_memory: tuple[float, float]
@@ -115,24 +116,26 @@ class Memorisation:
 
 
 def memorisation(
-    twins: NDArray[np.floating],
+    counterfactuals: NDArray[np.floating],
     train: NDArray[np.floating],
     held_out: NDArray[np.floating],
     deals: int = 999,
     seed: int = 0,
 ) -> Memorisation:
-    """Audit of twins [N, d] against features (or pixels) of training films [N1, d] and films that the model never saw
-    [N2, d], which should be of one source and class.
+    """Audit of counterfactuals [N, d] against features (or pixels) of training images [N1, d] and images that the model
+    never saw [N2, d], which should be of one source and class.
 
-    All twins share the two sets, so the share scatters with the sets and not with N: a permutation test deals the films
-    of both anew. Equal distances count half. Raises ValueError below two rows in a set.
+    All counterfactuals share the two sets, so the share scatters with the sets and not with N: a permutation test deals
+    the images of both anew. Equal distances count half. Raises ValueError below two rows in a set.
     """
     size = min(len(train), len(held_out))
-    if size < 2 or len(twins) < 2:
-        raise ValueError(f"an audit needs two films in each set, got {len(twins)}, {len(train)} and {len(held_out)}")
+    if size < 2 or len(counterfactuals) < 2:
+        raise ValueError(
+            f"an audit needs two images in each set, got {len(counterfactuals)}, {len(train)} and {len(held_out)}"
+        )
     random = np.random.default_rng(seed)
-    films = [z[random.choice(len(z), size, replace=False)].astype(np.float64) for z in (train, held_out)]
-    distances = np.sqrt(squared_distances(twins.astype(np.float64), np.concatenate(films)))
+    images = [z[random.choice(len(z), size, replace=False)].astype(np.float64) for z in (train, held_out)]
+    distances = np.sqrt(squared_distances(counterfactuals.astype(np.float64), np.concatenate(images)))
 
     def share(order: NDArray[np.intp]) -> float:
         first, second = (distances[:, order[part]].min(axis=1) for part in (slice(size), slice(size, None)))
@@ -148,7 +151,7 @@ def memorisation(
         float((1 + np.sum(dealt >= nearer)) / (1 + deals)),
         float(np.median(distances[:, :size].min(axis=1))),
         float(np.median(distances[:, size:].min(axis=1))),
-        len(twins),
+        len(counterfactuals),
         size,
     )
 
@@ -156,7 +159,7 @@ def memorisation(
 def flip_rate(
     before: Sequence[float] | NDArray[np.floating], after: Sequence[float] | NDArray[np.floating]
 ) -> tuple[float, int]:
-    """Share, in [0, 1], of films that turn healthy (probability above one half) among those the judge called abnormal
+    """Share, in [0, 1], of images that turn healthy (probability above one half) among those the judge called abnormal
     before, and the number of these, from probabilities of healthy [n] before and after. NaN without any. Raises
     ValueError for sequences of unequal length."""
     old, new = np.asarray(before, float), np.asarray(after, float)

@@ -1,4 +1,5 @@
-"""Judges that this project did not train: whether somebody else's network calls a film and its twin healthy.
+"""Judges that this project did not train: whether somebody else's network calls an image and its counterfactual
+healthy.
 
 By name: ``torchxrayvision=WEIGHTS``, one of that package's DenseNets, and ``judge=MODEL``, the judge of another model
 folder (another training seed, say). Weights come by path and nothing is downloaded.
@@ -19,13 +20,13 @@ from diffva_ray.metrics.extractors import densenet, features2
 from diffva_ray.metrics.validity import load_judge
 from diffva_ray.storage.store import open_store
 
-# Findings that make a lung opaque, as torchxrayvision calls them: what the classes healed here are made of.
+# Findings that make a lung opaque, as torchxrayvision calls them: what the classes generated here are made of.
 OPACITIES = ("Lung Opacity", "Pneumonia", "Consolidation", "Infiltration")
 
 
 @dataclass(frozen=True)
 class ExternalJudge:
-    """``healthy``: from grey films [n, H, W] in [0, 1] to the probability [n] of "nothing wrong"; above 0.5 is a
+    """``healthy``: from grey images [n, H, W] in [0, 1] to the probability [n] of "nothing wrong"; above 0.5 is a
     verdict of healthy. ``says`` is what that probability is made of, for the caption of a table."""
 
     name: str
@@ -59,8 +60,8 @@ def torchxrayvision_judge(weights: str | Path) -> ExternalJudge:
         )
 
     @torch.inference_mode()
-    def healthy(films: NDArray[np.float32]) -> NDArray[np.float64]:
-        features = features2(network, torch.from_numpy(films)[:, None])
+    def healthy(images: NDArray[np.float32]) -> NDArray[np.float64]:
+        features = features2(network, torch.from_numpy(images)[:, None])
         scaled = op_norm(network.classifier(features).sigmoid(), points)
         return 1 - scaled[:, told].amax(dim=1).double().numpy()
 

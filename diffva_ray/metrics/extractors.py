@@ -26,7 +26,7 @@ from diffva_ray.storage.store import open_store
 XRV_SIDE = 224
 
 # Extractors by name. An opener takes the path of the weights, the device, and what Inception alone knows: the way to
-# its grid, and the side of the films' own grid.
+# its grid, and the side of the images' own grid.
 Opener = Callable[[str, str, Resize, int], Extractor]
 EXTRACTORS: dict[str, Opener] = {
     "inception": lambda path, device, resize, side: inception(path, resize, side, device),
@@ -67,7 +67,7 @@ def densenet(weights: str | Path) -> tuple[Any, str]:
 
 
 def torchxrayvision(weights: str | Path, device: str = "cpu") -> Extractor:
-    """``features2`` of torchxrayvision's DenseNet121: 1024 features at 224 px, films scaled to [-1024, 1024] as there.
+    """``features2`` of torchxrayvision's DenseNet121: 1024 features at 224 px, images scaled to [-1024, 1024] as there.
     Raises ValueError as ``densenet``."""
     network, sha256 = densenet(weights)
     network.to(device)
@@ -93,7 +93,7 @@ def features2(network: Any, images: torch.Tensor) -> torch.Tensor:
 def rad_dino(folder: str | Path, device: str = "cpu") -> Extractor:
     """CLS token (after the last normalisation, transformers' ``pooler_output``) of a Dinov2 snapshot such as RAD-DINO.
 
-    Side, mean and standard deviation are those of the snapshot's ``preprocessor_config.json``; films are squashed to
+    Side, mean and standard deviation are those of the snapshot's ``preprocessor_config.json``; images are squashed to
     the side (bicubic, antialiased), grey in all three channels. Raises ValueError, one line, for another folder.
     """
     from transformers import Dinov2Config, Dinov2Model
@@ -140,7 +140,7 @@ def _preprocessing(about: dict[str, Any]) -> tuple[int, list[float], list[float]
 def judge_features(model: str, device: str = "cpu") -> Extractor:
     """What the judge of the model folder ``model`` sees before its last layer (means and maxima of its maps).
 
-    It was trained on the same films' labels, so a distance in it asks what it asks: whether a set shows the classes
+    It was trained on the same images' labels, so a distance in it asks what it asks: whether a set shows the classes
     alike. Raises ValueError, one line, for a model without a judge.
     """
     store = open_store(model)

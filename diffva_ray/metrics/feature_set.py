@@ -1,4 +1,4 @@
-"""Feature vectors of a set of films, which may be more than memory holds: selected rows of an [M, d] array or
+"""Feature vectors of a set of images, which may be more than memory holds: selected rows of an [M, d] array or
 memmap."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class FeatureSet:
 
     def __init__(self, base: NDArray[np.floating], rows: NDArray[np.integer] | None = None) -> None:
         if base.ndim != 2:
-            raise ValueError(f"features are one row per film, [N, d], got shape {base.shape}")
+            raise ValueError(f"features are one row per image, [N, d], got shape {base.shape}")
         self.base = base
         self.rows = np.arange(len(base)) if rows is None else np.asarray(rows, np.intp)
 

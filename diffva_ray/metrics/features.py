@@ -1,4 +1,4 @@
-"""Networks that turn films into the feature vectors FID and KID compare: pytorch-fid's Inception, and a stand-in.
+"""Networks that turn images into the feature vectors FID and KID compare: pytorch-fid's Inception, and a stand-in.
 
 The stand-in exists so that everything runs without a download; its distances are never called FID. Nothing is
 downloaded unless ``download_inception`` is called.
@@ -27,7 +27,7 @@ Resize = Literal["clean", "legacy"]
 class Extractor:
     """A feature network: ``extractor(images)`` is float32 [N, dimension] for float images [N, H, W] in [0, 1].
 
-    ``resize`` names the way from the film to the network's grid; ``weights_sha256`` the weights. Both belong in every
+    ``resize`` names the way from the image to the network's grid; ``weights_sha256`` the weights. Both belong in every
     table beside ``name``. Images are run ``micro_batch`` at a time, so memory does not grow with N.
     """
 
@@ -56,7 +56,7 @@ class Extractor:
 def stand_in() -> Extractor:
     """``stand-in-random-conv-64``: a small convolutional network with fixed random weights, 64 features, on the CPU.
 
-    Films are resized to 64x64 (bilinear, antialiased); at each of four scales (64, 32, 16, 8 pixels) eight channels
+    Images are resized to 64x64 (bilinear, antialiased); at each of four scales (64, 32, 16, 8 pixels) eight channels
     give a mean and a standard deviation. Distances in it tell equal from unequal sets; their size means nothing outside
     this extractor.
     """

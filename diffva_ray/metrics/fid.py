@@ -125,12 +125,13 @@ def delete_group_jackknife(
     and may lie above it, which tells how much of that value is N. The correction removes the bias of order 1/N; with
     fewer rows than dimensions some of it stays. A bootstrap is no alternative: repeated rows add to the bias.
 
-    ``paired``: row i of both sets belongs to one film (a film and its counterfactual), so both sets are cut alike and a
-    film leaves with its twin; then N1 = N2. Raises ValueError below four rows, or when paired sets differ in length.
+    ``paired``: row i of both sets belongs to one image (an image and its counterfactual), so both sets are cut alike
+    and a image leaves with its counterfactual; then N1 = N2. Raises ValueError below four rows, or when paired sets
+    differ in length.
     """
     x, y = _two(x, y, 4)
     if paired and len(x) != len(y):
-        raise ValueError(f"paired sets have one row per film each, got {len(x)} and {len(y)}")
+        raise ValueError(f"paired sets have one row per image each, got {len(x)} and {len(y)}")
     groups = min(groups, len(x), len(y))
     if groups < 2:
         raise ValueError(f"a jackknife needs at least 2 groups, got {groups}")
@@ -195,4 +196,4 @@ def _two(x: Features, y: Features, least: int) -> tuple[FeatureSet, FeatureSet]:
 
 def _enough(n: int, least: int) -> None:
     if n < least:
-        raise ValueError(f"a Frechet distance needs at least {least} films in each set here, got {n}")
+        raise ValueError(f"a Frechet distance needs at least {least} images in each set here, got {n}")

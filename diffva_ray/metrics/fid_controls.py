@@ -1,5 +1,5 @@
-"""What one Frechet distance hides: its bias of order 1/N (FID-infinity), that a film meets its own edit (split halves),
-and that classes differ (distance within each condition).
+"""What one Frechet distance hides: its bias of order 1/N (FID-infinity), that an image meets its own edit (split
+halves), and that classes differ (distance within each condition).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def infinity(x: Features, y: Features, draws: int = 4, seed: int = 0) -> Extrapo
     MOST are drawn first. Raises ValueError below eight rows.
     """
     if min(len(x), len(y)) < 8:
-        raise ValueError(f"an extrapolation needs at least 8 films in each set, got {min(len(x), len(y))}")
+        raise ValueError(f"an extrapolation needs at least 8 images in each set, got {min(len(x), len(y))}")
     random = np.random.default_rng(seed)
     x, y = (FeatureSet.of(z).drawn(MOST, random) for z in (x, y))
     inverse, values = [1.0], [frechet_distance_features(x, y)]
@@ -61,45 +61,48 @@ def infinity(x: Features, y: Features, draws: int = 4, seed: int = 0) -> Extrapo
 
 @dataclass(frozen=True)
 class Halves:
-    """``crossed``: films of one half against the twins of the other, mean over splits; ``own``: films of one half
-    against their own twins, at the same N. ``own`` far below ``crossed`` says how much of a distance between films and
-    their edits is that they are the same films."""
+    """``crossed``: images of one half against the counterfactuals of the other, mean over splits; ``own``: images of
+    one half against their own counterfactuals, at the same N. ``own`` far below ``crossed`` says how much of a distance
+    between images and their edits is that they are the same images."""
 
     crossed: float
     own: float
     n: int
 
 
-def split_halves(films: Features, twins: Features, splits: int = 4, seed: int = 0) -> Halves:
-    """Split-halves distance (Jeanneret 2023, there "sFID") of features [N, d] of films and, row by row, their twins.
+def split_halves(images: Features, counterfactuals: Features, splits: int = 4, seed: int = 0) -> Halves:
+    """Split-halves distance (Jeanneret 2023, there "sFID") of features [N, d] of images and, row by row, their
+    counterfactuals.
 
-    Of more than MOST films, MOST are drawn first. Raises ValueError below eight rows or for unequal lengths.
+    Of more than MOST images, MOST are drawn first. Raises ValueError below eight rows or for unequal lengths.
     """
-    films, twins = FeatureSet.of(films), FeatureSet.of(twins)
-    if len(films) != len(twins) or films.dimension != twins.dimension or len(films) < 8:
+    images, counterfactuals = FeatureSet.of(images), FeatureSet.of(counterfactuals)
+    if len(images) != len(counterfactuals) or images.dimension != counterfactuals.dimension or len(images) < 8:
         raise ValueError(
-            f"films and twins are [N, d] of one shape with N >= 8, got {len(films)} and {len(twins)} rows of "
-            f"{films.dimension} and {twins.dimension}"
+            f"images and counterfactuals are [N, d] of one shape with N >= 8, got {len(images)} and "
+            f"{len(counterfactuals)} rows of "
+            f"{images.dimension} and {counterfactuals.dimension}"
         )
     random = np.random.default_rng(seed)
-    if len(films) > MOST:
-        chosen = np.sort(random.choice(len(films), MOST, replace=False))
-        films, twins = films.take(chosen), twins.take(chosen)
-    n = len(films) // 2
+    if len(images) > MOST:
+        chosen = np.sort(random.choice(len(images), MOST, replace=False))
+        images, counterfactuals = images.take(chosen), counterfactuals.take(chosen)
+    n = len(images) // 2
     crossed, own = [], []
     for _ in range(splits):
-        order = random.permutation(len(films))
+        order = random.permutation(len(images))
         first, second = order[:n], order[n : 2 * n]
         crossed += [
-            frechet_distance_features(films.take(a), twins.take(b)) for a, b in ((first, second), (second, first))
+            frechet_distance_features(images.take(a), counterfactuals.take(b))
+            for a, b in ((first, second), (second, first))
         ]
-        own += [frechet_distance_features(films.take(a), twins.take(a)) for a in (first, second)]
+        own += [frechet_distance_features(images.take(a), counterfactuals.take(a)) for a in (first, second)]
     return Halves(float(np.mean(crossed)), float(np.mean(own)), n)
 
 
 def conditional(groups: Mapping[str, tuple[Features, Features]]) -> float:
     """Mean distance within each condition (class or prompt), weighted by the rows of the second set: what a pooled
-    distance hides when a generator makes the right mixture of the wrong films. Raises ValueError without a group, or
+    distance hides when a generator makes the right mixture of the wrong images. Raises ValueError without a group, or
     for one with fewer than two rows."""
     if not groups:
         raise ValueError("no condition to compare within")

@@ -21,7 +21,7 @@ def kid(
     is customary; when one draw takes both sets whole it is that single estimate. It has no unit (others print it times
     1000) and may be negative near 0.
 
-    The error is that of sampling N1 and N2 independent films (a delete-one jackknife, each row's effect averaged over
+    The error is that of sampling N1 and N2 independent images (a delete-one jackknife, each row's effect averaged over
     the draws it is in) together with that of the draws; the deviation over draws, which others print, is neither.
     For a set against its own counterfactuals it is too large, as the pairs are alike.
     Raises ValueError below three rows.
@@ -37,7 +37,7 @@ def kid(
         raise ValueError(f"features are [N, d] with one d, got {sets[0].dimension} and {sets[1].dimension}")
     size = min(subset_size, len(x), len(y))
     if size < 3 or subsets < 2:
-        raise ValueError(f"KID needs at least 3 films in each set and 2 subsets, got {size} and {subsets}")
+        raise ValueError(f"KID needs at least 3 images in each set and 2 subsets, got {size} and {subsets}")
     if len(x) == len(y) == size:
         value, effects = _estimate(*(z.load() for z in sets))
         return value, float(np.sqrt(sum(effect.var() / (size - 1) for effect in effects)))
@@ -50,7 +50,7 @@ def kid(
         for total, count, chosen, effect in zip(totals, counts, rows, effects):
             total[chosen] += effect
             count[chosen] += 1
-    # Law of total variance: given the films, the mean scatters about the full U-statistic, which scatters as 1/N.
+    # Law of total variance: given the images, the mean scatters about the full U-statistic, which scatters as 1/N.
     variance = values.var(ddof=1) / subsets
     for total, count in zip(totals, counts):
         variance += (total[count > 0] / count[count > 0]).var() / (len(count) - 1)

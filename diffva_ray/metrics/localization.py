@@ -1,4 +1,4 @@
-"""How well a map finds a lesion: scores per film inside a region, trivial competitors, thresholds, an interval.
+"""How well a map finds a lesion: scores per image inside a region, trivial competitors, thresholds, an interval.
 
 The map, its sign and its smoothing are the caller's to state; competitors are given the same (``baselines``).
 """
@@ -17,19 +17,19 @@ from scipy.stats import norm
 
 Real = TypeVar("Real", np.float32, np.float64)
 
-# Fixed, so that curves of different films and runs can be averaged and a threshold found on one set applied to another.
-# Geometric (steps of 1.7%), because maps of faint lesions peak at a few hundredths and brightness near 1.
+# Fixed, so that curves of different images and runs can be averaged and a threshold found on one set applied to
+# another. Geometric (steps of 1.7%), because maps of faint lesions peak at a few hundredths and brightness near 1.
 THRESHOLDS = np.geomspace(1e-3, 1.0, 400)
 MANY = 20_000  # number of groups from which the normal interval replaces the bootstrap
 
 
 @dataclass(frozen=True, eq=False)
-class FilmScore:
-    """Scores of one film; all in [0, 1], over the pixels of the region.
+class ImageScore:
+    """Scores of one image; all in [0, 1], over the pixels of the region.
 
     ``auroc``, ``auprc`` (average precision): ties share one threshold, as in scikit-learn. ``dice_best``, ``iou_best``:
-    at the film's own best threshold, an upper bound no reader of a map has. ``pointing_game``: 1 when the highest pixel
-    lies in the truth, else 0; of several highest pixels, the share that does. ``energy_in_truth``: share of the
+    at the image's own best threshold, an upper bound no reader of a map has. ``pointing_game``: 1 when the highest
+    pixel lies in the truth, else 0; of several highest pixels, the share that does. ``energy_in_truth``: share of the
     positive saliency that lies in the truth, NaN where no saliency is positive. ``dice_curve``: float32, Dice of
     ``saliency >= t`` for each t of ``THRESHOLDS``.
     """
@@ -45,12 +45,12 @@ class FilmScore:
 
 def score(
     saliency: NDArray[np.floating], truth: NDArray[np.bool_], region: NDArray[np.bool_] | None = None
-) -> FilmScore | None:
+) -> ImageScore | None:
     """Scores of ``saliency`` [H, W] (higher is more lesion; any finite range) against ``truth`` [H, W] inside
-    ``region`` [H, W] (None: the whole film).
+    ``region`` [H, W] (None: the whole image).
 
     Truth outside the region does not count. None when the truth inside the region is empty or fills it: there is
-    nothing to find, or nothing to tell it from, and the film belongs in no mean. Raises ValueError for shapes that
+    nothing to find, or nothing to tell it from, and the image belongs in no mean. Raises ValueError for shapes that
     differ and for saliency that is not finite.
 
         >>> truth = np.zeros((8, 8), bool)
@@ -86,7 +86,7 @@ def score(
 
     above = np.searchsorted(-values, -THRESHOLDS, side="right")  # pixels with saliency >= t
     found_above = np.concatenate([[0], hits])[above]
-    return FilmScore(
+    return ImageScore(
         auroc=float(np.sum(np.diff(false_alarms) * (sensitivity[1:] + sensitivity[:-1])) / 2),
         auprc=float(np.sum(np.diff(sensitivity) * found / taken)),
         dice_best=float(np.max(2 * found / (taken + positives))),
@@ -104,7 +104,7 @@ def boxes_mask(
     square.
 
     A pixel belongs to a box that holds its centre; a box too thin to hold one gets the pixel its own centre lies in.
-    What lies outside the film is cut off. Raises ValueError for a box without area.
+    What lies outside the image is cut off. Raises ValueError for a box without area.
     """
     mask = np.zeros((size, size), dtype=bool)
     for x, y, w, h in boxes:
@@ -123,7 +123,7 @@ def _span(start: float, length: float, scale: float) -> slice:
 
 
 def positive(m: NDArray[Real]) -> NDArray[Real]:
-    """max(M, 0) of a signed map [H, W] in [-1, 1], in [0, 1]: what healing darkened, the sign of opacities."""
+    """max(M, 0) of a signed map [H, W] in [-1, 1], in [0, 1]: what generating darkened, the sign of opacities."""
     return np.maximum(m, 0)
 
 
@@ -142,7 +142,7 @@ def smooth(m: NDArray[Real], fraction: float) -> NDArray[Real]:
 
 
 def brightness(source: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The film [H, W] in [0, 1] itself: opacities are bright, so this is the score any opacity map has to beat."""
+    """The image [H, W] in [0, 1] itself: opacities are bright, so this is the score any opacity map has to beat."""
     return source
 
 
@@ -153,8 +153,8 @@ def autoencoder_difference(source: NDArray[np.float32], reconstruction: NDArray[
 
 
 def centre_prior(size: int) -> NDArray[np.float32]:
-    """A Gaussian [size, size] at the film's centre, peak 1: it has not seen the film. Its sigma of a quarter of the
-    width is chosen, not fitted: within one sigma lies the middle half of the film."""
+    """A Gaussian [size, size] at the image's centre, peak 1: it has not seen the image. Its sigma of a quarter of the
+    width is chosen, not fitted: within one sigma lies the middle half of the image."""
     offset = (np.arange(size) + 0.5) / size - 0.5
     profile = np.exp(-0.5 * (offset / 0.25) ** 2)
     return np.outer(profile, profile).astype(np.float32)
@@ -163,8 +163,8 @@ def centre_prior(size: int) -> NDArray[np.float32]:
 def baselines(
     source: NDArray[np.float32], reconstruction: NDArray[np.float32] | None, smoothing: float
 ) -> dict[str, NDArray[np.float32]]:
-    """The trivial competitors of a map on a square film [size, size] in [0, 1], by name: their positive parts, with the
-    map's own smoothing.
+    """The trivial competitors of a map on a square image [size, size] in [0, 1], by name: their positive parts, with
+    the map's own smoothing.
 
     Without a reconstruction there is no ``autoencoder_difference``.
     """
@@ -175,21 +175,21 @@ def baselines(
 
 
 def fixed_threshold(curves: NDArray[np.floating]) -> tuple[float, float]:
-    """The threshold with the best mean Dice over films' curves [N, T], and that mean; the lowest of equals.
+    """The threshold with the best mean Dice over images' curves [N, T], and that mean; the lowest of equals.
 
     Found on one set and applied to another (``dice_at``), it is a number a reader can have. Raises ValueError for
     curves of another grid and for none.
     """
     _on_grid(curves)
     if not len(curves):
-        raise ValueError("no film to find a threshold on")
+        raise ValueError("no image to find a threshold on")
     mean = curves.mean(axis=0, dtype=np.float64)
     best = int(np.argmax(mean))
     return float(THRESHOLDS[best]), float(mean[best])
 
 
 def dice_at(curves: NDArray[Real], threshold: float) -> NDArray[Real]:
-    """Each film's Dice [N] in [0, 1], from curves [N, T], at the grid's threshold nearest to ``threshold``. Raises
+    """Each image's Dice [N] in [0, 1], from curves [N, T], at the grid's threshold nearest to ``threshold``. Raises
     ValueError when that lies off the grid, and for curves of another grid."""
     _on_grid(curves)
     step = THRESHOLDS[1] / THRESHOLDS[0]
@@ -211,7 +211,7 @@ def group_bootstrap(
 ) -> tuple[float, float]:
     """95% percentile interval (low, high) of the mean of ``values``, drawing whole groups (patients) anew.
 
-    Films of one patient are alike, so drawing films would give too narrow an interval. NaNs are left out. (nan, nan)
+    Images of one patient are alike, so drawing images would give too narrow an interval. NaNs are left out. (nan, nan)
     when fewer than two groups have a value. From MANY groups on it is the normal interval of a ratio of sums, which the
     bootstrap's then equals to within the noise of its own draws. Raises ValueError when values and groups differ in
     length.

@@ -42,7 +42,7 @@ def prdc(real: Features, generated: Features, k: int = 5, seed: int = 0) -> Mani
     if sets[0].dimension != sets[1].dimension:
         raise ValueError(f"features are [N, d] with one d, got {sets[0].dimension} and {sets[1].dimension}")
     if min(len(one) for one in sets) <= k:
-        raise ValueError(f"{k} neighbours need more than {k} films in each set, got {len(sets[0])} and {len(sets[1])}")
+        raise ValueError(f"{k} neighbours need more than {k} images in each set, got {len(sets[0])} and {len(sets[1])}")
     random = np.random.default_rng(seed)
     real, generated = (one.drawn(MOST, random).load() for one in sets)
     real_radii, generated_radii = _radii(real, k), _radii(generated, k)

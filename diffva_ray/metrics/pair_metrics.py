@@ -1,5 +1,5 @@
-"""The numbers of a single film and its twin, a line each: reduce takes them of a sample of films, and each is a column
-of the counterfactual table wherever that is shown (files, terminal, report, paper).
+"""The numbers of a single image and its counterfactual, a line each: reduce takes them of a sample of images, and each
+is a column of the counterfactual table wherever that is shown (files, terminal, report, paper).
 
 A new number is a function on arrays in a module of its own, and a line in PAIR_METRICS.
 """
@@ -23,10 +23,11 @@ COUT_STEPS = 25
 
 @dataclass(frozen=True)
 class Pair:
-    """A film and its twin, float32 [size, size] in [0, 1], the signed map in [-1, 1] between them, and what is known of
-    the film: its class, masks bool [size, size], its row of ``schema.RECORDS``, and the judge of the run's model."""
+    """An image and its counterfactual, float32 [size, size] in [0, 1], the signed map in [-1, 1] between them, and what
+    is known of the image: its class, masks bool [size, size], its row of ``schema.RECORDS``, and the judge of the run's
+    model."""
 
-    film: NDArray[np.float32]
+    image: NDArray[np.float32]
     counterfactual: NDArray[np.float32]
     signed_map: NDArray[np.float32]
     label: str
@@ -49,7 +50,7 @@ class PairMetric:
 
 
 def _gain(pair: Pair) -> float | None:
-    before, after = pair.record["judge_source"], pair.record["judge_counterfactual"]
+    before, after = pair.record["judge_image"], pair.record["judge_counterfactual"]
     return None if before is None or after is None else after - before
 
 
@@ -57,15 +58,15 @@ def _cout(pair: Pair) -> float | None:
     if (judge := pair.judge) is None:
         return None
     healthy = judge.classes.index(judge.healthy)
-    return cout(lambda films: judge.probabilities(films)[:, healthy], pair.film, pair.counterfactual, COUT_STEPS)[0]
+    return cout(lambda images: judge.probabilities(images)[:, healthy], pair.image, pair.counterfactual, COUT_STEPS)[0]
 
 
 def _collateral(pair: Pair) -> float | None:
-    """Of a film of a known abnormal class."""
+    """Of an image of a known abnormal class."""
     judge = pair.judge
     if judge is None or pair.label not in judge.classes or pair.label == judge.healthy:
         return None
-    before, after = judge.probabilities(np.stack([pair.film, pair.counterfactual]))
+    before, after = judge.probabilities(np.stack([pair.image, pair.counterfactual]))
     return collateral_change(before, after, judge.classes.index(pair.label), judge.classes.index(judge.healthy))
 
 
@@ -92,7 +93,7 @@ def _energy(pair: Pair) -> float:
 
 
 def _in_lungs(pair: Pair) -> float | None:
-    return pair.record["map_energy_lung_fraction"]
+    return pair.record["attribution_energy_lung_fraction"]
 
 
 PAIR_METRICS = (

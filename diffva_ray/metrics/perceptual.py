@@ -1,4 +1,4 @@
-"""LPIPS (Zhang 2018): how far apart two films look to AlexNet, by the ``lpips`` package's own network."""
+"""LPIPS (Zhang 2018): how far apart two images look to AlexNet, by the ``lpips`` package's own network."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ from diffva_ray.provenance import missing
 
 @dataclass(frozen=True)
 class Lpips:
-    """``lpips(film, twin)``: LPIPS of two grey films [H, W] in [0, 1] at their own size; 0 for equal films, in practice
-    below 1. ``weights_sha256`` is of the backbone."""
+    """``lpips(image, counterfactual)``: LPIPS of two grey images [H, W] in [0, 1] at their own size; 0 for equal
+    images, in practice below 1. ``weights_sha256`` is of the backbone."""
 
     weights_sha256: str
     network: Any = field(repr=False, compare=False)
 
     @torch.inference_mode()
-    def __call__(self, film: NDArray[np.float32], twin: NDArray[np.float32]) -> float:
-        if film.ndim != 2 or film.shape != twin.shape or min(film.shape) < 32:
+    def __call__(self, image: NDArray[np.float32], counterfactual: NDArray[np.float32]) -> float:
+        if image.ndim != 2 or image.shape != counterfactual.shape or min(image.shape) < 32:
             raise ValueError(
-                f"LPIPS takes two films [H, W] of one shape from 32 pixels, got {film.shape} and {twin.shape}"
+                f"LPIPS takes two images [H, W] of one shape from 32 pixels, got {image.shape} and "
+                f"{counterfactual.shape}"
             )
-        pair = [torch.from_numpy(np.ascontiguousarray(x, np.float32)).expand(1, 3, -1, -1) for x in (film, twin)]
+        pair = [
+            torch.from_numpy(np.ascontiguousarray(x, np.float32)).expand(1, 3, -1, -1) for x in (image, counterfactual)
+        ]
         return float(self.network(*pair, normalize=True))
 
 

@@ -1,4 +1,4 @@
-"""Likeness of two grey films: SSIM (Wang 2004), MS-SSIM (Wang 2003), PSNR and mean absolute difference.
+"""Likeness of two grey images: SSIM (Wang 2004), MS-SSIM (Wang 2003), PSNR and mean absolute difference.
 
 Images are grey float arrays [H, W] in [0, 1] of equal shape; everything is computed in float64.
 """

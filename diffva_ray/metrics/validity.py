@@ -1,5 +1,5 @@
-"""Validity: does a judge call the twin healthy? The judge is a small classifier that is trained on the same films'
-labels and never guides a counterfactual."""
+"""Validity: does a judge call the counterfactual healthy? The judge is a small classifier that is trained on the same
+images' labels and never guides a counterfactual."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ SIZE = 64  # the judge's own pixel grid
 
 
 class Judge(nn.Module):
-    """Convolutional classifier over ``classes`` (sorted labels); ``healthy`` is the one a twin should be given. Its
-    probabilities are calibrated by one ``temperature`` (Guo et al. 2017), which leaves every verdict as it is."""
+    """Convolutional classifier over ``classes`` (sorted labels); ``healthy`` is the one a counterfactual should be
+    given. Its probabilities are calibrated by one ``temperature`` (Guo et al. 2017), which leaves every verdict as it
+    is."""
 
     temperature: torch.Tensor
 
@@ -41,35 +42,35 @@ class Judge(nn.Module):
         self.head = nn.Linear(2 * channels, len(self.classes))
         self.register_buffer("temperature", torch.ones(()))
 
-    def forward(self, films: torch.Tensor) -> torch.Tensor:
-        """Logits [n, classes] of grey float32 films [n, H, W] in [0, 1], not calibrated."""
-        return self.head(self.embed(films))
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [n, classes] of grey float32 images [n, H, W] in [0, 1], not calibrated."""
+        return self.head(self.embed(images))
 
-    def embed(self, films: torch.Tensor) -> torch.Tensor:
-        """What the last layer sees: means and maxima [n, 8 * width] of the maps of grey films [n, H, W] in [0, 1]; each
-        film is standardised on the judge's grid."""
-        grid = functional.interpolate(films[:, None], size=(SIZE, SIZE), mode="bilinear", antialias=True)
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """What the last layer sees: means and maxima [n, 8 * width] of the maps of grey images [n, H, W] in [0, 1];
+        each image is standardised on the judge's grid."""
+        grid = functional.interpolate(images[:, None], size=(SIZE, SIZE), mode="bilinear", antialias=True)
         spread, mean = torch.std_mean(grid, dim=(1, 2, 3), keepdim=True)
         maps = self.features((grid - mean) / (spread + 1e-3))
         return torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)
 
     @torch.inference_mode()
-    def healthy_probability(self, films: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Probability [n] of the healthy class for grey films [n, H, W] in [0, 1]. Films are judged one by one, so
-        that a film's number does not depend on its neighbours. Raises RuntimeError, of torch, for another shape."""
+    def healthy_probability(self, images: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Probability [n] of the healthy class for grey images [n, H, W] in [0, 1]. Images are judged one by one, so
+        that an image's number does not depend on its neighbours. Raises RuntimeError, of torch, for another shape."""
         index = self.classes.index(self.healthy)
-        rows = [self._calibrated(film[None])[0, index].item() for film in films]
+        rows = [self._calibrated(image[None])[0, index].item() for image in images]
         return np.array(rows, dtype=np.float64)
 
     @torch.inference_mode()
-    def probabilities(self, films: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Calibrated probabilities [n, classes] of grey films [n, H, W] in [0, 1], judged together. Raises
+    def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Calibrated probabilities [n, classes] of grey images [n, H, W] in [0, 1], judged together. Raises
         RuntimeError, of torch, for another shape."""
-        return self._calibrated(films).double().cpu().numpy()
+        return self._calibrated(images).double().cpu().numpy()
 
-    def _calibrated(self, films: NDArray[np.float32]) -> torch.Tensor:
+    def _calibrated(self, images: NDArray[np.float32]) -> torch.Tensor:
         device = next(self.parameters()).device
-        return (self(torch.from_numpy(np.asarray(films, np.float32)).to(device)) / self.temperature).softmax(1)
+        return (self(torch.from_numpy(np.asarray(images, np.float32)).to(device)) / self.temperature).softmax(1)
 
 
 def fitted_temperature(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
@@ -94,7 +95,7 @@ def calibration_error(probabilities: NDArray[np.float64], targets: NDArray[np.in
 
 def save_judge(judge: Judge, store: Store, calibration: Mapping[str, float] | None = None) -> None:
     """``judge/model.safetensors`` and ``judge/config.json`` below the model folder; ``calibration``: what was measured
-    on films held out of its training."""
+    on images held out of its training."""
     about: dict[str, Any] = {"classes": list(judge.classes), "healthy": judge.healthy, "width": judge.width}
     about["calibration"] = dict(calibration or {})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in judge.state_dict().items()}

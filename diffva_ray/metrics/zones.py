@@ -1,6 +1,6 @@
 """Brixia zones (Borghesi & Maroldi 2020) as localisation truth: readers' scores of six lung zones, 0 to 3 each.
 
-A, B, C are the patient's right lung (the left half of the film) from top to bottom, D, E, F the left one.
+A, B, C are the patient's right lung (the left half of the image) from top to bottom, D, E, F the left one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ZONES = ("A", "B", "C", "D", "E", "F")
 
 def zone_masks(lungs: NDArray[np.bool_] | None, size: int) -> NDArray[np.bool_]:
     """The six zones bool [6, size, size]: thirds of each lung's height, the lungs [size, size] parted at the middle of
-    their whole width. Without lungs: thirds of the film's middle (15 to 85 % of the height, 10 to 90 % of the width).
+    their whole width. Without lungs: thirds of the image's middle (15 to 85 % of the height, 10 to 90 % of the width).
     Borghesi and Maroldi part lungs at the aortic arch and the pulmonary veins, which no mask shows: thirds stand in for
     that. Raises ValueError for lungs of another shape."""
     if lungs is not None and lungs.shape != (size, size):
@@ -51,9 +51,9 @@ def zone_energy(saliency: NDArray[np.float32], zones: NDArray[np.bool_]) -> NDAr
 
 @dataclass(frozen=True)
 class ZoneAgreement:
-    """Spearman's correlations of map energy and readers' scores, in [-1, 1]. ``pooled``: over all zones of all films,
-    ``interval``: 95 %, bootstrap over films; ``within``: mean over the films whose zones differ of the correlation of
-    their six zones, which no film's overall severity can make; ``n_within``: those films."""
+    """Spearman's correlations of map energy and readers' scores, in [-1, 1]. ``pooled``: over all zones of all images,
+    ``interval``: 95 %, bootstrap over images; ``within``: mean over the images whose zones differ of the correlation of
+    their six zones, which no image's overall severity can make; ``n_within``: those images."""
 
     pooled: float
     interval: tuple[float, float]
@@ -66,7 +66,7 @@ def zone_agreement(
     energies: NDArray[np.floating], scores: NDArray[np.floating], draws: int = 1000, seed: int = 0
 ) -> ZoneAgreement:
     """Agreement of map energies [N, 6] with readers' scores [N, 6] (mean of the readers, 0 to 3); zones that are NaN in
-    either are left out. Raises ValueError for unequal shapes or without a film."""
+    either are left out. Raises ValueError for unequal shapes or without an image."""
     if energies.shape != scores.shape or energies.ndim != 2 or not len(energies):
         raise ValueError(f"energies and scores are [N, 6], got {energies.shape} and {scores.shape}")
     random = np.random.default_rng(seed)
@@ -74,8 +74,8 @@ def zone_agreement(
              for rows in random.integers(len(scores), size=(draws, len(scores)))]  # fmt: skip
     known = [value for value in drawn if not np.isnan(value)]
     low, high = np.percentile(known, [2.5, 97.5]) if len(known) > draws // 2 and len(scores) > 1 else (np.nan, np.nan)
-    films = [_spearman(*pair) for pair in zip(energies, scores)]
-    ranked = [value for value in films if not np.isnan(value)]
+    images = [_spearman(*pair) for pair in zip(energies, scores)]
+    ranked = [value for value in images if not np.isnan(value)]
     within = float(np.mean(ranked)) if ranked else float("nan")
     pooled = _spearman(energies.ravel(), scores.ravel())
     return ZoneAgreement(pooled, (float(low), float(high)), within, len(scores), len(ranked))

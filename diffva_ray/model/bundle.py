@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from diffva_ray.config.recipe import Recipe, RecipeError, make_recipe
 from diffva_ray.model import lora, text
-from diffva_ray.model.card import CARD, COMPONENTS, LORA, UnusableModel, folder_digest, read_card
+from diffva_ray.model.card import CARD, COMPONENTS, FORMAT, LORA, UnusableModel, folder_digest, read_card
 from diffva_ray.model.cross_attention import fit_text_width, text_width
 from diffva_ray.model.extras import load_extra
 from diffva_ray.storage.store import Store, is_local, open_store
@@ -159,7 +159,9 @@ def save(bundle: Bundle, store: Store, card: dict[str, Any]) -> str:
     """
     buffers = (name for module in bundle.modules.values() for name, _ in module.named_buffers())
     if any(name.endswith(REWRITTEN) for name in buffers):
-        raise ValueError("an engine (Counterfactuals) has rewritten this bundle in place; load the model again to save")
+        raise ValueError(
+            "an engine (CounterfactualEngine) has rewritten this bundle in place; load the model again to save"
+        )
     quiet()
     backend = getattr(bundle.tokenizer, "backend_tokenizer", None)
     if backend is not None:  # a used tokenizer would save the padding of its last call, and change the digest
@@ -182,6 +184,7 @@ def save(bundle: Bundle, store: Store, card: dict[str, Any]) -> str:
                 store.put(file.relative_to(folder).as_posix(), file.read_bytes())
         lora.load(bundle.unet, bundle.text_encoder, folder / LORA)
     card = {
+        "format": FORMAT,
         "digest": digest,
         "extras": sorted(bundle.extras),
         "text_source": bundle.text_source,
@@ -200,7 +203,7 @@ def pipeline_of(bundle: Bundle) -> Any:
         tokenizer=bundle.tokenizer,
         unet=bundle.unet,
         scheduler=PNDMScheduler.from_config(bundle.scheduler),
-        safety_checker=None,  # it blacks out films
+        safety_checker=None,  # it blacks out images
         feature_extractor=None,
         requires_safety_checker=False,
     )

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from diffva_ray.storage.store import Store
 
 CARD = "diffva.json"
+FORMAT = 2  # of that file; 1 had a recipe of other names
 TRAINING, PROGRESS = ".train/training.json", ".train/progress.json"  # of a training, while it lasts and after
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 # Networks that some methods need, as folder -> "module:class" (diffusers ModelMixins; extras.py loads them). The digest
@@ -20,8 +21,8 @@ COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 EXTRAS: dict[str, str] = {
     "controlnet": "diffusers:ControlNetModel",
     "classifier": "diffva_ray.model.classifier:LatentClassifier",
-    "vant_gan": "diffva_ray.model.gan_generator:Healer",
-    "ant_gan": "diffva_ray.model.gan_generator:Healer",
+    "vant_gan": "diffva_ray.model.gan_generator:GanGenerator",
+    "ant_gan": "diffva_ray.model.gan_generator:GanGenerator",
 }
 LORA = "lora"  # adapters that were not merged, beside the weights they change
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -34,11 +35,17 @@ class UnusableModel(ValueError):
 def read_card(store: Store) -> dict[str, Any] | None:
     """The model's ``diffva.json``; None where there is none (a plain diffusers folder, an unfinished training)."""
     try:
-        return json.loads(store.read(CARD))
+        card = json.loads(store.read(CARD))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except json.JSONDecodeError as error:
         raise UnusableModel(f"{store.uri}/{CARD}: not JSON ({error})") from None
+    if card.get("format") != FORMAT:
+        raise UnusableModel(
+            f"{store.uri}: a model of an earlier version, whose recipe has other names; train it again, or give "
+            "another --model"
+        )
+    return card
 
 
 def judge_card(store: Store) -> dict[str, Any] | None:

@@ -1,5 +1,5 @@
-"""The generator of methods ``vant-gan`` and ``ant-gan``: a film goes in, its healthy twin comes out, in pixels and in
-one pass, without text, noise or autoencoder."""
+"""The generator of methods ``vant-gan`` and ``ant-gan``: an image goes in, its healthy counterfactual comes out, in
+pixels and in one pass, without text, noise or autoencoder."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ NO_TIME: Any = None  # width of the time embedding that diffusers' blocks may do
 RESNETS = 2  # of a block on the way up: one for every skip connection
 
 
-class Healer(ModelMixin, ConfigMixin):
-    """A U-Net on grey films. ``mode`` "map" draws an additive map, healed = film + M(film) (Baumgartner et al. 2018);
-    "image" draws the healed film itself. ``measured`` is what its training found of it, for readers."""
+class GanGenerator(ModelMixin, ConfigMixin):
+    """A U-Net on grey images. ``mode`` "map" draws an additive map, generated = image + M(image) (Baumgartner et al.
+    2018); "image" draws the generated image itself. ``measured`` is what its training found of it, for readers."""
 
     @register_to_config
     def __init__(
@@ -56,10 +56,10 @@ class Healer(ModelMixin, ConfigMixin):
         self.norm = nn.GroupNorm(norm_num_groups, channels[0])
         self.conv_out = nn.Conv2d(channels[0], 1, 3, padding=1)
 
-    def forward(self, films: torch.Tensor) -> torch.Tensor:
-        """Healed films [n, 1, H, W] of films [n, 1, H, W] in [-1, 1]; with mode "map" they may leave that range. Sides
-        are multiples of 2 to the number of blocks but one."""
-        maps = self.conv_in(films)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Generated images [n, 1, H, W] of images [n, 1, H, W] in [-1, 1]; with mode "map" they may leave that range.
+        Sides are multiples of 2 to the number of blocks but one."""
+        maps = self.conv_in(images)
         kept = [maps]
         for block in self.down:
             maps, skips = block(maps)
@@ -69,9 +69,9 @@ class Healer(ModelMixin, ConfigMixin):
             skips, kept = tuple(kept[-RESNETS:]), kept[:-RESNETS]
             maps = block(maps, skips)
         drawn = self.conv_out(nn.functional.silu(self.norm(maps)))
-        return films + drawn if self.config["mode"] == "map" else drawn.tanh()
+        return images + drawn if self.config["mode"] == "map" else drawn.tanh()
 
-    def heal(self, films: torch.Tensor) -> torch.Tensor:
-        """Grey twins [n, H, W] in [0, 1] of grey films [n, H, W] in [0, 1]."""
-        pixels = films[:, None].to(self.conv_in.weight.dtype) * 2 - 1
+    def generate(self, images: torch.Tensor) -> torch.Tensor:
+        """Grey counterfactuals [n, H, W] in [0, 1] of grey images [n, H, W] in [0, 1]."""
+        pixels = images[:, None].to(self.conv_in.weight.dtype) * 2 - 1
         return (self.forward(pixels)[:, 0].float() / 2 + 0.5).clamp(0, 1)

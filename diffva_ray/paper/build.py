@@ -1,4 +1,4 @@
-"""From films and a model to the paper's tables, figures and one page, through ordinary runs below ``OUT/runs``.
+"""From images and a model to the paper's tables, figures and one page, through ordinary runs below ``OUT/runs``.
 
 The same command again goes on, or does nothing. What cannot be made is a line with its reason, never a hole.
 """
@@ -20,7 +20,7 @@ from diffva_ray.generate.plan import PromptTooLong
 from diffva_ray.generate.run import FingerprintDiffers, open_run
 from diffva_ray.model.card import UnusableModel, read_card
 from diffva_ray.paper.experiments import EXPERIMENTS, Experiment, settings_recipe
-from diffva_ray.paper.inputs import copy_films, drawn, limited, phantom_chexpert, phantom_radiography
+from diffva_ray.paper.inputs import copy_images, drawn, limited, phantom_chexpert, phantom_radiography
 from diffva_ray.paper.state import Inputs, Made
 from diffva_ray.progress import LOG
 from diffva_ray.storage.store import Store, join, open_store
@@ -29,14 +29,14 @@ from diffva_ray.workflows.generate import generate_run
 from diffva_ray.workflows.reduce import reduce
 
 GUARD, SUCCESS = "paper.json", "_SUCCESS"
-QUICK = 24  # films of each class
-FEW = 3  # healthy films of the figures with several prompts
+QUICK = 24  # images of each class
+FEW = 3  # healthy images of the figures with several prompts
 CARDIOMEGALY = "Cardiomegaly"
 
 
 def run_paper(options: Inputs) -> str:
     """Make everything and return where the page is. Raises UnusableData, UnusableModel, RecipeError, FingerprintDiffers
-    (``out`` holds another model's or other films' paper), and what generate and reduce raise."""
+    (``out`` holds another model's or other images' paper), and what generate and reduce raise."""
     from diffva_ray.paper.page import write_page
 
     store, base, card = _open(options)
@@ -47,7 +47,7 @@ def run_paper(options: Inputs) -> str:
         LOG.info("%s: everything is made; nothing to do", store.uri)
         return page
     store.delete(SUCCESS)
-    made = _films(store, base, card, options)
+    made = _images(store, base, card, options)
     if options.execution.executor == "inline":
         _runs(made)
     else:
@@ -68,7 +68,7 @@ def planned_paper(options: Inputs) -> dict[str, Any]:
             {
                 "run": f"runs/{experiment.name}",
                 "makes": experiment.shows,
-                "films": experiment.films,
+                "images": experiment.images,
                 "prompts": list(experiment.prompts) or [recipe.data.healthy_prompt],
                 "recipe": recipe.name,
                 **{key: getattr(recipe.generate, key) for key in
@@ -81,7 +81,7 @@ def planned_paper(options: Inputs) -> dict[str, Any]:
         "radiography": options.radiography or "phantoms",
         "chexpert": options.chexpert or ("phantoms" if options.quick else None),
         "model_digest": card["digest"],
-        "films_per_class": _per_class(options),
+        "images_per_class": _per_class(options),
         "runs": runs,
     }
 
@@ -113,7 +113,7 @@ def _guard(store: Store, options: Inputs, card: dict[str, Any]) -> None:
         "radiography": options.radiography,
         "chexpert": options.chexpert,
         "model_digest": card["digest"],
-        "films_per_class": _per_class(options),
+        "images_per_class": _per_class(options),
         "recipe": options.recipe,
         "set": list(options.overrides),
     }
@@ -124,8 +124,8 @@ def _guard(store: Store, options: Inputs, card: dict[str, Any]) -> None:
             raise FingerprintDiffers(store.uri, changed, before, now)
 
 
-def _films(store: Store, base: Recipe, card: dict[str, Any], options: Inputs) -> Made:
-    """The films, in place; the reasons for those that are not there are kept."""
+def _images(store: Store, base: Recipe, card: dict[str, Any], options: Inputs) -> Made:
+    """The images, in place; the reasons for those that are not there are kept."""
     per_class, size = _per_class(options), base.model.resolution
     place = join(store.uri, "data")
     healthy = base.data.healthy_class
@@ -135,15 +135,15 @@ def _films(store: Store, base: Recipe, card: dict[str, Any], options: Inputs) ->
         radiography = limited(options.radiography, base.data, None, per_class, join(place, "radiography"))
     made = Made(store, base, card, radiography, None, options)
     dataset = open_dataset(radiography, base.data)
-    made.notes += [f"films: {note}" for note in dataset.notes]
+    made.notes += [f"images: {note}" for note in dataset.notes]
     made.boxes = lesion_boxes(radiography, options.boxes, made.notes)
     if healthy not in dataset.classes:
-        raise UnusableData(f"--radiography {options.radiography}: no film of the healthy class {healthy}")
+        raise UnusableData(f"--radiography {options.radiography}: no image of the healthy class {healthy}")
     if len(dataset.classes) == 1:
-        raise UnusableData(f"--radiography {options.radiography}: no film of an abnormal class")
+        raise UnusableData(f"--radiography {options.radiography}: no image of an abnormal class")
     made.chexpert = _chexpert(made, join(place, "chexpert"), per_class, size)
-    few = drawn([film for film in dataset.films if film.label == healthy and film.size >= 0], FEW)
-    copy_films(dataset, few, join(place, "few"))
+    few = drawn([image for image in dataset.images if image.label == healthy and image.size >= 0], FEW)
+    copy_images(dataset, few, join(place, "few"))
     return made
 
 
@@ -171,7 +171,7 @@ def _runs(made: Made) -> None:
         try:
             _run(made, experiment)
         except (OverBudget, PromptTooLong) as error:
-            if experiment.films == "abnormal":
+            if experiment.images == "abnormal":
                 raise
             made.missing.append((experiment.shows, str(error)))  # a prompt too long for this model, say
 
@@ -179,7 +179,7 @@ def _runs(made: Made) -> None:
 def _run(made: Made, experiment: Experiment) -> None:
     """Generate and reduce one experiment."""
     recipe = settings_recipe(made.base, experiment, made.options.overrides)
-    data = join(made.store.uri, "data", "few") if experiment.films == "few healthy" else made.radiography
+    data = join(made.store.uri, "data", "few") if experiment.images == "few healthy" else made.radiography
     out = join(made.store.uri, "runs", experiment.name)
     request = experiment.request(made.base.data.healthy_class)
     generate_run(recipe, data, made.options.model, out, request, made.options.execution)
@@ -192,7 +192,7 @@ def _reduce_options(made: Made, experiment: Experiment) -> Options:
     references: tuple[tuple[str, str], ...] = ((made.base.data.healthy_class, made.radiography),)
     if experiment.cardiomegaly:
         references = ((CARDIOMEGALY, made.chexpert),) if made.chexpert else references
-    options, ill = made.options, experiment.films == "abnormal"
+    options, ill = made.options, experiment.images == "abnormal"
     return Options(
         references=references,
         boxes=options.boxes if ill else None,

@@ -1,7 +1,7 @@
-"""The runs that the paper's tables and figures are made of: which films, which recipe's settings, which prompts.
+"""The runs that the paper's tables and figures are made of: which images, which recipe's settings, which prompts.
 
-Settings live in the recipes named here, each with what the paper leaves unsaid (``assumed``). A model keeps its own
-grid, tokenizer and batch shape; only what a method is made of is taken over from a recipe.
+SamplingSettings live in the recipes named here, each with what the paper leaves unsaid (``assumed``). A model keeps its
+own grid, tokenizer and batch shape; only what a method is made of is taken over from a recipe.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from diffva_ray.generate.plan import Request
 
 TAKEN = ("method", "scheduler", "strength", "guidance_scale", "num_inference_steps", "source_prompt",
          "negative_prompt", "posterior", "difference", "smoothing")  # fmt: skip
-Films = Literal["abnormal", "healthy", "few healthy"]
+Images = Literal["abnormal", "healthy", "few healthy"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Experiment:
 
     name: str
     shows: str
-    films: Films
+    images: Images
     recipe: str | None
     prompts: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class Experiment:
 
     def request(self, healthy_class: str) -> Request:
         """What ``diffva generate`` is asked for."""
-        classes = None if self.films == "abnormal" else (healthy_class,)
+        classes = None if self.images == "abnormal" else (healthy_class,)
         if len(self.prompts) > 1:
             return Request(classes, limit=self.limit, sweep=(("prompt", self.prompts),))
         return Request(classes, self.prompts[0] if self.prompts else None, self.limit)
@@ -41,16 +41,16 @@ class Experiment:
 
 # Columns of tables 1-3: the paper names two settings and does not say which one made them; ours stands beside.
 SETTINGS = {
-    "heal-0.55": "strength 0.55, guidance 4",
-    "heal-0.85": "strength 0.85, guidance 7.5",
-    "heal-own": "the model's own recipe",
+    "generate-0.55": "strength 0.55, guidance 4",
+    "generate-0.85": "strength 0.85, guidance 7.5",
+    "generate-own": "the model's own recipe",
 }
 SEVERITIES = ("mild", "moderate", "severe")
 
 EXPERIMENTS = (
-    Experiment("heal-0.55", "tables 1-3 and 5, figure 3", "abnormal", "paper"),
-    Experiment("heal-0.85", "tables 1-3, figure 2", "abnormal", "paper_fig2"),
-    Experiment("heal-own", "tables 1-3, our column", "abnormal", None),
+    Experiment("generate-0.55", "tables 1-3 and 5, figure 3", "abnormal", "paper"),
+    Experiment("generate-0.85", "tables 1-3, figure 2", "abnormal", "paper_fig2"),
+    Experiment("generate-own", "tables 1-3, our column", "abnormal", None),
     Experiment("healthy-0.55", "false attribution", "healthy", "paper"),
     Experiment("healthy-own", "false attribution", "healthy", None),
     Experiment("cardiomegaly", "table 4", "healthy", "paper_induction", ("Cardiomegaly",), cardiomegaly=True),
@@ -73,9 +73,9 @@ EXPERIMENTS = (
 # The part of the plan that the paper's text, as we have it, does not fix.
 ASSUMED = (
     "the numbering of figures 3 to 10 and their prompts but for “large lung opacity on the left”",
-    "tables 1-3 are made of every film of a class; the paper says “randomly-sampled images” and “all images”",
-    "table 4: healthy films of the Radiography Database become cardiomegaly; prompt “Cardiomegaly”",
-    "table 5: twins of the same abnormal films as in table 2, against real healthy films",
+    "tables 1-3 are made of every image of a class; the paper says “randomly-sampled images” and “all images”",
+    "table 4: healthy images of the Radiography Database become cardiomegaly; prompt “Cardiomegaly”",
+    "table 5: counterfactuals of the same abnormal images as in table 2, against real healthy images",
 )
 
 

@@ -1,4 +1,4 @@
-"""What the paper has no table for: does the verdict turn, how little changes, where, on healthy films, from memory,
+"""What the paper has no table for: does the verdict turn, how little changes, where, on healthy images, from memory,
 and how much of each set the other covers."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from diffva_ray.data.dataset import Film, UnusableData
+from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.images import BadImage, decode, to_square
 from diffva_ray.evaluate.records import finished, grey, read_records
@@ -16,14 +16,14 @@ from diffva_ray.evaluate.run_index import SAMPLE
 from diffva_ray.evaluate.tables import ALL, overall
 from diffva_ray.metrics.counterfactual import memorisation
 from diffva_ray.metrics.pair_metrics import COUT_STEPS, PAIR_METRICS
-from diffva_ray.model.training_images import TrainingFilms
+from diffva_ray.model.training_images import TrainingImages
 from diffva_ray.paper.experiments import SETTINGS
 from diffva_ray.paper.layout import Table, number, with_error, with_interval
 from diffva_ray.paper.state import Made
 from diffva_ray.schema import Row, digest
 from diffva_ray.storage.store import Store
 
-AUDITED = 600  # twins, and healthy films of either set before those are equal in number
+AUDITED = 600  # counterfactuals, and healthy images of either set before those are equal in number
 PIXELS = 32  # side of the squares that the memorisation audit compares
 
 
@@ -53,16 +53,18 @@ def fidelity_table(made: Made, tables: Sequence[Table]) -> Table | None:
                     "direction", "extractor")  # fmt: skip
             details.append({key: row.get(key) for key in kept} | {"infinity": far})
     if not body:
-        made.missing.append(("table S5 (fidelity and diversity)", "fewer than six films in every comparison"))
+        made.missing.append(("table S5 (fidelity and diversity)", "fewer than six images in every comparison"))
         return None
     caption = (
         f"Extractor {details[0]['extractor']}; k = {details[0]['manifold']['k']} neighbours. Precision and density: of "
         "the second set by the first; recall and coverage: of the first by the second. Two samples of one distribution "
-        "do not reach 1 at small N. Distance at infinite N: extrapolated over 1/N, only where half the films are more "
-        "than the dimensions; ± is the fit's error alone. Verisimilitude: twins whose nearest neighbour is a real film "
-        "(0.5 where nobody can tell them apart, 0 where all give themselves away). Remote: twins farther from the real "
-        "films than 95 % of these are from each other, and of them those between two films that are no neighbours "
-        "(interpolated modes). Direction (−1 to 1): do features move from the class towards the healthy films?"
+        "do not reach 1 at small N. Distance at infinite N: extrapolated over 1/N, only where half the images are more "
+        "than the dimensions; ± is the fit's error alone. Verisimilitude: counterfactuals whose "
+        "nearest neighbour is a real image "
+        "(0.5 where nobody can tell them apart, 0 where all give themselves away). Remote: "
+        "counterfactuals farther from the real "
+        "images than 95 % of these are from each other, and of them those between two images that are no neighbours "
+        "(interpolated modes). Direction (−1 to 1): do features move from the class towards the healthy images?"
     )
     heads = ["image set 1", "image set 2", "setting", "N1 / N2", "precision", "recall", "density", "coverage",
              "verisimilitude", "remote", "direction", "distance at infinite N"]  # fmt: skip
@@ -87,17 +89,20 @@ def heart_table(made: Made) -> Table | None:
     for name in HEARTS:
         for row in made.metrics.get(name, {}).get("heart", []):
             prompt = row["label"].partition(" under ")[2] or f"“{made.runs[name].keys['prompt']}”"
-            body.append([prompt, f"{row['n']} of {row['films']}", number(row["before"]), number(row["after"]),
+            body.append([prompt, f"{row['n']} of {row['images']}", number(row["before"]), number(row["after"]),
                          with_interval(row["change"], row["change_interval"]), f"{row['grew']:.0%}"])  # fmt: skip
             details.append({"run": name, "prompt": prompt, **row})
     if not body:
-        made.missing.append(("table S6 (cardiothoracic ratio)", "no lungs were found on the films, or on no twin"))
+        made.missing.append(
+            ("table S6 (cardiothoracic ratio)", "no lungs were found on the images, or on no counterfactual")
+        )
         return None
     caption = (
-        "Healthy films before and after cardiomegaly was induced: widest reach of the heart to both sides of the "
-        "midline over the widest inner diameter of the thorax. Lungs are found on film and twin alike, not read from "
+        "Healthy images before and after cardiomegaly was induced: widest reach of the heart to both sides of the "
+        "midline over the widest inner diameter of the thorax. Lungs are found on image and "
+        "counterfactual alike, not read from "
         "masks, and outlined smoothly, which takes some 0.05 off the ratio: read the change. 95 % bootstrap intervals "
-        "over films."
+        "over images."
     )
     heads = ["prompt", "N", "before", "after", "change", "grew"]
     return Table("tableS6", "Table S6. Cardiothoracic ratio", caption, heads, body, details)
@@ -116,14 +121,15 @@ def zones_table(made: Made) -> Table | None:
                 if any(line[0] == title for line in body):
                     continue
             body.append([title, row["map"], str(row["n"]), with_interval(row["spearman"], row["spearman_interval"]),
-                         number(row["spearman_within_film"]), row["lungs"]])  # fmt: skip
+                         number(row["spearman_within_image"]), row["lungs"]])  # fmt: skip
             details.append({"run": name, **row})
     caption = (
         "Spearman's correlation of a map's mean in each of six lung zones with the readers' mean scores (0 to 3): over "
-        "all zones of all films with a 95 % bootstrap interval over films, and within films, which leaves out how "
-        "ill a film is as a whole. Brightness is the film itself. Lungs: of a mask, found on the film, or its middle."
+        "all zones of all images with a 95 % bootstrap interval over images, and within images, which leaves out how "
+        "ill an image is as a whole. Brightness is the image itself. Lungs: of a mask, found on the "
+        "image, or its middle."
     )
-    heads = ["setting", "map", "N", "all zones", "within films", "lungs"]
+    heads = ["setting", "map", "N", "all zones", "within images", "lungs"]
     return Table("tableS7", "Table S7. Maps against Brixia scores", caption, heads, body, details)
 
 
@@ -141,7 +147,7 @@ def scores_table(made: Made) -> Table | None:
     """Table S1: validity, decisiveness, minimality and hallucination by class and setting."""
     columns = [name for name in SETTINGS if made.metrics.get(name, {}).get("counterfactual")]
     if not columns:
-        made.missing.append(("table S1", "no healing run was made"))
+        made.missing.append(("table S1", "no generating run was made"))
         return None
     labels = sorted({row["label"] for name in columns for row in made.metrics[name]["counterfactual"]} - {ALL})
     body, details = list[list[str]](), list[Row]()
@@ -161,8 +167,10 @@ def scores_table(made: Made) -> Table | None:
                 body.append([label, metric.title, n, *cells])
     maps = ", ".join(f"{SETTINGS[name]}: {made.runs[name].recipe.generate.map_name}" for name in columns)
     caption = (
-        f"At most {SAMPLE} films of a class; 95 % bootstrap intervals over films. Judge: the model's own, which never "
-        "guides; flip rate: films it calls abnormal whose twin it calls healthy; confidence gain: change of its "
+        f"At most {SAMPLE} images of a class; 95 % bootstrap intervals over images. Judge: the "
+        f"model's own, which never "
+        "guides; flip rate: images it calls abnormal whose counterfactual it calls healthy; "
+        "confidence gain: change of its "
         f"probability of healthy; COUT (−1 to 1, {COUT_STEPS} steps): high when few, decisive pixels turn it; "
         "collateral change (0 to 1): how far its probabilities of the other classes move. Maps differ in "
         f"kind, so compare |M| within a column ({maps})."
@@ -172,9 +180,9 @@ def scores_table(made: Made) -> Table | None:
 
 
 def false_attribution_table(made: Made) -> Table | None:
-    """Table S2: what the maps show on healthy films, beside what they show on ill ones."""
+    """Table S2: what the maps show on healthy images, beside what they show on ill ones."""
     body, details = list[list[str]](), list[Row]()
-    for healthy, ill in (("healthy-0.55", "heal-0.55"), ("healthy-own", "heal-own")):
+    for healthy, ill in (("healthy-0.55", "generate-0.55"), ("healthy-own", "generate-own")):
         if healthy not in made.runs or ill not in made.runs:
             continue
         of_healthy, of_ill = _scores(made, healthy, made.base.data.healthy_class), _scores(made, ill, ALL)
@@ -187,18 +195,18 @@ def false_attribution_table(made: Made) -> Table | None:
                             "healthy": first, "healthy_interval": of_healthy.get(f"{key}_interval"), "ill": second,
                             "ill_interval": of_ill.get(f"{key}_interval"), "ratio": ratio})  # fmt: skip
     if not body:
-        made.missing.append(("table S2", "no run on healthy films was made"))
+        made.missing.append(("table S2", "no run on healthy images was made"))
         return None
-    caption = "Healthy films under the healthy prompt need no change: what a map shows there is false attribution."
-    heads = ["setting", "measure", "N healthy / ill", "healthy films", "ill films", "ratio"]
-    return Table("tableS2", "Table S2. False attribution on healthy films", caption, heads, body, details)
+    caption = "Healthy images under the healthy prompt need no change: what a map shows there is false attribution."
+    heads = ["setting", "measure", "N healthy / ill", "healthy images", "ill images", "ratio"]
+    return Table("tableS2", "Table S2. False attribution on healthy images", caption, heads, body, details)
 
 
 def localization_table(made: Made) -> Table | None:
     """Table S3: maps against lesion truth, with the trivial baselines, over all classes."""
     columns = [name for name in SETTINGS if made.metrics.get(name, {}).get("localization")]
     if not columns:
-        made.missing.append(("table S3 (localisation)", "no film has a lesion mask or box"))
+        made.missing.append(("table S3 (localisation)", "no image has a lesion mask or box"))
         return None
     body, details = list[list[str]](), list[Row]()
     for name in columns:
@@ -218,7 +226,7 @@ def localization_table(made: Made) -> Table | None:
     body.sort(key=lambda cells: cells[0] == "baseline")
     region = details[0]["region"]
     caption = (
-        f"All classes; region: {region}. Dice at each film's own best threshold is an upper bound that no reader has; "
+        f"All classes; region: {region}. Dice at each image's own best threshold is an upper bound that no reader has; "
         "fixed thresholds need a validation run (diffva reduce --threshold-from). Baselines have the smoothing of the "
         "first column's recipe."
     )
@@ -227,26 +235,27 @@ def localization_table(made: Made) -> Table | None:
 
 
 def audit_table(made: Made) -> Table | None:
-    """Table S4: are healthy twins nearer to healthy training films than to healthy films that the model never saw?"""
+    """Table S4: are healthy counterfactuals nearer to healthy training images than to healthy images that the model
+    never saw?"""
     what = "table S4 (memorisation audit)"
     healthy, size = made.base.data.healthy_class, PIXELS
     try:
         trained = open_dataset(str(made.card.get("data", "")), made.base.data, [healthy])
     except (UnusableData, OSError, ValueError) as error:
-        made.missing.append((what, f"the training films cannot be read from here ({error})"))
+        made.missing.append((what, f"the training images cannot be read from here ({error})"))
         return None
     unseen = open_dataset(made.radiography, made.base.data, [healthy])
-    seen = TrainingFilms.of(made.card)
-    held = _squares(unseen.store, unseen.films, size, seen, False)
-    train = _squares(trained.store, trained.films, size, seen, True)
+    seen = TrainingImages.of(made.card)
+    held = _squares(unseen.store, unseen.images, size, seen, False)
+    train = _squares(trained.store, trained.images, size, seen, True)
     columns = [name for name in SETTINGS if name in made.runs]
     body, details = list[list[str]](), list[Row]()
     for name in columns:
         run = made.runs[name]
-        rows = sorted(finished(read_records(run)).to_dict("records"), key=lambda row: digest(row["source_path"]))
-        twins = [_small(grey(run.store, row["counterfactual_path"]), size) for row in rows[:AUDITED]]
+        rows = sorted(finished(read_records(run)).to_dict("records"), key=lambda row: digest(row["image_path"]))
+        counterfactuals = [_small(grey(run.store, row["counterfactual_path"]), size) for row in rows[:AUDITED]]
         try:
-            found = memorisation(np.array(twins), train, held)
+            found = memorisation(np.array(counterfactuals), train, held)
         except ValueError as error:
             made.missing.append((what, str(error)))
             return None
@@ -256,21 +265,24 @@ def audit_table(made: Made) -> Table | None:
                      number(found.held_out)])  # fmt: skip
         details.append({"setting": name, **asdict(found)})
     caption = (
-        "Healthy twins against healthy training films and as many healthy films that the model never saw, by "
-        f"Euclidean distance of {size} px squares. Without memory: 95 % of the shares when the films of both sets are "
+        "Healthy counterfactuals against healthy training images and as many healthy images that the "
+        "model never saw, by "
+        f"Euclidean distance of {size} px squares. Without memory: 95 % of the shares when the images of both sets are "
         "dealt at random (permutation test); p: how often the share is then at least as large."
     )
-    heads = ["setting", "twins", "films a set", "nearer to training", "without memory", "p",
+    heads = ["setting", "ground_truth", "images a set", "nearer to training", "without memory", "p",
              "median distance, training", "median distance, unseen"]  # fmt: skip
     return Table("tableS4", "Table S4. Memorisation", caption, heads, body, details)
 
 
-def _squares(store: Store, films: Sequence[Film], size: int, seen: TrainingFilms | None, wanted: bool) -> np.ndarray:
-    """Films as flat squares [n, size * size]; where hashes are known, only those that are (or are not) in the list."""
+def _squares(
+    store: Store, images: Sequence[LabelledImage], size: int, seen: TrainingImages | None, wanted: bool
+) -> np.ndarray:
+    """Images as flat squares [n, size * size]; where hashes are known, only those that are (or are not) in the list."""
     found = []
-    for film in sorted(films, key=lambda film: digest(film.path))[:AUDITED]:
+    for image in sorted(images, key=lambda image: digest(image.path))[:AUDITED]:
         try:
-            data = store.read(film.path)
+            data = store.read(image.path)
             if seen is None or (seen.holds(data) is wanted):
                 found.append(_small(decode(data), size))
         except (OSError, BadImage):

@@ -1,4 +1,4 @@
-"""Figures 2 to 10: a run's own grid for one prompt, a sheet of variants where prompts or ablations share films.
+"""Figures 2 to 10: a run's own grid for one prompt, a sheet of variants where prompts or ablations share images.
 
 One threshold and one colour for a whole figure; the caption says them.
 """
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from diffva_ray.data.dataset import Film
+from diffva_ray.data.dataset import LabelledImage
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.images import BadImage
 from diffva_ray.evaluate.direction import direction
 from diffva_ray.evaluate.drawing import INK, MUTED, overlay, png, short
 from diffva_ray.evaluate.figures import GAP, LEFT, LINE, PANEL, QUANTILE, TOP, figure_grid
-from diffva_ray.evaluate.records import Images, Truth, finished, read_images, read_records, read_truth
+from diffva_ray.evaluate.records import RecordImages, Truth, finished, read_images, read_records, read_truth
 from diffva_ray.evaluate.tables import known
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.counterfactual import side_share
@@ -26,7 +26,7 @@ from diffva_ray.paper.experiments import EXPERIMENTS, SETTINGS, guided
 from diffva_ray.paper.state import Made, settings_of
 from diffva_ray.schema import Row, digest
 
-LEAST = 0.02  # red is at least that much of the grey range: a film's own noise is no finding
+LEAST = 0.02  # red is at least that much of the grey range: an image's own noise is no finding
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Variant:
-    """One pair of columns: twin and overlay of every film under one run and prompt."""
+    """One pair of columns: counterfactual and overlay of every image under one run and prompt."""
 
     title: str
     run: Run
@@ -51,7 +51,7 @@ class Variant:
 @dataclass(frozen=True)
 class _Panel:
     row: Row
-    images: Images
+    images: RecordImages
     truth: Truth
     sign: int
 
@@ -85,7 +85,7 @@ def _variants(name: str, note: str) -> Callable[[Made], tuple[bytes, str]]:
         run = made.runs[name]
         prompts = next(experiment.prompts for experiment in EXPERIMENTS if experiment.name == name)
         variants = [Variant(f"“{prompt}”", run, prompt) for prompt in prompts]
-        picture, said = sheet(variants, films_of(run))
+        picture, said = sheet(variants, images_of(run))
         return picture, f"{note} {said} {settings_of(run, prompt=False)}. {_zero_shot(made, prompts)}"
 
     return draw
@@ -93,12 +93,12 @@ def _variants(name: str, note: str) -> Callable[[Made], tuple[bytes, str]]:
 
 def _ablation(name: str, title: str) -> Callable[[Made], tuple[bytes, str]]:
     def draw(made: Made) -> tuple[bytes, str]:
-        full, run = made.runs["heal-0.55"], made.runs[name]
+        full, run = made.runs["generate-0.55"], made.runs[name]
         variants = [Variant("full method", full), Variant(title, run)]
         if "prompt-only" in made.runs:
             variants.append(Variant("control: empty prompt", made.runs["prompt-only"]))
         healthy = made.base.data.healthy_class
-        picture, said = sheet(variants, one_of_each(open_dataset(made.radiography, made.base.data).films, healthy))
+        picture, said = sheet(variants, one_of_each(open_dataset(made.radiography, made.base.data).images, healthy))
         off = "" if guided(run.recipe.generate, run.keys["prompt"]) else " Guidance is off in the ablation."
         return picture, f"{said} Ablation: {settings_of(run)}.{off}"
 
@@ -107,7 +107,7 @@ def _ablation(name: str, title: str) -> Callable[[Made], tuple[bytes, str]]:
 
 def _sides(made: Made) -> tuple[bytes, str]:
     run = made.runs["sides"]
-    picture, caption = _variants("sides", "Left is the patient's left, which is the right half of the film.")(made)
+    picture, caption = _variants("sides", "Left is the patient's left, which is the right half of the image.")(made)
     shares = []
     for prompt, values in side_shares(run).items():
         shares.append(f"“{prompt}”: {np.mean(values):.0%} of the change on the patient's left (n = {len(values)})")
@@ -136,18 +136,18 @@ def _zero_shot(made: Made, prompts: Sequence[str]) -> str:
     )
 
 
-def films_of(run: Run, most: int = 3) -> list[str]:
-    """Paths of the first finished films of a run, by the digest of their paths."""
-    paths = finished(read_records(run))["source_path"].unique()
+def images_of(run: Run, most: int = 3) -> list[str]:
+    """Paths of the first finished images of a run, by the digest of their paths."""
+    paths = finished(read_records(run))["image_path"].unique()
     return sorted(paths, key=digest)[:most]
 
 
-def one_of_each(films: Sequence[Film], healthy: str) -> list[str]:
-    """One film of each abnormal class, by the digest of its path."""
+def one_of_each(images: Sequence[LabelledImage], healthy: str) -> list[str]:
+    """One image of each abnormal class, by the digest of its path."""
     found: dict[str, str] = {}
-    for film in sorted(films, key=lambda film: digest(film.path)):
-        if film.label != healthy:
-            found.setdefault(film.label, film.path)
+    for image in sorted(images, key=lambda image: digest(image.path)):
+        if image.label != healthy:
+            found.setdefault(image.label, image.path)
     return [found[label] for label in sorted(found)]
 
 
@@ -155,7 +155,7 @@ def _read(variant: Variant, paths: Sequence[str]) -> list[_Panel | None]:
     records = finished(read_records(variant.run))
     if variant.prompt is not None:
         records = records[records["prompt"] == variant.prompt]
-    rows = {row["source_path"]: row for row in records.to_dict("records")}
+    rows = {row["image_path"]: row for row in records.to_dict("records")}
     panels: list[_Panel | None] = []
     for path in paths:
         row = rows.get(path)
@@ -172,14 +172,15 @@ def _read(variant: Variant, paths: Sequence[str]) -> list[_Panel | None]:
 
 
 def sheet(variants: Sequence[Variant], paths: Sequence[str]) -> tuple[bytes, str]:
-    """PNG with a row for each film: the film, then twin and red overlay under each variant; and what red means.
+    """PNG with a row for each image: the image, then counterfactual and red overlay under each variant; and what red
+    means.
 
-    Raises ValueError when no film was finished under any variant.
+    Raises ValueError when no image was finished under any variant.
     """
     columns = [_read(variant, paths) for variant in variants]
     shown = [panel for column in columns for panel in column if panel]
     if not shown:
-        raise ValueError("no finished film to show")
+        raise ValueError("no finished image to show")
     values = np.concatenate([(panel.sign * panel.images.signed_map).ravel() for panel in shown])
     threshold = max(float(np.quantile(values, QUANTILE)), LEAST)
     kept = [n for n in range(len(paths)) if any(column[n] for column in columns)]
@@ -190,7 +191,7 @@ def sheet(variants: Sequence[Variant], paths: Sequence[str]) -> tuple[bytes, str
         f"Red: {red} > {threshold:.3g} of the grey range, the {QUANTILE:.0%} quantile of the maps shown (at least "
         f"{LEAST:g}), the same for every panel, inside the lungs where their mask is known."
     )
-    legend = "h: the judge's probability of healthy, film → generated; a, b, c: the columns. " + said
+    legend = "h: the judge's probability of healthy, image → generated; a, b, c: the columns. " + said
     foot = textwrap.wrap(legend, int(width * 21))
     head = 1.5 * TOP
     bottom = 0.16 + LINE * len(foot)
@@ -200,7 +201,7 @@ def sheet(variants: Sequence[Variant], paths: Sequence[str]) -> tuple[bytes, str
         low = height - head - line * (PANEL + GAP) - PANEL
         first = next(panel for column in columns if (panel := column[n]))
         _side(figure, [column[n] for column in columns], low + PANEL, width, height)
-        _picture(figure, first.images.film, LEFT, low, width, height, "film" if line == 0 else "")
+        _picture(figure, first.images.image, LEFT, low, width, height, "image" if line == 0 else "")
         for at, column in enumerate(columns):
             left = LEFT + PANEL + GAP + at * (2 * PANEL + 3 * GAP) + 2 * GAP
             if line == 0:
@@ -211,7 +212,7 @@ def sheet(variants: Sequence[Variant], paths: Sequence[str]) -> tuple[bytes, str
             if panel is None:
                 continue
             signed = panel.sign * panel.images.signed_map
-            red_image = overlay(panel.images.film, signed, threshold, panel.truth.lungs)
+            red_image = overlay(panel.images.image, signed, threshold, panel.truth.lungs)
             _picture(figure, panel.images.counterfactual, left, low, width, height, "generated" if line == 0 else "")
             _picture(figure, red_image, left + PANEL + GAP, low, width, height, "red overlay" if line == 0 else "")
     figure.text(0.1 / width, 0.08 / height, "\n".join(foot), fontsize=6.5, color=MUTED, va="bottom", linespacing=1.45,
@@ -239,19 +240,19 @@ def _side(figure: Figure, panels: Sequence[_Panel | None], top: float, width: fl
         if panel is None:
             continue
         row = panel.row
-        judged = known(row["judge_source"])
-        healthy = f", h {row['judge_source']:.2f}→{row['judge_counterfactual']:.2f}" if judged else ""
+        judged = known(row["judge_image"])
+        healthy = f", h {row['judge_image']:.2f}→{row['judge_counterfactual']:.2f}" if judged else ""
         lines.append(f"{'abcdef'[n]}: SSIM {row['ssim']:.2f}{healthy}")
     figure.text(0.1 / width, (top - 0.28) / height, "\n".join(lines), fontsize=6.3, color=MUTED, va="top",
                 linespacing=1.5)  # fmt: skip
 
 
 FIGURES: tuple[tuple[int, str, Callable[[Made], tuple[bytes, str]]], ...] = (
-    (2, "Healthy twins and red overlays, 0.85 / 7.5 / 75", _grid("heal-0.85")),
-    (3, "Healthy twins and red overlays, 0.55 / 4", _grid("heal-0.55")),
-    (4, "Carcinoma induced, by severity", _variants("carcinoma", "Healthy films made ill.")),
-    (5, "Cardiomegaly induced, by severity", _variants("cardiomegaly-severity", "Healthy films made ill.")),
-    (6, "Inductions of the trained classes", _variants("inductions", "Healthy films made ill.")),
+    (2, "Healthy counterfactuals and red overlays, 0.85 / 7.5 / 75", _grid("generate-0.85")),
+    (3, "Healthy counterfactuals and red overlays, 0.55 / 4", _grid("generate-0.55")),
+    (4, "Carcinoma induced, by severity", _variants("carcinoma", "Healthy images made ill.")),
+    (5, "Cardiomegaly induced, by severity", _variants("cardiomegaly-severity", "Healthy images made ill.")),
+    (6, "Inductions of the trained classes", _variants("inductions", "Healthy images made ill.")),
     (7, "Ablation: no text", _ablation("no-text", "no text encoder")),
     (8, "Ablation: no image prior", _ablation("no-image-prior", "no image prior")),
     (9, "Ablation: neither", _ablation("neither", "neither")),

@@ -1,4 +1,4 @@
-"""The films that ``diffva paper`` works on: those given, a few of each class, or phantoms in both layouts."""
+"""The images that ``diffva paper`` works on: those given, a few of each class, or phantoms in both layouts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data.chexpert import OBSERVATIONS
-from diffva_ray.data.dataset import Dataset, Film
+from diffva_ray.data.dataset import Dataset, LabelledImage
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.data.phantoms import make_phantoms, phantom
@@ -39,56 +39,60 @@ def phantom_chexpert(uri: str, per_class: int, size: int) -> str:
     for patient in range(2 * per_class):
         label, observation = (("Normal", "No Finding"), ("Cardiomegaly", "Cardiomegaly"))[patient % 2]
         name = f"train/patient{patient + 1:05d}/study1/view1_frontal.png"
-        film = phantom(label, patient, SEEDS["chexpert"], size).film
-        store.put(name, encode_grey(quantise(film)))
+        image = phantom(label, patient, SEEDS["chexpert"], size).image
+        store.put(name, encode_grey(quantise(image)))
         positive = ["1.0" if column == observation else "" for column in OBSERVATIONS]
         table.writerow([f"CheXpert-v1.0-small/{name}", "Unknown", "0", "Frontal", "PA", *positive])
     store.put("train.csv", sink.getvalue().encode())
     return uri
 
 
-def drawn(films: Sequence[Film], per_class: int) -> list[Film]:
-    """At most ``per_class`` films of each class, drawn by the digest of their paths: the same ones every time, and the
+def drawn(images: Sequence[LabelledImage], per_class: int) -> list[LabelledImage]:
+    """At most ``per_class`` images of each class, drawn by the digest of their paths: the same ones every time, and the
     smaller draw is part of the larger."""
-    ordered = sorted(films, key=lambda film: (film.label, digest(film.path)))
+    ordered = sorted(images, key=lambda image: (image.label, digest(image.path)))
     taken: dict[str, int] = {}
     kept = []
-    for film in ordered:
-        taken[film.label] = taken.get(film.label, 0) + 1
-        if taken[film.label] <= per_class:
-            kept.append(film)
+    for image in ordered:
+        taken[image.label] = taken.get(image.label, 0) + 1
+        if taken[image.label] <= per_class:
+            kept.append(image)
     return kept
 
 
-def copy_films(dataset: Dataset, films: Sequence[Film], uri: str) -> str:
-    """Those films with their masks, lesions, twins and boxes as a set of their own in the Radiography layout, byte for
-    byte; returns ``uri``. Nothing happens where that has been done."""
+def copy_images(dataset: Dataset, images: Sequence[LabelledImage], uri: str) -> str:
+    """Those images with their masks, lesions, ground truth and boxes as a set of their own in the Radiography layout,
+    byte for byte; returns ``uri``. Nothing happens where that has been done."""
     store = open_store(uri)
     if store.exists(COPIED):
         return uri
     boxes = io.StringIO()
     table = csv.writer(boxes, lineterminator="\n")
     table.writerow(["file", "x", "y", "w", "h"])
-    for film in films:
-        ending = film.path.rpartition(".")[2]
-        # folders of CheXpert tell its films apart, and their names do not
-        stem = film.path.rpartition(".")[0].replace("/", "_")[-80:]
-        name = f"{digest(film.path)[:6]}-{stem}"
-        store.put(f"{film.label}/images/{name}.{ending}", dataset.store.read(film.path))
-        for kind, path in (("masks", film.lung_mask), ("lesions", film.lesion_mask), ("twins", film.twin)):
+    for image in images:
+        ending = image.path.rpartition(".")[2]
+        # folders of CheXpert tell its images apart, and their names do not
+        stem = image.path.rpartition(".")[0].replace("/", "_")[-80:]
+        name = f"{digest(image.path)[:6]}-{stem}"
+        store.put(f"{image.label}/images/{name}.{ending}", dataset.store.read(image.path))
+        for kind, path in (
+            ("masks", image.lung_mask),
+            ("lesions", image.lesion_mask),
+            ("ground_truth", image.ground_truth),
+        ):
             if path:
-                store.put(f"{film.label}/{kind}/{name}.{path.rpartition('.')[2]}", dataset.store.read(path))
-        table.writerows([f"{film.label}/images/{name}.{ending}", *box] for box in dataset.boxes.get(film.path, []))
-    if any(film.path in dataset.boxes for film in films):
+                store.put(f"{image.label}/{kind}/{name}.{path.rpartition('.')[2]}", dataset.store.read(path))
+        table.writerows([f"{image.label}/images/{name}.{ending}", *box] for box in dataset.boxes.get(image.path, []))
+    if any(image.path in dataset.boxes for image in images):
         store.put("boxes.csv", boxes.getvalue().encode())
     store.put(COPIED, b"{}")
     return uri
 
 
 def limited(uri: str, config: DataConfig, classes: Sequence[str] | None, per_class: int | None, out: str) -> str:
-    """``uri`` itself, or a copy of ``per_class`` films of each class at ``out``. Raises UnusableData."""
+    """``uri`` itself, or a copy of ``per_class`` images of each class at ``out``. Raises UnusableData."""
     if per_class is None:
         return uri
     dataset = open_dataset(uri, config, classes)
-    here = [film for film in dataset.films if film.size >= 0]
-    return copy_films(dataset, drawn(here, per_class), out)
+    here = [image for image in dataset.images if image.size >= 0]
+    return copy_images(dataset, drawn(here, per_class), out)

@@ -19,7 +19,7 @@ UNMADE = (
     ("figure 1", "a drawing of the method; ARCHITECTURE.md has ours"),
     (
         "source-matched control (children against children)",
-        "the Radiography layout does not say a film's source; "
+        "the Radiography layout does not say an image's source; "
         "diffva reduce RUN --sources CSV compares within sources where a table says it",
     ),
 )
@@ -77,11 +77,11 @@ def write_page(made: Made) -> None:
 
 
 def introduction(made: Made, classes: dict[str, int]) -> list[str]:
-    """What films and which model, and how to read the rest."""
+    """What images and which model, and how to read the rest."""
     counts = ", ".join(f"{label} {n}" for label, n in classes.items())
     phantoms = made.card.get("data_kind") == "phantoms"
     found = [
-        f"Films: {counts}. Model {made.card['digest'][:12]} (recipe {made.base.name}, {made.base.model.resolution} px"
+        f"Images: {counts}. Model {made.card['digest'][:12]} (recipe {made.base.name}, {made.base.model.resolution} px"
         + (", trained on phantoms" if phantoms else "")
         + "). Seed and settings of every run are in its run.json.",
         "Each table has the paper's published value beside ours. The paper gives neither N nor an interval for its "
@@ -91,7 +91,7 @@ def introduction(made: Made, classes: dict[str, int]) -> list[str]:
     if phantoms:
         found.append(
             "This model has learned phantoms and this sheet shows how the method and its numbers behave; it says "
-            "nothing about real films."
+            "nothing about real images."
         )
     return found
 

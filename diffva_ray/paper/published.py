@@ -13,10 +13,10 @@ from dataclasses import dataclass
 class ByClass:
     """One class of tables 1-3."""
 
-    twins: float  # table 1: films of the class against their healthy twins
-    healthy: float  # table 1: films of the class against real healthy films
-    difference: float  # table 1: printed as "relative absolute difference", which is |twins - healthy|
-    quality: float  # table 2: real healthy films against the healthy twins
+    counterfactuals: float  # table 1: images of the class against their healthy counterfactuals
+    healthy: float  # table 1: images of the class against real healthy images
+    difference: float  # table 1: printed as "relative absolute difference", which is |counterfactuals - healthy|
+    quality: float  # table 2: real healthy images against the healthy counterfactuals
     ms_ssim: float  # table 3
     ssim: float
 
@@ -27,6 +27,6 @@ CLASSES = {
     "COVID": ByClass(32.2, 38.2, 6.0, 45.11, 0.830, 0.798),
 }
 CARDIOMEGALY_REAL, CARDIOMEGALY_HEALTHY = 52.08, 17.71  # table 4
-CARDIOMEGALY_FILMS = 8060  # real ones, of CheXpert-small
+CARDIOMEGALY_IMAGES = 8060  # real ones, of CheXpert-small
 NO_TEXT, NO_IMAGE_PRIOR, NEITHER = 91.57, 113.14, 113.71  # table 5
-ABLATION_FILMS = 4000
+ABLATION_IMAGES = 4000

@@ -60,7 +60,7 @@ def settings_of(run: Run, prompt: bool = True) -> str:
 
 
 def abnormal_classes(dataset: Dataset, healthy: str) -> Sequence[str]:
-    """The classes to heal, those of the paper first."""
+    """The classes to generate, those of the paper first."""
     from diffva_ray.paper.published import CLASSES
 
     there = [label for label in dataset.classes if label != healthy]

@@ -9,7 +9,7 @@ from typing import Any
 from diffva_ray.evaluate.distances import distance_row, run_features
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import read_records
-from diffva_ray.evaluate.run_index import census
+from diffva_ray.evaluate.run_index import index_run
 from diffva_ray.evaluate.set_distances import choose_extractors, reference
 from diffva_ray.metrics.fid import SMALL
 from diffva_ray.metrics.fid_controls import conditional
@@ -40,7 +40,7 @@ def extractor_line(rows: Sequence[Row | None]) -> tuple[str, str]:
     about = f"Extractor {row['extractor']} (weights {row['weights_sha256'][:8]}), resize path {row['resize']}."
     if min(row["n1"], row["n2"]) <= row.get("dimension", 0):
         about += (
-            f" Fewer films than its {row['dimension']} dimensions: the bias is large and the interval removes "
+            f" Fewer images than its {row['dimension']} dimensions: the bias is large and the interval removes "
             "a part of it only."
         )
     if row["is_stand_in"]:
@@ -49,7 +49,7 @@ def extractor_line(rows: Sequence[Row | None]) -> tuple[str, str]:
 
 
 def lines(comparison: Distances, columns: Sequence[str], name: str) -> list[list[str]]:
-    """Display rows of one comparison: KID first below 2048 films; the distance; its controls."""
+    """Display rows of one comparison: KID first below 2048 images; the distance; its controls."""
     rows = [comparison.rows.get(column) for column in columns]
     known = [row for row in rows if row]
     if not known:
@@ -81,7 +81,7 @@ def _fid_row(metrics: Row, first: str, second: str) -> Row | None:
 def distance_tables(made: Made, labels: Sequence[str]) -> list[Table]:
     """Tables 1 and 2 from the runs of both settings and of the model's own recipe."""
     absent = [label for label in published.CLASSES if label not in labels]
-    made.missing += [(f"tables 1 to 3, class {label}", "no film of it") for label in absent]
+    made.missing += [(f"tables 1 to 3, class {label}", "no image of it") for label in absent]
     healthy = made.base.data.healthy_class
     reference = f"{healthy} (reference)"
     columns = [name for name in SETTINGS if name in made.metrics]
@@ -90,9 +90,9 @@ def distance_tables(made: Made, labels: Sequence[str]) -> list[Table]:
     for label in labels:
         paper = published.CLASSES.get(label)
         names = f"{label} (source)", f"{label} (counterfactual)"
-        edits = Distances(f"{label} films", "their healthy twins", _paper(paper, "twins"))
-        real = Distances(f"{label} films", f"real {healthy}", _paper(paper, "healthy"))
-        quality = Distances(f"real {healthy}", f"healthy twins of {label}", _paper(paper, "quality"))
+        edits = Distances(f"{label} images", "their healthy counterfactuals", _paper(paper, "ground_truth"))
+        real = Distances(f"{label} images", f"real {healthy}", _paper(paper, "healthy"))
+        quality = Distances(f"real {healthy}", f"healthy counterfactuals of {label}", _paper(paper, "quality"))
         for column in columns:
             metrics = made.metrics[column]
             edits.rows[column] = _fid_row(metrics, *names)
@@ -108,15 +108,16 @@ def distance_tables(made: Made, labels: Sequence[str]) -> list[Table]:
     for label, edits, real in zip(labels, first[::2], first[1::2]):
         paper = published.CLASSES.get(label)
         body += [*lines(edits, columns, name), *lines(real, columns, name)]
-        body.append([f"{label} films", "", "absolute difference", "", _paper(paper, "difference"),
+        body.append([f"{label} images", "", "absolute difference", "", _paper(paper, "difference"),
                      *differences[label]])  # fmt: skip
     own = f"Intervals: delete-group jackknife, bias-corrected. {about} {prompts(made, columns)}"
     return [
         Table(
             "table1",
-            "Table 1. Films, their healthy twins and real healthy films",
-            "The paper takes the small distance between films and their own twins for minimal change; a film "
-            "there meets its own edit, so the split halves (no film meets its own) stand beside it. Its “relative "
+            "Table 1. Images, their healthy counterfactuals and real healthy images",
+            "The paper takes the small distance between images and their own counterfactuals for "
+            "minimal change; an image "
+            "there meets its own edit, so the split halves (no image meets its own) stand beside it. Its “relative "
             f"absolute difference” is this plain difference. {own}",
             heads,
             body,
@@ -124,7 +125,7 @@ def distance_tables(made: Made, labels: Sequence[str]) -> list[Table]:
         ),
         Table(
             "table2",
-            "Table 2. Real healthy films and healthy twins",
+            "Table 2. Real healthy images and healthy counterfactuals",
             f"The same reference set for every class. N differs between classes and the distance is biased by it: read "
             f"the N-matched value or KID. {own}",
             heads,
@@ -139,7 +140,7 @@ def prompts(made: Made, columns: Sequence[str]) -> str:
     said = []
     for column in columns:
         said.append(f"{SETTINGS.get(column, column)}: {settings_of(made.runs[column])}")
-    return "Settings: " + "; ".join(said) + "."
+    return "SamplingSettings: " + "; ".join(said) + "."
 
 
 def details(comparisons: Sequence[Distances]) -> list[Row]:
@@ -158,7 +159,7 @@ def _paper(paper: published.ByClass | None, name: str) -> str:
 
 
 def likeness_table(made: Made, labels: Sequence[str]) -> Table:
-    """Table 3: MS-SSIM and SSIM of film and twin."""
+    """Table 3: MS-SSIM and SSIM of image and counterfactual."""
     columns = [name for name in SETTINGS if name in made.metrics]
     body, found, five = list[list[str]](), list[Row](), True
     about: Row = {}
@@ -186,25 +187,25 @@ def likeness_table(made: Made, labels: Sequence[str]) -> Table:
         found += [{"setting": column, **row} for column, row in zip(columns, rows) if row]
     scales = about.get("ms_ssim_scales", 0)
     caption = (
-        f"Means with 95 % bootstrap intervals over films; preset {about.get('preset')}, {about.get('grid')} px grid"
+        f"Means with 95 % bootstrap intervals over images; preset {about.get('preset')}, {about.get('grid')} px grid"
     )
     caption += f", MS-SSIM over {scales} scales."
     if not five:
         caption += " The paper's MS-SSIM has five scales, which need 176 px: another quantity, so it is not set beside."
     caption += f" {prompts(made, columns)}"
     heads = ["class", "measure", "N", "paper", *(SETTINGS[column] for column in columns)]
-    return Table("table3", "Table 3. Likeness of film and healthy twin", caption, heads, body, found)
+    return Table("table3", "Table 3. Likeness of image and healthy counterfactual", caption, heads, body, found)
 
 
 def cardiomegaly_table(made: Made) -> Table:
-    """Table 4: induced cardiomegaly against real cardiomegaly and against the healthy films it was made of."""
+    """Table 4: induced cardiomegaly against real cardiomegaly and against the healthy images it was made of."""
     healthy, metrics = made.base.data.healthy_class, made.metrics.get("cardiomegaly", {})
     names = f"{healthy} (source)", f"{healthy} (counterfactual)"
     real = "Cardiomegaly (reference)"
     comparisons = [
         Distances("real cardiomegaly (CheXpert)", "generated cardiomegaly", f"{published.CARDIOMEGALY_REAL:g}"),
-        Distances("healthy films", "generated cardiomegaly", f"{published.CARDIOMEGALY_HEALTHY:g}"),
-        Distances("real cardiomegaly (CheXpert)", "healthy films", ""),
+        Distances("healthy images", "generated cardiomegaly", f"{published.CARDIOMEGALY_HEALTHY:g}"),
+        Distances("real cardiomegaly (CheXpert)", "healthy images", ""),
     ]
     pairs = ((real, names[1]), names, (real, names[0]))
     for comparison, pair in zip(comparisons, pairs):
@@ -214,8 +215,8 @@ def cardiomegaly_table(made: Made) -> Table:
     name, about = extractor_line([row for comparison in comparisons for row in comparison.rows.values()])
     caption = (
         "The third comparison is ours: how far the two data sets are apart before anything is generated. Where it is "
-        "no larger than the first, generating cardiomegaly has not brought the films nearer to real ones. The paper "
-        f"has {published.CARDIOMEGALY_FILMS} real films. {about} "
+        "no larger than the first, generating cardiomegaly has not brought the images nearer to real ones. The paper "
+        f"has {published.CARDIOMEGALY_IMAGES} real images. {about} "
         + (prompts(made, ["cardiomegaly"]) if "cardiomegaly" in made.runs else "")
     )
     body = [line for comparison in comparisons for line in lines(comparison, ["cardiomegaly"], name)]
@@ -224,7 +225,7 @@ def cardiomegaly_table(made: Made) -> Table:
 
 
 ABLATIONS = (
-    ("heal-0.55", "full method (the paper's setting)", ""),
+    ("generate-0.55", "full method (the paper's setting)", ""),
     ("no-text", "no text encoder", f"{published.NO_TEXT:g}"),
     ("no-image-prior", "no image prior", f"{published.NO_IMAGE_PRIOR:g}"),
     ("neither", "neither", f"{published.NEITHER:g}"),
@@ -233,7 +234,8 @@ ABLATIONS = (
 
 
 def ablation_table(made: Made) -> Table:
-    """Table 5: real healthy films against all twins of a run, whatever their class, and what guidance <= 1 does."""
+    """Table 5: real healthy images against all counterfactuals of a run, whatever their class, and what guidance <= 1
+    does."""
     healthy = made.base.data.healthy_class
     comparisons, settings = list[Distances](), list[list[str]]()
     for run_name, title, paper in ABLATIONS:
@@ -257,29 +259,30 @@ def ablation_table(made: Made) -> Table:
     heads = ["ablation", "strength / guidance", "prompt", "measure", "N1 / N2", "paper", "ours"]
     caption = (
         f"{guidance_finding(made)} So rows with guidance of 1 or less ablate the prompt, not the guidance; the control "
-        "takes away the prompt alone. Strength 0.99 keeps about 9 % of the film's signal (75 steps): it is not without "
-        f"an image. The paper: N = {published.ABLATION_FILMS}. “Within class”: mean over classes of the distance to "
-        f"real {healthy} films. {about}"
+        "takes away the prompt alone. Strength 0.99 keeps about 9 % of the image's signal (75 "
+        "steps): it is not without "
+        f"an image. The paper: N = {published.ABLATION_IMAGES}. “Within class”: mean over classes of the distance to "
+        f"real {healthy} images. {about}"
     )
     return Table("table5", "Table 5. Ablations", caption, heads, body, details(comparisons))
 
 
 def _pooled(made: Made, name: str) -> tuple[Row | None, float | None]:
     run = made.runs[name]
-    records = census(run)
+    records = index_run(run)
     if not len(records.frame):
         return None, None
     healthy = made.base.data.healthy_class
     options = Options(weights=made.options.weights, resize=made.options.resize, cache=made.store.uri)
     extractor = choose_extractors(run, options, [])[0]
-    twins = run_features(run, records, extractor).counterfactual
-    healthy_films = reference(run, healthy, made.radiography, extractor, options, [])
-    if healthy_films is None:
+    counterfactuals = run_features(run, records, extractor).counterfactual
+    healthy_images = reference(run, healthy, made.radiography, extractor, options, [])
+    if healthy_images is None:
         return None, None
-    real = healthy_films.features
-    found = distance_row(f"real {healthy}", name, real, twins, extractor, run.recipe.evaluate.fid_subsets)
+    real = healthy_images.features
+    found = distance_row(f"real {healthy}", name, real, counterfactuals, extractor, run.recipe.evaluate.fid_subsets)
     labels = records.frame["label"]
-    groups = {label: (real, twins.take((labels == label).to_numpy())) for label in sorted(labels.unique())}
+    groups = {label: (real, counterfactuals.take((labels == label).to_numpy())) for label in sorted(labels.unique())}
     small = any(len(of_label) < 2 for _, of_label in groups.values())
     return found, None if small else conditional(groups)
 
@@ -289,10 +292,10 @@ def guidance_finding(made: Made) -> str:
     if not {"no-text", "no-text-guidance-1"} <= made.runs.keys():
         return "Guidance of 1 or less was not compared."
     one, other = (
-        records[records["status"] == Status.OK.value].set_index("source_path")["pixel_sha256"].to_dict()
+        records[records["status"] == Status.OK.value].set_index("image_path")["counterfactual_sha256"].to_dict()
         for records in (read_records(made.runs["no-text"]), read_records(made.runs["no-text-guidance-1"]))
     )
     common = sorted(set(one) & set(other))
     same = sum(one[path] == other[path] for path in common)
     first, second = (made.runs[name].keys["guidance_scale"] for name in ("no-text", "no-text-guidance-1"))
-    return f"Guidance {first:g} and {second:g} give the same pixels in {same} of {len(common)} films."
+    return f"Guidance {first:g} and {second:g} give the same pixels in {same} of {len(common)} images."

@@ -4,7 +4,7 @@ Nothing else in the package knows the difference. Two promises matter to the com
 visible whole or not at all, and ``put_if_absent`` never replaces a file that is there.
 
 What is wrong with one file is an OSError of Python's own (FileNotFoundError, PermissionError ...); what is wrong with
-the store as a whole is a StoreError, so that a full disk is never taken for a bad film.
+the store as a whole is a StoreError, so that a full disk is never taken for a bad image.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ LAYERS = 3  # behind the first: patches of 70 pixels, as in Isola et al. 2017
 
 
 class PatchDiscriminator(nn.Module):
-    """Logits of overlapping patches: real film, or the autoencoder's. Normalised by groups, not by batch, so that a
-    film's logits do not depend on its neighbours or on the number of workers."""
+    """Logits of overlapping patches: real image, or the autoencoder's. Normalised by groups, not by batch, so that a
+    image's logits do not depend on its neighbours or on the number of workers."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def hinge_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 def feature_matching(real: list[torch.Tensor], fake: list[torch.Tensor]) -> torch.Tensor:
-    """Mean over layers of the L1 distance between features of film and reconstruction."""
+    """Mean over layers of the L1 distance between features of image and reconstruction."""
     return torch.stack([(ours - theirs.detach()).abs().mean() for theirs, ours in zip(real, fake, strict=True)]).mean()
 
 

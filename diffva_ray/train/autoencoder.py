@@ -1,7 +1,7 @@
 """The autoencoder: from scratch for small models, or the decoder alone for a base whose UNet knows its latents.
 
 With an adversary this is the paper's L_Autoencoder (Rombach et al. 2022, equation 25): reconstruction, an adversary
-that tells films from reconstructions, and a KL term that keeps latents near N(0, 1).
+that tells images from reconstructions, and a KL term that keeps latents near N(0, 1).
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from diffva_ray.config.stages import AutoencoderConfig
 from diffva_ray.train.adversary import PatchDiscriminator, adaptive_weight, feature_matching, frozen, hinge_loss
 from diffva_ray.train.loss import autoencoder_loss
 from diffva_ray.train.sampling import Draws
-from diffva_ray.train.stage import Batch, Player, Setting, Stage, three_channels
+from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable, three_channels
 
 
 class AutoencoderStage(Stage):
-    """Ends by setting ``scaling_factor`` to 1 / std, as Stable Diffusion's, unless the encoder stayed as it was."""
+    """Ends by context ``scaling_factor`` to 1 / std, as Stable Diffusion's, unless the encoder stayed as it was."""
 
     config: AutoencoderConfig
 
-    def __init__(self, setting: Setting, config: AutoencoderConfig) -> None:
-        super().__init__(setting, config)
-        self.draws = Draws(setting.films.films, config.classes, setting.seed)
-        self.vae = setting.bundle.vae
-        self.players = [Player("autoencoder", _Autoencoder(self.vae), self.loss)]
+    def __init__(self, context: StageContext, config: AutoencoderConfig) -> None:
+        super().__init__(context, config)
+        self.draws = Draws(context.images.images, config.classes, context.seed)
+        self.vae = context.bundle.vae
+        self.trainables = [Trainable("autoencoder", _Autoencoder(self.vae), self.loss)]
         self.adversary: PatchDiscriminator | None = None
         if config.adversarial_weight or config.perceptual_weight:
-            torch.manual_seed(setting.seed)
+            torch.manual_seed(context.seed)
             self.adversary = PatchDiscriminator()
             self.modules = {f"adversary-{config.name}": self.adversary}
-            self.players.append(Player("adversary", self.adversary, self.adversary_loss))
+            self.trainables.append(Trainable("adversary", self.adversary, self.adversary_loss))
 
     def begin(self, device: torch.device, first: bool, wait: Any) -> None:
         whole = self.config.part == "all"
@@ -44,15 +44,15 @@ class AutoencoderStage(Stage):
         if self.adversary is not None:
             self.adversary.to(device).requires_grad_(True)
 
-    def _films(self, batch: Batch, network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """The films of a share and the noise of their posteriors."""
-        films = self.setting.films.batch([self.draws[position] for position in batch.positions()])
-        pixels = three_channels(films.to(next(network.parameters()).device))
-        side = pixels.shape[-1] // self.setting.bundle.latent_scale
+    def _images(self, batch: Batch, network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images of a share and the noise of their posteriors."""
+        images = self.context.images.batch([self.draws[position] for position in batch.positions()])
+        pixels = three_channels(images.to(next(network.parameters()).device))
+        side = pixels.shape[-1] // self.context.bundle.latent_scale
         return pixels, batch.normal((self.vae.config.latent_channels, side, side), pixels)
 
     def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        pixels, noise = self._films(batch, network)
+        pixels, noise = self._images(batch, network)
         reconstruction, mean, logvar = network(pixels, noise)
         config = self.config
         loss = autoencoder_loss(reconstruction, pixels, mean, logvar, config.kl_weight, config.gradient_weight)
@@ -70,9 +70,9 @@ class AutoencoderStage(Stage):
         return loss
 
     def adversary_loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        pixels, noise = self._films(batch, network)
+        pixels, noise = self._images(batch, network)
         with torch.no_grad():
-            fake = self.players[0].network(pixels, noise)[0]
+            fake = self.trainables[0].network(pixels, noise)[0]
         logits = network(torch.cat([pixels, fake]))[0]
         return hinge_loss(*logits.chunk(2))
 
@@ -80,10 +80,10 @@ class AutoencoderStage(Stage):
     def finish(self, device: torch.device) -> None:
         if self.config.part == "decoder":
             return
-        films = self.setting.films
-        sample = range(0, len(films.films), max(1, len(films.films) // 256))
+        images = self.context.images
+        sample = range(0, len(images.images), max(1, len(images.images) // 256))
         latents = torch.cat(
-            [self.vae.encode(three_channels(films.batch([n])).to(device)).latent_dist.mean.cpu() for n in sample]
+            [self.vae.encode(three_channels(images.batch([n])).to(device)).latent_dist.mean.cpu() for n in sample]
         )
         self.vae.register_to_config(scaling_factor=round(1.0 / latents.std().item(), 5))
 

@@ -39,8 +39,8 @@ def save_checkpoint(
     weights: Mapping[str, Mapping[str, torch.Tensor]],
     optimizers: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write ``weights`` (safetensors, by module) and the players' ``optimizers`` (with their EMA), then ``state.json``,
-    which makes the folder a checkpoint."""
+    """Write ``weights`` (safetensors, by module) and the trainables' ``optimizers`` (with their EMA), then
+    ``state.json``, which makes the folder a checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, state in weights.items():
         tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
@@ -78,7 +78,7 @@ def load_weights(folder: Path, bundle: Bundle, modules: Modules) -> None:
 
 
 def load_optimizers(folder: Path) -> list[dict[str, Any]]:
-    """The states of the players' optimizers and EMAs, in their order."""
+    """The states of the trainables' optimizers and EMAs, in their order."""
     return torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True)
 
 

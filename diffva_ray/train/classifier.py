@@ -12,7 +12,7 @@ from diffva_ray.config.stages import ClassifierConfig
 from diffva_ray.model.classifier import LatentClassifier
 from diffva_ray.train.denoiser import Latents
 from diffva_ray.train.sampling import Draws
-from diffva_ray.train.stage import Batch, Player, Setting, Stage
+from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable
 
 
 class ClassifierStage(Stage):
@@ -20,14 +20,14 @@ class ClassifierStage(Stage):
 
     config: ClassifierConfig
 
-    def __init__(self, setting: Setting, config: ClassifierConfig) -> None:
-        super().__init__(setting, config)
-        bundle = setting.bundle
+    def __init__(self, context: StageContext, config: ClassifierConfig) -> None:
+        super().__init__(context, config)
+        bundle = context.bundle
         healthy = bundle.recipe.data.healthy_class
-        self.draws = Draws(setting.films.films, config.classes, setting.seed)
-        self.latents = Latents(setting, setting.films)
+        self.draws = Draws(context.images.images, config.classes, context.seed)
+        self.latents = Latents(context, context.images)
         self.noise_scheduler = DDPMScheduler.from_config(bundle.scheduler)
-        torch.manual_seed(setting.seed)
+        torch.manual_seed(context.seed)
         try:
             self.classifier = LatentClassifier(
                 sorted(self.draws.members),
@@ -40,13 +40,13 @@ class ClassifierStage(Stage):
             raise RecipeError(f"stage {config.name}: {error}") from None
         bundle.extras["classifier"] = self.classifier  # from now on: a resumed training may begin after this stage
         self.modules = {"classifier": self.classifier}
-        self.players = [Player("classifier", self.classifier, self.loss)]
+        self.trainables = [Trainable("classifier", self.classifier, self.loss)]
 
     def begin(self, device: torch.device, first: bool, wait: object) -> None:
         self.classifier.requires_grad_(True)
 
     def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        """Cross-entropy at timesteps drawn uniformly (Dhariwal & Nichol 2021) up to ``noise_limit``: films are never
+        """Cross-entropy at timesteps drawn uniformly (Dhariwal & Nichol 2021) up to ``noise_limit``: images are never
         noised further than the strength, and what lies beyond says little of a lesion."""
         device = next(network.parameters()).device
         indices = [self.draws[position] for position in batch.positions()]
@@ -54,7 +54,7 @@ class ClassifierStage(Stage):
         posterior_noise, noise = batch.normal(mean.shape[1:], mean), batch.normal(mean.shape[1:], mean)
         steps = self.config.noise_limit * self.noise_scheduler.config.num_train_timesteps
         timesteps = (batch.uniform() * steps).long().to(device)
-        latents = (mean + std * posterior_noise) * self.setting.bundle.vae.config.scaling_factor
+        latents = (mean + std * posterior_noise) * self.context.bundle.vae.config.scaling_factor
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
-        target = torch.tensor([self.classifier.classes.index(self.setting.films.films[n].label) for n in indices])
+        target = torch.tensor([self.classifier.classes.index(self.context.images.images[n].label) for n in indices])
         return functional.cross_entropy(network(noisy, timesteps), target.to(device))

@@ -16,7 +16,7 @@ from diffva_ray.data.conditions import condition
 from diffva_ray.data.images import BadImage, decode_mask
 from diffva_ray.model import text
 from diffva_ray.train.denoiser import NoisePrediction
-from diffva_ray.train.stage import Player, Setting
+from diffva_ray.train.stage import StageContext, Trainable
 
 EMBEDDING = (16, 32, 96, 256)  # Stable Diffusion's: each step but the first halves the condition's side
 
@@ -24,11 +24,11 @@ EMBEDDING = (16, 32, 96, 256)  # Stable Diffusion's: each step but the first hal
 class ControlNetStage(NoisePrediction):
     config: ControlNetStageConfig
 
-    def __init__(self, setting: Setting, config: ControlNetStageConfig) -> None:
-        super().__init__(setting, config)
-        bundle = setting.bundle
-        torch.manual_seed(setting.seed)
-        halvings = len(bundle.vae.config.block_out_channels) - 1  # from the film's grid to the latents'
+    def __init__(self, context: StageContext, config: ControlNetStageConfig) -> None:
+        super().__init__(context, config)
+        bundle = context.bundle
+        torch.manual_seed(context.seed)
+        halvings = len(bundle.vae.config.block_out_channels) - 1  # from the image's grid to the latents'
         self.controlnet = ControlNetModel.from_unet(
             bundle.unet, conditioning_embedding_out_channels=EMBEDDING[: halvings + 1], load_weights_from_unet=False
         )
@@ -36,15 +36,15 @@ class ControlNetStage(NoisePrediction):
         bundle.extras["controlnet"] = self.controlnet
         self.modules = {"controlnet": self.controlnet}
         network = Controlled(bundle.unet, bundle.text_encoder, self.controlnet)
-        self.players = [Player("controlnet", network, self.loss, shardable=True)]
+        self.trainables = [Trainable("controlnet", network, self.loss, shardable=True)]
         self._conditions: dict[int, NDArray[np.uint8]] = {}  # a bit a pixel
-        size = setting.films.size
-        self.kept = len(setting.films.films) * 3 * size**2 / 8 <= setting.cache_megabytes * 2**20
+        size = context.images.size
+        self.kept = len(context.images.images) * 3 * size**2 / 8 <= context.cache_megabytes * 2**20
 
     def start(self) -> None:
         """The ControlNet begins as a copy of the UNet's first half, as the stages before have trained it; its last
         layers are zero, so that it changes nothing yet."""
-        unet = self.setting.bundle.unet
+        unet = self.context.bundle.unet
         for name in ("conv_in", "time_embedding", "encoder_hid_proj", "down_blocks", "mid_block"):
             part, copy = getattr(unet, name, None), getattr(self.controlnet, name, None)
             if part is not None and copy is not None:
@@ -54,11 +54,11 @@ class ControlNetStage(NoisePrediction):
         self.controlnet.requires_grad_(True)
 
     def inputs(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
-        """The films' condition images [n, 3, H, W]."""
+        """The images' condition images [n, 3, H, W]."""
         return (torch.stack([self._condition(index) for index in indices]).to(device),)
 
     def _condition(self, index: int) -> torch.Tensor:
-        size = self.setting.films.size
+        size = self.context.images.size
         bits = self._conditions.get(index)
         if bits is None:
             bits = np.packbits(self._drawn(index).astype(bool))
@@ -67,13 +67,13 @@ class ControlNetStage(NoisePrediction):
         return torch.from_numpy(np.unpackbits(bits).reshape(3, size, size).astype(np.float32))
 
     def _drawn(self, index: int) -> NDArray[np.float32]:
-        films = self.setting.films
-        film = films.films[index]
+        images = self.context.images
+        image = images.images[index]
         try:
-            lungs = decode_mask(films.store.read(film.lung_mask), films.size) if film.lung_mask else None
+            lungs = decode_mask(images.store.read(image.lung_mask), images.size) if image.lung_mask else None
         except (OSError, BadImage):
-            lungs = None  # found in the film instead
-        return condition(films.batch([index])[0].numpy(), lungs, self.config.conditions)
+            lungs = None  # found in the image instead
+        return condition(images.batch([index])[0].numpy(), lungs, self.config.conditions)
 
 
 class Controlled(nn.Module):

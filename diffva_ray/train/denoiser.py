@@ -1,4 +1,4 @@
-"""UNet and text encoder together: noise prediction under the film's caption or its class's prompt, dropped to "" at a
+"""UNet and text encoder together: noise prediction under the image's caption or its class's prompt, dropped to "" at a
 rate so that guidance has a trained unconditional branch, and DreamBooth's prior preservation when a class set is named.
 """
 
@@ -13,31 +13,31 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from diffva_ray.config.stages import DenoiserConfig, NoisePredictionConfig
-from diffva_ray.data.dataset import Film
+from diffva_ray.data.dataset import LabelledImage
 from diffva_ray.model import text
 from diffva_ray.model.cross_attention import cross_attention_parameters
 from diffva_ray.model.lora import adapter_parameters, attached
 from diffva_ray.progress import LOG
 from diffva_ray.train.class_images import class_images
 from diffva_ray.train.loss import denoising_loss, min_snr_weights
-from diffva_ray.train.sampling import Draws, FilmSet
-from diffva_ray.train.stage import Batch, Player, Setting, Stage, three_channels
+from diffva_ray.train.sampling import Draws, ImageSet
+from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable, three_channels
 
 ENCODING_BATCH = 16
 
 
 class NoisePrediction(Stage):
-    """What stages that learn to predict noise have in common: films, noise, prompts and the loss."""
+    """What stages that learn to predict noise have in common: images, noise, prompts and the loss."""
 
     config: NoisePredictionConfig
 
-    def __init__(self, setting: Setting, config: NoisePredictionConfig) -> None:
-        super().__init__(setting, config)
-        self.draws = Draws(setting.films.films, config.classes, setting.seed)
-        self.films = Latents(setting, setting.films)
+    def __init__(self, context: StageContext, config: NoisePredictionConfig) -> None:
+        super().__init__(context, config)
+        self.draws = Draws(context.images.images, config.classes, context.seed)
+        self.images = Latents(context, context.images)
         self.prior: ClassSet | None = None
         self._say_what_is_cut()
-        self.noise_scheduler = DDPMScheduler.from_config(setting.bundle.scheduler)
+        self.noise_scheduler = DDPMScheduler.from_config(context.bundle.scheduler)
 
     def inputs(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
         """What the network reads beside noisy latents, timesteps and prompts."""
@@ -46,17 +46,17 @@ class NoisePrediction(Stage):
     def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         """As in DreamBooth's script, instances and class set go through the network in one batch, each with noise and
         timestep of its own."""
-        data = self.setting.bundle.recipe.data
+        data = self.context.bundle.recipe.data
         device = next(network.parameters()).device
         positions = batch.positions()
         indices = [self.draws[position] for position in positions]
-        mean, std = self.films.moments(indices, device)
-        told = [self._told(self.setting.films.films[index]) for index in indices]
+        mean, std = self.images.moments(indices, device)
+        told = [self._told(self.context.images.images[index]) for index in indices]
         groups, rows, prior_loss_weight = 1, list(batch.rows), 0.0
         # DreamBooth's prior preservation (Ruiz et al. 2023, equation 2): the class set stands below the instances.
         if self.prior is not None:
             groups, prior_loss_weight = 2, self.prior.loss_weight
-            prior_mean, prior_std = self.prior.films.moments([self.prior.draws[at] for at in positions], device)
+            prior_mean, prior_std = self.prior.images.moments([self.prior.draws[at] for at in positions], device)
             mean, std = torch.cat([mean, prior_mean]), torch.cat([std, prior_std])
             told += [data.prompt(self.prior.label)] * len(indices)
             rows += [batch.size + row for row in batch.rows]
@@ -70,7 +70,7 @@ class NoisePrediction(Stage):
         dropped = whole.uniform() < self.config.prompt_dropout
 
         # z ~ q(z | x), then z_t = sqrt(a_t) z + sqrt(1 - a_t) e (Rombach et al. 2022).
-        latents = (mean + std * posterior_noise) * self.setting.bundle.vae.config.scaling_factor
+        latents = (mean + std * posterior_noise) * self.context.bundle.vae.config.scaling_factor
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
         prompts = ["" if drop else prompt for prompt, drop in zip(told, dropped.tolist(), strict=True)]
         output = network(noisy, timesteps, *self.tokens(prompts, device), *self.inputs(indices, device))
@@ -81,16 +81,16 @@ class NoisePrediction(Stage):
         target = self.target(latents, noise, timesteps)
         return denoising_loss(output, target, weights, len(indices), prior_loss_weight)
 
-    def _told(self, film: Film) -> str:
-        """The film's own caption, or its class's prompt."""
-        return film.caption or self.setting.bundle.recipe.data.prompt(film.label)
+    def _told(self, image: LabelledImage) -> str:
+        """The image's own caption, or its class's prompt."""
+        return image.caption or self.context.bundle.recipe.data.prompt(image.label)
 
     def _say_what_is_cut(self) -> None:
-        captions = {film.caption for film in self.setting.films.films}
-        if cut := sorted(caption for caption in captions if not text.fits(self.setting.bundle.tokenizer, caption)):
+        captions = {image.caption for image in self.context.images.images}
+        if cut := sorted(caption for caption in captions if not text.fits(self.context.bundle.tokenizer, caption)):
             LOG.warning(
                 "%d captions are longer than %d tokens (model.tokenizer_length) and are cut there, such as %r",
-                len(cut), self.setting.bundle.tokenizer.model_max_length, cut[0],
+                len(cut), self.context.bundle.tokenizer.model_max_length, cut[0],
             )  # fmt: skip
 
     @property
@@ -105,49 +105,49 @@ class NoisePrediction(Stage):
 
     def tokens(self, prompts: Sequence[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ids and mask [distinct, length] of the distinct prompts, which the encoder runs on once each, and for every
-        film which of them is its own [n]."""
+        image which of them is its own [n]."""
         distinct = sorted(set(prompts))
-        ids, mask = text.tokenize(self.setting.bundle.tokenizer, distinct)
+        ids, mask = text.tokenize(self.context.bundle.tokenizer, distinct)
         which = torch.tensor([distinct.index(prompt) for prompt in prompts])
         return ids.to(device), mask.to(device), which.to(device)
 
 
 @dataclass(frozen=True)
 class ClassSet:
-    """DreamBooth's class set: films of ``label``, and the weight of their loss."""
+    """DreamBooth's class set: images of ``label``, and the weight of their loss."""
 
     label: str
     draws: Draws
-    films: Latents
+    images: Latents
     loss_weight: float
 
 
 class DenoiserStage(NoisePrediction):
     config: DenoiserConfig
 
-    def __init__(self, setting: Setting, config: DenoiserConfig) -> None:
-        super().__init__(setting, config)
+    def __init__(self, context: StageContext, config: DenoiserConfig) -> None:
+        super().__init__(context, config)
         if config.prior_class and config.class_images == "real":
-            self.prior = self._class_set(setting.films, self.films)
-        network = Denoiser(setting.bundle.unet, setting.bundle.text_encoder)
-        self.players = [Player("denoiser", network, self.loss, shardable=True)]
+            self.prior = self._class_set(context.images, self.images)
+        network = Denoiser(context.bundle.unet, context.bundle.text_encoder)
+        self.trainables = [Trainable("denoiser", network, self.loss, shardable=True)]
 
     def begin(self, device: torch.device, first: bool, wait: Callable[[], None]) -> None:
         config = self.config
         if config.prior_class and config.class_images == "generated":
-            drawn = class_images(self.setting, config, device, first, wait)
-            self.prior = self._class_set(drawn, Latents(self.setting, drawn))
+            drawn = class_images(self.context, config, device, first, wait)
+            self.prior = self._class_set(drawn, Latents(self.context, drawn))
         for parameter in self._trainable():
             parameter.requires_grad_(True)
 
-    def _class_set(self, films: FilmSet, latents: Latents) -> ClassSet:
+    def _class_set(self, images: ImageSet, latents: Latents) -> ClassSet:
         label = str(self.config.prior_class)
-        draws = Draws(films.films, {label: 1}, self.setting.seed + 1)
+        draws = Draws(images.images, {label: 1}, self.context.seed + 1)
         return ClassSet(label, draws, latents, self.config.prior_loss_weight)
 
     def _trainable(self) -> list[nn.Parameter]:
         """Adapters where there are any, otherwise all weights; to warm up, only those that read the prompt."""
-        unet, encoder = self.setting.bundle.unet, self.setting.bundle.text_encoder
+        unet, encoder = self.context.bundle.unet, self.context.bundle.text_encoder
         chosen = adapter_parameters(unet) if attached(unet) else dict(unet.named_parameters())
         if self.config.trainable == "cross-attention":
             reading = cross_attention_parameters(unet)
@@ -179,24 +179,24 @@ class Denoiser(nn.Module):
 
 
 class Latents:
-    """Posterior moments of films: of the whole set once where memory allows, otherwise when a step asks for them."""
+    """Posterior moments of images: of the whole set once where memory allows, otherwise when a step asks for them."""
 
-    def __init__(self, setting: Setting, films: FilmSet) -> None:
-        self.vae: Any = setting.bundle.vae
-        self.films = films
-        side = films.size // setting.bundle.latent_scale
-        size = len(films.films) * 2 * 4 * self.vae.config.latent_channels * side**2
-        self.kept = size <= setting.cache_megabytes * 2**20
+    def __init__(self, context: StageContext, images: ImageSet) -> None:
+        self.vae: Any = context.bundle.vae
+        self.images = images
+        side = images.size // context.bundle.latent_scale
+        size = len(images.images) * 2 * 4 * self.vae.config.latent_channels * side**2
+        self.kept = size <= context.cache_megabytes * 2**20
         self._moments: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
     def moments(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation [n, 4, h, w] of the films' posteriors. The set is encoded in batches that do not
+        """Mean and standard deviation [n, 4, h, w] of the images' posteriors. The set is encoded in batches that do not
         depend on the step, so that a resumed training has the same latents to the last bit."""
         if not self.kept:
             return self._encode(indices, device)
         if self._moments is None:
-            total = len(self.films.films)
+            total = len(self.images.images)
             batches = [range(start, min(start + ENCODING_BATCH, total)) for start in range(0, total, ENCODING_BATCH)]
             parts = [self._encode(batch, device) for batch in batches]
             mean, std = (torch.cat([part[n].cpu() for part in parts]) for n in (0, 1))
@@ -205,5 +205,5 @@ class Latents:
         return mean[list(indices)].to(device), std[list(indices)].to(device)
 
     def _encode(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        posterior = self.vae.encode(three_channels(self.films.batch(indices)).to(device)).latent_dist
+        posterior = self.vae.encode(three_channels(self.images.batch(indices)).to(device)).latent_dist
         return posterior.mean, posterior.std

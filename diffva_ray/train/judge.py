@@ -15,65 +15,65 @@ from diffva_ray.metrics.validity import Judge, calibration_error, fitted_tempera
 from diffva_ray.progress import LOG
 from diffva_ray.storage.store import Store
 from diffva_ray.train.sampling import Draws
-from diffva_ray.train.stage import Batch, Player, Setting, Stage, three_channels
+from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable, three_channels
 
-EVERY, MOST = 10, 1000  # every tenth film of a class is held out to calibrate, so many in all at most
+EVERY, MOST = 10, 1000  # every tenth image of a class is held out to calibrate, so many in all at most
 AT_ONCE = 16
 
 
 class JudgeStage(Stage):
-    def __init__(self, setting: Setting, config: JudgeConfig) -> None:
-        super().__init__(setting, config)
-        everything = Draws(setting.films.films, config.classes, setting.seed)
-        tenths = {label: films[EVERY - 1 :: EVERY] for label, films in everything.members.items()}
+    def __init__(self, context: StageContext, config: JudgeConfig) -> None:
+        super().__init__(context, config)
+        everything = Draws(context.images.images, config.classes, context.seed)
+        tenths = {label: images[EVERY - 1 :: EVERY] for label, images in everything.members.items()}
         each = max(MOST // len(tenths), 1)
-        self.held_out = sorted(index for films in tenths.values() for index in films[:each])
-        self.draws = Draws(setting.films.films, config.classes, setting.seed, frozenset(self.held_out))
-        healthy = setting.bundle.recipe.data.healthy_class
+        self.held_out = sorted(index for images in tenths.values() for index in images[:each])
+        self.draws = Draws(context.images.images, config.classes, context.seed, frozenset(self.held_out))
+        healthy = context.bundle.recipe.data.healthy_class
         if healthy not in self.draws.members:
             raise RecipeError(
                 f"stage {config.name}: a judge has to know the healthy class {healthy}, which is not among its classes "
                 f"{', '.join(sorted(self.draws.members))}; see data.healthy_class"
             )
-        torch.manual_seed(setting.seed)
+        torch.manual_seed(context.seed)
         self.judge = Judge(sorted(self.draws.members), healthy)
         self.modules = {"judge": self.judge}
-        self.kept = len(setting.films.films) * setting.films.size**2 <= setting.cache_megabytes * 2**20
+        self.kept = len(context.images.images) * context.images.size**2 <= context.cache_megabytes * 2**20
         self._blocks: dict[int, torch.Tensor] = {}
-        self.players = [Player("judge", self.judge, self.loss)]
+        self.trainables = [Trainable("judge", self.judge, self.loss)]
 
     def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        """Cross-entropy on films, half of them as the autoencoder gives them back, blurred and noised by chance: how a
-        film was made must not tell what is on it."""
+        """Cross-entropy on images, half of them as the autoencoder gives them back, blurred and noised by chance: how a
+        image was made must not tell what is on it."""
         sigma = batch.uniform()
         noise = batch.uniform(1, 1) * 0.02
         through = batch.uniform() < 0.5
         indices = [self.draws[position] for position in batch.positions()]
-        films = self.setting.films.batch(indices)
+        images = self.context.images.batch(indices)
         if through.any():
-            films[through] = self._reconstructed([n for n, chosen in zip(indices, through.tolist()) if chosen])
-        films = blur(films, sigma)
-        films = films + noise * batch.normal(films.shape[1:], films)
+            images[through] = self._reconstructed([n for n, chosen in zip(indices, through.tolist()) if chosen])
+        images = blur(images, sigma)
+        images = images + noise * batch.normal(images.shape[1:], images)
         device = next(network.parameters()).device
-        return functional.cross_entropy(network(films.to(device)), self._targets(indices).to(device))
+        return functional.cross_entropy(network(images.to(device)), self._targets(indices).to(device))
 
     def _targets(self, indices: Sequence[int]) -> torch.Tensor:
-        return torch.tensor([self.judge.classes.index(self.setting.films.films[n].label) for n in indices])
+        return torch.tensor([self.judge.classes.index(self.context.images.images[n].label) for n in indices])
 
     def _reconstructed(self, indices: Sequence[int]) -> torch.Tensor:
-        """Films [n, H, W] in [0, 1] as the autoencoder gives them back: each once, in batches that do not depend on the
-        step, where memory allows."""
+        """Images [n, H, W] in [0, 1] as the autoencoder gives them back: each once, in batches that do not depend on
+        the step, where memory allows."""
         if not self.kept:
             return self._through(indices)
         for block in {index // AT_ONCE for index in indices} - self._blocks.keys():
-            members = range(block * AT_ONCE, min((block + 1) * AT_ONCE, len(self.setting.films.films)))
+            members = range(block * AT_ONCE, min((block + 1) * AT_ONCE, len(self.context.images.images)))
             self._blocks[block] = (self._through(members) * 255).round().byte()
         return torch.stack([self._blocks[index // AT_ONCE][index % AT_ONCE] for index in indices]).float() / 255
 
     @torch.no_grad()
     def _through(self, indices: Sequence[int]) -> torch.Tensor:
-        vae = self.setting.bundle.vae
-        pixels = three_channels(self.setting.films.batch(indices)).to(next(vae.parameters()).device)
+        vae = self.context.bundle.vae
+        pixels = three_channels(self.context.images.batch(indices)).to(next(vae.parameters()).device)
         colours = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float() / 2 + 0.5
         return colours.clamp(0, 1).mean(dim=1).cpu()
 
@@ -85,22 +85,22 @@ class JudgeStage(Stage):
 
     @torch.no_grad()
     def _calibrate(self) -> dict[str, float]:
-        """Set the temperature on the films held out, as they are and as the autoencoder gives them back; what was
+        """Set the temperature on the images held out, as they are and as the autoencoder gives them back; what was
         measured there."""
         if not self.held_out:
-            LOG.info("the judge is not calibrated: no class has %d films", EVERY)
+            LOG.info("the judge is not calibrated: no class has %d images", EVERY)
             return {}
         device = next(self.judge.parameters()).device
         logits, targets = [], self._targets(self.held_out).numpy()
-        for taken in (self.setting.films.batch, self._reconstructed):
+        for taken in (self.context.images.batch, self._reconstructed):
             for start in range(0, len(self.held_out), AT_ONCE):
-                films = taken(self.held_out[start : start + AT_ONCE])
-                logits.append(self.judge(films.to(device)).double().cpu().numpy())
+                images = taken(self.held_out[start : start + AT_ONCE])
+                logits.append(self.judge(images.to(device)).double().cpu().numpy())
         told, targets = np.concatenate(logits), np.concatenate([targets, targets])
         temperature = fitted_temperature(told, targets)
         self.judge.temperature.fill_(temperature)
         measured = {
-            "films": len(self.held_out),
+            "images": len(self.held_out),
             "chance": float(np.bincount(targets).max() / len(targets)),
             "accuracy": float((told.argmax(1) == targets).mean()),
             "temperature": temperature,
@@ -108,7 +108,8 @@ class JudgeStage(Stage):
             "calibration_error_before": calibration_error(_softmax(told), targets),
         }
         LOG.info(
-            "the judge on %(films)d films held out: accuracy %(accuracy).3f, calibration error %(calibration_error).3f "
+            "the judge on %(images)d images held out: accuracy %(accuracy).3f, calibration error "
+            "%(calibration_error).3f "
             "(%(calibration_error_before).3f before its temperature %(temperature).2f)", measured,
         )  # fmt: skip
         return measured
@@ -118,13 +119,13 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return torch.from_numpy(logits).softmax(1).numpy()
 
 
-def blur(films: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Films [n, H, W], sides above 3, under a Gaussian of ``sigma`` [n] pixels each, cut off at 3 pixels: the judge
+def blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Images [n, H, W], sides above 3, under a Gaussian of ``sigma`` [n] pixels each, cut off at 3 pixels: the judge
     must not take softness, which every autoencoder adds, for health."""
-    offsets = torch.arange(-3, 4, dtype=films.dtype)
+    offsets = torch.arange(-3, 4, dtype=images.dtype)
     kernel = torch.exp(-0.5 * (offsets[None] / sigma[:, None].clamp(min=1e-3)) ** 2)
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).to(films.device)
-    n = len(films)
-    padded = functional.pad(films[None], (3, 3, 3, 3), mode="reflect")
+    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).to(images.device)
+    n = len(images)
+    padded = functional.pad(images[None], (3, 3, 3, 3), mode="reflect")
     rows = functional.conv2d(padded, kernel.reshape(n, 1, 1, 7), groups=n)
     return functional.conv2d(rows, kernel.reshape(n, 1, 7, 1), groups=n)[0]

@@ -23,7 +23,7 @@ TENSORBOARD = ".train/tensorboard"
 SECONDS = 3.0  # between two looks at the training
 
 
-class Journal:
+class TrainingLogger:
     """Of one process; only the first worker writes. ``history`` goes on where an earlier process ended."""
 
     def __init__(self, recipe: Recipe, store: Store, accelerator: Accelerator, before: tuple[int, int]) -> None:

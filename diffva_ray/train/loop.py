@@ -23,19 +23,19 @@ from diffva_ray.config.stages import StageConfig
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.model.bundle import Bundle, build, save
 from diffva_ray.model.lora import attach
-from diffva_ray.model.training_images import FILM_DIGITS
+from diffva_ray.model.training_images import IMAGE_DIGITS
 from diffva_ray.progress import LOG
 from diffva_ray.provenance import missing
 from diffva_ray.storage.store import open_store
 from diffva_ray.train.checkpoint import Position, discard, load_optimizers, load_weights, read_state, save_checkpoint
-from diffva_ray.train.logger import Journal
+from diffva_ray.train.logger import TrainingLogger
 from diffva_ray.train.loss import learning_rate
-from diffva_ray.train.sampling import FilmSet, step_generator
+from diffva_ray.train.sampling import ImageSet, step_generator
 from diffva_ray.train.sharding import gather, like, load_optimizer_state, optimizer_state, sharded, whole
-from diffva_ray.train.stage import Batch, Player, Setting, Stage, make_stage
+from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable, make_stage
 
 Report = Callable[[dict[str, float], Path | None], None]  # takes the folder over
-Validate = Callable[[Bundle, Journal, str, int], None]
+Validate = Callable[[Bundle, TrainingLogger, str, int], None]
 
 
 @dataclass
@@ -48,7 +48,7 @@ class TrainingRun:
     modules: dict[str, nn.Module]
     fingerprint: str
     report: Report
-    journal: Journal
+    logger: TrainingLogger
     validate: Validate | None
 
     @property
@@ -79,7 +79,7 @@ def train(
         torch.set_num_threads(threads)
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, cpu=not torch.cuda.is_available())
     bundle, store = build(recipe), open_store(model)
-    films = FilmSet(open_dataset(data, recipe.data), recipe.model.resolution, recipe.train.cache_megabytes)
+    images = ImageSet(open_dataset(data, recipe.data), recipe.model.resolution, recipe.train.cache_megabytes)
     config = recipe.train
     if config.lora is not None:
         attach(bundle.unet, bundle.text_encoder, config.lora, recipe.seed)
@@ -87,8 +87,8 @@ def train(
         bundle.unet.enable_gradient_checkpointing()
         bundle.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
-    setting = Setting(bundle, films, recipe.seed, store, config.cache_megabytes if config.cache_latents else 0)
-    stages = [make_stage(setting, stage) for stage in config.stages]
+    context = StageContext(bundle, images, recipe.seed, store, config.cache_megabytes if config.cache_latents else 0)
+    stages = [make_stage(context, stage) for stage in config.stages]
     modules = {name: module for stage in stages for name, module in stage.modules.items()}
     position = Position()
     if resume:
@@ -96,19 +96,19 @@ def train(
         position = Position(state["stage"], state["step"])
         load_weights(resume, bundle, modules)
         _say_workers(state["workers"], accelerator.num_processes, accelerator.is_main_process)
-    journal = Journal(recipe, store, accelerator, (position.stage, position.step))
-    run = TrainingRun(recipe, bundle, accelerator, modules, fingerprint, report, journal, validate)
+    logger = TrainingLogger(recipe, store, accelerator, (position.stage, position.step))
+    run = TrainingRun(recipe, bundle, accelerator, modules, fingerprint, report, logger, validate)
     for index in range(position.stage, len(stages)):
         start = position.step if index == position.stage else 0
         _run_stage(run, stages[index], index, start, resume if start else None)
-    journal.close()
+    logger.close()
 
     if run.first:
         for stage in stages:
             stage.export(store)
-        card = {**provenance, "training_fingerprint": fingerprint, "films": len(films.films),
-                "unreadable": films.unreadable,
-                "training_films": [sha256[:FILM_DIGITS] for sha256 in films.sha256()]}  # fmt: skip
+        card = {**provenance, "training_fingerprint": fingerprint, "images": len(images.images),
+                "unreadable": images.unreadable,
+                "training_images": [sha256[:IMAGE_DIGITS] for sha256 in images.sha256()]}  # fmt: skip
         save(bundle, store, card)
     accelerator.wait_for_everyone()
 
@@ -116,7 +116,7 @@ def train(
 def _say_workers(before: int, now: int, first: bool) -> None:
     if before != now and first:
         LOG.info(
-            "resumed on %d workers instead of %d: films, noise and prompts of every step stay the same; sums of "
+            "resumed on %d workers instead of %d: images, noise and prompts of every step stay the same; sums of "
             "gradients round differently (about 1e-6), and dropout masks, where a network has any, are other ones",
             now,
             before,
@@ -125,9 +125,9 @@ def _say_workers(before: int, now: int, first: bool) -> None:
 
 @dataclass
 class Turn:
-    """A player ready to play: its network as prepared for the workers, optimizer, EMA."""
+    """A trainable ready to play: its network as prepared for the workers, optimizer, EMA."""
 
-    player: Player
+    trainable: Trainable
     network: nn.Module
     parameters: list[nn.Parameter]
     optimizer: Any
@@ -147,9 +147,9 @@ class Turn:
         return {"optimizer": optimizer_state(self.network, self.optimizer.optimizer), "ema": average}
 
     def gather(self, everywhere: bool = False) -> None:
-        """Copy the weights of the network that trains into the player's own; every worker takes part."""
+        """Copy the weights of the network that trains into the trainable's own; every worker takes part."""
         if self.is_sharded:
-            gather(self.network, self.player.network, everywhere)
+            gather(self.network, self.trainable.network, everywhere)
 
 
 def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: Path | None) -> None:
@@ -166,7 +166,7 @@ def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: P
     if start == 0:
         stage.start()
     stage.begin(device, run.first, accelerator.wait_for_everyone)
-    turns = [_turn(run, config, player) for player in stage.players]
+    turns = [_turn(run, config, trainable) for trainable in stage.trainables]
     if resume:
         _restore(turns, load_optimizers(resume))
 
@@ -177,14 +177,14 @@ def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: P
         for turn in turns:
             loss, norm, rate = _play(run, config, turn, step, shares)
             if done % run.recipe.train.log_every == 0 or last:
-                name = "" if turn is turns[0] else f"{turn.player.name}_"
+                name = "" if turn is turns[0] else f"{turn.trainable.name}_"
                 values |= {
                     f"{name}loss": float(accelerator.reduce(loss, "sum")),
                     f"{name}learning_rate": rate,
                     f"{name}grad_norm": float(norm),
                 }
         if values:
-            run.journal.log(config.name, done, values, last)
+            run.logger.log(config.name, done, values, last)
         validation = run.recipe.train.validation
         if run.validate is not None and config.trains == "denoiser" and validation.every and (
             done % validation.every == 0 or last
@@ -197,30 +197,30 @@ def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: P
         if turn.ema is not None:
             turn.ema.copy_to(turn.parameters)
         turn.gather(everywhere=True)
-        turn.player.network.to(device).eval()
+        turn.trainable.network.to(device).eval()
     stage.finish(device)
     _checkpoint(run, Position(index + 1, 0), [])
 
 
-def _turn(run: TrainingRun, config: StageConfig, player: Player) -> Turn:
+def _turn(run: TrainingRun, config: StageConfig, trainable: Trainable) -> Turn:
     train, accelerator = run.recipe.train, run.accelerator
-    fsdp = train.sharding == "fsdp" and player.shardable and accelerator.num_processes > 1
+    fsdp = train.sharding == "fsdp" and trainable.shardable and accelerator.num_processes > 1
     if fsdp:
-        network = sharded(player.network, accelerator.device)
-        player.network.cpu()
+        network = sharded(trainable.network, accelerator.device)
+        trainable.network.cpu()
     else:
-        network = player.network.to(accelerator.device)
+        network = trainable.network.to(accelerator.device)
     if train.channels_last:
         network = network.to(memory_format=torch.channels_last)
     network.train()
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    rate = player.learning_rate or config.learning_rate
+    rate = trainable.learning_rate or config.learning_rate
     optimizer = _optimizer(config, parameters, rate)
     ema = EMAModel(parameters, decay=config.ema_decay, foreach=not fsdp) if config.ema_decay else None
     if train.compile:
         network.compile()
     prepared = network if fsdp else accelerator.prepare(network)
-    return Turn(player, prepared, parameters, accelerator.prepare(optimizer), ema, rate)
+    return Turn(trainable, prepared, parameters, accelerator.prepare(optimizer), ema, rate)
 
 
 def _optimizer(config: StageConfig, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
@@ -245,7 +245,7 @@ def _restore(turns: list[Turn], states: list[dict[str, Any]]) -> None:
 def _play(
     run: TrainingRun, config: StageConfig, turn: Turn, step: int, shares: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """One step of one player: gradients of all shares, then the optimizer. Returns this worker's part of the global
+    """One step of one trainable: gradients of all shares, then the optimizer. Returns this worker's part of the global
     batch's mean loss, the gradient's norm before clipping, and the learning rate."""
     accelerator = run.accelerator
     rate = learning_rate(step, config.steps, turn.rate, config.warmup_steps, config.schedule, config.final_lr_fraction)
@@ -258,7 +258,7 @@ def _play(
         part = len(rows) / config.batch_size
         with _alone(accelerator, turn.network, n + 1 < len(shares)):
             with accelerator.autocast():
-                loss = turn.player.loss(turn.network, batch)
+                loss = turn.trainable.loss(turn.network, batch)
             accelerator.backward(loss * part * accelerator.num_processes)  # DDP takes the mean over workers
         total += loss.detach() * part
     norm = accelerator.clip_grad_norm_(turn.parameters, config.max_grad_norm)
@@ -281,7 +281,7 @@ def _validate(run: TrainingRun, turns: list[Turn], stage: str, step: int) -> Non
     """With the averaged weights where there are any; the other workers wait."""
     with _averaged(turns):
         if run.first and run.validate is not None:
-            run.validate(run.bundle, run.journal, stage, step)
+            run.validate(run.bundle, run.logger, stage, step)
     run.accelerator.wait_for_everyone()
 
 
@@ -310,7 +310,7 @@ class _averaged:
 
 
 def _checkpoint(run: TrainingRun, position: Position, turns: list[Turn]) -> None:
-    newest = run.journal.history[-1] if run.journal.history else {}
+    newest = run.logger.history[-1] if run.logger.history else {}
     metrics = {key: value for key, value in newest.items() if isinstance(value, float)}
     metrics |= {"stage_index": float(position.stage), "step": float(position.step)}
     for turn in turns:
@@ -319,7 +319,7 @@ def _checkpoint(run: TrainingRun, position: Position, turns: list[Turn]) -> None
     if not run.first:
         run.report(metrics, None)
         return
-    run.journal.keep()
+    run.logger.keep()
     folder = Path(tempfile.mkdtemp(prefix="diffva-checkpoint-"))
     weights = {name: module.state_dict() for name, module in {**run.bundle.modules, **run.modules}.items()}
     save_checkpoint(

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 def autoencoder_loss(
     reconstruction: torch.Tensor,
-    films: torch.Tensor,
+    images: torch.Tensor,
     mean: torch.Tensor,
     logvar: torch.Tensor,
     kl_weight: float,
@@ -16,7 +16,7 @@ def autoencoder_loss(
 ) -> torch.Tensor:
     """L1 + gradient L1 + KL of images [n, c, H, W] in [-1, 1]; the gradient term keeps ribs and vessels sharp without
     downloaded perceptual weights. The KL divergence to N(0, 1) is averaged over latent elements."""
-    error = reconstruction - films
+    error = reconstruction - images
     gradient = (error[..., 1:, :] - error[..., :-1, :]).abs().mean() + (
         error[..., :, 1:] - error[..., :, :-1]
     ).abs().mean()

@@ -1,4 +1,4 @@
-"""What the loop knows of a stage: its networks with an optimizer each (players), and their losses. One file per
+"""What the loop knows of a stage: its networks with an optimizer each (trainables), and their losses. One file per
 kind."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from diffva_ray.config.stages import Stage as AnyStageConfig
 from diffva_ray.config.stages import StageConfig
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.storage.store import Store
-from diffva_ray.train.sampling import FilmSet
+from diffva_ray.train.sampling import ImageSet
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Batch:
     restricted to ``rows``: shares of any size, on any number of workers, see the same noise."""
 
     step: int
-    size: int  # films of the global batch
+    size: int  # images of the global batch
     rows: list[int]
     generator: torch.Generator
 
     def positions(self) -> list[int]:
-        """Where this share stands in the stage's endless sequence of films."""
+        """Where this share stands in the stage's endless sequence of images."""
         return [self.step * self.size + row for row in self.rows]
 
     def normal(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
@@ -42,9 +42,9 @@ class Batch:
 
 
 @dataclass
-class Player:
+class Trainable:
     """One network with an optimizer of its own. ``loss(network, batch)`` is a mean over the batch's rows; ``network``
-    is the player's own, wrapped for several workers."""
+    is the trainable's own, wrapped for several workers."""
 
     name: str
     network: nn.Module
@@ -54,11 +54,11 @@ class Player:
 
 
 @dataclass
-class Setting:
+class StageContext:
     """What a stage is made from."""
 
     bundle: Bundle
-    films: FilmSet
+    images: ImageSet
     seed: int
     store: Store  # the model folder
     cache_megabytes: int = 0  # latents kept in memory, at most
@@ -69,9 +69,9 @@ class Stage:
     """A stage with nothing in it; kinds override what they have. ``modules`` are kept in checkpoints beside the
     bundle's own networks."""
 
-    setting: Setting
+    context: StageContext
     config: StageConfig
-    players: list[Player] = field(default_factory=list)
+    trainables: list[Trainable] = field(default_factory=list)
     modules: dict[str, nn.Module] = field(default_factory=dict)
 
     def start(self) -> None:
@@ -99,14 +99,14 @@ KINDS = {
 }
 
 
-def make_stage(setting: Setting, config: AnyStageConfig) -> Stage:
+def make_stage(context: StageContext, config: AnyStageConfig) -> Stage:
     """The stage a recipe describes. Raises RecipeError, UnusableData."""
     if config.trains not in KINDS:
         raise RecipeError(f"train.stages: nothing trains {config.trains!r}; there are {', '.join(KINDS)}")
     module, _, name = KINDS[config.trains].partition(":")
-    return getattr(importlib.import_module(f"diffva_ray.train.{module}"), name)(setting, config)
+    return getattr(importlib.import_module(f"diffva_ray.train.{module}"), name)(context, config)
 
 
-def three_channels(films: torch.Tensor) -> torch.Tensor:
-    """Grey films [n, H, W] in [0, 1] as the autoencoder wants them: [n, 3, H, W] in [-1, 1]."""
-    return (films[:, None] * 2 - 1).expand(-1, 3, -1, -1)
+def three_channels(images: torch.Tensor) -> torch.Tensor:
+    """Grey images [n, H, W] in [0, 1] as the autoencoder wants them: [n, 3, H, W] in [-1, 1]."""
+    return (images[:, None] * 2 - 1).expand(-1, 3, -1, -1)

@@ -1,7 +1,7 @@
 """``diffva demo``: the whole line on one machine, on phantoms whose lesions are known.
 
-Films of three seeds: ``train`` for the model, ``validation`` for thresholds, ``test`` for the numbers that are shown.
-The paper's own recipe runs on the same model and the same test films, so that its numbers stand beside ours.
+Images of three seeds: ``train`` for the model, ``validation`` for thresholds, ``test`` for the numbers that are shown.
+The paper's own recipe runs on the same model and the same test images, so that its numbers stand beside ours.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from diffva_ray.workflows.generate import generate_run
 from diffva_ray.workflows.reduce import reduce
 from diffva_ray.workflows.train import train_model
 
-FILMS = {"train": 3000, "validation": 160, "test": 400}
+IMAGES = {"train": 3000, "validation": 160, "test": 400}
 SEEDS = {"train": 0, "validation": 1, "test": 3}  # 2 was looked at while the recipe was made
-QUICK_FILMS = {"train": 600, "validation": 32, "test": 64}
+QUICK_IMAGES = {"train": 600, "validation": 32, "test": 64}
 QUICK_STEPS = (120, 160, 60)  # of the recipe's three stages
 PAPER_SETTINGS = ("method=sdedit", "scheduler=pndm", "strength=0.55", "guidance_scale=4.0", "num_inference_steps=75",
          "difference=raw", "smoothing=0.0", "source_prompt=''", "negative_prompt=''")  # fmt: skip
 
 
 def run_demo(out: str, quick: bool = False, seed: int = 0) -> str:
-    """Everything from films to report below ``out``; steps that are done are left alone. Returns where to look."""
+    """Everything from images to report below ``out``; steps that are done are left alone. Returns where to look."""
     began = time.monotonic()
     recipe = demo_recipe(quick, seed)
-    films = QUICK_FILMS if quick else FILMS
-    folders = {name: join(out, "data", name) for name in films}
+    images = QUICK_IMAGES if quick else IMAGES
+    folders = {name: join(out, "data", name) for name in images}
     model, run = join(out, "model"), join(out, "run")
     for name, folder in folders.items():
-        make_phantoms(folder, films[name], recipe.model.resolution, 1000 * seed + SEEDS[name])
+        make_phantoms(folder, images[name], recipe.model.resolution, 1000 * seed + SEEDS[name])
     with session.connect():
         train_model(recipe, folders["train"], model)
         trained = time.monotonic() - began
@@ -62,7 +62,7 @@ def run_demo(out: str, quick: bool = False, seed: int = 0) -> str:
     page = write_report(open_run(run))
     print_demo(results[run], results[paper])
     took = duration(time.monotonic() - began)
-    return f"done in {took} (films and training {duration(trained)}); open {page}"
+    return f"done in {took} (images and training {duration(trained)}); open {page}"
 
 
 def demo_recipe(quick: bool, seed: int) -> Recipe:
@@ -83,31 +83,32 @@ GOALS = {
 
 
 def print_demo(ours: dict[str, Any], paper: dict[str, Any]) -> None:
-    """Our recipe, the paper's and the trivial baselines side by side, on the test films."""
+    """Our recipe, the paper's and the trivial baselines side by side, on the test images."""
     table = Table(
-        title="Healthy twins of the test phantoms (positive part of the map; all classes)", title_justify="left"
+        title="Healthy counterfactuals of the test phantoms (positive part of the map; all classes)",
+        title_justify="left",
     )
     for head in ("", *GOALS):
         table.add_column(head, justify="right" if head else "left")
-    table.add_row("recipe phantom", *_numbers(ours, "positive", twin=True))
-    table.add_row("the paper's settings", *_numbers(paper, "positive", twin=True))
+    table.add_row("recipe phantom", *_numbers(ours, "positive", counterfactual=True))
+    table.add_row("the paper's settings", *_numbers(paper, "positive", counterfactual=True))
     for name in ("brightness", "autoencoder_difference", "centre_prior"):
-        table.add_row(f"baseline: {name.replace('_', ' ')}", *_numbers(ours, name, twin=False))
+        table.add_row(f"baseline: {name.replace('_', ' ')}", *_numbers(ours, name, counterfactual=False))
     table.add_section()
     table.add_row("to be reached by a full demo", *GOALS.values())
     terminal().print(table)
 
 
-def _numbers(metrics: dict[str, Any], name: str, twin: bool) -> list[str]:
+def _numbers(metrics: dict[str, Any], name: str, counterfactual: bool) -> list[str]:
     def of(table: str, **match: Any) -> dict[str, Any]:
         rows = [row for row in metrics.get(table, []) if all(row[key] == value for key, value in match.items())]
         return overall(rows) or {}
 
     place = of("localization", map=name)
     values = [
-        of("validity").get("flip_rate") if twin and not metrics.get("judge", {}).get("problem") else None,
+        of("validity").get("flip_rate") if counterfactual and not metrics.get("judge", {}).get("problem") else None,
         place.get("auroc"),
         place.get("dice_fixed"),
-        of("twin").get("lesion_error_ratio") if twin else None,
+        of("ground_truth").get("lesion_error_ratio") if counterfactual else None,
     ]
     return ["" if value is None else f"{value:.3f}" for value in values]

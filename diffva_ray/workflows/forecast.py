@@ -21,7 +21,7 @@ from diffva_ray.generate.run import ENVIRONMENT, FOLDERS, continue_run, find_run
 from diffva_ray.provenance import torch_version
 from diffva_ray.storage.store import open_store
 from diffva_ray.workflows.execution import Execution
-from diffva_ray.workflows.generate import check_plan, films_to_heal, generate_run, model_digest_of
+from diffva_ray.workflows.generate import check_plan, generate_run, model_digest_of, requested_images
 from diffva_ray.workflows.status import read_status
 
 ROW_BYTES = 1500  # of a record in a shard of ordinary size: its row and its features
@@ -35,7 +35,7 @@ def planned(recipe: Recipe, data: str, model: str, out: str, request: Request) -
         keys = pixel_keys(recipe, request, model_digest_of(model), torch_version(), run.keys["device"])
         continue_run(run, {**keys, **{key: run.keys.get(key) for key in ENVIRONMENT}})
         return {"out": out, "records": run.about["records"], "shards": run.shards, "pending": len(run.pending())}
-    table = make_plan(films_to_heal(recipe, data, request), recipe, request)
+    table = make_plan(requested_images(recipe, data, request), recipe, request)
     check_plan(recipe, model, table)
     shards = len(set(table["shard"].to_pylist()))
     return {"data": data, "out": out, "records": len(table), "shards": shards, "pending": shards}
@@ -62,8 +62,8 @@ def planned_cost(
 
 def probe(recipe: Recipe, data: str, model: str, request: Request) -> Pace:
     """The pace of this machine: a small run of two micro-batches in a temporary folder, of which the second counts; the
-    first warms up. Where there are fewer films, the first counts. Of a sweep, its first setting is run, and the seconds
-    are scaled by the UNet forwards of all. Raises UnusableData when no film can be healed."""
+    first warms up. Where there are fewer images, the first counts. Of a sweep, its first setting is run, and the
+    seconds are scaled by the UNet forwards of all. Raises UnusableData when no image can be generated."""
     size = recipe.generate.micro_batch
     small = make_recipe(recipe.model_dump(mode="json"), [f"generate.shard_size={size}"])
     one = tuple((key, values[:1]) for key, values in request.sweep)
@@ -74,7 +74,9 @@ def probe(recipe: Recipe, data: str, model: str, request: Request) -> Pace:
         shard = run.shards - 1 if run.shard_sizes()[run.shards - 1] == size else 0  # a padded one costs as much
         images = [file for kind in FOLDERS for file in (Path(folder) / kind / part(shard)).glob("*.png")]
         if not images:
-            raise UnusableData(f"--probe: none of the first films of {data} could be healed; see diffva inspect {data}")
+            raise UnusableData(
+                f"--probe: none of the first images of {data} could be generated; see diffva inspect {data}"
+            )
         seconds = sum(json.loads(run.store.read(f"timings/{part(shard)}.json")).values()) / run.shard_sizes()[shard]
         stored = sum(file.stat().st_size for file in images) / (len(images) / len(FOLDERS)) + ROW_BYTES
         if request.sweep:
@@ -84,23 +86,23 @@ def probe(recipe: Recipe, data: str, model: str, request: Request) -> Pace:
 
 
 def micro_batches(recipe: Recipe, model: str) -> dict[int, float]:
-    """Films a second of this machine's engine by micro-batch, doubled until it gains less than a twentieth or does not
-    fit into the device's memory. The film is blank: a network's time does not depend on it. What is chosen is
+    """Images a second of this machine's engine by micro-batch, doubled until it gains less than a twentieth or does not
+    fit into the device's memory. The image is blank: a network's time does not depend on it. What is chosen is
     ``generate.micro_batch``, which a run records and keeps, because it changes the last bits of pixels."""
     import torch
 
-    from diffva_ray.counterfactual.engine import Counterfactuals
+    from diffva_ray.counterfactual.engine import CounterfactualEngine
     from diffva_ray.model.bundle import load
 
-    engine = Counterfactuals(load(model, recipe), recipe.generate)
-    film, found = np.full((engine.size, engine.size), 0.5, np.float32), dict[int, float]()
+    engine = CounterfactualEngine(load(model, recipe), recipe.generate)
+    image, found = np.full((engine.size, engine.size), 0.5, np.float32), dict[int, float]()
     for size in (1, 2, 4, 8, 16, 32, 64, 128):
         engine.config = recipe.generate.model_copy(update={"micro_batch": size})
         try:
             rates = []
             for _ in range(4):  # the first one warms up
                 began = time.perf_counter()
-                engine([film] * size, [engine.settings()] * size, list(range(size)))
+                engine([image] * size, [engine.settings()] * size, list(range(size)))
                 rates.append(size / (time.perf_counter() - began))
         except (torch.OutOfMemoryError, MemoryError):
             break

@@ -54,7 +54,7 @@ def plan_run(
 
 def _planned(recipe: Recipe, data: str, model: str, store: Store, request: Request, keys: dict[str, Any]) -> Run:
     """The run at ``store``, planned now, or just now by another process."""
-    dataset = films_to_heal(recipe, data, request)
+    dataset = requested_images(recipe, data, request)
     for note in (*dataset.notes, *filter(None, [bit_depth_note(dataset)])):
         LOG.info("data: %s", note)
     about = {
@@ -110,16 +110,18 @@ def check_prompts(model: str, prompts: Sequence[str], option: str = "--prompt") 
         raise PromptTooLong(f"{option} {shown!r}: more than the {limit} tokens this model reads; make it shorter")
 
 
-def films_to_heal(recipe: Recipe, data: str, request: Request) -> Dataset:
-    """The films of the classes asked for; by default of all but the healthy one."""
+def requested_images(recipe: Recipe, data: str, request: Request) -> Dataset:
+    """The images of the classes asked for; by default of all but the healthy one."""
     if request.classes is not None:
         return open_dataset(data, recipe.data, request.classes)
     dataset = open_dataset(data, recipe.data)
     healthy = recipe.data.healthy_class
-    films = [film for film in dataset.films if film.label != healthy]
-    if not films:
-        raise UnusableData(f"--data {data}: holds only the healthy class {healthy}; name what to heal with --classes")
-    return replace(dataset, films=films)
+    images = [image for image in dataset.images if image.label != healthy]
+    if not images:
+        raise UnusableData(
+            f"--data {data}: holds only the healthy class {healthy}; name what to generate with --classes"
+        )
+    return replace(dataset, images=images)
 
 
 def generate_run(
@@ -172,9 +174,9 @@ def _carry_out(run: Run, model: str, execution: Execution) -> dict[str, int]:
         check_first_shards(run, counts)
 
     if execution.executor == "inline":
-        from diffva_ray.generate.shard import Workbench, run_shard
+        from diffva_ray.generate.shard import WorkerContext, run_shard
 
-        bench = Workbench.open(run.store.uri, run.about["data_root"], model)
+        bench = WorkerContext.open(run.store.uri, run.about["data_root"], model)
         for shard in pending:
             on_shard(run_shard(bench, shard))
     else:

@@ -24,6 +24,6 @@ def reduce(run: Run, options: Options, executor: Executor = "ray", data: str | N
     from diffva_ray.distributed import session
 
     with session.connect():
-        from diffva_ray.distributed.reduce import Cluster
+        from diffva_ray.distributed.reduce import RayExecutor
 
-        return reduce_run(run, data, options, Cluster())
+        return reduce_run(run, data, options, RayExecutor())

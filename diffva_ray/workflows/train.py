@@ -30,18 +30,18 @@ from diffva_ray.workflows.execution import Executor
 
 
 def training_keys(recipe: Recipe, data: str) -> tuple[dict[str, Any], Dataset]:
-    """What makes two trainings the same one, and the films."""
+    """What makes two trainings the same one, and the images."""
     dataset = open_dataset(data, recipe.data)
     wanted = {label for stage in recipe.train.stages for label in stage.classes}
     absent = sorted(wanted - set(dataset.classes))
     if absent:
         raise UnusableData(
-            f"--data {data}: no film of class {absent[0]!r}, which the recipe trains on; there are "
+            f"--data {data}: no image of class {absent[0]!r}, which the recipe trains on; there are "
             f"{', '.join(dataset.classes)}"
         )
-    films = sorted((film.path, film.label, film.size, *filter(None, [film.caption])) for film in dataset.films)
+    images = sorted((image.path, image.label, image.size, *filter(None, [image.caption])) for image in dataset.images)
     keys = recipe.model_dump(mode="json", include={"seed", "data", "model", "train"})
-    return {**keys, "films": digest(films)}, dataset
+    return {**keys, "images": digest(images)}, dataset
 
 
 def train_model(
@@ -77,7 +77,7 @@ def train_model(
     if note := bit_depth_note(dataset):
         LOG.info("data: %s", note)
     store.put(TRAINING, json.dumps(before).encode())
-    LOG.info("training recipe %s on %d films, %s workers", recipe.name, len(dataset.films), _spelt(workers))
+    LOG.info("training recipe %s on %d images, %s workers", recipe.name, len(dataset.images), _spelt(workers))
     about = {**provenance(), "data": absolute(data), "data_kind": dataset.kind}
     if executor == "inline":
         from diffva_ray.train.checkpoint import Checkpoints
@@ -132,10 +132,10 @@ def _with_defaults(keys: dict[str, Any]) -> dict[str, Any]:
     """Keys of an earlier training, with the defaults of settings that came after it; as they are where a setting has
     gone since."""
     try:
-        recipe = Recipe.model_validate({"name": "", **{key: keys[key] for key in keys if key != "films"}})
+        recipe = Recipe.model_validate({"name": "", **{key: keys[key] for key in keys if key != "images"}})
     except ValidationError:
         return keys
-    return {**recipe.model_dump(mode="json", include={*keys}), "films": keys.get("films")}
+    return {**recipe.model_dump(mode="json", include={*keys}), "images": keys.get("images")}
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

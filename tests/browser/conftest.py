@@ -92,16 +92,16 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def make_page(tmp_path_factory: pytest.TempPathFactory) -> MakePage:
-    """``make_page(films=, hostile=)``: the address of the report of such a run. Every 50th film is quarantined."""
+    """``make_page(images=, hostile=)``: the address of the report of such a run. Every 50th image is quarantined."""
 
-    def make(films: int = 60, hostile: bool = False) -> str:
+    def make(images: int = 60, hostile: bool = False) -> str:
         folder = tmp_path_factory.mktemp("browser")
-        return Path(write_report(make_run(folder, films, hostile))).as_uri()
+        return Path(write_report(make_run(folder, images, hostile))).as_uri()
 
     return make
 
 
 @pytest.fixture(scope="session")
 def page_uri(make_page: MakePage) -> str:
-    """A report of 60 films, for all tests that only look."""
+    """A report of 60 images, for all tests that only look."""
     return make_page()

@@ -1,4 +1,4 @@
-"""Runs of any size that no model has made: planned by the real planner, their films sharing a few pictures."""
+"""Runs of any size that no model has made: planned by the real planner, their images sharing a few pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffva_ray.config.recipe import load_recipe
-from diffva_ray.data.dataset import Dataset, Film
+from diffva_ray.data.dataset import Dataset, LabelledImage
 from diffva_ray.data.encoding import encode_grey, encode_map, quantise
 from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request, make_plan
@@ -27,18 +27,18 @@ HOSTILE = "</script><img src=x onerror=alert(1)>\"'&\n\u2028${x} "  # in a reaso
 HOSTILE_NAME = "a'b\"<script>alert(1)<\\script>&amp;#%20 é.png"  # of a file: all but slashes
 
 
-def make_run(folder: Path, films: int, hostile: bool) -> Run:
-    """A run of ``films`` records that no model has made; records that look the same share their files."""
+def make_run(folder: Path, images: int, hostile: bool) -> Run:
+    """A run of ``images`` records that no model has made; records that look the same share their files."""
     data, store = LocalStore(str(folder / "data")), LocalStore(str(folder / "run"))
     random = np.random.default_rng(0)
     _shared_files(data, store, random)
     listed = []
-    for n in range(films):
-        name = HOSTILE_NAME if hostile and n == 1 else f"film-{n:05d}.png"
+    for n in range(images):
+        name = HOSTILE_NAME if hostile and n == 1 else f"image-{n:05d}.png"
         path, label = f"{LABELS[n % 3]}/images/{name}", LABELS[n % 3]
         (folder / "data" / path).parent.mkdir(parents=True, exist_ok=True)
-        os.link(folder / "data" / "film.png", folder / "data" / path)
-        listed.append(Film(path, label, 1, "lungs.png", "lesion.png", "twin.png"))
+        os.link(folder / "data" / "image.png", folder / "data" / path)
+        listed.append(LabelledImage(path, label, 1, "lungs.png", "lesion.png", "counterfactual.png"))
     recipe = load_recipe("phantom", [f"model.resolution={SIZE}", "generate.shard_size=500"])
     request = Request(prompt=HOSTILE if hostile else "normal chest scan")
     table = make_plan(Dataset(data, listed, "phantoms"), recipe, request)
@@ -61,12 +61,17 @@ def _shared_files(data: LocalStore, store: LocalStore, random: np.random.Generat
     y, x = np.mgrid[0:SIZE, 0:SIZE] / SIZE
     lungs = (np.abs(np.abs(x - 0.5) - 0.22) < 0.14) & (np.abs(y - 0.5) < 0.34)
     lesion = (x - 0.3) ** 2 + (y - 0.4) ** 2 < 0.01
-    twin = (0.75 - 0.5 * lungs + 0.03 * random.normal(size=(SIZE, SIZE))).clip(0, 1)
-    for name, picture in {"film": twin + 0.3 * lesion, "twin": twin, "lungs": lungs, "lesion": lesion}.items():
+    counterfactual = (0.75 - 0.5 * lungs + 0.03 * random.normal(size=(SIZE, SIZE))).clip(0, 1)
+    for name, picture in {
+        "image": counterfactual + 0.3 * lesion,
+        "counterfactual": counterfactual,
+        "lungs": lungs,
+        "lesion": lesion,
+    }.items():
         data.put(f"{name}.png", encode_grey(quantise(picture.clip(0, 1).astype(np.float32))))
-    store.put("counterfactuals/part-00000/twin.png", encode_grey(quantise(twin.astype(np.float32))))
-    store.put("reconstructions/part-00000/twin.png", encode_grey(quantise(twin.astype(np.float32))))
-    store.put("maps/part-00000/map.png", encode_map(0.2 * lesion + 0.03 * random.normal(size=(SIZE, SIZE))))
+    store.put("counterfactuals/part-00000/counterfactual.png", encode_grey(quantise(counterfactual.astype(np.float32))))
+    store.put("reconstructions/part-00000/counterfactual.png", encode_grey(quantise(counterfactual.astype(np.float32))))
+    store.put("attributions/part-00000/map.png", encode_map(0.2 * lesion + 0.03 * random.normal(size=(SIZE, SIZE))))
 
 
 def _record(row: dict[str, Any], hostile: bool, random: np.random.Generator) -> dict[str, Any]:
@@ -76,7 +81,8 @@ def _record(row: dict[str, Any], hostile: bool, random: np.random.Generator) -> 
     before, after = random.beta(1, 6), random.beta(6, 1)
     return {
         **made, "status": "ok", "width": SIZE, "height": SIZE, "ssim": random.uniform(0.7, 1), "psnr": 25.0,
-        "counterfactual_path": "counterfactuals/part-00000/twin.png",
-        "reconstruction_path": "reconstructions/part-00000/twin.png", "attribution_path": "maps/part-00000/map.png",
-        "map_energy": random.uniform(0, 0.05), "judge_source": before, "judge_counterfactual": after,
+        "counterfactual_path": "counterfactuals/part-00000/counterfactual.png",
+        "reconstruction_path": "reconstructions/part-00000/counterfactual.png",
+        "attribution_path": "attributions/part-00000/map.png",
+        "attribution_energy": random.uniform(0, 0.05), "judge_image": before, "judge_counterfactual": after,
     }  # fmt: skip

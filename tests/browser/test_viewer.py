@@ -40,7 +40,7 @@ def fine(page: Any) -> list[str]:
 
 
 def selected(page: Any) -> str:
-    return page.text_content("#film-path")
+    return page.text_content("#image-path")
 
 
 def test_filters_leave_what_they_say(visit: Visit, page_uri: str) -> None:
@@ -50,9 +50,9 @@ def test_filters_leave_what_they_say(visit: Visit, page_uri: str) -> None:
     page.select_option("#label", "COVID")
     assert shown(page) == 20
     assert set(page.eval_on_selector_all(".row b", "all => all.map(b => b.textContent)")) == {"COVID"}
-    page.fill("#text", "film-00003")
+    page.fill("#text", "image-00003")
     assert shown(page) == 1
-    assert selected(page) == "COVID/images/film-00003.png"
+    assert selected(page) == "COVID/images/image-00003.png"
     page.fill("#text", "nothing is called this")
     assert page.is_visible("#nothing")
     page.click("#nothing-reset")
@@ -73,7 +73,7 @@ def test_the_score_range_narrows_and_says_its_bounds(visit: Visit, page_uri: str
 
 def test_sorting_by_a_score_both_ways(visit: Visit, page_uri: str) -> None:
     page, _ = visit(page_uri)
-    page.select_option("#sort", "map_energy")
+    page.select_option("#sort", "attribution_energy")
     up = [float(line.split(" ")[-1]) for line in fine(page) if line.startswith("map energy")]
     assert len(up) == 6
     assert up == sorted(up)
@@ -84,23 +84,23 @@ def test_sorting_by_a_score_both_ways(visit: Visit, page_uri: str) -> None:
     assert "high to low" in page.get_attribute("#turn", "aria-label")
 
 
-def test_the_divider_uncovers_the_twin(visit: Visit, page_uri: str) -> None:
+def test_the_divider_uncovers_the_counterfactual(visit: Visit, page_uri: str) -> None:
     page, _ = visit(page_uri)
     page.locator("#stage").scroll_into_view_if_needed()
     box = page.locator("#stage").bounding_box()
     page.mouse.click(box["x"] + 0.25 * box["width"], box["y"] + 40)
-    assert page.evaluate("document.getElementById('twin').style.clipPath").startswith("inset(0px 0px 0px 2")
+    assert page.evaluate("document.getElementById('counterfactual').style.clipPath").startswith("inset(0px 0px 0px 2")
     page.focus("#divider")
     before = float(page.input_value("#divider"))
     page.keyboard.press("ArrowRight")
     assert float(page.input_value("#divider")) > before
-    assert "film" in page.get_attribute("#divider", "aria-valuetext")
+    assert "image" in page.get_attribute("#divider", "aria-valuetext")
 
 
 def test_views_and_the_opacity_of_the_map(visit: Visit, page_uri: str) -> None:
     page, _ = visit(page_uri)
     assert not page.is_visible("#heat")
-    page.get_by_label("Map on film").check()
+    page.get_by_label("Map on image").check()
     assert page.is_visible("#heat")
     page.fill("#opacity", "30")
     assert page.evaluate("document.getElementById('heat').style.opacity") == "0.3"
@@ -109,21 +109,24 @@ def test_views_and_the_opacity_of_the_map(visit: Visit, page_uri: str) -> None:
     assert page.get_attribute("#lesion", "d").startswith("M")
     page.uncheck("#lesion-on")
     assert not page.is_visible("#lesion")
-    page.get_by_label("True twin").check()
+    page.get_by_label("Ground-truth counterfactual").check()
     assert page.is_visible("#truth")
 
 
 def test_pictures_are_really_there(visit: Visit, page_uri: str) -> None:
     page, _ = visit(page_uri)
-    page.wait_for_function("[...document.querySelectorAll('#film, .row img')].every(i => i.complete && i.naturalWidth)")
-    assert page.evaluate("document.getElementById('film').naturalWidth") == 3 * 32
+    page.wait_for_function(
+        "[...document.querySelectorAll('#image, .row img')].every(i => i.complete && i.naturalWidth)"
+    )
+    assert page.evaluate("document.getElementById('image').naturalWidth") == 3 * 32
 
 
 def places(page: Any) -> list[tuple[float, ...]]:
-    """Where film, twin, map and outlines lie on the screen."""
+    """Where image, counterfactual, map and outlines lie on the screen."""
     page.get_by_label("Before / after").check()
-    found = "['film', 'twin', 'heat', 'outlines'].map(id => { const e = document.getElementById(id), h = e.hidden;"
+    found = "['image', 'counterfactual', 'heat', 'outlines'].map(id => { const e = document.getElementById(id), "
     found += (
+        "h = e.hidden; "
         "e.hidden = false; const b = e.getBoundingClientRect(); e.hidden = h; return [b.x, b.y, b.width, b.height]; })"
     )
     return [tuple(round(number, 1) for number in place) for place in page.evaluate(found)]
@@ -133,7 +136,7 @@ def percent(page: Any, selector: str) -> int:
     return int(page.text_content(selector).split(" ")[0])
 
 
-def test_zoom_keeps_film_twin_map_and_outlines_registered(visit: Visit, page_uri: str) -> None:
+def test_zoom_keeps_image_counterfactual_map_and_outlines_registered(visit: Visit, page_uri: str) -> None:
     page, _ = visit(page_uri)
     page.locator("#stage").scroll_into_view_if_needed()
     stage = page.locator("#stage").bounding_box()
@@ -150,10 +153,10 @@ def test_zoom_keeps_film_twin_map_and_outlines_registered(visit: Visit, page_uri
     page.mouse.up()
     [moved] = set(places(page))
     assert (moved[0] - place[0], moved[1] - place[1]) == (pytest.approx(50, abs=1), pytest.approx(40, abs=1))
-    assert page.input_value("#divider") == "50"  # the drag was of the film
-    inset = page.evaluate("document.getElementById('twin').style.clipPath").split(" ")[-1].rstrip("%)")
+    assert page.input_value("#divider") == "50"  # the drag was of the image
+    inset = page.evaluate("document.getElementById('counterfactual').style.clipPath").split(" ")[-1].rstrip("%)")
     line = moved[0] + float(inset) / 100 * moved[2]
-    assert line == pytest.approx(middle[0], abs=1)  # film and twin meet at the divider, magnified too
+    assert line == pytest.approx(middle[0], abs=1)  # image and counterfactual meet at the divider, magnified too
     page.mouse.move(*middle)
     page.mouse.down()
     page.mouse.move(middle[0] - 100, middle[1], steps=4)
@@ -167,12 +170,12 @@ def test_zoom_keeps_film_twin_map_and_outlines_registered(visit: Visit, page_uri
     for _ in range(3):
         page.mouse.wheel(0, -100)
     page.wait_for_selector("#layer.pixels")
-    assert page.evaluate("getComputedStyle(document.getElementById('film')).imageRendering") == "pixelated"
+    assert page.evaluate("getComputedStyle(document.getElementById('image')).imageRendering") == "pixelated"
     page.keyboard.press("0")
     assert percent(page, "#zoom-value") == 100
     page.keyboard.press("=")
     page.keyboard.press("j")
-    assert percent(page, "#zoom-value") == 100  # another film is shown whole
+    assert percent(page, "#zoom-value") == 100  # another image is shown whole
     assert len(set(places(page))) == 1
 
 
@@ -197,7 +200,7 @@ def test_a_wheel_scrolls_until_it_is_asked_to_zoom(visit: Visit, page_uri: str) 
 def test_a_pinch_zooms(visit: Visit, page_uri: str) -> None:
     page, _ = visit(page_uri, width=390, height=844, has_touch=True)
     page.locator(".row").nth(2).click()
-    page.get_by_label("Map on film").check()
+    page.get_by_label("Map on image").check()
     page.locator("#stage").scroll_into_view_if_needed()
     box = page.locator("#stage").bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
@@ -217,7 +220,7 @@ def test_window_and_level_act_on_the_greys(visit: Visit, page_uri: str) -> None:
         return float(np.asarray(Image.open(io.BytesIO(data)).convert("L"), float)[60:-60, 60:-60].mean())
 
     page, _ = visit(page_uri)
-    page.get_by_label("Twin", exact=True).check()
+    page.get_by_label("Counterfactual", exact=True).check()
     before = grey()
     assert page.is_disabled("#greys-reset")
     page.fill("#level", "20")
@@ -225,7 +228,7 @@ def test_window_and_level_act_on_the_greys(visit: Visit, page_uri: str) -> None:
     page.fill("#level", "80")
     assert grey() < before - 30
     page.keyboard.press("j")
-    assert page.input_value("#level") == "80"  # kept for the next film
+    assert page.input_value("#level") == "80"  # kept for the next image
     page.keyboard.press("k")
     page.click("#greys-reset")
     assert grey() == pytest.approx(before, abs=0.5)
@@ -254,17 +257,17 @@ def test_in_print_the_page_is_light_and_whole(visit: Visit, page_uri: str, tmp_p
 
 def test_a_link_opens_its_record(visit: Visit, page_uri: str) -> None:
     page, _ = visit(page_uri)
-    page.fill("#text", "film-00017")
+    page.fill("#text", "image-00017")
     page.keyboard.press("Escape")
     page.keyboard.press("2")
     link = page.evaluate("location.href")
     assert "#record=" in link
     other, _ = visit(link)
-    assert selected(other).endswith("film-00017.png")
+    assert selected(other).endswith("image-00017.png")
     assert shown(other) == 1
     assert other.is_visible("#heat")
     alone, _ = visit(link.split("&")[0])
-    assert selected(alone).endswith("film-00017.png")
+    assert selected(alone).endswith("image-00017.png")
     assert shown(alone) == 60
     assert alone.locator(".row[aria-selected=true]").is_visible()
     alone.evaluate("location.hash = '#record=nowhere'")
@@ -277,8 +280,8 @@ def test_the_cases_lead_into_the_viewer(visit: Visit, page_uri: str) -> None:
     case = page.locator(".case").nth(3)
     name = case.locator(".path").get_attribute("title")
     case.locator("a").click()
-    page.wait_for_function(  # fails in the end, where the film never comes
-        "name => document.getElementById('film-path').textContent === name", arg=name
+    page.wait_for_function(  # fails in the end, where the image never comes
+        "name => document.getElementById('image-path').textContent === name", arg=name
     )
 
 
@@ -323,7 +326,7 @@ def test_dark_and_light(visit: Visit, page_uri: str) -> None:
     assert dark < 100
 
 
-def test_on_a_phone_list_and_film_take_turns(visit: Visit, page_uri: str) -> None:
+def test_on_a_phone_list_and_image_take_turns(visit: Visit, page_uri: str) -> None:
     page, _ = visit(page_uri, width=390, height=844, has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert not page.is_visible("#detail")
@@ -337,7 +340,7 @@ def test_on_a_phone_list_and_film_take_turns(visit: Visit, page_uri: str) -> Non
 
 
 def test_quarantined_records_say_why(visit: Visit, make_page: Callable[..., str]) -> None:
-    page, seen = visit(make_page(films=12, hostile=True))
+    page, seen = visit(make_page(images=12, hostile=True))
     assert page.evaluate("typeof window.alert") == "function"
     page.select_option("#status", "quarantined")
     assert shown(page) >= 1
@@ -347,7 +350,7 @@ def test_quarantined_records_say_why(visit: Visit, make_page: Callable[..., str]
     page.click("#reset")
     page.fill("#text", "amp;#%20")
     assert shown(page) == 1
-    assert page.evaluate("document.getElementById('film-path').textContent").endswith(HOSTILE_NAME)
+    assert page.evaluate("document.getElementById('image-path').textContent").endswith(HOSTILE_NAME)
     again, _ = visit(page.evaluate("location.href"))
     assert again.input_value("#text") == "amp;#%20"
     assert page.locator("script").count() == 1
@@ -355,8 +358,8 @@ def test_quarantined_records_say_why(visit: Visit, make_page: Callable[..., str]
     assert not seen.errors
 
 
-def test_ten_thousand_films_are_smooth(visit: Visit, make_page: Callable[..., str], record_property: Any) -> None:
-    uri = make_page(films=10_000)
+def test_ten_thousand_images_are_smooth(visit: Visit, make_page: Callable[..., str], record_property: Any) -> None:
+    uri = make_page(images=10_000)
     started = time.monotonic()
     page, _ = visit(uri)
     ready = time.monotonic() - started
@@ -371,7 +374,9 @@ def test_ten_thousand_films_are_smooth(visit: Visit, make_page: Callable[..., st
         timed = f"{changed}; document.body.offsetHeight; return performance.now() - t;"
         spent[name] = page.evaluate(f"(() => {{ const t = performance.now(); {timed} }})()")
     assert shown(page) == 3334
-    page.evaluate("const t = document.getElementById('text'); t.value = 'film-09'; t.dispatchEvent(new Event('input'))")
+    page.evaluate(
+        "const t = document.getElementById('text'); t.value = 'image-09'; t.dispatchEvent(new Event('input'))"
+    )
     assert 300 < shown(page) < 340
     page.fill("#text", "")
     page.evaluate("document.getElementById('list').scrollTop = 1e9")
@@ -416,7 +421,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReportServer]:
 def test_the_served_page_is_the_same(visit: Visit, served: ReportServer) -> None:
     page, _ = visit(served.address)
     assert shown(page) == 6
-    page.wait_for_function("[...document.querySelectorAll('#film')].every(i => i.complete && i.naturalWidth)")
+    page.wait_for_function("[...document.querySelectorAll('#image')].every(i => i.complete && i.naturalWidth)")
 
 
 @pytest.mark.parametrize(
@@ -429,6 +434,6 @@ def test_only_files_of_the_report_are_served(served: ReportServer, path: str) ->
 
 def test_other_names_for_this_machine_are_refused(served: ReportServer) -> None:
     with pytest.raises(HTTPError, match="403"):
-        urlopen(Request(served.address, headers={"Host": f"films.example:{served.server_port}"}))
+        urlopen(Request(served.address, headers={"Host": f"images.example:{served.server_port}"}))
     with urlopen(served.address) as answer:
         assert answer.headers["Cache-Control"] == "no-store"

@@ -24,13 +24,13 @@ def prepare_worker() -> None:
     from diffva_ray.storage import store as storage
 
     engine.device_kind = lambda name=None: "cpu"
-    call = engine.Counterfactuals.__call__
+    call = engine.CounterfactualEngine.__call__
 
     def slow(self, *arguments):
         time.sleep(SLOWNESS)
         return call(self, *arguments)
 
-    engine.Counterfactuals.__call__ = slow
+    engine.CounterfactualEngine.__call__ = slow
     seed = int(os.environ["DIFFVA_CHAOS_SEED"])
     if seed >= 0:
         faults = Faults(seed + os.getpid(), stop=0.0, tear=0.0, fail=0.004, delay=0.02, life=1)

@@ -50,19 +50,19 @@ SIZES = (
     "train.stages.0.steps=2", "train.stages.0.batch_size=4", "train.stages.1.steps=2", "train.stages.1.batch_size=4",
     "train.stages.2.steps=1", "train.stages.2.batch_size=4", "evaluate.max_quarantined_fraction=0.5",
 )  # fmt: skip
-FILMS, SHARDS = 12, 3  # nine abnormal films, three to a shard
+IMAGES, SHARDS = 12, 3  # nine abnormal images, three to a shard
 
 
 class Bench:
-    """Films, a model and an undisturbed run of it, to hold histories against."""
+    """Images, a model and an undisturbed run of it, to hold histories against."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.recipe: Recipe = load_recipe("phantom", SIZES)
-        self.data, self.model = str(folder / "films"), str(folder / "model")
-        for _ in phantom_set(LocalStore(self.data), FILMS, 16, seed=5):
+        self.data, self.model = str(folder / "images"), str(folder / "model")
+        for _ in phantom_set(LocalStore(self.data), IMAGES, 16, seed=5):
             pass
-        broken = sorted((folder / "films" / "COVID" / "images").iterdir())[0]
+        broken = sorted((folder / "images" / "COVID" / "images").iterdir())[0]
         broken.write_bytes(broken.read_bytes()[:100])  # one record that ends quarantined
         train(
             self.recipe,

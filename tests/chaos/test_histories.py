@@ -11,7 +11,7 @@ from histories import Bench
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import find_run
-from diffva_ray.generate.shard import Workbench, run_shard
+from diffva_ray.generate.shard import WorkerContext, run_shard
 from diffva_ray.storage.store import LocalStore
 from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import generate_run
@@ -51,7 +51,7 @@ def test_the_order_of_shards_changes_nothing(bench: Bench, tmp_path: Path) -> No
         run.store.delete(f"records/part-{shard:05d}.parquet")
     order = list(range(run.shards))
     random.Random(1).shuffle(order)
-    workbench = Workbench.open(run.store.uri, bench.data, bench.model)
+    workbench = WorkerContext.open(run.store.uri, bench.data, bench.model)
     for shard in order:
         run_shard(workbench, shard)
     undisturbed = find_run(LocalStore(str(first)))

@@ -32,14 +32,14 @@ def opened(out: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+def undisturbed(tiny: Recipe, images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     out = tmp_path_factory.mktemp("undisturbed")
-    generate_run(tiny, str(films), str(model), str(out), Request(), INLINE)
+    generate_run(tiny, str(images), str(model), str(out), Request(), INLINE)
     return read_records(opened(out))
 
 
 class Inline:
-    """Lives of an inline driver, which ``deadly`` films end (not again after ``deaths`` of them)."""
+    """Lives of an inline driver, which ``deadly`` images end (not again after ``deaths`` of them)."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, out: Path, deadly: set[str], deaths: int = 1000) -> None:
         self.faults = Faults(0, stop=0, fail=0, tear=0, delay=0)
@@ -47,7 +47,7 @@ class Inline:
         read = shards.read_source
 
         def reading(bench, row):
-            if row["source_path"] in deadly and self.deaths < deaths:
+            if row["image_path"] in deadly and self.deaths < deaths:
                 self.deaths += 1
                 self.faults.die()
             return read(bench, row)
@@ -58,40 +58,40 @@ class Inline:
             storage.STORES, "", lambda uri: FaultyStore(uri, self.faults) if uri.startswith(str(out)) else plain(uri)
         )
 
-    def live(self, tiny: Recipe, films: Path, model: Path, out: Path) -> bool:
+    def live(self, tiny: Recipe, images: Path, model: Path, out: Path) -> bool:
         self.faults.begin()
         try:
-            generate_run(tiny, str(films), str(model), str(out), Request(), INLINE)
+            generate_run(tiny, str(images), str(model), str(out), Request(), INLINE)
         except Stopped:
             return False
         return True
 
 
 def test_a_deadly_record_is_set_aside_and_its_neighbours_live(
-    undisturbed: pd.DataFrame, tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: pd.DataFrame, tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deadly = undisturbed["source_path"][7]
+    deadly = undisturbed["image_path"][7]
     driver = Inline(monkeypatch, tmp_path, {deadly})
     lives = 1
-    while not driver.live(tiny, films, model, tmp_path):
+    while not driver.live(tiny, images, model, tmp_path):
         lives += 1
         assert lives < 10
     assert driver.deaths == 4  # one in company, three alone
     found = read_records(opened(tmp_path))
     (killed,) = found[found["status"] != "ok"].to_dict("records")
-    assert (killed["source_path"], killed["status"]) == (deadly, "killed_worker")
+    assert (killed["image_path"], killed["status"]) == (deadly, "killed_worker")
     assert "alone" in killed["error"]
-    others = found["source_path"] != deadly
+    others = found["image_path"] != deadly
     pd.testing.assert_frame_equal(found[others], undisturbed[others], check_dtype=False)  # ints beside nulls
     assert verify(opened(tmp_path)) == []
     assert opened(tmp_path).store.list("attempts") == []
 
 
 def test_a_record_that_lands_is_acquitted(
-    undisturbed: pd.DataFrame, tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: pd.DataFrame, tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = Inline(monkeypatch, tmp_path, {undisturbed["source_path"][7]}, deaths=3)
-    while not driver.live(tiny, films, model, tmp_path):
+    driver = Inline(monkeypatch, tmp_path, {undisturbed["image_path"][7]}, deaths=3)
+    while not driver.live(tiny, images, model, tmp_path):
         pass
     assert driver.deaths == 3
     assert read_records(opened(tmp_path)).equals(undisturbed)
@@ -109,16 +109,16 @@ def test_only_a_living_driver_blames_and_only_on_living_nodes(tmp_path: Path) ->
     store = LocalStore(str(tmp_path))
     alive = {"here", "there"}
     mine = Session(RAY, "mine", "here", lambda node: node in alive)
-    leave(store, Session(RAY, "former", "here"), "film")
-    leave(store, Session(), "film")
+    leave(store, Session(RAY, "former", "here"), "image")
+    leave(store, Session(), "image")
     assert not Attempt(store, 0, mine).isolated  # of a driver that is gone, and of a plain loop
-    leave(store, Session(RAY, "mine", "there"), "film")
-    leave(store, Session(RAY, "mine", "here"), "film")
-    assert Attempt(store, 0, mine).killers == {"film"}
+    leave(store, Session(RAY, "mine", "there"), "image")
+    leave(store, Session(RAY, "mine", "here"), "image")
+    assert Attempt(store, 0, mine).killers == {"image"}
     alive.remove("there")  # preempted: blames nobody
     assert Attempt(store, 0, mine).isolated
     assert Attempt(store, 0, mine).killers == set()
-    with Attempt(store, 0, mine) as attempt, attempt.flight("film"):
+    with Attempt(store, 0, mine) as attempt, attempt.flight("image"):
         pass
     assert not Attempt(store, 0, mine).blamed
 
@@ -126,7 +126,7 @@ def test_only_a_living_driver_blames_and_only_on_living_nodes(tmp_path: Path) ->
 def test_a_shard_that_nobody_survives_ends_the_run_in_words(tmp_path: Path) -> None:
     store, session = LocalStore(str(tmp_path)), Session(RAY, "mine", "here")
     for number in range(MOST_DEATHS):
-        leave(store, session, f"film-{number}")
+        leave(store, session, f"image-{number}")
     with pytest.raises(WorkersKeepDying, match="points to the machine"), Attempt(store, 0, session):
         pass
     with Attempt(store, 0, Session(RAY, "next", "here")) as attempt:
@@ -134,34 +134,34 @@ def test_a_shard_that_nobody_survives_ends_the_run_in_words(tmp_path: Path) -> N
 
 
 def test_running_out_of_memory_blames_no_record(
-    tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffva_ray.counterfactual.engine import Counterfactuals
+    from diffva_ray.counterfactual.engine import CounterfactualEngine
 
     def full(self, *arguments):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(Counterfactuals, "__call__", full)
+    monkeypatch.setattr(CounterfactualEngine, "__call__", full)
     with pytest.raises(OutOfMemory, match="smaller --micro-batch"):
-        generate_run(tiny, str(films), str(model), str(tmp_path), Request(), INLINE)
+        generate_run(tiny, str(images), str(model), str(tmp_path), Request(), INLINE)
     (marker,) = opened(tmp_path).store.list("attempts")
     assert "/memory~" in marker.path
     monkeypatch.undo()
-    counts = generate_run(tiny, str(films), str(model), str(tmp_path), Request(), INLINE)
+    counts = generate_run(tiny, str(images), str(model), str(tmp_path), Request(), INLINE)
     assert counts["ok"] == 18
 
 
 def test_on_ray_two_blamed_deaths_are_enough(
-    undisturbed: pd.DataFrame, tiny: Recipe, films: Path, model: Path, tmp_path: Path
+    undisturbed: pd.DataFrame, tiny: Recipe, images: Path, model: Path, tmp_path: Path
 ) -> None:
     import ray
 
     from diffva_ray.distributed import session
 
-    deadly = [undisturbed["source_path"][2], undisturbed["source_path"][13]]  # of two shards
+    deadly = [undisturbed["image_path"][2], undisturbed["image_path"][13]]  # of two shards
     for name, value in session.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    environment = {"DEADLY_FILMS": ":".join(deadly), "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = {"DEADLY_IMAGES": ":".join(deadly), "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     ray.init(
         num_cpus=2,
         include_dashboard=False,
@@ -172,13 +172,13 @@ def test_on_ray_two_blamed_deaths_are_enough(
     )
     try:
         counts = generate_run(
-            tiny, str(films), str(model), str(tmp_path), Request(), Execution(executor="ray", actors=2)
+            tiny, str(images), str(model), str(tmp_path), Request(), Execution(executor="ray", actors=2)
         )
     finally:
         ray.shutdown()
     assert counts == {"shards": 3, "records": 18, "ok": 16}
     found = read_records(opened(tmp_path))
-    assert set(found[found["status"] == "killed_worker"]["source_path"]) == set(deadly)
-    others = ~found["source_path"].isin(deadly)
+    assert set(found[found["status"] == "killed_worker"]["image_path"]) == set(deadly)
+    others = ~found["image_path"].isin(deadly)
     pd.testing.assert_frame_equal(found[others], undisturbed[others], check_dtype=False)  # ints beside nulls
     assert opened(tmp_path).store.list("attempts") == []

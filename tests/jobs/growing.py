@@ -18,13 +18,13 @@ def prepare_worker() -> None:
     from diffva_ray.counterfactual import engine
 
     engine.device_kind = lambda name=None: "cpu"
-    call = engine.Counterfactuals.__call__
+    call = engine.CounterfactualEngine.__call__
 
     def slow(self, *arguments):
         time.sleep(SECONDS)
         return call(self, *arguments)
 
-    engine.Counterfactuals.__call__ = slow
+    engine.CounterfactualEngine.__call__ = slow
 
 
 def main() -> None:

@@ -46,13 +46,13 @@ def configuration(gcs: str) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_uses_the_gpus_that_come_while_it_works(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
+def test_a_run_uses_the_gpus_that_come_while_it_works(tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
     head = Head(autoscaling=configuration)
     try:
         recipe, run = tmp_path / "tiny.yaml", tmp_path / "run"
         small = {"shard_size": 1, "micro_batch": 1}
         recipe.write_text(to_yaml(tiny.model_copy(update={"generate": tiny.generate.model_copy(update=small)})))
-        command = [sys.executable, Path(__file__).with_name("growing.py"), recipe, films, model, run]
+        command = [sys.executable, Path(__file__).with_name("growing.py"), recipe, images, model, run]
         done = subprocess.run(
             list(map(str, command)), env={**head.environment, "RAY_ADDRESS": head.gcs}, capture_output=True, text=True,
             timeout=600,

@@ -1,4 +1,4 @@
-"""``ray job submit`` from films to page, against a head with token authentication; exit codes, stop and resubmit."""
+"""``ray job submit`` from images to page, against a head with token authentication; exit codes, stop and resubmit."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def sound(run: Path) -> bool:
     return opened is not None and verify(opened) == []
 
 
-def generate(films: Path, model: Path, run: Path, *more: str) -> list[str]:
-    return ["--data", str(films), "--model", str(model), "--out", str(run), "--actors", "1", *more]
+def generate(images: Path, model: Path, run: Path, *more: str) -> list[str]:
+    return ["--data", str(images), "--model", str(model), "--out", str(run), "--actors", "1", *more]
 
 
 @pytest.mark.timeout(900)
@@ -75,14 +75,16 @@ def test_every_file_of_the_package_travels_and_answers_for_itself(head: Head, wh
     assert not {name for name in packaged if not (upload / name).is_file()}
 
 
-def test_a_job_ends_with_the_exit_code_of_its_verb(head: Head, films: Path, model: Path, tmp_path: Path) -> None:
-    done = head.submit("first", "generate", *generate(films, model, tmp_path / "run"))
+def test_a_job_ends_with_the_exit_code_of_its_verb(head: Head, images: Path, model: Path, tmp_path: Path) -> None:
+    done = head.submit("first", "generate", *generate(images, model, tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "18 of 18 records ok" in done.stdout  # the log is followed
     assert head.about("first")["status"] == "SUCCEEDED"
     assert sound(tmp_path / "run")
 
-    refused = head.submit("other-settings", "generate", *generate(films, model, tmp_path / "run", "--strength", "0.25"))
+    refused = head.submit(
+        "other-settings", "generate", *generate(images, model, tmp_path / "run", "--strength", "0.25")
+    )
     assert refused.returncode == 1  # ray's own
     assert "strength: " in refused.stdout
     about = head.about("other-settings")
@@ -90,7 +92,7 @@ def test_a_job_ends_with_the_exit_code_of_its_verb(head: Head, films: Path, mode
     assert about["driver_exit_code"] == 3
     assert "exit code 3" in about["message"]
 
-    again = head.submit("first", "generate", *generate(films, model, tmp_path / "run"))
+    again = head.submit("first", "generate", *generate(images, model, tmp_path / "run"))
     assert again.returncode != 0, "a submission id is a lock: it is taken once"
 
     uploads = list(head.folder.glob("r/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"))
@@ -128,11 +130,11 @@ def test_no_secret_is_shown(head: Head, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_whole_line_by_jobs_with_drivers_stopped_and_killed(
-    head: Head, films: Path, tiny_options: list[str], tmp_path: Path
+    head: Head, images: Path, tiny_options: list[str], tmp_path: Path
 ) -> None:
     """train (stopped in the middle, resubmitted), generate (killed in the middle, resubmitted), reduce, report."""
     model, run = tmp_path / "model", tmp_path / "run"
-    train = ["--data", str(films), "--out", str(model), *tiny_options, "--set", "train.stages.0.steps=400"]
+    train = ["--data", str(images), "--out", str(model), *tiny_options, "--set", "train.stages.0.steps=400"]
     assert head.submit("long-train-1", "train", *train, wait=False).returncode == 0
     wait_for(lambda: list(model.glob(".train/ray/checkpoint_*")))
     assert head.ray("job", "stop", "--address", head.address, "long-train-1").returncode == 0
@@ -143,7 +145,7 @@ def test_the_whole_line_by_jobs_with_drivers_stopped_and_killed(
     assert (model / "diffva.json").exists()
     assert "nothing to do" in head.submit("long-train-3", "train", *train).stdout
 
-    options = generate(films, model, run, "--set", "generate.shard_size=2")
+    options = generate(images, model, run, "--set", "generate.shard_size=2")
     assert head.submit("long-generate-1", "generate", *options, wait=False).returncode == 0
     wait_for(lambda: len(list(run.glob("records/*.parquet"))) >= 2)
     os.kill(driver(head, "jobs/generate.py"), 9)

@@ -44,10 +44,10 @@ def test_the_quick_demo_goes_from_the_wheel_to_a_page(environment: Path, tmp_pat
     metrics = json.loads((out / "run" / "tables" / "metrics.json").read_text())
     assert metrics["records"]["ok"] == metrics["records"]["planned"] == 48
     overall = {row["map"]: row for row in metrics["localization"] if row["label"] == "all"}
-    # 340 steps teach it enough to beat the film's own brightness; the full demo's numbers are in the README
+    # 340 steps teach it enough to beat the image's own brightness; the full demo's numbers are in the README
     assert overall["positive"]["auroc"] > overall["brightness"]["auroc"]
     assert overall["positive"]["threshold_from"] == "validation"
-    error_left = next(row["lesion_error_ratio"] for row in metrics["twin"] if row["label"] == "all")
+    error_left = next(row["lesion_error_ratio"] for row in metrics["counterfactual"] if row["label"] == "all")
     assert error_left < 1.0
 
     again = run("diffva", "demo", "--quick")

@@ -49,14 +49,14 @@ def asked_by_us(note: dict[str, Any]) -> bool:
     return False
 
 
-def test_nothing_deprecated_is_in_use(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+def test_nothing_deprecated_is_in_use(tiny: Recipe, images: Path, tmp_path: Path) -> None:
     recipe, notes = tmp_path / "tiny.yaml", tmp_path / "notes"
     recipe.write_text(to_yaml(tiny))
     notes.mkdir()
     environment = {
         **os.environ, "NOTES": str(notes), "PYTHONPATH": str(Path(__file__).parent / "noting"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-c", LINE, recipe, films, tmp_path / "model", tmp_path / "run", OURS]
+    command = [sys.executable, "-c", LINE, recipe, images, tmp_path / "model", tmp_path / "run", OURS]
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
 

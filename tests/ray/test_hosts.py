@@ -19,16 +19,16 @@ import sys
 from pathlib import Path
 from diffva_ray.storage.s3 import S3Store
 folder, recipe = map(Path, sys.argv[1:])
-S3Store("s3://films").fs.mkdir("films")
-S3Store("s3://films").put("tiny.yaml", recipe.read_bytes())
+S3Store("s3://images").fs.mkdir("images")
+S3Store("s3://images").put("tiny.yaml", recipe.read_bytes())
 for file in folder.rglob("*"):
     if file.is_file():
-        S3Store("s3://films/films").put(str(file.relative_to(folder)), file.read_bytes())
+        S3Store("s3://images/images").put(str(file.relative_to(folder)), file.read_bytes())
 """
 
 
 def test_hosts_that_share_nothing_train_generate_and_reduce(
-    tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if reason := why_not():
         pytest.skip(reason)
@@ -46,7 +46,7 @@ def test_hosts_that_share_nothing_train_generate_and_reduce(
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{store.address}:9000")
         store.start(BIN / "moto_server", "-H", store.address, "-p", "9000").until("Running on")
         # from this machine's disk, which no host sees, by way of a host's network
-        upload = ["nsenter", "-t", str(store.holder.pid), "-n", sys.executable, "-c", UPLOAD, str(films), str(recipe)]
+        upload = ["nsenter", "-t", str(store.holder.pid), "-n", sys.executable, "-c", UPLOAD, str(images), str(recipe)]
         subprocess.run(upload, check=True, timeout=100)
         gcs = f"{head.address}:6379"
         ray = [BIN / "ray", "start", "--disable-usage-stats", "--block", "--object-store-memory", "100000000"]
@@ -61,11 +61,11 @@ def test_hosts_that_share_nothing_train_generate_and_reduce(
         def diffva(words: str) -> str:
             return head.run(sys.executable, "-m", "diffva_ray.cli", *words.split(), RAY_ADDRESS=gcs)
 
-        settings = "--recipe s3://films/tiny.yaml"
-        diffva(f"train --data s3://films/films --out s3://films/model {settings} --workers 2")
-        where = "--data s3://films/films --model s3://films/model --out s3://films/run"
+        settings = "--recipe s3://images/tiny.yaml"
+        diffva(f"train --data s3://images/images --out s3://images/model {settings} --workers 2")
+        where = "--data s3://images/images --model s3://images/model --out s3://images/run"
         diffva(f"generate {where} {settings} --actors 2 --set generate.shard_size=2")
-        diffva("reduce s3://films/run")
-        assert "complete and sound" in diffva("verify s3://films/run")
+        diffva("reduce s3://images/run")
+        assert "complete and sound" in diffva("verify s3://images/run")
         for host in (head, *nodes):
             assert host.run("ls", "/tmp/cwd") == ""

@@ -39,23 +39,23 @@ def cluster():
 
 
 @pytest.fixture(scope="module")
-def inline(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+def inline(tiny: Recipe, images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     out = tmp_path_factory.mktemp("inline")
-    generate_run(tiny, str(films), str(model), str(out), Request(), Execution(executor="inline"))
+    generate_run(tiny, str(images), str(model), str(out), Request(), Execution(executor="inline"))
     return records(out)
 
 
 @pytest.mark.parametrize("actors", [1, 2])
 def test_any_number_of_actors_makes_the_inline_run(
-    actors: int, cluster, inline: pd.DataFrame, tiny: Recipe, films: Path, model: Path, tmp_path: Path
+    actors: int, cluster, inline: pd.DataFrame, tiny: Recipe, images: Path, model: Path, tmp_path: Path
 ) -> None:
     counts = generate_run(
-        tiny, str(films), str(model), str(tmp_path), Request(), Execution(executor="ray", actors=actors)
+        tiny, str(images), str(model), str(tmp_path), Request(), Execution(executor="ray", actors=actors)
     )
     assert counts == {"shards": 3, "records": 18, "ok": 18}
     assert records(tmp_path).equals(inline)
     again = generate_run(
-        tiny, str(films), str(model), str(tmp_path), Request(), Execution(executor="ray", actors=3 - actors)
+        tiny, str(images), str(model), str(tmp_path), Request(), Execution(executor="ray", actors=3 - actors)
     )
     assert again["shards"] == 0
 
@@ -99,9 +99,9 @@ assert {name: value for name, value in os.environ.items() if name in session.ENV
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
-def test_training_on_ray_is_the_plain_loop(cluster, tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
+def test_training_on_ray_is_the_plain_loop(cluster, tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
-    assert train_model(tiny, str(films), str(out))
+    assert train_model(tiny, str(images), str(out))
     for part in ("vae", "unet", "text_encoder", "judge"):
         files, expected = (sorted((folder / part).glob("*.safetensors")) for folder in (out, model))
         assert [file.name for file in files] == [file.name for file in expected] != []
@@ -114,20 +114,20 @@ def test_training_on_ray_is_the_plain_loop(cluster, tiny: Recipe, films: Path, m
     assert card["data_kind"] == "phantoms"
     assert card["code_revision"]
 
-    assert not train_model(tiny, str(films), str(out))
+    assert not train_model(tiny, str(images), str(out))
     other = tiny.model_copy(update={"seed": 5})
     with pytest.raises(FingerprintDiffers, match="seed"):
-        train_model(other, str(films), str(out))
+        train_model(other, str(images), str(out))
 
 
-def test_two_ray_workers_have_one_workers_losses(cluster, tiny: Recipe, films: Path, tmp_path: Path) -> None:
+def test_two_ray_workers_have_one_workers_losses(cluster, tiny: Recipe, images: Path, tmp_path: Path) -> None:
     """An elastic pair of numbers, on a cluster that has room for both; each worker takes half of every batch."""
     values = tiny.model_dump(mode="json")
     values["train"] |= {"stages": values["train"]["stages"][1:2], "log_every": 1}
     values["train"]["stages"][0]["learning_rate"] = 2e-4
     recipe = make_recipe(values)
-    train_model(recipe, str(films), str(tmp_path / "two"), workers=(1, 2))
-    train_model(recipe, str(films), str(tmp_path / "one"), executor="inline")
+    train_model(recipe, str(images), str(tmp_path / "two"), workers=(1, 2))
+    train_model(recipe, str(images), str(tmp_path / "one"), executor="inline")
     two, one = (
         [entry["loss"] for entry in json.loads((tmp_path / name / ".train/progress.json").read_text())["history"]]
         for name in ("two", "one")
@@ -137,12 +137,12 @@ def test_two_ray_workers_have_one_workers_losses(cluster, tiny: Recipe, films: P
 
 @pytest.mark.parametrize("verb", ["generate", "train"])
 def test_sigterm_ends_a_driver_of_ray_as_ctrl_c_does(
-    verb: str, tiny: Recipe, films: Path, model: Path, tmp_path: Path
+    verb: str, tiny: Recipe, images: Path, model: Path, tmp_path: Path
 ) -> None:
     """Ray's own handler would abort the process (134) with a stack of C++."""
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"
     recipe.write_text(to_yaml(tiny))
-    command = [sys.executable, "-m", "diffva_ray.cli", verb, "--data", films, "--out", out, "--recipe", recipe]
+    command = [sys.executable, "-m", "diffva_ray.cli", verb, "--data", images, "--out", out, "--recipe", recipe]
     if verb == "generate":
         command += ["--model", model, "--actors", 1, "--set", "generate.shard_size=1", "--steps", 60]
         begun = "records/*.parquet"
@@ -171,11 +171,11 @@ def test_sigterm_ends_a_driver_of_ray_as_ctrl_c_does(
     ],
 )
 def test_what_a_private_cluster_will_never_have_is_refused_at_once(
-    verb: str, asked: tuple[str, str], says: str, films: Path, model: Path, tiny: Recipe, tmp_path: Path
+    verb: str, asked: tuple[str, str], says: str, images: Path, model: Path, tiny: Recipe, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(to_yaml(tiny))
-    command = [sys.executable, "-m", "diffva_ray.cli", verb, "--data", films, "--out", tmp_path / "out", *asked]
+    command = [sys.executable, "-m", "diffva_ray.cli", verb, "--data", images, "--out", tmp_path / "out", *asked]
     command += (
         ["--model", model] if verb == "generate" else ["--recipe", recipe, "--set", "train.stages.0.batch_size=64"]
     )
@@ -185,10 +185,10 @@ def test_what_a_private_cluster_will_never_have_is_refused_at_once(
     assert says in done.stderr.splitlines()[-1]
 
 
-def test_a_killed_driver_costs_no_record(inline: pd.DataFrame, tiny: Recipe, films: Path, model: Path, tmp_path: Path):
+def test_a_killed_driver_costs_no_record(inline: pd.DataFrame, tiny: Recipe, images: Path, model: Path, tmp_path: Path):
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "run"
     recipe.write_text(to_yaml(tiny))
-    command = [sys.executable, "-m", "diffva_ray.cli", "generate", "--data", films, "--model", model, "--out", out]
+    command = [sys.executable, "-m", "diffva_ray.cli", "generate", "--data", images, "--model", model, "--out", out]
     command = [str(word) for word in [*command, "--recipe", recipe, "--actors", 1, "--set", "generate.shard_size=2"]]
     driver = subprocess.Popen(command, start_new_session=True)
     deadline = time.monotonic() + 300  # a machine may be busy
@@ -202,5 +202,5 @@ def test_a_killed_driver_costs_no_record(inline: pd.DataFrame, tiny: Recipe, fil
     assert run is not None
     assert verify(run) == []
     ours, theirs = (frame.set_index("record_id").sort_index() for frame in (records(out), inline))
-    assert ours["pixel_sha256"].equals(theirs["pixel_sha256"])
-    assert ours["map_sha256"].equals(theirs["map_sha256"])
+    assert ours["counterfactual_sha256"].equals(theirs["counterfactual_sha256"])
+    assert ours["attribution_sha256"].equals(theirs["attribution_sha256"])

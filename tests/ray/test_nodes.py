@@ -1,5 +1,5 @@
-"""Several nodes without a shared disk, for machines that cannot have hosts (test_hosts.py): films, model and run are on
-S3 alone; every node has a working folder, a home and a folder for temporary files of its own."""
+"""Several nodes without a shared disk, for machines that cannot have hosts (test_hosts.py): images, model and run are
+on S3 alone; every node has a working folder, a home and a folder for temporary files of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import hosts as namespaces
 import pytest
-from ray.cluster_utils import Cluster
+from ray.cluster_utils import RayExecutor
 
 from diffva_ray.config.recipe import Recipe, to_yaml
 from diffva_ray.generate.run import find_run
@@ -51,8 +51,8 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", swift.endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    S3Store("s3://films").fs.mkdir("films")
-    yield "s3://films"
+    S3Store("s3://images").fs.mkdir("images")
+    yield "s3://images"
     swift.stop()
 
 
@@ -70,11 +70,11 @@ def on_a_host_of_its_own(host: Path) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture
-def cluster(bucket: str, hosts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster(bucket: str, hosts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayExecutor]:
     """Started after the bucket: nodes have the credentials in their environment."""
     for name, value in {"RAY_AUTH_MODE": "disabled", "RAY_BACKEND_LOG_LEVEL": "fatal", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
-    started = Cluster()
+    started = RayExecutor()
     for n in range(1 + NODES):
         with on_a_host_of_its_own(hosts / str(n)):
             started.add_node(num_cpus=min(n, 1), include_dashboard=False)
@@ -82,7 +82,7 @@ def cluster(bucket: str, hosts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     started.shutdown()
 
 
-def command(cluster: Cluster, hosts: Path, driver: str, words: str) -> tuple[str, set[str]]:
+def command(cluster: RayExecutor, hosts: Path, driver: str, words: str) -> tuple[str, set[str]]:
     """Standard error of a verb whose driver runs on a host of its own, and the hosts that fetched a model for it."""
     fetched: set[str] = set()
     with on_a_host_of_its_own(hosts / driver) as environment, (hosts / driver / "log").open("w") as log:
@@ -98,13 +98,13 @@ def command(cluster: Cluster, hosts: Path, driver: str, words: str) -> tuple[str
     return said, fetched
 
 
-def test_nothing_but_s3_is_shared(cluster: Cluster, bucket: str, films: Path, tiny: Recipe, hosts: Path) -> None:
-    for entry in LocalStore(str(films)).list():
-        S3Store(f"{bucket}/films").put(entry.path, (films / entry.path).read_bytes())
+def test_nothing_but_s3_is_shared(cluster: RayExecutor, bucket: str, images: Path, tiny: Recipe, hosts: Path) -> None:
+    for entry in LocalStore(str(images)).list():
+        S3Store(f"{bucket}/images").put(entry.path, (images / entry.path).read_bytes())
     S3Store(bucket).put("tiny.yaml", to_yaml(tiny).encode())
     run, model, recipe = f"{bucket}/run", f"{bucket}/model", f"--recipe {bucket}/tiny.yaml"
-    command(cluster, hosts, "driver0", f"train --data {bucket}/films --out {model} {recipe} --workers {NODES}")
-    generate = f"generate --data {bucket}/films --model {model} {recipe} --out {run} --set generate.shard_size=2"
+    command(cluster, hosts, "driver0", f"train --data {bucket}/images --out {model} {recipe} --workers {NODES}")
+    generate = f"generate --data {bucket}/images --model {model} {recipe} --out {run} --set generate.shard_size=2"
     _, fetched = command(cluster, hosts, "driver1", f"{generate} --actors {1 + NODES}")
     assert len(fetched) > 1, "one node did it all"
     command(cluster, hosts, "driver2", f"reduce {run}")

@@ -11,7 +11,7 @@ import pytest
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.distributed import session
-from diffva_ray.distributed.reduce import Cluster
+from diffva_ray.distributed.reduce import RayExecutor
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.reduction import reduce_run
 from diffva_ray.generate.plan import Request
@@ -21,11 +21,11 @@ from diffva_ray.workflows.generate import generate_run
 
 
 @pytest.fixture(scope="module")
-def runs(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def runs(tiny: Recipe, images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same run twice."""
     here, there = (tmp_path_factory.mktemp(name) / "run" for name in ("here", "there"))
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"shard_size": 6})})
-    generate_run(recipe, str(films), str(model), str(here), Request(), Execution(executor="inline"))
+    generate_run(recipe, str(images), str(model), str(here), Request(), Execution(executor="inline"))
     shutil.copytree(here, there)
     return here, there
 
@@ -35,9 +35,9 @@ def test_actors_embed_what_a_loop_embeds(runs: tuple[Path, Path]) -> None:
     one = reduce_run(open_run(str(runs[0])), open_run(str(runs[0])).about["data"], options)
     with session.connect(cpus=2):
         run = open_run(str(runs[1]))
-        other = reduce_run(run, run.about["data"], options, Cluster())
+        other = reduce_run(run, run.about["data"], options, RayExecutor())
         with pytest.raises(UnusableData, match=r"nowhere.pth"):
-            reduce_run(run, run.about["data"], Options(extractors=("inception=/nowhere.pth",)), Cluster())
+            reduce_run(run, run.about["data"], Options(extractors=("inception=/nowhere.pth",)), RayExecutor())
     stored = [sorted(path.relative_to(run).as_posix() for path in run.glob("features/judge*/*")) for run in runs]
     assert len(stored[0]) == 3 + 1  # a file for each shard, and the references
     assert stored[0] == stored[1]

@@ -69,6 +69,6 @@ def credentials(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
 @pytest.fixture
 def bucket(credentials: Server) -> str:
     """The address of an empty bucket."""
-    name = f"films-{uuid4().hex[:12]}"
+    name = f"images-{uuid4().hex[:12]}"
     S3Store(f"s3://{name}").fs.mkdir(name)
     return f"s3://{name}"

@@ -74,9 +74,9 @@ def in_threads(act: Callable[[int], bool], count: int = 8) -> list[bool]:
 
 
 @pytest.fixture
-def line(bucket: str, films: Path, model: Path) -> tuple[str, ...]:
+def line(bucket: str, images: Path, model: Path) -> tuple[str, ...]:
     """The command that makes a run of eight records, its data and model on the server."""
-    upload(films, f"{bucket}/data")
+    upload(images, f"{bucket}/data")
     upload(model, f"{bucket}/model")
     return ("generate", "--data", f"{bucket}/data", "--model", f"{bucket}/model", "--out", f"{bucket}/run",
             "--executor", "inline", "--limit", "8")  # fmt: skip
@@ -128,10 +128,10 @@ def test_a_store_can_be_sent_to_a_worker(bucket: str) -> None:
 
 def test_a_bucket_itself_is_a_store(bucket: str) -> None:
     store = open_store(f"{bucket}/")
-    store.put("film.png", b"x")
-    store.put("folder/film.png", b"xy")
-    assert store.list() == [("film.png", 1), ("folder/film.png", 2)]
-    assert store.list("folder") == [("folder/film.png", 2)]
+    store.put("image.png", b"x")
+    store.put("folder/image.png", b"xy")
+    assert store.list() == [("image.png", 1), ("folder/image.png", 2)]
+    assert store.list("folder") == [("folder/image.png", 2)]
 
 
 def test_odd_names_come_back_as_they_are(bucket: str) -> None:
@@ -195,12 +195,12 @@ def test_equal_bytes_from_many_writers_are_there_once(bucket: str) -> None:
         assert store.read("part") == b"same" * 1000
 
 
-def test_a_private_copy_is_whole(bucket: str, films: Path) -> None:
-    upload(films, f"{bucket}/data")
+def test_a_private_copy_is_whole(bucket: str, images: Path) -> None:
+    upload(images, f"{bucket}/data")
     copy = open_store(f"{bucket}/data").local_folder()
-    assert LocalStore(str(copy)).list() == LocalStore(str(films)).list()
-    for entry in LocalStore(str(films)).list():
-        assert (copy / entry.path).read_bytes() == (films / entry.path).read_bytes()
+    assert LocalStore(str(copy)).list() == LocalStore(str(images)).list()
+    for entry in LocalStore(str(images)).list():
+        assert (copy / entry.path).read_bytes() == (images / entry.path).read_bytes()
 
 
 def test_stores_leave_no_connections_behind(bucket: str) -> None:
@@ -208,10 +208,10 @@ def test_stores_leave_no_connections_behind(bucket: str) -> None:
         gc.collect()
         return len(os.listdir("/proc/self/fd"))
 
-    open_store(bucket).exists("film")
+    open_store(bucket).exists("image")
     before = descriptors()
     for _ in range(8):
-        open_store(bucket).exists("film")
+        open_store(bucket).exists("image")
     assert descriptors() < before + 5
 
 
@@ -219,7 +219,7 @@ def test_stores_leave_no_connections_behind(bucket: str) -> None:
 
 
 def test_the_whole_line(
-    line: tuple[str, ...], bucket: str, films: Path, model: Path, tmp_path: Path, credentials: Server,
+    line: tuple[str, ...], bucket: str, images: Path, model: Path, tmp_path: Path, credentials: Server,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     out = f"{bucket}/run"
@@ -237,7 +237,7 @@ def test_the_whole_line(
     assert files.keys() > {"_SUCCESS", "report/index.html", "tables/metrics.json"}
 
     local = tmp_path / "run"
-    diffva("generate", "--data", str(films), "--model", str(model), "--out", str(local), "--executor", "inline",
+    diffva("generate", "--data", str(images), "--model", str(model), "--out", str(local), "--executor", "inline",
            "--limit", "8")  # fmt: skip
     (tmp_path / "s3").mkdir()
     for path in [path for path in files if path.startswith("records/")]:
@@ -255,7 +255,7 @@ def test_the_whole_line(
 def test_credentials_and_endpoint_from_a_profile(
     bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    open_store(bucket).put("film", b"x")
+    open_store(bucket).put("image", b"x")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name)
     (tmp_path / ".aws").mkdir()
@@ -265,10 +265,10 @@ def test_credentials_and_endpoint_from_a_profile(
     )
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_PROFILE", "clinic")
-    assert open_store(bucket).read("film") == b"x"
+    assert open_store(bucket).read("image") == b"x"
     monkeypatch.setenv("AWS_PROFILE", "practice")
     with pytest.raises(StoreError, match="practice") as caught:
-        open_store(bucket).read("film")
+        open_store(bucket).read("image")
     assert caught.value.lasting
 
 
@@ -278,8 +278,8 @@ def test_an_endpoint_with_a_name_is_spoken_to_in_path_style(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", credentials.endpoint.replace("127.0.0.1", "localhost"))
     store = open_store(bucket)
-    store.put("film", b"x")
-    assert store.list() == [("film", 1)]
+    store.put("image", b"x")
+    assert store.list() == [("image", 1)]
 
 
 @on_swift
@@ -315,7 +315,7 @@ def test_a_wrong_secret_loses_nothing(
 def test_an_unknown_key_is_refused(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test:nobody")
     with pytest.raises(StoreError, match=r"refused|denied") as caught:
-        open_store(bucket).put("film", b"x")
+        open_store(bucket).put("image", b"x")
     assert caught.value.lasting
 
 
@@ -350,7 +350,7 @@ def test_no_credentials_at_all(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_credentials_in_the_address_are_refused_unseen(credentials: Server) -> None:
-    refused = invoke("status", f"s3://{credentials.key}:{credentials.secret}@films/run")
+    refused = invoke("status", f"s3://{credentials.key}:{credentials.secret}@images/run")
     assert refused.exit_code == 2
     assert "must not hold credentials" in one_line(refused)
     assert credentials.secret not in refused.output
@@ -368,13 +368,13 @@ def one_line(result: Result) -> str:
     return said
 
 
-def test_a_bucket_that_does_not_exist(bucket: str, films: Path, model: Path) -> None:
+def test_a_bucket_that_does_not_exist(bucket: str, images: Path, model: Path) -> None:
     nowhere = "s3://no-bucket-of-that-name"
     for command in (
         ("status", f"{nowhere}/run"),
         ("inspect", nowhere),
-        ("generate", "--data", str(films), "--model", str(model), "--out", f"{nowhere}/run", "--executor", "inline"),
-        ("generate", "--data", str(films), "--model", f"{nowhere}/model", "--out", f"{bucket}/run"),
+        ("generate", "--data", str(images), "--model", str(model), "--out", f"{nowhere}/run", "--executor", "inline"),
+        ("generate", "--data", str(images), "--model", f"{nowhere}/model", "--out", f"{bucket}/run"),
     ):
         refused = invoke(*command)
         assert refused.exit_code == 5, refused.output
@@ -502,15 +502,15 @@ def test_a_throttled_run_goes_on(
 
 def test_a_broken_body_is_read_again(bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     data = os.urandom(100_000)
-    open_store(bucket).put("film", data)
+    open_store(bucket).put("image", data)
     with Proxy(credentials.endpoint, first(2, BREAK_OFF, "GET")) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        assert open_store(bucket).read("film") == data
+        assert open_store(bucket).read("image") == data
         assert proxy.answered == 2
     with Proxy(credentials.endpoint, first(100, BREAK_OFF, "GET")) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         with pytest.raises(StoreError) as caught:
-            open_store(bucket).read("film")
+            open_store(bucket).read("image")
         assert not caught.value.lasting
         assert proxy.answered == storage_s3.READS
 
@@ -544,19 +544,19 @@ def test_a_conflict_is_looked_at_again(bucket: str, credentials: Server, monkeyp
 
 
 def test_no_permission(bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    open_store(bucket).put("film", b"x")
+    open_store(bucket).put("image", b"x")
     with Proxy(credentials.endpoint, lambda *_: DENIED) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         store = open_store(bucket)
-        with pytest.raises(PermissionError, match="film"):  # one film that may not be read is one row
-            store.read("film")
+        with pytest.raises(PermissionError, match="image"):  # one image that may not be read is one row
+            store.read("image")
         for act in (store.list, lambda: store.put("a", b""), lambda: store.put_if_absent("a", b""),
-                    lambda: store.delete("film"), lambda: store.exists("film")):  # fmt: skip
+                    lambda: store.delete("image"), lambda: store.exists("image")):  # fmt: skip
             with pytest.raises(StoreError, match="denied") as caught:
                 act()
             assert caught.value.lasting
     monkeypatch.setenv("AWS_ENDPOINT_URL", credentials.endpoint)
-    assert open_store(bucket).read("film") == b"x"
+    assert open_store(bucket).read("image") == b"x"
 
 
 @on_moto

@@ -34,7 +34,7 @@ HOSTILE = (
 
 @pytest.fixture
 def run_uri(bucket: str, tmp_path: Path) -> str:
-    """A run on S3 whose films are there too, with its report."""
+    """A run on S3 whose images are there too, with its report."""
     make_run(tmp_path, 6, False)
     for folder in ("data", "run"):
         source, target = LocalStore(str(tmp_path / folder)), open_store(f"{bucket}/{folder}")
@@ -78,7 +78,7 @@ def test_page_records_and_pictures_come_through_the_store(port: int, run_uri: st
     for picture in set(pictures):
         status, data = ask(port, f"/{picture}")
         assert (status, data[:8]) == (200, PNG)
-    assert re.search(rb"film-0000\d\.png", records)
+    assert re.search(rb"image-0000\d\.png", records)
     assert ask(port, "/index.html", "HEAD") == (200, b"")
 
 
@@ -94,7 +94,7 @@ def test_nothing_else_of_the_bucket_is_served(port: int) -> None:
 
 def test_only_this_machine_is_answered_and_nothing_is_written(port: int, run_uri: str) -> None:
     before = open_store(run_uri).list()
-    assert ask(port, "/index.html", host=f"films.example:{port}")[0] == 403
+    assert ask(port, "/index.html", host=f"images.example:{port}")[0] == 403
     for method in ("PUT", "POST", "DELETE"):
         assert ask(port, "/index.html", method)[0] == 501
     assert open_store(run_uri).list() == before

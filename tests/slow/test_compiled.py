@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffva_ray.config.recipe import Recipe
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import build
 
@@ -16,9 +16,9 @@ from diffva_ray.model.bundle import build
 def test_compiled_pictures_are_the_same_to_rounding(tiny: Recipe) -> None:
     made = []
     for compiled in (False, True):
-        engine = Counterfactuals(build(tiny), tiny.generate.model_copy(update={"micro_batch": 2}), "cpu")
+        engine = CounterfactualEngine(build(tiny), tiny.generate.model_copy(update={"micro_batch": 2}), "cpu")
         if compiled:
             engine.compile()
-        films = [phantom("COVID", number, 9, engine.size).film for number in range(2)]
-        made.append(engine(films, [engine.settings()] * 2, [0, 1]).counterfactuals)
+        images = [phantom("COVID", number, 9, engine.size).image for number in range(2)]
+        made.append(engine(images, [engine.settings()] * 2, [0, 1]).counterfactuals)
     assert np.abs(made[0] - made[1]).max() < 1e-5

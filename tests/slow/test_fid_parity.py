@@ -31,7 +31,7 @@ def test_from_png_files_to_the_same_number(
         (tmp_path / label).mkdir()
         for patient in range(24):
             found.append(tmp_path / label / f"{patient:02d}.png")
-            found[-1].write_bytes(encode_grey(quantise(phantom(label, patient, 6, 299).film)))
+            found[-1].write_bytes(encode_grey(quantise(phantom(label, patient, 6, 299).image)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         folders = [str(tmp_path / label) for label in files]
@@ -39,7 +39,7 @@ def test_from_png_files_to_the_same_number(
     extractor = features.inception(inception_weights, "legacy")
     sets = [embed(extractor, [file.read_bytes for file in found], 299) for found in files.values()]
     assert expected > 0.01
-    # sqrtm of a singular product (24 films, 2048 dimensions) is off by some 1e-6 of the traces; ours is exact there
+    # sqrtm of a singular product (24 images, 2048 dimensions) is off by some 1e-6 of the traces; ours is exact there
     traces = sum(float(np.var(part.astype(float), axis=0, ddof=1).sum()) for part in sets)
     assert frechet_distance_features(*sets) == pytest.approx(expected, rel=1e-4, abs=5e-6 * traces)
 

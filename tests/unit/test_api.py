@@ -27,13 +27,13 @@ DOCUMENTED = (
 
 def test_names_are_frozen() -> None:
     assert sorted(diffva_ray.__all__) == [
-        "Counterfactuals", "Recipe", "Run", "attribution", "load_recipe", "open_dataset", "open_run", "phantom",
-        "read_film", "read_images", "read_map", "read_records", "to_square",
+        "CounterfactualEngine", "Recipe", "Run", "attribution", "load_recipe", "open_dataset", "open_run", "phantom",
+        "read_image", "read_images", "read_map", "read_records", "to_square",
     ]  # fmt: skip
     for name in diffva_ray.__all__:
         assert getattr(diffva_ray, name).__doc__, name
-    with pytest.raises(AttributeError, match="there are Counterfactuals"):
-        diffva_ray.heal  # noqa: B018
+    with pytest.raises(AttributeError, match="there are CounterfactualEngine"):
+        diffva_ray.generate  # noqa: B018
 
 
 def test_importing_costs_nothing() -> None:
@@ -43,21 +43,21 @@ def test_importing_costs_nothing() -> None:
 
 
 @pytest.fixture(scope="module")
-def heal(model: Path) -> diffva_ray.Counterfactuals:
-    return diffva_ray.Counterfactuals.from_pretrained(str(model), "cpu")
+def generate(model: Path) -> diffva_ray.CounterfactualEngine:
+    return diffva_ray.CounterfactualEngine.from_pretrained(str(model), "cpu")
 
 
-FILM = np.full((32, 32), 0.5, np.float32)
-TWO_FILMS = {"films": [FILM, FILM]}
+IMAGE = np.full((32, 32), 0.5, np.float32)
+TWO_IMAGES = {"images": [IMAGE, IMAGE]}
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"films": FILM}, "films, settings and seeds are lists"),
-    ({"films": [255 * FILM]}, "film 0: values are in .0, 1., got 127.5 to 127.5; divide 8-bit ones by 255"),
-    ({"films": [FILM.astype(np.uint8)]}, "film 0: a film is a float array .H, W. in .0, 1., got uint8"),
-    ({"films": [FILM * np.nan]}, "film 0: values are in"),
-    ({"films": ["film.png"]}, "film 0: a film is a float array .H, W. in .0, 1., got str; see read_film"),
-    ({"films": [np.stack([FILM] * 3, -1)]}, "got float32 .32, 32, 3."),
-    (TWO_FILMS, "one of each for every film, got 2 films, 1 settings, 1 seeds"),
-    ({"films": [FILM] * 5}, "a call takes 1 to 4 films"),
+    ({"images": IMAGE}, "images, settings and seeds are lists"),
+    ({"images": [255 * IMAGE]}, "image 0: values are in .0, 1., got 127.5 to 127.5; divide 8-bit ones by 255"),
+    ({"images": [IMAGE.astype(np.uint8)]}, "image 0: an image is a float array .H, W. in .0, 1., got uint8"),
+    ({"images": [IMAGE * np.nan]}, "image 0: values are in"),
+    ({"images": ["image.png"]}, "image 0: an image is a float array .H, W. in .0, 1., got str; see read_image"),
+    ({"images": [np.stack([IMAGE] * 3, -1)]}, "got float32 .32, 32, 3."),
+    (TWO_IMAGES, "one of each for every image, got 2 images, 1 settings, 1 seeds"),
+    ({"images": [IMAGE] * 5}, "a call takes 1 to 4 images"),
     ({"lungs": [np.ones((5, 5), bool)]}, "a lung mask is .32, 32., as the model's square, got .5, 5."),
     ({"strength": 1.3}, "strength is in .0, 1. and there is a step or more, got strength 1.3"),
     ({"method": "foo"}, "unknown method 'foo'; there are sdedit"),
@@ -68,18 +68,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "said"), WRONG, ids=[said[:40] for _, said in WRONG])
 def test_a_wrong_call_is_answered_in_a_line(
-    heal: diffva_ray.Counterfactuals, changes: dict[str, Any], said: str
+    generate: diffva_ray.CounterfactualEngine, changes: dict[str, Any], said: str
 ) -> None:
     own = {key: changes[key] for key in changes if key in ("prompt", "method", "scheduler", "strength")}
-    given = {"films": [FILM], "settings": [replace(heal.settings(), **own)], "seeds": [0], **changes}
+    given = {"images": [IMAGE], "settings": [replace(generate.settings(), **own)], "seeds": [0], **changes}
     with pytest.raises(ValueError, match=said) as caught:
-        heal(**{key: value for key, value in given.items() if key not in own})
+        generate(**{key: value for key, value in given.items() if key not in own})
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_film_is_named(tmp_path: Path) -> None:
-    (tmp_path / "notes.png").write_text("no film")
-    for read in (diffva_ray.read_film, diffva_ray.read_map):
+def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("no image")
+    for read in (diffva_ray.read_image, diffva_ray.read_map):
         with pytest.raises(ValueError, match=r"notes\.png"):
             read(str(tmp_path / "notes.png"))
     with pytest.raises(ValueError, match="unknown phantom class 'Covid'; there are Normal"):
@@ -87,10 +87,10 @@ def test_a_file_that_is_no_film_is_named(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def demo(films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what ``diffva demo`` leaves behind, of toy size."""
     folder = tmp_path_factory.mktemp("demo")
-    shutil.copytree(films, folder / "runs" / "demo" / "data" / "test")
+    shutil.copytree(images, folder / "runs" / "demo" / "data" / "test")
     shutil.copytree(model, folder / "runs" / "demo" / "model", ignore=shutil.ignore_patterns(".train"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

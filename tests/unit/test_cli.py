@@ -34,9 +34,9 @@ def generate(data: Path, model: Path, out: Path, *more: object) -> Result:
 
 
 @pytest.fixture(scope="module")
-def run(films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "run"
-    assert generate(films, model, out).exit_code == 0
+    assert generate(images, model, out).exit_code == 0
     assert diffva("reduce", out, "--executor", "inline").exit_code == 0
     return out
 
@@ -52,22 +52,22 @@ def test_every_verb_helps_with_an_example(verb: str) -> None:
 OPTIONS = {
     "compare": "RUN_A RUN_B --out",
     "demo": "--out --quick --seed",
-    "explain": "FILM --dry-run --guidance-scale --json --method --model --out --prompt --recipe --scheduler --seed "
+    "explain": "IMAGE --dry-run --guidance-scale --json --method --model --out --prompt --recipe --scheduler --seed "
     "--set --steps --strength",
     "generate": "--actors --allow-environment-change --classes --data --draws --dry-run --executor --gpus-per-actor "
     "--guidance-scale --healthy-class --images-per-second --limit --method --micro-batch --model --out --probe "
     "--prompt --recipe --scheduler --seed --set --shard-size --steps --strength --sweep",
     "inspect": "DATA --json --recipe --set",
-    "interpolate": "FILM --dry-run --frames --guidance-scale --json --method --model --out --prompt --recipe "
+    "interpolate": "IMAGE --dry-run --frames --guidance-scale --json --method --model --out --prompt --recipe "
     "--scheduler --seed --set --steps --strength --to",
     "paper": "--actors --allow-environment-change --boxes --brixia --chexpert --dry-run --executor --gpus-per-actor "
     "--inception-weights --limit --model --out --quick --radiography --recipe --resize --set",
     "phantoms": "OUT --classes --dry-run --onto --patients --recipe --seed --set --size",
     "reduce": "RUN --boxes --brixia --data --executor --extractor --inception-weights --judge --lpips-weights "
     "--reference --resize --sources --threshold-from",
-    "report": "RUN --boxes --films --port --serve",
+    "report": "RUN --boxes --images --port --serve",
     "retry": "RUN --actors --allow-environment-change --data --executor --gpus-per-actor --model",
-    "score": "MAPS --allow-training-films --boxes --data --encoding --json --model --out --positive --signed --size "
+    "score": "MAPS --allow-training-images --boxes --data --encoding --json --model --out --positive --signed --size "
     "--smoothing --threshold-from",
     "status": "RUN_OR_MODEL --json",
     "train": "--data --dry-run --executor --gpus-per-worker --out --recipe --set --workers",
@@ -86,12 +86,12 @@ def test_options_are_frozen() -> None:
     assert taken == OPTIONS
 
 
-def test_dry_run_writes_nothing_and_prints_json(films: Path, model: Path, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing_and_prints_json(images: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    result = generate(films, model, out, "--limit", 4, "--strength", 0.6, "--dry-run")
+    result = generate(images, model, out, "--limit", 4, "--strength", 0.6, "--dry-run")
     plan = json.loads(result.output)
     assert (plan["records"], plan["shards"], plan["recipe"]["generate"]["strength"]) == (4, 1, 0.6)
-    assert json.loads(diffva("train", "--data", films, "--out", out, "--dry-run").output)["films"] == 24
+    assert json.loads(diffva("train", "--data", images, "--out", out, "--dry-run").output)["images"] == 24
     assert not out.exists()
 
 
@@ -113,10 +113,10 @@ def test_dry_run_writes_nothing_and_prints_json(films: Path, model: Path, tmp_pa
     ],
 )
 def test_wrong_usage_is_exit_2_and_one_line(
-    arguments: list[str], named: str, films: Path, model: Path, tmp_path: Path
+    arguments: list[str], named: str, images: Path, model: Path, tmp_path: Path
 ) -> None:
     given = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    result = generate(films, model, tmp_path / "run", *given)
+    result = generate(images, model, tmp_path / "run", *given)
     assert result.exit_code == 2
     assert named in result.stderr
     assert "Traceback" not in result.stderr
@@ -125,25 +125,25 @@ def test_wrong_usage_is_exit_2_and_one_line(
 
 
 @pytest.mark.parametrize(("workers", "code"), [("2", 0), ("1:4", 0), ("4:1", 2), ("0", 2), ("two", 2)])
-def test_workers_are_a_number_or_a_range(workers: str, code: int, films: Path, tmp_path: Path) -> None:
-    result = diffva("train", "--data", films, "--out", tmp_path / "m", "--workers", workers, "--dry-run")
+def test_workers_are_a_number_or_a_range(workers: str, code: int, images: Path, tmp_path: Path) -> None:
+    result = diffva("train", "--data", images, "--out", tmp_path / "m", "--workers", workers, "--dry-run")
     assert result.exit_code == code
     assert code == 0 or "--workers" in result.stderr
 
 
-def test_another_configuration_is_exit_3_and_names_the_key(run: Path, films: Path, model: Path) -> None:
-    result = generate(films, model, run, "--guidance-scale", 9)
+def test_another_configuration_is_exit_3_and_names_the_key(run: Path, images: Path, model: Path) -> None:
+    result = generate(images, model, run, "--guidance-scale", 9)
     assert result.exit_code == 3
     assert "guidance_scale" in result.stderr
 
 
-def test_too_many_bad_films_are_exit_4_with_all_work_kept(films: Path, model: Path, tmp_path: Path) -> None:
+def test_too_many_bad_images_are_exit_4_with_all_work_kept(images: Path, model: Path, tmp_path: Path) -> None:
     import shutil
 
-    shutil.copytree(films, tmp_path / "films")
-    next((tmp_path / "films" / "COVID" / "images").iterdir()).write_bytes(b"torn")
+    shutil.copytree(images, tmp_path / "images")
+    next((tmp_path / "images" / "COVID" / "images").iterdir()).write_bytes(b"torn")
     out = tmp_path / "run"
-    assert generate(tmp_path / "films", model, out).exit_code == 4
+    assert generate(tmp_path / "images", model, out).exit_code == 4
     result = diffva("reduce", out, "--executor", "inline")
     assert result.exit_code == 4
     assert "1 of 18 records" in result.stderr
@@ -175,17 +175,17 @@ def test_tables_follow_the_contract(run: Path) -> None:
     assert expected <= metrics["localization"][0].keys()
     assert {row["map"] for row in metrics["localization"]} >= {"positive", "absolute", "brightness"}
     assert {"label", "n", "flip_rate"} <= metrics["validity"][0].keys()
-    assert {"label", "n", "psnr", "ssim", "psnr_input", "lesion_error_ratio"} <= metrics["twin"][0].keys()
+    assert {"label", "n", "psnr", "ssim", "psnr_input", "lesion_error_ratio"} <= metrics["counterfactual"][0].keys()
     fid = {"set1", "set2", "n1", "n2", "value", "extractor", "resize", "interval", "n_matched", "kid"}
     assert fid <= metrics["fid"][0].keys()
     assert metrics["fid"][0]["extractor"].startswith("stand-in")
     assert any("not FID" in note for note in metrics["notes"])
-    for name in ("ssim", "localization", "validity", "twin", "fid"):
+    for name in ("ssim", "localization", "validity", "counterfactual", "fid"):
         for ending in ("csv", "md", "tex", "json"):
             assert (run / "tables" / f"{name}.{ending}").stat().st_size > 50
     manifest = json.loads((run / "manifest.json").read_text())["files"]
     assert {"plan.parquet", "run.json", "tables/metrics.json", "records/part-00000.parquet"} <= manifest.keys()
-    assert not any(path.startswith("maps/") for path in manifest)  # a record vouches for its images
+    assert not any(path.startswith("attributions/") for path in manifest)  # a record vouches for its images
 
 
 def test_reducing_again_writes_nothing_and_other_options_do(run: Path) -> None:
@@ -195,9 +195,9 @@ def test_reducing_again_writes_nothing_and_other_options_do(run: Path) -> None:
     assert (run / "tables" / "metrics.json").stat().st_mtime_ns == before
 
 
-def test_thresholds_are_taken_from_another_run(run: Path, films: Path, model: Path, tmp_path: Path) -> None:
+def test_thresholds_are_taken_from_another_run(run: Path, images: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert generate(films, model, out, "--limit", 6).exit_code == 0
+    assert generate(images, model, out, "--limit", 6).exit_code == 0
     assert diffva("reduce", out, "--executor", "inline", "--threshold-from", run).exit_code == 0
     rows = json.loads((out / "tables" / "metrics.json").read_text())["localization"]
     thresholds = json.loads((run / "tables" / "thresholds.json").read_text())
@@ -208,13 +208,13 @@ def test_thresholds_are_taken_from_another_run(run: Path, films: Path, model: Pa
     assert diffva("reduce", out, "--executor", "inline", "--threshold-from", tmp_path).exit_code == 2
 
 
-def test_boxes_and_references_from_elsewhere(run: Path, films: Path, model: Path, tmp_path: Path) -> None:
-    film = pd.read_parquet(run / "records" / "part-00000.parquet")["source_path"][0]
-    (tmp_path / "boxes.csv").write_text(f"file,x,y,w,h\n{film},4,4,10,10\n")
+def test_boxes_and_references_from_elsewhere(run: Path, images: Path, model: Path, tmp_path: Path) -> None:
+    image = pd.read_parquet(run / "records" / "part-00000.parquet")["image_path"][0]
+    (tmp_path / "boxes.csv").write_text(f"file,x,y,w,h\n{image},4,4,10,10\n")
     (tmp_path / "empty.csv").write_text("file,x,y,w,h\nother.png,4,4,10,10\n")
     out = tmp_path / "run"
-    assert generate(films, model, out).exit_code == 0
-    reference = ("--reference", f"Normal={films}", "--reference", f"COVID={run}")
+    assert generate(images, model, out).exit_code == 0
+    reference = ("--reference", f"Normal={images}", "--reference", f"COVID={run}")
     assert diffva("reduce", out, "--executor", "inline", "--boxes", tmp_path / "boxes.csv", *reference).exit_code == 0
     rows = json.loads((out / "tables" / "metrics.json").read_text())["fid"]
     assert {"Normal (reference)", "COVID (reference)"} <= {row["set1"] for row in rows}
@@ -222,7 +222,7 @@ def test_boxes_and_references_from_elsewhere(run: Path, films: Path, model: Path
         (("--boxes", tmp_path / "empty.csv"), "none of its files"),
         (("--boxes", tmp_path / "no.csv"), r"no.csv"),
         (("--reference", "Normal"), "LABEL=DATA"),
-        (("--reference", f"Measles={films}"), "Measles"),
+        (("--reference", f"Measles={images}"), "Measles"),
         (("--inception-weights", tmp_path / "no.pth"), "no.pth"),
     ):
         result = diffva("reduce", out, "--executor", "inline", *wrong)
@@ -252,17 +252,17 @@ def test_status_reads_storage_only(run: Path, model: Path, tmp_path: Path) -> No
     said = diffva("status", run).output
     assert "18 of 18 records" in said
     stages = status["seconds_by_stage"]
-    assert set(stages) == {"read", "decode_films", "encode", "denoise", "decode", "metrics", "write"}
+    assert set(stages) == {"read", "decode_images", "encode", "denoise", "decode", "metrics", "write"}
     assert status["bottleneck"] == max(stages, key=stages.get)
     assert f"bottleneck: {status['bottleneck']}" in said
     assert json.loads(diffva("status", model, "--json").output)["trained"]
     assert diffva("status", tmp_path).exit_code == 2
 
 
-def test_inspect_counts(films: Path) -> None:
-    result = diffva("inspect", films)
+def test_inspect_counts(images: Path) -> None:
+    result = diffva("inspect", images)
     assert "COVID: 6" in result.output
-    assert json.loads(diffva("inspect", films, "--json").output)["with_twin"] == 18
+    assert json.loads(diffva("inspect", images, "--json").output)["with_ground_truth"] == 18
 
 
 def command(*arguments: object) -> list[str]:
@@ -277,9 +277,9 @@ def wait_for_parts(out: Path, process: subprocess.Popen, parts: int) -> None:
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_killed_generation_goes_on(blow: int, run: Path, films: Path, model: Path, tmp_path: Path) -> None:
+def test_a_killed_generation_goes_on(blow: int, run: Path, images: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = ("generate", "--data", films, "--model", model, "--out", out, "--executor", "inline")
+    arguments = ("generate", "--data", images, "--model", model, "--out", out, "--executor", "inline")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command(*arguments), env=environment, stderr=subprocess.PIPE)
     wait_for_parts(out, process, 1)
@@ -288,7 +288,7 @@ def test_a_killed_generation_goes_on(blow: int, run: Path, films: Path, model: P
     if blow != signal.SIGKILL and process.returncode:
         assert process.returncode == 130
         assert b"the same command goes on" in errors
-    assert generate(films, model, out).exit_code == 0
+    assert generate(images, model, out).exit_code == 0
     assert diffva("verify", out).exit_code == 0
     # A process killed between the link and the removal of its temporary file leaves a second name: ``part-*`` only.
     ours, theirs = (
@@ -304,7 +304,7 @@ def test_a_killed_generation_goes_on(blow: int, run: Path, films: Path, model: P
     ("number", "says"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only"), (errno.EDQUOT, "quota")]
 )
 def test_a_disk_that_takes_no_more_is_one_line_and_the_run_goes_on(
-    number: int, says: str, run: Path, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, says: str, run: Path, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, room = tmp_path / "run", [30]
     replace = os.replace
@@ -317,19 +317,19 @@ def test_a_disk_that_takes_no_more_is_one_line_and_the_run_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", filling)
-        result = generate(films, model, out)
+        result = generate(images, model, out)
     assert result.exit_code == 5
     assert says in result.output.splitlines()[-1]
     assert str(out) in result.output.splitlines()[-1]
     assert not list(out.rglob(".tmp-*"))
-    assert generate(films, model, out).exit_code == 0
+    assert generate(images, model, out).exit_code == 0
     ours, theirs = (pd.read_parquet(folder / "records") for folder in (out, run))
     assert ours.equals(theirs)
 
 
-def test_a_folder_without_a_usable_film_stops_early(films: Path, model: Path, tmp_path: Path) -> None:
-    data, out = tmp_path / "films", tmp_path / "run"
-    shutil.copytree(films, data)
+def test_a_folder_without_a_usable_image_stops_early(images: Path, model: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(images, data)
     for file in data.glob("*/images/*"):
         file.write_bytes(b"not mounted")
     result = generate(data, model, out, "--shard-size", 2)
@@ -349,11 +349,11 @@ def reduce(out: Path, *more: object) -> Result:
 
 
 def test_tables_of_records_that_have_changed_are_made_again(
-    run: Path, films: Path, model: Path, tmp_path: Path
+    run: Path, images: Path, model: Path, tmp_path: Path
 ) -> None:
     """A shard that is committed again withdraws ``_SUCCESS``, and "reduced already" is said of the same parts only."""
-    data, out = tmp_path / "films", tmp_path / "run"
-    shutil.copytree(films, data)
+    data, out = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(images, data)
     shutil.copytree(run, out)
     about = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**about, "data": str(data), "data_root": str(data)}))
@@ -361,7 +361,7 @@ def test_tables_of_records_that_have_changed_are_made_again(
     assert "nothing written" in reduce(out).output
 
     part = next(iter(sorted(out.glob("records/part-*"))))
-    broken = pd.read_parquet(part)["source_path"].iloc[0]
+    broken = pd.read_parquet(part)["image_path"].iloc[0]
     (data / broken).write_bytes((data / broken).read_bytes()[:-20])
     kept = (out / "_SUCCESS").read_bytes()
     part.unlink()
@@ -388,9 +388,9 @@ def test_damaged_tables_are_made_again(run: Path, tmp_path: Path, file: str, dam
     assert metrics_of(out) == expected
 
 
-def test_films_that_have_moved_are_not_left_out_of_the_tables(run: Path, films: Path, tmp_path: Path) -> None:
-    out, data, moved = tmp_path / "run", tmp_path / "films", tmp_path / "elsewhere"
-    shutil.copytree(films, data)
+def test_images_that_have_moved_are_not_left_out_of_the_tables(run: Path, images: Path, tmp_path: Path) -> None:
+    out, data, moved = tmp_path / "run", tmp_path / "images", tmp_path / "elsewhere"
+    shutil.copytree(images, data)
     shutil.copytree(run, out)
     about = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps({**about, "data": str(data), "data_root": str(data)}))
@@ -404,7 +404,7 @@ def test_films_that_have_moved_are_not_left_out_of_the_tables(run: Path, films: 
     found = reduce(out, "--data", moved)
     assert found.exit_code == 0, found.output
     assert metrics_of(out)["localization"] == metrics_of(run)["localization"]
-    assert metrics_of(out)["twin"] == metrics_of(run)["twin"]
+    assert metrics_of(out)["counterfactual"] == metrics_of(run)["counterfactual"]
     assert diffva("verify", out).exit_code == 0
     (out / "_SUCCESS").unlink()
     assert reduce(out).exit_code == 0, "the run remembers where they are"
@@ -416,10 +416,10 @@ def test_films_that_have_moved_are_not_left_out_of_the_tables(run: Path, films: 
     assert "planned from" in wrong.output
 
 
-def test_tables_that_no_longer_apply_are_removed(films: Path, model: Path, tmp_path: Path) -> None:
+def test_tables_that_no_longer_apply_are_removed(images: Path, model: Path, tmp_path: Path) -> None:
     """Boxes given to one reduce and not to the next: no localisation, and no thresholds for others to take over."""
-    data, out = tmp_path / "films", tmp_path / "run"
-    for file in films.glob("*/images/*.png"):
+    data, out = tmp_path / "images", tmp_path / "run"
+    for file in images.glob("*/images/*.png"):
         (data / file.parts[-3]).mkdir(parents=True, exist_ok=True)
         shutil.copy(file, data / file.parts[-3])
     names = sorted(path.relative_to(data).as_posix() for path in data.glob("COVID/*.png"))
@@ -437,11 +437,11 @@ def test_tables_that_no_longer_apply_are_removed(films: Path, model: Path, tmp_p
 
 
 def test_a_run_made_with_relative_paths_is_reduced_from_anywhere(
-    films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(films.parent)
+    monkeypatch.chdir(images.parent)
     out = tmp_path / "run"
-    assert generate(Path(films.name), model, out, "--limit", 4).exit_code == 0
+    assert generate(Path(images.name), model, out, "--limit", 4).exit_code == 0
     monkeypatch.chdir(tmp_path)
     assert diffva("reduce", "run", "--executor", "inline").exit_code == 0
     metrics = json.loads((out / "tables" / "metrics.json").read_text())

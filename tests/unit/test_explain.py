@@ -1,4 +1,4 @@
-"""One film at once: a run's own pixels and numbers, a sheet, and one line for whatever is wrong."""
+"""One image at once: a run's own pixels and numbers, a sheet, and one line for whatever is wrong."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from diffva_ray.cli import main
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import encode_grey, quantise
@@ -34,107 +34,116 @@ def diffva(*arguments: object) -> Result:
 
 
 @pytest.fixture(scope="module")
-def film(films: Path) -> Path:
-    return sorted((films / "COVID" / "images").iterdir())[0]
+def image(images: Path) -> Path:
+    return sorted((images / "COVID" / "images").iterdir())[0]
 
 
 @pytest.fixture(scope="module")
-def explanation(film: Path, model: Path) -> Explanation:
-    return explain(str(film), str(model), model_recipe(str(model), None, ()), PROMPTS, "cpu")
+def explanation(image: Path, model: Path) -> Explanation:
+    return explain(str(image), str(model), model_recipe(str(model), None, ()), PROMPTS, "cpu")
 
 
-def test_a_run_of_the_same_film_has_the_same_pixels_and_numbers(film: Path, model: Path, tmp_path: Path) -> None:
-    shutil.copy(film, tmp_path / film.name)
-    (tmp_path / "films.csv").write_text(f"path,label\n{film.name},COVID\n")
+def test_a_run_of_the_same_image_has_the_same_pixels_and_numbers(image: Path, model: Path, tmp_path: Path) -> None:
+    shutil.copy(image, tmp_path / image.name)
+    (tmp_path / "images.csv").write_text(f"path,label\n{image.name},COVID\n")
     settings = ("--model", model, "--strength", 0.7, "--seed", 5, "--prompt", HEALTHY)
-    data = ("--data", tmp_path / "films.csv", "--out", tmp_path / "run", "--executor", "inline")
+    data = ("--data", tmp_path / "images.csv", "--out", tmp_path / "run", "--executor", "inline")
     assert diffva("generate", *data, *settings).exit_code == 0
     record = pd.read_parquet(tmp_path / "run" / "records" / "part-00000.parquet").to_dict("records")[0]
     sheet_path = tmp_path / "sheet.png"
-    result = diffva("explain", tmp_path / film.name, *settings, "--json", "--out", sheet_path)
+    result = diffva("explain", tmp_path / image.name, *settings, "--json", "--out", sheet_path)
     assert result.exit_code == 0, result.output
     found = json.loads(result.output)
     answer = found["answers"][0]
-    shared = (set(answer) | {"seed", "model_digest", "source_sha256", "width", "height"}) & set(RECORDS.names)
-    assert {"ssim", "ms_ssim", "ms_ssim_scales", "psnr", "l1", "map_energy", "pixel_sha256", "map_sha256"} <= shared
+    shared = (set(answer) | {"seed", "model_digest", "image_sha256", "width", "height"}) & set(RECORDS.names)
+    assert {
+        "ssim",
+        "ms_ssim",
+        "ms_ssim_scales",
+        "psnr",
+        "l1",
+        "attribution_energy",
+        "counterfactual_sha256",
+        "attribution_sha256",
+    } <= shared
     for name in shared:
         ours, theirs = {**found, **answer}[name], record[name]
         assert ours == theirs or (ours is None and theirs != theirs) or (ours is theirs), name
 
 
-def test_the_seed_is_of_the_files_name(film: Path, model: Path, explanation: Explanation) -> None:
-    engine = Counterfactuals.from_pretrained(str(model), "cpu")
-    square = to_square(decode(film.read_bytes()), engine.size)
-    twins = engine([square], [engine.settings(HEALTHY)], [record_seed(0, film.name, 0)])
-    np.testing.assert_array_equal(explanation.answers[0].counterfactual, quantise(twins.counterfactuals[0]))
+def test_the_seed_is_of_the_files_name(image: Path, model: Path, explanation: Explanation) -> None:
+    engine = CounterfactualEngine.from_pretrained(str(model), "cpu")
+    square = to_square(decode(image.read_bytes()), engine.size)
+    counterfactuals = engine([square], [engine.settings(HEALTHY)], [record_seed(0, image.name, 0)])
+    np.testing.assert_array_equal(explanation.answers[0].counterfactual, quantise(counterfactuals.counterfactuals[0]))
 
 
-def test_prompts_share_a_film_and_keep_their_order(explanation: Explanation) -> None:
+def test_prompts_share_a_image_and_keep_their_order(explanation: Explanation) -> None:
     assert [answer.prompt for answer in explanation.answers] == list(PROMPTS)
     assert [answer.inducing for answer in explanation.answers] == [False, True]
     first, second = explanation.answers
     assert not np.array_equal(first.counterfactual, second.counterfactual)
-    assert first.numbers["judge_source"] == second.numbers["judge_source"]
+    assert first.numbers["judge_image"] == second.numbers["judge_image"]
     assert first.numbers["source_prompt"] == second.numbers["source_prompt"]
 
 
-def test_more_prompts_than_a_micro_batch_are_as_one_by_one(film: Path, model: Path, explanation: Explanation) -> None:
+def test_more_prompts_than_a_micro_batch_are_as_one_by_one(image: Path, model: Path, explanation: Explanation) -> None:
     recipe = model_recipe(str(model), None, ())
     prompts = [*(f"scan {n}" for n in range(recipe.generate.micro_batch)), *PROMPTS]
-    many = explain(str(film), str(model), recipe, prompts, "cpu")
+    many = explain(str(image), str(model), recipe, prompts, "cpu")
     assert len(many.answers) == len(prompts)
     assert [answer.numbers for answer in many.answers[-2:]] == [answer.numbers for answer in explanation.answers]
 
 
 def test_everything_a_person_asks_about_is_said(explanation: Explanation) -> None:
     said = json.loads(json.dumps(explanation.as_dict(), allow_nan=False))
-    assert {"film", "model", "model_digest", "settings", "seed", "run_seed", "code_revision", "recipe"} <= said.keys()
-    assert {"prompt", "source_prompt", "ssim", "ms_ssim", "ms_ssim_scales", "psnr", "l1", "map_energy",
-            "judge_source", "judge_counterfactual"} <= said["answers"][0].keys()  # fmt: skip
-    assert 0 <= said["answers"][0]["map_energy_lung_fraction"] <= 1
+    assert {"image", "model", "model_digest", "settings", "seed", "run_seed", "code_revision", "recipe"} <= said.keys()
+    assert {"prompt", "source_prompt", "ssim", "ms_ssim", "ms_ssim_scales", "psnr", "l1", "attribution_energy",
+            "judge_image", "judge_counterfactual"} <= said["answers"][0].keys()  # fmt: skip
+    assert 0 <= said["answers"][0]["attribution_energy_lung_fraction"] <= 1
 
 
-def test_masks_beside_a_film_are_found(explanation: Explanation, film: Path, model: Path, tmp_path: Path) -> None:
+def test_masks_beside_a_image_are_found(explanation: Explanation, image: Path, model: Path, tmp_path: Path) -> None:
     assert explanation.lungs is not None
     assert explanation.lesion is not None
-    shutil.copy(film, tmp_path / film.name)
-    alone = explain(str(tmp_path / film.name), str(model), model_recipe(str(model), None, ()), (), "cpu")
+    shutil.copy(image, tmp_path / image.name)
+    alone = explain(str(tmp_path / image.name), str(model), model_recipe(str(model), None, ()), (), "cpu")
     assert (alone.lungs, alone.lesion) == (None, None)
-    assert alone.answers[0].numbers["map_energy_lung_fraction"] is None
+    assert alone.answers[0].numbers["attribution_energy_lung_fraction"] is None
     np.testing.assert_array_equal(alone.answers[0].counterfactual, explanation.answers[0].counterfactual)
 
 
-def test_masks_of_a_data_set_with_a_folder_per_class_are_found(film: Path, model: Path, tmp_path: Path) -> None:
+def test_masks_of_a_data_set_with_a_folder_per_class_are_found(image: Path, model: Path, tmp_path: Path) -> None:
     """COVID/x.png and COVID/masks/x.png: as ``generate`` finds them, whose pixels depend on them under some methods."""
     folder = tmp_path / "COVID"
     folder.mkdir()
-    shutil.copy(film, folder / film.name)
+    shutil.copy(image, folder / image.name)
     for kind in ("masks", "lesions"):
-        shutil.copytree(film.parents[1] / kind, folder / kind)
-    (found,) = open_dataset(str(tmp_path)).films
-    assert found.lung_mask == f"COVID/masks/{film.name}"
+        shutil.copytree(image.parents[1] / kind, folder / kind)
+    (found,) = open_dataset(str(tmp_path)).images
+    assert found.lung_mask == f"COVID/masks/{image.name}"
     lungs = ("generate.method=masked", "generate.masked.source=lungs")
     recipe = model_recipe(str(model), None, lungs)
-    near = explain(str(folder / film.name), str(model), recipe, (HEALTHY,), "cpu")
-    home = explain(str(film), str(model), recipe, (HEALTHY,), "cpu")
+    near = explain(str(folder / image.name), str(model), recipe, (HEALTHY,), "cpu")
+    home = explain(str(image), str(model), recipe, (HEALTHY,), "cpu")
     np.testing.assert_array_equal(near.lungs, home.lungs)
     np.testing.assert_array_equal(near.answers[0].counterfactual, home.answers[0].counterfactual)
-    strip = interpolate(str(film), str(model), recipe, (HEALTHY, "COVID 19"), frames=2, device="cpu")
-    np.testing.assert_array_equal(quantise(strip.films[0]), home.answers[0].counterfactual)
+    strip = interpolate(str(image), str(model), recipe, (HEALTHY, "COVID 19"), frames=2, device="cpu")
+    np.testing.assert_array_equal(quantise(strip.images[0]), home.answers[0].counterfactual)
 
 
-def test_a_film_named_from_within_its_class_folder_has_its_masks(
-    explanation: Explanation, film: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_image_named_from_within_its_class_folder_has_its_masks(
+    explanation: Explanation, image: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(film.parents[1])
-    found = explain(f"images/{film.name}", str(model), model_recipe(str(model), None, ()), (), "cpu")
+    monkeypatch.chdir(image.parents[1])
+    found = explain(f"images/{image.name}", str(model), model_recipe(str(model), None, ()), (), "cpu")
     np.testing.assert_array_equal(found.lesion, explanation.lesion)
 
 
 def test_the_sheet_has_a_row_for_each_prompt(explanation: Explanation, tmp_path: Path) -> None:
     write_sheet(explanation, str(tmp_path / "deep" / "sheet.png"))
     picture = Image.open(tmp_path / "deep" / "sheet.png")
-    single = Explanation(explanation.film, None, None, explanation.answers[:1], explanation.about)
+    single = Explanation(explanation.image, None, None, explanation.answers[:1], explanation.about)
     other = Image.open(io.BytesIO(sheet(single)))
     assert picture.width == other.width > 1500
     assert picture.height - other.height > 350
@@ -146,23 +155,23 @@ def test_prompts_that_look_like_mathematics_are_drawn_as_they_are(explanation: E
     from dataclasses import replace
 
     odd = replace(explanation.answers[0], prompt="$\\frac{ <b> " + "long " * 60)
-    assert sheet(replace(explanation, answers=[odd], about={**explanation.about, "film": "$x_{/" * 40}))
+    assert sheet(replace(explanation, answers=[odd], about={**explanation.about, "image": "$x_{/" * 40}))
 
 
 def test_the_sheet_goes_to_the_current_folder(
-    film: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = diffva("explain", film, "--model", model, "--steps", 4)
+    result = diffva("explain", image, "--model", model, "--steps", 4)
     assert result.exit_code == 0
-    assert f"sheet in {film.stem}.explained.png" in result.output
+    assert f"sheet in {image.stem}.explained.png" in result.output
     assert "Not for clinical use" in result.output
-    assert [path.name for path in tmp_path.iterdir()] == [f"{film.stem}.explained.png"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{image.stem}.explained.png"]
 
 
-def test_dry_run_writes_nothing(film: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_writes_nothing(image: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    plan = json.loads(diffva("explain", film, "--model", model, "--strength", 0.4, "--dry-run").output)
+    plan = json.loads(diffva("explain", image, "--model", model, "--strength", 0.4, "--dry-run").output)
     assert plan["recipe"]["generate"]["strength"] == 0.4
     assert plan["prompts"] == [HEALTHY]
     assert not list(tmp_path.iterdir())
@@ -176,27 +185,27 @@ def test_dry_run_writes_nothing(film: Path, model: Path, tmp_path: Path, monkeyp
         (("{tmp}/text.png",), "text.png: not an image"),
         (("{tmp}/small.png",), "too small"),
         (("gopher://a/b.png",), "gopher"),
-        (("{film}", "--method", "magic"), "magic"),
-        (("{film}", "--strength", 1.7), "generate.strength"),
-        (("{film}", "--strength", 0.01), "no step"),
-        (("{film}", "--scheduler", "pndm"), "--scheduler ddim"),
-        (("{film}", "--prompt", "far too long " * 30), "tokens"),
-        (("{film}", "--out", "{tmp}/sheet.jpg"), "sheet.jpg"),
-        (("{film}", "--model", "{tmp}"), "diffva.json"),
+        (("{image}", "--method", "magic"), "magic"),
+        (("{image}", "--strength", 1.7), "generate.strength"),
+        (("{image}", "--strength", 0.01), "no step"),
+        (("{image}", "--scheduler", "pndm"), "--scheduler ddim"),
+        (("{image}", "--prompt", "far too long " * 30), "tokens"),
+        (("{image}", "--out", "{tmp}/sheet.jpg"), "sheet.jpg"),
+        (("{image}", "--model", "{tmp}"), "diffva.json"),
     ],
 )
 def test_what_is_wrong_is_one_line(
-    arguments: tuple[str, ...], named: str, film: Path, model: Path, tmp_path: Path
+    arguments: tuple[str, ...], named: str, image: Path, model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "small.png").write_bytes(encode_grey(np.zeros((8, 8), np.uint8)))
-    given = [str(text).replace("{tmp}", str(tmp_path)).replace("{film}", str(film)) for text in arguments]
+    given = [str(text).replace("{tmp}", str(tmp_path)).replace("{image}", str(image)) for text in arguments]
     result = diffva("explain", "--model", model, *given)
     assert result.exit_code == 2, result.output
     assert named in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_a_sheet_has_room_for_so_many_prompts(film: Path, model: Path) -> None:
+def test_a_sheet_has_room_for_so_many_prompts(image: Path, model: Path) -> None:
     with pytest.raises(UnusableData, match="room"):
-        explain(str(film), str(model), model_recipe(str(model), None, ()), [f"scan {n}" for n in range(99)])
+        explain(str(image), str(model), model_recipe(str(model), None, ()), [f"scan {n}" for n in range(99)])

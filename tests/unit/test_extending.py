@@ -81,13 +81,13 @@ def read(page: str) -> str:
     return (PAGES / page).read_text()
 
 
-def test_a_kind_of_data_set(films: Path, model: Path, tmp_path: Path) -> None:
+def test_a_kind_of_data_set(images: Path, model: Path, tmp_path: Path) -> None:
     assert applied(read("data_set.md"), tmp_path) == 1
     folder = tmp_path / "chestxray14"
     for n, label in enumerate(("Normal", "COVID")):
         (folder / f"images_00{n + 1}" / "images").mkdir(parents=True)
-        film = sorted((films / label / "images").iterdir())[0]
-        shutil.copy(film, folder / f"images_00{n + 1}" / "images" / f"0000000{n}_000.png")
+        image = sorted((images / label / "images").iterdir())[0]
+        shutil.copy(image, folder / f"images_00{n + 1}" / "images" / f"0000000{n}_000.png")
     (folder / "Data_Entry_2017.csv").write_text(
         "Image Index,Finding Labels,Patient ID\n"
         "00000000_000.png,No Finding,1\n00000001_000.png,Effusion|Atelectasis,2\n00000002_000.png,Effusion,3\n"
@@ -96,37 +96,37 @@ def test_a_kind_of_data_set(films: Path, model: Path, tmp_path: Path) -> None:
     followed(read("data_set.md"), tmp_path, {"MODEL": str(model)})
     (record,) = shown(tmp_path / "runs" / "nih")
     assert (record["label"], record["status"]) == ("Atelectasis", "ok")
-    assert record["source_path"] == "images_002/images/00000001_000.png"
+    assert record["image_path"] == "images_002/images/00000001_000.png"
 
 
-def test_a_method(films: Path, model: Path, tmp_path: Path) -> None:
+def test_a_method(images: Path, model: Path, tmp_path: Path) -> None:
     assert applied(read("method.md"), tmp_path) == 1
-    followed(read("method.md"), tmp_path, {"FILMS": str(films), "MODEL": str(model)})
+    followed(read("method.md"), tmp_path, {"IMAGES": str(images), "MODEL": str(model)})
     assert {(row["method"], row["status"]) for row in shown(tmp_path / "runs" / "ilvr")} == {("ilvr", "ok")}
 
 
-def test_a_metric(films: Path, model: Path, tmp_path: Path) -> None:
+def test_a_metric(images: Path, model: Path, tmp_path: Path) -> None:
     assert applied(read("metric.md"), tmp_path) == 2  # of which one is its import
-    followed(read("metric.md"), tmp_path, {"FILMS": str(films), "MODEL": str(model)})
+    followed(read("metric.md"), tmp_path, {"IMAGES": str(images), "MODEL": str(model)})
     rows = json.loads((tmp_path / "runs" / "first" / "tables" / "metrics.json").read_text())["counterfactual"]
     assert all(1 < row["nmi"] <= 2 for row in rows)
 
 
 @pytest.fixture
 def google() -> Iterator[str]:
-    """The address of an emulated Google Cloud Storage with a bucket ``films``."""
+    """The address of an emulated Google Cloud Storage with a bucket ``images``."""
     emulator = pytest.importorskip("gcp_storage_emulator.server")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="films")
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="images")
     server.start()
     yield f"http://127.0.0.1:{port}"
     server.stop()
 
 
 def test_a_kind_of_store(
-    films: Path, model: Path, tmp_path: Path, google: str, monkeypatch: pytest.MonkeyPatch
+    images: Path, model: Path, tmp_path: Path, google: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert applied(read("store.md"), tmp_path) == 1
     settings = {  # no bucket properties by gRPC, which the emulator lacks; no search for Google's metadata server
@@ -136,12 +136,12 @@ def test_a_kind_of_store(
         monkeypatch.setenv(name, value)
     gcsfs = pytest.importorskip("gcsfs")
     fs = gcsfs.GCSFileSystem(token="anon", skip_instance_cache=True)
-    for folder, prefix in ((films, "films/data"), (model, "films/model")):
+    for folder, prefix in ((images, "images/data"), (model, "images/model")):
         for file in folder.rglob("*"):
             if file.is_file() and ".train" not in file.parts:
                 fs.pipe_file(f"{prefix}/{file.relative_to(folder)}", file.read_bytes())
     followed(read("store.md"), tmp_path, {}, **settings)
-    assert fs.cat_file("films/run/_SUCCESS")
+    assert fs.cat_file("images/run/_SUCCESS")
 
 
 def shown(run: Path) -> list[dict]:

@@ -13,11 +13,11 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from diffva_ray.cli import main
-from diffva_ray.counterfactual.engine import Counterfactuals
-from diffva_ray.counterfactual.interpolation import between_films, between_prompts, slerp
+from diffva_ray.counterfactual.engine import CounterfactualEngine
+from diffva_ray.counterfactual.interpolation import between_images, between_prompts, slerp
 from diffva_ray.data.phantoms import phantom
 
-ILL, HEALTHY = phantom("COVID", 3, seed=1, size=32).film, phantom("Normal", 4, seed=1, size=32).film
+ILL, HEALTHY = phantom("COVID", 3, seed=1, size=32).image, phantom("Normal", 4, seed=1, size=32).image
 
 
 def diffva(*arguments: object) -> Result:
@@ -25,30 +25,30 @@ def diffva(*arguments: object) -> Result:
 
 
 @pytest.fixture(scope="module")
-def engine(model: Path) -> Counterfactuals:
-    return Counterfactuals.from_pretrained(str(model), device="cpu")
+def engine(model: Path) -> CounterfactualEngine:
+    return CounterfactualEngine.from_pretrained(str(model), device="cpu")
 
 
-def test_the_ends_are_the_two_prompts_and_the_middle_lies_between(engine: Counterfactuals) -> None:
+def test_the_ends_are_the_two_prompts_and_the_middle_lies_between(engine: CounterfactualEngine) -> None:
     weights = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]  # more than a micro-batch
     strip = between_prompts(engine, ILL, "COVID 19", "normal chest scan", weights, 5)
     for end, prompt in ((0, "COVID 19"), (-1, "normal chest scan")):
         alone = engine([ILL], [engine.settings(prompt)], [5]).counterfactuals[0]
         assert np.array_equal(strip.counterfactuals[end], alone)
-    away = [np.abs(film - strip.counterfactuals[0]).mean() for film in strip.counterfactuals]
+    away = [np.abs(image - strip.counterfactuals[0]).mean() for image in strip.counterfactuals]
     assert away == sorted(away)
     assert away[-1] > 0
 
 
-def test_without_a_prompt_the_ends_are_the_films(engine: Counterfactuals) -> None:
-    strip = between_films(engine, ILL, HEALTHY, [0.0, 0.5, 1.0])
-    ends = [engine([film], [engine.settings()], [0]).reconstructions[0] for film in (ILL, HEALTHY)]
+def test_without_a_prompt_the_ends_are_the_images(engine: CounterfactualEngine) -> None:
+    strip = between_images(engine, ILL, HEALTHY, [0.0, 0.5, 1.0])
+    ends = [engine([image], [engine.settings()], [0]).reconstructions[0] for image in (ILL, HEALTHY)]
     apart = np.abs(ends[0] - ends[1]).mean()
-    for film, end in zip(strip[::2], ends):
-        assert np.abs(film - end).mean() < 0.2 * apart
+    for image, end in zip(strip[::2], ends):
+        assert np.abs(image - end).mean() < 0.2 * apart
     assert np.abs(strip[1] - strip[0]).mean() > 0.1 * apart
     assert np.abs(strip[1] - strip[2]).mean() > 0.1 * apart
-    assert np.array_equal(between_films(engine, ILL, HEALTHY, [0.5])[0], strip[1])  # whatever stands beside it
+    assert np.array_equal(between_images(engine, ILL, HEALTHY, [0.5])[0], strip[1])  # whatever stands beside it
 
 
 def test_on_the_sphere_noise_stays_as_large_as_noise() -> None:
@@ -61,11 +61,11 @@ def test_on_the_sphere_noise_stays_as_large_as_noise() -> None:
     assert torch.equal(slerp(one, one, 0.3), one)
 
 
-def test_the_verb_writes_strip_and_numbers(films: Path, model: Path, tmp_path: Path) -> None:
-    first, second = (sorted((films / label / "images").iterdir())[0] for label in ("COVID", "Normal"))
+def test_the_verb_writes_strip_and_numbers(images: Path, model: Path, tmp_path: Path) -> None:
+    first, second = (sorted((images / label / "images").iterdir())[0] for label in ("COVID", "Normal"))
     common = ("interpolate", first, "--model", model, "--frames", 3, "--json")
     prompts = ("--prompt", "COVID 19", "--prompt", "normal chest scan")
-    for name, arguments in {"prompts": prompts, "films": ("--to", second)}.items():
+    for name, arguments in {"prompts": prompts, "images": ("--to", second)}.items():
         result = diffva(*common, *arguments, "--out", tmp_path / f"{name}.png")
         assert result.exit_code == 0, result.output
         told = json.loads(result.output)
@@ -86,9 +86,9 @@ def test_the_verb_writes_strip_and_numbers(films: Path, model: Path, tmp_path: P
         (("--to", "x.png", "--out", "strip.gif"), "is a .png"),
     ],
 )
-def test_one_line_says_what_is_wrong(films: Path, model: Path, arguments: tuple[str, ...], said: str) -> None:
-    film = sorted((films / "COVID" / "images").iterdir())[0]
-    result = diffva("interpolate", film, "--model", model, *arguments)
+def test_one_line_says_what_is_wrong(images: Path, model: Path, arguments: tuple[str, ...], said: str) -> None:
+    image = sorted((images / "COVID" / "images").iterdir())[0]
+    result = diffva("interpolate", image, "--model", model, *arguments)
     assert result.exit_code == 2
     assert said in result.output
     assert len(result.output.splitlines()) == 1

@@ -15,7 +15,7 @@ from diffva_ray.config.recipe import RecipeError, load_recipe, recipe_names
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.paper import published
 from diffva_ray.paper.experiments import EXPERIMENTS, SETTINGS, TAKEN, Experiment, guided, settings_recipe
-from diffva_ray.paper.inputs import copy_films, drawn, phantom_chexpert
+from diffva_ray.paper.inputs import copy_images, drawn, phantom_chexpert
 from diffva_ray.paper.layout import Table, flat, number, thinned, with_interval
 from diffva_ray.paper.state import Made
 from diffva_ray.storage.store import LocalStore
@@ -29,12 +29,12 @@ def paper(model: Path, out: Path, *more: object) -> Result:
 
 
 @pytest.fixture(scope="module")
-def model(model: Path, films: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a card that says where its films are, as ``diffva train`` writes it."""
+def model(model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a card that says where its images are, as ``diffva train`` writes it."""
     copy = tmp_path_factory.mktemp("paper-model") / "tiny"
     shutil.copytree(model, copy)
     card = json.loads((copy / "diffva.json").read_text())
-    (copy / "diffva.json").write_text(json.dumps({**card, "data": str(films)}))
+    (copy / "diffva.json").write_text(json.dumps({**card, "data": str(images)}))
     return copy
 
 
@@ -68,7 +68,9 @@ def test_every_table_and_figure_is_there_in_every_form(made: Path) -> None:
     for number_ in range(2, 11):
         assert (made / "figures" / f"figure{number_:02d}.png").read_bytes().startswith(b"\x89PNG")
     page, text = (made / "index.html").read_text(), (made / "index.md").read_text()
-    hearts = (made / "tables/tableS6.json").exists()  # lungs are not found on every twin of an untrained model
+    hearts = (
+        made / "tables/tableS6.json"
+    ).exists()  # lungs are not found on every counterfactual of an untrained model
     assert page.count("<h2 id=") == text.count("\n## Table") + text.count("\n## Figure") == 19 + hearts
     assert hearts or "table S6 (cardiothoracic ratio)" in text
     assert "Not for clinical use" in page
@@ -80,27 +82,27 @@ def test_published_values_stand_beside_ours(made: Path) -> None:
     """Numbers as the paper prints them, in the row they belong to."""
     rows = table(made, "table1")["rows"]
     distances = {(row[0], row[1]): row for row in rows if "[95 %]" in row[2]}
-    assert distances["Viral Pneumonia films", "real Normal"][4] == "97.6"
-    assert distances["COVID films", "their healthy twins"][4] == "32.2"
-    difference = next(row for row in rows if row[0] == "Viral Pneumonia films" and row[2] == "absolute difference")
+    assert distances["Viral Pneumonia images", "real Normal"][4] == "97.6"
+    assert distances["COVID images", "their healthy counterfactuals"][4] == "32.2"
+    difference = next(row for row in rows if row[0] == "Viral Pneumonia images" and row[2] == "absolute difference")
     assert difference[4] == "59.97"
     assert {row[4] for row in table(made, "table2")["rows"]} == {"", "60.6", "110.72", "45.11"}
     assert [row["paper"] for row in table(made, "table4")["details"]] == ["52.08", "17.71", None]
     assert [row["paper"] for row in table(made, "table5")["details"]] == [None, "91.57", "113.14", "113.71", None]
     for label, paper_ in published.CLASSES.items():
-        assert paper_.difference == pytest.approx(abs(paper_.twins - paper_.healthy)), label
+        assert paper_.difference == pytest.approx(abs(paper_.counterfactuals - paper_.healthy)), label
 
 
 def test_ours_are_the_numbers_of_the_runs(made: Path) -> None:
     """Table 1 and the run's own metrics agree; the difference is that of the two lines above it."""
-    details = [row for row in table(made, "table1")["details"] if row["setting"] == "heal-0.55"]
-    metrics = json.loads((made / "runs/heal-0.55/tables/metrics.json").read_text())["fid"]
+    details = [row for row in table(made, "table1")["details"] if row["setting"] == "generate-0.55"]
+    metrics = json.loads((made / "runs/generate-0.55/tables/metrics.json").read_text())["fid"]
     values = {(row["set1"], row["set2"]): row for row in metrics}
-    covid = [row for row in details if row["image_set_1"] == "COVID films"]
+    covid = [row for row in details if row["image_set_1"] == "COVID images"]
     assert covid[0]["value"] == values["COVID (source)", "COVID (counterfactual)"]["value"]
     assert covid[1]["value"] == values["Normal (reference)", "COVID (source)"]["value"]
     assert (covid[0]["n1"], covid[0]["n2"]) == (8, 8)
-    line = next(row for row in table(made, "table1")["rows"] if row[0] == "COVID films" and "difference" in row[2])
+    line = next(row for row in table(made, "table1")["rows"] if row[0] == "COVID images" and "difference" in row[2])
     assert line[5] == number(abs(covid[0]["value"] - covid[1]["value"]))
     real = [row for row in table(made, "table1")["details"] if row["image_set_2"] == "real Normal"]
     by_class = {row["image_set_1"]: set() for row in real}
@@ -122,8 +124,8 @@ def test_a_stand_in_is_never_called_fid_and_small_scales_are_not_set_beside(made
 
 def test_table_five_says_what_guidance_of_one_or_less_does(made: Path) -> None:
     caption = table(made, "table5")["caption"]
-    assert "Guidance 0.01 and 1 give the same pixels in 16 of 16 films." in caption
-    assert {row["n2"] for row in table(made, "table5")["details"]} == {24}  # twins of all classes together
+    assert "Guidance 0.01 and 1 give the same pixels in 16 of 16 images." in caption
+    assert {row["n2"] for row in table(made, "table5")["details"]} == {24}  # counterfactuals of all classes together
     assert table(made, "table5")["details"][0]["within_class"] > 0
 
 
@@ -149,30 +151,30 @@ def test_an_interrupted_paper_goes_on(made: Path, model: Path, tmp_path: Path) -
     assert table(out, "table5")["details"] == table(made, "table5")["details"]
 
 
-def test_other_films_in_the_same_folder_are_refused(made: Path, model: Path, films: Path) -> None:
-    result = paper(model, made, "--radiography", films, "--limit", 8)
+def test_other_images_in_the_same_folder_are_refused(made: Path, model: Path, images: Path) -> None:
+    result = paper(model, made, "--radiography", images, "--limit", 8)
     assert result.exit_code == 3
     assert "radiography" in result.stderr
 
 
-def test_what_cannot_be_made_is_listed(model: Path, films: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_made_is_listed(model: Path, images: Path, tmp_path: Path) -> None:
     """No CheXpert, one abnormal class, no lesion masks: a shorter sheet that says so."""
     data = tmp_path / "data"
     for label in ("Normal", "COVID"):
-        shutil.copytree(films / label / "images", data / label / "images")
+        shutil.copytree(images / label / "images", data / label / "images")
     result = paper(model, tmp_path / "out", "--radiography", data, "--limit", 4)
     assert result.exit_code == 0, result.output
     text = (tmp_path / "out" / "index.md").read_text()
     assert "table 4, real cardiomegaly against generated: no CheXpert given" in text
-    assert "table S3 (localisation): no film has a lesion mask or box" in text
+    assert "table S3 (localisation): no image has a lesion mask or box" in text
     assert "class Viral Pneumonia" in text
-    assert table(tmp_path / "out", "table4")["details"][0]["image_set_1"] == "healthy films"
+    assert table(tmp_path / "out", "table4")["details"][0]["image_set_1"] == "healthy images"
 
 
 def test_a_prompt_the_model_cannot_read_costs_its_figure_only(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other runs are made. Bad films in a run of the tables are another matter and end the command."""
+    """The other runs are made. Bad images in a run of the tables are another matter and end the command."""
     long = Experiment("carcinoma", "figure 4", "few healthy", "paper_induction", ("severe " * 40,))
     seen: list[Made] = []
     monkeypatch.setattr("diffva_ray.paper.build.EXPERIMENTS", (long, EXPERIMENTS[4]))
@@ -205,7 +207,7 @@ def test_dry_run_lists_every_run_and_writes_nothing(model: Path, tmp_path: Path)
     assert len(runs) == len(EXPERIMENTS)
     assert (runs["runs/neither"]["strength"], runs["runs/neither"]["guidance_scale"]) == (0.99, 0.1)
     assert runs["runs/no-image-prior"]["prompts"] == ["healthy chest scan"]
-    assert runs["runs/heal-0.85"]["prompts"] == ["normal chest x-ray"]
+    assert runs["runs/generate-0.85"]["prompts"] == ["normal chest x-ray"]
     assert not (tmp_path / "out").exists()
 
 
@@ -235,33 +237,33 @@ def test_chexpert_phantoms_are_read_as_chexpert(tmp_path: Path) -> None:
     dataset = open_dataset(phantom_chexpert(str(tmp_path / "chexpert"), 3, 32))
     assert dataset.kind == "chexpert"
     assert dataset.classes == {"Cardiomegaly": 3, "Normal": 3}
-    assert all(film.size > 0 for film in dataset.films)
+    assert all(image.size > 0 for image in dataset.images)
 
 
-def test_a_copy_keeps_masks_and_boxes(films: Path, tmp_path: Path) -> None:
-    """Films are renamed on the way; each mask and box has to follow its own."""
+def test_a_copy_keeps_masks_and_boxes(images: Path, tmp_path: Path) -> None:
+    """Images are renamed on the way; each mask and box has to follow its own."""
     data = tmp_path / "data"
-    shutil.copytree(films / "COVID", data / "COVID")
+    shutil.copytree(images / "COVID", data / "COVID")
     names = sorted(file.name for file in (data / "COVID/images").iterdir())
     (data / "boxes.csv").write_text(
         "file,x,y,w,h\n" + "".join(f"COVID/images/{n},{i},2,3,4\n" for i, n in enumerate(names))
     )
     original = open_dataset(str(data))
-    copied = open_dataset(copy_films(original, drawn(original.films, 3), str(tmp_path / "copy")))
-    assert len(copied.films) == len(copied.boxes) == 3
-    for film in copied.films:
-        twin = next(other for other in original.films if other.path.endswith(film.path.rpartition("_")[2]))
-        assert copied.boxes[film.path] == original.boxes[twin.path]
+    copied = open_dataset(copy_images(original, drawn(original.images, 3), str(tmp_path / "copy")))
+    assert len(copied.images) == len(copied.boxes) == 3
+    for image in copied.images:
+        counterfactual = next(other for other in original.images if other.path.endswith(image.path.rpartition("_")[2]))
+        assert copied.boxes[image.path] == original.boxes[counterfactual.path]
         for mine, theirs in (
-            (film.path, twin.path),
-            (film.lung_mask, twin.lung_mask),
-            (film.lesion_mask, twin.lesion_mask),
+            (image.path, counterfactual.path),
+            (image.lung_mask, counterfactual.lung_mask),
+            (image.lesion_mask, counterfactual.lesion_mask),
         ):
             assert copied.store.read(mine) == original.store.read(theirs)
 
 
-def test_the_smaller_draw_is_part_of_the_larger(films: Path) -> None:
-    everything = open_dataset(str(films)).films
+def test_the_smaller_draw_is_part_of_the_larger(images: Path) -> None:
+    everything = open_dataset(str(images)).images
     few, more = drawn(everything, 2), drawn(everything, 4)
     assert set(few) < set(more)
     assert len(few) == 8
@@ -291,11 +293,12 @@ def test_layout_of_numbers(tmp_path: Path) -> None:
 
 
 def test_readers_scores_have_a_table(made: Path, model: Path) -> None:
-    """Given afterwards: no film is made again, the tables are."""
-    films = sorted((made / "data" / "radiography" / "COVID" / "images").iterdir())
+    """Given afterwards: no image is made again, the tables are."""
+    images = sorted((made / "data" / "radiography" / "COVID" / "images").iterdir())
     zones = [f"S-{zone}" for zone in "ABCDEF"]
     lines = [
-        ",".join([f"COVID/images/{film.name}", *(str((n + z) % 4) for z in range(6))]) for n, film in enumerate(films)
+        ",".join([f"COVID/images/{image.name}", *(str((n + z) % 4) for z in range(6))])
+        for n, image in enumerate(images)
     ]
     scores = made.parent / "zones.csv"
     scores.write_text("\n".join([",".join(["file", *zones]), *lines]) + "\n")
@@ -305,6 +308,6 @@ def test_readers_scores_have_a_table(made: Path, model: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in made.rglob("part-*.parquet")} == records
     rows = table(made, "tableS7")["details"]
     assert {row["run"] for row in rows} == set(SETTINGS)
-    assert {row["n"] for row in rows} == {len(films)}
+    assert {row["n"] for row in rows} == {len(images)}
     assert [row[0] for row in table(made, "tableS7")["rows"]].count("baseline") == 1
     assert "Table S7" in (made / "index.md").read_text()

@@ -46,7 +46,7 @@ def test_an_address_that_answers_is_taken() -> None:
 @pytest.mark.parametrize("form", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
 @pytest.mark.parametrize("verb", ["generate", "train"])
 def test_a_head_that_is_gone_is_one_line_within_seconds(
-    form: str, verb: str, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, verb: str, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -54,7 +54,7 @@ def test_a_head_that_is_gone_is_one_line_within_seconds(
     monkeypatch.setenv("RAY_ADDRESS", address)
     words = {"generate": ["--model", model, "--out", tmp_path / "run"], "train": ["--out", tmp_path / "model"]}[verb]
     began = time.monotonic()
-    done = CliRunner().invoke(main, [verb, "--data", str(films), *map(str, words)])
+    done = CliRunner().invoke(main, [verb, "--data", str(images), *map(str, words)])
     assert time.monotonic() - began < 60  # the contract says ten seconds; a busy machine imports for longer
     assert done.exit_code == 2, done.output
     assert done.output.splitlines()[-1].startswith(f"diffva {verb}: RAY_ADDRESS={address}: nothing answers there")

@@ -71,10 +71,10 @@ def test_listing_is_sorted_recursive_and_survives_link_loops(store: LocalStore) 
 
 def test_linked_folders_are_followed(tmp_path: Path, store: LocalStore) -> None:
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "film.png").write_bytes(b"x")
+    (tmp_path / "elsewhere" / "image.png").write_bytes(b"x")
     store.put("own.png", b"x")
     os.symlink(tmp_path / "elsewhere", store.root / "Normal")
-    assert [entry.path for entry in store.list()] == ["Normal/film.png", "own.png"]
+    assert [entry.path for entry in store.list()] == ["Normal/image.png", "own.png"]
 
 
 def test_unknown_scheme_is_named() -> None:

@@ -43,14 +43,14 @@ MEASURES = (
     Measure("ssim", "SSIM"),
     Measure("ms_ssim", "MS-SSIM"),
     Measure("psnr", "PSNR, dB", 1),
-    Measure("map_energy", "map energy", 4),
-    Measure("map_energy_lung_fraction", "map energy in lungs"),
-    Measure("judge_source", "judge: film healthy"),
-    Measure("judge_counterfactual", "judge: twin healthy", better="high"),
+    Measure("attribution_energy", "map energy", 4),
+    Measure("attribution_energy_lung_fraction", "map energy in lungs"),
+    Measure("judge_image", "judge: image healthy"),
+    Measure("judge_counterfactual", "judge: counterfactual healthy", better="high"),
     Measure("auroc", "AUROC of the map", better="high"),
     Measure("dice_best", "Dice of the map, best τ", better="high"),
 )
-INTEGERS = {"ms_ssim_scales", "width", "height", "num_inference_steps", "draw"}
+INTEGERS = {"ms_ssim_scales", "width", "height", "num_inference_steps", "sample"}
 
 
 def scripted(value: Any) -> bytes:
@@ -136,7 +136,7 @@ def _index(
         "id": [row["record_id"] for row in rows],
         "label": [labels.index(row["label"]) for row in rows],
         "status": [statuses.index(row["status"]) for row in rows],
-        "path": [row["source_path"] for row in rows],
+        "path": [row["image_path"] for row in rows],
         "key": [row["key"] for row in rows],
         "truth": [int(row["truth"]) for row in rows],
         "retried": [int(len(row["attempts"]) > 1) for row in rows],

@@ -66,15 +66,23 @@ def charts(records: pd.DataFrame) -> list[Chart]:
     labels = sorted(sizes.nlargest(CLASSES).index)
     left_out = f" The {CLASSES} largest of {len(sizes)} classes." if len(sizes) > CLASSES else ""
     made = [
-        _chart(ok, labels, "ssim", "SSIM, film and twin", "How alike film and twin are; 1 is no change." + left_out, 3),
-        _chart(ok, labels, "map_energy", "Map energy", "Mean of |M|: how much the maps say." + left_out, 4),
+        _chart(
+            ok,
+            labels,
+            "ssim",
+            "SSIM, image and counterfactual",
+            "How alike image and counterfactual are; 1 is no change." + left_out,
+            3,
+        ),
+        _chart(ok, labels, "attribution_energy", "Map energy", "Mean of |M|: how much the maps say." + left_out, 4),
     ]
-    judged = ok.dropna(subset=["judge_source", "judge_counterfactual"])
+    judged = ok.dropna(subset=["judge_image", "judge_counterfactual"])
     if len(judged):
         caption = (
-            "Probability of healthy, by a classifier that never guides. Grey: films; colour: their twins." + left_out
+            "Probability of healthy, by a classifier that never guides. Grey: images; colour: their counterfactuals."
+            + left_out
         )
-        made.append(_chart(judged, labels, "judge_counterfactual", "Judge’s verdict", caption, 2, "judge_source"))
+        made.append(_chart(judged, labels, "judge_counterfactual", "Judge’s verdict", caption, 2, "judge_image"))
     return [chart for chart in made if chart is not None]
 
 
@@ -86,7 +94,7 @@ def _chart(
     if not values:
         return None
     everything = np.concatenate(list(values.values()))
-    low, high = (0.0, 1.0) if beside else _range(everything, from_zero=key == "map_energy")
+    low, high = (0.0, 1.0) if beside else _range(everything, from_zero=key == "attribution_energy")
     edges = np.linspace(low, high, BINS + 1)
     lines, said = [], []
     for n, (label, found) in enumerate(values.items()):
@@ -145,7 +153,7 @@ def _hill(values: NDArray[np.float64], edges: NDArray[np.float64], base: float) 
     heights, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
     if not len(values):
         return ""
-    # its own highest bin: the shape is what is read; how many films there are stands beside it
+    # its own highest bin: the shape is what is read; how many images there are stands beside it
     tops = base - HILL * np.sqrt(heights / max(heights.max(), 1))
     step = WIDTH / BINS
     path = [f"M{LEFT:g} {base:g}"]

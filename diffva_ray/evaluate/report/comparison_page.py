@@ -1,4 +1,4 @@
-"""The page of two runs on the same films: numbers side by side, and the films on which they differ most and least.
+"""The page of two runs on the same images: numbers side by side, and the images on which they differ most and least.
 
 Like the report, it asks for nothing but the pictures beside it; it has no script.
 """
@@ -35,17 +35,17 @@ from diffva_ray.generate.run import RUN, Run
 from diffva_ray.schema import Row
 from diffva_ray.storage.store import Store, is_local, join, open_store
 
-PAGE, METRICS, SCATTER = "index.html", "metrics.json", "images/films.png"
-PICTURE = re.compile(r"images/\d\d-(film|twin-a|map-a|twin-b|map-b|truth)\.png")
-MOST, MEDIAN, LEAST = 6, 3, 3  # films shown
+PAGE, METRICS, SCATTER = "index.html", "metrics.json", "images/images.png"
+PICTURE = re.compile(r"images/\d\d-(image|counterfactual-a|map-a|counterfactual-b|map-b|truth)\.png")
+MOST, MEDIAN, LEAST = 6, 3, 3  # images shown
 SMALLEST, LARGEST = 192, 320  # side of a panel
-CARDS = ("auroc", "dice_fixed", "flip_rate", "lesion_error_ratio", "ssim", "map_energy")
-RANKED_BY = ("auroc", "confidence_gain", "ssim")  # the first that both runs have of the same films
+CARDS = ("auroc", "dice_fixed", "flip_rate", "lesion_error_ratio", "ssim", "attribution_energy")
+RANKED_BY = ("auroc", "confidence_gain", "ssim")  # the first that both runs have of the same images
 
 
 @dataclass(frozen=True)
-class ShownFilm:
-    """One film of the page: what is said about it, and its pictures as (name, file, alternative text)."""
+class ShownImage:
+    """One image of the page: what is said about it, and its pictures as (name, file, alternative text)."""
 
     row: Row
     scores: list[tuple[str, str, str, str]]  # measure, in A, in B, B - A
@@ -80,9 +80,9 @@ def write_comparison(comparison: Comparison, store: Store) -> str:
     """Write ``metrics.json``, ``index.html`` and its pictures, replacing earlier ones; returns where the page is."""
     measure = ranking(comparison)
     store.put(METRICS, json.dumps(clean(comparison.metrics()), indent=1, ensure_ascii=False).encode())
-    groups, limit, unreadable = _write_films(comparison, measure, store)
+    groups, limit, unreadable = _write_images(comparison, measure, store)
     store.put(SCATTER, scatter(comparison, measure))
-    kept = {join("images", file) for _, films in groups for film in films for _, file, _ in film.pictures}
+    kept = {join("images", file) for _, images in groups for image in images for _, file, _ in image.pictures}
     for entry in store.list("images"):
         if PICTURE.fullmatch(entry.path) and entry.path not in kept:  # of an earlier page
             store.delete(entry.path)
@@ -91,13 +91,13 @@ def write_comparison(comparison: Comparison, store: Store) -> str:
 
 
 def ranking(comparison: Comparison) -> Measure:
-    """The measure that says how much the runs differ on a film."""
+    """The measure that says how much the runs differ on an image."""
     return BY_KEY[next(key for key in RANKED_BY if comparison.row(key) is not None)]
 
 
 def chosen(comparison: Comparison, measure: Measure) -> list[tuple[str, list[int]]]:
-    """(heading, positions in ``pairs``) of the films that differ most, middling and least by ``measure``; each film
-    once, ties in the order of the films."""
+    """(heading, positions in ``pairs``) of the images that differ most, middling and least by ``measure``; each image
+    once, ties in the order of the images."""
     gaps = (comparison.pairs[f"{measure.key}_b"] - comparison.pairs[f"{measure.key}_a"]).abs()
     order = gaps.dropna().sort_values(ascending=False, kind="stable").index.tolist()
     most, rest = order[:MOST], order[MOST:]
@@ -108,20 +108,20 @@ def chosen(comparison: Comparison, measure: Measure) -> list[tuple[str, list[int
         ("Around the median", rest[middle : middle + MEDIAN]),
         ("Where they differ least", least),
     ]
-    return [(title, films) for title, films in groups if films]
+    return [(title, images) for title, images in groups if images]
 
 
-def _write_films(
+def _write_images(
     comparison: Comparison, measure: Measure, store: Store
-) -> tuple[list[tuple[str, list[ShownFilm]]], float, int]:
-    """The films by group, the colour scale of all maps, and how many could not be read any more."""
+) -> tuple[list[tuple[str, list[ShownImage]]], float, int]:
+    """The images by group, the colour scale of all maps, and how many could not be read any more."""
     runs = (comparison.a, comparison.b)
     limit = max(map_scale(run, read_records(run)).limit for run in runs)
     boxes = lesion_boxes(comparison.a.about["data"], None, [])
     groups, at, unreadable = [], 0, 0
-    for title, films in chosen(comparison, measure):
-        made: list[ShownFilm] = []
-        for position in films:
+    for title, images in chosen(comparison, measure):
+        made: list[ShownImage] = []
+        for position in images:
             pair = comparison.pairs.loc[position]
             try:
                 panels = _panels(runs, (pair["record_a"], pair["record_b"]), boxes, limit)
@@ -129,12 +129,12 @@ def _write_films(
                 unreadable += 1
                 continue
             pictures = []
-            about = f"{plain(pair['label'])}, {pair['source_path']}"
+            about = f"{plain(pair['label'])}, {pair['image_path']}"
             for name, said, pixels in panels:
                 file = f"{at:02d}-{name}.png"
                 store.put(f"images/{file}", encode_png(quantise(pixels)))
                 pictures.append((said, file, f"{about}: {said}"))
-            made.append(ShownFilm(_about(comparison, pair), _scores(pair, measure), pictures))
+            made.append(ShownImage(_about(comparison, pair), _scores(pair, measure), pictures))
             at += 1
         groups.append((title, made))
     return [(title, made) for title, made in groups if made], limit, unreadable
@@ -143,20 +143,22 @@ def _write_films(
 def _panels(
     runs: tuple[Run, Run], rows: tuple[Row, Row], boxes: Any, limit: float
 ) -> list[tuple[str, str, NDArray[np.float32]]]:
-    """(file name, caption, picture [side, side, 3]) of one film; the lesion is outlined on the maps where known."""
+    """(file name, caption, picture [side, side, 3]) of one image; the lesion is outlined on the maps where known."""
     images = [read_images(run, row) for run, row in zip(runs, rows)]
-    lesion = read_truth(runs[0], {**rows[0], "twin_path": None}, boxes).lesion
-    side = min(max(SMALLEST, *(image.film.shape[0] for image in images)), LARGEST)
+    lesion = read_truth(runs[0], {**rows[0], "ground_truth_path": None}, boxes).lesion
+    side = min(max(SMALLEST, *(pair.image.shape[0] for pair in images)), LARGEST)
     edge = None if lesion is None else _outline(lesion, side)
-    film = _enlarged(images[0].film, side)
-    panels = [("film", "film", film)]
-    for letter, image in zip("ab", images):
-        panels.append((f"twin-{letter}", f"{letter.upper()}’s twin", _enlarged(image.counterfactual, side)))
-        signed = np.stack([diverging(image.signed_map, limit)[..., n] for n in range(3)])
+    image = _enlarged(images[0].image, side)
+    panels = [("image", "image", image)]
+    for letter, pair in zip("ab", images):
+        panels.append(
+            (f"counterfactual-{letter}", f"{letter.upper()}’s counterfactual", _enlarged(pair.counterfactual, side))
+        )
+        signed = np.stack([diverging(pair.signed_map, limit)[..., n] for n in range(3)])
         coloured = np.stack([_resized(channel, side) for channel in signed], axis=2)
         panels.append((f"map-{letter}", f"{letter.upper()}’s map", _drawn(coloured, edge, INK)))
     if edge is not None:
-        panels.append(("truth", "true lesion", _drawn(film, edge, OUTLINE)))
+        panels.append(("truth", "true lesion", _drawn(image, edge, OUTLINE)))
     return panels
 
 
@@ -183,11 +185,11 @@ def _drawn(picture: NDArray[np.float32], edge: NDArray[np.bool_] | None, colour:
 
 
 def _about(comparison: Comparison, pair: pd.Series) -> Row:
-    """Class, path and, where there are several of a film, draw and swept settings."""
+    """Class, path and, where there are several of an image, sample and swept settings."""
     said = [f"{plain(key)} {pair[key]}" for key in comparison.swept]
-    if comparison.a.keys["draws"] > 1:
-        said.append(f"draw {pair['draw']}")
-    return {"label": pair["label"], "source_path": pair["source_path"], "varied": ", ".join(said)}
+    if comparison.a.keys["samples"] > 1:
+        said.append(f"sample {pair['sample']}")
+    return {"label": pair["label"], "image_path": pair["image_path"], "varied": ", ".join(said)}
 
 
 def _scores(pair: pd.Series, measure: Measure) -> list[tuple[str, str, str, str]]:
@@ -203,7 +205,7 @@ def _scores(pair: pd.Series, measure: Measure) -> list[tuple[str, str, str, str]
     return found
 
 
-DIGITS = {"l1": 4, "map_energy": 4, "twin_psnr": 1}  # after the point, by measure; three elsewhere
+DIGITS = {"l1": 4, "attribution_energy": 4, "ground_truth_psnr": 1}  # after the point, by measure; three elsewhere
 
 
 def form(measure: Measure, value: float) -> str:
@@ -243,7 +245,7 @@ def _interval(measure: Measure, row: Row) -> str:
 def difference_table(comparison: Comparison) -> Table:
     """All measures, all classes first; the better of A and B is marked where the interval leaves no doubt."""
     names = comparison.names
-    heads = [("", False), ("films", True), (f"A {names[0]}", True), (f"B {names[1]}", True), ("B − A", True),
+    heads = [("", False), ("images", True), (f"A {names[0]}", True), (f"B {names[1]}", True), ("B − A", True),
              ("95 % interval", True), ("better", False)]  # fmt: skip
     groups = []
     labels = dict.fromkeys(row["label"] for row in comparison.rows)
@@ -263,8 +265,8 @@ def difference_table(comparison: Comparison) -> Table:
             body.append(("", cells))
         groups.append(Group("all classes" if label == ALL else plain(label), body))
     caption = (
-        "Means over the films that both runs have; the flip rate is over films that both runs’ judges call abnormal. "
-        "Intervals by paired bootstrap over films, each for its own number; the better run is named where the "
+        "Means over the images that both runs have; the flip rate is over images that both runs’ judges call abnormal. "
+        "Intervals by paired bootstrap over images, each for its own number; the better run is named where the "
         "interval leaves out zero and more or less is better."
     )
     return Table("numbers", "Numbers", caption, heads, groups)
@@ -277,7 +279,7 @@ def _better(measure: Measure, row: Row) -> str:
 
 
 def scatter(comparison: Comparison, measure: Measure) -> bytes:
-    """PNG: every film's ``measure`` in A against B, and how the differences are distributed, by class."""
+    """PNG: every image's ``measure`` in A against B, and how the differences are distributed, by class."""
     pairs = comparison.pairs.dropna(subset=[f"{measure.key}_a", f"{measure.key}_b"])
     labels = sorted(pairs["label"].value_counts().nlargest(len(CLASS_COLOURS)).index)
     figure = Figure(figsize=(8.4, 3.7), facecolor="white", layout="constrained")
@@ -302,7 +304,7 @@ def scatter(comparison: Comparison, measure: Measure) -> bytes:
     )
     strip.set_ylim(len(labels) - 0.5, -0.5)
     strip.set_xlabel("B − A; bar: median and middle half", fontsize=8, color=INK)
-    for axes, title in ((plane, f"{measure.title}: a point is a film"), (strip, "Difference on each film")):
+    for axes, title in ((plane, f"{measure.title}: a point is an image"), (strip, "Difference on each image")):
         axes.set_title(title, fontsize=9, color=INK, loc="left", weight="bold", pad=8)
         axes.tick_params(labelsize=7, colors=MUTED, length=0)
         axes.grid(color="#e6eaed", linewidth=0.7)
@@ -321,7 +323,7 @@ def _spread(axes: Axes, y: float, gaps: NDArray[np.float64], colour: str) -> Non
 
 
 def render(
-    comparison: Comparison, measure: Measure, groups: list[tuple[str, list[ShownFilm]]], limit: float, unreadable: int
+    comparison: Comparison, measure: Measure, groups: list[tuple[str, list[ShownImage]]], limit: float, unreadable: int
 ) -> str:
     """The page as HTML. Every value is escaped."""
     css = Markup(style("page.css", "comparison.css"))  # our own, not escaped
@@ -349,7 +351,7 @@ def render(
             limit=limit,
             unreadable=unreadable,
             outlined=any(
-                "true lesion" in said for _, films in groups for film in films for said, _, _ in film.pictures
+                "true lesion" in said for _, images in groups for image in images for said, _, _ in image.pictures
             ),
         )
     )

@@ -1,7 +1,7 @@
-"""What the viewer shows of a film: its pictures as files beside the page, outlines as paths, its own scores.
+"""What the viewer shows of an image: its pictures as files beside the page, outlines as paths, its own scores.
 
-Two files a record. The strip has film, twin and, where it is known, the true twin side by side; the map is coloured and
-transparent where nothing changed, so that it serves both alone and over the film.
+Two files a record. The strip has image, counterfactual and, where it is known, the ground-truth counterfactual side by
+side; the map is coloured and transparent where nothing changed, so that it serves both alone and over the image.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from diffva_ray.schema import Row
 
 FOLDER = "report/images"
 LISTED = 20_000  # records in the viewer, at most
-PIXELS = 1_300_000_000  # of films in the viewer, at most: 20 000 of 256 pixels, 5 000 of 512
+PIXELS = 1_300_000_000  # of images in the viewer, at most: 20 000 of 256 pixels, 5 000 of 512
 SIDE = 512  # of a picture, at most
 LOSSLESS = 128  # pixels of side up to which a picture is PNG
-BRIGHTER, DARKER = (224, 52, 8), (18, 104, 240)  # than the twin; apart in every common colour blindness
+BRIGHTER, DARKER = (224, 52, 8), (18, 104, 240)  # than the counterfactual; apart in every common colour blindness
 PICTURES_VERSION = 1  # raised when the pictures of a record change
 BATCH = 256  # records read at a time
 
 
 @dataclass(frozen=True)
 class Pictured:
-    """``key`` names the two files of a record; ``truth`` is whether the strip has the true twin; ``lesion`` and
-    ``lungs`` are SVG paths on the grid of the model, empty where unknown; scores are None without a lesion to find."""
+    """``key`` names the two files of a record; ``truth`` is whether the strip has the ground-truth counterfactual;
+    ``lesion`` and ``lungs`` are SVG paths on the grid of the model, empty where unknown; scores are None without a
+    lesion to find."""
 
     key: str
     truth: bool
@@ -57,13 +58,22 @@ class Palette:
 
     def key(self, row: Row, boxes: Boxes) -> str:
         """Changes when anything that the pictures of ``row`` show does."""
-        seen = [PICTURES_VERSION, self.limit, boxes.get(row["source_path"])]
-        seen += [row[name] for name in ("source_sha256", "pixel_sha256", "map_sha256", "lesion_mask_path", "twin_path")]
+        seen = [PICTURES_VERSION, self.limit, boxes.get(row["image_path"])]
+        seen += [
+            row[name]
+            for name in (
+                "image_sha256",
+                "counterfactual_sha256",
+                "attribution_sha256",
+                "lesion_mask_path",
+                "ground_truth_path",
+            )
+        ]
         return hashlib.sha256(repr(seen).encode()).hexdigest()[:8]
 
 
 def strip_file(record: str, key: str, resolution: int) -> str:
-    """Name of the picture of film, twin and true twin."""
+    """Name of the picture of image, counterfactual and ground-truth counterfactual."""
     return f"{record}-{key}.{'png' if resolution <= LOSSLESS else 'webp'}"
 
 
@@ -72,7 +82,7 @@ def map_file(record: str, key: str) -> str:
 
 
 def most(resolution: int) -> int:
-    """How many records the viewer takes, films of that many pixels a side."""
+    """How many records the viewer takes, images of that many pixels a side."""
     return min(LISTED, PIXELS // min(resolution, SIDE) ** 2)
 
 
@@ -91,7 +101,7 @@ def sample(records: pd.DataFrame, limit: int) -> list[Row]:
 
 
 def shares(counts: dict[str, int], limit: int) -> dict[str, int]:
-    """How many of ``limit`` places each class gets: equal parts, what small classes leave going to the others."""
+    """How many of ``limit`` localization each class gets: equal parts, what small classes leave going to the others."""
     given: dict[str, int] = {}
     waiting = sorted(counts, key=lambda label: (counts[label], label))
     for turn, label in enumerate(waiting):
@@ -103,7 +113,7 @@ def write_pictures(
     run: Run, rows: Sequence[Row], palette: Palette, boxes: Boxes, before: dict[str, Pictured]
 ) -> dict[str, Pictured]:
     """The pictures of ``rows`` below ``report/images``, by record id; those of an earlier report are kept where they
-    still hold (``before``), and others there are deleted. A film that cannot be read any more is left out."""
+    still hold (``before``), and others there are deleted. An image that cannot be read any more is left out."""
     there = {entry.path.removeprefix(f"{FOLDER}/") for entry in run.store.list(FOLDER)}
     size = run.recipe.model.resolution
 
@@ -132,19 +142,19 @@ def write_pictures(
 def _write(run: Run, row: Row, key: str, palette: Palette, boxes: Boxes) -> Pictured | None:
     size, record = run.recipe.model.resolution, row["record_id"]
     try:
-        film = to_square(decode(run.data.read(row["source_path"]), bits=run.recipe.data.bits), size)
-        twin = grey(run.store, row["counterfactual_path"])
+        image = to_square(decode(run.data.read(row["image_path"]), bits=run.recipe.data.bits), size)
+        counterfactual = grey(run.store, row["counterfactual_path"])
         signed = decode_map(run.store.read(row["attribution_path"]))
         truth = read_truth(run, row, boxes)
     except (OSError, BadImage):
         return None
-    panels = [film, twin] + ([truth.twin] if truth.twin is not None else [])
+    panels = [image, counterfactual] + ([truth.counterfactual] if truth.counterfactual is not None else [])
     run.store.put(f"{FOLDER}/{strip_file(record, key, size)}", strip(panels))
     run.store.put(f"{FOLDER}/{map_file(record, key)}", coloured(signed, palette.limit))
     found = score(positive(signed), truth.lesion, truth.region) if truth.lesion is not None else None
     return Pictured(
         key,
-        truth.twin is not None,
+        truth.counterfactual is not None,
         outline(truth.lesion),
         outline(truth.lungs),
         None if found is None else found.auroc,

@@ -88,13 +88,13 @@ def cards(metrics: Row | None, done: Row) -> list[Card]:
         found.append(Card("Flip rate", "–", f"not stated: {problem}"))
     elif flips and flips["flip_rate"] is not None:
         low, high = wilson(flips["flip_rate"], flips["n"])
-        detail = f"{number(100 * low, 1)} to {percent(high)}\nof {count(flips['n'])} films called abnormal"
+        detail = f"{number(100 * low, 1)} to {percent(high)}\nof {count(flips['n'])} images called abnormal"
         found.append(Card("Flip rate", percent(flips["flip_rate"]), detail))
-    places = metrics.get("localization", [])
-    ours = overall(row for row in places if row["map"] == "positive")
+    localization = metrics.get("localization", [])
+    ours = overall(row for row in localization if row["map"] == "positive")
     if ours:
-        trivial = overall(row for row in places if row["map"] == "brightness")
-        where = "AUROC, whole film" if ours["region"] == "film" else "AUROC in lungs"
+        trivial = overall(row for row in localization if row["map"] == "brightness")
+        where = "AUROC, whole image" if ours["region"] == "image" else "AUROC in lungs"
         beside = f"brightness alone {number(trivial['auroc'])}" if trivial else f"n = {count(ours['n'])}"
         if ours.get("auroc_interval") and ours["auroc_interval"][0] is not None:
             beside = f"{interval(ours['auroc_interval'])}\n{beside}"
@@ -102,9 +102,15 @@ def cards(metrics: Row | None, done: Row) -> list[Card]:
         if ours.get("dice_fixed") is not None:
             detail = f"τ = {ours['threshold']:.3g} from {ours['threshold_from']}"
             found.append(Card("Dice at fixed τ", number(ours["dice_fixed"]), detail))
-    twin = overall(metrics.get("twin", []))
-    if twin:
-        found.append(Card("Lesion error left", percent(twin["lesion_error_ratio"]), "of the film’s own, to the twin"))
+    counterfactual = overall(metrics.get("ground_truth", []))
+    if counterfactual:
+        found.append(
+            Card(
+                "Lesion error left",
+                percent(counterfactual["lesion_error_ratio"]),
+                "of the image’s own, to the counterfactual",
+            )
+        )
     same = overall(metrics.get("ssim", []))
     if same:
         spread = f"± {number(same['ssim_sd'])}, " if same.get("ssim_sd") is not None else ""
@@ -120,23 +126,26 @@ def glance(metrics: Row | None) -> list[str]:
         said.append(f"No flip rate is stated, because {problem}.")
     elif flips and flips["flip_rate"] is not None:
         judge = metrics.get("judge")
-        tested = f" (right on {percent(judge['accuracy'])} of {count(judge['n'])} held-out films)" if judge else ""
+        tested = f" (right on {percent(judge['accuracy'])} of {count(judge['n'])} held-out images)" if judge else ""
         said.append(
-            f"Of {count(flips['n'])} films that the model’s own judge{tested} calls abnormal, it calls "
-            f"{percent(flips['flip_rate'])} of the twins healthy."
+            f"Of {count(flips['n'])} images that the model’s own judge{tested} calls abnormal, it calls "
+            f"{percent(flips['flip_rate'])} of the counterfactuals healthy."
         )
-    places = metrics.get("localization", [])
-    ours = overall(row for row in places if row["map"] == "positive")
-    trivial = overall(row for row in places if row["map"] == "brightness")
+    localization = metrics.get("localization", [])
+    ours = overall(row for row in localization if row["map"] == "positive")
+    trivial = overall(row for row in localization if row["map"] == "brightness")
     if ours:
         beside = f"; brightness alone reaches {number(trivial['auroc'])}" if trivial else ""
         said.append(
-            f"The maps find the known lesions of {count(ours['n'])} films with an AUROC of "
+            f"The maps find the known lesions of {count(ours['n'])} images with an AUROC of "
             f"{number(ours['auroc'])}{beside}."
         )
-    twin = overall(metrics.get("twin", []))
-    if twin:
-        said.append(f"{percent(twin['lesion_error_ratio'])} of the lesion’s difference to the true twin is left.")
+    counterfactual = overall(metrics.get("ground_truth", []))
+    if counterfactual:
+        said.append(
+            f"{percent(counterfactual['lesion_error_ratio'])} of the lesion’s difference to the "
+            f"ground-truth counterfactual is left."
+        )
     return said
 
 

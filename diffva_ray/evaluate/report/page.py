@@ -36,9 +36,9 @@ PAGE = "report/index.html"
 QUARANTINED = 100  # rows of the table, at most
 LISTED_BAD = 5000  # quarantined records of the viewer, at most
 SEEN = (
-    "record_id", "source_path", "label", "prompt", "status", "error", "ssim", "map_energy", "judge_source",
+    "record_id", "image_path", "label", "prompt", "status", "error", "ssim", "attribution_energy", "judge_image",
     "judge_counterfactual", "counterfactual_path", "attribution_path", "reconstruction_path", "lung_mask_path",
-    "lesion_mask_path", "twin_path", "width", "height",
+    "lesion_mask_path", "ground_truth_path", "width", "height",
 )  # columns read of every record; of a million, all of them would take several GB  # fmt: skip
 STICKY = 1.25  # colours of an earlier report are kept while their limit is within this factor of what it would be now
 
@@ -69,7 +69,7 @@ def write_report(run: Run, listed: int | None = None, boxes: str | None = None) 
 
     An unfinished run, or one without tables, gets the page of what there is; pictures of an earlier report are kept
     where they still hold. ``listed``: records in the viewer at most; ``boxes``: a CSV of lesion boxes. Raises OSError
-    when the run cannot be read or written, UnusableData for boxes of other films.
+    when the run cannot be read or written, UnusableData for boxes of other images.
     """
     records = committed(run, SEEN).to_pandas()
     write_figures(run, records)
@@ -91,7 +91,7 @@ def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None, c
     rows = whole(run, chosen | set(failed))
     good = [row for row in rows if row["record_id"] in chosen]
     if csv is None:
-        boxes = own_boxes(run, [row["source_path"] for row in good])
+        boxes = own_boxes(run, [row["image_path"] for row in good])
     else:
         boxes = lesion_boxes(run.about["data"], csv, [])
     pictures = write_pictures(run, good, Palette(limit), boxes, earlier.pictures)
@@ -155,7 +155,8 @@ def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
 
 
 def cases(run: Run, records: pd.DataFrame, pictures: dict[str, Pictured]) -> list[Row]:
-    """Best, typical and worst film of each class, with the pictures beside the page; those without any are left out."""
+    """Best, typical and worst image of each class, with the pictures beside the page; those without any are left
+    out."""
     size, found = run.recipe.model.resolution, []
     names = {"highest": "best", "median": "typical", "lowest": "worst"}
     for rank, row in figures.spanning(run, records):
@@ -172,18 +173,18 @@ def cases(run: Run, records: pd.DataFrame, pictures: dict[str, Pictured]) -> lis
                 "truth": picture.truth,
                 "auroc": picture.auroc,
                 "side": size,
-                "judged": _known(row["judge_source"]) and _known(row["judge_counterfactual"]),
+                "judged": _known(row["judge_image"]) and _known(row["judge_counterfactual"]),
             }
         )
     return found
 
 
 def varied_settings(run: Run, row: Row) -> str:
-    """What sets a record apart from others of its film: swept settings, draws."""
+    """What sets a record apart from others of its image: swept settings, samples."""
     keys = [str(key) for key, _ in run.keys["sweep"]]
     said = [f"{plain(key)} {row[key]}" for key in keys if row.get(key) is not None]
-    if run.keys["draws"] > 1:
-        said.append(f"draw {row['draw']}")
+    if run.keys["samples"] > 1:
+        said.append(f"sample {row['sample']}")
     return ", ".join(said)
 
 
@@ -195,7 +196,7 @@ def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     """What was run and with what, as headed lists of (name, value)."""
     keys, about, recipe = run.keys, run.about, run.recipe
     swept = {key: ", ".join(str(value) for value in values) + " (swept)" for key, values in keys["sweep"]}
-    method = ("method", "scheduler", "num_inference_steps", "strength", "guidance_scale", "prompt", "draws", "seed")
+    method = ("method", "scheduler", "num_inference_steps", "strength", "guidance_scale", "prompt", "samples", "seed")
     machine = about.get("machine", {})
     return [
         (
@@ -276,10 +277,10 @@ def model_notes(run: Run) -> list[Note]:
     trained = card.get("data_kind")
     if trained == "phantoms" != kind:
         text = (
-            "This model was trained on phantoms and has not learned real films; maps on this page show what it does, "
+            "This model was trained on phantoms and has not learned real images; maps on this page show what it does, "
             "not what is wrong."
         )
         return [Note(text, grave=True)]
     if trained and kind and trained != kind:
-        return [Note(f"The model was trained on {trained}, these films are {kind}: expect it to do worse on them.")]
+        return [Note(f"The model was trained on {trained}, these images are {kind}: expect it to do worse on them.")]
     return []

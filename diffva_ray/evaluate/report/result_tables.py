@@ -25,12 +25,12 @@ from diffva_ray.schema import Row
 
 Format = Callable[[Any], str]
 Column = tuple[str, str, Format, bool]  # key, heading, format, more is better
-TWIN: list[Column] = [
+GROUND_TRUTH: list[Column] = [
     ("lesion_error_ratio", "lesion error left", percent, False),
-    ("psnr", "PSNR to twin, dB", decibel, False),
-    ("psnr_input", "the film’s own", decibel, False),
+    ("psnr", "PSNR to counterfactual, dB", decibel, False),
+    ("psnr_input", "the image’s own", decibel, False),
     ("psnr_reconstruction", "autoencoder’s", decibel, False),
-    ("ssim", "SSIM to twin", number, False),
+    ("ssim", "SSIM to counterfactual", number, False),
 ]
 VALIDITY: list[Column] = [
     ("flip_rate", "flip rate", percent, False),
@@ -38,7 +38,7 @@ VALIDITY: list[Column] = [
     ("confidence_gain", "confidence gain", number, False),
 ]
 EXTERNAL: list[Column] = [
-    ("films", "of films", count, False),
+    ("images", "of images", count, False),
     ("flip_rate", "flip rate", percent, False),
     ("called_healthy_before", "called healthy before", percent, False),
     ("called_healthy_after", "after", percent, False),
@@ -56,21 +56,21 @@ SSIM: list[Column] = [
     ("lpips_interval", "95% interval", interval, False),
     ("lpips_n", "n", count, False),
     ("l1", "mean |difference|", lambda value: number(value, 4), False),
-    ("map_energy", "map energy", lambda value: number(value, 4), False),
-    ("map_energy_lung_fraction", "of it in lungs", percent, False),
+    ("attribution_energy", "map energy", lambda value: number(value, 4), False),
+    ("attribution_energy_lung_fraction", "of it in lungs", percent, False),
 ]
 ZONES: list[Column] = [
     ("spearman", "Spearman, all zones", number, True),
     ("spearman_interval", "95% interval", interval, False),
-    ("spearman_within_film", "within a film", number, True),
+    ("spearman_within_image", "within an image", number, True),
     ("n_within", "n within", count, False),
 ]
 FORMS: dict[str, Format] = {"number": number, "percent": percent, "small": lambda value: number(value, 4)}
 PAIRS: list[Column] = [(metric.key, metric.heading, FORMS[metric.form], False) for metric in PAIR_METRICS]
 HEART: list[Column] = [
-    ("films", "of films", count, False),
-    ("before", "film", number, False),
-    ("after", "twin", number, False),
+    ("images", "of images", count, False),
+    ("before", "image", number, False),
+    ("after", "ground_truth", number, False),
     ("change", "change", number, False),
     ("change_interval", "95% interval", interval, False),
     ("grew", "grew", percent, False),
@@ -94,7 +94,7 @@ def report_tables(metrics: Row) -> list[Table]:
         _by_class(
             "validity", "Validity", metrics.get("validity", []), VALIDITY,
             "The model’s own judge: a classifier trained on the same labels, which never guides a counterfactual. Flip "
-            "rate: films it calls abnormal whose counterfactual it calls healthy.",
+            "rate: images it calls abnormal whose counterfactual it calls healthy.",
         )
     )  # fmt: skip
     external = metrics.get("external_validity", [])
@@ -103,14 +103,15 @@ def report_tables(metrics: Row) -> list[Table]:
         made.append(
             _by_class(
                 f"validity-{n}", f"Validity, by {judge}", rows, EXTERNAL,
-                f"A judge that this project did not train on this run's films, on a sample of them. Healthy is "
+                f"A judge that this project did not train on this run's images, on a sample of them. Healthy is "
                 f"{rows[0]['healthy_is']}, above one half.",
             )
         )  # fmt: skip
     made.append(
         _by_class(
-            "twin", "Lesion-free twin", metrics.get("twin", []), TWIN,
-            "Lesion error left: mean error to the true twin inside the lesion, as a share of the film’s own.",
+            "ground_truth", "Ground-truth counterfactual", metrics.get("ground_truth", []), GROUND_TRUTH,
+            "Lesion error left: mean error to the ground-truth counterfactual inside the lesion, as "
+            "a share of the image’s own.",
         )
     )  # fmt: skip
     made += [_zones(metrics.get("brixia", [])), _distances(metrics.get("fid", []))]
@@ -118,7 +119,8 @@ def report_tables(metrics: Row) -> list[Table]:
     made.append(
         _by_class(
             "counterfactual", "What else changed", metrics.get("counterfactual", []), PAIRS,
-            "Of a sample of films. Confidence gain, COUT and change of other findings are by the judge: a good twin "
+            "Of a sample of images. Confidence gain, COUT and change of other findings are by the "
+            "judge: a good counterfactual "
             "gains, has a high COUT, and leaves other findings as they are.",
         )
     )  # fmt: skip
@@ -179,8 +181,9 @@ def _localization(rows: list[Row]) -> Table | None:
     regions = ", ".join(sorted({row["region"] for row in rows}))
     fixed = next((row["threshold_from"] for row in rows if row.get("threshold_from")), None)
     caption = (
-        f"Each map against the known lesion, inside the region: {regions}. Means over films, interval by bootstrap "
-        "over films; best of each class in bold. Best Dice and IoU use each film’s own best threshold, which no reader "
+        f"Each map against the known lesion, inside the region: {regions}. Means over images, interval by bootstrap "
+        "over images; best of each class in bold. Best Dice and IoU use each image’s own best "
+        "threshold, which no reader "
         "has; " + (f"τ was fixed on {fixed}." if fixed else "no threshold was fixed on a validation run.")
     )
     return Table("localization", "Localisation", caption, [("map", False), *_heads(used)], groups)
@@ -202,8 +205,8 @@ def _zones(rows: list[Row]) -> Table | None:
         body.append((kind, [Cell(_map_name(row["map"]), False), Cell(count(row["n"]), True), *cells]))
     caption = (
         "Do maps find most where readers scored most? Rank correlation, from −1 to 1, of a map’s mean in each of six "
-        "lung zones with the readers’ Brixia scores: over all zones of all films, and between the zones of one film, "
-        f"which the film’s severity as a whole cannot make. Where the lungs were from: {rows[0]['lungs']}."
+        "lung zones with the readers’ Brixia scores: over all zones of all images, and between the zones of one image, "
+        f"which the image’s severity as a whole cannot make. Where the lungs were from: {rows[0]['lungs']}."
     )
     heads = [("map", False), ("n", True), *_heads(used)]
     return Table("brixia", "Brixia zones", caption, heads, [Group("", body)])
@@ -214,10 +217,11 @@ def _ssim(rows: list[Row]) -> Table | None:
         return None
     scales = max(row["ms_ssim_scales"] for row in rows)
     caption = (
-        f"Film against its twin, as in the paper’s table 3; preset {rows[0]['preset']}, on the {rows[0]['grid']} px "
-        "grid. Intervals by bootstrap over films."
+        f"LabelledImage against its counterfactual, as in the paper’s table 3; preset "
+        f"{rows[0]['preset']}, on the {rows[0]['grid']} px "
+        "grid. Intervals by bootstrap over images."
     )
-    table = _by_class("ssim", "Table 3: likeness of film and twin", rows, SSIM, caption)
+    table = _by_class("ssim", "Table 3: likeness of image and counterfactual", rows, SSIM, caption)
     if table is not None and scales < 5:
         table.warnings.append(
             f"MS-SSIM has {scales} of 5 scales on this grid (fewer than 176 px) and does not compare with the paper’s."
@@ -253,17 +257,18 @@ def _distances(rows: list[Row]) -> Table | None:
     weights = str(rows[0].get("weights_sha256") or "")[:8]
     caption = (
         f"Extractor {rows[0]['extractor']}{f' (weights {weights})' if weights else ''}, resize {rows[0]['resize']}. "
-        "Fréchet distances between sets of films; the interval is by delete-group jackknife and corrected for bias, so "
-        "the plain value may lie above it. At equal N: the larger set drawn down to the smaller. Split halves: films "
-        "against the twins of other films, so that none meets its own edit."
+        "Fréchet distances between sets of images; the interval is by delete-group jackknife and "
+        "corrected for bias, so "
+        "the plain value may lie above it. At equal N: the larger set drawn down to the smaller. Split halves: images "
+        "against the counterfactuals of other images, so that none meets its own edit."
     )
     warnings = []
     if stand_in:
         warnings.append("Distances of a stand-in extractor: they are not FID and compare with no published value.")
     if small < SMALL:
         warnings.append(
-            f"The smallest set has {count(small)} films. Below {count(SMALL)} read KID first: the Fréchet distance is "
-            "biased upwards, the more the fewer films."
+            f"The smallest set has {count(small)} images. Below {count(SMALL)} read KID first: the Fréchet distance is "
+            "biased upwards, the more the fewer images."
         )
     order = sorted(groups.values(), key=lambda group: group.title)
     return Table("fid", "Tables 1 and 2: distances between sets", caption, heads, order, warnings)
@@ -299,9 +304,9 @@ def _paper_table(row: Row) -> str:
     """Which of the paper's comparisons a row is."""
     first, second = ("reference" if "(reference)" in row[name] else row[name] for name in ("set1", "set2"))
     if first != "reference":
-        return "Table 1: films and their twins"
+        return "Table 1: images and their counterfactuals"
     return (
-        "Table 2: real reference films and twins"
+        "Table 2: real reference images and counterfactuals"
         if "(counterfactual)" in second
-        else "Table 1: real reference films and films"
+        else "Table 1: real reference images and images"
     )

@@ -38,7 +38,7 @@ class ReportServer(http.server.ThreadingHTTPServer):
 
     @property
     def hosts(self) -> set[str]:
-        """Names this server answers to: another name that leads here is another site's trick to read the films."""
+        """Names this server answers to: another name that leads here is another site's trick to read the images."""
         return {f"{name}:{self.server_port}" for name in (LOOPBACK, "localhost")}
 
 

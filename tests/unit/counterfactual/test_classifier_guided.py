@@ -1,4 +1,4 @@
-"""``classifier-guided``: the classifier's gradient, and nothing else, moves the film."""
+"""``classifier-guided``: the classifier's gradient, and nothing else, moves the image."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 from diffva_ray.config.generation import ClassifierGuidedConfig
 from diffva_ray.counterfactual.classifier_guided import gradient
-from diffva_ray.counterfactual.engine import Counterfactuals, Twins
+from diffva_ray.counterfactual.engine import CounterfactualBatch, CounterfactualEngine
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import load
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.model.classifier import LatentClassifier
 
-FILMS = [phantom(label, n, seed=1, size=32).film for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
+IMAGES = [phantom(label, n, seed=1, size=32).image for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
 
 
 class Linear(torch.nn.Module):
@@ -41,24 +41,24 @@ def test_the_gradient_is_the_log_probabilitys_also_in_inference_mode() -> None:
     assert torch.allclose(found, expected, atol=1e-6)
 
 
-def engine_with(model: Path, scale: float) -> Counterfactuals:
+def engine_with(model: Path, scale: float) -> CounterfactualEngine:
     bundle = load(str(model))
     torch.manual_seed(0)
     bundle.extras["classifier"] = LatentClassifier(["COVID", "Normal"], "Normal", 4, (8, 16), 4)
     changes = {"classifier_guided": ClassifierGuidedConfig(scale=scale), "source_prompt": ""}
-    return Counterfactuals(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
+    return CounterfactualEngine(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
 
 
-def heal(engine: Counterfactuals, steps: int = 8, **changes: object) -> Twins:
+def generate(engine: CounterfactualEngine, steps: int = 8, **changes: object) -> CounterfactualBatch:
     settings = replace(
         engine.settings(), method="classifier-guided", scheduler="ddim", num_inference_steps=steps, **changes
     )
-    return engine(FILMS, [settings] * len(FILMS), [1, 2, 3])
+    return engine(IMAGES, [settings] * len(IMAGES), [1, 2, 3])
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_guidance_raises_the_classifiers_own_probability(model: Path, prediction_type: str) -> None:
-    """Of the twins' latents, and the more the larger the scale; with scale 0 the film comes back."""
+    """Of the counterfactuals' latents, and the more the larger the scale; with scale 0 the image comes back."""
     found, moved = [], []
     for scale in (0.0, 3.0, 30.0):
         engine = engine_with(model, scale)
@@ -66,7 +66,7 @@ def test_guidance_raises_the_classifiers_own_probability(model: Path, prediction
         engine.bundle.scheduler["prediction_type"] = prediction_type
         ends, decode = [], engine.model.decode
         engine.model.decode = lambda latents, ends=ends, decode=decode: ends.append(latents) or decode(latents)
-        heal(engine)
+        generate(engine)
         with torch.inference_mode():
             found.append(engine.bundle.extra("classifier").log_healthy(ends[0], torch.tensor(0)).mean().item())
         moved.append((ends[0] - ends[1]).abs().mean().item())
@@ -75,23 +75,23 @@ def test_guidance_raises_the_classifiers_own_probability(model: Path, prediction
     assert moved == sorted(moved)
 
 
-def test_without_guidance_the_film_comes_back(model: Path) -> None:
+def test_without_guidance_the_image_comes_back(model: Path) -> None:
     engine = engine_with(model, 0.0)
     gaps = []
     for steps in (10, 100):
-        twins = heal(engine, steps, strength=0.5)
-        gaps.append(np.abs(twins.counterfactuals - twins.reconstructions).mean())
+        counterfactuals = generate(engine, steps, strength=0.5)
+        gaps.append(np.abs(counterfactuals.counterfactuals - counterfactuals.reconstructions).mean())
     assert gaps[1] < gaps[0]
     assert gaps[1] < 0.02
 
 
 def test_the_prompt_is_not_read(model: Path) -> None:
     engine = engine_with(model, 30.0)
-    one, two = heal(engine), heal(engine, prompt="COVID 19")
+    one, two = generate(engine), generate(engine, prompt="COVID 19")
     assert np.array_equal(one.counterfactuals, two.counterfactuals)
 
 
 def test_a_model_without_a_classifier_says_how_to_get_one(model: Path) -> None:
-    engine = Counterfactuals.from_pretrained(str(model), device="cpu")
+    engine = CounterfactualEngine.from_pretrained(str(model), device="cpu")
     with pytest.raises(UnusableModel, match="trains: classifier"):
-        heal(engine)
+        generate(engine)

@@ -13,16 +13,16 @@ from PIL import Image
 
 from diffva_ray.config.generation import ControlNetConfig
 from diffva_ray.config.recipe import Recipe
-from diffva_ray.counterfactual.engine import Counterfactuals, Settings
+from diffva_ray.counterfactual.engine import CounterfactualEngine, SamplingSettings
 from diffva_ray.data.conditions import condition
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import Bundle, build, load
 from diffva_ray.model.card import UnusableModel
 
 MADE = [phantom(label, n, seed=1, size=32) for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
-FILMS = [np.round(made.film * 255).astype(np.float32) / 255 for made in MADE]
+IMAGES = [np.round(made.image * 255).astype(np.float32) / 255 for made in MADE]
 LUNGS = [made.lungs for made in MADE]
-SETTINGS = Settings(
+SETTINGS = SamplingSettings(
     prompt="normal chest scan",
     method="controlnet",
     scheduler="ddim",
@@ -48,27 +48,27 @@ def speaking(bundle: Bundle) -> ControlNetModel:
     return network.eval()
 
 
-def engine_with(bundle: Bundle, network: ControlNetModel, **options: float) -> Counterfactuals:
+def engine_with(bundle: Bundle, network: ControlNetModel, **options: float) -> CounterfactualEngine:
     bundle.extras["controlnet"] = network
     changes = {"controlnet": ControlNetConfig(**options), "posterior": "sample", "micro_batch": 3, "source_prompt": ""}
-    return Counterfactuals(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
+    return CounterfactualEngine(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
 
 
-def heal(engine: Counterfactuals, settings: Settings = SETTINGS) -> np.ndarray:
-    return engine(FILMS, [settings] * 3, seeds=[1, 2, 3], lungs=LUNGS).counterfactuals
+def generate(engine: CounterfactualEngine, settings: SamplingSettings = SETTINGS) -> np.ndarray:
+    return engine(IMAGES, [settings] * 3, seeds=[1, 2, 3], lungs=LUNGS).counterfactuals
 
 
 def test_an_untrained_controlnet_is_sdedit(tiny: Recipe) -> None:
     engine = engine_with(build(tiny), untrained(build(tiny)))
-    assert np.array_equal(heal(engine), heal(engine, replace(SETTINGS, method="sdedit")))
+    assert np.array_equal(generate(engine), generate(engine, replace(SETTINGS, method="sdedit")))
 
 
 @pytest.mark.parametrize("options", [{"conditioning_scale": 0.0}, {"start": 1.0}, {"end": 0.0}])
 def test_switched_off_it_is_sdedit(tiny: Recipe, options: dict[str, float]) -> None:
     bundle = build(tiny)
-    off = heal(engine_with(bundle, speaking(bundle), **options))
-    on = heal(engine_with(bundle, speaking(bundle)))
-    assert np.array_equal(off, heal(engine_with(bundle, speaking(bundle)), replace(SETTINGS, method="sdedit")))
+    off = generate(engine_with(bundle, speaking(bundle), **options))
+    on = generate(engine_with(bundle, speaking(bundle)))
+    assert np.array_equal(off, generate(engine_with(bundle, speaking(bundle)), replace(SETTINGS, method="sdedit")))
     assert not np.array_equal(off, on)
 
 
@@ -79,7 +79,7 @@ def test_switched_off_it_is_sdedit(tiny: Recipe, options: dict[str, float]) -> N
 def test_it_is_the_controlnet_img2img_pipeline(tiny: Recipe, guidance: float, options: dict[str, float]) -> None:
     bundle = build(tiny)
     network = speaking(bundle)
-    ours = heal(engine_with(bundle, network, **options), replace(SETTINGS, guidance_scale=guidance))
+    ours = generate(engine_with(bundle, network, **options), replace(SETTINGS, guidance_scale=guidance))
     pipeline = StableDiffusionControlNetImg2ImgPipeline(
         vae=bundle.vae,
         text_encoder=bundle.text_encoder,
@@ -97,9 +97,9 @@ def test_it_is_the_controlnet_img2img_pipeline(tiny: Recipe, guidance: float, op
     chosen = ControlNetConfig(**options)
     theirs = pipeline(
         prompt=["normal chest scan"] * 3,
-        image=[Image.fromarray(np.round(film * 255).astype(np.uint8)).convert("RGB") for film in FILMS],
+        image=[Image.fromarray(np.round(image * 255).astype(np.uint8)).convert("RGB") for image in IMAGES],
         control_image=torch.from_numpy(
-            np.stack([condition(film, lungs, ("lungs", "edges")) for film, lungs in zip(FILMS, LUNGS)])
+            np.stack([condition(image, lungs, ("lungs", "edges")) for image, lungs in zip(IMAGES, LUNGS)])
         ),
         strength=SETTINGS.strength,
         guidance_scale=guidance,
@@ -115,4 +115,4 @@ def test_it_is_the_controlnet_img2img_pipeline(tiny: Recipe, guidance: float, op
 
 def test_a_model_without_one_says_what_trains_it(model: Path) -> None:
     with pytest.raises(UnusableModel, match="no controlnet; train it with a stage that `trains: controlnet`"):
-        heal(Counterfactuals(load(str(model)), device="cpu"))
+        generate(CounterfactualEngine(load(str(model)), device="cpu"))

@@ -11,12 +11,12 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from diffva_ray.counterfactual.cross_attention import cross_attention, cross_attention_maps, words
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import SD_SCHEDULER
 
-FILMS = [phantom(label, n, seed=1, size=32).film for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"] * 2)]
+IMAGES = [phantom(label, n, seed=1, size=32).image for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"] * 2)]
 
 
 class Looking(torch.nn.Module):
@@ -76,26 +76,26 @@ def test_a_prompt_without_words_is_refused() -> None:
 
 
 @pytest.fixture
-def engine(model: Path) -> Counterfactuals:
-    return Counterfactuals.from_pretrained(str(model), device="cpu")
+def engine(model: Path) -> CounterfactualEngine:
+    return CounterfactualEngine.from_pretrained(str(model), device="cpu")
 
 
-def test_a_map_is_its_own_films_and_the_model_stays_as_it_was(engine: Counterfactuals) -> None:
-    """Six films are more than one micro-batch holds."""
+def test_a_map_is_its_own_images_and_the_model_stays_as_it_was(engine: CounterfactualEngine) -> None:
+    """Six images are more than one micro-batch holds."""
     settings = engine.settings("COVID 19")
-    before, processors = engine(FILMS[:1], [settings], [3]), engine.bundle.unet.attn_processors
+    before, processors = engine(IMAGES[:1], [settings], [3]), engine.bundle.unet.attn_processors
     prompts = ["COVID 19", "Lung Opacity", "COVID 19"] * 2
-    together = cross_attention_maps(engine, FILMS, prompts, [1, 2, 3, 4, 5, 6])
-    alone = cross_attention_maps(engine, FILMS[4:5], prompts[4:5], [5])
+    together = cross_attention_maps(engine, IMAGES, prompts, [1, 2, 3, 4, 5, 6])
+    alone = cross_attention_maps(engine, IMAGES[4:5], prompts[4:5], [5])
     assert together.shape == (6, 32, 32)
     assert 0 < together.min() <= together.max() < 1
     assert np.array_equal(together[4], alone[0])
-    assert not np.array_equal(together[4], cross_attention_maps(engine, FILMS[4:5], ["COVID 19"], [5])[0])
+    assert not np.array_equal(together[4], cross_attention_maps(engine, IMAGES[4:5], ["COVID 19"], [5])[0])
     assert engine.bundle.unet.attn_processors == processors
-    assert np.array_equal(engine(FILMS[:1], [settings], [3]).counterfactuals, before.counterfactuals)
+    assert np.array_equal(engine(IMAGES[:1], [settings], [3]).counterfactuals, before.counterfactuals)
 
 
-def test_processors_come_back_after_a_failure(engine: Counterfactuals, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processors_come_back_after_a_failure(engine: CounterfactualEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     processors = engine.bundle.unet.attn_processors
 
     def failing(*_: object, **__: object) -> None:
@@ -103,11 +103,11 @@ def test_processors_come_back_after_a_failure(engine: Counterfactuals, monkeypat
 
     monkeypatch.setattr(engine.bundle.unet, "forward", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
-        cross_attention_maps(engine, FILMS[:1], ["COVID 19"], [1])
+        cross_attention_maps(engine, IMAGES[:1], ["COVID 19"], [1])
     assert engine.bundle.unet.attn_processors == processors
 
 
-def test_words_are_the_tokens_of_the_prompt(engine: Counterfactuals) -> None:
+def test_words_are_the_tokens_of_the_prompt(engine: CounterfactualEngine) -> None:
     tokenizer = engine.bundle.tokenizer
     assert words(tokenizer, "normal chest scan").sum() == len(tokenizer.tokenize("normal chest scan"))
     assert not words(tokenizer, "").any()

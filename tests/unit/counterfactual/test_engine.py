@@ -14,13 +14,13 @@ from PIL import Image
 
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.attribution import attribution, energy
-from diffva_ray.counterfactual.engine import Counterfactuals, Settings
+from diffva_ray.counterfactual.engine import CounterfactualEngine, SamplingSettings
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import Bundle, build
 
-FILMS = [phantom(label, n, seed=1, size=32).film for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
+IMAGES = [phantom(label, n, seed=1, size=32).image for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
 
-SETTINGS = Settings(
+SETTINGS = SamplingSettings(
     prompt="normal chest scan",
     method="sdedit",
     scheduler="ddim",
@@ -32,8 +32,8 @@ UNEDITED = replace(SETTINGS, prompt="", strength=0.5, guidance_scale=1.0)
 
 
 @pytest.fixture
-def engine(complete: Callable[[], Bundle]) -> Counterfactuals:
-    return Counterfactuals(complete(), device="cpu")
+def engine(complete: Callable[[], Bundle]) -> CounterfactualEngine:
+    return CounterfactualEngine(complete(), device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -47,12 +47,12 @@ def test_pndm_diffusers_is_the_img2img_pipeline(tiny: Recipe, steps: int, streng
     """
     bundle = build(tiny)
     changes = {"posterior": "sample", "micro_batch": 3, "source_prompt": "", "negative_prompt": ""}
-    engine = Counterfactuals(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
+    engine = CounterfactualEngine(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
     settings = replace(
         SETTINGS, scheduler="pndm-diffusers", strength=strength, guidance_scale=guidance, num_inference_steps=steps
     )
-    films = [np.round(film * 255).astype(np.float32) / 255 for film in FILMS]
-    ours = engine(films, [settings] * 3, seeds=[1, 2, 3]).counterfactuals
+    images = [np.round(image * 255).astype(np.float32) / 255 for image in IMAGES]
+    ours = engine(images, [settings] * 3, seeds=[1, 2, 3]).counterfactuals
 
     pipeline = StableDiffusionImg2ImgPipeline(
         vae=bundle.vae,
@@ -67,7 +67,7 @@ def test_pndm_diffusers_is_the_img2img_pipeline(tiny: Recipe, steps: int, streng
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         prompt=["normal chest scan"] * 3,
-        image=[Image.fromarray(np.round(film * 255).astype(np.uint8)).convert("RGB") for film in films],
+        image=[Image.fromarray(np.round(image * 255).astype(np.uint8)).convert("RGB") for image in images],
         strength=strength,
         guidance_scale=guidance,
         num_inference_steps=steps,
@@ -83,59 +83,59 @@ def test_pndm_diffusers_is_the_img2img_pipeline(tiny: Recipe, steps: int, streng
      *((name, "ddim") for name in ("ddim-inversion", "cycle", "masked", "classifier-guided", "controlnet")),
      *((name, "pndm") for name in ("vant-gan", "ant-gan"))],
 )  # fmt: skip
-def test_neighbours_slots_and_padding_change_nothing(engine: Counterfactuals, method: str, scheduler: str) -> None:
+def test_neighbours_slots_and_padding_change_nothing(engine: CounterfactualEngine, method: str, scheduler: str) -> None:
     settings = replace(SETTINGS, method=method, scheduler=scheduler)
     other = replace(settings, prompt="COVID 19")
-    together = engine(FILMS, [settings, other, settings], seeds=[5, 6, 7]).counterfactuals
-    alone = engine([FILMS[0]], [settings], seeds=[5]).counterfactuals[0]
-    moved = engine([FILMS[2], FILMS[1], FILMS[0]], [other, other, settings], seeds=[9, 6, 5]).counterfactuals[2]
+    together = engine(IMAGES, [settings, other, settings], seeds=[5, 6, 7]).counterfactuals
+    alone = engine([IMAGES[0]], [settings], seeds=[5]).counterfactuals[0]
+    moved = engine([IMAGES[2], IMAGES[1], IMAGES[0]], [other, other, settings], seeds=[9, 6, 5]).counterfactuals[2]
     assert np.array_equal(together[0], alone)
     assert np.array_equal(together[0], moved)
 
 
-def test_a_compiled_engine_shares_nothing_by_hooks_and_gives_the_same_pictures(engine: Counterfactuals) -> None:
+def test_a_compiled_engine_shares_nothing_by_hooks_and_gives_the_same_pictures(engine: CounterfactualEngine) -> None:
     """Dynamo told to run eagerly: what compiled code does to rounding is a slow test's question."""
-    plain = engine(FILMS, [SETTINGS] * 3, seeds=[5, 6, 7]).counterfactuals
+    plain = engine(IMAGES, [SETTINGS] * 3, seeds=[5, 6, 7]).counterfactuals
     bundle = copy.deepcopy(engine.bundle)
-    compiled = Counterfactuals(bundle, engine.config, "cpu")
+    compiled = CounterfactualEngine(bundle, engine.config, "cpu")
     compiled.compile()
     assert bundle.unet._compiled_call_impl is not None
     with torch.compiler.set_stance("force_eager"):
-        assert compiled(FILMS, [SETTINGS] * 3, seeds=[5, 6, 7]).counterfactuals == pytest.approx(plain, abs=1e-5)
+        assert compiled(IMAGES, [SETTINGS] * 3, seeds=[5, 6, 7]).counterfactuals == pytest.approx(plain, abs=1e-5)
 
 
-def test_the_seed_is_the_records_own(engine: Counterfactuals) -> None:
-    one, two, again = engine([FILMS[0]] * 3, [SETTINGS] * 3, seeds=[1, 2, 1]).counterfactuals
+def test_the_seed_is_the_records_own(engine: CounterfactualEngine) -> None:
+    one, two, again = engine([IMAGES[0]] * 3, [SETTINGS] * 3, seeds=[1, 2, 1]).counterfactuals
     assert np.array_equal(one, again)
     assert not np.array_equal(one, two)
 
 
-def test_inversion_without_guidance_returns_to_the_autoencoders_film(engine: Counterfactuals) -> None:
+def test_inversion_without_guidance_returns_to_the_autoencoders_image(engine: CounterfactualEngine) -> None:
     """Encoding and decoding under the same prompt undo each other as the steps grow finer."""
     gaps = []
     for steps in (10, 100):
         settings = replace(UNEDITED, method="ddim-inversion", num_inference_steps=steps)
-        twins = engine(FILMS, [settings] * 3, seeds=[0, 0, 0])
-        gaps.append(np.abs(twins.counterfactuals - twins.reconstructions).mean())
+        counterfactuals = engine(IMAGES, [settings] * 3, seeds=[0, 0, 0])
+        gaps.append(np.abs(counterfactuals.counterfactuals - counterfactuals.reconstructions).mean())
     assert gaps[1] < gaps[0]
     assert gaps[1] < 0.02
 
 
-def test_cycle_without_guidance_returns_to_the_autoencoders_film_exactly(engine: Counterfactuals) -> None:
+def test_cycle_without_guidance_returns_to_the_autoencoders_image_exactly(engine: CounterfactualEngine) -> None:
     settings = replace(UNEDITED, method="cycle")
-    heal = Counterfactuals(engine.bundle, engine.config.model_copy(update={"source_prompt": ""}))
-    twins = heal(FILMS, [settings] * 3, seeds=[1, 2, 3])
-    assert twins.counterfactuals == pytest.approx(twins.reconstructions, abs=1e-4)
+    generate = CounterfactualEngine(engine.bundle, engine.config.model_copy(update={"source_prompt": ""}))
+    counterfactuals = generate(IMAGES, [settings] * 3, seeds=[1, 2, 3])
+    assert counterfactuals.counterfactuals == pytest.approx(counterfactuals.reconstructions, abs=1e-4)
 
 
 @pytest.mark.parametrize("scheduler", ["dpmsolver++", "unipc", "euler"])
-def test_solvers_converge_to_the_same_twin(engine: Counterfactuals, scheduler: str) -> None:
+def test_solvers_converge_to_the_same_counterfactual(engine: CounterfactualEngine, scheduler: str) -> None:
     """All solve one differential equation: with many steps they end where DDIM ends."""
     ill = replace(SETTINGS, prompt="COVID 19", strength=0.5, guidance_scale=2.0)
     few, many = (
         np.abs(
-            engine([FILMS[0]], [replace(ill, scheduler=name, num_inference_steps=steps)], [3]).counterfactuals
-            - engine([FILMS[0]], [replace(ill, num_inference_steps=200)], [3]).counterfactuals
+            engine([IMAGES[0]], [replace(ill, scheduler=name, num_inference_steps=steps)], [3]).counterfactuals
+            - engine([IMAGES[0]], [replace(ill, num_inference_steps=200)], [3]).counterfactuals
         ).mean()
         for name, steps in ((scheduler, 6), (scheduler, 100))
     )
@@ -143,10 +143,10 @@ def test_solvers_converge_to_the_same_twin(engine: Counterfactuals, scheduler: s
     assert many <= few + 1e-3
 
 
-def test_the_prompt_matters(engine: Counterfactuals) -> None:
+def test_the_prompt_matters(engine: CounterfactualEngine) -> None:
     healthy = replace(SETTINGS, guidance_scale=5.0)
     ill = replace(healthy, prompt="COVID 19")
-    one, two = engine([FILMS[0]] * 2, [healthy, ill], seeds=[1, 1]).counterfactuals
+    one, two = engine([IMAGES[0]] * 2, [healthy, ill], seeds=[1, 1]).counterfactuals
     assert not np.array_equal(one, two)
 
 
@@ -161,19 +161,19 @@ def test_the_prompt_matters(engine: Counterfactuals) -> None:
         ({"method": "classifier-guided"}, "ddim"),
     ],
 )
-def test_unusable_settings_are_named(engine: Counterfactuals, change: dict, reason: str) -> None:
+def test_unusable_settings_are_named(engine: CounterfactualEngine, change: dict, reason: str) -> None:
     settings = replace(SETTINGS, **{"scheduler": "pndm", **change})
     with pytest.raises(ValueError, match=reason):
-        engine([FILMS[0]], [settings], [0])
-    with pytest.raises(ValueError, match="1 to 4 films"):
-        engine(FILMS * 2, [settings] * 6, [0] * 6)
+        engine([IMAGES[0]], [settings], [0])
+    with pytest.raises(ValueError, match="1 to 4 images"):
+        engine(IMAGES * 2, [settings] * 6, [0] * 6)
 
 
-def test_maps_are_signed_differences(engine: Counterfactuals) -> None:
-    film, rebuilt, healed = (np.full((16, 16), value, np.float32) for value in (0.7, 0.6, 0.2))
+def test_maps_are_signed_differences(engine: CounterfactualEngine) -> None:
+    image, rebuilt, generated = (np.full((16, 16), value, np.float32) for value in (0.7, 0.6, 0.2))
     config = engine.config.model_copy(update={"smoothing": 0.0})
-    raw = attribution(film, rebuilt, healed, config.model_copy(update={"difference": "raw"}))
-    compensated = attribution(film, rebuilt, healed, config.model_copy(update={"difference": "compensated"}))
+    raw = attribution(image, rebuilt, generated, config.model_copy(update={"difference": "raw"}))
+    compensated = attribution(image, rebuilt, generated, config.model_copy(update={"difference": "compensated"}))
     assert raw == pytest.approx(np.full((16, 16), 0.5))
     assert compensated == pytest.approx(np.full((16, 16), 0.4))
     lungs = np.zeros((16, 16), bool)

@@ -13,7 +13,7 @@ from torch import nn
 from diffva_ray.counterfactual.gradients import (
     BASELINES,
     BLUR,
-    FilmClassifier,
+    ImageClassifier,
     grad_cam,
     integrated_gradients,
     occlusion,
@@ -27,9 +27,9 @@ from diffva_ray.model.classifier import LatentClassifier
 
 pytest.importorskip("captum")
 
-FILMS = np.stack([phantom(label, n, seed=1, size=32).film for n, label in enumerate(["COVID", "Normal"])])
+IMAGES = np.stack([phantom(label, n, seed=1, size=32).image for n, label in enumerate(["COVID", "Normal"])])
 
-BLURRED = np.stack([smooth(film, BLUR) for film in FILMS])
+BLURRED = np.stack([smooth(image, BLUR) for image in IMAGES])
 
 
 class Corner(nn.Module):
@@ -42,8 +42,8 @@ class Corner(nn.Module):
         self.convolution = nn.Conv2d(1, 1, 1, bias=False)
         nn.init.ones_(self.convolution.weight)
 
-    def forward(self, films: torch.Tensor) -> torch.Tensor:
-        seen = self.convolution(films[:, None])[:, 0, :8, :8].sum(dim=(1, 2))
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        seen = self.convolution(images[:, None])[:, 0, :8, :8].sum(dim=(1, 2))
         return torch.stack([seen, torch.zeros_like(seen)], dim=1)
 
 
@@ -52,36 +52,36 @@ CORNER[:8, :8] = True
 
 
 def test_integrated_gradients_of_a_linear_score_are_its_terms() -> None:
-    found = integrated_gradients(Corner(), FILMS)
-    assert found == pytest.approx((FILMS - BLURRED) * CORNER, abs=1e-5)
+    found = integrated_gradients(Corner(), IMAGES)
+    assert found == pytest.approx((IMAGES - BLURRED) * CORNER, abs=1e-5)
 
 
 def test_integrated_gradients_are_complete() -> None:
-    """They sum to the score of the film over the blurred film's."""
+    """They sum to the score of the image over the blurred image's."""
     torch.manual_seed(0)
     judge = Judge(["COVID", "Lung_Opacity", "Normal"], "Normal").eval()
-    films = torch.from_numpy(np.stack([FILMS, BLURRED]))
+    images = torch.from_numpy(np.stack([IMAGES, BLURRED]))
     with torch.no_grad():
-        logits = torch.stack([judge(each) for each in films])
+        logits = torch.stack([judge(each) for each in images])
     score = logits[..., :2].logsumexp(dim=-1) - logits[..., 2]
-    maps = integrated_gradients(judge, FILMS, steps=128)
+    maps = integrated_gradients(judge, IMAGES, steps=128)
     gap = maps.sum(axis=(1, 2)) - (score[0] - score[1]).numpy()
     assert (np.abs(gap) < 0.02 * np.abs(maps).sum(axis=(1, 2))).all()
 
 
 def test_occlusion_finds_what_the_score_needs() -> None:
-    film = np.full((1, 32, 32), 0.2, np.float32)
-    film[0, :8, :8] = 1.0
-    found = occlusion(Corner(), film)[0]
+    image = np.full((1, 32, 32), 0.2, np.float32)
+    image[0, :8, :8] = 1.0
+    found = occlusion(Corner(), image)[0]
     assert found[CORNER].min() > 0
     assert found[12:, 12:].max() == pytest.approx(0, abs=1e-4)
 
 
 def test_grad_cam_follows_the_last_convolution() -> None:
     """The corner's brightness is the convolution's map, and the score grows with it."""
-    film = np.zeros((1, 32, 32), np.float32)
-    film[0, 20:24, 20:24] = 1.0
-    found = grad_cam(Corner(), film)[0]
+    image = np.zeros((1, 32, 32), np.float32)
+    image[0, 20:24, 20:24] = 1.0
+    found = grad_cam(Corner(), image)[0]
     assert found[20:24, 20:24].min() > 0
     assert found[:16, :16].max() == 0
 
@@ -91,11 +91,11 @@ def test_they_work_on_the_judge_and_on_the_latent_classifier(name: str, model: P
     bundle = load(str(model))
     torch.manual_seed(0)
     bundle.extras["classifier"] = LatentClassifier(["COVID", "Normal"], "Normal", 4, (8, 16), 4)
-    for classifier in (Judge(["COVID", "Normal"], "Normal").eval(), FilmClassifier(LatentDiffusion(bundle))):
+    for classifier in (Judge(["COVID", "Normal"], "Normal").eval(), ImageClassifier(LatentDiffusion(bundle))):
         with torch.inference_mode():
-            maps = BASELINES[name](classifier, FILMS)
-            alone = BASELINES[name](classifier, FILMS[1:])
-        assert maps.shape == FILMS.shape
+            maps = BASELINES[name](classifier, IMAGES)
+            alone = BASELINES[name](classifier, IMAGES[1:])
+        assert maps.shape == IMAGES.shape
         assert np.isfinite(maps).all()
         assert np.ptp(maps[0]) > 0
         assert maps[1] == pytest.approx(alone[0], abs=1e-4 * float(np.abs(alone).max()))
@@ -104,4 +104,4 @@ def test_they_work_on_the_judge_and_on_the_latent_classifier(name: str, model: P
 def test_without_captum_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "captum", None)
     with pytest.raises(ValueError, match=r"pip install diffva-ray\[gradients\]"):
-        occlusion(Corner(), FILMS)
+        occlusion(Corner(), IMAGES)

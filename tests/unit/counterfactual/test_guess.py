@@ -1,4 +1,4 @@
-"""The model's reading of a film, on an oracle whose denoiser is exact."""
+"""The model's reading of an image, on an oracle whose denoiser is exact."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.counterfactual.guess import guess
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import SD_SCHEDULER, load
 
 
-class ConstantFilms(torch.nn.Module):
-    """Denoises exactly if a film's clean latents all equal the value of its prompt's embedding."""
+class ConstantImages(torch.nn.Module):
+    """Denoises exactly if an image's clean latents all equal the value of its prompt's embedding."""
 
     def __init__(self, alphas: torch.Tensor) -> None:
         super().__init__()
@@ -33,22 +33,22 @@ class ConstantFilms(torch.nn.Module):
 def test_the_prompt_that_explains_the_noise_is_found() -> None:
     vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0))
     model = LatentDiffusion(SimpleNamespace(vae=vae, unet=None, scheduler=SD_SCHEDULER))
-    model.unet = ConstantFilms(model.alphas)
+    model.unet = ConstantImages(model.alphas)
     values = [-1.0, 0.2, 0.3, 2.0]
     latents = torch.stack([torch.full((4, 8, 8), values[n]) for n in (2, 0, 3, 1, 2)])
     embeddings = [torch.full((1, 3, 5), value) for value in values]
     assert guess(model, latents, embeddings, seeds=[1, 2, 3, 4, 5]) == [2, 0, 3, 1, 2]
 
 
-def test_the_engine_records_what_it_took_a_film_to_show(model: Path) -> None:
+def test_the_engine_records_what_it_took_a_image_to_show(model: Path) -> None:
     bundle = load(str(model))
-    engine = Counterfactuals(bundle, bundle.recipe.generate, "cpu")
-    films = [phantom(label, 1, size=32).film for label in ("COVID", "Normal")]
+    engine = CounterfactualEngine(bundle, bundle.recipe.generate, "cpu")
+    images = [phantom(label, 1, size=32).image for label in ("COVID", "Normal")]
     settings = engine.settings()
-    twins = engine(films, [settings] * 2, seeds=[1, 2])
+    counterfactuals = engine(images, [settings] * 2, seeds=[1, 2])
     data = bundle.recipe.data
     readings = {"", *(data.prompt(label) for label in data.prompts if label != data.healthy_class)}
-    assert set(twins.sources) <= readings
-    alone = engine([films[1]], [replace(settings)], seeds=[2])
-    assert alone.sources[0] == twins.sources[1]
-    assert np.array_equal(alone.counterfactuals[0], twins.counterfactuals[1])
+    assert set(counterfactuals.sources) <= readings
+    alone = engine([images[1]], [replace(settings)], seeds=[2])
+    assert alone.sources[0] == counterfactuals.sources[1]
+    assert np.array_equal(alone.counterfactuals[0], counterfactuals.counterfactuals[1])

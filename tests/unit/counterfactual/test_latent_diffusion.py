@@ -30,10 +30,10 @@ def flops(call: Callable[[], object]) -> int:
 @torch.no_grad()
 def test_four_phases_are_the_doubled_convolution(size: tuple[int, int]) -> None:
     upsample = Upsample2D(6, use_conv=True, out_channels=5)
-    films = torch.randn(3, 6, *size)
+    images = torch.randn(3, 6, *size)
     fast = FourPhases(upsample.conv)
-    assert torch.allclose(fast(films), upsample(films), atol=1e-5)
-    assert flops(lambda: fast(films)) * 9 == flops(lambda: upsample(films)) * 4
+    assert torch.allclose(fast(images), upsample(images), atol=1e-5)
+    assert flops(lambda: fast(images)) * 9 == flops(lambda: upsample(images)) * 4
 
 
 @torch.no_grad()

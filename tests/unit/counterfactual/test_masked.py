@@ -1,4 +1,4 @@
-"""``masked``: the film itself outside the mask, to the bit; no seam; the mask where it should be."""
+"""``masked``: the image itself outside the mask, to the bit; no seam; the mask where it should be."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from diffva_ray.config.generation import MaskedConfig
 from diffva_ray.config.recipe import RecipeError, load_recipe
 from diffva_ray.counterfactual import masked
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.counterfactual.guidance_difference import guidance_difference
-from diffva_ray.counterfactual.latent_diffusion import Healed, LatentDiffusion
+from diffva_ray.counterfactual.latent_diffusion import Generated, LatentDiffusion
 from diffva_ray.counterfactual.masked import blend, differing, feathered, soften
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.phantoms import phantom
@@ -23,53 +23,55 @@ from diffva_ray.generate.measures import unit
 from diffva_ray.model.bundle import SD_SCHEDULER, load
 
 PHANTOMS = [phantom(label, n, seed=1, size=32) for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
-FILMS = [unit(quantise(each.film)) for each in PHANTOMS]
+IMAGES = [unit(quantise(each.image)) for each in PHANTOMS]
 LUNGS = [each.lungs for each in PHANTOMS]
 NARROW = {"feather": 0.07, "dilation": 0.0}
 
 
-def engine_with(model: Path, **changes: object) -> Counterfactuals:
+def engine_with(model: Path, **changes: object) -> CounterfactualEngine:
     bundle = load(str(model))
     config = bundle.recipe.generate.model_copy(update={"masked": MaskedConfig(**changes), "source_prompt": ""})
-    return Counterfactuals(bundle, config, "cpu")
+    return CounterfactualEngine(bundle, config, "cpu")
 
 
-def heal(engine: Counterfactuals, **changes: object):
+def generate(engine: CounterfactualEngine, **changes: object):
     settings = replace(engine.settings(), **{"method": "masked", "scheduler": "ddim", **changes})
-    return engine(FILMS, [settings] * len(FILMS), [1, 2, 3], LUNGS)
+    return engine(IMAGES, [settings] * len(IMAGES), [1, 2, 3], LUNGS)
 
 
 @pytest.mark.parametrize("source", ["lungs", "derived", "difference"])
-def test_pixels_outside_the_mask_are_the_films_own(source: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_outside_the_mask_are_the_images_own(source: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly, as floats and as the 8-bit images that a run stores; inside something happened."""
-    plain = heal(engine_with(model), method="ddim-inversion")
+    plain = generate(engine_with(model), method="ddim-inversion")
     change = feathered(torch.from_numpy(plain.counterfactuals - plain.reconstructions), 0.07).abs().numpy()
     low, high = (float(np.quantile(change, part)) for part in (0.9, 0.99))
     weights = []
     monkeypatch.setattr(masked, "blend", lambda weight, *pair: weights.append(weight) or blend(weight, *pair))
-    twins = heal(engine_with(model, source=source, quantile=0.9, keep_below=low, edit_above=high, **NARROW))
-    weight, film = weights[0].numpy()[: len(FILMS)], np.stack(FILMS)
+    counterfactuals = generate(
+        engine_with(model, source=source, quantile=0.9, keep_below=low, edit_above=high, **NARROW)
+    )
+    weight, image = weights[0].numpy()[: len(IMAGES)], np.stack(IMAGES)
     outside = weight == 0
     assert 0.1 < outside.mean() < 0.9
-    for images in (twins.counterfactuals, twins.reconstructions):
-        assert np.array_equal(images[outside], film[outside])
-        assert np.array_equal(quantise(images)[outside], quantise(film)[outside])
-    assert (np.abs(twins.counterfactuals - film)[weight > 0.5] > 1e-3).mean() > 0.9
+    for images in (counterfactuals.counterfactuals, counterfactuals.reconstructions):
+        assert np.array_equal(images[outside], image[outside])
+        assert np.array_equal(quantise(images)[outside], quantise(image)[outside])
+    assert (np.abs(counterfactuals.counterfactuals - image)[weight > 0.5] > 1e-3).mean() > 0.9
 
 
 def test_the_lungs_are_the_mask_that_was_given(model: Path) -> None:
-    twins = heal(engine_with(model, source="lungs", feather=0.0, dilation=0.0))
-    for n, film in enumerate(FILMS):
-        assert (np.abs(twins.counterfactuals[n] - film) > 1e-3)[LUNGS[n]].mean() > 0.9
-        assert np.array_equal(twins.counterfactuals[n][~LUNGS[n]], film[~LUNGS[n]])
+    counterfactuals = generate(engine_with(model, source="lungs", feather=0.0, dilation=0.0))
+    for n, image in enumerate(IMAGES):
+        assert (np.abs(counterfactuals.counterfactuals[n] - image) > 1e-3)[LUNGS[n]].mean() > 0.9
+        assert np.array_equal(counterfactuals.counterfactuals[n][~LUNGS[n]], image[~LUNGS[n]])
 
 
-def test_latents_outside_the_mask_follow_the_films_own_path(model: Path) -> None:
-    """Whatever the prompt does inside, the cells outside end as the film's own latents."""
+def test_latents_outside_the_mask_follow_the_images_own_path(model: Path) -> None:
+    """Whatever the prompt does inside, the cells outside end as the image's own latents."""
     engine, ends = engine_with(model, source="lungs", **NARROW), []
     decode = engine.model.decode
     engine.model.decode = lambda latents: ends.append(latents) or decode(latents)
-    heal(engine, guidance_scale=7.0)
+    generate(engine, guidance_scale=7.0)
     edited, own = ends
     moved = (edited - own).abs().amax(dim=1) > 0
     reach = soften(torch.from_numpy(np.stack([*LUNGS, LUNGS[0]])).float(), engine.config.masked)
@@ -81,25 +83,29 @@ def test_latents_outside_the_mask_follow_the_films_own_path(model: Path) -> None
 def test_without_guidance_the_reconstruction_comes_back(model: Path) -> None:
     """Source and target prompt alike: a fine inversion changes nothing, so the map is near zero inside the mask too."""
     gaps = [
-        np.abs(twins.counterfactuals - twins.reconstructions).mean()
+        np.abs(counterfactuals.counterfactuals - counterfactuals.reconstructions).mean()
         for steps in (6, 60)
-        for twins in [heal(engine_with(model, source="lungs"), prompt="", guidance_scale=1.0, strength=0.5,
-                           num_inference_steps=steps)]
+        for counterfactuals in [
+            generate(
+                engine_with(model, source="lungs"), prompt="", guidance_scale=1.0, strength=0.5,
+                num_inference_steps=steps,
+            )
+        ]
     ]  # fmt: skip
     assert gaps[1] < gaps[0]
     assert gaps[1] < 0.02
 
 
 def test_no_seam_shows() -> None:
-    """A twin that is far darker: across the seam of a lesion's size the blend changes no faster than a tenth of the
-    film does anyway, where a hard mask would leave an edge."""
-    film = torch.from_numpy(np.stack([phantom("Normal", n, seed=3, size=64).film for n in range(4)]))
-    mask = torch.zeros_like(film)
+    """A counterfactual that is far darker: across the seam of a lesion's size the blend changes no faster than a tenth
+    of the image does anyway, where a hard mask would leave an edge."""
+    image = torch.from_numpy(np.stack([phantom("Normal", n, seed=3, size=64).image for n in range(4)]))
+    mask = torch.zeros_like(image)
     mask[:, 20:44, 18:40] = 1
-    steep = film.diff(dim=2).abs().flatten(1).quantile(0.9, dim=1)
+    steep = image.diff(dim=2).abs().flatten(1).quantile(0.9, dim=1)
     for feather, seamless in ((0.0, False), (0.06, True)):
         weight = soften(mask, MaskedConfig(feather=feather, dilation=0.0))
-        change = blend(weight, film - 0.25, film) - film
+        change = blend(weight, image - 0.25, image) - image
         seam = change.diff(dim=2).abs().amax(dim=(1, 2))
         assert bool((seam <= steep).all()) == seamless, feather
     assert ((weight > 0) & (weight < 1)).any()
@@ -121,7 +127,7 @@ def test_softening_keeps_the_mask_whole_and_stays_near_it(dilation: float, feath
 def test_small_changes_are_none_and_large_ones_count_in_full() -> None:
     config = MaskedConfig(keep_below=0.1, edit_above=0.3, feather=0.0)
     change = torch.tensor([0.0, 0.09, -0.2, 0.2, 0.5, -0.5]).reshape(1, 1, 6)
-    weight = differing(Healed(torch.zeros_like(change), change), config)
+    weight = differing(Generated(torch.zeros_like(change), change), config)
     assert weight.flatten().tolist() == pytest.approx([0, 0, 0.5, 0.5, 1, 1], abs=1e-6)
 
 

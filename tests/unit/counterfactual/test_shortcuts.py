@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from diffva_ray.config.generation import AccelerationConfig
 from diffva_ray.counterfactual.deep_features import deep_features_kept
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import Bundle
 
-FILMS = [phantom(label, n, seed=1, size=32).film for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
+IMAGES = [phantom(label, n, seed=1, size=32).image for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def call(unet: Any, latents: torch.Tensor, timestep: int = 100) -> torch.Tensor:
 
 def test_what_is_kept_is_what_would_be_computed_again(bundle: Bundle) -> None:
     """Equal inputs have equal depths, so the short call equals the whole one; it is also whole for other inputs after
-    ``every`` calls and for another number of films, and afterwards the UNet is what it was."""
+    ``every`` calls and for another number of images, and afterwards the UNet is what it was."""
     unet = bundle.unet
     one, other = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     expected, later = call(unet, one), call(unet, other, 80)
@@ -45,7 +45,7 @@ def test_what_is_kept_is_what_would_be_computed_again(bundle: Bundle) -> None:
         assert not torch.equal(short, later), "the outermost layers see their own input"
         assert not torch.equal(short, expected), "its depth is the call's before"
         assert torch.equal(call(unet, one[:2]), call(unet, one[:2]))
-        assert torch.allclose(call(unet, one[:2]), expected[:2], atol=1e-5), "fewer films: whole"
+        assert torch.allclose(call(unet, one[:2]), expected[:2], atol=1e-5), "fewer images: whole"
     assert torch.equal(call(unet, one), expected)
     assert not any("forward" in vars(module) for module in unet.modules())
 
@@ -70,21 +70,21 @@ def test_the_unet_is_whole_after_a_failure(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("method", ["sdedit", "ddim-inversion", "masked"])
 def test_shortcuts_from_end_to_end(bundle: Bundle, method: str) -> None:
-    def twins(scale: float = 3.0, **shortcuts: Any) -> NDArray[np.float32]:
+    def counterfactuals(scale: float = 3.0, **shortcuts: Any) -> NDArray[np.float32]:
         config = bundle.recipe.generate.model_copy(update={"acceleration": AccelerationConfig(**shortcuts),
                                                            "source_prompt": "COVID 19"})  # fmt: skip
-        heal = Counterfactuals(bundle, config, "cpu")
-        one = replace(heal.settings(), method=method, scheduler="ddim", strength=0.8, num_inference_steps=8,
+        generate = CounterfactualEngine(bundle, config, "cpu")
+        one = replace(generate.settings(), method=method, scheduler="ddim", strength=0.8, num_inference_steps=8,
                       guidance_scale=scale)  # fmt: skip
-        return heal(FILMS, [one] * 3, seeds=[1, 2, 3]).counterfactuals
+        return generate(IMAGES, [one] * 3, seeds=[1, 2, 3]).counterfactuals
 
-    plain, unguided = twins(), twins(1.0)
-    assert np.array_equal(twins(guidance_start=0.0, guidance_end=1.0, deep_features_every=1), plain)
-    assert np.array_equal(twins(guidance_end=0.0), unguided), "an empty interval is no guidance"
-    assert np.array_equal(twins(guidance_start=1.0), unguided)
-    half = twins(guidance_start=0.5)
+    plain, unguided = counterfactuals(), counterfactuals(1.0)
+    assert np.array_equal(counterfactuals(guidance_start=0.0, guidance_end=1.0, deep_features_every=1), plain)
+    assert np.array_equal(counterfactuals(guidance_end=0.0), unguided), "an empty interval is no guidance"
+    assert np.array_equal(counterfactuals(guidance_start=1.0), unguided)
+    half = counterfactuals(guidance_start=0.5)
     assert not np.array_equal(half, plain)
     assert not np.array_equal(half, unguided)
-    kept = twins(deep_features_every=2)
+    kept = counterfactuals(deep_features_every=2)
     assert not np.array_equal(kept, plain)
-    assert np.array_equal(kept, twins(deep_features_every=2)), "nothing is kept from one film to the next"
+    assert np.array_equal(kept, counterfactuals(deep_features_every=2)), "nothing is kept from one image to the next"

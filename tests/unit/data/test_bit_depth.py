@@ -27,9 +27,9 @@ def encoded(values: np.ndarray, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def narrowed(films: Path, out: Path, bits: int, kind: str = "PNG") -> Path:
+def narrowed(images: Path, out: Path, bits: int, kind: str = "PNG") -> Path:
     """The phantoms as ``bits``-bit values in 16-bit files."""
-    shutil.copytree(films, out)
+    shutil.copytree(images, out)
     for file in out.glob("*/images/*.png"):
         grey = np.asarray(Image.open(file), np.float64) / 255
         file.write_bytes(encoded(np.round(grey * (2**bits - 1)), kind))
@@ -61,21 +61,21 @@ def test_twelve_bits_read_as_sixteen_are_blank() -> None:
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(10, "PNG"), (12, "PNG"), (14, "PNG"), (12, "TIFF")])
-def test_the_note_names_the_bits(films: Path, tmp_path: Path, bits: int, kind: str) -> None:
-    data = narrowed(films, tmp_path / "data", bits, kind)
+def test_the_note_names_the_bits(images: Path, tmp_path: Path, bits: int, kind: str) -> None:
+    data = narrowed(images, tmp_path / "data", bits, kind)
     note = bit_depth_note(open_dataset(data))
     assert f"data.bits={bits}" in note
     assert bit_depth_note(open_dataset(data, DataConfig(bits=bits))) == ""
     assert "refused" in bit_depth_note(open_dataset(data, DataConfig(bits=bits - 2)))
 
 
-def test_full_range_and_eight_bits_need_no_note(films: Path, tmp_path: Path) -> None:
-    assert bit_depth_note(open_dataset(films)) == ""
-    assert bit_depth_note(open_dataset(narrowed(films, tmp_path / "data", 16))) == ""
+def test_full_range_and_eight_bits_need_no_note(images: Path, tmp_path: Path) -> None:
+    assert bit_depth_note(open_dataset(images)) == ""
+    assert bit_depth_note(open_dataset(narrowed(images, tmp_path / "data", 16))) == ""
 
 
-def test_inspect_and_generate_say_it_and_the_option_mends_it(films: Path, model: Path, tmp_path: Path) -> None:
-    data = narrowed(films, tmp_path / "data", 12)
+def test_inspect_and_generate_say_it_and_the_option_mends_it(images: Path, model: Path, tmp_path: Path) -> None:
+    data = narrowed(images, tmp_path / "data", 12)
     assert "--set data.bits=12" in diffva("inspect", data).output
     found = json.loads(diffva("inspect", data, "--json").output)
     assert {bad["status"] for bad in found["unreadable"]} == {"blank"}
@@ -91,7 +91,7 @@ def test_inspect_and_generate_say_it_and_the_option_mends_it(films: Path, model:
 
     mended = generate(data, "mended", "--set", "data.bits=12")
     assert mended.exit_code == 0, mended.output
-    assert generate(films, "eight").exit_code == 0
+    assert generate(images, "eight").exit_code == 0
     ours, theirs = (
         pd.read_parquet(tmp_path / name / "records").set_index("record_id").sort_index() for name in ("mended", "eight")
     )

@@ -11,7 +11,7 @@ from diffva_ray.data.phantoms import phantom
 
 def test_lungs_are_the_mask_and_edges_lie_outside_it() -> None:
     made = phantom("Normal", 0, seed=1, size=64)
-    image = condition(made.film, made.lungs, ("lungs", "edges"))
+    image = condition(made.image, made.lungs, ("lungs", "edges"))
     assert image.shape == (3, 64, 64)
     assert set(np.unique(image)) == {0.0, 1.0}
     assert np.array_equal(image[0] > 0, made.lungs)
@@ -21,25 +21,26 @@ def test_lungs_are_the_mask_and_edges_lie_outside_it() -> None:
 
 
 def test_a_lesion_in_the_lungs_does_not_show() -> None:
-    """The condition of an ill film is its healthy twin's: nothing of what is to be healed comes in by this door."""
+    """The condition of an ill image is its healthy ground truth's: nothing of what is to be generated comes in by this
+    door."""
     ill = phantom("Lung_Opacity", 3, seed=1, size=64)
-    assert np.abs(ill.film - ill.twin)[ill.lungs].max() > 0.1
-    both = [condition(film, ill.lungs, ("lungs", "edges")) for film in (ill.film, ill.twin)]
+    assert np.abs(ill.image - ill.ground_truth)[ill.lungs].max() > 0.1
+    both = [condition(image, ill.lungs, ("lungs", "edges")) for image in (ill.image, ill.ground_truth)]
     assert (both[0] != both[1]).mean() < 0.01
 
 
 @pytest.mark.parametrize(("kinds", "channel"), [(("lungs",), 1), (("edges",), 0)])
 def test_a_kind_left_out_stays_empty(kinds: tuple[str, ...], channel: int) -> None:
     made = phantom("Normal", 0, seed=1, size=64)
-    assert not condition(made.film, made.lungs, kinds)[channel].any()
+    assert not condition(made.image, made.lungs, kinds)[channel].any()
 
 
 @pytest.mark.parametrize("mask", [None, np.ones((64, 64), bool)], ids=["no mask", "the engine's mask of everything"])
 def test_without_a_mask_lungs_are_found(mask: np.ndarray | None) -> None:
     made = phantom("Normal", 0, seed=1, size=64)
-    found = condition(made.film, mask, ("lungs",))[0].astype(bool)
+    found = condition(made.image, mask, ("lungs",))[0].astype(bool)
     assert (found & made.lungs).sum() / (found | made.lungs).sum() > 0.5
 
 
-def test_a_film_without_lungs_is_no_error() -> None:
+def test_a_image_without_lungs_is_no_error() -> None:
     assert not condition(np.zeros((64, 64), np.float32), None, ("lungs", "edges")).any()

@@ -11,7 +11,7 @@ import pytest
 
 from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data import boxes, datasets
-from diffva_ray.data.dataset import Film, UnusableData
+from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.storage.store import Entry, LocalStore
 
@@ -52,12 +52,12 @@ def test_radiography_layout(tmp_path):
     dataset = open_dataset(radiography(tmp_path))
     assert dataset.kind == "radiography"
     assert dataset.classes == {"COVID": 2, "Normal": 1}
-    assert dataset.films == [
-        Film("COVID/images/COVID-1.png", "COVID", 1, lung_mask="COVID/masks/COVID-1.png"),
-        Film("COVID/images/COVID-2.PNG", "COVID", 1),
-        Film("Normal/images/Normal-1.jpg", "Normal", 1, lung_mask="Normal/masks/Normal-1.png"),
+    assert dataset.images == [
+        LabelledImage("COVID/images/COVID-1.png", "COVID", 1, lung_mask="COVID/masks/COVID-1.png"),
+        LabelledImage("COVID/images/COVID-2.PNG", "COVID", 1),
+        LabelledImage("Normal/images/Normal-1.jpg", "Normal", 1, lung_mask="Normal/masks/Normal-1.png"),
     ]
-    assert dataset.store.read(dataset.films[0].path) == b"x"
+    assert dataset.store.read(dataset.images[0].path) == b"x"
 
 
 def test_radiography_from_the_folder_above_ignores_the_rest_and_says_so(tmp_path):
@@ -67,8 +67,8 @@ def test_radiography_from_the_folder_above_ignores_the_rest_and_says_so(tmp_path
     lay(tmp_path, "hires/COVID/COVID-1.png")
     dataset = open_dataset(str(tmp_path))
     assert dataset.kind == "radiography"
-    assert {film.path.split("/")[0] for film in dataset.films} == {KAGGLE}
-    assert dataset.films[0].lung_mask == f"{KAGGLE}/COVID/masks/COVID-1.png"
+    assert {image.path.split("/")[0] for image in dataset.images} == {KAGGLE}
+    assert dataset.images[0].lung_mask == f"{KAGGLE}/COVID/masks/COVID-1.png"
     assert any("ignored (hires, other, train_extra)" in note for note in dataset.notes)
 
 
@@ -78,18 +78,18 @@ def test_several_sets_side_by_side_are_not_guessed_between(tmp_path):
     assert "(test, train)" in unusable(tmp_path)
 
 
-def test_phantoms_bring_lesions_and_twins(tmp_path):
+def test_phantoms_bring_lesions_and_counterfactuals(tmp_path):
     lay(tmp_path, "phantoms.json", "COVID/images/p1.png", "COVID/masks/p1.png")
-    lay(tmp_path, "COVID/lesions/p1.png", "COVID/twins/p1.png", "Normal/images/p2.png")
+    lay(tmp_path, "COVID/lesions/p1.png", "COVID/ground_truth/p1.png", "Normal/images/p2.png")
     dataset = open_dataset(tmp_path)
     assert dataset.kind == "phantoms"
-    film, healthy = dataset.films
-    assert (film.lung_mask, film.lesion_mask, film.twin) == (
+    image, healthy = dataset.images
+    assert (image.lung_mask, image.lesion_mask, image.ground_truth) == (
         "COVID/masks/p1.png",
         "COVID/lesions/p1.png",
-        "COVID/twins/p1.png",
+        "COVID/ground_truth/p1.png",
     )
-    assert (healthy.lesion_mask, healthy.twin) == ("", "")
+    assert (healthy.lesion_mask, healthy.ground_truth) == ("", "")
 
 
 def test_folder_per_class(tmp_path):
@@ -97,7 +97,7 @@ def test_folder_per_class(tmp_path):
     dataset = open_dataset(tmp_path)
     assert dataset.kind == "folder"
     assert dataset.classes == {"sick": 1, "well": 2}
-    assert dataset.films[1].lung_mask == "well/masks/b.png"
+    assert dataset.images[1].lung_mask == "well/masks/b.png"
     assert dataset.notes == ["2 images outside the class folders are ignored"]
 
 
@@ -119,9 +119,9 @@ def test_names_may_be_anything(tmp_path):
     lay(tmp_path, f"Klasse mit\nÜ/masks/{names[2]}")
     dataset = open_dataset(tmp_path)
     assert dataset.classes == {"Klasse mit\nÜ": len(names)}
-    assert [film.path.split("/")[-1] for film in dataset.films] == sorted(names)
-    assert sum(bool(film.lung_mask) for film in dataset.films) == 1
-    assert all(dataset.store.read(film.path) for film in dataset.films)
+    assert [image.path.split("/")[-1] for image in dataset.images] == sorted(names)
+    assert sum(bool(image.lung_mask) for image in dataset.images) == 1
+    assert all(dataset.store.read(image.path) for image in dataset.images)
 
 
 def test_names_that_are_no_text_are_ignored_and_said(tmp_path):
@@ -131,7 +131,7 @@ def test_names_that_are_no_text_are_ignored_and_said(tmp_path):
     except OSError:
         pytest.skip("this file system refuses such names")
     dataset = open_dataset(tmp_path)
-    assert len(dataset.films) == 1
+    assert len(dataset.images) == 1
     assert any("not UTF-8" in note for note in dataset.notes)
 
 
@@ -156,19 +156,19 @@ def chexpert(root: Path) -> Path:
 
 
 @pytest.mark.parametrize("above", ["", "CheXpert-v1.0-small/", "renamed/"])
-def test_chexpert_is_one_film_per_positive_label(tmp_path, above):
+def test_chexpert_is_one_image_per_positive_label(tmp_path, above):
     chexpert(tmp_path / above)
     dataset = open_dataset(tmp_path)
     assert dataset.kind == "chexpert"
     assert dataset.classes == {"Cardiomegaly": 1, "Lung Opacity": 3, "Normal": 1}
-    assert dataset.films[0] == Film(f"{above}train/patient00001/study1/view1_frontal.jpg", "Normal", 1)
-    assert [film.size for film in dataset.films] == [1, 1, 1, 1, -1]
+    assert dataset.images[0] == LabelledImage(f"{above}train/patient00001/study1/view1_frontal.jpg", "Normal", 1)
+    assert [image.size for image in dataset.images] == [1, 1, 1, 1, -1]
     notes = "\n".join(dataset.notes)
     assert "'No Finding' is class 'Normal'" in notes
     assert "2 uncertain labels (-1), policy 'ignore': Cardiomegaly 2" in notes
     assert "1 lateral views left out" in notes
-    assert "1 frontal films without a positive label" in notes
-    assert "1 frontal films are not there" in notes
+    assert "1 frontal images without a positive label" in notes
+    assert "1 frontal images are not there" in notes
     assert "valid.csv: left out" in notes
 
 
@@ -176,7 +176,7 @@ def test_chexpert_policies_and_healthy_class(tmp_path):
     chexpert(tmp_path)
     positive = open_dataset(tmp_path, DataConfig(uncertain="positive", healthy_class="Healthy"))
     assert positive.classes == {"Cardiomegaly": 3, "Healthy": 1, "Lung Opacity": 3}
-    assert open_dataset(tmp_path, DataConfig(uncertain="negative")).films == open_dataset(tmp_path).films
+    assert open_dataset(tmp_path, DataConfig(uncertain="negative")).images == open_dataset(tmp_path).images
 
 
 def test_chexpert_table_alone(tmp_path):
@@ -186,16 +186,16 @@ def test_chexpert_table_alone(tmp_path):
     assert open_dataset(tmp_path / "valid.csv").classes == {"Normal": 1}
 
 
-def test_chexpert_with_odd_values_or_no_films(tmp_path):
+def test_chexpert_with_odd_values_or_no_images(tmp_path):
     csv = HEADER + "CheXpert-v1.0-small/train/a_frontal.jpg,F,68,Frontal,AP,2,,\n"
     lay(tmp_path, "train.csv", content=csv.encode())
     assert "train.csv row 2: No Finding is '2'" in unusable(tmp_path)
     lay(tmp_path, "train.csv", content=csv.replace(",2,", ",1,").encode())
-    assert "none of its 1 films is there" in unusable(tmp_path)
+    assert "none of its 1 images is there" in unusable(tmp_path)
 
 
 def manifest(root: Path, text: str) -> Path:
-    file = lay(root, "films/a.png", "films/b c.png", "films/m.png") / "list.csv"
+    file = lay(root, "images/a.png", "images/b c.png", "images/m.png") / "list.csv"
     file.write_text(text, encoding="utf-8")
     return file
 
@@ -204,46 +204,46 @@ def test_manifest_with_masks_missing_and_repeated_rows(tmp_path):
     file = manifest(
         tmp_path,
         "\ufeffpath,label,mask\n"
-        "films/b c.png,Normal,\n"
-        "./films/a.png, COVID,films/m.png\n"
-        "films/a.png,COVID,\n"
-        "films/a.png,Edema,films/none.png\n"
-        "films\\b c.png,Edema,\n"
-        "films/gone.png,COVID,\n",
+        "images/b c.png,Normal,\n"
+        "./images/a.png, COVID,images/m.png\n"
+        "images/a.png,COVID,\n"
+        "images/a.png,Edema,images/none.png\n"
+        "images\\b c.png,Edema,\n"
+        "images/gone.png,COVID,\n",
     )
     dataset = open_dataset(file)
     assert dataset.kind == "manifest"
-    assert dataset.films == [
-        Film("films/a.png", "COVID", 1, lung_mask="films/m.png"),
-        Film("films/a.png", "Edema", 1),
-        Film("films/b c.png", "Edema", 1),
-        Film("films/b c.png", "Normal", 1),
-        Film("films/gone.png", "COVID", -1),
+    assert dataset.images == [
+        LabelledImage("images/a.png", "COVID", 1, lung_mask="images/m.png"),
+        LabelledImage("images/a.png", "Edema", 1),
+        LabelledImage("images/b c.png", "Edema", 1),
+        LabelledImage("images/b c.png", "Normal", 1),
+        LabelledImage("images/gone.png", "COVID", -1),
     ]
     assert dataset.notes == [
-        "1 films named in list.csv are not there",
+        "1 images named in list.csv are not there",
         "1 masks named in list.csv are not there",
-        "1 repeated rows of the same film and label are merged",
+        "1 repeated rows of the same image and label are merged",
     ]
 
 
 def test_manifest_in_parquet(tmp_path):
     manifest(tmp_path, "")
-    table = pa.table({"path": ["films/a.png", "films/b c.png"], "label": [0, 1], "mask": ["films/m.png", None]})
+    table = pa.table({"path": ["images/a.png", "images/b c.png"], "label": [0, 1], "mask": ["images/m.png", None]})
     pq.write_table(table, tmp_path / "list.parquet")
     dataset = open_dataset(f"{tmp_path}/list.parquet")
     assert dataset.classes == {"0": 1, "1": 1}
-    assert [film.lung_mask for film in dataset.films] == ["films/m.png", ""]
+    assert [image.lung_mask for image in dataset.images] == ["images/m.png", ""]
 
 
 @pytest.mark.parametrize(
     "path",
-    ["../secret.png", "films/../../secret.png", "/etc/passwd", "C:\\films\\a.png", "s3://bucket/a.png", "..\\a.png"],
+    ["../secret.png", "images/../../secret.png", "/etc/passwd", "C:\\images\\a.png", "s3://bucket/a.png", "..\\a.png"],
 )
 @pytest.mark.parametrize("column", ["path", "mask"])
 def test_manifest_stays_in_its_folder(tmp_path, path, column):
-    cells = {"path": "films/a.png", "mask": "films/m.png"} | {column: path}
-    file = manifest(tmp_path, f"path,label,mask\n\nfilms/a.png,COVID,\n{cells['path']},COVID,{cells['mask']}\n")
+    cells = {"path": "images/a.png", "mask": "images/m.png"} | {column: path}
+    file = manifest(tmp_path, f"path,label,mask\n\n_images/a.png,COVID,\n{cells['path']},COVID,{cells['mask']}\n")
     message = unusable(file)
     assert "list.csv row 4" in message
     assert repr(path.replace("\\", "/")) in message
@@ -253,12 +253,12 @@ def test_manifest_stays_in_its_folder(tmp_path, path, column):
     ("text", "said"),
     [
         ("", "empty"),
-        ("path,label\n", "names no films"),
+        ("path,label\n", "names no images"),
         ("file,class\na,b\n", "needs the columns path,label[,mask][,caption]; it has file,class"),
-        ("path,label\nfilms/a.png,\n", "row 2: the label is empty"),
+        ("path,label\n_images/a.png,\n", "row 2: the label is empty"),
         ("path,label\n,COVID\n", "row 2: the path is empty"),
-        ("path,label\nfilms/a.png\n", "row 2: 1 cells under 2 columns"),
-        ('path,label\n"films/a.png,COVID\n', "not a CSV"),
+        ("path,label\n_images/a.png\n", "row 2: 1 cells under 2 columns"),
+        ('path,label\n"images/a.png,COVID\n', "not a CSV"),
     ],
 )
 def test_unusable_manifests_say_why(tmp_path, text, said):
@@ -283,7 +283,7 @@ def test_no_data_names_the_layouts(tmp_path):
     assert "unknown scheme" in unusable("ftp://host/data")
 
 
-def test_classes_filter_films_and_boxes(tmp_path):
+def test_classes_filter_images_and_boxes(tmp_path):
     radiography(tmp_path)
     lay(tmp_path, "boxes.csv", content=b"file,x,y,w,h\nCOVID-1.png,1,2,3,4\n")
     assert open_dataset(tmp_path, classes=["COVID"]).boxes == {"COVID/images/COVID-1.png": [(1, 2, 3, 4)]}
@@ -303,20 +303,20 @@ def test_boxes_beside_or_inside_the_data_set(tmp_path):
     lay(tmp_path, "boxes.csv", content=rows.encode())
     outer = open_dataset(tmp_path)
     assert outer.boxes == {f"{KAGGLE}/COVID/images/COVID-1.png": drawn}
-    assert "2 boxes on 1 films (boxes.csv); 1 fit no film" in outer.notes
+    assert "2 boxes on 1 images (boxes.csv); 1 fit no image" in outer.notes
     inner = open_dataset(root)
     assert inner.boxes == {}
-    assert boxes.read_boxes(rows.encode(), inner.films) == {"COVID/images/COVID-1.png": drawn}
+    assert boxes.read_boxes(rows.encode(), inner.images) == {"COVID/images/COVID-1.png": drawn}
     lay(root, "boxes.csv", content=rows.encode())
     assert open_dataset(root).boxes == {"COVID/images/COVID-1.png": drawn}
 
 
 def test_boxes_do_not_cross_classes():
-    films = [Film("COVID/images/1.png", "COVID"), Film("Normal/images/1.png", "Normal")]
+    images = [LabelledImage("COVID/images/1.png", "COVID"), LabelledImage("Normal/images/1.png", "Normal")]
     header = b"file,x,y,w,h\n"
-    assert boxes.read_boxes(header + b"Viral/images/1.png,1,2,3,4\n", films) == {}
-    with pytest.raises(UnusableData, match=r"row 2: '1\.png' fits 2 films"):
-        boxes.read_boxes(header + b"1.png,1,2,3,4\n", films)
+    assert boxes.read_boxes(header + b"Viral/images/1.png,1,2,3,4\n", images) == {}
+    with pytest.raises(UnusableData, match=r"row 2: '1\.png' fits 2 images"):
+        boxes.read_boxes(header + b"1.png,1,2,3,4\n", images)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_boxes_do_not_cross_classes():
 )
 def test_bad_boxes_name_their_row(row, said):
     with pytest.raises(UnusableData, match=f"boxes.csv row 2.*{said}"):
-        boxes.read_boxes(f"file,x,y,w,h\na.png,{row}\n".encode(), [Film("a.png", "a")])
+        boxes.read_boxes(f"file,x,y,w,h\na.png,{row}\n".encode(), [LabelledImage("a.png", "a")])
     with pytest.raises(UnusableData, match="needs the columns file,x,y,w,h"):
         boxes.read_boxes(b"file,x,y,width,height\n", [])
 
@@ -352,7 +352,9 @@ class CountingStore:
         return self.files[path]
 
 
-@pytest.mark.parametrize("layout", [radiography, chexpert, lambda root: manifest(root, "path,label\nfilms/a.png,A\n")])
+@pytest.mark.parametrize(
+    "layout", [radiography, chexpert, lambda root: manifest(root, "path,label\n_images/a.png,A\n")]
+)
 def test_any_store_serves_and_is_listed_once(tmp_path, monkeypatch, layout):
     root = layout(tmp_path)
     local = open_dataset(root)
@@ -361,7 +363,7 @@ def test_any_store_serves_and_is_listed_once(tmp_path, monkeypatch, layout):
     opened = []
     monkeypatch.setattr(datasets, "open_store", lambda uri: opened.append(uri) or store)
     remote = open_dataset("s3://bucket/data" + (f"/{root.name}" if root.is_file() else ""))
-    assert remote.films == local.films
+    assert remote.images == local.images
     assert opened == ["s3://bucket/data"]
     assert store.listings == 1
 
@@ -375,10 +377,10 @@ def test_unreadable_stores_are_unusable_data(monkeypatch):
     assert "Access Denied" in unusable("s3://bucket/data")
 
 
-@pytest.mark.skipif(not PACK.is_dir(), reason=f"no pack of real films at {PACK}")
-def test_pack_of_real_films():
+@pytest.mark.skipif(not PACK.is_dir(), reason=f"no pack of real images at {PACK}")
+def test_pack_of_real_images():
     dataset = open_dataset(PACK)
     assert dataset.classes == {"COVID": 51, "Lung_Opacity": 75, "Normal": 126, "Viral Pneumonia": 59}
     assert len(dataset.boxes) == 75
     assert sum(map(len, dataset.boxes.values())) == 121
-    assert sum(bool(film.lung_mask) for film in dataset.films) == 44
+    assert sum(bool(image.lung_mask) for image in dataset.images) == 44

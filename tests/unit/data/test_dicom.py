@@ -18,7 +18,7 @@ SIDE = 64
 @pytest.fixture(scope="module")
 def tissue() -> np.ndarray:
     """A phantom as 12-bit values, 400 to 3200."""
-    image = phantom("COVID", 0, 1, SIDE).film
+    image = phantom("COVID", 0, 1, SIDE).image
     return np.round(400 + 2800 * (image - image.min()) / np.ptp(image)).astype(np.int64)
 
 

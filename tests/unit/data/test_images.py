@@ -82,8 +82,8 @@ def test_wide_integers_and_floats_are_scaled_by_their_own_range():
 )
 def test_every_colour_mode_is_its_luma(mode, format):
     grey = np.where(RAMP > 127, 255, 0).astype(np.uint8) if mode == "1" else RAMP
-    film = Image.fromarray(grey)
-    image = decode(encoded((film if mode == "P" else film.convert("RGB")).convert(mode), format))
+    picture = Image.fromarray(grey)
+    image = decode(encoded((picture if mode == "P" else picture.convert("RGB")).convert(mode), format))
     np.testing.assert_allclose(image, grey / 255, atol=2 / 255)
 
 
@@ -93,9 +93,9 @@ def test_colour_weights_are_itu_601():
 
 
 def test_cmyk_jpeg_is_not_inverted():
-    film = np.zeros((32, 32), np.uint8)
-    film[:16] = 255
-    image = decode(encoded(Image.fromarray(film).convert("RGB").convert("CMYK"), "JPEG", quality=95))
+    picture = np.zeros((32, 32), np.uint8)
+    picture[:16] = 255
+    image = decode(encoded(Image.fromarray(picture).convert("RGB").convert("CMYK"), "JPEG", quality=95))
     assert image[:12].mean() > 0.95
     assert image[20:].mean() < 0.05
 
@@ -113,13 +113,13 @@ def test_alpha_is_dropped():
 
 @pytest.mark.parametrize(("format", "bits"), [("JPEG", 8), ("PNG", 8), ("PNG", 16), ("TIFF", 8), ("TIFF", 16)])
 def test_exif_orientation_is_applied_once(format, bits):
-    film = np.zeros((16, 32), np.uint8 if bits == 8 else np.uint16)
-    film[:, :16] = np.iinfo(film.dtype).max
+    picture = np.zeros((16, 32), np.uint8 if bits == 8 else np.uint16)
+    picture[:, :16] = np.iinfo(picture.dtype).max
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by a quarter, clockwise
-    image = decode(encoded(Image.fromarray(film), format, exif=exif))
+    image = decode(encoded(Image.fromarray(picture), format, exif=exif))
     assert image.shape == (32, 16)
-    np.testing.assert_allclose(image, np.rot90(film, -1) / np.iinfo(film.dtype).max, atol=0.05)
+    np.testing.assert_allclose(image, np.rot90(picture, -1) / np.iinfo(picture.dtype).max, atol=0.05)
 
 
 def test_nothing_and_no_image_say_so():
@@ -160,10 +160,10 @@ def test_progressive_jpeg_with_thumbnail_ends_where_it_ends():
 
 
 def test_phone_jpeg_with_previews_behind_it_is_read():
-    film = Image.fromarray(RAMP)
-    data = encoded(film, "MPO", save_all=True, append_images=[film])
+    picture = Image.fromarray(RAMP)
+    data = encoded(picture, "MPO", save_all=True, append_images=[picture])
     assert data.count(b"\xff\xd9") == 2
-    np.testing.assert_array_equal(decode(data), decode(encoded(film, "JPEG")))
+    np.testing.assert_array_equal(decode(data), decode(encoded(picture, "JPEG")))
 
 
 def bomb(width: int, height: int) -> bytes:
@@ -183,7 +183,7 @@ def test_size_is_judged_by_the_header_whatever_pillow_is_set_to(monkeypatch):
     assert "at most 400" in reason(grey_png())
 
 
-def test_small_films_have_their_own_status():
+def test_small_images_have_their_own_status():
     with pytest.raises(BadImage) as caught:
         decode(grey_png(np.zeros((1, 1), np.uint8)), min_side=32)
     assert caught.value.status is Status.TOO_SMALL
@@ -212,11 +212,16 @@ def test_dicom_without_a_window_and_what_is_refused():
 def test_no_bytes_raise_anything_but_bad_image(seed, monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
     draw = random.Random(seed)
-    film = Image.fromarray(RAMP)
-    films = [grey_png(), encoded(film.convert("P"), transparency=0), encoded(film, "JPEG"), encoded(film, "BMP")]
-    films += [encoded(film, "TIFF", compression=name) for name in ("raw", "tiff_lzw", "tiff_adobe_deflate")]
-    films += [b"\0" * 128 + b"DICM" + draw.randbytes(300), draw.randbytes(400)]
-    for data in films:
+    picture = Image.fromarray(RAMP)
+    files = [
+        grey_png(),
+        encoded(picture.convert("P"), transparency=0),
+        encoded(picture, "JPEG"),
+        encoded(picture, "BMP"),
+    ]
+    files += [encoded(picture, "TIFF", compression=name) for name in ("raw", "tiff_lzw", "tiff_adobe_deflate")]
+    files += [b"\0" * 128 + b"DICM" + draw.randbytes(300), draw.randbytes(400)]
+    for data in files:
         for _ in range(25):
             damaged = bytearray(data)
             for _ in range(draw.choice([1, 4, 30])):

@@ -1,4 +1,4 @@
-"""Lesions in films that are not ours: exact twins, lesions inside the lungs, the same for the same seed."""
+"""Lesions in images that are not ours: exact ground truth, lesions inside the lungs, the same for the same seed."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def write(folder: Path, path: str, data: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five films of 90 x 100 px that stand in for real ones; the last without a mask, and one of another class."""
+    """Five images of 90 x 100 px that stand in for real ones; the last without a mask, and one of another class."""
     folder = tmp_path_factory.mktemp("healthy")
     for n in range(5):
         made = phantom("Normal", 50 + n, size=100)
-        write(folder, f"Normal/images/film{n}.png", encode_grey(quantise(made.film[5:95])))
+        write(folder, f"Normal/images/image{n}.png", encode_grey(quantise(made.image[5:95])))
         if n < 4:
-            write(folder, f"Normal/masks/film{n}.png", encode_grey(made.lungs[5:95].astype(np.uint8) * 255))
-    write(folder, "COVID/images/sick.png", encode_grey(quantise(phantom("COVID", 60, size=100).film)))
+            write(folder, f"Normal/masks/image{n}.png", encode_grey(made.lungs[5:95].astype(np.uint8) * 255))
+    write(folder, "COVID/images/sick.png", encode_grey(quantise(phantom("COVID", 60, size=100).image)))
     return folder
 
 
@@ -49,49 +49,51 @@ def made(healthy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def listed(folder: Path) -> list[dict]:
-    return json.loads((folder / "implants.json").read_text())["films"]
+    return json.loads((folder / "implants.json").read_text())["images"]
 
 
 def test_the_layout_is_a_phantom_sets(made: Path) -> None:
     dataset = open_dataset(made)
     assert dataset.classes == {"COVID": 3, "Lung_Opacity": 3, "Normal": 3, "Viral Pneumonia": 3}
-    assert dataset.kind == "radiography"  # a model trained on phantoms does not know these films
-    for film in dataset.films:
-        assert film.lung_mask
-        assert bool(film.lesion_mask) == bool(film.twin) == (film.label != "Normal")
+    assert dataset.kind == "radiography"  # a model trained on phantoms does not know these images
+    for image in dataset.images:
+        assert image.lung_mask
+        assert bool(image.lesion_mask) == bool(image.ground_truth) == (image.label != "Normal")
 
 
-def test_the_twin_is_the_original_bit_by_bit(made: Path, healthy: Path) -> None:
-    for film in listed(made):
-        original = quantise(to_square(decode((healthy / film["source"]).read_bytes()), SIZE))
-        path = film["file"] if film["label"] == "Normal" else film["file"].replace("/images/", "/twins/")
+def test_the_counterfactual_is_the_original_bit_by_bit(made: Path, healthy: Path) -> None:
+    for image in listed(made):
+        original = quantise(to_square(decode((healthy / image["source"]).read_bytes()), SIZE))
+        path = image["file"] if image["label"] == "Normal" else image["file"].replace("/images/", "/ground_truth/")
         assert (made / path).read_bytes() == encode_grey(original)
 
 
-def test_the_film_is_its_twin_but_for_the_lesion(made: Path) -> None:
-    for film in listed(made):
-        if film["label"] == "Normal":
+def test_the_image_is_its_counterfactual_but_for_the_lesion(made: Path) -> None:
+    for image in listed(made):
+        if image["label"] == "Normal":
             continue
-        picture, twin = (decode((made / film["file"].replace("images", kind)).read_bytes())
-                         for kind in ("images", "twins"))  # fmt: skip
-        lesion, lungs = (decode_mask((made / film["file"].replace("images", kind)).read_bytes(), SIZE)
+        picture, ground_truth = (decode((made / image["file"].replace("images", kind)).read_bytes())
+                         for kind in ("images", "ground_truth"))  # fmt: skip
+        lesion, lungs = (decode_mask((made / image["file"].replace("images", kind)).read_bytes(), SIZE)
                          for kind in ("lesions", "masks"))  # fmt: skip
         assert lesion.mean() >= 0.004
         assert not (lesion & ~lungs).any()
-        difference = np.abs(picture - twin)
+        difference = np.abs(picture - ground_truth)
         assert not difference[~lungs].any()
         assert difference[lesion].mean() > 0.04
         assert difference.max() < 0.5
         far = ~ndimage.binary_dilation(lesion, iterations=SIZE // 8)
-        assert difference[far].max() < (0.1 if film["label"] == "Viral Pneumonia" else 0.05)  # there: threads of a mesh
+        assert difference[far].max() < (
+            0.1 if image["label"] == "Viral Pneumonia" else 0.05
+        )  # there: threads of a mesh
         assert difference[far].mean() < 0.005
 
 
-def test_every_film_is_used_once_before_one_is_used_twice(made: Path) -> None:
-    sources = [film["source"] for film in listed(made)]
+def test_every_image_is_used_once_before_one_is_used_twice(made: Path) -> None:
+    sources = [image["source"] for image in listed(made)]
     assert len(set(sources[:5])) == 5
     assert sources[5:10] == sources[:5]
-    assert {film["lungs"] for film in listed(made)} == {"mask", "searched"}
+    assert {image["lungs"] for image in listed(made)} == {"mask", "searched"}
 
 
 def test_the_same_seed_makes_the_same_set(made: Path, healthy: Path, tmp_path: Path) -> None:
@@ -106,16 +108,16 @@ def test_the_same_seed_makes_the_same_set(made: Path, healthy: Path, tmp_path: P
 def test_lesions_are_brighter_and_a_pneumothorax_is_darker(label: str) -> None:
     for number in range(4):
         patient = phantom("Normal", number, size=96)
-        twin = quantise(patient.film)
-        found = implant(Host(None, twin, patient.lungs, False), label, 0, number)  # type: ignore[arg-type]
-        change = (found.film.astype(float) - twin)[found.lesion].mean()
+        ground_truth = quantise(patient.image)
+        found = implant(Host(None, ground_truth, patient.lungs, False), label, 0, number)  # type: ignore[arg-type]
+        change = (found.image.astype(float) - ground_truth)[found.lesion].mean()
         assert change < -10 if label == "Pneumothorax" else change > 10
 
 
 def test_lungs_are_found_by_their_darkness() -> None:
     for number in range(8):
         patient = phantom("Normal", number, size=96)
-        found = find_lungs(patient.film)
+        found = find_lungs(patient.image)
         assert found is not None
         assert (found & patient.lungs).sum() / (found | patient.lungs).sum() > 0.6
     noise = np.random.default_rng(0).uniform(size=(96, 96)).astype(np.float32)
@@ -138,25 +140,25 @@ def test_lungs_that_touch_are_told_apart_at_the_middle() -> None:
     assert lungs.lung(np.array([-0.4, 0.4]), np.array([0.0, 0.0]), 1).tolist()[0] < 0
 
 
-def test_films_that_cannot_be_used_are_passed_over(healthy: Path, tmp_path: Path, caplog) -> None:
+def test_images_that_cannot_be_used_are_passed_over(healthy: Path, tmp_path: Path, caplog) -> None:
     import shutil
 
-    shutil.copytree(healthy, tmp_path / "films")
-    (tmp_path / "films" / "Normal" / "images" / "film1.png").write_bytes(b"torn")
+    shutil.copytree(healthy, tmp_path / "images")
+    (tmp_path / "images" / "Normal" / "images" / "image1.png").write_bytes(b"torn")
     flat = encode_grey(np.full((64, 64), 128, np.uint8))
-    write(tmp_path, "films/Normal/images/film9.png", flat)  # no mask, and no lungs to be seen
-    list(implant_set(LocalStore(str(tmp_path / "out")), open_dataset(tmp_path / "films"), "Normal", 8, SIZE))
-    sources = [film["source"][-5] for film in listed(tmp_path / "out")]
+    write(tmp_path, "images/Normal/images/image9.png", flat)  # no mask, and no lungs to be seen
+    list(implant_set(LocalStore(str(tmp_path / "out")), open_dataset(tmp_path / "images"), "Normal", 8, SIZE))
+    sources = [image["source"][-5] for image in listed(tmp_path / "out")]
     assert sources == list("02340234")
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--set", "data.healthy_class=Sound"), "no film of the healthy class 'Sound'"),
+        (("--set", "data.healthy_class=Sound"), "no image of the healthy class 'Sound'"),
         (("--classes", "Cardiomegaly"), "Cardiomegaly"),
         (("--onto", "{tmp}/nowhere"), "nowhere"),
-        (("--onto", "{tmp}/blank"), "none of its 1 healthy films can be used"),
+        (("--onto", "{tmp}/blank"), "none of its 1 healthy images can be used"),
         (("--out", "{onto}/new"), "choose another folder"),
     ],
 )
@@ -172,11 +174,11 @@ def test_what_is_wrong_is_one_line(arguments: tuple[str, str], named: str, healt
     assert not Path(out).exists()
 
 
-def test_the_verb_writes_films_of_the_recipes_size(healthy: Path, tmp_path: Path) -> None:
+def test_the_verb_writes_images_of_the_recipes_size(healthy: Path, tmp_path: Path) -> None:
     command = ["phantoms", str(tmp_path / "out"), "--onto", str(healthy), "--patients", "4"]
-    assert json.loads(CliRunner().invoke(main, [*command, "--dry-run"]).output)["healthy_films"] == 5
+    assert json.loads(CliRunner().invoke(main, [*command, "--dry-run"]).output)["healthy_images"] == 5
     assert not (tmp_path / "out").exists()
     result = CliRunner().invoke(main, command)
-    assert "4 films of 64 px" in result.output
+    assert "4 images of 64 px" in result.output
     with pytest.raises(UnusableData, match="no class 'Mass'"):
         next(iter(implant_set(LocalStore(str(tmp_path / "x")), open_dataset(healthy), "Normal", 1, 64, 0, ["Mass"])))

@@ -13,7 +13,7 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.inspection import NEAR, inspect, near_duplicates
 
 
-def film(seed: int, width: int = 40, height: int = 40) -> Image.Image:
+def image(seed: int, width: int = 40, height: int = 40) -> Image.Image:
     """A smooth random image; the same for a seed at any size."""
     grid = np.random.default_rng(seed).uniform(0, 255, (8, 8)).astype(np.float32)
     return Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC).convert("L")
@@ -28,13 +28,13 @@ def save(root, path: str, image: Image.Image, format: str = "PNG", **options) ->
 
 @pytest.fixture
 def folder(tmp_path):
-    save(tmp_path, "COVID/images/a.png", film(1))
-    save(tmp_path, "COVID/images/a-larger.jpg", film(1, 80, 80), "JPEG", quality=90)
-    save(tmp_path, "COVID/masks/a.png", film(1))
-    save(tmp_path, "COVID/lesions/a.png", film(1))
-    save(tmp_path, "COVID/twins/a.png", film(1))
-    save(tmp_path, "Normal/images/b.png", film(2, 50, 40))
-    save(tmp_path, "Normal/images/c.png", Image.fromarray(np.asarray(film(3)).astype(np.uint16) * 256))
+    save(tmp_path, "COVID/images/a.png", image(1))
+    save(tmp_path, "COVID/images/a-larger.jpg", image(1, 80, 80), "JPEG", quality=90)
+    save(tmp_path, "COVID/masks/a.png", image(1))
+    save(tmp_path, "COVID/lesions/a.png", image(1))
+    save(tmp_path, "COVID/ground_truth/a.png", image(1))
+    save(tmp_path, "Normal/images/b.png", image(2, 50, 40))
+    save(tmp_path, "Normal/images/c.png", Image.fromarray(np.asarray(image(3)).astype(np.uint16) * 256))
     (tmp_path / "Normal/images/broken.png").write_bytes(b"")
     (tmp_path / "boxes.csv").write_text("file,x,y,w,h\na.png,1,2,3,4\n")
     return tmp_path
@@ -45,8 +45,8 @@ def test_summary_is_plain_and_complete(folder):
     assert json.loads(json.dumps(found)) == found
     assert found["kind"] == "radiography"
     assert found["classes"] == {"COVID": 2, "Normal": 3}
-    assert (found["films"], found["files"], found["examined"]) == (5, 5, 5)
-    counts = [found[key] for key in ("with_lung_mask", "with_lesion_mask", "with_twin", "with_boxes")]
+    assert (found["images"], found["files"], found["examined"]) == (5, 5, 5)
+    counts = [found[key] for key in ("with_lung_mask", "with_lesion_mask", "with_ground_truth", "with_boxes")]
     assert counts == [1, 1, 1, 1]
     assert found["sizes"] == {"40x40": 2, "80x80": 1, "50x40": 1}
     assert found["modes"] == {"PNG grey 8-bit": 2, "JPEG grey 8-bit": 1, "PNG grey 16-bit": 1}
@@ -61,7 +61,7 @@ def test_a_file_of_two_labels_is_examined_once_and_absent_ones_are_missing(folde
     rows = "path,label\nCOVID/images/a.png,A\nCOVID/images/a.png,B\nnone.png,A\n"
     (folder / "list.csv").write_text(rows)
     found = inspect(open_dataset(folder / "list.csv"))
-    assert (found["films"], found["files"]) == (3, 2)
+    assert (found["images"], found["files"]) == (3, 2)
     assert found["unreadable"] == [{"path": "none.png", "status": "missing", "reason": "no such file"}]
     assert found["near_duplicates"]["groups"] == []
 

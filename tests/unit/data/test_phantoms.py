@@ -1,4 +1,4 @@
-"""Phantom v1 is frozen: its look, its difficulty and its twins."""
+"""Phantom v1 is frozen: its look, its difficulty and its ground truth."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def sample() -> dict[str, list]:
 
 
 def test_v1_is_frozen() -> None:
-    """Coarse grey levels of six films: they survive another libm, not another anatomy, lesion or noise."""
-    films = [phantom(label, 17, seed=4).film for label in ALL_CLASSES]
-    means = np.array([film.reshape(4, 16, 4, 16).mean(axis=(1, 3)) for film in films])
+    """Coarse grey levels of six images: they survive another libm, not another anatomy, lesion or noise."""
+    images = [phantom(label, 17, seed=4).image for label in ALL_CLASSES]
+    means = np.array([image.reshape(4, 16, 4, 16).mean(axis=(1, 3)) for image in images])
     assert VERSION == "phantom v1"
     frozen = np.array([[int(level) for level in row.split()] for row in FROZEN]).reshape(means.shape)
     assert np.abs(means - frozen / 1000).max() < 2e-3
@@ -32,15 +32,15 @@ def test_v1_is_frozen() -> None:
 
 def test_brightness_alone_does_not_find_the_lesion(sample) -> None:
     by_class = {
-        label: np.mean([found.auroc for p in made if (found := score(p.film, p.lesion, p.lungs | p.lesion))])
+        label: np.mean([found.auroc for p in made if (found := score(p.image, p.lesion, p.lungs | p.lesion))])
         for label, made in sample.items()
     }
     assert np.mean(list(by_class.values())) <= 0.75
     assert max(by_class.values()) <= 0.78
 
 
-def test_film_and_twin_differ_as_much_as_planned(sample) -> None:
-    distances = [psnr(p.film, p.twin) for made in sample.values() for p in made]
+def test_image_and_counterfactual_differ_as_much_as_planned(sample) -> None:
+    distances = [psnr(p.image, p.ground_truth) for made in sample.values() for p in made]
     assert 29 <= np.mean(distances) <= 31.5
 
 
@@ -50,24 +50,24 @@ def test_lesion_areas(sample, label: str, area: float) -> None:
 
 
 @pytest.mark.parametrize("label", ALL_CLASSES)
-def test_twin_is_the_same_patient_without_the_lesion(label: str) -> None:
+def test_counterfactual_is_the_same_patient_without_the_lesion(label: str) -> None:
     sick, healthy = phantom(label, 5, seed=1), phantom("Normal", 5, seed=1)
-    assert np.array_equal(sick.twin, healthy.film)
+    assert np.array_equal(sick.ground_truth, healthy.image)
     assert sick.lesion.any() == (label != "Normal")
-    outside = ~(np.abs(sick.film - sick.twin) > 0.05)
-    assert np.abs(sick.film - sick.twin)[outside].mean() < 0.01
+    outside = ~(np.abs(sick.image - sick.ground_truth) > 0.05)
+    assert np.abs(sick.image - sick.ground_truth)[outside].mean() < 0.01
 
 
-def test_same_seed_same_film_and_other_seed_or_patient_another() -> None:
-    first = phantom("COVID", 3, seed=1).film
-    assert np.array_equal(first, phantom("COVID", 3, seed=1).film)
-    assert not np.array_equal(first, phantom("COVID", 3, seed=2).film)
-    assert not np.array_equal(first, phantom("COVID", 4, seed=1).film)
+def test_same_seed_same_image_and_other_seed_or_patient_another() -> None:
+    first = phantom("COVID", 3, seed=1).image
+    assert np.array_equal(first, phantom("COVID", 3, seed=1).image)
+    assert not np.array_equal(first, phantom("COVID", 3, seed=2).image)
+    assert not np.array_equal(first, phantom("COVID", 4, seed=1).image)
 
 
 @pytest.mark.parametrize("label", ["Lung_Opacity", "Viral Pneumonia"])
-def test_a_film_is_the_same_at_any_size(label: str) -> None:
-    small, large = phantom(label, 8, size=64).film, phantom(label, 8, size=256).film
+def test_a_image_is_the_same_at_any_size(label: str) -> None:
+    small, large = phantom(label, 8, size=64).image, phantom(label, 8, size=256).image
     reduced = large.reshape(64, 4, 64, 4).mean(axis=(1, 3))
     assert np.corrcoef(small.ravel(), reduced.ravel())[0, 1] > 0.98
 
@@ -78,13 +78,13 @@ def test_covid_is_on_both_sides_and_pneumothorax_is_dark() -> None:
         assert lesion[:, :32].any()
         assert lesion[:, 32:].any()
         dark = phantom("Pneumothorax", n)
-        assert (dark.film - dark.twin)[dark.lesion].mean() < -0.03
+        assert (dark.image - dark.ground_truth)[dark.lesion].mean() < -0.03
 
 
 def test_mass_displaces_what_is_around_it() -> None:
     made = phantom("Mass", 2, size=128)
-    dense = made.film - made.twin > 0.15
-    assert (np.abs(made.film - made.twin) > 0.05).sum() > 1.5 * dense.sum()
+    dense = made.image - made.ground_truth > 0.15
+    assert (np.abs(made.image - made.ground_truth) > 0.05).sum() > 1.5 * dense.sum()
 
 
 def test_a_set_is_a_radiography_folder_with_truth(tmp_path) -> None:
@@ -92,14 +92,14 @@ def test_a_set_is_a_radiography_folder_with_truth(tmp_path) -> None:
     dataset = open_dataset(tmp_path)
     assert dataset.kind == "phantoms"
     assert dataset.classes == {"COVID": 3, "Normal": 3, "Pneumothorax": 3}
-    assert sorted(paths) == [film.path for film in dataset.films]
-    for film in dataset.films:
-        assert film.lung_mask
-        assert bool(film.lesion_mask) == bool(film.twin) == (film.label != "Normal")
+    assert sorted(paths) == [image.path for image in dataset.images]
+    for image in dataset.images:
+        assert image.lung_mask
+        assert bool(image.lesion_mask) == bool(image.ground_truth) == (image.label != "Normal")
     about = json.loads((tmp_path / "phantoms.json").read_text())
     assert about["version"] == VERSION
-    assert [film["file"] for film in about["films"]] == paths
-    sides = {film["label"]: film.get("sides") for film in about["films"]}
+    assert [image["file"] for image in about["images"]] == paths
+    sides = {image["label"]: image.get("sides") for image in about["images"]}
     assert sides["COVID"] == ["left", "right"]
 
 
@@ -108,26 +108,26 @@ def test_captions_say_grade_and_side(tmp_path) -> None:
     list(phantom_set(LocalStore(str(tmp_path)), 30, 32, seed=3, classes=classes))
     dataset = open_dataset(tmp_path / "captions.csv")
     assert dataset.kind == "phantoms"
-    assert len(dataset.films) == 30
-    factors = {film["file"]: film for film in json.loads((tmp_path / "phantoms.json").read_text())["films"]}
-    for film in dataset.films:
-        assert bool(film.twin) == (film.label != "Normal")
-        known = factors[film.path]
-        if film.label == "Normal":
-            assert film.caption == "Normal chest scan"
-        elif film.label == "COVID":
-            assert film.caption == f"{known['grade']} COVID 19, bilateral"
+    assert len(dataset.images) == 30
+    factors = {image["file"]: image for image in json.loads((tmp_path / "phantoms.json").read_text())["images"]}
+    for image in dataset.images:
+        assert bool(image.ground_truth) == (image.label != "Normal")
+        known = factors[image.path]
+        if image.label == "Normal":
+            assert image.caption == "Normal chest scan"
+        elif image.label == "COVID":
+            assert image.caption == f"{known['grade']} COVID 19, bilateral"
         else:
-            assert film.caption == f"{known['grade']} Pneumothorax on the {known['sides'][0]}"
+            assert image.caption == f"{known['grade']} Pneumothorax on the {known['sides'][0]}"
     for label, key in (("COVID", "severity"), ("Pneumothorax", "depth")):
         grades: dict[str, list[float]] = {"mild": [], "moderate": [], "severe": []}
-        for film in factors.values():
-            if film["label"] == label:
-                grades[film["grade"]].append(film[key])
+        for image in factors.values():
+            if image["label"] == label:
+                grades[image["grade"]].append(image[key])
         ordered = [value for grade in grades.values() for value in sorted(grade)]
         assert all(grades.values())
         assert ordered == sorted(ordered)
-    assert not any(film.caption for film in open_dataset(tmp_path).films)  # the folder has its classes alone
+    assert not any(image.caption for image in open_dataset(tmp_path).images)  # the folder has its classes alone
 
 
 def test_an_unknown_class_is_named(tmp_path) -> None:
@@ -135,7 +135,7 @@ def test_an_unknown_class_is_named(tmp_path) -> None:
         next(iter(phantom_set(LocalStore(str(tmp_path)), 1, classes=("Measles",))))
 
 
-# mean grey levels in thousandths on a 4 x 4 grid, one film of each class
+# mean grey levels in thousandths on a 4 x 4 grid, one image of each class
 FROZEN = [
     "577 552 518 505 532 454 382 550 585 634 656 591 748 731 658 644",
     "577 552 518 505 536 487 409 550 585 635 658 591 748 731 658 644",

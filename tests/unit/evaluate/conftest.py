@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffva_ray.config.recipe import load_recipe
-from diffva_ray.data.dataset import Dataset, Film
+from diffva_ray.data.dataset import Dataset, LabelledImage
 from diffva_ray.data.encoding import encode_grey, encode_map, quantise
 from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request, make_plan
@@ -29,10 +29,10 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """``make_run(...)`` writes a data set, a model card and a run of 12 films in 3 shards below ``tmp_path``.
+    """``make_run(...)`` writes a data set, a model card and a run of 12 images in 3 shards below ``tmp_path``.
 
-    ``shards`` are committed; films named in ``bad`` are quarantined with that reason; ``trained_on`` and ``data_kind``
-    are what the model's card and the run say; ``judged`` is whether a judge has seen the films.
+    ``shards`` are committed; images named in ``bad`` are quarantined with that reason; ``trained_on`` and ``data_kind``
+    are what the model's card and the run say; ``judged`` is whether a judge has seen the images.
     """
 
     def make(
@@ -46,13 +46,13 @@ def make_run(tmp_path: Path) -> MakeRun:
     ) -> Run:
         data, store = LocalStore(str(tmp_path / "data")), LocalStore(str(tmp_path / "run"))
         random = np.random.default_rng(0)
-        films = [_film(data, labels[n % 2], n, random) for n in range(12)]
+        images = [_image(data, labels[n % 2], n, random) for n in range(12)]
         model = tmp_path / "model"
         model.mkdir(exist_ok=True)
         (model / "diffva.json").write_text(json.dumps({"digest": "d" * 64, "data_kind": trained_on}))
         recipe = load_recipe("phantom", [f"model.resolution={SIZE}", "generate.shard_size=4"])
         request = Request(prompt=prompt)
-        table = make_plan(Dataset(data, films, data_kind), recipe, request)
+        table = make_plan(Dataset(data, images, data_kind), recipe, request)
         keys = pixel_keys(recipe, request, "d" * 64, "2.0", "cpu")
         about = {
             "recipe": recipe.model_dump(mode="json"), "data": data.uri, "data_root": data.uri, "model": str(model),
@@ -66,24 +66,29 @@ def make_run(tmp_path: Path) -> MakeRun:
     return make
 
 
-def _film(data: LocalStore, label: str, n: int, random: np.random.Generator) -> Film:
+def _image(data: LocalStore, label: str, n: int, random: np.random.Generator) -> LabelledImage:
     name = f"{n:02d} {HOSTILE.replace('/', '')}.png" if n == 3 else f"{n:02d}.png"
-    paths = {kind: f"{label}/{kind}/{name}" for kind in ("images", "masks", "lesions", "twins")}
+    paths = {kind: f"{label}/{kind}/{name}" for kind in ("images", "masks", "lesions", "ground_truth")}
     lungs, lesion = np.zeros((2, SIZE, SIZE), bool)
     lungs[2:14, 2:14] = True
     lesion[4:8, 4:8] = True
-    twin = random.uniform(0.2, 0.6, (SIZE, SIZE)).astype(np.float32)
-    pictures = {"images": twin + 0.3 * lesion, "twins": twin, "masks": lungs, "lesions": lesion}
+    counterfactual = random.uniform(0.2, 0.6, (SIZE, SIZE)).astype(np.float32)
+    pictures = {
+        "images": counterfactual + 0.3 * lesion,
+        "ground_truth": counterfactual,
+        "masks": lungs,
+        "lesions": lesion,
+    }
     for kind, picture in pictures.items():
         data.put(paths[kind], encode_grey(quantise(picture.astype(np.float32))))
     size = len(data.read(paths["images"]))
-    return Film(paths["images"], label, size, paths["masks"], paths["lesions"], paths["twins"])
+    return LabelledImage(paths["images"], label, size, paths["masks"], paths["lesions"], paths["ground_truth"])
 
 
 def _commit(run: Run, shard: int, bad: dict[str, str], judged: bool, random: np.random.Generator) -> None:
     rows: list[dict[str, Any]] = []
     for row in run.shard_rows(shard):
-        reason = next((why for name, why in bad.items() if name in row["source_path"]), None)
+        reason = next((why for name, why in bad.items() if name in row["image_path"]), None)
         if reason is not None:
             rows.append({**row, "status": "bad_image", "error": reason})
             continue
@@ -91,17 +96,17 @@ def _commit(run: Run, shard: int, bad: dict[str, str], judged: bool, random: np.
         grey = random.uniform(0.2, 0.6, (SIZE, SIZE)).astype(np.float32)
         run.store.put(names["counterfactuals"], encode_grey(quantise(grey)))
         run.store.put(names["reconstructions"], encode_grey(quantise(grey)))
-        run.store.put(names["maps"], encode_map(random.normal(0, 0.1, (SIZE, SIZE))))
+        run.store.put(names["attributions"], encode_map(random.normal(0, 0.1, (SIZE, SIZE))))
         healthy = random.uniform(size=2) if judged else (None, None)
         rows.append(
             {
                 **row,
                 "counterfactual_path": names["counterfactuals"],
-                "attribution_path": names["maps"],
+                "attribution_path": names["attributions"],
                 "reconstruction_path": names["reconstructions"],
                 "ssim": random.uniform(0.7, 1.0),
-                "map_energy": random.uniform(0, 0.1),
-                "judge_source": healthy[0],
+                "attribution_energy": random.uniform(0, 0.1),
+                "judge_image": healthy[0],
                 "judge_counterfactual": healthy[1],
                 "width": SIZE,
                 "height": SIZE,

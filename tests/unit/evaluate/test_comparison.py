@@ -64,10 +64,10 @@ def copied(run: Run, name: str, keys: dict[str, Any] | None = None, change: Chan
 
 
 def with_perfect_maps(run: Run) -> Run:
-    """Every map of the run becomes its film's own lesion."""
+    """Every map of the run becomes its image's own lesion."""
     lesion = np.zeros((16, 16), np.float32)
     lesion[4:8, 4:8] = 0.3
-    for path in Path(run.store.uri).glob("maps/*/*.png"):
+    for path in Path(run.store.uri).glob("attributions/*/*.png"):
         path.write_bytes(encode_map(lesion))
     return run
 
@@ -103,14 +103,14 @@ def test_intervals_hold_as_often_as_they_say() -> None:
     assert 88 <= held <= 100
 
 
-def test_ratios_are_of_sums_and_films_are_drawn_whole() -> None:
+def test_ratios_are_of_sums_and_images_are_drawn_whole() -> None:
     values = np.array([[1.0, 2.0], [3.0, 3.0], [2.0, 5.0]])
     weights = np.array([[2.0, 2.0], [6.0, 6.0], [2.0, 2.0]])
     assert paired_difference(values, weights, "abc")[:2] == pytest.approx((0.6, 1.0))
     random = np.random.default_rng(1)
-    films = np.repeat(random.normal(0, 1, (40, 2)), 5, axis=0)  # five draws of each film, all alike
-    narrow = paired_difference(films, ones(films), range(200))[2]
-    wide = paired_difference(films, ones(films), np.repeat(range(40), 5).tolist())[2]
+    images = np.repeat(random.normal(0, 1, (40, 2)), 5, axis=0)  # five draws of each image, all alike
+    narrow = paired_difference(images, ones(images), range(200))[2]
+    wide = paired_difference(images, ones(images), np.repeat(range(40), 5).tolist())[2]
     assert wide[1] - wide[0] > 1.7 * (narrow[1] - narrow[0])
     assert np.isnan(paired_difference(values, weights, "aaa")[2]).all()
     with pytest.raises(ValueError, match="N groups"):
@@ -122,7 +122,7 @@ def test_equal_runs_differ_in_nothing(make_run: MakeRun) -> None:
     comparison = compare_runs(run, copied(run, "again"))
     assert comparison.counts == {"pairs": 12, "only_in_a": 0, "only_in_b": 0, "same_name_other_bytes": 0}
     assert comparison.settings == []
-    assert {"auroc", "ssim", "flip_rate", "lesion_error_ratio", "map_energy"} <= {
+    assert {"auroc", "ssim", "flip_rate", "lesion_error_ratio", "attribution_energy"} <= {
         row["measure"] for row in comparison.rows
     }
     for row in comparison.rows:
@@ -134,8 +134,8 @@ def test_numbers_are_those_of_the_runs_own_tables(make_run: MakeRun) -> None:
     run = make_run()
     other = with_perfect_maps(copied(run, "better", {"strength": 0.4, "prompt": ""}))
     comparison = compare_runs(run, other)
-    places, twins = score_records(run, read_records(run).to_dict("records"), {})
-    ours = [row["auroc"] for row in places if row["map"] == "positive"]
+    localization, counterfactuals = score_records(run, read_records(run).to_dict("records"), {})
+    ours = [row["auroc"] for row in localization if row["map"] == "positive"]
     auroc = comparison.row("auroc")
     assert auroc is not None
     assert auroc["a"] == pytest.approx(np.mean(ours))
@@ -143,7 +143,9 @@ def test_numbers_are_those_of_the_runs_own_tables(make_run: MakeRun) -> None:
     assert auroc["interval"][0] > 0
     left = comparison.row("lesion_error_ratio")
     assert left is not None
-    expected = sum(row["lesion_error"] for row in twins) / sum(row["lesion_error_input"] for row in twins)
+    expected = sum(row["lesion_error"] for row in counterfactuals) / sum(
+        row["lesion_error_input"] for row in counterfactuals
+    )
     assert left["a"] == pytest.approx(expected)
     assert left["difference"] == 0
     assert {name: (in_a, in_b) for name, in_a, in_b in comparison.settings} == {
@@ -153,18 +155,18 @@ def test_numbers_are_those_of_the_runs_own_tables(make_run: MakeRun) -> None:
     assert {row["label"] for row in comparison.rows} == {"COVID", "Lung_Opacity", "all"}
 
 
-def test_flip_rates_are_of_films_that_both_call_abnormal(make_run: MakeRun) -> None:
+def test_flip_rates_are_of_images_that_both_call_abnormal(make_run: MakeRun) -> None:
     run = make_run()
-    other = copied(run, "other", change=lambda row: {**row, "judge_source": 0.1, "judge_counterfactual": 0.9})
+    other = copied(run, "other", change=lambda row: {**row, "judge_image": 0.1, "judge_counterfactual": 0.9})
     comparison = compare_runs(run, other)
     flips = comparison.row("flip_rate")
-    before = read_records(run)["judge_source"]
+    before = read_records(run)["judge_image"]
     assert flips is not None
     assert (flips["n"], flips["b"]) == ((before <= 0.5).sum(), 1)
     assert any("judges of their own" in note for note in comparison.notes)
 
 
-def test_films_of_one_run_only_are_counted(make_run: MakeRun) -> None:
+def test_images_of_one_run_only_are_counted(make_run: MakeRun) -> None:
     run = make_run()
     other = copied(run, "shorter")
     (Path(other.store.uri) / "records" / "part-00001.parquet").unlink()
@@ -174,24 +176,24 @@ def test_films_of_one_run_only_are_counted(make_run: MakeRun) -> None:
     assert compare_runs(other, run).counts["only_in_b"] == 4
 
 
-def test_films_of_one_name_and_other_bytes_are_no_pair(make_run: MakeRun) -> None:
+def test_images_of_one_name_and_other_bytes_are_no_pair(make_run: MakeRun) -> None:
     run = make_run()
-    named = copied(run, "named", change=lambda row: {**row, "source_sha256": "a" * 64})
+    named = copied(run, "named", change=lambda row: {**row, "image_sha256": "a" * 64})
     half = copied(
-        named, "half", change=lambda row: {**row, "source_sha256": ("a" if row["label"] == "COVID" else "b") * 64}
+        named, "half", change=lambda row: {**row, "image_sha256": ("a" if row["label"] == "COVID" else "b") * 64}
     )
     assert compare_runs(named, half).counts["same_name_other_bytes"] == 6
-    none = copied(named, "none", change=lambda row: {**row, "source_sha256": "c" * 64})
+    none = copied(named, "none", change=lambda row: {**row, "image_sha256": "c" * 64})
     with pytest.raises(UnusableData, match="12 have one name and other bytes"):
         compare_runs(named, none)
 
 
-def test_runs_on_other_films_are_exit_2(make_run: MakeRun, tmp_path: Path) -> None:
+def test_runs_on_other_images_are_exit_2(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run()
-    other = copied(run, "other", change=lambda row: {**row, "source_path": f"x/{row['source_path']}"})
+    other = copied(run, "other", change=lambda row: {**row, "image_path": f"x/{row['image_path']}"})
     result = diffva("compare", run.store.uri, other.store.uri)
     assert result.exit_code == 2
-    assert "no finished film in common" in result.stderr
+    assert "no finished image in common" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (Path(run.store.uri).parent / "compare-run-other").exists()
     (tmp_path / "damaged").mkdir()
@@ -221,10 +223,10 @@ def test_a_sweep_is_joined_point_by_point_or_refused(make_run: MakeRun) -> None:
 
 def test_what_one_run_lacks_is_left_out(make_run: MakeRun) -> None:
     run = make_run()
-    other = copied(run, "unjudged", change=lambda row: {**row, "judge_source": None, "judge_counterfactual": None})
+    other = copied(run, "unjudged", change=lambda row: {**row, "judge_image": None, "judge_counterfactual": None})
     measures = {row["measure"] for row in compare_runs(run, other).rows}
     assert "flip_rate" not in measures
-    assert "dice_fixed" not in measures  # neither has a threshold from other films
+    assert "dice_fixed" not in measures  # neither has a threshold from other images
     for each in (run, other):
         row = {"map": "positive", "label": "all", "threshold": 0.05, "threshold_from": "validation"}
         each.store.put("tables/metrics.json", json.dumps({"localization": [row]}).encode())
@@ -302,7 +304,7 @@ def test_the_page_is_complete_and_hostile_names_are_text(comparison: Comparison,
 def test_metrics_are_json_for_scripts(comparison: Comparison, tmp_path: Path) -> None:
     write_comparison(comparison, LocalStore(str(tmp_path / "page")))
     metrics = json.loads((tmp_path / "page" / "metrics.json").read_text())
-    assert metrics["films"]["pairs"] == 12
+    assert metrics["images"]["pairs"] == 12
     row = next(row for row in metrics["differences"] if row["measure"] == "auroc" and row["label"] == "all")
     assert row["b"] == 1
     assert row["better"] == "b"
@@ -311,28 +313,28 @@ def test_metrics_are_json_for_scripts(comparison: Comparison, tmp_path: Path) ->
 
 def test_writing_again_replaces_old_pictures_and_nothing_else(comparison: Comparison, tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path / "page"))
-    store.put("images/77-film.png", b"of an earlier page")
+    store.put("images/77-image.png", b"of an earlier page")
     store.put("images/mine.png", b"somebody's own")
     first = Path(write_comparison(comparison, store)).read_text()
-    assert not store.exists("images/77-film.png")
+    assert not store.exists("images/77-image.png")
     assert store.exists("images/mine.png")
     assert Path(write_comparison(comparison, store)).read_text() == first
 
 
-def test_each_film_is_shown_once_from_most_to_least(comparison: Comparison) -> None:
+def test_each_image_is_shown_once_from_most_to_least(comparison: Comparison) -> None:
     measure = ranking(comparison)
     assert measure.key == "auroc"
     groups = chosen(comparison, measure)
-    assert [len(films) for _, films in groups] == [6, 3, 3]
-    order = [film for _, films in groups for film in films]
+    assert [len(images) for _, images in groups] == [6, 3, 3]
+    order = [image for _, images in groups for image in images]
     gaps = (comparison.pairs["auroc_b"] - comparison.pairs["auroc_a"]).abs()
     assert sorted(order) == list(range(12))
     assert gaps[order].is_monotonic_decreasing
     few = replace(comparison, pairs=comparison.pairs.iloc[:4])
-    assert [len(films) for _, films in chosen(few, measure)] == [4]
+    assert [len(images) for _, images in chosen(few, measure)] == [4]
 
 
-def test_films_that_have_gone_leave_numbers_and_a_page_without_pictures(make_run: MakeRun, tmp_path: Path) -> None:
+def test_images_that_have_gone_leave_numbers_and_a_page_without_pictures(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run()
     other = copied(run, "other")
     shutil.rmtree(run.about["data_root"])
@@ -344,7 +346,7 @@ def test_films_that_have_gone_leave_numbers_and_a_page_without_pictures(make_run
     assert page.tags.count("img") == 1
 
 
-def test_one_film_has_no_interval_and_still_a_page(comparison: Comparison, tmp_path: Path) -> None:
+def test_one_image_has_no_interval_and_still_a_page(comparison: Comparison, tmp_path: Path) -> None:
     pairs = comparison.pairs.iloc[:1]
     one = replace(comparison, pairs=pairs, rows=difference_rows(pairs))
     text = Page(Path(write_comparison(one, LocalStore(str(tmp_path / "page")))).read_text()).text
@@ -359,7 +361,7 @@ def test_the_page_goes_beside_run_a_and_never_into_a_run(make_run: MakeRun, tmp_
     other = copied(run, "other")
     result = diffva("compare", run.store.uri, other.store.uri)
     assert result.exit_code == 0, result.output
-    assert "12 films in both runs, 0 in A only, 0 in B only" in result.output
+    assert "12 images in both runs, 0 in A only, 0 in B only" in result.output
     assert (tmp_path / "compare-run-other" / "index.html").is_file()
     link = tmp_path / "link"
     link.symlink_to(other.store.uri)

@@ -1,4 +1,4 @@
-"""Rows of the distance table: what stands in them, when, and for which films."""
+"""Rows of the distance table: what stands in them, when, and for which images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_row_has_its_controls_where_the_sets_allow_them() -> None:
     assert row["value"] == pytest.approx(frechet_distance_features(x, y))
     assert row["halves"]["n"] == 15
     assert row["manifold"]["k"] == 5
-    assert not row["infinity"]["trusted"]  # 15 films in 64 dimensions
+    assert not row["infinity"]["trusted"]  # 15 images in 64 dimensions
     assert (row["dimension"], row["is_stand_in"]) == (64, True)
     assert "halves" not in distance_row("a", "b", x, y, extractor, 10)
     small = distance_row("a", "b", x[:5], y[:5], extractor, 10, paired=True)
@@ -39,46 +39,46 @@ def test_a_row_has_its_controls_where_the_sets_allow_them() -> None:
 
 
 class Counting:
-    """The stand-in, which counts the films it sees."""
+    """The stand-in, which counts the images it sees."""
 
     def __init__(self) -> None:
-        self.extractor, self.films = stand_in(), 0
+        self.extractor, self.images = stand_in(), 0
 
     def __getattr__(self, name: str):
         return getattr(self.extractor, name)
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        self.films += len(images)
+        self.images += len(images)
         return self.extractor(images)
 
 
-def test_a_reference_set_is_embedded_once_for_all_runs(films: Path, tmp_path: Path) -> None:
-    """By content: other films, or another grid, are another set; a damaged cache is made anew."""
-    dataset, cache, counting = open_dataset(str(films), classes=["Normal"]), LocalStore(str(tmp_path)), Counting()
-    first, unreadable = reference_features(cache, 32, dataset.store, dataset.films, counting)
-    again, _ = reference_features(cache, 32, dataset.store, dataset.films, counting)
-    assert (counting.films, unreadable) == (6, 0)
+def test_a_reference_set_is_embedded_once_for_all_runs(images: Path, tmp_path: Path) -> None:
+    """By content: other images, or another grid, are another set; a damaged cache is made anew."""
+    dataset, cache, counting = open_dataset(str(images), classes=["Normal"]), LocalStore(str(tmp_path)), Counting()
+    first, unreadable = reference_features(cache, 32, dataset.store, dataset.images, counting)
+    again, _ = reference_features(cache, 32, dataset.store, dataset.images, counting)
+    assert (counting.images, unreadable) == (6, 0)
     np.testing.assert_array_equal(first.load(), again.load())
-    reference_features(cache, 32, dataset.store, dataset.films[:4], counting)
-    reference_features(cache, 16, dataset.store, dataset.films, counting)
-    assert counting.films == 6 + 4 + 6
+    reference_features(cache, 32, dataset.store, dataset.images[:4], counting)
+    reference_features(cache, 16, dataset.store, dataset.images, counting)
+    assert counting.images == 6 + 4 + 6
     for entry in cache.list():
         cache.put(entry.path, b"torn")
-    reference_features(cache, 32, dataset.store, dataset.films, counting)
-    assert counting.films == 22
+    reference_features(cache, 32, dataset.store, dataset.images, counting)
+    assert counting.images == 22
 
 
 def test_features_that_wait_on_disk_give_the_same_tables(
-    tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), Request(), Execution(executor="inline"))
+    generate_run(tiny, str(images), str(model), str(tmp_path / "run"), Request(), Execution(executor="inline"))
     run = open_run(str(tmp_path / "run"))
     found = []
     for limit in (distances.IN_MEMORY, 0):
         monkeypatch.setattr(distances, "IN_MEMORY", limit)
         assert isinstance(distances.scratch(2, 3), np.memmap) == (limit == 0)
         run.store.delete("_SUCCESS")
-        metrics = reduce_run(run, str(films), Options()).metrics
+        metrics = reduce_run(run, str(images), Options()).metrics
         found.append((metrics["fid"], metrics["fid_within"]))
     assert found[0] == found[1]
     matrix = distances.scratch(1000, 64)
@@ -87,12 +87,12 @@ def test_features_that_wait_on_disk_give_the_same_tables(
     assert (matrix == 7).all()
 
 
-def test_prompts_of_a_sweep_have_rows_of_their_own(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
-    """Twins under two prompts are two sets; pooled they would answer no question."""
+def test_prompts_of_a_sweep_have_rows_of_their_own(tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
+    """CounterfactualBatch under two prompts are two sets; pooled they would answer no question."""
     request = Request(("COVID",), sweep=(("prompt", ("normal chest scan", "COVID 19")),))
-    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), request, Execution(executor="inline"))
+    generate_run(tiny, str(images), str(model), str(tmp_path / "run"), request, Execution(executor="inline"))
     run = open_run(str(tmp_path / "run"))
-    rows = reduce_run(run, str(films), Options(cache=str(tmp_path / "cache"))).metrics["fid"]
+    rows = reduce_run(run, str(images), Options(cache=str(tmp_path / "cache"))).metrics["fid"]
     names = {row["set2"] for row in rows if row["set1"] == "COVID (source)"}
     assert names == {"COVID (counterfactual) under “COVID 19”", "COVID (counterfactual) under “normal chest scan”"}
     assert {row["n1"] for row in rows} == {row["n2"] for row in rows} == {6}

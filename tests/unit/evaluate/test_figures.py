@@ -29,23 +29,23 @@ MakeRun = Callable[..., Run]
 
 def test_red_is_exactly_where_the_map_exceeds_the_threshold() -> None:
     random = np.random.default_rng(1)
-    film = random.uniform(size=(32, 32)).astype(np.float32)
+    image = random.uniform(size=(32, 32)).astype(np.float32)
     signed = random.normal(0, 0.1, (32, 32)).astype(np.float32)
     signed[0, 0] = np.float32(0.05)  # equal is not above
-    painted = overlay(film, signed, float(np.float32(0.05)))
+    painted = overlay(image, signed, float(np.float32(0.05)))
     assert painted.shape == (32, 32, 3)
     assert painted.dtype == np.float32
     red = painted[..., 0] > painted[..., 1] + 1e-6
     np.testing.assert_array_equal(red, signed > np.float32(0.05))
-    np.testing.assert_array_equal(painted[~red], np.repeat(film[..., None], 3, axis=2)[~red])
+    np.testing.assert_array_equal(painted[~red], np.repeat(image[..., None], 3, axis=2)[~red])
 
 
 def test_red_stays_inside_the_region_and_deepens_with_the_map() -> None:
-    film = np.full((4, 4), 0.5, np.float32)
+    image = np.full((4, 4), 0.5, np.float32)
     signed = np.tile(np.array([0.1, 0.2, 0.3, 0.4], np.float32), (4, 1))
     region = np.zeros((4, 4), bool)
     region[1] = True
-    painted = overlay(film, signed, 0.05, region)
+    painted = overlay(image, signed, 0.05, region)
     assert (painted[~region] == 0.5).all()
     assert (np.diff(painted[1, :, 1]) <= 0).all()
     assert painted[1, 0, 1] > painted[1, 3, 1]
@@ -76,7 +76,7 @@ def test_a_prompt_that_names_a_finding_induces_it() -> None:
 def test_the_sign_of_the_overlay_follows_the_prompt(
     make_run: MakeRun, prompt: str, red: str, labels: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Healthy films under the healthy prompt are healed, ill films under a finding's prompt made ill."""
+    """Healthy images under the healthy prompt are generated, ill images under a finding's prompt made ill."""
     captions: list[str] = []
     fill = figures.textwrap.wrap
     monkeypatch.setattr(figures.textwrap, "wrap", lambda text, width: captions.append(text) or fill(text, width))
@@ -103,10 +103,10 @@ def test_names_that_look_like_mathematics_are_drawn_as_they_are(make_run: MakeRu
     assert write_figures(run) == ["figures/grid.png", "figures/distributions.png"]
 
 
-def test_a_run_without_a_finished_film_has_no_figures(make_run: MakeRun) -> None:
+def test_a_run_without_a_finished_image_has_no_figures(make_run: MakeRun) -> None:
     run = make_run(shards=0)
     assert write_figures(run) == []
-    with pytest.raises(ValueError, match="no finished film"):
+    with pytest.raises(ValueError, match="no finished image"):
         figure_grid(run)
 
 

@@ -48,19 +48,19 @@ def test_the_headline_is_withheld_with_its_reason() -> None:
 
 def test_a_tested_judge_stands_beside_its_rate() -> None:
     said = " ".join(glance({**METRICS, "judge": JudgeQuality(0.9, 200, 0.25).as_dict()}))
-    assert "own judge (right on 90.0 % of 200 held-out films)" in said
-    assert "100.0 % of the twins healthy" in said
+    assert "own judge (right on 90.0 % of 200 held-out images)" in said
+    assert "100.0 % of the counterfactuals healthy" in said
     assert "independent" not in said
 
 
-def test_a_run_of_an_untested_judge_says_so_everywhere(films: Path, model: Path, tmp_path: Path) -> None:
-    """The tiny model learned from six films of a class: none was held out."""
+def test_a_run_of_an_untested_judge_says_so_everywhere(images: Path, model: Path, tmp_path: Path) -> None:
+    """The tiny model learned from six images of a class: none was held out."""
 
     def diffva(*words: object):
         return CliRunner().invoke(main, [str(word) for word in words])
 
     out = tmp_path / "run"
-    made = diffva("generate", "--data", films, "--model", model, "--out", out, "--executor", "inline")
+    made = diffva("generate", "--data", images, "--model", model, "--out", out, "--executor", "inline")
     assert made.exit_code == 0
     reduced = diffva("reduce", out, "--executor", "inline")
     assert reduced.exit_code == 0

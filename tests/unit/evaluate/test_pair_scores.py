@@ -1,4 +1,4 @@
-"""Scores of pairs read back from a run: which films are drawn, what is measured on them, and the means of it."""
+"""Scores of pairs read back from a run: which images are drawn, what is measured on them, and the means of it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def test_scores_are_those_of_the_pictures(make_run: MakeRun) -> None:
     images = read_images(run, row)
     lesion = np.zeros((16, 16), bool)
     lesion[4:8, 4:8] = True
-    before, after = judge.probabilities(np.stack([images.film, images.counterfactual]))
+    before, after = judge.probabilities(np.stack([images.image, images.counterfactual]))
     other = 1 if row["label"] == "COVID" else 0
     assert found["collateral"] == pytest.approx(abs(after[other] - before[other]))
     assert found["changed"] == pytest.approx((np.abs(images.signed_map) > 0.05).mean())
     assert found["inside_change"] == pytest.approx(np.abs(images.signed_map)[lesion].mean())
     assert found["outside_change"] == pytest.approx(np.abs(images.signed_map)[~lesion].mean())
-    assert found["gain"] == pytest.approx(row["judge_counterfactual"] - row["judge_source"])
+    assert found["gain"] == pytest.approx(row["judge_counterfactual"] - row["judge_image"])
     assert -1 <= found["cout"] <= 1
     assert found["lpips"] is None
     assert "heart_before" not in found
@@ -57,20 +57,20 @@ def test_without_a_judge_nothing_is_judged(make_run: MakeRun) -> None:
 def test_hearts_are_compared_where_both_are_known() -> None:
     about = {"label": "Normal"}
     values = [(0.4, 0.5), (0.42, 0.5), (0.44, None), (None, None), (0.5, 0.48)]
-    scores = [{**about, "source_path": str(n), "heart_before": a, "heart_after": b} for n, (a, b) in enumerate(values)]
+    scores = [{**about, "image_path": str(n), "heart_before": a, "heart_after": b} for n, (a, b) in enumerate(values)]
     (row,) = heart_rows(scores)
-    assert (row["films"], row["n"]) == (5, 3)
+    assert (row["images"], row["n"]) == (5, 3)
     assert row["change"] == pytest.approx((0.1 + 0.08 - 0.02) / 3)
     assert row["grew"] == pytest.approx(2 / 3)
 
 
 def test_brightness_finds_the_bright_zone(make_run: MakeRun) -> None:
-    """Films of the run have a lesion in the upper third of the patient's right lung: zone A."""
+    """Images of the run have a lesion in the upper third of the patient's right lung: zone A."""
     run = make_run()
     rows = read_records(run).to_dict("records")
-    scores = {row["source_path"]: np.array([3.0, 0, 0, 0, 0, 0]) for row in rows}
+    scores = {row["image_path"]: np.array([3.0, 0, 0, 0, 0, 0]) for row in rows}
     found = {row["map"]: row for row in zone_rows(run, rows, scores)}
     assert found["brightness"]["spearman"] > 0.4  # one zone of six above ties: 0.65 at most
-    assert found["brightness"]["spearman_within_film"] > 0.4
+    assert found["brightness"]["spearman_within_image"] > 0.4
     assert abs(found["absolute"]["spearman"]) < 0.4  # its maps are noise
     assert found["brightness"]["lungs"] == "mask 12"

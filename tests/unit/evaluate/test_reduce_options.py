@@ -28,18 +28,18 @@ from diffva_ray.workflows.generate import generate_run
 
 
 @pytest.fixture(scope="module")
-def swept(tiny, films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two strengths and two draws of six COVID and six Lung_Opacity films."""
+def swept(tiny, images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two strengths and two draws of six COVID and six Lung_Opacity images."""
     out = tmp_path_factory.mktemp("swept") / "run"
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"draws": 2})})
     request = Request(("COVID", "Lung_Opacity"), sweep=(("strength", (0.3, 0.9)),))
-    generate_run(recipe, str(films), str(model), str(out), request, Execution(executor="inline"))
+    generate_run(recipe, str(images), str(model), str(out), request, Execution(executor="inline"))
     return out
 
 
 @pytest.fixture(scope="module")
-def tables(swept: Path, films: Path) -> dict:
-    return reduce_run(open_run(str(swept)), str(films), Options()).metrics
+def tables(swept: Path, images: Path) -> dict:
+    return reduce_run(open_run(str(swept)), str(images), Options()).metrics
 
 
 def test_every_table_of_a_sweep_is_by_setting(swept: Path, tables: dict) -> None:
@@ -47,7 +47,7 @@ def test_every_table_of_a_sweep_is_by_setting(swept: Path, tables: dict) -> None
     records = pd.read_parquet(swept / "records")
     expected = {f"{label} under strength {strength:g}" for strength in (0.3, 0.9) for label in ("COVID", "Lung_Opacity",
                                                                                                "all")}  # fmt: skip
-    for name in ("ssim", "localization", "validity", "twin", "counterfactual"):
+    for name in ("ssim", "localization", "validity", "ground_truth", "counterfactual"):
         assert {row["label"] for row in tables[name]} == expected, name
     for row in tables["ssim"]:
         label, _, strength = row["label"].partition(" under strength ")
@@ -61,25 +61,25 @@ def test_every_table_of_a_sweep_is_by_setting(swept: Path, tables: dict) -> None
 def test_distances_of_a_sweep_are_by_setting_and_of_one_draw(tables: dict) -> None:
     rows = {(row["set1"], row["set2"]): row for row in tables["fid"]}
     for strength in ("0.3", "0.9"):
-        twins = f"COVID (counterfactual) under strength {strength}"
-        assert rows["COVID (source)", twins]["n1"] == 6  # of 24 COVID records
-        assert {"verisimilitude", "direction"} <= rows["Normal (reference)", twins].keys()
+        counterfactuals = f"COVID (counterfactual) under strength {strength}"
+        assert rows["COVID (source)", counterfactuals]["n1"] == 6  # of 24 COVID records
+        assert {"verisimilitude", "direction"} <= rows["Normal (reference)", counterfactuals].keys()
     assert rows["Normal (reference)", "COVID (source)"]["n2"] == 6
-    assert len(rows) == len(tables["fid"])  # the reference against the films once, not once for each setting
+    assert len(rows) == len(tables["fid"])  # the reference against the images once, not once for each setting
     assert any("draw 0" in note for note in tables["notes"])
     within = {(row["set1"], row["set2"]): row for row in tables["fid_within"]}
-    row = within["films", "twins under strength 0.3"]
+    row = within["images", "counterfactuals under strength 0.3"]
     parts = [rows[f"{label} (source)", f"{label} (counterfactual) under strength 0.3"]["value"]
              for label in ("COVID", "Lung_Opacity")]  # fmt: skip
     assert row["within"] == pytest.approx(np.mean(parts))
     assert row["n2"] == 12
-    assert within["films", "twins under every setting"]["n2"] == 24
+    assert within["images", "counterfactuals under every setting"]["n2"] == 24
 
 
-def test_extractors_by_name_have_rows_of_their_own(swept: Path, films: Path, model: Path, tmp_path: Path) -> None:
+def test_extractors_by_name_have_rows_of_their_own(swept: Path, images: Path, model: Path, tmp_path: Path) -> None:
     run = open_run(str(swept))
     options = Options(extractors=("judge", "stand-in"), cache=str(tmp_path))
-    rows = reduce_run(run, str(films), options).metrics["fid"]
+    rows = reduce_run(run, str(images), options).metrics["fid"]
     by_name = {name: [row for row in rows if row["extractor"] == name] for name in ("judge", "stand-in-random-conv-64")}
     assert len(by_name["judge"]) == len(by_name["stand-in-random-conv-64"]) == len(rows) / 2
     assert {(row["resize"], row["is_stand_in"]) for row in by_name["judge"]} == {("clean-64", False)}
@@ -105,9 +105,9 @@ def test_a_wrong_extractor_is_one_line_and_exit_2(extractor: str, said: str, swe
 
 
 @pytest.fixture
-def movable(swept: Path, films: Path, tmp_path: Path) -> tuple[Path, Path]:
+def movable(swept: Path, images: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A copy of the run and of its data set, whose files may be damaged."""
-    run, data = shutil.copytree(swept, tmp_path / "run"), shutil.copytree(films, tmp_path / "data")
+    run, data = shutil.copytree(swept, tmp_path / "run"), shutil.copytree(images, tmp_path / "data")
     about = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**about, "data": str(data), "data_root": str(data)}))
     for computed in (run / "features").glob("judge*"):
@@ -118,12 +118,12 @@ def movable(swept: Path, films: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize(
     ("column", "damage"),
-    [("source_path", b"no image"), ("source_path", None), ("counterfactual_path", b"no image")],
+    [("image_path", b"no image"), ("image_path", None), ("counterfactual_path", b"no image")],
 )
 def test_an_image_that_features_need_is_named(movable: tuple[Path, Path], column: str, damage: bytes | None) -> None:
     run, data = movable
     path = pd.read_parquet(run / "records")[column][3]
-    file = (data if column == "source_path" else run) / path
+    file = (data if column == "image_path" else run) / path
     file.unlink()
     if damage is not None:
         file.write_bytes(damage)
@@ -133,19 +133,25 @@ def test_an_image_that_features_need_is_named(movable: tuple[Path, Path], column
     assert result.stderr.strip().count("\n") == 0
 
 
-def test_films_that_have_gone_since_are_counted(movable: tuple[Path, Path]) -> None:
-    """Means of fewer films must not pass for means of all; with the films back the note goes."""
+def test_images_that_have_gone_since_are_counted(movable: tuple[Path, Path]) -> None:
+    """Means of fewer images must not pass for means of all; with the images back the note goes."""
     run, data = movable
     records = pd.read_parquet(run / "records")
-    films = sorted(set(records["source_path"]))
-    beside = records.set_index("source_path")
-    gone = [films[0], beside.loc[films[1], "lesion_mask_path"].iloc[0], beside.loc[films[2], "twin_path"].iloc[0]]
+    images = sorted(set(records["image_path"]))
+    beside = records.set_index("image_path")
+    gone = [
+        images[0],
+        beside.loc[images[1], "lesion_mask_path"].iloc[0],
+        beside.loc[images[2], "ground_truth_path"].iloc[0],
+    ]
     kept = {path: (data / path).read_bytes() for path in gone}
     (data / gone[0]).unlink()
     (data / gone[1]).write_bytes(b"no image")
     (data / gone[2]).unlink()
-    note = f"3 films, or masks or twins of theirs, cannot be read (first: {data / films[0]}); the rows that need them "
-    assert [text for text in _noted(run, data) if "cannot be read" in text] == [f"{note}leave them out"]
+    note = (
+        f"3 images, or masks or counterfactuals of theirs, cannot be read (first: {data / images[0]}); the rows that "
+    )
+    assert [text for text in _noted(run, data) if "cannot be read" in text] == [f"{note}need them leave them out"]
     for path, content in kept.items():
         (data / path).write_bytes(content)
     assert not [text for text in _noted(run, data) if "cannot be read" in text]
@@ -159,21 +165,21 @@ def _noted(run: Path, data: Path) -> list[str]:
 
 def test_what_the_options_name_is_read_again_when_it_changes(movable: tuple[Path, Path], tmp_path: Path) -> None:
     run, data = movable
-    films = sorted(set(pd.read_parquet(run / "records")["source_path"]))
+    images = sorted(set(pd.read_parquet(run / "records")["image_path"]))
     boxes = tmp_path / "boxes.csv"
     fresh = list[bool]()
-    for seen in (films[:1], films[:1], films[:2]):
-        boxes.write_text("file,x,y,w,h\n" + "".join(f"{film},10,10,20,20\n" for film in seen))
+    for seen in (images[:1], images[:1], images[:2]):
+        boxes.write_text("file,x,y,w,h\n" + "".join(f"{image},10,10,20,20\n" for image in seen))
         fresh.append(reduce_run(open_run(str(run)), str(data), Options(boxes=str(boxes))).fresh)
     assert fresh == [True, False, True]
 
 
-def test_lpips_stands_in_the_table_of_likeness(swept: Path, films: Path, tmp_path: Path) -> None:
+def test_lpips_stands_in_the_table_of_likeness(swept: Path, images: Path, tmp_path: Path) -> None:
     models = pytest.importorskip("torchvision.models")
     pytest.importorskip("lpips")
     torch.manual_seed(0)
     torch.save(models.alexnet(weights=None).state_dict(), tmp_path / "alexnet.pth")
-    metrics = reduce_run(open_run(str(swept)), str(films), Options(lpips=str(tmp_path / "alexnet.pth"))).metrics
+    metrics = reduce_run(open_run(str(swept)), str(images), Options(lpips=str(tmp_path / "alexnet.pth"))).metrics
     rows = {row["label"]: row for row in metrics["ssim"]}
     weak, strong = (rows[f"all under strength {strength}"] for strength in ("0.3", "0.9"))
     assert min(weak["lpips"], strong["lpips"]) > 0
@@ -181,24 +187,24 @@ def test_lpips_stands_in_the_table_of_likeness(swept: Path, films: Path, tmp_pat
     assert weak["lpips_n"] == 24
     assert weak["lpips_interval"][0] < weak["lpips"] < weak["lpips_interval"][1]
     with pytest.raises(UnusableData, match=r"^--lpips-weights: .*nowhere\.pth: expected torchvision's AlexNet"):
-        reduce_run(open_run(str(swept)), str(films), Options(lpips=str(tmp_path / "nowhere.pth")))
+        reduce_run(open_run(str(swept)), str(images), Options(lpips=str(tmp_path / "nowhere.pth")))
 
 
-def zones_csv(path: Path, films: list[str], score: Callable[[int, int], object]) -> Path:
+def zones_csv(path: Path, images: list[str], score: Callable[[int, int], object]) -> Path:
     with path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["file", *(f"{reader}-{zone}" for reader in "SJ" for zone in ZONES)])
-        for n, film in enumerate(films):
-            table.writerow([film, *(score(n, at) for _ in "SJ" for at in range(6))])
+        for n, image in enumerate(images):
+            table.writerow([image, *(score(n, at) for _ in "SJ" for at in range(6))])
     return path
 
 
-def test_brixia_scores_meet_the_maps(swept: Path, films: Path, tmp_path: Path) -> None:
+def test_brixia_scores_meet_the_maps(swept: Path, images: Path, tmp_path: Path) -> None:
     """Lesions of the phantoms themselves as scores: brightness, which shows them, agrees with them."""
     records = pd.read_parquet(swept / "records")
-    paths = sorted(records["source_path"].unique())
+    paths = sorted(records["image_path"].unique())
     scores = zones_csv(tmp_path / "zones.csv", [f"elsewhere/{path}" for path in paths], lambda n, at: (n + at) % 4)
-    metrics = reduce_run(open_run(str(swept)), str(films), Options(brixia=str(scores))).metrics
+    metrics = reduce_run(open_run(str(swept)), str(images), Options(brixia=str(scores))).metrics
     rows = {row["map"]: row for row in metrics["brixia"]}
     assert set(rows) == {f"{name} under strength {strength}" for name in ("positive", "absolute", "brightness")
                          for strength in ("0.3", "0.9")}  # fmt: skip
@@ -206,8 +212,8 @@ def test_brixia_scores_meet_the_maps(swept: Path, films: Path, tmp_path: Path) -
     assert {row["lungs"] for row in rows.values()} == {"mask 24"}
     assert all(-1 <= row["spearman"] <= 1 for row in rows.values())
     other = zones_csv(tmp_path / "other.csv", ["nothing.png"], lambda n, at: 1)
-    with pytest.raises(UnusableData, match="none of its files is a film of the run"):
-        reduce_run(open_run(str(swept)), str(films), Options(brixia=str(other)))
+    with pytest.raises(UnusableData, match="none of its files is an image of the run"):
+        reduce_run(open_run(str(swept)), str(images), Options(brixia=str(other)))
 
 
 def test_zone_scores_are_the_mean_of_the_readers(tmp_path: Path) -> None:
@@ -228,12 +234,12 @@ def test_zone_scores_are_the_mean_of_the_readers(tmp_path: Path) -> None:
         read_sources(str(tmp_path / "nowhere.csv"), [])
 
 
-def test_films_of_one_source_meet_references_of_that_source(swept: Path, films: Path, tmp_path: Path) -> None:
-    names = sorted(str(file.relative_to(films)) for file in films.glob("*/images/*.png"))
+def test_images_of_one_source_meet_references_of_that_source(swept: Path, images: Path, tmp_path: Path) -> None:
+    names = sorted(str(file.relative_to(images)) for file in images.glob("*/images/*.png"))
     path = tmp_path / "sources.csv"
-    children = [name for n, name in enumerate(names) if n % 3]  # four of six films of each class
+    children = [name for n, name in enumerate(names) if n % 3]  # four of six images of each class
     path.write_text("file,source\n" + "".join(f"{name},children\n" for name in children))
-    metrics = reduce_run(open_run(str(swept)), str(films), Options(sources=str(path))).metrics
+    metrics = reduce_run(open_run(str(swept)), str(images), Options(sources=str(path))).metrics
     rows = [row for row in metrics["fid"] if "children" in row["set1"]]
     assert {row["set1"] for row in rows} == {"Normal of children (reference)"}
     assert {row["set2"] for row in rows} == {
@@ -243,9 +249,9 @@ def test_films_of_one_source_meet_references_of_that_source(swept: Path, films: 
     assert {(row["n1"], row["n2"]) for row in rows} == {(4, 4)}
 
 
-def test_external_judges_have_a_table_of_their_own(swept: Path, films: Path, model: Path, tables: dict) -> None:
-    """The model's own judge, asked for by name, says of all films (there are few) what it said when they were made."""
-    metrics = reduce_run(open_run(str(swept)), str(films), Options(judges=(f"judge={model}",))).metrics
+def test_external_judges_have_a_table_of_their_own(swept: Path, images: Path, model: Path, tables: dict) -> None:
+    """The model's own judge, asked for by name, says of all images (there are few) what it said when they were made."""
+    metrics = reduce_run(open_run(str(swept)), str(images), Options(judges=(f"judge={model}",))).metrics
     assert metrics["validity"] == tables["validity"]
     own = {row["label"]: row for row in tables["validity"]}
     assert {row["label"] for row in metrics["external_validity"]} == set(own)
@@ -257,7 +263,7 @@ def test_external_judges_have_a_table_of_their_own(swept: Path, films: Path, mod
     assert (swept / "tables" / "external_validity.md").exists()
 
 
-def test_judges_of_one_name_are_kept_apart(swept: Path, films: Path, model: Path, tmp_path: Path) -> None:
+def test_judges_of_one_name_are_kept_apart(swept: Path, images: Path, model: Path, tmp_path: Path) -> None:
     """The judges of two training seeds lie in folders of one name, as the documentation has it."""
     seeds = [tmp_path / seed / "model" for seed in ("s1", "s2")]
     for n, folder in enumerate(seeds):
@@ -265,8 +271,8 @@ def test_judges_of_one_name_are_kept_apart(swept: Path, films: Path, model: Path
         weights = load_file(folder / "judge/model.safetensors")
         save_file({name: (1 - 2 * n) * tensor for name, tensor in weights.items()}, folder / "judge/model.safetensors")
     run, asked = open_run(str(swept)), tuple(f"judge={folder}" for folder in seeds)
-    alone = [reduce_run(run, str(films), Options(judges=(one,))).metrics["external_validity"] for one in asked]
-    both = reduce_run(run, str(films), Options(judges=asked)).metrics["external_validity"]
+    alone = [reduce_run(run, str(images), Options(judges=(one,))).metrics["external_validity"] for one in asked]
+    both = reduce_run(run, str(images), Options(judges=asked)).metrics["external_validity"]
     assert [{**row, "judge": ""} for row in both] == [{**row, "judge": ""} for row in alone[0] + alone[1]]
     assert alone[0] != alone[1]
     assert len({row["judge"] for row in both}) == 2

@@ -32,7 +32,7 @@ from diffva_ray.generate.run import Run
 from diffva_ray.schema import RECORDS
 
 MakeRun = Callable[..., Run]
-PHANTOM_WARNING = "trained on phantoms and has not learned real films"
+PHANTOM_WARNING = "trained on phantoms and has not learned real images"
 
 PLACE = {
     "n": 10, "auprc": 0.6, "dice_best": 0.7, "iou_best": 0.5, "pointing_game": 1.0, "energy_in_truth": 0.4,
@@ -46,9 +46,10 @@ METRICS: dict[str, Any] = {
         for label in ("COVID", "all") for name, auroc in (("positive", 0.91), ("brightness", 0.642))
     ],
     "validity": [{"label": "all", "n": 9, "flip_rate": 0.875, "called_healthy_before": 0.1, "confidence_gain": -0.2}],
-    "twin": [{"label": "all", "n": 12, "psnr": 30.0, "ssim": 0.9, "psnr_input": None, "lesion_error_ratio": 0.48}],
+    "ground_truth": [{"label": "all", "n": 12, "psnr": 30.0, "ssim": 0.9, "psnr_input": None,
+                      "lesion_error_ratio": 0.48}],
     "ssim": [{"label": "all", "n": 12, "ssim": 0.923, "ssim_sd": 0.01, "ms_ssim": 0.98, "ms_ssim_scales": 3,
-              "psnr": 29.0, "l1": 0.02, "map_energy": 0.01, "preset": "wang", "grid": 16}],
+              "psnr": 29.0, "l1": 0.02, "attribution_energy": 0.01, "preset": "wang", "grid": 16}],
     "fid": [{"set1": "COVID (source)", "set2": "COVID (counterfactual)", "n1": 6, "n2": 6, "value": 0.017,
              "extractor": "stand-in-random-conv-64", "is_stand_in": True, "weights_sha256": "ab" * 32,
              "resize": "antialiased-64", "interval": [0.01, 0.02], "n_matched": {"n": 6, "mean": 0.017, "sd": 0.0},
@@ -216,7 +217,7 @@ def test_quarantined_records_are_listed_with_their_reasons(make_run: MakeRun) ->
     ("trained_on", "data_kind", "warned"),
     [("phantoms", "radiography", True), ("phantoms", "phantoms", False), ("radiography", "radiography", False)],
 )
-def test_a_phantom_model_on_real_films_is_warned_of(
+def test_a_phantom_model_on_real_images_is_warned_of(
     make_run: MakeRun, trained_on: str, data_kind: str, warned: bool
 ) -> None:
     _, page = written(make_run(trained_on=trained_on, data_kind=data_kind))
@@ -259,7 +260,7 @@ def test_an_unreadable_earlier_report_is_no_matter(make_run: MakeRun) -> None:
     assert len(read_earlier(run).pictures) == 12
 
 
-def test_films_that_have_gone_are_counted(make_run: MakeRun) -> None:
+def test_images_that_have_gone_are_counted(make_run: MakeRun) -> None:
     run = make_run()
     for file in (Path(run.about["data_root"]) / "COVID" / "images").iterdir():
         file.unlink()
@@ -284,13 +285,13 @@ def test_boxes_given_to_the_report_are_outlined_and_scored(make_run: MakeRun, tm
         (Path(run.about["data_root"]) / f"COVID/lesions/{name}.png").unlink()
     (tmp_path / "boxes.csv").write_text("file,x,y,w,h\nCOVID/images/00.png,2,2,4,4\n")
     write_report(run, boxes=str(tmp_path / "boxes.csv"))
-    found = {row["source_path"]: row for row in beside(run)[1]}
+    found = {row["image_path"]: row for row in beside(run)[1]}
     boxed, unknown = found["COVID/images/00.png"], found["COVID/images/02.png"]
     assert boxed["lesion"].startswith("M")
     assert 0 <= boxed["auroc"] <= 1
     assert (unknown["lesion"], unknown["auroc"]) == ("", None)
     (tmp_path / "boxes.csv").write_text("file,x,y,w,h\nelsewhere.png,2,2,4,4\n")
-    with pytest.raises(UnusableData, match="none of its files is a film of"):
+    with pytest.raises(UnusableData, match="none of its files is an image of"):
         write_report(run, boxes=str(tmp_path / "boxes.csv"))
 
 
@@ -335,9 +336,9 @@ def test_only_cards_and_tables_that_apply() -> None:
     only = {"ssim": METRICS["ssim"]}
     assert [card.title for card in cards(only, done)] == ["Records", "SSIM, mean"]
     assert [table.key for table in report_tables(only)] == ["ssim"]
-    places = report_tables(METRICS)[0]
-    assert [group.title for group in places.groups] == ["all classes, n = 10", "COVID, n = 10"]
-    assert [cell.text for cell in places.groups[0].rows[0][1] if cell.best][:1] == ["0.910"]
+    localization = report_tables(METRICS)[0]
+    assert [group.title for group in localization.groups] == ["all classes, n = 10", "COVID, n = 10"]
+    assert [cell.text for cell in localization.groups[0].rows[0][1] if cell.best][:1] == ["0.910"]
 
 
 def test_zones_lpips_and_distances_class_by_class_have_their_tables() -> None:
@@ -345,11 +346,11 @@ def test_zones_lpips_and_distances_class_by_class_have_their_tables() -> None:
     metrics = {
         "ssim": [{**METRICS["ssim"][0], "lpips": 0.1234, "lpips_interval": [0.11, 0.14], "lpips_n": 7}],
         "brixia": [
-            {"map": name, "n": 72, "spearman": rank, "spearman_interval": [-0.2, 0.5], "spearman_within_film": None,
+            {"map": name, "n": 72, "spearman": rank, "spearman_interval": [-0.2, 0.5], "spearman_within_image": None,
              "n_within": 0, "lungs": "mask 10, found 2"}
             for name, rank in (("positive under strength 0.4", 0.31), ("brightness", -0.1))
         ],
-        "fid_within": [{"set1": "films", "set2": "twins", "extractor": "stand-in", **set_row}],
+        "fid_within": [{"set1": "images", "set2": "ground_truth", "extractor": "stand-in", **set_row}],
     }  # fmt: skip
     found = {table.key: table for table in report_tables(metrics)}
     assert list(found) == ["brixia", "fid-within", "ssim"]
@@ -368,7 +369,7 @@ def test_zones_lpips_and_distances_class_by_class_have_their_tables() -> None:
     assert [kind for kind, _ in found["brixia"].groups[0].rows] == ["ours", ""]
     assert found["brixia"].groups[0].rows[0][1][0].text.startswith("ours, max(M, 0)")
     assert "mask 10, found 2" in found["brixia"].caption
-    assert texts["fid-within"] == [["films", "twins", "9", "12", "0.045", "0.033"]]
+    assert texts["fid-within"] == [["images", "ground_truth", "9", "12", "0.045", "0.033"]]
     assert "COVID, Lung Opacity" in found["fid-within"].caption
     at = [head for head, _ in found["ssim"].heads].index("LPIPS")
     assert texts["ssim"][0][at : at + 3] == ["0.123", "0.110 to 0.140", "7"]
@@ -377,7 +378,7 @@ def test_zones_lpips_and_distances_class_by_class_have_their_tables() -> None:
 def test_what_the_run_found_in_sentences() -> None:
     assert glance(None) == []
     said = " ".join(glance(METRICS))
-    for part in ("Of 9 films", "87.5 %", "AUROC of 0.910", "brightness alone reaches 0.642", "48.0 %"):
+    for part in ("Of 9 images", "87.5 %", "AUROC of 0.910", "brightness alone reaches 0.642", "48.0 %"):
         assert part in said
     low, high = wilson(0.875, 8)
     assert (round(low, 3), round(high, 3)) == (0.529, 0.978)  # of the binomial with 7 of 8, after Wilson
@@ -387,7 +388,7 @@ def test_what_the_run_found_in_sentences() -> None:
 
 def test_charts_are_of_all_finished_records(make_run: MakeRun) -> None:
     drawn = charts(read_records(make_run(bad={"05.png": "broken"})))
-    assert [chart.key for chart in drawn] == ["ssim", "map_energy", "judge_counterfactual"]
+    assert [chart.key for chart in drawn] == ["ssim", "attribution_energy", "judge_counterfactual"]
     assert [line.n for line in drawn[0].lines] == ["6", "5"]
     for line in drawn[0].lines:
         assert drawn[0].left <= drawn[0].ticks[0][0] <= drawn[0].right
@@ -397,7 +398,7 @@ def test_charts_are_of_all_finished_records(make_run: MakeRun) -> None:
 
 def test_there_is_no_chart_without_its_numbers(make_run: MakeRun) -> None:
     records = read_records(make_run(judged=False))
-    assert [chart.key for chart in charts(records)] == ["ssim", "map_energy"]
+    assert [chart.key for chart in charts(records)] == ["ssim", "attribution_energy"]
     assert charts(records.head(0)) == []
 
 
@@ -405,7 +406,7 @@ def test_every_try_of_a_retried_record_is_told(make_run: MakeRun) -> None:
     run = make_run(bad={"05.png": "truncated PNG"})
     retry = start_retry(run)
     assert retry is not None
-    rows = [{**row, "status": "missing", "error": "the film has gone"} for row in retry.shard_rows(0)]
+    rows = [{**row, "status": "missing", "error": "the image has gone"} for row in retry.shard_rows(0)]
     sink = io.BytesIO()
     pq.write_table(
         pa.Table.from_pylist([{name: row.get(name) for name in RECORDS.names} for row in rows], schema=RECORDS), sink
@@ -418,5 +419,5 @@ def test_every_try_of_a_retried_record_is_told(make_run: MakeRun) -> None:
     told = next(row["attempts"] for row in details if row["attempts"])
     assert [(one["try"], one["status"], one["error"]) for one in told] == [
         ("first", "bad_image", "truncated PNG"),
-        ("retry 1", "missing", "the film has gone"),
+        ("retry 1", "missing", "the image has gone"),
     ]

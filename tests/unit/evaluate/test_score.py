@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from diffva_ray.cli import main
-from diffva_ray.data.dataset import Film, UnusableData
+from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.encoding import encode_map
 from diffva_ray.data.images import BadImage, decode_map
 from diffva_ray.evaluate.external_maps import MapFile, match, on_grid, read_map_values, stem
@@ -31,8 +31,8 @@ def diffva(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def pictures(films: Path) -> list[Path]:
-    return sorted(films.glob("*/images/*.png"))
+def pictures(images: Path) -> list[Path]:
+    return sorted(images.glob("*/images/*.png"))
 
 
 def grey(path: Path) -> np.ndarray:
@@ -40,11 +40,11 @@ def grey(path: Path) -> np.ndarray:
 
 
 @pytest.fixture
-def maps(films: Path, tmp_path: Path) -> Path:
-    """The films themselves as float maps, named like them, in one flat folder."""
+def maps(images: Path, tmp_path: Path) -> Path:
+    """The images themselves as float maps, named like them, in one flat folder."""
     folder = tmp_path / "maps"
     folder.mkdir()
-    for path in pictures(films):
+    for path in pictures(images):
         np.save(folder / f"{path.stem}.npy", grey(path))
     return folder
 
@@ -53,10 +53,10 @@ def named(*keys: str) -> list[MapFile]:
     return [MapFile(f"{key}.png", key) for key in keys]
 
 
-FILMS = [
-    Film("COVID/images/1.png", "COVID"),
-    Film("COVID/images/2.png", "COVID"),
-    Film("Normal/images/1.jpg", "Normal"),
+IMAGES = [
+    LabelledImage("COVID/images/1.png", "COVID"),
+    LabelledImage("COVID/images/2.png", "COVID"),
+    LabelledImage("Normal/images/1.jpg", "Normal"),
 ]
 
 
@@ -66,15 +66,15 @@ FILMS = [
         (["COVID/images/1", "2"], {"COVID/images/1": "COVID/images/1.png", "2": "COVID/images/2.png"}, "path"),
         (["ig/COVID/images/1"], {"ig/COVID/images/1": "COVID/images/1.png"}, "path"),
         (["out/2"], {"out/2": "COVID/images/2.png"}, "name"),
-        (["images/2", "elsewhere/1"], {"images/2": "COVID/images/2.png"}, "path"),  # another film's map, not film 1's
+        (["images/2", "elsewhere/1"], {"images/2": "COVID/images/2.png"}, "path"),  # another image's map, not image 1's
     ],
 )
-def test_maps_find_their_films(keys: list[str], found: dict[str, str], by: str) -> None:
-    matched = match(named(*keys), FILMS, "maps")
-    assert {file.key: film.path for file, film in matched.pairs} == found
+def test_maps_find_their_images(keys: list[str], found: dict[str, str], by: str) -> None:
+    matched = match(named(*keys), IMAGES, "maps")
+    assert {file.key: image.path for file, image in matched.pairs} == found
     assert matched.by == by
-    assert len(matched.maps_without_film) == len(keys) - len(found)
-    assert len(matched.films_without_map) == len(FILMS) - len(found)
+    assert len(matched.maps_without_image) == len(keys) - len(found)
+    assert len(matched.images_without_map) == len(IMAGES) - len(found)
 
 
 @pytest.mark.parametrize(
@@ -87,15 +87,15 @@ def test_maps_find_their_films(keys: list[str], found: dict[str, str], by: str) 
 )
 def test_what_fits_twice_is_refused_and_both_are_named(keys: list[str], both: tuple[str, str]) -> None:
     with pytest.raises(UnusableData) as caught:
-        match(named(*keys), FILMS, "maps")
+        match(named(*keys), IMAGES, "maps")
     assert all(name in str(caught.value) for name in both)
     assert "\n" not in str(caught.value)
 
 
-def test_a_film_of_two_labels_is_one_film() -> None:
-    films = [Film("p/view1.jpg", "Edema"), Film("p/view1.jpg", "Effusion")]
-    matched = match(named("p/view1"), films, "maps")
-    assert [film.label for _, film in matched.pairs] == ["Edema", "Effusion"]
+def test_a_image_of_two_labels_is_one_image() -> None:
+    images = [LabelledImage("p/view1.jpg", "Edema"), LabelledImage("p/view1.jpg", "Effusion")]
+    matched = match(named("p/view1"), images, "maps")
+    assert [image.label for _, image in matched.pairs] == ["Edema", "Effusion"]
 
 
 def test_only_known_extensions_are_cut_off() -> None:
@@ -160,16 +160,16 @@ def test_the_grid_keeps_sign_and_zero() -> None:
     assert on_grid(small, 16) is small
 
 
-def test_the_same_numbers_as_reduce_film_by_film(make_run: MakeRun) -> None:
+def test_the_same_numbers_as_reduce_image_by_image(make_run: MakeRun) -> None:
     run = make_run()
     rows = read_records(run).to_dict("records")
     theirs, _ = score_records(run, rows, {})
-    expected = {(row["source_path"], row["map"]): row for row in theirs}
+    expected = {(row["image_path"], row["map"]): row for row in theirs}
     for address in (run.store.uri, f"{run.store.uri}/maps"):
         scored = score_maps(address, run.about["data"])
-        assert len(scored.films) == len(expected) == 12 * 5
-        for row in scored.films:
-            other = expected[row["source_path"], row["map"]]
+        assert len(scored.images) == len(expected) == 12 * 5
+        for row in scored.images:
+            other = expected[row["image_path"], row["map"]]
             for key in ("auroc", "auprc", "dice_best", "pointing_game", "region"):
                 assert row[key] == other[key]
             np.testing.assert_array_equal(row["dice_curve"], other["dice_curve"])
@@ -177,22 +177,22 @@ def test_the_same_numbers_as_reduce_film_by_film(make_run: MakeRun) -> None:
         assert any("is a run" in note for note in scored.metrics["notes"])
 
 
-def test_a_run_of_other_films_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_run_of_other_images_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     run = make_run()
     for part in (tmp_path / "run" / "records").iterdir():
         table = pq.read_table(part)
-        column = table.schema.get_field_index("source_sha256")
-        pq.write_table(table.set_column(column, "source_sha256", [["0" * 64] * len(table)]), part)
-    with pytest.raises(UnusableData, match="other films"):
+        column = table.schema.get_field_index("image_sha256")
+        pq.write_table(table.set_column(column, "image_sha256", [["0" * 64] * len(table)]), part)
+    with pytest.raises(UnusableData, match="other images"):
         score_maps(run.store.uri, run.about["data"])
     with pytest.raises(UnusableData, match="--smoothing"):
         score_maps(run.store.uri, run.about["data"], ScoreOptions(smoothing=0.1))
 
 
-def test_a_film_as_its_own_map_is_the_brightness_baseline(maps: Path, films: Path) -> None:
-    result = diffva("score", maps, "--data", films, "--json")
+def test_a_image_as_its_own_map_is_the_brightness_baseline(maps: Path, images: Path) -> None:
+    result = diffva("score", maps, "--data", images, "--json")
     assert result.exit_code == 0, result.output
     metrics = json.loads(result.stdout)
     rows = {(row["map"], row["label"]): row for row in metrics["localization"]}
@@ -200,53 +200,53 @@ def test_a_film_as_its_own_map_is_the_brightness_baseline(maps: Path, films: Pat
     assert rows["positive", "all"]["auroc"] == rows["brightness", "all"]["auroc"]
     assert rows["positive", "all"]["n"] == 18
     assert metrics["grid"] == 32
-    assert metrics["maps"] == {"found": 24, "scored": 18, "without_film": 0, "unreadable": 0}
+    assert metrics["maps"] == {"found": 24, "scored": 18, "without_image": 0, "unreadable": 0}
     said = " ".join(metrics["notes"])
     assert "autoencoder difference is a baseline for runs only" in said
-    assert "6 matched films have no known lesion" in said
+    assert "6 matched images have no known lesion" in said
 
 
-def test_numbers_are_those_of_the_metric(maps: Path, films: Path) -> None:
-    film = next((films / "COVID" / "images").iterdir())
-    lesion, lungs = (grey(film.parents[1] / kind / film.name) > 0.5 for kind in ("lesions", "masks"))
-    expected = score(brightness(grey(film)), lesion, lungs | lesion)
+def test_numbers_are_those_of_the_metric(maps: Path, images: Path) -> None:
+    image = next((images / "COVID" / "images").iterdir())
+    lesion, lungs = (grey(image.parents[1] / kind / image.name) > 0.5 for kind in ("lesions", "masks"))
+    expected = score(brightness(grey(image)), lesion, lungs | lesion)
     assert expected is not None
-    rows = score_maps(str(maps), str(films)).films
-    row = next(row for row in rows if row["map"] == "positive" and row["source_path"].endswith(film.name))
+    rows = score_maps(str(maps), str(images)).images
+    row = next(row for row in rows if row["map"] == "positive" and row["image_path"].endswith(image.name))
     assert row["auroc"] == expected.auroc
     assert row["region"] == "lungs or lesion"
 
 
-def test_signs_are_stated_and_can_be_chosen(maps: Path, films: Path) -> None:
+def test_signs_are_stated_and_can_be_chosen(maps: Path, images: Path) -> None:
     for path in maps.iterdir():
         np.save(path, np.load(path) - 0.5)
-    both = score_maps(str(maps), str(films))
-    assert {"positive", "absolute"} <= {row["map"] for row in both.films}
+    both = score_maps(str(maps), str(images))
+    assert {"positive", "absolute"} <= {row["map"] for row in both.images}
     assert any("some values are negative" in note for note in both.metrics["notes"])
-    alone = score_maps(str(maps), str(films), ScoreOptions(signed=False))
-    assert "absolute" not in {row["map"] for row in alone.films}
+    alone = score_maps(str(maps), str(images), ScoreOptions(signed=False))
+    assert "absolute" not in {row["map"] for row in alone.images}
     for path in maps.iterdir():
         np.save(path, -np.abs(np.load(path)))
-    assert any("is their sign turned" in note for note in score_maps(str(maps), str(films)).metrics["notes"])
+    assert any("is their sign turned" in note for note in score_maps(str(maps), str(images)).metrics["notes"])
 
 
-def test_nothing_is_left_out_without_a_word(maps: Path, films: Path) -> None:
+def test_nothing_is_left_out_without_a_word(maps: Path, images: Path) -> None:
     ill = sorted(maps.glob("COVID*"))
     ill[0].write_bytes(b"torn")
     ill[1].unlink()
     np.save(maps / "stranger.npy", np.zeros((32, 32)))
     np.save(ill[2], np.zeros((7, 7)))
     (maps / "readme.txt").write_text("how these were made")
-    metrics = score_maps(str(maps), str(films)).metrics
-    assert metrics["maps"] == {"found": 24, "scored": 16, "without_film": 1, "unreadable": 1}
-    assert metrics["films"]["with_lesion_truth_without_map"] == 1
+    metrics = score_maps(str(maps), str(images)).metrics
+    assert metrics["maps"] == {"found": 24, "scored": 16, "without_image": 1, "unreadable": 1}
+    assert metrics["images"]["with_lesion_truth_without_map"] == 1
     said = " | ".join(metrics["notes"])
     for part in (
-        "1 maps fit no film",
+        "1 maps fit no image",
         "stranger.npy",
         "1 maps cannot be read",
         ill[0].name,
-        "1 films have no map",
+        "1 images have no map",
         "1 maps had another size",
         "1 files of the folder are no maps",
         "1 maps have no positive value",
@@ -254,77 +254,77 @@ def test_nothing_is_left_out_without_a_word(maps: Path, films: Path) -> None:
         assert part in said, part
 
 
-def test_the_encoding_of_sixteen_bit_maps_is_said(films: Path, tmp_path: Path) -> None:
+def test_the_encoding_of_sixteen_bit_maps_is_said(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "maps"
     folder.mkdir()
-    for path in pictures(films):
+    for path in pictures(images):
         (folder / path.name).write_bytes(encode_map(np.where(grey(path) > 0.8, 0.1, 0)))
-    guessed = score_maps(str(folder), str(films))
+    guessed = score_maps(str(folder), str(images))
     assert any("read as unsigned" in note and "mostly mid-grey" in note for note in guessed.metrics["notes"])
-    told = score_maps(str(folder), str(films), ScoreOptions(encoding="signed16"))
+    told = score_maps(str(folder), str(images), ScoreOptions(encoding="signed16"))
     assert any("level 32768 is zero" in note for note in told.metrics["notes"])
 
 
-def test_small_maps_and_oblong_ones_are_brought_to_the_default_grid(films: Path, tmp_path: Path) -> None:
+def test_small_maps_and_oblong_ones_are_brought_to_the_default_grid(images: Path, tmp_path: Path) -> None:
     for name, shape in (("cam", (7, 7)), ("oblong", (40, 64))):
-        for path in pictures(films):
+        for path in pictures(images):
             (tmp_path / name).mkdir(exist_ok=True)
             np.save(tmp_path / name / f"{path.stem}.npy", on_grid(grey(path), 64)[: shape[0], : shape[1]])
-        assert score_maps(str(tmp_path / name), str(films), ScoreOptions(size=None)).metrics["grid"] == 256
-        assert score_maps(str(tmp_path / name), str(films), ScoreOptions(size=48)).metrics["grid"] == 48
+        assert score_maps(str(tmp_path / name), str(images), ScoreOptions(size=None)).metrics["grid"] == 256
+        assert score_maps(str(tmp_path / name), str(images), ScoreOptions(size=48)).metrics["grid"] == 48
 
 
-def test_smoothing_is_given_to_maps_and_baselines_alike(maps: Path, films: Path) -> None:
-    rows = score_maps(str(maps), str(films), ScoreOptions(smoothing=0.05)).metrics["localization"]
+def test_smoothing_is_given_to_maps_and_baselines_alike(maps: Path, images: Path) -> None:
+    rows = score_maps(str(maps), str(images), ScoreOptions(smoothing=0.05)).metrics["localization"]
     found = {row["map"]: row["auroc"] for row in rows if row["label"] == "all"}
-    plain = score_maps(str(maps), str(films)).metrics["localization"]
+    plain = score_maps(str(maps), str(images)).metrics["localization"]
     assert found["positive"] == found["brightness"]
     assert found["positive"] != next(row["auroc"] for row in plain if row["label"] == "all")
 
 
-def test_tables_are_written_and_their_thresholds_taken_over(maps: Path, films: Path, tmp_path: Path) -> None:
+def test_tables_are_written_and_their_thresholds_taken_over(maps: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores"
-    result = diffva("score", maps, "--data", films, "--out", out)
+    result = diffva("score", maps, "--data", images, "--out", out)
     assert result.exit_code == 0, result.output
     assert "Localisation of the lesion (region: lungs or lesion; grid 32 px; not smoothed)" in result.output
-    for name in ("scores.csv", "scores.md", "scores.tex", "scores.json", "films.csv", "metrics.json"):
+    for name in ("scores.csv", "scores.md", "scores.tex", "scores.json", "images.csv", "metrics.json"):
         assert (out / "tables" / name).stat().st_size > 50
     for source in (out, out / "tables" / "thresholds.json"):
-        again = json.loads(diffva("score", maps, "--data", films, "--threshold-from", source, "--json").stdout)
+        again = json.loads(diffva("score", maps, "--data", images, "--threshold-from", source, "--json").stdout)
         assert all(0 < row["dice_fixed"] <= row["dice_best"] + 1e-6 for row in again["localization"])
         assert again["localization"][0]["threshold_from"] == source.name
 
 
-def test_boxes_stand_in_for_masks(films: Path, maps: Path, tmp_path: Path) -> None:
-    bare = tmp_path / "films"
-    shutil.copytree(films, bare, ignore=shutil.ignore_patterns("lesions", "masks"))
-    film = next((bare / "COVID" / "images").iterdir())
-    (tmp_path / "boxes.csv").write_text(f"file,x,y,w,h\n{film.name},4,4,10,10\n")
+def test_boxes_stand_in_for_masks(images: Path, maps: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "images"
+    shutil.copytree(images, bare, ignore=shutil.ignore_patterns("lesions", "masks"))
+    image = next((bare / "COVID" / "images").iterdir())
+    (tmp_path / "boxes.csv").write_text(f"file,x,y,w,h\n{image.name},4,4,10,10\n")
     scored = score_maps(str(maps), str(bare), ScoreOptions(boxes=str(tmp_path / "boxes.csv")))
-    assert {row["region"] for row in scored.films} == {"film"}
-    assert scored.metrics["films"]["scored"] == 1
+    assert {row["region"] for row in scored.images} == {"image"}
+    assert scored.metrics["images"]["scored"] == 1
 
 
-def test_wrong_usage_is_exit_2_and_one_line(maps: Path, films: Path, tmp_path: Path, make_run: MakeRun) -> None:
+def test_wrong_usage_is_exit_2_and_one_line(maps: Path, images: Path, tmp_path: Path, make_run: MakeRun) -> None:
     run = make_run()
     (tmp_path / "strangers").mkdir()
     np.save(tmp_path / "strangers" / "x.npy", np.zeros((4, 4)))
     (tmp_path / "wrong.json").write_text("[1]")
     (tmp_path / "far.json").write_text('{"positive": 40}')
     bare = tmp_path / "bare"
-    shutil.copytree(films, bare, ignore=shutil.ignore_patterns("lesions"))
+    shutil.copytree(images, bare, ignore=shutil.ignore_patterns("lesions"))
     for arguments, part in (
-        ((tmp_path / "nowhere", "--data", films), "no maps there"),
-        ((tmp_path / "strangers", "--data", films), "none of its 1 maps"),
+        ((tmp_path / "nowhere", "--data", images), "no maps there"),
+        ((tmp_path / "strangers", "--data", images), "none of its 1 maps"),
         ((maps, "--data", tmp_path / "nowhere"), "nowhere"),
         ((maps, "--data", bare), "a lesion to find"),
-        ((maps, "--data", films, "--threshold-from", tmp_path), "no thresholds"),
-        ((maps, "--data", films, "--threshold-from", tmp_path / "no.json"), "no.json"),
-        ((maps, "--data", films, "--threshold-from", tmp_path / "wrong.json"), "wrong.json"),
-        ((maps, "--data", films, "--threshold-from", tmp_path / "far.json"), "far.json"),
-        ((maps, "--data", films, "--boxes", tmp_path / "no.csv"), "no.csv"),
-        ((maps, "--data", films, "--out", run.store.uri), "a run"),
-        (("gopher://hole", "--data", films), "gopher"),
+        ((maps, "--data", images, "--threshold-from", tmp_path), "no thresholds"),
+        ((maps, "--data", images, "--threshold-from", tmp_path / "no.json"), "no.json"),
+        ((maps, "--data", images, "--threshold-from", tmp_path / "wrong.json"), "wrong.json"),
+        ((maps, "--data", images, "--threshold-from", tmp_path / "far.json"), "far.json"),
+        ((maps, "--data", images, "--boxes", tmp_path / "no.csv"), "no.csv"),
+        ((maps, "--data", images, "--out", run.store.uri), "a run"),
+        (("gopher://hole", "--data", images), "gopher"),
     ):
         result = diffva("score", *arguments)
         assert (result.exit_code, part in result.stderr) == (2, True), (arguments, result.output, result.exception)

@@ -1,4 +1,4 @@
-"""A run over a thousand damaged films ends properly: a row and a reason each, bounded memory, good films as ever."""
+"""A run over a thousand damaged images ends properly: a row and a reason each, bounded memory, good images as ever."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from PIL import Image, ImageFile
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.data import images
 from diffva_ray.data.images import MAX_PIXELS, BadImage, decode, decode_square, to_square
-from diffva_ray.data.memory_limit import Admission
+from diffva_ray.data.memory_limit import MemoryLimit
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.generate.run import Run, find_run
@@ -33,9 +33,9 @@ from diffva_ray.schema import Status
 from diffva_ray.storage.store import LocalStore
 
 DAMAGED = 1000
-SECONDS = 300  # for all three runs together; they take about 25, and one film that hangs takes for ever
-MEGABYTES = 1500  # more than the good films need. Measured: 730; 3500 when a file's size was not looked at
-# Large shards, so that large films meet; one step, as the pixels need not be good ones.
+SECONDS = 300  # for all three runs together; they take about 25, and one image that hangs takes for ever
+MEGABYTES = 1500  # more than the good images need. Measured: 730; 3500 when a file's size was not looked at
+# Large shards, so that large images meet; one step, as the pixels need not be good ones.
 QUICK = {
     "shard_size": 256, "micro_batch": 64, "method": "sdedit", "source_prompt": "", "num_inference_steps": 2,
     "strength": 0.5,
@@ -50,7 +50,7 @@ def peak():
         return next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM:"))
 """
 
-# In a process of its own: its peak of memory is its own, and a film that hangs can be stopped.
+# In a process of its own: its peak of memory is its own, and an image that hangs can be stopped.
 CHILD = (
     PEAK
     + """
@@ -68,16 +68,16 @@ print(json.dumps(peaks))
 """
 )
 
-# Eight threads with a film of 36 megapixels each, two of which fit.
+# Eight threads with an image of 36 megapixels each, two of which fit.
 CROWD = (
     PEAK
     + """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from diffva_ray.data.images import decode_square
-film = sys.stdin.buffer.read()
+image = sys.stdin.buffer.read()
 with ThreadPoolExecutor(8) as pool:
-    squares = list(pool.map(lambda _: decode_square(film, 32), range(8)))
+    squares = list(pool.map(lambda _: decode_square(image, 32), range(8)))
 print(peak())
 """
 )
@@ -107,21 +107,21 @@ def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def finished(tiny: Recipe, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Three runs of one process: good films; the same among damaged ones; a manifest that names what is no file."""
+    """Three runs of one process: good images; the same among damaged ones; a manifest that names what is no file."""
     top = tmp_path_factory.mktemp("bad-input")
     phantoms = [file for _, file in _phantoms(top / "phantoms")]
-    for number, film in enumerate(phantoms):
-        for data in ("good", "films"):
+    for number, image in enumerate(phantoms):
+        for data in ("good", "images"):
             path = top / "data" / data / CLASSES[number % 4] / f"good-{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(film)
-    kinds = write_damaged(top / "data" / "films", DAMAGED, 0, phantoms)
+            path.write_bytes(image)
+    kinds = write_damaged(top / "data" / "images", DAMAGED, 0, phantoms)
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update=QUICK)})
     _manifest(top / "data" / "odd", phantoms)
     (top / "runs").mkdir()
     (top / "cwd").mkdir()
     listed, before = set(os.listdir(top)), snapshot(top / "data")
-    runs = [("good", "good"), ("films", "damaged"), ("odd/list.csv", "manifest")]
+    runs = [("good", "good"), ("images", "damaged"), ("odd/list.csv", "manifest")]
     jobs = [(str(top / "data" / data), str(top / "runs" / out)) for data, out in runs]
     done = subprocess.run(
         [sys.executable, "-W", "default", "-c", CHILD],
@@ -164,7 +164,7 @@ def _manifest(folder: Path, phantoms: list[bytes]) -> None:
 
 
 def rows(run: Run) -> pd.DataFrame:
-    return read_records(run).set_index("source_path")
+    return read_records(run).set_index("image_path")
 
 
 def test_every_planned_record_ends_in_one_row_with_a_reason(finished: Finished) -> None:
@@ -194,11 +194,11 @@ def test_every_kind_of_damage_ends_as_it_must(finished: Finished) -> None:
     assert len(ended) > 0.95 * len(finished.kinds)
 
 
-def test_good_films_among_them_keep_every_pixel(finished: Finished) -> None:
+def test_good_images_among_them_keep_every_pixel(finished: Finished) -> None:
     alone, among = rows(finished.good), rows(finished.damaged)
     assert len(alone) == 16
     assert set(alone["status"]) == {"ok"}
-    for digest in ("pixel_sha256", "map_sha256", "reconstruction_sha256", "source_sha256", "record_id"):
+    for digest in ("counterfactual_sha256", "attribution_sha256", "reconstruction_sha256", "image_sha256", "record_id"):
         assert among.loc[alone.index, digest].equals(alone[digest]), digest
 
 
@@ -237,7 +237,7 @@ def test_eight_threads_do_not_need_eight_times_the_memory() -> None:
 
 
 def test_pixels_in_flight_are_bounded_and_nobody_waits_for_ever() -> None:
-    admission, lock = Admission(100), threading.Lock()
+    admission, lock = MemoryLimit(100), threading.Lock()
     now, most, passed = 0, 0, []
 
     def work(units: int) -> None:
@@ -264,10 +264,10 @@ def test_pixels_in_flight_are_bounded_and_nobody_waits_for_ever() -> None:
         pass
 
 
-def test_a_large_film_is_squared_while_it_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_image_is_squared_while_it_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     flights = []
 
-    class Watched(Admission):
+    class Watched(MemoryLimit):
         def __call__(self, units: int):
             flights.append(units)
             return super().__call__(units)
@@ -275,11 +275,13 @@ def test_a_large_film_is_squared_while_it_is_in_flight(monkeypatch: pytest.Monke
     admission = Watched(MAX_PIXELS)
     monkeypatch.setattr(images, "IN_FLIGHT", admission)
     taken = []
-    monkeypatch.setattr(images, "to_square", lambda film, size: taken.append(admission._taken) or to_square(film, size))
-    film = halves(300, 200)
-    square, shape = decode_square(film, 32)
+    monkeypatch.setattr(
+        images, "to_square", lambda image, size: taken.append(admission._taken) or to_square(image, size)
+    )
+    image = halves(300, 200)
+    square, shape = decode_square(image, 32)
     assert shape == (200, 300)
-    assert np.array_equal(square, to_square(decode(film), 32))
+    assert np.array_equal(square, to_square(decode(image), 32))
     assert taken == [60_000]
     assert flights == [60_000, 60_000]
     assert admission._taken == 0

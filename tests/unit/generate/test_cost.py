@@ -17,7 +17,7 @@ from diffva_ray.cli import main
 from diffva_ray.config.generation import AccelerationConfig
 from diffva_ray.config.methods import METHODS
 from diffva_ray.config.recipe import GUESS, Recipe, Scheduler, load_recipe
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.counterfactual.guidance_difference import CALLS
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.phantoms import phantom
@@ -38,11 +38,11 @@ SETTINGS = [  # strength, steps, guidance scale, source prompt
 
 
 @pytest.fixture(scope="module")
-def engine(complete: Callable[[], Bundle]) -> Counterfactuals:
-    return Counterfactuals(complete(), device="cpu")
+def engine(complete: Callable[[], Bundle]) -> CounterfactualEngine:
+    return CounterfactualEngine(complete(), device="cpu")
 
 
-def test_a_derived_mask_has_its_price(engine: Counterfactuals) -> None:
+def test_a_derived_mask_has_its_price(engine: CounterfactualEngine) -> None:
     settings = {**engine.config.model_dump(), "method": "masked", "scheduler": "ddim"}
     derived = {**settings, "masked": {**settings["masked"], "source": "derived"}}
     assert calls(derived, 4).unet - calls(settings, 4).unet == CALLS
@@ -57,15 +57,17 @@ def test_a_method_that_reads_no_prompt_runs_with_any_sampler_but_does_not_guess(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_calls_are_those_that_happen(method: str, engine: Counterfactuals, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call is one film through one network: films count, not batches."""
-    bundle, film = engine.bundle, phantom("COVID", 1, size=32).film
+def test_calls_are_those_that_happen(
+    method: str, engine: CounterfactualEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call is one image through one network: images count, not batches."""
+    bundle, image = engine.bundle, phantom("COVID", 1, size=32).image
     made = {"unet": 0, "encode": 0, "decode": 0, "controlnet": 0}
 
     def counting(name, forward):
-        def counted(films, *arguments, **options):
-            made[name] += len(films)
-            return forward(films, *arguments, **options)
+        def counted(images, *arguments, **options):
+            made[name] += len(images)
+            return forward(images, *arguments, **options)
 
         return counted
 
@@ -87,7 +89,7 @@ def test_calls_are_those_that_happen(method: str, engine: Counterfactuals, monke
             except PlanError:
                 continue
             made.update(dict.fromkeys(made, 0))
-            engine([film], [replace(engine.settings(), **settings)], seeds=[1])
+            engine([image], [replace(engine.settings(), **settings)], seeds=[1])
             expected = calls({**config.model_dump(), **settings}, len(bundle.recipe.data.prompts))
             assert made == expected._asdict(), settings
             seen += 1
@@ -99,7 +101,7 @@ def test_calls_are_those_that_happen(method: str, engine: Counterfactuals, monke
     "shortcuts", [{"guidance_start": 0.3}, {"guidance_start": 0.2, "guidance_end": 0.7}, {"deep_features_every": 3}]
 )
 def test_shortcuts_are_counted(
-    method: str, shortcuts: dict, engine: Counterfactuals, monkeypatch: pytest.MonkeyPatch
+    method: str, shortcuts: dict, engine: CounterfactualEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     acceleration = AccelerationConfig(**shortcuts)
     changes = {"source_prompt": "", "micro_batch": 1, "acceleration": acceleration, "scheduler": "ddim"}
@@ -108,7 +110,7 @@ def test_shortcuts_are_counted(
     made: list[int] = []
     watch = engine.bundle.unet.register_forward_pre_hook(lambda _, args: made.append(len(args[0])))
     settings = {"method": method, "strength": 0.8, "num_inference_steps": 10, "guidance_scale": 3.0}
-    engine([phantom("COVID", 1, size=32).film], [replace(engine.settings(), scheduler="ddim", **settings)], seeds=[1])
+    engine([phantom("COVID", 1, size=32).image], [replace(engine.settings(), scheduler="ddim", **settings)], seeds=[1])
     watch.remove()
     assert sum(made) == calls({**config.model_dump(), **settings}, 4).unet
 
@@ -135,13 +137,13 @@ def test_operations_are_as_torch_counts_them() -> None:
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         )  # fmt: skip
         controlnet = ControlNetModel.from_unet(unet)
-        latents, film = torch.zeros(1, 4, 64, 64), torch.zeros(1, 3, 512, 512)
+        latents, image = torch.zeros(1, 4, 64, 64), torch.zeros(1, 3, 512, 512)
         counted = []
         for forward in (
             lambda: unet(latents, torch.tensor(1), torch.zeros(1, 77, 768)),
-            lambda: vae.encode(film),
+            lambda: vae.encode(image),
             lambda: vae.decode(latents),
-            lambda: controlnet(latents, torch.tensor(1), torch.zeros(1, 77, 768), film),
+            lambda: controlnet(latents, torch.tensor(1), torch.zeros(1, 77, 768), image),
         ):
             with FlopCounterMode(display=False) as counter:
                 forward()
@@ -168,10 +170,10 @@ def test_the_table_of_the_operations_page() -> None:
 
 
 def test_a_dry_run_tells_the_cost_and_what_is_left_of_it(
-    tiny: Recipe, films: Path, model: Path, tmp_path: Path
+    tiny: Recipe, images: Path, model: Path, tmp_path: Path
 ) -> None:
     def shown(out: Path, *more: str) -> dict:
-        command = ["generate", "--data", films, "--model", model, "--out", out, "--dry-run", *more]
+        command = ["generate", "--data", images, "--model", model, "--out", out, "--dry-run", *more]
         result = CliRunner().invoke(main, list(map(str, command)))
         assert result.exit_code == 0, result.output
         return json.loads(result.output)["cost"]
@@ -181,7 +183,7 @@ def test_a_dry_run_tells_the_cost_and_what_is_left_of_it(
     assert (fresh["unet_forwards_per_record"], fresh["unet_forwards"]) == (each, 18 * each)
     assert not any("hours" in key for key in fresh), "nothing is known of hours yet"
 
-    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), Request(), Execution(executor="inline"))
+    generate_run(tiny, str(images), str(model), str(tmp_path / "run"), Request(), Execution(executor="inline"))
     assert shown(tmp_path / "run")["unet_forwards"] == 0
     (tmp_path / "run" / "records" / "part-00001.parquet").unlink()
     left = shown(tmp_path / "run")
@@ -190,8 +192,8 @@ def test_a_dry_run_tells_the_cost_and_what_is_left_of_it(
     assert 0 < left["estimated_cpu_hours"] * 3600 < sum(seconds)
 
 
-def test_a_given_pace_tells_hours(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
-    command = ["generate", "--data", films, "--model", model, "--out", tmp_path / "run", "--images-per-second", 4]
+def test_a_given_pace_tells_hours(tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
+    command = ["generate", "--data", images, "--model", model, "--out", tmp_path / "run", "--images-per-second", 4]
     words = list(map(str, [*command, "--dry-run", "--actors", 2, "--gpus-per-actor", 0.5]))
     shown = json.loads(CliRunner().invoke(main, words).output)["cost"]
     assert shown["estimated_gpu_hours"] == pytest.approx(18 / 4 / 3600 * 0.5)
@@ -201,18 +203,18 @@ def test_a_given_pace_tells_hours(tiny: Recipe, films: Path, model: Path, tmp_pa
     assert "--dry-run" in refused.output
 
 
-def test_a_probe_measures_this_machine(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
-    """It heals for real, and what it says of storage is what a run then stores, but for chance of films."""
-    words = ["generate", "--data", films, "--model", model, "--out", tmp_path / "run", "--dry-run", "--probe"]
+def test_a_probe_measures_this_machine(tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
+    """It generates for real, and what it says of storage is what a run then stores, but for chance of images."""
+    words = ["generate", "--data", images, "--model", model, "--out", tmp_path / "run", "--dry-run", "--probe"]
     result = CliRunner().invoke(main, list(map(str, words)))
     shown = json.loads(result.stdout)["cost"]
     assert shown["estimated_cpu_hours"] > 0
-    by_size = shown["films_per_second_by_micro_batch"]
+    by_size = shown["images_per_second_by_micro_batch"]
     assert list(by_size)[:2] == ["1", "2"]
     assert all(rate > 0 for rate in by_size.values())
     assert not (tmp_path / "run").exists()
-    generate_run(tiny, str(films), str(model), str(tmp_path / "run"), Request(), Execution(executor="inline"))
-    kinds = ("counterfactuals", "maps", "reconstructions")
+    generate_run(tiny, str(images), str(model), str(tmp_path / "run"), Request(), Execution(executor="inline"))
+    kinds = ("counterfactuals", "attributions", "reconstructions")
     stored = sum(file.stat().st_size for kind in kinds for file in (tmp_path / "run" / kind).rglob("*.png"))
     assert shown["estimated_gigabytes"] * 1e9 == pytest.approx(stored + 18 * ROW_BYTES, rel=0.1)
     assert shown["estimated_gigabytes"] < shown["gigabytes_at_most"]
@@ -221,25 +223,25 @@ def test_a_probe_measures_this_machine(tiny: Recipe, films: Path, model: Path, t
 def test_micro_batches_stop_where_the_device_has_no_room(
     tiny: Recipe, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Counterfactuals.__call__
+    whole = CounterfactualEngine.__call__
 
-    def small(engine: Counterfactuals, films: list, *rest: object) -> object:
-        if len(films) > 2:
+    def small(engine: CounterfactualEngine, images: list, *rest: object) -> object:
+        if len(images) > 2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         time.sleep(0.2)  # a batch of two takes as long as one
-        return whole(engine, films, *rest)
+        return whole(engine, images, *rest)
 
-    monkeypatch.setattr(Counterfactuals, "__call__", small)
+    monkeypatch.setattr(CounterfactualEngine, "__call__", small)
     assert list(micro_batches(tiny, str(model))) == [1, 2]
 
 
-def test_a_probe_of_a_sweep_speaks_of_all_its_settings(films: Path, model: Path, tiny: Recipe) -> None:
-    """Where there is nothing to heal, that is said."""
+def test_a_probe_of_a_sweep_speaks_of_all_its_settings(images: Path, model: Path, tiny: Recipe) -> None:
+    """Where there is nothing to generate, that is said."""
     short, both = (
-        probe(tiny, str(films), str(model), Request(sweep=(("num_inference_steps", steps),))).seconds
+        probe(tiny, str(images), str(model), Request(sweep=(("num_inference_steps", steps),))).seconds
         for steps in ((4,), (4, 400))
     )
     assert both > 3 * short, "counted: 11 times the forwards"
     nothing = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"min_side": 5000})})
-    with pytest.raises(UnusableData, match="--probe: none of the first films"):
-        probe(nothing, str(films), str(model), Request())
+    with pytest.raises(UnusableData, match="--probe: none of the first images"):
+        probe(nothing, str(images), str(model), Request())

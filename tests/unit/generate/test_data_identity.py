@@ -35,20 +35,20 @@ def rows(out: Path) -> pd.DataFrame:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+def undisturbed(images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert generate(films, model, out).exit_code == 0
+    assert generate(images, model, out).exit_code == 0
     return rows(out)
 
 
 @pytest.fixture
-def interrupted(films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+def interrupted(images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """A data set and a run of it, stopped after one shard."""
     data, out = tmp_path / "data", tmp_path / "run"
-    shutil.copytree(films, data)
+    shutil.copytree(images, data)
     whole = shard.run_shard
 
-    def stop(bench: shard.Workbench, number: int) -> dict:
+    def stop(bench: shard.WorkerContext, number: int) -> dict:
         if number == 1:
             raise KeyboardInterrupt
         return whole(bench, number)
@@ -76,9 +76,9 @@ def test_another_data_set_of_the_same_names_is_refused(
     assert rows(out).equals(undisturbed)
 
 
-def as_bitmaps(films: Path, out: Path) -> Path:
+def as_bitmaps(images: Path, out: Path) -> Path:
     """The phantoms as BMP, all of one size in bytes."""
-    for file in films.glob("*/images/*.png"):
+    for file in images.glob("*/images/*.png"):
         target = out / file.parts[-3] / "images" / f"{file.stem}.bmp"
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.open(file).save(target)
@@ -87,11 +87,11 @@ def as_bitmaps(films: Path, out: Path) -> Path:
 
 @pytest.mark.parametrize("moved", [True, False])
 def test_files_of_equal_size_are_told_apart_by_content(
-    films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool
+    images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool
 ) -> None:
-    data, out = as_bitmaps(films, tmp_path / "data"), tmp_path / "run"
+    data, out = as_bitmaps(images, tmp_path / "data"), tmp_path / "run"
 
-    def stop(bench: shard.Workbench, number: int) -> dict:
+    def stop(bench: shard.WorkerContext, number: int) -> dict:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -129,7 +129,7 @@ def test_a_lost_mount_writes_no_row_and_the_same_command_goes_on(
     monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
     whole, gone = shard.run_shard, tmp_path / "gone"
 
-    def unmounted(bench: shard.Workbench, number: int) -> dict:
+    def unmounted(bench: shard.WorkerContext, number: int) -> dict:
         if number == 2:
             data.rename(gone)
             data.mkdir()
@@ -163,7 +163,7 @@ def test_a_mount_that_came_back_in_the_middle_of_a_shard(
             raise FileNotFoundError(path)
         return read(store, path)
 
-    def later(bench: shard.Workbench, number: int) -> dict:
+    def later(bench: shard.WorkerContext, number: int) -> dict:
         monkeypatch.setattr(LocalStore, "read", flickering)
         return whole(bench, number)
 
@@ -179,19 +179,19 @@ def test_single_images_that_are_gone_are_rows(
 ) -> None:
     data, out = interrupted
     pending = undisturbed[~undisturbed["record_id"].isin(rows(out)["record_id"])]
-    lost = pending["source_path"].iloc[0]
+    lost = pending["image_path"].iloc[0]
     (data / lost).unlink()
     ended = generate(data, model, out, "--set", "evaluate.max_quarantined_fraction=0.5")
     assert ended.exit_code == 4, ended.output  # the run's own budget, as it was planned
-    statuses = rows(out).set_index("source_path")["status"]
+    statuses = rows(out).set_index("image_path")["status"]
     assert statuses[lost] == "missing"
     assert (statuses.drop(lost) == "ok").all()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 @pytest.mark.parametrize("mode", [0o000, 0o444], ids=["unlisted", "listed and not entered"])
-def test_a_class_that_may_not_be_read_does_not_vanish(films: Path, tmp_path: Path, mode: int) -> None:
-    data = shutil.copytree(films, tmp_path / "data")
+def test_a_class_that_may_not_be_read_does_not_vanish(images: Path, tmp_path: Path, mode: int) -> None:
+    data = shutil.copytree(images, tmp_path / "data")
     assert diffva("inspect", data).exit_code == 0  # everything is imported
     for folder in [*tmp_path.parents][:-2]:
         folder.chmod(folder.stat().st_mode | 0o055)

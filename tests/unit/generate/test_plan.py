@@ -1,4 +1,4 @@
-"""The plan: everything is decided before the first film is read, and nothing about it may drift."""
+"""The plan: everything is decided before the first image is read, and nothing about it may drift."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from diffva_ray.storage.store import LocalStore
 
 
 @pytest.fixture
-def dataset(films: Path):
-    return open_dataset(films, classes=["COVID", "Lung_Opacity"])
+def dataset(images: Path):
+    return open_dataset(images, classes=["COVID", "Lung_Opacity"])
 
 
-def test_every_film_once_in_even_shards(dataset, tiny: Recipe) -> None:
+def test_every_image_once_in_even_shards(dataset, tiny: Recipe) -> None:
     rows = make_plan(dataset, tiny, Request()).to_pylist()
-    assert sorted(row["source_path"] for row in rows) == [film.path for film in dataset.films]
+    assert sorted(row["image_path"] for row in rows) == [image.path for image in dataset.images]
     assert [(row["shard"], row["position"]) for row in rows] == [(n // 6, n % 6) for n in range(12)]
     assert {row["label"] for row in rows[:6]} == {"COVID", "Lung_Opacity"}  # ids spread classes over shards
-    assert all(row["lesion_mask_path"] and row["twin_path"] for row in rows)
+    assert all(row["lesion_mask_path"] and row["ground_truth_path"] for row in rows)
 
 
 def test_a_sweep_is_one_plan_of_paired_records_in_shards_of_one_setting(dataset, tiny: Recipe) -> None:
     sweep = parse_sweep(["strength=0.4,0.7", "prompt=normal chest scan,healthy"])
     rows = make_plan(dataset, tiny, Request(sweep=sweep)).to_pylist()
     assert len(rows) == 48
-    seeds = {row["source_path"]: set() for row in rows}
+    seeds = {row["image_path"]: set() for row in rows}
     for row in rows:
-        seeds[row["source_path"]].add(row["seed"])
+        seeds[row["image_path"]].add(row["seed"])
     assert all(len(found) == 1 for found in seeds.values())
     for shard in {row["shard"] for row in rows}:
         assert len({row["strength"] for row in rows if row["shard"] == shard}) == 1
@@ -48,16 +48,16 @@ def test_limit_takes_a_fixed_subset(dataset, tiny: Recipe) -> None:
     assert {row["record_id"] for row in few} <= {row["record_id"] for row in more}
 
 
-def test_a_limit_takes_the_same_films_whatever_the_settings(dataset, tiny: Recipe) -> None:
-    """So that two limited runs can be compared, and a limited sweep has every point of each film."""
+def test_a_limit_takes_the_same_images_whatever_the_settings(dataset, tiny: Recipe) -> None:
+    """So that two limited runs can be compared, and a limited sweep has every point of each image."""
 
-    def films_of(request: Request, **settings: float) -> list[str]:
+    def images_of(request: Request, **settings: float) -> list[str]:
         recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update=settings)})
-        return sorted(row["source_path"] for row in make_plan(dataset, recipe, request).to_pylist())
+        return sorted(row["image_path"] for row in make_plan(dataset, recipe, request).to_pylist())
 
-    plain = films_of(Request(limit=4))
-    assert films_of(Request(limit=4), strength=0.3) == films_of(Request(limit=4, prompt="healthy")) == plain
-    assert films_of(Request(limit=8, sweep=parse_sweep(["strength=0.4,0.7"]))) == sorted(plain * 2)
+    plain = images_of(Request(limit=4))
+    assert images_of(Request(limit=4), strength=0.3) == images_of(Request(limit=4, prompt="healthy")) == plain
+    assert images_of(Request(limit=8, sweep=parse_sweep(["strength=0.4,0.7"]))) == sorted(plain * 2)
 
 
 def test_draws_are_records_with_noise_of_their_own(dataset, tiny: Recipe) -> None:

@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from diffva_ray.cli import main
-from diffva_ray.evaluate.executor import Workplace
+from diffva_ray.evaluate.executor import LocalExecutor
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.reduction import _scores
-from diffva_ray.evaluate.run_index import census
+from diffva_ray.evaluate.run_index import index_run
 from diffva_ray.generate.committed import committed, overlays, start_retry
 from diffva_ray.generate.run import PlanError, Run, find_run
 from diffva_ray.generate.verification import requeue, verify
@@ -36,10 +36,10 @@ def opened(out: Path) -> Run:
 
 
 @pytest.fixture
-def damaged(films: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
-    """A copy of the films, two of which are broken."""
-    data = tmp_path / "films"
-    shutil.copytree(films, data)
+def damaged(images: Path, tmp_path: Path) -> tuple[Path, list[Path]]:
+    """A copy of the images, two of which are broken."""
+    data = tmp_path / "images"
+    shutil.copytree(images, data)
     broken = sorted((data / "COVID" / "images").iterdir())[:2]
     for file in broken:
         file.write_bytes(file.read_bytes()[:90])
@@ -54,23 +54,23 @@ def retry(out: Path) -> Result:
     return diffva("retry", out, "--executor", "inline")
 
 
-def test_mended_films_are_made_as_if_they_had_never_been_broken(
-    damaged: tuple[Path, list[Path]], films: Path, model: Path, tmp_path: Path
+def test_mended_images_are_made_as_if_they_had_never_been_broken(
+    damaged: tuple[Path, list[Path]], images: Path, model: Path, tmp_path: Path
 ) -> None:
     data, broken = damaged
     out, intact = tmp_path / "run", tmp_path / "intact"
-    assert run_on(films, model, intact).exit_code == 0
+    assert run_on(images, model, intact).exit_code == 0
     assert run_on(data, model, out).exit_code == 0
     assert diffva("reduce", out, "--executor", "inline").exit_code == 0
     committed = {path: path.read_bytes() for path in (out / "records").iterdir()}
     assert (read_records(opened(out))["status"] != "ok").sum() == 2
 
-    shutil.copy(films / broken[0].relative_to(data), broken[0])
+    shutil.copy(images / broken[0].relative_to(data), broken[0])
     result = retry(out)
     assert result.exit_code == 0, result.output
     assert "1 of 2 records ok now" in result.output
     assert not (out / "_SUCCESS").exists()  # the tables are of the records as they were
-    shutil.copy(films / broken[1].relative_to(data), broken[1])
+    shutil.copy(images / broken[1].relative_to(data), broken[1])
     assert "1 of 1 records ok now" in retry(out).output
     assert "nothing to retry" in retry(out).output
     assert len(overlays(opened(out))) == 2
@@ -86,7 +86,7 @@ def test_mended_films_are_made_as_if_they_had_never_been_broken(
 
     assert diffva("reduce", out, "--executor", "inline").exit_code == 0
     assert diffva("reduce", intact, "--executor", "inline").exit_code == 0
-    for table in ("ssim", "localization", "validity", "twin", "fid"):
+    for table in ("ssim", "localization", "validity", "counterfactual", "fid"):
         name = f"tables/{table}.csv"
         assert (out / name).exists() == (intact / name).exists()
         if (out / name).exists() and table != "fid":  # which names the data folder
@@ -98,13 +98,13 @@ def test_mended_films_are_made_as_if_they_had_never_been_broken(
 
 
 def test_an_interrupted_retry_goes_on_and_a_damaged_one_is_repaired(
-    damaged: tuple[Path, list[Path]], films: Path, model: Path, tmp_path: Path
+    damaged: tuple[Path, list[Path]], images: Path, model: Path, tmp_path: Path
 ) -> None:
     data, broken = damaged
     out = tmp_path / "run"
     assert run_on(data, model, out).exit_code == 0
     for file in broken:
-        shutil.copy(films / file.relative_to(data), file)
+        shutil.copy(images / file.relative_to(data), file)
     planned = start_retry(opened(out))  # and here the process dies
     assert planned is not None
     assert diffva("reduce", out, "--executor", "inline").exit_code == 5
@@ -112,7 +112,7 @@ def test_an_interrupted_retry_goes_on_and_a_damaged_one_is_repaired(
     assert len(overlays(opened(out))) == 1
 
     before = read_records(opened(out))
-    (out / "overlays/r1" / overlays(opened(out))[0].store.list("maps")[0].path).unlink()
+    (out / "overlays/r1" / overlays(opened(out))[0].store.list("attributions")[0].path).unlink()
     problems = verify(opened(out))
     assert [problem.overlay for problem in problems] == [1]
     assert requeue(opened(out), problems) == 1
@@ -121,40 +121,40 @@ def test_an_interrupted_retry_goes_on_and_a_damaged_one_is_repaired(
     assert verify(opened(out)) == []
 
 
-def test_a_run_that_is_not_finished_is_finished_first(films: Path, model: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_not_finished_is_finished_first(images: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert run_on(films, model, out).exit_code == 0
+    assert run_on(images, model, out).exit_code == 0
     opened(out).store.delete("records/part-00001.parquet")
     with pytest.raises(PlanError, match="finish diffva generate first"):
         start_retry(opened(out))
     assert retry(out).exit_code == 2
 
 
-def test_films_made_again_in_the_run_itself_are_scored_once(
-    damaged: tuple[Path, list[Path]], films: Path, model: Path, tmp_path: Path
+def test_images_made_again_in_the_run_itself_are_scored_once(
+    damaged: tuple[Path, list[Path]], images: Path, model: Path, tmp_path: Path
 ) -> None:
-    """The run's own part may have a retried record ok, too: made again, from a film that is whole by now."""
+    """The run's own part may have a retried record ok, too: made again, from an image that is whole by now."""
     data, broken = damaged
     out = tmp_path / "run"
     assert run_on(data, model, out).exit_code == 0
     for file in broken:
-        shutil.copy(films / file.relative_to(data), file)
+        shutil.copy(images / file.relative_to(data), file)
     assert "2 of 2 records ok now" in retry(out).output
     later = {row["record_id"]: row for row in committed(opened(out)).to_pylist()}
     for part in (out / "records").iterdir():
         rows = [later[row["record_id"]] for row in pq.read_table(part).to_pylist()]
         schema = pq.read_schema(part)
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
-    found = census(opened(out))
+    found = index_run(opened(out))
     assert len(found.frame) == sum(len(rows) for rows in found.homes.values()) == 18
-    places, twins = _scores(opened(out), found, {}, Workplace())
-    assert twins["record_id"].is_unique
-    assert len(twins) == 18
-    assert not places.films.duplicated(["record_id", "map"]).any()
+    places, counterfactuals = _scores(opened(out), found, {}, LocalExecutor())
+    assert counterfactuals["record_id"].is_unique
+    assert len(counterfactuals) == 18
+    assert not places.images.duplicated(["record_id", "map"]).any()
 
 
 def test_a_run_from_before_a_setting_existed_can_be_retried(
-    damaged: tuple[Path, list[Path]], films: Path, model: Path, tmp_path: Path
+    damaged: tuple[Path, list[Path]], images: Path, model: Path, tmp_path: Path
 ) -> None:
     data, broken = damaged
     out = tmp_path / "run"
@@ -163,7 +163,7 @@ def test_a_run_from_before_a_setting_existed_can_be_retried(
     for key in ("compile", "timestep_spacing"):
         del about["keys"][key]
     (out / "run.json").write_text(json.dumps(about))
-    shutil.copy(films / broken[0].relative_to(data), broken[0])
+    shutil.copy(images / broken[0].relative_to(data), broken[0])
     assert "1 of 2 records ok now" in retry(out).output
 
 

@@ -18,13 +18,13 @@ from PIL import Image
 
 from diffva_ray.cli import main
 from diffva_ray.config.recipe import Recipe
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.encoding import map_levels, pixel_digest
 from diffva_ray.data.images import decode_map, read_map
 from diffva_ray.evaluate.records import read_images, read_records
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import PlanError, find_run
-from diffva_ray.generate.shard import Workbench, run_shard
+from diffva_ray.generate.shard import WorkerContext, run_shard
 from diffva_ray.generate.verification import requeue, verify
 from diffva_ray.metrics.ssim import ssim
 from diffva_ray.storage.store import LocalStore, StoreError
@@ -50,11 +50,11 @@ def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.fixture(scope="module")
-def finished(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory):
-    return run_inline(tiny, films, model, tmp_path_factory.mktemp("run"))[0]
+def finished(tiny: Recipe, images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory):
+    return run_inline(tiny, images, model, tmp_path_factory.mktemp("run"))[0]
 
 
-def test_records_hold_what_the_files_hold(finished, films: Path) -> None:
+def test_records_hold_what_the_files_hold(finished, images: Path) -> None:
     frame = read_records(finished)
     assert len(frame) == 18
     assert set(frame["status"]) == {"ok"}
@@ -62,16 +62,16 @@ def test_records_hold_what_the_files_hold(finished, films: Path) -> None:
         counterfactual = np.asarray(Image.open(io.BytesIO(finished.store.read(row["counterfactual_path"]))))
         assert counterfactual.dtype == np.uint8
         assert counterfactual.shape == (32, 32)
-        assert pixel_digest(counterfactual) == row["pixel_sha256"]
-        images = read_images(finished, row)
-        assert ssim(images.film, images.counterfactual) == pytest.approx(row["ssim"], abs=1e-6)
-        assert np.abs(images.signed_map).mean() == pytest.approx(row["map_energy"], abs=1e-4)
+        assert pixel_digest(counterfactual) == row["counterfactual_sha256"]
+        made = read_images(finished, row)
+        assert ssim(made.image, made.counterfactual) == pytest.approx(row["ssim"], abs=1e-6)
+        assert np.abs(made.signed_map).mean() == pytest.approx(row["attribution_energy"], abs=1e-4)
         stored = finished.store.read(row["attribution_path"])
-        assert pixel_digest(map_levels(decode_map(stored))) == row["map_sha256"]
+        assert pixel_digest(map_levels(decode_map(stored))) == row["attribution_sha256"]
         assert read_map(str(finished.store.root / row["attribution_path"])).shape == (32, 32)
         assert 0 <= row["judge_counterfactual"] <= 1
         assert (row["width"], row["height"]) == (32, 32)
-        assert row["map"] == "compensated-gauss0.016w"
+        assert row["attribution_kind"] == "compensated-gauss0.016w"
 
 
 def test_parts_are_plain_parquet_with_the_fingerprint(finished) -> None:
@@ -84,22 +84,23 @@ def test_parts_are_plain_parquet_with_the_fingerprint(finished) -> None:
 
 
 def test_images_are_stored_beside_the_work_and_before_the_commit(
-    tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first image is not stored before the second micro-batch is healed, and the part comes after all of them."""
-    healed, order = threading.Event(), []
-    call, put, commit = Counterfactuals.__call__, LocalStore.put, LocalStore.put_if_absent
+    """The first image is not stored before the second micro-batch is generated, and the part comes after all of
+    them."""
+    generated, order = threading.Event(), []
+    call, put, commit = CounterfactualEngine.__call__, LocalStore.put, LocalStore.put_if_absent
 
     def counted(self, *arguments):
         made = call(self, *arguments)
-        order.append("healed")
-        if order.count("healed") == 2:
-            healed.set()
+        order.append("generated")
+        if order.count("generated") == 2:
+            generated.set()
         return made
 
     def waiting(self, path: str, data: bytes) -> None:
         if path.endswith(".png"):
-            assert healed.wait(120), "the work waits for its images"
+            assert generated.wait(120), "the work waits for its images"
             order.append("image")
         put(self, path, data)
 
@@ -108,54 +109,54 @@ def test_images_are_stored_beside_the_work_and_before_the_commit(
             order.append("part")
         return commit(self, path, data)
 
-    monkeypatch.setattr(Counterfactuals, "__call__", counted)
+    monkeypatch.setattr(CounterfactualEngine, "__call__", counted)
     monkeypatch.setattr(LocalStore, "put", waiting)
     monkeypatch.setattr(LocalStore, "put_if_absent", committed)
-    run_inline(tiny, films, model, tmp_path, Request(limit=6))  # micro-batches of 4 and 2
-    assert order[:2] == ["healed", "healed"]
+    run_inline(tiny, images, model, tmp_path, Request(limit=6))  # micro-batches of 4 and 2
+    assert order[:2] == ["generated", "generated"]
     assert order[2:] == ["image"] * 18 + ["part"]
 
 
-def test_the_same_command_again_writes_nothing(finished, tiny: Recipe, films: Path, model: Path) -> None:
+def test_the_same_command_again_writes_nothing(finished, tiny: Recipe, images: Path, model: Path) -> None:
     before = tree(finished.store.root)
-    _, counts = run_inline(tiny, films, model, finished.store.root)
+    _, counts = run_inline(tiny, images, model, finished.store.root)
     assert counts["shards"] == 0
     assert tree(finished.store.root) == before
 
 
-def test_lost_parts_come_back_bit_by_bit(finished, tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
+def test_lost_parts_come_back_bit_by_bit(finished, tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(finished.store.root, copy)
     (copy / "records" / "part-00001.parquet").unlink()
-    shutil.rmtree(copy / "maps" / "part-00001")
-    run, counts = run_inline(tiny, films, model, copy)
+    shutil.rmtree(copy / "attributions" / "part-00001")
+    run, counts = run_inline(tiny, images, model, copy)
     assert counts["shards"] == 1
     assert read_records(run).equals(read_records(finished))
-    images = {path: content for path, (_, content) in tree(copy).items() if path.endswith(".png")}
-    assert images == {p: content for p, (_, content) in tree(finished.store.root).items() if p.endswith(".png")}
+    pictures = {path: content for path, (_, content) in tree(copy).items() if path.endswith(".png")}
+    assert pictures == {p: content for p, (_, content) in tree(finished.store.root).items() if p.endswith(".png")}
 
 
-def test_a_crash_before_the_part_commits_nothing(tiny: Recipe, films: Path, model: Path, tmp_path: Path) -> None:
-    run, _ = run_inline(tiny, films, model, tmp_path / "run")
+def test_a_crash_before_the_part_commits_nothing(tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
+    run, _ = run_inline(tiny, images, model, tmp_path / "run")
     run.store.delete("records/part-00002.parquet")
-    bench = Workbench.open(run.store.uri, str(films), str(model))
+    context = WorkerContext.open(run.store.uri, str(images), str(model))
 
     class Dying(LocalStore):
         def put_if_absent(self, path: str, data: bytes) -> bool:
             raise RuntimeError("power cut")
 
-    bench.run = type(run)(Dying(run.store.uri), run.about)
+    context.run = type(run)(Dying(run.store.uri), run.about)
     with pytest.raises(RuntimeError, match="power cut"):
-        run_shard(bench, 2)
+        run_shard(context, 2)
     assert run.pending() == [2]
-    bench.run = run
-    assert run_shard(bench, 2)["records"] == 6
+    context.run = run
+    assert run_shard(context, 2)["records"] == 6
     assert verify(run) == []
 
 
-def damaged_copy(films: Path, folder: Path) -> dict[str, str]:
-    """A data set in which some COVID films are bad; the status each should end with."""
-    shutil.copytree(films, folder)
+def damaged_copy(images: Path, folder: Path) -> dict[str, str]:
+    """A data set in which some COVID images are bad; the status each should end with."""
+    shutil.copytree(images, folder)
     good = sorted((folder / "COVID" / "images").iterdir())
     good[0].write_bytes(b"")
     good[1].write_bytes(good[1].read_bytes()[:200])
@@ -166,26 +167,26 @@ def damaged_copy(films: Path, folder: Path) -> dict[str, str]:
 
 
 def test_bad_input_is_a_row_and_its_neighbours_keep_their_pixels(
-    finished, tiny: Recipe, films: Path, model: Path, tmp_path: Path
+    finished, tiny: Recipe, images: Path, model: Path, tmp_path: Path
 ) -> None:
-    expected = damaged_copy(films, tmp_path / "films")
-    run, counts = run_inline(tiny, tmp_path / "films", model, tmp_path / "run")
+    expected = damaged_copy(images, tmp_path / "images")
+    run, counts = run_inline(tiny, tmp_path / "images", model, tmp_path / "run")
     assert counts == {"shards": 3, "records": 18, "ok": 14}
-    frame = read_records(run).set_index("source_path")
+    frame = read_records(run).set_index("image_path")
     assert {path: frame.loc[path, "status"] for path in expected} == expected
     assert frame.loc[list(expected), "error"].str.len().min() > 5
     assert frame.loc[list(expected), "counterfactual_path"].isna().all()
-    intact = read_records(finished).set_index("source_path")
+    intact = read_records(finished).set_index("image_path")
     ok = frame[frame["status"] == "ok"].index
-    assert frame.loc[ok, "pixel_sha256"].equals(intact.loc[ok, "pixel_sha256"])
+    assert frame.loc[ok, "counterfactual_sha256"].equals(intact.loc[ok, "counterfactual_sha256"])
     assert verify(run) == []
 
 
-def test_films_that_vanish_change_or_arrive_after_planning(
-    tiny: Recipe, films: Path, model: Path, tmp_path: Path
+def test_images_that_vanish_change_or_arrive_after_planning(
+    tiny: Recipe, images: Path, model: Path, tmp_path: Path
 ) -> None:
-    data = tmp_path / "films"
-    shutil.copytree(films, data)
+    data = tmp_path / "images"
+    shutil.copytree(images, data)
     run, _ = run_inline(tiny, data, model, tmp_path / "run")
     for shard in range(run.shards):
         run.store.delete(f"records/part-{shard:05d}.parquet")
@@ -194,7 +195,7 @@ def test_films_that_vanish_change_or_arrive_after_planning(
     covid[1].write_bytes((data / "Normal" / "images" / "Normal-1.png").read_bytes() + b"\0" * 7)
     shutil.copy(covid[2], covid[2].with_name("new.png"))
     run, _ = run_inline(tiny, data, model, tmp_path / "run")
-    frame = read_records(run).set_index("source_path")
+    frame = read_records(run).set_index("image_path")
     assert len(frame) == 18
     assert frame.loc[f"COVID/images/{covid[0].name}", "status"] == "missing"
     changed = frame.loc[f"COVID/images/{covid[1].name}"]
@@ -203,15 +204,15 @@ def test_films_that_vanish_change_or_arrive_after_planning(
 
 
 def test_a_prompt_longer_than_the_model_holds(
-    tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refused before anything is planned; a record's own failure where only the workers can read the tokenizer."""
     request = Request(prompt="a very long prompt about absolutely everything", limit=3)
     with pytest.raises(PlanError, match="more than the 16 tokens"):
-        run_inline(tiny, films, model, tmp_path / "run", request)
+        run_inline(tiny, images, model, tmp_path / "run", request)
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr("diffva_ray.workflows.generate.prompt_limit", lambda store, prompts: (0, []))
-    run, counts = run_inline(tiny, films, model, tmp_path / "run", request)
+    run, counts = run_inline(tiny, images, model, tmp_path / "run", request)
     assert counts["ok"] == 0
     assert Counter(read_records(run)["status"]) == {"prompt_too_long": 3}
 
@@ -244,37 +245,39 @@ def test_verify_names_every_kind_of_damage_and_repair_requeues(finished, tmp_pat
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_shard_size_and_actor_order_do_not_change_pixels(
-    size: int, finished, tiny: Recipe, films: Path, model: Path, tmp_path: Path
+    size: int, finished, tiny: Recipe, images: Path, model: Path, tmp_path: Path
 ) -> None:
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"shard_size": size})})
-    run, _ = run_inline(recipe, films, model, tmp_path / "run")
-    ours, theirs = (read_records(r).set_index("record_id")["pixel_sha256"].sort_index() for r in (run, finished))
+    run, _ = run_inline(recipe, images, model, tmp_path / "run")
+    ours, theirs = (
+        read_records(r).set_index("record_id")["counterfactual_sha256"].sort_index() for r in (run, finished)
+    )
     assert ours.equals(theirs)
 
 
-def test_films_that_have_moved_are_found_where_they_are_now(
-    finished, tiny: Recipe, films: Path, model: Path, tmp_path: Path
+def test_images_that_have_moved_are_found_where_they_are_now(
+    finished, tiny: Recipe, images: Path, model: Path, tmp_path: Path
 ) -> None:
-    """A run that was begun with its films elsewhere goes on with --data, and ends as if they had never moved."""
+    """A run that was begun with its images elsewhere goes on with --data, and ends as if they had never moved."""
     before, after = tmp_path / "before", tmp_path / "after"
-    shutil.copytree(films, before)
+    shutil.copytree(images, before)
     run, _ = run_inline(tiny, before, model, tmp_path / "run")
     for part in ("part-00001", "part-00002"):
         (tmp_path / "run" / "records" / f"{part}.parquet").unlink()
     before.rename(after)
     _, counts = run_inline(tiny, after, model, tmp_path / "run")
     assert counts == {"shards": 2, "records": 12, "ok": 12}
-    ours, theirs = (read_records(one).set_index("record_id")["pixel_sha256"] for one in (run, finished))
+    ours, theirs = (read_records(one).set_index("record_id")["counterfactual_sha256"] for one in (run, finished))
     assert ours.equals(theirs)
 
 
 def test_a_dry_run_of_other_settings_says_what_the_command_would(
-    finished, films: Path, model: Path, tiny: Recipe
+    finished, images: Path, model: Path, tiny: Recipe
 ) -> None:
     words = [
         "generate",
         "--data",
-        films,
+        images,
         "--model",
         model,
         "--out",
@@ -289,10 +292,10 @@ def test_a_dry_run_of_other_settings_says_what_the_command_would(
 
 
 def test_nothing_is_healed_for_a_store_that_has_failed(
-    tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    call = Counterfactuals.__call__
+    call = CounterfactualEngine.__call__
     put = LocalStore.put
 
     def full(self, path: str, data: bytes) -> None:
@@ -305,9 +308,9 @@ def test_nothing_is_healed_for_a_store_that_has_failed(
         time.sleep(0.2)  # the images before it have failed by then
         return call(self, *arguments)
 
-    monkeypatch.setattr(Counterfactuals, "__call__", counted)
+    monkeypatch.setattr(CounterfactualEngine, "__call__", counted)
     monkeypatch.setattr(LocalStore, "put", full)
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"micro_batch": 1})})
     with pytest.raises(StoreError, match="no space left"):
-        run_inline(recipe, films, model, tmp_path)
+        run_inline(recipe, images, model, tmp_path)
     assert len(calls) <= 2, "of six"

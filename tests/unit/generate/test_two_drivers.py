@@ -19,9 +19,9 @@ from diffva_ray.schema import record_seed
 from diffva_ray.storage.store import LocalStore, StoreError
 
 
-def planned(films: Path, recipe: Recipe, store: LocalStore, limit: int | None = None) -> Run:
+def planned(images: Path, recipe: Recipe, store: LocalStore, limit: int | None = None) -> Run:
     """A run as a driver plans it that found none there."""
-    dataset, request = open_dataset(films), Request(limit=limit)
+    dataset, request = open_dataset(images), Request(limit=limit)
     keys = pixel_keys(recipe, request, "m", "2.0", "cpu")
     return start_run(store, make_plan(dataset, recipe, request), keys, {"recipe": recipe.model_dump(mode="json")})
 
@@ -30,17 +30,17 @@ def files(store: LocalStore) -> dict[str, bytes]:
     return {path: store.read(path) for path, _ in store.list()}
 
 
-def test_the_later_one_gets_the_difference_and_touches_nothing(films: Path, tiny: Recipe, tmp_path: Path) -> None:
+def test_the_later_one_gets_the_difference_and_touches_nothing(images: Path, tiny: Recipe, tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path / "run"))
-    first = planned(films, tiny, store)
+    first = planned(images, tiny, store)
     before = files(store)
     with pytest.raises(FingerprintDiffers, match="seed: 0 there, 5 now"):
-        planned(films, tiny.model_copy(update={"seed": 5}), store)
+        planned(images, tiny.model_copy(update={"seed": 5}), store)
     assert files(store) == before
     assert [row["seed"] for row in first.plan().to_pylist()] == [
-        record_seed(tiny.seed, row["source_path"], 0) for row in first.plan().to_pylist()
+        record_seed(tiny.seed, row["image_path"], 0) for row in first.plan().to_pylist()
     ]
-    assert planned(films, tiny, store).about == first.about, "of the same settings, it goes on"
+    assert planned(images, tiny, store).about == first.about, "of the same settings, it goes on"
 
 
 class Dying(LocalStore):
@@ -53,39 +53,39 @@ class Dying(LocalStore):
 
 
 def test_a_claim_without_its_plan_is_completed_by_the_same_command_only(
-    films: Path, tiny: Recipe, tmp_path: Path
+    images: Path, tiny: Recipe, tmp_path: Path
 ) -> None:
     store = LocalStore(str(tmp_path / "run"))
     with pytest.raises(StoreError):
-        planned(films, tiny, Dying(str(tmp_path / "run")))
+        planned(images, tiny, Dying(str(tmp_path / "run")))
     claimed = find_run(store)
     assert claimed is not None
     with pytest.raises(PlanError, match=r"plan\.parquet is missing; give the run's own"):
         claimed.shard_sizes()
     with pytest.raises(FingerprintDiffers):
-        planned(films, tiny.model_copy(update={"seed": 5}), store)
+        planned(images, tiny.model_copy(update={"seed": 5}), store)
     with pytest.raises(PlanError, match="of other images than are there now"):
         start_run(
-            store, make_plan(open_dataset(films, classes=["COVID"]), tiny, Request()), claimed.keys,
+            store, make_plan(open_dataset(images, classes=["COVID"]), tiny, Request()), claimed.keys,
             {"recipe": tiny.model_dump(mode="json")},
         )  # fmt: skip
     assert [path for path, _ in store.list()] == ["run.json"]
-    run = planned(films, tiny, store)
+    run = planned(images, tiny, store)
     assert sum(run.shard_sizes()) == 24
 
 
-def test_the_plan_of_another_seed_is_noticed_by_its_footer(films: Path, tiny: Recipe, tmp_path: Path) -> None:
+def test_the_plan_of_another_seed_is_noticed_by_its_footer(images: Path, tiny: Recipe, tmp_path: Path) -> None:
     """Same images, same ids, same length: only the fingerprint in the footer tells."""
     stores = [LocalStore(str(tmp_path / name)) for name in "ab"]
-    run, _ = (planned(films, tiny.model_copy(update={"seed": seed}), store) for seed, store in enumerate(stores))
+    run, _ = (planned(images, tiny.model_copy(update={"seed": seed}), store) for seed, store in enumerate(stores))
     stores[0].put("plan.parquet", stores[1].read("plan.parquet"))
     with pytest.raises(PlanError, match="not the plan"):
         run.shard_rows(0)
 
 
-def test_two_commands_at_once(films: Path, model: Path, tmp_path: Path) -> None:
+def test_two_commands_at_once(images: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "diffva_ray.cli", "generate", "--data", films, "--model", model, "--out", out]
+    command = [sys.executable, "-m", "diffva_ray.cli", "generate", "--data", images, "--model", model, "--out", out]
     command += ["--executor", "inline", "--set", "generate.num_inference_steps=4", "--seed"]
     drivers = [
         subprocess.Popen([*map(str, command), str(seed)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -100,5 +100,5 @@ def test_two_commands_at_once(films: Path, model: Path, tmp_path: Path) -> None:
     assert run.keys["seed"] == seed
     assert verify(run) == []
     frame = pd.read_parquet(out / "records")
-    assert frame["seed"].tolist() == [record_seed(seed, path, 0) for path in frame["source_path"]]
+    assert frame["seed"].tolist() == [record_seed(seed, path, 0) for path in frame["image_path"]]
     assert f"seed: {seed} there, {3 - seed} now" in said[2 - seed]

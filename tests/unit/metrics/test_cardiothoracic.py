@@ -1,4 +1,4 @@
-"""The cardiothoracic ratio of drawn lungs, of phantoms' true lungs, and of lungs found on their films."""
+"""The cardiothoracic ratio of drawn lungs, of phantoms' true lungs, and of lungs found on their images."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_true_and_found_lungs_of_phantoms_show_the_enlarged_heart() -> None:
         u, v = thorax.coordinates(*grid(64))
         scales = 1.0, float(made.factors["heart_scale"])  # type: ignore[arg-type]
         true.append([cardiothoracic_ratio(thorax.lungs(u, v, 1 / 64, scale) > 0.5) for scale in scales])
-        found.append([cardiothoracic_ratio(find_lungs(film)) for film in (made.twin, made.film)])  # type: ignore[arg-type]
+        found.append([cardiothoracic_ratio(find_lungs(image)) for image in (made.ground_truth, made.image)])  # type: ignore[arg-type]
     (healthy, ill), (before, after) = np.array(true, float).T, np.array(found, float).T
     assert (ill > healthy).all()
     assert (after > before).all()

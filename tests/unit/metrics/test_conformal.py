@@ -9,8 +9,8 @@ from diffva_ray.metrics.conformal import attributed, conformal_threshold
 
 
 def test_by_hand() -> None:
-    """Of 19 films of 4 pixels at level 0.1, the mean share may be 0.1 - 0.9 / 19 = 0.0526: 4 pixels of 76."""
-    maps = [np.array([[0.0, 0.1], [0.2, film / 100]], np.float32) for film in range(50, 69)]
+    """Of 19 images of 4 pixels at level 0.1, the mean share may be 0.1 - 0.9 / 19 = 0.0526: 4 pixels of 76."""
+    maps = [np.array([[0.0, 0.1], [0.2, image / 100]], np.float32) for image in range(50, 69)]
     threshold = conformal_threshold(maps, [None] * 19, level=0.1)
     assert threshold == pytest.approx(0.64)  # 0.65 to 0.68 are the four
     assert np.mean([attributed(saliency, None, threshold) for saliency in maps]) == pytest.approx(4 / 76)
@@ -22,23 +22,23 @@ def test_pixels_outside_the_region_do_not_count() -> None:
     assert conformal_threshold(maps, [region] * 40, level=0.05) == pytest.approx(0.3)
 
 
-def test_new_healthy_films_keep_the_promise() -> None:
-    """Films differ in their noise level, so pixels of a film are far from independent."""
+def test_new_healthy_images_keep_the_promise() -> None:
+    """Images differ in their noise level, so pixels of an image are far from independent."""
     random = np.random.default_rng(0)
 
-    def films(n: int) -> list[np.ndarray]:
+    def images(n: int) -> list[np.ndarray]:
         return [(random.gamma(2.0) * random.standard_normal((16, 16))).clip(0).astype(np.float32) for _ in range(n)]
 
     shares = []
     for _ in range(200):
-        threshold = conformal_threshold(films(40), [None] * 40, level=0.05)
-        shares += [attributed(film, None, threshold) for film in films(10)]
+        threshold = conformal_threshold(images(40), [None] * 40, level=0.05)
+        shares += [attributed(image, None, threshold) for image in images(10)]
     assert np.mean(shares) <= 0.05
     assert np.mean(shares) > 0.02  # and it is no empty promise
 
 
-def test_too_few_films_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"18 healthy films are too few .*; 19 would do"):
+def test_too_few_images_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"18 healthy images are too few .*; 19 would do"):
         conformal_threshold([np.zeros((2, 2), np.float32)] * 18, [None] * 18)
 
 

@@ -26,7 +26,7 @@ def test_outside_lesion_by_hand():
         outside_lesion(m, lesion[:1])
 
 
-def test_the_patients_left_is_the_right_half_of_the_film():
+def test_the_patients_left_is_the_right_half_of_the_image():
     m = np.zeros((3, 4))
     m[:, 3] = -1.0
     assert side_share(m) == 1.0
@@ -37,22 +37,22 @@ def test_the_patients_left_is_the_right_half_of_the_film():
 
 def test_cout_rewards_few_decisive_pixels():
     """A judge that looks at one pixel: when that one changes most, the verdict turns at the first step."""
-    film, twin = np.ones((5, 5)), np.ones((5, 5))
-    twin[2, 2] = 0.0
-    healthy = lambda films: 1.0 - films[:, 2, 2]  # noqa: E731
-    value, curve = cout(healthy, film, twin, steps=25)
+    image, counterfactual = np.ones((5, 5)), np.ones((5, 5))
+    counterfactual[2, 2] = 0.0
+    healthy = lambda images: 1.0 - images[:, 2, 2]  # noqa: E731
+    value, curve = cout(healthy, image, counterfactual, steps=25)
     assert curve.tolist() == [0.0] + [1.0] * 25
     assert value == pytest.approx(2 * (24.5 / 25) - 1)
 
-    twin = np.full((5, 5), 0.4)  # every other pixel changes more, so the one that counts comes last
-    twin[2, 2] = 0.5
-    late, curve = cout(lambda films: (films[:, 2, 2] < 0.7).astype(float), film, twin, steps=25)
+    counterfactual = np.full((5, 5), 0.4)  # every other pixel changes more, so the one that counts comes last
+    counterfactual[2, 2] = 0.5
+    late, curve = cout(lambda images: (images[:, 2, 2] < 0.7).astype(float), image, counterfactual, steps=25)
     assert curve.tolist() == [0.0] * 25 + [1.0]
     assert late == pytest.approx(2 * (0.5 / 25) - 1)
-    never, _ = cout(lambda films: np.zeros(len(films)), film, twin)
+    never, _ = cout(lambda images: np.zeros(len(images)), image, counterfactual)
     assert never == -1
     with pytest.raises(ValueError, match="one shape"):
-        cout(healthy, film, twin[:4])
+        cout(healthy, image, counterfactual[:4])
 
 
 def test_memorisation_finds_copies_and_only_them():
@@ -65,13 +65,14 @@ def test_memorisation_finds_copies_and_only_them():
     honest = memorisation(fresh, train, held)
     assert honest.without_memory[0] < honest.nearer < honest.without_memory[1]
     assert honest.p_value > 0.05
-    with pytest.raises(ValueError, match="two films"):
+    with pytest.raises(ValueError, match="two images"):
         memorisation(fresh, train, held[:1])
 
 
 def test_memorisation_is_not_claimed_from_few_or_uneven_sets():
-    """Six times as many training films are nearer by number alone; eight films of each side are nearer by chance, which
-    an interval over twins would not know. The test is at its level: one in twenty of honest audits, not more."""
+    """Six times as many training images are nearer by number alone; eight images of each side are nearer by chance,
+    which an interval over counterfactuals would not know. The test is at its level: one in twenty of honest audits, not
+    more."""
     random = np.random.default_rng(1)
     train, held, fresh = random.standard_normal((3, 300, 12))
     uneven = memorisation(fresh, train, held[:50])
@@ -79,6 +80,6 @@ def test_memorisation_is_not_claimed_from_few_or_uneven_sets():
     assert uneven.p_value > 0.05
     found = []
     for _ in range(60):
-        twins, train, held = random.standard_normal((3, 60, 6))
-        found.append(memorisation(twins, train[:8], held[:8], deals=99).p_value <= 0.05)
+        counterfactuals, train, held = random.standard_normal((3, 60, 6))
+        found.append(memorisation(counterfactuals, train[:8], held[:8], deals=99).p_value <= 0.05)
     assert np.mean(found) <= 0.15

@@ -15,7 +15,7 @@ from diffva_ray.metrics.features import resized
 from diffva_ray.metrics.validity import load_judge
 from diffva_ray.storage.store import open_store
 
-FILMS = np.stack([phantom(label, n, size=32).film for n, label in enumerate(("COVID", "Normal", "Lung_Opacity"))])
+IMAGES = np.stack([phantom(label, n, size=32).image for n, label in enumerate(("COVID", "Normal", "Lung_Opacity"))])
 ALL = "nih-pc-chex-mimic_ch-google-openi-kaggle-densenet121-d121-tw-lr001-rot45-tr15-sc15-seed0-best.pt"
 
 
@@ -30,11 +30,11 @@ def test_torchxrayvision_says_what_it_says_itself(saved: str, tmp_path: Path) ->
 
     network.op_threshs = torch.tensor(about["op_threshs"])
     with torch.inference_mode():
-        grey = resized(torch.from_numpy(FILMS)[:, None], 224, "bilinear")
+        grey = resized(torch.from_numpy(IMAGES)[:, None], 224, "bilinear")
         told = network((2 * grey - 1) * 1024).numpy()
     opacities = [n for n, label in enumerate(about["labels"]) if label in OPACITIES]
     assert len(opacities) == 4
-    np.testing.assert_allclose(judge.healthy(FILMS), 1 - told[:, opacities].max(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(judge.healthy(IMAGES), 1 - told[:, opacities].max(axis=1), rtol=1e-5)
     assert "Consolidation" in judge.says
 
 
@@ -42,7 +42,7 @@ def test_the_judge_of_a_model_is_that_judge(model: Path) -> None:
     own = load_judge(open_store(str(model)))
     assert own is not None
     judge = open_judge(f"judge={model}")
-    np.testing.assert_array_equal(judge.healthy(FILMS), own.healthy_probability(FILMS))
+    np.testing.assert_array_equal(judge.healthy(IMAGES), own.healthy_probability(IMAGES))
     assert "Normal" in judge.says
 
 

@@ -17,7 +17,7 @@ from diffva_ray.storage.store import LocalStore
 
 
 @pytest.fixture(scope="module")
-def films() -> np.ndarray:
+def images() -> np.ndarray:
     return np.random.default_rng(0).random((2, 48, 48), dtype=np.float32)
 
 
@@ -35,19 +35,19 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_torchxrayvision_equals_its_own_features(films: np.ndarray, tmp_path: Path) -> None:
+def test_torchxrayvision_equals_its_own_features(images: np.ndarray, tmp_path: Path) -> None:
     xrv = pytest.importorskip("torchxrayvision.models")
     torch.manual_seed(0)
     network = xrv.DenseNet().eval()
     torch.save(network, tmp_path / "module.pt")  # as the package's own downloads are
     torch.save(network.state_dict(), tmp_path / "state.pt")
     with torch.inference_mode():
-        grey = resized(torch.from_numpy(films)[:, None], 224, "bilinear")
+        grey = resized(torch.from_numpy(images)[:, None], 224, "bilinear")
         expected = network.features2((2 * grey - 1) * 1024).numpy()
     before = torch.random.get_rng_state()
     for name in ("module.pt", "state.pt"):
         extractor = extractors.torchxrayvision(tmp_path / name)
-        np.testing.assert_allclose(extractor(films), expected, rtol=1e-5)
+        np.testing.assert_allclose(extractor(images), expected, rtol=1e-5)
         about = (extractor.name, extractor.dimension, extractor.resize, extractor.is_stand_in)
         assert about == ("torchxrayvision-densenet121", 1024, "clean-224", False)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -84,17 +84,17 @@ def test_a_file_of_another_kind_is_refused(content: str, tmp_path: Path, monkeyp
     assert not (tmp_path / "ran").exists()
 
 
-def test_rad_dino_is_the_cls_token_of_its_own_processing(films: np.ndarray, dino: Path) -> None:
+def test_rad_dino_is_the_cls_token_of_its_own_processing(images: np.ndarray, dino: Path) -> None:
     from transformers import AutoImageProcessor, AutoModel
 
     extractor = extractors.rad_dino(dino)
-    on_grid = resized(torch.from_numpy(films)[:, None], 28, "bicubic").expand(-1, 3, -1, -1)
+    on_grid = resized(torch.from_numpy(images)[:, None], 28, "bicubic").expand(-1, 3, -1, -1)
     processor = AutoImageProcessor.from_pretrained(dino, local_files_only=True)
     inputs = processor(on_grid, do_rescale=False, do_resize=False, return_tensors="pt")
     with torch.inference_mode():
         network = AutoModel.from_pretrained(dino, local_files_only=True).eval()
         expected = network(**inputs).last_hidden_state[:, 0].numpy()
-    np.testing.assert_allclose(extractor(films), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(extractor(images), expected, rtol=1e-4, atol=1e-5)
     assert (extractor.name, extractor.dimension, extractor.resize) == ("rad-dino", 16, "clean-28")
     assert len(extractor.weights_sha256) == 64
 
@@ -118,14 +118,14 @@ def test_another_folder_is_no_rad_dino(change: str, dino: Path, tmp_path: Path) 
     assert "\n" not in str(raised.value)
 
 
-def test_the_judge_s_last_layer_on_its_features_is_the_judge(films: np.ndarray, tmp_path: Path) -> None:
+def test_the_judge_s_last_layer_on_its_features_is_the_judge(images: np.ndarray, tmp_path: Path) -> None:
     torch.manual_seed(0)
     judge = Judge(["COVID", "Normal"], "Normal", width=4).eval()
     save_judge(judge, LocalStore(str(tmp_path)))
     extractor = extractors.judge_features(str(tmp_path))
     with torch.inference_mode():
-        expected = judge(torch.from_numpy(films)).numpy()
-        found = judge.head(torch.from_numpy(extractor(films))).numpy()
+        expected = judge(torch.from_numpy(images)).numpy()
+        found = judge.head(torch.from_numpy(extractor(images))).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert (extractor.name, extractor.dimension) == ("judge", 32)
     with pytest.raises(ValueError, match="has no judge"):

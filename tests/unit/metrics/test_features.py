@@ -20,7 +20,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def films(n: int, side: int, seed: int = 0, gain: float = 1.0) -> np.ndarray:
+def images(n: int, side: int, seed: int = 0, gain: float = 1.0) -> np.ndarray:
     noise = np.random.default_rng(seed).standard_normal((n, side, side))
     return np.clip(0.5 + gain * gaussian_filter(noise, (0, side / 32, side / 32)), 0, 1).astype(np.float32)
 
@@ -31,9 +31,9 @@ def test_the_stand_in_says_what_it_is():
     assert extractor.name == "stand-in-random-conv-64"
     assert extractor.dimension == 64
     assert extractor.weights_sha256 == features.stand_in().weights_sha256
-    assert extractor(films(3, 64)).shape == (3, 64)
-    assert extractor(films(3, 64)).dtype == np.float32
-    assert extractor(films(0, 64)).shape == (0, 64)
+    assert extractor(images(3, 64)).shape == (3, 64)
+    assert extractor(images(3, 64)).dtype == np.float32
+    assert extractor(images(0, 64)).shape == (0, 64)
 
 
 GOLDEN = [2.56673, 0.66100, 2.75332, 2.95426, 0.82556, 0.51584]
@@ -49,7 +49,7 @@ def test_the_stand_in_ignores_batches_and_touches_no_global_seed():
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
     extractor = features.stand_in()
-    x = films(70, 48)  # more than one micro-batch
+    x = images(70, 48)  # more than one micro-batch
     together, alone = extractor(x), np.concatenate([extractor(image[None]) for image in x])
     np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-5)
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -57,8 +57,8 @@ def test_the_stand_in_ignores_batches_and_touches_no_global_seed():
 
 def test_the_stand_in_tells_sets_apart():
     extractor = features.stand_in()
-    same = frechet_distance_features(extractor(films(300, 64, 0)), extractor(films(300, 64, 1)))
-    other = frechet_distance_features(extractor(films(300, 64, 0)), extractor(films(300, 64, 1, gain=1.3)))
+    same = frechet_distance_features(extractor(images(300, 64, 0)), extractor(images(300, 64, 1)))
+    other = frechet_distance_features(extractor(images(300, 64, 0)), extractor(images(300, 64, 1, gain=1.3)))
     assert other > 5 * same > 0
 
 
@@ -86,7 +86,7 @@ def test_inception_equals_pytorch_fid(inception_weights, original):
     features.inception(inception_weights)
     assert torch.equal(torch.random.get_rng_state(), before)
     for side in (299, 128):
-        x = films(2, side)
+        x = images(2, side)
         with torch.inference_mode():
             expected = original(torch.from_numpy(x)[:, None].expand(-1, 3, -1, -1))[0].flatten(1).numpy()
         assert 0.01 < expected.std() < 100
@@ -94,14 +94,14 @@ def test_inception_equals_pytorch_fid(inception_weights, original):
 
 
 def test_clean_resizing_takes_both_sets_one_way(inception_weights):
-    """At 299 both paths are one; elsewhere clean goes over the counterfactuals' grid, so a film stored larger than its
-    copy on that grid gets (nearly) the copy's features."""
+    """At 299 both paths are one; elsewhere clean goes over the counterfactuals' grid, so an image stored larger than
+    its copy on that grid gets (nearly) the copy's features."""
     legacy, clean = features.inception(inception_weights, "legacy"), features.inception(inception_weights, "clean")
-    x = films(1, 299)
+    x = images(1, 299)
     np.testing.assert_allclose(clean(x), legacy(x), rtol=1e-5)
 
     on_grid = features.inception(inception_weights, "clean", grid=64)
-    large = films(1, 256)
+    large = images(1, 256)
     small = torch.nn.functional.interpolate(
         torch.from_numpy(large)[:, None], size=(64, 64), mode="bicubic", antialias=True
     )

@@ -139,13 +139,13 @@ def test_jackknife_covers_the_true_distance(d):
 
 
 def test_jackknife_of_pairs_knows_that_pairs_are_alike():
-    """A film and its twin share their sampling, so a paired interval is the narrower."""
+    """An image and its counterfactual share their sampling, so a paired interval is the narrower."""
     x = features(200, d=8)
     y = x * np.float32(1.5)
     paired, unpaired = (delete_group_jackknife(x, y, paired=flag) for flag in (True, False))
     assert paired[1] - paired[0] < unpaired[1] - unpaired[0]
     assert delete_group_jackknife(x, y, seed=3) == delete_group_jackknife(x, y, seed=3)
-    with pytest.raises(ValueError, match="one row per film each, got 200 and 199"):
+    with pytest.raises(ValueError, match="one row per image each, got 200 and 199"):
         delete_group_jackknife(x, y[:-1], paired=True)
 
 
@@ -178,8 +178,8 @@ def test_matched_is_smaller_sets_on_both_sides():
         lambda x, y: frechet_distance(Moments.of(x), Moments.of(y)),
     ],
 )
-def test_too_few_films_are_said(measure):
-    with pytest.raises(ValueError, match=r"needs at least \d films in each set here, got 1"):
+def test_too_few_images_are_said(measure):
+    with pytest.raises(ValueError, match=r"needs at least \d images in each set here, got 1"):
         measure(features(10), features(1))
 
 
@@ -188,5 +188,5 @@ def test_other_dimensions_are_refused():
         frechet_distance_features(features(10), features(10, d=8))
     with pytest.raises(ValueError, match="64 and 8 dimensions"):
         Moments.of(features(10)).merge(Moments.of(features(10, d=8)))
-    with pytest.raises(ValueError, match="one row per film"):
+    with pytest.raises(ValueError, match="one row per image"):
         Moments.of(np.zeros(5))

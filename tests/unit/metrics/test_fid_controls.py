@@ -37,7 +37,7 @@ def test_infinity_says_how_far_it_is_to_be_trusted():
         infinity(x[:7], y)
 
 
-def test_split_halves_show_that_films_meet_their_own_edits():
+def test_split_halves_show_that_images_meet_their_own_edits():
     """Copies: against their own the distance is 0; against another half's it is that of two samples."""
     x, _ = gaussians(100)
     found = split_halves(x, x)
@@ -52,7 +52,8 @@ def test_split_halves_show_that_films_meet_their_own_edits():
 
 
 def test_conditional_sees_what_pooling_hides():
-    """Two classes with their twins exchanged: the pooled sets are equal, within the classes they are far apart."""
+    """Two classes with their counterfactuals exchanged: the pooled sets are equal, within the classes they are far
+    apart."""
     random = np.random.default_rng(0)
     a, b = random.standard_normal((50, 3)), random.standard_normal((150, 3)) + 5
     exchanged = {"a": (a, b), "b": (b, a)}

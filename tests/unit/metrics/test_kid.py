@@ -69,7 +69,7 @@ def test_seeded():
 
 
 def test_too_few_or_unequal_are_said():
-    with pytest.raises(ValueError, match="at least 3 films in each set and 2 subsets, got 2 and 100"):
+    with pytest.raises(ValueError, match="at least 3 images in each set and 2 subsets, got 2 and 100"):
         kid(*pair(10, 2, 0.0, 0))
     with pytest.raises(ValueError, match="one d"):
         kid(np.zeros((10, 3)), np.zeros((10, 4)))

@@ -21,7 +21,7 @@ from diffva_ray.metrics.localization import (
 )
 
 
-def film(seed: int, side: int = 16, levels: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def image(seed: int, side: int = 16, levels: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Saliency in [-1, 1] (of few levels: many ties), truth and region, overlapping in part."""
     random = np.random.default_rng(seed)
     saliency = random.uniform(-1, 1, (side, side)).astype(np.float32)
@@ -41,7 +41,7 @@ CASES = [(seed, levels, masked) for seed in range(3) for levels in (None, 3, 40)
 
 @pytest.mark.parametrize(("seed", "levels", "masked"), CASES)
 def test_scores_equal_brute_force(seed, levels, masked):
-    saliency, truth, region = film(seed, levels=levels)
+    saliency, truth, region = image(seed, levels=levels)
     result = score(saliency, truth, region if masked else None)
     inside = region if masked else np.ones_like(truth)
     values, lesion = saliency[inside], truth[inside]
@@ -67,7 +67,7 @@ def test_scores_equal_brute_force(seed, levels, masked):
 
 
 def test_a_perfect_and_a_hopeless_map():
-    _, truth, _ = film(0)
+    _, truth, _ = image(0)
     perfect, inverted = score(truth.astype(float), truth), score(1.0 - truth, truth)
     assert (perfect.auroc, perfect.auprc, perfect.dice_best, perfect.iou_best) == (1, 1, 1, 1)
     assert (perfect.pointing_game, perfect.energy_in_truth) == (1, 1)
@@ -76,7 +76,7 @@ def test_a_perfect_and_a_hopeless_map():
 
 
 def test_a_flat_map_scores_as_chance():
-    _, truth, _ = film(0)
+    _, truth, _ = image(0)
     flat = score(np.zeros_like(truth, dtype=float), truth)
     assert flat.auroc == 0.5
     assert flat.auprc == flat.pointing_game == pytest.approx(truth.mean())
@@ -85,7 +85,7 @@ def test_a_flat_map_scores_as_chance():
 
 
 def test_nothing_to_find_is_none():
-    saliency, truth, region = film(0)
+    saliency, truth, region = image(0)
     assert score(saliency, np.zeros_like(truth)) is None
     assert score(saliency, np.ones_like(truth)) is None
     assert score(saliency, ~region, region) is None
@@ -94,7 +94,7 @@ def test_nothing_to_find_is_none():
 
 
 def test_bad_input_is_said():
-    saliency, truth, region = film(0)
+    saliency, truth, region = image(0)
     with pytest.raises(ValueError, match="one shape"):
         score(saliency, truth[:-1])
     with pytest.raises(ValueError, match="one shape"):
@@ -105,14 +105,14 @@ def test_bad_input_is_said():
 
 
 def test_threshold_found_on_one_set_serves_another():
-    curves = np.stack([score(*film(seed)[:2]).dice_curve for seed in range(8)])
+    curves = np.stack([score(*image(seed)[:2]).dice_curve for seed in range(8)])
     threshold, mean = fixed_threshold(curves)
     assert mean == pytest.approx(curves.mean(axis=0).max())
     assert dice_at(curves, threshold).mean() == pytest.approx(mean)
     assert dice_at(curves, round(threshold, 6)).mean() == pytest.approx(mean)  # as read from a table
-    assert mean <= np.mean([score(*film(seed)[:2]).dice_best for seed in range(8)])
-    other = score(*film(9)[:2])
-    saliency, truth, _ = film(9)
+    assert mean <= np.mean([score(*image(seed)[:2]).dice_best for seed in range(8)])
+    other = score(*image(9)[:2])
+    saliency, truth, _ = image(9)
     assert dice_at(other.dice_curve[None], threshold)[0] == pytest.approx(dice(saliency >= threshold, truth))
 
 
@@ -126,11 +126,11 @@ def test_thresholds_off_the_grid_are_refused():
             dice_at(curves, wrong)
     with pytest.raises(ValueError, match=r"\[N, 400\]"):
         fixed_threshold(curves[:, :10])
-    with pytest.raises(ValueError, match="no film"):
+    with pytest.raises(ValueError, match="no image"):
         fixed_threshold(curves[:0])
 
 
-def test_boxes_are_squashed_with_the_film():
+def test_boxes_are_squashed_with_the_image():
     mask = boxes_mask([(100, 50, 200, 25)], width=400, height=100, size=8)  # a pixel is 50 x 12.5
     expected = np.zeros((8, 8), bool)
     expected[4:6, 2:6] = True
@@ -169,7 +169,7 @@ def test_signs_and_smoothing():
 
 
 def test_competitors_get_the_map_s_own_sign_and_smoothing():
-    source, _, _ = film(0, side=32)
+    source, _, _ = image(0, side=32)
     source = np.abs(source)
     found = baselines(source, source + 0.1, smoothing=0.05)
     assert set(found) == {"brightness", "centre_prior", "autoencoder_difference"}
@@ -181,8 +181,8 @@ def test_competitors_get_the_map_s_own_sign_and_smoothing():
     np.testing.assert_allclose(prior, prior[::-1, ::-1].T)
 
 
-def test_bootstrap_draws_patients_not_films():
-    """Ten patients of 20 equal films each: films drawn one by one would claim sqrt(20) times the precision."""
+def test_bootstrap_draws_patients_not_images():
+    """Ten patients of 20 equal images each: images drawn one by one would claim sqrt(20) times the precision."""
     random = np.random.default_rng(0)
     per_patient = random.normal(size=10)
     values, patients = np.repeat(per_patient, 20), np.repeat([f"p{i}" for i in range(10)], 20)

@@ -64,7 +64,7 @@ def test_collapse_and_memory_are_told_apart():
 def test_distances_and_what_is_refused():
     assert squared_distances(np.array([[0.0], [4.0]]), np.array([[1.0], [3.5]])).tolist() == [[1.0, 12.25], [9.0, 0.25]]
     assert squared_distances(np.full((1, 2), 1e8), np.full((1, 2), 1e8)) == 0
-    with pytest.raises(ValueError, match="more than 5 films"):
+    with pytest.raises(ValueError, match="more than 5 images"):
         prdc(np.zeros((5, 2)), np.zeros((9, 2)))
     with pytest.raises(ValueError, match="one d"):
         prdc(np.zeros((9, 2)), np.zeros((9, 3)))

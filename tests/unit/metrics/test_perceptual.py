@@ -35,7 +35,7 @@ def test_equals_torchmetrics(weights: Path) -> None:
     theirs = module._LPIPS(pnet_rand=True)
     state = torch.load(weights)
     theirs.net.load_state_dict({key: state["features." + key.partition(".")[2]] for key in theirs.net.state_dict()})
-    pair = [torch.from_numpy(film).expand(1, 3, -1, -1) for film in (x, y)]
+    pair = [torch.from_numpy(image).expand(1, 3, -1, -1) for image in (x, y)]
     with torch.inference_mode():
         assert measure(x, y) == pytest.approx(float(theirs(*pair, normalize=True)), rel=1e-5)
     assert measure(x, x) == 0 < measure(x, 0.5 * x + 0.5 * y) < measure(x, y)

@@ -1,4 +1,5 @@
-"""Twins against real films in feature space: copies, give-aways, interpolated modes, and the way healing goes."""
+"""CounterfactualBatch against real images in feature space: copies, give-aways, interpolated modes, and the way
+generating goes."""
 
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ def test_one_distribution_cannot_be_told_apart() -> None:
     assert found.n == 300
 
 
-def test_blurred_and_copied_twins_give_themselves_away() -> None:
+def test_blurred_and_copied_counterfactuals_give_themselves_away() -> None:
     healthy = normal(300)
     assert verisimilitude(0.2 * normal(300, seed=1) + 4, healthy).taken == 0
     assert verisimilitude(healthy + 1e-3 * normal(300, seed=1), healthy).taken == 1
-    with pytest.raises(ValueError, match="2 films in each set, got 1"):
+    with pytest.raises(ValueError, match="2 images in each set, got 1"):
         verisimilitude(healthy[:1], healthy)
 
 
@@ -34,7 +35,7 @@ def two_modes(seed: int = 0) -> np.ndarray:
 
 
 def test_samples_between_two_modes_are_found() -> None:
-    """Aithal's failure: halfway between two modes, where no film is. Fresh films of the modes are not remote, and
+    """Aithal's failure: halfway between two modes, where no image is. Fresh images of the modes are not remote, and
     samples as far off beside a mode are remote without lying between two."""
     healthy = two_modes()
     halfway, beside = normal(100, 3, 2) * 0.3, normal(100, 3, 3) * 0.3
@@ -52,31 +53,31 @@ def test_samples_between_two_modes_are_found() -> None:
     one = healthy[1::2]  # without the second mode the same samples lie beside the only one
     assert interpolation(halfway, one).remote == 1
     assert interpolation(halfway, one).between < 0.05
-    with pytest.raises(ValueError, match="more than 6 healthy films"):
+    with pytest.raises(ValueError, match="more than 6 healthy images"):
         interpolation(halfway, healthy[:6])
 
 
 def test_direction_is_the_cosine_with_the_way_to_health() -> None:
-    films, healthy = normal(200), normal(300, seed=1) + 3
-    towards = directions(films, films + 1.0, healthy)
+    images, healthy = normal(200), normal(300, seed=1) + 3
+    towards = directions(images, images + 1.0, healthy)
     assert towards.mean() > 0.98
-    np.testing.assert_allclose(directions(films, films - 1.0, healthy), -towards, atol=1e-12)
-    across = np.zeros_like(films)
+    np.testing.assert_allclose(directions(images, images - 1.0, healthy), -towards, atol=1e-12)
+    across = np.zeros_like(images)
     across[:, 0], across[:, 1] = 1, -1
-    assert np.abs(directions(films, films + across, healthy)).mean() < 0.15
-    assert np.isnan(directions(films, films, healthy)).all()
+    assert np.abs(directions(images, images + across, healthy)).mean() < 0.15
+    assert np.isnan(directions(images, images, healthy)).all()
 
 
-def test_a_film_s_own_noise_is_no_agreement() -> None:
-    """Twins that are drawn anew from the class itself go nowhere: without leaving a film out of its class the mean
-    would be far above 0 at small N."""
+def test_a_image_s_own_noise_is_no_agreement() -> None:
+    """CounterfactualBatch that are drawn anew from the class itself go nowhere: without leaving an image out of its
+    class the mean would be far above 0 at small N."""
     values = [directions(normal(6, 50, seed), normal(6, 50, seed + 1000), normal(400, 50, 5000)).mean()
               for seed in range(40)]  # fmt: skip
     naive = []
     for seed in range(40):
-        films, twins = normal(6, 50, seed), normal(6, 50, seed + 1000)
-        way = normal(400, 50, 5000).mean(axis=0) - films.mean(axis=0)
-        change = twins - films
+        images, counterfactuals = normal(6, 50, seed), normal(6, 50, seed + 1000)
+        way = normal(400, 50, 5000).mean(axis=0) - images.mean(axis=0)
+        change = counterfactuals - images
         naive.append((change @ way / np.linalg.norm(change, axis=1) / np.linalg.norm(way)).mean())
     assert np.mean(naive) > 0.2
     assert abs(np.mean(values)) < 0.06

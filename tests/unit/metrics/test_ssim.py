@@ -11,7 +11,7 @@ from skimage.metrics import structural_similarity
 from diffva_ray.metrics.ssim import l1, ms_ssim, psnr, scales_of, ssim
 
 
-def films(side: int, noise: float = 0.1, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def images(side: int, noise: float = 0.1, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """A smooth random image and the same under noise."""
     random = np.random.default_rng(side)
     shape = (side, width or side)
@@ -40,7 +40,7 @@ def naive_ms_ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("side", [176, 256])
 def test_ms_ssim_equals_a_direct_computation(side):
-    a, b = films(side)
+    a, b = images(side)
     value, scales = ms_ssim(a, b)
     assert scales == 5
     assert value == pytest.approx(naive_ms_ssim(a, b), abs=1e-9)
@@ -54,7 +54,7 @@ def test_scales_follow_the_smaller_side(side, scales):
 
 @pytest.mark.parametrize("side", [11, 64, 65, 175, 176, 177])
 def test_equal_images_score_one(side):
-    a, b = films(side)
+    a, b = images(side)
     value, scales = ms_ssim(a, a)
     assert value == pytest.approx(1)
     assert scales == scales_of(side)
@@ -67,30 +67,30 @@ def test_equal_images_score_one(side):
 
 def test_fewer_scales_are_weighted_to_one():
     """With one scale only, MS-SSIM is Wang's SSIM; a weight left as it is (0.0448) would give nearly 1."""
-    a, b = films(16)
+    a, b = images(16)
     assert ms_ssim(a, b) == (pytest.approx(ssim(a, b), abs=1e-6), 1)
 
 
 def test_an_odd_last_row_is_dropped():
-    a, b = films(64)
+    a, b = images(64)
     wider = [np.pad(image, ((0, 0), (0, 1)), mode="edge") for image in (a, b)]
     assert ms_ssim(*wider)[0] == pytest.approx(ms_ssim(a, b)[0], abs=0.01)
 
 
 def test_anti_correlated_images_are_zero_not_nan():
-    a, _ = films(176)
+    a, _ = images(176)
     assert ms_ssim(a, 1 - a) == (0.0, 5)
     assert ssim(a, 1 - a) < 0
 
 
 def test_a_pair_may_be_swapped():
-    a, b = films(64)
+    a, b = images(64)
     for measure in (ssim, ms_ssim, psnr, l1):
         assert measure(a, b) == pytest.approx(measure(b, a))
 
 
 def test_presets_are_scikit_image_s():
-    a, b = films(64)
+    a, b = images(64)
     wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     assert ssim(a, b) == pytest.approx(structural_similarity(a, b, data_range=1.0, **wang), abs=1e-5)
     assert ssim(a, b, "skimage") == pytest.approx(structural_similarity(a, b, data_range=1.0), abs=1e-5)

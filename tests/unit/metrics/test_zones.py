@@ -39,7 +39,7 @@ def test_a_map_of_the_truth_agrees_and_one_of_the_other_side_does_not() -> None:
     random = np.random.default_rng(0)
     zones = zone_masks(lungs(), 64)
     scores = random.integers(0, 4, (30, 6)).astype(float)
-    maps = [sum(score * zone for score, zone in zip(film, zones)) for film in scores]
+    maps = [sum(score * zone for score, zone in zip(image, zones)) for image in scores]
     exact = np.stack([zone_energy(m.astype(np.float32), zones) for m in maps])
     np.testing.assert_allclose(exact, scores)
     noisy = exact + random.normal(0, 1, exact.shape)
@@ -53,7 +53,7 @@ def test_a_map_of_the_truth_agrees_and_one_of_the_other_side_does_not() -> None:
     assert abs(swapped.within) < 0.3
 
 
-def test_severity_of_whole_films_is_not_agreement_within_them() -> None:
+def test_severity_of_whole_images_is_not_agreement_within_them() -> None:
     severity = np.repeat(np.arange(10.0)[:, None], 6, axis=1)
     scores = np.minimum(severity / 3, 3) + np.tile([0, 0.1, 0, 0.1, 0, 0.1], (10, 1))
     found = zone_agreement(severity + np.tile([0.1, 0, 0.1, 0, 0.1, 0], (10, 1)), scores)

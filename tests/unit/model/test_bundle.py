@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 
 from diffva_ray.config.recipe import Recipe
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.model import text
 from diffva_ray.model.bundle import build, load, save
 from diffva_ray.model.card import UnusableModel
@@ -123,7 +123,7 @@ def test_no_model_there_is_one_line(tmp_path: Path) -> None:
 def test_a_bundle_that_an_engine_works_with_is_not_saved(model: Path, tmp_path: Path) -> None:
     """Its upsamplers are rewritten: the folder would be one that nobody can load."""
     bundle = load(str(model))
-    Counterfactuals(bundle, device="cpu")
+    CounterfactualEngine(bundle, device="cpu")
     with pytest.raises(ValueError, match="load the model again to save"):
         save(bundle, LocalStore(str(tmp_path)), {})
     assert not list(tmp_path.iterdir())

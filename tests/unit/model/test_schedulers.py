@@ -16,8 +16,8 @@ def sampled_bias(name: str, steps: int, strength: float) -> float:
     that distribution, and see how far the mean has moved. The score is linear, so the mean follows from one point."""
     scheduler, timesteps = schedule(name, SD_SCHEDULER, steps, strength)
     alphas = scheduler.alphas_cumprod.double()
-    film = torch.full((1, 1, 1, 1), MEAN, dtype=torch.float64)
-    latents = scheduler.add_noise(film, torch.zeros_like(film), timesteps[:1]).double()
+    image = torch.full((1, 1, 1, 1), MEAN, dtype=torch.float64)
+    latents = scheduler.add_noise(image, torch.zeros_like(image), timesteps[:1]).double()
     for timestep in timesteps:
         alpha = alphas[int(timestep)]
         variance = alpha * SPREAD**2 + (1 - alpha)
@@ -54,9 +54,9 @@ def sampled_distribution(name: str, steps: int) -> tuple[float, float]:
     """Mean and standard deviation of 20 000 samples that leave N(MEAN, SPREAD^2) by noising and come back."""
     scheduler, timesteps = schedule(name, SD_SCHEDULER, steps, 0.85)
     generator = torch.Generator().manual_seed(0)
-    films = MEAN + SPREAD * torch.randn(20_000, 1, 1, 1, generator=generator, dtype=torch.float64)
-    fresh = torch.randn(films.shape, generator=generator, dtype=torch.float64)
-    latents = scheduler.add_noise(films, fresh, timesteps[:1].repeat(len(films)))
+    images = MEAN + SPREAD * torch.randn(20_000, 1, 1, 1, generator=generator, dtype=torch.float64)
+    fresh = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+    latents = scheduler.add_noise(images, fresh, timesteps[:1].repeat(len(images)))
     for timestep in timesteps:
         alpha = scheduler.alphas_cumprod.double()[int(timestep)]
         noise = (1 - alpha).sqrt() * (latents - alpha.sqrt() * MEAN) / (alpha * SPREAD**2 + 1 - alpha)

@@ -66,10 +66,12 @@ def test_every_kind_of_encoder_goes_all_the_way(
     pipeline = DiffusionPipeline.from_pretrained(store.uri, safety_checker=None, requires_safety_checker=False)
     image_to_image = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
     image_to_image.set_progress_bar_config(disable=True)
-    film = Image.fromarray(np.full((32, 32, 3), 128, np.uint8))
-    twin = image_to_image("normal chest scan", image=film, strength=0.5, num_inference_steps=4, output_type="np")
-    assert twin.images.shape == (1, 32, 32, 3)
-    assert np.isfinite(twin.images).all()
+    image = Image.fromarray(np.full((32, 32, 3), 128, np.uint8))
+    counterfactual = image_to_image(
+        "normal chest scan", image=image, strength=0.5, num_inference_steps=4, output_type="np"
+    )
+    assert counterfactual.images.shape == (1, 32, 32, 3)
+    assert np.isfinite(counterfactual.images).all()
     expected = image_to_image.encode_prompt("normal chest scan", "cpu", 1, False)[0]
     assert torch.allclose(expected, states, atol=1e-6)
 

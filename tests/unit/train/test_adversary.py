@@ -30,14 +30,14 @@ def test_adaptive_weight_balances_gradients_at_the_last_layer() -> None:
 
 
 def test_a_frozen_adversary_passes_gradients_on_and_keeps_none() -> None:
-    adversary, film = PatchDiscriminator(), torch.rand(1, 3, 32, 32, requires_grad=True)
+    adversary, image = PatchDiscriminator(), torch.rand(1, 3, 32, 32, requires_grad=True)
     with frozen(adversary):
-        adversary(film)[0].mean().backward()
-    assert film.grad is not None
-    assert film.grad.abs().sum() > 0
+        adversary(image)[0].mean().backward()
+    assert image.grad is not None
+    assert image.grad.abs().sum() > 0
     assert all(parameter.grad is None and parameter.requires_grad for parameter in adversary.parameters())
 
 
-def test_a_films_logits_do_not_depend_on_its_neighbours() -> None:
-    adversary, films = PatchDiscriminator().eval(), torch.rand(3, 3, 32, 32)
-    assert adversary(films)[0][1].detach() == pytest.approx(adversary(films[1:2])[0][0].detach(), abs=1e-5)
+def test_a_images_logits_do_not_depend_on_its_neighbours() -> None:
+    adversary, images = PatchDiscriminator().eval(), torch.rand(3, 3, 32, 32)
+    assert adversary(images)[0][1].detach() == pytest.approx(adversary(images[1:2])[0][0].detach(), abs=1e-5)

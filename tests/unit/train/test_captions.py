@@ -1,4 +1,4 @@
-"""A film's own caption is what the denoiser is told of it, in the place of its class's prompt."""
+"""An image's own caption is what the denoiser is told of it, in the place of its class's prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from trainings import different, run, weights, with_stages
 
 from diffva_ray.config.recipe import Recipe
-from diffva_ray.data.dataset import Film
+from diffva_ray.data.dataset import LabelledImage
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.workflows.train import training_keys
 
@@ -20,16 +20,16 @@ STAGE = {"name": "joint", "trains": "denoiser", "steps": 2, "batch_size": 4, "le
 
 
 @pytest.fixture
-def captioned(films: Path, tmp_path: Path) -> Callable[[Callable[[Film], str]], Path]:
-    """A manifest of the films with captions."""
-    shutil.copytree(films, tmp_path / "films")
+def captioned(images: Path, tmp_path: Path) -> Callable[[Callable[[LabelledImage], str]], Path]:
+    """A manifest of the images with captions."""
+    shutil.copytree(images, tmp_path / "images")
 
-    def write(caption: Callable[[Film], str]) -> Path:
-        manifest = tmp_path / "films" / "told.csv"
+    def write(caption: Callable[[LabelledImage], str]) -> Path:
+        manifest = tmp_path / "images" / "told.csv"
         with open(manifest, "w", newline="") as file:
             csv.writer(file).writerows(
                 [("path", "label", "caption")]
-                + [(film.path, film.label, caption(film)) for film in open_dataset(films).films]
+                + [(image.path, image.label, caption(image)) for image in open_dataset(images).images]
             )
         return manifest
 
@@ -37,14 +37,14 @@ def captioned(films: Path, tmp_path: Path) -> Callable[[Callable[[Film], str]], 
 
 
 def test_captions_take_the_place_of_the_class_prompts(
-    tiny: Recipe, films: Path, captioned: Callable, tmp_path: Path
+    tiny: Recipe, images: Path, captioned: Callable, tmp_path: Path
 ) -> None:
     recipe = with_stages(tiny, STAGE)
-    run(recipe, films, tmp_path / "classes")
+    run(recipe, images, tmp_path / "classes")
     for name, caption in {
-        "same": lambda film: recipe.data.prompt(film.label),
-        "none": lambda film: "",
-        "other": lambda film: f"mild {recipe.data.prompt(film.label)}",
+        "same": lambda image: recipe.data.prompt(image.label),
+        "none": lambda image: "",
+        "other": lambda image: f"mild {recipe.data.prompt(image.label)}",
     }.items():
         run(recipe, captioned(caption), tmp_path / name)
     expected = weights(tmp_path / "classes", "unet", "text_encoder")
@@ -54,15 +54,15 @@ def test_captions_take_the_place_of_the_class_prompts(
 
 
 def test_another_caption_is_another_training(tiny: Recipe, captioned: Callable) -> None:
-    mild, _ = training_keys(tiny, str(captioned(lambda film: "mild")))
-    severe, _ = training_keys(tiny, str(captioned(lambda film: "severe")))
+    mild, _ = training_keys(tiny, str(captioned(lambda image: "mild")))
+    severe, _ = training_keys(tiny, str(captioned(lambda image: "severe")))
     assert mild != severe
 
 
 def test_captions_that_are_too_long_are_said(
     tiny: Recipe, captioned: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    long = captioned(lambda film: "mild " * 30 if film.label == "COVID" else "normal")
+    long = captioned(lambda image: "mild " * 30 if image.label == "COVID" else "normal")
     with caplog.at_level(logging.WARNING, "diffva_ray"):
         run(with_stages(tiny, STAGE), long, tmp_path / "long")
     assert "1 captions are longer than 16 tokens" in caplog.text

@@ -21,32 +21,32 @@ JUDGE = {"name": "judge", "trains": "judge", "steps": 2, "batch_size": 4, "learn
 
 @pytest.mark.parametrize("kill_at", [1, 3, 5])
 def test_killed_and_resumed_is_bitwise_the_undisturbed_training(
-    kill_at: int, tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kill_at: int, tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps 0-3 are the classifier's, 4-5 the judge's: killed there, the classifier is finished and must be kept."""
     recipe = with_stages(tiny, CLASSIFIER, JUDGE, checkpoint_every=2)
-    run(recipe, films, tmp_path / "whole")
-    killed(recipe, films, tmp_path / "killed", kill_at, monkeypatch)
-    run(recipe, films, tmp_path / "killed")
+    run(recipe, images, tmp_path / "whole")
+    killed(recipe, images, tmp_path / "killed", kill_at, monkeypatch)
+    run(recipe, images, tmp_path / "killed")
     whole, resumed = (weights(tmp_path / name, "classifier") for name in ("whole", "killed"))
     assert different(whole, resumed) == []
     assert load(str(tmp_path / "whole")).digest == load(str(tmp_path / "killed")).digest
 
 
 def test_it_learns_and_leaves_the_others_alone(
-    tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where latents tell the label it finds it out through the noise; autoencoder and UNet stay as they were. The
     latents are given: those of an untrained autoencoder tell nothing."""
 
     def telling(self: Latents, indices: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        signs = torch.tensor([1.0 if self.films.films[n].label == "COVID" else -1.0 for n in indices])
+        signs = torch.tensor([1.0 if self.images.images[n].label == "COVID" else -1.0 for n in indices])
         mean = 10 * signs[:, None, None, None].expand(-1, 4, 8, 8)
         return mean, torch.full_like(mean, 0.1)
 
     monkeypatch.setattr(Latents, "moments", telling)
     stage = {**CLASSIFIER, "steps": 40, "batch_size": 8, "classes": {"Normal": 1, "COVID": 1}, "ema_decay": None}
-    losses = [metrics["loss"] for metrics in run(with_stages(tiny, stage), films, tmp_path)]
+    losses = [metrics["loss"] for metrics in run(with_stages(tiny, stage), images, tmp_path)]
     assert losses[-1] < 0.5 * losses[0]
     trained, start = load(str(tmp_path)), build(tiny)
     assert trained.extra("classifier").classes == ("COVID", "Normal")
@@ -60,7 +60,7 @@ def test_it_learns_and_leaves_the_others_alone(
     [({"classes": {"COVID": 1, "Lung_Opacity": 1}}, "healthy class 'Normal'"), ({"norm_num_groups": 5}, "divisible")],
 )
 def test_a_stage_that_cannot_be_built_is_named(
-    change: dict, reason: str, tiny: Recipe, films: Path, tmp_path: Path
+    change: dict, reason: str, tiny: Recipe, images: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=f"stage classifier: .*{reason}"):
-        run(with_stages(tiny, {**CLASSIFIER, **change}), films, tmp_path)
+        run(with_stages(tiny, {**CLASSIFIER, **change}), images, tmp_path)

@@ -20,10 +20,10 @@ def only(model: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("controlnet."): value for name, value in weights(model, "controlnet").items()}
 
 
-def test_it_begins_as_the_trained_unets_copy_and_only_it_moves(tiny: Recipe, films: Path, tmp_path: Path) -> None:
-    run(with_stages(tiny, DENOISER), films, tmp_path / "before")
-    run(with_stages(tiny, DENOISER, {**CONTROLNET, "steps": 0}), films, tmp_path / "begun")
-    run(with_stages(tiny, DENOISER, CONTROLNET), films, tmp_path / "after")
+def test_it_begins_as_the_trained_unets_copy_and_only_it_moves(tiny: Recipe, images: Path, tmp_path: Path) -> None:
+    run(with_stages(tiny, DENOISER), images, tmp_path / "before")
+    run(with_stages(tiny, DENOISER, {**CONTROLNET, "steps": 0}), images, tmp_path / "begun")
+    run(with_stages(tiny, DENOISER, CONTROLNET), images, tmp_path / "after")
     before, begun, after = (load(str(tmp_path / name)) for name in ("before", "begun", "after"))
     start, end = (only(tmp_path / name) for name in ("begun", "after"))
     unet = before.unet.state_dict()
@@ -41,13 +41,13 @@ def test_it_begins_as_the_trained_unets_copy_and_only_it_moves(tiny: Recipe, fil
 
 @pytest.mark.parametrize("kill_at", [1, 2, 3, 5])
 def test_killed_and_resumed_is_bitwise_the_undisturbed_training(
-    kill_at: int, tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kill_at: int, tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps 0-1 are the denoiser's, 2-5 the ControlNet's."""
     recipe = with_stages(tiny, DENOISER, CONTROLNET, checkpoint_every=2)
-    run(recipe, films, tmp_path / "whole")
-    killed(recipe, films, tmp_path / "killed", kill_at, monkeypatch)
-    run(recipe, films, tmp_path / "killed")
+    run(recipe, images, tmp_path / "whole")
+    killed(recipe, images, tmp_path / "killed", kill_at, monkeypatch)
+    run(recipe, images, tmp_path / "killed")
     whole, resumed = (weights(tmp_path / name, "controlnet", "unet") for name in ("whole", "killed"))
     assert different(whole, resumed) == []
 

@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from diffva_ray.config.recipe import make_recipe
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.model.bundle import build
-from diffva_ray.train.sampling import FilmSet, step_generator
+from diffva_ray.train.sampling import ImageSet, step_generator
 from diffva_ray.train.stage import three_channels
 
 
@@ -30,31 +30,31 @@ def benchmark() -> ModuleType:
 
 
 @pytest.mark.parametrize("step", [0, 3])
-def test_the_loss_is_that_of_diffusers_script(benchmark: ModuleType, films: Path, tmp_path: Path, step: int) -> None:
+def test_the_loss_is_that_of_diffusers_script(benchmark: ModuleType, images: Path, tmp_path: Path, step: int) -> None:
     recipe = benchmark.small_clip_model(tmp_path, 32)
-    film_set = FilmSet(open_dataset(str(films)), 32)
+    image_set = ImageSet(open_dataset(str(images)), 32)
     bundle = build(recipe)
-    side = benchmark.DiffusersSide(recipe, film_set, torch.device("cpu"))
+    side = benchmark.DiffusersSide(recipe, image_set, torch.device("cpu"))
     positions = range(step * benchmark.BATCH, (step + 1) * benchmark.BATCH)
     indices = [side.draws.draws[n] for n in positions] + [side.draws.prior.draws[n] for n in positions]
-    labels = [film_set.films[index].label for index in indices]
+    labels = [image_set.images[index].label for index in indices]
     assert labels == ["COVID"] * benchmark.BATCH + ["Normal"] * benchmark.BATCH
     theirs = benchmark.script_loss(
         bundle,
         DDPMScheduler.from_config(bundle.scheduler),
-        three_channels(film_set.batch(indices)),
+        three_channels(image_set.batch(indices)),
         [recipe.data.prompt(label) for label in labels],
         step_generator(recipe.seed, "covid", step),
     )
-    assert benchmark.our_loss(recipe, film_set, step).item() == pytest.approx(theirs.item(), rel=1e-6)
+    assert benchmark.our_loss(recipe, image_set, step).item() == pytest.approx(theirs.item(), rel=1e-6)
 
 
-def test_the_curves_agree(benchmark: ModuleType, films: Path, tmp_path: Path) -> None:
+def test_the_curves_agree(benchmark: ModuleType, images: Path, tmp_path: Path) -> None:
     """Optimizer, clipping and all: five steps of both sides end with the same losses."""
     values = benchmark.small_clip_model(tmp_path / "base", 32).model_dump(mode="json")
     values["train"]["stages"][0]["steps"] = 5
     recipe = make_recipe(values)
-    side = benchmark.DiffusersSide(recipe, FilmSet(open_dataset(str(films)), 32), torch.device("cpu"))
+    side = benchmark.DiffusersSide(recipe, ImageSet(open_dataset(str(images)), 32), torch.device("cpu"))
     theirs = [side.step(step) for step in range(5)]
-    ours, _ = benchmark.our_run(recipe, str(films), tmp_path / "out")
+    ours, _ = benchmark.our_run(recipe, str(images), tmp_path / "out")
     assert ours == pytest.approx(theirs, rel=1e-4)

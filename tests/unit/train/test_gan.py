@@ -1,4 +1,4 @@
-"""Stages ``vant-gan`` and ``ant-gan``: they learn to heal from labels alone, and resume exactly."""
+"""Stages ``vant-gan`` and ``ant-gan``: they learn to generate from labels alone, and resume exactly."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ JUDGE = {"name": "judge", "trains": "judge", "steps": 1, "batch_size": 4, "learn
 @pytest.mark.parametrize("stage", STAGES, ids=["vant-gan", "ant-gan"])
 @pytest.mark.parametrize("kill_at", [3, 6])
 def test_killed_and_resumed_is_bitwise_the_undisturbed_training(
-    stage: dict, kill_at: int, tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: dict, kill_at: int, tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two players a step: 3 is within the second step, 6 in the judge's stage, when the healer is finished."""
+    """Two trainables a step: 3 is within the second step, 6 in the judge's stage, when the gan_generator is
+    finished."""
     recipe, name = with_stages(tiny, stage, JUDGE, checkpoint_every=1), stage["trains"].replace("-", "_")
-    run(recipe, films, tmp_path / "whole")
-    killed(recipe, films, tmp_path / "killed", kill_at, monkeypatch)
-    run(recipe, films, tmp_path / "killed")
+    run(recipe, images, tmp_path / "whole")
+    killed(recipe, images, tmp_path / "killed", kill_at, monkeypatch)
+    run(recipe, images, tmp_path / "killed")
     whole, resumed = (weights(tmp_path / folder, name) for folder in ("whole", "killed"))
     assert different(whole, resumed) == []
     assert load(str(tmp_path / "whole")).digest == load(str(tmp_path / "killed")).digest
 
 
-def test_two_workers_are_one_with_the_same_batch(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+def test_two_workers_are_one_with_the_same_batch(tiny: Recipe, images: Path, tmp_path: Path) -> None:
     """The penalty's gradient of a gradient included: the critic's gradient norm is that of the whole batch."""
     stages = [{**stage, "steps": 2, "batch_size": 2, "betas": [0.9, 0.999], "learning_rate": 2e-4} for stage in STAGES]
     recipe, file = with_stages(tiny, *stages), tmp_path / "recipe.json"
     file.write_text(recipe.model_dump_json())
-    one, two = run(recipe, films, tmp_path / "one"), run_workers(2, file, films, tmp_path / "two")
+    one, two = run(recipe, images, tmp_path / "one"), run_workers(2, file, images, tmp_path / "two")
     for name in ("loss", "critic_loss", "grad_norm", "critic_grad_norm"):
         ours, theirs = ([entry[name] for entry in history] for history in (one, two))
         assert theirs == pytest.approx(ours, rel=1e-4), name
@@ -54,15 +55,15 @@ def test_two_workers_are_one_with_the_same_batch(tiny: Recipe, films: Path, tmp_
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Grey films with some noise; a third of an abnormal one is brighter."""
+    """Grey images with some noise; a third of an abnormal one is brighter."""
     folder, rng = tmp_path_factory.mktemp("squares"), np.random.default_rng(0)
     for label in ("Normal", "COVID"):
         (folder / label).mkdir()
         for n in range(16):
-            film = 0.35 + 0.03 * rng.standard_normal((32, 32))
+            image = 0.35 + 0.03 * rng.standard_normal((32, 32))
             if label == "COVID":
-                film[8:20, 8:20] += 0.4
-            Image.fromarray((film.clip(0, 1) * 255).astype(np.uint8)).save(folder / label / f"{n}.png")
+                image[8:20, 8:20] += 0.4
+            Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8)).save(folder / label / f"{n}.png")
     return folder
 
 
@@ -76,17 +77,17 @@ LEARNING: dict[str, dict] = {
 def test_it_learns_what_tells_the_kinds_apart(
     stage: dict, tiny: Recipe, squares: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The bright square of abnormal films goes, the rest stays; the other networks are not touched. A healer that draws
-    maps has never seen a healthy film, so nothing is asked of it there."""
+    """The bright square of abnormal images goes, the rest stays; the other networks are not touched. A gan_generator
+    that draws maps has never seen a healthy image, so nothing is asked of it there."""
     longer = {**stage, **LEARNING[stage["trains"]]}
     with caplog.at_level(logging.INFO):
         run(with_stages(tiny, longer), squares, tmp_path)
     trained, start = load(str(tmp_path)), build(tiny)
-    healer = trained.extra(stage["trains"].replace("-", "_")).eval()
-    films = np.stack([np.asarray(Image.open(file)) for file in sorted((squares / "COVID").iterdir())])
-    ill = torch.from_numpy(films).float() / 255
+    gan_generator = trained.extra(stage["trains"].replace("-", "_")).eval()
+    images = np.stack([np.asarray(Image.open(file)) for file in sorted((squares / "COVID").iterdir())])
+    ill = torch.from_numpy(images).float() / 255
     with torch.no_grad():
-        lesion = ill - healer.heal(ill)
+        lesion = ill - gan_generator.generate(ill)
     inside = lesion[:, 9:19, 9:19].mean()
     lesion[:, 6:22, 6:22] = 0
     around = lesion.abs().sum() / (len(lesion) * (32 * 32 - 16 * 16))
@@ -95,15 +96,15 @@ def test_it_learns_what_tells_the_kinds_apart(
     for name in ("vae", "unet", "text_encoder"):
         before, after = start.modules[name].state_dict(), trained.modules[name].state_dict()
         assert all(torch.equal(before[key], after[key]) for key in before), name
-    measured = healer.config["measured"]
-    assert measured["converged"] == (abs(measured["gap_healed"]) < 0.5 * measured["gap_abnormal"])
+    measured = gan_generator.config["measured"]
+    assert measured["converged"] == (abs(measured["gap_generated"]) < 0.5 * measured["gap_abnormal"])
     assert (f"stage {stage['name']} converged" in caplog.text) == measured["converged"]
 
 
 def test_a_healer_that_did_not_converge_says_so(
-    tiny: Recipe, films: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny: Recipe, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run(with_stages(tiny, {**STAGES[0], "steps": 1}), films, tmp_path)
+    run(with_stages(tiny, {**STAGES[0], "steps": 1}), images, tmp_path)
     assert "stage vant-gan DID NOT CONVERGE" in caplog.text
     assert not load(str(tmp_path)).extra("vant_gan").config["measured"]["converged"]
 
@@ -113,16 +114,16 @@ def test_the_wasserstein_critics_loss_is_the_papers(monkeypatch: pytest.MonkeyPa
     torch.manual_seed(0)
     critic = PatchDiscriminator(8).double()
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    healthy, healed = torch.rand(2, 2, 1, 32, 32, dtype=torch.float64)
+    healthy, generated = torch.rand(2, 2, 1, 32, 32, dtype=torch.float64)
     mix = torch.tensor([0.25, 0.75], dtype=torch.float64).reshape(2, 1, 1, 1)
-    found = WassersteinCritic(critic, 7.0)(healthy, healed, mix)
+    found = WassersteinCritic(critic, 7.0)(healthy, generated, mix)
     with torch.no_grad():
-        between, norms = mix * healthy + (1 - mix) * healed, []
-        for film in between:
+        between, norms = mix * healthy + (1 - mix) * generated, []
+        for image in between:
             pixels = torch.eye(1024, dtype=torch.float64).reshape(1024, 1, 32, 32) * 1e-5
-            norms.append(((score(critic, film + pixels) - score(critic, film - pixels)) / 2e-5).norm())
+            norms.append(((score(critic, image + pixels) - score(critic, image - pixels)) / 2e-5).norm())
         penalty = torch.stack([(norm - 1) ** 2 for norm in norms]).mean()
-        expected = score(critic, healed).mean() - score(critic, healthy).mean() + 7 * penalty
+        expected = score(critic, generated).mean() - score(critic, healthy).mean() + 7 * penalty
     assert found.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -132,11 +133,11 @@ def test_the_wasserstein_critics_loss_is_the_papers(monkeypatch: pytest.MonkeyPa
         ({"classes": {"Normal": 1}}, "classes holds Normal"),
         ({"classes": {"Gout": 1}}, "'Gout' is not in the data"),
         ({"norm_num_groups": 5}, "divisible"),
-        ({"block_out_channels": [8] * 7}, "halve films of 32 pixels"),
+        ({"block_out_channels": [8] * 7}, "halve images of 32 pixels"),
     ],
 )
 def test_a_stage_that_cannot_be_built_is_named(
-    change: dict, reason: str, tiny: Recipe, films: Path, tmp_path: Path
+    change: dict, reason: str, tiny: Recipe, images: Path, tmp_path: Path
 ) -> None:
     with pytest.raises((RecipeError, UnusableData), match=reason):
-        run(with_stages(tiny, {**STAGES[0], **change}), films, tmp_path)
+        run(with_stages(tiny, {**STAGES[0], **change}), images, tmp_path)

@@ -1,4 +1,4 @@
-"""The judge: calibrated on films it has not seen, deaf to whether a film came through the autoencoder."""
+"""The judge: calibrated on images it has not seen, deaf to whether an image came through the autoencoder."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from diffva_ray.metrics.validity import Judge, calibration_error, fitted_tempera
 from diffva_ray.model.bundle import build
 from diffva_ray.storage.store import LocalStore
 from diffva_ray.train.judge import JudgeStage
-from diffva_ray.train.sampling import FilmSet, step_generator
-from diffva_ray.train.stage import Batch, Setting
+from diffva_ray.train.sampling import ImageSet, step_generator
+from diffva_ray.train.stage import Batch, StageContext
 
 STAGE = {"name": "judge", "trains": "judge", "steps": 12, "batch_size": 8, "learning_rate": 4e-3}
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 phantoms of 32 px: of each class one film is held out."""
+    """60 phantoms of 32 px: of each class one image is held out."""
     folder = tmp_path_factory.mktemp("many")
     list(phantom_set(LocalStore(str(folder)), 60, 32, seed=12))
     return folder
@@ -51,11 +51,11 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy() -> N
     assert calibration_error(sure, np.array([0] * 5 + [1] * 5)) == pytest.approx(0.4)
 
 
-def test_films_held_out_are_never_drawn(tiny: Recipe, many: Path, tmp_path: Path) -> None:
+def test_images_held_out_are_never_drawn(tiny: Recipe, many: Path, tmp_path: Path) -> None:
     recipe = with_stages(tiny, STAGE)
-    films = FilmSet(open_dataset(str(many)), 32)
-    stage = JudgeStage(Setting(build(recipe), films, 0, LocalStore(str(tmp_path))), recipe.train.stages[0])
-    assert [films.films[index].label for index in stage.held_out].count("COVID") == 1
+    images = ImageSet(open_dataset(str(many)), 32)
+    stage = JudgeStage(StageContext(build(recipe), images, 0, LocalStore(str(tmp_path))), recipe.train.stages[0])
+    assert [images.images[index].label for index in stage.held_out].count("COVID") == 1
     drawn = {stage.draws[position] for position in range(500)}
     assert drawn == set(range(60)) - set(stage.held_out)
 
@@ -63,7 +63,7 @@ def test_films_held_out_are_never_drawn(tiny: Recipe, many: Path, tmp_path: Path
 def test_training_writes_a_calibrated_judge(tiny: Recipe, many: Path, tmp_path: Path) -> None:
     run(with_stages(tiny, STAGE), many, tmp_path)
     about = json.loads((tmp_path / "judge/config.json").read_text())["calibration"]
-    assert about["films"] == 4
+    assert about["images"] == 4
     assert 0 <= about["calibration_error"] <= 1
     judge = load_judge(LocalStore(str(tmp_path)))
     assert judge is not None
@@ -74,18 +74,18 @@ def test_training_writes_a_calibrated_judge(tiny: Recipe, many: Path, tmp_path: 
 def test_the_temperature_reaches_every_probability_and_no_verdict(tmp_path: Path) -> None:
     torch.manual_seed(0)
     judge = Judge(("COVID", "Normal"), "Normal").eval()
-    films = np.random.default_rng(0).uniform(size=(6, 32, 32)).astype(np.float32)
-    before = judge.probabilities(films)
+    images = np.random.default_rng(0).uniform(size=(6, 32, 32)).astype(np.float32)
+    before = judge.probabilities(images)
     judge.temperature.fill_(2.5)
     save_judge(judge, LocalStore(str(tmp_path)))
     loaded = load_judge(LocalStore(str(tmp_path)))
     assert loaded is not None
     odds = np.log(before[:, 1] / before[:, 0])
-    assert np.log(loaded.probabilities(films)[:, 1] / loaded.probabilities(films)[:, 0]) == pytest.approx(
+    assert np.log(loaded.probabilities(images)[:, 1] / loaded.probabilities(images)[:, 0]) == pytest.approx(
         odds / 2.5, rel=1e-3
     )
-    assert loaded.healthy_probability(films) == pytest.approx(loaded.probabilities(films)[:, 1], rel=1e-5)
-    assert (loaded.probabilities(films).argmax(axis=1) == before.argmax(axis=1)).all()
+    assert loaded.healthy_probability(images) == pytest.approx(loaded.probabilities(images)[:, 1], rel=1e-5)
+    assert (loaded.probabilities(images).argmax(axis=1) == before.argmax(axis=1)).all()
 
 
 def test_a_judge_of_before_calibration_is_still_read(tmp_path: Path) -> None:
@@ -102,13 +102,13 @@ def test_a_judge_of_before_calibration_is_still_read(tmp_path: Path) -> None:
 
 def test_it_learns_from_what_the_autoencoder_gives_back(tiny: Recipe, many: Path, tmp_path: Path) -> None:
     """With another autoencoder the same step has another loss."""
-    recipe, films = with_stages(tiny, STAGE), FilmSet(open_dataset(str(many)), 32)
+    recipe, images = with_stages(tiny, STAGE), ImageSet(open_dataset(str(many)), 32)
     losses = []
     for change in (0.0, 0.2):
         bundle = build(recipe)
         for parameter in bundle.vae.decoder.conv_out.parameters():
             parameter.data += change
-        stage = JudgeStage(Setting(bundle, films, 0, LocalStore(str(tmp_path))), recipe.train.stages[0])
+        stage = JudgeStage(StageContext(bundle, images, 0, LocalStore(str(tmp_path))), recipe.train.stages[0])
         batch = Batch(0, 8, list(range(8)), step_generator(0, "judge", 0))
         losses.append(stage.loss(stage.judge, batch).item())
     assert losses[0] != losses[1]
@@ -116,9 +116,9 @@ def test_it_learns_from_what_the_autoencoder_gives_back(tiny: Recipe, many: Path
 
 def test_a_judge_that_would_not_know_health_is_refused(tiny: Recipe, many: Path) -> None:
     recipe = with_stages(tiny, {**STAGE, "classes": {"COVID": 1, "Lung_Opacity": 1}})
-    setting = Setting(build(recipe), FilmSet(open_dataset(many, recipe.data), 32, 100), 0, LocalStore(str(many)))
+    context = StageContext(build(recipe), ImageSet(open_dataset(many, recipe.data), 32, 100), 0, LocalStore(str(many)))
     with pytest.raises(RecipeError, match=r"has to know the healthy class Normal.*see data.healthy_class"):
-        JudgeStage(setting, recipe.train.stages[0])
+        JudgeStage(context, recipe.train.stages[0])
 
 
 def test_an_old_judge_that_does_not_know_health_is_one_line(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from diffva_ray.model.bundle import Bundle, build, load
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.model.cross_attention import cross_attention_parameters
 from diffva_ray.train.checkpoint import Checkpoints
-from diffva_ray.train.logger import Journal
+from diffva_ray.train.logger import TrainingLogger
 from diffva_ray.train.validation import validation_of
 from diffva_ray.workflows.status import describe, read_status
 
@@ -39,12 +39,12 @@ def test_every_network_moved(tiny: Recipe, model: Path) -> None:
 
 @pytest.mark.parametrize("kill_at", range(10))
 def test_killed_at_any_step_and_resumed_is_bitwise_the_undisturbed_run(
-    kill_at: int, tiny: Recipe, films: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kill_at: int, tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps 0-3 are the autoencoder's, 4-7 the denoiser's, 8-9 the judge's; checkpoints are two steps apart."""
     out = tmp_path / "model"
-    killed(tiny, films, out, kill_at, monkeypatch)
-    run(tiny, films, out)
+    killed(tiny, images, out, kill_at, monkeypatch)
+    run(tiny, images, out)
     assert different(weights(model, *PARTS), weights(out, *PARTS)) == []
     assert load(str(model)).digest == load(str(out)).digest
     one, other = (
@@ -55,49 +55,49 @@ def test_killed_at_any_step_and_resumed_is_bitwise_the_undisturbed_run(
 
 
 def test_a_checkpoint_of_another_version_is_one_line(
-    tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    killed(tiny, films, tmp_path / "model", 6, monkeypatch)
+    killed(tiny, images, tmp_path / "model", 6, monkeypatch)
     latest = Checkpoints(tmp_path / "model/.train", 2).latest()
     assert latest is not None
     file = latest / "unet.safetensors"
     save_file({name: value for name, value in load_file(file).items() if "conv_in" not in name}, file)
     with pytest.raises(UnusableModel, match=r"does not fit this version.*unet.safetensors.*conv_in"):
-        run(tiny, films, tmp_path / "model")
+        run(tiny, images, tmp_path / "model")
 
 
-def test_small_shares_accumulate_to_the_same_step(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+def test_small_shares_accumulate_to_the_same_step(tiny: Recipe, images: Path, tmp_path: Path) -> None:
     """Prior preservation and min-SNR included: a share holds instances and their class images."""
     stage = {**DENOISER, "classes": {"COVID": 1}, "prior_class": "Normal", "snr_gamma": 5.0, "prompt_dropout": 0.3}
-    whole = run(with_stages(tiny, stage), films, tmp_path / "whole")
-    shared = run(with_stages(tiny, {**stage, "micro_batch_size": 3}), films, tmp_path / "shared")  # shares of 3 and 1
+    whole = run(with_stages(tiny, stage), images, tmp_path / "whole")
+    shared = run(with_stages(tiny, {**stage, "micro_batch_size": 3}), images, tmp_path / "shared")  # shares of 3 and 1
     assert [entry["loss"] for entry in shared] == pytest.approx([entry["loss"] for entry in whole], rel=1e-5)
     assert [entry["grad_norm"] for entry in shared] == pytest.approx([entry["grad_norm"] for entry in whole], rel=1e-3)
 
 
 def test_an_adversary_plays_and_resumes_bitwise(
-    tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = {
         "name": "autoencoder", "trains": "autoencoder", "steps": 4, "batch_size": 4, "learning_rate": 1e-3,
         "adversarial_weight": 0.5, "perceptual_weight": 1.0, "adversarial_start": 1,
     }  # fmt: skip
     recipe = with_stages(tiny, stage, checkpoint_every=2)
-    history = run(recipe, films, tmp_path / "whole")
+    history = run(recipe, images, tmp_path / "whole")
     assert all(np.isfinite(entry["adversary_loss"]) for entry in history)
     assert history[0]["adversary_grad_norm"] > 0
 
-    killed(recipe, films, tmp_path / "killed", 5, monkeypatch)
-    assert run(recipe, films, tmp_path / "killed") == history  # nothing of the killed process is lost or said twice
+    killed(recipe, images, tmp_path / "killed", 5, monkeypatch)
+    assert run(recipe, images, tmp_path / "killed") == history  # nothing of the killed process is lost or said twice
     whole, resumed = (weights(tmp_path / name, *PARTS) for name in ("whole", "killed"))
     assert different(whole, resumed) == []
 
 
-def test_a_decoder_alone_leaves_the_latents_as_they_were(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+def test_a_decoder_alone_leaves_the_latents_as_they_were(tiny: Recipe, images: Path, tmp_path: Path) -> None:
     stage = {"name": "decoder", "trains": "autoencoder", "part": "decoder", "steps": 2, "batch_size": 4,
              "learning_rate": 1e-3}  # fmt: skip
     start = build(tiny)
-    run(with_stages(tiny, stage), films, tmp_path)
+    run(with_stages(tiny, stage), images, tmp_path)
     trained = load(str(tmp_path))
     before, after = start.vae.state_dict(), trained.vae.state_dict()
     moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
@@ -105,29 +105,29 @@ def test_a_decoder_alone_leaves_the_latents_as_they_were(tiny: Recipe, films: Pa
     assert trained.vae.config.scaling_factor == start.vae.config.scaling_factor
 
 
-def test_class_images_are_drawn_once_and_kept(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+def test_class_images_are_drawn_once_and_kept(tiny: Recipe, images: Path, tmp_path: Path) -> None:
     stage = {**DENOISER, "steps": 1, "classes": {"COVID": 1}, "prior_class": "Normal", "class_images": "generated",
              "num_class_images": 2}  # fmt: skip
-    one = run(with_stages(tiny, stage), films, tmp_path / "one")
+    one = run(with_stages(tiny, stage), images, tmp_path / "one")
     drawn = sorted((tmp_path / "one/.train/class_images/joint").iterdir())
     assert [file.name for file in drawn] == ["00000.png", "00001.png"]
     assert drawn[0].read_bytes() != drawn[1].read_bytes()
     (tmp_path / "two/.train").mkdir(parents=True)
     shutil.copytree(tmp_path / "one/.train/class_images", tmp_path / "two/.train/class_images")
     (tmp_path / "two/.train/class_images/joint/00001.png").unlink()  # a drawing that was interrupted goes on
-    two = run(with_stages(tiny, stage), films, tmp_path / "two")
+    two = run(with_stages(tiny, stage), images, tmp_path / "two")
     assert one == two
     again = tmp_path / "two/.train/class_images/joint/00001.png"
     assert again.read_bytes() == drawn[1].read_bytes()
 
 
 def test_validation_says_how_well_lesions_are_found_and_changes_nothing(
-    tiny: Recipe, films: Path, tmp_path: Path
+    tiny: Recipe, images: Path, tmp_path: Path
 ) -> None:
     stage = {**DENOISER, "ema_decay": 0.9, "steps": 2}
-    run(with_stages(tiny, stage), films, tmp_path / "blind")
-    recipe = with_stages(tiny, stage, validation={"every": 1, "films": 3})
-    history = run(recipe, films, tmp_path / "watched", validate=validation_of(recipe))
+    run(with_stages(tiny, stage), images, tmp_path / "blind")
+    recipe = with_stages(tiny, stage, validation={"every": 1, "images": 3})
+    history = run(recipe, images, tmp_path / "watched", validate=validation_of(recipe))
     seen = [entry for entry in history if "validation_auroc" in entry]
     assert [entry["step"] for entry in seen] == [1, 2]
     assert all(0 <= entry["validation_auroc"] <= 1 and entry["validation_change"] > 0 for entry in seen)
@@ -139,26 +139,26 @@ def test_validation_says_how_well_lesions_are_found_and_changes_nothing(
 
 
 def test_a_validation_before_the_first_logged_loss_is_reported_without_one(
-    tiny: Recipe, films: Path, tmp_path: Path
+    tiny: Recipe, images: Path, tmp_path: Path
 ) -> None:
     """Where the denoiser is the first stage, as in recipe ``paper``, nothing was logged when it is validated."""
-    recipe = with_stages(tiny, DENOISER, validation={"every": 1, "films": 1}, log_every=20)
+    recipe = with_stages(tiny, DENOISER, validation={"every": 1, "images": 1}, log_every=20)
     validate, told = validation_of(recipe), list[str]()
     assert validate is not None
 
-    def watched(bundle: Bundle, journal: Journal, stage: str, step: int) -> None:
-        validate(bundle, journal, stage, step)
+    def watched(bundle: Bundle, logger: TrainingLogger, stage: str, step: int) -> None:
+        validate(bundle, logger, stage, step)
         told.append(describe(read_status(str(tmp_path))))
 
-    history = run(recipe, films, tmp_path, validate=watched)
+    history = run(recipe, images, tmp_path, validate=watched)
     assert [entry["step"] for entry in history if "validation_auroc" in entry] == [1, 2, 3]
     assert [entry["step"] for entry in history if "loss" in entry] == [3]
     assert "1 of 3 steps, stage joint, about " in told[0]
 
 
-def test_a_warm_up_moves_only_what_reads_the_prompt(tiny: Recipe, films: Path, tmp_path: Path) -> None:
+def test_a_warm_up_moves_only_what_reads_the_prompt(tiny: Recipe, images: Path, tmp_path: Path) -> None:
     start = build(tiny)
-    run(with_stages(tiny, {**DENOISER, "trainable": "cross-attention"}), films, tmp_path)
+    run(with_stages(tiny, {**DENOISER, "trainable": "cross-attention"}), images, tmp_path)
     trained = load(str(tmp_path))
     for name in ("unet", "text_encoder"):
         before, after = start.modules[name].state_dict(), trained.modules[name].state_dict()
@@ -167,13 +167,13 @@ def test_a_warm_up_moves_only_what_reads_the_prompt(tiny: Recipe, films: Path, t
 
 
 def test_lora_resumes_bitwise_and_exports_ordinary_weights(
-    tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("peft")
     recipe = with_stages(tiny, DENOISER, lora={"rank": 4, "dropout": 0.1}, checkpoint_every=2)
-    run(recipe, films, tmp_path / "whole")
-    killed(recipe, films, tmp_path / "killed", 2, monkeypatch)
-    run(recipe, films, tmp_path / "killed")
+    run(recipe, images, tmp_path / "whole")
+    killed(recipe, images, tmp_path / "killed", 2, monkeypatch)
+    run(recipe, images, tmp_path / "killed")
     assert load(str(tmp_path / "whole")).digest == load(str(tmp_path / "killed")).digest
     start, whole = build(tiny), weights(tmp_path / "whole", *PARTS)
     assert {key.removeprefix("unet.") for key in whole if key.startswith("unet.")} == set(start.unet.state_dict())
@@ -191,8 +191,8 @@ def test_lora_resumes_bitwise_and_exports_ordinary_weights(
     ],
 )
 def test_what_is_not_installed_is_named(
-    changes: dict, stage: dict, reason: str, tiny: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict, stage: dict, reason: str, tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, reason, None)  # as if it were not installed
     with pytest.raises(RecipeError, match=reason):
-        run(with_stages(tiny, stage, **changes), films, tmp_path)
+        run(with_stages(tiny, stage, **changes), images, tmp_path)

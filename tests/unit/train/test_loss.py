@@ -34,12 +34,12 @@ def test_min_snr_weights_by_hand() -> None:
 
 
 def test_autoencoder_loss_by_hand() -> None:
-    films = torch.zeros(1, 1, 2, 2)
+    images = torch.zeros(1, 1, 2, 2)
     reconstruction = torch.tensor([[[[0.0, 1.0], [0.0, 1.0]]]])
     mean, logvar = torch.ones(1, 1, 1, 1), torch.full((1, 1, 1, 1), math.log(0.5))
     # L1 0.5; gradient down 0, across 1; KL 0.5 (1 + 0.5 - 1 + ln 2)
     expected = 0.5 + 0.25 * 1.0 + 0.1 * 0.5 * (0.5 + math.log(2))
-    assert autoencoder_loss(reconstruction, films, mean, logvar, 0.1, 0.25).item() == pytest.approx(expected)
+    assert autoencoder_loss(reconstruction, images, mean, logvar, 0.1, 0.25).item() == pytest.approx(expected)
 
 
 def test_learning_rate_warms_up_and_ends_at_its_fraction() -> None:

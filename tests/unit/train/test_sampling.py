@@ -1,4 +1,4 @@
-"""The order of films: a function of the step alone, fair to classes, every film before any film twice."""
+"""The order of images: a function of the step alone, fair to classes, every image before any image twice."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from diffva_ray.data.dataset import Film, UnusableData
+from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.train.sampling import Draws, FilmSet, step_generator
+from diffva_ray.train.sampling import Draws, ImageSet, step_generator
 
-FILMS = [Film(f"{label}/{n}.png", label) for label, count in (("a", 5), ("b", 3)) for n in range(count)]
+IMAGES = [LabelledImage(f"{label}/{n}.png", label) for label, count in (("a", 5), ("b", 3)) for n in range(count)]
 
 
-def test_classes_come_by_weight_and_every_film_once_before_any_twice() -> None:
-    draws = Draws(FILMS, {"a": 2, "b": 1}, seed=0)
-    labels = [FILMS[draws[position]].label for position in range(30)]
+def test_classes_come_by_weight_and_every_image_once_before_any_twice() -> None:
+    draws = Draws(IMAGES, {"a": 2, "b": 1}, seed=0)
+    labels = [IMAGES[draws[position]].label for position in range(30)]
     assert Counter(labels) == {"a": 20, "b": 10}
     assert all(Counter(labels[start : start + 3]) == {"a": 2, "b": 1} for start in range(0, 30, 3))
     of_a = [draws[position] for position in range(30) if labels[position] == "a"]
@@ -27,16 +27,16 @@ def test_classes_come_by_weight_and_every_film_once_before_any_twice() -> None:
 
 
 def test_draws_have_no_memory() -> None:
-    draws = Draws(FILMS, {}, seed=3)
+    draws = Draws(IMAGES, {}, seed=3)
     forward = [draws[position] for position in range(40)]
-    fresh = Draws(FILMS, {}, seed=3)
+    fresh = Draws(IMAGES, {}, seed=3)
     assert [fresh[position] for position in reversed(range(40))] == forward[::-1]
-    assert forward != [Draws(FILMS, {}, seed=4)[position] for position in range(40)]
+    assert forward != [Draws(IMAGES, {}, seed=4)[position] for position in range(40)]
 
 
-def test_a_class_without_films_is_named() -> None:
+def test_a_class_without_images_is_named() -> None:
     with pytest.raises(UnusableData, match="'c'"):
-        Draws(FILMS, {"a": 1, "c": 1}, seed=0)
+        Draws(IMAGES, {"a": 1, "c": 1}, seed=0)
 
 
 def test_each_step_has_noise_of_its_own() -> None:
@@ -45,16 +45,16 @@ def test_each_step_has_noise_of_its_own() -> None:
     assert not torch.equal(one, other)
 
 
-def test_unreadable_films_are_left_out_and_said(films: Path, tmp_path: Path) -> None:
-    for film in open_dataset(films).films[:4]:
-        target = tmp_path / film.path
+def test_unreadable_images_are_left_out_and_said(images: Path, tmp_path: Path) -> None:
+    for image in open_dataset(images).images[:4]:
+        target = tmp_path / image.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes((films / film.path).read_bytes())
-    broken = tmp_path / open_dataset(tmp_path).films[1].path
-    broken.write_bytes(b"not a film")
+        target.write_bytes((images / image.path).read_bytes())
+    broken = tmp_path / open_dataset(tmp_path).images[1].path
+    broken.write_bytes(b"not an image")
     for megabytes in (100, 0):  # in memory, and read when needed
-        films_set = FilmSet(open_dataset(tmp_path), 32, megabytes)
-        batch = films_set.batch(range(len(films_set.films)))
+        images_set = ImageSet(open_dataset(tmp_path), 32, megabytes)
+        batch = images_set.batch(range(len(images_set.images)))
         assert batch.shape[1:] == (32, 32)
         assert np.isfinite(batch).all()
-        assert list(films_set.unreadable) == [broken.relative_to(tmp_path).as_posix()]
+        assert list(images_set.unreadable) == [broken.relative_to(tmp_path).as_posix()]

@@ -22,41 +22,41 @@ def short(tiny: Recipe) -> Recipe:
 
 
 @pytest.fixture
-def trained(short: Recipe, films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(films.parent)
-    assert train_model(short, films.name, str(tmp_path), executor="inline")
+def trained(short: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(images.parent)
+    assert train_model(short, images.name, str(tmp_path), executor="inline")
     return tmp_path
 
 
-def test_the_card_says_where_the_films_are_from_any_folder(trained: Path, films: Path) -> None:
-    assert json.loads((trained / "diffva.json").read_text())["data"] == str(films)
+def test_the_card_says_where_the_images_are_from_any_folder(trained: Path, images: Path) -> None:
+    assert json.loads((trained / "diffva.json").read_text())["data"] == str(images)
 
 
-def test_what_differs_is_named_by_its_dotted_key(trained: Path, short: Recipe, films: Path) -> None:
+def test_what_differs_is_named_by_its_dotted_key(trained: Path, short: Recipe, images: Path) -> None:
     values = short.model_dump(mode="json")
     values["train"]["stages"][0]["steps"] = 9
     with pytest.raises(FingerprintDiffers, match=r"\(train\.stages\.0\.steps: 1 there, 9 now\); choose another --out"):
-        train_model(make_recipe(values), str(films), str(trained), executor="inline")
+        train_model(make_recipe(values), str(images), str(trained), executor="inline")
 
 
-def test_a_setting_that_has_gone_is_named(trained: Path, short: Recipe, films: Path) -> None:
+def test_a_setting_that_has_gone_is_named(trained: Path, short: Recipe, images: Path) -> None:
     keys = json.loads((trained / KEYS).read_text())
     keys["train"]["quantum"] = True
     (trained / KEYS).write_text(json.dumps(keys))
     with pytest.raises(FingerprintDiffers, match=r"\(train\.quantum: True there, None now\); choose another --out"):
-        train_model(short, str(films), str(trained), executor="inline")
+        train_model(short, str(images), str(trained), executor="inline")
 
 
-def test_a_training_from_before_a_setting_existed_goes_on(trained: Path, short: Recipe, films: Path) -> None:
-    """With the setting's default, and under the fingerprint it was begun with."""
+def test_a_training_from_before_a_setting_existed_goes_on(trained: Path, short: Recipe, images: Path) -> None:
+    """With the context's default, and under the fingerprint it was begun with."""
     keys = json.loads((trained / KEYS).read_text())
     del keys["train"]["cache_megabytes"], keys["train"]["stages"][0]["betas"], keys["data"]["uncertain"]
     (trained / KEYS).write_text(json.dumps(keys))
     (trained / "diffva.json").unlink()  # unfinished
-    assert train_model(short, str(films), str(trained), executor="inline")
+    assert train_model(short, str(images), str(trained), executor="inline")
     assert json.loads((trained / "diffva.json").read_text())["training_fingerprint"] == fingerprint(keys)
-    assert not train_model(short, str(films), str(trained), executor="inline")
+    assert not train_model(short, str(images), str(trained), executor="inline")
     values = short.model_dump(mode="json")
     values["train"]["cache_megabytes"] = 7
     with pytest.raises(FingerprintDiffers, match=r"train\.cache_megabytes: 1024 there, 7 now"):
-        train_model(make_recipe(values), str(films), str(trained), executor="inline")
+        train_model(make_recipe(values), str(images), str(trained), executor="inline")

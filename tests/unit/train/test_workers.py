@@ -37,13 +37,13 @@ def recipe(tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def run(world: int, recipe: Path, films: Path, out: Path) -> list[dict]:
+def run(world: int, recipe: Path, images: Path, out: Path) -> list[dict]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     processes = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(world), port, str(recipe), str(films), str(out)],
+            [sys.executable, str(WORKER), str(rank), str(world), port, str(recipe), str(images), str(out)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(world)
@@ -59,8 +59,8 @@ def weights_differ_by(one: Path, other: Path) -> float:
     return max((value - theirs[key]).abs().max().item() for key, value in ours.items())
 
 
-def test_two_workers_with_batch_one_are_one_with_batch_two(recipe: Path, films: Path, tmp_path: Path) -> None:
-    one, two = run(1, recipe, films, tmp_path / "one"), run(2, recipe, films, tmp_path / "two")
+def test_two_workers_with_batch_one_are_one_with_batch_two(recipe: Path, images: Path, tmp_path: Path) -> None:
+    one, two = run(1, recipe, images, tmp_path / "one"), run(2, recipe, images, tmp_path / "two")
     for name in ("loss", "grad_norm", "adversary_loss"):
         ours, theirs = ([entry[name] for entry in history if name in entry] for history in (one, two))
         assert theirs == pytest.approx(ours, rel=1e-5 if name != "grad_norm" else 1e-4), name
@@ -70,11 +70,11 @@ def test_two_workers_with_batch_one_are_one_with_batch_two(recipe: Path, films: 
     checkpoint = sorted((tmp_path / "three/.train").glob("checkpoint-*"))
     assert [file.name for file in checkpoint] == ["checkpoint-01-0000002", "checkpoint-02-0000000"]
     shutil.rmtree(checkpoint[1])
-    resumed = run(1, recipe, films, tmp_path / "three")
+    resumed = run(1, recipe, images, tmp_path / "three")
     assert [entry["loss"] for entry in resumed] == pytest.approx([entry["loss"] for entry in one], rel=1e-5)
 
 
-def test_sharded_workers_are_the_same_training(recipe: Path, films: Path, tmp_path: Path) -> None:
+def test_sharded_workers_are_the_same_training(recipe: Path, images: Path, tmp_path: Path) -> None:
     """FSDP on two workers: the losses and weights of one worker without; resumed, the same to the last bit."""
     values = json.loads(recipe.read_text())
     plain, shards = tmp_path / "plain.json", tmp_path / "shards.json"
@@ -82,12 +82,12 @@ def test_sharded_workers_are_the_same_training(recipe: Path, films: Path, tmp_pa
     plain.write_text(json.dumps(values))
     values["train"]["sharding"] = "fsdp"
     shards.write_text(json.dumps(values))
-    one, two = run(1, plain, films, tmp_path / "one"), run(2, shards, films, tmp_path / "two")
+    one, two = run(1, plain, images, tmp_path / "one"), run(2, shards, images, tmp_path / "two")
     for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
         ours, theirs = ([entry[name] for entry in history if name in entry] for history in (one, two))
         assert theirs == pytest.approx(ours, rel=tolerance), name
     assert weights_differ_by(tmp_path / "one", tmp_path / "two") < 2e-4
     shutil.copytree(tmp_path / "two/.train", tmp_path / "again/.train")
     shutil.rmtree(tmp_path / "again/.train/checkpoint-02-0000000")  # from the middle of the sharded stage
-    assert [entry["loss"] for entry in run(2, shards, films, tmp_path / "again")] == [entry["loss"] for entry in two]
+    assert [entry["loss"] for entry in run(2, shards, images, tmp_path / "again")] == [entry["loss"] for entry in two]
     assert weights_differ_by(tmp_path / "two", tmp_path / "again") == 0

@@ -39,15 +39,15 @@ def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-def run(recipe: Recipe, films: Path, out: Path, **options: object) -> list[dict]:
+def run(recipe: Recipe, images: Path, out: Path, **options: object) -> list[dict]:
     """Train, from the latest checkpoint where there is one; returns the history."""
     keep = Checkpoints(out / ".train", 2)
     settings = {"fingerprint": "x", "provenance": {}, "report": keep, "resume": keep.latest(), "threads": 1}
-    loop.train(recipe, str(films), str(out), **settings, **options)
+    loop.train(recipe, str(images), str(out), **settings, **options)
     return json.loads((out / ".train/progress.json").read_text())["history"]
 
 
-def killed(recipe: Recipe, films: Path, out: Path, kill_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def killed(recipe: Recipe, images: Path, out: Path, kill_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train and die before step ``kill_at``, counted over all stages; leaves another random state behind."""
     done, rate = 0, loop.learning_rate
 
@@ -61,5 +61,5 @@ def killed(recipe: Recipe, films: Path, out: Path, kill_at: int, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(loop, "learning_rate", dying)
         with pytest.raises(Killed):
-            run(recipe, films, out)
+            run(recipe, images, out)
     torch.manual_seed(999)

@@ -1,4 +1,4 @@
-"""One gloo worker of a training, as a process of its own: python workers.py RANK WORLD PORT RECIPE.json FILMS OUT."""
+"""One gloo worker of a training, as a process of its own: python workers.py RANK WORLD PORT RECIPE.json IMAGES OUT."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 
-def main(rank: str, world: str, port: str, recipe: str, films: str, out: str) -> None:
+def main(rank: str, world: str, port: str, recipe: str, images: str, out: str) -> None:
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     if world == "1":
@@ -22,7 +22,7 @@ def main(rank: str, world: str, port: str, recipe: str, films: str, out: str) ->
     resume = keep.latest()
     train(
         make_recipe(json.loads(Path(recipe).read_text())),
-        films,
+        images,
         out,
         fingerprint="x",
         provenance={},

@@ -1,4 +1,4 @@
-/** Everything that is known of one film, beside its pictures. */
+/** Everything that is known of one image, beside its pictures. */
 import { byId, make, plain, written } from "./dom.js";
 import { named } from "./records.js";
 
@@ -15,15 +15,15 @@ const GROUPS = [
   ["Scores", [
     ["AUROC of the map", score("auroc", 3)],
     ["Dice, best τ", score("dice_best", 3)],
-    ["judge: healthy", (row) => row.judge_source === null ? null
-      : `${written(row.judge_source, 3)} → ${written(row.judge_counterfactual, 3)}`],
+    ["judge: healthy", (row) => row.judge_image === null ? null
+      : `${written(row.judge_image, 3)} → ${written(row.judge_counterfactual, 3)}`],
     ["SSIM", score("ssim", 4)],
     ["MS-SSIM", (row) => row.ms_ssim === null ? null : written(row.ms_ssim, 4)],
     ["its scales", (row) => row.ms_ssim === null ? null : String(row.ms_ssim_scales)],
     ["PSNR", (row) => row.psnr === null ? null : `${written(row.psnr, 2)} dB`],
     ["mean |difference|", score("l1", 4)],
-    ["map energy", score("map_energy", 5)],
-    ["of it in lungs", score("map_energy_lung_fraction", 3)],
+    ["map energy", score("attribution_energy", 5)],
+    ["of it in lungs", score("attribution_energy_lung_fraction", 3)],
   ]],
   ["How it was made", [
     ["prompt", column("prompt")],
@@ -38,22 +38,22 @@ const GROUPS = [
     ["draw", column("draw")],
   ]],
   ["Files", [
-    ["film", column("source_path")],
+    ["image", column("image_path")],
     ["its size", (row) => row.width === null ? null : `${row.width} × ${row.height} px`],
-    ["twin", column("counterfactual_path")],
+    ["ground_truth", column("counterfactual_path")],
     ["map", column("attribution_path")],
     ["reconstruction", column("reconstruction_path")],
     ["lung mask", column("lung_mask_path")],
     ["lesion mask", column("lesion_mask_path")],
-    ["true twin", column("twin_path")],
+    ["ground-truth counterfactual", column("ground_truth_path")],
   ]],
   ["Identity", [
     ["record", column("record_id")],
     ["status", column("status")],
     ["model digest", column("model_digest")],
-    ["sha256 of film", column("source_sha256")],
-    ["of the twin’s pixels", column("pixel_sha256")],
-    ["of the map", column("map_sha256")],
+    ["sha256 of image", column("image_sha256")],
+    ["of the counterfactual’s pixels", column("counterfactual_sha256")],
+    ["of the map", column("attribution_sha256")],
     ["of the reconstruction", column("reconstruction_sha256")],
   ]],
 ];
@@ -72,7 +72,7 @@ function facts(row) {
   });
 }
 
-/** Why there is no twin, and how often it was tried. @param {Details} row */
+/** Why there is no counterfactual, and how often it was tried. @param {Details} row */
 function reasons(row) {
   const said = [];
   if (row.status !== "ok") {
@@ -94,9 +94,9 @@ function reasons(row) {
  * @param {import("./records.js").Table} table @param {number} n
  */
 export function fillName(table, n) {
-  byId("film-name").textContent = named(table, n);
-  byId("film-path").textContent = table.path[n];
-  byId("film-path").title = table.path[n];
+  byId("image-name").textContent = named(table, n);
+  byId("image-path").textContent = table.path[n];
+  byId("image-path").title = table.path[n];
 }
 
 /** @param {Details} row */

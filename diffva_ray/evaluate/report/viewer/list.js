@@ -1,5 +1,5 @@
 /**
- * The list of films: of however many there are, only the rows in sight exist. It is one listbox; the row that is chosen
+ * The list of images: of however many there are, only the rows in sight exist. It is one listbox; the row that is chosen
  * is told by aria-activedescendant, so focus stays on the list while rows come and go.
  */
 import { byId, counted, fileName, make, plain, written } from "./dom.js";
@@ -10,7 +10,7 @@ import { pictures } from "./records.js";
 const ROW = 76; // pixels; the style knows it too
 const SPARE = 6; // rows kept above and below those in sight
 
-export class FilmList {
+export class ImageList {
   /**
    * @param {Table} table
    * @param {(place: number) => void} onChoose
@@ -111,7 +111,7 @@ export class FilmList {
     return row;
   }
 
-  /** Film and map on the film, small. @param {number} n */
+  /** Image and map on the image, small. @param {number} n */
   thumb(n) {
     const files = pictures(this.table, n);
     const box = make("span", { class: "thumbs" });
@@ -119,10 +119,10 @@ export class FilmList {
       box.append(make("span", { class: "thumb none" }, "no picture"));
       return box;
     }
-    const film = { class: "strip first", src: files.strip, alt: "", decoding: "async" };
+    const image = { class: "strip first", src: files.strip, alt: "", decoding: "async" };
     box.append(
-      make("span", { class: "thumb" }, make("img", film)),
-      make("span", { class: "thumb" }, make("img", film), make("img", { class: "heat", src: files.map, alt: "", decoding: "async" })),
+      make("span", { class: "thumb" }, make("img", image)),
+      make("span", { class: "thumb" }, make("img", image), make("img", { class: "heat", src: files.map, alt: "", decoding: "async" })),
     );
     return box;
   }
@@ -151,6 +151,6 @@ export class FilmList {
 
 /** What the count says. @param {number} shown @param {number} all */
 export function countText(shown, all) {
-  const films = all === 1 ? "record" : "records";
-  return shown === all ? `${counted(all)} ${films}` : `${counted(shown)} of ${counted(all)} ${films}`;
+  const images = all === 1 ? "record" : "records";
+  return shown === all ? `${counted(all)} ${images}` : `${counted(shown)} of ${counted(all)} ${images}`;
 }

@@ -4,12 +4,12 @@ import { Controls } from "./controls.js";
 import { emptyDetails, fillDetails, fillName } from "./detail.js";
 import { byId } from "./dom.js";
 import { listenToKeys } from "./keyboard.js";
-import { countText, FilmList } from "./list.js";
+import { countText, ImageList } from "./list.js";
 import { everything, matching, sorted } from "./query.js";
 import { DetailFiles, loadTable } from "./records.js";
 import { Stage } from "./stage.js";
 
-const NARROW = matchMedia("(max-width: 760px)"); // list and film take turns; the style knows it too
+const NARROW = matchMedia("(max-width: 760px)"); // list and image take turns; the style knows it too
 
 class Viewer {
   /** @param {import("./records.js").Table} table */
@@ -19,7 +19,7 @@ class Viewer {
     /** @type {number[]} */
     this.rows = [];
     this.chosen = -1; // a record, not a place in the list
-    this.list = new FilmList(table, (place) => this.choose(this.rows[place]), () => this.open(true));
+    this.list = new ImageList(table, (place) => this.choose(this.rows[place]), () => this.open(true));
     this.stage = new Stage(table, () => this.remember());
     this.controls = new Controls(table, () => this.filter());
     byId("previous").addEventListener("click", () => this.step(-1));
@@ -37,7 +37,7 @@ class Viewer {
     });
   }
 
-  /** Show what the filters leave; a film that they leave stays chosen, else the first is. */
+  /** Show what the filters leave; an image that they leave stays chosen, else the first is. */
   filter() {
     const query = this.controls.query();
     const loose = matching(this.table, query, true);
@@ -78,12 +78,12 @@ class Viewer {
     byId("viewer").scrollIntoView({ block: "nearest" });
   }
 
-  /** On a narrow screen, show the film in place of the list. @param {boolean} film */
-  open(film) {
+  /** On a narrow screen, show the image in place of the list. @param {boolean} image */
+  open(image) {
     if (!NARROW.matches) return;
-    byId("viewer").classList.toggle("one", film);
-    byId(film ? "detail" : "list").focus();
-    if (film) byId("viewer").scrollIntoView({ block: "start" });
+    byId("viewer").classList.toggle("one", image);
+    byId(image ? "detail" : "list").focus();
+    if (image) byId("viewer").scrollIntoView({ block: "start" });
     else this.list.choose(this.rows.indexOf(this.chosen));
   }
 
@@ -139,12 +139,12 @@ class Viewer {
   }
 }
 
-const section = document.getElementById("films");
+const section = document.getElementById("images");
 if (section) {
   loadTable(Number(section.dataset.index)).then(
     (table) => new Viewer(table).start(),
     (error) => {
-      byId("trouble").textContent = `The films of this page are not beside it: ${error.message}. Keep the report’s folder together.`;
+      byId("trouble").textContent = `The images of this page are not beside it: ${error.message}. Keep the report’s folder together.`;
       byId("trouble").hidden = false;
     },
   );

@@ -17,7 +17,7 @@ import { fileName, plain } from "./dom.js";
  * @property {number[]} status  place in about.statuses
  * @property {string[]} path
  * @property {string[]} key  names the pictures; empty when there are none
- * @property {number[]} truth  1: the strip has the true twin
+ * @property {number[]} truth  1: the strip has the ground-truth counterfactual
  * @property {number[]} retried
  * @property {string[]} note
  * @property {string[]} hay  what the search looks through, in lower case

@@ -1,4 +1,4 @@
-/** The pictures of one film: views of it, the before/after divider, the map over it, outlines of lesion and lungs. */
+/** The pictures of one image: views of it, the before/after divider, the map over it, outlines of lesion and lungs. */
 import { byId, make } from "./dom.js";
 import { pictures } from "./records.js";
 import { Zoom } from "./zoom.js";
@@ -9,14 +9,14 @@ import { Zoom } from "./zoom.js";
  */
 /** @type {View[]} */
 const VIEWS = [
-  { key: "both", name: "Before / after", left: "film", right: "twin", heat: false, needs: "" },
-  { key: "over", name: "Map on film", left: "film", right: "", heat: true, needs: "" },
-  { key: "film", name: "Film", left: "film", right: "", heat: false, needs: "" },
-  { key: "twin", name: "Twin", left: "twin", right: "", heat: false, needs: "" },
+  { key: "both", name: "Before / after", left: "image", right: "ground_truth", heat: false, needs: "" },
+  { key: "over", name: "Map on image", left: "image", right: "", heat: true, needs: "" },
+  { key: "image", name: "Image", left: "image", right: "", heat: false, needs: "" },
+  { key: "ground_truth", name: "Counterfactual", left: "ground_truth", right: "", heat: false, needs: "" },
   { key: "map", name: "Map", left: "", right: "", heat: true, needs: "" },
-  { key: "true", name: "True twin", left: "twin", right: "truth", heat: false, needs: "truth" },
+  { key: "true", name: "Ground-truth counterfactual", left: "ground_truth", right: "truth", heat: false, needs: "truth" },
 ];
-const TAGS = { film: "film", twin: "healthy twin", truth: "true twin", "": "" };
+const TAGS = { image: "image", counterfactual: "healthy counterfactual", truth: "ground-truth counterfactual", "": "" };
 
 export class Stage {
   /** @param {import("./records.js").Table} table @param {() => void} onView */
@@ -58,19 +58,19 @@ export class Stage {
     this.outline("", "");
     this.zoom.whole();
     if (!files) return false;
-    for (const id of ["film", "twin", "truth"]) {
+    for (const id of ["image", "ground_truth", "truth"]) {
       const picture = byId(id);
       if (id !== "truth" || this.truth) picture.setAttribute("src", files.strip);
       else picture.removeAttribute("src");
     }
-    byId("twin").className = `strip ${this.truth ? "middle" : "last"}`;
+    byId("ground_truth").className = `strip ${this.truth ? "middle" : "last"}`;
     byId("heat").setAttribute("src", files.map);
     if (this.view.needs && !this.truth) this.look("both");
     this.paint();
     return true;
   }
 
-  /** Draw what is known of the film, as paths. @param {string} lesion @param {string} lungs */
+  /** Draw what is known of the image, as paths. @param {string} lesion @param {string} lungs */
   outline(lesion, lungs) {
     for (const id of ["lesion", "lesion-halo"]) byId(id).setAttribute("d", lesion);
     byId("lungs").setAttribute("d", lungs);
@@ -95,7 +95,7 @@ export class Stage {
   }
 
   /**
-   * Window and level, as per cent of the film's greys: from level - window / 2 (black) to level + window / 2 (white).
+   * Window and level, as per cent of the image's greys: from level - window / 2 (black) to level + window / 2 (white).
    * Returns whether they change anything.
    */
   greys() {
@@ -120,7 +120,7 @@ export class Stage {
     }
     const at = Number(divider.value);
     const windowed = this.greys();
-    for (const id of ["film", "twin", "truth"]) {
+    for (const id of ["image", "ground_truth", "truth"]) {
       const picture = byId(id);
       picture.hidden = id !== view.left && id !== view.right;
       picture.classList.toggle("windowed", windowed);
@@ -138,7 +138,7 @@ export class Stage {
     byId("line").style.left = `${at}%`;
     byId("opacity-knob").hidden = !(view.heat && view.left);
     byId("opacity-value").textContent = `${this.opacity.value} %`;
-    byId("tag-left").textContent = view.key === "map" ? "film − twin" : TAGS[view.left];
+    byId("tag-left").textContent = view.key === "map" ? "image − counterfactual" : TAGS[view.left];
     byId("tag-right").textContent = TAGS[view.right];
     for (const id of ["lesion", "lesion-halo"]) byId(id).classList.toggle("off", !this.lesionOn.checked);
     byId("lungs").classList.toggle("off", !this.lungsOn.checked);

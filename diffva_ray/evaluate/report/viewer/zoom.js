@@ -1,20 +1,20 @@
 /**
- * Magnifying the stage. Film, twin, map and outlines lie in one layer and take one transform, so they stay registered;
- * the divider belongs to the stage and stands still. A film of another record begins whole again.
+ * Magnifying the stage. Image, counterfactual, map and outlines lie in one layer and take one transform, so they stay registered;
+ * the divider belongs to the stage and stands still. An image of another record begins whole again.
  */
 import { byId } from "./dom.js";
 
-const MOST = 16; // times the whole film
+const MOST = 16; // times the whole image
 const PIXELS = 4; // times from which pixels are shown as squares, not smoothed
 const STEP = 1.5; // of a key or button
 const SHARE = 0.15; // of the stage, that a key pans
-const NEAR = 24; // pixels from the divider within which a drag is of it, not of the film
+const NEAR = 24; // pixels from the divider within which a drag is of it, not of the image
 
 export class Zoom {
   /**
    * @param {HTMLElement} stage
    * @param {HTMLInputElement} divider
-   * @param {() => void} onChange  the divider lies over another part of the film
+   * @param {() => void} onChange  the divider lies over another part of the image
    */
   constructor(stage, divider, onChange) {
     this.stage = stage;
@@ -22,11 +22,11 @@ export class Zoom {
     this.onChange = onChange;
     this.layer = byId("layer");
     this.scale = 1;
-    this.x = 0; // where the film's left and upper edges are, as parts of the stage
+    this.x = 0; // where the image's left and upper edges are, as parts of the stage
     this.y = 0;
     /** @type {Map<number, {x: number, y: number}>} fingers, or the mouse, as parts of the stage */
     this.held = new Map();
-    this.moves = ""; // "film" or "divider"
+    this.moves = ""; // "image" or "divider"
     byId("zoom-in").addEventListener("click", () => this.by(STEP));
     byId("zoom-out").addEventListener("click", () => this.by(1 / STEP));
     byId("zoom-whole").addEventListener("click", () => this.whole());
@@ -40,12 +40,12 @@ export class Zoom {
     this.paint();
   }
 
-  /** A part of the stage as a part of the film, in [0, 1]. @param {number} part */
+  /** A part of the stage as a part of the image, in [0, 1]. @param {number} part */
   across(part) {
     return Math.min(1, Math.max(0, (part - this.x) / this.scale));
   }
 
-  /** All of the film. */
+  /** All of the image. */
   whole() {
     [this.scale, this.x, this.y] = [1, 0, 0];
     this.paint();
@@ -61,7 +61,7 @@ export class Zoom {
     this.paint();
   }
 
-  /** Move the film, in parts of the stage; nothing happens while all of it is seen. @param {number} x @param {number} y */
+  /** Move the image, in parts of the stage; nothing happens while all of it is seen. @param {number} x @param {number} y */
   pan(x, y) {
     this.x += x;
     this.y += y;
@@ -73,7 +73,7 @@ export class Zoom {
     this.pan(-right * SHARE, -down * SHARE);
   }
 
-  /** Turning a wheel scrolls the page as long as all of the film is seen; with Ctrl it magnifies, as a pinch does. @param {WheelEvent} event */
+  /** Turning a wheel scrolls the page as long as all of the image is seen; with Ctrl it magnifies, as a pinch does. @param {WheelEvent} event */
   wheel(event) {
     if (this.scale === 1 && !event.ctrlKey && !event.metaKey) return;
     event.preventDefault();
@@ -93,7 +93,7 @@ export class Zoom {
     this.held.set(event.pointerId, place);
     if (this.scale === 1 && this.held.size < 2) return; // the divider's own, which covers the stage
     const line = (place.x - Number(this.divider.value) / 100) * this.stage.clientWidth;
-    this.moves = !this.divider.hidden && Math.abs(line) < NEAR && this.held.size < 2 ? "divider" : "film";
+    this.moves = !this.divider.hidden && Math.abs(line) < NEAR && this.held.size < 2 ? "divider" : "image";
     this.stage.setPointerCapture(event.pointerId);
   }
 
@@ -114,7 +114,7 @@ export class Zoom {
     } else this.pan(place.x - before.x, place.y - before.y);
   }
 
-  /** Keep the film on the stage, and bring the layer to where it is. */
+  /** Keep the image on the stage, and bring the layer to where it is. */
   paint() {
     this.x = Math.min(0, Math.max(1 - this.scale, this.x));
     this.y = Math.min(0, Math.max(1 - this.scale, this.y));

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffva_ray.config.recipe import Recipe
-from diffva_ray.evaluate import census as module
+from diffva_ray.evaluate import run_index as module
 from diffva_ray.evaluate.records import read_records, stored_records
-from diffva_ray.evaluate.run_index import census
+from diffva_ray.evaluate.run_index import index_run
 from diffva_ray.generate.plan import SWEPT, Request
 from diffva_ray.generate.run import Run, open_run
 from diffva_ray.workflows.execution import Execution
@@ -25,79 +25,79 @@ MakeRun = Callable[..., Run]
 
 def test_the_frame_is_that_of_the_records(make_run: MakeRun) -> None:
     run = make_run(bad={"05": "cannot be decoded", "08": "cannot be decoded"})
-    found, records = census(run), read_records(run)
+    found, records = index_run(run), read_records(run)
     good = records[records["status"] == "ok"].reset_index(drop=True)
     bad = records[records["status"] != "ok"]
     assert found.quarantined["record_id"].to_pylist() == bad["record_id"].tolist()
     assert found.quarantined["error"].to_pylist() == ["cannot be decoded"] * 2
     assert [record.decode() for record in found.ids] == good["record_id"].tolist()
-    assert found.paths(np.arange(len(good))) == good["source_path"].tolist()
-    assert found.films.to_pylist() == sorted(good["source_path"])
+    assert found.paths(np.arange(len(good))) == good["image_path"].tolist()
+    assert found.images.to_pylist() == sorted(good["image_path"])
     assert found.frame["label"].tolist() == good["label"].tolist()
     for name in module.NUMBERS:
         np.testing.assert_array_equal(found.frame[name], good[name].astype(float), err_msg=name)
     assert "setting" not in found.frame
     assert found.truth == [(0, 0), (0, 1), (0, 2)]
-    for home, rows in found.homes.items():
-        assert [row["record_id"].encode() for row in stored_records(run, home)] == found.ids[rows].tolist()
+    for shard_ref, rows in found.shards_of.items():
+        assert [row["record_id"].encode() for row in stored_records(run, shard_ref)] == found.ids[rows].tolist()
 
 
 def test_an_unfinished_run_has_what_is_committed_and_an_empty_one_nothing(make_run: MakeRun) -> None:
     run = make_run(shards=1)
-    assert len(census(run).frame) == len(census(run).ids) == 4
+    assert len(index_run(run).frame) == len(index_run(run).ids) == 4
     run.store.delete("records/part-00000.parquet")
-    empty = census(run)
-    assert (len(empty.frame), len(empty.films), empty.truth, empty.sample) == (0, 0, [], [])
+    empty = index_run(run)
+    assert (len(empty.frame), len(empty.images), empty.truth, empty.sample) == (0, 0, [], [])
 
 
-def test_films_that_are_asked_for_and_films_of_training(make_run: MakeRun) -> None:
+def test_images_that_are_asked_for_and_images_of_training(make_run: MakeRun) -> None:
     run = make_run()
-    path = read_records(run)["source_path"][7]
-    found = census(run, asked={path}, trained_on=lambda sha256: sha256 is None)
-    assert [row["source_path"] for row in found.asked] == [path]
+    path = read_records(run)["image_path"][7]
+    found = index_run(run, asked={path}, trained_on=lambda sha256: sha256 is None)
+    assert [row["image_path"] for row in found.asked] == [path]
     assert found.frame["trained_on"].all()  # these records have no digest
-    assert "trained_on" not in census(run).frame
+    assert "trained_on" not in index_run(run).frame
 
 
 def test_shards_without_truth_are_not_scored(make_run: MakeRun) -> None:
     run = make_run()
     path = "records/part-00001.parquet"
     table = pq.read_table(io.BytesIO(run.store.read(path)))
-    for name in ("lesion_mask_path", "twin_path"):
+    for name in ("lesion_mask_path", "ground_truth_path"):
         table = table.set_column(table.column_names.index(name), name, pa.array([""] * len(table)))
     sink = io.BytesIO()
     pq.write_table(table, sink)
     run.store.put(path, sink.getvalue())
-    assert census(run).truth == [(0, 0), (0, 2)]
-    boxed = table["source_path"][2].as_py()
-    assert census(run, boxes={boxed: [(0.0, 0.0, 2.0, 2.0)]}).truth == [(0, 0), (0, 1), (0, 2)]
+    assert index_run(run).truth == [(0, 0), (0, 2)]
+    boxed = table["image_path"][2].as_py()
+    assert index_run(run, boxes={boxed: [(0.0, 0.0, 2.0, 2.0)]}).truth == [(0, 0), (0, 1), (0, 2)]
 
 
 @pytest.fixture(scope="module")
-def swept(tiny: Recipe, films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    out = tmp_path_factory.mktemp("census") / "run"
+def swept(tiny: Recipe, images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("index_run") / "run"
     request = Request(sweep=(("strength", (0.3, 0.6)), ("prompt", ("normal chest scan", "COVID 19"))))
-    generate_run(tiny, str(films), str(model), str(out), request, Execution(executor="inline"))
+    generate_run(tiny, str(images), str(model), str(out), request, Execution(executor="inline"))
     return open_run(str(out))
 
 
 def test_settings_of_a_sweep_have_names(swept: Run) -> None:
-    found, records = census(swept), read_records(swept)
+    found, records = index_run(swept), read_records(swept)
     names = [found.settings[tuple(row)] for row in records[list(SWEPT)].itertuples(index=False)]
     assert found.frame["setting"].tolist() == names
     assert len(set(names)) == 4
     assert "strength 0.3, “COVID 19”" in names
 
 
-def test_the_same_films_are_looked_at_in_every_setting(swept: Run) -> None:
-    few, more = census(swept, most=2).sample, census(swept, most=4).sample
+def test_the_same_images_are_looked_at_in_every_setting(swept: Run) -> None:
+    few, more = index_run(swept, most=2).sample, index_run(swept, most=4).sample
     order = read_records(swept)["record_id"].tolist()
-    places = [order.index(row["record_id"]) for row in more]
-    assert places == sorted(places)
+    localization = [order.index(row["record_id"]) for row in more]
+    assert localization == sorted(localization)
     assert {row["record_id"] for row in few} < {row["record_id"] for row in more}
-    films = {setting: {row["source_path"] for row in few if row["setting"] == setting} for setting in
+    images = {setting: {row["image_path"] for row in few if row["setting"] == setting} for setting in
              {row["setting"] for row in few}}  # fmt: skip
-    assert len(films) == 4
-    assert len({frozenset(paths) for paths in films.values()}) == 1
+    assert len(images) == 4
+    assert len({frozenset(paths) for paths in images.values()}) == 1
     labels = {row["label"] for row in few}
     assert len(few) == 4 * 2 * len(labels)
