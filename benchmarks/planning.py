@@ -46,7 +46,7 @@ def plan(folder: str, records: int) -> dict[str, Any]:
     images = min(records, IMAGES)
     points = min(10, -(-records // images))
     draws = -(-records // (images * points))
-    recipe = load_recipe("phantom", [f"generate.draws={draws}", f"generate.shard_size={SHARD}"])
+    recipe = load_recipe("phantom", [f"generate.samples={draws}", f"generate.shard_size={SHARD}"])
     listed = [
         LabelledImage(f"{label}/images/{label}-{n}.png", label, 4000 + n % 1000, f"{label}/masks/{label}-{n}.png")
         for n, label in zip(range(images), itertools.cycle(CLASSES))

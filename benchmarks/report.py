@@ -61,7 +61,7 @@ def make_run(folder: Path, images: int, side: int) -> Path:
     fixed = {
         "prompt": recipe.data.healthy_prompt, "method": config.method, "scheduler": config.scheduler,
         "strength": config.strength, "guidance_scale": config.guidance_scale,
-        "num_inference_steps": config.num_inference_steps, "draw": 0,
+        "num_inference_steps": config.num_inference_steps, "sample": 0,
     }  # fmt: skip
     plan = manifest.rename(columns={"path": "image_path"}).assign(
         record_id=[f"{n * 0x9E3779B97F4A7C15 % 2**64:020x}" for n in range(images)],

@@ -32,11 +32,11 @@ from diffva_ray.train.loop import train
 @click.option("--records", default=10_000, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "rerun.json")
 def main(records: int, out: Path) -> None:
-    """A run of so many records of few images (``--draws``), and the same command again."""
+    """A run of so many records of few images (``--samples``), and the same command again."""
     folder = Path(tempfile.mkdtemp(prefix="diffva-rerun-"))
     images = 40  # 30 of them abnormal
     draws = -(-records // 30)
-    sizes = [f"generate.draws={draws}", "generate.shard_size=64", "generate.micro_batch=64", "generate.strength=0.5"]
+    sizes = [f"generate.samples={draws}", "generate.shard_size=64", "generate.micro_batch=64", "generate.strength=0.5"]
     recipe = load_recipe("phantom", (*SIZES, *sizes))
     for _ in phantom_set(LocalStore(str(folder / "images")), images, 16, seed=5):
         pass

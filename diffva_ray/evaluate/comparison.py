@@ -116,8 +116,8 @@ def compare_runs(a: Run, b: Run) -> Comparison:
                 f"{run.store.uri} alone sweeps {alone}: it has several records of one image; compare one point"
             )
     joined = frames[0].merge(frames[1], on=on, suffixes=("_a", "_b"), how="inner").sort_values(on)
-    other = joined["source_sha256_a"].notna() & joined["source_sha256_b"].notna()
-    other &= joined["source_sha256_a"] != joined["source_sha256_b"]
+    other = joined["image_sha256_a"].notna() & joined["image_sha256_b"].notna()
+    other &= joined["image_sha256_a"] != joined["image_sha256_b"]
     counts = {
         "pairs": int((~other).sum()),
         "only_in_a": len(frames[0]) - len(joined),
@@ -173,7 +173,7 @@ def _image_numbers(run: Run, records: list[Row], notes: list[str]) -> pd.DataFra
     """The numbers of one run, a row per record of ``records``, in their order; NaN where an image has none."""
     frame = pd.DataFrame(records)
     found = frame[[*RECORDED, "ms_ssim_scales"]].apply(pd.to_numeric)
-    before, after = (pd.to_numeric(frame[f"judge_{which}"]) for which in ("source", "counterfactual"))
+    before, after = (pd.to_numeric(frame[f"judge_{which}"]) for which in ("image", "counterfactual"))
     found["flip_rate"] = (after > 0.5).astype(float).where(before <= 0.5)
     found["confidence_gain"] = after - before
     said: list[str] = []

@@ -197,7 +197,7 @@ def _compute(
     if unread:
         notes.all_read = False
         notes.append(
-            f"{len(unread)} images, or masks or ground_truth of theirs, cannot be read (first: "
+            f"{len(unread)} images, or masks or ground truth of theirs, cannot be read (first: "
             f"{join(run.data.uri, min(unread))}); the rows that need them leave them out"
         )
     tables.add_lpips(metrics["ssim"], pairs)
@@ -289,7 +289,7 @@ CAPTIONS = {
     "external_validity": "At most {most} images of a class, by judges that this project did not train: images a judge "
     "calls abnormal (n of images) whose counterfactual it calls healthy.",
     "fid_within": "Mean distance within each condition (class, prompt), weighted by its "
-    "ground_truth, beside the distance of "
+    "counterfactuals, beside the distance of "
     "the pooled sets; a pooled distance does not see classes exchanged.",
     "counterfactual": "At most {most} images of a class: " + "; ".join(metric.title for metric in PAIR_METRICS) + ".",
     "heart": "Cardiothoracic ratio of image and counterfactual; lungs are found on both alike, which "

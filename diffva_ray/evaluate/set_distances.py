@@ -231,7 +231,7 @@ class _Comparison:
         counterfactuals = FeatureSet.together([y for _, y in sets.values()])
         return {
             "set1": name,
-            "set2": under("ground_truth", setting),
+            "set2": under("counterfactuals", setting),
             "conditions": ", ".join(under(label, at if setting == "every setting" else "") for at, label in sets),
             "n1": len(pooled),
             "n2": len(counterfactuals),

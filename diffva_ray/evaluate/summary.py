@@ -19,7 +19,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "external_validity": {"judge": "judge", "label": "class", "images": "images", "n": "n", "flip_rate": "flip rate",
                           "confidence_gain": "confidence gain"},
     "ground_truth": {
-        "label": "class", "n": "n", "lesion_error_ratio": "lesion error left", "psnr": "PSNR to ground_truth",
+        "label": "class", "n": "n", "lesion_error_ratio": "lesion error left", "psnr": "PSNR to ground truth",
         "psnr_input": "image's own", "psnr_reconstruction": "autoencoder's",
     },
     "ssim": {"label": "class", "n": "n", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "ms_ssim_scales": "scales",
@@ -37,7 +37,7 @@ TITLES = {
     "ground_truth": "Against the ground-truth counterfactual",
     "ssim": "LabelledImage against counterfactual",
     "counterfactual": "Single counterfactuals (a sample)",
-    "heart": "Cardiothoracic ratio (lungs found on image and ground_truth)",
+    "heart": "Cardiothoracic ratio (lungs found on image and counterfactual)",
     "brixia": "Maps against Brixia scores of six lung zones",
     "fid_within": "Distances within conditions",
     "fid": "Distances between sets",

@@ -270,7 +270,7 @@ def audit_table(made: Made) -> Table | None:
         f"Euclidean distance of {size} px squares. Without memory: 95 % of the shares when the images of both sets are "
         "dealt at random (permutation test); p: how often the share is then at least as large."
     )
-    heads = ["setting", "ground_truth", "images a set", "nearer to training", "without memory", "p",
+    heads = ["setting", "counterfactuals", "images a set", "nearer to training", "without memory", "p",
              "median distance, training", "median distance, unseen"]  # fmt: skip
     return Table("tableS4", "Table S4. Memorisation", caption, heads, body, details)
 

@@ -90,7 +90,7 @@ def distance_tables(made: Made, labels: Sequence[str]) -> list[Table]:
     for label in labels:
         paper = published.CLASSES.get(label)
         names = f"{label} (source)", f"{label} (counterfactual)"
-        edits = Distances(f"{label} images", "their healthy counterfactuals", _paper(paper, "ground_truth"))
+        edits = Distances(f"{label} images", "their healthy counterfactuals", _paper(paper, "counterfactuals"))
         real = Distances(f"{label} images", f"real {healthy}", _paper(paper, "healthy"))
         quality = Distances(f"real {healthy}", f"healthy counterfactuals of {label}", _paper(paper, "quality"))
         for column in columns:

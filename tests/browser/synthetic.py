@@ -47,7 +47,9 @@ def make_run(folder: Path, images: int, hostile: bool) -> Run:
         "model": str(folder / "model"), "code_revision": "abc123", "started": "2025-01-01T00:00:00+00:00",
     }  # fmt: skip
     (folder / "model").mkdir()
-    (folder / "model" / "diffva.json").write_text(json.dumps({"digest": "d" * 64, "data_kind": "phantoms"}))
+    (folder / "model" / "diffva.json").write_text(
+        json.dumps({"format": 2, "digest": "d" * 64, "data_kind": "phantoms"})
+    )
     run = start_run(store, table, pixel_keys(recipe, request, "d" * 64, "2.0", "cpu"), about)
     for shard in range(run.shards):
         rows = [_record(row, hostile, random) for row in run.shard_rows(shard)]

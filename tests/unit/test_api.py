@@ -33,7 +33,7 @@ def test_names_are_frozen() -> None:
     for name in diffva_ray.__all__:
         assert getattr(diffva_ray, name).__doc__, name
     with pytest.raises(AttributeError, match="there are CounterfactualEngine"):
-        diffva_ray.generate  # noqa: B018
+        diffva_ray.heal  # noqa: B018
 
 
 def test_importing_costs_nothing() -> None:
@@ -43,7 +43,7 @@ def test_importing_costs_nothing() -> None:
 
 
 @pytest.fixture(scope="module")
-def generate(model: Path) -> diffva_ray.CounterfactualEngine:
+def engine(model: Path) -> diffva_ray.CounterfactualEngine:
     return diffva_ray.CounterfactualEngine.from_pretrained(str(model), "cpu")
 
 
@@ -68,12 +68,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changes", "said"), WRONG, ids=[said[:40] for _, said in WRONG])
 def test_a_wrong_call_is_answered_in_a_line(
-    generate: diffva_ray.CounterfactualEngine, changes: dict[str, Any], said: str
+    engine: diffva_ray.CounterfactualEngine, changes: dict[str, Any], said: str
 ) -> None:
     own = {key: changes[key] for key in changes if key in ("prompt", "method", "scheduler", "strength")}
-    given = {"images": [IMAGE], "settings": [replace(generate.settings(), **own)], "seeds": [0], **changes}
+    given = {"images": [IMAGE], "settings": [replace(engine.settings(), **own)], "seeds": [0], **changes}
     with pytest.raises(ValueError, match=said) as caught:
-        generate(**{key: value for key, value in given.items() if key not in own})
+        engine(**{key: value for key, value in given.items() if key not in own})
     assert "\n" not in str(caught.value)
 
 

@@ -54,9 +54,9 @@ OPTIONS = {
     "demo": "--out --quick --seed",
     "explain": "IMAGE --dry-run --guidance-scale --json --method --model --out --prompt --recipe --scheduler --seed "
     "--set --steps --strength",
-    "generate": "--actors --allow-environment-change --classes --data --draws --dry-run --executor --gpus-per-actor "
+    "generate": "--actors --allow-environment-change --classes --data --dry-run --executor --gpus-per-actor "
     "--guidance-scale --healthy-class --images-per-second --limit --method --micro-batch --model --out --probe "
-    "--prompt --recipe --scheduler --seed --set --shard-size --steps --strength --sweep",
+    "--prompt --recipe --samples --scheduler --seed --set --shard-size --steps --strength --sweep",
     "inspect": "DATA --json --recipe --set",
     "interpolate": "IMAGE --dry-run --frames --guidance-scale --json --method --model --out --prompt --recipe "
     "--scheduler --seed --set --steps --strength --to",
@@ -175,12 +175,12 @@ def test_tables_follow_the_contract(run: Path) -> None:
     assert expected <= metrics["localization"][0].keys()
     assert {row["map"] for row in metrics["localization"]} >= {"positive", "absolute", "brightness"}
     assert {"label", "n", "flip_rate"} <= metrics["validity"][0].keys()
-    assert {"label", "n", "psnr", "ssim", "psnr_input", "lesion_error_ratio"} <= metrics["counterfactual"][0].keys()
+    assert {"label", "n", "psnr", "ssim", "psnr_input", "lesion_error_ratio"} <= metrics["ground_truth"][0].keys()
     fid = {"set1", "set2", "n1", "n2", "value", "extractor", "resize", "interval", "n_matched", "kid"}
     assert fid <= metrics["fid"][0].keys()
     assert metrics["fid"][0]["extractor"].startswith("stand-in")
     assert any("not FID" in note for note in metrics["notes"])
-    for name in ("ssim", "localization", "validity", "counterfactual", "fid"):
+    for name in ("ssim", "localization", "validity", "ground_truth", "fid"):
         for ending in ("csv", "md", "tex", "json"):
             assert (run / "tables" / f"{name}.{ending}").stat().st_size > 50
     manifest = json.loads((run / "manifest.json").read_text())["files"]

@@ -70,7 +70,7 @@ PAIRS: list[Column] = [(metric.key, metric.heading, FORMS[metric.form], False) f
 HEART: list[Column] = [
     ("images", "of images", count, False),
     ("before", "image", number, False),
-    ("after", "ground_truth", number, False),
+    ("after", "counterfactual", number, False),
     ("change", "change", number, False),
     ("change_interval", "95% interval", interval, False),
     ("grew", "grew", percent, False),

@@ -31,7 +31,7 @@ from diffva_ray.workflows.generate import generate_run
 def swept(tiny, images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two strengths and two draws of six COVID and six Lung_Opacity images."""
     out = tmp_path_factory.mktemp("swept") / "run"
-    recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"draws": 2})})
+    recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"samples": 2})})
     request = Request(("COVID", "Lung_Opacity"), sweep=(("strength", (0.3, 0.9)),))
     generate_run(recipe, str(images), str(model), str(out), request, Execution(executor="inline"))
     return out
@@ -58,7 +58,7 @@ def test_every_table_of_a_sweep_is_by_setting(swept: Path, tables: dict) -> None
     assert {"positive under strength 0.3", "positive under strength 0.9"} <= set(thresholds)
 
 
-def test_distances_of_a_sweep_are_by_setting_and_of_one_draw(tables: dict) -> None:
+def test_distances_of_a_sweep_are_by_setting_and_of_one_sample(tables: dict) -> None:
     rows = {(row["set1"], row["set2"]): row for row in tables["fid"]}
     for strength in ("0.3", "0.9"):
         counterfactuals = f"COVID (counterfactual) under strength {strength}"
@@ -66,7 +66,7 @@ def test_distances_of_a_sweep_are_by_setting_and_of_one_draw(tables: dict) -> No
         assert {"verisimilitude", "direction"} <= rows["Normal (reference)", counterfactuals].keys()
     assert rows["Normal (reference)", "COVID (source)"]["n2"] == 6
     assert len(rows) == len(tables["fid"])  # the reference against the images once, not once for each setting
-    assert any("draw 0" in note for note in tables["notes"])
+    assert any("sample 0" in note for note in tables["notes"])
     within = {(row["set1"], row["set2"]): row for row in tables["fid_within"]}
     row = within["images", "counterfactuals under strength 0.3"]
     parts = [rows[f"{label} (source)", f"{label} (counterfactual) under strength 0.3"]["value"]
@@ -148,9 +148,7 @@ def test_images_that_have_gone_since_are_counted(movable: tuple[Path, Path]) -> 
     (data / gone[0]).unlink()
     (data / gone[1]).write_bytes(b"no image")
     (data / gone[2]).unlink()
-    note = (
-        f"3 images, or masks or counterfactuals of theirs, cannot be read (first: {data / images[0]}); the rows that "
-    )
+    note = f"3 images, or masks or ground truth of theirs, cannot be read (first: {data / images[0]}); the rows that "
     assert [text for text in _noted(run, data) if "cannot be read" in text] == [f"{note}need them leave them out"]
     for path, content in kept.items():
         (data / path).write_bytes(content)

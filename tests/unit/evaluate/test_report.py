@@ -350,7 +350,7 @@ def test_zones_lpips_and_distances_class_by_class_have_their_tables() -> None:
              "n_within": 0, "lungs": "mask 10, found 2"}
             for name, rank in (("positive under strength 0.4", 0.31), ("brightness", -0.1))
         ],
-        "fid_within": [{"set1": "images", "set2": "ground_truth", "extractor": "stand-in", **set_row}],
+        "fid_within": [{"set1": "images", "set2": "counterfactuals", "extractor": "stand-in", **set_row}],
     }  # fmt: skip
     found = {table.key: table for table in report_tables(metrics)}
     assert list(found) == ["brixia", "fid-within", "ssim"]
@@ -369,7 +369,7 @@ def test_zones_lpips_and_distances_class_by_class_have_their_tables() -> None:
     assert [kind for kind, _ in found["brixia"].groups[0].rows] == ["ours", ""]
     assert found["brixia"].groups[0].rows[0][1][0].text.startswith("ours, max(M, 0)")
     assert "mask 10, found 2" in found["brixia"].caption
-    assert texts["fid-within"] == [["images", "ground_truth", "9", "12", "0.045", "0.033"]]
+    assert texts["fid-within"] == [["images", "counterfactuals", "9", "12", "0.045", "0.033"]]
     assert "COVID, Lung Opacity" in found["fid-within"].caption
     at = [head for head, _ in found["ssim"].heads].index("LPIPS")
     assert texts["ssim"][0][at : at + 3] == ["0.123", "0.110 to 0.140", "7"]

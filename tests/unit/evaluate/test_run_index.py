@@ -47,7 +47,7 @@ def test_an_unfinished_run_has_what_is_committed_and_an_empty_one_nothing(make_r
     assert len(index_run(run).frame) == len(index_run(run).ids) == 4
     run.store.delete("records/part-00000.parquet")
     empty = index_run(run)
-    assert (len(empty.frame), len(empty.images), empty.truth, empty.sample) == (0, 0, [], [])
+    assert (len(empty.frame), len(empty.images), empty.truth, empty.sampled) == (0, 0, [], [])
 
 
 def test_images_that_are_asked_for_and_images_of_training(make_run: MakeRun) -> None:
@@ -90,7 +90,7 @@ def test_settings_of_a_sweep_have_names(swept: Run) -> None:
 
 
 def test_the_same_images_are_looked_at_in_every_setting(swept: Run) -> None:
-    few, more = index_run(swept, most=2).sample, index_run(swept, most=4).sample
+    few, more = index_run(swept, most=2).sampled, index_run(swept, most=4).sampled
     order = read_records(swept)["record_id"].tolist()
     localization = [order.index(row["record_id"]) for row in more]
     assert localization == sorted(localization)

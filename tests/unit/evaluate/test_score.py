@@ -165,7 +165,7 @@ def test_the_same_numbers_as_reduce_image_by_image(make_run: MakeRun) -> None:
     rows = read_records(run).to_dict("records")
     theirs, _ = score_records(run, rows, {})
     expected = {(row["image_path"], row["map"]): row for row in theirs}
-    for address in (run.store.uri, f"{run.store.uri}/maps"):
+    for address in (run.store.uri, f"{run.store.uri}/attributions"):
         scored = score_maps(address, run.about["data"])
         assert len(scored.images) == len(expected) == 12 * 5
         for row in scored.images:

@@ -61,7 +61,7 @@ def test_a_limit_takes_the_same_images_whatever_the_settings(dataset, tiny: Reci
 
 
 def test_draws_are_records_with_noise_of_their_own(dataset, tiny: Recipe) -> None:
-    recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"draws": 3})})
+    recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"samples": 3})})
     rows = make_plan(dataset, recipe, Request()).to_pylist()
     assert len({row["record_id"] for row in rows}) == len({row["seed"] for row in rows}) == 36
 
@@ -181,7 +181,7 @@ def test_a_worker_reads_its_shards_and_not_the_plan(
 ) -> None:
     """Also where there are too many shards for a row group each."""
     monkeypatch.setattr("diffva_ray.generate.run.ROW_GROUPS", row_groups)
-    recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"draws": 400, "shard_size": 64})})
+    recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"samples": 400, "shard_size": 64})})
     table = make_plan(dataset, recipe, Request())
     start_run(LocalStore(str(tmp_path)), table, keys(recipe), {"recipe": recipe.model_dump(mode="json")})
     store = Counting(str(tmp_path))

@@ -146,7 +146,7 @@ def test_images_made_again_in_the_run_itself_are_scored_once(
         schema = pq.read_schema(part)
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
     found = index_run(opened(out))
-    assert len(found.frame) == sum(len(rows) for rows in found.homes.values()) == 18
+    assert len(found.frame) == sum(len(rows) for rows in found.shards_of.values()) == 18
     places, counterfactuals = _scores(opened(out), found, {}, LocalExecutor())
     assert counterfactuals["record_id"].is_unique
     assert len(counterfactuals) == 18

@@ -35,7 +35,7 @@ const GROUPS = [
     ["steps", column("num_inference_steps")],
     ["map", column("map")],
     ["seed", column("seed")],
-    ["draw", column("draw")],
+    ["sample", column("sample")],
   ]],
   ["Files", [
     ["image", column("image_path")],
