@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -182,21 +183,28 @@ def _load(
     return encoder, tokenizer
 
 
+# A fast tokenizer keeps padding and truncation in an object that all its calls share: a call of another thread in
+# between leaves a prompt unpadded, or cut (huggingface/transformers#47085).
+ONE_AT_A_TIME = threading.Lock()
+
+
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, each int64 [n, length], padded to the model's length as diffusers does it."""
-    tokens = tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
+    with ONE_AT_A_TIME:
+        tokens = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
     return tokens.input_ids, tokens.attention_mask
 
 
 def fits(tokenizer: Any, prompt: str) -> bool:
     """Whether the whole prompt fits the model's token length; a longer one would be cut without a word."""
-    return len(tokenizer(prompt, truncation=False).input_ids) <= tokenizer.model_max_length
+    with ONE_AT_A_TIME:
+        return len(tokenizer(prompt, truncation=False).input_ids) <= tokenizer.model_max_length
 
 
 def embed(encoder: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,16 @@ def test_every_word_is_tokenised() -> None:
         assert tokenizer.unk_token_id not in tokenizer(prompt).input_ids
     assert text.fits(tokenizer, "normal chest scan")
     assert not text.fits(tokenizer, "a very long prompt about absolutely everything there is")
+
+
+def test_threads_share_a_tokenizer() -> None:
+    """A shard's readers ask whether prompts fit while the engine tokenises: padding and truncation are the object's."""
+    tokenizer = text.build_tokenizer(16)
+    prompts = [f"normal chest scan {n}" for n in range(40)]
+    expected = text.tokenize(tokenizer, prompts)[0]
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(lambda: [text.fits(tokenizer, prompt) for prompt in prompts * 20]) for _ in range(3)]
+        for _ in range(60):
+            for n, prompt in enumerate(prompts):
+                assert torch.equal(text.tokenize(tokenizer, [prompt])[0][0], expected[n])
+        assert all(all(one.result()) for one in asking)
