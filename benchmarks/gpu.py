@@ -22,10 +22,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import click
+
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # the package is not installed on a bare machine
-
-import click
 
 SHARES = {  # seconds of each section, of 540; what one leaves over the next ones have
     "setup": 20.0,

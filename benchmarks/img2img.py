@@ -1,4 +1,4 @@
-"""diffusers' StableDiffusionImg2ImgPipeline as a user would call it: the peer that engine.py and gpu.py measure beside."""
+"""StableDiffusionImg2ImgPipeline as a user would call it: the peer beside which engine.py and gpu.py measure."""
 
 from __future__ import annotations
 

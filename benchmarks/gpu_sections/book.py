@@ -190,10 +190,9 @@ class Book:
         for name, section in self.found["sections"].items():
             lines.append(f"== {name} ({section.get('seconds', '?')} s)")
             lines += [f"   {line_of(row)}" for row in section["rows"]]
-            lines += [
-                f"   {'ok' if check['passed'] else 'FAILED'}: {check['name']}: {check['value']} (must be: {check['limit']})"
-                for check in section["checks"]
-            ]
+            for check in section["checks"]:
+                said = "ok" if check["passed"] else "FAILED"
+                lines.append(f"   {said}: {check['name']}: {check['value']} (must be: {check['limit']})")
             lines += [f"   left out: {gap}" for gap in section["left_out"]]
             lines += [f"   {key}: {section[key]}" for key in ("failed",) if key in section]
         lines.append(f"failed checks: {', '.join(self.failed_checks) or 'none'}")

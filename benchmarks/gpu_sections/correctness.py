@@ -18,9 +18,9 @@ import torch
 from img2img import img2img, run_img2img
 
 from diffva_ray.counterfactual.attribution import attribution
-from diffva_ray.counterfactual.engine import Counterfactuals
+from diffva_ray.counterfactual.engine import Counterfactuals, Settings
 from diffva_ray.counterfactual.latent_diffusion import branches_share_their_start
-from diffva_ray.data.phantoms import phantom
+from diffva_ray.data.phantoms import Phantom, phantom
 from diffva_ray.methods import METHODS
 from diffva_ray.metrics.localization import positive, score
 from diffva_ray.model.bundle import Bundle, load
@@ -191,56 +191,61 @@ def ladder(book: Book, subject: Subject) -> None:
         ),
     }
     for method, (settings, changes) in asked.items():
-        truth: list[Any] = []
-
-        def measured(name: str, device: str) -> Values:
-            dtype = name.split(" ")[0].rstrip(",")
-            with switched():
-                engine = Counterfactuals(
-                    copied(bundle),
-                    bundle.recipe.generate.model_copy(
-                        update={**changes, "dtype": dtype, "posterior": "mode", "micro_batch": len(cases)}
-                    ),
-                    device,
-                )
-                if "autoencoder float32" in name:
-                    engine.bundle.vae = copied(bundle).vae.to(device).to(memory_format=torch.channels_last).eval()
-                    engine.model.vae = engine.bundle.vae
-                if dtype == "float32":
-                    switch(**tf32("TF32" in name))
-                state = switches()
-                made = generate(engine, [case.film for case in cases], settings)
-            maps = [attribution(case.film, rebuilt, counterfactual, engine.config)
-                    for case, counterfactual, rebuilt in zip(cases, *made, strict=True)]  # fmt: skip
-            bad = [n for n, map_ in enumerate(maps) if not np.isfinite(map_).all()]
-            if not truth:
-                truth.append((made[0], np.stack(maps)))
-            good = [n for n in range(len(cases)) if n not in bad]
-            grey = np.abs(made[0] - truth[0][0])[good] * 255
-            apart = np.abs(np.stack(maps) - truth[0][1])[good]
-            found = [score(positive(maps[n]), cases[n].lesion, cases[n].lungs | cases[n].lesion) for n in good]
-            return {
-                "grey_levels_apart_mean": float(grey.mean()) if good else None,
-                "grey_levels_apart_most": float(grey.max()) if good else None,
-                "map_distance": float(apart.mean() / np.abs(truth[0][1][good]).mean()) if good else None,
-                "auroc": float(np.mean([one.auroc for one in found if one])) if trained and good else None,
-                "not_finite": len(bad),
-                "images": len(cases),
-                "switches": state,
-            }
-
-        cpu = f"{method}, float32 on the CPU, {'trained' if trained else 'random'} small model"
+        steps_of = Ladder(subject, bundle, cases, settings, changes)
         with all_cores():
-            book.row(cpu, lambda: measured("float32", "cpu"), checked=True)
+            kind = "trained" if trained else "random"
+            book.row(f"{method}, float32 on the CPU, {kind} small model", lambda to=steps_of: to("float32", "cpu"),
+                     checked=True)  # fmt: skip
         for name in LADDER:
-            found = book.row(f"{method}, {name}", lambda name=name: measured(name, subject.device.type))
-            if found is not None and name == "float32":
+            found = book.row(f"{method}, {name}", lambda to=steps_of, name=name: to(name, subject.device.type))
+            if found is None:
+                continue
+            if name == "float32":
                 most = found["grey_levels_apart_most"]
-                book.check(f"{method}, float32 against the CPU, grey levels apart", most is not None and most < 0.5,
-                           most, 0.5)  # fmt: skip
-            if found is not None:
-                book.check(f"{method}, {name}, images that are not finite", not found["not_finite"],
-                           found["not_finite"], 0)  # fmt: skip
+                label = f"{method}, float32 against the CPU, grey levels apart"
+                book.check(label, most is not None and most < 0.5, most, 0.5)
+            bad = found["not_finite"]
+            book.check(f"{method}, {name}, images that are not finite", not bad, bad, 0)
+
+
+class Ladder:
+    """One method in one dtype after another; the first call, on the CPU, is what the others are held against."""
+
+    def __init__(
+        self, subject: Subject, bundle: Bundle, cases: list[Phantom], settings: Settings, changes: Values
+    ) -> None:
+        self.subject, self.bundle, self.cases, self.settings = subject, bundle, cases, settings
+        self.changes = {**changes, "posterior": "mode", "micro_batch": len(cases)}
+        self.truth: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __call__(self, name: str, device: str) -> Values:
+        dtype, cases = name.split(" ")[0].rstrip(","), self.cases
+        config = self.bundle.recipe.generate.model_copy(update={**self.changes, "dtype": dtype})
+        with switched():
+            engine = Counterfactuals(copied(self.bundle), config, device)
+            if "autoencoder float32" in name:
+                engine.bundle.vae = copied(self.bundle).vae.to(device).to(memory_format=torch.channels_last).eval()
+                engine.model.vae = engine.bundle.vae
+            if dtype == "float32":
+                switch(**tf32("TF32" in name))
+            state = switches()
+            made = generate(engine, [case.film for case in cases], self.settings)
+        maps = np.stack([attribution(case.film, rebuilt, counterfactual, config)
+                         for case, counterfactual, rebuilt in zip(cases, *made, strict=True)])  # fmt: skip
+        self.truth = self.truth or (made[0], maps)
+        good = np.flatnonzero(np.isfinite(maps).all(axis=(1, 2)))
+        values: Values = {"images": len(cases), "not_finite": len(cases) - len(good), "switches": state}
+        grey = np.abs(made[0] - self.truth[0])[good] * 255
+        apart = np.abs(maps - self.truth[1])[good].mean() / np.abs(self.truth[1][good]).mean() if len(good) else None
+        found = [score(positive(maps[n]), cases[n].lesion, cases[n].lungs | cases[n].lesion) for n in good]
+        trained = self.subject.model is not None and len(good) > 0
+        return {
+            **values,
+            "grey_levels_apart_mean": float(grey.mean()) if len(good) else None,
+            "grey_levels_apart_most": float(grey.max()) if len(good) else None,
+            "map_distance": None if apart is None else float(apart),
+            "auroc": float(np.mean([one.auroc for one in found if one])) if trained else None,
+        }
 
 
 # (c) a result does not depend on its neighbours
@@ -293,6 +298,7 @@ def synchronisations(book: Book, subject: Subject) -> None:
     asked = [("sdedit", scheduler) for scheduler in SAMPLERS]
     asked += [(name, method.scheduler or "pndm-diffusers") for name, method in METHODS.items()
               if name != "sdedit" and method.reads_prompt]  # fmt: skip
+
     for method, scheduler in asked:
 
         def counted(method: str = method, scheduler: str = scheduler) -> Values:

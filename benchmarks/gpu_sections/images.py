@@ -54,16 +54,10 @@ class GraphedUNet:
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor) -> Any:
         key = latents.shape, encoder_hidden_states.shape
         if key not in self.graphs:
-            mine = (
-                latents.clone(),
-                torch.zeros((), dtype=torch.long, device=latents.device),
-                encoder_hidden_states.clone(),
-            )
-            mine[1].fill_(int(timestep))
-            self.graphs[key] = (
-                *mine,
-                captured(lambda: self.unet(mine[0], mine[1], encoder_hidden_states=mine[2]).sample),
-            )
+            timesteps = torch.full((), int(timestep), dtype=torch.long, device=latents.device)
+            mine = latents.clone(), timesteps, encoder_hidden_states.clone()
+            whole = captured(lambda: self.unet(mine[0], mine[1], encoder_hidden_states=mine[2]).sample)
+            self.graphs[key] = (*mine, whole)
         own_latents, own_timestep, own_states, replay = self.graphs[key]
         own_latents.copy_(latents)
         # a number is passed with the launch; only a timestep that is on the device is copied there

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -225,21 +226,24 @@ def attentions(book: Book, bench: Bench, count: int) -> None:
             if found is not None and found["ms"] < best:
                 best, bench.best_attention = found["ms"], name if not padded else f"{name}, padded"
     book.note(best_attention_eager=bench.best_attention)
-    name, _, padding = (bench.best_attention or "").partition(", ")
-    if bench.compiled is None or not name or not bench.subject.cuda:
-        return
+    if bench.compiled is not None and bench.best_attention and bench.subject.cuda:
+        compiled_attention(book, bench, count, bench.best_attention)
+        release()
 
-    def compiled_anew(latents: torch.Tensor, request: Any, timestep: torch.Tensor) -> torch.Tensor:
-        """Attention's backend is chosen when a network is traced, so this one is compiled for itself."""
+
+def compiled_attention(book: Book, bench: Bench, count: int, best: str) -> None:
+    """Attention's backend is chosen when a network is traced, so this one is compiled for itself."""
+    name, _, padding = best.partition(", ")
+    with switched():
+        engine = bench.subject.engine(micro_batch=count)
+        compiled(engine, bench.subject.tiny)
+
+    def call(latents: torch.Tensor, request: Any, timestep: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(BACKENDS[name]), padded_heads() if padding else nullcontext():
-            return fresh.model.guided(latents, timestep, request)
+            return engine.model.guided(latents, timestep, request)
 
-    fresh = bench.subject.engine(micro_batch=count)
-    compiled(fresh, bench.subject.tiny)
-    unet_row(book, bench, f"ours, compiled, attention {bench.best_attention}", count, compiled_anew, on_device,
-             expected=30)  # fmt: skip
-    del fresh
-    release()
+    on_device = torch.tensor(401, device=bench.subject.device)
+    unet_row(book, bench, f"ours, compiled, attention {best}", count, call, on_device, expected=30)
 
 
 def padded_heads() -> AbstractContextManager[Any]:
@@ -286,54 +290,62 @@ def anatomy(book: Book, bench: Bench, count: int) -> None:
 def autoencoders(book: Book, bench: Bench) -> None:
     """Encoder and decoder, plain and ours, over batches and dtypes."""
     subject = bench.subject
-    side, pixels = subject.latent_side, subject.recipe.model.resolution
     others = [dtype for dtype in ("bfloat16", "float16", "float32") if dtype != subject.dtype]
     for dtype in (subject.dtype, *others):
-        counts = subject.sizes.vae_images if dtype == subject.dtype else subject.sizes.vae_images[:1]
-        ready: dict[str, Any] = {}
-
-        def networks(dtype: str = dtype, ready: dict[str, Any] = ready) -> None:
-            with switched():
-                vae = copy.deepcopy(subject.bundle.vae).to(subject.device, getattr(torch, dtype)).eval()
-                ready["plain"] = vae.requires_grad_(False)
-                ready["ours"] = subject.engine(dtype)
-
-        book.row(f"autoencoder, {dtype}", networks)
-        if len(ready) < 2:
-            continue
-        vae, engine = ready["plain"], ready["ours"]
-        for count in counts:
-            images = torch.rand(count, pixels, pixels, device=subject.device)
-            latents = subject.random(count, 4, side, side, dtype="float32")
-            kind = getattr(torch, dtype)
-            three = (images[:, None] * 2 - 1).expand(-1, 3, -1, -1).contiguous().to(kind)
-            calls: dict[str, tuple[str, Work]] = {
-                "encode, diffusers, eager, NCHW": ("encode", lambda: vae.encode(three).latent_dist.mean),
-                "encode, ours": ("encode", lambda: engine.model.encode(images)),
-                "decode, diffusers, eager, NCHW": ("decode", lambda: vae.decode(latents.to(kind)).sample),
-                "decode, ours": ("decode", lambda: engine.model.decode(latents)),
-            }
-            if bench.compiled is not None and dtype == subject.dtype and count == subject.sizes.compiled_images:
-                whole = bench.compiled.model
-                calls["encode, ours, compiled"] = ("encode", lambda: whole.encode(images))
-                calls["decode, ours, compiled"] = ("decode", lambda: whole.decode(latents))
-            for name, (network, call) in calls.items():
-
-                def measured(call: Work = call, network: str = network, count: int = count, name: str = name) -> Values:
-                    with torch.inference_mode(), switched(**bench.switches_of(name)):
-                        forget_peak(subject.device)
-                        timing = timed(call, subject.device, subject.sizes.calls, most_seconds=2)
-                        executed = None if "compiled" in name else operations(call) / timing.seconds
-                    rate = count * bench.credited[network] / timing.seconds
-                    return {
-                        "images": count,
-                        "tflop_per_second_credited": round(rate, 2),
-                        "tflop_per_second_executed": None if executed is None else round(executed, 2),
-                        **timing.values(),
-                        "peak_gib": peak_gib(subject.device),
-                    }
-
-                book.row(f"{name}, {count} images, {dtype}", measured)
-        ready.clear()
-        del vae, engine
+        autoencoder(
+            book, bench, dtype, subject.sizes.vae_images if dtype == subject.dtype else subject.sizes.vae_images[:1]
+        )
         release()
+
+
+def autoencoder(book: Book, bench: Bench, dtype: str, counts: tuple[int, ...]) -> None:
+    subject, ready = bench.subject, list[Any]()
+
+    def networks() -> None:
+        with switched():
+            vae = copy.deepcopy(subject.bundle.vae).to(subject.device, getattr(torch, dtype)).eval()
+            ready.extend([vae.requires_grad_(False), subject.engine(dtype)])
+
+    book.row(f"autoencoder, {dtype}", networks)
+    if len(ready) < 2:
+        return
+    for count in counts:
+        for name, (network, call) in autoencoder_calls(bench, *ready, dtype, count).items():
+            book.row(f"{name}, {count} images, {dtype}", partial(autoencoder_row, bench, name, network, call, count))
+
+
+def autoencoder_calls(
+    bench: Bench, vae: Any, engine: Counterfactuals, dtype: str, count: int
+) -> dict[str, tuple[str, Work]]:
+    """Name of a row: the network whose operations it is credited with, and the call."""
+    subject, kind = bench.subject, getattr(torch, dtype)
+    pixels, side = subject.recipe.model.resolution, subject.latent_side
+    images = torch.rand(count, pixels, pixels, device=subject.device)
+    latents = subject.random(count, 4, side, side, dtype="float32")
+    three = (images[:, None] * 2 - 1).expand(-1, 3, -1, -1).contiguous().to(kind)
+    calls: dict[str, tuple[str, Work]] = {
+        "encode, diffusers, eager, NCHW": ("encode", lambda: vae.encode(three).latent_dist.mean),
+        "encode, ours": ("encode", lambda: engine.model.encode(images)),
+        "decode, diffusers, eager, NCHW": ("decode", lambda: vae.decode(latents.to(kind)).sample),
+        "decode, ours": ("decode", lambda: engine.model.decode(latents)),
+    }
+    if bench.compiled is not None and dtype == subject.dtype and count == subject.sizes.compiled_images:
+        whole = bench.compiled.model
+        calls["encode, ours, compiled"] = ("encode", lambda: whole.encode(images))
+        calls["decode, ours, compiled"] = ("decode", lambda: whole.decode(latents))
+    return calls
+
+
+def autoencoder_row(bench: Bench, name: str, network: str, call: Work, count: int) -> Values:
+    subject = bench.subject
+    with torch.inference_mode(), switched(**bench.switches_of(name)):
+        forget_peak(subject.device)
+        timing = timed(call, subject.device, subject.sizes.calls, most_seconds=2)
+        executed = None if "compiled" in name else operations(call) / timing.seconds
+    return {
+        "images": count,
+        "tflop_per_second_credited": round(count * bench.credited[network] / timing.seconds, 2),
+        "tflop_per_second_executed": None if executed is None else round(executed, 2),
+        **timing.values(),
+        "peak_gib": peak_gib(subject.device),
+    }

@@ -51,7 +51,7 @@ def section(book: Book, subject: Subject) -> None:
 
     if book.row("trainer", start) is None:
         return
-    trainer = ready.pop()
+    bundle = ready[0].run.bundle
 
     def step(name: str, batch: int, who: Trainer, cached: bool = False, expected: float = 3.0) -> Values | None:
         def work() -> Values:
@@ -76,18 +76,7 @@ def section(book: Book, subject: Subject) -> None:
 
         return book.row(f"step, batch {batch}, {name}", work, expected)
 
-    for batch in sizes.training_batches:
-        step("eager", batch, trainer)
-    trainer.checkpointing(True)
-    step("eager, gradient checkpointing", first, trainer)
-    step("eager, gradient checkpointing", max(sizes.training_batches), trainer)
-    trainer.checkpointing(False)
-    step("eager, latents cached", first, trainer.with_images(str(data), cache_latents=1024), cached=True)
-    step(f"eager, {sizes.large_side} px images decoded in every step", first, trainer.with_images(str(large), cache=0))
-    book.row("optimizer, clipping and EMA alone", lambda: optimizer_alone(subject, trainer))
-    book.row("checkpoint", lambda: checkpoint(trainer), 10.0 if subject.cuda else 0.0)
-    bundle = trainer.run.bundle
-    del trainer
+    eager(book, subject, ready.pop(), step, str(data), str(large))
     release()
     if subject.tiny and not subject.cuda:
         book.leave_out("compiled step", "toy networks on a CPU: a minute of C++ for a number that nobody wants")
@@ -99,6 +88,22 @@ def section(book: Book, subject: Subject) -> None:
 
     if book.row("trainer, compiled", start_compiled, 20.0) is not None:
         step("compiled", first, ready.pop(), expected=10.0)
+
+
+def eager(book: Book, subject: Subject, trainer: Trainer, step: Any, data: str, large: str) -> None:
+    """Everything that is not compiled, with one optimizer."""
+    sizes = subject.sizes
+    first, most = sizes.training_batches[0], max(sizes.training_batches)
+    for batch in sizes.training_batches:
+        step("eager", batch, trainer)
+    trainer.checkpointing(True)
+    for batch in dict.fromkeys((first, most)):
+        step("eager, gradient checkpointing", batch, trainer)
+    trainer.checkpointing(False)
+    step("eager, latents cached", first, trainer.with_images(data, cache_latents=1024), cached=True)
+    step(f"eager, {sizes.large_side} px images decoded in every step", first, trainer.with_images(large, cache=0))
+    book.row("optimizer, clipping and EMA alone", lambda: optimizer_alone(subject, trainer))
+    book.row("checkpoint", lambda: checkpoint(trainer), 10.0 if subject.cuda else 0.0)
 
 
 def write_images(subject: Subject, folder: Path, side: int, count: int) -> None:

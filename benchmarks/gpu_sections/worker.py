@@ -6,6 +6,7 @@ import os
 import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from diffva_ray.counterfactual.engine import Counterfactuals
@@ -37,11 +38,11 @@ def section(book: Book, subject: Subject) -> None:
     for steps in sizes.worker_steps:
         for micro_batch in sizes.micro_batches:
             rate: list[float] = []
-            book.row(f"bare engine, {steps} steps, micro-batch {micro_batch}",
-                     lambda *_, at=(steps, micro_batch), rate=rate: bare(subject, engines[0], *at, rate), 1.0)  # fmt: skip
-            book.row(f"run_shard, {steps} steps, micro-batch {micro_batch}",
-                     lambda *_, at=(steps, micro_batch), rate=rate: shard(subject, engines[0], str(data), *at, rate),
-                     1.2 * sizes.records / rate[0] if rate else 1.0)  # fmt: skip
+            at = (steps, micro_batch)
+            name = f"{steps} steps, micro-batch {micro_batch}"
+            book.row(f"bare engine, {name}", partial(bare, subject, engines[0], *at, rate), 1.0)
+            expected = 1.2 * sizes.records / rate[0] if rate else 1.0
+            book.row(f"run_shard, {name}", partial(shard, subject, engines[0], str(data), *at, rate), expected)
 
 
 def write_phantoms(folder: Any, count: int, side: int) -> Values:
