@@ -167,14 +167,12 @@ def leg(recipe: Any, packed: Path, scratch: Path, before: Path | None, out: Path
             )  # fmt: skip
     except LegEnds:
         finished = False
-    newest = keep.latest()
-    if not finished and newest is not None:
-        wanted = [newest, model / PROGRESS]
-    else:
-        wanted = [path for path in sorted(model.iterdir()) if path.name != ".train"] + [model / PROGRESS]
+    newest, progress = keep.latest(), model / PROGRESS  # which is written when the first loss is
+    wanted = [path for path in sorted(model.iterdir()) if path.name != ".train"] if finished else [newest]
+    wanted += [progress] if progress.exists() else []
     parts = write_parts(archived(model, wanted), out)
     card = read_card(store) if finished else None
-    history = json.loads(store.read(PROGRESS))["history"]
+    history = json.loads(progress.read_text())["history"] if progress.exists() else []
     return {
         "leg": legs,
         "finished": finished,

@@ -51,6 +51,7 @@ class Book:
 
     ``shares`` are the sections' seconds, in their order; a section ends when its own and all earlier shares are used
     up, so what one leaves over the next ones have. ``release`` frees memory after every row.
+    ``began``: of the deadline, now where not given.
     """
 
     def __init__(
@@ -60,9 +61,10 @@ class Book:
         shares: dict[str, float],
         about: Values,
         release: Callable[[], None] = lambda: None,
+        began: float | None = None,
     ) -> None:
         self.path, self.seconds, self.release = path, seconds, release
-        self.began = time.monotonic()
+        self.began = time.monotonic() if began is None else began
         self.ends, used, whole = {}, 0.0, sum(shares.values())
         for name, share in shares.items():
             used += share

@@ -38,8 +38,13 @@ SAMPLERS = ("pndm-diffusers", "pndm", "ddim", "dpmsolver++", "unipc", "euler", "
 def section(book: Book, subject: Subject) -> None:
     """The children that compile work on beside everything that is not timed, and nothing here is."""
     with Children(book, subject) as children:
+        children.start_under_pressure()
+        truth: list[Reference] = []  # which needs the CPU alone, while the child has the device's memory
+        book.row("reference on the CPU, float32", lambda: truth.append(Reference(subject)) or {}, checked=True)
+        children.finish_under_pressure()
         children.start_compiling()
-        parity(book, subject)
+        if truth:
+            parity(book, subject, truth[0])
         batch_invariance(book, subject)
         book.row("images against diffusers' pipeline, float32", lambda: against_diffusers(book, subject), checked=True)
         ladder(book, subject)
@@ -80,12 +85,7 @@ class Reference:
             self.decode = bundle.vae.decode(self.latents[:1] / bundle.vae.config.scaling_factor).sample
 
 
-def parity(book: Book, subject: Subject) -> None:
-    reference: list[Reference] = []
-    book.row("reference on the CPU, float32", lambda: reference.append(Reference(subject)) or {}, checked=True)
-    if not reference:
-        return
-    truth = reference[0]
+def parity(book: Book, subject: Subject, truth: Reference) -> None:
     kinds: tuple[tuple[str, str, dict[str, bool] | None], ...] = (
         ("float32", "float32", tf32(False)),
         ("float32, switches as the engine leaves them", "float32", None),
@@ -120,11 +120,11 @@ def networks_against(subject: Subject, truth: Reference, dtype: str, flags: dict
     latents, text, image = (part.to(device) for part in (truth.latents, truth.text, truth.image))
     errors: dict[str, float] = {}
     with switched(**(flags or {})):
-        unet = copy.deepcopy(subject.bundle.unet).to(device, kind)
+        unet = copy.deepcopy(subject.resident.unet).to(device, kind)
         made = unet(latents.to(kind), truth.timestep.to(device), encoder_hidden_states=text.to(kind)).sample
         errors["unet_plain"] = relative_error(made, truth.unet)
         del unet
-        vae = copy.deepcopy(subject.bundle.vae).to(device, kind)
+        vae = copy.deepcopy(subject.resident.vae).to(device, kind)
         pixels = (image[:, None] * 2 - 1).expand(-1, 3, -1, -1).contiguous().to(kind)
         errors["encode_plain"] = relative_error(vae.encode(pixels).latent_dist.mean, truth.encode)
         decoded = vae.decode((latents[:1] / vae.config.scaling_factor).to(kind)).sample
@@ -271,8 +271,8 @@ def batch_invariance(book: Book, subject: Subject) -> None:
             except torch.cuda.OutOfMemoryError:
                 wide = None
         for name, same in (
-            ("alone, padded, as in company", np.array_equal(alone[0], whole[0])),
-            ("in another slot", np.array_equal(turned, whole[order])),
+            ("alone, padded, as in company", alone[0].tobytes() == whole[0].tobytes()),
+            ("in another slot", turned.tobytes() == whole[order].tobytes()),
         ):
             book.check(f"bitwise the same {name}, {dtype}", same, same, True)
         return {

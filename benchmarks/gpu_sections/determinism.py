@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from img2img import img2img, run_img2img
 
 from gpu_sections.book import Book, Values
 from gpu_sections.measure import switched, switches
-from gpu_sections.subject import Sizes, Subject, compiled, copied, generate, guidance_of, setting
+from gpu_sections.subject import Sizes, Subject, allow_compilations, compiled, copied, generate, guidance_of, setting
 
 ENTRY = Path(__file__).parents[1] / "gpu.py"
 FILLED = 0.85  # of the device's memory, for the child under pressure
@@ -66,7 +68,9 @@ class Children:
     def __init__(self, book: Book, subject: Subject) -> None:
         self.book, self.subject, self.all = book, subject, list[Child]()
         self.cold: Child | None = None
+        self.pressed: Child | None = None
         self.others: list[Child] = []
+        self.digests: list[list[str] | None] = []
         self.networks = subject.scratch / "networks.pt"
 
     def __enter__(self) -> Children:
@@ -102,20 +106,29 @@ class Children:
                 self.start("pipeline compiled, cold cache", kind="peer", micro_batch=batch),
             ]
 
-    def same_pixels(self) -> None:
-        """Eager: three times in a process, in another one, and in one with most of the memory taken by others."""
-        job = {"kind": "pixels", "micro_batch": 2 if self.subject.tiny else 8, "compiled": False}
-        beside = [
-            self.start("eager, three times", **job, times=3),
-            self.start("eager, another process", **job, times=1),
-        ]
-        digests = [self._row(child) for child in beside]
+    @property
+    def eager(self) -> Values:
+        return {"kind": "pixels", "micro_batch": 2 if self.subject.tiny else 8, "compiled": False}
+
+    def start_under_pressure(self) -> None:
+        """Before any other process needs memory. Kernels that do not find their workspace fall back to others."""
         name = f"eager, {FILLED:.0%} of the memory taken"
         if self.subject.cuda:
-            digests.append(self._row(self.start(name, **job, times=1, fill=FILLED)))
+            self.pressed = self.start(name, **self.eager, times=1, fill=FILLED)
         else:
             self.book.leave_out(name, "no GPU memory to take")
-        self._same("eager", digests)
+
+    def finish_under_pressure(self) -> None:
+        if self.pressed is not None:
+            self.digests.append(self._row(self.pressed))
+
+    def same_pixels(self) -> None:
+        """Eager: three times in a process, in another one, and in the one with most of the memory taken."""
+        beside = [
+            self.start("eager, three times", **self.eager, times=3),
+            self.start("eager, another process", **self.eager, times=1),
+        ]
+        self._same("eager", self.digests + [self._row(child) for child in beside])
 
     def finish_compiling(self) -> None:
         assert self.cold is not None
@@ -201,7 +214,7 @@ def guided(job: Values) -> Values:
 def peer(job: Values) -> Values:
     """Compile the pipeline as section 4 does, to have it in inductor's cache."""
     subject, began = subject_of(job), time.perf_counter()
-    with switched():
+    with switched(), inductor_as_installed():
         pipeline = img2img(subject.bundle, job["device"], job["dtype"], job["steps"], 0.55)
         compile_pipeline(pipeline)
         images = np.stack(subject.images(job["micro_batch"]))
@@ -209,8 +222,21 @@ def peer(job: Values) -> Values:
     return {"seconds_until_first": round(time.perf_counter() - began, 1), "micro_batch": job["micro_batch"]}
 
 
+@contextmanager
+def inductor_as_installed() -> Iterator[None]:
+    """For the peer: the engine switches inductor to deterministic choices for the whole process."""
+    from torch._inductor import config
+
+    if not hasattr(config, "deterministic"):
+        yield
+        return
+    with config.patch(deterministic=False):
+        yield
+
+
 def compile_pipeline(pipeline: Any) -> None:
     """As a user who has read diffusers' guide would do it, with the shapes fixed."""
+    allow_compilations()
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)
     pipeline.unet.compile(fullgraph=True, dynamic=False)

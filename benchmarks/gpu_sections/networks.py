@@ -68,6 +68,8 @@ def section(book: Book, subject: Subject) -> Bench:
         unets(book, bench, count, compile_too=False)
     for count in others[:1]:  # at another size it compiles anew
         compiled_unets(book, bench, count)
+    if bench.compiled is not None and bench.best_attention and subject.cuda:
+        compiled_attention(book, bench, first, bench.best_attention)
     return bench
 
 
@@ -77,7 +79,7 @@ def prepare(book: Book, bench: Bench) -> None:
 
     def networks() -> Values:
         with switched():
-            bench.plain = copy.deepcopy(subject.bundle.unet).to(subject.device, kind).eval().requires_grad_(False)
+            bench.plain = copy.deepcopy(subject.resident.unet).to(subject.device, kind).eval().requires_grad_(False)
             bench.channels_last = copy.deepcopy(bench.plain).to(memory_format=torch.channels_last)
             bench.ours = subject.engine()
             state = switches()
@@ -226,9 +228,6 @@ def attentions(book: Book, bench: Bench, count: int) -> None:
             if found is not None and found["ms"] < best:
                 best, bench.best_attention = found["ms"], name if not padded else f"{name}, padded"
     book.note(best_attention_eager=bench.best_attention)
-    if bench.compiled is not None and bench.best_attention and bench.subject.cuda:
-        compiled_attention(book, bench, count, bench.best_attention)
-        release()
 
 
 def compiled_attention(book: Book, bench: Bench, count: int, best: str) -> None:
@@ -303,7 +302,7 @@ def autoencoder(book: Book, bench: Bench, dtype: str, counts: tuple[int, ...]) -
 
     def networks() -> None:
         with switched():
-            vae = copy.deepcopy(subject.bundle.vae).to(subject.device, getattr(torch, dtype)).eval()
+            vae = copy.deepcopy(subject.resident.vae).to(subject.device, getattr(torch, dtype)).eval()
             ready.extend([vae.requires_grad_(False), subject.engine(dtype)])
 
     book.row(f"autoencoder, {dtype}", networks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,11 +45,11 @@ class Sizes:
     small_images: int = 16  # of the small model
     small_steps: int = 30
     determinism_steps: int = 8
-    unet_images: tuple[int, ...] = (16, 8, 32, 4, 1, 64)  # the most telling first
+    unet_images: tuple[int, ...] = (8, 16, 32, 4, 1, 64)  # the most telling first
     vae_images: tuple[int, ...] = (8, 16, 1)
     image_batches: tuple[int, ...] = (8, 16)  # that pipeline and engine may choose from
-    compiled_images: int = 16
-    edits: tuple[tuple[float, int, int], ...] = ((0.55, 75, 3), (0.55, 20, 1))  # strength, steps, rounds
+    compiled_images: int = 8
+    edits: tuple[tuple[float, int, int], ...] = ((0.55, 20, 1), (0.55, 75, 3))  # strength, steps, rounds
     records: int = 64
     micro_batches: tuple[int, ...] = (8, 32)
     worker_steps: tuple[int, ...] = (75, 20)
@@ -113,9 +114,17 @@ class Subject:
         made = torch.randn(*shape, generator=generator, device=self.device)
         return made.to(getattr(torch, dtype or self.dtype))
 
+    @cached_property
+    def resident(self) -> Bundle:
+        """The networks in float32 on the device, for copies there: from the host each would take seconds."""
+        bundle = copied(self.bundle)
+        for module in bundle.modules.values():
+            module.to(self.device).eval().requires_grad_(False)
+        return bundle
+
     def copied(self) -> Bundle:
-        """A copy of the networks for somebody who changes them in place."""
-        return copied(self.bundle)
+        """A copy of the networks, on the device, for somebody who changes them in place."""
+        return copied(self.resident)
 
     def engine(self, dtype: str | None = None, bundle: Bundle | None = None, **changes: Any) -> Counterfactuals:
         """The product's engine on a copy of the networks."""
@@ -156,9 +165,19 @@ def generate(
     )
 
 
+def allow_compilations() -> None:
+    """PyTorch stops to compile a function at its eighth shape or module; here every variant is one."""
+    from torch._dynamo import config
+
+    for name in ("cache_size_limit", "recompile_limit"):  # the old name and the new one
+        if hasattr(config, name):
+            setattr(config, name, 64)
+
+
 def compiled(engine: Counterfactuals, tiny: bool) -> str:
     """Put the engine's networks through torch.compile, and say by which backend. Toy networks on a CPU are only traced
     (``aot_eager``): their C++ takes a minute to compile, and what is measured then is not a number anybody wants."""
+    allow_compilations()
     if not (tiny and engine.device.type == "cpu"):
         engine.compile()
         return "inductor"
