@@ -51,6 +51,8 @@ def run(
     from gpu_sections.book import Book
     from gpu_sections.subject import Subject
 
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException("no GPU that this torch can use; --device cpu --tiny shows that the path works")
     shares = {name: share for name, share in SHARES.items() if not only or name in ("setup", *only)}
     about = {"command": command, "tiny": tiny, "machine": measure.machine(torch.device(device))}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +70,7 @@ def run(
         gc.freeze()  # what is there now stays: collecting garbage after every row takes no time then
         if made:
             measure_all(book, made[0], list(shares)[1:])
+        gc.unfreeze()
         book.write(finished=True)
     click.echo(book.table())
     click.echo(f"{out}: {book.found['seconds_used']:.0f} s of {seconds:.0f}")

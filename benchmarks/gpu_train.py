@@ -1,8 +1,8 @@
 """Training of the small model on real images on a bare GPU machine: one file there, a few files back, in legs.
 
-    python benchmarks/gpu_train.py pack --data DATA --side 128 --out pack.zip
-    python benchmarks/gpu_train.py train --pack pack.zip --set model.base=MODEL --out leg1      # on the GPU machine
-    python benchmarks/gpu_train.py train --pack pack.zip --set model.base=MODEL --from leg1 --out leg2
+    python benchmarks/gpu_train.py pack --data DATA --side 128 --out runs/pack.zip
+    python benchmarks/gpu_train.py train --pack runs/pack.zip --set model.base=MODEL --out leg1  # there
+    python benchmarks/gpu_train.py train --pack runs/pack.zip --set model.base=MODEL --from leg1 --out leg2
     python benchmarks/gpu_train.py unpack --from leg2 --to runs/real/model
 
 ``train`` is the product's own loop (``diffva_ray.train.loop``), without Ray. A leg ends at the last checkpoint before

@@ -6,6 +6,7 @@ Nothing in here knows a GPU: ``tests/unit/test_gpu_book.py`` holds it to its pro
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -20,6 +21,12 @@ import click
 from diffva_ray.observe import one_line
 
 Values = dict[str, Any]
+TOLD = (  # in the table at the end, the first of them that a row has
+    "failed", "images_per_second", "best_of_ours_is_faster_by", "host_efficiency", "gpu_busy", "auroc", "map_distance",
+    "grey_levels_apart_most", "unet_plain_relative_error", "unet_ours_relative_error", "waits_per_step", "first",
+    "bitwise_the_same_in_both", "tflop_per_second_credited", "tflop_per_second", "ms", "host_ms", "kernels_and_copies",
+    "gigabytes_per_second_read_and_written", "peak_gib", "seconds", "bytes",
+)  # fmt: skip
 LAST_WORDS = 15.0  # seconds after the deadline at which a process that hangs is ended from outside
 
 
@@ -171,7 +178,7 @@ class Book:
             self.found["seconds_used"] = round(time.monotonic() - self.began, 1)
             self.found["failed_checks"] = self.failed_checks
             beside = self.path.with_name(f".{self.path.name}.tmp")
-            beside.write_text(json.dumps(self.found, indent=1) + "\n")
+            beside.write_text(json.dumps(strict(self.found), indent=1, allow_nan=False) + "\n")
             beside.replace(self.path)
 
     def end_what_hangs(self) -> None:
@@ -187,28 +194,43 @@ class Book:
         threading.Thread(target=end, daemon=True).start()
 
     def table(self) -> str:
-        """All rows, checks and gaps, a line each."""
+        """Rows, checks that do not hold, and gaps, a short line each: the file has the rest."""
         lines = []
         for name, section in self.found["sections"].items():
             lines.append(f"== {name} ({section.get('seconds', '?')} s)")
-            lines += [f"   {line_of(row)}" for row in section["rows"]]
-            for check in section["checks"]:
-                said = "ok" if check["passed"] else "FAILED"
-                lines.append(f"   {said}: {check['name']}: {check['value']} (must be: {check['limit']})")
+            lines += [f"   {line}" for row in section["rows"] if (line := line_of(row, TOLD, 4))]
+            held = sum(check["passed"] for check in section["checks"])
+            lines += [f"   {held} of {len(section['checks'])} checks hold"] if section["checks"] else []
+            lines += [
+                f"   FAILED: {check['name']}: {check['value']} (must be: {check['limit']})"
+                for check in section["checks"]
+                if not check["passed"]
+            ]
             lines += [f"   left out: {gap}" for gap in section["left_out"]]
             lines += [f"   {key}: {section[key]}" for key in ("failed",) if key in section]
         lines.append(f"failed checks: {', '.join(self.failed_checks) or 'none'}")
         return "\n".join(lines)
 
 
-def line_of(row: Values) -> str:
-    """A row on one line; lists and what is long stay in the file."""
+def strict(value: Any) -> Any:
+    """With words for NaN and infinity, which JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {key: strict(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def line_of(row: Values, keys: tuple[str, ...] | None = None, most: int = 99) -> str:
+    """A row on one line, lists and what is long left out; of ``keys`` alone, and empty where it has none of them."""
     shown = [
         f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in row.items()
-        if key not in ("name", "row_seconds") and not isinstance(value, (list, dict)) and value is not None
+        for key in keys or row
+        if key not in ("name", "row_seconds")
+        and not isinstance(value := row.get(key), (list, dict))
+        and value is not None
     ]
-    return f"{row['name']}: {', '.join(shown)}"
+    return f"{row['name']}: {', '.join(shown[:most])}" if shown or keys is None else ""
 
 
 def _is_out_of_memory(error: Exception) -> bool:
