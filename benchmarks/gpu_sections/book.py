@@ -45,12 +45,14 @@ def time_limit(seconds: float) -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    began, (theirs, _) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if theirs:  # whoever had set an alarm still gets it
+            signal.setitimer(signal.ITIMER_REAL, max(theirs - time.monotonic() + began, 0.001))
 
 
 class Book:

@@ -26,7 +26,7 @@ from img2img import img2img, run_img2img
 
 from gpu_sections.book import Book, Values
 from gpu_sections.measure import switched, switches
-from gpu_sections.subject import Sizes, Subject, allow_compilations, compiled, copied, generate, guidance_of, setting
+from gpu_sections.subject import Sizes, Subject, allow_compilations, compiled, generate, guidance_of, setting
 
 ENTRY = Path(__file__).parents[1] / "gpu.py"
 FILLED = 0.85  # of the device's memory, for the child under pressure
@@ -83,9 +83,9 @@ class Children:
 
     def _save(self) -> Values:
         """The networks in the dtype they run in, and the images: a child has them in seconds."""
-        bundle = copied(self.subject.bundle)
+        bundle = self.subject.copied()
         for module in bundle.modules.values():
-            module.to(getattr(torch, self.subject.dtype))
+            module.to(getattr(torch, self.subject.dtype)).cpu()
         torch.save({"bundle": bundle, "phantoms": self.subject.phantoms}, self.networks)
         return {"gigabytes": round(self.networks.stat().st_size / 1e9, 2)}
 

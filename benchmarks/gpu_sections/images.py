@@ -37,7 +37,7 @@ class Contender:
     switches: dict[str, bool] = field(default_factory=dict)
     reconstructs: bool = True
     failed: bool = False
-    rates: list[float] = field(default_factory=list)  # images a second, by round
+    rates: dict[int, float] = field(default_factory=dict)  # images a second, by round
     peak: float | None = None
     made: Images | None = None
 
@@ -208,14 +208,14 @@ def play(
 ) -> None:  # fmt: skip
     """Rounds of one batch each; who fails once is out, who has no time left is named."""
     for one in contenders:
-        one.rates, one.failed, one.made, one.peak = [], False, None, None
+        one.rates, one.failed, one.made, one.peak = {}, False, None, None
     for number in range(rounds):
         for one in contenders[:: 1 if number % 2 == 0 else -1]:
             if one.failed:
                 continue
-            expected = one.batch / one.rates[-1] if one.rates else 0.0
+            expected = one.batch / min(one.rates.values()) if one.rates else 0.0
 
-            def turn(one: Contender = one) -> None:
+            def turn(one: Contender = one, number: int = number) -> None:
                 one.failed = True  # until it has come to its end
                 with switched(**one.switches):
                     settle(subject.device)
@@ -223,30 +223,36 @@ def play(
                     began = time.perf_counter()
                     one.made = one.make(strength, steps)
                     settle(subject.device)
-                    one.rates.append(one.batch / (time.perf_counter() - began))
+                    one.rates[number] = one.batch / (time.perf_counter() - began)
                 one.peak, one.failed = peak_gib(subject.device), False
 
             book.row(f"{one.name}, {strength:g} x {steps}, round {number + 1}", turn, expected)
             one.failed = one.failed and not one.rates
     best = max((one for one in contenders if one.rates and one.name.startswith("ours") and one.reconstructs),
-               key=lambda one: statistics.median(one.rates), default=None)  # fmt: skip
+               key=lambda one: statistics.median(one.rates.values()), default=None)  # fmt: skip
     first = next((one.made for one in contenders if one.made is not None and one.name.startswith("pipeline")), None)
     for one in contenders:
         if not one.rates:
             continue
-        rate, tflop = statistics.median(one.rates), tflop_of(strength, steps, one.reconstructs, credited, subject)
+        rate, tflop = (
+            statistics.median(one.rates.values()),
+            tflop_of(strength, steps, one.reconstructs, credited, subject),
+        )
         row: Values = {
             "name": f"{strength:g} x {steps}, {one.name}",
             "images_per_second": round(rate, 3),
-            "least": round(min(one.rates), 3),
-            "most": round(max(one.rates), 3),
+            "least": round(min(one.rates.values()), 3),
+            "most": round(max(one.rates.values()), 3),
             "rounds": len(one.rates),
             "tflop_per_second_credited": round(rate * tflop, 2),
             "with_reconstruction": one.reconstructs,
             "peak_gib_of_all_that_stand_ready": one.peak,
         }
-        if best is not None:
-            row["best_of_ours_is_faster_by"] = round(statistics.median(best.rates) / rate, 3)
+        both = [] if best is None else sorted(best.rates.keys() & one.rates.keys())
+        if best is not None and both:  # within a round, in which the device was in one state
+            ratios = [best.rates[number] / one.rates[number] for number in both]
+            row["best_of_ours_is_faster_by"] = round(statistics.median(ratios), 3)
+            row["faster_by_least"], row["faster_by_most"] = round(min(ratios), 3), round(max(ratios), 3)
         if one.made is not None:
             row["not_finite"] = int((~np.isfinite(one.made)).any(axis=(1, 2)).sum())
             count = 0 if first is None else min(len(first), len(one.made))
