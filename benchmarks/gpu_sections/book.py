@@ -79,6 +79,7 @@ class Book:
             used += share
             self.ends[name] = self.began + seconds * used / whole
         self.found: Values = {**about, "seconds_allowed": seconds, "finished": False, "sections": {}}
+        self.at_end: list[Callable[[], None]] = []  # what is to be done where the process is ended from outside
         self._now: Values = {}
         self._end = self.began + seconds
         self._writing = threading.Lock()
@@ -107,12 +108,18 @@ class Book:
             self.release()
 
     def row(
-        self, name: str, work: Callable[[], Values | None], expected_seconds: float = 0.0, checked: bool = False
+        self,
+        name: str,
+        work: Callable[[], Values | None],
+        expected_seconds: float = 0.0,
+        checked: bool = False,
+        most: float = 1.0,
     ) -> Values | None:
         """Do ``work`` and keep the values it returns as a row; returns them, or None where there are none.
 
-        Where less time is left than expected the row is left out, and named. Where it fails or takes until the
-        section's end the row has ``failed``, the reason. ``checked``: that it can be done at all is a check.
+        Where less time is left than expected the row is left out, and named; so it is when it takes longer than
+        ``most`` of the time that is left to the section. Where it fails the row has ``failed``, the reason.
+        ``checked``: that it can be done at all is a check.
         """
         if self.left() <= expected_seconds:
             self.leave_out(name)
@@ -120,7 +127,7 @@ class Book:
         began = time.monotonic()
         values: Values | None = None
         try:
-            with time_limit(self.left()):
+            with time_limit(most * self.left()):
                 values = work()
         except TooLong:
             self.leave_out(name, f"stopped after {time.monotonic() - began:.0f} s")
@@ -188,6 +195,8 @@ class Book:
 
         def end() -> None:
             time.sleep(max(self.began + self.seconds + LAST_WORDS - time.monotonic(), 0))
+            for work in self.at_end:
+                work()
             self.found["hung"] = "ended from outside after the deadline"
             self.write()
             print(self.table(), flush=True)

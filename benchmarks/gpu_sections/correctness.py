@@ -49,7 +49,8 @@ def section(book: Book, subject: Subject) -> None:
         batch_invariance(book, subject)
         book.row("images against diffusers' pipeline, float32", lambda: against_diffusers(book, subject), checked=True)
         ladder(book, subject)
-        synchronisations(book, subject)
+        with switched():
+            synchronisations(book, subject)
         children.same_pixels()
         children.finish_compiling()
 

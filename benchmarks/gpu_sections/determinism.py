@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -39,7 +40,7 @@ class Child:
         self.name, self.ends = name, time.monotonic() + limit
         self.answer = scratch / f"{name.replace(' ', '-').replace(',', '')}.json"
         self.said = self.answer.with_suffix(".log")
-        words = [sys.executable, str(ENTRY), "--child", json.dumps({**job, "answer": str(self.answer)})]
+        words = [sys.executable, str(ENTRY), "--child", json.dumps({**job, "answer": str(self.answer), "limit": limit})]
         with self.said.open("wb") as out:
             self.process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -74,10 +75,14 @@ class Children:
         self.networks = subject.scratch / "networks.pt"
 
     def __enter__(self) -> Children:
+        self.book.at_end.append(self.end)
         self.book.row("networks for other processes", self._save)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
         for child in self.all:
             child.end()
 
@@ -155,6 +160,7 @@ class Children:
 
 def child(job: Values) -> None:
     """The other side: do one job, and write what was found into the file ``answer``."""
+    signal.alarm(math.ceil(job["limit"]))  # and no longer, even where nobody waits any more
     found = {"pixels": pixels, "guided": guided, "peer": peer}[job["kind"]](job)
     Path(job["answer"]).write_text(json.dumps(found))
 

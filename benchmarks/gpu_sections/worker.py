@@ -20,7 +20,7 @@ from diffva_ray.generate.shard import Workbench, run_shard
 from diffva_ray.provenance import torch_version
 from diffva_ray.storage import LocalStore
 from gpu_sections.book import Book, Values
-from gpu_sections.measure import forget_peak, peak_gib, settle, switched, watched
+from gpu_sections.measure import forget_peak, peak_gib, settle, switched, switches, watched
 from gpu_sections.subject import Subject, generate, setting
 
 CLASSES = ("COVID", "Lung_Opacity")
@@ -32,17 +32,26 @@ def section(book: Book, subject: Subject) -> None:
     if book.row("phantoms", lambda: write_phantoms(data, sizes.records, subject.recipe.model.resolution)) is None:
         return
     engines: list[Counterfactuals] = []
-    book.row("engine", lambda: engines.append(subject.engine()) or {})
-    if not engines:
-        return
+
+    def load() -> Values:
+        engines.append(subject.engine())
+        return {"switches_of_the_engine": switches()}
+
+    with switched():  # which the engine may then set otherwise
+        if book.row("engine", load) is not None:
+            shards(book, subject, engines[0], str(data))
+
+
+def shards(book: Book, subject: Subject, engine: Counterfactuals, data: str) -> None:
+    sizes = subject.sizes
     for steps in sizes.worker_steps:
         for micro_batch in sizes.micro_batches:
             rate: list[float] = []
             at = (steps, micro_batch)
             name = f"{steps} steps, micro-batch {micro_batch}"
-            book.row(f"bare engine, {name}", partial(bare, subject, engines[0], *at, rate), 1.0)
+            book.row(f"bare engine, {name}", partial(bare, subject, engine, *at, rate), 1.0)
             expected = 1.2 * sizes.records / rate[0] if rate else 1.0
-            book.row(f"run_shard, {name}", partial(shard, subject, engines[0], str(data), *at, rate), expected)
+            book.row(f"run_shard, {name}", partial(shard, subject, engine, data, *at, rate), expected)
 
 
 def write_phantoms(folder: Any, count: int, side: int) -> Values:
@@ -69,12 +78,11 @@ def bare(subject: Subject, engine: Counterfactuals, steps: int, micro_batch: int
     """One call with pixels that lie in memory."""
     settled(engine, steps, micro_batch)
     images, asked = subject.images(micro_batch), setting(num_inference_steps=steps)
-    with switched():
-        generate(engine, images, setting(num_inference_steps=4))
-        settle(subject.device)
-        began = time.perf_counter()
-        generate(engine, images, asked)
-        settle(subject.device)
+    generate(engine, images, setting(num_inference_steps=4))
+    settle(subject.device)
+    began = time.perf_counter()
+    generate(engine, images, asked)
+    settle(subject.device)
     rate.append(micro_batch / (time.perf_counter() - began))
     return {"images_per_second": round(rate[0], 3)}
 
@@ -92,7 +100,7 @@ def shard(
     about = {"recipe": recipe.model_dump(mode="json"), "data": data, "data_root": dataset.store.uri}
     run = start_run(out, make_plan(dataset, recipe, request), keys, about)
     bench = Workbench(run, dataset.store, engine, judge=None)
-    with switched(), watched(subject.device) as busy:
+    with watched(subject.device) as busy:
         forget_peak(subject.device)
         began, cpu = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
         reports = [run_shard(bench, number) for number in run.pending()]

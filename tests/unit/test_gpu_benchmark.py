@@ -103,6 +103,39 @@ def test_a_deadline_inside_a_section_stops_it_and_the_next_has_its_share(tmp_pat
     assert found["two"]["left_out"] == ["takes too long (no time left)"]
 
 
+def test_a_row_may_be_given_a_part_of_the_section(tmp_path: Path) -> None:
+    book = book_at(tmp_path / "gpu.json", seconds=4.0)
+    with book.section("one"):
+        assert book.row("compiles for ever", lambda: time.sleep(60), most=0.1) is None
+        assert book.row("next", lambda: {"ms": 1.0}) is not None
+    assert "compiles for ever (stopped after 0 s)" in book.table()
+
+
+HANGS = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, "benchmarks")
+from gpu_sections import book
+book.LAST_WORDS = 0.2
+one = book.Book(Path(sys.argv[1]), 0.3, {"one": 1.0}, {})
+one.at_end.append(lambda: print("children are ended"))
+one.end_what_hangs()
+with one.section("one"):
+    one.row("good", lambda: {"ms": 1.0})
+    time.sleep(60)  # outside a row: as in C code, which no alarm interrupts
+"""
+
+
+def test_a_process_that_hangs_is_ended_with_its_results_written(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", HANGS, str(tmp_path / "gpu.json")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 3, done.stderr
+    assert "children are ended" in done.stdout
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert (found["finished"], found["sections"]["one"]["rows"][0]["ms"]) == (False, 1.0)
+    assert "after the deadline" in found["hung"]
+
+
 def test_the_limit_is_not_swallowed_by_who_catches_exceptions() -> None:
     def stubborn() -> None:
         try:
