@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import platform
 import statistics
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -242,6 +244,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         "torch_cuda": torch.version.cuda,
         "code_revision": code_revision(),
+        "code_digest": code_digest(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -254,6 +257,15 @@ def machine(device: torch.device) -> dict[str, Any]:
             "driver": driver(),
         }
     return about
+
+
+def code_digest() -> str:
+    """Of the package's and these scripts' source: a copy of a checkout has no git to ask."""
+    root, found = Path(__file__).parents[2], hashlib.sha256()
+    for folder in ("diffva_ray", "benchmarks/gpu_sections"):
+        for file in sorted((root / folder).rglob("*.py")):
+            found.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def driver() -> str | None:
