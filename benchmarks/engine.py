@@ -1,15 +1,13 @@
 """The engine beside StableDiffusionImg2ImgPipeline: same model, scheduler, steps, guidance, dtype, images and cores.
 
     python benchmarks/engine.py --model runs/demo/model --out benchmarks/results/engine_cpu.json
-    python benchmarks/engine.py --device cuda --recipe benchmarks/sd14_random.yaml --dtype float16 \
-        --edit 0.55,50 --edit 0.85,75 --batches 1,4,8,16,32,64 --out benchmarks/results/engine_gpu.json
 
-The pipeline stands for the loop a user would write: one image a call, and its best batch; also channels_last, compiled
-(``--compiled``), and on a CPU as one process for each core. Ours does more for an image: it also decodes what the
-autoencoder alone makes of it, without which there is no compensated map. So the pipeline stands twice: as it is, and
-``with the reconstruction``, for which it encodes the images once more and decodes that. Every contender is a process of
-its own that loads, warms up and then waits for its turn; turns are interleaved, ratios are taken within a round. In
-float32 the pictures must agree to 1e-4, or nothing is written.
+On a CPU; ``benchmarks/gpu.py`` compares the two on a GPU. The pipeline stands for the loop a user would write: one
+image a call, and its best batch; also channels_last, compiled (``--compiled``), and as one process for each core. Ours
+does more for an image: it also decodes what the autoencoder alone makes of it, without which there is no compensated
+map. So the pipeline stands twice: as it is, and ``with the reconstruction``, for which it encodes the images once more
+and decodes that. Every contender is a process of its own that loads, warms up and then waits for its turn; turns are
+interleaved, ratios are taken within a round. In float32 the images must agree to 1e-4, or nothing is written.
 """
 
 from __future__ import annotations
@@ -28,9 +26,8 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from img2img import GUIDANCE, PROMPT, img2img, run_img2img
 from numpy.typing import NDArray
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffva_ray.config.recipe import load_recipe
@@ -40,7 +37,6 @@ from diffva_ray.model.bundle import Bundle, build, load
 from diffva_ray.model.schedulers import schedule
 from diffva_ray.provenance import code_revision, version
 
-PROMPT, GUIDANCE = "normal chest scan", 4.0
 AGREE = 1e-4  # of grey levels of 1, in float32
 Images = NDArray[np.float32]
 
@@ -70,7 +66,6 @@ class Task:
 
     model: str | None
     recipe: str | None
-    device: str
     dtype: str
     strength: float
     steps: int
@@ -97,7 +92,7 @@ def ours(task: Task, one: Contender) -> Any:
         "micro_batch": one.batch, "dtype": task.dtype, "cpu_threads": one.threads,
         "posterior": "sample", "source_prompt": "", "negative_prompt": "",
     }  # fmt: skip
-    engine = CounterfactualEngine(bundle, bundle.recipe.generate.model_copy(update=changes), task.device)
+    engine = CounterfactualEngine(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
     settings = SamplingSettings(
         prompt=PROMPT,
         method="sdedit",
@@ -121,14 +116,7 @@ def ours(task: Task, one: Contender) -> Any:
 def diffusers(task: Task, one: Contender) -> Any:
     """The same by StableDiffusionImg2ImgPipeline, a generator for each image."""
     torch.set_num_threads(one.threads)
-    bundle = bundle_of(task)
-    parts = {name: module.to(task.device, getattr(torch, task.dtype)).eval() for name, module in bundle.modules.items()}
-    scheduler, _ = schedule("pndm-diffusers", bundle.scheduler, task.steps, task.strength)
-    pipeline = StableDiffusionImg2ImgPipeline(
-        **parts, tokenizer=bundle.tokenizer, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = img2img(bundle_of(task), "cpu", task.dtype, task.steps, task.strength)
     if one.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
@@ -137,38 +125,20 @@ def diffusers(task: Task, one: Contender) -> Any:
         pipeline.vae.decoder.compile()
 
     def generate(images: Images, seeds: list[int]) -> Images:
-        pictures = [Image.fromarray(np.round(image * 255).astype(np.uint8)).convert("RGB") for image in images]
-        made = []
-        for at in range(0, len(images), one.batch):
-            batch = pictures[at : at + one.batch]
-            if one.reconstructs:
-                reconstruct(pipeline, batch)
-            made.append(
-                pipeline(
-                    prompt=[PROMPT] * len(batch), image=batch, strength=task.strength, guidance_scale=GUIDANCE,
-                    num_inference_steps=task.steps, output_type="np",
-                    generator=[torch.Generator().manual_seed(seed) for seed in seeds[at : at + one.batch]],
-                ).images.mean(axis=-1)
-            )  # fmt: skip
+        made = [
+            run_img2img(pipeline, images[at : at + one.batch], seeds[at : at + one.batch], task.strength, task.steps,
+                        one.reconstructs)
+            for at in range(0, len(images), one.batch)
+        ]  # fmt: skip
         return np.concatenate(made)
 
     return generate, None
 
 
-@torch.inference_mode()
-def reconstruct(pipeline: StableDiffusionImg2ImgPipeline, pictures: list[Image.Image]) -> Images:
-    """What the autoencoder alone makes of the images."""
-    vae = pipeline.vae
-    pixels = pipeline.image_processor.preprocess(pictures).to(vae.device, vae.dtype)
-    decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-    return pipeline.image_processor.postprocess(decoded, output_type="np").mean(axis=-1)
-
-
 def serve(pipe: Connection, task: Task, one: Contender, share: int) -> None:
-    """A process of a contender: its share of the images, whenever it is told; answers with its CPU seconds, peak bytes
-    on the device and pictures."""
+    """A process of a contender: its share of the images, whenever it is told; answers with its CPU seconds and
+    pictures."""
     torch.set_num_threads(one.threads)
-    torch.backends.cudnn.benchmark = False
     generate, engine = (ours if one.who == "ours" else diffusers)(task, one)
     size = load_recipe(task.recipe).model.resolution if task.recipe else load(str(task.model)).recipe.model.resolution
     mine = slice(share, None, one.processes)
@@ -182,8 +152,7 @@ def serve(pipe: Connection, task: Task, one: Contender, share: int) -> None:
             continue
         before = time.process_time()
         made = generate(images, seeds)
-        peak = torch.cuda.max_memory_allocated() if task.device == "cuda" else 0
-        pipe.send((time.process_time() - before, peak, made))
+        pipe.send((time.process_time() - before, made))
 
 
 def stages(engine: CounterfactualEngine, generate: Any, images: Images, seeds: list[int]) -> dict[str, float]:
@@ -213,19 +182,18 @@ class Trainable:
         self.warm_up = max(pipe.recv() for pipe in self.pipes)
 
     def play(self) -> dict[str, Any]:
-        """All images once: images a second, CPU seconds an image, peak memory, and the pictures."""
+        """All images once: images a second, CPU seconds an image, and the pictures."""
         began = time.perf_counter()
         for pipe in self.pipes:
             pipe.send("go")
         answers = [pipe.recv() for pipe in self.pipes]
         wall = time.perf_counter() - began
-        made = np.empty((self.task.images, *answers[0][2].shape[1:]), np.float32)
-        for share, (_, _, pictures) in enumerate(answers):
+        made = np.empty((self.task.images, *answers[0][1].shape[1:]), np.float32)
+        for share, (_, pictures) in enumerate(answers):
             made[share :: self.one.processes] = pictures
         return {
             "rate": self.task.images / wall,
-            "cpu": sum(cpu for cpu, _, _ in answers) / self.task.images,
-            "peak": sum(peak for _, peak, _ in answers),
+            "cpu": sum(cpu for cpu, _ in answers) / self.task.images,
             "made": made,
         }
 
@@ -239,22 +207,17 @@ class Trainable:
             process.join()
 
 
-def matmul_rate(device: str, dtype: str) -> float:
-    """TFLOP/s of a large square matrix product, the best of some: of the device, or of one core by its CPU seconds,
-    which a busy machine does not change."""
+def matmul_rate(dtype: str) -> float:
+    """TFLOP/s of a large square matrix product on one core, the best of some, by its CPU seconds, which a busy machine
+    does not change."""
     torch.set_num_threads(1)
-    gpu = device == "cuda"
-    side, repeats = (8192, 30) if gpu else (2048, 1)
-    clock, settle = (time.perf_counter, torch.cuda.synchronize) if gpu else (time.process_time, lambda: None)
-    a = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))
+    side = 2048
+    a = torch.randn(side, side, dtype=getattr(torch, dtype))
     best = float("inf")
     for _ in range(4):
-        settle()
-        began = clock()
-        for _ in range(repeats):
-            a @ a
-        settle()
-        best = min(best, (clock() - began) / repeats)
+        began = time.process_time()
+        a @ a
+        best = min(best, time.process_time() - began)
     return 2 * side**3 / best / 1e12
 
 
@@ -288,7 +251,7 @@ def best_of(task: Task, candidates: list[Contender]) -> tuple[Contender, dict[st
             player = Trainable(task, one)
             rates[one] = player.play()["rate"]
             player.end()
-        except EOFError:  # the process is gone: out of memory, or no compiler
+        except EOFError:  # the process is gone: no compiler
             click.echo(f"  {one.name}: failed")
             continue
         click.echo(f"  {one.name}: {rates[one]:.2f} images/s")
@@ -305,14 +268,13 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def compare(task: Task, cores: int, batches: list[int], rounds: int, compiled: bool) -> dict[str, Any]:
     """One edit: the best of both sides by probes, then interleaved rounds."""
-    gpu = task.device == "cuda"
     loop = Contender("diffusers", 1, 1, cores)
     click.echo(f"strength {task.strength:g} of {task.steps} steps, {cores} cores; probes:")
     batch, probes = best_of(task, [replace(loop, batch=size) for size in batches if size > 1])
-    own, more = best_of(task, [Contender("ours", size, 1 if gpu else cores, cores if gpu else 1) for size in batches])
+    own, more = best_of(task, [Contender("ours", size, cores, 1) for size in batches])
     field = [own, loop, batch, replace(batch, channels_last=True)]
     field += [replace(one, reconstructs=True) for one in field[1:]]
-    if not gpu and cores > 1:
+    if cores > 1:
         field += [replace(batch, processes=cores, threads=1), replace(own, processes=1, threads=cores)]
     if compiled:
         field.append(replace(batch, compiled=True))
@@ -330,8 +292,8 @@ def compare(task: Task, cores: int, batches: list[int], rounds: int, compiled: b
     if task.dtype == "float32" and max(apart.values()) > AGREE:
         raise click.ClickException(f"the pictures differ by {max(apart.values()):.2g}: not the same work")
     rate = {one: [turn["rate"] for turn in turns[one]] for one in field}
-    work, limit = tflop_of_a_image(task), matmul_rate(task.device, task.dtype)
-    busy = statistics.median(1 / turn["rate"] if gpu else turn["cpu"] for turn in turns[own])  # seconds an image
+    work, limit = tflop_of_a_image(task), matmul_rate(task.dtype)
+    busy = statistics.median(turn["cpu"] for turn in turns[own])  # seconds an image
     return {
         "strength": task.strength,
         "steps": task.steps,
@@ -351,16 +313,12 @@ def compare(task: Task, cores: int, batches: list[int], rounds: int, compiled: b
         "tflop_a_image": round(work, 4),
         "matmul_tflops": round(limit, 4),
         "mfu": round(work / busy / limit, 3),
-        "peak_device_gib": {one.name: round(max(turn["peak"] for turn in turns[one]) / 2**30, 2) for one in field}
-        if gpu
-        else None,
     }
 
 
 @click.command()
 @click.option("--model", default=None, help="A trained model folder; or")
 @click.option("--recipe", default=None, help="a recipe, whose model is built with random weights.")
-@click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]))
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]))
 @click.option("--edit", "edits", multiple=True, default=["0.55,20"], show_default=True, help="STRENGTH,STEPS; repeat.")
 @click.option("--batches", default="1,2,4,8,16,32", show_default=True, help="Sizes both sides may choose from.")
@@ -370,7 +328,7 @@ def compare(task: Task, cores: int, batches: list[int], rounds: int, compiled: b
 @click.option("--compiled", is_flag=True, help="Also the pipeline under torch.compile (minutes on a CPU).")
 @click.option("--out", type=click.Path(path_type=Path), default=None)
 def main(
-    model: str | None, recipe: str | None, device: str, dtype: str, edits: tuple[str, ...], batches: str, images: int,
+    model: str | None, recipe: str | None, dtype: str, edits: tuple[str, ...], batches: str, images: int,
     cores: int, rounds: int, compiled: bool, out: Path | None,
 ) -> None:  # fmt: skip
     if (model is None) == (recipe is None):
@@ -380,15 +338,15 @@ def main(
     found = []
     for edit in edits:
         strength, _, steps = edit.partition(",")
-        task = Task(model, recipe, device, dtype, float(strength), int(steps), images)
+        task = Task(model, recipe, dtype, float(strength), int(steps), images)
         found.append(compare(task, cores, sizes, rounds, compiled))
-    words = ["--model MODEL" if model else f"--recipe {recipe}", f"--device {device}", f"--dtype {dtype}"]
+    words = ["--model MODEL" if model else f"--recipe {recipe}", f"--dtype {dtype}"]
     words += [*(f"--edit {edit}" for edit in edits), f"--batches {batches}", f"--images {images}", f"--cores {cores}"]
     words += [f"--rounds {rounds}", *(["--compiled"] if compiled else [])]
     result = {
         "command": " ".join(["python benchmarks/engine.py", *words]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": "cpu",
         "load_average": [round(value, 1) for value in os.getloadavg()],
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
         "code": code_revision(),

@@ -60,7 +60,7 @@ def strength_of(generate: CounterfactualEngine, scheduler: str, steps: int) -> t
 def counterfactuals(
     generate: CounterfactualEngine, images: list[Phantom], scheduler: str, steps: int
 ) -> tuple[NDArray, NDArray]:
-    """CounterfactualEngine and reconstructions [n, size, size]."""
+    """Counterfactuals and reconstructions [n, size, size]."""
     settings = replace(
         generate.settings(),
         method="sdedit",

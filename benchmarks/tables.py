@@ -139,6 +139,41 @@ def engine() -> str:
     return markdown(["StableDiffusionImg2ImgPipeline", "images/s", "ours is faster by"], rows)
 
 
+BESIDE = ("start:", "probe:", "attention", "convolution", "UNet, 2 ", "UNet, 8 ", "UNet, 32 ", "UNet, 128 ")
+GPU = ROOT / "benchmarks" / "results" / "gpu.json"
+RATES = {  # of a row of gpu.json, the first it has, and its unit
+    "images_per_second": "images/s",
+    "tflop_per_second_credited": "TFLOP/s",
+    "tflop_per_second": "TFLOP/s",
+    "gigabytes_per_second_read_and_written": "GB/s",
+    "map_distance": "distance of the map",
+    "seconds": "s",
+    "ms": "ms",
+}
+
+
+def gpu() -> str:
+    """What was measured on a GPU, without what is for the file alone (BESIDE); that nothing was, until there is one."""
+    if not GPU.exists():
+        return "Not measured: nothing of this product has run on a GPU yet.\n"
+    found = json.loads(GPU.read_text())
+    machine, checks = found["machine"], [one for part in found["sections"].values() for one in part["checks"]]
+    rows = [
+        ["device", machine["device"]],
+        ["torch, CUDA", f"{machine['versions']['torch']}, {machine['torch_cuda']}"],
+        ["checks of correctness", f"{len(checks) - len(found['failed_checks'])} of {len(checks)} hold"],
+    ]
+    rows += [["does not hold", name] for name in found["failed_checks"]]
+    for part in found["sections"].values():
+        for row in part["rows"]:
+            key = next((key for key in RATES if row.get(key) is not None), None)
+            if row["name"].startswith(BESIDE) or (key is None and "failed" not in row):
+                continue
+            rows.append([row["name"], row["failed"] if key is None else f"{number(row[key])} {RATES[key]}"])
+        rows += [["left out", name] for name in part["left_out"]]
+    return markdown(["what", "found"], [[cell.replace("|", "\\|") for cell in row] for row in rows])
+
+
 def ranged(ratio: dict[str, float], digits: int = 2) -> str:
     return f"{ratio['median']:.{digits}f} ({ratio['least']:.{digits}f} to {ratio['most']:.{digits}f})"
 
@@ -260,7 +295,7 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         leaderboard, limits, corrections, shortcuts, induction, unseen, engine, data_plane, scale, planning, fid_rows,
-        real_pack, implants, throughput, demo,
+        real_pack, implants, throughput, demo, gpu,
     )
 }  # fmt: skip
 

@@ -1,0 +1,124 @@
+"""Everything that is to be known about this product on a GPU, in at most nine minutes on a machine with torch alone.
+
+    python benchmarks/gpu.py [--model runs/demo/model] [--out benchmarks/results/gpu.json]
+    python benchmarks/gpu.py --device cpu --tiny --out /tmp/gpu.json      # the same path with toy networks: no numbers
+
+Six sections in order of value: ceilings, correctness, networks, images beside diffusers' pipeline, a worker, training.
+Networks are of Stable Diffusion v1.4's size with random weights (sd14_random.yaml); ``--model`` adds a trained small
+model, with which a dtype's cost in AUROC is measured. What fails (no memory, no compiler) is a row with the reason,
+what there is no time for is named, and the result file is whole after every row. Ends with 1 where a check of
+correctness fails, with 3 where something hung and was ended after the deadline.
+
+Needs torch 2.6 or later, diffusers, transformers, accelerate, pydantic, pyarrow, pandas, scikit-image and what they
+need; neither Ray nor a client of S3. docs/throughput.md has the command for a machine that can fetch nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+
+BEGAN = time.monotonic()  # imports take their part of the deadline
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # the package is not installed on a bare machine
+
+SHARES = {  # seconds of each section, of 540; what one leaves over the next ones have
+    "setup": 20.0,
+    "ceilings": 20.0,
+    "correctness": 110.0,
+    "networks": 140.0,
+    "images": 110.0,
+    "worker": 60.0,
+    "training": 80.0,
+}
+
+
+def run(
+    device: str, tiny: bool, dtype: str | None, model: str | None, seconds: float, only: tuple[str, ...], out: Path,
+    command: str,
+) -> int:  # fmt: skip
+    """Measure, and return the exit code."""
+    import torch
+    from gpu_sections import measure
+    from gpu_sections.book import Book
+    from gpu_sections.subject import Subject
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.ClickException("no GPU that this torch can use; --device cpu --tiny shows that the path works")
+    shares = {name: share for name, share in SHARES.items() if not only or name in ("setup", *only)}
+    about = {"command": command, "tiny": tiny, "machine": measure.machine(torch.device(device))}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    book = Book(out, seconds, shares, about, measure.release, BEGAN)
+    book.end_what_hangs()
+    with tempfile.TemporaryDirectory(prefix="diffva-gpu-", ignore_cleanup_errors=True) as scratch:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{scratch}/inductor")
+        made: list[Subject] = []
+        with book.section("setup"):
+            book.row(
+                "networks are built",
+                lambda: made.append(Subject.made(device, dtype, tiny, Path(scratch), model)) or {},
+                checked=True,
+            )
+        gc.freeze()  # what is there now stays: collecting garbage after every row takes no time then
+        if made:
+            measure_all(book, made[0], list(shares)[1:])
+        gc.unfreeze()
+        book.write(finished=True)
+    click.echo(book.table())
+    click.echo(f"{out}: {book.found['seconds_used']:.0f} s of {seconds:.0f}")
+    return 1 if book.failed_checks else 0
+
+
+def measure_all(book, subject, names: list[str]) -> None:  # type: ignore[no-untyped-def]
+    import torch
+
+    bench = None
+    for name in names:
+        module = importlib.import_module(f"gpu_sections.{name}")
+        with book.section(name):
+            if name == "networks":
+                bench = module.section(book, subject)
+            elif name == "images":
+                module.section(book, subject, bench)
+                bench = None  # its networks would take memory from training
+                torch._dynamo.reset()
+            else:
+                module.section(book, subject)
+
+
+@click.command()
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+@click.option("--tiny", is_flag=True, help="Toy networks and little work: the path, not the numbers.")
+@click.option("--dtype", default=None, type=click.Choice(["float16", "bfloat16", "float32"]),
+              help="Of everything that is timed; by default the recipe's own.")  # fmt: skip
+@click.option("--model", default=None, help="A trained small model's folder (the demo's), for AUROC over dtypes.")
+@click.option("--seconds", default=540.0, show_default=True, help="Deadline of the whole.")
+@click.option("--only", multiple=True, type=click.Choice(list(SHARES)[1:]), help="These sections alone; repeat.")
+@click.option("--out", default="benchmarks/results/gpu.json", show_default=True, type=click.Path(path_type=Path))
+@click.option("--child", default=None, hidden=True, help="A job for a process of the correctness section.")
+def main(
+    device: str, tiny: bool, dtype: str | None, model: str | None, seconds: float, only: tuple[str, ...], out: Path,
+    child: str | None,
+) -> None:  # fmt: skip
+    if child is not None:
+        from gpu_sections import determinism
+
+        determinism.child(json.loads(child))
+        return
+    words = [*(["--device cpu"] if device == "cpu" else []), *(["--tiny"] if tiny else [])]
+    words += [f"--dtype {dtype}"] if dtype else []
+    words += ["--model MODEL"] if model else []
+    words += [f"--seconds {seconds:g}", *(f"--only {name}" for name in only)]
+    raise SystemExit(run(device, tiny, dtype, model, seconds, only, out, f"python benchmarks/gpu.py {' '.join(words)}"))
+
+
+if __name__ == "__main__":
+    main()
