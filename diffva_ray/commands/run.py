@@ -71,7 +71,7 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     Example:
         diffva generate --data data/test --model models/mine --out runs/first
     """
-    from diffva_ray.generate.failure_threshold import check_budget
+    from diffva_ray.generate.failure_threshold import check_quarantine_limit
     from diffva_ray.generate.plan import Request, parse_sweep
     from diffva_ray.generate.run import open_run
     from diffva_ray.workflows.execution import Execution, model_recipe
@@ -111,7 +111,7 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     counts = generate_run(recipe, data, model, out, request, execution)
     if counts["shards"]:
         click.echo(f"{counts['ok']} of {counts['records']} records ok; next: diffva reduce {out}")
-    check_budget(open_run(out))
+    check_quarantine_limit(open_run(out))
     return DONE
 
 
@@ -172,7 +172,7 @@ def retry(run: str, data: str | None, model: str | None, actors: int | None, gpu
     Example:
         diffva retry runs/first
     """
-    from diffva_ray.generate.failure_threshold import check_budget
+    from diffva_ray.generate.failure_threshold import check_quarantine_limit
     from diffva_ray.generate.run import open_run
     from diffva_ray.workflows.execution import Execution
     from diffva_ray.workflows.generate import retry_run
@@ -189,5 +189,5 @@ def retry(run: str, data: str | None, model: str | None, actors: int | None, gpu
         click.echo(f"{run}: no record is quarantined; nothing to retry")
     else:
         click.echo(f"{counts['ok']} of {counts['records']} records ok now; next: diffva reduce {run}")
-    check_budget(opened)
+    check_quarantine_limit(opened)
     return DONE

@@ -24,7 +24,7 @@ from diffva_ray.storage.store import StoreError, UnknownScheme
 
 # Of every verb, too: click keeps a verb's help option from its first call, which may be one without the group.
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-DONE, UNUSABLE, DIFFERS, OVER_BUDGET, INCOMPLETE, INTERRUPTED = 0, 2, 3, 4, 5, 130
+DONE, UNUSABLE, DIFFERS, TOO_MANY_QUARANTINED, INCOMPLETE, INTERRUPTED = 0, 2, 3, 4, 5, 130
 
 
 class Examples(click.Command):
@@ -83,7 +83,7 @@ def exit_codes() -> dict[type[BaseException], int]:
     from diffva_ray.distributed.session import UnusableCluster
     from diffva_ray.evaluate.reduction import Incomplete
     from diffva_ray.generate.attempts import OutOfMemory, WorkersKeepDying
-    from diffva_ray.generate.failure_threshold import OverBudget
+    from diffva_ray.generate.failure_threshold import TooManyQuarantined
     from diffva_ray.generate.run import DamagedRun, Unfinished
 
     unusable = (
@@ -101,7 +101,7 @@ def exit_codes() -> dict[type[BaseException], int]:
     return {
         **dict.fromkeys(unusable, UNUSABLE),
         FingerprintDiffers: DIFFERS,
-        OverBudget: OVER_BUDGET,
+        TooManyQuarantined: TOO_MANY_QUARANTINED,
         **dict.fromkeys(incomplete, INCOMPLETE),
     }
 

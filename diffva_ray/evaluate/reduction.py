@@ -88,10 +88,22 @@ class Reduced:
 
 
 def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecutor | None = None) -> Reduced:
-    """Tables, quarantine, manifest and ``_SUCCESS`` of a run.
+    """Write the tables, the quarantine list, the manifest and ``_SUCCESS`` of a run.
 
-    ``executor`` is where the work is done. Raises Incomplete, OverBudget (the tables are written, ``_SUCCESS`` is not)
-    or UnusableData.
+    Args:
+        run: The run, with all its shards committed.
+        data_uri: The data set, for lesion boxes and reference sets.
+        options: The options of ``diffva reduce``.
+        executor: Does the work on shards; None: this process.
+
+    Returns:
+        The tables, the notes, and whether anything was written: nothing is when the run was reduced like this before.
+
+    Raises:
+        Incomplete: Shards are missing or damaged.
+        TooManyQuarantined: More records are quarantined than the recipe allows; tables are written, ``_SUCCESS`` not.
+        UnusableData: An option or the data set cannot be used.
+        StoreError: No sampled image of the data set can be read, or the store fails.
     """
     problems = verify(run, pixels=False)
     if problems:

@@ -1,4 +1,4 @@
-"""How many records may be quarantined before a run counts as failed, and when going on makes no sense."""
+"""Limits on the number of quarantined records: over a whole run, and over its first shards."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from diffva_ray.generate.committed import parts
 from diffva_ray.generate.run import Run
 from diffva_ray.schema import RECORDS, Status
 
-FIRST_SHARDS = 3  # when none of their records is usable, it is the folder, the mount or the model
+FIRST_SHARDS = 3  # without a usable record in them, the folder, the mount or the model is wrong
 
 
-class OverBudget(Exception):
+class TooManyQuarantined(Exception):
     """More records were quarantined than the recipe allows; all work is kept."""
 
 
-def check_budget(run: Run) -> None:
-    """Raises OverBudget when more records are quarantined so far than ``max_quarantined_fraction`` of the plan."""
+def check_quarantine_limit(run: Run) -> None:
+    """Raises TooManyQuarantined when more than ``max_quarantined_fraction`` of the planned records are quarantined."""
     check_quarantined(run, _quarantined(run))
 
 
 def check_quarantined(run: Run, bad: pa.Table) -> None:
-    """``check_budget`` where the quarantined records (``bad``, in plan order) have been read already."""
+    """``check_quarantine_limit`` for quarantined records that are already read (``bad``, in plan order)."""
     planned, allowed = run.about["records"], run.recipe.evaluate.max_quarantined_fraction
     if len(bad) > allowed * planned:
-        raise OverBudget(
+        raise TooManyQuarantined(
             f"{len(bad)} of {planned} records are quarantined, more than max_quarantined_fraction {allowed:g} allows "
-            f"({_first(bad)}); all work is kept in {run.store.uri}; mend the images and run diffva retry"
+            f"({_first(bad)}); all work is kept in {run.store.uri}; fix the images and run diffva retry"
         )
 
 
 def check_first_shards(run: Run, counts: Mapping[str, int]) -> None:
-    """Stop early: OverBudget when the first shards made now hold records, and none that is ok."""
+    """Raises TooManyQuarantined when the first shards of this session hold records, but none with status ok."""
     if counts["shards"] == FIRST_SHARDS < run.shards and counts["records"] and not counts["ok"]:
-        raise OverBudget(
+        raise TooManyQuarantined(
             f"none of the first {counts['records']} records is usable ({_first(_quarantined(run))}); "
-            f"stopped, because that looks like a wrong folder or a lost mount. Make {run.about['data_root']} readable "
-            f"and go on with the same command, then diffva retry {run.store.uri}"
+            f"stopped, because that looks like a wrong folder or a lost mount. Make {run.about['data_root']} readable, "
+            f"give the same command again, then run diffva retry {run.store.uri}"
         )
 
 

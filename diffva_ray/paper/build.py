@@ -15,7 +15,7 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.distributed import session
 from diffva_ray.evaluate.annotations import lesion_boxes
 from diffva_ray.evaluate.options import Options
-from diffva_ray.generate.failure_threshold import OverBudget
+from diffva_ray.generate.failure_threshold import TooManyQuarantined
 from diffva_ray.generate.plan import PromptTooLong
 from diffva_ray.generate.run import FingerprintDiffers, open_run
 from diffva_ray.model.card import UnusableModel, read_card
@@ -170,7 +170,7 @@ def _runs(made: Made) -> None:
         LOG.info("run %d of %d: %s (%s)", number, len(EXPERIMENTS), experiment.name, experiment.shows)
         try:
             _run(made, experiment)
-        except (OverBudget, PromptTooLong) as error:
+        except (TooManyQuarantined, PromptTooLong) as error:
             if experiment.images == "abnormal":
                 raise
             made.missing.append((experiment.shows, str(error)))  # a prompt too long for this model, say
