@@ -100,13 +100,13 @@ class DiffusersSide:
         self.parameters = list(itertools.chain(unet.parameters(), encoder.parameters()))
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.999), weight_decay=1e-2)
         self.noise_scheduler = DDPMScheduler.from_config(self.bundle.scheduler)
-        self.draws = DenoiserStage(context(recipe, self.bundle, images), recipe.train.stages[0])  # the same images
+        self.stage = DenoiserStage(context(recipe, self.bundle, images), recipe.train.stages[0])  # the same images
         self.seed = recipe.seed
 
     def step(self, step: int) -> float:
         positions = range(step * BATCH, (step + 1) * BATCH)
-        assert self.draws.prior is not None
-        indices = [self.draws.draws[n] for n in positions] + [self.draws.prior.draws[n] for n in positions]
+        assert self.stage.prior is not None
+        indices = [self.stage.order[n] for n in positions] + [self.stage.prior.order[n] for n in positions]
         prompts = [self.bundle.recipe.data.prompt(self.images.images[index].label) for index in indices]
         pixels = three_channels(self.images.batch(indices)).to(self.device)
         generator = step_generator(self.seed, STAGE["name"], step)

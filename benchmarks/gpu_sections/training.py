@@ -22,7 +22,7 @@ from diffva_ray.storage.store import LocalStore
 from diffva_ray.train import loop
 from diffva_ray.train.checkpoint import Position
 from diffva_ray.train.sampling import ImageSet
-from diffva_ray.train.stage import Setting, Stage, make_stage
+from diffva_ray.train.stage import Stage, StageContext, make_stage
 from gpu_sections.book import Book, Values
 from gpu_sections.measure import forget_peak, peak_gib, release, switched, switches, timed
 from gpu_sections.subject import Subject, operations_of
@@ -47,7 +47,7 @@ def section(book: Book, subject: Subject) -> None:
 
     def start() -> Values:
         ready.append(Trainer.made(subject, recipe_of(subject), str(data)))
-        return {"parameters_that_train": sum(one.numel() for one in ready[0].turn.parameters)}
+        return {"parameters_that_train": sum(one.numel() for one in ready[0].prepared.parameters)}
 
     if book.row("trainer", start) is None:
         return
@@ -132,7 +132,7 @@ class Trainer:
 
     run: loop.TrainingRun
     stage: Stage
-    turn: loop.Turn
+    prepared: loop.PreparedTrainable
     config: StageConfig
     steps: int = 0
 
@@ -144,20 +144,20 @@ class Trainer:
         for module in bundle.modules.values():
             module.to(subject.device).requires_grad_(False)
         stage.begin(subject.device, True, accelerator.wait_for_everyone)
-        journal: Any = SimpleNamespace(history=[], keep=lambda: None)  # TensorBoard is no part of a step
-        run = loop.TrainingRun(recipe, bundle, accelerator, {}, "benchmark", lambda *_: None, journal, None)
+        logger: Any = SimpleNamespace(history=[], keep=lambda: None)  # TensorBoard is no part of a step
+        run = loop.TrainingRun(recipe, bundle, accelerator, {}, "benchmark", lambda *_: None, logger, None)
         config = recipe.train.stages[0]
-        return cls(run, stage, loop._turn(run, config, stage.players[0]), config)
+        return cls(run, stage, loop._prepare(run, config, stage.trainables[0]), config)
 
     def step(self, batch: int) -> None:
         config = self.config.model_copy(update={"batch_size": batch})
-        loop._play(self.run, config, self.turn, self.steps, [list(range(batch))])
+        loop._train_step(self.run, config, self.prepared, self.steps, [list(range(batch))])
         self.steps += 1
 
     def with_images(self, data: str, cache_latents: int = 0, cache: int = 1024) -> Trainer:
         """The same networks and optimizer on other images: latents kept up to so many megabytes, images as well."""
         stage = stage_of(self.run.recipe, self.run.bundle, data, cache_latents, cache)
-        return replace(self, stage=stage, turn=replace(self.turn, player=stage.players[0]))
+        return replace(self, stage=stage, prepared=replace(self.prepared, definition=stage.trainables[0]))
 
     def checkpointing(self, on: bool) -> None:
         unet, encoder = self.run.bundle.unet, self.run.bundle.text_encoder
@@ -172,24 +172,24 @@ class Trainer:
 def stage_of(recipe: Recipe, bundle: Bundle, data: str, cache_latents: int, cache: int) -> Stage:
     images = ImageSet(open_dataset(data, recipe.data), recipe.model.resolution, cache)
     store = LocalStore(str(Path(data).parent / "model"))
-    return make_stage(Setting(bundle, images, recipe.seed, store, cache_latents), recipe.train.stages[0])
+    return make_stage(StageContext(bundle, images, recipe.seed, store, cache_latents), recipe.train.stages[0])
 
 
 def optimizer_alone(subject: Subject, trainer: Trainer) -> Values:
     """On gradients that lie there already, as after a backward pass."""
-    turn, config = trainer.turn, trainer.config
-    for parameter in turn.parameters:
+    prepared, config = trainer.prepared, trainer.config
+    for parameter in prepared.parameters:
         parameter.grad = torch.full_like(parameter, 1e-6)
     parts = {
-        "clip": lambda: trainer.run.accelerator.clip_grad_norm_(turn.parameters, config.max_grad_norm),
-        "optimizer": lambda: turn.optimizer.step(),
-        "ema": lambda: turn.ema.step(turn.parameters) if turn.ema is not None else None,
+        "clip": lambda: trainer.run.accelerator.clip_grad_norm_(prepared.parameters, config.max_grad_norm),
+        "optimizer": lambda: prepared.optimizer.step(),
+        "ema": lambda: prepared.ema.step(prepared.parameters) if prepared.ema is not None else None,
     }
     found = {}
     with switched():
         for name, part in parts.items():
             found[f"{name}_ms"] = timed(part, subject.device, subject.sizes.calls, most_seconds=3).values()["ms"]
-    turn.optimizer.zero_grad()
+    prepared.optimizer.zero_grad()
     return {**found, "ms": round(sum(found.values()), 3)}
 
 
@@ -203,5 +203,5 @@ def checkpoint(trainer: Trainer) -> Values:
         shutil.rmtree(folder)
 
     run, began = replace(trainer.run, report=weigh), time.perf_counter()
-    loop._checkpoint(run, Position(0, 1), [trainer.turn])
+    loop._write_checkpoint(run, Position(0, 1), [trainer.prepared])
     return {"seconds": round(time.perf_counter() - began, 2), "bytes": seen[0]}

@@ -14,7 +14,7 @@ from torch import nn
 from diffva_ray.config.stages import AutoencoderConfig
 from diffva_ray.train.adversary import PatchDiscriminator, adaptive_weight, feature_matching, frozen, hinge_loss
 from diffva_ray.train.loss import autoencoder_loss
-from diffva_ray.train.sampling import Draws
+from diffva_ray.train.sampling import ImageOrder
 from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable, three_channels
 
 
@@ -25,7 +25,7 @@ class AutoencoderStage(Stage):
 
     def __init__(self, context: StageContext, config: AutoencoderConfig) -> None:
         super().__init__(context, config)
-        self.draws = Draws(context.images.images, config.classes, context.seed)
+        self.order = ImageOrder(context.images.images, config.classes, context.seed)
         self.vae = context.bundle.vae
         self.trainables = [Trainable("autoencoder", _Autoencoder(self.vae), self.loss)]
         self.adversary: PatchDiscriminator | None = None
@@ -46,7 +46,7 @@ class AutoencoderStage(Stage):
 
     def _images(self, batch: Batch, network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """The images of a share and the noise of their posteriors."""
-        images = self.context.images.batch([self.draws[position] for position in batch.positions()])
+        images = self.context.images.batch([self.order[position] for position in batch.positions()])
         pixels = three_channels(images.to(next(network.parameters()).device))
         side = pixels.shape[-1] // self.context.bundle.latent_scale
         return pixels, batch.normal((self.vae.config.latent_channels, side, side), pixels)

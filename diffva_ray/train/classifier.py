@@ -11,7 +11,7 @@ from diffva_ray.config.recipe import RecipeError
 from diffva_ray.config.stages import ClassifierConfig
 from diffva_ray.model.classifier import LatentClassifier
 from diffva_ray.train.denoiser import Latents
-from diffva_ray.train.sampling import Draws
+from diffva_ray.train.sampling import ImageOrder
 from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable
 
 
@@ -24,13 +24,13 @@ class ClassifierStage(Stage):
         super().__init__(context, config)
         bundle = context.bundle
         healthy = bundle.recipe.data.healthy_class
-        self.draws = Draws(context.images.images, config.classes, context.seed)
+        self.order = ImageOrder(context.images.images, config.classes, context.seed)
         self.latents = Latents(context, context.images)
         self.noise_scheduler = DDPMScheduler.from_config(bundle.scheduler)
         torch.manual_seed(context.seed)
         try:
             self.classifier = LatentClassifier(
-                sorted(self.draws.members),
+                sorted(self.order.members),
                 healthy,
                 bundle.vae.config.latent_channels,
                 config.block_out_channels,
@@ -49,7 +49,7 @@ class ClassifierStage(Stage):
         """Cross-entropy at timesteps drawn uniformly (Dhariwal & Nichol 2021) up to ``noise_limit``: images are never
         noised further than the strength, and what lies beyond says little of a lesion."""
         device = next(network.parameters()).device
-        indices = [self.draws[position] for position in batch.positions()]
+        indices = [self.order[position] for position in batch.positions()]
         mean, std = self.latents.moments(indices, device)
         posterior_noise, noise = batch.normal(mean.shape[1:], mean), batch.normal(mean.shape[1:], mean)
         steps = self.config.noise_limit * self.noise_scheduler.config.num_train_timesteps

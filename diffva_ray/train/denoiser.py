@@ -20,7 +20,7 @@ from diffva_ray.model.lora import adapter_parameters, attached
 from diffva_ray.progress import LOG
 from diffva_ray.train.class_images import class_images
 from diffva_ray.train.loss import denoising_loss, min_snr_weights
-from diffva_ray.train.sampling import Draws, ImageSet
+from diffva_ray.train.sampling import ImageOrder, ImageSet
 from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable, three_channels
 
 ENCODING_BATCH = 16
@@ -33,7 +33,7 @@ class NoisePrediction(Stage):
 
     def __init__(self, context: StageContext, config: NoisePredictionConfig) -> None:
         super().__init__(context, config)
-        self.draws = Draws(context.images.images, config.classes, context.seed)
+        self.order = ImageOrder(context.images.images, config.classes, context.seed)
         self.images = Latents(context, context.images)
         self.prior: ClassSet | None = None
         self._say_what_is_cut()
@@ -49,14 +49,14 @@ class NoisePrediction(Stage):
         data = self.context.bundle.recipe.data
         device = next(network.parameters()).device
         positions = batch.positions()
-        indices = [self.draws[position] for position in positions]
+        indices = [self.order[position] for position in positions]
         mean, std = self.images.moments(indices, device)
         told = [self._told(self.context.images.images[index]) for index in indices]
         groups, rows, prior_loss_weight = 1, list(batch.rows), 0.0
         # DreamBooth's prior preservation (Ruiz et al. 2023, equation 2): the class set stands below the instances.
         if self.prior is not None:
             groups, prior_loss_weight = 2, self.prior.loss_weight
-            prior_mean, prior_std = self.prior.images.moments([self.prior.draws[at] for at in positions], device)
+            prior_mean, prior_std = self.prior.images.moments([self.prior.order[at] for at in positions], device)
             mean, std = torch.cat([mean, prior_mean]), torch.cat([std, prior_std])
             told += [data.prompt(self.prior.label)] * len(indices)
             rows += [batch.size + row for row in batch.rows]
@@ -117,7 +117,7 @@ class ClassSet:
     """DreamBooth's class set: images of ``label``, and the weight of their loss."""
 
     label: str
-    draws: Draws
+    order: ImageOrder
     images: Latents
     loss_weight: float
 
@@ -142,8 +142,8 @@ class DenoiserStage(NoisePrediction):
 
     def _class_set(self, images: ImageSet, latents: Latents) -> ClassSet:
         label = str(self.config.prior_class)
-        draws = Draws(images.images, {label: 1}, self.context.seed + 1)
-        return ClassSet(label, draws, latents, self.config.prior_loss_weight)
+        order = ImageOrder(images.images, {label: 1}, self.context.seed + 1)
+        return ClassSet(label, order, latents, self.config.prior_loss_weight)
 
     def _trainable(self) -> list[nn.Parameter]:
         """Adapters where there are any, otherwise all weights; to warm up, only those that read the prompt."""

@@ -20,7 +20,7 @@ from diffva_ray.model.gan_generator import GanGenerator
 from diffva_ray.progress import LOG
 from diffva_ray.storage.store import Store
 from diffva_ray.train.adversary import PatchDiscriminator, frozen
-from diffva_ray.train.sampling import Draws
+from diffva_ray.train.sampling import ImageOrder
 from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable
 
 MEASURED = 256  # images of each kind, at most
@@ -47,8 +47,8 @@ class GanStage(Stage, ABC):
                 f"stage {config.name}: {len(config.block_out_channels)} block_out_channels do not halve images of "
                 f"{context.images.size} pixels evenly; give fewer"
             )
-        self.healthy = Draws(context.images.images, {healthy: 1}, context.seed)
-        self.ill = Draws(context.images.images, config.classes or ill, context.seed)
+        self.healthy = ImageOrder(context.images.images, {healthy: 1}, context.seed)
+        self.ill = ImageOrder(context.images.images, config.classes or ill, context.seed)
         torch.manual_seed(context.seed)
 
     def _healer(self, mode: Literal["map", "image"]) -> Any:
@@ -79,8 +79,8 @@ class GanStage(Stage, ABC):
         """As many healthy as abnormal images [n, 1, H, W] in [-1, 1]."""
         device = next(network.parameters()).device
         healthy, ill = (
-            self._pixels([draws[position] for position in batch.positions()], device)
-            for draws in (self.healthy, self.ill)
+            self._pixels([order[position] for position in batch.positions()], device)
+            for order in (self.healthy, self.ill)
         )
         return healthy, ill
 
@@ -115,8 +115,8 @@ class GanStage(Stage, ABC):
         device = next(self.critic.parameters()).device
         gaps: dict[str, list[torch.Tensor]] = {"healthy": [], "abnormal": [], "generated": []}
         changes: dict[str, list[torch.Tensor]] = {"healthy": [], "abnormal": []}
-        for kind, draws in (("healthy", self.healthy), ("abnormal", self.ill)):
-            members = sorted(index for images in draws.members.values() for index in images)
+        for kind, order in (("healthy", self.healthy), ("abnormal", self.ill)):
+            members = sorted(index for images in order.members.values() for index in images)
             members = members[:: -(-len(members) // MEASURED)]
             for start in range(0, len(members), AT_ONCE):
                 images = self._pixels(members[start : start + AT_ONCE], device)

@@ -14,7 +14,7 @@ from diffva_ray.config.stages import JudgeConfig
 from diffva_ray.metrics.validity import Judge, calibration_error, fitted_temperature, save_judge
 from diffva_ray.progress import LOG
 from diffva_ray.storage.store import Store
-from diffva_ray.train.sampling import Draws
+from diffva_ray.train.sampling import ImageOrder
 from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable, three_channels
 
 EVERY, MOST = 10, 1000  # every tenth image of a class is held out to calibrate, so many in all at most
@@ -24,19 +24,19 @@ AT_ONCE = 16
 class JudgeStage(Stage):
     def __init__(self, context: StageContext, config: JudgeConfig) -> None:
         super().__init__(context, config)
-        everything = Draws(context.images.images, config.classes, context.seed)
+        everything = ImageOrder(context.images.images, config.classes, context.seed)
         tenths = {label: images[EVERY - 1 :: EVERY] for label, images in everything.members.items()}
         each = max(MOST // len(tenths), 1)
         self.held_out = sorted(index for images in tenths.values() for index in images[:each])
-        self.draws = Draws(context.images.images, config.classes, context.seed, frozenset(self.held_out))
+        self.order = ImageOrder(context.images.images, config.classes, context.seed, frozenset(self.held_out))
         healthy = context.bundle.recipe.data.healthy_class
-        if healthy not in self.draws.members:
+        if healthy not in self.order.members:
             raise RecipeError(
                 f"stage {config.name}: a judge has to know the healthy class {healthy}, which is not among its classes "
-                f"{', '.join(sorted(self.draws.members))}; see data.healthy_class"
+                f"{', '.join(sorted(self.order.members))}; see data.healthy_class"
             )
         torch.manual_seed(context.seed)
-        self.judge = Judge(sorted(self.draws.members), healthy)
+        self.judge = Judge(sorted(self.order.members), healthy)
         self.modules = {"judge": self.judge}
         self.kept = len(context.images.images) * context.images.size**2 <= context.cache_megabytes * 2**20
         self._blocks: dict[int, torch.Tensor] = {}
@@ -48,7 +48,7 @@ class JudgeStage(Stage):
         sigma = batch.uniform()
         noise = batch.uniform(1, 1) * 0.02
         through = batch.uniform() < 0.5
-        indices = [self.draws[position] for position in batch.positions()]
+        indices = [self.order[position] for position in batch.positions()]
         images = self.context.images.batch(indices)
         if through.any():
             images[through] = self._reconstructed([n for n, chosen in zip(indices, through.tolist()) if chosen])

@@ -95,7 +95,7 @@ def train(
         state = read_state(resume)
         position = Position(state["stage"], state["step"])
         load_weights(resume, bundle, modules)
-        _say_workers(state["workers"], accelerator.num_processes, accelerator.is_main_process)
+        _log_worker_change(state["workers"], accelerator.num_processes, accelerator.is_main_process)
     logger = TrainingLogger(recipe, store, accelerator, (position.stage, position.step))
     run = TrainingRun(recipe, bundle, accelerator, modules, fingerprint, report, logger, validate)
     for index in range(position.stage, len(stages)):
@@ -113,7 +113,7 @@ def train(
     accelerator.wait_for_everyone()
 
 
-def _say_workers(before: int, now: int, first: bool) -> None:
+def _log_worker_change(before: int, now: int, first: bool) -> None:
     if before != now and first:
         LOG.info(
             "resumed on %d workers instead of %d: images, noise and prompts of every step stay the same; sums of "
@@ -124,10 +124,10 @@ def _say_workers(before: int, now: int, first: bool) -> None:
 
 
 @dataclass
-class Turn:
+class PreparedTrainable:
     """A trainable ready to play: its network as prepared for the workers, optimizer, EMA."""
 
-    trainable: Trainable
+    definition: Trainable
     network: nn.Module
     parameters: list[nn.Parameter]
     optimizer: Any
@@ -149,7 +149,7 @@ class Turn:
     def gather(self, everywhere: bool = False) -> None:
         """Copy the weights of the network that trains into the trainable's own; every worker takes part."""
         if self.is_sharded:
-            gather(self.network, self.trainable.network, everywhere)
+            gather(self.network, self.definition.network, everywhere)
 
 
 def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: Path | None) -> None:
@@ -166,18 +166,18 @@ def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: P
     if start == 0:
         stage.start()
     stage.begin(device, run.first, accelerator.wait_for_everyone)
-    turns = [_turn(run, config, trainable) for trainable in stage.trainables]
+    trainables = [_prepare(run, config, trainable) for trainable in stage.trainables]
     if resume:
-        _restore(turns, load_optimizers(resume))
+        _restore(trainables, load_optimizers(resume))
 
     for step in range(start, config.steps):
         torch.manual_seed(step_generator(run.recipe.seed, f"{config.name}/{rank}", step).initial_seed())
         done, last = step + 1, step + 1 == config.steps
         values: dict[str, float] = {}
-        for turn in turns:
-            loss, norm, rate = _play(run, config, turn, step, shares)
+        for trainable in trainables:
+            loss, norm, rate = _train_step(run, config, trainable, step, shares)
             if done % run.recipe.train.log_every == 0 or last:
-                name = "" if turn is turns[0] else f"{turn.trainable.name}_"
+                name = "" if trainable is trainables[0] else f"{trainable.definition.name}_"
                 values |= {
                     f"{name}loss": float(accelerator.reduce(loss, "sum")),
                     f"{name}learning_rate": rate,
@@ -189,20 +189,20 @@ def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: P
         if run.validate is not None and config.trains == "denoiser" and validation.every and (
             done % validation.every == 0 or last
         ):  # fmt: skip
-            _validate(run, turns, config.name, done)
+            _validate(run, trainables, config.name, done)
         if done % run.recipe.train.checkpoint_every == 0 and not last:
-            _checkpoint(run, Position(index, done), turns)
+            _write_checkpoint(run, Position(index, done), trainables)
 
-    for turn in turns:
-        if turn.ema is not None:
-            turn.ema.copy_to(turn.parameters)
-        turn.gather(everywhere=True)
-        turn.trainable.network.to(device).eval()
+    for trainable in trainables:
+        if trainable.ema is not None:
+            trainable.ema.copy_to(trainable.parameters)
+        trainable.gather(everywhere=True)
+        trainable.definition.network.to(device).eval()
     stage.finish(device)
-    _checkpoint(run, Position(index + 1, 0), [])
+    _write_checkpoint(run, Position(index + 1, 0), [])
 
 
-def _turn(run: TrainingRun, config: StageConfig, trainable: Trainable) -> Turn:
+def _prepare(run: TrainingRun, config: StageConfig, trainable: Trainable) -> PreparedTrainable:
     train, accelerator = run.recipe.train, run.accelerator
     fsdp = train.sharding == "fsdp" and trainable.shardable and accelerator.num_processes > 1
     if fsdp:
@@ -220,7 +220,7 @@ def _turn(run: TrainingRun, config: StageConfig, trainable: Trainable) -> Turn:
     if train.compile:
         network.compile()
     prepared = network if fsdp else accelerator.prepare(network)
-    return Turn(trainable, prepared, parameters, accelerator.prepare(optimizer), ema, rate)
+    return PreparedTrainable(trainable, prepared, parameters, accelerator.prepare(optimizer), ema, rate)
 
 
 def _optimizer(config: StageConfig, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
@@ -234,42 +234,44 @@ def _optimizer(config: StageConfig, parameters: list[nn.Parameter], rate: float)
     return AdamW8bit(parameters, **settings)
 
 
-def _restore(turns: list[Turn], states: list[dict[str, Any]]) -> None:
-    for turn, state in zip(turns, states, strict=True):
-        load_optimizer_state(turn.network, turn.optimizer.optimizer, state["optimizer"])
-        if turn.ema is not None:
-            turn.ema.load_state_dict(state["ema"])
-            turn.ema.shadow_params = list(map(like, turn.ema.shadow_params, turn.parameters))
+def _restore(trainables: list[PreparedTrainable], states: list[dict[str, Any]]) -> None:
+    for trainable, state in zip(trainables, states, strict=True):
+        load_optimizer_state(trainable.network, trainable.optimizer.optimizer, state["optimizer"])
+        if trainable.ema is not None:
+            trainable.ema.load_state_dict(state["ema"])
+            trainable.ema.shadow_params = list(map(like, trainable.ema.shadow_params, trainable.parameters))
 
 
-def _play(
-    run: TrainingRun, config: StageConfig, turn: Turn, step: int, shares: list[list[int]]
+def _train_step(
+    run: TrainingRun, config: StageConfig, trainable: PreparedTrainable, step: int, shares: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """One step of one trainable: gradients of all shares, then the optimizer. Returns this worker's part of the global
     batch's mean loss, the gradient's norm before clipping, and the learning rate."""
     accelerator = run.accelerator
-    rate = learning_rate(step, config.steps, turn.rate, config.warmup_steps, config.schedule, config.final_lr_fraction)
-    for group in turn.optimizer.param_groups:
+    rate = learning_rate(
+        step, config.steps, trainable.rate, config.warmup_steps, config.schedule, config.final_lr_fraction
+    )
+    for group in trainable.optimizer.param_groups:
         group["lr"] = rate
-    turn.optimizer.zero_grad()
+    trainable.optimizer.zero_grad()
     total = torch.zeros((), device=accelerator.device)
     for n, rows in enumerate(shares):
         batch = Batch(step, config.batch_size, rows, step_generator(run.recipe.seed, config.name, step))
         part = len(rows) / config.batch_size
-        with _alone(accelerator, turn.network, n + 1 < len(shares)):
+        with _gradient_sync(accelerator, trainable.network, n + 1 < len(shares)):
             with accelerator.autocast():
-                loss = turn.trainable.loss(turn.network, batch)
+                loss = trainable.definition.loss(trainable.network, batch)
             accelerator.backward(loss * part * accelerator.num_processes)  # DDP takes the mean over workers
         total += loss.detach() * part
-    norm = accelerator.clip_grad_norm_(turn.parameters, config.max_grad_norm)
-    turn.optimizer.step()
-    turn.optimizer.zero_grad()
-    if turn.ema is not None:
-        turn.ema.step(turn.parameters)
+    norm = accelerator.clip_grad_norm_(trainable.parameters, config.max_grad_norm)
+    trainable.optimizer.step()
+    trainable.optimizer.zero_grad()
+    if trainable.ema is not None:
+        trainable.ema.step(trainable.parameters)
     return total, whole(norm), rate
 
 
-def _alone(accelerator: Accelerator, network: nn.Module, more: bool) -> Any:
+def _gradient_sync(accelerator: Accelerator, network: nn.Module, more: bool) -> Any:
     """Workers exchange gradients with the last share only."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(not more)
@@ -277,9 +279,9 @@ def _alone(accelerator: Accelerator, network: nn.Module, more: bool) -> Any:
     return accelerator.no_sync(network) if more else nullcontext()
 
 
-def _validate(run: TrainingRun, turns: list[Turn], stage: str, step: int) -> None:
+def _validate(run: TrainingRun, trainables: list[PreparedTrainable], stage: str, step: int) -> None:
     """With the averaged weights where there are any; the other workers wait."""
-    with _averaged(turns):
+    with _averaged(trainables):
         if run.first and run.validate is not None:
             run.validate(run.bundle, run.logger, stage, step)
     run.accelerator.wait_for_everyone()
@@ -288,34 +290,34 @@ def _validate(run: TrainingRun, turns: list[Turn], stage: str, step: int) -> Non
 class _averaged:
     """The EMA's weights in the networks' place for a while."""
 
-    def __init__(self, turns: list[Turn]) -> None:
-        self.all = turns
-        self.turns = [turn for turn in turns if turn.ema is not None]
+    def __init__(self, trainables: list[PreparedTrainable]) -> None:
+        self.all = trainables
+        self.trainables = [trainable for trainable in trainables if trainable.ema is not None]
 
     def _each(self) -> Iterator[tuple[EMAModel, list[nn.Parameter]]]:
-        for turn in self.turns:
-            assert turn.ema is not None
-            yield turn.ema, turn.parameters
+        for trainable in self.trainables:
+            assert trainable.ema is not None
+            yield trainable.ema, trainable.parameters
 
     def __enter__(self) -> None:
         for ema, parameters in self._each():
             ema.store(parameters)
             ema.copy_to(parameters)
-        for turn in self.all:
-            turn.gather()
+        for trainable in self.all:
+            trainable.gather()
 
     def __exit__(self, *_: object) -> None:
         for ema, parameters in self._each():
             ema.restore(parameters)
 
 
-def _checkpoint(run: TrainingRun, position: Position, turns: list[Turn]) -> None:
+def _write_checkpoint(run: TrainingRun, position: Position, trainables: list[PreparedTrainable]) -> None:
     newest = run.logger.history[-1] if run.logger.history else {}
     metrics = {key: value for key, value in newest.items() if isinstance(value, float)}
     metrics |= {"stage_index": float(position.stage), "step": float(position.step)}
-    for turn in turns:
-        turn.gather()
-    states = [turn.state() for turn in turns]
+    for trainable in trainables:
+        trainable.gather()
+    states = [trainable.state() for trainable in trainables]
     if not run.first:
         run.report(metrics, None)
         return

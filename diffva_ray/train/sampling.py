@@ -82,7 +82,7 @@ class ImageSet:
         return torch.from_numpy(np.stack(squares)).float() / 255
 
 
-class Draws:
+class ImageOrder:
     """Which image stands at position g of a stage's endless sequence: classes in a fixed pattern by weight, and within
     a class one seeded permutation after the other, so that every image is seen once before any is seen twice. Images
     ``held_out`` never come."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import hosts as namespaces
 import pytest
-from ray.cluster_utils import RayExecutor
+from ray.cluster_utils import Cluster
 
 from diffva_ray.config.recipe import Recipe, to_yaml
 from diffva_ray.generate.run import find_run
@@ -70,11 +70,11 @@ def on_a_host_of_its_own(host: Path) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture
-def cluster(bucket: str, hosts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayExecutor]:
+def cluster(bucket: str, hosts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """Started after the bucket: nodes have the credentials in their environment."""
     for name, value in {"RAY_AUTH_MODE": "disabled", "RAY_BACKEND_LOG_LEVEL": "fatal", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
-    started = RayExecutor()
+    started = Cluster()
     for n in range(1 + NODES):
         with on_a_host_of_its_own(hosts / str(n)):
             started.add_node(num_cpus=min(n, 1), include_dashboard=False)
@@ -82,7 +82,7 @@ def cluster(bucket: str, hosts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     started.shutdown()
 
 
-def command(cluster: RayExecutor, hosts: Path, driver: str, words: str) -> tuple[str, set[str]]:
+def command(cluster: Cluster, hosts: Path, driver: str, words: str) -> tuple[str, set[str]]:
     """Standard error of a verb whose driver runs on a host of its own, and the hosts that fetched a model for it."""
     fetched: set[str] = set()
     with on_a_host_of_its_own(hosts / driver) as environment, (hosts / driver / "log").open("w") as log:
@@ -98,7 +98,7 @@ def command(cluster: RayExecutor, hosts: Path, driver: str, words: str) -> tuple
     return said, fetched
 
 
-def test_nothing_but_s3_is_shared(cluster: RayExecutor, bucket: str, images: Path, tiny: Recipe, hosts: Path) -> None:
+def test_nothing_but_s3_is_shared(cluster: Cluster, bucket: str, images: Path, tiny: Recipe, hosts: Path) -> None:
     for entry in LocalStore(str(images)).list():
         S3Store(f"{bucket}/images").put(entry.path, (images / entry.path).read_bytes())
     S3Store(bucket).put("tiny.yaml", to_yaml(tiny).encode())

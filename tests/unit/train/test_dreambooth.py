@@ -36,7 +36,7 @@ def test_the_loss_is_that_of_diffusers_script(benchmark: ModuleType, images: Pat
     bundle = build(recipe)
     side = benchmark.DiffusersSide(recipe, image_set, torch.device("cpu"))
     positions = range(step * benchmark.BATCH, (step + 1) * benchmark.BATCH)
-    indices = [side.draws.draws[n] for n in positions] + [side.draws.prior.draws[n] for n in positions]
+    indices = [side.stage.order[n] for n in positions] + [side.stage.prior.order[n] for n in positions]
     labels = [image_set.images[index].label for index in indices]
     assert labels == ["COVID"] * benchmark.BATCH + ["Normal"] * benchmark.BATCH
     theirs = benchmark.script_loss(

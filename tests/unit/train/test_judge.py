@@ -56,7 +56,7 @@ def test_images_held_out_are_never_drawn(tiny: Recipe, many: Path, tmp_path: Pat
     images = ImageSet(open_dataset(str(many)), 32)
     stage = JudgeStage(StageContext(build(recipe), images, 0, LocalStore(str(tmp_path))), recipe.train.stages[0])
     assert [images.images[index].label for index in stage.held_out].count("COVID") == 1
-    drawn = {stage.draws[position] for position in range(500)}
+    drawn = {stage.order[position] for position in range(500)}
     assert drawn == set(range(60)) - set(stage.held_out)
 
 

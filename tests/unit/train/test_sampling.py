@@ -11,32 +11,32 @@ import torch
 
 from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.train.sampling import Draws, ImageSet, step_generator
+from diffva_ray.train.sampling import ImageOrder, ImageSet, step_generator
 
 IMAGES = [LabelledImage(f"{label}/{n}.png", label) for label, count in (("a", 5), ("b", 3)) for n in range(count)]
 
 
 def test_classes_come_by_weight_and_every_image_once_before_any_twice() -> None:
-    draws = Draws(IMAGES, {"a": 2, "b": 1}, seed=0)
-    labels = [IMAGES[draws[position]].label for position in range(30)]
+    order = ImageOrder(IMAGES, {"a": 2, "b": 1}, seed=0)
+    labels = [IMAGES[order[position]].label for position in range(30)]
     assert Counter(labels) == {"a": 20, "b": 10}
     assert all(Counter(labels[start : start + 3]) == {"a": 2, "b": 1} for start in range(0, 30, 3))
-    of_a = [draws[position] for position in range(30) if labels[position] == "a"]
+    of_a = [order[position] for position in range(30) if labels[position] == "a"]
     assert [sorted(of_a[epoch * 5 : epoch * 5 + 5]) for epoch in range(4)] == [[0, 1, 2, 3, 4]] * 4
     assert of_a[:5] != of_a[5:10]
 
 
-def test_draws_have_no_memory() -> None:
-    draws = Draws(IMAGES, {}, seed=3)
-    forward = [draws[position] for position in range(40)]
-    fresh = Draws(IMAGES, {}, seed=3)
+def test_the_order_has_no_memory() -> None:
+    order = ImageOrder(IMAGES, {}, seed=3)
+    forward = [order[position] for position in range(40)]
+    fresh = ImageOrder(IMAGES, {}, seed=3)
     assert [fresh[position] for position in reversed(range(40))] == forward[::-1]
-    assert forward != [Draws(IMAGES, {}, seed=4)[position] for position in range(40)]
+    assert forward != [ImageOrder(IMAGES, {}, seed=4)[position] for position in range(40)]
 
 
 def test_a_class_without_images_is_named() -> None:
     with pytest.raises(UnusableData, match="'c'"):
-        Draws(IMAGES, {"a": 1, "c": 1}, seed=0)
+        ImageOrder(IMAGES, {"a": 1, "c": 1}, seed=0)
 
 
 def test_each_step_has_noise_of_its_own() -> None:
