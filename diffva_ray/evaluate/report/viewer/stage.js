@@ -9,12 +9,12 @@ import { Zoom } from "./zoom.js";
  */
 /** @type {View[]} */
 const VIEWS = [
-  { key: "both", name: "Before / after", left: "image", right: "ground_truth", heat: false, needs: "" },
+  { key: "both", name: "Before / after", left: "image", right: "counterfactual", heat: false, needs: "" },
   { key: "over", name: "Map on image", left: "image", right: "", heat: true, needs: "" },
   { key: "image", name: "Image", left: "image", right: "", heat: false, needs: "" },
-  { key: "ground_truth", name: "Counterfactual", left: "ground_truth", right: "", heat: false, needs: "" },
+  { key: "counterfactual", name: "Counterfactual", left: "counterfactual", right: "", heat: false, needs: "" },
   { key: "map", name: "Map", left: "", right: "", heat: true, needs: "" },
-  { key: "true", name: "Ground-truth counterfactual", left: "ground_truth", right: "truth", heat: false, needs: "truth" },
+  { key: "true", name: "Ground-truth counterfactual", left: "counterfactual", right: "truth", heat: false, needs: "truth" },
 ];
 const TAGS = { image: "image", counterfactual: "healthy counterfactual", truth: "ground-truth counterfactual", "": "" };
 
@@ -58,12 +58,12 @@ export class Stage {
     this.outline("", "");
     this.zoom.whole();
     if (!files) return false;
-    for (const id of ["image", "ground_truth", "truth"]) {
+    for (const id of ["image", "counterfactual", "truth"]) {
       const picture = byId(id);
       if (id !== "truth" || this.truth) picture.setAttribute("src", files.strip);
       else picture.removeAttribute("src");
     }
-    byId("ground_truth").className = `strip ${this.truth ? "middle" : "last"}`;
+    byId("counterfactual").className = `strip ${this.truth ? "middle" : "last"}`;
     byId("heat").setAttribute("src", files.map);
     if (this.view.needs && !this.truth) this.look("both");
     this.paint();
@@ -120,7 +120,7 @@ export class Stage {
     }
     const at = Number(divider.value);
     const windowed = this.greys();
-    for (const id of ["image", "ground_truth", "truth"]) {
+    for (const id of ["image", "counterfactual", "truth"]) {
       const picture = byId(id);
       picture.hidden = id !== view.left && id !== view.right;
       picture.classList.toggle("windowed", windowed);
