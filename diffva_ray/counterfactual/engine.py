@@ -64,13 +64,13 @@ class CounterfactualBatch:
 
     ``counterfactuals``: the healthy counterfactuals. ``reconstructions``: what the method would have returned had it
     changed nothing (D(E(image)) where it goes through the autoencoder), of which compensated maps are made.
-    ``sources``: the prompt each image was taken to show; empty where the recipe names none or the image looks healthy
+    ``source_prompts``: the prompt each image was taken to show; empty where the recipe names none or the image looks healthy
     to the model.
     """
 
     counterfactuals: NDArray[np.float32]
     reconstructions: NDArray[np.float32]
-    sources: list[str]
+    source_prompts: list[str]
 
 
 def device_kind(name: str | None = None) -> str:

@@ -39,7 +39,7 @@ def between_prompts(
     return CounterfactualBatch(
         np.concatenate([part.counterfactuals for part in parts]),
         np.concatenate([part.reconstructions for part in parts]),
-        [source for part in parts for source in part.sources],
+        [source for part in parts for source in part.source_prompts],
     )
 
 

@@ -93,7 +93,7 @@ def explain(
         ):
             raise UnusableData(f"{image}: the networks gave NaN or infinity for this image")
         for prompt, generated, rebuilt, shown in zip(
-            some, counterfactuals.counterfactuals, counterfactuals.reconstructions, counterfactuals.sources
+            some, counterfactuals.counterfactuals, counterfactuals.reconstructions, counterfactuals.source_prompts
         ):
             answers.append(_answer(square, lungs, generated, rebuilt, prompt, shown, recipe, judge))
     size = {"width": pixels.shape[1], "height": pixels.shape[0]}

@@ -257,7 +257,11 @@ def _generate(context: WorkerContext, sources: Sequence[Source]) -> list[Pair | 
         )
     done: list[Pair | Row] = []
     for source, counterfactual, reconstruction, shown in zip(
-        sources, counterfactuals.counterfactuals, counterfactuals.reconstructions, counterfactuals.sources, strict=True
+        sources,
+        counterfactuals.counterfactuals,
+        counterfactuals.reconstructions,
+        counterfactuals.source_prompts,
+        strict=True,
     ):
         row = {**source.row, **source.found}
         if source.square is None:

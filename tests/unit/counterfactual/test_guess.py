@@ -48,7 +48,7 @@ def test_the_engine_records_what_it_took_a_image_to_show(model: Path) -> None:
     counterfactuals = engine(images, [settings] * 2, seeds=[1, 2])
     data = bundle.recipe.data
     readings = {"", *(data.prompt(label) for label in data.prompts if label != data.healthy_class)}
-    assert set(counterfactuals.sources) <= readings
+    assert set(counterfactuals.source_prompts) <= readings
     alone = engine([images[1]], [replace(settings)], seeds=[2])
-    assert alone.sources[0] == counterfactuals.sources[1]
+    assert alone.source_prompts[0] == counterfactuals.source_prompts[1]
     assert np.array_equal(alone.counterfactuals[0], counterfactuals.counterfactuals[1])
