@@ -1,13 +1,13 @@
-"""Which record kills its process: markers in ``attempts/`` that outlive a worker, and the verdict drawn from them.
+"""Markers in ``attempts/`` that find poison records: records whose processing kills the worker process.
 
-An attempt at a shard leaves a marker while it lasts, so a marker found there is a worker that died. From then on the
-records of that shard are worked on one by one, each with a marker of its own while it is in flight; a record in whose
-flight workers keep dying is set aside as ``killed_worker``, and its neighbours go on.
+A worker writes a marker when an attempt at a shard starts and deletes it when the attempt ends, so a marker that is
+left behind means that a worker died. From then on the records of that shard are processed one by one, each with its
+own marker while it is in progress. A record during which workers keep dying is quarantined as ``killed_worker``; the
+other records of the shard go on.
 
-A marker counts against a record only if somebody can tell that its worker died. Under Ray the driver can: markers
-count while their driver runs and their node is there (not preempted or lost). Without Ray the process is its own
-driver, so a record must have taken three of them down while it was alone in flight. A record that completes clears its
-markers.
+A marker counts only where the death of its worker is certain. Under Ray the driver knows: markers count while their
+driver runs and their node is alive (not preempted or lost). Without Ray the process is its own driver, so a record must
+have killed three processes while it was the only one in progress. A record that completes clears its markers.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from diffva_ray.storage.store import Store
 
 FOLDER = "attempts"
 INLINE, RAY = "inline", "ray"
-DEATHS = {RAY: 2, INLINE: 3}  # in one record's flight, before it is set aside
-MOST_DEATHS = 20  # of one driver's workers on one shard: that is no longer about single images
-MOST_MEMORY = 3  # attempts that may run out of memory
+MAX_RECORD_DEATHS = {RAY: 2, INLINE: 3}  # worker deaths during one record, after which it is quarantined
+MAX_SHARD_DEATHS = 20  # worker deaths on one shard under one driver: the cause is the machine, not an image
+MOST_MEMORY = 3  # attempts at a shard that may run out of memory
 
 
 class WorkersKeepDying(Exception):
-    """A shard that no worker survives; the message is one line that says what to look at."""
+    """Workers keep dying on one shard; the message is one line that says what to check."""
 
 
 class OutOfMemory(Exception):
@@ -42,29 +42,29 @@ class OutOfMemory(Exception):
 
 @dataclass(frozen=True)
 class Session:
-    """One driver's life, as its workers know it. ``alive(node)``: whether a node is still in the cluster."""
+    """One run of a driver process, as its workers know it."""
 
-    executor: str = INLINE
-    driver: str = field(default_factory=lambda: secrets.token_hex(6))
-    node: str = ""
-    alive: Callable[[str], bool] = lambda node: True
+    executor: str = INLINE  # or RAY
+    driver: str = field(default_factory=lambda: secrets.token_hex(6))  # random id of the driver process
+    node: str = ""  # Ray's id of the worker's node
+    alive: Callable[[str], bool] = lambda node: True  # whether a node is still in the cluster
 
     def counts(self, marker: Marker) -> bool:
-        """Whether a marker that was left behind says anything: see the module's rule."""
+        """Whether a marker that was left behind counts as a worker's death; see the module docstring."""
         if self.executor == INLINE:
             return marker.executor == INLINE
         return marker.driver == self.driver and self.alive(marker.node)
 
 
 class Marker(NamedTuple):
-    """A marker's name, taken apart: what was going on, in which process, on which record."""
+    """The parts of a marker's file name."""
 
-    kind: str  # try, flight, memory
-    executor: str
+    kind: str  # "try": an attempt at a shard; "flight": a record in progress; "memory": out of memory
+    executor: str  # executor, driver and node of the Session
     driver: str
     node: str
-    token: str
-    record: str
+    token: str  # random id of the attempt
+    record: str  # record id of a "flight"; empty otherwise
 
     @property
     def name(self) -> str:
@@ -72,67 +72,67 @@ class Marker(NamedTuple):
 
 
 class Attempt:
-    """One attempt at one shard: what earlier ones left behind, and the markers of this one."""
+    """One attempt at one shard: writes its own markers and counts those that earlier attempts left behind."""
 
     def __init__(self, store: Store, shard: int, session: Session) -> None:
         self.store, self.shard, self.session = store, shard, session
         self.folder = f"{FOLDER}/{part(shard)}"
         self.token = secrets.token_hex(4)
-        self.found = [
+        self.left_behind = [
             Marker(*fields)
             for path, _ in store.list(self.folder)
             if len(fields := path.rpartition("/")[2].split("~")) == len(Marker._fields)
         ]
-        telling = [marker for marker in self.found if session.counts(marker)]
-        self.deaths = sum(marker.kind == "try" for marker in telling)
-        self.short_of_memory = sum(marker.kind == "memory" for marker in telling)
-        self.blamed = Counter(marker.record for marker in telling if marker.kind == "flight")
+        counted = [marker for marker in self.left_behind if session.counts(marker)]
+        self.deaths = sum(marker.kind == "try" for marker in counted)
+        self.short_of_memory = sum(marker.kind == "memory" for marker in counted)
+        self.failure_counts = Counter(marker.record for marker in counted if marker.kind == "flight")
 
     @property
     def isolated(self) -> bool:
-        """Whether records must be worked on one by one: somebody died on this shard before."""
+        """Whether records must be processed one by one, because a worker died on this shard before."""
         return self.deaths > 0
 
     @property
-    def killers(self) -> set[str]:
-        """Records that are not to be touched again."""
-        limit = DEATHS[self.session.executor]
-        return {record for record, deaths in self.blamed.items() if deaths >= limit}
+    def poison_records(self) -> set[str]:
+        """Ids of the records that must not be processed again."""
+        limit = MAX_RECORD_DEATHS[self.session.executor]
+        return {record for record, deaths in self.failure_counts.items() if deaths >= limit}
 
     def __enter__(self) -> Attempt:
-        if self.session.executor == RAY and self.deaths >= MOST_DEATHS:
-            suspects = ", ".join(sorted(self.blamed)[:3]) or "none in flight"
+        if self.session.executor == RAY and self.deaths >= MAX_SHARD_DEATHS:
+            suspects = ", ".join(sorted(self.failure_counts)[:3]) or "none in progress"
             raise WorkersKeepDying(
-                f"{part(self.shard)}: {self.deaths} workers died on it, on {len(self.blamed)} different records "
-                f"({suspects}); that points to the machine (memory, GPU, driver), not to the images. All committed "
-                "work is kept, the same command goes on"
+                f"{part(self.shard)}: {self.deaths} workers died on it, on {len(self.failure_counts)} different "
+                f"records ({suspects}); that points to the machine (memory, GPU, driver), not to the images. All "
+                "committed work is kept; the same command continues the run"
             )
         self._mark("try")
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """However the attempt ends, the process lived to see it."""
+        """Delete the attempt's marker: the process survived, whatever happened."""
         self._unmark("try")
 
     @contextmanager
-    def flight(self, record: str) -> Iterator[None]:
-        """While a record is alone in flight."""
+    def in_progress(self, record: str) -> Iterator[None]:
+        """Mark a record while it is the only one in progress; clear its earlier markers when it completes."""
         self._mark("flight", record)
         try:
             yield
         finally:
             self._unmark("flight", record)
-        for marker in [marker for marker in self.found if marker.record == record]:
+        for marker in [marker for marker in self.left_behind if marker.record == record]:
             self.store.delete(f"{self.folder}/{marker.name}")
-            self.found.remove(marker)
+            self.left_behind.remove(marker)
 
     def ran_out_of_memory(self) -> None:
-        """Remember it for the next attempt; blames no record."""
+        """Leave a marker for the next attempt; it counts against no record."""
         self._mark("memory")
 
-    def settle(self) -> None:
-        """The shard is committed: what was left behind here means nothing any more."""
-        for marker in self.found:
+    def clear(self) -> None:
+        """Delete the markers of earlier attempts: the shard is committed."""
+        for marker in self.left_behind:
             self.store.delete(f"{self.folder}/{marker.name}")
 
     def _marker(self, kind: str, record: str = "") -> str:
@@ -140,8 +140,8 @@ class Attempt:
         return f"{self.folder}/{Marker(kind, session.executor, session.driver, session.node, self.token, record).name}"
 
     def _mark(self, kind: str, record: str = "") -> None:
-        about = {"host": socket.gethostname(), "pid": os.getpid(), "record_id": record or None}
-        self.store.put(self._marker(kind, record), json.dumps(about).encode())
+        content = {"host": socket.gethostname(), "pid": os.getpid(), "record_id": record or None}
+        self.store.put(self._marker(kind, record), json.dumps(content).encode())
 
     def _unmark(self, kind: str, record: str = "") -> None:
         self.store.delete(self._marker(kind, record))

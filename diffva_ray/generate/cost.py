@@ -1,7 +1,7 @@
-"""What a run costs, known before it is begun: network calls a record, and operations where the networks are known.
+"""Estimates the cost of a run before it starts: network calls per record, and operations of known networks.
 
-Calls are exact. Operations are those of one forward, as torch's FlopCounterMode counts them, times the calls. Hours
-come from a pace that somebody has measured: the run's own shards, a probe, or the user.
+Calls are exact. Operations are those of one forward pass, as torch's FlopCounterMode counts them, times the calls.
+Hours come from a measured pace: of the run's own shards, of a probe, or given by the user.
 """
 
 from __future__ import annotations
@@ -14,66 +14,67 @@ from diffva_ray.config.generation import AccelerationConfig
 from diffva_ray.config.methods import METHODS, Calls
 from diffva_ray.config.recipe import GUESS, Recipe
 
-GUESS_CALLS = 8  # a prompt: DRAWS * len(TIMESTEPS) of counterfactual/guess.py, which loads torch
+GUESS_CALLS = 8  # per prompt: DRAWS * len(TIMESTEPS) of counterfactual/guess.py, which loads torch
 MASK_CALLS = 6  # of DiffEdit's mask: CALLS of counterfactual/guidance_difference.py
-
-
-# TFLOP of one forward (a multiplication and an addition are two), by base and resolution: UNet, encoder, decoder,
-# ControlNet.
+# TFLOP of one forward pass (a multiplication and an addition are two operations) of UNet, encoder, decoder and
+# ControlNet, by base model and resolution
 TFLOP = {("CompVis/stable-diffusion-v1-4", 512): (0.803, 1.117, 2.515, 0.283)}
 
 
 def calls(settings: Mapping[str, Any], prompts: int) -> Calls:
-    """Network calls of one record with these settings (as in ``GenerateConfig``) and a model of so many ``prompts``.
+    """Network calls of one record. ``settings``: as in ``GenerateConfig``; ``prompts``: number of the model's prompts.
 
-    Calls that only the outermost layers of the UNet answer (``deep_features_every``) count like all others.
+    UNet calls that compute only its outermost layers (``deep_features_every``) count as whole calls.
     """
     steps = int(settings["num_inference_steps"] * settings["strength"])
     if settings["scheduler"] == "pndm-diffusers" or (settings["scheduler"] == "pndm" and steps > 1):
-        steps += 1  # its first step is two calls
+        steps += 1  # the first PNDM step makes two calls
     shortcuts = AccelerationConfig.model_validate(settings["acceleration"])
     guided = sum(shortcuts.guides(step, steps) for step in range(steps)) if settings["guidance_scale"] > 1 else 0
-    found = METHODS[settings["method"]].calls(steps, guided)
+    of_method = METHODS[settings["method"]].calls(steps, guided)
     guessed = GUESS_CALLS * prompts if settings["source_prompt"] == GUESS else 0
     derived = settings["method"] == "masked" and settings["masked"]["source"] == "derived"
-    return found._replace(unet=found.unet + guessed + (MASK_CALLS if derived else 0))
+    return of_method._replace(unet=of_method.unet + guessed + (MASK_CALLS if derived else 0))
 
 
 class Pace(NamedTuple):
-    """Of one actor: seconds a record, bytes it stores a record (None: not measured), and the device that has them."""
+    """The measured speed of one actor."""
 
-    seconds: float
-    stored: float | None
+    seconds: float  # per record
+    stored: float | None  # bytes stored per record; None: not measured
     device: str  # cuda, cpu
 
 
 def estimate(pace: Pace, records: int, actors: int | None, gpus_per_actor: float | None) -> dict[str, Any]:
-    """Device hours, hours of so many actors side by side, and gigabytes, of ``records`` records. An actor has a GPU to
-    itself unless ``gpus_per_actor`` says otherwise."""
+    """Device hours, hours with ``actors`` actors in parallel, and gigabytes of ``records`` records.
+
+    ``gpus_per_actor``: None for one whole GPU per actor."""
     share = 1.0 if gpus_per_actor is None or pace.device == "cpu" else gpus_per_actor
     hours = pace.seconds * records / 3600
-    found: dict[str, Any] = {f"estimated_{'gpu' if pace.device == 'cuda' else 'cpu'}_hours": hours * share}
+    result: dict[str, Any] = {f"estimated_{'gpu' if pace.device == 'cuda' else 'cpu'}_hours": hours * share}
     if actors is not None:
-        found |= {"actors": actors, "estimated_hours": hours / actors}
+        result |= {"actors": actors, "estimated_hours": hours / actors}
     if pace.stored is not None:
-        found["estimated_gigabytes"] = pace.stored * records / 1e9
-    return found
+        result["estimated_gigabytes"] = pace.stored * records / 1e9
+    return result
 
 
 def cost(recipe: Recipe, sweep: Sequence[tuple[str, Sequence[Any]]], records: int) -> dict[str, Any]:
-    """The cost of ``records`` records, spread evenly over the points of a sweep: UNet forwards and TFLOP (None:
-    networks that are not in the table, or work in part), of a record on average and of all; and what they store at
-    most: counterfactual and reconstruction (a byte a pixel), map (two), 4 kB of row, features and headers. Raises
-    ValueError as ``calls``."""
+    """The cost of ``records`` records, spread evenly over the points of a sweep.
+
+    UNet forward passes and TFLOP, per record on average and in total, and an upper limit of the stored bytes: one per
+    pixel of counterfactual and reconstruction, two per pixel of the map, 4 kB of row, features and headers. TFLOP are
+    None for networks that are not in the table and with ``deep_features_every``. Raises ValueError for invalid
+    acceleration settings."""
     of_points = []
-    for point in itertools.product(*(values for _, values in sweep)):
-        swept = dict(zip((key for key, _ in sweep), point, strict=True))
+    for values in itertools.product(*(values for _, values in sweep)):
+        swept = dict(zip((key for key, _ in sweep), values, strict=True))
         of_points.append(calls({**recipe.generate.model_dump(), **swept}, len(recipe.data.prompts)))
     networks = TFLOP.get((recipe.model.base or "", recipe.model.resolution))
-    unet = sum(each.unet for each in of_points) / len(of_points)
+    unet = sum(point.unet for point in of_points) / len(of_points)
     tflop = None
     if networks is not None and recipe.generate.acceleration.deep_features_every == 1:
-        tflop = sum(n * size for each in of_points for n, size in zip(each, networks, strict=True)) / len(of_points)
+        tflop = sum(n * size for point in of_points for n, size in zip(point, networks, strict=True)) / len(of_points)
     return {
         "unet_forwards_per_record": round(unet, 1),
         "unet_forwards": round(unet * records),

@@ -1,4 +1,4 @@
-"""What a run's fingerprint is taken of: everything that changes a pixel or the set of records, by name."""
+"""The keys of a run's fingerprint: everything that changes a pixel or the set of records, by name."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run
 from diffva_ray.schema import ENGINE, SCHEMA_VERSION
 
-SPACED_ANEW = {"dpmsolver++", "unipc"}  # samplers whose timesteps were spaced otherwise by earlier versions
+SPACED_ANEW = {"dpmsolver++", "unipc"}  # samplers whose timesteps earlier versions spaced differently
 
 
 def pixel_keys(recipe: Recipe, request: Request, model_digest: str, torch_version: str, device: str) -> dict[str, Any]:
-    """The fingerprint's inputs for a run planned now, as JSON values."""
+    """The keys of a run that is planned now, as JSON values."""
     prompt = request.prompt if request.prompt is not None else recipe.data.healthy_prompt
     return json.loads(
         json.dumps(
@@ -41,11 +41,11 @@ def pixel_keys(recipe: Recipe, request: Request, model_digest: str, torch_versio
 
 
 def keys_now(run: Run, torch_version: str, device: str) -> dict[str, Any]:
-    """The run's keys as this version and machine would have them."""
+    """The run's keys with the environment of this version and machine."""
     spacing = _spacing(run.keys["scheduler"], run.keys["sweep"])
     return {**run.keys, "torch": torch_version, "device": device, "engine": ENGINE, "timestep_spacing": spacing}
 
 
 def _spacing(scheduler: str, sweep: Iterable[tuple[str, Sequence[Any]]]) -> str:
-    """How the timesteps of a run's samplers are spaced: "trailing" where any of them is of SPACED_ANEW."""
+    """Spacing of the sampler's timesteps: "trailing" if any of the run's samplers is in SPACED_ANEW, else "leading"."""
     return "trailing" if SPACED_ANEW & {scheduler, *dict(sweep).get("scheduler", ())} else "leading"

@@ -1,5 +1,4 @@
-"""What is measured on an image and its counterfactual: the same numbers for a run's records and for ``diffva
-explain``."""
+"""Computes the metrics of an image and its counterfactual, for a run's records and for ``diffva explain`` alike."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from diffva_ray.metrics.validity import Judge
 
 
 def unit(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """An 8-bit image as float32 in [0, 1]."""
+    """Convert an 8-bit image to float32 in [0, 1]."""
     return pixels.astype(np.float32) / np.float32(255)
 
 
@@ -28,28 +27,28 @@ def measure(
     config: GenerateConfig,
     judge: Judge | None,
 ) -> tuple[dict[str, Any], NDArray[np.float32]]:
-    """The numbers of one pair, named as columns of RECORDS, and its signed map in [-1, 1]; all images [size, size].
+    """The metrics of one record, named as columns of RECORDS, and its signed map in [-1, 1]; all arrays [size, size].
 
-    Counterfactual and reconstruction are taken as they are stored (8 bit), the image as it was decoded, so that anybody
-    can recompute every number from the files.
+    Counterfactual and reconstruction are used as stored (8 bit) and the image as decoded, so that every number can be
+    recomputed from the files.
     """
-    generated = unit(counterfactual)
-    signed = attribution(image, unit(reconstruction), generated, config)
-    multiscale, scales = ms_ssim(image, generated)
-    attribution_energy, in_lungs = energy(signed, lungs)
-    judged = judge.healthy_probability(np.stack([image, generated])) if judge is not None else (None, None)
+    edited = unit(counterfactual)
+    signed_map = attribution(image, unit(reconstruction), edited, config)
+    multiscale, scales = ms_ssim(image, edited)
+    attribution_energy, in_lungs = energy(signed_map, lungs)
+    healthy = judge.healthy_probability(np.stack([image, edited])) if judge is not None else (None, None)
     return {
         "map": config.map_name,
-        "ssim": ssim(image, generated, config.ssim_preset),
+        "ssim": ssim(image, edited, config.ssim_preset),
         "ms_ssim": multiscale,
         "ms_ssim_scales": scales,
-        "psnr": psnr(image, generated),
-        "l1": l1(image, generated),
+        "psnr": psnr(image, edited),
+        "l1": l1(image, edited),
         "attribution_energy": attribution_energy,
         "attribution_energy_lung_fraction": in_lungs,
-        "judge_image": judged[0],
-        "judge_counterfactual": judged[1],
+        "judge_image": healthy[0],
+        "judge_counterfactual": healthy[1],
         "counterfactual_sha256": pixel_digest(counterfactual),
-        "attribution_sha256": pixel_digest(map_levels(signed)),
+        "attribution_sha256": pixel_digest(map_levels(signed_map)),
         "reconstruction_sha256": pixel_digest(reconstruction),
-    }, signed
+    }, signed_map

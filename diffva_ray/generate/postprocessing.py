@@ -1,5 +1,5 @@
-"""What becomes of a pair after the networks: it is measured, made into files and stored, in threads beside the work on
-the next ones, so that no GPU waits for a PNG or an SSIM."""
+"""Post-processing in background threads: compute metrics, encode PNGs and store them while the GPU works on the next
+batch."""
 
 from __future__ import annotations
 
@@ -24,113 +24,116 @@ from diffva_ray.progress import Stopwatch
 from diffva_ray.schema import Row, Status
 from diffva_ray.storage.store import Store
 
-WORKERS = 4  # pairs that are finished at once
-MOST_PENDING = 32  # pairs that wait for that
+THREADS = 4
+MAX_PENDING = 32  # generations that may wait for a thread
 
 
 @dataclass(frozen=True)
-class Pair:
-    """An image (grey [size, size] in [0, 1]) with its lungs, and on 8 bits what the networks made of it. ``row``: what
-    is known of the record so far."""
+class Generation:
+    """An image and what the networks generated from it; all arrays are [size, size]."""
 
-    row: Row
-    image: NDArray[np.float32]
+    row: Row  # the record's columns known so far
+    image: NDArray[np.float32]  # grey in [0, 1]
     lungs: NDArray[np.bool_] | None
     counterfactual: NDArray[np.uint8]
     reconstruction: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A pair whose numbers are known; ``files`` (path: encoder) are still to be written."""
+class ScoredRecord:
+    """A record with its metrics, whose files are not written yet."""
 
     row: Row
-    files: dict[str, Callable[[], bytes]]
-    features: tuple[NDArray[np.float32], NDArray[np.float32]]
-    seconds: float
+    files: dict[str, Callable[[], bytes]]  # encoder of each file by path
+    features: tuple[NDArray[np.float32], NDArray[np.float32]]  # of image and counterfactual
+    seconds: float  # taken by the metrics
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A record's finished row; features of image and counterfactual, and the seconds that measuring and storing took,
-    of an ``ok`` one."""
+class ProcessedRecord:
+    """A record whose files are stored; only an ``ok`` record has files, features and seconds."""
 
     row: Row
-    features: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
-    measuring: float = 0.0
-    storing: float = 0.0
+    features: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None  # of image and counterfactual
+    scoring: float = 0.0  # seconds taken by the metrics
+    storing: float = 0.0  # seconds taken by encoding and storing
 
 
 class Postprocessor:
-    """Finishes pairs in threads; whoever commits takes the rows of all of them first (``rows``)."""
+    """Processes generations in threads. Call ``results`` before committing a shard; it waits until all is stored."""
 
     def __init__(
         self, store: Store, watch: Stopwatch, config: GenerateConfig, judge: Judge | None, extractor: Extractor
     ) -> None:
         self.store, self.watch, self.config, self.judge, self.extractor = store, watch, config, judge, extractor
-        # a thread starts with all cores for torch, and thread counts change the last bits of features
-        self.pool = ThreadPoolExecutor(WORKERS, "finish", torch.set_num_threads, (config.cpu_threads,))
-        self.pending: deque[Future[Finished]] = deque()
-        self.made: list[Future[Finished]] = []
+        # torch starts each thread with all cores, and thread counts change the last bits of features
+        self.pool = ThreadPoolExecutor(THREADS, "postprocess", torch.set_num_threads, (config.cpu_threads,))
+        self.pending: deque[Future[ProcessedRecord]] = deque()
+        self.submitted: list[Future[ProcessedRecord]] = []
 
-    def give(self, done: Pair | Measured | Row) -> Future[Finished]:
-        """Take over a pair, measured or not, or the row of a record that has none. Waits while MOST_PENDING pairs are
-        ahead, and raises what an earlier one raised: nothing is generated for a store that has failed."""
-        while self.pending and (self.pending[0].done() or len(self.pending) >= MOST_PENDING):
+    def submit(self, item: Generation | ScoredRecord | Row) -> Future[ProcessedRecord]:
+        """Process a generation, scored or not, or pass on the row of a record that has none.
+
+        Waits while MAX_PENDING generations are pending. Raises the exception of an earlier one (StoreError when the
+        store fails), so that nothing is generated for a store that has failed.
+        """
+        while self.pending and (self.pending[0].done() or len(self.pending) >= MAX_PENDING):
             with self.watch("write"):
                 self.pending.popleft().result()
-        if isinstance(done, (Pair, Measured)):
-            future = self.pool.submit(self._finish, done)
+        if isinstance(item, (Generation, ScoredRecord)):
+            future = self.pool.submit(self._process, item)
             self.pending.append(future)
         else:
             future = Future()
-            future.set_result(Finished(done))
-        self.made.append(future)
+            future.set_result(ProcessedRecord(item))
+        self.submitted.append(future)
         return future
 
-    def rows(self) -> list[Finished]:
-        """Everything that was given, in order, once it is stored. Raises what a thread raised, StoreError for one.
+    def results(self) -> list[ProcessedRecord]:
+        """All submitted records in order, once they are stored. Raises a thread's exception, such as StoreError.
 
-        Of the time spent waiting, measuring has its share of the threads' time (stage ``metrics``)."""
+        The waiting time is divided between the stages ``metrics`` and ``write`` in proportion to the threads' time.
+        """
         with self.watch("write"):
-            made = [future.result() for future in self.made]
-        measuring, storing = sum(one.measuring for one in made), sum(one.storing for one in made)
-        share = self.watch.seconds["write"] * measuring / max(measuring + storing, 1e-9)
+            records = [future.result() for future in self.submitted]
+        scoring, storing = sum(record.scoring for record in records), sum(record.storing for record in records)
+        share = self.watch.seconds["write"] * scoring / max(scoring + storing, 1e-9)
         self.watch.seconds["write"] -= share
         self.watch.seconds["metrics"] = self.watch.seconds.get("metrics", 0.0) + share
-        return made
+        return records
 
-    def measure(self, pair: Pair) -> Measured:
+    def score(self, item: Generation) -> ScoredRecord:
+        """Compute the metrics and features of a generation, and prepare its files."""
         began = time.perf_counter()
-        numbers, signed = measure(
-            pair.image, pair.counterfactual, pair.reconstruction, pair.lungs, self.config, self.judge
+        numbers, signed_map = measure(
+            item.image, item.counterfactual, item.reconstruction, item.lungs, self.config, self.judge
         )
-        image_features, counterfactual_features = self.extractor(np.stack([pair.image, unit(pair.counterfactual)]))
-        counterfactual, map_, reconstruction = (
-            f"{kind}/{part(pair.row['shard'])}/{pair.row['record_id']}.png" for kind in FOLDERS
+        image_features, counterfactual_features = self.extractor(np.stack([item.image, unit(item.counterfactual)]))
+        counterfactual, attribution, reconstruction = (
+            f"{kind}/{part(item.row['shard'])}/{item.row['record_id']}.png" for kind in FOLDERS
         )
         files: dict[str, Callable[[], bytes]] = {
-            counterfactual: partial(encode_grey, pair.counterfactual),
-            reconstruction: partial(encode_grey, pair.reconstruction),
-            map_: partial(encode_map, signed),
+            counterfactual: partial(encode_grey, item.counterfactual),
+            reconstruction: partial(encode_grey, item.reconstruction),
+            attribution: partial(encode_map, signed_map),
         }
         row = {
-            **pair.row,
+            **item.row,
             **numbers,
             "counterfactual_path": counterfactual,
-            "attribution_path": map_,
+            "attribution_path": attribution,
             "reconstruction_path": reconstruction,
             "status": Status.OK.value,
             "error": None,
         }
-        return Measured(row, files, (image_features, counterfactual_features), time.perf_counter() - began)
+        return ScoredRecord(row, files, (image_features, counterfactual_features), time.perf_counter() - began)
 
-    def _finish(self, done: Pair | Measured) -> Finished:
-        measured = self.measure(done) if isinstance(done, Pair) else done
+    def _process(self, item: Generation | ScoredRecord) -> ProcessedRecord:
+        scored = self.score(item) if isinstance(item, Generation) else item
         began = time.perf_counter()
-        for path, encode in measured.files.items():
+        for path, encode in scored.files.items():
             self.store.put(path, encode())
-        return Finished(measured.row, measured.features, measured.seconds, time.perf_counter() - began)
+        return ProcessedRecord(scored.row, scored.features, scored.seconds, time.perf_counter() - began)
 
     def __enter__(self) -> Postprocessor:
         return self

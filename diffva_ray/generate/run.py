@@ -1,6 +1,6 @@
-"""A run on disk: ``run.json``, the plan beside it, what is done and what is pending.
+"""A run on disk: ``run.json``, the plan, and which shards are done or pending.
 
-``run.json`` guards it: going on with anything that would change a pixel is refused, by name.
+``run.json`` guards the run: continuing it with anything that would change a pixel is refused, naming what differs.
 """
 
 from __future__ import annotations
@@ -19,36 +19,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from diffva_ray.config.recipe import (
-    GenerateConfig,
-    Recipe,
-    fingerprint,
-    fingerprint_difference,
-    make_recipe,
-)
+from diffva_ray.config.recipe import GenerateConfig, Recipe, fingerprint, fingerprint_difference, make_recipe
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.schema import PLAN, SCHEMA_VERSION
 from diffva_ray.storage.store import Ranges, Store, open_store, opened
 
 RUN, PLAN_FILE, SUCCESS = "run.json", "plan.parquet", "_SUCCESS"
 FOLDERS = ("counterfactuals", "attributions", "reconstructions")  # the images of a record, one file each
-ENVIRONMENT = ("torch", "device", "engine")  # may be changed on request; everything else may not
-ROW_GROUPS = 4096  # at most, or the footer, which every worker reads, would grow with the run
+ENVIRONMENT = ("torch", "device", "engine")  # keys that --allow-environment-change may change
+MAX_ROW_GROUPS = 4096  # of the plan file; keeps its footer small, which every worker reads
 
 
 class FingerprintDiffers(Exception):
-    """The run was planned with another configuration; ``keys`` names what differs."""
+    """The run was planned with another configuration; ``keys`` are the keys that differ."""
 
     def __init__(self, uri: str, keys: Sequence[str], old: dict[str, Any], new: dict[str, Any]) -> None:
         self.keys = list(keys)
         changes = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
         only_environment = set(keys) <= set(ENVIRONMENT)
-        hint = "--allow-environment-change goes on all the same" if only_environment else "choose another --out"
+        hint = "--allow-environment-change continues all the same" if only_environment else "choose another --out"
         super().__init__(f"{uri} was made with another configuration ({changes}); {hint}")
 
 
 class PlanError(ValueError):
-    """A plan that cannot be made; the message is one line that names the option at fault."""
+    """A plan cannot be made or read; the message is one line that names the option at fault."""
 
 
 class DamagedRun(ValueError):
@@ -56,46 +50,58 @@ class DamagedRun(ValueError):
 
 
 class Unfinished(Exception):
-    """A run that cannot be worked on; the message is one line."""
+    """A run cannot be generated; the message is one line."""
 
 
 def part(shard: int) -> str:
-    """``part-00012``: the name that everything of one shard carries."""
+    """The name of a shard's files and folders, such as ``part-00012``."""
     return f"part-{shard:05d}"
 
 
 @dataclass(frozen=True)
 class Run:
-    """A planned run: where it is, and ``run.json`` (``about``). ``open_run("runs/first")`` opens one.
+    """A planned run; ``open_run("runs/first")`` opens one.
 
-    Reading the plan raises PlanError where it is not the one that ``run.json`` was written for.
+    Methods that read the plan raise PlanError when the plan is missing or is not the one that ``run.json`` names. All
+    methods that read files raise StoreError when the store fails.
     """
 
-    store: Store
-    about: dict[str, Any]
+    store: Store  # the run's folder
+    about: dict[str, Any]  # the content of run.json
 
     @cached_property
     def data(self) -> Store:
-        """Where its images are. Raises UnknownScheme."""
+        """The store with the input images.
+
+        Raises:
+            UnknownScheme: No store is known for the scheme of the address.
+        """
         return opened(self.about["data_root"])
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe it was planned with. Raises RecipeError for one that this version cannot read."""
+        """The recipe that the run was planned with.
+
+        Raises:
+            RecipeError: This version cannot read the recipe.
+        """
         return make_recipe(self.about["recipe"])
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the keys as they were when the run was planned: 16 hex digits."""
+        """Digest of the keys at the time of planning: 16 hex digits."""
         return str(self.about["fingerprint"])
 
     @cached_property
     def keys(self) -> dict[str, Any]:
-        """What the fingerprint was taken of. A setting that came after the run was planned has its default, and
-        timesteps that were spaced before there was a choice are "leading"."""
+        """The keys of the fingerprint and their values.
+
+        Settings that did not exist when the run was planned have their defaults; the timesteps of such a run are
+        spaced "leading", and 16 is the bit depth of its images.
+        """
         stored = self.about["keys"]
-        known = {key: value for key, value in stored.items() if key in GenerateConfig.model_fields}
-        settings = GenerateConfig.model_validate(known).model_dump(mode="json")
+        generate = {key: value for key, value in stored.items() if key in GenerateConfig.model_fields}
+        settings = GenerateConfig.model_validate(generate).model_dump(mode="json")
         return {"timestep_spacing": "leading", "bits": 16, **stored, **settings}
 
     @property
@@ -104,60 +110,79 @@ class Run:
         return int(self.about["shards"])
 
     def plan(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """The whole plan (columns of ``schema.PLAN``), or some of its columns."""
-        data = self._whole
+        """Read the plan.
+
+        Args:
+            columns: Names of columns of ``schema.PLAN``; None: all.
+
+        Returns:
+            One row per planned record, in the order of shard and position.
+
+        Raises:
+            PlanError: The plan is missing, or is not the one that ``run.json`` names.
+        """
+        data = self._read_plan()
         if hashlib.sha256(data).hexdigest() != self.about["plan_sha256"]:
-            raise self._another_plan()
+            raise self._wrong_plan()
         return pq.read_table(io.BytesIO(data), columns=columns)
 
     @cached_property
     def _footer(self) -> pq.FileMetaData:
-        """The plan's footer, which holds the digest of all ids, and is checked."""
-        place = self.about["plan_footer"]
-        with self._planned():
-            tail = self.store.read_range(PLAN_FILE, place["start"], place["stop"])
-        if hashlib.sha256(tail).hexdigest() != place["sha256"]:
-            raise self._another_plan()
+        """The checked footer of the plan file; it holds the digest of all record ids."""
+        footer = self.about["plan_footer"]
+        with self._plan_required():
+            tail = self.store.read_range(PLAN_FILE, footer["start"], footer["stop"])
+        if hashlib.sha256(tail).hexdigest() != footer["sha256"]:
+            raise self._wrong_plan()
         return pq.read_metadata(io.BytesIO(tail))
 
-    @property
-    def _whole(self) -> bytes:
-        with self._planned():
+    def _read_plan(self) -> bytes:
+        with self._plan_required():
             return self.store.read(PLAN_FILE)
 
     @contextmanager
-    def _planned(self) -> Iterator[None]:
-        """Raises PlanError in the place of FileNotFoundError: the run was claimed, and its plan is not there (yet)."""
+    def _plan_required(self) -> Iterator[None]:
+        """Turn FileNotFoundError into PlanError: the run was claimed, but its plan is not written (yet)."""
         try:
             yield
         except FileNotFoundError:
             raise PlanError(
-                f"{self.store.uri}/{PLAN_FILE} is missing; give the run's own diffva generate command again, which "
-                "writes it"
+                f"{self.store.uri}/{PLAN_FILE} is missing; give the run's own diffva generate command again to write it"
             ) from None
 
-    def _opened(self) -> pq.ParquetFile:
-        """The plan as a file of which only what is asked for is read; the pages carry checksums. Opened anew for every
-        reader: threads that share a ParquetFile crash."""
+    def _open_plan(self) -> pq.ParquetFile:
+        """Open the plan file; only requested ranges are read, and pages have checksums.
+
+        Every reader opens the file anew, because threads that share a ParquetFile crash."""
         if "plan_footer" not in self.about:  # planned by an earlier version
-            return pq.ParquetFile(io.BytesIO(self._whole))
+            return pq.ParquetFile(io.BytesIO(self._read_plan()))
         ranges = Ranges(self.store, PLAN_FILE, self.about["plan_footer"]["stop"])
         return pq.ParquetFile(ranges, metadata=self._footer, pre_buffer=True, page_checksum_verification=True)
 
-    def _another_plan(self) -> PlanError:
+    def _wrong_plan(self) -> PlanError:
         return PlanError(f"{self.store.uri}/{PLAN_FILE} is not the plan that {RUN} was written for")
 
     def shard_rows(self, shard: int) -> list[dict[str, Any]]:
-        """The planned records of one shard, as rows of ``schema.PLAN``; only the row group that holds it is read."""
-        group = self._opened().read_row_group(shard // self.about.get("shards_per_row_group", 1))
+        """Read the planned records of one shard; only the row group with this shard is read.
+
+        Args:
+            shard: Number of the shard.
+
+        Returns:
+            The records as dictionaries with the columns of ``schema.PLAN``.
+
+        Raises:
+            PlanError: The plan is missing, or is not the one that ``run.json`` names.
+        """
+        group = self._open_plan().read_row_group(shard // self.about.get("shards_per_row_group", 1))
         return group.filter(pc.equal(group["shard"], shard)).to_pylist()
 
     def shard_sizes(self) -> list[int]:
-        """Number of records of each shard."""
-        return np.bincount(self._opened().read(["shard"])["shard"], minlength=self.shards).tolist()
+        """Number of records of each shard. Raises PlanError as ``plan``."""
+        return np.bincount(self._open_plan().read(["shard"])["shard"], minlength=self.shards).tolist()
 
     def done(self) -> set[int]:
-        """Numbers of the committed shards, from one listing."""
+        """Numbers of the committed shards, from one listing of the store."""
         return {
             int(name[len("records/part-") : -len(".parquet")])
             for name, _ in self.store.list("records")
@@ -165,15 +190,23 @@ class Run:
         }
 
     def pending(self) -> list[int]:
-        """Numbers of the shards that are not committed, rising."""
+        """Numbers of the planned shards that are not committed, in ascending order."""
         done = self.done()
         return [shard for shard in range(self.shards) if shard not in done]
 
 
 def open_run(uri: str) -> Run:
-    """The run at ``uri``, a folder or an address such as ``s3://bucket/runs/first``; it is read, never written to.
+    """Open an existing run for reading.
 
-    Raises UnusableData when nothing was planned there or ``run.json`` is damaged, StoreError when the store fails.
+    Args:
+        uri: A folder or an address such as ``s3://bucket/runs/first``.
+
+    Returns:
+        The run; nothing is written.
+
+    Raises:
+        UnusableData: No run was planned there, ``run.json`` is damaged, or the scheme of ``uri`` is unknown.
+        StoreError: The store fails.
     """
     try:
         run = find_run(open_store(uri))
@@ -185,7 +218,7 @@ def open_run(uri: str) -> Run:
 
 
 def find_run(store: Store) -> Run | None:
-    """The run at ``store``, or None when nothing has been planned there."""
+    """The run at ``store``, or None without ``run.json``. Raises DamagedRun for one that cannot be read."""
     try:
         about = json.loads(store.read(RUN))
     except (FileNotFoundError, NotADirectoryError):
@@ -198,14 +231,15 @@ def find_run(store: Store) -> Run | None:
     ):
         raise DamagedRun(
             f"{store.uri}: a run of an earlier version (schema {version}), whose files and columns have other names; "
-            "choose another folder and make it again"
+            "choose another folder and generate it again"
         )
     return Run(store, about)
 
 
 def continue_run(run: Run, keys: dict[str, Any], allow_environment_change: bool = False) -> Run:
-    """The same run, if ``keys`` are the ones it was planned with. Raises FingerprintDiffers; a permitted change of
-    environment is recorded in ``run.json``."""
+    """The same run if its keys equal ``keys``, else raises FingerprintDiffers.
+
+    A permitted change of the environment is recorded in ``run.json``."""
     old = run.keys
     different = fingerprint_difference(old, keys)
     if not different:
@@ -222,71 +256,72 @@ def continue_run(run: Run, keys: dict[str, Any], allow_environment_change: bool 
 
 
 def remember_data(run: Run) -> None:
-    """Write into ``run.json`` where the run's data set is now (``about``: data, data_root), if it says otherwise."""
+    """Write the current address of the data set (``about``: data, data_root) into ``run.json`` if it has changed."""
     stored = json.loads(run.store.read(RUN))
-    now = {key: run.about[key] for key in ("data", "data_root")}
-    if stored | now != stored:
-        run.store.put(RUN, json.dumps(stored | now, indent=1).encode())
+    current = {key: run.about[key] for key in ("data", "data_root")}
+    if stored | current != stored:
+        run.store.put(RUN, json.dumps(stored | current, indent=1).encode())
 
 
 def start_run(store: Store, table: pa.Table, keys: dict[str, Any], about: dict[str, Any]) -> Run:
-    """Claim ``store`` for a run with ``run.json``, which only one process can, then write the plan it names.
+    """Claim ``store`` for a run by writing ``run.json``, which only one process can do, then write the plan.
 
-    Where another process was first, its run is returned: it has the same keys and continues. Nothing of this process
-    is written then. Raises FingerprintDiffers when the other run has other keys, PlanError when it has another plan
-    that is not there.
+    If another process was first, its run is returned and nothing is written; it has the same keys. Raises
+    FingerprintDiffers when the other run has other keys, PlanError when it has another plan that is not written.
     """
-    data, place = _plan_file(table, keys)
+    data, layout = _plan_file(table, keys)
     about = {
         **about,
         "fingerprint": fingerprint(keys),
         "keys": keys,
         "records": len(table),
-        **place,
+        **layout,
         "plan_sha256": hashlib.sha256(data).hexdigest(),
     }
     store.put_if_absent(RUN, json.dumps(about, indent=1).encode())
-    run = find_run(store)  # read back: also where the store has no lock, everybody goes on with what stands there
+    run = find_run(store)  # read it back: without a lock in the store, every process uses the stored one
     if run is None:
-        raise PlanError(f"{store.uri}: {RUN} was removed while the run was planned; start again")
+        raise PlanError(f"{store.uri}: {RUN} was removed while the run was planned; give the command again")
     if run.fingerprint != about["fingerprint"]:
         continue_run(run, keys)
     if run.about["plan_sha256"] == about["plan_sha256"]:
         store.put_if_absent(PLAN_FILE, data)
     elif not store.exists(PLAN_FILE):
         raise PlanError(
-            f"{store.uri}: claimed by a process that has not written its plan, of other images than are there now; "
-            f"start again, and remove the folder if that does not help"
+            f"{store.uri}: claimed by a process that has not written its plan, and the images have changed since; "
+            f"give the command again, and remove the folder if that does not help"
         )
     return run
 
 
 def _plan_file(table: pa.Table, keys: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """The bytes of the plan's file, one row group per shard (several where there would be too many), and what
-    ``run.json`` says of it. Its footer, which workers check, is of this plan alone: it has the digest of all ids and
-    the fingerprint, which covers what ids do not, the seed for one."""
+    """The bytes of the plan file, and its entries in ``run.json``.
+
+    Each row group holds one shard, or several when there would be more than MAX_ROW_GROUPS. The footer, which workers
+    check, identifies the plan: it has the digest of all record ids, and the fingerprint for what the ids do not cover,
+    such as the seed."""
     shards = table["shard"].to_numpy()
     starts = np.flatnonzero(np.diff(shards, prepend=-1))
-    together = -(-len(starts) // ROW_GROUPS)
+    shards_per_group = -(-len(starts) // MAX_ROW_GROUPS)
     sink = io.BytesIO()
-    # without statistics, which nobody asks and which would be most of the footer
+    # statistics are never read and would be most of the footer
     options: dict[str, Any] = {"compression": "zstd", "write_statistics": False, "write_page_checksum": True}
     with pq.ParquetWriter(sink, PLAN, **options) as writer:
-        for begin in range(0, len(starts), together):
-            start, end = starts[begin], (*starts[begin + together : begin + together + 1], len(table))[0]
+        for first in range(0, len(starts), shards_per_group):
+            start, end = starts[first], (*starts[first + shards_per_group :][:1], len(table))[0]
             writer.write_table(table.slice(start, end - start).cast(PLAN), row_group_size=end - start)
         writer.add_key_value_metadata({"ids": _digest_of(table["record_id"]), "fingerprint": fingerprint(keys)})
     data = sink.getvalue()
     footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     return data, {
         "shards": len(starts),
-        "shards_per_row_group": together,
+        "shards_per_row_group": shards_per_group,
         "plan_footer": {"start": footer, "stop": len(data), "sha256": hashlib.sha256(data[footer:]).hexdigest()},
     }
 
 
 def _digest_of(ids: pa.ChunkedArray) -> str:
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for start in range(0, len(ids), 1 << 16):
-        found.update("".join(ids.slice(start, 1 << 16).to_pylist()).encode())
-    return found.hexdigest()
+        sha256.update("".join(ids.slice(start, 1 << 16).to_pylist()).encode())
+    return sha256.hexdigest()

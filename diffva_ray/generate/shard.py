@@ -1,7 +1,6 @@
-"""One planned shard from bytes to commit: read, generate, measure, write; the Parquet part comes last and is the
-commit.
+"""Generates one shard: read, generate, score, write. The Parquet part is written last and is the commit.
 
-No Ray in here: a Ray actor and a plain loop call the same ``run_shard``.
+Nothing here uses Ray: a Ray actor and a plain loop call the same ``run_shard``.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from diffva_ray.counterfactual.engine import CounterfactualEngine, SamplingSetti
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import MAX_BYTES, BadImage, decode_square, read_mask
 from diffva_ray.data.memory_limit import MemoryLimit
-from diffva_ray.generate.attempts import DEATHS, Attempt, OutOfMemory, Session
+from diffva_ray.generate.attempts import MAX_RECORD_DEATHS, Attempt, OutOfMemory, Session
 from diffva_ray.generate.data_identity import check_there, readable
-from diffva_ray.generate.postprocessing import Finished, Pair, Postprocessor
+from diffva_ray.generate.postprocessing import Generation, Postprocessor, ProcessedRecord
 from diffva_ray.generate.run import Run, Unfinished, find_run, part
 from diffva_ray.metrics.feature_set import npz
 from diffva_ray.metrics.features import Extractor, stand_in
@@ -38,26 +37,30 @@ from diffva_ray.progress import Stopwatch, one_line
 from diffva_ray.schema import RECORDS, Row, Status
 from diffva_ray.storage.store import Store, StoreError, open_store, patiently
 
-READERS = 8  # images that are read at once
-READING = MemoryLimit(MAX_BYTES)  # bytes of images in memory
+READ_THREADS = 8
+READ_LIMIT = MemoryLimit(MAX_BYTES)  # bytes of image files in memory
 
 
 @dataclass
 class WorkerContext:
-    """What a worker holds between shards: the run, the data, the model on its device."""
+    """What a worker keeps between shards."""
 
     run: Run
-    data: Store
-    engine: CounterfactualEngine
-    judge: Judge | None
-    extractor: Extractor = field(default_factory=stand_in)
-    session: Session = field(default_factory=Session)
+    data: Store  # where the images are
+    engine: CounterfactualEngine  # with the model on its device
+    judge: Judge | None  # of the model; None: it has none
+    extractor: Extractor = field(default_factory=stand_in)  # whose features the shards store
+    session: Session = field(default_factory=Session)  # decides which markers of dead workers count
 
     @classmethod
     def open(
         cls, run_uri: str, data_uri: str, model_uri: str, device: str | None = None, session: Session | None = None
     ) -> WorkerContext:
-        """Load everything a shard needs. Raises UnusableModel, or Unfinished when the model is not the run's."""
+        """Load everything a shard needs.
+
+        Raises UnusableModel for a model that cannot be loaded, Unfinished without a run at ``run_uri``, for another
+        model than the run's, and for a model that cannot be compiled or has a damaged judge.
+        """
         run = find_run(open_store(run_uri))
         if run is None:
             raise Unfinished(f"{run_uri}: no run there")
@@ -74,31 +77,43 @@ class WorkerContext:
         return cls(run, open_store(data_uri), engine, judge, session=session or Session())
 
     def postprocessor(self) -> Postprocessor:
+        """A new postprocessor for one shard."""
         config = self.run.recipe.generate
         return Postprocessor(self.run.store, self.engine.watch, config, self.judge, self.extractor)
 
 
 @dataclass
 class Source:
-    """An image as read for a record: its square, or why there is none."""
+    """The input image of one record, or the reason why it cannot be read."""
 
-    row: Row
-    square: NDArray[np.float32] | None = None
-    lungs: NDArray[np.bool_] | None = None
-    found: Row = field(default_factory=dict)  # image_sha256, width, height; or status and error
+    row: Row  # the planned record
+    square: NDArray[np.float32] | None = None  # the image, grey [size, size] in [0, 1]; None: unreadable
+    lungs: NDArray[np.bool_] | None = None  # lung mask [size, size]
+    metadata: Row = field(default_factory=dict)  # image_sha256, width, height; or status and error
     absent: bool = False  # there is no such file, or no permission to read it
-    busy: float = 0.0  # seconds that reading it took, and of them decoding it
-    decoding: float = 0.0
+    busy: float = 0.0  # seconds of reading and decoding
+    decoding: float = 0.0  # seconds of decoding alone
 
 
 def run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
-    """Make and commit one shard; returns a small report. A shard that is committed already is left alone.
+    """Generate and commit one shard, unless it is committed already.
 
-    ``seconds`` are by stage: read and decode_images (waiting for images, which are read ahead), encode, denoise,
-    decode, metrics and write (waiting for pairs, which are measured and stored beside the work, and for the commit).
+    A failing store is tried again after a pause.
 
-    A store that fails is tried again after a pause. Raises StoreError when it goes on failing, OutOfMemory, and
-    WorkersKeepDying.
+    Args:
+        context: The worker's run, data and model.
+        shard: Number of the shard in the plan.
+
+    Returns:
+        A report: ``shard``, ``records`` and ``ok`` (their numbers; 0 for a shard that was committed already), and
+        ``seconds`` by stage: read and decode_images (waiting for images, which are read ahead), encode, denoise,
+        decode, metrics and write (waiting for the threads that score and store, and for the commit).
+
+    Raises:
+        StoreError: The store keeps failing, or the data set is gone.
+        OutOfMemory: The device has too little memory for a micro-batch.
+        WorkersKeepDying: Too many workers died on this shard.
+        PlanError: The plan is missing or is not the run's.
     """
     return patiently(lambda: _run_shard(context, shard))
 
@@ -110,95 +125,99 @@ def _run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
     if store.exists(commit):
         return {"shard": shard, "records": 0, "ok": 0, "seconds": watch.seconds}
     rows = run.shard_rows(shard)
+    # generate; record by record if a worker died on this shard before
     with Attempt(store, shard, context.session) as attempt:
         try:
-            made = (_one_by_one if attempt.isolated else _together)(context, rows, attempt)
+            processed = (_one_by_one if attempt.isolated else _in_batches)(context, rows, attempt)
         except torch.cuda.OutOfMemoryError as error:
             attempt.ran_out_of_memory()
             raise OutOfMemory(
                 f"{part(shard)}: {one_line(error, 160)}; give each actor more of a GPU, or make a new "
-                "run with a smaller --micro-batch (it changes pixels, so this run keeps its own)"
+                "run with a smaller --micro-batch (it changes pixels, so it is fixed for this run)"
             ) from error
-        finished = [one.row for one in made]
+        # commit: the records come last
+        finished = [record.row for record in processed]
         with watch("write"):
-            if any(one.features for one in made):
-                store.put(f"features/{part(shard)}.npz", _features(context.extractor.name, made))
+            if any(record.features for record in processed):
+                store.put(f"features/{part(shard)}.npz", _features(context.extractor.name, processed))
             seconds = {stage: round(value, 4) for stage, value in watch.seconds.items()}
             store.put(f"timings/{part(shard)}.json", json.dumps(seconds).encode())
             store.put_if_absent(commit, records_part(run, shard, finished))
-        attempt.settle()
+        attempt.clear()
     ok = sum(row["status"] == Status.OK.value for row in finished)
     return {"shard": shard, "records": len(finished), "ok": ok, "seconds": watch.seconds}
 
 
-def _together(context: WorkerContext, rows: list[Row], attempt: Attempt) -> list[Finished]:
-    """The usual way: micro-batch after micro-batch, while the next images are read and the last pairs are finished."""
+def _in_batches(context: WorkerContext, rows: list[Row], attempt: Attempt) -> list[ProcessedRecord]:
+    """Process the records in micro-batches, while threads read the next images and store the last results."""
     size, watch, sources = context.run.recipe.generate.micro_batch, context.engine.watch, list[Source]()
-    reading = ThreadPoolExecutor(READERS)
+    readers = ThreadPoolExecutor(READ_THREADS)
     try:
         with context.postprocessor() as postprocessor:
-            images = [reading.submit(read_source, context, row) for row in rows]
-            for start in range(0, len(images), size):  # slices of the plan: which neighbours are bad changes nothing
+            images = [readers.submit(read_source, context, row) for row in rows]
+            for start in range(0, len(images), size):  # batches of the plan: unreadable neighbours change no pixel
                 with watch("read"):
-                    some = [image.result() for image in images[start : start + size]]
-                for done in _generate(context, some):
-                    postprocessor.give(done)
-                sources += some
+                    batch = [image.result() for image in images[start : start + size]]
+                for item in _generate(context, batch):
+                    postprocessor.submit(item)
+                sources += batch
             _check_absent(context, sources)
-            _share_reading(watch, sources)
-            return postprocessor.rows()
+            _split_read_time(watch, sources)
+            return postprocessor.results()
     finally:
-        reading.shutdown(cancel_futures=True)
+        readers.shutdown(cancel_futures=True)
 
 
-def _one_by_one(context: WorkerContext, rows: list[Row], attempt: Attempt) -> list[Finished]:
-    """After a worker died on this shard: every record alone, suspects first, known killers not at all. Padding makes a
-    record's pixels the same alone as in company."""
-    limit, killers, watch = DEATHS[attempt.session.executor], attempt.killers, context.engine.watch
-    order, sources = sorted(rows, key=lambda row: -attempt.blamed[row["record_id"]]), list[Source]()
+def _one_by_one(context: WorkerContext, rows: list[Row], attempt: Attempt) -> list[ProcessedRecord]:
+    """Process each record alone, because a worker died on this shard: suspects first, poison records not at all.
+
+    Batches are padded, so a record has the same pixels alone as in a full batch."""
+    limit, poison, watch = MAX_RECORD_DEATHS[attempt.session.executor], attempt.poison_records, context.engine.watch
+    order, sources = sorted(rows, key=lambda row: -attempt.failure_counts[row["record_id"]]), list[Source]()
     with context.postprocessor() as postprocessor:
         for row in order:
-            if row["record_id"] in killers:
-                reason = f"its process died {limit} times while this record alone was in flight"
-                postprocessor.give({**row, "status": Status.KILLED_WORKER.value, "error": reason})
+            if row["record_id"] in poison:
+                reason = f"its process died {limit} times while this record was the only one in progress"
+                postprocessor.submit({**row, "status": Status.KILLED_WORKER.value, "error": reason})
                 continue
-            with attempt.flight(row["record_id"]):  # whose own fault a death while storing would not be
+            with attempt.in_progress(row["record_id"]):  # without storing: a death there is not the record's fault
                 with watch("read"):
                     sources.append(read_source(context, row))
-                done = _generate(context, sources[-1:])[0]
+                item = _generate(context, sources[-1:])[0]
                 with watch("metrics"):
-                    measured = postprocessor.measure(done) if isinstance(done, Pair) else done
+                    scored = postprocessor.score(item) if isinstance(item, Generation) else item
             with watch("write"):
-                postprocessor.give(measured).result()
+                postprocessor.submit(scored).result()
         _check_absent(context, sources)
-        _share_reading(watch, sources)
-        made = {one.row["record_id"]: one for one in postprocessor.rows()}
-    return [made[row["record_id"]] for row in rows]
+        _split_read_time(watch, sources)
+        processed = {record.row["record_id"]: record for record in postprocessor.results()}
+    return [processed[row["record_id"]] for row in rows]
 
 
 def _check_absent(context: WorkerContext, sources: Sequence[Source]) -> None:
-    """Raises StoreError, and so nothing is committed, where images are absent because the data set is, or was while the
-    others were read."""
+    """Raises StoreError, so that nothing is committed, when images are absent because the whole data set is absent, or
+    was while they were read."""
     absent = [source.row for source in sources if source.absent]
     if absent:
         check_there(context.run.about, context.data)
     for row in absent:
         if row["image_size"] >= 0 and readable(context.data, row["image_path"]):
-            raise StoreError(f"{context.data.uri}/{row['image_path']} was not there a moment ago, and is again")
+            raise StoreError(f"{context.data.uri}/{row['image_path']} was missing for a moment and is readable again")
 
 
-def _share_reading(watch: Stopwatch, sources: Sequence[Source]) -> None:
-    """Of the time spent waiting for images, decoding has its share of the threads' time (stage ``decode_images``)."""
+def _split_read_time(watch: Stopwatch, sources: Sequence[Source]) -> None:
+    """Divide the waiting time for images between ``read`` and ``decode_images``, in proportion to the threads' time."""
     busy, decoding = sum(source.busy for source in sources), sum(source.decoding for source in sources)
     share = watch.seconds.get("read", 0.0) * decoding / max(busy, 1e-9)
     watch.seconds |= {"read": watch.seconds.get("read", 0.0) - share, "decode_images": share}
 
 
 def read_source(context: WorkerContext, row: Row) -> Source:
-    """Fetch and decode one image; whatever is wrong with it becomes a status and a reason."""
+    """Read and decode one image; anything wrong with it becomes a status and a reason."""
     config, size = context.run.recipe.generate, context.engine.size
     source, began = Source(row), time.perf_counter()
     try:
+        # check what can be checked without reading
         if not context.engine.fits(row["prompt"]):
             raise BadImage(
                 f"prompt has more than {context.engine.bundle.tokenizer.model_max_length} tokens",
@@ -207,39 +226,41 @@ def read_source(context: WorkerContext, row: Row) -> Source:
         planned = row["image_size"]
         if planned > MAX_BYTES:
             raise BadImage(f"the file has {planned:,} bytes; at most {MAX_BYTES:,} are read")
-        # What was not listed is absent, or no plain file; waiting for a pipe would never end.
+        # an unlisted path is absent or not a regular file; reading a pipe would wait for ever
         if planned < 0 and not context.data.exists(row["image_path"]):
             raise FileNotFoundError
-        with READING(max(planned, 0)):
+        # read and decode
+        with READ_LIMIT(max(planned, 0)):
             data = context.data.read(row["image_path"])
             if len(data) != planned and planned >= 0:
-                raise BadImage(f"source changed since planning: {planned} bytes then, {len(data)} now", Status.ERROR)
+                raise BadImage(f"image changed since planning: {planned} bytes then, {len(data)} now", Status.ERROR)
             fetched = time.perf_counter()
             source.square, (height, width) = decode_square(data, size, config.min_side, context.run.recipe.data.bits)
             source.decoding = time.perf_counter() - fetched
-            source.found = {"image_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
+            source.metadata = {"image_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
         if row["lung_mask_path"]:
             source.lungs = read_mask(context.data, row["lung_mask_path"], size)
     except BadImage as error:
-        source.found |= {"status": error.status.value, "error": str(error)}
+        source.metadata |= {"status": error.status.value, "error": str(error)}
         source.square = None
     except (FileNotFoundError, NotADirectoryError):
-        source.found, source.absent = {"status": Status.MISSING.value, "error": "no such file"}, True
+        source.metadata, source.absent = {"status": Status.MISSING.value, "error": "no such file"}, True
     except (OSError, ValueError) as error:
         source.absent = isinstance(error, PermissionError)
-        source.found = {"status": Status.ERROR.value, "error": one_line(f"{type(error).__name__}: {error}")}
+        source.metadata = {"status": Status.ERROR.value, "error": one_line(f"{type(error).__name__}: {error}")}
     source.busy = time.perf_counter() - began
     return source
 
 
-def _generate(context: WorkerContext, sources: Sequence[Source]) -> list[Pair | Row]:
-    """One fixed-shape call of the engine: a pair of each image, or the row of a record that has none. Slots of
-    unreadable images are blank; a padded tail is the engine's affair."""
+def _generate(context: WorkerContext, sources: Sequence[Source]) -> list[Generation | Row]:
+    """Run the engine on one batch; the result of each image, or the row of a record that has none.
+
+    Unreadable images are replaced by zeros to keep the batch shape; the engine pads the last batch."""
     if not any(source.square is not None for source in sources):
-        return [{**source.row, **source.found} for source in sources]
+        return [{**source.row, **source.metadata} for source in sources]
     blank = np.zeros((context.engine.size, context.engine.size), np.float32)
-    with context.engine.watch("denoise"):  # but for what the engine itself counts as encoding and decoding
-        counterfactuals = context.engine(
+    with context.engine.watch("denoise"):  # the engine takes its encode and decode times out of it
+        batch = context.engine(
             [blank if source.square is None else source.square for source in sources],
             [
                 SamplingSettings(
@@ -255,41 +276,39 @@ def _generate(context: WorkerContext, sources: Sequence[Source]) -> list[Pair | 
             [source.row["seed"] for source in sources],
             [source.lungs for source in sources],
         )
-    done: list[Pair | Row] = []
-    for source, counterfactual, reconstruction, shown in zip(
-        sources,
-        counterfactuals.counterfactuals,
-        counterfactuals.reconstructions,
-        counterfactuals.source_prompts,
-        strict=True,
+    items: list[Generation | Row] = []
+    for source, counterfactual, reconstruction, source_prompt in zip(
+        sources, batch.counterfactuals, batch.reconstructions, batch.source_prompts, strict=True
     ):
-        row = {**source.row, **source.found}
+        row = {**source.row, **source.metadata}
         if source.square is None:
-            done.append(row)
+            items.append(row)
             continue
-        row["source_prompt"] = shown
+        row["source_prompt"] = source_prompt
         if np.isfinite(counterfactual).all() and np.isfinite(reconstruction).all():
-            done.append(Pair(row, source.square, source.lungs, quantise(counterfactual), quantise(reconstruction)))
+            items.append(
+                Generation(row, source.square, source.lungs, quantise(counterfactual), quantise(reconstruction))
+            )
         else:
-            reason = "the networks gave NaN or infinity for this image"
-            done.append({**row, "status": Status.NON_FINITE.value, "error": reason})
-    return done
+            reason = "the networks returned NaN or infinity for this image"
+            items.append({**row, "status": Status.NON_FINITE.value, "error": reason})
+    return items
 
 
-def _features(name: str, made: Sequence[Finished]) -> bytes:
-    """float32 features by extractor, with the ids of their rows."""
-    found = [(one.row["record_id"], *one.features) for one in made if one.features is not None]
-    ids, sources, counterfactuals = zip(*found, strict=True)
+def _features(name: str, records: Sequence[ProcessedRecord]) -> bytes:
+    """NPZ with the record ids and float32 features of extractor ``name``."""
+    kept = [(record.row["record_id"], *record.features) for record in records if record.features is not None]
+    ids, sources, counterfactuals = zip(*kept, strict=True)
     arrays = {f"{name}/source": np.stack(sources), f"{name}/counterfactual": np.stack(counterfactuals)}
     return npz({"ids": np.array(ids), **arrays})
 
 
 def records_part(run: Run, shard: int, rows: list[Row]) -> bytes:
-    """The commit of a shard, serialised in memory so that no half of it can ever be seen."""
+    """A shard's Parquet part, serialised in memory so that it is written as a whole."""
     extra = {"model_digest": run.keys["model_digest"], "attribution_kind": run.recipe.generate.map_name}
     full = [{**extra, **row} for row in rows]
     table = pa.Table.from_pylist([{name: row.get(name) for name in RECORDS.names} for row in full], schema=RECORDS)
-    about = {"fingerprint": run.fingerprint, "shard": str(shard), "diffva_ray": __version__}
+    metadata = {"fingerprint": run.fingerprint, "shard": str(shard), "diffva_ray": __version__}
     sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(about), sink, compression="zstd")
+    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
     return sink.getvalue()

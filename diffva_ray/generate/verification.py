@@ -1,4 +1,4 @@
-"""Every promise a finished run makes, checked against its files."""
+"""Checks the files of a run: parts, fingerprints, images, features, retries and the manifest."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Problem:
-    """One broken promise: the shard it belongs to and what is wrong, in one line. ``overlay`` counts retries from 1; 0
-    is the run itself. A ``shard`` of -1 is none: a table, say, which reduce writes again."""
+    """One thing that is wrong with a run."""
 
-    shard: int
-    what: str
-    overlay: int = 0
+    shard: int  # number of the shard; -1: no shard, but for instance a table, which reduce writes again
+    what: str  # the problem, in one line
+    overlay: int = 0  # number of the retry run, counted from 1; 0: the run itself
 
 
 STATUSES = {status.value for status in Status}
 
 
 def verify_shard(run: Run, shard: int, planned: Sequence[str], features: set[str] | None = None) -> list[Problem]:
-    """What is wrong with one shard: its part, its ids (``planned``), its fingerprint, its images' pixels. With a
-    listing of ``features`` nothing but the part is opened: features and images have to be there."""
+    """Check one shard: its part, its record ids (``planned``), its fingerprint, its features and its images' pixels.
+
+    ``features``: the listed feature files; if given, only the part is opened, and images and features must exist."""
+    # the part and its schema
     name = f"records/{part(shard)}.parquet"
     try:
         table = pq.read_table(io.BytesIO(run.store.read(name)))
@@ -51,9 +52,10 @@ def verify_shard(run: Run, shard: int, planned: Sequence[str], features: set[str
     problems = []
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     if metadata.get("fingerprint") != run.fingerprint:
-        problems.append(Problem(shard, f"{name} carries fingerprint {metadata.get('fingerprint')}, not the run's"))
+        problems.append(Problem(shard, f"{name} has fingerprint {metadata.get('fingerprint')}, not the run's"))
     if not table.schema.equals(RECORDS, check_metadata=False):
         return [*problems, Problem(shard, f"{name} has other columns than schema version {SCHEMA_VERSION}")]
+    # the records
     ids = table["record_id"].to_pylist()
     if ids != list(planned):
         problems.append(Problem(shard, f"{name} does not hold the planned records, each once and in order"))
@@ -61,10 +63,11 @@ def verify_shard(run: Run, shard: int, planned: Sequence[str], features: set[str
     for record, status, reason in zip(ids, statuses, errors, strict=True):
         if status not in STATUSES or bool(reason) == (status == Status.OK.value):
             problems.append(Problem(shard, f"{name}: {record} has status {status}, {reason}"))
+    # images and features
     ok = table.filter(pc.equal(table["status"], Status.OK.value))
-    problems += _pixel_problems(run, shard, ok) if features is None else _absent(run, shard, ok)
-    wrong = _features_problem(run, shard, ok["record_id"].to_pylist(), features)
-    return [*problems, *([Problem(shard, wrong)] if wrong else [])]
+    problems += _pixel_problems(run, shard, ok) if features is None else _missing_images(run, shard, ok)
+    what = _features_problem(run, shard, ok["record_id"].to_pylist(), features)
+    return [*problems, *([Problem(shard, what)] if what else [])]
 
 
 IMAGES = (("counterfactual_path", "counterfactual_sha256"), ("attribution_path", "attribution_sha256"),
@@ -75,14 +78,14 @@ def _pixel_problems(run: Run, shard: int, ok: pa.Table) -> list[Problem]:
     problems = []
     for row in ok.select([name for pair in IMAGES for name in pair]).to_pylist():
         for path, digest in IMAGES:
-            wrong = _image_problem(run, row[path], row[digest], signed=path == "attribution_path")
-            if wrong:
-                problems.append(Problem(shard, f"{row[path]} {wrong}"))
+            what = _image_problem(run, row[path], row[digest], signed=path == "attribution_path")
+            if what:
+                problems.append(Problem(shard, f"{row[path]} {what}"))
     return problems
 
 
-def _absent(run: Run, shard: int, ok: pa.Table) -> list[Problem]:
-    """Images that are not there, or empty, by a listing of the shard's folders."""
+def _missing_images(run: Run, shard: int, ok: pa.Table) -> list[Problem]:
+    """Images that are missing or empty in a listing of the shard's folders."""
     listed = [run.store.list(f"{kind}/{part(shard)}") for kind in FOLDERS] if len(ok) else []
     present = {path for entries in listed for path, size in entries if size > 0}
     named = [path for row in zip(*(ok[column].to_pylist() for column, _ in IMAGES)) for path in row]
@@ -100,9 +103,11 @@ def _features_problem(run: Run, shard: int, ids: list[str], listed: set[str] | N
         shapes = {stored[name].shape[0] for name in stored.files}
     except FileNotFoundError:
         return f"{path} is missing"
-    except Exception as error:  # zip, npy header, pickle refused: numpy raises what it meets
+    except Exception as error:  # numpy raises many types: zip, npy header, refused pickle
         return f"{path} cannot be read ({type(error).__name__})"
-    return None if list(stored["ids"]) == ids and shapes == {len(ids)} else f"{path} is not of the records that are ok"
+    return (
+        None if list(stored["ids"]) == ids and shapes == {len(ids)} else f"{path} does not hold the records that are ok"
+    )
 
 
 def _image_problem(run: Run, path: str, expected: str, signed: bool) -> str | None:
@@ -116,22 +121,35 @@ def _image_problem(run: Run, path: str, expected: str, signed: bool) -> str | No
         return f"cannot be read ({error})"
     if pixels.shape != (size, size):
         return f"is {' x '.join(map(str, pixels.shape))}, not {size} x {size}"
-    return None if pixel_digest(pixels) == expected else "has other pixels than its record says"
+    return None if pixel_digest(pixels) == expected else "has other pixels than its record names"
 
 
 def verify(run: Run, pixels: bool = True) -> list[Problem]:
-    """All problems of a run and of its retries, by shard; an empty list is a complete and sound run. Without ``pixels``
-    images are looked up by name and not opened."""
-    known = run.plan(["record_id", "shard"])
-    problems = _verify_parts(run, known, pixels)
-    ids = known["record_id"]
+    """Check all files of a run and of its retries.
+
+    Args:
+        run: The run, finished or not.
+        pixels: Whether to open images and features and check the manifest; False: only check that they exist.
+
+    Returns:
+        The problems by shard; an empty list for a complete and intact run.
+
+    Raises:
+        PlanError: The plan is missing, or is not the one that ``run.json`` names.
+        StoreError: The store fails.
+    """
+    plan = run.plan(["record_id", "shard"])
+    problems = _verify_parts(run, plan, pixels)
+    ids = plan["record_id"]
     if pc.count_distinct(ids).as_py() < len(ids):
         twice = (row["values"] for row in pc.value_counts(ids).to_pylist() if row["counts"] > 1)
         problems += [Problem(-1, f"record {name} is planned twice") for name in twice]
-    for number, overlay in enumerate(overlays(run), start=1):
-        retried = overlay.plan(["record_id", "shard"])
-        found = _verify_parts(overlay, retried, pixels)
-        problems += [replace(one, what=f"overlays/r{number}: {one.what}", overlay=number) for one in found]
+    for number, retry in enumerate(overlays(run), start=1):
+        retried = retry.plan(["record_id", "shard"])
+        problems += [
+            replace(problem, what=f"overlays/r{number}: {problem.what}", overlay=number)
+            for problem in _verify_parts(retry, retried, pixels)
+        ]
         if not pc.all(pc.is_in(retried["record_id"], value_set=ids)).as_py():
             problems.append(Problem(-1, f"overlays/r{number} holds records that the run has not planned", number))
     return problems + (_manifest_problems(run) if pixels else [])
@@ -139,7 +157,7 @@ def verify(run: Run, pixels: bool = True) -> list[Problem]:
 
 def _verify_parts(run: Run, plan: pa.Table, pixels: bool) -> list[Problem]:
     listed = None if pixels else {path for path, size in run.store.list("features") if size > 0}
-    starts = np.searchsorted(plan["shard"], np.arange(run.shards + 1))  # a plan is in the order of its shards
+    starts = np.searchsorted(plan["shard"], np.arange(run.shards + 1))  # the plan is sorted by shard
 
     def verified(shard: int) -> list[Problem]:
         planned = plan["record_id"].slice(starts[shard], starts[shard + 1] - starts[shard]).to_pylist()
@@ -147,14 +165,14 @@ def _verify_parts(run: Run, plan: pa.Table, pixels: bool) -> list[Problem]:
 
     problems = list[Problem]()
     with ThreadPoolExecutor(8) as pool:
-        for found in pool.map(verified, range(run.shards)):
-            problems += found
+        for of_shard in pool.map(verified, range(run.shards)):
+            problems += of_shard
     unplanned = [shard for shard in sorted(run.done()) if shard >= run.shards]
     return problems + [Problem(shard, f"records/{part(shard)}.parquet is not planned") for shard in unplanned]
 
 
 def _manifest_problems(run: Run) -> list[Problem]:
-    """A finished run against its manifest: every file with its size, and its hash where no record vouches for it."""
+    """Compare a finished run with its manifest: the size of every listed file, and its hash where one is listed."""
     if not run.store.exists(SUCCESS):
         return []
     try:
@@ -164,19 +182,20 @@ def _manifest_problems(run: Run) -> list[Problem]:
     except (ValueError, KeyError) as error:
         return [Problem(-1, f"{MANIFEST} cannot be read ({error})")]
     sizes, problems = dict(run.store.list()), []
-    for path, about in files.items():
+    for path, entry in files.items():
         if path not in sizes:
             problems.append(Problem(-1, f"{path} is missing"))
-        elif sizes[path] != about["bytes"]:
-            problems.append(Problem(-1, f"{path} has {sizes[path]} bytes, {about['bytes']} in {MANIFEST}"))
-        elif "sha256" in about and hashlib.sha256(run.store.read(path)).hexdigest() != about["sha256"]:
-            problems.append(Problem(-1, f"{path} has another content than {MANIFEST} says"))
+        elif sizes[path] != entry["bytes"]:
+            problems.append(Problem(-1, f"{path} has {sizes[path]} bytes, {entry['bytes']} in {MANIFEST}"))
+        elif "sha256" in entry and hashlib.sha256(run.store.read(path)).hexdigest() != entry["sha256"]:
+            problems.append(Problem(-1, f"{path} has other content than {MANIFEST} lists"))
     return problems
 
 
 def requeue(run: Run, problems: list[Problem]) -> int:
-    """Withdraw the commits of damaged shards, so that the next ``diffva generate`` (or ``diffva retry``) makes them
-    again, and the run's ``_SUCCESS``, so that ``diffva reduce`` writes its tables again. Number of shards."""
+    """Delete the commits of damaged shards and the run's ``_SUCCESS``; returns the number of these shards.
+
+    The next ``diffva generate`` (or ``diffva retry``) generates them again, and ``diffva reduce`` writes new tables."""
     run.store.delete(SUCCESS)
     retries = overlays(run)
     damaged = sorted({(problem.overlay, problem.shard) for problem in problems if problem.shard >= 0})

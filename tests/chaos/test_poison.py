@@ -13,7 +13,7 @@ from faults import Faults, FaultyStore, Stopped
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.generate import shard as shards
-from diffva_ray.generate.attempts import MOST_DEATHS, RAY, Attempt, OutOfMemory, Session, WorkersKeepDying
+from diffva_ray.generate.attempts import MAX_SHARD_DEATHS, RAY, Attempt, OutOfMemory, Session, WorkersKeepDying
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run, find_run
 from diffva_ray.generate.verification import verify
@@ -114,18 +114,18 @@ def test_only_a_living_driver_blames_and_only_on_living_nodes(tmp_path: Path) ->
     assert not Attempt(store, 0, mine).isolated  # of a driver that is gone, and of a plain loop
     leave(store, Session(RAY, "mine", "there"), "image")
     leave(store, Session(RAY, "mine", "here"), "image")
-    assert Attempt(store, 0, mine).killers == {"image"}
+    assert Attempt(store, 0, mine).poison_records == {"image"}
     alive.remove("there")  # preempted: blames nobody
     assert Attempt(store, 0, mine).isolated
-    assert Attempt(store, 0, mine).killers == set()
-    with Attempt(store, 0, mine) as attempt, attempt.flight("image"):
+    assert Attempt(store, 0, mine).poison_records == set()
+    with Attempt(store, 0, mine) as attempt, attempt.in_progress("image"):
         pass
-    assert not Attempt(store, 0, mine).blamed
+    assert not Attempt(store, 0, mine).failure_counts
 
 
 def test_a_shard_that_nobody_survives_ends_the_run_in_words(tmp_path: Path) -> None:
     store, session = LocalStore(str(tmp_path)), Session(RAY, "mine", "here")
-    for number in range(MOST_DEATHS):
+    for number in range(MAX_SHARD_DEATHS):
         leave(store, session, f"image-{number}")
     with pytest.raises(WorkersKeepDying, match="points to the machine"), Attempt(store, 0, session):
         pass
