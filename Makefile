@@ -42,11 +42,11 @@ wheel: setup  # as a stranger gets it: built, installed with its dependencies in
 	cd build/clean && bin/diffva demo --quick
 
 bench: demo  # about an hour on two quiet cores; attribution.py, induction.py and real_pack.py train for longer
-	$(BIN)/python benchmarks/demo.py
-	$(BIN)/python benchmarks/corrections.py
-	$(BIN)/python benchmarks/samplers.py
-	$(BIN)/python benchmarks/shortcuts.py
-	$(BIN)/python benchmarks/unseen.py
+	$(BIN)/python experiments/demo.py
+	$(BIN)/python experiments/corrections.py
+	$(BIN)/python experiments/samplers.py
+	$(BIN)/python experiments/shortcuts.py
+	$(BIN)/python experiments/unseen.py
 	$(BIN)/python benchmarks/engine.py --model runs/demo/model --batches 1,8 --cores 1 --out benchmarks/results/engine_cpu.json
 	$(BIN)/python benchmarks/data_plane.py --model runs/demo/model --data runs/demo/data/test --records 384 --shard-size 64 --out benchmarks/results/data_plane.json
 	$(BIN)/python benchmarks/scale.py --out benchmarks/results/scale.json

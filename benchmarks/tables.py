@@ -1,7 +1,9 @@
-"""Writes the tables of README and docs from the result files, between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+"""Write the tables of README and docs from the result files, between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 
-python benchmarks/tables.py            # after a benchmark
-python benchmarks/tables.py --check    # exit 1 and the localization where a page says something else (a test does this)
+    python benchmarks/tables.py            # after a benchmark or an experiment
+    python benchmarks/tables.py --check    # exit 1 and a diff if a page differs from the results (a test runs this)
+
+Result files are ``benchmarks/results/*.json`` (speed and cost) and ``experiments/results/*.json`` (quality).
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ Cells = Sequence[Sequence[str]]
 
 
 def result(name: str) -> dict[str, Any]:
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    """Read the result file ``name`` from either folder of results."""
+    files = [ROOT / folder / "results" / f"{name}.json" for folder in ("benchmarks", "experiments")]
+    return json.loads(next(file for file in files if file.exists()).read_text())
 
 
 def number(value: float | None, digits: int = 3) -> str:

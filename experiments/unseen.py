@@ -1,6 +1,6 @@
 """Lesions that training has never shown, and faint ones: what the maps of one model find by class and by contrast.
 
-    make demo && python benchmarks/unseen.py [--model runs/demo/model] [--images 48]
+    make demo && python experiments/unseen.py [--model runs/demo/model] [--images 48]
 
 Phantoms of a seed of their own, ``--images`` of each class, the recipe's method. A pneumothorax takes brightness away,
 so the positive part of a map cannot find it, and its negative part should; a mass is a ball of another shape than any
@@ -52,7 +52,7 @@ def maps_of(engine: CounterfactualEngine, images: list[Phantom]) -> tuple[list[I
         made = engine(
             [image.image for image in some], [engine.settings()] * len(some), list(range(start, start + len(some)))
         )
-        sources += made.sources
+        sources += made.source_prompts
         maps += [
             attribution(image.image, rebuilt, counterfactual, engine.config)
             for image, rebuilt, counterfactual in zip(some, made.reconstructions, made.counterfactuals, strict=True)
@@ -70,7 +70,7 @@ def aurocs(image: Phantom, signed: Image, smoothing: float) -> dict[str, float]:
 @click.command()
 @click.option("--model", default="runs/demo/model", show_default=True)
 @click.option("--images", "count", default=48, show_default=True, help="Of each class.")
-@click.option("--result", default="benchmarks/results/unseen.json", type=click.Path(path_type=Path))
+@click.option("--result", default="experiments/results/unseen.json", type=click.Path(path_type=Path))
 def main(model: str, count: int, result: Path) -> None:
     set_up_logging()
     bundle = load(model)
@@ -97,7 +97,7 @@ def main(model: str, count: int, result: Path) -> None:
     contrasts.sort()
     thirds = np.array_split(np.array(contrasts), 3)
     about = {
-        "command": f"python benchmarks/unseen.py --model MODEL --images {count}",
+        "command": f"python experiments/unseen.py --model MODEL --images {count}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {key: version(key) for key in ("torch", "diffusers")},
         "code_revision": code_revision(),

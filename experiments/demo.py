@@ -1,4 +1,4 @@
-"""python benchmarks/demo.py --demo runs/demo: the numbers of README's first table, from a demo that is there.
+"""python experiments/demo.py --demo runs/demo: the numbers of README's first table, from a demo that is there.
 
 They are read from the runs' own tables/metrics.json; nothing is computed here.
 """
@@ -37,7 +37,7 @@ def row_of(metrics: dict[str, Any], name: str, place: str, judged: bool) -> dict
 
 @click.command()
 @click.option("--demo", default="runs/demo", show_default=True)
-@click.option("--result", default="benchmarks/results/demo.json", type=click.Path(path_type=Path))
+@click.option("--result", default="experiments/results/demo.json", type=click.Path(path_type=Path))
 def main(demo: str, result: Path) -> None:
     run = open_run(f"{demo}/run")
     ours, paper = reduced_metrics(run), reduced_metrics(open_run(f"{demo}/paper"))
@@ -47,7 +47,7 @@ def main(demo: str, result: Path) -> None:
     rows.append(row_of(paper, "the paper's settings (PNDM aligned), same model", "positive", True))
     rows += [row_of(ours, f"baseline: {name.replace('_', ' ')}", name, False) for name in BASELINES]
     about = {
-        "command": "make demo && python benchmarks/demo.py",
+        "command": "make demo && python experiments/demo.py",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {key: version(key) for key in ("torch", "diffusers")},
         "code_revision": run.about["code_revision"],

@@ -1,6 +1,6 @@
 """Real images against radiologists' boxes: patient-level cross-validation of the small architecture.
 
-    python benchmarks/real_pack.py --pack ../shared/data --base runs/demo/model --out runs/real-cv [--implants 1600]
+    python experiments/real_pack.py --pack ../shared/data --base runs/demo/model --out runs/real-cv [--implants 1600]
 
 Lung_Opacity against Normal of one source (NIH), because class is confounded with source in the pack. Boxed images are
 cut into three folds by patient; for each test fold, settings are chosen on the next fold (validation) and the model is
@@ -195,7 +195,7 @@ def recipe_of(base: str, autoencoder_steps: int, steps: int, seed: int) -> Recip
 @click.option("--steps", default=1500, show_default=True, help="Of UNet and text encoder.")
 @click.option("--threads", default=1, show_default=True)
 @click.option(
-    "--result", default="benchmarks/results/real_pack.json", show_default=True, type=click.Path(path_type=Path)
+    "--result", default="experiments/results/real_pack.json", show_default=True, type=click.Path(path_type=Path)
 )
 def main(
     pack: Path, base: str, out: str, implants: int, autoencoder_steps: int, steps: int, threads: int, result: Path
@@ -230,7 +230,7 @@ def main(
         chosen.append(kept)
     table = summary(pd.concat(rows))
     about = {
-        "command": f"python benchmarks/real_pack.py --pack PACK --base MODEL --implants {implants} "
+        "command": f"python experiments/real_pack.py --pack PACK --base MODEL --implants {implants} "
         f"--autoencoder-steps {autoencoder_steps} --steps {steps}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "base_digest": load(base).digest,

@@ -1,6 +1,6 @@
 """What each correction of the paper's recipe is worth, on the demo's model and images.
 
-    make demo && python benchmarks/corrections.py
+    make demo && python experiments/corrections.py
 
 Every row changes one thing from the row above it. Thresholds are fixed on the validation images, scores are of the test
 images, inside the lungs, with the positive part of each row's map; trivial baselines stand below.
@@ -57,7 +57,7 @@ def of(metrics: dict, table: str, **match: object) -> dict:
 
 @click.command()
 @click.option("--demo", default="runs/demo", show_default=True, help="A finished `diffva demo`.")
-@click.option("--result", default="benchmarks/results/corrections.json", type=click.Path(path_type=Path))
+@click.option("--result", default="experiments/results/corrections.json", type=click.Path(path_type=Path))
 def main(demo: str, result: Path) -> None:
     set_up_logging()
     card = read_card(open_store(f"{demo}/model"))
@@ -96,7 +96,7 @@ def main(demo: str, result: Path) -> None:
         place = of(metrics, "localization", map=name, label="all")
         table.append({"recipe": f"baseline: {name}", **{key: place[key] for key in ("auroc", "auprc", "dice_fixed")}})
     about = {
-        "command": f"python benchmarks/corrections.py --demo {demo}",
+        "command": f"python experiments/corrections.py --demo {demo}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {name: version(name) for name in ("torch", "diffusers", "ray")},
         "code_revision": code_revision(),

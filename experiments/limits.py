@@ -1,6 +1,6 @@
 """What limits the maps of one model: each row takes one limit away, or turns one screw, and leaves the rest.
 
-    make demo && python benchmarks/limits.py [--model runs/demo/model] [--images 96] [--told-steps 3000]
+    make demo && python experiments/limits.py [--model runs/demo/model] [--images 96] [--told-steps 3000]
 
 On abnormal phantoms of a seed of their own, with the recipe's method. *True class as source*: the image is encoded
 under its own label's prompt instead of the model's guess. *Autoencoder alone*: the map D(E(image)) - D(E(ground-truth
@@ -67,7 +67,9 @@ def generated(
         for start in range(0, len(members), config.micro_batch):
             some = members[start : start + config.micro_batch]
             made = engine([images[n].image for n in some], [engine.settings()] * len(some), some)
-            for n, rebuilt, ground_truth, source in zip(some, made.reconstructions, made.counterfactuals, made.sources):
+            for n, rebuilt, ground_truth, source in zip(
+                some, made.reconstructions, made.counterfactuals, made.source_prompts
+            ):
                 pairs[n], sources[n] = (rebuilt, ground_truth), source
     return [pairs[n] for n in range(len(images))], [sources[n] for n in range(len(images))]
 
@@ -149,7 +151,7 @@ def row_of(name: str, images: list[Phantom], pairs: list[Pair], config: Generate
 @click.option("--model", default="runs/demo/model", show_default=True)
 @click.option("--images", "count", default=96, show_default=True, help="Abnormal phantoms.")
 @click.option("--told-steps", default=0, show_default=True, help="Of the supervised yardstick; 3000 take 20 minutes.")
-@click.option("--result", default="benchmarks/results/limits.json", type=click.Path(path_type=Path))
+@click.option("--result", default="experiments/results/limits.json", type=click.Path(path_type=Path))
 def main(model: str, count: int, told_steps: int, result: Path) -> None:
     set_up_logging()
     bundle = load(model)
@@ -176,7 +178,7 @@ def main(model: str, count: int, told_steps: int, result: Path) -> None:
             )
         )
     about = {
-        "command": f"python benchmarks/limits.py --model MODEL --images {count} --told-steps {told_steps}",
+        "command": f"python experiments/limits.py --model MODEL --images {count} --told-steps {told_steps}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {key: version(key) for key in ("torch", "diffusers")},
         "code_revision": code_revision(),

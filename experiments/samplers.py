@@ -1,7 +1,7 @@
 """Quality against cost of every sampler: how far a counterfactual is from the converged one, and how well its map finds
 the lesion, over the UNet forwards that it took.
 
-    make demo && python benchmarks/samplers.py [--model runs/demo/model] [--images 48]
+    make demo && python experiments/samplers.py [--model runs/demo/model] [--images 48]
 
 Method sdedit, from the same noise at the same noise level, on abnormal phantoms of a seed of their own. Timesteps are
 spaced differently by different samplers, so the strength of every row is chosen so that it begins at one of START. The
@@ -143,7 +143,7 @@ def picture(rows: list[dict[str, Any]], images: int) -> bytes:
 @click.command()
 @click.option("--model", default="runs/demo/model", show_default=True)
 @click.option("--images", "count", default=48, show_default=True, help="Abnormal phantoms.")
-@click.option("--result", default="benchmarks/results/samplers.json", type=click.Path(path_type=Path))
+@click.option("--result", default="experiments/results/samplers.json", type=click.Path(path_type=Path))
 @click.option("--picture", "target", default="docs/images/samplers.png", type=click.Path(path_type=Path))
 def main(model: str, count: int, result: Path, target: Path) -> None:
     set_up_logging()
@@ -158,7 +158,7 @@ def main(model: str, count: int, result: Path, target: Path) -> None:
             rows.append(row_of(generate, images, scheduler, steps, converged))
             LOG.info("%s", rows[-1])
     about = {
-        "command": f"python benchmarks/samplers.py --images {count}",
+        "command": f"python experiments/samplers.py --images {count}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {key: version(key) for key in ("torch", "diffusers")},
         "code_revision": code_revision(),

@@ -1,6 +1,6 @@
 """The leaderboard: every method and every map on the same phantoms of unseen seeds, over several training seeds.
 
-    python benchmarks/attribution.py [--work runs/attribution] [--seeds 0,1,2] [--images 300] [--recipe phantom]
+    python experiments/attribution.py [--work runs/attribution] [--seeds 0,1,2] [--images 300] [--recipe phantom]
 
 A training seed is a model of its own: recipe, classifier of noisy latents, ControlNet, both GANs and judge, trained on
 4000 phantoms of a seed of its own. Thresholds come from validation images, scores from test images that nothing has
@@ -288,7 +288,7 @@ def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str,
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of the recipe; repeatable.")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--only", multiple=True, metavar="ROW", help="Rows that contain this text; the others are left out.")
-@click.option("--result", default="benchmarks/results/attribution.json", type=click.Path(path_type=Path))
+@click.option("--result", default="experiments/results/attribution.json", type=click.Path(path_type=Path))
 @click.option("--picture", "target", default="docs/images/methods.png", type=click.Path(path_type=Path))
 def main(
     work: Path, seeds: str, count: int, recipe_name: str, overrides: tuple[str, ...], threads: int,
@@ -302,7 +302,7 @@ def main(
     table = pd.DataFrame(rows)
     grouped = table.drop(columns="seed").groupby("method", sort=False)
     about = {
-        "command": f"python benchmarks/attribution.py --seeds {seeds} --images {count} --recipe {recipe_name}"
+        "command": f"python experiments/attribution.py --seeds {seeds} --images {count} --recipe {recipe_name}"
         + "".join(f" --set {text}" for text in overrides),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {name: version(name) for name in ("torch", "diffusers", "captum")},

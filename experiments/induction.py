@@ -1,6 +1,6 @@
 """Disease by text, in three conditions that must not be mixed up, on healthy phantoms of an unseen seed.
 
-    python benchmarks/induction.py [--work runs/induction] [--steps 2000] [--images 40]
+    python experiments/induction.py [--work runs/induction] [--steps 2000] [--images 40]
 
 - *labels*: training is told the class alone, as in the paper. Side and grade in a prompt are words it has never met.
 - *held-out*: captions with grade and side, but without the combinations HELD_OUT: compositional zero-shot.
@@ -221,7 +221,7 @@ def made(work: Path, images: int) -> tuple[Path, str]:
 @click.option("--autoencoder-steps", default=550, show_default=True)
 @click.option("--images", default=40, show_default=True, help="Healthy test images.")
 @click.option("--threads", default=1, show_default=True)
-@click.option("--result", default="benchmarks/results/induction.json", type=click.Path(path_type=Path))
+@click.option("--result", default="experiments/results/induction.json", type=click.Path(path_type=Path))
 @click.option("--pictures", default="docs/images", type=click.Path(path_type=Path))
 def main(
     work: Path, steps: int, autoencoder_steps: int, images: int, threads: int, result: Path, pictures: Path
@@ -242,7 +242,7 @@ def main(
         runs[name] = open_run(out)
         table[name] = scores(runs[name])
     about = {
-        "command": f"python benchmarks/induction.py --steps {steps} --images {images}",
+        "command": f"python experiments/induction.py --steps {steps} --images {images}",
         "autoencoder_steps": autoencoder_steps,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {key: version(key) for key in ("torch", "diffusers", "transformers")},

@@ -1,6 +1,6 @@
 """What training-free shortcuts save and what they cost: CPU seconds, distance of the maps, how well they localise.
 
-    make demo && python benchmarks/shortcuts.py [--model runs/demo/model] [--images 96]
+    make demo && python experiments/shortcuts.py [--model runs/demo/model] [--images 96]
 
 The recipe's own method on abnormal phantoms of a seed of their own. Every shortcut is taken alone. Distance is the mean
 |map - map without shortcuts| over the mean |map|; AUROC of the positive part inside the lungs; seconds are CPU seconds
@@ -75,7 +75,7 @@ def generate(engine: CounterfactualEngine, images: list[Phantom]) -> tuple[list[
 @click.option("--model", default="runs/demo/model", show_default=True)
 @click.option("--images", "count", default=96, show_default=True, help="Abnormal phantoms.")
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--result", default="benchmarks/results/shortcuts.json", type=click.Path(path_type=Path))
+@click.option("--result", default="experiments/results/shortcuts.json", type=click.Path(path_type=Path))
 def main(model: str, count: int, rounds: int, result: Path) -> None:
     set_up_logging()
     bundle = load(model)
@@ -121,7 +121,7 @@ def main(model: str, count: int, rounds: int, result: Path) -> None:
         )
         LOG.info("%s", rows[-1])
     about = {
-        "command": f"python benchmarks/shortcuts.py --model {model} --images {count} --rounds {rounds}",
+        "command": f"python experiments/shortcuts.py --model {model} --images {count} --rounds {rounds}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "load_average": [round(value, 1) for value in os.getloadavg()],
         "versions": {key: version(key) for key in ("torch", "diffusers")},

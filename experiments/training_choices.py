@@ -1,6 +1,6 @@
 """What each choice of the fine-tune is worth, on phantoms: every row trains the denoiser anew, from one autoencoder.
 
-    make demo && python benchmarks/training_choices.py [--steps 1000] [--only mixed ...]
+    make demo && python experiments/training_choices.py [--steps 1000] [--only mixed ...]
 
 All rows have the same number of steps, the same batch of images and the same autoencoder; what a class set costs
 besides (DreamBooth doubles the batch) is in the last column. Scores are of the 120 abnormal validation phantoms, by the
@@ -95,7 +95,7 @@ def score(recipe: Recipe, demo: str, model: str, out: str) -> dict[str, float]:
 @click.option("--steps", default=1000, show_default=True, help="Of the denoiser, in every row.")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--only", multiple=True, metavar="ROW", help="Rows that contain this text; the others are left out.")
-@click.option("--result", default="benchmarks/results/training_choices.json", type=click.Path(path_type=Path))
+@click.option("--result", default="experiments/results/training_choices.json", type=click.Path(path_type=Path))
 def main(demo: str, steps: int, threads: int, only: tuple[str, ...], result: Path) -> None:
     set_up_logging()
     work = Path(demo) / "choices"
@@ -150,7 +150,7 @@ def main(demo: str, steps: int, threads: int, only: tuple[str, ...], result: Pat
         table.append({**row, "seconds": seconds})
         card = read_card(open_store(f"{demo}/model"))
         about = {
-            "command": f"python benchmarks/training_choices.py --demo {demo} --steps {steps} --threads {threads}",
+            "command": f"python experiments/training_choices.py --demo {demo} --steps {steps} --threads {threads}",
             "machine": f"{platform.machine()}, {threads} thread(s), no GPU",
             "versions": {key: version(key) for key in ("torch", "diffusers", "transformers")},
             "code_revision": code_revision(),

@@ -1,6 +1,6 @@
 """The methods on real anatomy with known truth: phantom lesions in real healthy images that the model has not seen.
 
-    python benchmarks/implants.py --model runs/real-cv/fold-0/model --pack ../shared/data
+    python experiments/implants.py --model runs/real-cv/fold-0/model --pack ../shared/data
 
 A small table beside the leaderboard's: the model of one fold of ``real_pack.py`` (trained on real images and implants
 of one source), on opacities in healthy images of the pack's other sources. The host is the exact ground truth. Scores
@@ -67,7 +67,7 @@ def one(table: list[dict[str, Any]], **match: Any) -> dict[str, Any]:
 @click.option("--model", required=True)
 @click.option("--pack", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--images", "count", default=120, show_default=True)
-@click.option("--result", default="benchmarks/results/implants.json", type=click.Path(path_type=Path))
+@click.option("--result", default="experiments/results/implants.json", type=click.Path(path_type=Path))
 def main(model: str, pack: Path, count: int, result: Path) -> None:
     set_up_logging()
     torch.set_num_threads(1)
@@ -102,7 +102,7 @@ def main(model: str, pack: Path, count: int, result: Path) -> None:
             rows.append({"method": f"baseline: {map_name}", **{key: place[key] for key in
                          ("n", "auroc", "auprc", "dice_best", "pointing_game")}})  # fmt: skip
     about = {
-        "command": f"python benchmarks/implants.py --model MODEL --pack PACK --images {count}",
+        "command": f"python experiments/implants.py --model MODEL --pack PACK --images {count}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {key: version(key) for key in ("torch", "diffusers")},
         "code_revision": code_revision(),

@@ -1,6 +1,6 @@
 """Two other explanations of the paper's table 2, where Viral Pneumonia is worst: few images, and another source.
 
-    python benchmarks/fid_bias.py --out benchmarks/results/fid_bias.json
+    python experiments/fid_bias.py --out experiments/results/fid_bias.json
 
 Simulation 1, N: sets of the paper's sizes (10192 real healthy images; counterfactuals as many as there are images of a
 class) drawn from ONE distribution, so the true distance is 0. Features are Gaussian with variances 1/i that sum to 1:
