@@ -1,4 +1,4 @@
-"""How many bits the 16-bit grey files of a data set use: 12-bit values in a 16-bit file look black, and decode."""
+"""Detects 16-bit grey files that use fewer bits: 12-bit values in a 16-bit file decode to a nearly black image."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from diffva_ray.data.dataset import Dataset
 from diffva_ray.data.images import BadImage, describe, largest_value
 from diffva_ray.schema import digest
 
-LOOKED_AT = 32  # files, spread over the data set
-HEADER = 33  # bytes: a PNG's bit depth stands in its first chunk
+SAMPLE_SIZE = 32  # files, spread over the data set
+HEADER_BYTES = 33  # a PNG's bit depth is in its first chunk
 
 
 def bit_depth_note(dataset: Dataset) -> str:
-    """One line when the 16-bit grey files of a data set use fewer bits than ``data.bits`` says; else empty.
+    """One line when the 16-bit grey files of a data set use other bits than ``data.bits`` says; else empty.
 
-    A sample of LOOKED_AT files is looked at. Raises StoreError when the store fails.
+    Examines SAMPLE_SIZE files. Raises StoreError when the store fails.
     """
-    paths = sorted({image.path for image in dataset.images if image.size >= 0}, key=digest)[:LOOKED_AT]
+    paths = sorted({image.path for image in dataset.images if image.size >= 0}, key=digest)[:SAMPLE_SIZE]
     largest = [value for path in paths if (value := _largest(dataset, path)) is not None]
     used = max(largest, default=0).bit_length()
     if not largest or used == dataset.bits or used < dataset.bits < 16:
         return ""
-    said = f"the {len(largest)} of them looked at have values up to {max(largest)}, which {used} bits hold"
+    finding = f"16-bit files: the largest value in {len(largest)} sampled files is {max(largest)} ({used} bits)"
     if used > dataset.bits:
-        return f"16-bit files: {said}; with data.bits={dataset.bits} those are refused: give --set data.bits={used}"
+        return f"{finding}; with data.bits={dataset.bits} such files are refused: use --set data.bits={used}"
     share = (2**used - 1) / (2**dataset.bits - 1)
     return (
-        f"16-bit files: {said}: at most {share:.1%} of the grey scale. They are read dark, or refused as blank; for "
-        f"such a data set give --set data.bits={max(used, 8)}"
+        f"{finding}, at most {share:.1%} of the grey scale. These images decode too dark or are refused as blank; "
+        f"use --set data.bits={max(used, 8)}"
     )
 
 
 def _largest(dataset: Dataset, path: str) -> int | None:
-    """The largest value of a 16-bit grey file; None for every other one."""
+    """The largest value of a 16-bit grey file; None for any other file."""
     try:
-        head = dataset.store.read_range(path, 0, HEADER)
+        head = dataset.store.read_range(path, 0, HEADER_BYTES)
         if head.startswith(b"\x89PNG") and (head[24], head[25]) != (16, 0):  # bit depth, grey without alpha
             return None
         if not head.startswith((b"\x89PNG", b"II", b"MM")):

@@ -1,4 +1,4 @@
-"""Boxes that a reader drew around findings: a CSV with ``file,x,y,w,h``, in pixels of the image."""
+"""Lesion boxes from a CSV with the columns ``file,x,y,w,h``, in pixels of the image."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from diffva_ray.data.manifest import read_table
 
 Box = tuple[float, float, float, float]
 COLUMNS = ("file", "x", "y", "w", "h")
-Said = TypeVar("Said")  # what a row says of its image: a box, a score, a name
+Value = TypeVar("Value")  # the content of a row: a box, a score, a name
 
 
 def read_boxes(data: bytes, images: Iterable[LabelledImage], name: str = "boxes.csv") -> dict[str, list[Box]]:
-    """Boxes (x, y of the upper left corner, width, height) by image path, for those of ``images`` that have any.
+    """Boxes (x and y of the upper left corner, width, height) by image path; images without boxes are left out.
 
-    A row belongs to the image whose path ends with its ``file``, or with whose path its ``file`` ends: the two may be
-    relative to different folders. Raises UnusableData, naming the row, for what is no box and for a ``file`` that
-    fits several images. Rows that fit none are left out.
+    A row belongs to the image whose path ends with the row's ``file``, or the other way round: the two may be
+    relative to different folders. Rows that match no image are left out. Raises UnusableData, naming the row, for
+    an invalid box and for a ``file`` that matches several images.
     """
     return match(parse(data, name), [image.path for image in images])
 
 
 def parse(data: bytes, name: str) -> list[tuple[str, str, Box]]:
-    """Place ("boxes.csv row 2"), ``file`` and box of every row; rows without numbers (no finding) are left out."""
+    """Position ("boxes.csv row 2"), ``file`` and box of every row; rows without numbers (no finding) are left out."""
     table = read_table(data, name)
     if not set(COLUMNS) <= set(table.columns):
         raise UnusableData(f"{name}: needs the columns {','.join(COLUMNS)}; it has {','.join(table.columns)}")
@@ -39,37 +39,41 @@ def parse(data: bytes, name: str) -> list[tuple[str, str, Box]]:
         except ValueError:
             raise UnusableData(f"{where}: {','.join(texts)} is not x,y,w,h") from None
         if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
-            raise UnusableData(f"{where}: {','.join(texts)} is not a box; w and h are above 0")
+            raise UnusableData(f"{where}: {','.join(texts)} is not a box; w and h must be above 0")
         boxes.append((where, file_of(row), (x, y, w, h)))
     return boxes
 
 
 def file_of(row: Mapping[str, str]) -> str:
-    """The ``file`` of a row, written as paths of images are."""
+    """The ``file`` of a row, normalised like image paths."""
     return row["file"].replace("\\", "/").removeprefix("./")
 
 
-def match(rows: Sequence[tuple[str, str, Said]], paths: Iterable[str]) -> dict[str, list[Said]]:
-    """What rows (place, ``file``, what is said) say, by the path that each belongs to, as in ``read_boxes``. Raises
-    UnusableData, naming the row, for a ``file`` that fits several images."""
-    known = set(paths)
+def match(rows: Sequence[tuple[str, str, Value]], paths: Iterable[str]) -> dict[str, list[Value]]:
+    """Values of the rows (position, ``file``, value), grouped by image path with the rule of ``read_boxes``.
+
+    Raises UnusableData, naming the row, for a ``file`` that matches several images.
+    """
+    # index the images by the tails of their paths that occur as a file
+    images = set(paths)
     files = {file for _, file, _ in rows}
-    ending: dict[str, list[str]] = {}  # file -> paths that end with it
-    for path in sorted(known):
+    by_tail: dict[str, list[str]] = {}
+    for path in sorted(images):
         for end in ends(path):
             if end in files:
-                ending.setdefault(end, []).append(path)
-    found: dict[str, list[Said]] = {}
-    for where, file, said in rows:
-        if file in known:
-            fits = [file]
+                by_tail.setdefault(end, []).append(path)
+    # assign each row to its image: same path, path that ends with the file, or tail of the file
+    values: dict[str, list[Value]] = {}
+    for where, file, value in rows:
+        if file in images:
+            matches = [file]
         else:
-            fits = ending.get(file) or [end for end in ends(file) if end in known][:1]
-        if len(fits) > 1:
-            raise UnusableData(f"{where}: {file!r} fits {len(fits)} images; write more of its path")
-        for path in fits:
-            found.setdefault(path, []).append(said)
-    return found
+            matches = by_tail.get(file) or [end for end in ends(file) if end in images][:1]
+        if len(matches) > 1:
+            raise UnusableData(f"{where}: {file!r} matches {len(matches)} images; write more of its path")
+        for path in matches:
+            values.setdefault(path, []).append(value)
+    return values
 
 
 def ends(path: str) -> list[str]:

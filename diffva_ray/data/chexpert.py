@@ -1,4 +1,4 @@
-"""CheXpert-v1.0-small: ``train.csv`` and ``valid.csv`` beside their folders; one image per positive label."""
+"""Reads CheXpert-v1.0-small: ``train.csv`` and ``valid.csv`` beside their folders; one image per positive label."""
 
 from __future__ import annotations
 
@@ -32,15 +32,16 @@ OBSERVATIONS = (
 
 
 def read(store: Store, entries: list[Entry], config: DataConfig, tables: Sequence[str] = TABLES) -> Dataset | None:
-    """Frontal images, one for each observation that is 1; None where there are no such tables.
+    """Frontal images, one entry for each observation that is 1; None when the folder has no such tables.
 
-    ``No Finding`` is called ``config.healthy_class``. Uncertain observations (-1) make an image only under the policy
-    ``positive``; ``ignore`` and ``negative`` give the same images, as a negative observation makes none. The root is
-    the tables' folder or the one above it. Images whose file is absent are kept, with size -1; a table none of whose
-    images is there (only ``valid/`` unpacked) is left out, and both are noted.
+    ``No Finding`` becomes class ``config.healthy_class``. An uncertain observation (-1) gives an entry only under the
+    policy ``positive``; ``ignore`` and ``negative`` give the same entries. The root is the folder of the tables or the
+    one above it. Images whose file is absent are kept with size -1; a table without any existing image (only ``valid/``
+    was unpacked) is left out; a note reports both. Raises UnusableData.
     """
+    # find the tables, grouped by their folder
     sizes = {entry.path: entry.size for entry in entries}
-    bases: dict[str, dict[str, Table]] = {}  # "" or "folder/" -> name -> table
+    bases: dict[str, dict[str, Table]] = {}  # "" or "folder/" -> table name -> table
     for path in sizes:
         folder, slash, name = path.rpartition("/")
         if name in tables and "/" not in folder:
@@ -50,17 +51,18 @@ def read(store: Store, entries: list[Entry], config: DataConfig, tables: Sequenc
     if not bases:
         return None
     if len(bases) > 1:
-        raise UnusableData(f"{store.uri}: holds several CheXpert sets ({', '.join(sorted(bases))}); give one of them")
-    base, found = bases.popitem()
+        raise UnusableData(f"{store.uri}: has several CheXpert sets ({', '.join(sorted(bases))}); give one of them")
+    base, base_tables = bases.popitem()
+    # collect the images of the tables whose images exist
     images: list[LabelledImage] = []
     notes = [f"{HEALTHY!r} is class {config.healthy_class!r}"]
-    for name, table in found.items():
-        here, said = _images(table, base, sizes, config)
-        if any(image.size >= 0 for image in here):
-            images += here
-            notes += [f"{name}: {text}" for text in said]
+    for name, table in base_tables.items():
+        table_images, table_notes = _images(table, base, sizes, config)
+        if any(image.size >= 0 for image in table_images):
+            images += table_images
+            notes += [f"{name}: {text}" for text in table_notes]
         else:
-            notes.append(f"{name}: left out, as none of its {len(table.rows)} images is there")
+            notes.append(f"{name}: left out, none of its {len(table.rows)} images exists")
     if not images:
         raise UnusableData(f"{store.uri}: {'; '.join(notes[1:])}")
     return Dataset(store, images, "chexpert", notes)
@@ -69,6 +71,7 @@ def read(store: Store, entries: list[Entry], config: DataConfig, tables: Sequenc
 def _images(
     table: Table, base: str, sizes: dict[str, int], config: DataConfig
 ) -> tuple[list[LabelledImage], list[str]]:
+    """Images of one table, and notes about what was left out."""
     observations = [observation for observation in OBSERVATIONS if observation in table.columns]
     images: list[LabelledImage] = []
     uncertain: Counter[str] = Counter()
@@ -87,20 +90,21 @@ def _images(
         unlabelled += not labels
         absent += path not in sizes
         images += [LabelledImage(path, label, sizes.get(path, -1)) for label in labels]
+    # notes, for counts above 0
     uncertain = +uncertain
     counts = ", ".join(f"{observation} {count}" for observation, count in sorted(uncertain.items()))
-    said = (
+    notes = (
         (uncertain.total(), f"uncertain labels (-1), policy {config.uncertain!r}: {counts}"),
         (lateral, "lateral views left out"),
         (unlabelled, "frontal images without a positive label left out"),
-        (absent, "frontal images are not there"),
+        (absent, "frontal images do not exist"),
     )
-    return images, [f"{count} {text}" for count, text in said if count]
+    return images, [f"{count} {text}" for count, text in notes if count]
 
 
 def _locate(text: str, base: str, sizes: dict[str, int], where: str) -> str:
-    """Path of an image in the store; the tables write it from above the set's own folder, whatever that is called
-    now."""
+    """Path of an image in the store. The tables' paths start with the original name of the data set's folder, which may
+    have been renamed."""
     path = inside(text, sizes, where)
     if base + path in sizes:
         return base + path

@@ -1,4 +1,4 @@
-"""An image, and a data set of images: what every adapter returns."""
+"""``LabelledImage`` and ``Dataset``: the types that every data set reader returns."""
 
 from __future__ import annotations
 
@@ -11,27 +11,46 @@ from diffva_ray.storage.store import Entry, Store
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One image under one label. Paths are relative to the data root; empty where there is no such file."""
+    """One image under one label. Paths are relative to the data root; empty when there is no such file.
+
+    Attributes:
+        path: Path of the image.
+        label: Class of the image.
+        size: File size in bytes; -1 when the file is absent.
+        lung_mask: Path of the lung mask.
+        lesion_mask: Path of the lesion mask.
+        ground_truth: Path of the ground-truth counterfactual (phantoms only).
+        caption: Training prompt of this image; empty: the prompt of its class.
+    """
 
     path: str
     label: str
-    size: int = -1  # bytes; -1 when the file is absent
+    size: int = -1
     lung_mask: str = ""
     lesion_mask: str = ""
-    ground_truth: str = ""  # the ground-truth counterfactual of a phantom
-    caption: str = ""  # what training tells of this image; empty: its class's prompt
+    ground_truth: str = ""
+    caption: str = ""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images in a fixed order (by path, then label), with what the adapter wants to say about them."""
+    """Images in a fixed order (by path, then label).
+
+    Attributes:
+        store: Where the files are.
+        images: The images; a file with two labels occurs twice.
+        kind: The layout, such as ``radiography`` or ``manifest``.
+        notes: Messages of the reader for users, one line each.
+        boxes: Lesion boxes (x, y, w, h in pixels) by image path.
+        bits: Number of bits that the values in 16-bit grey files use (``data.bits``).
+    """
 
     store: Store
     images: list[LabelledImage]
     kind: str
     notes: list[str] = field(default_factory=list)
-    boxes: dict[str, list[tuple[float, float, float, float]]] = field(default_factory=dict)  # path -> x, y, w, h
-    bits: int = 16  # that the values of its 16-bit grey files have (``data.bits``)
+    boxes: dict[str, list[tuple[float, float, float, float]]] = field(default_factory=dict)
+    bits: int = 16
 
     @property
     def classes(self) -> dict[str, int]:
@@ -43,13 +62,15 @@ class Dataset:
 
 
 class UnusableData(ValueError):
-    """A data set that cannot be used; the message is one line that names it and says what is expected."""
+    """A data set that cannot be used; the message is one line that names the data set and what is expected."""
 
 
 def companions(path: str, kind: str) -> tuple[str, ...]:
-    """Where the mask or ground truth of the image at ``path`` may lie, likeliest first: under the image's own name in a
-    folder ``kind`` (``masks``, ``lesions``, ``ground_truth``) beside its ``images/``, or in the folder that holds the
-    image."""
+    """Candidate paths of the mask or ground-truth counterfactual of the image at ``path``, most likely first.
+
+    The candidates have the image's name and are in a folder ``kind`` (``masks``, ``lesions``, ``ground_truth``) beside
+    ``images/``, or in the image's own folder when that is not called ``images``.
+    """
     name = path.rpartition("/")[2]
     folder = path[: len(path) - len(name)]
     above = folder.removesuffix("images/") if f"/{folder}".endswith("/images/") else folder
@@ -58,7 +79,7 @@ def companions(path: str, kind: str) -> tuple[str, ...]:
 
 
 def image_files(entries: Iterable[Entry]) -> list[Entry]:
-    """The entries named like an image; hidden files and folders (``._x.png``, ``.ipynb_checkpoints``) are left out."""
+    """Entries with the extension of an image, without hidden files or folders (``._x.png``, ``.ipynb_checkpoints``)."""
     return [
         entry
         for entry in entries

@@ -1,4 +1,4 @@
-"""DICOM files: from stored values to grey in [0, 1] by the steps of PS3.3 (C.7.6.3, C.11.1, C.11.2), with pydicom."""
+"""Converts DICOM pixels to grey in [0, 1] by the steps of PS3.3 (C.7.6.3, C.11.1, C.11.2), with pydicom."""
 
 from __future__ import annotations
 
@@ -10,27 +10,38 @@ from numpy.typing import NDArray
 from diffva_ray.progress import one_line
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601
-TAILS = (0.1, 99.9)  # percentiles that become black and white where a file brings no window
+TAILS = (0.1, 99.9)  # percentiles that become black and white when a file has no window
 
 
 class UnusableDicom(ValueError):
-    """A DICOM file that is no single grey image; the message is one line."""
+    """A DICOM file that is not a single grey image; the message is one line."""
 
 
 def grey(image: Any) -> NDArray[np.floating]:
-    """The pixels of a pydicom data set as float [H, W] in [0, 1], dense tissue bright.
+    """Converts the pixels of a DICOM file to grey; dense tissue is bright.
 
-    Stored values go through the modality table, then through the file's own VOI table or first window, whose range
-    becomes [0, 1] whatever part of it the image uses. Without one, the percentiles TAILS become black and white: a hot
-    pixel must not darken the rest. MONOCHROME1 is inverted. Declared padding (PixelPaddingValue, RangeLimit) is no
-    part of the image: it is left out of all this and comes back black. Raises UnusableDicom.
+    The modality table is applied, then the file's VOI table or first window, whose whole range is mapped to [0, 1].
+    Without table and window, the percentiles TAILS become black and white, so that a single hot pixel does not darken
+    the image. MONOCHROME1 is inverted. Declared padding (PixelPaddingValue, PixelPaddingRangeLimit) takes no part in
+    these steps and becomes black. Colours become ITU-R 601 luma.
+
+    Args:
+        image: A pydicom data set.
+
+    Returns:
+        float [H, W] in [0, 1].
+
+    Raises:
+        UnusableDicom: Several frames, a colour palette, an invalid padding value, NaN or infinite values.
     """
+    # refuse what is not one grey or RGB image
     frames = int(image.get("NumberOfFrames") or 1)
     if frames > 1:
         raise UnusableDicom(f"a DICOM file of {frames} frames; an image has one")
     photometric = str(image.PhotometricInterpretation)
     if photometric == "PALETTE COLOR":
         raise UnusableDicom("a DICOM file with a colour palette; an image is MONOCHROME1 or MONOCHROME2")
+    # convert the stored values to the displayed range
     stored = image.pixel_array
     if stored.ndim == 3:
         return np.clip(stored[..., :3] @ LUMA / (2 ** int(image.BitsStored) - 1), 0, 1)
@@ -38,33 +49,36 @@ def grey(image: Any) -> NDArray[np.floating]:
     values, low, high = _displayed(image, stored, ~padding)
     if not np.isfinite(values[~padding]).all():
         raise UnusableDicom("the image holds NaN or infinite values")
-    shown = np.clip((values - low) / (high - low), 0, 1) if high != low else np.zeros_like(values)
+    # scale to [0, 1], dense tissue bright, padding black
+    scaled = np.clip((values - low) / (high - low), 0, 1) if high != low else np.zeros_like(values)
     if photometric == "MONOCHROME1":
-        shown = 1 - shown
-    shown[padding] = 0
-    return shown
+        scaled = 1 - scaled
+    scaled[padding] = 0
+    return scaled
 
 
 def _displayed(image: Any, stored: NDArray[Any], inside: NDArray[np.bool_]) -> tuple[NDArray[np.float64], float, float]:
-    """The values after the modality and VOI steps, and those that are black and white."""
+    """The values after the modality and VOI steps, and the values of black and of white."""
     from pydicom.pixels.processing import apply_modality_lut, apply_voi, apply_windowing
 
     values = apply_modality_lut(stored, image)
+    # a VOI table: its whole output range
     if _table(image):
         table = image.VOILUTSequence[0]
         entries, first, _ = (int(value) for value in table.LUTDescriptor)
-        all_of_it = apply_voi(np.arange(first, first + (entries or 1 << 16)), image)
-        return np.asarray(apply_voi(values, image), np.float64), float(all_of_it.min()), float(all_of_it.max())
+        outputs = apply_voi(np.arange(first, first + (entries or 1 << 16)), image)
+        return np.asarray(apply_voi(values, image), np.float64), float(outputs.min()), float(outputs.max())
+    # a window: its output at its two ends
     if _window(image):
-        beyond = np.array([-1e12, 1e12])  # where every window has ended: what it makes of black and of white
-        with np.errstate(over="ignore"):  # of a sigmoid's exponential
-            low, high = (float(value) for value in apply_windowing(beyond, image))
+        extremes = np.array([-1e12, 1e12])  # outside every window, so they give its black and its white
+        with np.errstate(over="ignore"):  # the exponential of a sigmoid window overflows
+            low, high = (float(value) for value in apply_windowing(extremes, image))
             return np.asarray(apply_windowing(values, image), np.float64), low, high
+    # neither: percentiles of the pixels that are not padding
     values = np.asarray(values, np.float64)
-    known = values[inside]
-    if not known.size:
+    if not inside.any():
         return values, 0.0, 0.0
-    low, high = np.percentile(known, TAILS)
+    low, high = np.percentile(values[inside], TAILS)
     return values, float(low), float(high)
 
 
@@ -74,28 +88,29 @@ def _table(image: Any) -> bool:
 
 
 def _window(image: Any) -> bool:
-    """Whether there is a window that can be used: some devices write a width of 0, or none."""
-    centre, width = (np.ravel(image.get(name) if image.get(name) is not None else []) for name in
-                     ("WindowCenter", "WindowWidth"))  # fmt: skip
+    """Whether the file has a usable window: some devices write a width of 0, or no width."""
+    centre, width = (np.ravel([] if (value := image.get(name)) is None else value)
+                     for name in ("WindowCenter", "WindowWidth"))  # fmt: skip
     return bool(len(centre) and len(width)) and float(width[0]) >= 1
 
 
 def _padding(image: Any, stored: NDArray[Any]) -> NDArray[np.bool_]:
-    """Where the file says that there is no image (PS3.3 C.7.5.1.1.2), by stored values."""
+    """Pixels that the file declares as padding (PS3.3 C.7.5.1.1.2), by their stored values."""
     if image.get("PixelPaddingValue") is None:
         return np.zeros(stored.shape, bool)
-    one = _as_stored(image, image.PixelPaddingValue)
+    value = _as_stored(image, image.PixelPaddingValue)
     limit = image.get("PixelPaddingRangeLimit")
-    other = one if limit is None else _as_stored(image, limit)
-    return (stored >= min(one, other)) & (stored <= max(one, other))
+    end = value if limit is None else _as_stored(image, limit)
+    return (stored >= min(value, end)) & (stored <= max(value, end))
 
 
 def _as_stored(image: Any, value: Any) -> int:
-    """A padding value as the pixels have it: some devices write it without a sign for signed pixels, or the reverse."""
+    """Padding value with the sign convention of the pixels: some devices write it unsigned for signed pixels, or the
+    other way round."""
     try:
         number, bits = int(value), int(image.BitsAllocated)
     except (TypeError, ValueError):
-        raise UnusableDicom(f"its padding value {one_line(str(value), 40)} is no number") from None
+        raise UnusableDicom(f"its padding value {one_line(str(value), 40)} is not a number") from None
     if image.PixelRepresentation == 1 and number >= 1 << (bits - 1):
         return number - (1 << bits)
     if image.PixelRepresentation == 0 and number < 0:

@@ -1,4 +1,4 @@
-"""What a run stores of its pictures: grey on 8 bits, signed maps on 16, masks, and digests of pixels."""
+"""Encodes what a run stores: 8-bit grey images, masks, 16-bit signed attribution maps, and digests of pixels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-PNG_LEVEL = 6  # fixed, so that equal pixels are equal files
+PNG_LEVEL = 6  # fixed, so that equal pixels give equal files
 
 
 def quantise(image: NDArray[np.floating]) -> NDArray[np.uint8]:
@@ -19,7 +19,7 @@ def quantise(image: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 
 def encode_grey(pixels: NDArray[np.uint8]) -> bytes:
-    """uint8 [H, W] as an 8-bit grey PNG."""
+    """uint8 [H, W] as an 8-bit grey PNG. Raises ValueError for another type or shape."""
     if pixels.dtype != np.uint8 or pixels.ndim != 2:
         raise ValueError(f"expected uint8 [H, W], got {pixels.dtype} {list(pixels.shape)}")
     return encode_png(pixels)
@@ -31,12 +31,12 @@ def encode_mask(mask: NDArray[np.bool_]) -> bytes:
 
 
 def encode_map(signed: NDArray[np.floating]) -> bytes:
-    """A signed map, float [H, W] in [-1, 1], as a 16-bit grey PNG of round(32767 * M) + 32768; zero is exact."""
+    """A signed map M, float [H, W] in [-1, 1], as a 16-bit grey PNG of round(32767 * M) + 32768; zero is exact."""
     return encode_png(map_levels(signed))
 
 
 def map_levels(signed: NDArray[np.floating]) -> NDArray[np.uint16]:
-    """The uint16 levels in which ``encode_map`` stores a map; what ``attribution_sha256`` is taken of."""
+    """The uint16 levels that ``encode_map`` writes; ``attribution_sha256`` is their digest."""
     return (np.rint(32767 * np.clip(np.asarray(signed, np.float64), -1, 1)) + 32768).astype(np.uint16)
 
 
@@ -48,7 +48,7 @@ def encode_png(pixels: NDArray[np.uint8 | np.uint16]) -> bytes:
 
 
 def pixel_digest(array: NDArray[Any]) -> str:
-    """sha256 (hex) of an array's type, shape and values, whatever its memory layout."""
+    """sha256 (hex) of an array's type, shape and values, independent of its memory layout."""
     array = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
     header = f"{array.dtype.str}{list(array.shape)}".encode()
     return hashlib.sha256(header + array.tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""A folder per class: ``<class>/*.png``."""
+"""Reads data sets with one folder per class: ``<class>/*.png``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LAYOUT = "<class>/*.png"
 
 
 def read(store: Store, entries: list[Entry], config: DataConfig) -> Dataset | None:
-    """The images of the layout, or None where no folder directly below the root holds images."""
+    """The images of the layout, or None when no folder directly below the root contains images."""
     images = []
     others = 0
     for entry in image_files(entries):

@@ -1,7 +1,7 @@
-"""Phantom lesions in real healthy images, whose originals are then the exact ground truth.
+"""Adds phantom lesions to real healthy images; the original image is the exact ground-truth counterfactual.
 
-A lesion is drawn as for a phantom, in coordinates that fit this image's lungs, and scaled from phantom densities to the
-grey levels of this image. It is added to the image, so ribs and vessels stay visible through it.
+A lesion is sampled as for a phantom, in coordinates that fit the lungs of the image, and scaled from phantom densities
+to the grey levels of the image. It is added to the image, so ribs and vessels stay visible through it.
 """
 
 from __future__ import annotations
@@ -26,45 +26,44 @@ from diffva_ray.schema import Mask
 from diffva_ray.storage.store import Store
 
 VERSION = "implants v1"
-INSIDE_LUNGS = ("Lung_Opacity", "COVID", "Viral Pneumonia", "Pneumothorax")  # the others move heart and vessels
+INSIDE_LUNGS = ("Lung_Opacity", "COVID", "Viral Pneumonia", "Pneumothorax")  # other lesions move heart and vessels
 LUNG_BOX = (-0.74, 0.74, -0.80, 0.50)  # left, right, top, bottom of a phantom's lungs, in its coordinates
-AIR, TISSUE = 0.29, 0.62  # what a phantom's lung and an opacity come to, in its densities
-FLAT = 0.15  # an image whose lungs are darker than their surroundings by less is passed over
-CONTRASTS = (0.20, 0.45)  # grey levels between lung and tissue that a lesion is scaled to, at least and at most
-DRAWS = 12  # of a lesion, until one is plainly visible
-PLAIN = 0.004  # of the image's area: the least a lesion covers
+AIR, TISSUE = 0.29, 0.62  # densities of a phantom's lung and of an opacity
+MIN_LUNG_CONTRAST = 0.15  # grey levels between lungs and surroundings; an image with less is skipped
+CONTRASTS = (0.20, 0.45)  # minimum and maximum contrast of lung and tissue that a lesion is scaled to, in grey levels
+MAX_ATTEMPTS = 12  # at sampling a lesion that is visible enough
+MIN_LESION_AREA = 0.004  # visible area of a lesion, as a fraction of the image
 
 Grey = NDArray[np.uint8]
 
 
 class NoLungs(ValueError):
-    """An image no lesion can be put into; the message is one line that says why."""
+    """An image that cannot receive a lesion; the message is one line that gives the reason."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A real image that receives a lesion: grey levels uint8 [size, size], lungs bool [size, size]."""
+    """A real healthy image that receives a lesion."""
 
-    image: LabelledImage
-    pixels: Grey
-    lungs: Mask
-    found: bool  # the lungs were searched for; there was no mask
+    image: LabelledImage  # its entry in the data set
+    pixels: Grey  # grey levels, uint8 [size, size]
+    lungs: Mask  # lung mask, bool [size, size]
+    searched: bool  # the lungs were found by ``find_lungs``, because the image has no lung mask
 
 
 @dataclass(frozen=True)
 class Implant:
-    """An image with its lesion; ``image`` uint8 and ``lesion`` bool, [size, size]. The host's pixels are the
-    ground truth."""
+    """An image with an added lesion; the pixels of its host are the ground-truth counterfactual."""
 
-    image: Grey
-    lesion: Mask
-    factors: dict[str, object] = field(default_factory=dict)
+    image: Grey  # uint8 [size, size]
+    lesion: Mask  # bool [size, size]
+    factors: dict[str, object] = field(default_factory=dict)  # parameters of the lesion, such as side and severity
 
 
 class Lungs:
-    """The lungs of a real image in the coordinates of a phantom's: the anatomy that ``lesions`` asks for.
+    """The lungs of a real image in the coordinates of a phantom; implements ``lesions.Anatomy``.
 
-    ``mask`` is bool [size, size]. Raises NoLungs unless it shows a lung on either side.
+    ``mask`` is bool [size, size]. Raises NoLungs unless the mask has a lung on each side.
     """
 
     def __init__(self, mask: Mask) -> None:
@@ -73,7 +72,7 @@ class Lungs:
         rows, columns = (np.flatnonzero((sides != 0).any(axis=axis)) for axis in (1, 0))
         left, right, top, bottom = LUNG_BOX
         self._column, self._row = float(columns[0]), float(rows[0])
-        self._across = (right - left) / (columns[-1] - columns[0] + 1)  # patient's coordinates per pixel
+        self._across = (right - left) / (columns[-1] - columns[0] + 1)  # phantom coordinates per pixel
         self._down = (bottom - top) / (rows[-1] - rows[0] + 1)
         pixels = np.arange(size)
         self.u, self.v = np.meshgrid(
@@ -85,32 +84,36 @@ class Lungs:
         """Signed distance to the border of one lung (side -1: image left), positive inside."""
         column = np.ravel(u - LUNG_BOX[0]) / self._across + self._column - 0.5
         row = np.ravel(v - LUNG_BOX[2]) / self._down + self._row - 0.5
-        found = ndimage.map_coordinates(self._distance[side], [row, column], order=1, mode="nearest")
-        return found.reshape(np.shape(u))
+        distance = ndimage.map_coordinates(self._distance[side], [row, column], order=1, mode="nearest")
+        return distance.reshape(np.shape(u))
 
     def heart(self, u: Array, v: Array) -> Array:
-        """The heart is not in a mask of the lungs, so nowhere is inside it."""
+        """Constant -1 (outside): a lung mask does not show the heart."""
         return np.full_like(np.asarray(u, np.float64), -1.0)
 
     @property
     def air(self) -> Array:
-        """How much of a lesion a pixel may show, [size, size]: 0 outside the lungs, 1 a little inside them."""
+        """Weight of a lesion at each pixel, [size, size]: 0 outside the lungs, rising to 1 just inside their border."""
         inside = np.maximum(self._distance[-1], self._distance[1])
         return np.clip(inside / 0.03, 0, 1)
 
 
 def _sides(mask: Mask) -> NDArray[np.int8]:
-    """-1 in the lung at the image's left, 1 in the other, 0 elsewhere. Specks are no lungs. Raises NoLungs."""
+    """int8 [size, size]: -1 in the lung at the image's left, 1 in the other, 0 elsewhere.
+
+    Ignores regions below 1 % of the image. Raises NoLungs unless both lungs are found.
+    """
+    # regions of a plausible size
     labels, count = ndimage.label(mask)
     areas = ndimage.sum_labels(mask, labels, range(1, count + 1))
     large = [n + 1 for n, area in enumerate(areas) if area > 0.01 * mask.size]
     sides = np.zeros(mask.shape, np.int8)
-    if len(large) == 1:  # lungs that touch, with the heart between them
+    if len(large) == 1:  # the lungs touch: split the region at its middle column
         columns = np.flatnonzero(mask.any(axis=0))
         left = np.arange(mask.shape[1]) < (columns[0] + columns[-1] + 1) / 2
         sides[labels == large[0]] = 1
         sides[(sides == 1) & left] = -1
-    else:
+    else:  # assign each region to the side of its centre
         middles = {n: ndimage.center_of_mass(labels == n)[1] for n in large}
         middle = np.mean([min(middles.values()), max(middles.values())]) if middles else 0.0
         for n, at in middles.items():
@@ -121,36 +124,39 @@ def _sides(mask: Mask) -> NDArray[np.int8]:
 
 
 def _signed_distance(lung: Mask, down: float, across: float) -> Array:
+    """Distance to the border of a mask, positive inside; ``down`` and ``across``: height and width of a pixel."""
     inside, outside = (ndimage.distance_transform_edt(part, sampling=(down, across)) for part in (lung, ~lung))
     return np.where(lung, inside, -outside)
 
 
 def implant(host: Host, label: str, seed: int, number: int) -> Implant:
-    """The host with a lesion of class ``label``, the same for the same arguments.
+    """Adds a lesion of class ``label`` to the host. The same arguments give the same result.
 
-    LabelledImage and ground truth are equal outside the lungs, and the lesion mask (differences above 0.05, as for
-    phantoms) lies inside them. Raises KeyError for an unknown label, NoLungs where no lesion can be made visible.
+    Outside the lungs the image equals its ground-truth counterfactual. The lesion mask (differences above 0.05, as for
+    phantoms) is inside the lungs. Raises KeyError for an unknown label, and NoLungs when no visible lesion can be made.
     """
+    # measure the contrast of lungs and tissue in this image
     lungs = Lungs(host.lungs)
     ground_truth = host.pixels.astype(np.float64) / 255
     air, tissue = _levels(ground_truth, host.lungs)
-    if tissue - air < FLAT:
-        raise NoLungs("its lungs are hardly darker than what surrounds them")
+    if tissue - air < MIN_LUNG_CONTRAST:
+        raise NoLungs("its lungs are hardly darker than their surroundings")
     contrast = float(np.clip(tissue - air, *CONTRASTS)) / (TISSUE - AIR)  # grey levels per unit of a phantom's density
-    for draw in range(DRAWS):
-        rng = np.random.default_rng(np.random.SeedSequence([seed, number, draw]))
+    # sample lesions until one is visible enough
+    for attempt in range(MAX_ATTEMPTS):
+        rng = np.random.default_rng(np.random.SeedSequence([seed, number, attempt]))
         lesion = LESIONS[label](rng, lungs, lungs.u, lungs.v)
         image = quantise(_ill(ground_truth, lesion, lungs, host.lungs, air, contrast))
         visible = visible_lesion(image.astype(np.float64) / 255, ground_truth, label) & host.lungs
-        if visible.mean() >= PLAIN:
+        if visible.mean() >= MIN_LESION_AREA:
             return Implant(image, visible, lesion.factors)
-    raise NoLungs(f"no {label} can be made visible in it")
+    raise NoLungs(f"no visible {label} can be added to it")
 
 
 def _ill(ground_truth: Array, lesion: Lesion, lungs: Lungs, mask: Mask, air: float, contrast: float) -> Array:
     """The image with the lesion, [size, size] in [0, 1]."""
     towards = air + contrast * (lesion.towards - AIR)
-    # towards tissue from the image without its ribs and vessels, so that these remain in the lesion
+    # start from the mean of the image and its blurred version, so that ribs and vessels remain visible in the lesion
     background = _inside(ground_truth, mask, 0.03 * len(ground_truth))
     change = lesion.opacity * (towards - 0.5 * (background + ground_truth))
     brighter = lesion.towards > AIR
@@ -161,24 +167,23 @@ def _ill(ground_truth: Array, lesion: Lesion, lungs: Lungs, mask: Mask, air: flo
 
 
 def _levels(ground_truth: Array, mask: Mask) -> tuple[float, float]:
-    """Grey levels of the lungs and of what surrounds them."""
+    """Median grey levels of the lungs and of their surroundings."""
     steps = max(round(0.06 * len(ground_truth)), 2)
     around = ndimage.binary_dilation(mask, iterations=steps) & ~ndimage.binary_dilation(mask, iterations=1)
     return float(np.median(ground_truth[mask])), float(np.median(ground_truth[around]))
 
 
 def _inside(ground_truth: Array, mask: Mask, sigma: float) -> Array:
-    """The image blurred inside the lungs alone: what is bright beside them does not leak in."""
+    """The image blurred inside the lungs only, so that bright tissue beside the lungs does not leak in."""
     weight = ndimage.gaussian_filter(mask.astype(np.float64), sigma)
     return ndimage.gaussian_filter(np.where(mask, ground_truth, 0.0), sigma) / np.maximum(weight, 1e-3)
 
 
 class Hosts:
-    """The healthy images of a data set that can receive a lesion, on a square of ``size`` pixels.
+    """The healthy images of a data set that can receive a lesion, resized to ``size`` x ``size`` pixels.
 
-    LabelledImage k of a set is the k-th of them, and after the last comes the first again. Images are read when they
-    are needed; one that cannot be used is passed over and said. Raises UnusableData when the set has no image of class
-    ``healthy``, or none that can be used.
+    Item k is the k-th usable image, modulo their number. Images are read on demand; an unusable image is logged and
+    removed. Raises UnusableData when the data set has no image of class ``healthy``, or no usable one.
     """
 
     def __init__(self, dataset: Dataset, healthy: str, size: int) -> None:
@@ -191,7 +196,7 @@ class Hosts:
             )
 
     def __len__(self) -> int:
-        """Healthy images not found unusable so far."""
+        """Number of healthy images, without those that are known to be unusable."""
         return len(self._images)
 
     def __getitem__(self, number: int) -> Host:
@@ -204,8 +209,8 @@ class Hosts:
         raise UnusableData(f"{self.store.uri}: none of its {self.unusable} healthy images can be used")
 
     def drop(self, image: LabelledImage, reason: str) -> None:
-        """Pass over an image from now on. Images before it keep their numbers."""
-        LOG.info("%s is passed over: %s", image.path, reason)
+        """Removes an unusable image. Images before it keep their numbers."""
+        LOG.info("%s is skipped: %s", image.path, reason)
         self._images.remove(image)
         self.unusable += 1
 
@@ -216,7 +221,7 @@ class Hosts:
         else:
             lungs = find_lungs(pixels.astype(np.float32) / np.float32(255))
         if lungs is None:
-            raise NoLungs("it has no lung mask, and its lungs cannot be told by their darkness")
+            raise NoLungs("it has no lung mask, and no lungs were found in it")
         _sides(lungs)
         return Host(image, pixels, lungs, not image.lung_mask)
 
@@ -230,32 +235,35 @@ def implant_set(
     seed: int = 0,
     classes: Sequence[str] = CLASSES,
 ) -> Iterator[str]:
-    """Write ``patients`` images of ``size`` pixels, classes in turn, in the layout of a phantom set; yields each path.
+    """Writes ``patients`` images of ``size`` x ``size`` pixels in the layout of a phantom set; yields each path.
 
-    LabelledImage k is made of the k-th healthy image that can be used, modulo their number; ``Normal`` images are these
-    images as they are. ``implants.json``, written last, lists every image with its source and factors. Raises
-    UnusableData for an unknown class, for ``store`` inside the data set, and where no healthy image can be used.
+    Image k has the k-th of ``classes`` and the k-th usable healthy image, both modulo their number; a ``Normal`` image
+    is the healthy image itself. ``implants.json``, written last, lists every image with its source and factors. Raises
+    UnusableData for an unknown class, for ``store`` inside the data set, and when no healthy image is usable.
     """
-    known = ("Normal", *INSIDE_LUNGS)
-    unknown = [label for label in classes if label not in known]
+    # check the arguments
+    supported = ("Normal", *INSIDE_LUNGS)
+    unknown = [label for label in classes if label not in supported]
     if unknown:
-        raise UnusableData(f"no class {unknown[0]!r} can be put into an image; there are {', '.join(known)}")
+        raise UnusableData(f"no class {unknown[0]!r} can be added to an image; there are {', '.join(supported)}")
     if f"{store.uri}/".startswith(f"{dataset.store.uri}/"):
-        raise UnusableData(f"{store.uri}: lies in the data set whose images are read; choose another folder")
+        raise UnusableData(f"{store.uri}: is inside the data set whose images are read; choose another folder")
+    # write the images, then the list of them
     hosts = Hosts(dataset, healthy, size)
     images = []
     for number in range(patients):
         label = classes[number % len(classes)]
-        host, made = _host_with(hosts, label, seed, number)
-        path = write_image(store, label, number, made.image, host.lungs, made.lesion, host.pixels)
-        lungs = "searched" if host.found else "mask"
-        images.append({"file": path, "label": label, "source": host.image.path, "lungs": lungs, **made.factors})
+        host, result = _host_with(hosts, label, seed, number)
+        path = write_image(store, label, number, result.image, host.lungs, result.lesion, host.pixels)
+        lungs = "searched" if host.searched else "mask"
+        images.append({"file": path, "label": label, "source": host.image.path, "lungs": lungs, **result.factors})
         yield path
-    about_set = {"version": VERSION, "seed": seed, "size": size, "classes": list(classes), "onto": dataset.store.uri}
-    store.put("implants.json", json.dumps({**about_set, "images": images}, indent=1).encode())
+    metadata = {"version": VERSION, "seed": seed, "size": size, "classes": list(classes), "onto": dataset.store.uri}
+    store.put("implants.json", json.dumps({**metadata, "images": images}, indent=1).encode())
 
 
 def _host_with(hosts: Hosts, label: str, seed: int, number: int) -> tuple[Host, Implant]:
+    """The first host from ``number`` on that can show the lesion, and the image made of it; removes the others."""
     while True:
         host = hosts[number]
         if label == "Normal":

@@ -1,9 +1,10 @@
-"""What is in a data set: classes, sizes, bit depths, unreadable files and near-duplicates, as plain values."""
+"""Inspects a data set: classes, sizes, bit depths, unreadable files and near-duplicates."""
 
 from __future__ import annotations
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,28 +17,30 @@ from diffva_ray.data.images import BadImage, check_contrast, decode, describe
 from diffva_ray.progress import one_line
 from diffva_ray.schema import Status
 
-HASH_SIDE = 16
-NEAR = 8  # of 256 bits; measured: one image in two resolutions 0 to 8 apart, different images at least 20
-THREADS = 8
+HASH_SIDE = 16  # cells; a hash has 16 x 16 bits
+NEAR = 8  # maximum distance in bits; measured: 0 to 8 for one image in two resolutions, 20 or more for different images
+THREADS = 8  # files decoded at the same time
 
 
 class Finding(NamedTuple):
-    """One file: its size, how it is stored and its difference hash; or why it cannot be used."""
+    """The result for one file."""
 
-    path: str
-    size: str = ""
-    mode: str = ""
-    hash: int = 0
+    path: str  # relative to the data root
+    size: str = ""  # "WIDTHxHEIGHT" in pixels; empty for an unusable file, like mode
+    mode: str = ""  # format, colour mode and bit depth; see ``describe``
+    hash: int = 0  # difference hash
     status: Status = Status.OK
-    reason: str = ""
+    reason: str = ""  # why the file is unusable
 
 
 def inspect(dataset: Dataset, healthy_class: str = "Normal") -> dict[str, Any]:
-    """A JSON-able summary; every file is decoded once."""
+    """Decodes every file once and returns a summary that JSON can store."""
+    # examine the files in threads
     files = list({image.path: image for image in dataset.images}.values())
     with ThreadPoolExecutor(THREADS) as pool:
         findings = list(pool.map(lambda image: _examine(dataset, image), files))
     usable = [finding for finding in findings if finding.status is Status.OK]
+    # summarise
     return {
         "uri": dataset.store.uri,
         "kind": dataset.kind,
@@ -66,6 +69,7 @@ def inspect(dataset: Dataset, healthy_class: str = "Normal") -> dict[str, Any]:
 
 
 def _examine(dataset: Dataset, image: LabelledImage) -> Finding:
+    """The result for one file; never raises for a bad or missing file."""
     if image.size < 0:
         return Finding(image.path, status=Status.MISSING, reason="no such file")
     try:
@@ -83,18 +87,20 @@ def _examine(dataset: Dataset, image: LabelledImage) -> Finding:
 
 
 def difference_hash(image: np.ndarray) -> int:
-    """256 bits of float grey [H, W]: on a 17 x 16 grid of 8-bit means, is each cell darker than its right neighbour?"""
+    """256-bit hash of float grey [H, W]: whether each cell of a 17 x 16 grid of means is darker than its right one."""
     grid = Image.fromarray(quantise(image)).resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
     cells = np.asarray(grid, np.int16)
     return int.from_bytes(np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes(), "big")
 
 
 def near_duplicates(hashes: dict[str, int]) -> list[list[str]]:
-    """Groups of two or more paths that are linked by hashes at most NEAR bits apart, sorted.
+    """Sorted groups of two or more paths whose hashes are connected by distances of at most NEAR bits.
 
-    NEAR + 1 disjoint sets of bits: two hashes that differ in NEAR bits agree on one of the sets, so only those that
-    share a bucket need comparing. The sets are interleaved, as black borders make neighbouring bits equal everywhere.
+    The bits are divided into NEAR + 1 sets. Two hashes that differ in at most NEAR bits agree on at least one set, so
+    only hashes with equal bits in one set are compared. The sets are interleaved, because black borders make
+    neighbouring bits equal in all images.
     """
+    # union-find over the different hashes
     paths: dict[int, list[str]] = {}
     for path, value in hashes.items():
         paths.setdefault(value, []).append(path)
@@ -105,16 +111,17 @@ def near_duplicates(hashes: dict[str, int]) -> list[list[str]]:
             parent[value] = value = parent[parent[value]]
         return value
 
+    # compare the hashes that agree on one set of bits
     for part in range(NEAR + 1):
         mask = sum(1 << bit for bit in range(part, HASH_SIDE**2, NEAR + 1))
         buckets: dict[int, list[int]] = {}
         for value in paths:
             buckets.setdefault(value & mask, []).append(value)
         for bucket in buckets.values():
-            for index, one in enumerate(bucket):
-                for other in bucket[:index]:
-                    if (one ^ other).bit_count() <= NEAR:
-                        parent[root(one)] = root(other)
+            for first, second in combinations(bucket, 2):
+                if (first ^ second).bit_count() <= NEAR:
+                    parent[root(second)] = root(first)
+    # collect the paths of each group
     groups: dict[int, list[str]] = {}
     for value, same in paths.items():
         groups.setdefault(root(value), []).extend(same)
@@ -122,16 +129,18 @@ def near_duplicates(hashes: dict[str, int]) -> list[list[str]]:
 
 
 def describe_findings(found: dict[str, Any]) -> str:
-    """The findings in a few lines for people."""
+    """The result of ``inspect`` as text."""
+    # classes and files
     lines = [f"{found['uri']}: {found['kind']}, {found['images']} images in {found['files']} files"]
     lines += [f"  {label}: {count}" for label, count in found["classes"].items()]
     healthy = found["healthy_class"]
-    there = "" if healthy in found["classes"] else ", of which there is no image (--set data.healthy_class=NAME)"
-    lines.append(f"healthy class: {healthy}{there}")
-    truth = {key: found[f"with_{key}"] for key in ("lung_mask", "lesion_mask", "ground_truth", "boxes")}
-    lines.append("with " + ", ".join(f"{key.replace('_', ' ')}: {count}" for key, count in truth.items()))
+    hint = "" if healthy in found["classes"] else ", which has no images (use --set data.healthy_class=NAME)"
+    lines.append(f"healthy class: {healthy}{hint}")
+    counts = {key: found[f"with_{key}"] for key in ("lung_mask", "lesion_mask", "ground_truth", "boxes")}
+    lines.append("with " + ", ".join(f"{key.replace('_', ' ')}: {count}" for key, count in counts.items()))
     lines.append("sizes: " + ", ".join(f"{size} ({count})" for size, count in found["sizes"].items()))
     lines.append("modes: " + ", ".join(f"{mode} ({count})" for mode, count in found["modes"].items()))
+    # problems
     lines += [
         f"{'missing' if bad['status'] == Status.MISSING.value else 'unreadable'}: {bad['path']!r}: {bad['reason']}"
         for bad in found["unreadable"]

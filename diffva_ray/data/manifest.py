@@ -1,4 +1,4 @@
-"""A table that names the images: a CSV or Parquet file with the columns ``path,label[,mask][,caption]``."""
+"""Reads manifests: CSV or Parquet tables with the columns ``path,label[,mask][,caption]``."""
 
 from __future__ import annotations
 
@@ -21,29 +21,30 @@ EXTENSIONS = (".csv", ".parquet")
 
 
 class Line(NamedTuple):
-    """A row of a table: its place for messages ("images.csv row 2"; the header is row 1), and its cells by column."""
+    """A row of a table."""
 
-    where: str
-    cells: dict[str, str]
+    where: str  # position for messages: "images.csv row 2"; the header is row 1
+    cells: dict[str, str]  # by column
 
 
 class Table(NamedTuple):
-    """A table of text."""
+    """A table whose cells are text."""
 
-    columns: list[str]
-    rows: list[Line]
+    columns: list[str]  # names, in the order of the file
+    rows: list[Line]  # without empty lines
 
 
 def read(store: Store, entries: list[Entry], config: DataConfig, name: str) -> Dataset | None:
-    """The images of the manifest ``name``, whose paths are relative to the store; None when it has other columns.
+    """The images of the manifest ``name``, with paths relative to the store; None when the table has other columns.
 
-    Images whose file is absent are kept, with size -1, and noted; an absent mask is an empty one, noted too.
-    Raises UnusableData, naming the row, for paths that leave the folder and for empty cells.
+    An image whose file is absent is kept with size -1; the path of an absent mask is dropped; notes report both.
+    Raises UnusableData, naming the row, for paths outside the folder and for an empty path or label.
     """
     table = read_table(store.read(name), name)
     if not {"path", "label"} <= set(table.columns):
         return None
     sizes = {entry.path: entry.size for entry in entries}
+    # one image per row
     images = []
     absent_masks = 0
     for where, row in table.rows:
@@ -55,35 +56,32 @@ def read(store: Store, entries: list[Entry], config: DataConfig, name: str) -> D
         absent_masks += bool(mask) and mask not in sizes
         caption = " ".join(row.get("caption", "").split())
         images.append(LabelledImage(path, label, sizes.get(path, -1), mask if mask in sizes else "", caption=caption))
-    absent = sum(image.size < 0 for image in images)
-    said = ((absent, "images"), (absent_masks, "masks"))
-    notes = [f"{count} {what} named in {name} are not there" for count, what in said if count]
+    # notes about absent files
+    absent = ((sum(image.size < 0 for image in images), "images"), (absent_masks, "masks"))
+    notes = [f"{count} {what} named in {name} do not exist" for count, what in absent if count]
     return Dataset(store, images, "phantoms" if "phantoms.json" in sizes else "manifest", notes)
 
 
 def inside(text: str, sizes: dict[str, int], where: str) -> str:
-    """A path of a table, normalised; UnusableData when it is empty or leaves the data set's folder."""
+    """Path from a table, normalised. Raises UnusableData when the path is empty or outside the data set's folder."""
     if text not in sizes:
-        text = text.strip().replace("\\", "/")  # written on Windows
+        text = text.strip().replace("\\", "/")  # a table written on Windows
     pure = PurePosixPath(text)
     if not pure.parts:
         raise UnusableData(f"{where}: the path is empty")
     if pure.is_absolute() or ".." in pure.parts or "\0" in text or re.match(r"[A-Za-z]:/|\w+://", text):
-        raise UnusableData(f"{where}: {text!r} leaves the folder; paths are relative to the table's own")
+        raise UnusableData(f"{where}: {text!r} is outside the folder; paths are relative to the table")
     return str(pure)
 
 
 def read_table(data: bytes, name: str) -> Table:
-    """A CSV (UTF-8) or Parquet file; empty cells are "". Raises UnusableData when the bytes are no such table."""
-    if name.lower().endswith(".parquet"):
-        columns, lines = _parquet(data, name)
-    else:
-        columns, lines = _csv(data, name)
+    """Reads a CSV (UTF-8) or Parquet file; empty cells are "". Raises UnusableData when the bytes are no such table."""
+    columns, lines = (_parquet if name.lower().endswith(".parquet") else _csv)(data, name)
     rows = []
     for number, line in enumerate(lines, start=2):
-        if len(line) != len(columns) and line:
-            raise UnusableData(f"{name} row {number}: {len(line)} cells under {len(columns)} columns")
         if line:
+            if len(line) != len(columns):
+                raise UnusableData(f"{name} row {number}: {len(line)} cells under {len(columns)} columns")
             rows.append(Line(f"{name} row {number}", dict(zip(columns, line))))
     return Table(columns, rows)
 

@@ -1,8 +1,8 @@
-"""Thorax phantoms: images whose lesions, lesion masks and ground-truth counterfactual are known. This is *phantom v1*,
-frozen before any model was tuned on it; docs/phantoms.md has its statistics and a test holds them.
+"""Phantoms: synthetic chest X-rays with a known lesion, lesion mask and ground-truth counterfactual.
 
-The anatomy, the distractors and the noise are drawn from streams of their own, before and apart from the lesion, so a
-image and its ground truth are the same patient on the same day.
+This is *phantom v1*, frozen before any model was tuned on it; docs/phantoms.md has its statistics, which a test checks.
+Anatomy, distractors, noise and lesion have separate random streams, so an image and its ground-truth counterfactual
+show the same patient with the same noise.
 """
 
 from __future__ import annotations
@@ -24,17 +24,26 @@ from diffva_ray.progress import LOG
 from diffva_ray.storage.store import Store, open_store
 
 VERSION = "phantom v1"
-SMALLEST = 16  # pixels a side
+MIN_SIDE = 16  # pixels
 CLASSES = ("Normal", "Lung_Opacity", "COVID", "Viral Pneumonia")
 ALL_CLASSES = ("Normal", *LESIONS)
 DEFAULTS = DataConfig()
-CAPTIONS = "captions.csv"  # a manifest of a set's images, for a training that is told more than the class
-VISIBLE = 0.05  # a pixel belongs to the lesion when image and ground truth differ by more than this
+CAPTIONS = "captions.csv"  # manifest of a set's images, for training with captions instead of class prompts
+VISIBLE = 0.05  # difference of image and ground-truth counterfactual above which a pixel belongs to the lesion
 
 
 @dataclass(frozen=True)
 class Phantom:
-    """One synthetic image and its truth; images float32 [size, size] in [0, 1], masks bool [size, size]."""
+    """One synthetic image with its ground truth.
+
+    Attributes:
+        image: The image, float32 [size, size] in [0, 1].
+        ground_truth: The ground-truth counterfactual: the image without the lesion, float32 [size, size] in [0, 1].
+        lungs: Lung mask without the heart, bool [size, size].
+        lesion: Lesion mask, bool [size, size]; empty for ``Normal``.
+        label: The class, one of ALL_CLASSES.
+        factors: Parameters of the lesion, such as sides, severity and grade.
+    """
 
     image: NDArray[np.float32]
     ground_truth: NDArray[np.float32]
@@ -45,27 +54,39 @@ class Phantom:
 
 
 def phantom(label: str, patient: int, seed: int = 0, size: int = 64) -> Phantom:
-    """The image of patient number ``patient`` under one label of ALL_CLASSES, with its truth; ``size``: its side in
-    pixels. The same arguments give the same image. Raises ValueError for an unknown label or fewer than 16 pixels.
+    """Generates a synthetic chest X-ray with its ground truth. The same arguments give the same image.
 
         >>> made = phantom("COVID", patient=7, size=32)
         >>> normal = phantom("Normal", patient=7, size=32)
         >>> made.image.shape, bool(made.lesion.any()), bool((normal.image == made.ground_truth).all())
         ((32, 32), True, True)
+
+    Args:
+        label: The class, one of ALL_CLASSES.
+        patient: Number of the patient; the anatomy depends on patient and seed only.
+        seed: Random seed of the set.
+        size: Side of the image in pixels, 16 or more.
+
+    Returns:
+        The image, its ground-truth counterfactual, masks and parameters.
+
+    Raises:
+        ValueError: The label is unknown, or ``size`` is below 16.
     """
     if label not in ALL_CLASSES:
         raise ValueError(f"unknown phantom class {label!r}; there are {', '.join(ALL_CLASSES)}")
-    if size < SMALLEST:
-        raise ValueError(f"a phantom has a side of {SMALLEST} pixels or more, got {size}")
+    if size < MIN_SIDE:
+        raise ValueError(f"the side of a phantom is at least {MIN_SIDE} pixels, got {size}")
+    # sample the patient, the distractors and the exposure
     anatomy, foreign, exposure, disease = np.random.SeedSequence([seed, patient]).spawn(4)
     thorax = Thorax.sample(np.random.default_rng(anatomy))
     image_u, image_v = grid(size)
     u, v = thorax.coordinates(image_u, image_v)
-    width = max(0.016, 1.0 / size)  # an edge is never sharper than the pixel grid can show
+    width = max(0.016, 1.0 / size)  # edges are at least a pixel wide
     objects = distractors(np.random.default_rng(foreign), image_u, image_v)
     rng = np.random.default_rng(exposure)
     develop = _Exposure(rng, size)
-
+    # expose the patient without and with the lesion
     healthy = thorax.density(u, v, width)
     ground_truth = develop(healthy + objects)
     if label == "Normal":
@@ -74,20 +95,23 @@ def phantom(label: str, patient: int, seed: int = 0, size: int = 64) -> Phantom:
     else:
         lesion = LESIONS[label](np.random.default_rng(disease), thorax, u, v)
         image = develop(_ill(thorax, lesion, healthy, u, v, width) + objects)
+    # masks
     lungs = np.maximum(thorax.lung(u, v, -1), thorax.lung(u, v, 1)) * np.ones_like(u)
     visible = (lungs > 0) & (thorax.heart(u, v) < 0)
     return Phantom(image, ground_truth, visible, visible_lesion(image, ground_truth, label), label, lesion.factors)
 
 
 def visible_lesion(image: NDArray[np.floating], ground_truth: NDArray[np.floating], label: str) -> NDArray[np.bool_]:
-    """Where an image [size, size] in [0, 1] differs from its ground truth by more than VISIBLE."""
+    """Mask of the pixels where an image [size, size] in [0, 1] and its ground-truth counterfactual differ by more than
+    VISIBLE."""
     difference = np.abs(image - ground_truth)
-    if label == "Viral Pneumonia":  # the zone, not each thread of the mesh
+    if label == "Viral Pneumonia":  # blurred, to mark the zone instead of the threads of the mesh
         difference = ndimage.gaussian_filter(difference, 1.5 / 64 * len(image))
     return difference > VISIBLE
 
 
 def _ill(thorax: Thorax, lesion: Lesion, healthy: np.ndarray, u: np.ndarray, v: np.ndarray, width: float) -> np.ndarray:
+    """Density [size, size] of the patient with the lesion."""
     density = healthy
     if lesion.push is not None:
         density = thorax.density(u + lesion.push[0], v + lesion.push[1], width)
@@ -102,9 +126,10 @@ def _ill(thorax: Thorax, lesion: Lesion, healthy: np.ndarray, u: np.ndarray, v: 
 
 
 def caption(prompt: str, factors: Mapping[str, Any]) -> str:
-    """What is to be seen on an image, in words: "severe Lung Opacity on the left", "mild COVID 19, bilateral".
+    """Caption of a phantom: "severe Lung Opacity on the left", "mild COVID 19, bilateral".
 
-    ``prompt`` is the class's own; ``factors`` the image's. Without a grade and sides it is the prompt alone.
+    ``prompt`` is the prompt of the class and ``factors`` those of the image; without grade and sides, the caption is
+    the prompt.
     """
     where = {1: " on the {}", 2: ", bilateral"}.get(len(factors.get("sides", ())), "")
     graded = f"{factors['grade']} {prompt}" if "grade" in factors else prompt
@@ -112,7 +137,10 @@ def caption(prompt: str, factors: Mapping[str, Any]) -> str:
 
 
 class _Exposure:
-    """From density to image: gain, gamma, collimation, mottle. One draw serves image and ground truth."""
+    """Converts densities to grey levels with a sampled gain, gamma, fog and noise.
+
+    The same instance exposes an image and its ground-truth counterfactual.
+    """
 
     def __init__(self, rng: np.random.Generator, size: int) -> None:
         self.gain, self.gamma, self.fog = rng.uniform(0.95, 1.2), rng.uniform(0.85, 1.2), rng.uniform(0.0, 0.05)
@@ -120,6 +148,7 @@ class _Exposure:
         self.mottle = 0.012 * lattice_noise(rng, 48, size)
 
     def __call__(self, density: np.ndarray) -> NDArray[np.float32]:
+        """Image float32 [size, size] in [0, 1]."""
         bright = np.clip(density + self.texture * np.clip(density / 0.3, 0, 1), 0.0, None)
         image = self.fog + self.gain * bright**self.gamma
         return np.clip(image + self.mottle, 0.0, 1.0).astype(np.float32)
@@ -128,12 +157,28 @@ class _Exposure:
 def phantom_set(
     store: Store, patients: int, size: int = 64, seed: int = 0, classes: Sequence[str] = CLASSES
 ) -> Iterator[str]:
-    """Write ``patients`` images, classes in turn, in the Radiography layout (images, masks, lesions, ground truth);
-    yields each image's path. ``captions.csv`` is a manifest with the captions of DataConfig's prompts;
-    ``phantoms.json``, written last, lists every image with its factors."""
+    """Writes a set of phantoms in the Radiography layout (``images``, ``masks``, ``lesions``, ``ground_truth``).
+
+    Also writes ``captions.csv``, a manifest with captions made of DataConfig's prompts, and last ``phantoms.json``,
+    which lists every image with its factors.
+
+    Args:
+        store: Where to write.
+        patients: Number of images; patient k has the k-th class, modulo the number of classes.
+        size: Side of the images in pixels, 16 or more.
+        seed: Random seed of the set.
+        classes: Classes of the images, from ALL_CLASSES.
+
+    Yields:
+        The path of each image after it was written.
+
+    Raises:
+        ValueError: A class is unknown, or ``size`` is below 16.
+    """
     unknown = [label for label in classes if label not in ALL_CLASSES]
     if unknown:
         raise ValueError(f"unknown phantom class {unknown[0]!r}; there are {', '.join(ALL_CLASSES)}")
+    # write the images
     images = []
     for patient in range(patients):
         label = classes[patient % len(classes)]
@@ -142,12 +187,13 @@ def phantom_set(
         path = write_image(store, label, patient, image, made.lungs, made.lesion, ground_truth)
         images.append({"file": path, "label": label, "patient": patient, **made.factors})
         yield path
+    # write the captions, then the list of images
     lines = [
         f'{image["file"]},{image["label"]},"{caption(DEFAULTS.prompt(str(image["label"])), image)}"' for image in images
     ]
     store.put(CAPTIONS, "\n".join(["path,label,caption", *lines, ""]).encode())
-    about = {"version": VERSION, "seed": seed, "size": size, "classes": list(classes), "images": images}
-    store.put("phantoms.json", json.dumps(about, indent=1).encode())
+    metadata = {"version": VERSION, "seed": seed, "size": size, "classes": list(classes), "images": images}
+    store.put("phantoms.json", json.dumps(metadata, indent=1).encode())
 
 
 def write_image(
@@ -159,8 +205,10 @@ def write_image(
     lesion: NDArray[np.bool_],
     ground_truth: NDArray[np.uint8],
 ) -> str:
-    """Write the ``number``-th image [size, size] of a set (from 0) in the Radiography layout, with its masks and its
-    ground truth; a normal image has neither lesion nor ground truth. Returns the image's path."""
+    """Writes the ``number``-th image [size, size] of a set (from 0) in the Radiography layout; returns its path.
+
+    Also writes the lung mask and, unless the image is normal, the lesion mask and the ground-truth counterfactual.
+    """
     name = f"{label}-{number + 1}.png"
     store.put(f"{label}/images/{name}", encode_grey(image))
     store.put(f"{label}/masks/{name}", encode_mask(lungs))
@@ -171,7 +219,7 @@ def write_image(
 
 
 def make_phantoms(uri: str, patients: int, size: int, seed: int) -> None:
-    """The set ``phantom_set`` writes, at ``uri``, unless it is there already."""
+    """Writes the set of ``phantom_set`` to ``uri``, unless it exists already."""
     store = open_store(uri)
     if not store.exists("phantoms.json"):
         LOG.info("making %d phantoms in %s", patients, uri)

@@ -1,7 +1,7 @@
-"""The layout of the COVID-19 Radiography Database, and of phantom sets: ``<class>/images/*.png``.
+"""Reads the layout of the COVID-19 Radiography Database and of phantom sets: ``<class>/images/*.png``.
 
-Beside ``images`` a class may have ``masks`` (lungs), ``lesions`` and ``ground_truth``, with files of the same name. The
-data root is the folder of the classes, or the folder above it (as Kaggle unpacks it).
+A class may also have ``masks`` (lungs), ``lesions`` and ``ground_truth`` (counterfactuals), with files of the same
+name. The data root is the folder of the classes, or the folder above it (as Kaggle unpacks it).
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ COMPANIONS = ("masks", "lesions", "ground_truth")
 
 
 def read(store: Store, entries: list[Entry], config: DataConfig) -> Dataset | None:
-    """The images of the layout, or None where it is another; UnusableData when several such sets lie side by side."""
+    """The images of the layout, or None for another layout. Raises UnusableData for a folder with several such sets."""
+    # group the images by the folder of their data set
     roots: dict[str, list[LabelledImage]] = {}  # "" or one folder -> its images
     others: list[str] = []
     for entry in image_files(entries):
-        *above, name, folder, _ = ("", "", *entry.path.split("/"))  # padded: a short path unpacks too
+        *above, name, folder, _ = ("", "", *entry.path.split("/"))  # padded, so that short paths unpack as well
         above = [part for part in above if part]
         if folder == "images" and name and len(above) <= 1:
             roots.setdefault("/".join(above), []).append(LabelledImage(entry.path, name, entry.size))
@@ -28,6 +29,7 @@ def read(store: Store, entries: list[Entry], config: DataConfig) -> Dataset | No
             others.append(entry.path)
     if not roots:
         return None
+    # choose the data set, and note which images are ignored
     root = _choose(store, list(roots))
     prefix = f"{root}/" if root else ""
     notes = [f"images from {prefix}"] if root else []
@@ -44,5 +46,5 @@ def _choose(store: Store, roots: list[str]) -> str:
         if root in roots:
             return root
     if len(roots) > 1:
-        raise UnusableData(f"{store.uri}: holds several data sets ({', '.join(sorted(roots))}); give one of them")
+        raise UnusableData(f"{store.uri}: has several data sets ({', '.join(sorted(roots))}); give one of them")
     return roots[0]

@@ -168,7 +168,7 @@ def test_chexpert_is_one_image_per_positive_label(tmp_path, above):
     assert "2 uncertain labels (-1), policy 'ignore': Cardiomegaly 2" in notes
     assert "1 lateral views left out" in notes
     assert "1 frontal images without a positive label" in notes
-    assert "1 frontal images are not there" in notes
+    assert "1 frontal images do not exist" in notes
     assert "valid.csv: left out" in notes
 
 
@@ -191,7 +191,7 @@ def test_chexpert_with_odd_values_or_no_images(tmp_path):
     lay(tmp_path, "train.csv", content=csv.encode())
     assert "train.csv row 2: No Finding is '2'" in unusable(tmp_path)
     lay(tmp_path, "train.csv", content=csv.replace(",2,", ",1,").encode())
-    assert "none of its 1 images is there" in unusable(tmp_path)
+    assert "none of its 1 images exists" in unusable(tmp_path)
 
 
 def manifest(root: Path, text: str) -> Path:
@@ -221,8 +221,8 @@ def test_manifest_with_masks_missing_and_repeated_rows(tmp_path):
         LabelledImage("images/gone.png", "COVID", -1),
     ]
     assert dataset.notes == [
-        "1 images named in list.csv are not there",
-        "1 masks named in list.csv are not there",
+        "1 images named in list.csv do not exist",
+        "1 masks named in list.csv do not exist",
         "1 repeated rows of the same image and label are merged",
     ]
 
@@ -303,7 +303,7 @@ def test_boxes_beside_or_inside_the_data_set(tmp_path):
     lay(tmp_path, "boxes.csv", content=rows.encode())
     outer = open_dataset(tmp_path)
     assert outer.boxes == {f"{KAGGLE}/COVID/images/COVID-1.png": drawn}
-    assert "2 boxes on 1 images (boxes.csv); 1 fit no image" in outer.notes
+    assert "2 boxes on 1 images (boxes.csv); 1 match no image" in outer.notes
     inner = open_dataset(root)
     assert inner.boxes == {}
     assert boxes.read_boxes(rows.encode(), inner.images) == {"COVID/images/COVID-1.png": drawn}
@@ -315,7 +315,7 @@ def test_boxes_do_not_cross_classes():
     images = [LabelledImage("COVID/images/1.png", "COVID"), LabelledImage("Normal/images/1.png", "Normal")]
     header = b"file,x,y,w,h\n"
     assert boxes.read_boxes(header + b"Viral/images/1.png,1,2,3,4\n", images) == {}
-    with pytest.raises(UnusableData, match=r"row 2: '1\.png' fits 2 images"):
+    with pytest.raises(UnusableData, match=r"row 2: '1\.png' matches 2 images"):
         boxes.read_boxes(header + b"1.png,1,2,3,4\n", images)
 
 
