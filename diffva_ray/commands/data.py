@@ -1,4 +1,4 @@
-"""Verbs about images: make phantoms, look at a data set."""
+"""Verbs about images: write phantoms, inspect a data set."""
 
 from __future__ import annotations
 
@@ -11,20 +11,27 @@ from diffva_ray.config.recipe import load_recipe
 from diffva_ray.data.dataset import UnusableData
 
 
-@verb("phantoms")
+@verb("phantoms", "Write a set of synthetic X-rays")
 @click.argument("out")
-@click.option("--patients", default=400, show_default=True, metavar="N", help="Images in all, classes in turn.")
-@click.option("--size", metavar="PX", type=click.IntRange(16, 4096), help="Side of the images; default: the recipe's.")
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same images.")
-@click.option("--classes", metavar="A,B", help="Classes; default: Normal, Lung_Opacity, COVID, Viral Pneumonia.")
-@click.option("--onto", metavar="DATA", help="Put the lesions into the healthy images of this data set.")
+@click.option(
+    "--patients", default=400, show_default=True, metavar="N", help="Total number of images; classes take turns."
+)
+@click.option(
+    "--size",
+    metavar="PX",
+    type=click.IntRange(16, 4096),
+    help="Side of the images in pixels; default: the recipe's resolution.",
+)
+@click.option("--seed", default=0, show_default=True, help="Random seed; equal seeds give equal images.")
+@click.option("--classes", metavar="A,B", help="Classes to write; default: Normal,Lung_Opacity,COVID,Viral Pneumonia.")
+@click.option("--onto", metavar="DATA", help="Draw the lesions into the healthy images of this data set.")
 @recipe_or_phantom
 @set_option
 @dry_run_option
 def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str | None, onto: str | None,
              recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
-    """Write synthetic thorax images with lung masks, lesion masks and ground-truth counterfactual; with --onto real healthy images
-    with synthetic lesions, whose originals are the exact counterfactuals.
+    """Write synthetic chest X-rays with lung masks, lesion masks and ground-truth counterfactuals. With --onto, draw
+    synthetic lesions into real healthy images; the originals are then the ground-truth counterfactuals.
 
     Example:
         diffva phantoms data/test --patients 400 --size 128 --seed 7
@@ -41,26 +48,27 @@ def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str 
     dataset = open_dataset(onto, resolved.data) if onto else None
     healthy = resolved.data.healthy_class
     if dry_run:
-        about = {"onto": onto, "healthy_images": dataset.classes.get(healthy, 0)} if dataset else {}
-        return show(resolved, out=out, patients=patients, size=side, seed=seed, classes=chosen, **about)
+        base = {"onto": onto, "healthy_images": dataset.classes.get(healthy, 0)} if dataset else {}
+        return show(resolved, out=out, patients=patients, size=side, seed=seed, classes=chosen, **base)
     try:
         store = open_store(out)
         if dataset is not None:
-            made = sum(1 for _ in implant_set(store, dataset, healthy, patients, side, seed, chosen))
+            images = implant_set(store, dataset, healthy, patients, side, seed, chosen)
         else:
-            made = sum(1 for _ in phantom_set(store, patients, side, seed, chosen))
+            images = phantom_set(store, patients, side, seed, chosen)
+        count = sum(1 for _ in images)
     except ValueError as error:
         raise UnusableData(str(error)) from None
-    click.echo(f"{made} images of {side} px in {out}")
+    click.echo(f"{count} images of {side} px in {out}")
 
 
-@verb("inspect")
+@verb("inspect", "Show what a data set contains")
 @click.argument("data")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @recipe_or_phantom
 @set_option
 def inspect(data: str, as_json: bool, recipe: str, overrides: tuple[str, ...]) -> None:
-    """What a data set holds: classes, sizes, masks, unreadable files, near-duplicates.
+    """Show what a data set contains: classes, image sizes, masks, unreadable files and near-duplicates.
 
     Example:
         diffva inspect data/COVID-19_Radiography_Dataset
@@ -70,5 +78,5 @@ def inspect(data: str, as_json: bool, recipe: str, overrides: tuple[str, ...]) -
     from diffva_ray.data.inspection import inspect as examine
 
     config = load_recipe(recipe, overrides).data
-    found = examine(open_dataset(data, config), config.healthy_class)
-    click.echo(json.dumps(found, indent=1) if as_json else describe_findings(found))
+    findings = examine(open_dataset(data, config), config.healthy_class)
+    click.echo(json.dumps(findings, indent=1) if as_json else describe_findings(findings))

@@ -1,4 +1,4 @@
-"""Verbs about a model: train it, ask it about one image, and the whole line from phantoms to report."""
+"""Verbs about a model: train it, apply it to one image, run the demo."""
 
 from __future__ import annotations
 
@@ -27,22 +27,25 @@ if TYPE_CHECKING:
 
 
 def worker_count(_: click.Context, __: click.Parameter, text: str) -> int | tuple[int, int]:
-    """``4``, or ``1:4``."""
+    """Parse ``4`` or ``1:4``."""
     parts = text.split(":")
     if not (1 <= len(parts) <= 2 and all(part.isdigit() and int(part) for part in parts)):
         raise click.BadParameter(f"{text!r}: give a number of workers, or MIN:MAX")
     numbers = [int(part) for part in parts]
     if len(numbers) == 2 and numbers[0] > numbers[1]:
-        raise click.BadParameter(f"{text!r}: the first number is the smaller one")
+        raise click.BadParameter(f"{text!r}: MIN must not exceed MAX")
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
-@verb("demo")
-@click.option("--out", default="runs/demo", show_default=True, metavar="DIR", help="Where everything goes.")
-@click.option("--quick", is_flag=True, help="The same path with less of everything, in under 4 minutes.")
-@click.option("--seed", default=0, show_default=True, help="Seed of phantoms, training and generation.")
+@verb("demo", "Run the end-to-end demo")
+@click.option(
+    "--out", default="runs/demo", show_default=True, metavar="DIR", help="Folder for data, model, run and report."
+)
+@click.option("--quick", is_flag=True, help="Use fewer images and training steps; takes under 4 minutes.")
+@click.option("--seed", default=0, show_default=True, help="Random seed of phantoms, training and generation.")
 def demo(out: str, quick: bool, seed: int) -> None:
-    """The whole line on this machine: phantoms, training, counterfactuals, tables and a page.
+    """Run the whole pipeline on this machine: write phantoms, train a model, generate counterfactuals, compute the
+    tables and write the report.
 
     Example:
         diffva demo --quick
@@ -52,25 +55,31 @@ def demo(out: str, quick: bool, seed: int) -> None:
     click.echo(run_demo(out, quick, seed))
 
 
-@verb("train")
+@verb("train", "Train a model on a data set")
 @data_option
-@click.option("--out", metavar="MODEL", required=True, help="Model folder to write, or s3://.")
+@click.option("--out", metavar="MODEL", required=True, help="Model folder to write, local or s3://.")
 @click.option(
     "--workers",
     default="1",
     show_default=True,
     metavar="N|MIN:MAX",
     callback=worker_count,
-    help="Ray Train workers; MIN:MAX grows and shrinks with the cluster.",
+    help="Number of Ray Train workers; MIN:MAX follows the size of the cluster.",
 )
-@click.option("--gpus-per-worker", type=click.FloatRange(0), metavar="F", help="Default: 1 where the cluster has GPUs.")
+@click.option(
+    "--gpus-per-worker",
+    type=click.FloatRange(0),
+    metavar="F",
+    help="GPUs per worker; default: 1 if the cluster has GPUs, else 0.",
+)
 @executor_option
 @recipe_or_phantom
 @set_option
 @dry_run_option
 def train(data: str, out: str, workers: int | tuple[int, int], gpus_per_worker: float | None, executor: Executor, recipe: str,
           overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
-    """Fine-tune the UNet and the text encoder together. The same command again goes on, or does nothing.
+    """Train the stages of the recipe, for example UNet and text encoder together. Repeat the command to continue an
+    interrupted training; a finished one is left as it is.
 
     Example:
         diffva train --data data/train --out models/mine --recipe phantom
@@ -84,13 +93,13 @@ def train(data: str, out: str, workers: int | tuple[int, int], gpus_per_worker: 
         click.echo(f"model written to {out}")
 
 
-def _beside_the_command(image: str, what: str) -> str:
-    """A name in the current folder for what is made of an image: image.png -> image.explained.png."""
+def _default_output(image: str, suffix: str) -> str:
+    """Name of an output file in the current folder: dir/image.png -> image.explained.png."""
     name = image.rpartition("/")[2]
-    return f"{name.rpartition('.')[0] or name}.{what}.png"
+    return f"{name.rpartition('.')[0] or name}.{suffix}.png"
 
 
-@verb("explain")
+@verb("explain", "Explain one image")
 @click.argument("image")
 @model_option
 @click.option(
@@ -98,72 +107,90 @@ def _beside_the_command(image: str, what: str) -> str:
     "prompts",
     multiple=True,
     metavar="TEXT",
-    help="What the counterfactual should be, a row of the sheet each; default: the recipe's healthy prompt.",
+    help="Prompt of the counterfactual; repeatable, one row of the sheet each; default: the recipe's healthy prompt.",
 )
 @click.option(
-    "--out", metavar="FILE.png", help="The sheet, local or s3://; default: <image>.explained.png in the current folder."
+    "--out",
+    metavar="FILE.png",
+    help="Path of the PNG sheet, local or s3://; default: <image>.explained.png in the current folder.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
 @settings_options
-@click.option("--seed", type=int, help="As of a run; the image's own is made of it and the file's name.")
+@click.option(
+    "--seed", type=int, help="Random seed, as in generate; the image's seed is derived from it and the file name."
+)
 @recipe_option
 @set_option
 @dry_run_option
 def explain(image: str, model: str, prompts: tuple[str, ...], out: str | None, as_json: bool, **options: Any) -> None:
-    """One image, at once: its healthy counterfactual, the attribution map, the numbers, and a sheet that shows them. The engine is
-    that of generate; a run gives an image the same noise where its path in the data set is just the file's name.
+    """Explain one image: generate its healthy counterfactual and attribution map, print the metrics and write a PNG
+    sheet. The result equals that of generate if the image's path in the data set is the bare file name.
 
     Example:
         diffva explain image.png --model models/mine --prompt "normal chest scan" --prompt "COVID 19"
     """
-    from diffva_ray.explain.image import explain as ask
+    from diffva_ray.explain.image import explain as explain_image
     from diffva_ray.explain.sheet import check_sheet, describe, write_sheet
     from diffva_ray.workflows.execution import model_recipe
 
     recipe = model_recipe(model, options["recipe"], settings_overrides(options))
-    path = out or _beside_the_command(image, "explained")
+    path = out or _default_output(image, "explained")
     check_sheet(path)
     if options["dry_run"]:
         return show(recipe, image=image, model=model, out=path, prompts=prompts or [recipe.data.healthy_prompt])
-    found = ask(image, model, recipe, prompts)
-    write_sheet(found, path)
+    explanation = explain_image(image, model, recipe, prompts)
+    write_sheet(explanation, path)
     if as_json:
-        return click.echo(json.dumps({**found.as_dict(), "sheet": path}, indent=1))
-    click.echo(f"{describe(found)}\nsheet in {path}")
+        return click.echo(json.dumps({**explanation.as_dict(), "sheet": path}, indent=1))
+    click.echo(f"{describe(explanation)}\nsheet in {path}")
 
 
-@verb("interpolate")
+@verb("interpolate", "Interpolate two prompts or two images")
 @click.argument("image")
 @model_option
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Twice: from the first to the second.")
-@click.option("--to", "other", metavar="IMAGE", help="From image to image, under one --prompt or unedited.")
-@click.option("--frames", default=7, show_default=True, type=click.IntRange(2, 25), help="Images of the strip.")
-@click.option("--out", metavar="FILE.png", help="The strip, local or s3://; default: <image>.interpolated.png here.")
-@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="TEXT",
+    help="Prompt; give two to interpolate from the first to the second.",
+)
+@click.option("--to", "other", metavar="IMAGE", help="Second image to interpolate to, under one --prompt or none.")
+@click.option(
+    "--frames", default=7, show_default=True, type=click.IntRange(2, 25), help="Number of images in the strip."
+)
+@click.option(
+    "--out",
+    metavar="FILE.png",
+    help="Path of the PNG strip, local or s3://; default: <image>.interpolated.png in the current folder.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
 @settings_options
-@click.option("--seed", type=int, help="As of a run; the image's own is made of it and the file's name.")
+@click.option(
+    "--seed", type=int, help="Random seed, as in generate; the image's seed is derived from it and the file name."
+)
 @recipe_option
 @set_option
 @dry_run_option
 def interpolate(image: str, model: str, prompts: tuple[str, ...], other: str | None, frames: int, out: str | None,
                 as_json: bool, **options: Any) -> None:  # fmt: skip
-    """A strip of images between two prompts (their text embeddings mixed) or between two images (their noisy latents
-    mixed), with the judge's opinion of each.
+    """Write a strip of images between two prompts (mixes their text embeddings) or between two images (mixes their
+    noisy latents), with the judge's probability of healthy for each.
 
     Example:
         diffva interpolate image.png --model models/mine --prompt "normal chest scan" --prompt "COVID 19"
         diffva interpolate image.png --model models/mine --to other.png
     """
-    from diffva_ray.explain.interpolate import interpolate as between
+    from diffva_ray.explain.interpolate import interpolate as interpolate_image
     from diffva_ray.explain.interpolate import write_strip
     from diffva_ray.explain.sheet import check_sheet
     from diffva_ray.workflows.execution import model_recipe
 
     recipe = model_recipe(model, options["recipe"], settings_overrides(options))
-    path = out or _beside_the_command(image, "interpolated")
+    path = out or _default_output(image, "interpolated")
     check_sheet(path)
     if options["dry_run"]:
         return show(recipe, image=image, to=other, model=model, out=path, prompts=prompts, frames=frames)
-    strip = between(image, model, recipe, prompts, other, frames)
+    strip = interpolate_image(image, model, recipe, prompts, other, frames)
     write_strip(strip, path)
     click.echo(json.dumps({**strip.as_dict(), "strip": path}, indent=1) if as_json else f"strip in {path}")

@@ -1,4 +1,4 @@
-"""Verbs about numbers and pages: tables, report, anybody's maps, two runs side by side."""
+"""Verbs about metrics and pages: reduce, report, score, compare."""
 
 from __future__ import annotations
 
@@ -14,38 +14,43 @@ if TYPE_CHECKING:
     from diffva_ray.workflows.execution import Executor
 
 
-@verb("reduce")
+@verb("reduce", "Compute the tables of a run")
 @click.argument("run")
-@click.option("--data", metavar="DATA", help="Where the data set is now, if it has moved; the run remembers it.")
-@click.option("--reference", multiple=True, metavar="LABEL=DATA_OR_RUN", help="Compare with class LABEL; repeatable.")
-@click.option("--boxes", metavar="CSV", help="Lesion boxes: file,x,y,w,h in pixels of the image.")
+@click.option("--data", metavar="DATA", help="New address of the data set, if it has moved; the run stores it.")
+@click.option(
+    "--reference",
+    multiple=True,
+    metavar="LABEL=DATA_OR_RUN",
+    help="Reference set of class LABEL for FID and KID; repeatable.",
+)
+@click.option("--boxes", metavar="CSV", help="CSV of lesion boxes: file,x,y,w,h in pixels of the image.")
 @weights_option
 @click.option(
-    "--resize", type=click.Choice(["clean", "legacy"]), help="Way to Inception's grid; legacy: pytorch-fid's."
+    "--resize",
+    type=click.Choice(["clean", "legacy"]),
+    help="Resizing before Inception: bicubic with antialiasing (clean), or as pytorch-fid (legacy); default: the recipe's.",
 )
-@click.option("--threshold-from", metavar="RUN", help="Fix Dice thresholds on this (validation) run.")
+@click.option("--threshold-from", metavar="RUN", help="Take the Dice thresholds from this (validation) run.")
 @click.option(
     "--extractor",
     multiple=True,
     metavar="NAME[=PATH]",
-    help="Network of the distances: inception, torchxrayvision=WEIGHTS, rad-dino=FOLDER, judge[=MODEL] or stand-in; repeatable.",
+    help="Feature extractor: inception, torchxrayvision=WEIGHTS, rad-dino=FOLDER, judge[=MODEL], stand-in; repeatable.",
 )
 @click.option(
     "--judge",
     multiple=True,
     metavar="NAME=PATH",
-    help="Flip rates by another judge too: torchxrayvision=WEIGHTS or judge=MODEL; repeatable.",
+    help="Additional judge of the flip rate: torchxrayvision=WEIGHTS or judge=MODEL; repeatable.",
 )
-@click.option("--lpips-weights", metavar="PATH", help="Torchvision's AlexNet state dict: adds LPIPS.")
-@click.option(
-    "--brixia", metavar="CSV", help="Readers' scores of lung zones (file, S-A to S-F, J-A to J-F) for the maps."
-)
-@click.option("--sources", metavar="CSV", help="Archive of each image (file, source): compares within each one, too.")
+@click.option("--lpips-weights", metavar="PATH", help="State dict of torchvision's AlexNet; adds LPIPS to the tables.")
+@click.option("--brixia", metavar="CSV", help="CSV of Brixia zone scores: file, S-A to S-F, J-A to J-F.")
+@click.option("--sources", metavar="CSV", help="CSV of each image's archive: file,source; adds distances per archive.")
 @executor_option
 def reduce(run: str, data: str | None, reference: tuple[str, ...], boxes: str | None, inception_weights: str | None,
            resize: Literal["clean", "legacy"] | None, threshold_from: str | None, extractor: tuple[str, ...],
            judge: tuple[str, ...], lpips_weights: str | None, brixia: str | None, sources: str | None, executor: Executor) -> None:  # fmt: skip
-    """Verify a run and write its tables, quarantine, manifest and _SUCCESS.
+    """Verify a run and write its tables, quarantine.parquet, manifest.json and _SUCCESS.
 
     Example:
         diffva reduce runs/first --reference Normal=data/test
@@ -71,23 +76,23 @@ def reduce(run: str, data: str | None, reference: tuple[str, ...], boxes: str | 
     )
     reduced = reduce(opened, options, executor, data)
     print_summary(reduced.metrics)
-    click.echo(f"tables in {run}/tables" + ("" if reduced.fresh else " (reduced already; nothing written)"))
+    click.echo(f"tables in {run}/tables" + ("" if reduced.fresh else " (already up to date; nothing written)"))
 
 
-@verb("report")
+@verb("report", "Write the HTML report of a run")
 @click.argument("run")
-@click.option("--boxes", metavar="CSV", help="Lesion boxes to outline: file,x,y,w,h in pixels of the image.")
-@click.option("--serve", "served", is_flag=True, help="Then show it on this machine's loopback address until Ctrl-C.")
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Of --serve; default: any that is free.")
+@click.option("--boxes", metavar="CSV", help="CSV of lesion boxes to outline: file,x,y,w,h in pixels of the image.")
+@click.option("--serve", "served", is_flag=True, help="Serve the report on the loopback address until Ctrl-C.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port for --serve; default: any free port.")
 @click.option(
     "--images",
     type=click.IntRange(1),
     metavar="N",
-    help="Records in the viewer at most; default: by their size, up to 20000.",
+    help="Maximum number of records in the viewer; default: depends on their size, up to 20000.",
 )
 def report(run: str, boxes: str | None, served: bool, port: int, images: int | None) -> None:
-    """Write the figures and the HTML report of a run, finished or not: one page that opens from disk, with a viewer of
-    its images. Pictures of an earlier report are kept where they still hold.
+    """Write the figures and the HTML report of a finished or unfinished run: one page that opens from disk, with an
+    image viewer. Images of an earlier report are reused if they are still valid.
 
     Example:
         diffva report runs/first
@@ -99,49 +104,59 @@ def report(run: str, boxes: str | None, served: bool, port: int, images: int | N
     opened = open_run(run)
     click.echo(f"open {write_report(opened, images, boxes)}")
     if served:
-        serve(opened.store, port, click.echo)
+        try:
+            serve(opened.store, port, click.echo)
+        except OSError as error:
+            raise click.BadParameter(f"{port}: {error.strerror}", param_hint="--port") from error
 
 
-@verb("score")
+@verb("score", "Score attribution maps of any method")
 @click.argument("maps")
 @data_option
-@click.option("--boxes", metavar="CSV", help="Lesion boxes: file,x,y,w,h in pixels of the image.")
-@click.option("--out", metavar="FOLDER", help="Write tables/scores.{csv,md,tex,json} and more there.")
+@click.option("--boxes", metavar="CSV", help="CSV of lesion boxes: file,x,y,w,h in pixels of the image.")
+@click.option("--out", metavar="FOLDER", help="Output folder; the tables go to tables/scores.{csv,md,tex,json}.")
 @click.option(
     "--signed/--positive",
     "signed",
     default=None,
-    help="Score max(M, 0) and |M|, or max(M, 0) alone; default: by the values.",
+    help="Score max(M, 0) and |M|, or max(M, 0) only; default: signed if any value is negative.",
 )
 @click.option(
     "--encoding",
     type=click.Choice(["auto", "signed16", "unsigned"]),
     default="auto",
     show_default=True,
-    help="Of 16-bit maps; signed16: 32768 is zero; auto: that for a run's, else unsigned.",
+    help="Encoding of 16-bit maps; signed16: 32768 is zero; auto: signed16 for a run, else unsigned.",
 )
 @click.option(
     "--smoothing",
     type=click.FloatRange(0, 0.5, max_open=True),
     metavar="F",
-    help="Gaussian sigma as a fraction of the side, of maps and baselines; default: none.",
+    help="Sigma of the Gaussian that smooths maps and baselines, as a fraction of the side; default: none.",
 )
-@click.option("--size", type=click.IntRange(8, 4096), metavar="PX", help="Side of the grid; default: the maps' own.")
+@click.option(
+    "--size",
+    type=click.IntRange(8, 4096),
+    metavar="PX",
+    help="Side of the grid in pixels; default: the size of the maps.",
+)
 @click.option(
     "--threshold-from",
     metavar="RUN|FOLDER|JSON",
-    help="Thresholds fixed on validation images: a run, an --out of this verb, or a file.",
+    help="Thresholds from validation images: a run, an --out folder of this verb, or a JSON file.",
 )
-@click.option("--model", metavar="MODEL", help="Refuse this model's training images; a run names its own model.")
-@click.option("--allow-training-images", is_flag=True, help="Score images the model was trained on; the tables say so.")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option(
+    "--model", metavar="MODEL", help="Refuse training images of this model; default for a run: the run's model."
+)
+@click.option("--allow-training-images", is_flag=True, help="Score training images, too; the tables note it.")
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
 def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool | None,
           encoding: Literal["auto", "signed16", "unsigned"],
           smoothing: float | None, size: int | None, threshold_from: str | None, model: str | None,
           allow_training_images: bool, as_json: bool) -> None:  # fmt: skip
-    """Score anybody's attribution maps with the code of our own tables, beside trivial baselines.
+    """Score attribution maps of any method with the localization metrics of reduce, beside simple baselines.
 
-    MAPS is a folder of PNG, NPY or TIFF files named like the images of DATA, or a run.
+    MAPS is a folder of PNG, NPY or TIFF files that are named like the images of DATA, or a run.
 
     Example:
         diffva score gradcam/ --data data/test --size 64 --out scores/gradcam
@@ -150,6 +165,7 @@ def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool
     from diffva_ray.evaluate.external_tables import open_output, print_scores, write_scores
     from diffva_ray.evaluate.tables import clean
 
+    # Open the output folder first, so that a wrong address fails before the work.
     output = None if out is None else open_output(out)
     options = ScoreOptions(
         boxes=boxes,
@@ -162,6 +178,7 @@ def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool
         allow_training_images=allow_training_images,
     )
     scored = score_maps(maps, data, options)
+    # Write and print the scores.
     if output is not None:
         write_scores(output, scored)
     if as_json:
@@ -172,12 +189,12 @@ def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool
         click.echo(f"tables in {out}/tables")
 
 
-@verb("compare")
+@verb("compare", "Compare two runs on the same images")
 @click.argument("run_a")
 @click.argument("run_b")
-@click.option("--out", metavar="FOLDER", help="Where the page goes; default: compare-<A>-<B> beside a local RUN_A.")
+@click.option("--out", metavar="FOLDER", help="Output folder; default: compare-<A>-<B> beside a local RUN_A.")
 def compare(run_a: str, run_b: str, out: str | None) -> None:
-    """Two runs on the same images, side by side: numbers, settings that differ, pictures. Neither run is written to.
+    """Compare two runs on the same images: metrics, settings that differ, images. Neither run is changed.
 
     Example:
         diffva compare runs/first runs/second
@@ -188,7 +205,7 @@ def compare(run_a: str, run_b: str, out: str | None) -> None:
 
     try:
         a, b = open_run(run_a), open_run(run_b)
-    except ValueError as error:  # an unknown scheme, or a run.json that is damaged
+    except ValueError as error:  # an unknown scheme, or a damaged run.json
         raise UnusableData(str(error)) from None
     store = output_store(a, b, out)
     comparison = compare_runs(a, b)

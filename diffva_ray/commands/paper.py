@@ -1,4 +1,4 @@
-"""The verb that makes the paper's tables and figures."""
+"""The verb ``paper``, which reproduces the tables and figures of the paper."""
 
 from __future__ import annotations
 
@@ -25,22 +25,24 @@ if TYPE_CHECKING:
     from diffva_ray.workflows.execution import Executor
 
 
-@verb("paper")
-@click.option("--radiography", metavar="DATA", help="The COVID-19 Radiography Database; phantoms with --quick.")
-@click.option("--chexpert", metavar="DATA", help="CheXpert-v1.0-small, for table 4; phantoms with --quick.")
+@verb("paper", "Reproduce the tables and figures of the paper")
+@click.option("--radiography", metavar="DATA", help="COVID-19 Radiography Database; default with --quick: phantoms.")
+@click.option("--chexpert", metavar="DATA", help="CheXpert-v1.0-small, for table 4; default with --quick: phantoms.")
 @model_option
-@click.option("--out", metavar="DIR", required=True, help="Folder, or s3://; an unfinished one is continued.")
-@click.option("--quick", is_flag=True, help="24 images of each class; phantoms where no data are given.")
-@click.option("--limit", type=click.IntRange(4), metavar="N", help="At most so many images of each class.")
-@click.option("--boxes", metavar="CSV", help="Lesion boxes (file,x,y,w,h in pixels of the image), for table S3.")
-@click.option("--brixia", metavar="CSV", help="Readers' scores of lung zones (file, S-A to S-F, J-A to J-F), table S7.")
+@click.option("--out", metavar="DIR", required=True, help="Output folder, local or s3://; an unfinished one continues.")
+@click.option(
+    "--quick", is_flag=True, help="Use 24 images per class, and phantoms in place of data that are not given."
+)
+@click.option("--limit", type=click.IntRange(4), metavar="N", help="Maximum number of images per class.")
+@click.option("--boxes", metavar="CSV", help="CSV of lesion boxes for table S3: file,x,y,w,h in pixels of the image.")
+@click.option("--brixia", metavar="CSV", help="CSV of Brixia zone scores for table S7: file, S-A to S-F, J-A to J-F.")
 @weights_option
 @click.option(
     "--resize",
     type=click.Choice(["clean", "legacy"]),
     default="clean",
     show_default=True,
-    help="Way to Inception's grid.",
+    help="Resizing before Inception: bicubic with antialiasing (clean), or as pytorch-fid (legacy).",
 )
 @actors_option
 @gpus_option
@@ -53,9 +55,9 @@ def paper(radiography: str | None, chexpert: str | None, model: str, out: str, q
           boxes: str | None, brixia: str | None, inception_weights: str | None, resize: Literal["clean", "legacy"], actors: int | None,
           gpus_per_actor: float | None, allow_environment_change: bool, executor: Executor,
           recipe: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:  # fmt: skip
-    """Every table and figure of Siddiqui et al. 2024 from images and a model, the published values beside ours.
+    """Reproduce every table and figure of Siddiqui et al. 2024 from images and a model, beside the published values.
 
-    What cannot be made is listed with the reason. --set changes every run, as in generate.num_inference_steps=20.
+    The page lists what cannot be made, with the reason. --set changes all runs, as in generate.num_inference_steps=20.
 
     Example:
         diffva paper --quick --model runs/demo/model --out runs/paper
@@ -72,6 +74,7 @@ def paper(radiography: str | None, chexpert: str | None, model: str, out: str, q
         gpus_per_actor=gpus_per_actor,
         allow_environment_change=allow_environment_change,
     )
+    # A dry run needs no weights and downloads none.
     weights = None if dry_run else inception_path(inception_weights)
     inputs = Inputs(
         radiography=radiography,

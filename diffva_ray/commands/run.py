@@ -1,4 +1,4 @@
-"""Verbs about a run: make it, watch it, check it."""
+"""Verbs about a run: generate, status, verify, retry."""
 
 from __future__ import annotations
 
@@ -31,34 +31,37 @@ if TYPE_CHECKING:
     from diffva_ray.workflows.execution import Executor
 
 
-@verb("generate")
+@verb("generate", "Generate counterfactuals for a data set")
 @data_option
 @model_option
-@click.option("--out", metavar="RUN", required=True, help="Run folder, or s3://; an unfinished one is continued.")
-@click.option("--classes", metavar="A,B", help="Classes to generate; default: all but the healthy one.")
-@click.option("--healthy-class", metavar="NAME", help="The class that counts as healthy.")
-@click.option(
-    "--prompt", metavar="TEXT", help="What the counterfactual should be; default: the recipe's healthy prompt."
-)
+@click.option("--out", metavar="RUN", required=True, help="Run folder, local or s3://; an unfinished run continues.")
+@click.option("--classes", metavar="A,B", help="Classes whose images are used; default: all but the healthy class.")
+@click.option("--healthy-class", metavar="NAME", help="Name of the healthy class; default: the recipe's.")
+@click.option("--prompt", metavar="TEXT", help="Prompt of the counterfactuals; default: the recipe's healthy prompt.")
 @settings_options
-@click.option("--seed", type=int, help="Seed of the run.")
-@click.option("--samples", type=int, metavar="K", help="Records per image, each with noise of its own.")
-@click.option("--sweep", multiple=True, metavar="KEY=V,V", help="Several values of one setting; repeatable.")
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="At most so many records.")
-@click.option("--shard-size", type=int, metavar="N", help="Records per shard.")
-@click.option("--micro-batch", type=int, metavar="N", help="Images in one network call.")
+@click.option("--seed", type=int, help="Random seed of the run.")
+@click.option("--samples", type=int, metavar="K", help="Samples per image, each with its own noise.")
+@click.option(
+    "--sweep",
+    multiple=True,
+    metavar="KEY=V,V",
+    help="Values of one sampling setting, as in strength=0.4,0.6; repeatable.",
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Maximum number of records.")
+@click.option("--shard-size", type=int, metavar="N", help="Number of records per shard.")
+@click.option("--micro-batch", type=int, metavar="N", help="Number of images per network call.")
 @actors_option
 @gpus_option
 @click.option(
     "--probe",
     is_flag=True,
-    help="With --dry-run: generate some images here, to tell hours, storage and the best --micro-batch.",
+    help="With --dry-run: generate some images here to estimate hours, storage and the best --micro-batch.",
 )
 @click.option(
     "--images-per-second",
     type=click.FloatRange(0, min_open=True),
     metavar="R",
-    help="With --dry-run: the pace of one actor, to tell hours.",
+    help="With --dry-run: the throughput of one actor, to estimate hours.",
 )
 @change_option
 @executor_option
@@ -66,7 +69,7 @@ if TYPE_CHECKING:
 @set_option
 @dry_run_option
 def generate(data: str, model: str, out: str, **options: Any) -> int:
-    """Make the healthy counterfactual and the attribution map of every abnormal image.
+    """Generate the healthy counterfactual and the attribution map of every abnormal image.
 
     Example:
         diffva generate --data data/test --model models/mine --out runs/first
@@ -77,6 +80,7 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     from diffva_ray.workflows.execution import Execution, model_recipe
     from diffva_ray.workflows.generate import generate_run
 
+    # Resolve recipe, request and execution.
     overrides = with_flags(
         settings_overrides(options, "samples", "shard_size", "micro_batch"),
         data__healthy_class=options["healthy_class"],
@@ -89,24 +93,26 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
         gpus_per_actor=options["gpus_per_actor"],
         allow_environment_change=options["allow_environment_change"],
     )
+    # Print the forecast of a dry run.
     if options["dry_run"]:
         from diffva_ray.generate.cost import Pace
         from diffva_ray.workflows.forecast import micro_batches, planned, planned_cost, probe
 
-        rate, pace, by_size = options["images_per_second"], None, dict[int, float]()
+        rate, pace, rate_by_size = options["images_per_second"], None, dict[int, float]()
         if rate is not None:
             pace = Pace(1 / rate, None, "cuda")
         elif options["probe"]:
             pace = probe(recipe, data, model, request)
-            by_size = micro_batches(recipe, model)
+            rate_by_size = micro_batches(recipe, model)
         intent = planned(recipe, data, model, out, request)
         cost = planned_cost(recipe, intent, out, request, execution, pace)
-        if by_size:
-            cost["images_per_second_by_micro_batch"] = {size: round(rate, 2) for size, rate in by_size.items()}
+        if rate_by_size:
+            cost["images_per_second_by_micro_batch"] = {size: round(rate, 2) for size, rate in rate_by_size.items()}
         show(recipe, **intent, cost=cost)
         return DONE
     if options["probe"] or options["images_per_second"]:
-        raise click.UsageError("--probe and --images-per-second are for --dry-run, which they tell the pace")
+        raise click.UsageError("--probe and --images-per-second are for --dry-run only")
+    # Generate, then compare the number of quarantined records with the limit.
     click.echo(f"recipe {recipe.name}" + ("" if options["recipe"] else " (the model's own)"), err=True)
     counts = generate_run(recipe, data, model, out, request, execution)
     if counts["shards"]:
@@ -115,26 +121,28 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     return DONE
 
 
-@verb("status")
+@verb("status", "Show the progress of a run or a training")
 @click.argument("run_or_model")
-@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 def status(run_or_model: str, as_json: bool) -> None:
-    """How far a run or a training is; reads storage only.
+    """Show the progress of a run or a training. The command only reads files, so it works from any machine.
 
     Example:
         diffva status runs/first --json
     """
     from diffva_ray.workflows.status import describe, read_status
 
-    found = read_status(run_or_model)
-    click.echo(json.dumps(found, indent=1) if as_json else describe(found))
+    progress = read_status(run_or_model)
+    click.echo(json.dumps(progress, indent=1) if as_json else describe(progress))
 
 
-@verb("verify")
+@verb("verify", "Check a finished run for damage")
 @click.argument("run")
-@click.option("--repair", is_flag=True, help="Withdraw damaged shards, so that generate makes them again.")
+@click.option(
+    "--repair", is_flag=True, help="Remove damaged shards from the committed ones, so that generate makes them again."
+)
 def verify(run: str, repair: bool) -> int:
-    """Check every promise of a finished run: planned ids once, fingerprints, pixels.
+    """Check a finished run: each planned record exists once, fingerprints match, and pixels match their digests.
 
     Example:
         diffva verify runs/first
@@ -143,6 +151,7 @@ def verify(run: str, repair: bool) -> int:
     from diffva_ray.generate.verification import requeue
     from diffva_ray.generate.verification import verify as check
 
+    # Print the problems.
     opened = open_run(run)
     problems = check(opened)
     for problem in problems[:20]:
@@ -151,23 +160,24 @@ def verify(run: str, repair: bool) -> int:
         click.echo(f"{run}: {opened.about['records']} records in {opened.shards} shards, complete and sound")
         return DONE
     click.echo(f"{run}: {len(problems)} problems" + (f", {len(problems) - 20} not shown" if len(problems) > 20 else ""))
+    # Requeue the damaged shards.
     if repair:
-        again = "retry" if all(problem.overlay for problem in problems) else "generate"
-        click.echo(f"{requeue(opened, problems)} shards requeued; run diffva {again} again, then diffva reduce")
+        command = "retry" if all(problem.overlay for problem in problems) else "generate"
+        click.echo(f"{requeue(opened, problems)} shards requeued; run diffva {command} again, then diffva reduce")
     return INCOMPLETE
 
 
-@verb("retry")
+@verb("retry", "Retry the quarantined records of a run")
 @click.argument("run")
-@click.option("--data", metavar="DATA", help="Where the data set is now, if it has moved.")
-@click.option("--model", metavar="MODEL", help="Where the model is now, if it has moved.")
+@click.option("--data", metavar="DATA", help="New address of the data set, if it has moved.")
+@click.option("--model", metavar="MODEL", help="New address of the model, if it has moved.")
 @actors_option
 @gpus_option
 @change_option
 @executor_option
 def retry(run: str, data: str | None, model: str | None, actors: int | None, gpus_per_actor: float | None,
           allow_environment_change: bool, executor: Executor) -> int:  # fmt: skip
-    """Make quarantined records again, once their images are mended: into RUN/overlays/r1, r2 ...
+    """Generate quarantined records again, after their images are fixed. The results go to RUN/overlays/r1, r2 ...
 
     Example:
         diffva retry runs/first

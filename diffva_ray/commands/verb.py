@@ -1,4 +1,4 @@
-"""What all verbs share: the group, exit codes, one line for every failure, the options they have in common."""
+"""What all verbs share: the command group, exit codes, one-line errors and common options."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from diffva_ray.config.recipe import Recipe, RecipeError, Scheduler
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.generate.run import FingerprintDiffers, PlanError
 from diffva_ray.model.card import UnusableModel
-from diffva_ray.progress import set_up_logging
+from diffva_ray.progress import LOG, one_line, set_up_logging
 from diffva_ray.storage.store import StoreError, UnknownScheme
 
-# Of every verb, too: click keeps a verb's help option from its first call, which may be one without the group.
+# Given to every verb, too: click creates a verb's help option at the first call, which may come without the group.
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
-DONE, UNUSABLE, DIFFERS, TOO_MANY_QUARANTINED, INCOMPLETE, INTERRUPTED = 0, 2, 3, 4, 5, 130
+DONE, UNEXPECTED, UNUSABLE, DIFFERS, TOO_MANY_QUARANTINED, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # with a file name: usage
 
 
-class Examples(click.Command):
-    """A command whose help ends with its docstring's example as it stands."""
+class VerbCommand(click.Command):
+    """Command whose help prints the example of its docstring without reflowing the lines."""
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         text, _, example = (self.help or "").partition("Example:")
@@ -43,43 +44,58 @@ class Examples(click.Command):
 
 @click.group(context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="diffva")
-@click.option("-v", "--verbose", is_flag=True, help="Say more, and let Ray speak.")
+@click.option("-v", "--verbose", is_flag=True, help="Log more, show Ray's own log, and print tracebacks of errors.")
 def main(verbose: bool) -> None:
-    """Healthy counterfactuals, attribution maps and their numbers for chest X-rays. Not for clinical use."""
+    """Generate healthy counterfactuals and attribution maps of chest X-rays and evaluate them. Not for clinical use."""
     set_up_logging(verbose)
 
 
-def verb(name: str) -> Callable[[Callable[..., Any]], click.Command]:
-    """A subcommand whose failures are one line on stderr and an exit code of the contract."""
+def verb(name: str, short_help: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """Register a subcommand. It prints an error as one line on stderr and exits with a code of the contract.
+
+    ``short_help``: the line of ``diffva --help``, in the imperative, at most 45 characters.
+    """
 
     def decorate(function: Callable[..., Any]) -> click.Command:
         @wraps(function)
         def run(**options: Any) -> None:
-            codes = exit_codes()
             try:
                 with sigterm_interrupts():
                     code = function(**options)
             except KeyboardInterrupt:
-                click.echo("interrupted; all committed work is kept, the same command goes on", err=True)
+                click.echo("interrupted; all committed work is kept; repeat the command to continue", err=True)
                 sys.exit(INTERRUPTED)
-            except tuple(codes) as error:
-                click.echo(f"diffva {name}: {error}", err=True)
-                sys.exit(next(code for kind, code in codes.items() if isinstance(error, kind)))
             except Exception as error:
-                cause = _known_cause(error, tuple(codes))
-                if cause is None:
+                LOG.debug("diffva %s: traceback of the error below", name, exc_info=True)
+                known = _known_error(error)
+                if known is None:
                     raise
-                click.echo(f"diffva {name}: {cause}", err=True)
-                sys.exit(next(code for kind, code in codes.items() if isinstance(cause, kind)))
+                message, code = known
+                click.echo(f"diffva {name}: {message}", err=True)
+                sys.exit(code)
             sys.exit(code or DONE)
 
-        return main.command(name, cls=Examples, context_settings=CONTEXT)(run)
+        return main.command(name, cls=VerbCommand, short_help=short_help, context_settings=CONTEXT)(run)
 
     return decorate
 
 
+def _known_error(error: Exception) -> tuple[str, int] | None:
+    """The message and the exit code of an error that users can act on; None for all others, which are bugs."""
+    codes = exit_codes()
+    origin = getattr(error, "cause", None) or error  # Ray's errors hold the worker's error there
+    if isinstance(origin, FILE_ERRORS) and origin.filename is not None:
+        return str(origin), UNUSABLE
+    if cause := _known_cause(error, tuple(codes)):
+        return str(cause), next(code for kind, code in codes.items() if isinstance(cause, kind))
+    if isinstance(origin, OSError):
+        text = f"{type(origin).__name__}: {one_line(origin)}"
+        return f"unexpected error: {text}; diffva -v shows the traceback", UNEXPECTED
+    return None
+
+
 def exit_codes() -> dict[type[BaseException], int]:
-    """Which failure ends with which exit code of the contract."""
+    """Exit code of the contract by kind of error."""
     from diffva_ray.distributed.session import UnusableCluster
     from diffva_ray.evaluate.reduction import Incomplete
     from diffva_ray.generate.attempts import OutOfMemory, WorkersKeepDying
@@ -95,7 +111,6 @@ def exit_codes() -> dict[type[BaseException], int]:
         DamagedRun,
         Unfinished,
         UnknownScheme,
-        OSError,
     )
     incomplete = (Incomplete, StoreError, WorkersKeepDying, OutOfMemory)
     return {
@@ -108,12 +123,12 @@ def exit_codes() -> dict[type[BaseException], int]:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM (a stopped job, a spot notice, Slurm) ends a command as Ctrl-C does: clean, and to be continued."""
+    """Turn SIGTERM (a stopped job, a spot notice, Slurm) into KeyboardInterrupt, as Ctrl-C: the command can continue."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread only
         yield
         return
     before = signal.signal(signal.SIGTERM, interrupt)
@@ -124,15 +139,15 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def _known_cause(error: BaseException, kinds: tuple[type[BaseException], ...]) -> BaseException | None:
-    """The exception of ours that Ray has wrapped into its own, if there is one."""
-    seen: set[int] = set()
+    """The first exception of ``kinds`` among an exception and its causes; Ray wraps exceptions into its own."""
+    visited: set[int] = set()
     stack: list[Any] = [error]
     while stack:
         current = stack.pop()
-        if current is None or id(current) in seen:
+        if current is None or id(current) in visited:
             continue
-        seen.add(id(current))
-        if isinstance(current, kinds) and not isinstance(current, OSError):
+        visited.add(id(current))
+        if isinstance(current, kinds):
             return current
         stack += [current.__cause__, current.__context__, getattr(current, "cause", None)]
         stack += list(getattr(current, "worker_failures", {}).values())
@@ -140,34 +155,34 @@ def _known_cause(error: BaseException, kinds: tuple[type[BaseException], ...]) -
 
 
 # fmt: off
-recipe_or_phantom = click.option("--recipe",   metavar="NAME|FILE", default="phantom", show_default=True, help="A recipe that comes with the package, or a YAML file.")
-recipe_option   = click.option("--recipe",     metavar="NAME|FILE", help="Recipe; default: the model's own.")
+recipe_or_phantom = click.option("--recipe",   metavar="NAME|FILE", default="phantom", show_default=True, help="Name of a shipped recipe, or a YAML file.")
+recipe_option   = click.option("--recipe",     metavar="NAME|FILE", help="Name of a shipped recipe, or a YAML file; default: the model's own recipe.")
 set_option      = click.option("--set",        "overrides", metavar="KEY=VALUE", multiple=True, help="Override one value of the recipe, as in generate.strength=0.4; repeatable.")
-dry_run_option  = click.option("--dry-run",    is_flag=True, help="Print the resolved recipe and what would be done; write nothing.")
-data_option     = click.option("--data",       metavar="DATA",  required=True, help="Data set: a folder, a manifest, or s3://.")
-model_option    = click.option("--model",      metavar="MODEL", required=True, help="Model folder, or s3://.")
-executor_option = click.option("--executor",   type=click.Choice(["ray", "inline"]), default="ray", show_default=True, help="inline: a plain loop in this process.")
-actors_option   = click.option("--actors",     type=click.IntRange(1), metavar="N", help="Default: one for each GPU, or for each CPU.")
-gpus_option     = click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="Default: 1 where the cluster has GPUs.")
-change_option   = click.option("--allow-environment-change", is_flag=True, help="Go on with another torch or device; recorded.")
-weights_option  = click.option("--inception-weights", metavar="PATH|download", help="pytorch-fid's state dict; default: its cache.")
-SETTINGS = (  # of the engine: what a run and a single image have in common
-    click.option("--method",         metavar="NAME",              help=f"One of {', '.join(METHODS)}."),
-    click.option("--strength",       metavar="F",    type=float,  help="How far the image is taken apart, in (0, 1]."),
-    click.option("--guidance-scale", metavar="F",    type=float,  help="Classifier-free guidance; 1 or less is none."),
-    click.option("--steps",          metavar="N",    type=int,    help="Scheduler steps at strength 1."),
-    click.option("--scheduler",      metavar="NAME", help=f"One of {', '.join(get_args(Scheduler))}."),
+dry_run_option  = click.option("--dry-run",    is_flag=True, help="Print the resolved recipe and the planned work as JSON; write nothing.")
+data_option     = click.option("--data",       metavar="DATA",  required=True, help="Data set: a folder, a manifest (CSV or Parquet), or an s3:// address.")
+model_option    = click.option("--model",      metavar="MODEL", required=True, help="Model folder, local or s3://.")
+executor_option = click.option("--executor",   type=click.Choice(["ray", "inline"]), default="ray", show_default=True, help="Run on Ray, or in a plain loop of this process (inline).")
+actors_option   = click.option("--actors",     type=click.IntRange(1), metavar="N", help="Number of Ray actors; default: one per GPU, or one per CPU without GPUs.")
+gpus_option     = click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="GPUs per actor; default: 1 if the cluster has GPUs, else 0.")
+change_option   = click.option("--allow-environment-change", is_flag=True, help="Continue a run with another torch version or device; the run records the change.")
+weights_option  = click.option("--inception-weights", metavar="PATH|download", help="State dict of pytorch-fid's Inception; default: the file in pytorch-fid's cache.")
+SETTINGS = (  # sampling settings, which `generate`, `explain` and `interpolate` share
+    click.option("--method",         metavar="NAME",              help=f"Counterfactual method: {', '.join(METHODS)}."),
+    click.option("--strength",       metavar="F",    type=float,  help="Share of the noise schedule that is applied to the image, in (0, 1]."),
+    click.option("--guidance-scale", metavar="F",    type=float,  help="Scale of classifier-free guidance; 1 or less turns guidance off."),
+    click.option("--steps",          metavar="N",    type=int,    help="Sampler steps at strength 1; strength * N steps run."),
+    click.option("--scheduler",      metavar="NAME", help=f"Sampler: {', '.join(get_args(Scheduler))}."),
 )
 # fmt: on
 
 
 def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of SETTINGS, in their order."""
+    """Add the options of SETTINGS to a verb, in their order."""
     return reduce(lambda wrapped, option: option(wrapped), reversed(SETTINGS), function)
 
 
 def settings_overrides(options: Mapping[str, Any], *more: str) -> tuple[str, ...]:
-    """``--set`` and ``--seed``, the options of SETTINGS and ``more`` of ``generate``'s as overrides of the recipe."""
+    """Recipe overrides from ``--set``, ``--seed``, the options of SETTINGS and ``more`` keys of section ``generate``."""
     keys = ("method", "strength", "guidance_scale", "scheduler", *more)
     return with_flags(
         options["overrides"],
@@ -178,15 +193,16 @@ def settings_overrides(options: Mapping[str, Any], *more: str) -> tuple[str, ...
 
 
 def show(recipe: Recipe, **intent: Any) -> None:
-    """What ``--dry-run`` prints: one JSON document."""
+    """Print the recipe and the planned work as one JSON document, for ``--dry-run``."""
     click.echo(json.dumps({"recipe": recipe.model_dump(mode="json"), **intent}, indent=1))
 
 
 def with_flags(overrides: tuple[str, ...], **flags: Any) -> tuple[str, ...]:
-    """``--set`` overrides, then those of options that were given, which win."""
+    """Append the options that were given (not None) to the ``--set`` overrides; the later override wins."""
     given = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in flags.items() if value is not None]
     return (*overrides, *given)
 
 
 def names(text: str | None) -> tuple[str, ...] | None:
+    """Split ``A,B`` into names; None for no text."""
     return tuple(name.strip() for name in text.split(",") if name.strip()) if text else None

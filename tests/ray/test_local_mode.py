@@ -157,7 +157,7 @@ def test_sigterm_ends_a_driver_of_ray_as_ctrl_c_does(
     driver.send_signal(signal.SIGTERM)
     _, errors = driver.communicate(timeout=120)
     assert driver.returncode == 130, errors[-2000:]
-    assert errors.decode().rstrip().endswith("interrupted; all committed work is kept, the same command goes on")
+    assert errors.decode().rstrip().endswith("interrupted; all committed work is kept; repeat the command to continue")
     assert b"SIGTERM received" not in errors
 
 

@@ -1,4 +1,4 @@
-"""The command line: exit codes of the contract, and one line that names the fault for whatever a person gets wrong."""
+"""The command line: exit codes of the contract, and one line that names the cause of every user error."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from diffva_ray.cli import main
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.generate.run import find_run
 from diffva_ray.storage.store import LocalStore
-
-SMALL = ("--set", "generate.num_inference_steps=4")
 
 
 def diffva(*arguments: object) -> Result:
@@ -47,6 +45,59 @@ def test_every_verb_helps_with_an_example(verb: str) -> None:
     assert result.exit_code == 0
     assert "Example:" in result.output
     assert f"diffva {verb}" in result.output
+
+
+IMPERATIVES = "Check Compare Compute Explain Generate Interpolate Reproduce Retry Run Score Show Train Write".split()
+
+
+def test_short_help_is_an_imperative_that_fits_its_line() -> None:
+    page = diffva("--help").output
+    for command in main.commands.values():
+        text = command.short_help
+        assert text, command.name
+        assert len(text) <= 45, text
+        assert text.split()[0] in IMPERATIVES, text
+        assert text in page
+
+
+def test_option_help_is_a_sentence_that_starts_with_a_capital() -> None:
+    for command in main.commands.values():
+        for option in (parameter for parameter in command.params if isinstance(parameter, click.Option)):
+            text = option.help or ""
+            assert text[:1].isupper(), (command.name, option.opts)
+            assert text.endswith("."), (command.name, option.opts)
+            assert not text.startswith(("Of ", "As ", "Default")), (command.name, option.opts)
+
+
+def test_verbose_prints_the_traceback_of_a_one_line_error(tmp_path: Path) -> None:
+    quiet, verbose = diffva("status", tmp_path), diffva("-v", "status", tmp_path)
+    assert quiet.exit_code == verbose.exit_code == 2
+    assert "Traceback" not in quiet.stderr
+    assert "Traceback" in verbose.stderr
+    assert "read_status" in verbose.stderr
+    assert verbose.stderr.splitlines()[-1] == quiet.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "a.png"), 2, "[Errno 13] Permission denied: 'a.png'"),
+        (PermissionError(errno.EPERM, "refused"), 1, "unexpected error: PermissionError: [Errno 1] refused;"),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), 1, "unexpected error: ConnectionResetError: [Errno 104]"),
+        (OSError(errno.ENOSPC, "full", "/tmp/a"), 1, "unexpected error: OSError: [Errno 28] full: '/tmp/a';"),
+    ],
+)
+def test_an_os_error_is_usage_only_if_it_names_a_file_that_cannot_be_opened(
+    error: OSError, code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(uri: str) -> None:
+        raise error
+
+    monkeypatch.setattr("diffva_ray.workflows.status.read_status", fail)
+    result = diffva("status", "run")
+    assert result.exit_code == code
+    assert result.stderr.startswith(f"diffva status: {message}")
+    assert len(result.stderr.splitlines()) == 1
 
 
 OPTIONS = {
@@ -76,14 +127,13 @@ OPTIONS = {
 
 
 def test_options_are_frozen() -> None:
-    """Scripts rely on them: an option that goes away or changes its name breaks somebody's job."""
-
-    taken = {}
+    """Scripts rely on option names: removing or renaming an option breaks jobs."""
+    options = {}
     for verb, command in main.commands.items():
         arguments = [parameter.name.upper() for parameter in command.params if isinstance(parameter, click.Argument)]
         words = [word for parameter in command.params for word in (*parameter.opts, *parameter.secondary_opts)]
-        taken[verb] = " ".join([*arguments, *sorted(word for word in words if word.startswith("--"))])
-    assert taken == OPTIONS
+        options[verb] = " ".join([*arguments, *sorted(word for word in words if word.startswith("--"))])
+    assert options == OPTIONS
 
 
 def test_dry_run_writes_nothing_and_prints_json(images: Path, model: Path, tmp_path: Path) -> None:
@@ -138,8 +188,6 @@ def test_another_configuration_is_exit_3_and_names_the_key(run: Path, images: Pa
 
 
 def test_too_many_bad_images_are_exit_4_with_all_work_kept(images: Path, model: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(images, tmp_path / "images")
     next((tmp_path / "images" / "COVID" / "images").iterdir()).write_bytes(b"torn")
     out = tmp_path / "run"
@@ -154,8 +202,6 @@ def test_too_many_bad_images_are_exit_4_with_all_work_kept(images: Path, model: 
 
 
 def test_reducing_an_unfinished_run_is_exit_5(run: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     (copy / "records" / "part-00001.parquet").unlink()
@@ -230,8 +276,6 @@ def test_boxes_and_references_from_elsewhere(run: Path, images: Path, model: Pat
 
 
 def test_fid_with_inceptions_weights(run: Path, inception_weights: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     command = ("reduce", copy, "--executor", "inline", "--inception-weights", inception_weights)
@@ -249,12 +293,12 @@ def test_fid_with_inceptions_weights(run: Path, inception_weights: Path, tmp_pat
 def test_status_reads_storage_only(run: Path, model: Path, tmp_path: Path) -> None:
     status = json.loads(diffva("status", run, "--json").output)
     assert (status["planned"], status["done"], status["ok"], status["finished"]) == (18, 18, 18, True)
-    said = diffva("status", run).output
-    assert "18 of 18 records" in said
+    text = diffva("status", run).output
+    assert "18 of 18 records" in text
     stages = status["seconds_by_stage"]
     assert set(stages) == {"read", "decode_images", "encode", "denoise", "decode", "metrics", "write"}
     assert status["bottleneck"] == max(stages, key=stages.get)
-    assert f"bottleneck: {status['bottleneck']}" in said
+    assert f"bottleneck: {status['bottleneck']}" in text
     assert json.loads(diffva("status", model, "--json").output)["trained"]
     assert diffva("status", tmp_path).exit_code == 2
 
@@ -276,18 +320,18 @@ def wait_for_parts(out: Path, process: subprocess.Popen, parts: int) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_killed_generation_goes_on(blow: int, run: Path, images: Path, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop_signal", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_generation_continues(stop_signal: int, run: Path, images: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ("generate", "--data", images, "--model", model, "--out", out, "--executor", "inline")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command(*arguments), env=environment, stderr=subprocess.PIPE)
     wait_for_parts(out, process, 1)
-    process.send_signal(blow)
+    process.send_signal(stop_signal)
     _, errors = process.communicate(timeout=60)
-    if blow != signal.SIGKILL and process.returncode:
+    if stop_signal != signal.SIGKILL and process.returncode:
         assert process.returncode == 130
-        assert b"the same command goes on" in errors
+        assert b"repeat the command to continue" in errors
     assert generate(images, model, out).exit_code == 0
     assert diffva("verify", out).exit_code == 0
     # A process killed between the link and the removal of its temporary file leaves a second name: ``part-*`` only.
@@ -301,17 +345,17 @@ def test_a_killed_generation_goes_on(blow: int, run: Path, images: Path, model: 
 
 
 @pytest.mark.parametrize(
-    ("number", "says"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only"), (errno.EDQUOT, "quota")]
+    ("number", "message"), [(errno.ENOSPC, "disk is full"), (errno.EROFS, "read-only"), (errno.EDQUOT, "quota")]
 )
-def test_a_disk_that_takes_no_more_is_one_line_and_the_run_goes_on(
-    number: int, says: str, run: Path, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_is_one_line_and_the_run_continues(
+    number: int, message: str, run: Path, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, room = tmp_path / "run", [30]
+    out, files_left = tmp_path / "run", [30]
     replace = os.replace
 
     def filling(source: str, target: Path) -> None:
-        room[0] -= 1
-        if room[0] < 0:
+        files_left[0] -= 1
+        if files_left[0] < 0:
             raise OSError(number, os.strerror(number), str(target))
         replace(source, target)
 
@@ -319,7 +363,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_the_run_goes_on(
         patch.setattr(os, "replace", filling)
         result = generate(images, model, out)
     assert result.exit_code == 5
-    assert says in result.output.splitlines()[-1]
+    assert message in result.output.splitlines()[-1]
     assert str(out) in result.output.splitlines()[-1]
     assert not list(out.rglob(".tmp-*"))
     assert generate(images, model, out).exit_code == 0
@@ -351,7 +395,7 @@ def reduce(out: Path, *more: object) -> Result:
 def test_tables_of_records_that_have_changed_are_made_again(
     run: Path, images: Path, model: Path, tmp_path: Path
 ) -> None:
-    """A shard that is committed again withdraws ``_SUCCESS``, and "reduced already" is said of the same parts only."""
+    """Committing a shard again removes ``_SUCCESS``; reduce skips its work only if the parts are the same."""
     data, out = tmp_path / "images", tmp_path / "run"
     shutil.copytree(images, data)
     shutil.copytree(run, out)
@@ -407,7 +451,7 @@ def test_images_that_have_moved_are_not_left_out_of_the_tables(run: Path, images
     assert metrics_of(out)["counterfactual"] == metrics_of(run)["counterfactual"]
     assert diffva("verify", out).exit_code == 0
     (out / "_SUCCESS").unlink()
-    assert reduce(out).exit_code == 0, "the run remembers where they are"
+    assert reduce(out).exit_code == 0, "run.json stores the new address"
 
     for _ in phantom_set(LocalStore(str(tmp_path / "other")), 24, 32, seed=99):
         pass
@@ -417,7 +461,7 @@ def test_images_that_have_moved_are_not_left_out_of_the_tables(run: Path, images
 
 
 def test_tables_that_no_longer_apply_are_removed(images: Path, model: Path, tmp_path: Path) -> None:
-    """Boxes given to one reduce and not to the next: no localisation, and no thresholds for others to take over."""
+    """A reduce without the boxes of the previous one leaves no localization tables and no thresholds behind."""
     data, out = tmp_path / "images", tmp_path / "run"
     for file in images.glob("*/images/*.png"):
         (data / file.parts[-3]).mkdir(parents=True, exist_ok=True)
@@ -436,7 +480,7 @@ def test_tables_that_no_longer_apply_are_removed(images: Path, model: Path, tmp_
     assert diffva("verify", out).exit_code == 0
 
 
-def test_a_run_made_with_relative_paths_is_reduced_from_anywhere(
+def test_a_run_with_relative_paths_is_reduced_from_any_folder(
     images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(images.parent)

@@ -9,7 +9,7 @@ def test_ids_and_seeds_are_frozen() -> None:
     assert record_seed(0, "COVID/images/1.png", 0) == 7362128295597733144
 
 
-def test_id_knows_every_setting() -> None:
+def test_id_depends_on_every_setting() -> None:
     base = ("a.png", "COVID", "normal", "sdedit", SETTINGS)
     others = [
         ("b.png", *base[1:]),
@@ -22,7 +22,7 @@ def test_id_knows_every_setting() -> None:
     assert len({record_id(*arguments) for arguments in [base, *others]}) == 7
 
 
-def test_prompts_and_sweep_points_of_a_image_share_their_noise_and_draws_do_not() -> None:
+def test_prompts_and_sweep_points_of_an_image_share_their_noise_and_samples_do_not() -> None:
     assert record_seed(0, "a.png", 0) != record_seed(0, "a.png", 1)
     assert record_seed(0, "a.png", 0) != record_seed(1, "a.png", 0)
     assert 0 <= record_seed(5, "a.png", 3) < 2**63
@@ -30,10 +30,8 @@ def test_prompts_and_sweep_points_of_a_image_share_their_noise_and_draws_do_not(
 
 def test_records_hold_the_contract() -> None:
     contract = """record_id image_path image_sha256 label prompt method attribution_kind scheduler strength
-    guidance_scale
-    num_inference_steps seed sample model_digest counterfactual_path attribution_path lung_mask_path width height ssim
-    ms_ssim
-    ms_ssim_scales psnr l1 attribution_energy attribution_energy_lung_fraction counterfactual_sha256
-    reconstruction_sha256 attribution_sha256 reconstruction_path status error""".split()
+    guidance_scale num_inference_steps seed sample model_digest counterfactual_path attribution_path lung_mask_path
+    width height ssim ms_ssim ms_ssim_scales psnr l1 attribution_energy attribution_energy_lung_fraction
+    counterfactual_sha256 reconstruction_sha256 attribution_sha256 reconstruction_path status error""".split()
     assert set(contract) <= set(RECORDS.names)
     assert {"record_id", "shard", "position", "image_path", "image_size", "label", "prompt"} <= set(PLAN.names)
