@@ -1,5 +1,5 @@
-"""Attribution maps: what makes an image abnormal, as a signed image in [-1, 1]; positive where the image is brighter
-than its healthy counterfactual."""
+"""Attribution maps: the signed difference, in [-1, 1], between an image and its healthy counterfactual; positive where
+the image is brighter."""
 
 from __future__ import annotations
 
@@ -15,26 +15,49 @@ from diffva_ray.schema import Image, Mask
 
 
 def attribution(image: Image, reconstruction: Image, counterfactual: Image, config: GenerateConfig) -> Image:
-    """The recipe's signed map [H, W] in [-1, 1] of three grey images [H, W] in [0, 1].
+    """Signed attribution map of an image, of the recipe's kind.
 
-    ``raw`` is M = I_abnormal - I_counterfactual (Siddiqui et al. 2024); ``compensated`` is D(E(I)) - I_counterfactual,
-    which does not count the autoencoder's own error as disease. ``smoothing`` is a Gaussian's sigma as a fraction of
-    the width. Raises ValueError for images of unequal shapes.
+    Args:
+        image: Grey image [H, W] in [0, 1].
+        reconstruction: The method's output without an edit, D(E(I)), of the same shape and range.
+        counterfactual: The healthy counterfactual, of the same shape and range.
+        config: Recipe section ``generate``, of which two fields are read. ``difference``: ``raw`` is
+            M = I - I_counterfactual (Siddiqui et al. 2024); ``compensated`` is D(E(I)) - I_counterfactual, which does
+            not count the autoencoder's own error as disease. ``smoothing``: sigma of a Gaussian, as a fraction of the
+            width.
 
+    Returns:
+        The map [H, W], float32 in [-1, 1].
+
+    Raises:
+        ValueError: If the images are not [H, W] of one shape.
+
+    Examples:
         >>> image, counterfactual = np.full((8, 8), 0.5, np.float32), np.full((8, 8), 0.2, np.float32)
         >>> attribution(image, image, counterfactual, GenerateConfig(difference="raw")).mean().round(3)
         np.float32(0.3)
     """
     if not image.shape == reconstruction.shape == counterfactual.shape or image.ndim != 2:
-        shapes = ", ".join(str(one.shape) for one in (image, reconstruction, counterfactual))
+        shapes = f"{image.shape}, {reconstruction.shape}, {counterfactual.shape}"
         raise ValueError(f"image, reconstruction and counterfactual are [H, W] of one shape, got {shapes}")
     difference = (image if config.difference == "raw" else reconstruction) - counterfactual
     return smooth(difference.astype(np.float64), config.smoothing).astype(np.float32)
 
 
 def energy(signed_map: Image, lungs: Mask | None = None) -> tuple[float, float | None]:
-    """Mean |M| of a map [H, W], in [0, 1], and the fraction of it inside the lungs [H, W], in [0, 1]; None without a
-    mask, or without any energy. Raises IndexError for a mask of another shape."""
+    """Energy of a map, and how much of it is inside the lungs.
+
+    Args:
+        signed_map: Attribution map [H, W] in [-1, 1].
+        lungs: Lung mask, bool [H, W].
+
+    Returns:
+        Mean |M|, in [0, 1], and the fraction of the sum of |M| inside the lungs, in [0, 1]; the fraction is None
+        without a mask, and for a map of zeros.
+
+    Raises:
+        IndexError: If the mask has another shape.
+    """
     magnitude = np.abs(signed_map.astype(np.float64))
     total = float(magnitude.sum())
     inside = float(magnitude[lungs].sum()) / total if lungs is not None and total > 0 else None
@@ -43,20 +66,29 @@ def energy(signed_map: Image, lungs: Mask | None = None) -> tuple[float, float |
 
 @dataclass(frozen=True, eq=False)
 class Consistency:
-    """What K maps of one image, of K seeds, agree on; all [H, W]."""
+    """Agreement of K maps of one image, one per seed; every field is [H, W]."""
 
-    mean: Image
+    mean: Image  # mean over seeds, in [-1, 1]
     deviation: Image  # standard deviation over seeds (K - 1 in the denominator)
     t: Image  # Student's statistic of the mean against no effect; infinite where all seeds agree on some effect
-    significant: Mask
+    significant: Mask  # where |t| is beyond the quantile of the level
 
 
 def over_seeds(maps: NDArray[np.float32], level: float = 0.05) -> Consistency:
-    """Mean, spread and significance of ``maps`` [K, H, W] in [-1, 1]: a two-sided t test per pixel at ``level``, with K
-    - 1 degrees of freedom. The test speaks of the sampler's noise, not of the model's errors, which all seeds share; of
-    pixels without any effect a share of ``level`` passes.
+    """Mean, spread and significance over seeds: a two-sided t test per pixel with K - 1 degrees of freedom.
 
-    Raises ValueError for fewer than two maps.
+    The test covers the sampler's noise only, not errors of the model, which all seeds share. A fraction ``level`` of
+    the pixels without any effect passes.
+
+    Args:
+        maps: Attribution maps [K, H, W] in [-1, 1] of one image, one per seed.
+        level: Significance level, in (0, 1).
+
+    Returns:
+        Mean, standard deviation, t statistic and significant pixels.
+
+    Raises:
+        ValueError: If there are fewer than two maps, or the array is not [K, H, W].
     """
     count = len(maps)
     if maps.ndim != 3 or count < 2:

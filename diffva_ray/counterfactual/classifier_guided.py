@@ -1,9 +1,9 @@
-"""``classifier-guided``: encode the image by DDIM inversion up to a noise level, decode it with the gradient of a
-classifier that knows noise (Wolleb et al. 2022, "Diffusion models for medical anomaly detection", algorithm 1;
-Dhariwal & Nichol 2021, algorithm 2).
+"""``classifier-guided``: encode the image by DDIM inversion, then decode it along the gradient of a classifier of noisy
+latents (Wolleb et al. 2022, "Diffusion models for medical anomaly detection", algorithm 1; Dhariwal & Nichol 2021,
+algorithm 2).
 
-The text steers neither way: both passes predict noise under the source prompt ("" is Wolleb's unconditional model), so
-without a classifier the image comes back as the autoencoder leaves it.
+The text has no effect: both passes predict noise under the source prompt ("" is Wolleb's unconditional model), so
+without the classifier the method returns the autoencoder's reconstruction.
 """
 
 from __future__ import annotations
@@ -17,24 +17,30 @@ from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDi
 
 
 def generate(model: LatentDiffusion, request: Edit) -> Generated:
-    """Raises UnusableModel for a model without a classifier."""
-    with torch.inference_mode(False):  # weights loaded in inference mode could never take part in a gradient
+    """Edit a batch by classifier guidance. Raises UnusableModel for a model without a classifier."""
+    with torch.inference_mode(False):  # weights that are loaded in inference mode cannot take part in a gradient
         classifier = model.bundle.extra("classifier").to(request.latents.device, torch.float32).eval()
         classifier.requires_grad_(False)
     scheduler, timesteps = model.schedule(request)
-    latents = invert(model, request, timesteps)
-    for timestep in timesteps:
-        output = model.predict(latents, timestep, request.source)
-        alpha = model.alphas.to(latents)[timestep]
-        push = request.config.classifier_guided.scale * (1 - alpha).sqrt() * gradient(classifier, latents, timestep)
-        if model.prediction_type == "v_prediction":  # v = (noise - sigma * latents) / sqrt(alpha)
-            push = push / alpha.sqrt()
-        latents = scheduler.step(output - push, timestep, latents).prev_sample
-    return model.generated(latents, request)
+
+    # Invert to the chosen noise level.
+    z = invert(model, request, timesteps)
+
+    for t in timesteps:
+        # Shift the predicted noise against the classifier's gradient: eps - s sqrt(1 - alpha_bar) grad log p(healthy).
+        output = model.predict(z, t, request.source)
+        alpha_bar = model.alphas.to(z)[t]
+        shift = request.config.classifier_guided.scale * (1 - alpha_bar).sqrt() * gradient(classifier, z, t)
+        if model.prediction_type == "v_prediction":  # v = (eps - sqrt(1 - alpha_bar) z) / sqrt(alpha_bar)
+            shift = shift / alpha_bar.sqrt()
+
+        # DDIM step.
+        z = scheduler.step(output - shift, t, z).prev_sample
+    return model.generated(z, request)
 
 
 def gradient(classifier: Any, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-    """grad log p(healthy | z_t, t) with respect to the latents z_t [n, 4, h, w], also within inference mode."""
+    """Gradient of log p(healthy | z_t, t) with respect to the latents z_t [n, 4, h, w]; works in inference mode too."""
     with torch.inference_mode(False), torch.enable_grad():
-        variable, time = latents.clone().requires_grad_(), timestep.clone().to(latents.device)
-        return torch.autograd.grad(classifier.log_healthy(variable, time).sum(), variable)[0]
+        z_t, t = latents.clone().requires_grad_(), timestep.clone().to(latents.device)
+        return torch.autograd.grad(classifier.log_healthy(z_t, t).sum(), z_t)[0]

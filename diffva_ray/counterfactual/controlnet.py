@@ -1,5 +1,5 @@
-"""``controlnet``: SDEdit with a structure prior, as StableDiffusionControlNetImg2ImgPipeline does it (Zhang et al.
-2023; the paper's equation 7): a ControlNet holds lungs and edges where they are while the prompt generates."""
+"""``controlnet``: SDEdit with a structure prior, the same as diffusers' StableDiffusionControlNetImg2ImgPipeline (Zhang
+et al. 2023; the paper's equation 7). The ControlNet keeps lungs and edges in place while the prompt edits the rest."""
 
 from __future__ import annotations
 
@@ -11,34 +11,44 @@ from diffva_ray.data.conditions import condition
 
 
 def generate(model: LatentDiffusion, request: Edit) -> Generated:
-    """Both branches of guidance see the condition. Raises UnusableModel for a model without a ControlNet."""
+    """Edit a batch by SDEdit with a ControlNet, which conditions both branches of the guidance.
+
+    Raises UnusableModel for a model without a ControlNet.
+    """
     options = request.config.controlnet
     dtype = next(model.unet.parameters()).dtype
     controlnet = model.bundle.extra("controlnet").to(request.latents.device, dtype).eval().requires_grad_(False)
+
+    # Condition images: the lungs, and the edges outside them.
     images, lungs = request.images.cpu().numpy(), request.lungs.cpu().numpy()
     kinds = controlnet.config.conditions
     conditions = np.stack([condition(image, mask, kinds) for image, mask in zip(images, lungs, strict=True)])
     control = torch.from_numpy(conditions).to(request.latents.device, dtype)
 
+    # Noise to the first timestep that the strength leaves.
     scheduler, timesteps = model.schedule(request)
-    fresh = noise(request.latents.shape, request.generators).to(request.latents)
-    latents = scheduler.add_noise(request.latents, fresh, timesteps[:1].repeat(len(fresh)))
-    branches = 2 if request.guidance_scale > 1 else 1
+    eps = noise(request.latents.shape, request.generators).to(request.latents)
+    z = scheduler.add_noise(request.latents, eps, timesteps[:1].repeat(len(eps)))
+
+    branches = 2 if request.guidance_scale > 1 else 1  # negative prompt and prompt, or the prompt alone
     states = torch.cat([request.negative, request.prompt][-branches:]).to(dtype)
     control = torch.cat([control] * branches)
-    for n, timestep in enumerate(timesteps):
-        scaled = scheduler.scale_model_input(latents, timestep)
-        off = n / len(timesteps) < options.start or (n + 1) / len(timesteps) > options.end
+    for i, t in enumerate(timesteps):
+        # ControlNet residuals; zero outside the chosen part of the trajectory.
+        scaled = scheduler.scale_model_input(z, t)
+        off = i / len(timesteps) < options.start or (i + 1) / len(timesteps) > options.end
         down, middle = controlnet(
             torch.cat([scaled] * branches).to(dtype),
-            timestep,
+            t,
             states,
             control,
             conditioning_scale=0.0 if off else options.conditioning_scale,
             return_dict=False,
         )
+
+        # Classifier-free guidance, then the sampler's step.
         output = model.guided(
-            scaled, timestep, request, down_block_additional_residuals=down, mid_block_additional_residual=middle
+            scaled, t, request, down_block_additional_residuals=down, mid_block_additional_residual=middle
         )
-        latents = model.step(output, timestep, latents, request, scheduler)
-    return model.generated(latents, request)
+        z = model.step(output, t, z, request, scheduler)
+    return model.generated(z, request)

@@ -1,8 +1,8 @@
-"""``cycle``: noise the image, and record what noise the model would have had to draw on the way back to it; go back
-under the healthy prompt with the same noise (Wu & De la Torre 2023, "A latent space of stochastic diffusion models",
-CycleDiffusion; Huberman-Spiegelglas et al. 2024).
+"""``cycle``: noise the image, recover the noise with which the sampler would return to it, and sample under the healthy
+prompt with the same noise (Wu & De la Torre 2023, "A latent space of stochastic diffusion models", CycleDiffusion;
+Huberman-Spiegelglas et al. 2024).
 
-Where the two prompts agree the recorded noise leads back to the image exactly, so nothing else is lost.
+Where the two prompts agree, the recovered noise leads back to the image exactly, so only the disagreement is edited.
 """
 
 from __future__ import annotations
@@ -13,29 +13,34 @@ from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDi
 
 
 def generate(model: LatentDiffusion, request: Edit) -> Generated:
-    """Runs on the timesteps of ``ddim``."""
+    """Edit a batch by CycleDiffusion, on the timesteps of ``ddim``."""
     _, timesteps = model.schedule(request)
-    alphas = [model.alphas.to(request.latents)[timestep] for timestep in timesteps]
-    alphas.append(torch.ones_like(alphas[0]))  # the image itself
+    alpha_bar = [model.alphas.to(request.latents)[t] for t in timesteps]
+    alpha_bar.append(torch.ones_like(alpha_bar[0]))  # the clean image
 
-    path = [request.latents]  # from the image up to the noisiest level, by the forward process
-    for upper, lower in zip(reversed(alphas[:-1]), reversed(alphas[1:]), strict=True):
-        kept = upper / lower
-        fresh = noise(request.latents.shape, request.generators).to(request.latents)
-        path.insert(0, kept.sqrt() * path[0] + (1 - kept).sqrt() * fresh)
+    # Run the forward process from the clean image up to the noisiest level.
+    path = [request.latents]
+    for upper, lower in zip(reversed(alpha_bar[:-1]), reversed(alpha_bar[1:]), strict=True):
+        alpha = upper / lower
+        eps = noise(request.latents.shape, request.generators).to(request.latents)
+        path.insert(0, alpha.sqrt() * path[0] + (1 - alpha).sqrt() * eps)
 
-    latents = path[0]
-    for n, timestep in enumerate(timesteps):
-        source = _mean(model, path[n], model.predict(path[n], timestep, request.source), alphas[n], alphas[n + 1])
-        generated = _mean(model, latents, model.guided(latents, timestep, request), alphas[n], alphas[n + 1])
-        latents = generated + (path[n + 1] - source)
-    return model.generated(latents, request)
+    z = path[0]
+    for i, t in enumerate(timesteps):
+        # Recover this step's noise: what the sampler under the source prompt misses of the image's own path.
+        mean_source = _mean(model, path[i], model.predict(path[i], t, request.source), alpha_bar[i], alpha_bar[i + 1])
+        sigma_eps = path[i + 1] - mean_source
+
+        # Take the step under guidance to the healthy prompt, with the recovered noise.
+        mean = _mean(model, z, model.guided(z, t, request), alpha_bar[i], alpha_bar[i + 1])
+        z = mean + sigma_eps
+    return model.generated(z, request)
 
 
 def _mean(
-    model: LatentDiffusion, latents: torch.Tensor, output: torch.Tensor, alpha: torch.Tensor, next_alpha: torch.Tensor
+    model: LatentDiffusion, z: torch.Tensor, output: torch.Tensor, alpha_bar: torch.Tensor, alpha_bar_next: torch.Tensor
 ) -> torch.Tensor:
-    """The mean of the next latents (Song et al. 2021, equation 12 with eta = 1: the DDPM sampler)."""
-    clean, predicted = split(output, latents, alpha, model.prediction_type)
-    variance = (1 - next_alpha) / (1 - alpha) * (1 - alpha / next_alpha)
-    return next_alpha.sqrt() * clean + (1 - next_alpha - variance).clamp(min=0).sqrt() * predicted
+    """Mean of the next latents (Song et al. 2021, equation 12 with eta = 1: the DDPM sampler)."""
+    z_0, eps = split(output, z, alpha_bar, model.prediction_type)
+    variance = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
+    return alpha_bar_next.sqrt() * z_0 + (1 - alpha_bar_next - variance).clamp(min=0).sqrt() * eps

@@ -1,7 +1,7 @@
-"""``ddim-inversion``: encode the image by running DDIM backwards under the source prompt ("" needs no label), decode it
+"""``ddim-inversion``: encode the image by DDIM run backwards under the source prompt ("" needs no label), then decode
 under guidance to the healthy prompt (Sanchez et al. 2022, "What is healthy?"; Song et al. 2021, equation 13).
 
-No noise is drawn: what the prompt does not speak of is carried through the encoding.
+The method samples no noise, so the encoding keeps everything that the prompt does not change.
 """
 
 from __future__ import annotations
@@ -15,24 +15,32 @@ from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDi
 
 
 def generate(model: LatentDiffusion, request: Edit) -> Generated:
-    """The inverted latents, denoised under the healthy prompt."""
+    """Edit a batch by DDIM inversion."""
     scheduler, timesteps = model.schedule(request)
-    latents = invert(model, request, timesteps)
-    return model.generated(model.denoise(latents, request, scheduler, timesteps), request)
+
+    # Invert to the chosen noise level.
+    z_t = invert(model, request, timesteps)
+
+    # Denoise under guidance to the healthy prompt.
+    z_0 = model.denoise(z_t, request, scheduler, timesteps)
+    return model.generated(z_0, request)
 
 
 def invert(model: LatentDiffusion, request: Edit, timesteps: torch.Tensor) -> torch.Tensor:
-    """Latents [n, 4, h, w] of the noisiest of ``timesteps`` [k] (falling), from which DDIM leads back to the image."""
+    """Latents [n, 4, h, w] at the noisiest of ``timesteps`` [k] (falling), from which DDIM leads back to the image."""
     return inversion_path(model, request, timesteps)[0]
 
 
 def inversion_path(model: LatentDiffusion, request: Edit, timesteps: torch.Tensor) -> list[torch.Tensor]:
-    """The latents [n, 4, h, w] of each of ``timesteps`` [k] (falling), from the noisiest down to the image's own."""
-    alphas = model.alphas.to(request.latents)
+    """Latents [n, 4, h, w] at each of ``timesteps`` [k] (falling), from the noisiest down to the image's own."""
+    alpha_bar = model.alphas.to(request.latents)
     path = [request.latents]
     with deep_features_kept(model.unet, request.config.acceleration.deep_features_every):
-        for now, later in itertools.pairwise(timesteps.flip(0)):
-            output = model.predict(path[0], now, request.source)
-            clean, noise = split(output, path[0], alphas[now], model.prediction_type)
-            path.insert(0, alphas[later].sqrt() * clean + (1 - alphas[later]).sqrt() * noise)
+        for t, t_next in itertools.pairwise(timesteps.flip(0)):
+            # Predict the clean latents and the noise under the source prompt.
+            output = model.predict(path[0], t, request.source)
+            z_0, eps = split(output, path[0], alpha_bar[t], model.prediction_type)
+
+            # Step up: combine both at the next higher noise level.
+            path.insert(0, alpha_bar[t_next].sqrt() * z_0 + (1 - alpha_bar[t_next]).sqrt() * eps)
     return path

@@ -1,7 +1,8 @@
 """The counterfactual engine: images in, healthy counterfactuals out, in batches of one fixed shape.
 
-A record's result depends on its own image, prompt, settings and seed alone: noise comes from a CPU generator of its
-own, every network call has the micro-batch's full shape (the tail is padded), and a prompt is embedded by itself.
+An image's result depends on the image, its prompt, the settings and its seed alone, not on the batch: its noise comes
+from its own CPU generator, every network call has the full micro-batch's shape (the last batch is padded), and each
+prompt is embedded by itself.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from diffva_ray.progress import Stopwatch
 
 def method_of(name: str, scheduler: str) -> Callable[[LatentDiffusion, Edit], Generated]:
     """The ``generate`` function of a method's module. Raises ValueError for an unknown name, and for a scheduler that
-    the method cannot run with."""
+    the method cannot use."""
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
     if scheduler != (only := METHODS[name].scheduler or scheduler):
@@ -38,62 +39,65 @@ def method_of(name: str, scheduler: str) -> Callable[[LatentDiffusion, Edit], Ge
 
 @dataclass(frozen=True)
 class Blend:
-    """A prompt between two others: their embeddings mixed linearly, ``weight`` in [0, 1] of the second."""
+    """A prompt between two others: the linear mixture of their embeddings."""
 
-    first: str
-    second: str
-    weight: float
+    first: str  # prompt at weight 0
+    second: str  # prompt at weight 1
+    weight: float  # of the second prompt, in [0, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
-    """The part of a record's settings that a sweep may vary."""
+    """How to generate one counterfactual: the settings that a sweep may vary."""
 
-    prompt: str | Blend
-    method: str
-    scheduler: str
-    strength: float
-    guidance_scale: float
-    num_inference_steps: int
+    prompt: str | Blend  # what the counterfactual should show
+    method: str  # a name of ``config.methods.METHODS``, such as ``sdedit``
+    scheduler: str  # sampler, such as ``ddim``; some methods allow one only
+    strength: float  # how far the image is noised, as a fraction of the schedule, in (0, 1]
+    guidance_scale: float  # weight of classifier-free guidance; 1 or less switches it off
+    num_inference_steps: int  # steps of the whole schedule, at least 1; the strength leaves a part of them
 
 
 @dataclass(frozen=True)
 class CounterfactualBatch:
-    """What a call returns for n images: grey images float32 [n, size, size] in [0, 1], NaN where a network gave
-    non-finite values.
+    """Result of a call for n images; arrays are grey float32 [n, size, size] in [0, 1], with NaN where a network gave
+    non-finite values."""
 
-    ``counterfactuals``: the healthy counterfactuals. ``reconstructions``: what the method would have returned had it
-    changed nothing (D(E(image)) where it goes through the autoencoder), of which compensated maps are made.
-    ``source_prompts``: the prompt each image was taken to show; empty where the recipe names none or the image looks healthy
-    to the model.
-    """
-
-    counterfactuals: NDArray[np.float32]
+    counterfactuals: NDArray[np.float32]  # the healthy counterfactuals
+    # The method's output without an edit: D(E(image)) where it uses the autoencoder. Compensated maps are made of it.
     reconstructions: NDArray[np.float32]
+    # The prompt that each image was taken to show; "" where the recipe names none or the model takes it for healthy.
     source_prompts: list[str]
 
 
 def device_kind(name: str | None = None) -> str:
-    """``cuda`` or ``cpu``: the name asked for, or what there is."""
+    """``name`` if one is given, else ``cuda`` where there is a GPU and ``cpu`` elsewhere."""
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class CounterfactualEngine:
-    """One model, ready to generate images: ``generate(images, settings, seeds)``.
+    """A model that generates counterfactuals of images.
 
+    The engine takes the bundle over in place: networks move to the device, change dtype and memory layout, and their
+    upsamplers are replaced. The bundle can then be neither saved nor trained; load the model again, or copy it first.
+    On a CPU, ``config.cpu_threads`` becomes torch's number of threads for the whole process, because it changes pixels.
+
+    Args:
+        bundle: The networks of a model folder, from ``model.bundle.load``.
+        config: Recipe section ``generate``; by default that of the model's own recipe.
+        device: ``cpu`` or ``cuda``; by default the GPU where there is one.
+
+    Attributes:
+        size: Side of the model's square images, in pixels.
+        config: Recipe section ``generate`` in use.
+
+    Examples:
         >>> from diffva_ray.data.phantoms import phantom
-        >>> generate = CounterfactualEngine.from_pretrained("runs/demo/model")
-        >>> image = phantom("COVID", patient=7, size=generate.size).image
-        >>> counterfactuals = generate([image], [generate.settings("normal chest scan")], seeds=[0])
-        >>> counterfactuals.counterfactuals.shape == (1, generate.size, generate.size)
+        >>> engine = CounterfactualEngine.from_pretrained("runs/demo/model")
+        >>> image = phantom("COVID", patient=7, size=engine.size).image
+        >>> batch = engine([image], [engine.settings("normal chest scan")], seeds=[0])
+        >>> batch.counterfactuals.shape == (1, engine.size, engine.size)
         True
-
-    ``size`` is the side of the model's square in pixels, ``config`` the recipe's section ``generate``. ``device``:
-    ``cpu`` or ``cuda``, by default the GPU where there is one. On a CPU ``config.cpu_threads`` becomes torch's number
-    of threads for the whole process, since it changes pixels.
-
-    The bundle is taken over in place: its networks move to the device, change dtype and memory layout, and have their
-    upsamplers rewritten, so it cannot be saved or trained afterwards. Load the model again for that, or copy first.
     """
 
     def __init__(self, bundle: Bundle, config: GenerateConfig | None = None, device: str | None = None) -> None:
@@ -102,8 +106,8 @@ class CounterfactualEngine:
         self.device = torch.device(device_kind(device))
         dtype = getattr(torch, self.config.dtype)
         if self.device.type == "cpu":
-            torch.set_num_threads(self.config.cpu_threads)  # thread counts change pixels
-        torch.backends.cudnn.benchmark = False  # so do kernels chosen by a stopwatch
+            torch.set_num_threads(self.config.cpu_threads)
+        torch.backends.cudnn.benchmark = False  # autotuning selects kernels by timing, which changes pixels
         for module in bundle.modules.values():
             module.to(self.device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
             speed_up_doubling(module)
@@ -114,29 +118,48 @@ class CounterfactualEngine:
 
     @classmethod
     def from_pretrained(cls, model: str, device: str | None = None) -> CounterfactualEngine:
-        """The model in a folder or at an address such as ``s3://bucket/model``, with its own recipe.
+        """Load a model with its own recipe.
 
-        Raises UnusableModel where there is none or it cannot be loaded, StoreError when the store fails.
+        Args:
+            model: Model folder, or an address such as ``s3://bucket/model``.
+            device: ``cpu`` or ``cuda``; by default the GPU where there is one.
+
+        Returns:
+            The engine, ready for calls.
+
+        Raises:
+            UnusableModel: If there is no model, or it cannot be loaded.
+            StoreError: If the store fails.
         """
         return cls(load(model), device=device)
 
     def compile(self) -> None:
-        """Put the networks through ``torch.compile``, for work on many images: the first call takes minutes. Raises
-        ValueError, one line, where there is no compiler, or one that chooses kernels by a stopwatch."""
+        """Compile the networks by ``torch.compile``, for many images: the first call then takes minutes.
+
+        Raises:
+            ValueError: If there is no C++ compiler, or this torch selects kernels by timing only (before 2.10, CUDA).
+        """
         if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
             raise ValueError("generate.compile: torch.compile needs a C++ compiler, and there is none on this machine")
         if self.device.type == "cuda":
-            from torch._inductor import config as inductor  # here, since it takes a second
+            from torch._inductor import config as inductor  # takes a second to import
 
             if not hasattr(inductor, "deterministic"):
-                raise ValueError("generate.compile: this torch chooses kernels by a stopwatch; take 2.10 or later")
-            inductor.deterministic = True  # or two actors could sum in another order
+                raise ValueError("generate.compile: this torch selects kernels by timing; install torch 2.10 or later")
+            inductor.deterministic = True  # else two actors could sum in different orders
         for network in (self.bundle.unet, self.bundle.vae.encoder, self.bundle.vae.decoder):
             network.compile(dynamic=False)  # a micro-batch has one shape
         self.model.compiled = True
 
     def settings(self, prompt: str | None = None) -> SamplingSettings:
-        """The recipe's settings, with another prompt if one is given."""
+        """Sampling settings of the recipe.
+
+        Args:
+            prompt: What the counterfactual should show; by default the recipe's healthy prompt.
+
+        Returns:
+            Settings of one image; vary them with ``dataclasses.replace``.
+        """
         config = self.config
         return SamplingSettings(
             prompt=prompt if prompt is not None else self.bundle.recipe.data.healthy_prompt,
@@ -148,12 +171,12 @@ class CounterfactualEngine:
         )
 
     def fits(self, prompt: str) -> bool:
-        """Whether the prompt fits the model's token length."""
+        """Whether the prompt fits the model's limit of tokens."""
         return text.fits(self.bundle.tokenizer, prompt)
 
     @torch.inference_mode()
     def embed(self, prompt: str | Blend) -> torch.Tensor:
-        """Text embedding [1, length, width] of one prompt, computed once."""
+        """Text embedding [1, length, width] of one prompt; cached."""
         if isinstance(prompt, Blend):
             return torch.lerp(self.embed(prompt.first), self.embed(prompt.second), prompt.weight)
         if prompt not in self._embeddings:
@@ -169,13 +192,23 @@ class CounterfactualEngine:
         seeds: Sequence[int],
         lungs: Sequence[NDArray[np.bool_] | None] | None = None,
     ) -> CounterfactualBatch:
-        """Generate n images, at most ``config.micro_batch``: grey [H, W] in [0, 1] of any size, squashed to the model's
-        square. ``settings`` and ``seeds``: one for each image; ``lungs``: a mask [size, size] or None for each.
+        """Generate the counterfactuals of n images, at most ``config.micro_batch``.
 
-        All settings of a call agree but for the prompt. An image's counterfactual depends on the image, its prompt, the
-        settings and its seed alone, not on its neighbours. Raises ValueError for settings that do not agree, unknown
-        names, a prompt that the model would cut, and arguments of unequal lengths or shapes; UnusableModel where the
-        method needs a network that the model has not.
+        An image's counterfactual depends on the image, its prompt, the settings and its seed alone, not on the batch.
+
+        Args:
+            images: Grey float images [H, W] in [0, 1], of any size; each is squashed to the model's square.
+            settings: Sampling settings, one per image; within a call they may differ in the prompt only.
+            seeds: Seeds of the noise, one per image.
+            lungs: Lung masks, bool [size, size] or None, one per image; None counts as lungs everywhere.
+
+        Returns:
+            Counterfactuals, reconstructions and source prompts of the n images.
+
+        Raises:
+            ValueError: If arguments differ in length or have the wrong shape or range, a method or scheduler is
+                unknown, a prompt exceeds the model's tokens, or the settings differ in more than the prompt.
+            UnusableModel: If the model lacks a network that the method needs.
         """
         if (isinstance(images, np.ndarray) and images.ndim == 2) or isinstance(settings, SamplingSettings):
             raise ValueError("images, settings and seeds are lists, with one of each for every image")
@@ -185,6 +218,8 @@ class CounterfactualEngine:
         self._check(images, settings, seeds, lungs)
         first = settings[0]
         method = method_of(first.method, first.scheduler)
+
+        # Pad the batch to its full shape with copies of the first image.
         slots = [*range(count), *[0] * (full - count)]
         squares = torch.from_numpy(np.stack([to_square(images[i], self.size) for i in slots])).to(self.device)
         everywhere = np.ones((self.size, self.size), np.bool_)
@@ -192,13 +227,18 @@ class CounterfactualEngine:
         generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in slots]
         prompts = [settings[i].prompt for i in slots]
 
+        # Encode.
         mean, std = self.model.encode(squares)
         latents = mean
-        if self.config.posterior == "sample":  # diffusers draws the posterior first, then the noise
+        if self.config.posterior == "sample":  # as in diffusers, the posterior is sampled before the method's noise
             latents = mean + std * noise(mean.shape, generators).to(mean)
         latents = latents.float() * self.model.scale
-        sources = self._sources(latents, [seeds[i] for i in slots])
+
+        # Prompts of the image itself and of the unconditional branch.
+        sources = self._source_prompts(latents, [seeds[i] for i in slots])
         negatives = sources if self.config.negative_prompt == SOURCE else [self.config.negative_prompt] * full
+
+        # Edit by the chosen method, and drop the padding.
         request = Edit(
             images=squares,
             lungs=torch.from_numpy(np.stack(masks)).to(self.device),
@@ -214,10 +254,11 @@ class CounterfactualEngine:
             config=self.config,
         )
         generated = method(self.model, request)
-        counterfactuals, unchanged = (
-            images[:count].cpu().numpy() for images in (generated.counterfactuals, generated.reconstructions)
+        return CounterfactualBatch(
+            generated.counterfactuals[:count].cpu().numpy(),
+            generated.reconstructions[:count].cpu().numpy(),
+            sources[:count],
         )
-        return CounterfactualBatch(counterfactuals, unchanged, sources[:count])
 
     def _check(
         self,
@@ -226,42 +267,48 @@ class CounterfactualEngine:
         seeds: Sequence[int],
         lungs: Sequence[NDArray[np.bool_] | None] | None,
     ) -> None:
+        # One of each for every image.
         counts = {"images": len(images), "settings": len(settings), "seeds": len(seeds)}
         counts |= {} if lungs is None else {"lungs": len(lungs)}
         if len(set(counts.values())) > 1:
             given = ", ".join(f"{count} {name}" for name, count in counts.items())
             raise ValueError(f"a call takes one of each for every image, got {given}")
-        square = (self.size, self.size)
+
+        # Type, shape and range of images and masks.
         for number, image in enumerate(images):
             if not isinstance(image, np.ndarray) or image.ndim != 2 or not np.issubdtype(image.dtype, np.floating):
                 given = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
                 raise ValueError(
                     f"image {number}: an image is a float array [H, W] in [0, 1], got {given}; see read_image"
                 )
-            if not (image.min() >= 0 and image.max() <= 1):  # NaN is neither
+            if not (image.min() >= 0 and image.max() <= 1):  # also refuses NaN
                 given = f"{image.min():g} to {image.max():g}"
                 raise ValueError(f"image {number}: values are in [0, 1], got {given}; divide 8-bit ones by 255")
+        square = (self.size, self.size)
         for mask in lungs or ():
             if mask is not None and mask.shape != square:
                 raise ValueError(f"a lung mask is {list(square)}, as the model's square, got {list(mask.shape)}")
-        if not 0 < settings[0].strength <= 1 or settings[0].num_inference_steps < 1:
+
+        # Settings that one call can serve, and prompts that the model reads whole.
+        first = settings[0]
+        if not 0 < first.strength <= 1 or first.num_inference_steps < 1:
             raise ValueError(
-                f"strength is in (0, 1] and there is a step or more, got strength {settings[0].strength:g}, "
-                f"{settings[0].num_inference_steps} steps"
+                f"strength is in (0, 1] and num_inference_steps at least 1, got strength {first.strength:g}, "
+                f"{first.num_inference_steps} steps"
             )
-        if any(replace(other, prompt=settings[0].prompt) != settings[0] for other in settings):
+        if any(replace(other, prompt=first.prompt) != first for other in settings):
             raise ValueError("the settings of one call may differ in the prompt only")
         for prompt in {setting.prompt for setting in settings if isinstance(setting.prompt, str)}:
             if not self.fits(prompt):
                 limit = self.bundle.tokenizer.model_max_length
                 raise ValueError(f"prompt {prompt!r}: more than the {limit} tokens that this model reads")
 
-    def _sources(self, latents: torch.Tensor, seeds: list[int]) -> list[str]:
+    def _source_prompts(self, latents: torch.Tensor, seeds: list[int]) -> list[str]:
         """The prompt of what each image shows: the recipe's, or the model's guess among the classes it was trained on.
-        An image that looks healthy to it is encoded under the empty prompt."""
+        An image that the model takes for healthy is encoded under the empty prompt."""
         if self.config.source_prompt != GUESS:
             return [self.config.source_prompt] * len(latents)
         data = self.bundle.recipe.data
         labels = list(data.prompts)
-        found = guess(self.model, latents, [self.embed(data.prompt(label)) for label in labels], seeds)
-        return ["" if labels[index] == data.healthy_class else data.prompt(labels[index]) for index in found]
+        indices = guess(self.model, latents, [self.embed(data.prompt(label)) for label in labels], seeds)
+        return ["" if labels[index] == data.healthy_class else data.prompt(labels[index]) for index in indices]

@@ -1,8 +1,8 @@
-"""Gradient baselines, by captum: what a classifier looks at. All explain one number, the log odds of the image not
-being healthy, so that positive means evidence of disease, as in the maps of counterfactuals.
+"""Gradient baselines by captum: integrated gradients, Grad-CAM and occlusion of a classifier. All explain the log odds
+of the image not being healthy, so positive means evidence of disease, as in attribution maps.
 
-``classifier(images)`` gives logits [n, classes] of grey images [n, H, W] in [0, 1] and has ``classes`` and ``healthy``:
-the judge, or ``ImageClassifier``. Without captum, which is an extra, they raise ValueError, one line.
+Each takes a ``classifier`` that returns logits [n, classes] of grey images [n, H, W] in [0, 1] and has the attributes
+``classes`` and ``healthy``: the judge, or ``ImageClassifier``. All raise ValueError without the optional captum.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from diffva_ray.provenance import missing
 
 Images = NDArray[np.float32]
 Baseline = Callable[..., Images]
-IG_STEPS = 32
-BLUR = 0.1  # sigma of the blurred image, of the width
-WINDOW, STRIDE = 1 / 8, 1 / 16  # of the width, for occlusion
-DARK = 0.1  # quantile of the image's greys that occlusion paints with: air
+IG_STEPS = 32  # points on the path of integrated gradients
+BLUR = 0.1  # sigma of the blurred image, as a fraction of the width
+WINDOW, STRIDE = 1 / 8, 1 / 16  # of occlusion, as fractions of the width
+DARK = 0.1  # quantile of the image's grey values that occlusion fills with: air
 
 
 class ImageClassifier(nn.Module):
-    """The model's noise-aware classifier, reading images: the latents of the autoencoder's mean at timestep 0."""
+    """The model's classifier of noisy latents, applied to images: to their posterior means, at timestep 0."""
 
     def __init__(self, model: LatentDiffusion) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def _captum() -> ModuleType:
 
 
 def _on_tensors(baseline: Callable[..., torch.Tensor]) -> Baseline:
-    """Images and maps as arrays [n, H, W], the classifier's own device, gradients whatever the caller's mode."""
+    """Wrap a baseline of tensors: arrays [n, H, W] in and out, on the classifier's device, with gradients enabled."""
 
     @wraps(baseline)
     def of_arrays(classifier: Any, images: Images, **options: Any) -> Images:
@@ -83,9 +83,9 @@ def _on_tensors(baseline: Callable[..., torch.Tensor]) -> Baseline:
 
 @_on_tensors
 def integrated_gradients(score: nn.Module, images: torch.Tensor, steps: int = IG_STEPS) -> torch.Tensor:
-    """Maps [n, H, W] (Sundararajan et al. 2017) against the image blurred (Sturmfels et al. 2020): they sum to what the
-    image's score has over the blurred one's. A black baseline would tell nothing: the judge standardises every image,
-    and between black and the image only the contrast changes."""
+    """Maps [n, H, W] (Sundararajan et al. 2017) against the blurred image (Sturmfels et al. 2020); a map sums to the
+    image's score minus the blurred image's. A black baseline would be uninformative: the judge standardises every
+    image, and between black and the image only the contrast changes."""
     baseline = np.stack([smooth(image, BLUR) for image in images.detach().cpu().numpy()])
     method = _captum().IntegratedGradients(score)
     return method.attribute(
@@ -95,7 +95,7 @@ def integrated_gradients(score: nn.Module, images: torch.Tensor, steps: int = IG
 
 @_on_tensors
 def grad_cam(score: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Maps [n, H, W], not negative, of the last convolution (Selvaraju et al. 2017), resized to the image."""
+    """Maps [n, H, W] of the last convolution (Selvaraju et al. 2017), not negative, resized to the image."""
     layers = [module for module in score.modules() if isinstance(module, nn.Conv2d)]
     if not layers:
         raise ValueError("Grad-CAM needs a classifier with a convolution")
@@ -105,10 +105,9 @@ def grad_cam(score: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 @_on_tensors
 def occlusion(score: nn.Module, images: torch.Tensor, window: float = WINDOW, stride: float = STRIDE) -> torch.Tensor:
-    """Maps [n, H, W]: what a square of ``window`` of the width, painted over, takes from the score (Zeiler & Fergus
-    2014), averaged over the squares that cover a pixel. It is painted in the image's own dark: in its mean grey, the
-    usual choice, a square would be an opacity itself wherever it covers healthy lung (on 24 phantoms AUROC 0.38
-    instead of 0.71)."""
+    """Maps [n, H, W]: how much the score falls when a square (``window`` of the width) is filled, averaged over the
+    squares that cover a pixel (Zeiler & Fergus 2014). The fill is the image's dark grey. With the usual mean grey, a
+    square over healthy lung would be an opacity itself (AUROC on 24 phantoms 0.38 instead of 0.71)."""
     size = images.shape[-1]
     side, step = max(1, round(window * size)), max(1, round(stride * size))
     dark = images.flatten(1).quantile(DARK, dim=1)[:, None, None].expand_as(images)

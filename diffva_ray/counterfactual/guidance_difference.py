@@ -1,5 +1,5 @@
-"""Where two prompts disagree about an image: the difference of the noise that the model predicts under each, which
-DiffEdit makes its mask from (Couairon et al. 2023, section 3.2), and an attribution by itself."""
+"""Where two prompts disagree about an image: the difference of the noise that the model predicts under each. DiffEdit
+makes its mask of it (Couairon et al. 2023, section 3.2); it is also an attribution by itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion, split
 from diffva_ray.counterfactual.noising import noised
 
 TIMESTEPS = (0.3, 0.4, 0.5)  # of the training schedule; DiffEdit noises to half of it
-CALLS = 2 * len(TIMESTEPS)  # network calls; generate/cost.py, which must not load torch, has the number as MASK_CALLS
+CALLS = 2 * len(TIMESTEPS)  # network calls; equals MASK_CALLS of generate/cost.py, which must not load torch
 
 
 def guidance_difference(
@@ -28,10 +28,10 @@ def guidance_difference(
     """
     total = torch.zeros_like(latents[:, 0])
     for fraction in TIMESTEPS:
-        noisy, _, timestep, alpha = noised(model, latents, fraction, generators)
-        seen = [
-            split(model.predict(noisy, timestep, embedding), noisy, alpha, model.prediction_type)[1]
+        z_t, _, t, alpha_bar = noised(model, latents, fraction, generators)
+        eps_healthy, eps_source = (
+            split(model.predict(z_t, t, embedding), z_t, alpha_bar, model.prediction_type)[1]
             for embedding in (healthy, source)
-        ]
-        total += (seen[0] - seen[1]).abs().mean(dim=1)
+        )
+        total += (eps_healthy - eps_source).abs().mean(dim=1)
     return total / len(TIMESTEPS)

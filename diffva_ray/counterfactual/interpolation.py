@@ -1,4 +1,4 @@
-"""Between two prompts, in the text embedding, and between two images, in latent space."""
+"""Interpolation between two prompts, in the text embedding, and between two images, in latent space."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ def between_prompts(
     seed: int,
     lungs: NDArray[np.bool_] | None = None,
 ) -> CounterfactualBatch:
-    """CounterfactualBatch of one image [H, W] in [0, 1] under prompts from ``first`` (weight 0) to ``second`` (weight
-    1), all from the same noise, by the recipe's method, with the lung mask [size, size] where there is one. At the ends
-    they are what the engine makes of the two prompts."""
-    settings = engine.settings()
+    """Counterfactuals of one image [H, W] in [0, 1] under prompts from ``first`` (weight 0) to ``second`` (weight 1).
+
+    All come from the same noise by the recipe's method, with the lung mask [size, size] where there is one. At the ends
+    they equal the engine's results for the two prompts."""
+    prompts = [Blend(first, second, weight) for weight in weights]
     parts = []
-    for start in range(0, len(weights), engine.config.micro_batch):
-        some = [
-            replace(settings, prompt=Blend(first, second, weight))
-            for weight in weights[start:][: engine.config.micro_batch]
+    for start in range(0, len(prompts), engine.config.micro_batch):
+        settings = [
+            replace(engine.settings(), prompt=prompt) for prompt in prompts[start:][: engine.config.micro_batch]
         ]
-        parts.append(engine([image] * len(some), some, [seed] * len(some), [lungs] * len(some)))
+        count = len(settings)
+        parts.append(engine([image] * count, settings, [seed] * count, [lungs] * count))
     return CounterfactualBatch(
         np.concatenate([part.counterfactuals for part in parts]),
         np.concatenate([part.reconstructions for part in parts]),
-        [source for part in parts for source in part.source_prompts],
+        [prompt for part in parts for prompt in part.source_prompts],
     )
 
 
@@ -49,10 +50,11 @@ def between_images(
 ) -> Image:
     """Images [n, size, size] from ``first`` (weight 0) to ``second`` (weight 1), each [H, W] in [0, 1].
 
-    Both are encoded by running DDIM backwards to the recipe's strength, the noisy latents are interpolated on the
-    sphere, and DDIM leads back (Song et al. 2021, section 5.3). Without a prompt nothing is edited, and the ends are
-    what autoencoder and inversion give back of the images; with one, every image is led to it on the way.
+    Both are encoded by DDIM inversion to the recipe's strength, the noisy latents are interpolated on the sphere, and
+    DDIM decodes each mixture (Song et al. 2021, section 5.3). Without a prompt nothing is edited, and the ends are
+    reconstructions of the two images; with a prompt, DDIM decodes under guidance to it.
     """
+    # Encode both images and invert them to the chosen noise level, under the empty prompt.
     config, model = engine.config, engine.model
     squares = torch.from_numpy(np.stack([to_square(image, engine.size) for image in (first, second)])).to(engine.device)
     latents = model.encode(squares)[0].float() * model.scale
@@ -61,7 +63,7 @@ def between_images(
         images=squares,
         lungs=torch.ones_like(squares, dtype=torch.bool),
         latents=latents,
-        generators=[torch.Generator("cpu").manual_seed(0) for _ in range(2)],  # DDIM draws nothing from them
+        generators=[torch.Generator("cpu").manual_seed(0) for _ in range(2)],  # DDIM samples no noise
         prompt=empty,
         negative=empty,
         source=empty,
@@ -72,22 +74,24 @@ def between_images(
         config=config,
     )
     noisy = invert(model, ends, model.schedule(ends)[1])
-    told = engine.embed(prompt or "")
-    one = replace(ends, prompt=told, negative=engine.embed(""), guidance_scale=config.guidance_scale if prompt else 1.0)
+
+    # Decode each mixture in a batch of one, so that an image does not depend on the number of weights.
+    guidance_scale = config.guidance_scale if prompt else 1.0
+    request = replace(ends, prompt=engine.embed(prompt or ""), negative=engine.embed(""), guidance_scale=guidance_scale)
     images = []
-    for weight in weights:  # one by one: an image does not depend on how many stand beside it
+    for weight in weights:
         mixed = slerp(noisy[:1], noisy[1:], weight)
-        scheduler, timesteps = model.schedule(one)  # afresh: some count their steps
-        images.append(model.decode(model.denoise(mixed, one, scheduler, timesteps)).cpu().numpy())
+        scheduler, timesteps = model.schedule(request)  # a new one each time: some schedulers count their steps
+        images.append(model.decode(model.denoise(mixed, request, scheduler, timesteps)).cpu().numpy())
     return np.concatenate(images)
 
 
 def slerp(first: torch.Tensor, second: torch.Tensor, weight: float) -> torch.Tensor:
-    """Spherical interpolation of each row (Shoemake 1985): what lies between two noises is as large as they are."""
-    one, other = first.flatten(1).double(), second.flatten(1).double()
-    cosine = (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1))
+    """Spherical interpolation of each row (Shoemake 1985), which keeps the norm: a mixture of noise is noise."""
+    a, b = first.flatten(1).double(), second.flatten(1).double()
+    cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
     angle = torch.arccos(cosine.clamp(-1, 1))[:, None]
     if angle.max() < 1e-4:
         return torch.lerp(first, second, weight)
-    mixed = (torch.sin((1 - weight) * angle) * one + torch.sin(weight * angle) * other) / torch.sin(angle)
+    mixed = (torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)
     return mixed.to(first.dtype).reshape(first.shape)

@@ -1,4 +1,7 @@
-"""What every method works with: a request, and the latent diffusion model with its guided noise prediction."""
+"""What every method works with: the request, and the latent diffusion model with its guided noise prediction.
+
+The second half of the file holds two exact accelerations of the networks; methods can be read without it.
+"""
 
 from __future__ import annotations
 
@@ -24,52 +27,133 @@ from diffva_ray.progress import Stopwatch
 
 @dataclass(frozen=True)
 class Edit:
-    """A batch of images and what to make of them. Embeddings are [n, length, width]; everything is on the device."""
+    """The request to a method: a batch of n images and how to edit them. All tensors are on the model's device."""
 
     images: torch.Tensor  # grey float32 [n, size, size] in [0, 1]
     lungs: torch.Tensor  # bool [n, size, size]; all true for an image without a mask
     latents: torch.Tensor  # float32 [n, 4, h, w], scaled to unit variance
     generators: Sequence[torch.Generator]  # one per image, on the CPU
-    prompt: torch.Tensor
-    negative: torch.Tensor  # the unconditional branch: "" unless a negative prompt is given
-    source: torch.Tensor  # what the image shows, for methods that encode it first
-    scheduler: str
-    strength: float
-    guidance_scale: float
-    num_inference_steps: int
-    config: GenerateConfig  # the rest: what one method alone understands
+    prompt: torch.Tensor  # embedding of the target prompt [n, length, width]
+    negative: torch.Tensor  # embedding of the guidance's unconditional branch: "" unless a negative prompt is given
+    source: torch.Tensor  # embedding of what the image shows, for methods that encode it first
+    scheduler: str  # a name of ``model.schedulers``
+    strength: float  # fraction of the schedule to edit, in (0, 1]
+    guidance_scale: float  # weight of classifier-free guidance; 1 or less switches it off
+    num_inference_steps: int  # steps of the whole schedule, of which the strength leaves a part
+    config: GenerateConfig  # the recipe's section ``generate``, with the settings of single methods
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Grey images [n, size, size] in [0, 1]: the counterfactuals, and what the method would have returned had it
-    changed nothing (D(E(image)) where it goes through the autoencoder): the compensated map is the difference of the
-    two."""
+    """Result of a method, grey images [n, size, size] in [0, 1]; a compensated map is the difference of the two."""
 
-    counterfactuals: torch.Tensor
-    reconstructions: torch.Tensor
+    counterfactuals: torch.Tensor  # the edited images
+    reconstructions: torch.Tensor  # the method's output without an edit (D(E(image)) where it uses the autoencoder)
 
 
 def noise(shape: torch.Size, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Standard normal [n, ...], row i from generator i, drawn on the CPU so that it is the same for every device."""
+    """Standard normal noise [n, ...], row i from generator i; sampled on the CPU, so it is equal on every device."""
     return torch.cat([torch.randn((1, *shape[1:]), generator=generator) for generator in generators])
 
 
 def split(
     output: torch.Tensor, latents: torch.Tensor, alpha: torch.Tensor, prediction_type: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The clean latents and the noise that a prediction (``epsilon`` or ``v_prediction``) sees in noisy ones."""
+    """Split noisy ``latents`` into clean latents z_0 and noise eps, by the network's output (``epsilon`` or
+    ``v_prediction``) and the timestep's alpha_bar."""
     signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
     if prediction_type == "v_prediction":
         return signal * latents - sigma * output, signal * output + sigma * latents
     return (latents - sigma * output) / signal, output
 
 
+class LatentDiffusion:
+    """Autoencoder and UNet with classifier-free guidance; latents are float32, networks run in their own dtype."""
+
+    def __init__(self, bundle: Bundle, watch: Stopwatch | None = None) -> None:
+        self.bundle, self.vae, self.unet = bundle, bundle.vae, bundle.unet
+        self.watch = watch or Stopwatch()  # of the stages "encode" and "decode"
+        self.scale: float = bundle.vae.config.scaling_factor
+        self.compiled = False
+        training = DDPMScheduler.from_config(bundle.scheduler)
+        self.alphas: torch.Tensor = training.alphas_cumprod  # alpha_bar of every training timestep
+        self.prediction_type: str = training.config.prediction_type
+
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior mean and standard deviation, unscaled, of grey images [n, size, size] in [0, 1]."""
+        with self.watch("encode"):
+            pixels = images.to(next(self.vae.parameters()).dtype)[:, None].expand(-1, 3, -1, -1) * 2 - 1
+            posterior = self.vae.encode(pixels.contiguous()).latent_dist
+            return posterior.mean, posterior.std
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Grey images [n, size, size] in [0, 1] of latents of unit variance: the mean of the three channels, each
+        clamped first as in diffusers. NaN where a channel is not finite, because a clamp turns infinity into grey."""
+        with self.watch("decode"):
+            dtype = next(self.vae.parameters()).dtype
+            colours = self.vae.decode((latents / self.scale).to(dtype)).sample.float() / 2 + 0.5
+            return torch.where(colours.isfinite().all(dim=1), colours.clamp(0, 1).mean(dim=1), torch.nan)
+
+    def generated(self, latents: torch.Tensor, request: Edit) -> Generated:
+        """Decode the edited latents and the image's own: the last step of a method that edits in latent space alone."""
+        return Generated(self.decode(latents), self.decode(request.latents))
+
+    def schedule(self, request: Edit) -> tuple[Any, torch.Tensor]:
+        """A new scheduler, and the timesteps that the strength leaves (falling)."""
+        return schedule(request.scheduler, self.bundle.scheduler, request.num_inference_steps, request.strength)
+
+    def predict(
+        self, latents: torch.Tensor, timestep: torch.Tensor, embedding: torch.Tensor, **residuals: Any
+    ) -> torch.Tensor:
+        """The network's output (noise or velocity) [n, 4, h, w] in float32; ``residuals`` are a ControlNet's."""
+        dtype = next(self.unet.parameters()).dtype
+        states = embedding.to(dtype)
+        return self.unet(latents.to(dtype), timestep, encoder_hidden_states=states, **residuals).sample.float()
+
+    def guided(self, latents: torch.Tensor, timestep: torch.Tensor, request: Edit, **residuals: Any) -> torch.Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022), both branches in one batch. As in diffusers, a guidance scale
+        of 1 or less switches it off, and the prompt alone is used."""
+        if request.guidance_scale <= 1:
+            return self.predict(latents, timestep, request.prompt, **residuals)
+        embedding = torch.cat([request.negative, request.prompt])
+        # A compiled network ignores hooks that are added later.
+        with nullcontext() if self.compiled else branches_share_their_start(self.unet):
+            both = self.predict(torch.cat([latents, latents]), timestep, embedding, **residuals)
+        negative, prompt = both.chunk(2)
+        return negative + request.guidance_scale * (prompt - negative)
+
+    def denoise(self, latents: torch.Tensor, request: Edit, scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
+        """Run the scheduler over ``timesteps`` under guidance, with the accelerations of ``request.config``."""
+        acceleration = request.config.acceleration
+        with deep_features_kept(self.unet, acceleration.deep_features_every):
+            for i, t in enumerate(timesteps):
+                # Scale the input: the latents of Euler's method have the variance of the noise.
+                scaled = scheduler.scale_model_input(latents, t)
+
+                # Classifier-free guidance, or the prompt alone in steps without guidance.
+                if acceleration.guides(i, len(timesteps)):
+                    output = self.guided(scaled, t, request)
+                else:
+                    output = self.predict(scaled, t, request.prompt)
+
+                # Sampler step.
+                latents = self.step(output, t, latents, request, scheduler)
+        return latents
+
+    def step(
+        self, output: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, request: Edit, scheduler: Any
+    ) -> torch.Tensor:
+        """One step of the scheduler; noise that the scheduler adds comes from each image's own generator."""
+        options = {"generator": list(request.generators)} if isinstance(scheduler, ReverseSDE) else {}
+        return scheduler.step(output, timestep, latents, **options).prev_sample
+
+
 class FourPhases(torch.nn.Module):
-    """``Upsample2D``'s nearest-neighbour doubling and 3x3 convolution as four 2x2 convolutions of the small image: of
-    the nine pixels that the kernel would see only four are different ones, so its taps are summed beforehand (Shi et
-    al. 2016, "Is the deconvolution layer the same as a convolutional layer?"). The same numbers but for rounding, for
-    4/9 of the operations."""
+    """``Upsample2D``'s nearest-neighbour doubling and 3x3 convolution as four 2x2 convolutions of the small image.
+
+    Of the nine pixels under the kernel only four differ, so the kernel's taps are summed beforehand (Shi et al. 2016,
+    "Is the deconvolution layer the same as a convolutional layer?"). Equal up to rounding, at 4/9 of the operations.
+    """
 
     bias: torch.Tensor | None
 
@@ -92,11 +176,11 @@ class FourPhases(torch.nn.Module):
             padded = functional.pad(hidden_states, (1 - x, x, 1 - y, y))
             phase = functional.conv2d(padded, getattr(self, f"kernel_{y}{x}"), self.bias)
             doubled[:, :, y, :, x] = phase.permute(0, 2, 3, 1)
-        return doubled.view(n, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)  # channels last, as the rest
+        return doubled.view(n, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)  # channels last, like its neighbours
 
 
 def speed_up_doubling(network: Any) -> None:
-    """Put FourPhases in the place of every upsampler of a UNet or an autoencoder that doubles and convolves."""
+    """Replace every upsampler of a UNet or an autoencoder that doubles and convolves by ``FourPhases``."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             plain = isinstance(child, Upsample2D) and child.interpolate and child.use_conv and child.norm is None
@@ -106,8 +190,10 @@ def speed_up_doubling(network: Any) -> None:
 
 @contextmanager
 def branches_share_their_start(unet: Any) -> Iterator[None]:
-    """While a UNet works on [negative branch, prompt branch] of the same latents: up to its first cross-attention the
-    two are equal, so what comes before it is computed for one of them and used for both."""
+    """Compute the layers before the UNet's first cross-attention once for both branches of guidance.
+
+    For batches [negative branch, prompt branch] of the same latents: the branches are equal until a layer reads text.
+    """
 
     def halve(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return tree_map_only(torch.Tensor, lambda tensor: tensor.chunk(2)[0], (args, kwargs))
@@ -126,7 +212,7 @@ def branches_share_their_start(unet: Any) -> Iterator[None]:
 
 
 def _before_cross_attention(unet: Any) -> Iterator[torch.nn.Module]:
-    """The parts of a UNet2DConditionModel that its text does not reach."""
+    """The layers of a UNet2DConditionModel before the first one that reads text."""
     yield unet.conv_in
     for block in unet.down_blocks:
         if not getattr(block, "has_cross_attention", False):
@@ -137,79 +223,3 @@ def _before_cross_attention(unet: Any) -> Iterator[torch.nn.Module]:
         if not first.only_cross_attention:
             yield first.attn1
         return
-
-
-class LatentDiffusion:
-    """Autoencoder and UNet with classifier-free guidance; latents stay float32, networks run in their own dtype."""
-
-    def __init__(self, bundle: Bundle, watch: Stopwatch | None = None) -> None:
-        self.bundle, self.vae, self.unet = bundle, bundle.vae, bundle.unet
-        self.watch = watch or Stopwatch()  # of stages "encode" and "decode"
-        self.scale: float = bundle.vae.config.scaling_factor
-        self.compiled = False
-        training = DDPMScheduler.from_config(bundle.scheduler)
-        self.alphas: torch.Tensor = training.alphas_cumprod
-        self.prediction_type: str = training.config.prediction_type
-
-    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior mean and standard deviation, unscaled, of grey images [n, size, size] in [0, 1]."""
-        with self.watch("encode"):
-            pixels = images.to(next(self.vae.parameters()).dtype)[:, None].expand(-1, 3, -1, -1) * 2 - 1
-            posterior = self.vae.encode(pixels.contiguous()).latent_dist
-            return posterior.mean, posterior.std
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Grey images [n, size, size] in [0, 1] of latents of unit variance: the mean of the three channels, each
-        clamped first as in diffusers; NaN where a channel is not finite, since a clamp makes infinity a grey level."""
-        with self.watch("decode"):
-            dtype = next(self.vae.parameters()).dtype
-            colours = self.vae.decode((latents / self.scale).to(dtype)).sample.float() / 2 + 0.5
-            return torch.where(colours.isfinite().all(dim=1), colours.clamp(0, 1).mean(dim=1), torch.nan)
-
-    def generated(self, latents: torch.Tensor, request: Edit) -> Generated:
-        """The end of a method that edits in latent space alone."""
-        return Generated(self.decode(latents), self.decode(request.latents))
-
-    def schedule(self, request: Edit) -> tuple[Any, torch.Tensor]:
-        """A fresh scheduler and the timesteps that the edit's strength leaves to do."""
-        return schedule(request.scheduler, self.bundle.scheduler, request.num_inference_steps, request.strength)
-
-    def predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, embedding: torch.Tensor, **residuals: Any
-    ) -> torch.Tensor:
-        """The network's output (noise or velocity) [n, 4, h, w] in float32. ``residuals``: a ControlNet's."""
-        dtype = next(self.unet.parameters()).dtype
-        states = embedding.to(dtype)
-        return self.unet(latents.to(dtype), timestep, encoder_hidden_states=states, **residuals).sample.float()
-
-    def guided(self, latents: torch.Tensor, timestep: torch.Tensor, request: Edit, **residuals: Any) -> torch.Tensor:
-        """Classifier-free guidance (Ho & Salimans 2022), both branches in one batch. As in diffusers, a guidance scale
-        of 1 or less switches it off: the prompt alone is used, whatever the number."""
-        if request.guidance_scale <= 1:
-            return self.predict(latents, timestep, request.prompt, **residuals)
-        embedding = torch.cat([request.negative, request.prompt])
-        # hooks that come after compiling are not seen
-        with nullcontext() if self.compiled else branches_share_their_start(self.unet):
-            both = self.predict(torch.cat([latents, latents]), timestep, embedding, **residuals)
-        negative, prompt = both.chunk(2)
-        return negative + request.guidance_scale * (prompt - negative)
-
-    def denoise(self, latents: torch.Tensor, request: Edit, scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
-        """Run the scheduler over ``timesteps`` under guidance, with the shortcuts that the request allows."""
-        shortcuts = request.config.acceleration
-        with deep_features_kept(self.unet, shortcuts.deep_features_every):
-            for n, timestep in enumerate(timesteps):
-                scaled = scheduler.scale_model_input(latents, timestep)  # Euler's latents have the noise's own scale
-                if shortcuts.guides(n, len(timesteps)):
-                    output = self.guided(scaled, timestep, request)
-                else:
-                    output = self.predict(scaled, timestep, request.prompt)
-                latents = self.step(output, timestep, latents, request, scheduler)
-        return latents
-
-    def step(
-        self, output: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, request: Edit, scheduler: Any
-    ) -> torch.Tensor:
-        """The scheduler's own step; what noise it adds comes from each image's own generator."""
-        noisy = {"generator": list(request.generators)} if isinstance(scheduler, ReverseSDE) else {}
-        return scheduler.step(output, timestep, latents, **noisy).prev_sample

@@ -1,9 +1,9 @@
-"""``masked``: DDIM inversion and generating, confined to a mask; everything outside it stays the image's own.
+"""``masked``: DDIM inversion that edits inside a mask only; every pixel outside keeps the image's own value.
 
-The mask is the lungs, is derived from the two prompts' difference of noise as in DiffEdit (Couairon et al. 2023), or is
-where the generated image differs. The first two are known beforehand: outside them the inverted latents of the image
-are put back after every step (DiffEdit, section 3.3). In pixels the counterfactual is blended in softly, weight 0
-outside.
+The mask is one of three: the lungs, the difference of the predicted noise under two prompts as in DiffEdit (Couairon et
+al. 2023), or the region where the edited image differs. The first two are known before the edit, so after every step
+the cells outside are reset to the image's inverted latents (DiffEdit, section 3.3). In pixels, the counterfactual is
+blended in with soft weights that are 0 outside the mask.
 """
 
 from __future__ import annotations
@@ -20,24 +20,31 @@ from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDi
 
 
 def generate(model: LatentDiffusion, request: Edit) -> Generated:
-    """The generated image inside the mask, the image itself outside it."""
+    """Edit a batch inside its masks; outside, counterfactual and reconstruction both equal the image."""
     config = request.config.masked
     scheduler, timesteps = model.schedule(request)
+
+    # Invert to the chosen noise level.
     path = inversion_path(model, request, timesteps)
+
     if config.source == "difference":
+        # Edit everywhere, then keep the edit where the image changed.
         generated = model.generated(model.denoise(path[0], request, scheduler, timesteps), request)
-        weight = grown(differing(generated, config), config.dilation)  # soft already
+        weight = dilate(change_weight(generated, config), config.dilation)  # soft already
     else:
-        weight = soften(given(model, request), config)
-        generated = model.generated(confined(model, request, scheduler, timesteps, path, weight), request)
+        # Edit inside a mask that is known beforehand.
+        weight = soften(prior_mask(model, request), config)
+        generated = model.generated(denoise_inside(model, request, scheduler, timesteps, path, weight), request)
+
+    # Blend into the original image in pixel space.
     return Generated(
         blend(weight, generated.counterfactuals, request.images),
         blend(weight, generated.reconstructions, request.images),
     )
 
 
-def given(model: LatentDiffusion, request: Edit) -> torch.Tensor:
-    """The mask known before anything is generated, 0 or 1 [n, size, size]: the lungs, or DiffEdit's."""
+def prior_mask(model: LatentDiffusion, request: Edit) -> torch.Tensor:
+    """Mask that is known before the edit, 0 or 1 [n, size, size]: the lungs, or DiffEdit's."""
     config = request.config.masked
     if config.source == "lungs":
         return request.lungs.float()
@@ -47,17 +54,16 @@ def given(model: LatentDiffusion, request: Edit) -> torch.Tensor:
     return (smooth > thresholds[:, None, None]).float()
 
 
-def differing(generated: Generated, config: MaskedConfig) -> torch.Tensor:
-    """The weight [n, size, size] in [0, 1] of how much generating changed: 0 up to ``keep_below``, 1 from
-    ``edit_above``.
+def change_weight(generated: Generated, config: MaskedConfig) -> torch.Tensor:
+    """Weight [n, size, size] in [0, 1] by how much the edit changed: 0 up to ``keep_below``, 1 from ``edit_above``.
 
-    The change is smoothed first, by as much as the mask is feathered: single pixels are noise.
+    The change is first smoothed as widely as the mask is feathered, because single changed pixels are noise.
     """
-    change = feathered(generated.reconstructions - generated.counterfactuals, config.feather).abs()
+    change = feather(generated.reconstructions - generated.counterfactuals, config.feather).abs()
     return ((change - config.keep_below) / (config.edit_above - config.keep_below)).clamp(0, 1)
 
 
-def confined(
+def denoise_inside(
     model: LatentDiffusion,
     request: Edit,
     scheduler: Any,
@@ -65,30 +71,32 @@ def confined(
     path: list[torch.Tensor],
     weight: torch.Tensor,
 ) -> torch.Tensor:
-    """Latents denoised under guidance in the cells that hold any ``weight``; the others follow the image's own path."""
+    """Denoise under guidance the latent cells that hold any ``weight``; all others follow the image's own ``path``."""
     cells = functional.adaptive_max_pool2d(weight[:, None], tuple(request.latents.shape[2:])) > 0
-    latents = path[0]
-    for timestep, own in zip(timesteps, [*path[1:], request.latents], strict=True):
-        latents = scheduler.step(model.guided(latents, timestep, request), timestep, latents).prev_sample
-        latents = torch.where(cells, latents, own)
-    return latents
+    z = path[0]
+    for t, z_image in zip(timesteps, [*path[1:], request.latents], strict=True):
+        z = scheduler.step(model.guided(z, t, request), t, z).prev_sample
+        z = torch.where(cells, z, z_image)
+    return z
 
 
 def soften(weight: torch.Tensor, config: MaskedConfig) -> torch.Tensor:
-    """``weight`` [n, size, size] grown by ``dilation`` and, so that no seam shows, falling off over twice ``feather``
-    beyond that; exactly 0 further out."""
-    return feathered(grown(weight, config.dilation + config.feather), config.feather).clamp(0, 1)
+    """Dilate ``weight`` [n, size, size] by ``dilation``, then let it fall to exactly 0 over twice ``feather``, so that
+    no seam is visible."""
+    return feather(dilate(weight, config.dilation + config.feather), config.feather).clamp(0, 1)
 
 
-def grown(weight: torch.Tensor, fraction: float) -> torch.Tensor:
-    """The largest weight within ``fraction`` of the width (a square)."""
+def dilate(weight: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Largest weight within ``fraction`` of the width (a square window) of each pixel."""
     radius = round(fraction * weight.shape[-1])
     return functional.max_pool2d(weight[:, None], 2 * radius + 1, stride=1, padding=radius)[:, 0]
 
 
-def feathered(images: torch.Tensor, fraction: float) -> torch.Tensor:
-    """Images [n, size, size] under a window of compact support that reaches ``fraction`` of the width: two box means,
-    which leave what is constant within reach as it is, zeros as zeros."""
+def feather(images: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Smooth images [n, size, size] by two box means that together reach ``fraction`` of the width.
+
+    The window is compact: a pixel whose whole window is constant keeps its value, so zeros stay exact zeros.
+    """
     radius = round(fraction * images.shape[-1] / 2)
     for _ in range(2):
         padded = functional.pad(images[:, None], (radius,) * 4, mode="replicate")
@@ -97,5 +105,5 @@ def feathered(images: torch.Tensor, fraction: float) -> torch.Tensor:
 
 
 def blend(weight: torch.Tensor, inside: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
-    """``inside`` by its weight, ``outside`` by the rest: bit for bit ``outside`` where the weight is 0."""
+    """Mix ``inside`` by its weight with ``outside``; bit for bit ``outside`` where the weight is 0."""
     return weight * inside + (1 - weight) * outside

@@ -1,4 +1,4 @@
-"""What ``vant-gan`` and ``ant-gan`` have in common: the counterfactual comes out of a trained generator in one pass."""
+"""Shared by ``vant-gan`` and ``ant-gan``: a trained generator makes the counterfactual in one pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDi
 
 
 def one_pass(model: LatentDiffusion, request: Edit, name: str) -> Generated:
-    """The images as the model's extra network ``name`` draws them; prompt, noise and steps play no part. Raises
+    """Apply the model's extra network ``name`` to the images; prompt, noise and steps have no effect. Raises
     UnusableModel for a model without that network."""
     dtype = next(model.unet.parameters()).dtype
     gan_generator = model.bundle.extra(name).to(request.images.device, dtype).eval().requires_grad_(False)

@@ -1,5 +1,5 @@
-"""``sdedit``, the paper's method: noise the image part of the way, denoise it under the healthy prompt
-(Meng et al. 2022; StableDiffusionImg2ImgPipeline)."""
+"""``sdedit``, the paper's method: noise the image part of the way, then denoise it under the healthy prompt
+(Meng et al. 2022; the same as diffusers' StableDiffusionImg2ImgPipeline)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDi
 
 
 def generate(model: LatentDiffusion, request: Edit) -> Generated:
-    """Noise comes from each image's own generator."""
+    """Edit a batch by SDEdit; each image's noise comes from its own generator."""
     scheduler, timesteps = model.schedule(request)
-    fresh = noise(request.latents.shape, request.generators).to(request.latents)
-    noisy = scheduler.add_noise(request.latents, fresh, timesteps[:1].repeat(len(fresh)))
-    return model.generated(model.denoise(noisy, request, scheduler, timesteps), request)
+
+    # Noise to the first timestep that the strength leaves: z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps.
+    eps = noise(request.latents.shape, request.generators).to(request.latents)
+    z_t = scheduler.add_noise(request.latents, eps, timesteps[:1].repeat(len(eps)))
+
+    # Denoise under guidance to the healthy prompt.
+    z_0 = model.denoise(z_t, request, scheduler, timesteps)
+    return model.generated(z_0, request)

@@ -1,5 +1,5 @@
-"""``vant-gan``: the image plus a map drawn in one pass (Baumgartner et al. 2018, "Visual feature attribution using
-Wasserstein GANs"), a reference from before diffusion; train/gan.py has its losses."""
+"""``vant-gan``: a GAN generates a map that is added to the image, in one pass (Baumgartner et al. 2018, "Visual feature
+attribution using Wasserstein GANs"). A baseline from before diffusion; train/gan.py has the losses."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from diffva_ray.counterfactual.one_pass import one_pass
 
 
 def generate(model: LatentDiffusion, request: Edit) -> Generated:
-    """See ``one_pass``."""
+    """Edit a batch by the network ``vant_gan``; see ``one_pass``."""
     return one_pass(model, request, "vant_gan")

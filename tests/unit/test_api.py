@@ -59,7 +59,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (TWO_IMAGES, "one of each for every image, got 2 images, 1 settings, 1 seeds"),
     ({"images": [IMAGE] * 5}, "a call takes 1 to 4 images"),
     ({"lungs": [np.ones((5, 5), bool)]}, "a lung mask is .32, 32., as the model's square, got .5, 5."),
-    ({"strength": 1.3}, "strength is in .0, 1. and there is a step or more, got strength 1.3"),
+    ({"strength": 1.3}, "strength is in .0, 1. and num_inference_steps at least 1, got strength 1.3"),
     ({"method": "foo"}, "unknown method 'foo'; there are sdedit"),
     ({"method": "cycle", "scheduler": "pndm"}, "method cycle runs with scheduler ddim, not pndm"),
     ({"prompt": "mild " * 40}, "more than the 16 tokens that this model reads"),

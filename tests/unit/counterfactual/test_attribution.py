@@ -1,4 +1,4 @@
-"""What several seeds agree on."""
+"""Attribution maps, and their agreement over seeds."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ def test_mean_spread_and_significance_are_the_t_tests() -> None:
     generator = np.random.default_rng(0)
     maps = generator.normal(0, 0.1, (6, 40, 50)).astype(np.float32)
     maps[:, 10:20, 10:20] += 0.5
-    found = over_seeds(maps, level=0.01)
+    agreement = over_seeds(maps, level=0.01)
     reference = ttest_1samp(maps.astype(np.float64), 0)
-    assert found.mean == pytest.approx(maps.mean(axis=0), abs=1e-6)
-    assert found.t == pytest.approx(reference.statistic, rel=1e-5)
-    assert found.deviation == pytest.approx(maps.std(axis=0, ddof=1), rel=1e-4)
-    assert np.array_equal(found.significant, reference.pvalue < 0.01)
+    assert agreement.mean == pytest.approx(maps.mean(axis=0), abs=1e-6)
+    assert agreement.t == pytest.approx(reference.statistic, rel=1e-5)
+    assert agreement.deviation == pytest.approx(maps.std(axis=0, ddof=1), rel=1e-4)
+    assert np.array_equal(agreement.significant, reference.pvalue < 0.01)
     lesion = np.zeros((40, 50), bool)
     lesion[10:20, 10:20] = True
-    assert found.significant[lesion].mean() > 0.95
-    assert found.significant[~lesion].mean() == pytest.approx(0.01, abs=0.007)
+    assert agreement.significant[lesion].mean() > 0.95
+    assert agreement.significant[~lesion].mean() == pytest.approx(0.01, abs=0.007)
 
 
 def test_seeds_that_agree_to_the_bit() -> None:
     maps = np.zeros((3, 2, 2), np.float32)
     maps[:, 0, 0], maps[:, 1, 1] = 0.25, -0.5
-    found = over_seeds(maps)
-    assert found.significant.tolist() == [[True, False], [False, True]]
-    assert found.t[0, 0] == np.inf
-    assert found.t[1, 1] == -np.inf
-    assert not np.isnan(found.t).any()
+    agreement = over_seeds(maps)
+    assert agreement.significant.tolist() == [[True, False], [False, True]]
+    assert agreement.t[0, 0] == np.inf
+    assert agreement.t[1, 1] == -np.inf
+    assert not np.isnan(agreement.t).any()
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4), (4, 4)])

@@ -1,4 +1,4 @@
-"""``classifier-guided``: the classifier's gradient, and nothing else, moves the image."""
+"""``classifier-guided``: only the classifier's gradient changes the image."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Linear(torch.nn.Module):
         return torch.nn.functional.logsigmoid((latents * self.weight).sum(dim=(1, 2, 3)) - timestep / 1000)
 
 
-def test_the_gradient_is_the_log_probabilitys_also_in_inference_mode() -> None:
+def test_the_gradient_is_of_the_log_probability_also_in_inference_mode() -> None:
     classifier = Linear()
     with torch.inference_mode():
         latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)) / 10
-        found = gradient(classifier, latents, torch.tensor(500))
+        result = gradient(classifier, latents, torch.tensor(500))
         logit = (latents * classifier.weight).sum(dim=(1, 2, 3)) - 0.5
         expected = (1 - logit.sigmoid())[:, None, None, None] * classifier.weight
-    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(result, expected, atol=1e-6)
 
 
 def engine_with(model: Path, scale: float) -> CounterfactualEngine:
@@ -58,8 +58,8 @@ def generate(engine: CounterfactualEngine, steps: int = 8, **changes: object) ->
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_guidance_raises_the_classifiers_own_probability(model: Path, prediction_type: str) -> None:
-    """Of the counterfactuals' latents, and the more the larger the scale; with scale 0 the image comes back."""
-    found, moved = [], []
+    """A larger scale raises p(healthy) of the counterfactuals' latents and moves them farther."""
+    log_healthy, moved = [], []
     for scale in (0.0, 3.0, 30.0):
         engine = engine_with(model, scale)
         engine.model.prediction_type = prediction_type
@@ -68,14 +68,14 @@ def test_guidance_raises_the_classifiers_own_probability(model: Path, prediction
         engine.model.decode = lambda latents, ends=ends, decode=decode: ends.append(latents) or decode(latents)
         generate(engine)
         with torch.inference_mode():
-            found.append(engine.bundle.extra("classifier").log_healthy(ends[0], torch.tensor(0)).mean().item())
+            log_healthy.append(engine.bundle.extra("classifier").log_healthy(ends[0], torch.tensor(0)).mean().item())
         moved.append((ends[0] - ends[1]).abs().mean().item())
-    assert found == sorted(found)
-    assert found[-1] > found[0] + 0.05
+    assert log_healthy == sorted(log_healthy)
+    assert log_healthy[-1] > log_healthy[0] + 0.05
     assert moved == sorted(moved)
 
 
-def test_without_guidance_the_image_comes_back(model: Path) -> None:
+def test_without_guidance_the_result_is_the_reconstruction(model: Path) -> None:
     engine = engine_with(model, 0.0)
     gaps = []
     for steps in (10, 100):
@@ -85,13 +85,13 @@ def test_without_guidance_the_image_comes_back(model: Path) -> None:
     assert gaps[1] < 0.02
 
 
-def test_the_prompt_is_not_read(model: Path) -> None:
+def test_the_prompt_has_no_effect(model: Path) -> None:
     engine = engine_with(model, 30.0)
     one, two = generate(engine), generate(engine, prompt="COVID 19")
     assert np.array_equal(one.counterfactuals, two.counterfactuals)
 
 
-def test_a_model_without_a_classifier_says_how_to_get_one(model: Path) -> None:
+def test_the_error_without_a_classifier_names_the_training_stage(model: Path) -> None:
     engine = CounterfactualEngine.from_pretrained(str(model), device="cpu")
     with pytest.raises(UnusableModel, match="trains: classifier"):
         generate(engine)

@@ -1,4 +1,4 @@
-"""Method ``controlnet``: diffusers' own numbers, and SDEdit's where the ControlNet says nothing."""
+"""Method ``controlnet``: equals diffusers' pipeline, and SDEdit where the ControlNet's output is zero."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import Bundle, build, load
 from diffva_ray.model.card import UnusableModel
 
-MADE = [phantom(label, n, seed=1, size=32) for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
-IMAGES = [np.round(made.image * 255).astype(np.float32) / 255 for made in MADE]
-LUNGS = [made.lungs for made in MADE]
+PHANTOMS = [phantom(label, n, seed=1, size=32) for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
+IMAGES = [np.round(each.image * 255).astype(np.float32) / 255 for each in PHANTOMS]
+LUNGS = [each.lungs for each in PHANTOMS]
 SETTINGS = SamplingSettings(
     prompt="normal chest scan",
     method="controlnet",
@@ -38,8 +38,8 @@ def untrained(bundle: Bundle) -> ControlNetModel:
     return network
 
 
-def speaking(bundle: Bundle) -> ControlNetModel:
-    """With something in the layers that are zero before training."""
+def randomised(bundle: Bundle) -> ControlNetModel:
+    """A ControlNet whose zero-initialised layers hold random weights."""
     network = untrained(bundle)
     torch.manual_seed(3)
     for parameter in network.parameters():
@@ -66,9 +66,9 @@ def test_an_untrained_controlnet_is_sdedit(tiny: Recipe) -> None:
 @pytest.mark.parametrize("options", [{"conditioning_scale": 0.0}, {"start": 1.0}, {"end": 0.0}])
 def test_switched_off_it_is_sdedit(tiny: Recipe, options: dict[str, float]) -> None:
     bundle = build(tiny)
-    off = generate(engine_with(bundle, speaking(bundle), **options))
-    on = generate(engine_with(bundle, speaking(bundle)))
-    assert np.array_equal(off, generate(engine_with(bundle, speaking(bundle)), replace(SETTINGS, method="sdedit")))
+    off = generate(engine_with(bundle, randomised(bundle), **options))
+    on = generate(engine_with(bundle, randomised(bundle)))
+    assert np.array_equal(off, generate(engine_with(bundle, randomised(bundle)), replace(SETTINGS, method="sdedit")))
     assert not np.array_equal(off, on)
 
 
@@ -78,7 +78,7 @@ def test_switched_off_it_is_sdedit(tiny: Recipe, options: dict[str, float]) -> N
 )
 def test_it_is_the_controlnet_img2img_pipeline(tiny: Recipe, guidance: float, options: dict[str, float]) -> None:
     bundle = build(tiny)
-    network = speaking(bundle)
+    network = randomised(bundle)
     ours = generate(engine_with(bundle, network, **options), replace(SETTINGS, guidance_scale=guidance))
     pipeline = StableDiffusionControlNetImg2ImgPipeline(
         vae=bundle.vae,
@@ -113,6 +113,6 @@ def test_it_is_the_controlnet_img2img_pipeline(tiny: Recipe, guidance: float, op
     assert np.abs(ours - theirs.mean(dim=1).numpy()).max() < 1e-5
 
 
-def test_a_model_without_one_says_what_trains_it(model: Path) -> None:
+def test_the_error_without_a_controlnet_names_the_training_stage(model: Path) -> None:
     with pytest.raises(UnusableModel, match="no controlnet; train it with a stage that `trains: controlnet`"):
         generate(CounterfactualEngine(load(str(model)), device="cpu"))

@@ -1,4 +1,4 @@
-"""Cross-attention maps: on networks whose attention is known, and on the tiny model."""
+"""Cross-attention maps: on a network with known attention, and on the tiny model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from diffva_ray.model.bundle import SD_SCHEDULER
 IMAGES = [phantom(label, n, seed=1, size=32).image for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"] * 2)]
 
 
-class Looking(torch.nn.Module):
-    """One cross-attention of diffusers' over the latents' own cells: a cell of the upper left quarter has a query along
-    the first axis, all others along the second; token 1's key is the first axis, token 0's the second."""
+class KnownAttention(torch.nn.Module):
+    """A single diffusers cross-attention over the latents' cells.
+
+    Cells of the upper left quarter have a query along the first axis, all others along the second; token 1's key is the
+    first axis, token 0's the second.
+    """
 
     def __init__(self, sharpness: float = 20.0) -> None:
         super().__init__()
@@ -51,10 +54,10 @@ class Looking(torch.nn.Module):
 
 def oracle() -> LatentDiffusion:
     vae = SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0))
-    return LatentDiffusion(SimpleNamespace(vae=vae, unet=Looking(), scheduler=SD_SCHEDULER))
+    return LatentDiffusion(SimpleNamespace(vae=vae, unet=KnownAttention(), scheduler=SD_SCHEDULER))
 
 
-def test_a_word_is_found_where_the_network_looks_for_it() -> None:
+def test_a_word_maps_to_the_cells_that_attend_to_it() -> None:
     model = oracle()
     before = model.unet.attn_processors
     embeddings = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]).repeat(2, 1, 1)
@@ -63,7 +66,7 @@ def test_a_word_is_found_where_the_network_looks_for_it() -> None:
     quarter, rest = cross_attention(model, torch.zeros(2, 4, 8, 8), embeddings, chosen, generators)
     inside = torch.zeros(8, 8, dtype=torch.bool)
     inside[:4, :4] = True
-    # head 0 sees the first axis alone, head 1 the second: each is certain where its axis is asked for, undecided else
+    # Head 0 sees the first axis only, head 1 the second: each is certain where the query is along its axis, else even.
     assert quarter[inside].min() > 0.74
     assert quarter[~inside].max() < 0.26
     assert torch.allclose(quarter + rest, torch.ones(8, 8), atol=1e-6)
@@ -80,8 +83,8 @@ def engine(model: Path) -> CounterfactualEngine:
     return CounterfactualEngine.from_pretrained(str(model), device="cpu")
 
 
-def test_a_map_is_its_own_images_and_the_model_stays_as_it_was(engine: CounterfactualEngine) -> None:
-    """Six images are more than one micro-batch holds."""
+def test_a_map_depends_on_its_image_only_and_the_model_is_unchanged(engine: CounterfactualEngine) -> None:
+    """Six images exceed one micro-batch."""
     settings = engine.settings("COVID 19")
     before, processors = engine(IMAGES[:1], [settings], [3]), engine.bundle.unet.attn_processors
     prompts = ["COVID 19", "Lung Opacity", "COVID 19"] * 2
@@ -95,7 +98,7 @@ def test_a_map_is_its_own_images_and_the_model_stays_as_it_was(engine: Counterfa
     assert np.array_equal(engine(IMAGES[:1], [settings], [3]).counterfactuals, before.counterfactuals)
 
 
-def test_processors_come_back_after_a_failure(engine: CounterfactualEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processors_are_restored_after_a_failure(engine: CounterfactualEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     processors = engine.bundle.unet.attn_processors
 
     def failing(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""The engine: diffusers' own numbers where it claims them, and a record's result whatever its neighbours."""
+"""The engine: equals diffusers' pipeline, and an image's result does not depend on its batch."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def engine(complete: Callable[[], Bundle]) -> CounterfactualEngine:
 def test_pndm_diffusers_is_the_img2img_pipeline(tiny: Recipe, steps: int, strength: float, guidance: float) -> None:
     """The same pixels as StableDiffusionImg2ImgPipeline with a generator per image, guidance <= 1 included.
 
-    On an untrained network and the pipeline's own batch size: a network after four hasty steps blows float32's last
-    digit, in which batch sizes differ, up to a grey level.
+    On an untrained network and the pipeline's batch size: results of other batch sizes differ in float32's last digit,
+    and a network after four training steps amplifies that to a grey level.
     """
     bundle = build(tiny)
     changes = {"posterior": "sample", "micro_batch": 3, "source_prompt": "", "negative_prompt": ""}
@@ -93,8 +93,8 @@ def test_neighbours_slots_and_padding_change_nothing(engine: CounterfactualEngin
     assert np.array_equal(together[0], moved)
 
 
-def test_a_compiled_engine_shares_nothing_by_hooks_and_gives_the_same_pictures(engine: CounterfactualEngine) -> None:
-    """Dynamo told to run eagerly: what compiled code does to rounding is a slow test's question."""
+def test_a_compiled_engine_uses_no_hooks_and_gives_the_same_images(engine: CounterfactualEngine) -> None:
+    """With Dynamo forced to run eagerly; a slow test covers the rounding of compiled code."""
     plain = engine(IMAGES, [SETTINGS] * 3, seeds=[5, 6, 7]).counterfactuals
     bundle = copy.deepcopy(engine.bundle)
     compiled = CounterfactualEngine(bundle, engine.config, "cpu")
@@ -104,14 +104,14 @@ def test_a_compiled_engine_shares_nothing_by_hooks_and_gives_the_same_pictures(e
         assert compiled(IMAGES, [SETTINGS] * 3, seeds=[5, 6, 7]).counterfactuals == pytest.approx(plain, abs=1e-5)
 
 
-def test_the_seed_is_the_records_own(engine: CounterfactualEngine) -> None:
+def test_noise_depends_on_the_images_own_seed(engine: CounterfactualEngine) -> None:
     one, two, again = engine([IMAGES[0]] * 3, [SETTINGS] * 3, seeds=[1, 2, 1]).counterfactuals
     assert np.array_equal(one, again)
     assert not np.array_equal(one, two)
 
 
 def test_inversion_without_guidance_returns_to_the_autoencoders_image(engine: CounterfactualEngine) -> None:
-    """Encoding and decoding under the same prompt undo each other as the steps grow finer."""
+    """Encoding and decoding under one prompt cancel, the better the more steps."""
     gaps = []
     for steps in (10, 100):
         settings = replace(UNEDITED, method="ddim-inversion", num_inference_steps=steps)
@@ -130,7 +130,7 @@ def test_cycle_without_guidance_returns_to_the_autoencoders_image_exactly(engine
 
 @pytest.mark.parametrize("scheduler", ["dpmsolver++", "unipc", "euler"])
 def test_solvers_converge_to_the_same_counterfactual(engine: CounterfactualEngine, scheduler: str) -> None:
-    """All solve one differential equation: with many steps they end where DDIM ends."""
+    """All solve the same differential equation, so with many steps they agree with DDIM."""
     ill = replace(SETTINGS, prompt="COVID 19", strength=0.5, guidance_scale=2.0)
     few, many = (
         np.abs(
@@ -170,10 +170,12 @@ def test_unusable_settings_are_named(engine: CounterfactualEngine, change: dict,
 
 
 def test_maps_are_signed_differences(engine: CounterfactualEngine) -> None:
-    image, rebuilt, generated = (np.full((16, 16), value, np.float32) for value in (0.7, 0.6, 0.2))
+    image, reconstruction, counterfactual = (np.full((16, 16), value, np.float32) for value in (0.7, 0.6, 0.2))
     config = engine.config.model_copy(update={"smoothing": 0.0})
-    raw = attribution(image, rebuilt, generated, config.model_copy(update={"difference": "raw"}))
-    compensated = attribution(image, rebuilt, generated, config.model_copy(update={"difference": "compensated"}))
+    raw = attribution(image, reconstruction, counterfactual, config.model_copy(update={"difference": "raw"}))
+    compensated = attribution(
+        image, reconstruction, counterfactual, config.model_copy(update={"difference": "compensated"})
+    )
     assert raw == pytest.approx(np.full((16, 16), 0.5))
     assert compensated == pytest.approx(np.full((16, 16), 0.4))
     lungs = np.zeros((16, 16), bool)

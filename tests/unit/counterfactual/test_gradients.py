@@ -1,4 +1,4 @@
-"""Gradient baselines on a classifier whose answer is known, and on the networks they are meant for."""
+"""Gradient baselines on a classifier with a known answer, on the judge and on the latent classifier."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BLURRED = np.stack([smooth(image, BLUR) for image in IMAGES])
 
 
 class Corner(nn.Module):
-    """Brightness of the corner [:8, :8] is evidence of disease; nothing else is seen."""
+    """Takes the brightness of the corner [:8, :8], and nothing else, as evidence of disease."""
 
     classes, healthy = ("Ill", "Normal"), "Normal"
 
@@ -43,8 +43,8 @@ class Corner(nn.Module):
         nn.init.ones_(self.convolution.weight)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        seen = self.convolution(images[:, None])[:, 0, :8, :8].sum(dim=(1, 2))
-        return torch.stack([seen, torch.zeros_like(seen)], dim=1)
+        evidence = self.convolution(images[:, None])[:, 0, :8, :8].sum(dim=(1, 2))
+        return torch.stack([evidence, torch.zeros_like(evidence)], dim=1)
 
 
 CORNER = np.zeros((32, 32), bool)
@@ -52,12 +52,12 @@ CORNER[:8, :8] = True
 
 
 def test_integrated_gradients_of_a_linear_score_are_its_terms() -> None:
-    found = integrated_gradients(Corner(), IMAGES)
-    assert found == pytest.approx((IMAGES - BLURRED) * CORNER, abs=1e-5)
+    result = integrated_gradients(Corner(), IMAGES)
+    assert result == pytest.approx((IMAGES - BLURRED) * CORNER, abs=1e-5)
 
 
 def test_integrated_gradients_are_complete() -> None:
-    """They sum to the score of the image over the blurred image's."""
+    """They sum to the score of the image minus that of the blurred image."""
     torch.manual_seed(0)
     judge = Judge(["COVID", "Lung_Opacity", "Normal"], "Normal").eval()
     images = torch.from_numpy(np.stack([IMAGES, BLURRED]))
@@ -69,21 +69,21 @@ def test_integrated_gradients_are_complete() -> None:
     assert (np.abs(gap) < 0.02 * np.abs(maps).sum(axis=(1, 2))).all()
 
 
-def test_occlusion_finds_what_the_score_needs() -> None:
+def test_occlusion_finds_the_pixels_that_the_score_depends_on() -> None:
     image = np.full((1, 32, 32), 0.2, np.float32)
     image[0, :8, :8] = 1.0
-    found = occlusion(Corner(), image)[0]
-    assert found[CORNER].min() > 0
-    assert found[12:, 12:].max() == pytest.approx(0, abs=1e-4)
+    result = occlusion(Corner(), image)[0]
+    assert result[CORNER].min() > 0
+    assert result[12:, 12:].max() == pytest.approx(0, abs=1e-4)
 
 
 def test_grad_cam_follows_the_last_convolution() -> None:
-    """The corner's brightness is the convolution's map, and the score grows with it."""
+    """The convolution returns the brightness, and the score grows with it."""
     image = np.zeros((1, 32, 32), np.float32)
     image[0, 20:24, 20:24] = 1.0
-    found = grad_cam(Corner(), image)[0]
-    assert found[20:24, 20:24].min() > 0
-    assert found[:16, :16].max() == 0
+    result = grad_cam(Corner(), image)[0]
+    assert result[20:24, 20:24].min() > 0
+    assert result[:16, :16].max() == 0
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES))
@@ -101,7 +101,7 @@ def test_they_work_on_the_judge_and_on_the_latent_classifier(name: str, model: P
         assert maps[1] == pytest.approx(alone[0], abs=1e-4 * float(np.abs(alone).max()))
 
 
-def test_without_captum_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_captum_the_error_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "captum", None)
     with pytest.raises(ValueError, match=r"pip install diffva-ray\[gradients\]"):
         occlusion(Corner(), IMAGES)

@@ -1,4 +1,4 @@
-"""The model's reading of an image, on an oracle whose denoiser is exact."""
+"""Guessing which prompt an image shows, on a network that denoises exactly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffva_ray.model.bundle import SD_SCHEDULER, load
 
 
 class ConstantImages(torch.nn.Module):
-    """Denoises exactly if an image's clean latents all equal the value of its prompt's embedding."""
+    """Denoises exactly where all clean latents equal the mean of the prompt's embedding."""
 
     def __init__(self, alphas: torch.Tensor) -> None:
         super().__init__()
@@ -40,15 +40,15 @@ def test_the_prompt_that_explains_the_noise_is_found() -> None:
     assert guess(model, latents, embeddings, seeds=[1, 2, 3, 4, 5]) == [2, 0, 3, 1, 2]
 
 
-def test_the_engine_records_what_it_took_a_image_to_show(model: Path) -> None:
+def test_the_engine_returns_the_guessed_source_prompts(model: Path) -> None:
     bundle = load(str(model))
     engine = CounterfactualEngine(bundle, bundle.recipe.generate, "cpu")
     images = [phantom(label, 1, size=32).image for label in ("COVID", "Normal")]
     settings = engine.settings()
     counterfactuals = engine(images, [settings] * 2, seeds=[1, 2])
     data = bundle.recipe.data
-    readings = {"", *(data.prompt(label) for label in data.prompts if label != data.healthy_class)}
-    assert set(counterfactuals.source_prompts) <= readings
+    prompts_or_empty = {"", *(data.prompt(label) for label in data.prompts if label != data.healthy_class)}
+    assert set(counterfactuals.source_prompts) <= prompts_or_empty
     alone = engine([images[1]], [replace(settings)], seeds=[2])
     assert alone.source_prompts[0] == counterfactuals.source_prompts[1]
     assert np.array_equal(alone.counterfactuals[0], counterfactuals.counterfactuals[1])

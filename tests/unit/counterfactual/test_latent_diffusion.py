@@ -1,4 +1,4 @@
-"""What makes the networks faster must leave their numbers alone."""
+"""The accelerations of the networks do not change their output."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_networks_with_four_phases_give_the_same(complete: Callable[[], Bundle])
 
 
 @torch.no_grad()
-def test_what_is_not_finite_is_no_grey_level(complete: Callable[[], Bundle]) -> None:
-    """A clamp alone makes an infinite channel white, and the record passes for ok."""
+def test_non_finite_channels_decode_to_nan(complete: Callable[[], Bundle]) -> None:
+    """A clamp alone would make an infinite channel white, and the record would count as ok."""
     model, latents = LatentDiffusion(complete()), torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         colours = model.vae.decode(latents / model.scale).sample / 2 + 0.5
@@ -75,4 +75,4 @@ def test_branches_that_share_their_start_give_the_same(complete: Callable[[], Bu
         shared, less = predict(), flops(predict)
     assert torch.allclose(shared, plain, atol=1e-5)
     assert less < work
-    assert torch.equal(predict(), plain)  # and nothing stays behind
+    assert torch.equal(predict(), plain)  # the hooks are removed

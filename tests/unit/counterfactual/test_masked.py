@@ -1,4 +1,4 @@
-"""``masked``: the image itself outside the mask, to the bit; no seam; the mask where it should be."""
+"""``masked``: bit for bit the image outside the mask, no visible seam, and the mask in the right place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffva_ray.counterfactual import masked
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.counterfactual.guidance_difference import guidance_difference
 from diffva_ray.counterfactual.latent_diffusion import Generated, LatentDiffusion
-from diffva_ray.counterfactual.masked import blend, differing, feathered, soften
+from diffva_ray.counterfactual.masked import blend, change_weight, feather, soften
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.generate.measures import unit
@@ -41,9 +41,9 @@ def generate(engine: CounterfactualEngine, **changes: object):
 
 @pytest.mark.parametrize("source", ["lungs", "derived", "difference"])
 def test_pixels_outside_the_mask_are_the_images_own(source: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exactly, as floats and as the 8-bit images that a run stores; inside something happened."""
+    """Exactly, as floats and as the 8-bit images that a run stores; inside the mask pixels change."""
     plain = generate(engine_with(model), method="ddim-inversion")
-    change = feathered(torch.from_numpy(plain.counterfactuals - plain.reconstructions), 0.07).abs().numpy()
+    change = feather(torch.from_numpy(plain.counterfactuals - plain.reconstructions), 0.07).abs().numpy()
     low, high = (float(np.quantile(change, part)) for part in (0.9, 0.99))
     weights = []
     monkeypatch.setattr(masked, "blend", lambda weight, *pair: weights.append(weight) or blend(weight, *pair))
@@ -59,7 +59,7 @@ def test_pixels_outside_the_mask_are_the_images_own(source: str, model: Path, mo
     assert (np.abs(counterfactuals.counterfactuals - image)[weight > 0.5] > 1e-3).mean() > 0.9
 
 
-def test_the_lungs_are_the_mask_that_was_given(model: Path) -> None:
+def test_the_lung_mask_is_the_one_passed_to_the_engine(model: Path) -> None:
     counterfactuals = generate(engine_with(model, source="lungs", feather=0.0, dilation=0.0))
     for n, image in enumerate(IMAGES):
         assert (np.abs(counterfactuals.counterfactuals[n] - image) > 1e-3)[LUNGS[n]].mean() > 0.9
@@ -67,7 +67,7 @@ def test_the_lungs_are_the_mask_that_was_given(model: Path) -> None:
 
 
 def test_latents_outside_the_mask_follow_the_images_own_path(model: Path) -> None:
-    """Whatever the prompt does inside, the cells outside end as the image's own latents."""
+    """The cells outside the mask end as the image's own latents, also under strong guidance."""
     engine, ends = engine_with(model, source="lungs", **NARROW), []
     decode = engine.model.decode
     engine.model.decode = lambda latents: ends.append(latents) or decode(latents)
@@ -81,7 +81,7 @@ def test_latents_outside_the_mask_follow_the_images_own_path(model: Path) -> Non
 
 
 def test_without_guidance_the_reconstruction_comes_back(model: Path) -> None:
-    """Source and target prompt alike: a fine inversion changes nothing, so the map is near zero inside the mask too."""
+    """With equal source and target prompts a fine inversion changes nothing: the map is near zero in the mask too."""
     gaps = [
         np.abs(counterfactuals.counterfactuals - counterfactuals.reconstructions).mean()
         for steps in (6, 60)
@@ -97,17 +97,17 @@ def test_without_guidance_the_reconstruction_comes_back(model: Path) -> None:
 
 
 def test_no_seam_shows() -> None:
-    """A counterfactual that is far darker: across the seam of a lesion's size the blend changes no faster than a tenth
-    of the image does anyway, where a hard mask would leave an edge."""
+    """Blends in a much darker counterfactual: across the seam the blend changes no faster than the steepest tenth of
+    the image does, where a hard mask leaves an edge."""
     image = torch.from_numpy(np.stack([phantom("Normal", n, seed=3, size=64).image for n in range(4)]))
     mask = torch.zeros_like(image)
     mask[:, 20:44, 18:40] = 1
     steep = image.diff(dim=2).abs().flatten(1).quantile(0.9, dim=1)
-    for feather, seamless in ((0.0, False), (0.06, True)):
-        weight = soften(mask, MaskedConfig(feather=feather, dilation=0.0))
+    for width, seamless in ((0.0, False), (0.06, True)):
+        weight = soften(mask, MaskedConfig(feather=width, dilation=0.0))
         change = blend(weight, image - 0.25, image) - image
         seam = change.diff(dim=2).abs().amax(dim=(1, 2))
-        assert bool((seam <= steep).all()) == seamless, feather
+        assert bool((seam <= steep).all()) == seamless, width
     assert ((weight > 0) & (weight < 1)).any()
 
 
@@ -124,23 +124,23 @@ def test_softening_keeps_the_mask_whole_and_stays_near_it(dilation: float, feath
     assert weight[0, 30, 25 - grown] > 1 - 1e-5
 
 
-def test_small_changes_are_none_and_large_ones_count_in_full() -> None:
+def test_small_changes_have_weight_0_and_large_ones_weight_1() -> None:
     config = MaskedConfig(keep_below=0.1, edit_above=0.3, feather=0.0)
     change = torch.tensor([0.0, 0.09, -0.2, 0.2, 0.5, -0.5]).reshape(1, 1, 6)
-    weight = differing(Generated(torch.zeros_like(change), change), config)
+    weight = change_weight(Generated(torch.zeros_like(change), change), config)
     assert weight.flatten().tolist() == pytest.approx([0, 0, 0.5, 0.5, 1, 1], abs=1e-6)
 
 
-def test_feathering_keeps_the_mean_of_what_lies_inside() -> None:
+def test_feathering_keeps_the_sum_of_a_spot_inside_the_image() -> None:
     spot = torch.zeros(1, 40, 40)
     spot[0, 20, 20] = 1
-    soft = feathered(spot, 0.2)
+    soft = feather(spot, 0.2)
     assert soft.sum().item() == pytest.approx(1, abs=1e-5)
     assert soft[0, 20, 11] == 0  # 8 pixels is 0.2 of the width
 
 
 class Opinionated(torch.nn.Module):
-    """Predicts other noise under another prompt, but only in one corner."""
+    """Predicts noise that depends on the prompt in one corner only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,16 +152,16 @@ class Opinionated(torch.nn.Module):
         return SimpleNamespace(sample=latents * 0.1 + corner)
 
 
-def test_the_prompts_differ_where_the_network_says_so() -> None:
+def test_the_guidance_difference_is_where_the_network_reads_the_prompt() -> None:
     model = LatentDiffusion(SimpleNamespace(vae=SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0)),
                                             unet=Opinionated(), scheduler=SD_SCHEDULER))  # fmt: skip
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     healthy, source = torch.full((2, 3, 5), 1.0), torch.full((2, 3, 5), 3.0)
     generators = [torch.Generator().manual_seed(n) for n in range(2)]
-    found = guidance_difference(model, latents, healthy, source, generators)
+    difference = guidance_difference(model, latents, healthy, source, generators)
     expected = torch.zeros(2, 8, 8)
     expected[:, :3, :3] = 2.0
-    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(difference, expected, atol=1e-5)
 
 
 def test_thresholds_in_the_wrong_order_are_named() -> None:

@@ -1,4 +1,4 @@
-"""Shortcuts of a sampler: what is kept between steps, and where guidance counts."""
+"""Accelerations of the sampler: deep features that are kept between steps, and the interval of guidance."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def call(unet: Any, latents: torch.Tensor, timestep: int = 100) -> torch.Tensor:
         return unet(latents, torch.tensor(timestep), encoder_hidden_states=states).sample
 
 
-def test_what_is_kept_is_what_would_be_computed_again(bundle: Bundle) -> None:
-    """Equal inputs have equal depths, so the short call equals the whole one; it is also whole for other inputs after
-    ``every`` calls and for another number of images, and afterwards the UNet is what it was."""
+def test_kept_features_equal_recomputed_ones(bundle: Bundle) -> None:
+    """Equal inputs have equal deep features, so a short call equals the whole one. A call is whole after ``every``
+    calls and for another number of images, and afterwards the UNet is unchanged."""
     unet = bundle.unet
     one, other = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     expected, later = call(unet, one), call(unet, other, 80)
@@ -43,14 +43,14 @@ def test_what_is_kept_is_what_would_be_computed_again(bundle: Bundle) -> None:
         assert torch.equal(call(unet, other, 80), later), "whole again"
         short = call(unet, one)
         assert not torch.equal(short, later), "the outermost layers see their own input"
-        assert not torch.equal(short, expected), "its depth is the call's before"
+        assert not torch.equal(short, expected), "its deep features are from the last whole call"
         assert torch.equal(call(unet, one[:2]), call(unet, one[:2]))
         assert torch.allclose(call(unet, one[:2]), expected[:2], atol=1e-5), "fewer images: whole"
     assert torch.equal(call(unet, one), expected)
     assert not any("forward" in vars(module) for module in unet.modules())
 
 
-def test_short_calls_leave_the_depth_alone(bundle: Bundle) -> None:
+def test_short_calls_skip_the_deep_layers(bundle: Bundle) -> None:
     counts = {"middle": 0, "first": 0, "last": 0}
     unet = bundle.unet
     for name, layer in {"middle": unet.mid_block.resnets[0], "first": unet.conv_in,
@@ -62,7 +62,7 @@ def test_short_calls_leave_the_depth_alone(bundle: Bundle) -> None:
     assert counts == {"middle": 3, "first": 7, "last": 7}
 
 
-def test_the_unet_is_whole_after_a_failure(bundle: Bundle) -> None:
+def test_the_unet_is_restored_after_a_failure(bundle: Bundle) -> None:
     with pytest.raises(RuntimeError), deep_features_kept(bundle.unet, 2):
         call(bundle.unet, torch.zeros(1, 5, 8, 8))
     assert not any("forward" in vars(module) for module in bundle.unet.modules())
@@ -80,11 +80,11 @@ def test_shortcuts_from_end_to_end(bundle: Bundle, method: str) -> None:
 
     plain, unguided = counterfactuals(), counterfactuals(1.0)
     assert np.array_equal(counterfactuals(guidance_start=0.0, guidance_end=1.0, deep_features_every=1), plain)
-    assert np.array_equal(counterfactuals(guidance_end=0.0), unguided), "an empty interval is no guidance"
+    assert np.array_equal(counterfactuals(guidance_end=0.0), unguided), "an empty interval means no guidance"
     assert np.array_equal(counterfactuals(guidance_start=1.0), unguided)
     half = counterfactuals(guidance_start=0.5)
     assert not np.array_equal(half, plain)
     assert not np.array_equal(half, unguided)
     kept = counterfactuals(deep_features_every=2)
     assert not np.array_equal(kept, plain)
-    assert np.array_equal(kept, counterfactuals(deep_features_every=2)), "nothing is kept from one image to the next"
+    assert np.array_equal(kept, counterfactuals(deep_features_every=2)), "no features are kept between images"
