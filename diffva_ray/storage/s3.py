@@ -1,8 +1,8 @@
-"""A prefix of an S3 bucket as a ``Store``, through s3fs: AWS, MinIO, Ceph, OpenStack Swift.
+"""``Store`` for a prefix of an S3 bucket, through s3fs: AWS, MinIO, Ceph, OpenStack Swift.
 
 Credentials, region and endpoint come from the standard chain (``AWS_PROFILE``, ``AWS_ENDPOINT_URL``, instance roles
-...), looked up anew for every store that is opened. botocore speaks to a custom endpoint in path style unless the
-profile says otherwise.
+...), read again for every store that is opened. botocore uses path style for a custom endpoint unless the profile
+configures another one.
 """
 
 from __future__ import annotations
@@ -26,33 +26,33 @@ import s3fs
 from botocore.parsers import ResponseParserError
 
 from diffva_ray.progress import LOG, one_line
-from diffva_ray.storage.store import Entry, StoreError, checked
+from diffva_ray.storage.store import Entry, StoreError, UnknownScheme, checked
 
-# botocore's adaptive mode slows the client down when the server says SlowDown (503), and tries again for about a
-# minute. s3fs would try again around that, five times and for a read five times five: it is told not to.
+# botocore's adaptive mode slows the client down when the server answers SlowDown (503), and retries for about a minute.
+# s3fs would retry around that, 5 times and 25 times for a read; `_open` turns that off.
 CONFIG = {"retries": {"total_max_attempts": 11, "mode": "adaptive"}, "connect_timeout": 5, "read_timeout": 15}
-UNANSWERED, TIMED_OUT = 4, 2  # attempts when the connection fails, and when each of them waited for its timeout
-BROKEN_OFF = (
+UNANSWERED, TIMED_OUT = 4, 2  # attempts when the connection fails, and when every attempt times out
+BROKEN_BODY = (
     botocore.ResponseStreamingError, botocore.IncompleteReadError, botocore.FlexibleChecksumError,
     aiohttp.ClientPayloadError,
 )  # fmt: skip
-READS = 3  # attempts at a body that breaks off: botocore's end with the headers
-CONFLICTS = 5  # attempts at a conditional PUT that collides with another request for the same key
+READS = 3  # attempts to read a body that breaks off: botocore retries only until it has the headers
+MAX_CONFLICTS = 5  # attempts of a conditional PUT that collides with another request for the same key
 
-# Answers about one file: an S3 error code and what it is on a disk ("404" where the answer has no body).
+# Errors of one file: S3 error code to errno ("404" if the answer has no body).
 MISSING = {"NoSuchKey": errno.ENOENT, "404": errno.ENOENT}
 UNREADABLE = {
     **MISSING, "AccessDenied": errno.EACCES, "InvalidObjectState": errno.EACCES, "KeyTooLongError": errno.ENAMETOOLONG,
 }  # fmt: skip
-# Answers to a conditional PUT. Swift's 412 reaches s3fs without the condition's name, so it is no FileExistsError yet.
+# Answers to a conditional PUT. s3fs does not map Swift's 412 to FileExistsError, because its body lacks the condition.
 CONDITIONAL = {
     "PreconditionFailed": errno.EEXIST, "412": errno.EEXIST, "NotImplemented": errno.ENOSYS, "501": errno.ENOSYS,
     "ConditionalRequestConflict": errno.EBUSY, "OperationAborted": errno.EBUSY, "409": errno.EBUSY,
 }  # fmt: skip
-# Answers about the whole store that the next attempt gets as well.
+# Errors of the whole store that a retry does not fix.
 LASTING = {
-    "NoSuchBucket": "the bucket does not exist; create it or mend the address",
-    "InvalidBucketName": "no bucket can have that name; mend the address",
+    "NoSuchBucket": "the bucket does not exist; create it or fix the address",
+    "InvalidBucketName": "no bucket can have that name; fix the address",
     "AccessDenied": "access denied; these credentials lack a permission there",
     "403": "access denied or credentials refused",
     "RequestTimeTooSkewed": "this machine's clock is wrong",
@@ -71,7 +71,7 @@ NO_CREDENTIALS = "no credentials found; set AWS_PROFILE, or AWS_ACCESS_KEY_ID an
 
 
 class _FileSystem(s3fs.S3FileSystem):
-    """Pickled, it is opened anew where it arrives (Ray Train sends one to its workers); its session is not sent."""
+    """File system that is opened again when it is unpickled (Ray Train sends one to its workers); its session stays."""
 
     def __reduce__(self) -> tuple[Callable[[], _FileSystem], tuple[()]]:
         return _open, ()
@@ -79,9 +79,9 @@ class _FileSystem(s3fs.S3FileSystem):
 
 def _open() -> _FileSystem:
     session = aiobotocore.session.AioSession()
-    session.register("needs-retry.s3", _stop_asking_the_dead)
-    # A new client each time (70 ms): s3fs would hand out one with the credentials of an hour ago. No concurrency
-    # within a file: for that it asks for the size before it reads.
+    session.register("needs-retry.s3", _limit_attempts)
+    # A new client each time (70 ms), because a cached client would keep old credentials. No concurrency within a file,
+    # because s3fs would then request the size before each read.
     fs = _FileSystem(
         session=session, config_kwargs=CONFIG, max_concurrency=1, use_listings_cache=False, skip_instance_cache=True
     )
@@ -90,18 +90,20 @@ def _open() -> _FileSystem:
 
 
 class S3Store:
-    """Files below ``s3://bucket/prefix``. A file is one PUT, so it appears whole or not at all."""
+    """Files below ``s3://bucket/prefix``. A file is written by one PUT and therefore appears whole or not at all."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
         self.root = self.uri.removeprefix("s3://")
         if self.uri == "s3:" or self.root.startswith("/"):
-            raise OSError(f"{uri}: an address is s3://bucket/folder")
-        if "@" in self.root.split("/")[0]:  # not shown: there is a secret in it
-            raise OSError("an s3:// address must not hold credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+            raise UnknownScheme(f"{uri}: write the address as s3://bucket/folder")
+        if "@" in self.root.split("/")[0]:  # the message leaves out the address, which contains a secret
+            raise UnknownScheme(
+                "an s3:// address must not hold credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
         self.fs = _open()
         self.bucket, self.prefix, _ = self.fs.split_path(self.root)
-        self.conditional = True  # until the server says that it has no conditional PUT
+        self.conditional = True  # False as soon as the server has refused a conditional PUT
 
     def read(self, path: str) -> bytes:
         return self._read(path)
@@ -113,28 +115,28 @@ class S3Store:
         key = self._key(path)
         with self._asking(path, UNREADABLE):
             for _ in range(READS - 1):
-                with suppress(*BROKEN_OFF):
+                with suppress(*BROKEN_BODY):
                     return self.fs.cat_file(key, **limits)
             return self.fs.cat_file(key, **limits)
 
     def exists(self, path: str) -> bool:
         _, key, _ = self.fs.split_path(self._key(path))
         with suppress(FileNotFoundError), self._asking(path, MISSING):
-            self.fs.call_s3("head_object", Bucket=self.bucket, Key=key)  # fs.isfile takes any failure for a no
+            self.fs.call_s3("head_object", Bucket=self.bucket, Key=key)  # fs.isfile returns False for any failure
             return True
         return False
 
     def list(self, prefix: str = "") -> list[Entry]:
         folder = "".join(f"{part}/" for part in (self.prefix, checked(prefix).strip("/")) if part)
-        start, found = len(f"{self.prefix}/") if self.prefix else 0, []
+        start, entries = len(f"{self.prefix}/") if self.prefix else 0, []
         page: dict[str, Any] = {"NextContinuationToken": None}
         while "NextContinuationToken" in page:
             after = {"ContinuationToken": token} if (token := page["NextContinuationToken"]) else {}
             with self._asking(prefix):
                 page = self.fs.call_s3("list_objects_v2", Bucket=self.bucket, Prefix=folder, **after)
-            found += [Entry(item["Key"][start:], item["Size"]) for item in page.get("Contents", ())]
-        # Other tools leave empty files named "folder/"; the one of this folder itself has no name left.
-        return sorted(entry for entry in found if entry.path and not entry.path.endswith("/"))
+            entries += [Entry(item["Key"][start:], item["Size"]) for item in page.get("Contents", ())]
+        # Leave out the empty objects named "folder/" that other tools write.
+        return sorted(entry for entry in entries if entry.path and not entry.path.endswith("/"))
 
     def put(self, path: str, data: bytes) -> None:
         key = self._key(path)
@@ -142,10 +144,10 @@ class S3Store:
             self.fs.pipe_file(key, data)
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
-        # The look first also serves object stores that ignore If-None-Match or check it without a lock (Swift); what is
-        # written follows from the plan, so a lost race writes equal bytes.
+        # `exists` first, for object stores that ignore If-None-Match or check it without a lock (Swift). Two writers
+        # that race there write equal bytes, because the content follows from the plan.
         key = self._key(path)
-        for attempt in range(CONFLICTS):
+        for attempt in range(MAX_CONFLICTS):
             if self.exists(path):
                 return False
             if not self.conditional:
@@ -160,10 +162,13 @@ class S3Store:
             except OSError as error:
                 if error.errno == errno.ENOSYS:
                     self.conditional = False
-                    LOG.info("%s: the server has no conditional PUT; looking before each commit instead", self.uri)
-                else:  # a collision says nothing about whose bytes are there, if any: look again
+                    LOG.info(
+                        "%s: the server has no conditional PUT; each commit checks for the file first",
+                        self.uri,
+                    )
+                else:  # after a collision the file may or may not exist: check again
                     time.sleep(0.1 * 2**attempt)
-        raise self._failed(f"{path} was in use at each of {CONFLICTS} attempts to write it")
+        raise self._failed(f"{path} was in use at each of {MAX_CONFLICTS} attempts to write it")
 
     def delete(self, path: str) -> None:
         key = self._key(path)
@@ -187,8 +192,8 @@ class S3Store:
 
     @contextmanager
     def _asking(self, path: str, answers: Mapping[str, int] | None = None) -> Iterator[None]:
-        """One request. The error codes in ``answers`` are of this file and become an OSError of that number; every
-        other failure is of the store."""
+        """Translate the errors of one request: codes in ``answers`` become an OSError of the file with that errno, and
+        any other failure becomes a StoreError."""
         try:
             yield
         except (
@@ -206,9 +211,9 @@ class S3Store:
         return StoreError(f"{self.uri}: {reason}", lasting)
 
 
-def _stop_asking_the_dead(attempts: int, caught_exception: Exception | None, **_: Any) -> None:
-    """Eleven attempts are for a server that says SlowDown. botocore asks this before each further one; raising is the
-    only way to say no."""
+def _limit_attempts(attempts: int, caught_exception: Exception | None, **_: Any) -> None:
+    """Stop retries early when the server does not answer; the 11 attempts are for SlowDown. botocore calls this before
+    each retry, and only an exception prevents it."""
     if caught_exception is not None:
         waited = isinstance(caught_exception, botocore.ReadTimeoutError | botocore.ConnectTimeoutError)
         if attempts >= (TIMED_OUT if waited else UNANSWERED):
@@ -216,7 +221,7 @@ def _stop_asking_the_dead(attempts: int, caught_exception: Exception | None, **_
 
 
 def _code(error: BaseException | None) -> str:
-    """The S3 error code behind an exception of s3fs, if there is one."""
+    """S3 error code behind an exception of s3fs; empty without one."""
     while error is not None:
         if isinstance(error, botocore.ClientError):
             return str(error.response.get("Error", {}).get("Code", ""))
@@ -225,7 +230,7 @@ def _code(error: BaseException | None) -> str:
 
 
 def _reason(error: Exception, code: str) -> tuple[str, bool]:
-    """A failure of the store in a few words, and whether it lasts."""
+    """Short description of a failure of the store, and whether it is lasting."""
     if isinstance(error, botocore.NoCredentialsError | botocore.PartialCredentialsError):
         return NO_CREDENTIALS, True
     if code:
@@ -237,5 +242,5 @@ def _reason(error: Exception, code: str) -> tuple[str, bool]:
         url = urlsplit(str(error.kwargs.get("endpoint_url", "")))
         where = f"{url.scheme}://{url.netloc.rpartition('@')[2]}"  # without the request, and without credentials
         return (f"no answer from {where} ({type(error).__name__})" if url.netloc else text), False
-    # What is left of botocore's and of ValueErrors is a wrong setting: an unknown profile, a malformed endpoint ...
-    return text, isinstance(error, (botocore.BotoCoreError, ValueError)) and not isinstance(error, BROKEN_OFF)
+    # Other botocore errors and ValueErrors are wrong settings: an unknown profile, a malformed endpoint ...
+    return text, isinstance(error, (botocore.BotoCoreError, ValueError)) and not isinstance(error, BROKEN_BODY)

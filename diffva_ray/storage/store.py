@@ -1,10 +1,8 @@
-"""Where files are: a folder on a local disk or under ``s3://``, behind one small interface.
+"""File storage: a local folder or an ``s3://`` prefix behind one small interface, ``Store``.
 
-Nothing else in the package knows the difference. Two promises matter to the commit protocol: ``put`` makes a file
-visible whole or not at all, and ``put_if_absent`` never replaces a file that is there.
-
-What is wrong with one file is an OSError of Python's own (FileNotFoundError, PermissionError ...); what is wrong with
-the store as a whole is a StoreError, so that a full disk is never taken for a bad image.
+The commit protocol relies on two guarantees: ``put`` makes a file visible whole or not at all, and ``put_if_absent``
+never replaces an existing file. A problem of one file raises Python's own OSError (FileNotFoundError, PermissionError
+...). A problem of the whole store raises StoreError, so that a full disk is never mistaken for a bad image.
 """
 
 from __future__ import annotations
@@ -26,8 +24,10 @@ from diffva_ray.progress import LOG
 
 
 class StoreError(Exception):
-    """A store that cannot be used now: full, read-only, no credentials, no answer. The message is one line that names
-    it and what to do; nothing committed is lost. ``lasting``: trying again soon would not help."""
+    """Raised when a store cannot be used now: full, read-only, no credentials, no answer. Committed files are kept.
+
+    The message is one line that names the store and what to do. ``lasting``: a retry within seconds would not help.
+    """
 
     def __init__(self, message: str, lasting: bool = False) -> None:
         super().__init__(message)
@@ -35,52 +35,79 @@ class StoreError(Exception):
 
 
 class Entry(NamedTuple):
-    """One listed file: its path relative to the store, and its size in bytes."""
+    """A listed file."""
 
-    path: str
-    size: int
+    path: str  # relative to the store
+    size: int  # in bytes
 
 
 class Store(Protocol):
-    """A folder. Paths are relative, with forward slashes; parents appear by themselves."""
+    """Interface of a folder of files. Paths are relative with forward slashes; ``put`` creates parent folders.
 
-    uri: str
+    Every method raises StoreError when the store fails, and ValueError for a path that leaves the folder.
+    """
+
+    uri: str  # address without a trailing slash
 
     def read(self, path: str) -> bytes:
-        """The whole file. Raises FileNotFoundError when there is none, another OSError when this file cannot be read,
-        StoreError when the store fails."""
+        """Read a whole file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            OSError: This file cannot be read, for example for lack of permission.
+        """
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
-        """The bytes from ``start`` to before ``stop`` of a file (fewer where it ends); raises as ``read``."""
+        """Read a part of a file.
 
-    def exists(self, path: str) -> bool: ...
+        Args:
+            path: The file.
+            start: Offset of the first byte.
+            stop: Offset after the last byte.
+
+        Returns:
+            ``stop - start`` bytes, or fewer at the end of the file.
+
+        Raises:
+            OSError: As ``read``.
+        """
+
+    def exists(self, path: str) -> bool:
+        """Return whether there is a file at ``path``; a folder is no file."""
 
     def list(self, prefix: str = "") -> list[Entry]:
-        """All files below the folder ``prefix`` (recursively), sorted by path; empty when there is none. Raises
-        StoreError when a folder cannot be looked into."""
+        """List all files below the folder ``prefix`` (empty: the whole store), recursively.
+
+        Returns:
+            The files, sorted by path; an empty list for a folder that does not exist.
+        """
 
     def put(self, path: str, data: bytes) -> None:
-        """Write a file whole or not at all, replacing what is there."""
+        """Write a file whole or not at all; replaces an existing file."""
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
-        """Write a file unless one is there; False when one was (its bytes stay)."""
+        """Write a file unless it exists.
+
+        Returns:
+            True if the file was written, False if it existed; an existing file is not changed.
+        """
 
     def delete(self, path: str) -> None:
-        """Remove one file; nothing happens when it is absent."""
+        """Remove a file; does nothing if there is none."""
 
     def sweep(self) -> int:
-        """Remove what writers killed in the middle of a ``put`` left behind, once it is an hour old; how many."""
+        """Remove temporary files of writers that were killed over an hour ago; returns their number."""
 
     def local_folder(self) -> Path:
-        """The store as a local folder (for libraries that need one): itself, or a private download."""
+        """Return the store as a local folder, for libraries that need one: the folder itself, or a private download."""
 
 
 class Ranges(io.RawIOBase):
-    """A stored file of ``size`` bytes to read from without fetching it all."""
+    """Seekable view of a stored file of ``size`` bytes, which fetches only the ranges that are read."""
 
     def __init__(self, store: Store, path: str, size: int) -> None:
         super().__init__()
-        self.store, self.path, self.size, self.at = store, path, size, 0
+        self.store, self.path, self.size, self.position = store, path, size, 0
 
     def readable(self) -> bool:
         return True
@@ -89,32 +116,32 @@ class Ranges(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self.at
+        return self.position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
-        return self.at
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
 
     def read(self, size: int = -1) -> bytes:
-        stop = self.size if size < 0 else min(self.at + size, self.size)
-        data = self.store.read_range(self.path, self.at, stop) if stop > self.at else b""
-        self.at += len(data)
+        stop = self.size if size < 0 else min(self.position + size, self.size)
+        data = self.store.read_range(self.path, self.position, stop) if stop > self.position else b""
+        self.position += len(data)
         return data
 
 
 def checked(path: str) -> str:
-    """``path`` when it stays inside the store; ValueError for absolute paths and ``..``."""
+    """Return ``path`` if it stays inside the store. Raises ValueError for absolute paths, ``..`` and NUL characters."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or "\0" in path:
         raise ValueError(f"path leaves its folder: {path!r}")
     return path
 
 
-# What an operating system says of one file; everything else is said of the store.
-OF_THE_FILE = (
+# errno values that concern a single file; any other error means that the store is unavailable.
+FILE_ERRORS = (
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL,
 )  # fmt: skip
-LASTING = {
+LASTING = {  # errors that a retry does not fix
     errno.ENOSPC: "the disk is full; free some space",
     errno.EDQUOT: "the disk quota is used up; free some space",
     errno.EROFS: "the file system is read-only",
@@ -123,8 +150,8 @@ LASTING = {
     errno.ENOTDIR: "a file is in the way of a folder",
 }
 TEMPORARY = ".tmp-"
-OF_THE_SYSTEM = ("lost+found", ".Trashes", ".snapshot", "System Volume Information")  # at the top of a disk
-ORPHANED = 3600.0  # seconds after which a temporary file has no writer any more
+SYSTEM_FOLDERS = ("lost+found", ".Trashes", ".snapshot", "System Volume Information")  # at the top of a disk
+MAX_WRITE_SECONDS = 3600.0  # a temporary file that is older has lost its writer
 
 
 class LocalStore:
@@ -147,6 +174,7 @@ class LocalStore:
         return (self.root / checked(path)).is_file()
 
     def list(self, prefix: str = "") -> list[Entry]:
+        # Walk the folders once each, links included.
         top = self.root / checked(prefix)
         entries, visited = [], set()
         for folder, folders, names in os.walk(top, onerror=self._unlisted, followlinks=True):
@@ -161,22 +189,22 @@ class LocalStore:
                 if name.startswith(TEMPORARY):
                     continue
                 try:
-                    about = os.stat(file)
-                except OSError as error:  # a folder that may be listed and not entered, for one
+                    info = os.stat(file)
+                except OSError as error:  # for example a folder that may be listed but not entered
                     self._unlisted(error)
                     continue
-                if stat.S_ISREG(about.st_mode):
-                    entries.append(Entry(os.path.relpath(file, self.root).replace(os.sep, "/"), about.st_size))
+                if stat.S_ISREG(info.st_mode):
+                    entries.append(Entry(os.path.relpath(file, self.root).replace(os.sep, "/"), info.st_size))
         return sorted(entries)
 
     def _unlisted(self, error: OSError) -> None:
-        """Raises StoreError for what a listing could not look into: a class that silently vanishes is worse than none.
-        What was deleted since, links that lead nowhere and a disk's own folders are no entries."""
+        """Raise StoreError for what cannot be listed, so that no class disappears silently. Ignores files deleted
+        meanwhile, dangling links and system folders of a disk."""
         name = os.path.basename(str(error.filename or ""))
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP) and name not in OF_THE_SYSTEM:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP) and name not in SYSTEM_FOLDERS:
             raise StoreError(
-                f"{error.filename or self.root} cannot be listed: {error.strerror or error}; mend that, or take it out "
-                "of the folder",
+                f"{error.filename or self.root} cannot be listed: {error.strerror or error}; fix its permissions or "
+                "move it out of the folder",
                 lasting=error.errno in (errno.EACCES, errno.EPERM),
             ) from error
 
@@ -203,8 +231,8 @@ class LocalStore:
         removed = 0
         for folder, _, names in os.walk(self.root):
             for file in (Path(folder, name) for name in names if name.startswith(TEMPORARY)):
-                with suppress(FileNotFoundError):  # another writer's, which has its own name by now
-                    if file.stat().st_mtime < time.time() - ORPHANED:
+                with suppress(FileNotFoundError):  # its writer has just renamed it
+                    if file.stat().st_mtime < time.time() - MAX_WRITE_SECONDS:
                         file.unlink()
                         removed += 1
         return removed
@@ -217,7 +245,7 @@ class LocalStore:
         try:
             yield
         except OSError as error:
-            if error.errno in OF_THE_FILE:
+            if error.errno in FILE_ERRORS:
                 raise
             raise StoreError(f"{self.root / path} cannot be read: {error.strerror or error}") from error
 
@@ -234,10 +262,10 @@ class LocalStore:
             ) from error
 
     def _publish(self, target: Path, data: bytes, move: Callable[[str, Path], None]) -> None:
-        """tmp beside the target, fsync, move, fsync of the folder: whole or not at all, also after a power cut."""
+        """Write a temporary file beside the target, fsync, move it, fsync the folder: atomic even after a power cut."""
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:  # of a file where the folder should be; not to be taken for the target's
+        except FileExistsError as error:  # a file in place of the folder, not an existing target
             raise NotADirectoryError(errno.ENOTDIR, "not a folder", error.filename) from error
         temporary = target.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
         try:
@@ -247,7 +275,7 @@ class LocalStore:
         finally:
             self._discard(temporary)
 
-    # The steps of a publication, one method each: the chaos suite fails, tears and stops between any two of them.
+    # One method per step: the chaos suite injects failures between any two of them.
     def _write(self, temporary: Path, data: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -269,85 +297,98 @@ class LocalStore:
 
 
 def _link_or_create(temporary: str, target: Path) -> None:
-    """A hard link is atomic and fails when the name is taken; where links are refused, rename after a last look."""
+    """Hard-link the file, which is atomic and raises FileExistsError; rename it where there are no hard links."""
     try:
         os.link(temporary, target)
-    except FileExistsError:
-        raise
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
             raise
         os.replace(temporary, target)
 
 
-def _when_opened(place: str) -> Callable[[str], Store]:
-    """The class at ``module:class``, imported with the first address of its kind: a local run needs neither a client's
-    import time nor its credentials."""
-    module, _, name = place.partition(":")
+def _when_opened(path: str) -> Callable[[str], Store]:
+    """A function that imports the class at ``module:class`` when it is called: a local run does not import clients."""
+    module, _, name = path.partition(":")
     return lambda uri: getattr(importlib.import_module(module), name)(uri)
 
 
-STORES: dict[str, Callable[[str], Store]] = {  # by scheme; a new kind is a module with a Store, and a line here
+STORES: dict[str, Callable[[str], Store]] = {  # by scheme; a new kind needs a module with a Store and a line here
     "": LocalStore,
     "s3": _when_opened("diffva_ray.storage.s3:S3Store"),
 }
 
 
 class UnknownScheme(ValueError):
-    """An address that no kind of store is for; the message is one line that names it."""
+    """Raised for an address that no store can open; the message is one line that names it."""
 
 
 def open_store(uri: str | os.PathLike[str]) -> Store:
-    """The store at ``uri``: a local path, or an address of one of STORES such as ``s3://bucket/prefix``. Raises
-    UnknownScheme."""
+    """Open the store at an address. Nothing is created or read.
+
+    Args:
+        uri: A local folder, or an address of a scheme in STORES, such as ``s3://bucket/prefix``.
+
+    Returns:
+        The store.
+
+    Raises:
+        UnknownScheme: No store has this scheme, or the address is malformed.
+    """
     text = os.fspath(uri)
     scheme = "" if is_local(text) else text.partition("://")[0]
     if scheme not in STORES:
-        known = ", ".join(f"{name}://" for name in STORES if name)
-        raise UnknownScheme(f"{text}: unknown scheme {scheme!r}; use a local path or {known}")
+        schemes = ", ".join(f"{name}://" for name in STORES if name)
+        raise UnknownScheme(f"{text}: unknown scheme {scheme!r}; use a local path or {schemes}")
     return STORES[scheme](text)
 
 
 def is_local(uri: str) -> bool:
-    """Whether an address is a path, of this machine or of a file system mounted on it."""
+    """Return whether an address is a path on this machine or on a mounted file system."""
     return "://" not in uri
 
 
 def absolute(uri: str) -> str:
-    """An address that does not depend on the folder a command was given in: workers run in folders of their own."""
+    """Make a local path absolute, because workers run in other folders; returns other addresses unchanged."""
     return str(Path(uri).expanduser().absolute()) if is_local(uri) else uri
 
 
 @lru_cache(maxsize=16)
 def opened(uri: str) -> Store:
-    """``open_store``, for loops over many files: a store's client is made once. Raises UnknownScheme."""
+    """Cached ``open_store`` for loops over many files: creates the client of a store once. Raises UnknownScheme."""
     return open_store(uri)
 
 
 def open_file(uri: str | os.PathLike[str]) -> tuple[Store, str]:
-    """The store of the folder that holds the file at ``uri``, and the file's name there. Raises UnknownScheme."""
+    """Open the store of the folder that contains the file at ``uri``.
+
+    Returns:
+        The store of the folder, and the file's name in it.
+
+    Raises:
+        UnknownScheme: As ``open_store``.
+    """
     folder, slash, name = os.fspath(uri).rpartition("/")
     return open_store(folder or slash or "."), name
 
 
-PAUSES = (1.0, 5.0)  # seconds before work is tried again when its storage failed
+PAUSES = (1.0, 5.0)  # seconds before each retry after a failure of the store
 Result = TypeVar("Result")
 
 
 def patiently(work: Callable[[], Result]) -> Result:
-    """``work()``, tried again after a pause when the storage fails. Raises StoreError when it goes on failing, or at
-    once when trying again would not help."""
+    """Return ``work()``; retry after a pause when the store fails. Raises StoreError for a lasting failure, or when all
+    attempts fail."""
     for pause in PAUSES:
         try:
             return work()
         except StoreError as error:
             if error.lasting:
                 raise
-            LOG.info("%s; trying again in %g s", error, pause)
+            LOG.info("%s; retrying in %g s", error, pause)
             time.sleep(pause)
     return work()
 
 
 def join(uri: str, *parts: str) -> str:
-    """``uri`` with path parts below it, for local paths and s3:// alike."""
+    """Append path parts to an address, local or s3://."""
     return "/".join([uri.rstrip("/"), *parts])
