@@ -1,8 +1,8 @@
-"""Generation on a cluster: one Ray Data row is one planned shard, one actor holds one pipeline.
+"""Generation on a cluster: one Ray Data row is one planned shard, and one actor holds one pipeline.
 
-Workers commit their own shards; what comes back to the driver is a report of a few numbers. All state is in the run
-folder, so a lost driver, node or cluster costs the shards in flight and nothing else. Ray restarts an actor whose
-process died and gives it the same shard again, without end; ``generate/attempts.py`` is what ends it.
+Workers commit their own shards and return a report of a few numbers to the driver. All state is in the run folder, so
+the loss of a driver, node or cluster costs only the shards in flight. Ray restarts an actor whose process died and
+gives it the same shard again, without limit; ``generate/attempts.py`` sets the limit.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from diffva_ray.generate.attempts import MOST_MEMORY, RAY, Attempt, OutOfMemory,
 from diffva_ray.progress import LOG
 from diffva_ray.storage.store import patiently
 
-START_DEATHS = 3  # actors in a row that may be lost while they start (a spot node, memory) before the run gives up
+MAX_START_DEATHS = 3  # consecutive actors that may die while they start (spot node, memory) before the run fails
 
 
 class ShardWorker:
-    """An actor of the pool: opens its workbench once, then runs shard after shard."""
+    """Actor of the pool: opens model, data and run once, then runs shard after shard."""
 
     def __init__(self, run: str, data: str, model: str, device: str, driver: str) -> None:
-        from diffva_ray.generate import shard  # here, since it loads torch, which a driver has no use for
+        from diffva_ray.generate import shard  # imported here because it loads torch, which the driver does not need
 
         node = ray.get_runtime_context().get_node_id()
         self.run_shard = shard.run_shard
-        session = Session(RAY, driver, node, _alive)
-        self.context = patiently(lambda: shard.WorkerContext.open(run, data, model, device, session))
+        attempts = Session(RAY, driver, node, _is_alive)
+        self.context = patiently(lambda: shard.WorkerContext.open(run, data, model, device, attempts))
         self.metrics = GenerationMetrics(run)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
@@ -48,13 +48,13 @@ class ShardWorker:
         except OutOfMemory:
             if Attempt(self.context.run.store, shard, self.context.session).short_of_memory >= MOST_MEMORY:
                 raise
-            os._exit(1)  # what the process holds on the device is not to be trusted any more; Ray starts a clean one
+            os._exit(1)  # the device memory of this process may be in a bad state; Ray starts a new process
         self.metrics.commit(report)
         return report
 
 
-def _alive(node: str) -> bool:
-    return any(about["NodeID"] == node and about["Alive"] for about in ray.nodes())
+def _is_alive(node_id: str) -> bool:
+    return any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
 
 
 def generate(
@@ -67,37 +67,50 @@ def generate(
     gpus_per_actor: float | None = None,
     worker: type = ShardWorker,
 ) -> None:
-    """Run the ``pending`` shards on an actor pool; ``on_shard`` is called as each is committed.
+    """Run the ``pending`` shards of a run on an actor pool.
 
-    By default one actor for each GPU (one GPU each), more as an autoscaling cluster grows; one for each CPU where the
-    cluster has no GPU. ``worker`` is a class with ShardWorker's constructor and call: a simulator's, say.
+    Args:
+        run: Address of the run.
+        data: Address of the images.
+        model: Address of the model folder.
+        pending: Shard numbers.
+        on_shard: Called with the report (``shard``, ``records``, ``ok``) of each committed shard.
+        actors: Number of actors. By default one for each GPU, more as an autoscaling cluster grows, or one for each
+            CPU if the cluster has no GPU.
+        gpus_per_actor: GPUs, or a fraction of one, for each actor; by default 1 if the cluster has GPUs, otherwise 0.
+        worker: Class with the constructor and call of ``ShardWorker``; a simulator can replace it.
     """
-    share = gpus_per_actor
-    if share is None:
-        share = 1.0 if session.gpus() else 0.0
+    gpus = gpus_per_actor
+    if gpus is None:
+        gpus = 1.0 if session.gpus() else 0.0
+
+    # Configure Ray Data.
     if LOG.level > logging.DEBUG:
-        session.quieten()
+        session.set_log_level()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.max_consecutive_actor_init_deaths = START_DEATHS
+    context.max_consecutive_actor_init_deaths = MAX_START_DEATHS
+
+    # One row and one block for each shard.
     shards = ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=len(pending))
     reports = shards.map_batches(
         worker,
         batch_size=1,
-        compute=_pool(actors, share, len(pending)),
-        num_gpus=share or None,
-        num_cpus=0,  # with a CPU each, the actors of a small machine starve Ray Data's own tasks
-        fn_constructor_args=(run, data, model, "cuda" if share else "cpu", secrets.token_hex(6)),
+        compute=_pool(actors, gpus, len(pending)),
+        num_gpus=gpus or None,
+        num_cpus=0,  # on a small machine, actors with one CPU each would starve Ray Data's own tasks
+        fn_constructor_args=(run, data, model, "cuda" if gpus else "cpu", secrets.token_hex(6)),
     )
     for report in reports.iter_rows():
         on_shard(report)
 
 
-def _pool(actors: int | None, share: float, pending: int) -> ray.data.ActorPoolStrategy:
-    """So many actors; by default those that the cluster has room for now and, on GPUs, up to one for each shard: Ray
-    Data adds an actor only where there is a free GPU, and asks an autoscaling cluster for nodes while all are busy."""
-    now = actors or (int(session.gpus() / share) if share else session.cpus())
-    least = max(1, min(now, pending))
-    most = pending if actors is None and share else least
-    return ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2)
+def _pool(actors: int | None, gpus: float, pending: int) -> ray.data.ActorPoolStrategy:
+    """Pool of ``actors`` actors. By default it starts with as many as the cluster has room for and, on GPUs, grows up
+    to one for each shard: Ray Data adds an actor only for a free GPU, and requests nodes from an autoscaling cluster
+    while all actors are busy."""
+    wanted = actors or (int(session.gpus() / gpus) if gpus else session.cpus())
+    min_size = max(1, min(wanted, pending))
+    max_size = pending if actors is None and gpus else min_size
+    return ray.data.ActorPoolStrategy(min_size=min_size, max_size=max_size, max_tasks_in_flight_per_actor=2)

@@ -1,6 +1,6 @@
-"""What workers count, for Prometheus: every node of a cluster exports it beside Ray's own metrics, under ``ray_``.
+"""Prometheus metrics of the workers: every node of a cluster exports them with Ray's own metrics, prefixed ``ray_``.
 
-Tags are few and take few values (a run, a stage of the work): a record or a shard is never one.
+Tags have few values (run, model, stage of the work), never one for each record or shard.
 """
 
 from __future__ import annotations
@@ -9,21 +9,12 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-SHARD_SECONDS = [
-    5.0,
-    15.0,
-    30.0,
-    60.0,
-    120.0,
-    300.0,
-    600.0,
-    1200.0,
-    1800.0,
-]  # seconds; a shard should take three to ten minutes
+# Histogram buckets in seconds; a shard should take three to ten minutes.
+SHARD_SECONDS = [5.0, 15.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0]
 
 
 class GenerationMetrics:
-    """Counts of one worker of a run."""
+    """Metrics of one generation worker."""
 
     def __init__(self, run: str) -> None:
         tags = {"run": run}
@@ -36,16 +27,17 @@ class GenerationMetrics:
         self.seconds.set_default_tags(tags)
 
     def begin(self) -> None:
-        """A shard is taken up."""
+        """Count the start of a shard."""
         self.attempts.inc()
 
     def commit(self, report: dict[str, Any]) -> None:
-        """A shard is done: the report of ``generate.shard.run_shard``, empty when another worker had committed it."""
+        """Count a finished shard from its report of ``generate.shard.run_shard``; it has no records if another worker
+        had already committed the shard."""
         if not report["records"]:
             return
         self.shards.inc()
         self.records.inc(report["records"])
-        if report["records"] > report["ok"]:  # a counter takes no zero
+        if report["records"] > report["ok"]:  # a counter cannot be increased by zero
             self.quarantined.inc(report["records"] - report["ok"])
         for stage, seconds in report["seconds"].items():
             if seconds > 0:
@@ -54,7 +46,7 @@ class GenerationMetrics:
 
 
 class TrainingMetrics:
-    """Counts of the first worker of a training."""
+    """Metrics of the first training worker."""
 
     def __init__(self, model: str) -> None:
         self.checkpoints = counter("diffva_train_checkpoints", "Checkpoints written", {"model": model})
@@ -62,14 +54,14 @@ class TrainingMetrics:
         self.loss.set_default_tags({"model": model})
 
     def checkpoint(self, metrics: dict[str, float]) -> None:
-        """A checkpoint is written, with the loss where one is known yet."""
+        """Count a checkpoint, and set the loss if one has been logged."""
         self.checkpoints.inc()
         if "loss" in metrics:
             self.loss.set(metrics["loss"])
 
 
-def counter(name: str, description: str, tags: dict[str, str], *more: str) -> Counter:
-    """A counter with ``tags`` set; ``more`` are keys that each increment gives."""
-    found = Counter(name, description, (*tags, *more))
-    found.set_default_tags(tags)
-    return found
+def counter(name: str, description: str, tags: dict[str, str], *keys: str) -> Counter:
+    """Make a counter with default ``tags``, and further tag ``keys`` whose values each increment gives."""
+    made = Counter(name, description, (*tags, *keys))
+    made.set_default_tags(tags)
+    return made

@@ -1,5 +1,7 @@
-"""Reduce on a cluster: one Ray task scores a shard, actors that hold an extractor compute features where none are
-stored. Rows come back in shard order and features through files, so tables are those of one loop."""
+"""Reduce on a cluster: each Ray task scores one shard, and actors with an extractor compute missing features.
+
+Rows come back in shard order and features through files, so the tables are the same as without Ray.
+"""
 
 from __future__ import annotations
 
@@ -15,67 +17,69 @@ from diffva_ray.evaluate.distances import FeatureChunk, embed_here
 from diffva_ray.evaluate.executor import Ids, LocalExecutor, Scores, score_shard
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import Boxes
-from diffva_ray.evaluate.run_index import Setting, ShardRef
+from diffva_ray.evaluate.run_index import SettingKey, ShardRef
 from diffva_ray.generate.run import Run, find_run
 from diffva_ray.storage.store import open_store
 
-if TYPE_CHECKING:  # it loads torch, which tasks that score have no use for
+if TYPE_CHECKING:  # it loads torch, which scoring tasks do not need
     from diffva_ray.metrics.features import Extractor
 
-
-WAITING = 512  # tasks that are asked for at a time
+MAX_PENDING_TASKS = 512
 
 
 @ray.remote(num_cpus=1)
-def _score_shard(run: str, home: ShardRef, ids: Ids, boxes: Boxes, settings: Mapping[Setting, str]) -> Scores:
-    found = find_run(open_store(run))
-    assert found is not None
-    return score_shard(found, home, ids, boxes, settings)
+def _score_shard(run: str, shard: ShardRef, ids: Ids, boxes: Boxes, settings: Mapping[SettingKey, str]) -> Scores:
+    opened = find_run(open_store(run))
+    assert opened is not None
+    return score_shard(opened, shard, ids, boxes, settings)
 
 
 class Embedder:
-    """An actor with one extractor on its device."""
+    """Actor with one extractor on its device."""
 
-    def __init__(self, run: str, options: Options, asked: str, device: str) -> None:
+    def __init__(self, run: str, options: Options, extractor: str, device: str) -> None:
         from diffva_ray.evaluate.set_distances import open_extractor
 
         opened = find_run(open_store(run))
         assert opened is not None
-        self.open = lambda: open_extractor(asked, opened, options, device)
+        self.open = lambda: open_extractor(extractor, opened, options, device)
         self.extractor: Extractor | None = None
 
     def fill(self, chunk: FeatureChunk) -> None:
-        if self.extractor is None:  # not before: an actor's own start fails without a reason that a driver could tell
+        """Compute and store the features of ``chunk``."""
+        if self.extractor is None:  # not in the constructor: a failure there would reach the driver without its reason
             self.extractor = self.open()
         chunk.fill(self.extractor)
 
 
 class RayExecutor(LocalExecutor):
-    """The work of a reduce on the connected cluster."""
+    """Runs the work of a reduce on the connected cluster."""
 
     def score(
-        self, run: Run, homes: Mapping[ShardRef, Ids], boxes: Boxes, settings: Mapping[Setting, str]
+        self, run: Run, shards: Mapping[ShardRef, Ids], boxes: Boxes, settings: Mapping[SettingKey, str]
     ) -> Iterator[Scores]:
-        shared, waiting = ray.put(boxes), deque[Any]()
-        for home, ids in homes.items():
-            waiting.append(_score_shard.remote(run.store.uri, home, ids, shared, settings))
-            if len(waiting) == WAITING:
-                yield ray.get(waiting.popleft())
-        yield from map(ray.get, waiting)
+        """Score one shard in each task; yield the scores in the order of ``shards``."""
+        shared_boxes, pending = ray.put(boxes), deque[Any]()
+        for shard, ids in shards.items():
+            pending.append(_score_shard.remote(run.store.uri, shard, ids, shared_boxes, settings))
+            if len(pending) == MAX_PENDING_TASKS:
+                yield ray.get(pending.popleft())
+        yield from map(ray.get, pending)
 
     def embed(self, run: Run, options: Options, extractor: Extractor, chunks: Sequence[FeatureChunk]) -> None:
-        """One actor for each GPU, or for each CPU where there is none. A single chunk is computed here: it takes
-        less than an actor takes to start."""
+        """Compute the features of ``chunks`` on one actor for each GPU, or for each CPU if there is no GPU. A single
+        chunk is computed in this process, which takes less time than the start of an actor."""
         if len(chunks) < 2:
             return embed_here(extractor, chunks)
         gpus = int(session.gpus())
-        actors = min(gpus or session.cpus(), len(chunks))
-        needs: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
-        actor = ray.remote(Embedder).options(max_restarts=-1, max_task_retries=-1, **needs)
-        made = [actor.remote(run.store.uri, options, extractor.asked, "cuda" if gpus else "cpu") for _ in range(actors)]
+        count = min(gpus or session.cpus(), len(chunks))
+        resources: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
+        actor = ray.remote(Embedder).options(max_restarts=-1, max_task_retries=-1, **resources)
+        device = "cuda" if gpus else "cpu"
+        pool = ActorPool([actor.remote(run.store.uri, options, extractor.asked, device) for _ in range(count)])
         try:
-            for _ in ActorPool(made).map_unordered(lambda one, chunk: one.fill.remote(chunk), list(chunks)):
+            for _ in pool.map_unordered(lambda embedder, chunk: embedder.fill.remote(chunk), list(chunks)):
                 pass
         except ray.exceptions.RayTaskError as error:
-            raise error.cause from None  # OSError, UnusableData: as from a loop
+            raise error.cause from None  # the same OSError or UnusableData as without Ray
         return None

@@ -1,10 +1,12 @@
-"""Training on a cluster: Ray Train workers around the loop of ``train/loop.py``, resumed by running it again.
+"""Training on a cluster: Ray Train workers run the loop of ``train/loop.py``; running it again resumes it.
 
-The trainer lives in a task beside the driver: importing it loads torch, and it would answer Ctrl-C by exit code 0.
+Ray Train's trainer runs in a task on the driver's node and not in the driver, because its import loads torch, and
+because it would end a driver with exit code 0 after Ctrl-C.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,27 @@ def fit(
     gpus_per_worker: float | None = None,
     private: bool = False,
 ) -> None:
-    """Train on ``workers`` workers, or on as many between two numbers as the cluster has, and export to ``model``; goes
-    on from the last checkpoint in ``model/.train``. The global batch stays the recipe's, whatever the number. Raises
-    UnusableModel when checkpoints have been taken away, UnusableCluster for more than a ``private`` cluster has."""
-    share = gpus_per_worker
-    if share is None:
-        share = 1.0 if session.gpus() else 0.0
+    """Train on the connected cluster and export to ``model``; resumes from the last checkpoint in ``model/.train``.
+
+    Args:
+        recipe: The recipe, as a mapping of its sections.
+        data: Address of the data set, the same on every node.
+        model: Address of the model folder.
+        fingerprint: Digest of the training's settings and images.
+        provenance: Further entries of the model card.
+        workers: Number of workers, or (minimum, maximum) to use as many as the cluster has. The global batch size does
+            not depend on it.
+        gpus_per_worker: GPUs of each worker; by default 1 if the cluster has GPUs, otherwise 0 (CPU).
+        private: Whether the cluster is private, so that resources it lacks are an error.
+
+    Raises:
+        UnusableModel: A checkpoint that Ray Train lists was deleted.
+        UnusableCluster: A private cluster lacks the resources.
+    """
+    # Resources of a worker: its GPUs, or an equal share of the CPUs.
+    gpus = gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if session.gpus() else 0.0
     threads = max(1, session.cpus() // (workers if isinstance(workers, int) else workers[1]))
     config = {
         "recipe": recipe,
@@ -44,29 +61,32 @@ def fit(
         "model": model,
         "fingerprint": fingerprint,
         "provenance": provenance,
-        "threads": None if share else threads,
+        "threads": None if gpus else threads,
     }
-    resources: dict[str, float] = {"GPU": share} if share else {"CPU": threads}
+    resources: dict[str, float] = {"GPU": gpus} if gpus else {"CPU": threads}
     if private:
-        least = workers if isinstance(workers, int) else workers[0]
-        said = f"--workers {least}" + (f" --gpus-per-worker {share:g}" if share else "")
-        session.check_room(said, **{kind: amount * least for kind, amount in resources.items()})
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    settings = {name: value for name, value in session.ENVIRONMENT.items() if name.startswith("RAY_TRAIN_")}
-    trainer = _trainer.options(scheduling_strategy=here, runtime_env={"env_vars": settings})
+        min_workers = workers if isinstance(workers, int) else workers[0]
+        options = f"--workers {min_workers}" + (f" --gpus-per-worker {gpus:g}" if gpus else "")
+        session.check_resources(options, **{kind: amount * min_workers for kind, amount in resources.items()})
+
+    # Run the trainer on this node.
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    variables = {name: value for name, value in session.ENVIRONMENT.items() if name.startswith("RAY_TRAIN_")}
+    trainer = _trainer.options(scheduling_strategy=this_node, runtime_env={"env_vars": variables})
     try:
         with followed(open_store(model)):
             ray.get(trainer.remote(config, workers, resources))
     except ray.exceptions.RayTaskError as error:
-        if "CheckpointManagerInitializationError" not in str(error):  # of Ray Train's own, which is not public
+        if "CheckpointManagerInitializationError" not in str(error):  # an exception of Ray Train that is not public
             raise
         raise UnusableModel(
-            f"{model}/.train/ray: a checkpoint that is listed there is gone; delete that folder to train from the start"
+            f"{model}/.train/ray: a checkpoint listed there is missing; delete that folder to train from the start"
         ) from None
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _trainer(config: dict[str, Any], workers: int | tuple[int, int], resources: dict[str, float]) -> None:
+    """Task that runs Ray Train's trainer."""
     import ray.train.torch
 
     filesystem, root = _storage(config["model"])
@@ -74,7 +94,7 @@ def _trainer(config: dict[str, Any], workers: int | tuple[int, int], resources: 
         _worker,
         train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers,  # type: ignore[arg-type]  # its annotation lacks the elastic pair
+            num_workers=workers,  # type: ignore[arg-type]  # the annotation lacks the elastic (minimum, maximum)
             use_gpu="GPU" in resources,
             resources_per_worker=resources,
         ),
@@ -82,55 +102,49 @@ def _trainer(config: dict[str, Any], workers: int | tuple[int, int], resources: 
             name="ray",
             storage_path=f"{root}/.train",
             storage_filesystem=filesystem,
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=config["recipe"]["train"]["checkpoints_to_keep"],
-            ),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config["recipe"]["train"]["checkpoints_to_keep"]),
             failure_config=ray.train.FailureConfig(max_failures=3),
         ),
     ).fit()
 
 
 def _worker(config: dict[str, Any]) -> None:
+    """Training loop of one worker, from the last checkpoint if there is one."""
     from diffva_ray.train.loop import train
     from diffva_ray.train.validation import validation_of
 
-    counts = TrainingMetrics(config["model"])
+    training_metrics = TrainingMetrics(config["model"])
 
     def report(metrics: dict[str, float], folder: Path | None) -> None:
         if folder is not None:
-            counts.checkpoint(metrics)
+            training_metrics.checkpoint(metrics)
         checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if folder else None
-        ray.train.report(  # the upload runs beside the next steps; half an upload is no checkpoint
+        ray.train.report(  # uploads during the next steps; an interrupted upload is not a checkpoint
             metrics,
             checkpoint=checkpoint,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
 
-    def run(resume: Path | None) -> None:
+    recipe = make_recipe(config["recipe"])
+    latest = ray.train.get_checkpoint()
+    with latest.as_directory() if latest else nullcontext() as resume:
         train(
-            make_recipe(config["recipe"]),
+            recipe,
             config["data"],
             config["model"],
             fingerprint=config["fingerprint"],
             provenance=config["provenance"],
             report=report,
-            resume=resume,
+            resume=Path(resume) if resume else None,
             threads=config["threads"],
-            validate=validation_of(make_recipe(config["recipe"])),
+            validate=validation_of(recipe),
         )
-
-    latest = ray.train.get_checkpoint()
-    if latest is None:
-        run(None)
-    else:
-        with latest.as_directory() as folder:
-            run(Path(folder))
 
 
 def _storage(model: str) -> tuple[pyarrow.fs.FileSystem | None, str]:
-    """Where Ray Train keeps its checkpoints: a local path as it is, any other store through its own fsspec file system
-    (``fs``), with the same credentials as everything else."""
+    """File system and path for Ray Train's checkpoints: a local path, or an object store through our own fsspec file
+    system (``store.fs``), so that the credentials are the same everywhere."""
     store = open_store(model)
     if is_local(model):
         return None, store.uri

@@ -1,1 +1,1 @@
-"""The joint fine-tune, as stages, steps and checkpoints. No Ray in here."""
+"""Training: stages, steps and checkpoints. Does not import Ray."""

@@ -1,7 +1,8 @@
-"""The autoencoder: from scratch for small models, or the decoder alone for a base whose UNet knows its latents.
+"""Stage ``autoencoder``: trains the whole autoencoder of a small model, or only the decoder of a pretrained base, whose
+UNet depends on the latents staying as they are.
 
-With an adversary this is the paper's L_Autoencoder (Rombach et al. 2022, equation 25): reconstruction, an adversary
-that tells images from reconstructions, and a KL term that keeps latents near N(0, 1).
+With an adversary the loss is the paper's L_Autoencoder (Rombach et al. 2022, equation 25): reconstruction, adversarial
+loss, and a KL term that keeps latents near N(0, 1).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable, three_
 
 
 class AutoencoderStage(Stage):
-    """Ends by context ``scaling_factor`` to 1 / std, as Stable Diffusion's, unless the encoder stayed as it was."""
+    """Trains the autoencoder and its optional adversary. At the end, sets ``scaling_factor`` to 1 / std of the latents,
+    as Stable Diffusion does, unless only the decoder was trained."""
 
     config: AutoencoderConfig
 
@@ -36,8 +38,7 @@ class AutoencoderStage(Stage):
             self.trainables.append(Trainable("adversary", self.adversary, self.adversary_loss))
 
     def begin(self, device: torch.device, first: bool, wait: Any) -> None:
-        whole = self.config.part == "all"
-        self.vae.requires_grad_(whole)
+        self.vae.requires_grad_(self.config.part == "all")
         self.vae.decoder.requires_grad_(True)
         if self.vae.post_quant_conv is not None:
             self.vae.post_quant_conv.requires_grad_(True)
@@ -45,19 +46,21 @@ class AutoencoderStage(Stage):
             self.adversary.to(device).requires_grad_(True)
 
     def _images(self, batch: Batch, network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """The images of a share and the noise of their posteriors."""
+        """Return the batch's images [n, 3, H, W] in [-1, 1] and the noise to sample their posteriors with."""
         images = self.context.images.batch([self.order[position] for position in batch.positions()])
         pixels = three_channels(images.to(next(network.parameters()).device))
         side = pixels.shape[-1] // self.context.bundle.latent_scale
         return pixels, batch.normal((self.vae.config.latent_channels, side, side), pixels)
 
     def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        """Loss of the autoencoder; the adversarial terms join at step ``adversarial_start``."""
         pixels, noise = self._images(batch, network)
         reconstruction, mean, logvar = network(pixels, noise)
         config = self.config
         loss = autoencoder_loss(reconstruction, pixels, mean, logvar, config.kl_weight, config.gradient_weight)
         if self.adversary is None or batch.step < config.adversarial_start:
             return loss
+        # The adversary is a fixed function here; ``adversary_loss`` trains it.
         with frozen(self.adversary) as adversary:
             fake, fake_features = adversary(reconstruction)
             if config.perceptual_weight:
@@ -70,6 +73,7 @@ class AutoencoderStage(Stage):
         return loss
 
     def adversary_loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        """Hinge loss of the adversary on images and their reconstructions."""
         pixels, noise = self._images(batch, network)
         with torch.no_grad():
             fake = self.trainables[0].network(pixels, noise)[0]
@@ -89,6 +93,8 @@ class AutoencoderStage(Stage):
 
 
 class _Autoencoder(nn.Module):
+    """Encoder, sampling and decoder behind one forward, so that DDP sees one module."""
+
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae: Any = vae

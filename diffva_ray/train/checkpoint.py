@@ -1,6 +1,6 @@
-"""Training state on disk: everything needed to go on at exactly the next step, in one folder.
+"""Checkpoints: one folder with everything that is needed to resume exactly at the next step.
 
-There is no random-generator state and no data position to save: both follow from the step (see sampling.py).
+Random-generator states and the position in the data are not saved: both follow from the step (see sampling.py).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Modules = Mapping[str, torch.nn.Module]
 
 @dataclass(frozen=True)
 class Position:
-    """The next step to do: stage index, and step within the stage."""
+    """The next step to train."""
 
-    stage: int = 0
-    step: int = 0
+    stage: int = 0  # index in ``train.stages``
+    step: int = 0  # within the stage, counted from 0
 
 
 def save_checkpoint(
@@ -39,31 +39,31 @@ def save_checkpoint(
     weights: Mapping[str, Mapping[str, torch.Tensor]],
     optimizers: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write ``weights`` (safetensors, by module) and the trainables' ``optimizers`` (with their EMA), then
-    ``state.json``, which makes the folder a checkpoint."""
+    """Write ``weights`` (one safetensors file for each module), the trainables' ``optimizers`` (with EMA states), and
+    last ``state.json``, which marks the checkpoint as complete."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, state in weights.items():
         tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         save_file(tensors, folder / f"{name}.safetensors")
     if optimizers:
         torch.save(list(optimizers), folder / "optimizers.pt")
-    about = {
+    state_json = {
         **asdict(position),
         "fingerprint": fingerprint,
         "workers": workers,
         "scaling_factor": bundle.vae.config.scaling_factor,
     }
-    (folder / "state.json").write_text(json.dumps(about))
+    (folder / "state.json").write_text(json.dumps(state_json))
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """``state.json``: stage, step, fingerprint, workers, scaling_factor."""
+    """Read ``state.json``: stage, step, fingerprint, workers, scaling_factor."""
     return json.loads((folder / "state.json").read_text())
 
 
 def load_weights(folder: Path, bundle: Bundle, modules: Modules) -> None:
-    """Put a checkpoint's weights and scaling factor into the bundle and into those ``modules`` it has. Raises
-    UnusableModel for weights that do not fit."""
+    """Load a checkpoint's weights and scaling factor into the bundle, and into those ``modules`` that the checkpoint
+    contains. Raises UnusableModel for weights that do not fit."""
     for name, module in {**bundle.modules, **modules}.items():
         file = folder / f"{name}.safetensors"
         if name in bundle.modules or file.exists():
@@ -78,25 +78,25 @@ def load_weights(folder: Path, bundle: Bundle, modules: Modules) -> None:
 
 
 def load_optimizers(folder: Path) -> list[dict[str, Any]]:
-    """The states of the trainables' optimizers and EMAs, in their order."""
+    """Load the optimizer and EMA states, in the order of the stage's trainables."""
     return torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True)
 
 
 def discard(metrics: dict[str, float], checkpoint: Path | None) -> None:
-    """A ``report`` for training without Ray that keeps no checkpoint."""
+    """Delete the checkpoint: a ``report`` for training without Ray that keeps none."""
     if checkpoint is not None:
         shutil.rmtree(checkpoint)
 
 
 class Checkpoints:
-    """A ``report`` for training without Ray: numbered checkpoints below ``folder``, the newest ``keep`` of them."""
+    """A ``report`` for training without Ray: keeps the newest ``keep`` checkpoints, numbered, below ``folder``."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, metrics: dict[str, float], checkpoint: Path | None) -> None:
-        """Take the folder ``checkpoint`` over."""
+        """Move the folder ``checkpoint`` below ``folder`` and delete the oldest checkpoints."""
         if checkpoint is None:
             return
         target = self.folder / f"checkpoint-{int(metrics['stage_index']):02d}-{int(metrics['step']):07d}"

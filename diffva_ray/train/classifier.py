@@ -1,4 +1,5 @@
-"""The classifier of noisy latents, on labels alone; it guides method ``classifier-guided`` and never judges."""
+"""Stage ``classifier``: trains a classifier of noisy latents on class labels. The classifier guides method
+``classifier-guided`` and is never used as a judge."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable
 
 
 class ClassifierStage(Stage):
-    """Comes after the autoencoder's stage: it reads that one's latents, at the noise levels of the model's schedule."""
+    """Trains on latents, so it has to come after the autoencoder's stage. Noise levels are those of the model's
+    schedule."""
 
     config: ClassifierConfig
 
@@ -38,7 +40,7 @@ class ClassifierStage(Stage):
             )
         except ValueError as error:
             raise RecipeError(f"stage {config.name}: {error}") from None
-        bundle.extras["classifier"] = self.classifier  # from now on: a resumed training may begin after this stage
+        bundle.extras["classifier"] = self.classifier  # here, as a resumed training may start after this stage
         self.modules = {"classifier": self.classifier}
         self.trainables = [Trainable("classifier", self.classifier, self.loss)]
 
@@ -46,15 +48,19 @@ class ClassifierStage(Stage):
         self.classifier.requires_grad_(True)
 
     def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        """Cross-entropy at timesteps drawn uniformly (Dhariwal & Nichol 2021) up to ``noise_limit``: images are never
-        noised further than the strength, and what lies beyond says little of a lesion."""
+        """Cross-entropy at timesteps sampled uniformly (Dhariwal & Nichol 2021) up to ``noise_limit``: generation
+        noises images only up to its strength, and stronger noise hides lesions."""
         device = next(network.parameters()).device
         indices = [self.order[position] for position in batch.positions()]
+
+        # Sample latents, noise and timesteps.
         mean, std = self.latents.moments(indices, device)
         posterior_noise, noise = batch.normal(mean.shape[1:], mean), batch.normal(mean.shape[1:], mean)
         steps = self.config.noise_limit * self.noise_scheduler.config.num_train_timesteps
         timesteps = (batch.uniform() * steps).long().to(device)
         latents = (mean + std * posterior_noise) * self.context.bundle.vae.config.scaling_factor
+
+        # Classify the noised latents.
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
         target = torch.tensor([self.classifier.classes.index(self.context.images.images[n].label) for n in indices])
         return functional.cross_entropy(network(noisy, timesteps), target.to(device))

@@ -1,5 +1,7 @@
-"""UNet and text encoder together: noise prediction under the image's caption or its class's prompt, dropped to "" at a
-rate so that guidance has a trained unconditional branch, and DreamBooth's prior preservation when a class set is named.
+"""Stage ``denoiser``: trains UNet and text encoder together to predict noise.
+
+The condition is the image's caption or its class's prompt. It is replaced by "" at a given rate, so that guidance has a
+trained unconditional branch. With a class set, the loss includes DreamBooth's prior preservation.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from diffva_ray.train.loss import denoising_loss, min_snr_weights
 from diffva_ray.train.sampling import ImageOrder, ImageSet
 from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable, three_channels
 
-ENCODING_BATCH = 16
+ENCODING_BATCH_SIZE = 16  # images
 
 
 class NoisePrediction(Stage):
-    """What stages that learn to predict noise have in common: images, noise, prompts and the loss."""
+    """Base of the stages that learn to predict noise: images, noise, prompts and the loss."""
 
     config: NoisePredictionConfig
 
@@ -36,32 +38,35 @@ class NoisePrediction(Stage):
         self.order = ImageOrder(context.images.images, config.classes, context.seed)
         self.images = Latents(context, context.images)
         self.prior: ClassSet | None = None
-        self._say_what_is_cut()
+        self._warn_of_long_captions()
         self.noise_scheduler = DDPMScheduler.from_config(context.bundle.scheduler)
 
     def inputs(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
-        """What the network reads beside noisy latents, timesteps and prompts."""
+        """Return further inputs of the network, after noisy latents, timesteps and prompts."""
         return ()
 
     def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        """As in DreamBooth's script, instances and class set go through the network in one batch, each with noise and
-        timestep of its own."""
+        """Weighted mean squared error of the prediction. As in DreamBooth's script, instances and class set form one
+        batch, and each image has its own noise and timestep."""
         data = self.context.bundle.recipe.data
         device = next(network.parameters()).device
         positions = batch.positions()
         indices = [self.order[position] for position in positions]
         mean, std = self.images.moments(indices, device)
-        told = [self._told(self.context.images.images[index]) for index in indices]
+        prompts = [self._prompt(self.context.images.images[index]) for index in indices]
         groups, rows, prior_loss_weight = 1, list(batch.rows), 0.0
-        # DreamBooth's prior preservation (Ruiz et al. 2023, equation 2): the class set stands below the instances.
+
+        # DreamBooth's prior preservation (Ruiz et al. 2023, equation 2): append the class set to the instances.
         if self.prior is not None:
             groups, prior_loss_weight = 2, self.prior.loss_weight
-            prior_mean, prior_std = self.prior.images.moments([self.prior.order[at] for at in positions], device)
+            prior_mean, prior_std = self.prior.images.moments(
+                [self.prior.order[position] for position in positions], device
+            )
             mean, std = torch.cat([mean, prior_mean]), torch.cat([std, prior_std])
-            told += [data.prompt(self.prior.label)] * len(indices)
+            prompts += [data.prompt(self.prior.label)] * len(indices)
             rows += [batch.size + row for row in batch.rows]
 
-        # All random numbers are drawn for the whole batch on every worker, so that they do not depend on the workers.
+        # Every worker draws the random numbers of the whole batch, so that they do not depend on the number of workers.
         whole = Batch(batch.step, groups * batch.size, rows, batch.generator)
         posterior_noise = whole.normal(mean.shape[1:], mean)
         noise = whole.normal(mean.shape[1:], mean)
@@ -72,7 +77,9 @@ class NoisePrediction(Stage):
         # z ~ q(z | x), then z_t = sqrt(a_t) z + sqrt(1 - a_t) e (Rombach et al. 2022).
         latents = (mean + std * posterior_noise) * self.context.bundle.vae.config.scaling_factor
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
-        prompts = ["" if drop else prompt for prompt, drop in zip(told, dropped.tolist(), strict=True)]
+
+        # Predict, with some prompts dropped, and compare with the target.
+        prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
         output = network(noisy, timesteps, *self.tokens(prompts, device), *self.inputs(indices, device))
         weights = None
         if self.config.snr_gamma is not None:
@@ -81,31 +88,34 @@ class NoisePrediction(Stage):
         target = self.target(latents, noise, timesteps)
         return denoising_loss(output, target, weights, len(indices), prior_loss_weight)
 
-    def _told(self, image: LabelledImage) -> str:
-        """The image's own caption, or its class's prompt."""
+    def _prompt(self, image: LabelledImage) -> str:
+        """The image's caption if it has one, otherwise the prompt of its class."""
         return image.caption or self.context.bundle.recipe.data.prompt(image.label)
 
-    def _say_what_is_cut(self) -> None:
+    def _warn_of_long_captions(self) -> None:
         captions = {image.caption for image in self.context.images.images}
-        if cut := sorted(caption for caption in captions if not text.fits(self.context.bundle.tokenizer, caption)):
+        tokenizer = self.context.bundle.tokenizer
+        if too_long := sorted(caption for caption in captions if not text.fits(tokenizer, caption)):
             LOG.warning(
-                "%d captions are longer than %d tokens (model.tokenizer_length) and are cut there, such as %r",
-                len(cut), self.context.bundle.tokenizer.model_max_length, cut[0],
-            )  # fmt: skip
+                "%d captions are longer than %d tokens (model.tokenizer_length) and are truncated, for example %r",
+                len(too_long),
+                tokenizer.model_max_length,
+                too_long[0],
+            )
 
     @property
     def prediction_type(self) -> str:
         return self.noise_scheduler.config.prediction_type
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the network is to predict: the noise, or the velocity (Salimans & Ho 2022)."""
+        """Return what the network has to predict: the noise, or the velocity (Salimans & Ho 2022)."""
         if self.prediction_type == "v_prediction":
             return self.noise_scheduler.get_velocity(latents, noise, timesteps)
         return noise
 
     def tokens(self, prompts: Sequence[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids and mask [distinct, length] of the distinct prompts, which the encoder runs on once each, and for every
-        image which of them is its own [n]."""
+        """Tokenize the distinct prompts, so that the encoder runs once on each. Return ids and mask [distinct, length],
+        and for every image the index of its prompt [n]."""
         distinct = sorted(set(prompts))
         ids, mask = text.tokenize(self.context.bundle.tokenizer, distinct)
         which = torch.tensor([distinct.index(prompt) for prompt in prompts])
@@ -114,15 +124,17 @@ class NoisePrediction(Stage):
 
 @dataclass(frozen=True)
 class ClassSet:
-    """DreamBooth's class set: images of ``label``, and the weight of their loss."""
+    """DreamBooth's class set."""
 
-    label: str
+    label: str  # class of all its images
     order: ImageOrder
     images: Latents
-    loss_weight: float
+    loss_weight: float  # of the class set's loss, where the instances' loss has 1
 
 
 class DenoiserStage(NoisePrediction):
+    """Fine-tunes UNet and text encoder, or their LoRA adapters."""
+
     config: DenoiserConfig
 
     def __init__(self, context: StageContext, config: DenoiserConfig) -> None:
@@ -135,9 +147,9 @@ class DenoiserStage(NoisePrediction):
     def begin(self, device: torch.device, first: bool, wait: Callable[[], None]) -> None:
         config = self.config
         if config.prior_class and config.class_images == "generated":
-            drawn = class_images(self.context, config, device, first, wait)
-            self.prior = self._class_set(drawn, Latents(self.context, drawn))
-        for parameter in self._trainable():
+            generated = class_images(self.context, config, device, first, wait)
+            self.prior = self._class_set(generated, Latents(self.context, generated))
+        for parameter in self._trainable_parameters():
             parameter.requires_grad_(True)
 
     def _class_set(self, images: ImageSet, latents: Latents) -> ClassSet:
@@ -145,14 +157,15 @@ class DenoiserStage(NoisePrediction):
         order = ImageOrder(images.images, {label: 1}, self.context.seed + 1)
         return ClassSet(label, order, latents, self.config.prior_loss_weight)
 
-    def _trainable(self) -> list[nn.Parameter]:
-        """Adapters where there are any, otherwise all weights; to warm up, only those that read the prompt."""
+    def _trainable_parameters(self) -> list[nn.Parameter]:
+        """LoRA adapters if attached, otherwise all weights; with ``trainable: cross-attention``, only the UNet's
+        parameters that read the prompt."""
         unet, encoder = self.context.bundle.unet, self.context.bundle.text_encoder
-        chosen = adapter_parameters(unet) if attached(unet) else dict(unet.named_parameters())
+        candidates = adapter_parameters(unet) if attached(unet) else dict(unet.named_parameters())
         if self.config.trainable == "cross-attention":
-            reading = cross_attention_parameters(unet)
-            return [parameter for name, parameter in chosen.items() if name in reading]
-        parameters = list(chosen.values())
+            names = cross_attention_parameters(unet)
+            return [parameter for name, parameter in candidates.items() if name in names]
+        parameters = list(candidates.values())
         if self.config.train_text_encoder:
             adapters = adapter_parameters(encoder) if attached(encoder) else dict(encoder.named_parameters())
             parameters += adapters.values()
@@ -160,7 +173,7 @@ class DenoiserStage(NoisePrediction):
 
 
 class Denoiser(nn.Module):
-    """Both networks behind one forward, so that DDP and gradient accumulation see one module."""
+    """UNet and text encoder behind one forward, so that DDP and gradient accumulation see one module."""
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
         super().__init__()
@@ -179,7 +192,8 @@ class Denoiser(nn.Module):
 
 
 class Latents:
-    """Posterior moments of images: of the whole set once where memory allows, otherwise when a step asks for them."""
+    """Posterior moments of images, computed once for the whole set if ``cache_megabytes`` allows it, otherwise in each
+    step."""
 
     def __init__(self, context: StageContext, images: ImageSet) -> None:
         self.vae: Any = context.bundle.vae
@@ -191,14 +205,14 @@ class Latents:
 
     @torch.no_grad()
     def moments(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation [n, 4, h, w] of the images' posteriors. The set is encoded in batches that do not
-        depend on the step, so that a resumed training has the same latents to the last bit."""
+        """Return mean and standard deviation [n, 4, h, w] of the images' posteriors. A cached set is encoded in batches
+        that do not depend on the step, so that a resumed training has bitwise the same latents."""
         if not self.kept:
             return self._encode(indices, device)
         if self._moments is None:
             total = len(self.images.images)
-            batches = [range(start, min(start + ENCODING_BATCH, total)) for start in range(0, total, ENCODING_BATCH)]
-            parts = [self._encode(batch, device) for batch in batches]
+            starts = range(0, total, ENCODING_BATCH_SIZE)
+            parts = [self._encode(range(n, min(n + ENCODING_BATCH_SIZE, total)), device) for n in starts]
             mean, std = (torch.cat([part[n].cpu() for part in parts]) for n in (0, 1))
             self._moments = mean, std
         mean, std = self._moments

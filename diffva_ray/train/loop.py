@@ -1,12 +1,13 @@
-"""The training loop: stages in order, steps whose randomness is their own, checkpoints that resume exactly.
+"""The training loop: runs the stages in order and writes checkpoints from which training resumes exactly.
 
-Runs in any process: alone, or as one worker of a Ray Train group (ray_train.py), where Accelerate finds its rank.
+All randomness of a step follows from (seed, stage, step). The loop runs in a single process or as one worker of a Ray
+Train group (``distributed/train.py``), where Accelerate reads the rank from the environment.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,19 +35,19 @@ from diffva_ray.train.sampling import ImageSet, step_generator
 from diffva_ray.train.sharding import gather, like, load_optimizer_state, optimizer_state, sharded, whole
 from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable, make_stage
 
-Report = Callable[[dict[str, float], Path | None], None]  # takes the folder over
-Validate = Callable[[Bundle, TrainingLogger, str, int], None]
+Report = Callable[[dict[str, float], Path | None], None]  # (metrics, checkpoint folder, which the callee now owns)
+Validate = Callable[[Bundle, TrainingLogger, str, int], None]  # (bundle, logger, stage name, step counted from 1)
 
 
 @dataclass
 class TrainingRun:
-    """What stays the same over all stages of one training."""
+    """The objects that all stages of one training share."""
 
     recipe: Recipe
     bundle: Bundle
     accelerator: Accelerator
-    modules: dict[str, nn.Module]
-    fingerprint: str
+    modules: dict[str, nn.Module]  # networks of the stages that checkpoints keep beside the bundle's own
+    fingerprint: str  # of the training; written into checkpoints
     report: Report
     logger: TrainingLogger
     validate: Validate | None
@@ -70,11 +71,26 @@ def train(
 ) -> None:
     """Train the recipe's stages on ``data`` and write the model folder ``model``.
 
-    ``report(metrics, checkpoint)`` is called on every worker at every checkpoint, with a folder to be taken over on the
-    first worker and None on the others; by default checkpoints are thrown away. ``resume`` is such a folder.
-    ``validate`` looks at the model every ``train.validation.every`` steps of a denoiser stage, on the first worker.
-    Raises UnusableData, UnusableModel or RecipeError.
+    Args:
+        recipe: Recipe whose ``train.stages`` are trained in order.
+        data: Data set (folder, manifest or object store address) with the training images.
+        model: Model folder to write; also holds ``.train/progress.json`` and the TensorBoard files.
+        fingerprint: Digest of the training's settings and images, for checkpoints and the model card.
+        provenance: Further entries of the model card.
+        report: Called as ``report(metrics, checkpoint)`` on every worker at every checkpoint. ``checkpoint`` is a
+            folder that ``report`` has to move or delete, on the first worker, and None on the others. The default
+            deletes all checkpoints.
+        resume: Checkpoint folder to resume from.
+        threads: CPU threads of PyTorch; None leaves its default.
+        validate: Called on the first worker every ``train.validation.every`` steps, and after the last step, of each
+            denoiser stage.
+
+    Raises:
+        UnusableData: The data set cannot be read or lacks a class.
+        UnusableModel: The base model or the checkpoint does not fit the recipe.
+        RecipeError: The recipe asks for something that cannot be built.
     """
+    # Build the model and load the data.
     if threads:
         torch.set_num_threads(threads)
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, cpu=not torch.cuda.is_available())
@@ -87,15 +103,26 @@ def train(
         bundle.unet.enable_gradient_checkpointing()
         bundle.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
+    # Build all stages, so that a recipe that cannot work fails before the first step.
     context = StageContext(bundle, images, recipe.seed, store, config.cache_megabytes if config.cache_latents else 0)
     stages = [make_stage(context, stage) for stage in config.stages]
     modules = {name: module for stage in stages for name, module in stage.modules.items()}
+
+    # Resume from a checkpoint.
     position = Position()
     if resume:
         state = read_state(resume)
         position = Position(state["stage"], state["step"])
         load_weights(resume, bundle, modules)
-        _log_worker_change(state["workers"], accelerator.num_processes, accelerator.is_main_process)
+        if state["workers"] != accelerator.num_processes and accelerator.is_main_process:
+            LOG.info(
+                "resumed on %d workers instead of %d: images, noise and prompts of every step stay the same; gradient "
+                "sums round differently (about 1e-6), and dropout masks, if a network has any, differ",
+                accelerator.num_processes,
+                state["workers"],
+            )
+
+    # Run the remaining stages.
     logger = TrainingLogger(recipe, store, accelerator, (position.stage, position.step))
     run = TrainingRun(recipe, bundle, accelerator, modules, fingerprint, report, logger, validate)
     for index in range(position.stage, len(stages)):
@@ -103,43 +130,38 @@ def train(
         _run_stage(run, stages[index], index, start, resume if start else None)
     logger.close()
 
+    # Write the model; the card comes last and marks the model as complete.
     if run.first:
         for stage in stages:
             stage.export(store)
-        card = {**provenance, "training_fingerprint": fingerprint, "images": len(images.images),
-                "unreadable": images.unreadable,
-                "training_images": [sha256[:IMAGE_DIGITS] for sha256 in images.sha256()]}  # fmt: skip
+        card = {
+            **provenance,
+            "training_fingerprint": fingerprint,
+            "images": len(images.images),
+            "unreadable": images.unreadable,
+            "training_images": [sha256[:IMAGE_DIGITS] for sha256 in images.sha256()],
+        }
         save(bundle, store, card)
     accelerator.wait_for_everyone()
 
 
-def _log_worker_change(before: int, now: int, first: bool) -> None:
-    if before != now and first:
-        LOG.info(
-            "resumed on %d workers instead of %d: images, noise and prompts of every step stay the same; sums of "
-            "gradients round differently (about 1e-6), and dropout masks, where a network has any, are other ones",
-            now,
-            before,
-        )
-
-
 @dataclass
 class PreparedTrainable:
-    """A trainable ready to play: its network as prepared for the workers, optimizer, EMA."""
+    """A trainable on its device, with optimizer and EMA."""
 
-    definition: Trainable
-    network: nn.Module
-    parameters: list[nn.Parameter]
-    optimizer: Any
-    ema: EMAModel | None
-    rate: float
+    definition: Trainable  # as the stage declares it
+    network: nn.Module  # what ``loss`` is called with: the definition's network, or its DDP wrapper or sharded copy
+    parameters: list[nn.Parameter]  # those that require gradients
+    optimizer: Any  # Accelerate's wrapper
+    ema: EMAModel | None  # moving average of ``parameters``
+    rate: float  # base learning rate, before warm-up and schedule
 
     @property
     def is_sharded(self) -> bool:
         return isinstance(self.network, FSDPModule)
 
     def state(self) -> dict[str, Any]:
-        """Optimizer and EMA for a checkpoint; every worker takes part, and the first one's copy is whole."""
+        """Return optimizer and EMA state, complete on the first worker. Every worker has to call it."""
         average = None
         if self.ema is not None:
             average = self.ema.state_dict()
@@ -147,20 +169,25 @@ class PreparedTrainable:
         return {"optimizer": optimizer_state(self.network, self.optimizer.optimizer), "ema": average}
 
     def gather(self, everywhere: bool = False) -> None:
-        """Copy the weights of the network that trains into the trainable's own; every worker takes part."""
+        """Copy the weights of a sharded network into the definition's network, on the first worker or ``everywhere``.
+        Every worker has to call it."""
         if self.is_sharded:
             gather(self.network, self.definition.network, everywhere)
 
 
 def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: Path | None) -> None:
+    """Run one stage from step ``start`` to its end; ``resume`` is the checkpoint with the optimizers' states."""
     accelerator, config = run.accelerator, stage.config
     device, workers, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+
+    # Split the global batch: this worker's rows, in shares of at most ``micro_batch_size``.
     if config.batch_size < workers:
         raise RecipeError(f"train.stages.{index}.batch_size {config.batch_size} leaves some of {workers} workers idle")
     rows = list(range(rank * config.batch_size // workers, (rank + 1) * config.batch_size // workers))
     size = config.micro_batch_size or len(rows)
     shares = [rows[at : at + size] for at in range(0, len(rows), size)]
 
+    # Freeze everything; the stage then chooses what is trainable.
     for module in run.bundle.modules.values():
         module.to(device).requires_grad_(False)
     if start == 0:
@@ -171,8 +198,11 @@ def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: P
         _restore(trainables, load_optimizers(resume))
 
     for step in range(start, config.steps):
+        # Dropout draws from the global generator, so it gets a seed for each worker and step.
         torch.manual_seed(step_generator(run.recipe.seed, f"{config.name}/{rank}", step).initial_seed())
         done, last = step + 1, step + 1 == config.steps
+
+        # Train each trainable once, and log at intervals.
         values: dict[str, float] = {}
         for trainable in trainables:
             loss, norm, rate = _train_step(run, config, trainable, step, shares)
@@ -185,6 +215,8 @@ def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: P
                 }
         if values:
             run.logger.log(config.name, done, values, last)
+
+        # Validate and write a checkpoint at intervals.
         validation = run.recipe.train.validation
         if run.validate is not None and config.trains == "denoiser" and validation.every and (
             done % validation.every == 0 or last
@@ -193,6 +225,7 @@ def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: P
         if done % run.recipe.train.checkpoint_every == 0 and not last:
             _write_checkpoint(run, Position(index, done), trainables)
 
+    # Keep the averaged weights and write the checkpoint from which the next stage starts.
     for trainable in trainables:
         if trainable.ema is not None:
             trainable.ema.copy_to(trainable.parameters)
@@ -203,7 +236,10 @@ def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: P
 
 
 def _prepare(run: TrainingRun, config: StageConfig, trainable: Trainable) -> PreparedTrainable:
+    """Put the network on its device, sharded or wrapped for several workers, and make its optimizer and EMA."""
     train, accelerator = run.recipe.train, run.accelerator
+
+    # Place the network.
     fsdp = train.sharding == "fsdp" and trainable.shardable and accelerator.num_processes > 1
     if fsdp:
         network = sharded(trainable.network, accelerator.device)
@@ -213,6 +249,8 @@ def _prepare(run: TrainingRun, config: StageConfig, trainable: Trainable) -> Pre
     if train.channels_last:
         network = network.to(memory_format=torch.channels_last)
     network.train()
+
+    # The optimizer and the EMA hold the parameters before the network is wrapped.
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     rate = trainable.learning_rate or config.learning_rate
     optimizer = _optimizer(config, parameters, rate)
@@ -245,24 +283,28 @@ def _restore(trainables: list[PreparedTrainable], states: list[dict[str, Any]]) 
 def _train_step(
     run: TrainingRun, config: StageConfig, trainable: PreparedTrainable, step: int, shares: list[list[int]]
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """One step of one trainable: gradients of all shares, then the optimizer. Returns this worker's part of the global
-    batch's mean loss, the gradient's norm before clipping, and the learning rate."""
+    """Train one trainable for one step: add up the gradients of all shares, then call the optimizer. Return this
+    worker's part of the mean loss over the global batch, the gradient norm before clipping, and the learning rate."""
     accelerator = run.accelerator
     rate = learning_rate(
         step, config.steps, trainable.rate, config.warmup_steps, config.schedule, config.final_lr_fraction
     )
     for group in trainable.optimizer.param_groups:
         group["lr"] = rate
+
+    # Accumulate gradients over the shares.
     trainable.optimizer.zero_grad()
     total = torch.zeros((), device=accelerator.device)
     for n, rows in enumerate(shares):
         batch = Batch(step, config.batch_size, rows, step_generator(run.recipe.seed, config.name, step))
-        part = len(rows) / config.batch_size
+        weight = len(rows) / config.batch_size
         with _gradient_sync(accelerator, trainable.network, n + 1 < len(shares)):
             with accelerator.autocast():
                 loss = trainable.definition.loss(trainable.network, batch)
-            accelerator.backward(loss * part * accelerator.num_processes)  # DDP takes the mean over workers
-        total += loss.detach() * part
+            accelerator.backward(loss * weight * accelerator.num_processes)  # DDP takes the mean over workers
+        total += loss.detach() * weight
+
+    # Update weights and average.
     norm = accelerator.clip_grad_norm_(trainable.parameters, config.max_grad_norm)
     trainable.optimizer.step()
     trainable.optimizer.zero_grad()
@@ -272,7 +314,7 @@ def _train_step(
 
 
 def _gradient_sync(accelerator: Accelerator, network: nn.Module, more: bool) -> Any:
-    """Workers exchange gradients with the last share only."""
+    """Context of one backward pass; while ``more`` shares follow, workers do not exchange gradients."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(not more)
         return nullcontext()
@@ -280,52 +322,39 @@ def _gradient_sync(accelerator: Accelerator, network: nn.Module, more: bool) -> 
 
 
 def _validate(run: TrainingRun, trainables: list[PreparedTrainable], stage: str, step: int) -> None:
-    """With the averaged weights where there are any; the other workers wait."""
-    with _averaged(trainables):
+    """Validate on the first worker, with the averaged weights if there are any, while the other workers wait."""
+    averaged = [(trainable.ema, trainable.parameters) for trainable in trainables if trainable.ema is not None]
+    for ema, parameters in averaged:
+        ema.store(parameters)
+        ema.copy_to(parameters)
+    try:
+        for trainable in trainables:
+            trainable.gather()
         if run.first and run.validate is not None:
             run.validate(run.bundle, run.logger, stage, step)
+    finally:
+        for ema, parameters in averaged:
+            ema.restore(parameters)
     run.accelerator.wait_for_everyone()
 
 
-class _averaged:
-    """The EMA's weights in the networks' place for a while."""
-
-    def __init__(self, trainables: list[PreparedTrainable]) -> None:
-        self.all = trainables
-        self.trainables = [trainable for trainable in trainables if trainable.ema is not None]
-
-    def _each(self) -> Iterator[tuple[EMAModel, list[nn.Parameter]]]:
-        for trainable in self.trainables:
-            assert trainable.ema is not None
-            yield trainable.ema, trainable.parameters
-
-    def __enter__(self) -> None:
-        for ema, parameters in self._each():
-            ema.store(parameters)
-            ema.copy_to(parameters)
-        for trainable in self.all:
-            trainable.gather()
-
-    def __exit__(self, *_: object) -> None:
-        for ema, parameters in self._each():
-            ema.restore(parameters)
-
-
 def _write_checkpoint(run: TrainingRun, position: Position, trainables: list[PreparedTrainable]) -> None:
+    """Write a checkpoint on the first worker and report it on every worker."""
     newest = run.logger.history[-1] if run.logger.history else {}
     metrics = {key: value for key, value in newest.items() if isinstance(value, float)}
     metrics |= {"stage_index": float(position.stage), "step": float(position.step)}
+
+    # Every worker takes part in gathering shards.
     for trainable in trainables:
         trainable.gather()
     states = [trainable.state() for trainable in trainables]
     if not run.first:
         run.report(metrics, None)
         return
+
     run.logger.keep()
     folder = Path(tempfile.mkdtemp(prefix="diffva-checkpoint-"))
     weights = {name: module.state_dict() for name, module in {**run.bundle.modules, **run.modules}.items()}
-    save_checkpoint(
-        folder, position, run.fingerprint, run.accelerator.num_processes, run.bundle, weights,
-        states,
-    )  # fmt: skip
+    workers = run.accelerator.num_processes
+    save_checkpoint(folder, position, run.fingerprint, workers, run.bundle, weights, states)
     run.report(metrics, folder)

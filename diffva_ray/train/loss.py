@@ -14,8 +14,8 @@ def autoencoder_loss(
     kl_weight: float,
     gradient_weight: float,
 ) -> torch.Tensor:
-    """L1 + gradient L1 + KL of images [n, c, H, W] in [-1, 1]; the gradient term keeps ribs and vessels sharp without
-    downloaded perceptual weights. The KL divergence to N(0, 1) is averaged over latent elements."""
+    """L1 + gradient L1 + KL loss of images [n, c, H, W] in [-1, 1]. The gradient term keeps ribs and vessels sharp
+    without downloaded perceptual weights. The KL divergence to N(0, 1) is averaged over latent elements."""
     error = reconstruction - images
     gradient = (error[..., 1:, :] - error[..., :-1, :]).abs().mean() + (
         error[..., :, 1:] - error[..., :, :-1]
@@ -27,8 +27,8 @@ def autoencoder_loss(
 def min_snr_weights(
     alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, gamma: float, prediction_type: str
 ) -> torch.Tensor:
-    """Min-SNR-gamma weights [n] (Hang et al. 2023, section 3.4): min(SNR, gamma) / SNR for noise prediction, and over
-    SNR + 1 for velocity."""
+    """Return min-SNR-gamma weights [n] (Hang et al. 2023, section 3.4): min(SNR, gamma) / SNR for noise prediction, and
+    min(SNR, gamma) / (SNR + 1) for velocity prediction."""
     alpha = alphas_cumprod[timesteps]
     snr = alpha / (1 - alpha)
     return snr.clamp(max=gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
@@ -41,9 +41,9 @@ def denoising_loss(
     instances: int | None = None,
     prior_loss_weight: float = 1.0,
 ) -> torch.Tensor:
-    """Mean squared error [n, ...], per-sample ``weights`` [n] if any. With ``instances``, the rest of the batch is
-    DreamBooth's class set: loss = mean(instances) + prior_loss_weight * mean(class set) (Ruiz et al. 2023). The weights
-    are split like the errors (diffusers' script does not: huggingface/diffusers#5791)."""
+    """Mean squared error of [n, ...], weighted by ``weights`` [n] if given. With ``instances``, the rest of the batch
+    is DreamBooth's class set: loss = mean(instances) + prior_loss_weight * mean(class set) (Ruiz et al. 2023). The
+    weights are split like the errors (diffusers' script does not: huggingface/diffusers#5791)."""
     errors = functional.mse_loss(output.float(), target.float(), reduction="none").flatten(1).mean(1)
     if weights is not None:
         errors = errors * weights
@@ -53,7 +53,8 @@ def denoising_loss(
 
 
 def learning_rate(step: int, steps: int, base: float, warmup: int, schedule: str, final_fraction: float) -> float:
-    """The rate of one step (counted from 0): linear warm-up, then constant, or a cosine down to ``final_fraction``."""
+    """Learning rate of one step (counted from 0): linear warm-up, then constant, or a cosine from ``base`` down to
+    ``final_fraction`` of it."""
     if step < warmup:
         return base * (step + 1) / warmup
     if schedule == "constant":

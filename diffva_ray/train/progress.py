@@ -1,4 +1,4 @@
-"""What a training says on the terminal, read from the model folder: the same for a plain loop and for Ray's workers."""
+"""Progress of a training on the terminal, read from the model folder, so that it is the same with Ray and without."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffva_ray.storage.store import Store
 
 @contextmanager
 def followed(store: Store) -> Iterator[None]:
-    """While a training writes into the model folder ``store``, say every ten seconds what was last written."""
+    """Log the progress in the model folder ``store`` every ten seconds while the block runs."""
     stop = threading.Event()
     watcher = threading.Thread(target=_watch, args=(store, stop), daemon=True)
     watcher.start()
@@ -30,14 +30,14 @@ def _watch(store: Store, stop: threading.Event) -> None:
     last = -1
     while not stop.wait(2.0):
         try:
-            about = json.loads(store.read(PROGRESS))
+            progress_json = json.loads(store.read(PROGRESS))
         except (OSError, ValueError):
             continue
-        if about["done"] == last:
+        if progress_json["done"] == last:
             continue
-        last = about["done"]
+        last = progress_json["done"]
         if progress is None:
-            progress = Progress("training", about["total"], "steps", done=0, interval=10)
-            progress.started -= about["seconds"]
-        loss = "" if about["loss"] is None else f" loss {about['loss']:.4f}"
-        progress.update(last, f"{about['stage']}{loss}")
+            progress = Progress("training", progress_json["total"], "steps", done=0, interval=10)
+            progress.started -= progress_json["seconds"]
+        loss = "" if progress_json["loss"] is None else f" loss {progress_json['loss']:.4f}"
+        progress.update(last, f"{progress_json['stage']}{loss}")

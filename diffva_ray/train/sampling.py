@@ -1,8 +1,8 @@
-"""Training images and the order in which they are seen.
+"""Training images and their order.
 
-Nothing here has state that a crash could lose: which images a step sees, and all of its noise, follow from (seed,
-stage, step) alone, for the global batch; a worker takes its slice. So a resumed run, or one on another number of
-workers, sees the same data in the same order.
+Nothing here has state that a crash could lose: the images and the noise of a step follow from (seed, stage, step)
+alone, for the global batch, of which each worker takes its slice. So a training that is resumed, or runs on another
+number of workers, sees the same data in the same order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ Pixels = NDArray[np.uint8]
 
 
 class ImageSet:
-    """The images of a data set at the model's resolution, as uint8 squares; kept in memory up to ``megabytes``."""
+    """The images of a data set at the model's resolution, as uint8 [size, size].
+
+    If all of them fit into ``megabytes``, they are loaded at once and unreadable ones are removed; otherwise they are
+    read in each step. ``unreadable`` maps the path of an unreadable image to the reason.
+    """
 
     def __init__(self, dataset: Dataset, size: int, megabytes: int = 1024) -> None:
         self.store, self.size, self.bits = dataset.store, size, dataset.bits
@@ -39,9 +43,10 @@ class ImageSet:
                 loaded = list(pool.map(self._load, range(len(self.images))))
             good = [n for n, pixels in enumerate(loaded) if pixels is not None]
             self.images = [self.images[n] for n in good]
-            self._memory = {at: pixels for at, n in enumerate(good) if (pixels := loaded[n]) is not None}
+            self._memory = {index: pixels for index, n in enumerate(good) if (pixels := loaded[n]) is not None}
 
     def _load(self, index: int) -> Pixels | None:
+        """Read one image; None, with an entry in ``unreadable``, if that fails."""
         image = self.images[index]
         try:
             data = self.store.read(image.path)
@@ -52,29 +57,28 @@ class ImageSet:
             return None
 
     def sha256(self) -> list[str]:
-        """sha256 (hex) of every readable image's file, sorted; images that no step has read yet are read now."""
+        """Return the sha256 (hex) of every readable image's file, sorted. Reads images that no step has read yet."""
         unread = [n for n, image in enumerate(self.images) if image.path not in self._hashes]
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(self._load, unread))
         return sorted({self._hashes[image.path] for image in self.images if image.path in self._hashes})
 
-    def of_class(self, label: str) -> list[int]:
-        return [n for n, image in enumerate(self.images) if image.label == label]
-
     def pixels(self, index: int) -> Pixels:
-        """One image [size, size]; an unreadable one is replaced by the next readable image of its class."""
+        """Return one image [size, size]; an unreadable one is replaced by the next readable image of its class."""
         if index in self._memory:
             return self._memory[index]
-        same = self.of_class(self.images[index].label)
-        for turn in range(len(same)):
-            pixels = self._load(same[(same.index(index) + turn) % len(same)])
+        label = self.images[index].label
+        members = [n for n, image in enumerate(self.images) if image.label == label]
+        start = members.index(index)
+        for candidate in members[start:] + members[:start]:
+            pixels = self._load(candidate)
             if pixels is not None:
                 return pixels
-        raise UnusableData(f"no readable image of class {self.images[index].label}")
+        raise UnusableData(f"no readable image of class {label}")
 
     def batch(self, indices: Sequence[int]) -> torch.Tensor:
-        """Images float32 [n, size, size] in [0, 1]."""
-        if self.cached:  # every step comes here: no threads for what lies in memory
+        """Return images, float32 [n, size, size] in [0, 1]."""
+        if self.cached:  # images in memory need no threads
             squares = [self.pixels(index) for index in indices]
         else:
             with ThreadPoolExecutor(8) as pool:
@@ -83,9 +87,12 @@ class ImageSet:
 
 
 class ImageOrder:
-    """Which image stands at position g of a stage's endless sequence: classes in a fixed pattern by weight, and within
-    a class one seeded permutation after the other, so that every image is seen once before any is seen twice. Images
-    ``held_out`` never come."""
+    """The endless sequence of a stage's training images; ``order[position]`` is an image index.
+
+    Classes alternate in a fixed pattern by ``weights`` (empty: all classes equally). Within a class, one seeded
+    permutation follows the other, so that every image comes once before any comes twice. Images whose index is in
+    ``held_out`` are left out. Raises UnusableData for a class that has no image.
+    """
 
     def __init__(
         self, images: Sequence[LabelledImage], weights: Mapping[str, int], seed: int, held_out: Container[int] = ()
@@ -103,16 +110,17 @@ class ImageOrder:
         self.pattern = _interleave(weights)
 
     def __getitem__(self, position: int) -> int:
-        cycle, place = divmod(position, len(self.pattern))
-        label = self.pattern[place]
-        seen = cycle * self.pattern.count(label) + self.pattern[:place].count(label)
-        epoch, turn = divmod(seen, len(self.members[label]))
-        return self.members[label][_permutation(self.seed, label, epoch, len(self.members[label]))[turn]]
+        cycle, offset = divmod(position, len(self.pattern))
+        label = self.pattern[offset]
+        members = self.members[label]
+        seen = cycle * self.pattern.count(label) + self.pattern[:offset].count(label)
+        epoch, rank = divmod(seen, len(members))
+        return members[_permutation(self.seed, label, epoch, len(members))[rank]]
 
 
 def _interleave(weights: Mapping[str, int]) -> list[str]:
-    """Each label ``weight`` times, spread evenly: Normal 2, COVID 1 -> Normal COVID Normal."""
-    placed = [((turn + 0.5) / weight, label) for label, weight in weights.items() for turn in range(weight)]
+    """Repeat each label ``weight`` times, spread evenly: Normal 2, COVID 1 -> Normal COVID Normal."""
+    placed = [((n + 0.5) / weight, label) for label, weight in weights.items() for n in range(weight)]
     return [label for _, label in sorted(placed)]
 
 
@@ -122,5 +130,5 @@ def _permutation(seed: int, label: str, epoch: int, n: int) -> NDArray[np.int64]
 
 
 def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
-    """The CPU generator of everything random in one step."""
+    """Return the CPU generator for everything random in one step."""
     return torch.Generator("cpu").manual_seed(int(digest([seed, stage, step])[:16], 16) >> 1)

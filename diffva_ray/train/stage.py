@@ -1,5 +1,5 @@
-"""What the loop knows of a stage: its networks with an optimizer each (trainables), and their losses. One file per
-kind."""
+"""Interface between the loop and a stage: trainables (networks with an optimizer each), their losses, and hooks. Each
+kind of stage has its own file."""
 
 from __future__ import annotations
 
@@ -20,72 +20,70 @@ from diffva_ray.train.sampling import ImageSet
 
 @dataclass(frozen=True)
 class Batch:
-    """A share of one step's global batch. Everything random is drawn for the whole batch, from ``generator``, and then
-    restricted to ``rows``: shares of any size, on any number of workers, see the same noise."""
+    """A share of one step's global batch. Random numbers are drawn for the whole batch and then restricted to ``rows``,
+    so that shares of any size, on any number of workers, get the same noise."""
 
-    step: int
+    step: int  # within the stage, counted from 0
     size: int  # images of the global batch
-    rows: list[int]
-    generator: torch.Generator
+    rows: list[int]  # indices of this share in the global batch
+    generator: torch.Generator  # of the step, on the CPU
 
     def positions(self) -> list[int]:
-        """Where this share stands in the stage's endless sequence of images."""
+        """Return the share's positions in the stage's ``ImageOrder``."""
         return [self.step * self.size + row for row in self.rows]
 
     def normal(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """Standard normal noise [rows, *shape] on the device of ``like``."""
+        """Return standard normal noise [rows, *shape] on the device of ``like``."""
         return torch.randn((self.size, *shape), generator=self.generator)[self.rows].to(like.device)
 
     def uniform(self, *shape: int) -> torch.Tensor:
-        """Uniform numbers [rows, *shape] in [0, 1)."""
+        """Return uniform numbers [rows, *shape] in [0, 1)."""
         return torch.rand(self.size, *shape, generator=self.generator)[self.rows]
 
 
 @dataclass
 class Trainable:
-    """One network with an optimizer of its own. ``loss(network, batch)`` is a mean over the batch's rows; ``network``
-    is the trainable's own, wrapped for several workers."""
+    """One network with its own optimizer."""
 
-    name: str
+    name: str  # for logs
     network: nn.Module
-    loss: Callable[[nn.Module, Batch], torch.Tensor]
-    learning_rate: float | None = None  # of the stage where None
-    shardable: bool = False  # nobody but ``loss`` reads the network while it trains
+    loss: Callable[[nn.Module, Batch], torch.Tensor]  # mean over the rows; called with the network as wrapped for DDP
+    learning_rate: float | None = None  # None: the stage's
+    shardable: bool = False  # whether only ``loss`` reads the network while it trains
 
 
 @dataclass
 class StageContext:
-    """What a stage is made from."""
+    """Everything that stages are built from."""
 
-    bundle: Bundle
+    bundle: Bundle  # the model's networks
     images: ImageSet
-    seed: int
+    seed: int  # of the recipe
     store: Store  # the model folder
-    cache_megabytes: int = 0  # latents kept in memory, at most
+    cache_megabytes: int = 0  # memory for each cache of a stage: latents, reconstructions, condition images
 
 
 @dataclass
 class Stage:
-    """A stage with nothing in it; kinds override what they have. ``modules`` are kept in checkpoints beside the
-    bundle's own networks."""
+    """Base class of all stages, with hooks that do nothing."""
 
     context: StageContext
     config: StageConfig
-    trainables: list[Trainable] = field(default_factory=list)
-    modules: dict[str, nn.Module] = field(default_factory=dict)
+    trainables: list[Trainable] = field(default_factory=list)  # trained in this order in each step
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # kept in checkpoints, beside the bundle's networks
 
     def start(self) -> None:
-        """Before the first step of the stage: weights that depend on what earlier stages have trained."""
+        """Set weights that depend on earlier stages. Called before the first step, and not again after a resume."""
 
     def begin(self, device: torch.device, first: bool, wait: Callable[[], None]) -> None:
-        """Before the first step of this process: choose what is trainable, prepare data. ``first``: the first worker;
-        ``wait``: until all workers have come here."""
+        """Choose what is trainable and prepare data. Called before the first step of this process. ``first`` is true on
+        the first worker; ``wait()`` returns when all workers have called it."""
 
     def finish(self, device: torch.device) -> None:
-        """After the last step."""
+        """Finish the networks. Called after the last step, on every worker."""
 
     def export(self, store: Store) -> None:
-        """After the last stage, on the first worker: what the bundle does not save by itself."""
+        """Write what the bundle does not save itself. Called after the last stage, on the first worker."""
 
 
 KINDS = {
@@ -100,13 +98,13 @@ KINDS = {
 
 
 def make_stage(context: StageContext, config: AnyStageConfig) -> Stage:
-    """The stage a recipe describes. Raises RecipeError, UnusableData."""
+    """Build the stage that ``config`` describes. Raises RecipeError, UnusableData."""
     if config.trains not in KINDS:
-        raise RecipeError(f"train.stages: nothing trains {config.trains!r}; there are {', '.join(KINDS)}")
+        raise RecipeError(f"train.stages: unknown kind {config.trains!r}; use one of {', '.join(KINDS)}")
     module, _, name = KINDS[config.trains].partition(":")
     return getattr(importlib.import_module(f"diffva_ray.train.{module}"), name)(context, config)
 
 
 def three_channels(images: torch.Tensor) -> torch.Tensor:
-    """Grey images [n, H, W] in [0, 1] as the autoencoder wants them: [n, 3, H, W] in [-1, 1]."""
+    """Convert grey images [n, H, W] in [0, 1] to the autoencoder's input, [n, 3, H, W] in [-1, 1]."""
     return (images[:, None] * 2 - 1).expand(-1, 3, -1, -1)

@@ -1,7 +1,7 @@
-"""``diffva demo``: the whole line on one machine, on phantoms whose lesions are known.
+"""``diffva demo``: training, generation and evaluation on one machine, on phantoms with known lesions.
 
-Images of three seeds: ``train`` for the model, ``validation`` for thresholds, ``test`` for the numbers that are shown.
-The paper's own recipe runs on the same model and the same test images, so that its numbers stand beside ours.
+Three image sets have different seeds: ``train`` for the model, ``validation`` for thresholds, ``test`` for the numbers
+that are shown. The paper's settings run on the same model and the same test images, for comparison.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from diffva_ray.workflows.reduce import reduce
 from diffva_ray.workflows.train import train_model
 
 IMAGES = {"train": 3000, "validation": 160, "test": 400}
-SEEDS = {"train": 0, "validation": 1, "test": 3}  # 2 was looked at while the recipe was made
+SEEDS = {"train": 0, "validation": 1, "test": 3}  # seed 2 was used to develop the recipe
 QUICK_IMAGES = {"train": 600, "validation": 32, "test": 64}
 QUICK_STEPS = (120, 160, 60)  # of the recipe's three stages
 PAPER_SETTINGS = ("method=sdedit", "scheduler=pndm", "strength=0.55", "guidance_scale=4.0", "num_inference_steps=75",
@@ -35,30 +35,39 @@ PAPER_SETTINGS = ("method=sdedit", "scheduler=pndm", "strength=0.55", "guidance_
 
 
 def run_demo(out: str, quick: bool = False, seed: int = 0) -> str:
-    """Everything from images to report below ``out``; steps that are done are left alone. Returns where to look."""
+    """Run all steps from images to report below ``out``; steps that are complete are skipped. Returns a closing message
+    with the address of the report."""
     began = time.monotonic()
     recipe = demo_recipe(quick, seed)
+
+    # Make the images.
     images = QUICK_IMAGES if quick else IMAGES
     folders = {name: join(out, "data", name) for name in images}
     model, run = join(out, "model"), join(out, "run")
     for name, folder in folders.items():
         make_phantoms(folder, images[name], recipe.model.resolution, 1000 * seed + SEEDS[name])
+
     with session.connect():
+        # Train one model.
         train_model(recipe, folders["train"], model)
         trained = time.monotonic() - began
+
+        # Generate and reduce: validation before test, which takes its thresholds; our recipe, then the paper's.
         validation, paper = join(out, "validation"), join(out, "paper")
         changes = [f"generate.{setting}" for setting in PAPER_SETTINGS]
         paper_recipe = make_recipe(recipe.model_dump(mode="json"), changes)
         results: dict[str, dict[str, Any]] = {}
-        for folder, data, used, thresholds in (
+        for folder, data, settings, thresholds in (
             (validation, "validation", recipe, None),
             (run, "test", recipe, validation),
             (join(out, "paper-validation"), "validation", paper_recipe, None),
             (paper, "test", paper_recipe, join(out, "paper-validation")),
         ):
-            generate_run(used, folders[data], model, folder, Request())
-            options = Options(resize=used.evaluate.resize, threshold_from=thresholds)
+            generate_run(settings, folders[data], model, folder, Request())
+            options = Options(resize=settings.evaluate.resize, threshold_from=thresholds)
             results[folder] = reduce(open_run(folder), options).metrics
+
+    # Write the report and print the comparison.
     page = write_report(open_run(run))
     print_demo(results[run], results[paper])
     took = duration(time.monotonic() - began)
@@ -66,7 +75,7 @@ def run_demo(out: str, quick: bool = False, seed: int = 0) -> str:
 
 
 def demo_recipe(quick: bool, seed: int) -> Recipe:
-    """The phantom recipe; ``quick`` has fewer steps of everything."""
+    """Return the phantom recipe; ``quick`` has fewer training steps."""
     changes = [f"seed={seed}"]
     if quick:
         changes += [f"train.stages.{n}.steps={steps}" for n, steps in enumerate(QUICK_STEPS)]
@@ -74,7 +83,7 @@ def demo_recipe(quick: bool, seed: int) -> Recipe:
     return load_recipe("phantom", changes)
 
 
-GOALS = {
+GOALS = {  # column of the table: what a full demo should reach
     "flip rate": ">= 0.95",
     "AUROC in lungs": ">= 0.94",
     "Dice at fixed threshold": ">= 0.72",
@@ -83,9 +92,9 @@ GOALS = {
 
 
 def print_demo(ours: dict[str, Any], paper: dict[str, Any]) -> None:
-    """Our recipe, the paper's and the trivial baselines side by side, on the test images."""
+    """Print our recipe, the paper's settings and trivial baselines in one table, on the test images."""
     table = Table(
-        title="Healthy counterfactuals of the test phantoms (positive part of the map; all classes)",
+        title="Healthy counterfactuals of the test phantoms (positive part of the attribution map; all classes)",
         title_justify="left",
     )
     for head in ("", *GOALS):
@@ -95,20 +104,23 @@ def print_demo(ours: dict[str, Any], paper: dict[str, Any]) -> None:
     for name in ("brightness", "autoencoder_difference", "centre_prior"):
         table.add_row(f"baseline: {name.replace('_', ' ')}", *_numbers(ours, name, counterfactual=False))
     table.add_section()
-    table.add_row("to be reached by a full demo", *GOALS.values())
+    table.add_row("goals of a full demo", *GOALS.values())
     terminal().print(table)
 
 
 def _numbers(metrics: dict[str, Any], name: str, counterfactual: bool) -> list[str]:
-    def of(table: str, **match: Any) -> dict[str, Any]:
+    """Cells of one row, for the attribution map ``name``; baselines have no ``counterfactual``."""
+
+    def overall_row(table: str, **match: Any) -> dict[str, Any]:
         rows = [row for row in metrics.get(table, []) if all(row[key] == value for key, value in match.items())]
         return overall(rows) or {}
 
-    place = of("localization", map=name)
+    localization = overall_row("localization", map=name)
+    has_judge = not metrics.get("judge", {}).get("problem")
     values = [
-        of("validity").get("flip_rate") if counterfactual and not metrics.get("judge", {}).get("problem") else None,
-        place.get("auroc"),
-        place.get("dice_fixed"),
-        of("ground_truth").get("lesion_error_ratio") if counterfactual else None,
+        overall_row("validity").get("flip_rate") if counterfactual and has_judge else None,
+        localization.get("auroc"),
+        localization.get("dice_fixed"),
+        overall_row("ground_truth").get("lesion_error_ratio") if counterfactual else None,
     ]
     return ["" if value is None else f"{value:.3f}" for value in values]

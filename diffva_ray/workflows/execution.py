@@ -1,4 +1,4 @@
-"""How the work of a command is carried out, and with which recipe."""
+"""Options that several commands share: how a run is executed, and with which recipe."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from diffva_ray.config.recipe import (
 from diffva_ray.model.card import UnusableModel, read_card
 from diffva_ray.storage.store import open_store
 
-Executor = Literal["ray", "inline"]  # on a Ray, or a plain loop in this process
+Executor = Literal["ray", "inline"]  # on Ray, or in a plain loop in this process
 
 
 def model_recipe(model: str, recipe: str | None, overrides: tuple[str, ...]) -> Recipe:
-    """The recipe to work with a model: the one named, or the one the model was trained with."""
+    """Load ``recipe`` if given, otherwise the recipe that the model was trained with. Raises UnusableModel if there is
+    neither."""
     if recipe is not None:
         return load_recipe(recipe, overrides)
     card = read_card(open_store(model))
@@ -30,9 +31,9 @@ def model_recipe(model: str, recipe: str | None, overrides: tuple[str, ...]) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How a run is carried out; none of it changes a pixel."""
+    """How a run is executed; no field changes a pixel."""
 
-    executor: Executor = "ray"
-    actors: int | None = None
-    gpus_per_actor: float | None = None
-    allow_environment_change: bool = False
+    executor: Executor = "ray"  # ``inline``: one plain loop in this process
+    actors: int | None = None  # None: one for each GPU, or for each CPU if there is no GPU
+    gpus_per_actor: float | None = None  # None: 1 if the cluster has GPUs, otherwise 0
+    allow_environment_change: bool = False  # continue a run with another torch version or kind of device

@@ -1,4 +1,4 @@
-"""What a run would do, and what it would cost: ``diffva generate --dry-run``."""
+"""``diffva generate --dry-run``: what a run would do, and what it would cost."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import check_plan, generate_run, model_digest_of, requested_images
 from diffva_ray.workflows.status import read_status
 
-ROW_BYTES = 1500  # of a record in a shard of ordinary size: its row and its features
+ROW_BYTES = 1500  # of a record's row and features, in a shard of usual size
 
 
 def planned(recipe: Recipe, data: str, model: str, out: str, request: Request) -> dict[str, Any]:
-    """What ``diffva generate`` would do, for ``--dry-run``; nothing is written. Raises what it would raise, but for
-    what depends on the device."""
+    """Return what ``diffva generate`` would do, without writing anything. Raises the same errors, except for those that
+    depend on the device."""
+    # A run that exists is continued.
     run = find_run(open_store(out))
     if run is not None:
         keys = pixel_keys(recipe, request, model_digest_of(model), torch_version(), run.keys["device"])
         continue_run(run, {**keys, **{key: run.keys.get(key) for key in ENVIRONMENT}})
         return {"out": out, "records": run.about["records"], "shards": run.shards, "pending": len(run.pending())}
+
+    # Otherwise a new run is planned.
     table = make_plan(requested_images(recipe, data, request), recipe, request)
     check_plan(recipe, model, table)
     shards = len(set(table["shard"].to_pylist()))
@@ -44,8 +47,8 @@ def planned(recipe: Recipe, data: str, model: str, out: str, request: Request) -
 def planned_cost(
     recipe: Recipe, intent: dict[str, Any], out: str, request: Request, execution: Execution, pace: Pace | None
 ) -> dict[str, Any]:
-    """What is left to do at ``out`` costs: counted (``generate.cost.cost``), and estimated at ``pace``, or else at
-    that of the run's own finished shards, if it has any."""
+    """Return the cost of the remaining work at ``out``: counts (``generate.cost.cost``), and estimates if a pace is
+    known, either the given one or that of the run's finished shards."""
     run = find_run(open_store(out))
     records, sweep = intent["records"], request.sweep
     if run is not None:
@@ -54,63 +57,65 @@ def planned_cost(
         if pace is None and status["done"]:
             seconds = sum(status["seconds_by_stage"].values()) / status["done"]
             pace = Pace(seconds, None, run.keys["device"])
-    found = cost(recipe, sweep, records)
+    total = cost(recipe, sweep, records)
     if pace is not None:
-        found |= estimate(pace, records, execution.actors, execution.gpus_per_actor)
-    return found
+        total |= estimate(pace, records, execution.actors, execution.gpus_per_actor)
+    return total
 
 
 def probe(recipe: Recipe, data: str, model: str, request: Request) -> Pace:
-    """The pace of this machine: a small run of two micro-batches in a temporary folder, of which the second counts; the
-    first warms up. Where there are fewer images, the first counts. Of a sweep, its first setting is run, and the
-    seconds are scaled by the UNet forwards of all. Raises UnusableData when no image can be generated."""
+    """Measure the pace of this machine with a small run of two micro-batches in a temporary folder. The second one is
+    measured, the first one warms up; with fewer images, the first one is measured. Of a sweep, only the first setting
+    is run, and the seconds are scaled by the UNet forwards of all. Raises UnusableData if no image can be generated."""
     size = recipe.generate.micro_batch
     small = make_recipe(recipe.model_dump(mode="json"), [f"generate.shard_size={size}"])
-    one = tuple((key, values[:1]) for key, values in request.sweep)
-    first = replace(request, limit=min(request.limit or 2 * size, 2 * size), sweep=one)
+    first_setting = tuple((key, values[:1]) for key, values in request.sweep)
+    short = replace(request, limit=min(request.limit or 2 * size, 2 * size), sweep=first_setting)
     with tempfile.TemporaryDirectory(prefix="diffva-probe-") as folder:
-        generate_run(small, data, model, folder, first, Execution(executor="inline"))
+        generate_run(small, data, model, folder, short, Execution(executor="inline"))
         run = open_run(folder)
-        shard = run.shards - 1 if run.shard_sizes()[run.shards - 1] == size else 0  # a padded one costs as much
+        shard = run.shards - 1 if run.shard_sizes()[run.shards - 1] == size else 0  # a padded batch costs the same
         images = [file for kind in FOLDERS for file in (Path(folder) / kind / part(shard)).glob("*.png")]
         if not images:
             raise UnusableData(
                 f"--probe: none of the first images of {data} could be generated; see diffva inspect {data}"
             )
+
+        # Seconds and bytes of one record.
         seconds = sum(json.loads(run.store.read(f"timings/{part(shard)}.json")).values()) / run.shard_sizes()[shard]
         stored = sum(file.stat().st_size for file in images) / (len(images) / len(FOLDERS)) + ROW_BYTES
         if request.sweep:
-            forwards = [cost(recipe, sweep, 1)["unet_forwards_per_record"] for sweep in (request.sweep, one)]
+            forwards = [cost(recipe, sweep, 1)["unet_forwards_per_record"] for sweep in (request.sweep, first_setting)]
             seconds *= forwards[0] / forwards[1] if forwards[1] else 1.0
         return Pace(seconds, stored, run.keys["device"])
 
 
 def micro_batches(recipe: Recipe, model: str) -> dict[int, float]:
-    """Images a second of this machine's engine by micro-batch, doubled until it gains less than a twentieth or does not
-    fit into the device's memory. The image is blank: a network's time does not depend on it. What is chosen is
-    ``generate.micro_batch``, which a run records and keeps, because it changes the last bits of pixels."""
+    """Measure images per second of this machine's engine by micro-batch size, which is doubled until it gains less than
+    5 % or no longer fits into the device's memory. The image is blank, because the time does not depend on it. The size
+    is set as ``generate.micro_batch``; a run records it, because it changes the last bits of pixels."""
     import torch
 
     from diffva_ray.counterfactual.engine import CounterfactualEngine
     from diffva_ray.model.bundle import load
 
     engine = CounterfactualEngine(load(model, recipe), recipe.generate)
-    image, found = np.full((engine.size, engine.size), 0.5, np.float32), dict[int, float]()
+    image, images_per_second = np.full((engine.size, engine.size), 0.5, np.float32), dict[int, float]()
     for size in (1, 2, 4, 8, 16, 32, 64, 128):
         engine.config = recipe.generate.model_copy(update={"micro_batch": size})
         try:
             rates = []
-            for _ in range(4):  # the first one warms up
+            for _ in range(4):  # the first call warms up
                 began = time.perf_counter()
                 engine([image] * size, [engine.settings()] * size, list(range(size)))
                 rates.append(size / (time.perf_counter() - began))
         except (torch.OutOfMemoryError, MemoryError):
             break
-        except RuntimeError as error:  # a CPU's allocator
+        except RuntimeError as error:  # of the allocator of a CPU
             if "allocate memory" not in str(error):
                 raise
             break
-        found[size] = statistics.median(rates[1:])
-        if size > 1 and found[size] < 1.05 * found[size // 2]:
+        images_per_second[size] = statistics.median(rates[1:])
+        if size > 1 and images_per_second[size] < 1.05 * images_per_second[size // 2]:
             break
-    return found
+    return images_per_second

@@ -1,19 +1,16 @@
-"""``diffva generate`` and ``diffva retry``: a run is planned or continued, and its pending shards are carried out."""
+"""``diffva generate`` and ``diffva retry``: plan or continue a run, then execute its pending shards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 
 from diffva_ray.config.methods import METHODS
-from diffva_ray.config.recipe import (
-    GUESS,
-    SOURCE,
-    Recipe,
-)
+from diffva_ray.config.recipe import GUESS, SOURCE, Recipe
 from diffva_ray.data.bit_depth import bit_depth_note
 from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
@@ -22,15 +19,7 @@ from diffva_ray.generate.data_identity import check_same, content_sample, moved
 from diffva_ray.generate.failure_threshold import check_first_shards
 from diffva_ray.generate.keys import keys_now, pixel_keys
 from diffva_ray.generate.plan import PromptTooLong, Request, make_plan
-from diffva_ray.generate.run import (
-    PLAN_FILE,
-    SUCCESS,
-    Run,
-    continue_run,
-    find_run,
-    remember_data,
-    start_run,
-)
+from diffva_ray.generate.run import PLAN_FILE, SUCCESS, Run, continue_run, find_run, remember_data, start_run
 from diffva_ray.model.card import UnusableModel, folder_digest, judge_card, prompt_limit, read_card
 from diffva_ray.progress import LOG, Progress
 from diffva_ray.provenance import provenance, torch_version
@@ -38,25 +27,110 @@ from diffva_ray.storage.store import Store, absolute, open_store
 from diffva_ray.workflows.execution import Execution
 
 
-def plan_run(
+def generate_run(
+    recipe: Recipe, data: str, model: str, out: str, request: Request, execution: Execution = Execution()
+) -> dict[str, int]:
+    """Plan or continue the run at ``out`` and execute all pending shards.
+
+    Args:
+        recipe: Recipe whose ``generate`` section holds the settings.
+        data: Data set (folder, manifest or object store address).
+        model: Model folder.
+        out: Address of the run; a run that exists there is continued.
+        request: Which images and prompts, and which sweep of settings.
+        execution: How the run is executed.
+
+    Returns:
+        Counts of the work that this call did: ``shards``, ``records``, and ``ok`` (records with status ok).
+
+    Raises:
+        FingerprintDiffers: ``out`` holds a run with other settings.
+        PlanError: The plan is not possible.
+        UnusableData: The data set cannot be read or has none of the requested images.
+        UnusableModel: The model folder cannot be used, or lacks a network that the method needs.
+    """
+    with _device(execution) as device:
+        run = _plan_or_continue(recipe, data, model, out, request, execution, device)
+        return _execute(run, model, execution)
+
+
+def retry_run(
+    run: Run, execution: Execution = Execution(), data: str | None = None, model: str | None = None
+) -> dict[str, int]:
+    """Generate the quarantined records again, into an overlay of the run.
+
+    Args:
+        run: The run.
+        execution: How the overlay is executed.
+        data: Address of the data set, if it has moved.
+        model: Address of the model folder, if it has moved.
+
+    Returns:
+        Counts as of ``generate_run``; zeros if no record is quarantined.
+
+    Raises:
+        PlanError: The run cannot be retried.
+        FingerprintDiffers: The environment or the model differs from the run's.
+    """
+    # Apply new addresses of data and model.
+    if data is not None or model is not None:
+        run = moved(run, data) if data is not None else run
+        run = replace(run, about={**run.about, "model": absolute(model or run.about["model"])})
+
+    with _device(execution) as device:
+        # Plan the overlay: it holds the quarantined records alone.
+        keys = keys_now(run, torch_version(), device)
+        overlay = start_retry(continue_run(run, keys, execution.allow_environment_change))
+        if overlay is None:
+            return {"shards": 0, "records": 0, "ok": 0}
+
+        # Execute it; tables that exist describe the old records.
+        run.store.delete(SUCCESS)
+        remember_data(run)
+        addresses = {key: run.about[key] for key in ("data", "data_root")}
+        return _execute(replace(overlay, about={**overlay.about, **addresses}), run.about["model"], execution)
+
+
+@contextmanager
+def _device(execution: Execution) -> Iterator[str]:
+    """Connect to Ray unless the executor is ``inline``; yields the kind of device, cuda or cpu, that generates."""
+    if execution.executor == "inline":
+        from diffva_ray.counterfactual.engine import device_kind
+
+        yield device_kind()
+        return
+    from diffva_ray.distributed import session
+
+    with session.connect() as private:
+        gpus = execution.gpus_per_actor
+        if private and gpus:
+            session.check_resources(f"--gpus-per-actor {gpus:g}", GPU=gpus)
+        # Requested GPUs are waited for: an autoscaling cluster may have none yet.
+        yield "cuda" if (session.gpus() if gpus is None else gpus) else "cpu"
+
+
+def _plan_or_continue(
     recipe: Recipe, data: str, model: str, out: str, request: Request, execution: Execution, device: str
 ) -> Run:
-    """The run at ``out``: planned now, or found there and continued. Raises FingerprintDiffers, PlanError."""
+    """Return the run at ``out``: planned now, or an existing one whose fingerprint agrees."""
     store = open_store(out)
     keys = pixel_keys(recipe, request, model_digest_of(model), torch_version(), device)
     run = find_run(store)
     if run is not None:
         run = continue_run(run, keys, execution.allow_environment_change)
     if run is None or not store.exists(PLAN_FILE):
-        run = _planned(recipe, data, model, store, request, run.about["keys"] if run else keys)
+        run = _plan(recipe, data, model, store, request, run.about["keys"] if run else keys)
     return moved(run, data)
 
 
-def _planned(recipe: Recipe, data: str, model: str, store: Store, request: Request, keys: dict[str, Any]) -> Run:
-    """The run at ``store``, planned now, or just now by another process."""
+def _plan(recipe: Recipe, data: str, model: str, store: Store, request: Request, keys: dict[str, Any]) -> Run:
+    """Plan a run and write it to ``store``; returns another process's run if that one was first."""
+    # Choose the images.
     dataset = requested_images(recipe, data, request)
     for note in (*dataset.notes, *filter(None, [bit_depth_note(dataset)])):
         LOG.info("data: %s", note)
+
+    # Describe where everything comes from.
     about = {
         "recipe": recipe.model_dump(mode="json"),
         "data": absolute(data),
@@ -67,89 +141,16 @@ def _planned(recipe: Recipe, data: str, model: str, store: Store, request: Reque
         "judge": judge_card(open_store(model)),
         **provenance(),
     }
+
+    # Plan all records, and write the plan if the model can carry it out.
     plan = make_plan(dataset, recipe, request)
     check_plan(recipe, model, plan)
     return start_run(store, plan, keys, about)
 
 
-def model_digest_of(model: str) -> str:
-    card = read_card(open_store(model))
-    return str(card["digest"]) if card else folder_digest(open_store(model).local_folder())
-
-
-def check_plan(recipe: Recipe, model: str, plan: pa.Table) -> None:
-    """Whether the model can do what is planned. Raises UnusableModel, PromptTooLong."""
-    for method in plan["method"].unique().to_pylist():
-        check_needs(model, method)
-    check_prompts(model, plan["prompt"].unique().to_pylist())
-    check_prompts(model, other_prompts(recipe), "generate.source_prompt or negative_prompt")
-
-
-def other_prompts(recipe: Recipe) -> list[str]:
-    """The prompts that a method reads beside the record's own, where they are words."""
-    config = recipe.generate
-    return [prompt for prompt in (config.source_prompt, config.negative_prompt) if prompt not in ("", GUESS, SOURCE)]
-
-
-def check_needs(model: str, method: str) -> None:
-    """Raises UnusableModel when the method needs a network that the model folder has not."""
-    needed = METHODS[method].needs
-    if needed and not open_store(model).exists(f"{needed}/config.json"):
-        kind = needed.replace("_", "-")
-        raise UnusableModel(
-            f"--model {model}: method {method} needs a {kind}, which this model has not; train one with a stage that "
-            f"`trains: {kind}`"
-        )
-
-
-def check_prompts(model: str, prompts: Sequence[str], option: str = "--prompt") -> None:
-    """Raises PromptTooLong for a prompt that the model would cut."""
-    limit, long = prompt_limit(open_store(model), prompts)
-    if long:
-        shown = long[0] if len(long[0]) <= 60 else long[0][:59] + "…"
-        raise PromptTooLong(f"{option} {shown!r}: more than the {limit} tokens this model reads; make it shorter")
-
-
-def requested_images(recipe: Recipe, data: str, request: Request) -> Dataset:
-    """The images of the classes asked for; by default of all but the healthy one."""
-    if request.classes is not None:
-        return open_dataset(data, recipe.data, request.classes)
-    dataset = open_dataset(data, recipe.data)
-    healthy = recipe.data.healthy_class
-    images = [image for image in dataset.images if image.label != healthy]
-    if not images:
-        raise UnusableData(
-            f"--data {data}: holds only the healthy class {healthy}; name what to generate with --classes"
-        )
-    return replace(dataset, images=images)
-
-
-def generate_run(
-    recipe: Recipe, data: str, model: str, out: str, request: Request, execution: Execution = Execution()
-) -> dict[str, int]:
-    """Plan or continue the run at ``out`` and carry out all pending shards; returns counts of the work done now."""
-    return _with_device(
-        execution,
-        lambda device: _carry_out(plan_run(recipe, data, model, out, request, execution, device), model, execution),
-    )
-
-
-def _with_device(execution: Execution, work: Callable[[str], dict[str, int]]) -> dict[str, int]:
-    """``work(device)`` with the kind of device that the records will be made on; on Ray, inside a session."""
-    if execution.executor == "inline":
-        from diffva_ray.counterfactual.engine import device_kind
-
-        return work(device_kind())
-    from diffva_ray.distributed import session
-
-    with session.connect() as private:
-        if private and execution.gpus_per_actor:
-            session.check_room(f"--gpus-per-actor {execution.gpus_per_actor:g}", GPU=execution.gpus_per_actor)
-        share = execution.gpus_per_actor  # asked for, it is waited for: an autoscaling cluster has no GPU yet
-        return work("cuda" if (session.gpus() if share is None else share) else "cpu")
-
-
-def _carry_out(run: Run, model: str, execution: Execution) -> dict[str, int]:
+def _execute(run: Run, model: str, execution: Execution) -> dict[str, int]:
+    """Execute the pending shards of a planned run; returns counts of the work done."""
+    # Find out what is left to do.
     pending = run.pending()
     total, shards = run.about["records"], run.shards
     if not pending:
@@ -158,10 +159,14 @@ def _carry_out(run: Run, model: str, execution: Execution) -> dict[str, int]:
     sizes = run.shard_sizes()
     done = total - sum(sizes[shard] for shard in pending)
     LOG.info("%s: %d records in %d shards, %d shards pending", run.store.uri, total, shards, len(pending))
+
+    # Check that the images are those of the plan, and prepare the run folder.
     check_same(run, run.data)
     remember_data(run)
-    run.store.delete(SUCCESS)  # what is committed from here on is in no table yet
+    run.store.delete(SUCCESS)  # existing tables will not contain the records committed from now on
     run.store.sweep()
+
+    # Count and check each shard as it is committed.
     progress = Progress("generated", total, "records", done=done)
     counts = {"shards": 0, "records": 0, "ok": 0}
 
@@ -173,42 +178,66 @@ def _carry_out(run: Run, model: str, execution: Execution) -> dict[str, int]:
         progress.update(done + counts["records"], f"{bad} quarantined" if bad else "")
         check_first_shards(run, counts)
 
+    # Generate: in a plain loop, or on a pool of actors.
+    images = run.about["data_root"]
     if execution.executor == "inline":
         from diffva_ray.generate.shard import WorkerContext, run_shard
 
-        bench = WorkerContext.open(run.store.uri, run.about["data_root"], model)
+        context = WorkerContext.open(run.store.uri, images, model)
         for shard in pending:
-            on_shard(run_shard(bench, shard))
+            on_shard(run_shard(context, shard))
     else:
         from diffva_ray.distributed.generate import generate
 
-        generate(
-            run.store.uri, run.about["data_root"], absolute(model), pending, on_shard,
-            execution.actors, execution.gpus_per_actor,
-        )  # fmt: skip
+        actors, gpus = execution.actors, execution.gpus_per_actor
+        generate(run.store.uri, images, absolute(model), pending, on_shard, actors, gpus)
     return counts
 
 
-def retry_run(
-    run: Run, execution: Execution = Execution(), data: str | None = None, model: str | None = None
-) -> dict[str, int]:
-    """Make the quarantined records again, as an overlay; returns counts of the work done now (none: nothing to retry).
+def requested_images(recipe: Recipe, data: str, request: Request) -> Dataset:
+    """Return the images of the requested classes; by default of all classes but the healthy one."""
+    if request.classes is not None:
+        return open_dataset(data, recipe.data, request.classes)
+    dataset = open_dataset(data, recipe.data)
+    healthy = recipe.data.healthy_class
+    images = [image for image in dataset.images if image.label != healthy]
+    if not images:
+        raise UnusableData(
+            f"--data {data}: contains only the healthy class {healthy}; name the classes to generate with --classes"
+        )
+    return replace(dataset, images=images)
 
-    ``data`` and ``model`` are where they are now, if they have moved. Raises PlanError, FingerprintDiffers.
-    """
-    if data is not None or model is not None:
-        run = moved(run, data) if data is not None else run
-        run = replace(run, about={**run.about, "model": absolute(model or run.about["model"])})
 
-    def carry_out(device: str) -> dict[str, int]:
-        now = keys_now(run, torch_version(), device)
-        permitted = continue_run(run, now, execution.allow_environment_change)
-        overlay = start_retry(permitted)
-        if overlay is None:
-            return {"shards": 0, "records": 0, "ok": 0}
-        run.store.delete(SUCCESS)  # its tables are of the records as they were
-        remember_data(run)
-        there = replace(overlay, about={**overlay.about, **{key: run.about[key] for key in ("data", "data_root")}})
-        return _carry_out(there, run.about["model"], execution)
+def model_digest_of(model: str) -> str:
+    """Return the digest of the model's weights: from its card, or computed if it has none."""
+    card = read_card(open_store(model))
+    return str(card["digest"]) if card else folder_digest(open_store(model).local_folder())
 
-    return _with_device(execution, carry_out)
+
+def check_plan(recipe: Recipe, model: str, plan: pa.Table) -> None:
+    """Check that the model can do what is planned. Raises UnusableModel, PromptTooLong."""
+    for method in plan["method"].unique().to_pylist():
+        _check_network(model, method)
+    _check_prompts(model, plan["prompt"].unique().to_pylist(), "--prompt")
+    config = recipe.generate
+    further = [prompt for prompt in (config.source_prompt, config.negative_prompt) if prompt not in ("", GUESS, SOURCE)]
+    _check_prompts(model, further, "generate.source_prompt or negative_prompt")
+
+
+def _check_network(model: str, method: str) -> None:
+    """Raise UnusableModel if the method needs a network that the model folder lacks."""
+    needed = METHODS[method].needs
+    if needed and not open_store(model).exists(f"{needed}/config.json"):
+        kind = needed.replace("_", "-")
+        raise UnusableModel(
+            f"--model {model}: method {method} needs a {kind}, which this model lacks; train one with a stage that "
+            f"`trains: {kind}`"
+        )
+
+
+def _check_prompts(model: str, prompts: Sequence[str], option: str) -> None:
+    """Raise PromptTooLong for a prompt that the model would truncate."""
+    limit, too_long = prompt_limit(open_store(model), prompts)
+    if too_long:
+        displayed = too_long[0] if len(too_long[0]) <= 60 else too_long[0][:59] + "…"
+        raise PromptTooLong(f"{option} {displayed!r}: more than the {limit} tokens this model reads; make it shorter")

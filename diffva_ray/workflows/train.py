@@ -1,4 +1,4 @@
-"""``diffva train``: a training is begun, continued, or found done."""
+"""``diffva train``: start a training, resume it, or find that it is complete."""
 
 from __future__ import annotations
 
@@ -10,38 +10,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from diffva_ray.config.recipe import (
-    Recipe,
-    fingerprint,
-    fingerprint_difference,
-)
+from diffva_ray.config.recipe import Recipe, fingerprint, fingerprint_difference
 from diffva_ray.data.bit_depth import bit_depth_note
 from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.generate.run import (
-    FingerprintDiffers,
-)
+from diffva_ray.generate.run import FingerprintDiffers
 from diffva_ray.model.card import TRAINING, UnusableModel, read_card
 from diffva_ray.progress import LOG
 from diffva_ray.provenance import provenance
 from diffva_ray.schema import digest
 from diffva_ray.storage.store import absolute, is_local, open_store
 from diffva_ray.workflows.execution import Executor
-
-
-def training_keys(recipe: Recipe, data: str) -> tuple[dict[str, Any], Dataset]:
-    """What makes two trainings the same one, and the images."""
-    dataset = open_dataset(data, recipe.data)
-    wanted = {label for stage in recipe.train.stages for label in stage.classes}
-    absent = sorted(wanted - set(dataset.classes))
-    if absent:
-        raise UnusableData(
-            f"--data {data}: no image of class {absent[0]!r}, which the recipe trains on; there are "
-            f"{', '.join(dataset.classes)}"
-        )
-    images = sorted((image.path, image.label, image.size, *filter(None, [image.caption])) for image in dataset.images)
-    keys = recipe.model_dump(mode="json", include={"seed", "data", "model", "train"})
-    return {**keys, "images": digest(images)}, dataset
 
 
 def train_model(
@@ -52,85 +31,119 @@ def train_model(
     gpus_per_worker: float | None = None,
     executor: Executor = "ray",
 ) -> bool:
-    """Train (or go on training) and export to ``out``; False when that model is there already.
+    """Train the recipe's stages and export the model to ``out``; resumes a training that was interrupted.
 
-    Raises FingerprintDiffers when ``out`` holds a model of another training.
+    Args:
+        recipe: Recipe whose ``train`` section holds the stages.
+        data: Data set (folder, manifest or object store address) with the training images.
+        out: Model folder.
+        workers: Number of Ray Train workers, or (minimum, maximum).
+        gpus_per_worker: GPUs of each worker; by default 1 if the cluster has GPUs, otherwise 0.
+        executor: ``ray``, or ``inline`` for a plain loop in this process, which ignores ``workers``.
+
+    Returns:
+        Whether training was needed: False if the model is complete already.
+
+    Raises:
+        FingerprintDiffers: ``out`` holds a model of another training.
+        UnusableData: The data set cannot be read or lacks a class of the recipe.
+        UnusableModel: The base model or a checkpoint cannot be used.
+        RecipeError: The recipe asks for something that cannot be built.
     """
+    # Compare with the training that was started at ``out``, if any. Its fingerprint stays valid, also if later
+    # versions of diffva-ray add settings.
     store = open_store(out)
     keys, dataset = training_keys(recipe, data)
     try:
-        before = json.loads(store.read(TRAINING))
+        started_keys = json.loads(store.read(TRAINING))
     except (FileNotFoundError, NotADirectoryError):
-        before = keys
-    old, new = _flat(_with_defaults(before)), _flat(keys)
+        started_keys = keys
+    old, new = _flat(_with_defaults(started_keys)), _flat(keys)
     if changed := fingerprint_difference(old, new):
         raise FingerprintDiffers(out, changed, _short(old), _short(new))
-    mark = fingerprint(before)  # the one it was begun with: its card may carry it
+    training_fingerprint = fingerprint(started_keys)
+
+    # A card marks a complete model.
     card = read_card(store)
     if card is not None:
-        if card.get("training_fingerprint") != mark:
-            raise FingerprintDiffers(
-                out, ["model"], {"model": card.get("training_fingerprint", "a foreign model")}, {"model": mark}
-            )
+        if card.get("training_fingerprint") != training_fingerprint:
+            existing = {"model": card.get("training_fingerprint", "a foreign model")}
+            raise FingerprintDiffers(out, ["model"], existing, {"model": training_fingerprint})
         LOG.info("%s is trained already; nothing to do", out)
         return False
+
+    # Record what is trained, before the first step.
     if note := bit_depth_note(dataset):
         LOG.info("data: %s", note)
-    store.put(TRAINING, json.dumps(before).encode())
-    LOG.info("training recipe %s on %d images, %s workers", recipe.name, len(dataset.images), _spelt(workers))
+    store.put(TRAINING, json.dumps(started_keys).encode())
+    workers_text = str(workers) if isinstance(workers, int) else f"{workers[0]} to {workers[1]}"
+    LOG.info("training recipe %s on %d images, %s workers", recipe.name, len(dataset.images), workers_text)
     about = {**provenance(), "data": absolute(data), "data_kind": dataset.kind}
-    if executor == "inline":
-        from diffva_ray.train.checkpoint import Checkpoints
-        from diffva_ray.train.loop import train
-        from diffva_ray.train.progress import followed
-        from diffva_ray.train.validation import validation_of
 
-        folder = _training_folder(out)
-        keep = Checkpoints(folder, recipe.train.checkpoints_to_keep)
-        with followed(store):
-            train(
-                recipe,
-                data,
-                out,
-                fingerprint=mark,
-                provenance=about,
-                report=keep,
-                resume=keep.latest(),
-                threads=cores(),
-                validate=validation_of(recipe),
-            )
+    # Train: in this process, or on Ray Train workers.
+    if executor == "inline":
+        _train_inline(recipe, data, out, training_fingerprint, about)
         return True
     from diffva_ray.distributed import session
 
     with session.connect() as private:
         from diffva_ray.distributed.train import fit
 
-        fit(
-            recipe.model_dump(mode="json"), absolute(data), absolute(out), mark, about, workers, gpus_per_worker,
-            private,
-        )  # fmt: skip
+        sections = recipe.model_dump(mode="json")
+        images, model = absolute(data), absolute(out)
+        fit(sections, images, model, training_fingerprint, about, workers, gpus_per_worker, private)
     return True
 
 
+def _train_inline(recipe: Recipe, data: str, out: str, training_fingerprint: str, about: dict[str, Any]) -> None:
+    """Train in this process, from the latest checkpoint in ``.train`` of the model folder if there is one."""
+    from diffva_ray.train.checkpoint import Checkpoints
+    from diffva_ray.train.loop import train
+    from diffva_ray.train.progress import followed
+    from diffva_ray.train.validation import validation_of
+
+    if not is_local(out):
+        raise UnusableModel(f"--out {out}: training with --executor inline needs a local folder for its checkpoints")
+    store = open_store(out)
+    checkpoints = Checkpoints(Path(store.uri) / ".train", recipe.train.checkpoints_to_keep)
+    with followed(store):
+        train(
+            recipe,
+            data,
+            out,
+            fingerprint=training_fingerprint,
+            provenance=about,
+            report=checkpoints,
+            resume=checkpoints.latest(),
+            threads=cores(),
+            validate=validation_of(recipe),
+        )
+
+
+def training_keys(recipe: Recipe, data: str) -> tuple[dict[str, Any], Dataset]:
+    """Return the settings and the digest of the images that identify a training, and the data set. Raises UnusableData
+    if the data set lacks a class of the recipe."""
+    dataset = open_dataset(data, recipe.data)
+    used = {label for stage in recipe.train.stages for label in stage.classes}
+    absent = sorted(used - set(dataset.classes))
+    if absent:
+        raise UnusableData(
+            f"--data {data}: no image of class {absent[0]!r}, which the recipe trains on; its classes are "
+            f"{', '.join(dataset.classes)}"
+        )
+    images = sorted((image.path, image.label, image.size, *filter(None, [image.caption])) for image in dataset.images)
+    keys = recipe.model_dump(mode="json", include={"seed", "data", "model", "train"})
+    return {**keys, "images": digest(images)}, dataset
+
+
 def cores() -> int:
-    """Cores that this process may use, which a container or ``taskset`` can make fewer than the machine has."""
+    """Return the number of cores that this process may use; a container or ``taskset`` can limit it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _spelt(workers: int | tuple[int, int]) -> str:
-    return str(workers) if isinstance(workers, int) else f"{workers[0]} to {workers[1]}"
-
-
-def _training_folder(out: str) -> Path:
-    """Where training without Ray keeps its checkpoints: a local folder. Raises UnusableModel for a store."""
-    if not is_local(out):
-        raise UnusableModel(f"--out {out}: training with --executor inline keeps its checkpoints on a local disk")
-    return Path(open_store(out).uri) / ".train"
-
-
 def _with_defaults(keys: dict[str, Any]) -> dict[str, Any]:
-    """Keys of an earlier training, with the defaults of settings that came after it; as they are where a setting has
-    gone since."""
+    """Add the defaults of settings that are newer than an earlier training's keys. Returns the keys unchanged if one of
+    their settings no longer exists."""
     try:
         recipe = Recipe.model_validate({"name": "", **{key: keys[key] for key in keys if key != "images"}})
     except ValidationError:
@@ -139,7 +152,7 @@ def _with_defaults(keys: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Sections and lists as one mapping from dotted keys, as ``--set`` writes them: train.stages.1.steps."""
+    """Flatten sections and lists to one mapping with dotted keys, as in ``--set``: train.stages.1.steps."""
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, (dict, list)):
         items = value.items() if isinstance(value, dict) else enumerate(value)
@@ -148,4 +161,5 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def _short(keys: dict[str, Any]) -> dict[str, Any]:
+    """Replace long values by a digest, for messages."""
     return {key: value if len(str(value)) < 60 else f"digest {digest(value)[:8]}" for key, value in keys.items()}

@@ -42,7 +42,7 @@ WRONG = [
     ("generate --data IMAGES --model MODEL --out x --method masked --scheduler pndm", "give --scheduler ddim"),
     (
         "generate --data IMAGES --model MODEL --out x --method controlnet",
-        "needs a controlnet, which this model has not",
+        "needs a controlnet, which this model lacks",
     ),
     ("generate --data IMAGES --model MODEL --out x --prompt LONG", "more than the 16 tokens this model reads"),
     ("generate --data ftp://a --model MODEL --out x", "ftp://a"),

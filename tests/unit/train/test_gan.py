@@ -130,7 +130,7 @@ def test_the_wasserstein_critics_loss_is_the_papers(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"classes": {"Normal": 1}}, "classes holds Normal"),
+        ({"classes": {"Normal": 1}}, "remove Normal from classes"),
         ({"classes": {"Gout": 1}}, "'Gout' is not in the data"),
         ({"norm_num_groups": 5}, "divisible"),
         ({"block_out_channels": [8] * 7}, "halve images of 32 pixels"),

@@ -17,7 +17,7 @@ from diffva_ray.distributed.session import UnusableCluster, check_address
     ("address", "says"),
     [
         ("http://127.0.0.1:8265", "RAY_API_SERVER_ADDRESS"),
-        ("https://head:8265", "of its dashboard"),
+        ("https://head:8265", "of a Ray dashboard"),
         (" ", "neither HOST:PORT"),
         ("nonsense", "neither HOST:PORT"),
         ("127.0.0.1:", "neither HOST:PORT"),
