@@ -109,7 +109,7 @@ def test_views_and_the_opacity_of_the_map(visit: Visit, page_uri: str) -> None:
     assert page.get_attribute("#lesion", "d").startswith("M")
     page.uncheck("#lesion-on")
     assert not page.is_visible("#lesion")
-    page.get_by_label("Ground-truth counterfactual").check()
+    page.get_by_label("Ground truth").check()
     assert page.is_visible("#truth")
 
 

@@ -1,8 +1,8 @@
-"""The records of the viewer as files that a page from disk can load.
+"""Records of the viewer as JavaScript files that a page opened from disk can load.
 
-A browser lets such a page neither fetch JSON nor import modules, but it does run a script beside it; so every file here
-is one statement that hands its records to the script element that asked for it. The index (what is filtered, sorted and
-listed) is read at once; details (all columns of a record) are read when a record is looked at.
+A browser does not let such a page fetch JSON, but it runs a script beside the page. So each file is one statement that
+passes its records to the script element that loaded it. The index (columns to filter, sort and list) is loaded at
+once; details (all columns of a record) are loaded when the record is viewed.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from diffva_ray.evaluate.records import finished, read_records
-from diffva_ray.evaluate.report.images import Pictured
+from diffva_ray.evaluate.report.images import PanelFiles
 from diffva_ray.evaluate.tables import clean, known
 from diffva_ray.generate.committed import overlays
 from diffva_ray.generate.run import Run, part
 from diffva_ray.schema import Row, Status
 
 FOLDER = "report/data"
-INDEX, DETAILS = 4000, 200  # records of one file
+INDEX_RECORDS, DETAIL_RECORDS = 4000, 200  # records in one file
 BEFORE, AFTER = 'document.currentScript.dispatchEvent(new CustomEvent("records",{detail:', "}));\n"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A score to filter and sort by. ``better``: "high", "low" or nothing."""
+    """A score to filter and sort by."""
 
-    key: str
+    key: str  # column of the record
     title: str
-    digits: int = 3
-    better: str = ""
+    digits: int = 3  # after the decimal point
+    better: str = ""  # "high", "low" or empty
 
 
 MEASURES = (
@@ -54,12 +54,12 @@ INTEGERS = {"ms_ssim_scales", "width", "height", "num_inference_steps", "sample"
 
 
 def scripted(value: Any) -> bytes:
-    """``value`` as a script of pure ASCII; nothing in a JSON literal can end it."""
+    """``value`` as an ASCII script; no JSON string can end the script."""
     return f"{BEFORE}{json.dumps(clean(value), separators=(',', ':'))}{AFTER}".encode()
 
 
 def unscripted(data: bytes) -> Any:
-    """What ``scripted`` was given. Raises ValueError for anything else."""
+    """The value of a file made by ``scripted``. Raises ValueError for other files."""
     text = data.decode()
     if not (text.startswith(BEFORE) and text.endswith(AFTER)):
         raise ValueError("not a file of records")
@@ -67,18 +67,18 @@ def unscripted(data: bytes) -> Any:
 
 
 @dataclass(frozen=True)
-class Earlier:
-    """What an earlier report has left: its pictures by record, and the limit of its colours."""
+class EarlierReport:
+    """What a new report reuses of an earlier one."""
 
-    pictures: dict[str, Pictured]
-    limit: float | None
+    panels: dict[str, PanelFiles]  # by record id
+    limit: float | None  # of the map colours
 
 
-def read_earlier(run: Run) -> Earlier:
-    """The state of an earlier report; empty when there is none, or one of another version."""
+def read_earlier(run: Run) -> EarlierReport:
+    """The state of an earlier report; empty without one, or for one of another version."""
     paths = [entry.path for entry in run.store.list(FOLDER)]
-    names = {field.name for field in fields(Pictured)}
-    pictures: dict[str, Pictured] = {}
+    names = {field.name for field in fields(PanelFiles)}
+    panels: dict[str, PanelFiles] = {}
     limit = None
     try:
         if f"{FOLDER}/index-000.js" in paths:
@@ -87,38 +87,41 @@ def read_earlier(run: Run) -> Earlier:
             for data in pool.map(run.store.read, [path for path in paths if path.startswith(f"{FOLDER}/details-")]):
                 for row in unscripted(data):
                     if row.get("key"):
-                        pictures[row["record_id"]] = Pictured(**{name: row[name] for name in names})
+                        panels[row["record_id"]] = PanelFiles(**{name: row[name] for name in names})
     except (ValueError, KeyError, TypeError, OSError):
-        return Earlier({}, None)
-    return Earlier(pictures, limit)
+        return EarlierReport({}, None)
+    return EarlierReport(panels, limit)
 
 
 def write_catalogue(
-    run: Run, rows: list[Row], pictures: dict[str, Pictured], about: Row, varied: dict[str, str]
+    run: Run, rows: list[Row], panels: dict[str, PanelFiles], about: Row, varied: dict[str, str]
 ) -> int:
-    """Write index and details of ``rows``, and delete what an earlier report had beyond them; returns how many files
-    the index has. ``about`` goes to the page as it is; ``varied``: what a sweep changed, by record id."""
+    """Write index and details of ``rows``, delete other files of an earlier report, return the number of index files.
+
+    ``about`` is passed to the page unchanged; ``varied`` maps record ids to the swept settings of the record.
+    """
+    # all columns of each record
     history = attempts(run)
-    missing = {field.name: None for field in fields(Pictured)} | {"key": "", "truth": False, "lesion": "", "lungs": ""}
+    no_panels = PanelFiles("", False, "", "", None, None)
     full = []
     for row in rows:
-        found = pictures.get(row["record_id"])
-        extra = {"attempts": history.get(row["record_id"], [])}
-        full.append({**_columns(row), **(asdict(found) if found else missing), **extra})
+        files_of_record = asdict(panels.get(row["record_id"], no_panels))
+        full.append({**_columns(row), **files_of_record, "attempts": history.get(row["record_id"], [])})
+    # the values that the index numbers
     measures = [m for m in MEASURES if any(known(row.get(m.key)) for row in full)]
-    labels, statuses = (list(dict.fromkeys(row[key] for row in rows)) for key in ("label", "status"))
-    labels.sort()
-    statuses.sort(key=lambda status: (status != Status.OK.value, status))
+    labels = sorted({row["label"] for row in rows})
+    statuses = sorted({row["status"] for row in rows}, key=lambda status: (status != Status.OK.value, status))
     about = {
         **about, "labels": labels, "statuses": statuses, "measures": [asdict(m) for m in measures],
-        "total": len(rows), "perDetail": DETAILS,
+        "total": len(rows), "perDetail": DETAIL_RECORDS,
     }  # fmt: skip
+    # files
     files: dict[str, bytes] = {}
-    chunks = list(_chunks(full, INDEX)) or [[]]
+    chunks = list(_chunks(full, INDEX_RECORDS)) or [[]]
     for n, chunk in enumerate(chunks):
         index = _index(chunk, labels, statuses, measures, varied)
         files[f"index-{n:03d}.js"] = scripted({"about": about, **index} if n == 0 else index)
-    for n, chunk in enumerate(_chunks(full, DETAILS)):
+    for n, chunk in enumerate(_chunks(full, DETAIL_RECORDS)):
         files[f"details-{n:04d}.js"] = scripted(chunk)
     for name, data in files.items():
         run.store.put(f"{FOLDER}/{name}", data)
@@ -131,7 +134,7 @@ def write_catalogue(
 def _index(
     rows: list[Row], labels: list[str], statuses: list[str], measures: list[Measure], varied: dict[str, str]
 ) -> Row:
-    """Columns, as short as they can be: this is what has to be there before anything is seen."""
+    """The index as short columns, because it must be loaded before anything is displayed."""
     return {
         "id": [row["record_id"] for row in rows],
         "label": [labels.index(row["label"]) for row in rows],
@@ -150,40 +153,38 @@ def _rounded(value: Any) -> float | None:
 
 
 def _columns(row: Row) -> Row:
-    """A record's columns for JSON. Seeds are 64 bits, which a number of JavaScript does not hold."""
-    made: Row = {}
+    """A record's columns for JSON; the 64-bit seed becomes text because a JavaScript number cannot hold it."""
+    result: Row = {}
     for key, value in row.items():
         if not known(value):
-            made[key] = None
+            result[key] = None
         elif key in INTEGERS:
-            made[key] = int(value)
-        elif key == "seed":
-            made[key] = str(int(value))
+            result[key] = int(value)
         else:
-            made[key] = value
-    return made
+            result[key] = str(int(value)) if key == "seed" else value
+    return result
 
 
 def _chunks(rows: list[Row], size: int) -> Iterable[list[Row]]:
-    return (rows[at : at + size] for at in range(0, len(rows), size))
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def attempts(run: Run) -> dict[str, list[Row]]:
-    """How every retried record ended, the first time and at each retry: (try, status, error), oldest first."""
-    found: dict[str, list[Row]] = {}
+    """The outcomes of every retried record, oldest first: (try, status, error) of the first attempt and each retry."""
+    history: dict[str, list[Row]] = {}
     for number, overlay in enumerate(overlays(run), start=1):
-        tried = read_records(overlay)[["record_id", "status", "error"]].to_dict("records")
-        fresh = {row["record_id"] for row in tried} - set(found)
-        for row in _first(run, fresh) if fresh else []:
-            found[row["record_id"]] = [{"try": "first", "status": row["status"], "error": row["error"]}]
-        for row in tried:
-            last = {"try": f"retry {number}", "status": row["status"], "error": row["error"]}
-            found.setdefault(row["record_id"], []).append(last)
-    return found
+        retried = read_records(overlay)[["record_id", "status", "error"]].to_dict("records")
+        new = {row["record_id"] for row in retried} - set(history)
+        for row in _first_attempts(run, new) if new else []:
+            history[row["record_id"]] = [{"try": "first", "status": row["status"], "error": row["error"]}]
+        for row in retried:
+            outcome = {"try": f"retry {number}", "status": row["status"], "error": row["error"]}
+            history.setdefault(row["record_id"], []).append(outcome)
+    return history
 
 
-def _first(run: Run, records: set[str]) -> Iterable[Row]:
-    """Rows of the run's own parts, before any retry was laid over them."""
+def _first_attempts(run: Run, records: set[str]) -> Iterable[Row]:
+    """Rows of the run's own parts, without its retries."""
     plan = run.plan()
     shards = {row["shard"] for row in plan.select(["record_id", "shard"]).to_pylist() if row["record_id"] in records}
     for shard in sorted(shards):
@@ -194,6 +195,6 @@ def _first(run: Run, records: set[str]) -> Iterable[Row]:
 
 
 def counts(records: pd.DataFrame, history: dict[str, list[Row]]) -> Row:
-    """Retried records: how many, and how many of them are ok now."""
+    """Numbers of retried records, and of those that are ok now."""
     ok = set(finished(records)["record_id"])
-    return {"retried": len(history), "mended": sum(record in ok for record in history)}
+    return {"retried": len(history), "fixed": sum(record in ok for record in history)}

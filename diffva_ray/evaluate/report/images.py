@@ -1,7 +1,7 @@
-"""What the viewer shows of an image: its pictures as files beside the page, outlines as paths, its own scores.
+"""Panels of the viewer: two image files for each record, SVG outlines of lesion and lungs, and scores of its map.
 
-Two files a record. The strip has image, counterfactual and, where it is known, the ground-truth counterfactual side by
-side; the map is coloured and transparent where nothing changed, so that it serves both alone and over the image.
+The strip holds image, counterfactual and, if known, the ground-truth counterfactual side by side. The map is coloured,
+and transparent where nothing changed, so it can be displayed alone or over the image.
 """
 
 from __future__ import annotations
@@ -27,68 +27,59 @@ from diffva_ray.metrics.localization import positive, score
 from diffva_ray.schema import Row
 
 FOLDER = "report/images"
-LISTED = 20_000  # records in the viewer, at most
-PIXELS = 1_300_000_000  # of images in the viewer, at most: 20 000 of 256 pixels, 5 000 of 512
-SIDE = 512  # of a picture, at most
-LOSSLESS = 128  # pixels of side up to which a picture is PNG
-BRIGHTER, DARKER = (224, 52, 8), (18, 104, 240)  # than the counterfactual; apart in every common colour blindness
-PICTURES_VERSION = 1  # raised when the pictures of a record change
-BATCH = 256  # records read at a time
+MAX_LISTED = 20_000  # records in the viewer
+MAX_PIXELS = 1_300_000_000  # pixels of all images in the viewer: 20 000 of 256 x 256, 5 000 of 512 x 512
+MAX_SIDE = 512  # pixels of a panel's side
+MAX_PNG_SIDE = 128  # up to this side a strip is PNG, above it WebP
+BRIGHTER, DARKER = (224, 52, 8), (18, 104, 240)  # colours safe for all common kinds of colour blindness
+PANELS_VERSION = 1  # raised when the panels of a record change
+BATCH_SIZE = 256  # records processed at a time
 
 
 @dataclass(frozen=True)
-class Pictured:
-    """``key`` names the two files of a record; ``truth`` is whether the strip has the ground-truth counterfactual;
-    ``lesion`` and ``lungs`` are SVG paths on the grid of the model, empty where unknown; scores are None without a
-    lesion to find."""
+class PanelFiles:
+    """The panels of one record."""
 
-    key: str
-    truth: bool
-    lesion: str
-    lungs: str
-    auroc: float | None
-    dice_best: float | None
+    key: str  # part of the names of its two files
+    truth: bool  # whether the strip includes the ground-truth counterfactual
+    lesion: str  # SVG path on the grid of the model; empty if unknown
+    lungs: str  # likewise
+    auroc: float | None  # of the map; None without a known lesion
+    dice_best: float | None  # likewise
 
 
 @dataclass(frozen=True)
 class Palette:
-    """How maps are coloured: fully from ``limit`` on."""
+    """The colour scale of all maps."""
 
-    limit: float
+    limit: float  # |M| of the full colour
 
     def key(self, row: Row, boxes: Boxes) -> str:
-        """Changes when anything that the pictures of ``row`` show does."""
-        seen = [PICTURES_VERSION, self.limit, boxes.get(row["image_path"])]
-        seen += [
-            row[name]
-            for name in (
-                "image_sha256",
-                "counterfactual_sha256",
-                "attribution_sha256",
-                "lesion_mask_path",
-                "ground_truth_path",
-            )
-        ]
-        return hashlib.sha256(repr(seen).encode()).hexdigest()[:8]
+        """A key that changes whenever the panels of ``row`` do."""
+        columns = ("image_sha256", "counterfactual_sha256", "attribution_sha256", "lesion_mask_path",
+                   "ground_truth_path")  # fmt: skip
+        parts = [PANELS_VERSION, self.limit, boxes.get(row["image_path"]), *(row[name] for name in columns)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
 def strip_file(record: str, key: str, resolution: int) -> str:
-    """Name of the picture of image, counterfactual and ground-truth counterfactual."""
-    return f"{record}-{key}.{'png' if resolution <= LOSSLESS else 'webp'}"
+    """Name of the file with image, counterfactual and ground-truth counterfactual."""
+    return f"{record}-{key}.{'png' if resolution <= MAX_PNG_SIDE else 'webp'}"
 
 
 def map_file(record: str, key: str) -> str:
+    """Name of the file with the map."""
     return f"{record}-{key}-map.png"
 
 
-def most(resolution: int) -> int:
-    """How many records the viewer takes, images of that many pixels a side."""
-    return min(LISTED, PIXELS // min(resolution, SIDE) ** 2)
+def max_listed(resolution: int) -> int:
+    """The largest number of records in the viewer, for images of ``resolution`` pixels a side."""
+    return min(MAX_LISTED, MAX_PIXELS // min(resolution, MAX_SIDE) ** 2)
 
 
 def sample(records: pd.DataFrame, limit: int) -> list[Row]:
-    """At most ``limit`` ``ok`` records: classes as evenly as their sizes allow, and within a class evenly over the
-    range of SSIM; the same for the same records, and in their order."""
+    """At most ``limit`` records with status ``ok``, in their order: evenly over classes as far as their sizes allow,
+    and within a class evenly over the range of SSIM. The result is deterministic."""
     ok = finished(records)
     if len(ok) > limit:
         ranked = ok[["label", "ssim", "record_id"]].sort_values(["label", "ssim", "record_id"])
@@ -101,45 +92,49 @@ def sample(records: pd.DataFrame, limit: int) -> list[Row]:
 
 
 def shares(counts: dict[str, int], limit: int) -> dict[str, int]:
-    """How many of ``limit`` localization each class gets: equal parts, what small classes leave going to the others."""
+    """Divide ``limit`` records among classes: equal parts; what small classes do not use goes to the others."""
     given: dict[str, int] = {}
-    waiting = sorted(counts, key=lambda label: (counts[label], label))
-    for turn, label in enumerate(waiting):
-        given[label] = min(counts[label], (limit - sum(given.values())) // (len(waiting) - turn))
+    ascending = sorted(counts, key=lambda label: (counts[label], label))
+    for turn, label in enumerate(ascending):
+        given[label] = min(counts[label], (limit - sum(given.values())) // (len(ascending) - turn))
     return dict(sorted(given.items()))
 
 
-def write_pictures(
-    run: Run, rows: Sequence[Row], palette: Palette, boxes: Boxes, before: dict[str, Pictured]
-) -> dict[str, Pictured]:
-    """The pictures of ``rows`` below ``report/images``, by record id; those of an earlier report are kept where they
-    still hold (``before``), and others there are deleted. An image that cannot be read any more is left out."""
-    there = {entry.path.removeprefix(f"{FOLDER}/") for entry in run.store.list(FOLDER)}
+def write_panels(
+    run: Run, rows: Sequence[Row], palette: Palette, boxes: Boxes, earlier: dict[str, PanelFiles]
+) -> dict[str, PanelFiles]:
+    """Write the panels of ``rows`` below ``report/images`` and return them by record id.
+
+    Panels of an ``earlier`` report that are still valid are kept, all other files there are deleted. A record whose
+    images can no longer be read is left out.
+    """
+    existing = {entry.path.removeprefix(f"{FOLDER}/") for entry in run.store.list(FOLDER)}
     size = run.recipe.model.resolution
 
     def files(record: str, key: str) -> set[str]:
         return {strip_file(record, key, size), map_file(record, key)}
 
-    def picture(row: Row) -> Pictured | None:
-        known = before.get(row["record_id"])
+    def panels_of(row: Row) -> PanelFiles | None:
+        old = earlier.get(row["record_id"])
         key = palette.key(row, boxes)
-        if known is not None and known.key == key and files(row["record_id"], key) <= there:
-            return known
+        if old is not None and old.key == key and files(row["record_id"], key) <= existing:
+            return old
         return _write(run, row, key, palette, boxes)
 
-    found: dict[str, Pictured] = {}
-    with ThreadPoolExecutor(8) as pool:  # waits on the store, mostly
-        for start in range(0, len(rows), BATCH):
-            batch = rows[start : start + BATCH]
-            made = zip(batch, pool.map(picture, batch))
-            found |= {row["record_id"]: pictured for row, pictured in made if pictured is not None}
-    kept = set().union(*(files(record, pictured.key) for record, pictured in found.items()))
-    for name in sorted(there - kept):
+    results: dict[str, PanelFiles] = {}
+    with ThreadPoolExecutor(8) as pool:  # most of the time is spent waiting for the store
+        for start in range(0, len(rows), BATCH_SIZE):
+            batch = rows[start : start + BATCH_SIZE]
+            for row, panels in zip(batch, pool.map(panels_of, batch)):
+                if panels is not None:
+                    results[row["record_id"]] = panels
+    kept = set().union(*(files(record, panels.key) for record, panels in results.items()))
+    for name in sorted(existing - kept):
         run.store.delete(f"{FOLDER}/{name}")
-    return found
+    return results
 
 
-def _write(run: Run, row: Row, key: str, palette: Palette, boxes: Boxes) -> Pictured | None:
+def _write(run: Run, row: Row, key: str, palette: Palette, boxes: Boxes) -> PanelFiles | None:
     size, record = run.recipe.model.resolution, row["record_id"]
     try:
         image = to_square(decode(run.data.read(row["image_path"]), bits=run.recipe.data.bits), size)
@@ -151,28 +146,28 @@ def _write(run: Run, row: Row, key: str, palette: Palette, boxes: Boxes) -> Pict
     panels = [image, counterfactual] + ([truth.counterfactual] if truth.counterfactual is not None else [])
     run.store.put(f"{FOLDER}/{strip_file(record, key, size)}", strip(panels))
     run.store.put(f"{FOLDER}/{map_file(record, key)}", coloured(signed, palette.limit))
-    found = score(positive(signed), truth.lesion, truth.region) if truth.lesion is not None else None
-    return Pictured(
+    scores = score(positive(signed), truth.lesion, truth.region) if truth.lesion is not None else None
+    return PanelFiles(
         key,
         truth.counterfactual is not None,
         outline(truth.lesion),
         outline(truth.lungs),
-        None if found is None else found.auroc,
-        None if found is None else found.dice_best,
+        None if scores is None else scores.auroc,
+        None if scores is None else scores.dice_best,
     )
 
 
 def strip(panels: Sequence[NDArray[np.float32]]) -> bytes:
-    """Square grey pictures [H, H] in [0, 1] side by side: PNG when they are small, else WebP; at most ``SIDE`` high."""
-    side = min(panels[0].shape[0], SIDE)
+    """Square grey images [H, H] in [0, 1] side by side: PNG for a small H, else WebP; at most ``MAX_SIDE`` high."""
+    side = min(panels[0].shape[0], MAX_SIDE)
     sheet = Image.new("L", (side * len(panels), side))
     for n, panel in enumerate(panels):
-        picture = Image.fromarray(quantise(panel))
-        sheet.paste(
-            picture if picture.width == side else picture.resize((side, side), Image.Resampling.BOX), (n * side, 0)
-        )
+        pixels = Image.fromarray(quantise(panel))
+        if pixels.width != side:
+            pixels = pixels.resize((side, side), Image.Resampling.BOX)
+        sheet.paste(pixels, (n * side, 0))
     sink = BytesIO()
-    if panels[0].shape[0] <= LOSSLESS:
+    if panels[0].shape[0] <= MAX_PNG_SIDE:
         sheet.save(sink, "PNG", compress_level=6)
     else:
         sheet.convert("RGB").save(sink, "WEBP", quality=90, method=3)
@@ -180,21 +175,21 @@ def strip(panels: Sequence[NDArray[np.float32]]) -> bytes:
 
 
 def coloured(signed_map: NDArray[np.float32], limit: float) -> bytes:
-    """A signed map [H, H] as a PNG of 255 colours: denser the further from zero, red above it, blue below."""
+    """A signed map [H, H] as a PNG of 255 colours: red above zero, blue below, more opaque farther from zero."""
     levels = np.rint(np.clip(signed_map / limit, -1, 1) * 127 + 127).astype(np.uint8)
-    picture = Image.fromarray(levels, "P")
+    pixels = Image.fromarray(levels, "P")
     strength = (np.arange(256) - 127) / 127
-    picture.putpalette(np.where(strength[:, None] > 0, BRIGHTER, DARKER).astype(np.uint8).tobytes())
-    if picture.width > SIDE:
-        picture = picture.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+    pixels.putpalette(np.where(strength[:, None] > 0, BRIGHTER, DARKER).astype(np.uint8).tobytes())
+    if pixels.width > MAX_SIDE:
+        pixels = pixels.resize((MAX_SIDE, MAX_SIDE), Image.Resampling.NEAREST)
     alpha = np.rint(255 * np.clip(np.abs(strength), 0, 1) ** 0.9).astype(np.uint8)
     sink = BytesIO()
-    picture.save(sink, "PNG", transparency=alpha.tobytes(), compress_level=6)
+    pixels.save(sink, "PNG", transparency=alpha.tobytes(), compress_level=6)
     return sink.getvalue()
 
 
 def outline(mask: NDArray[np.bool_] | None) -> str:
-    """The border of a mask as an SVG path on its own grid: digits, ``M``, ``L`` and ``Z`` only."""
+    """The border of a mask as an SVG path on the grid of the mask; only digits, ``M``, ``L`` and ``Z``."""
     if mask is None or not mask.any():
         return ""
     tolerance = max(mask.shape[0] / 400, 0.2)

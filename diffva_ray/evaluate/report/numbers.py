@@ -1,9 +1,12 @@
-"""The numbers of the page: key figures as cards, numbers as text, what a table is. Nothing but one interval is computed
-here."""
+"""Key figures, summary sentences and table cells of the pages: numbers as text.
+
+Everything is read from the metrics of ``diffva reduce``; only the Wilson interval of the flip rate is computed here.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,151 +17,158 @@ from diffva_ray.schema import Row
 
 @dataclass(frozen=True)
 class Card:
-    """One key figure; ``detail`` may have several lines, a 95 % interval first where there is one."""
+    """One key figure."""
 
     title: str
     value: str
-    detail: str
+    detail: str  # one line or several; a 95 % interval comes first where there is one
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell: its text, whether it is a number, and whether it is the best of its group."""
+    """One table cell."""
 
     text: str
-    number: bool
-    best: bool = False
+    number: bool = True  # right-aligned
+    best: bool = False  # the best value of its group
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows under one heading; each row is (kind, cells) with kind ``ours``, ``total`` or nothing."""
+    """Table rows under one heading."""
 
-    title: str
-    rows: list[tuple[str, list[Cell]]]
+    title: str  # empty: no heading
+    rows: list[tuple[str, list[Cell]]]  # (kind, cells); kind is "ours", "total" or empty
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its caption and the warnings that belong beside it."""
+    """A table of a page, rendered by ``table.html``."""
 
-    key: str
+    key: str  # id of its section
     title: str
     caption: str
-    heads: list[tuple[str, bool]]
+    heads: list[tuple[str, bool]]  # (heading, whether the column holds numbers)
     groups: list[Group]
     warnings: list[str] = field(default_factory=list)
+    style: str = ""  # CSS classes
+
+
+def text_table(key: str, title: str, caption: str, heads: Sequence[str], rows: Any, style: str = "") -> Table:
+    """A table whose ``rows`` are already text."""
+    body = [("", [Cell(text, False) for text in row]) for row in rows]
+    return Table(key, title, caption, [(head, False) for head in heads], [Group("", body)], style=style)
 
 
 def plain(label: str) -> str:
-    """A class or map name for people."""
+    """The name of a class, map or column with spaces instead of underscores."""
     return str(label).replace("_", " ")
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A number with a true minus sign; a dash where there is none."""
+    """A number with a minus sign (U+2212); a dash for a missing value."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:.{digits}f}".replace("-", "−")
 
 
 def count(value: Any) -> str:
+    """An integer with a narrow space between thousands."""
     return f"{value:,}".replace(",", "\u202f")
 
 
 def percent(value: Any) -> str:
+    """A fraction as per cent."""
     return "–" if value is None else f"{number(100 * value, 1)} %"
 
 
 def interval(value: Any) -> str:
+    """A pair of bounds."""
     return "–" if not value or value[0] is None else f"{number(value[0])} to {number(value[1])}"
 
 
 def decibel(value: Any) -> str:
+    """A value in dB."""
     return number(value, 1)
 
 
 def cards(metrics: Row | None, done: Row) -> list[Card]:
-    """The key figures that apply. ``done``: counts planned, ok and quarantined, known without any table."""
+    """The key figures that apply. ``done``: the numbers of records planned, ok and quarantined."""
     bad = done["quarantined"]
-    found = [Card("Records", count(done["ok"]), f"ok of {count(done['planned'])} planned, {count(bad)} quarantined")]
+    result = [Card("Records", count(done["ok"]), f"ok of {count(done['planned'])} planned, {count(bad)} quarantined")]
     metrics = metrics or {}
+    # judge
     flips = overall(metrics.get("validity", []))
     if flips and flips["flip_rate"] is not None and (problem := judge_problem(metrics)):
-        found.append(Card("Flip rate", "–", f"not stated: {problem}"))
+        result.append(Card("Flip rate", "–", f"not stated: {problem}"))
     elif flips and flips["flip_rate"] is not None:
         low, high = wilson(flips["flip_rate"], flips["n"])
         detail = f"{number(100 * low, 1)} to {percent(high)}\nof {count(flips['n'])} images called abnormal"
-        found.append(Card("Flip rate", percent(flips["flip_rate"]), detail))
-    localization = metrics.get("localization", [])
-    ours = overall(row for row in localization if row["map"] == "positive")
+        result.append(Card("Flip rate", percent(flips["flip_rate"]), detail))
+    # attribution maps against known lesions
+    ours, brightness = _localization(metrics, "positive"), _localization(metrics, "brightness")
     if ours:
-        trivial = overall(row for row in localization if row["map"] == "brightness")
-        where = "AUROC, whole image" if ours["region"] == "image" else "AUROC in lungs"
-        beside = f"brightness alone {number(trivial['auroc'])}" if trivial else f"n = {count(ours['n'])}"
+        title = "AUROC, whole image" if ours["region"] == "image" else "AUROC in lungs"
+        detail = f"brightness alone {number(brightness['auroc'])}" if brightness else f"n = {count(ours['n'])}"
         if ours.get("auroc_interval") and ours["auroc_interval"][0] is not None:
-            beside = f"{interval(ours['auroc_interval'])}\n{beside}"
-        found.append(Card(where, number(ours["auroc"]), beside))
+            detail = f"{interval(ours['auroc_interval'])}\n{detail}"
+        result.append(Card(title, number(ours["auroc"]), detail))
         if ours.get("dice_fixed") is not None:
             detail = f"τ = {ours['threshold']:.3g} from {ours['threshold_from']}"
-            found.append(Card("Dice at fixed τ", number(ours["dice_fixed"]), detail))
-    counterfactual = overall(metrics.get("ground_truth", []))
-    if counterfactual:
-        found.append(
-            Card(
-                "Lesion error left",
-                percent(counterfactual["lesion_error_ratio"]),
-                "of the image’s own, to the counterfactual",
-            )
-        )
-    same = overall(metrics.get("ssim", []))
-    if same:
-        spread = f"± {number(same['ssim_sd'])}, " if same.get("ssim_sd") is not None else ""
-        found.append(Card("SSIM, mean", number(same["ssim"]), f"{spread}preset {same['preset']}, {same['grid']} px"))
-    return found
+            result.append(Card("Dice at fixed τ", number(ours["dice_fixed"]), detail))
+    # distance to the ground truth and to the image
+    if truth := overall(metrics.get("ground_truth", [])):
+        detail = "of the image’s own error, to the ground-truth counterfactual"
+        result.append(Card("Lesion error left", percent(truth["lesion_error_ratio"]), detail))
+    if similar := overall(metrics.get("ssim", [])):
+        spread = f"± {number(similar['ssim_sd'])}, " if similar.get("ssim_sd") is not None else ""
+        detail = f"{spread}preset {similar['preset']}, {similar['grid']} px"
+        result.append(Card("SSIM, mean", number(similar["ssim"]), detail))
+    return result
 
 
 def glance(metrics: Row | None) -> list[str]:
-    """What the run found, in a sentence or three; nothing before it has been reduced."""
-    metrics, said = metrics or {}, []
+    """The main results in at most three sentences; none before the run has been reduced."""
+    metrics, sentences = metrics or {}, []
     flips = overall(metrics.get("validity", []))
     if flips and flips["flip_rate"] is not None and (problem := judge_problem(metrics)):
-        said.append(f"No flip rate is stated, because {problem}.")
+        sentences.append(f"No flip rate is stated, because {problem}.")
     elif flips and flips["flip_rate"] is not None:
         judge = metrics.get("judge")
         tested = f" (right on {percent(judge['accuracy'])} of {count(judge['n'])} held-out images)" if judge else ""
-        said.append(
+        sentences.append(
             f"Of {count(flips['n'])} images that the model’s own judge{tested} calls abnormal, it calls "
             f"{percent(flips['flip_rate'])} of the counterfactuals healthy."
         )
-    localization = metrics.get("localization", [])
-    ours = overall(row for row in localization if row["map"] == "positive")
-    trivial = overall(row for row in localization if row["map"] == "brightness")
+    ours, brightness = _localization(metrics, "positive"), _localization(metrics, "brightness")
     if ours:
-        beside = f"; brightness alone reaches {number(trivial['auroc'])}" if trivial else ""
-        said.append(
-            f"The maps find the known lesions of {count(ours['n'])} images with an AUROC of "
+        beside = f"; brightness alone reaches {number(brightness['auroc'])}" if brightness else ""
+        sentences.append(
+            f"The attribution maps find the known lesions of {count(ours['n'])} images with an AUROC of "
             f"{number(ours['auroc'])}{beside}."
         )
-    counterfactual = overall(metrics.get("ground_truth", []))
-    if counterfactual:
-        said.append(
-            f"{percent(counterfactual['lesion_error_ratio'])} of the lesion’s difference to the "
-            f"ground-truth counterfactual is left."
+    if truth := overall(metrics.get("ground_truth", [])):
+        sentences.append(
+            f"Inside the lesion, {percent(truth['lesion_error_ratio'])} of the difference between the image and its "
+            "ground-truth counterfactual is left."
         )
-    return said
+    return sentences
+
+
+def _localization(metrics: Row, map_name: str) -> Row | None:
+    return overall(row for row in metrics.get("localization", []) if row["map"] == map_name)
 
 
 def judge_problem(metrics: Row) -> str:
-    """Why no flip rate of these metrics may be a headline; empty where it may."""
+    """Why the flip rate must not be stated; empty where it may."""
     return (metrics.get("judge") or {}).get("problem", "")
 
 
-def everyone(label: str) -> bool:
+def is_overall(label: str) -> bool:
     """Whether a row is over all classes, also under one setting of a sweep."""
     return label == ALL or label.startswith(f"{ALL} under ")
 
 
 def class_name(label: str) -> str:
-    """A class, or all of them, for people."""
-    return f"all classes{plain(label)[len(ALL) :]}" if everyone(label) else plain(label)
+    """The displayed name of a class, or of all classes together."""
+    return f"all classes{plain(label)[len(ALL) :]}" if is_overall(label) else plain(label)

@@ -1,6 +1,6 @@
-"""``report/index.html``: what a run is, what it found, and what to be careful about; for finished and unfinished runs.
+"""``report/index.html``: settings, results and warnings of a run, finished or not.
 
-The page asks for nothing but the files beside it: style and script are inline, allowed by their digests alone.
+The page loads only files beside it; style and script are inline and allowed by their hashes.
 """
 
 from __future__ import annotations
@@ -8,24 +8,30 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from markupsafe import Markup
 
 from diffva_ray.evaluate import figures
 from diffva_ray.evaluate.annotations import lesion_boxes
 from diffva_ray.evaluate.figures import map_scale, own_boxes, settings_line, write_figures
 from diffva_ray.evaluate.records import finished, reduced_metrics
-from diffva_ray.evaluate.report import images
-from diffva_ray.evaluate.report.assets import policy, style, templates, viewer_script
+from diffva_ray.evaluate.report.assets import render_page, viewer_script
 from diffva_ray.evaluate.report.catalogue import attempts, counts, read_earlier, write_catalogue
 from diffva_ray.evaluate.report.charts import charts
-from diffva_ray.evaluate.report.images import Palette, Pictured, map_file, sample, strip_file, write_pictures
-from diffva_ray.evaluate.report.numbers import cards, count, glance, judge_problem, number, plain
+from diffva_ray.evaluate.report.images import (
+    Palette,
+    PanelFiles,
+    map_file,
+    max_listed,
+    sample,
+    strip_file,
+    write_panels,
+)
+from diffva_ray.evaluate.report.numbers import cards, count, glance, judge_problem, plain, text_table
 from diffva_ray.evaluate.report.result_tables import report_tables
+from diffva_ray.evaluate.tables import known
 from diffva_ray.generate.committed import committed, parts
 from diffva_ray.generate.run import SUCCESS, Run
 from diffva_ray.model.card import UnusableModel, read_card
@@ -33,45 +39,53 @@ from diffva_ray.schema import RECORDS, Row, Status
 from diffva_ray.storage.store import join, open_store
 
 PAGE = "report/index.html"
-QUARANTINED = 100  # rows of the table, at most
-LISTED_BAD = 5000  # quarantined records of the viewer, at most
-SEEN = (
+MAX_QUARANTINE_ROWS = 100  # of the quarantine table
+MAX_QUARANTINE_LISTED = 5000  # quarantined records in the viewer
+PAGE_COLUMNS = (
     "record_id", "image_path", "label", "prompt", "status", "error", "ssim", "attribution_energy", "judge_image",
     "judge_counterfactual", "counterfactual_path", "attribution_path", "reconstruction_path", "lung_mask_path",
     "lesion_mask_path", "ground_truth_path", "width", "height",
-)  # columns read of every record; of a million, all of them would take several GB  # fmt: skip
-STICKY = 1.25  # colours of an earlier report are kept while their limit is within this factor of what it would be now
+)  # read of every record; all columns of a million records would take several GB  # fmt: skip
+LIMIT_TOLERANCE = 1.25  # an earlier report's colour limit is kept if the new one differs by at most this factor
 
 
 @dataclass(frozen=True)
 class Note:
-    """Something to be careful about. ``command`` is what to type, where that helps; ``grave`` ones stand out."""
+    """A warning at the top of the page."""
 
     text: str
-    command: str = ""
-    grave: bool = False
+    command: str = ""  # that the reader can run
+    grave: bool = False  # displayed in red
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What lies beside the page: index files, the records listed there, their pictures, the limit of the colours."""
+    """The files beside the page."""
 
-    index_files: int
-    listed: list[Row]
-    bad_listed: int
-    pictures: dict[str, Pictured]
-    limit: float
-    chosen: int
+    index_files: int  # number of index files
+    listed: list[Row]  # records in the viewer
+    bad_listed: int  # quarantined records among them
+    panels: dict[str, PanelFiles]  # by record id
+    limit: float  # of the map colours
+    chosen: int  # ok records in the viewer
 
 
 def write_report(run: Run, listed: int | None = None, boxes: str | None = None) -> str:
-    """Write the figures and the page of a run, replacing earlier ones; returns where the page is.
+    """Write figures and page of a run, finished or not, and replace earlier ones; panels still valid are kept.
 
-    An unfinished run, or one without tables, gets the page of what there is; pictures of an earlier report are kept
-    where they still hold. ``listed``: records in the viewer at most; ``boxes``: a CSV of lesion boxes. Raises OSError
-    when the run cannot be read or written, UnusableData for boxes of other images.
+    Args:
+        run: The run. Without tables (before ``diffva reduce``) the page has none.
+        listed: Largest number of ok records in the viewer; None: as many as the image size allows.
+        boxes: CSV of lesion boxes; None: the boxes of the data set.
+
+    Returns:
+        URI of the page.
+
+    Raises:
+        OSError: The run cannot be read or written.
+        UnusableData: The boxes are of other images.
     """
-    records = committed(run, SEEN).to_pandas()
+    records = committed(run, PAGE_COLUMNS).to_pandas()
     write_figures(run, records)
     contents = write_contents(run, records, listed, boxes)
     run.store.put(PAGE, render(run, records, contents).encode())
@@ -79,39 +93,38 @@ def write_report(run: Run, listed: int | None = None, boxes: str | None = None) 
 
 
 def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None, csv: str | None = None) -> Contents:
-    """Everything the page loads: pictures below ``report/images``, records below ``report/data``."""
+    """Write the files that the page loads: panels below ``report/images``, records below ``report/data``."""
+    # colours
     earlier = read_earlier(run)
     limit = map_scale(run, records).limit
-    if earlier.limit is not None and 1 / STICKY <= limit / earlier.limit <= STICKY:
+    if earlier.limit is not None and 1 / LIMIT_TOLERANCE <= limit / earlier.limit <= LIMIT_TOLERANCE:
         limit = earlier.limit
-    most = images.most(run.recipe.model.resolution) if listed is None else listed
-    chosen = {row["record_id"] for row in sample(records, most)}
+    # records
+    size = run.recipe.model.resolution
+    chosen = {row["record_id"] for row in sample(records, max_listed(size) if listed is None else listed)}
     chosen |= {row["record_id"] for _, row in figures.spanning(run, records)}
-    failed = records.loc[records["status"] != Status.OK.value, "record_id"].head(LISTED_BAD)
+    failed = records.loc[records["status"] != Status.OK.value, "record_id"].head(MAX_QUARANTINE_LISTED)
     rows = whole(run, chosen | set(failed))
     good = [row for row in rows if row["record_id"] in chosen]
-    if csv is None:
-        boxes = own_boxes(run, [row["image_path"] for row in good])
-    else:
-        boxes = lesion_boxes(run.about["data"], csv, [])
-    pictures = write_pictures(run, good, Palette(limit), boxes, earlier.pictures)
-    extension = strip_file("", "", run.recipe.model.resolution).rpartition(".")[2]
-    about = {"limit": limit, "side": run.recipe.model.resolution, "extension": extension}
+    # files
+    boxes = (
+        own_boxes(run, [row["image_path"] for row in good]) if csv is None else lesion_boxes(run.about["data"], csv, [])
+    )
+    panels = write_panels(run, good, Palette(limit), boxes, earlier.panels)
+    about = {"limit": limit, "side": size, "extension": strip_file("", "", size).rpartition(".")[2]}
     varied = {row["record_id"]: text for row in rows if (text := varied_settings(run, row))}
-    files = write_catalogue(run, rows, pictures, about, varied)
-    return Contents(files, rows, len(failed), pictures, limit, len(good))
+    return Contents(write_catalogue(run, rows, panels, about, varied), rows, len(failed), panels, limit, len(good))
 
 
 def whole(run: Run, ids: set[str]) -> list[Row]:
-    """All columns of some records, in plan order."""
+    """All columns of the records ``ids``, in plan order."""
     wanted = pa.array(sorted(ids), pa.string())
     kept = [table.filter(pc.is_in(table["record_id"], wanted)) for _, table in parts(run, RECORDS.names)]
     return pa.concat_tables(kept).to_pandas().to_dict("records") if kept else []
 
 
 def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
-    """The page as HTML. Every value is escaped."""
-    css, script = Markup(style("page.css", "charts.css", "viewer.css")), Markup(viewer_script())  # our own, not escaped
+    """The page as HTML."""
     metrics = reduced_metrics(run)
     bad = records[records["status"] != Status.OK.value]
     done = {
@@ -121,79 +134,75 @@ def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
         "quarantined": len(bad),
         **counts(records, attempts(run)),
     }
-    filters = {"count": count, "number": number, "plain": plain}
-    return (
-        templates(**filters)
-        .get_template("page.html")
-        .render(
-            title=f"{run.store.uri.rstrip('/').split('/')[-1]} · diffva report",
-            style=css,
-            script=script,
-            policy=policy(css, script),
-            name=run.store.uri.rstrip("/").split("/")[-1],
-            recipe=run.recipe,
-            prompt=run.keys["prompt"],
-            settings=settings_line(run),
-            facts=facts(run),
-            recipe_json=json.dumps(run.about["recipe"], indent=1, ensure_ascii=False),
-            notes=notes(run, metrics, done),
-            reduce_notes=(metrics or {}).get("notes", []),
-            done=done,
-            glance=glance(metrics),
-            cards=cards(metrics, done),
-            tables=report_tables(metrics) if metrics else [],
-            charts=charts(records),
-            cases=cases(run, records, contents.pictures),
-            ranked_by=figures.ranking(run, records)[1] if len(records) else "",
-            contents=contents,
-            unreadable=contents.chosen - len(contents.pictures),
-            induced=figures.inducing(run, records),
-            quarantine=bad.head(QUARANTINED).to_dict("records"),
-            reasons=bad["status"].value_counts().to_dict(),
-        )
-    )
+    quarantine = [
+        (row["image_path"], plain(row["label"]), row["status"], row["error"] or "–")
+        for row in bad.head(MAX_QUARANTINE_ROWS).to_dict("records")
+    ]
+    name = run.store.uri.rstrip("/").split("/")[-1]
+    values = {
+        "title": f"{name} · diffva report",
+        "name": name,
+        "recipe": run.recipe,
+        "prompt": run.keys["prompt"],
+        "settings": settings_line(run),
+        "facts": facts(run),
+        "recipe_json": json.dumps(run.about["recipe"], indent=1, ensure_ascii=False),
+        "notes": notes(run, metrics, done),
+        "reduce_notes": (metrics or {}).get("notes", []),
+        "done": done,
+        "glance": glance(metrics),
+        "cards": cards(metrics, done),
+        "tables": report_tables(metrics) if metrics else [],
+        "charts": charts(records),
+        "cases": cases(run, records, contents.panels),
+        "ranked_by": figures.ranking(run, records)[1] if len(records) else "",
+        "contents": contents,
+        "unreadable": contents.chosen - len(contents.panels),
+        "induced": figures.inducing(run, records),
+        "quarantine": text_table(
+            "quarantine", "Quarantine", "", ("image", "class", "status", "reason"), quarantine, "reasons"
+        ),
+        "quarantine_shown": len(quarantine),
+        "reasons": bad["status"].value_counts().to_dict(),
+    }
+    return render_page("page.html", ("page.css", "charts.css", "viewer.css"), values, viewer_script())
 
 
-def cases(run: Run, records: pd.DataFrame, pictures: dict[str, Pictured]) -> list[Row]:
-    """Best, typical and worst image of each class, with the pictures beside the page; those without any are left
-    out."""
-    size, found = run.recipe.model.resolution, []
-    names = {"highest": "best", "median": "typical", "lowest": "worst"}
+def cases(run: Run, records: pd.DataFrame, panels: dict[str, PanelFiles]) -> list[Row]:
+    """Best, typical and worst image of each class, without those that have no panels."""
+    size, results = run.recipe.model.resolution, []
+    ranks = {"highest": "best", "median": "typical", "lowest": "worst"}
     for rank, row in figures.spanning(run, records):
-        picture = pictures.get(row["record_id"])
-        if picture is None:
+        files = panels.get(row["record_id"])
+        if files is None:
             continue
-        found.append(
+        results.append(
             {
                 **row,
-                "rank": names[rank],
-                "strip": f"images/{strip_file(row['record_id'], picture.key, size)}",
-                "map": f"images/{map_file(row['record_id'], picture.key)}",
-                "lesion": picture.lesion,
-                "truth": picture.truth,
-                "auroc": picture.auroc,
+                "rank": ranks[rank],
+                "strip": f"images/{strip_file(row['record_id'], files.key, size)}",
+                "map": f"images/{map_file(row['record_id'], files.key)}",
+                "lesion": files.lesion,
+                "truth": files.truth,
+                "auroc": files.auroc,
                 "side": size,
-                "judged": _known(row["judge_image"]) and _known(row["judge_counterfactual"]),
+                "judged": known(row["judge_image"]) and known(row["judge_counterfactual"]),
             }
         )
-    return found
+    return results
 
 
 def varied_settings(run: Run, row: Row) -> str:
-    """What sets a record apart from others of its image: swept settings, samples."""
+    """The swept settings and the sample number that distinguish a record from others of its image."""
     keys = [str(key) for key, _ in run.keys["sweep"]]
-    said = [f"{plain(key)} {row[key]}" for key in keys if row.get(key) is not None]
+    parts_of_text = [f"{plain(key)} {row[key]}" for key in keys if row.get(key) is not None]
     if run.keys["samples"] > 1:
-        said.append(f"sample {row['sample']}")
-    return ", ".join(said)
-
-
-def _known(value: Any) -> bool:
-    return value is not None and value == value
+        parts_of_text.append(f"sample {row['sample']}")
+    return ", ".join(parts_of_text)
 
 
 def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What was run and with what, as headed lists of (name, value)."""
+    """Method, model, data and provenance of the run as headed lists of (name, value)."""
     keys, about, recipe = run.keys, run.about, run.recipe
     swept = {key: ", ".join(str(value) for value in values) + " (swept)" for key, values in keys["sweep"]}
     method = ("method", "scheduler", "num_inference_steps", "strength", "guidance_scale", "prompt", "samples", "seed")
@@ -202,7 +211,7 @@ def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
         (
             "Method",
             [(plain(key), swept.get(key, str(keys[key]))) for key in method]
-            + [("map", recipe.generate.map_name), ("resolution", f"{keys['resolution']} px, {keys['aspect']}")],
+            + [("kind of map", recipe.generate.map_name), ("resolution", f"{keys['resolution']} px, {keys['aspect']}")],
         ),
         (
             "Model and data",
@@ -227,60 +236,59 @@ def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
                 ("versions", ", ".join(f"{key} {value}" for key, value in about.get("versions", {}).items())),
             ],
         ),
-    ]
+    ]  # fmt: skip
 
 
 def notes(run: Run, metrics: Row | None, done: Row) -> list[Note]:
-    """What a reader of this run has to know before its numbers, gravest first."""
-    place = shlex.quote(run.store.uri)
-    found = model_notes(run)
-    missing = done["planned"] - done["records"]
-    if missing:
+    """Warnings that a reader must know before the numbers, the most serious first."""
+    command = f"diffva reduce {shlex.quote(run.store.uri)}"
+    results = model_notes(run)
+    if done["records"] < done["planned"]:
         text = (
             f"Unfinished: {count(done['records'])} of {count(done['planned'])} planned records are done, and this page "
-            "shows those. The same diffva generate command again goes on with the others."
+            "shows those. Run the same diffva generate command again to continue."
         )
-        found.append(Note(text, grave=True))
+        results.append(Note(text, grave=True))
+    # tables
     if metrics is None:
-        found.append(Note("Not reduced yet, so there are no tables.", f"diffva reduce {place}"))
+        results.append(Note("Not reduced yet, so there are no tables. Run:", command))
     else:
         if metrics["records"]["ok"] != done["ok"]:
             text = f"The tables are of {count(metrics['records']['ok'])} records; {count(done['ok'])} are ok now."
-            found.append(Note(text, f"diffva reduce {place}", True))
+            results.append(Note(text, command, True))
         if problem := judge_problem(metrics):
-            found.append(Note(f"No flip rate of this page says anything: {problem}.", grave=True))
+            results.append(Note(f"Flip rates on this page are not reliable: {problem}.", grave=True))
         if not run.store.exists(SUCCESS):
-            text = "Not marked as finished (no _SUCCESS): the last reduce ended early, or more records are quarantined"
-            found.append(Note(f"{text} than max_quarantined_fraction allows.", grave=True))
+            text = "Not marked as finished (no _SUCCESS): the last reduce was interrupted, or more records are "
+            results.append(Note(f"{text}quarantined than max_quarantined_fraction allows.", grave=True))
+    # how the run was made
     if run.keys["sweep"]:
         varied = ", ".join(plain(key) for key, _ in run.keys["sweep"])
-        found.append(
-            Note(f"This run sweeps {varied}: tables keep its settings apart, distributions take them together.")
-        )
+        results.append(Note(f"This run sweeps {varied}: tables separate its settings, distributions pool them."))
     for change in run.about.get("environment_changes", []):
         text = ", ".join(f"{key} {value}" for key, value in change.items())
-        found.append(Note(f"Continued in another environment ({text}): pixels may differ from an undisturbed run."))
+        results.append(Note(f"Continued in another environment ({text}): pixels may differ from an undisturbed run."))
     if str(run.about.get("code_revision", "")).endswith("-dirty"):
-        found.append(Note("Made with an edited checkout: the code revision alone does not reproduce it."))
-    return found
+        results.append(Note("Made with an edited checkout: the code revision alone does not reproduce this run."))
+    return results
 
 
 def model_notes(run: Run) -> list[Note]:
-    """What the model was trained on, where that is not what the run is about."""
+    """A warning where the model was trained on another kind of data, or where that is unknown."""
     kind, uri = run.about.get("data_kind"), str(run.about.get("model", ""))
     try:
         card = read_card(open_store(uri)) if uri else None
     except (OSError, ValueError, UnusableModel):
         card = None
     if card is None:
-        return [Note("The model’s card cannot be read from here: what it was trained on is not known to this page.")]
+        return [Note("The model’s card cannot be read: this page does not know what the model was trained on.")]
     trained = card.get("data_kind")
     if trained == "phantoms" != kind:
         text = (
-            "This model was trained on phantoms and has not learned real images; maps on this page show what it does, "
-            "not what is wrong."
+            "This model was trained on phantoms and has not learned real images: attribution maps on this page show "
+            "what the model does, not what is abnormal."
         )
         return [Note(text, grave=True)]
     if trained and kind and trained != kind:
-        return [Note(f"The model was trained on {trained}, these images are {kind}: expect it to do worse on them.")]
+        return [Note(f"The model was trained on {trained}, these images are {kind}: expect worse results.")]
     return []

@@ -1,8 +1,9 @@
-"""The tables of the page: what reduce found, as rows of finished text, each with a caption that says how to read it."""
+"""Tables of the report: the rows of ``metrics.json`` as text, each table with a caption that explains its numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from diffva_ray.evaluate.report.numbers import (
@@ -12,8 +13,8 @@ from diffva_ray.evaluate.report.numbers import (
     class_name,
     count,
     decibel,
-    everyone,
     interval,
+    is_overall,
     number,
     percent,
     plain,
@@ -23,208 +24,224 @@ from diffva_ray.metrics.localization import SALIENCY
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS
 from diffva_ray.schema import Row
 
-Format = Callable[[Any], str]
-Column = tuple[str, str, Format, bool]  # key, heading, format, more is better
-GROUND_TRUTH: list[Column] = [
-    ("lesion_error_ratio", "lesion error left", percent, False),
-    ("psnr", "PSNR to counterfactual, dB", decibel, False),
-    ("psnr_input", "the image’s own", decibel, False),
-    ("psnr_reconstruction", "autoencoder’s", decibel, False),
-    ("ssim", "SSIM to counterfactual", number, False),
-]
-VALIDITY: list[Column] = [
-    ("flip_rate", "flip rate", percent, False),
-    ("called_healthy_before", "called healthy before", percent, False),
-    ("confidence_gain", "confidence gain", number, False),
-]
-EXTERNAL: list[Column] = [
-    ("images", "of images", count, False),
-    ("flip_rate", "flip rate", percent, False),
-    ("called_healthy_before", "called healthy before", percent, False),
-    ("called_healthy_after", "after", percent, False),
-    ("confidence_gain", "confidence gain", number, False),
-    ("confidence_gain_interval", "95% interval", interval, False),
-]
-SSIM: list[Column] = [
-    ("ssim", "SSIM", number, False),
-    ("ssim_sd", "sd", number, False),
-    ("ssim_interval", "95% interval", interval, False),
-    ("ms_ssim", "MS-SSIM", number, False),
-    ("ms_ssim_interval", "95% interval", interval, False),
-    ("psnr", "PSNR, dB", decibel, False),
-    ("lpips", "LPIPS", number, False),
-    ("lpips_interval", "95% interval", interval, False),
-    ("lpips_n", "n", count, False),
-    ("l1", "mean |difference|", lambda value: number(value, 4), False),
-    ("attribution_energy", "map energy", lambda value: number(value, 4), False),
-    ("attribution_energy_lung_fraction", "of it in lungs", percent, False),
-]
-ZONES: list[Column] = [
-    ("spearman", "Spearman, all zones", number, True),
-    ("spearman_interval", "95% interval", interval, False),
-    ("spearman_within_image", "within an image", number, True),
-    ("n_within", "n within", count, False),
-]
-FORMS: dict[str, Format] = {"number": number, "percent": percent, "small": lambda value: number(value, 4)}
-PAIRS: list[Column] = [(metric.key, metric.heading, FORMS[metric.form], False) for metric in PAIR_METRICS]
-HEART: list[Column] = [
-    ("images", "of images", count, False),
-    ("before", "image", number, False),
-    ("after", "counterfactual", number, False),
-    ("change", "change", number, False),
-    ("change_interval", "95% interval", interval, False),
-    ("grew", "grew", percent, False),
-]
-LOCALIZATION: list[Column] = [
-    ("auroc", "AUROC", number, True),
-    ("auroc_interval", "95% interval", interval, False),
-    ("auprc", "AUPRC", number, True),
-    ("dice_fixed", "Dice, fixed τ", number, True),
-    ("threshold", "τ", lambda value: number(value, 4), False),
-    ("dice_best", "Dice, best", number, True),
-    ("iou_best", "IoU, best", number, True),
-    ("pointing_game", "pointing game", number, True),
-]
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table."""
+
+    key: str  # of the value in a row
+    heading: str
+    form: Callable[[Any], str] = number  # the value as text
+    best: bool = False  # whether the highest value is marked as the best
+    is_number: bool = True  # right-aligned
+
+
+def _four_digits(value: Any) -> str:
+    return number(value, 4)
+
+
+def _map_name(name: str) -> str:
+    kind, under, setting = name.partition(" under ")
+    ours = {"positive": "ours, max(M, 0)", "absolute": "ours, |M|"}
+    return ours.get(kind, f"baseline: {plain(kind)}") + under + setting
+
+
+FORMS: dict[str, Callable[[Any], str]] = {"number": number, "percent": percent, "small": _four_digits}
+CLASS = (Column("label", "class", class_name, is_number=False), Column("n", "n", count))
+MAP = Column("map", "map", _map_name, is_number=False)
+SETS = (
+    Column("set1", "image set 1", plain, is_number=False),
+    Column("set2", "image set 2", plain, is_number=False),
+    Column("n1", "N1", count),
+    Column("n2", "N2", count),
+)
+GROUND_TRUTH = (
+    *CLASS,
+    Column("lesion_error_ratio", "lesion error left", percent),
+    Column("psnr", "PSNR to ground truth, dB", decibel),
+    Column("psnr_input", "PSNR of the image", decibel),
+    Column("psnr_reconstruction", "PSNR of the reconstruction", decibel),
+    Column("ssim", "SSIM to ground truth"),
+)
+VALIDITY = (
+    *CLASS,
+    Column("flip_rate", "flip rate", percent),
+    Column("called_healthy_before", "images called healthy", percent),
+    Column("confidence_gain", "confidence gain"),
+)
+EXTERNAL_VALIDITY = (
+    *CLASS,
+    Column("images", "of images", count),
+    Column("flip_rate", "flip rate", percent),
+    Column("called_healthy_before", "images called healthy", percent),
+    Column("called_healthy_after", "counterfactuals called healthy", percent),
+    Column("confidence_gain", "confidence gain"),
+    Column("confidence_gain_interval", "95% interval", interval),
+)
+SSIM = (
+    *CLASS,
+    Column("ssim", "SSIM"),
+    Column("ssim_sd", "sd"),
+    Column("ssim_interval", "95% interval", interval),
+    Column("ms_ssim", "MS-SSIM"),
+    Column("ms_ssim_interval", "95% interval", interval),
+    Column("psnr", "PSNR, dB", decibel),
+    Column("lpips", "LPIPS"),
+    Column("lpips_interval", "95% interval", interval),
+    Column("lpips_n", "n", count),
+    Column("l1", "mean |difference|", _four_digits),
+    Column("attribution_energy", "map energy", _four_digits),
+    Column("attribution_energy_lung_fraction", "share in lungs", percent),
+)
+ZONES = (
+    MAP,
+    CLASS[1],
+    Column("spearman", "Spearman, all zones", best=True),
+    Column("spearman_interval", "95% interval", interval),
+    Column("spearman_within_image", "within an image", best=True),
+    Column("n_within", "n within", count),
+)
+PAIRS = (*CLASS, *(Column(metric.key, metric.heading, FORMS[metric.form]) for metric in PAIR_METRICS))
+HEART = (
+    *CLASS,
+    Column("images", "of images", count),
+    Column("before", "image"),
+    Column("after", "counterfactual"),
+    Column("change", "change"),
+    Column("change_interval", "95% interval", interval),
+    Column("grew", "grew", percent),
+)
+LOCALIZATION = (
+    MAP,
+    Column("auroc", "AUROC", best=True),
+    Column("auroc_interval", "95% interval", interval),
+    Column("auprc", "AUPRC", best=True),
+    Column("dice_fixed", "Dice, fixed τ", best=True),
+    Column("threshold", "τ", _four_digits),
+    Column("dice_best", "Dice, best τ", best=True),
+    Column("iou_best", "IoU, best τ", best=True),
+    Column("pointing_game", "pointing game", best=True),
+)
+WITHIN = (*SETS, Column("within", "mean over classes"), Column("pooled", "classes pooled"))
 
 
 def report_tables(metrics: Row) -> list[Table]:
     """The tables that apply, in the order of the page."""
-    made = [_localization(metrics.get("localization", []))]
-    made.append(
-        _by_class(
+    tables = [
+        _localization(metrics.get("localization", [])),
+        _table(
             "validity", "Validity", metrics.get("validity", []), VALIDITY,
-            "The model’s own judge: a classifier trained on the same labels, which never guides a counterfactual. Flip "
-            "rate: images it calls abnormal whose counterfactual it calls healthy.",
-        )
-    )  # fmt: skip
-    external = metrics.get("external_validity", [])
-    for n, judge in enumerate(dict.fromkeys(row["judge"] for row in external)):
-        rows = [row for row in external if row["judge"] == judge]
-        made.append(
-            _by_class(
-                f"validity-{n}", f"Validity, by {judge}", rows, EXTERNAL,
-                f"A judge that this project did not train on this run's images, on a sample of them. Healthy is "
-                f"{rows[0]['healthy_is']}, above one half.",
-            )
-        )  # fmt: skip
-    made.append(
-        _by_class(
+            "The model’s own judge is a classifier trained on the same labels; it never guides a counterfactual. Flip "
+            "rate: share of the images called abnormal whose counterfactual is called healthy.",
+        ),
+        *_external_validity(metrics.get("external_validity", [])),
+        _table(
             "ground_truth", "Ground-truth counterfactual", metrics.get("ground_truth", []), GROUND_TRUTH,
-            "Lesion error left: mean error to the ground-truth counterfactual inside the lesion, as "
-            "a share of the image’s own.",
-        )
-    )  # fmt: skip
-    made += [_zones(metrics.get("brixia", [])), _distances(metrics.get("fid", []))]
-    made += [_within(metrics.get("fid_within", [])), _ssim(metrics.get("ssim", []))]
-    made.append(
-        _by_class(
+            "Lesion error left: mean error of the counterfactual inside the lesion, as a share of the image’s own "
+            "error. Errors and PSNR are against the ground-truth counterfactual.",
+        ),
+        _zones(metrics.get("brixia", [])),
+        _distances(metrics.get("fid", [])),
+        _within(metrics.get("fid_within", [])),
+        _ssim(metrics.get("ssim", [])),
+        _table(
             "counterfactual", "What else changed", metrics.get("counterfactual", []), PAIRS,
-            "Of a sample of images. Confidence gain, COUT and change of other findings are by the "
-            "judge: a good counterfactual "
-            "gains, has a high COUT, and leaves other findings as they are.",
-        )
-    )  # fmt: skip
-    made.append(
-        _by_class(
+            "On a sample of the images. The judge gives confidence gain, COUT and the change of other findings: a good "
+            "counterfactual has a high gain, a high COUT and no change of other findings.",
+        ),
+        _table(
             "heart", "Cardiothoracic ratio", metrics.get("heart", []), HEART,
-            "Width of the heart by that of the chest, before and after, where the lungs were found on both: read the "
-            "change, not the ratio.",
-        )
-    )  # fmt: skip
-    return [table for table in made if table is not None]
+            "Width of the heart divided by the width of the chest, before and after, where lungs were found on image "
+            "and counterfactual. Read the change, not the ratio.",
+        ),
+    ]  # fmt: skip
+    return [table for table in tables if table is not None]
 
 
-def _by_class(key: str, title: str, rows: list[Row], columns: list[Column], caption: str) -> Table | None:
+def _table(
+    key: str, title: str, rows: Sequence[Row], columns: Sequence[Column], caption: str,
+    group: Callable[[Row], str] = lambda row: "",
+) -> Table | None:  # fmt: skip
+    """Columns without any value are left out; ``group`` gives the heading a row stands under."""
     if not rows:
         return None
-    used = _used(rows, columns)
+    used = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+    members: dict[str, list[Row]] = {}
+    for row in rows:
+        members.setdefault(group(row), []).append(row)
+    groups = [Group(heading, _body(of_group, used)) for heading, of_group in members.items()]
+    return Table(key, title, caption, [(column.heading, column.is_number) for column in used], groups)
+
+
+def _body(rows: Sequence[Row], columns: Sequence[Column]) -> list[tuple[str, list[Cell]]]:
+    """The cells of one group, each row with its kind; the best value of a column is marked."""
+    best = {column.key: max((row[column.key] for row in rows if row.get(column.key) is not None), default=None)
+            for column in columns if column.best}  # fmt: skip
     body = []
-    for row, cells in zip(rows, _lines(rows, used)):
-        kind = "total" if everyone(row["label"]) else ""
-        body.append((kind, [Cell(class_name(row["label"]), False), Cell(count(row["n"]), True), *cells]))
-    return Table(key, title, caption, [("class", False), ("n", True), *_heads(used)], [Group("", body)])
+    for row in rows:
+        cells = []
+        for column in columns:
+            value = row.get(column.key)
+            text = "–" if value is None else column.form(value)
+            cells.append(Cell(text, column.is_number, value is not None and value == best.get(column.key)))
+        body.append((_kind(row), cells))
+    return body
 
 
-def _used(rows: list[Row], columns: list[Column]) -> list[Column]:
-    """The columns that any row has a value for."""
-    return [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
-
-
-def _heads(columns: list[Column]) -> list[tuple[str, bool]]:
-    return [(head, True) for _, head, _, _ in columns]
-
-
-def _lines(rows: list[Row], columns: list[Column]) -> list[list[Cell]]:
-    """The cells of each row; the best of these rows is marked where more is better."""
-    found: list[list[Cell]] = [[] for _ in rows]
-    for key, _, form, more_is_better in columns:
-        values = [row.get(key) for row in rows]
-        best = max((value for value in values if value is not None), default=None) if more_is_better else None
-        for cells, value in zip(found, values):
-            text = "–" if value is None else form(value)
-            cells.append(Cell(text, True, value is not None and value == best))
-    return found
+def _kind(row: Row) -> str:
+    if "map" in row:
+        return "ours" if row["map"].partition(" under ")[0] in SALIENCY else ""
+    return "total" if is_overall(row.get("label", "")) else ""
 
 
 def _localization(rows: list[Row]) -> Table | None:
-    if not rows:
-        return None
-    used = _used(rows, LOCALIZATION)
-    groups = []
-    for label in sorted({row["label"] for row in rows}, key=lambda label: (not everyone(label), label)):
-        members = [row for row in rows if row["label"] == label]
-        body = [
-            ("ours" if row["map"] in SALIENCY else "", [Cell(_map_name(row["map"]), False), *cells])
-            for row, cells in zip(members, _lines(members, used))
-        ]
-        groups.append(Group(f"{class_name(label)}, n = {count(members[0]['n'])}", body))
     regions = ", ".join(sorted({row["region"] for row in rows}))
-    fixed = next((row["threshold_from"] for row in rows if row.get("threshold_from")), None)
-    caption = (
-        f"Each map against the known lesion, inside the region: {regions}. Means over images, interval by bootstrap "
-        "over images; best of each class in bold. Best Dice and IoU use each image’s own best "
-        "threshold, which no reader "
-        "has; " + (f"τ was fixed on {fixed}." if fixed else "no threshold was fixed on a validation run.")
-    )
-    return Table("localization", "Localisation", caption, [("map", False), *_heads(used)], groups)
+    validation = next((row["threshold_from"] for row in rows if row.get("threshold_from")), None)
+    return _table(
+        "localization", "Localisation",
+        sorted(rows, key=lambda row: (not is_overall(row["label"]), row["label"])), LOCALIZATION,
+        f"Each attribution map against the known lesion, inside the region: {regions}. Means over images with a "
+        "bootstrap interval over images; the best value of each class is bold. Best Dice and IoU use the best "
+        "threshold of each image, which is unknown for a new image; "
+        + (f"τ was fixed on {validation}." if validation else "no threshold was fixed on a validation run."),
+        lambda row: f"{class_name(row['label'])}, n = {count(row['n'])}",
+    )  # fmt: skip
 
 
-def _map_name(name: str) -> str:
-    kind, at, setting = name.partition(" under ")
-    ours = {"positive": "ours, max(M, 0)", "absolute": "ours, |M|"}
-    return ours.get(kind, f"baseline: {plain(kind)}") + at + setting
+def _external_validity(rows: list[Row]) -> list[Table | None]:
+    return [
+        _table(
+            f"validity-{n}", f"Validity, by {judge}", [row for row in rows if row["judge"] == judge], EXTERNAL_VALIDITY,
+            "A judge that was not trained with this model, on a sample of the images. Healthy means "
+            f"{next(row['healthy_is'] for row in rows if row['judge'] == judge)} above one half.",
+        )
+        for n, judge in enumerate(dict.fromkeys(row["judge"] for row in rows))
+    ]  # fmt: skip
 
 
 def _zones(rows: list[Row]) -> Table | None:
-    if not rows:
-        return None
-    used = _used(rows, ZONES)
-    body = []
-    for row, cells in zip(rows, _lines(rows, used)):
-        kind = "ours" if row["map"].split(" under ")[0] in SALIENCY else ""
-        body.append((kind, [Cell(_map_name(row["map"]), False), Cell(count(row["n"]), True), *cells]))
-    caption = (
-        "Do maps find most where readers scored most? Rank correlation, from −1 to 1, of a map’s mean in each of six "
-        "lung zones with the readers’ Brixia scores: over all zones of all images, and between the zones of one image, "
-        f"which the image’s severity as a whole cannot make. Where the lungs were from: {rows[0]['lungs']}."
-    )
-    heads = [("map", False), ("n", True), *_heads(used)]
-    return Table("brixia", "Brixia zones", caption, heads, [Group("", body)])
+    lungs = rows[0]["lungs"] if rows else ""
+    return _table(
+        "brixia", "Brixia zones", rows, ZONES,
+        "Are the maps strongest where readers gave the highest scores? Rank correlation (−1 to 1) between the mean of "
+        "a map in each of six lung zones and the readers’ Brixia scores: over all zones of all images, and between the "
+        "zones of one image, which is independent of the overall severity of the image. "
+        f"Source of the lung regions: {lungs}.",
+    )  # fmt: skip
 
 
 def _ssim(rows: list[Row]) -> Table | None:
     if not rows:
         return None
-    scales = max(row["ms_ssim_scales"] for row in rows)
-    caption = (
-        f"LabelledImage against its counterfactual, as in the paper’s table 3; preset "
-        f"{rows[0]['preset']}, on the {rows[0]['grid']} px "
-        "grid. Intervals by bootstrap over images."
-    )
-    table = _by_class("ssim", "Table 3: likeness of image and counterfactual", rows, SSIM, caption)
+    first, scales = rows[0], max(row["ms_ssim_scales"] for row in rows)
+    table = _table(
+        "ssim", "Table 3: similarity of image and counterfactual", rows, SSIM,
+        f"As in table 3 of the paper; preset {first['preset']}, on the {first['grid']} px grid. Bootstrap intervals "
+        "over images.",
+    )  # fmt: skip
     if table is not None and scales < 5:
         table.warnings.append(
-            f"MS-SSIM has {scales} of 5 scales on this grid (fewer than 176 px) and does not compare with the paper’s."
+            f"MS-SSIM has {scales} of 5 scales on this grid (fewer than 176 px) and cannot be compared with the paper."
         )
     return table
 
@@ -233,80 +250,63 @@ def _distances(rows: list[Row]) -> Table | None:
     if not rows:
         return None
     stand_in = any(row.get("is_stand_in") for row in rows)
-    small = min(min(row["n1"], row["n2"]) for row in rows)
-    name = "Fréchet distance" if stand_in else "FID"
-    heads = [("image set 1", False), ("image set 2", False), ("N1", True), ("N2", True), ("KID ± s.e.", True),
-             (name, True), ("95% interval", True), ("at equal N", True), ("split halves", True)]  # fmt: skip
-    groups: dict[str, Group] = {}
+    columns = (
+        *SETS, Column("kid_text", "KID ± s.e.", str), Column("value", "Fréchet distance" if stand_in else "FID"),
+        Column("interval", "95% interval", interval), Column("matched", "at equal N"), Column("halves", "split halves"),
+    )  # fmt: skip
+    # nested values as columns
+    flat = [
+        {
+            **row,
+            "kid_text": f"{number(row['kid']['value'], 4)} ± {number(row['kid']['standard_error'], 4)}",
+            "matched": row["n_matched"]["mean"],
+            "halves": row.get("halves", {}).get("crossed"),
+        }
+        for row in rows
+    ]
     several = len({row["extractor"] for row in rows}) > 1
-    for row in rows:
-        kid, equal = row["kid"], row["n_matched"]
-        cells = [
-            Cell(plain(row["set1"]), False),
-            Cell(plain(row["set2"]), False),
-            Cell(count(row["n1"]), True),
-            Cell(count(row["n2"]), True),
-            Cell(f"{number(kid['value'], 4)} ± {number(kid['standard_error'], 4)}", True),
-            Cell(number(row["value"]), True),
-            Cell(interval(row["interval"]), True),
-            Cell(number(equal["mean"]), True),
-            Cell(number(row.get("halves", {}).get("crossed")), True),
-        ]
-        title = _paper_table(row) + (f", extractor {row['extractor']}" if several else "")
-        groups.setdefault(title, Group(title, [])).rows.append(("", cells))
+
+    def heading(row: Row) -> str:
+        return _paper_table(row) + (f", extractor {row['extractor']}" if several else "")
+
     weights = str(rows[0].get("weights_sha256") or "")[:8]
-    caption = (
+    table = _table(
+        "fid", "Tables 1 and 2: distances between sets", sorted(flat, key=heading), columns,
         f"Extractor {rows[0]['extractor']}{f' (weights {weights})' if weights else ''}, resize {rows[0]['resize']}. "
-        "Fréchet distances between sets of images; the interval is by delete-group jackknife and "
-        "corrected for bias, so "
-        "the plain value may lie above it. At equal N: the larger set drawn down to the smaller. Split halves: images "
-        "against the counterfactuals of other images, so that none meets its own edit."
-    )
-    warnings = []
-    if stand_in:
-        warnings.append("Distances of a stand-in extractor: they are not FID and compare with no published value.")
-    if small < SMALL:
-        warnings.append(
-            f"The smallest set has {count(small)} images. Below {count(SMALL)} read KID first: the Fréchet distance is "
-            "biased upwards, the more the fewer images."
+        "Fréchet distances between sets of images. The delete-group jackknife interval is corrected for bias, so the "
+        "plain value may lie above it. At equal N: the larger set is sampled down to the size of the smaller. Split "
+        "halves: images against the counterfactuals of other images, so no image meets its own counterfactual.",
+        heading,
+    )  # fmt: skip
+    if table is not None and stand_in:
+        table.warnings.append(
+            "Distances of a stand-in extractor: they are not FID and cannot be compared with published values."
         )
-    order = sorted(groups.values(), key=lambda group: group.title)
-    return Table("fid", "Tables 1 and 2: distances between sets", caption, heads, order, warnings)
+    smallest = min(min(row["n1"], row["n2"]) for row in rows)
+    if table is not None and smallest < SMALL:
+        table.warnings.append(
+            f"The smallest set has {count(smallest)} images. Below {count(SMALL)} images read KID first: the Fréchet "
+            "distance is biased upwards, more so for fewer images."
+        )
+    return table
 
 
 def _within(rows: list[Row]) -> Table | None:
-    """Distances class by class, beside that of the pooled sets, which is what a single row of a paper would be."""
-    if not rows:
-        return None
-    heads = [("image set 1", False), ("image set 2", False), ("N1", True), ("N2", True), ("class by class", True),
-             ("all together", True)]  # fmt: skip
-    groups: dict[str, Group] = {}
+    """Distances class by class, beside the distance of the pooled sets, as papers report it."""
     several = len({row["extractor"] for row in rows}) > 1
-    for row in rows:
-        cells = [
-            Cell(plain(row["set1"]), False),
-            Cell(plain(row["set2"]), False),
-            Cell(count(row["n1"]), True),
-            Cell(count(row["n2"]), True),
-            Cell(number(row["within"]), True),
-            Cell(number(row["pooled"]), True),
-        ]
-        title = f"Extractor {row['extractor']}" if several else ""
-        groups.setdefault(title, Group(title, [])).rows.append(("", cells))
-    caption = (
-        "Fréchet distance as the mean over the classes, beside that of all classes in one set: where the first is much "
-        f"larger, classes were exchanged and the pooled sets hide it. Classes: {plain(rows[0]['conditions'])}."
-    )
-    return Table("fid-within", "Distances class by class", caption, heads, list(groups.values()))
+    classes = plain(rows[0]["conditions"]) if rows else ""
+    return _table(
+        "fid-within", "Distances class by class", rows, WITHIN,
+        "Mean of the Fréchet distances of the classes, beside the distance of all classes in one set. Where the first "
+        f"is much larger, images moved between classes and the pooled sets hide it. Classes: {classes}.",
+        lambda row: f"Extractor {row['extractor']}" if several else "",
+    )  # fmt: skip
 
 
 def _paper_table(row: Row) -> str:
-    """Which of the paper's comparisons a row is."""
-    first, second = ("reference" if "(reference)" in row[name] else row[name] for name in ("set1", "set2"))
-    if first != "reference":
+    """The paper's comparison that a row belongs to."""
+    if "(reference)" not in row["set1"]:
         return "Table 1: images and their counterfactuals"
-    return (
-        "Table 2: real reference images and counterfactuals"
-        if "(counterfactual)" in second
-        else "Table 1: real reference images and images"
-    )
+    if "(counterfactual)" in row["set2"]:
+        return "Table 2: real reference images and counterfactuals"
+    return "Table 1: real reference images and images"

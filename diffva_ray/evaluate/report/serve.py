@@ -1,6 +1,6 @@
-"""``diffva report --serve``: the report's folder on this machine's loopback address, also where the run is on S3.
+"""``diffva report --serve``: a read-only HTTP server for the report on the loopback address, also for a run on S3.
 
-Nothing but files below ``report/`` is read, nobody but this machine is answered, and nothing is ever written.
+It reads only files below ``report/`` and answers only requests of this machine.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ KINDS = {
     ".png": "image/png",
     ".webp": "image/webp",
 }
-FILE = re.compile(r"/(?:(?:data|images)/)?[0-9A-Za-z_-]+\.(?:html|js|png|webp)")  # all that a report is made of
+FILE = re.compile(r"/(?:(?:data|images)/)?[0-9A-Za-z_-]+\.(?:html|js|png|webp)")  # every file name of a report
 
 
 class ReportServer(http.server.ThreadingHTTPServer):
-    """Answers on loopback; ``port`` 0 takes any that is free. ``address`` is what to open."""
+    """The server; ``port`` 0 takes any free port."""
 
     daemon_threads = True
 
@@ -34,11 +34,12 @@ class ReportServer(http.server.ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
+        """URL of the page."""
         return f"http://{LOOPBACK}:{self.server_port}/index.html"
 
     @property
     def hosts(self) -> set[str]:
-        """Names this server answers to: another name that leads here is another site's trick to read the images."""
+        """Accepted Host headers; any other name may be a DNS rebinding attack."""
         return {f"{name}:{self.server_port}" for name in (LOOPBACK, "localhost")}
 
 
@@ -57,7 +58,7 @@ class _Files(http.server.BaseHTTPRequestHandler):
             return
         path = unquote(urlsplit(self.path).path)
         path = "/index.html" if path == "/" else path
-        if path == "/favicon.ico":  # browsers ask unasked
+        if path == "/favicon.ico":  # browsers request it on their own
             self.send_response(HTTPStatus.NO_CONTENT)
             self.end_headers()
             return
@@ -83,7 +84,7 @@ class _Files(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: a line for each of thousands of pictures tells nobody anything."""
+        """Suppress the line per request: a report has thousands of images."""
 
 
 def serve(store: Store, port: int, announce: Callable[[str], None] = print) -> None:

@@ -23,7 +23,7 @@ from diffva_ray.data.encoding import encode_grey
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.report.catalogue import read_earlier, scripted, unscripted
 from diffva_ray.evaluate.report.charts import charts
-from diffva_ray.evaluate.report.images import most, sample, shares
+from diffva_ray.evaluate.report.images import max_listed, sample, shares
 from diffva_ray.evaluate.report.numbers import cards, glance, wilson
 from diffva_ray.evaluate.report.page import whole, write_report
 from diffva_ray.evaluate.report.result_tables import report_tables
@@ -238,7 +238,7 @@ def test_pictures_are_made_once(make_run: MakeRun, monkeypatch: pytest.MonkeyPat
     run = make_run(shards=2)
     written(run)
     before = read_earlier(run)
-    assert len(before.pictures) == 8
+    assert len(before.panels) == 8
     made: list[str] = []
     put = type(run.store).put
 
@@ -255,9 +255,9 @@ def test_pictures_are_made_once(make_run: MakeRun, monkeypatch: pytest.MonkeyPat
 def test_an_unreadable_earlier_report_is_no_matter(make_run: MakeRun) -> None:
     run = make_run()
     run.store.put("report/data/index-000.js", b"of something else")
-    assert not read_earlier(run).pictures
+    assert not read_earlier(run).panels
     written(run)
-    assert len(read_earlier(run).pictures) == 12
+    assert len(read_earlier(run).panels) == 12
 
 
 def test_images_that_have_gone_are_counted(make_run: MakeRun) -> None:
@@ -265,7 +265,7 @@ def test_images_that_have_gone_are_counted(make_run: MakeRun) -> None:
     for file in (Path(run.about["data_root"]) / "COVID" / "images").iterdir():
         file.unlink()
     _, page = written(run)
-    assert ". 6 have no picture here: their files cannot be read any more." in flat(page)
+    assert ". 6 are not shown: their files can no longer be read." in flat(page)
 
 
 def test_the_sample_is_even_over_classes_and_spans_the_scores(make_run: MakeRun) -> None:
@@ -320,8 +320,8 @@ def test_a_sample_is_said(make_run: MakeRun) -> None:
     text = flat(Page(Path(write_report(run, listed=4)).read_text()))
     assert "A sample: " in text
     assert "of 12 finished records" in text
-    assert most(64) == 20_000
-    assert most(512) == most(2048) < 5_000
+    assert max_listed(64) == 20_000
+    assert max_listed(512) == max_listed(2048) < 5_000
 
 
 def test_shares_pass_on_what_small_classes_leave() -> None:
@@ -393,7 +393,7 @@ def test_charts_are_of_all_finished_records(make_run: MakeRun) -> None:
     for line in drawn[0].lines:
         assert drawn[0].left <= drawn[0].ticks[0][0] <= drawn[0].right
         assert line.low <= line.median <= line.high
-    assert "COVID median 0." in drawn[0].said
+    assert "COVID median 0." in drawn[0].description
 
 
 def test_there_is_no_chart_without_its_numbers(make_run: MakeRun) -> None:
@@ -413,7 +413,7 @@ def test_every_try_of_a_retried_record_is_told(make_run: MakeRun) -> None:
     )
     retry.store.put("records/part-00000.parquet", sink.getvalue())
     _, page = written(run)
-    assert "1 record was tried again; 0 of them are ok now" in flat(page)
+    assert "1 record was retried; 0 of them are ok now" in flat(page)
     index, details = beside(run)
     assert sum(index["retried"]) == 1
     told = next(row["attempts"] for row in details if row["attempts"])

@@ -1,4 +1,4 @@
-/** The bar of filters: from its fields to a query, and back. */
+/** The filter bar: converts its fields to a query and back. */
 import { byId, make, plain } from "./dom.js";
 import { everything } from "./query.js";
 import { ScoreRange } from "./score.js";
@@ -20,7 +20,7 @@ export class Controls {
     for (const field of [this.label, this.status, this.sort]) field.addEventListener("change", onChange);
     this.text.addEventListener("input", onChange);
     this.turn.addEventListener("click", () => {
-      this.direct(!this.down);
+      this.setDirection(!this.down);
       onChange();
     });
     byId("bar").addEventListener("submit", (event) => event.preventDefault());
@@ -33,18 +33,19 @@ export class Controls {
     }
   }
 
+  /** Add the options of the selects. */
   fill() {
     const { labels, statuses, measures } = this.table.about;
     const option = (/** @type {string} */ value, /** @type {string} */ text) => make("option", { value }, text);
     this.label.append(option("", "all"), ...labels.map((label) => option(label, plain(label))));
     this.status.append(option("", "all"), ...statuses.map((status) => option(status, plain(status))));
     if (statuses.some((status) => status !== "ok")) this.status.append(option("quarantined", "any quarantined"));
-    if (this.table.retried.includes(1)) this.status.append(option("retried", "tried again"));
-    this.sort.append(option("plan", "plan"), option("file", "file"), ...measures.map((m) => option(m.key, m.title)));
+    if (this.table.retried.includes(1)) this.status.append(option("retried", "retried"));
+    this.sort.append(option("plan", "order of the run"), option("file", "file name"), ...measures.map((m) => option(m.key, m.title)));
   }
 
   /** @param {boolean} down */
-  direct(down) {
+  setDirection(down) {
     this.down = down;
     this.turn.textContent = down ? "↓" : "↑";
     this.turn.setAttribute("aria-label", `Direction: ${down ? "high to low" : "low to high"}`);
@@ -66,7 +67,7 @@ export class Controls {
     this.status.value = query.status;
     this.sort.value = query.sort;
     for (const field of [this.label, this.status, this.sort]) if (field.selectedIndex < 0) field.selectedIndex = 0;
-    this.direct(query.down);
+    this.setDirection(query.down);
     this.range.use(query.measure);
     this.range.set(query.low, query.high);
   }

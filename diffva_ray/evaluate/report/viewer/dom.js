@@ -1,4 +1,4 @@
-/** Elements by id and elements made new. Text is only ever set as text, so no value can become markup. */
+/** Find and create elements. Text is always set as text, so no value can become markup. */
 
 /**
  * The element of the page with this id.
@@ -7,9 +7,9 @@
  * @returns {T}
  */
 export function byId(id) {
-  const found = document.getElementById(id);
-  if (!found) throw new Error(`the page has no #${id}`);
-  return /** @type {any} */ (found);
+  const element = document.getElementById(id);
+  if (!element) throw new Error(`the page has no #${id}`);
+  return /** @type {any} */ (element);
 }
 
 /**
@@ -19,33 +19,33 @@ export function byId(id) {
  * @param {...(Node|string)} children
  */
 export function make(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
 }
 
 /**
- * A new element of a drawing.
+ * A new SVG element.
  * @param {string} tag
  * @param {Record<string, string>} attributes
  */
-export function draw(tag, attributes) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  return made;
+export function makeSvg(tag, attributes) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  return element;
 }
 
-/** A class or column name for people. @param {string} name */
+/** A class or column name with spaces. @param {string} name */
 export const plain = (name) => name.replaceAll("_", " ");
 
-/** A file's own name. @param {string} path */
+/** The last part of a path. @param {string} path */
 export const fileName = (path) => path.slice(path.lastIndexOf("/") + 1);
 
-/** 12 345, as the page writes it. @param {number} value */
+/** An integer with narrow spaces: 12 345. @param {number} value */
 export const counted = (value) => String(value).replace(/\B(?=(\d{3})+$)/g, "\u202f");
 
-/** A score with a true minus sign; a dash where there is none. @param {number|null} value @param {number} digits */
+/** A score with a minus sign (U+2212); a dash for a missing value. @param {number|null} value @param {number} digits */
 export function written(value, digits) {
   if (value === null || !Number.isFinite(value)) return "–";
   return value.toFixed(digits).replace("-", "−");

@@ -1,14 +1,14 @@
-/** Keys that act anywhere on the page; not while something is typed, and not when they are switched off in the help. */
+/** Shortcuts that work anywhere on the page, except while typing or when switched off in the help dialog. */
 import { byId } from "./dom.js";
 
-/** Whether a key belongs to what has the focus. @param {EventTarget|null} target */
+/** Whether the focused element takes text or keys itself. @param {EventTarget|null} target */
 function typing(target) {
   const element = /** @type {HTMLElement} */ (target);
   return element.matches?.("input:not([type=checkbox], [type=radio], [type=range]), select, textarea") ?? false;
 }
 
 /**
- * @param {{step: (by: number) => void, look: (view: number) => void, nudge: (by: number) => void,
+ * @param {{step: (by: number) => void, setView: (view: number) => void, adjust: (by: number) => void,
  *   lesion: () => void, leave: () => void, zoom: import("./zoom.js").Zoom}} actions
  */
 export function listenToKeys(actions) {
@@ -19,14 +19,14 @@ export function listenToKeys(actions) {
   byId("help-close").addEventListener("click", () => help.close());
   /** @type {Record<string, () => void>} */
   const keys = {
-    j: () => actions.step(1), k: () => actions.step(-1), "[": () => actions.nudge(-10), "]": () => actions.nudge(10),
+    j: () => actions.step(1), k: () => actions.step(-1), "[": () => actions.adjust(-10), "]": () => actions.adjust(10),
     "+": () => actions.zoom.by(1.5), "=": () => actions.zoom.by(1.5), "-": () => actions.zoom.by(1 / 1.5), "0": () => actions.zoom.whole(),
     l: actions.lesion, "?": () => help.showModal(), "/": () => search.focus(),
   };
   /** @type {Record<string, () => void>} */
   const shifted = {
-    ArrowLeft: () => actions.zoom.look(-1, 0), ArrowRight: () => actions.zoom.look(1, 0),
-    ArrowUp: () => actions.zoom.look(0, -1), ArrowDown: () => actions.zoom.look(0, 1),
+    ArrowLeft: () => actions.zoom.panBy(-1, 0), ArrowRight: () => actions.zoom.panBy(1, 0),
+    ArrowUp: () => actions.zoom.panBy(0, -1), ArrowDown: () => actions.zoom.panBy(0, 1),
   };
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || help.open) return;
@@ -35,12 +35,14 @@ export function listenToKeys(actions) {
         actions.leave();
         return;
       }
-      event.preventDefault(); // a browser would empty the field
+      event.preventDefault(); // keep the browser from clearing the field
       byId("list").focus();
       return;
     }
     if (!on.checked || typing(event.target)) return;
-    const act = keys[event.key] ?? (event.shiftKey && actions.zoom.scale > 1 ? shifted[event.key] : null) ?? (/^[1-6]$/.test(event.key) ? () => actions.look(Number(event.key)) : null);
+    const pan = event.shiftKey && actions.zoom.scale > 1 ? shifted[event.key] : null;
+    const view = /^[1-6]$/.test(event.key) ? () => actions.setView(Number(event.key)) : null;
+    const act = keys[event.key] ?? pan ?? view;
     if (!act) return;
     event.preventDefault();
     act();

@@ -1,14 +1,14 @@
 /**
- * The list of images: of however many there are, only the rows in sight exist. It is one listbox; the row that is chosen
- * is told by aria-activedescendant, so focus stays on the list while rows come and go.
+ * The list of images. Only the rows in sight exist as elements. The list is one listbox that names its selected row in
+ * aria-activedescendant, so the focus stays on the list while rows are added and removed.
  */
 import { byId, counted, fileName, make, plain, written } from "./dom.js";
-import { pictures } from "./records.js";
+import { panelFiles } from "./records.js";
 
 /** @typedef {import("./records.js").Table} Table */
 
-const ROW = 76; // pixels; the style knows it too
-const SPARE = 6; // rows kept above and below those in sight
+const ROW = 76; // height in pixels, as in viewer.css
+const SPARE = 6; // extra rows above and below those in sight
 
 export class ImageList {
   /**
@@ -75,7 +75,7 @@ export class ImageList {
     this.onChoose(Math.min(last, Math.max(0, places[event.key])));
   }
 
-  /** Make the rows in sight be there, and no others. */
+  /** Create the rows in sight and remove the others. */
   paint() {
     const first = Math.max(0, Math.floor(this.box.scrollTop / ROW) - SPARE);
     const after = Math.min(this.rows.length, Math.ceil((this.box.scrollTop + this.box.clientHeight) / ROW) + SPARE);
@@ -111,12 +111,12 @@ export class ImageList {
     return row;
   }
 
-  /** Image and map on the image, small. @param {number} n */
+  /** Thumbnails: the image, and the map on the image. @param {number} n */
   thumb(n) {
-    const files = pictures(this.table, n);
+    const files = panelFiles(this.table, n);
     const box = make("span", { class: "thumbs" });
     if (!files) {
-      box.append(make("span", { class: "thumb none" }, "no picture"));
+      box.append(make("span", { class: "thumb none" }, "no image"));
       return box;
     }
     const image = { class: "strip first", src: files.strip, alt: "", decoding: "async" };
@@ -127,7 +127,7 @@ export class ImageList {
     return box;
   }
 
-  /** @param {number} n @param {string} status */
+  /** Class, badges, file name and scores. @param {number} n @param {string} status */
   words(n, status) {
     const { table } = this;
     const label = make("b", {}, plain(table.about.labels[table.label[n]]));
@@ -139,18 +139,18 @@ export class ImageList {
     return words;
   }
 
-  /** The last line of a row: why it failed, or its scores. @param {number} n */
+  /** The last line of a row: its scores, or the reason of its failure. @param {number} n */
   fine(n) {
     const { table } = this;
     const shown = table.about.measures.filter(({ key }) => key === this.measure || (key === "ssim" && this.measure === ""));
-    const said = shown.map(({ key, title, digits }) => `${title} ${written(table.scores.get(key)[n], digits)}`);
+    const scores = shown.map(({ key, title, digits }) => `${title} ${written(table.scores.get(key)[n], digits)}`);
     const failed = table.about.statuses[table.status[n]] !== "ok";
-    return [...(failed ? [] : said), table.note[n]].filter(Boolean).join(" · ");
+    return [...(failed ? [] : scores), table.note[n]].filter(Boolean).join(" · ");
   }
 }
 
-/** What the count says. @param {number} shown @param {number} all */
+/** Text of the count. @param {number} shown @param {number} all */
 export function countText(shown, all) {
-  const images = all === 1 ? "record" : "records";
-  return shown === all ? `${counted(all)} ${images}` : `${counted(shown)} of ${counted(all)} ${images}`;
+  const records = all === 1 ? "record" : "records";
+  return shown === all ? `${counted(all)} ${records}` : `${counted(shown)} of ${counted(all)} ${records}`;
 }

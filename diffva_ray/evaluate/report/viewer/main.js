@@ -1,4 +1,4 @@
-/** The viewer: loads the index, then holds together filters, list, pictures, details and the address. */
+/** The viewer: loads the index and connects filters, list, stage, details and address. */
 import { addressOf, readAddress, writeAddress } from "./address.js";
 import { Controls } from "./controls.js";
 import { emptyDetails, fillDetails, fillName } from "./detail.js";
@@ -9,7 +9,7 @@ import { everything, matching, sorted } from "./query.js";
 import { DetailFiles, loadTable } from "./records.js";
 import { Stage } from "./stage.js";
 
-const NARROW = matchMedia("(max-width: 760px)"); // list and image take turns; the style knows it too
+const NARROW = matchMedia("(max-width: 760px)"); // list and image are shown in turn, as in viewer.css
 
 class Viewer {
   /** @param {import("./records.js").Table} table */
@@ -18,7 +18,7 @@ class Viewer {
     this.details = new DetailFiles(table.about.perDetail);
     /** @type {number[]} */
     this.rows = [];
-    this.chosen = -1; // a record, not a place in the list
+    this.chosen = -1; // record number, not position in the list
     this.list = new ImageList(table, (place) => this.choose(this.rows[place]), () => this.open(true));
     this.stage = new Stage(table, () => this.remember());
     this.controls = new Controls(table, () => this.filter());
@@ -29,20 +29,20 @@ class Viewer {
     addEventListener("hashchange", () => this.follow());
     listenToKeys({
       step: (by) => this.step(by),
-      look: (view) => this.stage.look(view),
-      nudge: (by) => this.stage.nudge(by),
+      setView: (view) => this.stage.setView(view),
+      adjust: (by) => this.stage.adjust(by),
       lesion: () => byId("lesion-on").click(),
       leave: () => this.open(false),
       zoom: this.stage.zoom,
     });
   }
 
-  /** Show what the filters leave; an image that they leave stays chosen, else the first is. */
+  /** Show the records that match the filters; the chosen record stays chosen if it matches, else the first is chosen. */
   filter() {
     const query = this.controls.query();
-    const loose = matching(this.table, query, true);
-    this.controls.range.paint(loose);
-    this.rows = sorted(this.table, query.low === null && query.high === null ? loose : matching(this.table, query), query);
+    const anyScore = matching(this.table, query, true);
+    this.controls.range.paint(anyScore);
+    this.rows = sorted(this.table, query.low === null && query.high === null ? anyScore : matching(this.table, query), query);
     byId("count").textContent = countText(this.rows.length, this.table.size);
     byId("nothing").hidden = this.rows.length > 0;
     this.list.show(this.rows, query.sort in { plan: 0, file: 0 } ? "" : query.sort);
@@ -52,7 +52,7 @@ class Viewer {
     this.remember();
   }
 
-  /** @param {number} n  a record */
+  /** Show a record. @param {number} n  record number */
   choose(n) {
     this.chosen = n;
     this.list.choose(this.rows.indexOf(n));
@@ -70,7 +70,7 @@ class Viewer {
     );
   }
 
-  /** @param {number} by */
+  /** Move in the list. @param {number} by */
   step(by) {
     const place = this.rows.indexOf(this.chosen) + by;
     if (place < 0 || place >= this.rows.length) return;
@@ -78,7 +78,7 @@ class Viewer {
     byId("viewer").scrollIntoView({ block: "nearest" });
   }
 
-  /** On a narrow screen, show the image in place of the list. @param {boolean} image */
+  /** On a narrow screen, show the image or the list. @param {boolean} image */
   open(image) {
     if (!NARROW.matches) return;
     byId("viewer").classList.toggle("one", image);
@@ -87,25 +87,26 @@ class Viewer {
     else this.list.choose(this.rows.indexOf(this.chosen));
   }
 
+  /** Write the state into the address. */
   remember() {
     if (!this.started) return;
     writeAddress(addressOf(this.table.id[this.chosen] ?? "", this.controls.query(), this.stage.view.key));
   }
 
-  /** Do what the address says. Returns whether it named a record. */
+  /** Apply the state in the address. Returns whether it names a record. */
   follow() {
-    const asked = readAddress();
-    if (!asked) return false;
-    const { record } = asked;
+    const state = readAddress();
+    if (!state) return false;
+    const { record } = state;
     const n = this.table.place.get(record) ?? -1;
-    this.trouble(record && n < 0 ? `There is no record ${record} on this page: it may not be in its sample.` : "");
+    this.showError(record && n < 0 ? `This page has no record ${record}: the page may show a sample only.` : "");
     this.started = false;
-    this.controls.set(asked.query);
+    this.controls.set(state.query);
     if (n >= 0) this.chosen = n;
     if (n >= 0 && !matching(this.table, this.controls.query()).includes(n)) this.controls.set(everything());
     this.filter();
     if (n >= 0) this.choose(n);
-    if (asked.view) this.stage.look(asked.view);
+    if (state.view) this.stage.setView(state.view);
     this.started = true;
     if (n >= 0) {
       if (NARROW.matches) this.open(true);
@@ -127,13 +128,13 @@ class Viewer {
       await navigator.clipboard.writeText(location.href);
       button.textContent = "Copied";
     } catch {
-      button.textContent = "It is in the address bar";
+      button.textContent = "Copy it from the address bar";
     }
     setTimeout(() => (button.textContent = "Copy link"), 2000);
   }
 
   /** @param {string} text */
-  trouble(text) {
+  showError(text) {
     byId("trouble").textContent = text;
     byId("trouble").hidden = !text;
   }
@@ -144,7 +145,7 @@ if (section) {
   loadTable(Number(section.dataset.index)).then(
     (table) => new Viewer(table).start(),
     (error) => {
-      byId("trouble").textContent = `The images of this page are not beside it: ${error.message}. Keep the report’s folder together.`;
+      byId("trouble").textContent = `The images of this page cannot be loaded: ${error.message}. Keep all files of the report folder together.`;
       byId("trouble").hidden = false;
     },
   );

@@ -1,4 +1,4 @@
-/** Which records, in which order: plain functions of the table and what is asked for. */
+/** Select and sort records: functions of the table and a query, without side effects. */
 
 /** @typedef {import("./records.js").Table} Table */
 /**
@@ -13,7 +13,7 @@
  * @property {boolean} down  high to low
  */
 
-/** @returns {Query} */
+/** The query that all records match. @returns {Query} */
 export function everything() {
   return { text: "", label: "", status: "", measure: "", low: null, high: null, sort: "plan", down: false };
 }
@@ -28,7 +28,7 @@ function statusTest(table, status) {
 }
 
 /**
- * The records that are asked for, all but for their scores when `anyScore`.
+ * The records that match a query; `anyScore` ignores its score range.
  * @param {Table} table @param {Query} query @param {boolean} anyScore
  * @returns {number[]}
  */
@@ -44,14 +44,12 @@ export function matching(table, query, anyScore = false) {
   if (scores && !anyScore && (low !== null || high !== null)) {
     tests.push((n) => (low === null ? !Number.isNaN(scores[n]) : scores[n] >= low) && !(high !== null && !(scores[n] <= high)));
   }
-  if (words.length) tests.push((n) => words.every((word) => table.hay[n].includes(word)));
-  const found = [];
-  for (let n = 0; n < table.size; n++) if (tests.every((test) => test(n))) found.push(n);
-  return found;
+  if (words.length) tests.push((n) => words.every((word) => table.searchText[n].includes(word)));
+  return Array.from({ length: table.size }, (_, n) => n).filter((n) => tests.every((test) => test(n)));
 }
 
 /**
- * The same records in the order asked for; those without the score come last, ties stay in the plan's order.
+ * The records in the order of the query; those without the score come last, ties keep the order of the run.
  * @param {Table} table @param {number[]} rows @param {Query} query
  */
 export function sorted(table, rows, query) {
@@ -69,7 +67,7 @@ export function sorted(table, rows, query) {
   });
 }
 
-/** Lowest and highest score there is. @param {Float64Array} scores @returns {[number, number]} */
+/** Lowest and highest score. @param {Float64Array} scores @returns {[number, number]} */
 export function extent(scores) {
   let [low, high] = [Infinity, -Infinity];
   for (const value of scores) {
@@ -80,7 +78,7 @@ export function extent(scores) {
 }
 
 /**
- * How many of `rows` fall into each of `bins` equal parts of the range.
+ * Histogram of the scores of `rows` with `bins` equal bins over the range.
  * @param {Float64Array} scores @param {number[]} rows @param {[number, number]} range @param {number} bins
  */
 export function histogram(scores, rows, [low, high], bins) {

@@ -1,6 +1,6 @@
 /**
- * The records beside the page. The index is held as columns, since twenty thousand objects would be slow to sort;
- * details come in files of some hundred records, when one of them is looked at.
+ * Load the record files beside the page. The index is kept as columns, because sorting 20 000 objects would be slow;
+ * a file of details is loaded when one of its records is viewed.
  */
 import { fileName, plain } from "./dom.js";
 
@@ -13,22 +13,22 @@ import { fileName, plain } from "./dom.js";
  * @property {{labels: string[], statuses: string[], measures: Measure[], limit: number, side: number,
  *   extension: string, total: number, perDetail: number}} about
  * @property {string[]} id
- * @property {number[]} label  place in about.labels
- * @property {number[]} status  place in about.statuses
+ * @property {number[]} label  position in about.labels
+ * @property {number[]} status  position in about.statuses
  * @property {string[]} path
- * @property {string[]} key  names the pictures; empty when there are none
+ * @property {string[]} key  part of the panel file names; empty without panels
  * @property {number[]} truth  1: the strip has the ground-truth counterfactual
  * @property {number[]} retried
  * @property {string[]} note
- * @property {string[]} hay  what the search looks through, in lower case
+ * @property {string[]} searchText  in lower case
  * @property {Map<string, Float64Array>} scores
- * @property {Map<string, number>} place  of a record id
+ * @property {Map<string, number>} place  record number by id
  */
 
 const COLUMNS = ["id", "label", "status", "path", "key", "truth", "retried", "note"];
 
 /**
- * Run a file of records and take what it hands to its own script element.
+ * Run a file of records and return the value that it passes to its script element.
  * @param {string} url
  * @returns {Promise<any>}
  */
@@ -38,7 +38,7 @@ function load(url) {
     script.addEventListener("records", (event) => resolve(/** @type {CustomEvent} */ (event).detail), { once: true });
     script.addEventListener("load", () => {
       script.remove();
-      reject(new Error(`${url} holds no records`)); // too late to matter when it did
+      reject(new Error(`${url} holds no records`)); // ignored if the records have arrived
     });
     script.addEventListener("error", () => {
       script.remove();
@@ -54,7 +54,7 @@ export async function loadTable(files) {
   const names = Array.from({ length: files }, (_, n) => `data/index-${String(n).padStart(3, "0")}.js`);
   const chunks = await Promise.all(names.map(load));
   const { about } = chunks[0];
-  const table = { about, size: 0, scores: new Map(), place: new Map(), hay: [] };
+  const table = { about, size: 0, scores: new Map(), place: new Map(), searchText: [] };
   for (const name of COLUMNS) table[name] = chunks.flatMap((chunk) => chunk[name]);
   table.size = table.id.length;
   for (const { key } of about.measures) {
@@ -64,13 +64,13 @@ export async function loadTable(files) {
   for (let n = 0; n < table.size; n++) {
     table.place.set(table.id[n], n);
     const label = about.labels[table.label[n]];
-    const said = [table.path[n], table.id[n], label, plain(label), about.statuses[table.status[n]], table.note[n]];
-    table.hay.push(said.join("\n").toLowerCase());
+    const texts = [table.path[n], table.id[n], label, plain(label), about.statuses[table.status[n]], table.note[n]];
+    table.searchText.push(texts.join("\n").toLowerCase());
   }
   return /** @type {Table} */ (table);
 }
 
-/** Reads details, each file once. */
+/** Loads details; each file is loaded once. */
 export class DetailFiles {
   /** @param {number} perFile */
   constructor(perFile) {
@@ -92,14 +92,14 @@ export class DetailFiles {
   }
 }
 
-/** Where the pictures of a record are; null when it has none. @param {Table} table @param {number} n */
-export function pictures(table, n) {
+/** Panel files of a record; null without panels. @param {Table} table @param {number} n */
+export function panelFiles(table, n) {
   if (!table.key[n]) return null;
   const stem = `images/${table.id[n]}-${table.key[n]}`;
   return { strip: `${stem}.${table.about.extension}`, map: `${stem}-map.png`, truth: table.truth[n] === 1 };
 }
 
-/** A record in a few words. @param {Table} table @param {number} n */
+/** Class and file name of a record. @param {Table} table @param {number} n */
 export function named(table, n) {
   return `${plain(table.about.labels[table.label[n]])}, ${fileName(table.path[n])}`;
 }

@@ -1,8 +1,8 @@
-/** The score range: two handles over the histogram of what the other filters leave. */
-import { byId, draw, make, written } from "./dom.js";
+/** The score range: two handles over the histogram of the records that match the other filters. */
+import { byId, make, makeSvg, written } from "./dom.js";
 import { extent, histogram } from "./query.js";
 
-const STEPS = 1000; // of a handle
+const STEPS = 1000; // positions of a handle
 const BARS = 40;
 
 export class ScoreRange {
@@ -24,15 +24,15 @@ export class ScoreRange {
     });
     for (const handle of [this.lowest, this.highest]) {
       handle.addEventListener("input", () => {
-        this.part(handle);
-        this.say();
+        this.keepOrder(handle);
+        this.showBounds();
         onChange();
       });
     }
     this.use(this.measure.value);
   }
 
-  /** Begin with all of a measure. @param {string} key */
+  /** Select a measure with its full range. @param {string} key */
   use(key) {
     const scores = this.table.scores.get(key);
     this.measure.value = scores ? key : (this.table.about.measures[0]?.key ?? "");
@@ -40,11 +40,11 @@ export class ScoreRange {
     this.ends = extent(this.scores);
     this.lowest.value = "0";
     this.highest.value = String(STEPS);
-    this.say();
+    this.showBounds();
   }
 
-  /** The handles do not pass each other. @param {HTMLInputElement} moved */
-  part(moved) {
+  /** Stop the moved handle at the other one. @param {HTMLInputElement} moved */
+  keepOrder(moved) {
     const [low, high] = [Number(this.lowest.value), Number(this.highest.value)];
     if (low <= high) return;
     if (moved === this.lowest) this.lowest.value = String(high);
@@ -57,10 +57,10 @@ export class ScoreRange {
     const step = (/** @type {number} */ value) => String(Math.round(((value - first) / (last - first || 1)) * STEPS));
     if (low !== null) this.lowest.value = step(low);
     if (high !== null) this.highest.value = step(high);
-    this.say();
+    this.showBounds();
   }
 
-  /** The range asked for; null where a handle is at its end. @returns {[number|null, number|null]} */
+  /** The selected range; null where a handle is at its end. @returns {[number|null, number|null]} */
   get() {
     const [first, last] = this.ends;
     const value = (/** @type {HTMLInputElement} */ handle) => first + ((last - first) * Number(handle.value)) / STEPS;
@@ -68,7 +68,8 @@ export class ScoreRange {
     return [low > 0 ? value(this.lowest) : null, high < STEPS ? value(this.highest) : null];
   }
 
-  say() {
+  /** Write the bounds as text. */
+  showBounds() {
     const digits = this.table.about.measures.find(({ key }) => key === this.measure.value)?.digits ?? 3;
     const [low, high] = this.get();
     const [from, to] = [written(low ?? this.ends[0], digits), written(high ?? this.ends[1], digits)];
@@ -80,17 +81,17 @@ export class ScoreRange {
   /** Draw the histogram of these records. @param {number[]} rows */
   paint(rows) {
     const counts = histogram(this.scores, rows, this.ends, BARS);
-    const most = Math.max(1, ...counts);
+    const highest = Math.max(1, ...counts);
     const width = 160 / BARS;
     const [low, high] = [Number(this.lowest.value), Number(this.highest.value)];
     const bars = counts.map((count, n) => {
-      const height = count ? Math.max(1.5, 26 * Math.sqrt(count / most)) : 0;
+      const height = count ? Math.max(1.5, 26 * Math.sqrt(count / highest)) : 0;
       const middle = ((n + 0.5) / BARS) * STEPS;
-      return draw("rect", {
+      return makeSvg("rect", {
         x: String(n * width), y: String(26 - height), width: String(width - 0.6), height: String(height),
         class: middle >= low && middle <= high ? "in" : "out",
       });
     });
-    byId("hills").replaceChildren(...bars);
+    byId("histogram").replaceChildren(...bars);
   }
 }

@@ -1,10 +1,11 @@
-/** The pictures of one image: views of it, the before/after divider, the map over it, outlines of lesion and lungs. */
+/** The stage: panels of one record in several views, divider, map overlay, outlines of lesion and lungs. */
 import { byId, make } from "./dom.js";
-import { pictures } from "./records.js";
+import { panelFiles } from "./records.js";
 import { Zoom } from "./zoom.js";
 
 /**
- * What a view shows: the right side of the divider (when it has one), whose picture fills the stage, the map.
+ * One view: the panel left of the divider (or on the whole stage), the panel right of it, and whether the map is on top.
+ * `needs` names a panel without which the view is not available.
  * @typedef {{key: string, name: string, left: string, right: string, heat: boolean, needs: string}} View
  */
 /** @type {View[]} */
@@ -14,7 +15,7 @@ const VIEWS = [
   { key: "image", name: "Image", left: "image", right: "", heat: false, needs: "" },
   { key: "counterfactual", name: "Counterfactual", left: "counterfactual", right: "", heat: false, needs: "" },
   { key: "map", name: "Map", left: "", right: "", heat: true, needs: "" },
-  { key: "true", name: "Ground-truth counterfactual", left: "counterfactual", right: "truth", heat: false, needs: "truth" },
+  { key: "true", name: "Ground truth", left: "counterfactual", right: "truth", heat: false, needs: "truth" },
 ];
 const TAGS = { image: "image", counterfactual: "healthy counterfactual", truth: "ground-truth counterfactual", "": "" };
 
@@ -36,7 +37,7 @@ export class Stage {
     byId("outlines").setAttribute("viewBox", `0 0 ${side} ${side}`);
     for (const view of VIEWS) {
       const radio = make("input", { type: "radio", name: "view", value: view.key });
-      radio.addEventListener("change", () => this.look(view.key));
+      radio.addEventListener("change", () => this.setView(view.key));
       byId("views").append(make("label", { class: "view" }, radio, make("span", {}, view.name)));
     }
     for (const knob of [this.divider, this.opacity, this.range, this.level]) knob.addEventListener("input", () => this.paint());
@@ -46,12 +47,12 @@ export class Stage {
       this.paint();
     });
     this.zoom = new Zoom(this.stage, this.divider, () => this.zoom && this.paint());
-    this.look(this.view.key);
+    this.setView(this.view.key);
   }
 
-  /** Show a record's pictures; false when it has none. @param {number} n @param {string} name */
+  /** Show the panels of a record; false without panels. @param {number} n @param {string} name */
   show(n, name) {
-    const files = pictures(this.table, n);
+    const files = panelFiles(this.table, n);
     this.truth = files?.truth ?? false;
     this.name = name;
     byId("show").hidden = !files;
@@ -59,18 +60,18 @@ export class Stage {
     this.zoom.whole();
     if (!files) return false;
     for (const id of ["image", "counterfactual", "truth"]) {
-      const picture = byId(id);
-      if (id !== "truth" || this.truth) picture.setAttribute("src", files.strip);
-      else picture.removeAttribute("src");
+      const panel = byId(id);
+      if (id !== "truth" || this.truth) panel.setAttribute("src", files.strip);
+      else panel.removeAttribute("src");
     }
     byId("counterfactual").className = `strip ${this.truth ? "middle" : "last"}`;
     byId("heat").setAttribute("src", files.map);
-    if (this.view.needs && !this.truth) this.look("both");
+    if (this.view.needs && !this.truth) this.setView("both");
     this.paint();
     return true;
   }
 
-  /** Draw what is known of the image, as paths. @param {string} lesion @param {string} lungs */
+  /** Set the outlines, as SVG paths. @param {string} lesion @param {string} lungs */
   outline(lesion, lungs) {
     for (const id of ["lesion", "lesion-halo"]) byId(id).setAttribute("d", lesion);
     byId("lungs").setAttribute("d", lungs);
@@ -78,8 +79,8 @@ export class Stage {
     byId("lungs-knob").hidden = !lungs;
   }
 
-  /** @param {string|number} which  a view's key, or its number from 1 */
-  look(which) {
+  /** Choose a view. @param {string|number} which  key of the view, or its number from 1 */
+  setView(which) {
     const view = typeof which === "number" ? VIEWS[which - 1] : VIEWS.find(({ key }) => key === which);
     if (!view || (view.needs && !this.truth)) return;
     this.view = view;
@@ -87,16 +88,16 @@ export class Stage {
     this.onView();
   }
 
-  /** Move the divider, or the map's opacity where there is none. @param {number} by */
-  nudge(by) {
+  /** Move the divider, or change the opacity of the map in views without a divider. @param {number} by */
+  adjust(by) {
     const knob = this.view.right ? this.divider : this.opacity;
     knob.value = String(Number(knob.value) + by);
     this.paint();
   }
 
   /**
-   * Window and level, as per cent of the image's greys: from level - window / 2 (black) to level + window / 2 (white).
-   * Returns whether they change anything.
+   * Apply window and level, in per cent of the grey range: level - window / 2 is black, level + window / 2 is white.
+   * Returns whether they differ from the default.
    */
   greys() {
     const [width, centre] = [Number(this.range.value) / 100, Number(this.level.value) / 100];
@@ -111,7 +112,7 @@ export class Stage {
     return changed;
   }
 
-  /** Bring everything on the stage to what is chosen. */
+  /** Update everything on the stage to the chosen view and controls. */
   paint() {
     const { view, divider } = this;
     for (const radio of byId("views").querySelectorAll("input")) {
@@ -121,11 +122,11 @@ export class Stage {
     const at = Number(divider.value);
     const windowed = this.greys();
     for (const id of ["image", "counterfactual", "truth"]) {
-      const picture = byId(id);
-      picture.hidden = id !== view.left && id !== view.right;
-      picture.classList.toggle("windowed", windowed);
-      picture.style.clipPath = id === view.right ? `inset(0 0 0 ${100 * this.zoom.across(at / 100)}%)` : "none";
-      picture.setAttribute("alt", `${TAGS[id]}: ${this.name ?? ""}`);
+      const panel = byId(id);
+      panel.hidden = id !== view.left && id !== view.right;
+      panel.classList.toggle("windowed", windowed);
+      panel.style.clipPath = id === view.right ? `inset(0 0 0 ${100 * this.zoom.toImage(at / 100)}%)` : "none";
+      panel.setAttribute("alt", `${TAGS[id]}: ${this.name ?? ""}`);
     }
     const heat = byId("heat");
     heat.hidden = !view.heat;

@@ -1,20 +1,20 @@
 /**
- * Magnifying the stage. Image, counterfactual, map and outlines lie in one layer and take one transform, so they stay registered;
- * the divider belongs to the stage and stands still. An image of another record begins whole again.
+ * Zoom of the stage. Image, counterfactual, map and outlines are in one layer with one transform, so they stay registered;
+ * the divider is not zoomed. Each newly chosen record starts at 100 %.
  */
 import { byId } from "./dom.js";
 
-const MOST = 16; // times the whole image
-const PIXELS = 4; // times from which pixels are shown as squares, not smoothed
-const STEP = 1.5; // of a key or button
-const SHARE = 0.15; // of the stage, that a key pans
-const NEAR = 24; // pixels from the divider within which a drag is of it, not of the image
+const MAX_SCALE = 16;
+const PIXEL_SCALE = 4; // from this scale pixels are drawn as squares, not smoothed
+const STEP = 1.5; // factor of one key press or click
+const PAN_STEP = 0.15; // fraction of the stage that one key press moves the image
+const DIVIDER_REACH = 24; // pixels; a drag that starts nearer to the divider moves it, not the image
 
 export class Zoom {
   /**
    * @param {HTMLElement} stage
    * @param {HTMLInputElement} divider
-   * @param {() => void} onChange  the divider lies over another part of the image
+   * @param {() => void} onChange  the image moved below the divider
    */
   constructor(stage, divider, onChange) {
     this.stage = stage;
@@ -22,9 +22,9 @@ export class Zoom {
     this.onChange = onChange;
     this.layer = byId("layer");
     this.scale = 1;
-    this.x = 0; // where the image's left and upper edges are, as parts of the stage
+    this.x = 0; // left and upper edge of the image, as fractions of the stage
     this.y = 0;
-    /** @type {Map<number, {x: number, y: number}>} fingers, or the mouse, as parts of the stage */
+    /** @type {Map<number, {x: number, y: number}>} active pointers, as fractions of the stage */
     this.held = new Map();
     this.moves = ""; // "image" or "divider"
     byId("zoom-in").addEventListener("click", () => this.by(STEP));
@@ -40,20 +40,20 @@ export class Zoom {
     this.paint();
   }
 
-  /** A part of the stage as a part of the image, in [0, 1]. @param {number} part */
-  across(part) {
-    return Math.min(1, Math.max(0, (part - this.x) / this.scale));
+  /** A horizontal position on the stage as a position on the image, both in [0, 1]. @param {number} at */
+  toImage(at) {
+    return Math.min(1, Math.max(0, (at - this.x) / this.scale));
   }
 
-  /** All of the image. */
+  /** Show the whole image. */
   whole() {
     [this.scale, this.x, this.y] = [1, 0, 0];
     this.paint();
   }
 
-  /** Magnify around a place, which stays where it is. @param {number} factor @param {{x: number, y: number}} around */
+  /** Magnify around a fixed point. @param {number} factor @param {{x: number, y: number}} around */
   by(factor, around = { x: 0.5, y: 0.5 }) {
-    const scale = Math.min(MOST, Math.max(1, this.scale * factor));
+    const scale = Math.min(MAX_SCALE, Math.max(1, this.scale * factor));
     const ratio = scale / this.scale;
     this.x = around.x - (around.x - this.x) * ratio;
     this.y = around.y - (around.y - this.y) * ratio;
@@ -61,19 +61,19 @@ export class Zoom {
     this.paint();
   }
 
-  /** Move the image, in parts of the stage; nothing happens while all of it is seen. @param {number} x @param {number} y */
+  /** Move the image, in fractions of the stage; the whole image (scale 1) does not move. @param {number} x @param {number} y */
   pan(x, y) {
     this.x += x;
     this.y += y;
     this.paint();
   }
 
-  /** Look further in a direction, by keyboard. @param {number} right @param {number} down */
-  look(right, down) {
-    this.pan(-right * SHARE, -down * SHARE);
+  /** Move the view in a direction, by keyboard. @param {number} right @param {number} down */
+  panBy(right, down) {
+    this.pan(-right * PAN_STEP, -down * PAN_STEP);
   }
 
-  /** Turning a wheel scrolls the page as long as all of the image is seen; with Ctrl it magnifies, as a pinch does. @param {WheelEvent} event */
+  /** The wheel scrolls the page at scale 1 and zooms otherwise; with Ctrl it always zooms, like a pinch. @param {WheelEvent} event */
   wheel(event) {
     if (this.scale === 1 && !event.ctrlKey && !event.metaKey) return;
     event.preventDefault();
@@ -81,23 +81,23 @@ export class Zoom {
     this.by(Math.exp(-Math.max(-100, Math.min(100, turned)) * (event.ctrlKey ? 0.01 : 0.003)), this.at(event));
   }
 
-  /** Where an event is, as parts of the stage. @param {MouseEvent} event */
+  /** Position of an event, as fractions of the stage. @param {MouseEvent} event */
   at(event) {
     const box = this.stage.getBoundingClientRect();
     return { x: (event.clientX - box.left) / box.width, y: (event.clientY - box.top) / box.height };
   }
 
-  /** @param {PointerEvent} event */
+  /** Start a drag. @param {PointerEvent} event */
   down(event) {
     const place = this.at(event);
     this.held.set(event.pointerId, place);
-    if (this.scale === 1 && this.held.size < 2) return; // the divider's own, which covers the stage
+    if (this.scale === 1 && this.held.size < 2) return; // the divider, which covers the stage, handles it
     const line = (place.x - Number(this.divider.value) / 100) * this.stage.clientWidth;
-    this.moves = !this.divider.hidden && Math.abs(line) < NEAR && this.held.size < 2 ? "divider" : "image";
+    this.moves = !this.divider.hidden && Math.abs(line) < DIVIDER_REACH && this.held.size < 2 ? "divider" : "image";
     this.stage.setPointerCapture(event.pointerId);
   }
 
-  /** @param {PointerEvent} event */
+  /** Drag with one pointer, pinch with two. @param {PointerEvent} event */
   move(event) {
     const before = this.held.get(event.pointerId);
     if (!before || (this.scale === 1 && this.held.size < 2)) return;
@@ -114,13 +114,13 @@ export class Zoom {
     } else this.pan(place.x - before.x, place.y - before.y);
   }
 
-  /** Keep the image on the stage, and bring the layer to where it is. */
+  /** Keep the image on the stage and move the layer to its position. */
   paint() {
     this.x = Math.min(0, Math.max(1 - this.scale, this.x));
     this.y = Math.min(0, Math.max(1 - this.scale, this.y));
     this.layer.style.transform = this.scale === 1 ? "" : `translate(${this.x * 100}%, ${this.y * 100}%) scale(${this.scale})`;
     this.stage.classList.toggle("zoomed", this.scale > 1);
-    this.layer.classList.toggle("pixels", this.scale >= PIXELS);
+    this.layer.classList.toggle("pixels", this.scale >= PIXEL_SCALE);
     byId("zoom-value").textContent = `${Math.round(this.scale * 100)} %`;
     this.onChange();
   }
