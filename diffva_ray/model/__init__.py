@@ -1,1 +1,1 @@
-"""The model: an ordinary diffusers folder with a card (diffva.json) beside it."""
+"""The model: an ordinary diffusers folder with a card (diffva.json)."""

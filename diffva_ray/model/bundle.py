@@ -1,6 +1,6 @@
-"""The networks of one model and the folder they live in: build, load, save.
+"""Builds, loads and saves the networks of a model.
 
-The folder is an ordinary diffusers folder (``DiffusionPipeline.from_pretrained`` loads it) plus ``diffva.json``.
+A saved model is an ordinary diffusers folder (``DiffusionPipeline.from_pretrained`` loads it) plus ``diffva.json``.
 """
 
 from __future__ import annotations
@@ -34,16 +34,29 @@ SD_SCHEDULER: dict[str, Any] = {
     "steps_offset": 1,
 }
 
-
-REWRITTEN = ".kernel_00"  # of an upsampler that counterfactual.latent_diffusion.FourPhases has replaced
+REWRITTEN = ".kernel_00"  # buffer name of upsamplers that counterfactual.latent_diffusion.FourPhases has replaced
 
 
 @dataclass(kw_only=True)
 class Bundle:
-    """The parts of a latent diffusion model. ``digest`` is empty until the model has been saved or loaded."""
+    """The parts of a latent diffusion model.
 
-    vae: Any  # AutoencoderKL; diffusers' lazy imports hide its types
-    unet: Any  # UNet2DConditionModel
+    Attributes:
+        vae: The autoencoder, an ``AutoencoderKL`` (diffusers' lazy imports hide its type).
+        unet: The denoiser, a ``UNet2DConditionModel``.
+        text_encoder: A transformers text encoder.
+        tokenizer: Its tokenizer.
+        scheduler: Configuration of the noise schedule, as in ``scheduler_config.json``.
+        recipe: The recipe that the model was built from.
+        digest: Digest of the saved folder; empty for a model that was built from a recipe.
+        card: Content of ``diffva.json``; empty without one.
+        folder: Local folder that the model was loaded from.
+        extras: Loaded networks of single methods, by name; see ``extra``.
+        text_source: Origin of the text encoder: ``source`` and, from the hub, ``commit``.
+    """
+
+    vae: Any
+    unet: Any
     text_encoder: Any
     tokenizer: Any
     scheduler: dict[str, Any]
@@ -51,35 +64,38 @@ class Bundle:
     digest: str = ""
     card: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
-    extras: dict[str, Any] = field(default_factory=dict)  # networks of some methods; see extras.py
-    text_source: dict[str, str] = field(default_factory=dict)  # where the text encoder came from; see text.py
+    extras: dict[str, Any] = field(default_factory=dict)
+    text_source: dict[str, str] = field(default_factory=dict)
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
+        """The pipeline's own networks, by folder name."""
         return {"vae": self.vae, "unet": self.unet, "text_encoder": self.text_encoder}
 
     def extra(self, name: str) -> Any:
-        """The network of that name beside the pipeline's own, loaded when first asked for. Raises UnusableModel."""
+        """The extra network ``name`` (see ``extras.py``), loaded at the first call. Raises UnusableModel."""
         if name not in self.extras:
             self.extras[name] = load_extra(self.folder, name)
         return self.extras[name]
 
     @property
     def latent_scale(self) -> int:
-        """Pixels per latent cell."""
+        """Side of a latent cell in pixels."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def check(self) -> None:
-        """Raises UnusableModel when the parts do not fit each other or the recipe's resolution."""
+        """Raises UnusableModel when the parts do not fit together or do not fit the recipe's resolution."""
         width, expected = self.text_encoder.config.hidden_size, text_width(self.unet)
         if width != expected:
-            raise UnusableModel(f"the text encoder's width is {width}, the UNet takes {expected}; export it again")
-        if self.recipe.model.resolution % (self.latent_scale * 2 ** (len(self.unet.config.block_out_channels) - 1)):
-            raise UnusableModel(f"model.resolution {self.recipe.model.resolution} does not divide into whole latents")
+            raise UnusableModel(f"the text encoder's width is {width}, the UNet's {expected}; export the model again")
+        resolution = self.recipe.model.resolution
+        stride = self.latent_scale * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if resolution % stride:
+            raise UnusableModel(f"model.resolution {resolution} is not a multiple of {stride}, the model's stride")
 
 
 def quiet() -> None:
-    """No loading bars, and no warning that a BERT is not a CLIP."""
+    """Disables the progress bars and warnings of diffusers and transformers (such as: a BERT is not a CLIP)."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
@@ -87,15 +103,26 @@ def quiet() -> None:
 
 
 def build(recipe: Recipe) -> Bundle:
-    """The model a recipe describes, before training: from scratch (seeded), or a base with its text encoder swapped
-    (and a projection of the text where their widths differ).
+    """Builds the untrained model of a recipe.
 
-    Raises UnusableModel (a base or text encoder that cannot be loaded) or RecipeError.
+    Without ``model.base``, all networks are initialised from ``recipe.seed``. Otherwise they are those of the base; if
+    ``model.text_encoder`` is given it replaces the base's, with a projection when the widths differ.
+
+    Args:
+        recipe: The recipe; its ``model`` part describes the networks.
+
+    Returns:
+        The networks, without a digest.
+
+    Raises:
+        UnusableModel: The base or the text encoder cannot be loaded, or the parts do not fit together.
+        RecipeError: The networks cannot be built from the options in ``model``.
     """
+    # networks from scratch, or those of the base
     quiet()
     model = recipe.model
-    scheduler = {**SD_SCHEDULER, **model.scheduler}
     if model.base is None:
+        scheduler = {**SD_SCHEDULER, **model.scheduler}
         torch.manual_seed(recipe.seed)
         try:
             vae = AutoencoderKL(in_channels=3, out_channels=3, sample_size=model.resolution, **(model.vae or {}))
@@ -106,7 +133,8 @@ def build(recipe: Recipe) -> Bundle:
             raise RecipeError(f"model: {text.first_line(error)}") from None
         origin: dict[str, str] = {}
     else:
-        vae, unet, encoder, tokenizer, scheduler, origin = _pretrained(model.base, recipe, scheduler)
+        vae, unet, encoder, tokenizer, scheduler, origin = _pretrained(model.base, recipe)
+    # match the widths of text encoder and UNet
     fit_text_width(unet, encoder.config.hidden_size, recipe.seed)
     bundle = Bundle(
         vae=vae,
@@ -122,51 +150,69 @@ def build(recipe: Recipe) -> Bundle:
 
 
 def base_source(base: str) -> str:
-    """What ``from_pretrained`` takes for ``model.base``: a folder or hub id as it is, a private copy of another store's
-    folder."""
+    """The argument of ``from_pretrained`` for ``model.base``: a local folder or hub id unchanged, or a local copy of a
+    folder in another store."""
     return base if is_local(base) else str(open_store(base).local_folder())
 
 
-def _pretrained(base: str, recipe: Recipe, scheduler: dict[str, Any]) -> tuple[Any, ...]:
+def _networks(source: str | Path) -> tuple[Any, Any, dict[str, Any]]:
+    """Autoencoder, UNet and scheduler configuration of a diffusers folder or hub id."""
+    vae = AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True)
+    unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", use_safetensors=True)
+    config = PNDMScheduler.load_config(source, subfolder="scheduler")
+    return vae, unet, {key: config[key] for key in config if not key.startswith("_")}
+
+
+def _pretrained(base: str, recipe: Recipe) -> tuple[Any, ...]:
+    """Autoencoder, UNet, text encoder, tokenizer, scheduler configuration and text source of ``model.base``."""
+    # networks of the base
     model = recipe.model
     source = base_source(base)
     try:
-        vae = AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True)
-        unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", use_safetensors=True)
-        config = PNDMScheduler.load_config(source, subfolder="scheduler")
+        vae, unet, scheduler = _networks(source)
     except (OSError, ValueError) as error:
         raise UnusableModel(
-            f"model.base {base}: neither a diffusers folder here nor to be had from the hub ({text.first_line(error)})"
+            f"model.base {base}: neither a local diffusers folder nor available from the hub ({text.first_line(error)})"
         ) from None
-    scheduler = {**{key: config[key] for key in config if not key.startswith("_")}, **model.scheduler}
-    about = read_card(open_store(source)) if Path(source).is_dir() else None
-    wanted = (model.tokenizer_length, model.attention_mask)
+    # the text encoder: the recipe's, or the base's own
+    card = read_card(open_store(source)) if Path(source).is_dir() else None
+    options = (model.tokenizer_length, model.attention_mask)
     if model.text_encoder:
-        encoder, tokenizer, origin = text.starting_text_encoder(model.text_encoder, *wanted)
+        encoder, tokenizer, origin = text.starting_text_encoder(model.text_encoder, *options)
     else:
-        encoder, tokenizer = text.load_text_encoder(source, *wanted)
-        origin = (about or {}).get("text_source", {})
+        encoder, tokenizer = text.load_text_encoder(source, *options)
+        origin = (card or {}).get("text_source", {})
     lora.load(unet, None if model.text_encoder else encoder, Path(source) / LORA)
-    return vae, unet, encoder, tokenizer, scheduler, origin
+    return vae, unet, encoder, tokenizer, {**scheduler, **model.scheduler}, origin
 
 
 def save(bundle: Bundle, store: Store, card: dict[str, Any]) -> str:
-    """Write the diffusers folder, then ``diffva.json`` (whose appearance completes it); returns the digest.
+    """Writes the diffusers folder, and last ``diffva.json``, which marks the model as complete.
 
-    Adapters of LoRA are merged into the weights, or with ``train.lora.merge: false`` written beside the untouched ones
-    (``lora/``); the bundle has merged weights afterwards in either case. Raises ValueError for a bundle that an engine
-    has taken over: its weights have names that no loader knows.
+    LoRA adapters are merged into the weights; with ``train.lora.merge: false`` they are written to ``lora/`` beside the
+    unchanged weights. In both cases the weights in the bundle are merged afterwards.
+
+    Args:
+        bundle: The networks.
+        store: The folder of the model.
+        card: Further keys of ``diffva.json``; they override the standard ones.
+
+    Returns:
+        The digest of the folder.
+
+    Raises:
+        ValueError: A ``CounterfactualEngine`` has rewritten the bundle; its weights have names that no loader knows.
     """
+    # refuse a rewritten bundle
     buffers = (name for module in bundle.modules.values() for name, _ in module.named_buffers())
     if any(name.endswith(REWRITTEN) for name in buffers):
-        raise ValueError(
-            "an engine (CounterfactualEngine) has rewritten this bundle in place; load the model again to save"
-        )
+        raise ValueError("a CounterfactualEngine has rewritten this bundle in place; load the model again to save it")
     quiet()
     backend = getattr(bundle.tokenizer, "backend_tokenizer", None)
-    if backend is not None:  # a used tokenizer would save the padding of its last call, and change the digest
+    if backend is not None:  # the padding of the last call would be saved, and change the digest
         backend.no_padding()
         backend.no_truncation()
+    # write to a temporary folder, then to the store
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = bundle.recipe.train.lora
@@ -183,6 +229,7 @@ def save(bundle: Bundle, store: Store, card: dict[str, Any]) -> str:
             if file.is_file():
                 store.put(file.relative_to(folder).as_posix(), file.read_bytes())
         lora.load(bundle.unet, bundle.text_encoder, folder / LORA)
+    # the card completes the model
     card = {
         "format": FORMAT,
         "digest": digest,
@@ -196,42 +243,50 @@ def save(bundle: Bundle, store: Store, card: dict[str, Any]) -> str:
 
 
 def pipeline_of(bundle: Bundle) -> Any:
-    """The ordinary pipeline of these networks, without a safety checker."""
+    """A ``StableDiffusionPipeline`` of these networks, without a safety checker."""
     return StableDiffusionPipeline(
         vae=bundle.vae,
         text_encoder=bundle.text_encoder,
         tokenizer=bundle.tokenizer,
         unet=bundle.unet,
         scheduler=PNDMScheduler.from_config(bundle.scheduler),
-        safety_checker=None,  # it blacks out images
+        safety_checker=None,  # it would black out images
         feature_extractor=None,
         requires_safety_checker=False,
     )
 
 
 def load(uri: str, recipe: Recipe | None = None) -> Bundle:
-    """A saved model, from a local folder or s3://. ``recipe`` overrides the one in its card.
+    """Loads a saved model.
 
-    Raises UnusableModel: no such folder, pickled weights, a plain diffusers folder without a recipe given, weights
-    that are not the ones ``diffva.json`` was written for.
+    Args:
+        uri: A local folder or an ``s3://`` address.
+        recipe: Overrides the recipe in ``diffva.json``; required for a plain diffusers folder.
+
+    Returns:
+        The networks, with their digest and card.
+
+    Raises:
+        UnusableModel: No model there, pickled weights, no recipe, or weights that differ from ``diffva.json``.
     """
+    # check the folder before anything is loaded
     quiet()
     store = open_store(uri)
     card = read_card(store)
     if card is None and not any(store.exists(f"{part}/config.json") for part in COMPONENTS):
         raise UnusableModel(
-            f"--model {uri}: no model there (no {CARD}, no diffusers folder); train one with diffva train"
+            f"--model {uri}: no model found (no {CARD}, no diffusers folder); train one with diffva train"
         )
     folder = store.local_folder()
     digest = folder_digest(folder)
     if card is not None and card.get("digest") != digest:
-        raise UnusableModel(f"--model {uri}: its weights are not those {CARD} was written for; export it again")
+        raise UnusableModel(f"--model {uri}: its weights are not those of its {CARD}; export it again")
     if recipe is None:
         if card is None:
             raise UnusableModel(f"--model {uri}: a diffusers folder without {CARD}; name a recipe with --recipe")
         recipe = make_recipe(card["recipe"])
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True)
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
+    # load the networks; the text options are those that the model was saved with
+    vae, unet, scheduler = _networks(folder)
     saved = (card or {}).get("recipe", {}).get("model", {})
     encoder, tokenizer = text.load_text_encoder(
         str(folder),
@@ -239,8 +294,6 @@ def load(uri: str, recipe: Recipe | None = None) -> Bundle:
         saved.get("attention_mask", recipe.model.attention_mask),
     )
     lora.load(unet, encoder, folder / LORA)
-    config = PNDMScheduler.load_config(folder, subfolder="scheduler")
-    scheduler = {key: config[key] for key in config if not key.startswith("_")}
     bundle = Bundle(
         vae=vae,
         unet=unet,
@@ -251,7 +304,7 @@ def load(uri: str, recipe: Recipe | None = None) -> Bundle:
         digest=digest,
         card=card or {},
         folder=folder,
+        text_source=(card or {}).get("text_source", {}),
     )
-    bundle.text_source = bundle.card.get("text_source", {})
     bundle.check()
     return bundle

@@ -1,4 +1,4 @@
-"""What a model folder says about itself, readable without torch: ``diffva.json`` and the digest of its weights."""
+"""Reads ``diffva.json`` (the model card), the judge's card and the digest of the weights, without torch."""
 
 from __future__ import annotations
 
@@ -13,27 +13,30 @@ from tokenizers import Tokenizer
 from diffva_ray.storage.store import Store
 
 CARD = "diffva.json"
-FORMAT = 2  # of that file; 1 had a recipe of other names
-TRAINING, PROGRESS = ".train/training.json", ".train/progress.json"  # of a training, while it lasts and after
+FORMAT = 2  # of diffva.json; format 1 had recipes with other key names
+TRAINING, PROGRESS = ".train/training.json", ".train/progress.json"  # written during training, kept afterwards
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
-# Networks that some methods need, as folder -> "module:class" (diffusers ModelMixins; extras.py loads them). The digest
-# takes them in this order: add new ones at the end.
+# Networks of single methods: folder -> "module:class" (diffusers ModelMixins; loaded by extras.py). The digest depends
+# on this order: append new ones.
 EXTRAS: dict[str, str] = {
     "controlnet": "diffusers:ControlNetModel",
     "classifier": "diffva_ray.model.classifier:LatentClassifier",
     "vant_gan": "diffva_ray.model.gan_generator:GanGenerator",
     "ant_gan": "diffva_ray.model.gan_generator:GanGenerator",
 }
-LORA = "lora"  # adapters that were not merged, beside the weights they change
+LORA = "lora"  # folder of unmerged adapters
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class UnusableModel(ValueError):
-    """A model that cannot be used; the message is one line that names it and what to do."""
+    """A model that cannot be used; the message is one line that names the model and what to do."""
 
 
 def read_card(store: Store) -> dict[str, Any] | None:
-    """The model's ``diffva.json``; None where there is none (a plain diffusers folder, an unfinished training)."""
+    """The model's ``diffva.json``; None without one (a plain diffusers folder, an unfinished training).
+
+    Raises UnusableModel for a damaged card or one of another format.
+    """
     try:
         card = json.loads(store.read(CARD))
     except (FileNotFoundError, NotADirectoryError):
@@ -42,15 +45,17 @@ def read_card(store: Store) -> dict[str, Any] | None:
         raise UnusableModel(f"{store.uri}/{CARD}: not JSON ({error})") from None
     if card.get("format") != FORMAT:
         raise UnusableModel(
-            f"{store.uri}: a model of an earlier version, whose recipe has other names; train it again, or give "
+            f"{store.uri}: a model of an earlier version, whose recipe has other key names; train it again or use "
             "another --model"
         )
     return card
 
 
 def judge_card(store: Store) -> dict[str, Any] | None:
-    """``judge/config.json``: the judge's classes, and what was measured on images held out of its training
-    (``calibration``); None where the model has no judge. Raises UnusableModel for a damaged one."""
+    """``judge/config.json``: the judge's classes and its measurements on held-out images (``calibration``).
+
+    None when the model has no judge. Raises UnusableModel for a damaged file.
+    """
     try:
         return json.loads(store.read("judge/config.json"))
     except (FileNotFoundError, NotADirectoryError):
@@ -60,8 +65,10 @@ def judge_card(store: Store) -> dict[str, Any] | None:
 
 
 def prompt_limit(store: Store, prompts: Sequence[str]) -> tuple[int, list[str]]:
-    """The model's token length, and those of ``prompts`` that are longer; (0, []) where its tokenizer is in no
-    ``tokenizer.json`` (CLIP's, as Stable Diffusion ships it), and only the workers can tell."""
+    """The model's token length, and the prompts that exceed it.
+
+    (0, []) without ``tokenizer.json`` (CLIP's tokenizer in Stable Diffusion); then only the workers can check.
+    """
     try:
         tokenizer = Tokenizer.from_buffer(store.read("tokenizer/tokenizer.json"))
         limit = int(json.loads(store.read("tokenizer/tokenizer_config.json"))["model_max_length"])
@@ -73,9 +80,9 @@ def prompt_limit(store: Store, prompts: Sequence[str]) -> tuple[int, list[str]]:
 
 
 def folder_digest(folder: Path) -> str:
-    """sha256 over every file of the pipeline's components (weights, configurations, vocabulary), by name and content.
+    """sha256 over all files of the model's components (weights, configurations, vocabulary), by name and content.
 
-    Raises UnusableModel when there are pickled weights, which run code when loaded, or no weights at all.
+    Raises UnusableModel for pickled weights, which can run code when loaded, and for a folder without weights.
     """
     total = hashlib.sha256()
     weights = 0
@@ -83,14 +90,15 @@ def folder_digest(folder: Path) -> str:
         for file in sorted((folder / component).rglob("*")):
             if not file.is_file() or file.name.startswith("."):
                 continue
+            # refuse pickles, also those named .safetensors (whose JSON header begins at byte 8)
             if file.suffix.lower() in PICKLES:
                 raise UnusableModel(
-                    f"{file}: pickled weights run code when loaded and are refused; save the model as safetensors"
+                    f"{file}: pickled weights can run code when loaded and are refused; save the model as safetensors"
                 )
             weights += file.suffix == ".safetensors"
             with file.open("rb") as stream:
-                if file.suffix == ".safetensors" and stream.read(9)[8:] != b"{":  # where its header begins
-                    raise UnusableModel(f"{file}: not safetensors, whatever its name says; save the model as such")
+                if file.suffix == ".safetensors" and stream.read(9)[8:] != b"{":
+                    raise UnusableModel(f"{file}: not safetensors, despite its name; save the model as safetensors")
                 stream.seek(0)
                 content = (
                     hashlib.file_digest(stream, "sha256")

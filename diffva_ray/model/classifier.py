@@ -1,5 +1,5 @@
-"""The noise-aware classifier of noisy latents that guides method ``classifier-guided`` (Dhariwal & Nichol 2021, section
-4.1: the downsampling half of a UNet). It is trained on labels and guides; the judge, which scores, is another network.
+"""Classifier of noisy latents that guides the method ``classifier-guided``: the downsampling half of a UNet (Dhariwal &
+Nichol 2021, section 4.1). The judge, which scores counterfactuals, is another network.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from torch import nn
 
 
 class LatentClassifier(ModelMixin, ConfigMixin):
-    """Logits over ``classes`` for latents at any noise level; ``healthy`` is the class that guidance leads to."""
+    """Network that returns logits over ``classes`` for latents at any noise level.
+
+    ``healthy`` is the target class of the guidance. Raises ValueError when ``healthy`` is not in ``classes``.
+    """
 
     @register_to_config
     def __init__(
@@ -29,9 +32,11 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         super().__init__()
         if healthy not in classes:
             raise ValueError(f"the healthy class {healthy!r} is none of {', '.join(classes)}")
+        # embedding of the timestep
         first, last = block_out_channels[0], block_out_channels[-1]
         self.time = Timesteps(first, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedding = TimestepEmbedding(first, 4 * first)
+        # downsampling blocks
         self.conv_in = nn.Conv2d(in_channels, first, 3, padding=1)
         self.down = nn.ModuleList()
         for n, out in enumerate(block_out_channels):
@@ -44,20 +49,23 @@ class LatentClassifier(ModelMixin, ConfigMixin):
                     add_downsample=n + 1 < len(block_out_channels),
                 )
             )
+        # middle block and head
         self.mid = UNetMidBlock2D(last, 4 * first, resnet_groups=norm_num_groups, attention_head_dim=last)
         self.norm = nn.GroupNorm(norm_num_groups, last)
         self.head = nn.Linear(2 * last, len(classes))
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """Class names, in the order of the logits."""
         return tuple(self.config["classes"])
 
     @property
     def healthy(self) -> str:
+        """Name of the healthy class."""
         return str(self.config["healthy"])
 
     def forward(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Logits [n, classes] of latents [n, channels, h, w] noised to ``timesteps`` ([n], or one for all)."""
+        """Logits [n, classes] of latents [n, channels, h, w] noised to ``timesteps`` ([n], or one for all rows)."""
         embedding = self.time_embedding(self.time(timesteps.expand(len(latents))).to(latents))
         maps = self.conv_in(latents)
         for block in self.down:

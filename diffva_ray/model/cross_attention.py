@@ -1,4 +1,4 @@
-"""Where prompts enter the UNet: the width it takes, and the weights that read them."""
+"""Text input of the UNet: its width, a projection to that width, and the weights that read the text."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ READS_PROMPTS = (".attn2.to_k.", ".attn2.to_v.")  # diffusers' names; attn1 is s
 
 
 def text_width(unet: Any) -> int:
-    """Width of the text embeddings a UNet2DConditionModel takes. Raises UnusableModel for UNets that want more than
-    one plain embedding of a prompt (SDXL's, Kandinsky's)."""
+    """Width of the text embeddings that a UNet2DConditionModel takes.
+
+    Raises UnusableModel for UNets that need more than one embedding of a prompt (SDXL, Kandinsky).
+    """
     config = unet.config
     if config.encoder_hid_dim_type not in (None, "text_proj") or not isinstance(config.cross_attention_dim, int):
-        raise UnusableModel("the base's UNet takes more than one embedding of a prompt; use a Stable Diffusion 1 or 2")
+        raise UnusableModel("the base's UNet takes more than one embedding of a prompt; use Stable Diffusion 1 or 2")
     return config.encoder_hid_dim or config.cross_attention_dim
 
 
 def fit_text_width(unet: Any, width: int, seed: int) -> None:
-    """Make the UNet take text embeddings of ``width``: diffusers' own projection (``encoder_hid_dim_type:
-    text_proj``, a linear layer in front of all cross-attentions) where that is not its cross-attention's width.
+    """Adapts the UNet to text embeddings of ``width``, with a projection when the cross-attentions have another width.
 
-    The projection starts as a random rotation (semi-orthogonal, seeded): no direction of the text's space is
-    preferred or lost, a few outlying components of BERT and CLIP states are spread out, and the gain keeps the mean
-    square per component, which is what the keys and values behind it were trained on. All other weights stay.
+    The projection is diffusers' own (``encoder_hid_dim_type: text_proj``), a linear layer in front of all
+    cross-attentions. It is initialised as a random semi-orthogonal matrix (from ``seed``), which treats all directions
+    of the text space equally and spreads the few large components of BERT and CLIP states. The gain keeps the mean
+    square per component, as the keys and values after it were trained on. No other weight changes.
     """
     if text_width(unet) == width:
         return
     inner = unet.config.cross_attention_dim
-    if width == inner:  # the base had a projection for another encoder
+    if width == inner:  # remove the projection of a previous text encoder
         unet.encoder_hid_proj = None
         unet.register_to_config(encoder_hid_dim=None, encoder_hid_dim_type=None)
         return
@@ -46,8 +48,10 @@ def fit_text_width(unet: Any, width: int, seed: int) -> None:
 
 
 def cross_attention_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
-    """What reads the prompt, by name: keys and values of every cross-attention, and the projection before them. To be
-    trained first, alone, when the text encoder was swapped: they are the only weights that ever saw the old one."""
+    """Weights that read the prompt, by name: keys and values of every cross-attention, and the projection.
+
+    After the text encoder was replaced, train them first and alone: no other weights depended on the old encoder.
+    """
     return {
         name: parameter
         for name, parameter in unet.named_parameters()

@@ -1,5 +1,5 @@
-"""The generator of methods ``vant-gan`` and ``ant-gan``: an image goes in, its healthy counterfactual comes out, in
-pixels and in one pass, without text, noise or autoencoder."""
+"""The generator of the methods ``vant-gan`` and ``ant-gan``: it maps an image to its healthy counterfactual in pixel
+space and in one pass, without text, noise or autoencoder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.unets.unet_2d_blocks import DownBlock2D, UNetMidBlock2D, UpBlock2D
 from torch import nn
 
-NO_TIME: Any = None  # width of the time embedding that diffusers' blocks may do without
-RESNETS = 2  # of a block on the way up: one for every skip connection
+NO_TIME: Any = None  # width of the time embedding, which is optional in diffusers' blocks
+RESNETS = 2  # layers of an upsampling block, one for every skip connection
 
 
 class GanGenerator(ModelMixin, ConfigMixin):
-    """A U-Net on grey images. ``mode`` "map" draws an additive map, generated = image + M(image) (Baumgartner et al.
-    2018); "image" draws the generated image itself. ``measured`` is what its training found of it, for readers."""
+    """A U-Net on grey images.
+
+    With ``mode`` "map" the network computes an additive map, counterfactual = image + M(image) (Baumgartner et al.
+    2018); with "image" it computes the counterfactual itself. ``measured`` stores training results for information.
+    """
 
     @register_to_config
     def __init__(
@@ -31,6 +34,7 @@ class GanGenerator(ModelMixin, ConfigMixin):
         super().__init__()
         if mode not in ("map", "image"):
             raise ValueError(f"mode {mode!r} is neither map nor image")
+        # downsampling blocks
         channels, last = list(block_out_channels), len(block_out_channels) - 1
         self.conv_in = nn.Conv2d(1, channels[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -40,6 +44,7 @@ class GanGenerator(ModelMixin, ConfigMixin):
                     channels[max(n - 1, 0)], out, NO_TIME, resnet_groups=norm_num_groups, add_downsample=n < last
                 )
             )
+        # middle and upsampling blocks, output
         self.mid = UNetMidBlock2D(channels[-1], NO_TIME, resnet_groups=norm_num_groups, add_attention=False)
         for n in range(last, -1, -1):
             self.up.append(
@@ -57,8 +62,8 @@ class GanGenerator(ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(channels[0], 1, 3, padding=1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Generated images [n, 1, H, W] of images [n, 1, H, W] in [-1, 1]; with mode "map" they may leave that range.
-        Sides are multiples of 2 to the number of blocks but one."""
+        """Counterfactuals [n, 1, H, W] of images [n, 1, H, W] in [-1, 1]; with mode "map" they may exceed that range.
+        H and W must be multiples of 2^(blocks - 1)."""
         maps = self.conv_in(images)
         kept = [maps]
         for block in self.down:
@@ -68,8 +73,8 @@ class GanGenerator(ModelMixin, ConfigMixin):
         for block in self.up:
             skips, kept = tuple(kept[-RESNETS:]), kept[:-RESNETS]
             maps = block(maps, skips)
-        drawn = self.conv_out(nn.functional.silu(self.norm(maps)))
-        return images + drawn if self.config["mode"] == "map" else drawn.tanh()
+        output = self.conv_out(nn.functional.silu(self.norm(maps)))
+        return images + output if self.config["mode"] == "map" else output.tanh()
 
     def generate(self, images: torch.Tensor) -> torch.Tensor:
         """Grey counterfactuals [n, H, W] in [0, 1] of grey images [n, H, W] in [0, 1]."""

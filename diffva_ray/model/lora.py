@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2022) in UNet and text encoder through peft: attach, name what is trained, merge, save, load.
+"""LoRA adapters (Hu et al. 2022) in UNet and text encoder, with peft: attach, merge, save, load.
 
-``lora/`` of a model with unmerged adapters: ``pytorch_lora_weights.safetensors``, which ``pipeline.load_lora_weights``
-reads, and, because diffusers' loader knows no text encoder but CLIP's, ``text_encoder/`` as a peft adapter for others.
+Unmerged adapters are saved in ``lora/``: ``pytorch_lora_weights.safetensors`` for ``pipeline.load_lora_weights`` and,
+for text encoders other than CLIP (which diffusers' loader does not support), the peft adapter ``text_encoder/``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from diffva_ray.config.stages import LoraConfig
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.provenance import missing
 
-ADAPTER = "default"
+ADAPTER = "default"  # peft's name of the adapter
 FILE = "pytorch_lora_weights.safetensors"
-UNET = ["to_q", "to_k", "to_v", "to_out.0"]
+UNET = ["to_q", "to_k", "to_v", "to_out.0"]  # layers with adapters
 TEXT = {"clip": ["q_proj", "k_proj", "v_proj", "out_proj"], "bert": ["query", "key", "value"]}
 
 
@@ -38,8 +38,10 @@ def _is_clip(text_encoder: Any) -> bool:
 
 
 def attach(unet: Any, text_encoder: Any, config: LoraConfig, seed: int) -> None:
-    """Put adapters beside the attention projections of both, which then compute what they did before (B is zero).
-    Only ``adapter_parameters`` are left trainable. Raises UnusableModel without peft."""
+    """Adds adapters to the attention projections of both networks; their outputs do not change yet (B is zero).
+
+    Only ``adapter_parameters`` stay trainable. Raises UnusableModel without peft.
+    """
     peft = _peft()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -57,12 +59,13 @@ def attach(unet: Any, text_encoder: Any, config: LoraConfig, seed: int) -> None:
 
 
 def attached(module: nn.Module) -> bool:
-    """Whether there are adapters on it."""
+    """Whether the network has adapters."""
     return hasattr(module, "peft_config")
 
 
 def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' weights, by name; and a UNet's projection of the text, which has no trained weights to adapt."""
+    """Weights to train, by name: those of the adapters, and a UNet's projection of the text (see ``fit_text_width``),
+    which has no trained weights to adapt."""
     return {
         name: parameter
         for name, parameter in module.named_parameters()
@@ -71,7 +74,7 @@ def adapter_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def detach(module: Any, merge: bool) -> None:
-    """Take the adapters off, where there are any; with ``merge``, add alpha/rank * B A to the weights first."""
+    """Removes the adapters, if any; with ``merge``, first adds alpha/rank * B A to the weights."""
     if not attached(module):
         return
     from peft.tuners.lora import LoraLayer
@@ -79,7 +82,7 @@ def detach(module: Any, merge: bool) -> None:
     for name, layer in list(module.named_modules()):
         if isinstance(layer, LoraLayer):
             if merge:
-                layer.merge(safe_merge=True)  # refuses weights that are not finite
+                layer.merge(safe_merge=True)  # raises for weights that are not finite
             parent, _, last = name.rpartition(".")
             setattr(module.get_submodule(parent), last, layer.get_base_layer())
     del module.peft_config
@@ -87,7 +90,7 @@ def detach(module: Any, merge: bool) -> None:
 
 
 def _weights(module: Any) -> dict[str, torch.Tensor]:
-    """The adapters with alpha/rank inside B: loaders older than diffusers 0.34 take every alpha for the rank."""
+    """Adapter weights with alpha/rank multiplied into B: diffusers before 0.34 assumes alpha = rank."""
     config = module.peft_config[ADAPTER]
     state = _peft().get_peft_model_state_dict(module, adapter_name=ADAPTER, save_embedding_layers=False)
     scale = config.lora_alpha / config.r
@@ -97,7 +100,7 @@ def _weights(module: Any) -> dict[str, torch.Tensor]:
 
 
 def save(unet: Any, text_encoder: Any, folder: Path) -> None:
-    """Write the adapters of both into ``folder`` (a model's ``lora``)."""
+    """Writes the adapters of both networks to ``folder`` (a model's ``lora``)."""
     folder.mkdir(parents=True, exist_ok=True)
     layers = {"unet_lora_layers": convert_state_dict_to_diffusers(_weights(unet))}
     if _is_clip(text_encoder):
@@ -112,8 +115,10 @@ def save(unet: Any, text_encoder: Any, folder: Path) -> None:
 
 
 def load(unet: Any, text_encoder: Any | None, folder: Path) -> None:
-    """Merge the adapters of ``folder`` into the weights, where there are any; a text encoder of None has been replaced
-    by another one. Raises UnusableModel without peft."""
+    """Merges the adapters of ``folder``, if any, into the weights; ``text_encoder`` is None when it was replaced.
+
+    Raises UnusableModel without peft.
+    """
     if not (folder / FILE).exists():
         return
     peft = _peft()

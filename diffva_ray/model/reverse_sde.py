@@ -1,5 +1,5 @@
-"""The reverse SDE by Euler-Maruyama, variance preserving and variance exploding (Song et al. 2021; the paper's
-equations 4 to 6), on the noise levels of the model's own schedule."""
+"""Samplers that solve the reverse SDE by Euler-Maruyama, variance preserving and variance exploding (Song et al. 2021;
+the paper's equations 4 to 6), on the noise levels of the model's schedule."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class ReverseSDE(DDIMScheduler):
-    """DDIM's timesteps, another step: it adds noise of its own, but for the last one, which returns the mean."""
+    """Variance preserving SDE on DDIM's timesteps. Each step but the last adds noise; the last returns the mean."""
 
-    config: Any  # diffusers' decorators hide what they set
+    # types of attributes that diffusers' decorators set
+    config: Any
     alphas_cumprod: torch.Tensor
     final_alpha_cumprod: torch.Tensor
     num_inference_steps: int
-    exploding = False
+    exploding = False  # whether ``step`` uses the variance exploding form
 
     def step(
         self,
@@ -29,29 +30,34 @@ class ReverseSDE(DDIMScheduler):
         generator: Any = None,
         **__: Any,
     ) -> DDIMSchedulerOutput:
-        """Latents [n, 4, h, w] one timestep further down; ``generator``: one, or one for each row.
+        """Latents [n, 4, h, w] at the next timestep; ``generator``: one for all rows, or a list with one for each.
 
         With a(t) the schedule's ``alphas_cumprod`` and the score -eps / sqrt(1 - a): variance preserving is
         dx = -b/2 x dt + sqrt(b) dw, where the integral of b over a step is log a(t-1)/a(t); variance exploding is the
-        same process in y = x / sqrt(a), dy = sqrt(d sigma^2) dw with sigma^2 = (1 - a) / a. One is not the other's
-        discretisation, so they differ at few steps and meet at many.
+        same process in y = x / sqrt(a), dy = sqrt(d sigma^2) dw with sigma^2 = (1 - a) / a. The two discretisations
+        differ for few steps and converge for many.
         """
+        # noise levels of both timesteps, and the noise prediction
         before = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
         alpha = self.alphas_cumprod[int(timestep)].to(sample)
         alpha_before = (self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod).to(sample)
         if self.config.prediction_type == "v_prediction":
             model_output = alpha.sqrt() * model_output + (1 - alpha).sqrt() * sample
-        fresh = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        fresh = fresh if before >= 0 else torch.zeros_like(fresh)
+        # noise of this step
+        noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+        noise = noise if before >= 0 else torch.zeros_like(noise)
+        # one Euler-Maruyama step
         if self.exploding:
             sigma = ((1 - alpha) / alpha).sqrt()
             step = sigma**2 - (1 - alpha_before) / alpha_before
-            scaled = sample / alpha.sqrt() - step / sigma * model_output + step.sqrt() * fresh
+            scaled = sample / alpha.sqrt() - step / sigma * model_output + step.sqrt() * noise
             return DDIMSchedulerOutput(prev_sample=alpha_before.sqrt() * scaled)
         step = (alpha_before / alpha).log()
         drift = sample / 2 - model_output / (1 - alpha).sqrt()
-        return DDIMSchedulerOutput(prev_sample=sample + step * drift + step.sqrt() * fresh)
+        return DDIMSchedulerOutput(prev_sample=sample + step * drift + step.sqrt() * noise)
 
 
 class VarianceExploding(ReverseSDE):
+    """Variance exploding SDE; see ``ReverseSDE.step``."""
+
     exploding = True

@@ -1,8 +1,9 @@
-"""Samplers by name, each with the timesteps that a strength leaves to do.
+"""Schedulers by name, each with the timesteps to run at a given strength.
 
-``pndm-diffusers`` slices diffusers' list as StableDiffusionImg2ImgPipeline does. PNDM's list repeats its second entry,
-because its first PLMS step is a two-call Heun step; the slice loses the repetition, and from then on every call is
-labelled one step too low (huggingface/diffusers#9090, #7651). ``pndm`` rebuilds the repetition on the sliced list.
+``pndm-diffusers`` takes the end of diffusers' list of timesteps, as StableDiffusionImg2ImgPipeline does. PNDM's list
+repeats its second entry, because its first PLMS step is a Heun step with two calls. The slice loses this repetition, so
+every later call gets a timestep that is one step too low (huggingface/diffusers#9090, #7651). ``pndm`` restores the
+repetition in the sliced list.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ def _sliced(timesteps: torch.Tensor, steps: int, strength: float) -> torch.Tenso
 
 
 def _pndm_diffusers(config: dict[str, Any], steps: int, strength: float) -> tuple[PNDMScheduler, torch.Tensor]:
+    """PNDM as in diffusers' pipeline."""
     scheduler = PNDMScheduler.from_config(config)
     scheduler.set_timesteps(steps)
     return scheduler, _sliced(scheduler.timesteps, steps, strength)
 
 
 def _pndm(config: dict[str, Any], steps: int, strength: float) -> tuple[PNDMScheduler, torch.Tensor]:
+    """PNDM whose second timestep is repeated, as its first step needs it."""
     scheduler = PNDMScheduler.from_config({**config, "skip_prk_steps": True})
     scheduler.set_timesteps(steps)
     once = scheduler.timesteps.unique().flip(0)
@@ -42,6 +45,8 @@ def _pndm(config: dict[str, Any], steps: int, strength: float) -> tuple[PNDMSche
 
 
 def _ddim(kind: type[DDIMScheduler]) -> Callable[[dict[str, Any], int, float], tuple[DDIMScheduler, torch.Tensor]]:
+    """A scheduler with DDIM's timesteps; it keeps no state between steps."""
+
     def make(config: dict[str, Any], steps: int, strength: float) -> tuple[DDIMScheduler, torch.Tensor]:
         scheduler = kind.from_config({**config, "clip_sample": False})
         scheduler.set_timesteps(steps)
@@ -51,7 +56,7 @@ def _ddim(kind: type[DDIMScheduler]) -> Callable[[dict[str, Any], int, float], t
 
 
 def _multistep(kind: Any, **changes: Any) -> Callable[[dict[str, Any], int, float], tuple[Any, torch.Tensor]]:
-    """A solver of diffusers' that keeps count of its steps, told where the strength lets it begin."""
+    """A diffusers solver that counts its steps; ``set_begin_index`` tells the solver where the strength begins."""
 
     def make(config: dict[str, Any], steps: int, strength: float) -> tuple[Any, torch.Tensor]:
         scheduler = kind.from_config({**config, **changes})
@@ -63,8 +68,8 @@ def _multistep(kind: Any, **changes: Any) -> Callable[[dict[str, Any], int, floa
     return make
 
 
-# With Stable Diffusion's spacing, "leading", these two step by 1000 // (N + 1): 100 steps would span 0.9 of the noise
-# schedule and 500 half of it, so that one strength meant another noise level for every N.
+# With Stable Diffusion's spacing "leading", these two solvers step by 1000 // (N + 1): 100 steps cover 0.9 of the noise
+# schedule and 500 steps half of it, so the noise level of a strength would depend on N.
 SPACING = {"timestep_spacing": "trailing"}  # Lin et al. 2023, table 2
 
 SCHEDULERS: dict[str, Callable[[dict[str, Any], int, float], tuple[Any, torch.Tensor]]] = {
@@ -80,12 +85,12 @@ SCHEDULERS: dict[str, Callable[[dict[str, Any], int, float], tuple[Any, torch.Te
 
 
 def schedule(name: str, config: dict[str, Any], steps: int, strength: float) -> tuple[Any, torch.Tensor]:
-    """A fresh scheduler of that name and the timesteps [n] to run, from the noisiest down.
+    """A new scheduler and the timesteps [n] to run, in order of decreasing noise.
 
-    Raises ValueError for an unknown name, or when ``int(steps * strength)`` is 0 and nothing would be done.
+    Raises ValueError for an unknown name, and when ``int(steps * strength)`` is 0, which leaves no step.
     """
     if name not in SCHEDULERS:
         raise ValueError(f"unknown scheduler {name!r}; there are {', '.join(SCHEDULERS)}")
     if int(steps * strength) < 1:
-        raise ValueError(f"strength {strength:g} of {steps} steps leaves no step to do; raise one of them")
+        raise ValueError(f"strength {strength:g} of {steps} steps leaves no step to run; increase one of them")
     return SCHEDULERS[name](config, steps, strength)

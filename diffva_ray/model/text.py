@@ -1,4 +1,4 @@
-"""Prompts to embeddings: any BERT, RoBERTa or CLIP encoder in the place of Stable Diffusion's own."""
+"""Text encoders (BERT, RoBERTa or CLIP) that replace Stable Diffusion's own: builds, loads and applies them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transformers import (
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.storage.store import is_local, open_store
 
-# Short names of model.text_encoder. Stanford's RadBERT is the paper's; UCSD's is a RoBERTa (Yan et al. 2022).
+# Short names for model.text_encoder. The paper uses Stanford's RadBERT; UCSD's is a RoBERTa (Yan et al. 2022).
 TEXT_ENCODERS = {
     "radbert": "StanfordAIMI/RadBERT",
     "radbert-roberta": "zzxslp/RadBERT-RoBERTa-4m",
@@ -36,7 +36,7 @@ TEXT_ENCODERS = {
 }
 ROBERTA = ("roberta", "xlm-roberta")
 
-# Words a radiology prompt is made of; anything else falls apart into characters, so that every word is tokenised.
+# Words of radiology prompts. All other words are tokenised as characters.
 RADIOLOGY = """
 normal healthy abnormal chest scan x ray film image lung lungs opacity covid 19 viral pneumonia bacterial heart enlarged
 cardiomegaly pneumothorax mass nodule effusion pleural edema oedema consolidation atelectasis infiltrate fibrosis
@@ -48,7 +48,7 @@ marker pacemaker tube catheter finding findings disease infection
 
 
 def build_tokenizer(length: int) -> BertTokenizer:
-    """A WordPiece tokenizer over radiology words and, for all others, characters."""
+    """A WordPiece tokenizer of RADIOLOGY words and, for all other words, characters; ``length`` in tokens."""
     characters = string.ascii_lowercase + string.digits + ".,:;!?'\"()[]{}<>+-*/=%&#@_|~^$\\`"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *dict.fromkeys(RADIOLOGY), *characters]
     words += [f"##{character}" for character in string.ascii_lowercase + string.digits]
@@ -56,7 +56,7 @@ def build_tokenizer(length: int) -> BertTokenizer:
 
 
 def build_text_encoder(tokenizer: BertTokenizer, config: dict[str, Any], attention_mask: bool) -> BertModel:
-    """A BERT from scratch for that tokenizer, without the pooler (its weights would never see a gradient)."""
+    """An untrained BERT for the tokenizer, without the pooler, whose weights would never get a gradient."""
     settings = BertConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=tokenizer.model_max_length,
@@ -69,33 +69,36 @@ def build_text_encoder(tokenizer: BertTokenizer, config: dict[str, Any], attenti
 
 
 def hub_snapshot(name: str) -> tuple[Path, dict[str, str]]:
-    """The folder of a text encoder, and where it came from: ``source`` (hub id or folder) and, of the hub, ``commit``.
+    """The local folder of a text encoder, and its origin: ``source`` (hub id or folder) and, from the hub, ``commit``.
 
-    ``name`` is one of TEXT_ENCODERS, a hub id (``owner/name`` or ``owner/name@revision``), a folder or s3://. Of a hub
-    repository only the PyTorch weights at its root are fetched, safetensors where it has them. Raises UnusableModel.
+    ``name`` is one of TEXT_ENCODERS, a hub id (``owner/name`` or ``owner/name@revision``), a folder or s3://. From the
+    hub, only the PyTorch weights at the root are downloaded, as safetensors if available. Raises UnusableModel.
     """
+    # another store, or a local folder
     if not is_local(name):
         return open_store(name).local_folder(), {"source": name}
     if Path(name).is_dir():
         return Path(name), {"source": name}
+    # the hub
     source, _, revision = TEXT_ENCODERS.get(name, name).partition("@")
-    wanted = ["*.json", "*.txt", "*.safetensors"]
+    patterns = ["*.json", "*.txt", "*.safetensors"]
     try:
         folder = Path(
-            snapshot_download(source, revision=revision or None, allow_patterns=wanted, ignore_patterns="*/*")
+            snapshot_download(source, revision=revision or None, allow_patterns=patterns, ignore_patterns="*/*")
         )
         if not _weights(folder, "safetensors"):
-            wanted = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-            snapshot_download(source, revision=folder.name, allow_patterns=wanted)
+            patterns = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+            snapshot_download(source, revision=folder.name, allow_patterns=patterns)
     except (OSError, ValueError) as error:
         raise UnusableModel(
-            f"text encoder {name}: neither a folder here nor to be had from the hub ({first_line(error)}); the names "
-            f"are {', '.join(TEXT_ENCODERS)}"
+            f"text encoder {name}: neither a local folder nor available from the hub ({first_line(error)}); the short "
+            f"names are {', '.join(TEXT_ENCODERS)}"
         ) from None
     return folder, {"source": source, "commit": folder.name}
 
 
 def _weights(folder: Path, suffix: str) -> list[Path]:
+    """Weight files of the text encoder in a folder."""
     return [
         file
         for file in folder.iterdir()
@@ -104,11 +107,10 @@ def _weights(folder: Path, suffix: str) -> list[Path]:
 
 
 def starting_text_encoder(name: str, length: int, attention_mask: bool) -> tuple[Any, Any, dict[str, str]]:
-    """A published text encoder to train from, its tokenizer, and where it came from; see ``hub_snapshot``.
+    """A published text encoder, its tokenizer, and its origin; see ``hub_snapshot``.
 
-    Several medical ones (RadBERT, BioBERT) exist as ``pytorch_model.bin`` alone: those are read by PyTorch's loader
-    that builds tensors and nothing else (``weights_only``), and saved as safetensors from then on. Raises
-    UnusableModel.
+    Some medical encoders (RadBERT, BioBERT) are published only as ``pytorch_model.bin``. These are read with
+    ``weights_only``, which loads nothing but tensors, and saved as safetensors later. Raises UnusableModel.
     """
     folder, origin = hub_snapshot(name)
     safetensors, pickled = _weights(folder, "safetensors"), _weights(folder, "bin")
@@ -132,21 +134,26 @@ def load_text_encoder(source: str, length: int, attention_mask: bool) -> tuple[A
 def _load(
     name: str, source: str, length: int, attention_mask: bool, safetensors: bool, model_at: Any, tokenizer_at: Any
 ) -> tuple[Any, Any]:
-    """Without pooler (its weights never see a gradient, which DDP refuses) and in float32, whatever the file holds.
-    The token length is forced (RadBERT's tokenizer states none, and padding to 1e30 overflows), and kept."""
+    """Loads text encoder and tokenizer.
+
+    The encoder has no pooler (its weights never get a gradient, which DDP refuses) and is float32 for any file. The
+    token length is set to ``length``: RadBERT's tokenizer has none, and padding to the default of 1e30 overflows.
+    """
+    # choose the classes
     try:
         values, _ = PretrainedConfig.get_config_dict(source, **model_at)
         loader: Any = AutoModel
         tokenizers: Any = AutoTokenizer
         extra: dict[str, Any] = {}
         kind = str(values.get("model_type", ""))
-        if kind == "cxr-bert":  # a BERT under a name that only its own remote code knows
+        if kind == "cxr-bert":  # a BERT whose type only its remote code defines
             names = {key: value for key, value in values.items() if key not in ("model_type", "auto_map")}
             loader, tokenizers, extra["config"] = BertModel, BertTokenizer, BertConfig(**names)
         if kind.startswith("clip"):
-            loader = CLIPTextModel  # AutoModel would bring the image half along
+            loader = CLIPTextModel  # AutoModel would also load the image encoder
         elif kind in ("bert", "cxr-bert", *ROBERTA):
             extra["add_pooling_layer"] = False
+        # load; remote code is never run
         encoder, report = loader.from_pretrained(
             source,
             use_safetensors=safetensors,
@@ -162,35 +169,36 @@ def _load(
             f"text encoder {name}: its pickled weights are damaged or hold more than tensors, which would run code"
         ) from None
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError) as error:
-        if "mismatched_sizes" in str(error):  # transformers' own words are about its options
+        if "mismatched_sizes" in str(error):  # transformers' message is about its own options
             raise UnusableModel(f"text encoder {name}: its weights have other shapes than its config.json") from None
         raise UnusableModel(f"text encoder {name}: {first_line(error)}") from None
     if missing := sorted(report["missing_keys"]):
         raise UnusableModel(f"text encoder {name}: its file lacks {len(missing)} weights, such as {missing[0]}")
     encoder = encoder.float()
+    # check that tokenizer and encoder fit together
     words = tokenizer("normal chest scan", add_special_tokens=False).input_ids
     if len(tokenizer) > encoder.config.vocab_size or set(words) <= {tokenizer.unk_token_id}:
         raise UnusableModel(
             f"text encoder {name}: its tokenizer does not fit it (is vocab.txt, vocab.json or merges.txt missing?)"
         )
-    longest = encoder.config.max_position_embeddings
+    max_length = encoder.config.max_position_embeddings
     if kind in ROBERTA:
-        longest -= encoder.config.pad_token_id + 1  # its positions start behind the padding index
-    if length > longest:
-        raise UnusableModel(f"text encoder {name}: holds {longest} tokens, model.tokenizer_length is {length}")
+        max_length -= encoder.config.pad_token_id + 1  # positions start behind the padding index
+    if length > max_length:
+        raise UnusableModel(f"text encoder {name}: takes {max_length} tokens, but model.tokenizer_length is {length}")
     tokenizer.model_max_length = length
     encoder.config.use_attention_mask = attention_mask
     return encoder, tokenizer
 
 
-# A fast tokenizer keeps padding and truncation in an object that all its calls share: a call of another thread in
-# between leaves a prompt unpadded, or cut (huggingface/transformers#47085).
-ONE_AT_A_TIME = threading.Lock()
+# A fast tokenizer keeps padding and truncation in shared state: concurrent calls can return a prompt unpadded or
+# truncated (huggingface/transformers#47085).
+TOKENIZER_LOCK = threading.Lock()
 
 
 def tokenize(tokenizer: Any, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, each int64 [n, length], padded to the model's length as diffusers does it."""
-    with ONE_AT_A_TIME:
+    """Token ids and attention mask, each int64 [n, length], padded to the model's token length as in diffusers."""
+    with TOKENIZER_LOCK:
         tokens = tokenizer(
             list(prompts),
             padding="max_length",
@@ -202,16 +210,18 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> tuple[torch.Tensor, torc
 
 
 def fits(tokenizer: Any, prompt: str) -> bool:
-    """Whether the whole prompt fits the model's token length; a longer one would be cut without a word."""
-    with ONE_AT_A_TIME:
+    """Whether the prompt fits the model's token length; a longer one would be truncated silently."""
+    with TOKENIZER_LOCK:
         return len(tokenizer(prompt, truncation=False).input_ids) <= tokenizer.model_max_length
 
 
 def embed(encoder: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Last hidden state [n, length, width]. The mask reaches the encoder only when the model was made so: the
-    diffusers pipelines follow the same rule (``config.use_attention_mask``), and training and sampling must agree."""
-    used = mask if getattr(encoder.config, "use_attention_mask", False) else None
-    return encoder(ids, attention_mask=used)[0]
+    """Last hidden state [n, length, width].
+
+    The mask is used only with ``config.use_attention_mask``, as in diffusers' pipelines, so that training and sampling
+    agree.
+    """
+    return encoder(ids, attention_mask=mask if getattr(encoder.config, "use_attention_mask", False) else None)[0]
 
 
 def first_line(error: BaseException) -> str:

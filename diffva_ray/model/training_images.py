@@ -1,7 +1,6 @@
-"""Which images a model was trained on, by content: a score on those says nothing about images it has not seen.
+"""Tells which images a model was trained on, because scores on them do not show how the model does on new images.
 
-The list is part of ``diffva.json``; images are known by the bytes of their files, so an image saved anew is another
-one.
+``diffva.json`` lists the sha256 of every training file. An image that was saved again has another hash.
 """
 
 from __future__ import annotations
@@ -13,19 +12,19 @@ from typing import Any
 from diffva_ray.model.card import read_card
 from diffva_ray.storage.store import StoreError, open_store
 
-IMAGE_DIGITS = 16  # of sha256 kept for each image: 64 bits, so a million images meet another one with odds of 1e-7
+IMAGE_DIGITS = 16  # hex digits of each sha256 (64 bits); a collision among a million images has probability 3e-8
 
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """The list in a model's ``diffva.json`` (``training_images``)."""
+    """The list ``training_images`` in a model's ``diffva.json``."""
 
-    hashes: frozenset[str]
+    hashes: frozenset[str]  # the first IMAGE_DIGITS digits of each sha256
 
     @classmethod
     def of_model(cls, uri: str, digest: str | None = None) -> TrainingImages | None:
-        """The list of the model at ``uri``; None without one, when there is no such model any more, or when it is not
-        the one of that ``digest``."""
+        """The list of the model at ``uri``; None when the model has none, was deleted, or has another digest than
+        ``digest``."""
         try:
             card = read_card(open_store(uri))
         except (OSError, ValueError, StoreError):
@@ -34,14 +33,14 @@ class TrainingImages:
 
     @classmethod
     def of(cls, card: dict[str, Any] | None) -> TrainingImages | None:
-        """The card's list; None for a model that has none (made elsewhere, or before lists were kept)."""
-        listed = (card or {}).get("training_images")
-        return None if listed is None else cls(frozenset(listed))
+        """The list in a card; None without one (a model from elsewhere, or of an earlier version)."""
+        hashes = (card or {}).get("training_images")
+        return None if hashes is None else cls(frozenset(hashes))
 
     def holds(self, data: bytes) -> bool:
-        """Whether the file with these bytes was trained on."""
+        """Whether the model was trained on a file with these bytes."""
         return self.has(hashlib.sha256(data).hexdigest())
 
     def has(self, sha256: str | None) -> bool:
-        """Whether the file with this sha256 (hex) was trained on; an image without one (not read) was not."""
+        """Whether the model was trained on the file with this sha256 (hex); False without one (a file not read)."""
         return bool(sha256) and str(sha256)[:IMAGE_DIGITS] in self.hashes

@@ -114,7 +114,7 @@ def test_short_names_and_hub_ids_find_the_snapshot_and_its_commit(
     card = json.loads(store.read("diffva.json"))
     assert card["text_source"] == {"source": "StanfordAIMI/RadBERT", "commit": COMMIT}
     assert build(recipe(tiny, tmp_path / "saved", None)).text_source == card["text_source"]
-    with pytest.raises(UnusableModel, match=r"biobert.*neither a folder here nor.*radbert-roberta"):
+    with pytest.raises(UnusableModel, match=r"biobert.*neither a local folder nor.*radbert-roberta"):
         build(recipe(tiny, model, "biobert"))
 
 
@@ -162,7 +162,7 @@ def test_unusable_snapshots_are_one_line(model: Path, tiny: Recipe, tmp_path: Pa
         assert "\n" not in str(caught.value)
 
     folder = snapshot("radbert-roberta", tmp_path / "encoder", 64)
-    refuses("holds 40 tokens, model.tokenizer_length is 41", tokenizer_length=41)
+    refuses("takes 40 tokens, but model.tokenizer_length is 41", tokenizer_length=41)
     (folder / "vocab.json").unlink()
     refuses("encoder")
     folder = snapshot("radbert", tmp_path / "encoder", 64)
