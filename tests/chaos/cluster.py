@@ -1,5 +1,5 @@
 """Fault histories on a Ray cluster of several raylets with fake GPUs: workers, nodes and drivers are killed while
-storage is slow and fails now and then. Which blows fall, and at which shard, follows from the seed."""
+storage is slow and sometimes fails. Which faults happen, and at which shard, follows from the seed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from diffva_ray.evaluate.reduction import Options, reduce_run
 from diffva_ray.generate.run import Run, find_run
 from diffva_ray.storage.store import LocalStore
 
-BLOWS = ("worker", "node", "driver")
+FAULTS = ("worker", "node", "driver")
 NODES = 2
 QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DEDUP_LOGS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-LIFE = 180.0  # seconds after which a driver counts as hanging
+MAX_LIFE = 180.0  # seconds; a driver that lives longer hangs
 
 
 class ClusterBench:
-    """A cluster that lives through all histories, and an undisturbed run made on it."""
+    """A cluster that all histories use, and an undisturbed run on it."""
 
     def __init__(self, bench: Any) -> None:
         self.bench = bench
@@ -42,23 +42,23 @@ class ClusterBench:
         out = bench.folder / "undisturbed-on-cluster"
         started = time.monotonic()
         driver = self._start(out, -1)
-        driver.wait(LIFE)
+        driver.wait(MAX_LIFE)
         assert driver.returncode == 0
         self.seconds = time.monotonic() - started
         self._reduce(out)
         self.expected = bench.outcome(out)
-        inline = bench.expected["pictures"]
-        assert self.expected["pictures"] == inline, "the cluster makes other pixels than a plain loop"
+        inline = bench.expected["files"]
+        assert self.expected["files"] == inline, "the cluster generates other pixels than a plain loop"
 
     def history(self, seed: int) -> tuple[Counter[str], list[str], float]:
-        """As ``Bench.history``."""
+        """Run one history, as ``Bench.history`` does."""
         out = self.bench.folder / f"cluster-{seed}"
         shutil.rmtree(out, ignore_errors=True)
-        dice, counts, started = random.Random(seed), Counter[str](), time.monotonic()
-        blows = [dice.choice(BLOWS) for _ in range(dice.randint(1, 3))]
+        rng, counts, started = random.Random(seed), Counter[str](), time.monotonic()
+        faults = [rng.choice(FAULTS) for _ in range(rng.randint(1, 3))]
         while True:
             counts["lives"] += 1
-            code = self._life(out, seed, blows, dice, counts)
+            code = self._life(out, seed, faults, rng, counts)
             if code == 0:
                 break
             counts["lives ended by a failure"] += code is not None
@@ -86,9 +86,9 @@ class ClusterBench:
                 [*map(str, command), str(seed), str(self.recipe)], env=environment, stdout=log, stderr=log
             )
 
-    def _life(self, out: Path, seed: int, blows: list[str], dice: random.Random, counts: Counter[str]) -> int | None:
-        """One driver, and the blows that fall on it; its exit code, or None when it was killed."""
-        driver, deadline, struck = self._start(out, seed), time.monotonic() + LIFE, set[str]()
+    def _life(self, out: Path, seed: int, faults: list[str], rng: random.Random, counts: Counter[str]) -> int | None:
+        """Run one driver and inject faults; return its exit code, None if it was killed."""
+        driver, deadline, seen = self._start(out, seed), time.monotonic() + MAX_LIFE, set[str]()
         run: Run | None = None
         while (code := driver.poll()) is None:
             time.sleep(0.03)
@@ -97,35 +97,35 @@ class ClusterBench:
                 counts["hanging drivers"] += 1
                 return None
             run = run or find_run(LocalStore(str(out)))
-            if run is None or not blows:
+            if run is None or not faults:
                 continue
-            tries = [path for path, _ in run.store.list("attempts") if "/try~" in path and path not in struck]
+            tries = [path for path, _ in run.store.list("attempts") if "/try~" in path and path not in seen]
             if not tries:
                 continue
-            struck.update(tries)
-            if dice.random() < 0.5:  # the next attempt, perhaps
+            seen.update(tries)
+            if rng.random() < 0.5:  # leave this attempt alone
                 continue
-            time.sleep(dice.random() * 0.5)
-            blow = blows.pop()
-            counts[f"{blow} kills"] += 1
-            if blow == "driver":
+            time.sleep(rng.random() * 0.5)
+            fault = faults.pop()
+            counts[f"{fault} kills"] += 1
+            if fault == "driver":
                 driver.kill()
                 driver.wait()
                 time.sleep(1)
                 return None
-            self._strike(blow, run, dice.choice(tries))
+            self._inject(fault, run, rng.choice(tries))
         return code
 
-    def _strike(self, blow: str, run: Run, marker: str) -> None:
-        """Kill the worker of an attempt, or its whole node (a new one comes)."""
+    def _inject(self, fault: str, run: Run, marker: str) -> None:
+        """Kill the worker of an attempt, or its whole node, which is replaced."""
         node = marker.rpartition("/")[2].split("~")[3]
-        if blow == "node":
+        if fault == "node":
             for raylet in list(self.cluster.worker_nodes):
                 if raylet.node_id == node:
                     self.cluster.remove_node(raylet, allow_graceful=False)
                     self.cluster.add_node(num_cpus=1, num_gpus=1)
             return
-        with suppress(FileNotFoundError, ProcessLookupError, ValueError):  # it was quicker
+        with suppress(FileNotFoundError, ProcessLookupError, ValueError):  # it has finished already
             os.kill(json.loads(run.store.read(marker))["pid"], signal.SIGKILL)
 
     def _reduce(self, out: Path) -> None:

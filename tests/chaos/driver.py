@@ -1,4 +1,4 @@
-"""One driver's life on the cluster of a history: a process of its own, so that it can be killed.
+"""One driver of a history on the cluster, as its own process, so that it can be killed.
 
 RAY_ADDRESS=... python driver.py RUN DATA MODEL SEED RECIPE.json
 """
@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-SLOWNESS = 0.25  # seconds a network call takes longer, so that a kill finds work in flight
+SLOWNESS = 0.25  # additional seconds of each network call, so that kills hit running work
 
 
 def prepare_worker() -> None:
-    """What every worker process does before its first task: fake GPUs are CPUs, and storage is slow and fails."""
+    """Prepare a worker process: fake GPUs are CPUs, and storage is slow and fails."""
     from faults import Faults, FaultyStore
 
     from diffva_ray.counterfactual import engine

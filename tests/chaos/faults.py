@@ -1,7 +1,7 @@
-"""A local store that fails, tears, delays and stops the process between any two of its steps, reproducibly.
+"""A local store that fails, tears, delays and stops the process between any two steps, reproducibly.
 
-What happens at a step follows from (seed, life, step, path, how often that step came by), never from timing or thread
-order, so a history is repeated by its seed.
+What happens at a step follows from (seed, life, step, path, number of earlier calls), never from timing or thread
+order, so a seed repeats its history.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ RANDOM = re.compile(r"~[0-9a-f]*~[^~]*~[0-9a-f]*~|\.tmp-[0-9a-f]+")  # the rando
 
 
 class Stopped(BaseException):
-    """The process is gone: nothing after this may touch the store, not even a ``finally``."""
+    """The process has ended: nothing may touch the store after this, not even a ``finally`` block."""
 
 
 @dataclass
 class Faults:
-    """What goes wrong in one history. A life is one process; the last lives are left in peace."""
+    """The faults of one history. A life is one process; after ``lives`` of them there are no more faults."""
 
     seed: int
-    stop: float = 0.006
-    fail: float = 0.006
-    tear: float = 0.02
-    delay: float = 0.01
-    lives: int = 6  # with faults
-    life: int = 0
-    dead: bool = False
-    seen: Counter[str] = field(default_factory=Counter)
-    counts: Counter[str] = field(default_factory=Counter)
+    stop: float = 0.006  # probability that the process ends at a step
+    fail: float = 0.006  # probability that a step raises an OSError
+    tear: float = 0.02  # probability that only half of a file is written
+    delay: float = 0.01  # probability that a step is delayed
+    lives: int = 6  # number of lives with faults
+    life: int = 0  # number of the current life, from 1
+    dead: bool = False  # whether the current life has ended
+    seen: Counter[str] = field(default_factory=Counter)  # calls of each step in this life
+    counts: Counter[str] = field(default_factory=Counter)  # faults that happened
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def begin(self) -> None:
@@ -46,7 +46,7 @@ class Faults:
         self.dead = False
         self.seen.clear()
 
-    def _draw(self, step: str, path: str) -> float:
+    def _random(self, step: str, path: str) -> float:
         key = f"{step} {RANDOM.sub('~', path)}"
         with self.lock:
             self.seen[key] += 1
@@ -54,24 +54,24 @@ class Faults:
         return int(hashlib.sha256(key.encode()).hexdigest()[:13], 16) / 16**13
 
     def at(self, step: str, path: str) -> None:
-        """Between two steps: go on, wait, fail, or be gone."""
+        """Continue, wait, fail or end, before a step."""
         if self.dead:
             raise Stopped
         if self.life > self.lives:
             return
-        draw = self._draw(step, path)
-        if draw < self.stop:
+        number = self._random(step, path)
+        if number < self.stop:
             self.die()
-        elif draw < self.stop + self.fail:
+        elif number < self.stop + self.fail:
             self.counts["failures"] += 1
             raise OSError(errno.EIO, "input/output error (injected)")
-        elif draw < self.stop + self.fail + self.delay:
+        elif number < self.stop + self.fail + self.delay:
             self.counts["delays"] += 1
             time.sleep(0.001)
 
     def torn(self, path: str) -> bool:
-        """Whether only half of a file is to reach the disk, and nobody lives to clean up."""
-        if self.dead or self.life > self.lives or self._draw("tear", path) >= self.tear:
+        """Return whether only half of a file is written before the process ends."""
+        if self.dead or self.life > self.lives or self._random("tear", path) >= self.tear:
             return False
         self.counts["torn"] += 1
         return True

@@ -1,12 +1,12 @@
-"""Random fault histories: a run that is failed, torn and killed again and again ends as if nothing had happened.
+"""Random fault histories: a run with repeated failures, torn files and kills ends like an undisturbed one.
 
     make chaos                                       # 1,000 inline and 50 on a Ray cluster; writes the result file
     python tests/chaos/histories.py --inline 50      # fewer
-    python tests/chaos/histories.py --first 417      # one of them again
+    python tests/chaos/histories.py --first 417      # repeat one of them
 
-An inline history is a chain of lives (processes, here one after the other in this one): plan, generate, reduce on a
-``FaultyStore``, until a life reaches the end. Compared with an undisturbed run: every column of every record, every
-pixel and map, the features, the tables; and ``diffva verify``.
+An inline history is a sequence of lives (processes, simulated one after the other in this process): plan, generate and
+reduce on a ``FaultyStore``, until a life reaches the end. The result is compared with an undisturbed run: every column
+of every record, all images and attribution maps, features and tables; and ``diffva verify`` runs.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ IMAGES, SHARDS = 12, 3  # nine abnormal images, three to a shard
 
 
 class Bench:
-    """Images, a model and an undisturbed run of it, to hold histories against."""
+    """Images, a model and an undisturbed run, with which histories are compared."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -80,7 +80,7 @@ class Bench:
         self.expected = self.outcome(self.folder / "undisturbed")
 
     def live(self, out: Path) -> None:
-        """One process's life: plan or continue, generate, reduce. It would load the model; thousands need not."""
+        """One life: plan or continue, generate, reduce. The model is loaded once for all lives."""
         with patch.object(shards, "load", lambda model, recipe=None: self.loaded):
             execution = Execution(executor="inline")
             generate_run(self.recipe, self.data, self.model, str(out), Request(), execution)
@@ -90,33 +90,33 @@ class Bench:
 
     @staticmethod
     def outcome(out: Path) -> dict[str, Any]:
-        """What a finished run is: records, pictures and features, tables."""
+        """Return a finished run's records, files (images and features) and tables."""
         run = find_run(LocalStore(str(out)))
         assert run is not None
-        pictures = {path: run.store.read(path) for kind in (*FOLDERS, "features") for path, _ in run.store.list(kind)}
+        files = {path: run.store.read(path) for kind in (*FOLDERS, "features") for path, _ in run.store.list(kind)}
         return {
             "records": read_records(run),
-            "pictures": pictures,
+            "files": files,
             "tables": json.loads(run.store.read("tables/metrics.json")),
             "quarantine": run.store.read("quarantine.parquet"),
         }
 
     def differences(self, out: Path) -> list[str]:
-        """What is not as in the undisturbed run; empty when all is."""
+        """Return what differs from the undisturbed run."""
         found, expected = self.outcome(out), self.expected
-        wrong = []
+        differing = []
         if not found["records"].equals(expected["records"]):
-            wrong.append("records")
-        wrong += [key for key in ("pictures", "tables", "quarantine") if found[key] != expected[key]]
+            differing.append("records")
+        differing += [key for key in ("files", "tables", "quarantine") if found[key] != expected[key]]
         run = find_run(LocalStore(str(out)))
         assert isinstance(run, Run)
-        wrong += [problem.what for problem in verify(run)]
+        differing += [problem.what for problem in verify(run)]
         if not run.store.exists("_SUCCESS"):
-            wrong.append("no _SUCCESS")
-        return wrong
+            differing.append("no _SUCCESS")
+        return differing
 
     def history(self, seed: int) -> tuple[Counter[str], list[str], float]:
-        """One inline history: counts of what was done to it, differences (none, if all is well), seconds."""
+        """Run one inline history; return fault counts, differences (normally none) and seconds."""
         out = self.folder / f"history-{seed}"
         shutil.rmtree(out, ignore_errors=True)
         faults = Faults(seed)
@@ -140,10 +140,10 @@ class Bench:
         finally:
             storage.STORES[""], storage.PAUSES = before, pauses
         seconds = time.monotonic() - started
-        wrong = self.differences(out)
-        if not wrong:
+        differing = self.differences(out)
+        if not differing:
             shutil.rmtree(out)
-        return faults.counts, wrong, seconds
+        return faults.counts, differing, seconds
 
 
 @click.command()
@@ -169,11 +169,11 @@ def main(inline: int, cluster: int, first: int, out: Path | None) -> None:
         else:
             runner = bench
         for seed in range(first, first + count):
-            counts, wrong, took = runner.history(seed)
+            counts, differing, took = runner.history(seed)
             total += counts
             seconds += took
-            if wrong:
-                failed.append(f"{name} seed {seed}: {'; '.join(wrong[:3])}")
+            if differing:
+                failed.append(f"{name} seed {seed}: {'; '.join(differing[:3])}")
                 click.echo(failed[-1])
             elif (seed - first) % 50 == 49 or name == "cluster":
                 click.echo(

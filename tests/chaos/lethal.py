@@ -1,4 +1,4 @@
-"""What a Ray worker of the poison test does before its first task: it learns which images take their process down."""
+"""Setup of the Ray workers of the poison test: some images end the process that reads them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import signal
 def prepare_worker() -> None:
     from diffva_ray.generate import shard
 
-    segfault, leave_at_once = os.environ["DEADLY_IMAGES"].split(":")
+    segfault, exit_at_once = os.environ["DEADLY_IMAGES"].split(":")
     read = shard.read_source
 
     def reading(context, row):
         if row["image_path"] == segfault:
             os.kill(os.getpid(), signal.SIGSEGV)
-        if row["image_path"] == leave_at_once:
+        if row["image_path"] == exit_at_once:
             os._exit(3)
         return read(context, row)
 

@@ -1,4 +1,4 @@
-"""A sample of the chaos suite (`make chaos` runs a thousand and fifty of them): not one differing record."""
+"""A sample of the chaos suite (`make chaos` runs a thousand and fifty of them): no record may differ."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def test_ten_inline_histories(bench: Bench) -> None:
-    blows = 0
+    faults = 0
     for seed in range(10):
-        counts, wrong, _ = bench.history(seed)
-        assert not wrong, f"seed {seed}"
-        blows += counts["kills"] + counts["failures"]
-    assert blows > 20  # or nothing was tested
+        counts, differing, _ = bench.history(seed)
+        assert not differing, f"seed {seed}"
+        faults += counts["kills"] + counts["failures"]
+    assert faults > 20  # otherwise nothing was tested
 
 
 def test_a_history_on_a_cluster(bench: Bench) -> None:
@@ -36,8 +36,8 @@ def test_a_history_on_a_cluster(bench: Bench) -> None:
 
     cluster = ClusterBench(bench)
     try:
-        _, wrong, _ = cluster.history(0)
-        assert not wrong
+        _, differing, _ = cluster.history(0)
+        assert not differing
     finally:
         cluster.close()
 
@@ -51,9 +51,9 @@ def test_the_order_of_shards_changes_nothing(bench: Bench, tmp_path: Path) -> No
         run.store.delete(f"records/part-{shard:05d}.parquet")
     order = list(range(run.shards))
     random.Random(1).shuffle(order)
-    workbench = WorkerContext.open(run.store.uri, bench.data, bench.model)
+    context = WorkerContext.open(run.store.uri, bench.data, bench.model)
     for shard in order:
-        run_shard(workbench, shard)
+        run_shard(context, shard)
     undisturbed = find_run(LocalStore(str(first)))
     assert undisturbed is not None
     assert read_records(run).equals(read_records(undisturbed))

@@ -1,4 +1,4 @@
-"""A record that kills its process is set aside, and nobody else is blamed."""
+"""A record that kills its process is quarantined, and no other record is."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def undisturbed(tiny: Recipe, images: Path, model: Path, tmp_path_factory: pytes
 
 
 class Inline:
-    """Lives of an inline driver, which ``deadly`` images end (not again after ``deaths`` of them)."""
+    """Lives of an inline driver, which ``deadly`` images end, up to ``deaths`` times."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, out: Path, deadly: set[str], deaths: int = 1000) -> None:
         self.faults = Faults(0, stop=0, fail=0, tear=0, delay=0)
@@ -67,7 +67,7 @@ class Inline:
         return True
 
 
-def test_a_deadly_record_is_set_aside_and_its_neighbours_live(
+def test_a_deadly_record_is_quarantined_and_no_other(
     undisturbed: pd.DataFrame, tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deadly = undisturbed["image_path"][7]
@@ -76,7 +76,7 @@ def test_a_deadly_record_is_set_aside_and_its_neighbours_live(
     while not driver.live(tiny, images, model, tmp_path):
         lives += 1
         assert lives < 10
-    assert driver.deaths == 4  # one in company, three alone
+    assert driver.deaths == 4  # one within a full batch, three alone
     found = read_records(opened(tmp_path))
     (killed,) = found[found["status"] != "ok"].to_dict("records")
     assert (killed["image_path"], killed["status"]) == (deadly, "killed_worker")
@@ -87,7 +87,7 @@ def test_a_deadly_record_is_set_aside_and_its_neighbours_live(
     assert opened(tmp_path).store.list("attempts") == []
 
 
-def test_a_record_that_lands_is_acquitted(
+def test_a_record_that_succeeds_is_cleared(
     undisturbed: pd.DataFrame, tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = Inline(monkeypatch, tmp_path, {undisturbed["image_path"][7]}, deaths=3)
@@ -98,24 +98,24 @@ def test_a_record_that_lands_is_acquitted(
 
 
 def leave(store: LocalStore, session: Session, record: str = "") -> None:
-    """What an attempt leaves behind when its process dies (in a record's flight)."""
+    """Write the markers of an attempt whose process died, during ``record`` if given."""
     attempt = Attempt(store, 0, session)
     attempt._mark("try")
     if record:
         attempt._mark("flight", record)
 
 
-def test_only_a_living_driver_blames_and_only_on_living_nodes(tmp_path: Path) -> None:
+def test_only_deaths_of_this_driver_on_living_nodes_count(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     alive = {"here", "there"}
     mine = Session(RAY, "mine", "here", lambda node: node in alive)
     leave(store, Session(RAY, "former", "here"), "image")
     leave(store, Session(), "image")
-    assert not Attempt(store, 0, mine).isolated  # of a driver that is gone, and of a plain loop
+    assert not Attempt(store, 0, mine).isolated  # those of an earlier driver and of a plain loop do not count
     leave(store, Session(RAY, "mine", "there"), "image")
     leave(store, Session(RAY, "mine", "here"), "image")
     assert Attempt(store, 0, mine).poison_records == {"image"}
-    alive.remove("there")  # preempted: blames nobody
+    alive.remove("there")  # preempted: deaths there do not count
     assert Attempt(store, 0, mine).isolated
     assert Attempt(store, 0, mine).poison_records == set()
     with Attempt(store, 0, mine) as attempt, attempt.in_progress("image"):
@@ -123,7 +123,7 @@ def test_only_a_living_driver_blames_and_only_on_living_nodes(tmp_path: Path) ->
     assert not Attempt(store, 0, mine).failure_counts
 
 
-def test_a_shard_that_nobody_survives_ends_the_run_in_words(tmp_path: Path) -> None:
+def test_a_shard_that_no_worker_survives_ends_the_run(tmp_path: Path) -> None:
     store, session = LocalStore(str(tmp_path)), Session(RAY, "mine", "here")
     for number in range(MAX_SHARD_DEATHS):
         leave(store, session, f"image-{number}")
@@ -133,7 +133,7 @@ def test_a_shard_that_nobody_survives_ends_the_run_in_words(tmp_path: Path) -> N
         assert not attempt.isolated
 
 
-def test_running_out_of_memory_blames_no_record(
+def test_running_out_of_memory_quarantines_no_record(
     tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diffva_ray.counterfactual.engine import CounterfactualEngine
@@ -151,7 +151,7 @@ def test_running_out_of_memory_blames_no_record(
     assert counts["ok"] == 18
 
 
-def test_on_ray_two_blamed_deaths_are_enough(
+def test_on_ray_two_deaths_quarantine_a_record(
     undisturbed: pd.DataFrame, tiny: Recipe, images: Path, model: Path, tmp_path: Path
 ) -> None:
     import ray

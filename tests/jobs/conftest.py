@@ -14,8 +14,8 @@ from diffva_ray.config.recipe import Recipe
 
 @pytest.fixture(scope="session")
 def head(environment: Path) -> Iterator[Head]:
-    """Its nodes have the project as cluster/Dockerfile installs it: the wheel, not an editable checkout, which would
-    answer for whatever an upload lacks."""
+    """A head whose nodes have the project installed from the wheel, as cluster/Dockerfile does. An editable checkout
+    would hide files that are missing in an upload."""
     started = Head(environment / "bin")
     yield started
     started.stop()

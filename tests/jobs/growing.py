@@ -10,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-SECONDS = 4.0  # that a call of the networks takes at least: a cluster grows while its GPUs are busy
+SECONDS = 4.0  # minimum for each call of the networks: a cluster grows while its GPUs are busy
 
 
 def prepare_worker() -> None:
-    """What every worker process does before its first task: a pretended GPU is a slow CPU."""
+    """Prepare a worker process: a pretended GPU is a slow CPU."""
     from diffva_ray.counterfactual import engine
 
     engine.device_kind = lambda name=None: "cpu"

@@ -21,16 +21,16 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 RUNTIME_ENV = ROOT / "cluster" / "runtime_env.yaml"
-SECRET = "only-this-cluster-knows"  # in the nodes' environment, as credentials are; must never be seen anywhere
+SECRET = "only-this-cluster-knows"  # in the nodes' environment, as credentials are; must appear in no output
 
 
 class Head:
     """``ray start --head`` on 127.0.0.1. All its processes carry the path of its token in their environment, which is
-    how they are found in the end: ``ray stop`` would end every Ray on the machine."""
+    how they are found when the head stops: ``ray stop`` would end every Ray on the machine."""
 
     def __init__(self, bin: Path = BIN, autoscaling: Callable[[str], dict[str, Any]] | None = None) -> None:
         """``bin``: the commands of the environment that nodes have. ``autoscaling`` makes a launcher's configuration
-        out of the address of GCS."""
+        from the address of GCS."""
         self.bin = bin
         self.folder = Path(tempfile.mkdtemp(prefix="dj-", dir="/tmp"))  # short: sockets' names end at 107 characters
         self.token = secrets.token_hex(32)
@@ -67,33 +67,33 @@ class Head:
             raise RuntimeError(started.stdout + started.stderr)
 
     def ray(self, *words: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-        """A command of Ray's command line."""
+        """Run a command of Ray's command line."""
         command = [str(word) for word in (self.bin / "ray", *words)]
         return subprocess.run(
             command, cwd=ROOT, env={**self.environment, **environment}, capture_output=True, text=True, timeout=400
         )
 
     def submit(self, name: str, verb: str, *options: Any, wait: bool = True) -> subprocess.CompletedProcess[str]:
-        """``ray job submit``, as cluster.md has it."""
+        """Run ``ray job submit`` as docs/cluster.md does."""
         follow = [] if wait else ["--no-wait"]
         return self.ray(
             "job", "submit", "--address", self.address, "--submission-id", name, *follow, "--working-dir", ".",
             "--runtime-env", RUNTIME_ENV.relative_to(ROOT), "--", "python", f"jobs/{verb}.py", *options,
         )  # fmt: skip
 
-    def about(self, name: str) -> dict[str, Any]:
-        """A job as the dashboard has it: status, message, driver_exit_code, runtime_env."""
+    def job(self, name: str) -> dict[str, Any]:
+        """Return a job's entry in the dashboard: status, message, driver_exit_code, runtime_env."""
         return json.loads(self.get(f"/api/jobs/{name}"))
 
     def get(self, path: str, token: str | None = None) -> str:
-        """An answer of the dashboard, asked with the cluster's token or another one (none: an empty string)."""
+        """Request a path of the dashboard with the cluster's token, or another one (empty string: none)."""
         given = self.token if token is None else token
         headers = {"Authorization": f"Bearer {given}"} if given else {}
         with urllib.request.urlopen(urllib.request.Request(self.address + path, headers=headers), timeout=30) as answer:
             return answer.read().decode()
 
     def processes(self) -> list[int]:
-        """Everything that runs on behalf of this head."""
+        """Ids of all processes of this head."""
         mark, found = f"RAY_AUTH_TOKEN_PATH={self.folder}/token".encode(), []
         for process in Path("/proc").iterdir():
             with suppress(OSError):
@@ -102,7 +102,7 @@ class Head:
         return found
 
     def listeners(self) -> set[str]:
-        """Addresses on which its processes accept connections, as the kernel has them (hexadecimal)."""
+        """Addresses on which the head's processes accept connections, hexadecimal, from /proc."""
         inodes = set()
         for process in self.processes():
             with suppress(OSError):
@@ -129,10 +129,10 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(what: Callable[[], Any], patience: float = 120.0) -> Any:
-    """What ``what()`` gives once it is true."""
-    until = time.monotonic() + patience
-    while not (found := what()):
-        assert time.monotonic() < until, "waited in vain"
+def wait_for(condition: Callable[[], Any], timeout: float = 120.0) -> Any:
+    """Wait until ``condition()`` is true, and return its value."""
+    until = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < until, "condition not met in time"
         time.sleep(0.05)
-    return found
+    return value

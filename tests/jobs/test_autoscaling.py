@@ -17,20 +17,20 @@ from diffva_ray.generate.run import find_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.storage.store import LocalStore
 
-MOST = 3  # nodes
-NONE = ("auth", "docker", "file_mounts")
-NO = (
+MAX_NODES = 3
+EMPTY_MAPPINGS = ("auth", "docker", "file_mounts")
+EMPTY_LISTS = (
     "cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands",
     "head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands",
 )  # fmt: skip
 
 
 def configuration(gcs: str) -> dict:
-    """As ``ray.cluster_utils.AutoscalingCluster`` has it, which ends every Ray on the machine when it starts."""
+    """Configuration of ``ray.cluster_utils.AutoscalingCluster``, which itself would end every Ray on the machine."""
     return {
-        **{name: {} for name in NONE},
-        **{name: [] for name in NO},
-        "cluster_name": "growing", "max_workers": MOST, "upscaling_speed": 10.0, "idle_timeout_minutes": 5,
+        **{name: {} for name in EMPTY_MAPPINGS},
+        **{name: [] for name in EMPTY_LISTS},
+        "cluster_name": "growing", "max_workers": MAX_NODES, "upscaling_speed": 10.0, "idle_timeout_minutes": 5,
         "file_mounts_sync_continuously": False,
         "provider": {
             "type": "fake_multinode", "gcs_address": gcs, "use_node_id_as_ip": True,
@@ -39,14 +39,14 @@ def configuration(gcs: str) -> dict:
         "head_node_type": "ray.head.default",
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-            "gpu": {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 1, "max_workers": MOST},
+            "gpu": {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 1, "max_workers": MAX_NODES},
         },
     }  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_uses_the_gpus_that_come_while_it_works(tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
+def test_a_run_uses_gpus_that_join_while_it_works(tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
     head = Head(autoscaling=configuration)
     try:
         recipe, run = tmp_path / "tiny.yaml", tmp_path / "run"
@@ -65,7 +65,7 @@ def test_a_run_uses_the_gpus_that_come_while_it_works(tiny: Recipe, images: Path
     opened = find_run(LocalStore(str(run)))
     assert opened is not None
     assert verify(opened) == []
-    # Work, not nodes alone: with one actor, shards of four seconds would have been committed four seconds apart.
+    # The new nodes also worked: with one actor, commits would be at least four seconds apart.
     commits = sorted(part.stat().st_mtime for part in run.glob("records/*.parquet"))
     assert min(later - now for now, later in itertools.pairwise(commits)) < 3
     assert json.loads((run / "run.json").read_text())["keys"]["device"] == "cuda"

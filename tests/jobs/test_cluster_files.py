@@ -28,11 +28,11 @@ CRDS = Path(os.environ.get("KUBERAY_CRDS", ROOT.parent / "shared" / "schemas"))
 
 def build(overlay: str) -> list[dict[str, Any]]:
     """What ``kubectl kustomize`` makes of an overlay that is a base and JSON patches by kind."""
-    about = yaml.safe_load((KUBERAY / overlay / "kustomization.yaml").read_text())
-    base = KUBERAY / overlay / about["resources"][0]
+    document = yaml.safe_load((KUBERAY / overlay / "kustomization.yaml").read_text())
+    base = KUBERAY / overlay / document["resources"][0]
     files = yaml.safe_load((base / "kustomization.yaml").read_text())["resources"]
     found = [yaml.safe_load((base / file).read_text()) for file in files]
-    for patch in about["patches"]:
+    for patch in document["patches"]:
         for manifest in found:
             if manifest["kind"] == patch["target"]["kind"]:
                 for operation in yaml.safe_load(patch["patch"]):
@@ -89,7 +89,7 @@ def test_manifests_are_what_kuberay_accepts() -> None:
         wrong = copy.deepcopy(manifest)
         wrong["spec"]["rayClusterSpec"]["authOptions"]["mode"] = "none"
         wrong["spec"]["rayClusterSpec"]["headGroupSpec"]["numCpus"] = 0
-        assert len(list(validator.iter_errors(wrong))) == 2, "the check finds nothing"
+        assert len(list(validator.iter_errors(wrong))) == 2, "the check finds no errors"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -104,11 +104,11 @@ def test_the_patches_are_applied_as_kustomize_does(overlay: str) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_entry_points_are_commands_of_ours(overlay: str) -> None:
-    python, door, *options = shlex.split(job(overlay)["spec"]["entrypoint"])
+    python, script, *options = shlex.split(job(overlay)["spec"]["entrypoint"])
     assert python == "python"
-    verb = Path(door).stem
+    verb = Path(script).stem
     assert (ROOT / "jobs" / f"{verb}.py").exists()
-    main.commands[verb].make_context(verb, options)  # raises for an option that there is not
+    main.commands[verb].make_context(verb, options)  # raises for an unknown option
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -130,18 +130,18 @@ def test_a_cluster_on_kubernetes_is_closed_and_its_head_idle(overlay: str) -> No
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_launcher_files_are_what_ray_accepts(name: str) -> None:
     schema = json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text())
-    about = yaml.safe_load((CLUSTER / f"{name}.yaml").read_text())
-    jsonschema.validate(about, schema)
-    head = " ".join(about["head_start_ray_commands"])
+    document = yaml.safe_load((CLUSTER / f"{name}.yaml").read_text())
+    jsonschema.validate(document, schema)
+    head = " ".join(document["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in head
     assert "--num-cpus=0" in head
-    assert "--env RAY_AUTH_MODE=token" in about["docker"]["run_options"]
-    assert "--env RAY_USAGE_STATS_ENABLED=0" in about["docker"]["run_options"]
+    assert "--env RAY_AUTH_MODE=token" in document["docker"]["run_options"]
+    assert "--env RAY_USAGE_STATS_ENABLED=0" in document["docker"]["run_options"]
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({**about, "head_node": {}, "idle_minutes": 5}, schema)
+        jsonschema.validate({**document, "head_node": {}, "idle_minutes": 5}, schema)
 
 
-def test_no_cluster_file_opens_a_door_or_holds_a_secret() -> None:
+def test_no_cluster_file_opens_a_port_or_contains_a_secret() -> None:
     for path in (path for path in CLUSTER.rglob("*") if path.is_file()):
         lines = [line.split("#")[0] for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
         text = "\n".join(lines)

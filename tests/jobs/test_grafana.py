@@ -1,4 +1,4 @@
-"""cluster/grafana.json: what Grafana needs to import it, and that every metric it asks for is really exported."""
+"""cluster/grafana.json: has what Grafana needs to import it, and every metric in it is exported."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
 QUERIES = [target["expr"] for panel in PANELS for target in panel["targets"]]
 VARIABLES = {variable["name"]: variable for variable in BOARD["templating"]["list"]}
 METRIC = re.compile(r"\bray_\w+")
-# Reported by nodes with a GPU alone, so not to be scraped everywhere: these have to be in Ray's own dashboards.
-OF_GPUS = {"ray_node_gpus_utilization", "ray_node_gram_used"}
+# Reported only by nodes with a GPU, so they cannot be scraped here; they have to be in Ray's own dashboards.
+GPU_METRICS = {"ray_node_gpus_utilization", "ray_node_gram_used"}
 
-# A worker's life in miniature, on the cluster: our own counters, exported by Ray's own agent.
+# A worker on the cluster that increments our counters, which Ray's agent exports.
 WORKER = """
 import sys, time
 import ray
@@ -86,22 +86,22 @@ def test_queries_know_their_variables_and_windows() -> None:
 
 
 def test_every_metric_exists(head: Head) -> None:
-    asked = {
+    queried = {
         name
         for text in (*QUERIES, *(str(variable["query"]) for variable in VARIABLES.values()))
         for name in metrics(text)
     }
-    assert len(asked) >= 10
-    known = OF_GPUS & set().union(*(metrics(file.read_text()) for file in panels_of_ray()))
-    assert known == OF_GPUS
+    assert len(queried) >= 10
+    gpu_metrics = GPU_METRICS & set().union(*(metrics(file.read_text()) for file in panels_of_ray()))
+    assert gpu_metrics == GPU_METRICS
     environment = {**head.environment, "RAY_ADDRESS": head.gcs}
     worker = subprocess.Popen([sys.executable, "-c", WORKER], env=environment, cwd=ROOT, stdin=subprocess.PIPE)
     try:
-        wait_for(lambda: worker.poll() is not None or asked - known <= metrics(scrape(head)), 60)
+        wait_for(lambda: worker.poll() is not None or queried - gpu_metrics <= metrics(scrape(head)), 60)
         text = scrape(head)
     finally:
         worker.communicate()
-    assert asked - known <= metrics(text), f"not exported: {sorted(asked - known - metrics(text))}"
+    assert queried - gpu_metrics <= metrics(text), f"not exported: {sorted(queried - gpu_metrics - metrics(text))}"
     assert worker.returncode == 0
     for name, tags, value in (
         ("ray_diffva_records_done_total", {"run": "runs/board"}, 3),

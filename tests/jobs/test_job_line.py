@@ -17,7 +17,7 @@ from diffva_ray.generate.run import find_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.storage.store import LocalStore
 
-UPLOAD = 2_000_000  # bytes
+MAX_UPLOAD_BYTES = 2_000_000
 
 
 def records(run: Path) -> pd.DataFrame:
@@ -35,8 +35,8 @@ def generate(images: Path, model: Path, run: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.timeout(900)
-def test_the_lines_of_the_page_do_what_they_say(head: Head, tmp_path: Path) -> None:
-    """docs/cluster.md as it is typed; only the cluster is one that is up already, and HOME another one."""
+def test_the_commands_of_the_page_work(head: Head, tmp_path: Path) -> None:
+    """Run the commands of docs/cluster.md, on a cluster that is already running and with another HOME."""
     page = (ROOT / "docs" / "cluster.md").read_text()
     lines = page.split("## Try it on one machine")[1].split("```")[1].replace("\\\n", " ").strip().splitlines()
     ours = ("export RAY_", "ray get-auth-token", "ray start", "ray stop")  # about the cluster itself
@@ -52,7 +52,7 @@ def test_the_lines_of_the_page_do_what_they_say(head: Head, tmp_path: Path) -> N
     assert (run / "report" / "index.html").stat().st_size > 10_000
 
 
-def test_every_file_of_the_package_travels_and_answers_for_itself(head: Head, wheel: Path, tmp_path: Path) -> None:
+def test_every_file_of_the_package_is_uploaded_and_used(head: Head, wheel: Path, tmp_path: Path) -> None:
     """Excludes are gitignore patterns: an unanchored ``data`` takes diffva_ray/data along (ray-project/ray#25874)."""
     where, program = tmp_path / "where.txt", tmp_path / "where.py"
     program.write_text(
@@ -79,7 +79,7 @@ def test_a_job_ends_with_the_exit_code_of_its_verb(head: Head, images: Path, mod
     done = head.submit("first", "generate", *generate(images, model, tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "18 of 18 records ok" in done.stdout  # the log is followed
-    assert head.about("first")["status"] == "SUCCEEDED"
+    assert head.job("first")["status"] == "SUCCEEDED"
     assert sound(tmp_path / "run")
 
     refused = head.submit(
@@ -87,20 +87,20 @@ def test_a_job_ends_with_the_exit_code_of_its_verb(head: Head, images: Path, mod
     )
     assert refused.returncode == 1  # ray's own
     assert "strength: " in refused.stdout
-    about = head.about("other-settings")
-    assert about["status"] == "FAILED"
-    assert about["driver_exit_code"] == 3
-    assert "exit code 3" in about["message"]
+    job = head.job("other-settings")
+    assert job["status"] == "FAILED"
+    assert job["driver_exit_code"] == 3
+    assert "exit code 3" in job["message"]
 
     again = head.submit("first", "generate", *generate(images, model, tmp_path / "run"))
-    assert again.returncode != 0, "a submission id is a lock: it is taken once"
+    assert again.returncode != 0, "a submission id can be used once"
 
     uploads = list(head.folder.glob("r/session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"))
     assert uploads
-    for upload in uploads:  # unpacked, so more than what travelled
+    for upload in uploads:  # unpacked, so larger than the upload
         assert {path.name for path in upload.iterdir()} >= {"diffva_ray", "jobs"}
         assert not {path.name for path in upload.iterdir()} & {".git", ".venv", "tests", "docs", "runs"}
-        assert sum(path.stat().st_size for path in upload.rglob("*") if path.is_file()) < UPLOAD
+        assert sum(path.stat().st_size for path in upload.rglob("*") if path.is_file()) < MAX_UPLOAD_BYTES
 
 
 def test_nobody_gets_in_without_the_token_and_nothing_leaves_loopback(head: Head) -> None:
@@ -118,11 +118,11 @@ def test_no_secret_is_shown(head: Head, tmp_path: Path) -> None:
     """Credentials live in the nodes' environment; a job's description, its log and the session's logs have none."""
     status = head.submit("looks", "status", str(tmp_path))
     assert status.returncode == 1
-    assert head.about("looks")["driver_exit_code"] == 2, "nothing there: unusable input"
-    shown = [head.get("/api/jobs/"), status.stdout, status.stderr]
-    shown += [file.read_text(errors="replace") for file in head.folder.glob("r/session_2*/logs/**/*") if file.is_file()]
-    assert any("looks" in text for text in shown)
-    for text in shown:
+    assert head.job("looks")["driver_exit_code"] == 2, "nothing there: unusable input"
+    texts = [head.get("/api/jobs/"), status.stdout, status.stderr]
+    texts += [file.read_text(errors="replace") for file in head.folder.glob("r/session_2*/logs/**/*") if file.is_file()]
+    assert any("looks" in text for text in texts)
+    for text in texts:
         assert SECRET not in text
         assert head.token not in text
 
@@ -138,7 +138,7 @@ def test_the_whole_line_by_jobs_with_drivers_stopped_and_killed(
     assert head.submit("long-train-1", "train", *train, wait=False).returncode == 0
     wait_for(lambda: list(model.glob(".train/ray/checkpoint_*")))
     assert head.ray("job", "stop", "--address", head.address, "long-train-1").returncode == 0
-    assert head.about("long-train-1")["status"] == "STOPPED"
+    assert head.job("long-train-1")["status"] == "STOPPED"
     assert not (model / "diffva.json").exists(), "stopped too late to show anything"
     resumed = head.submit("long-train-2", "train", *train)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
@@ -149,11 +149,11 @@ def test_the_whole_line_by_jobs_with_drivers_stopped_and_killed(
     assert head.submit("long-generate-1", "generate", *options, wait=False).returncode == 0
     wait_for(lambda: len(list(run.glob("records/*.parquet"))) >= 2)
     os.kill(driver(head, "jobs/generate.py"), 9)
-    wait_for(lambda: head.about("long-generate-1")["status"] == "FAILED")
+    wait_for(lambda: head.job("long-generate-1")["status"] == "FAILED")
     left = len(list(run.glob("records/*.parquet")))
     assert left < 9, "killed too late to show anything"
     assert head.submit("reduce-early", "reduce", str(run)).returncode == 1
-    assert head.about("reduce-early")["driver_exit_code"] == 5
+    assert head.job("reduce-early")["driver_exit_code"] == 5
     finished = head.submit("long-generate-2", "generate", *options)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert sound(run)
@@ -169,10 +169,10 @@ def test_the_whole_line_by_jobs_with_drivers_stopped_and_killed(
     assert not (ROOT / "runs" / run.name).exists()
 
 
-def driver(head: Head, door: str) -> int:
-    """The process of a job's entry point."""
+def driver(head: Head, script: str) -> int:
+    """Return the process of a job's entry script."""
     for process in head.processes():
         words = Path(f"/proc/{process}/cmdline").read_bytes().decode().split("\0")
-        if words[0].endswith("python") and door in words[1:3]:
+        if words[0].endswith("python") and script in words[1:3]:
             return process
-    raise AssertionError(f"no driver runs {door}")
+    raise AssertionError(f"no driver runs {script}")

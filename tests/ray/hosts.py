@@ -1,5 +1,5 @@
-"""Several hosts on one machine: each has a network, a host name, a home, /tmp and shared memory of its own, as Linux's
-namespaces make them; they see each other by address alone. Needs root."""
+"""Several hosts on one machine: each has its own network, host name, home, /tmp and shared memory, made of
+Linux namespaces, and reaches the others only by address. Needs root."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ exec sleep infinity
 
 
 def why_not() -> str | None:
-    """Why there can be no hosts here; None where there can."""
+    """Return why hosts cannot be made here, None if they can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "HOSTS SKIPPED: namespaces need Linux and root"
     if any(path.is_relative_to("/tmp") for path in (Path(__file__), BIN)):
@@ -44,21 +44,21 @@ class Process(NamedTuple):
     child: subprocess.Popen[str]
     log: IO[str]
 
-    def said(self) -> str:
+    def output(self) -> str:
         self.log.seek(0)
         return self.log.read()
 
     def until(self, text: str, seconds: float = 60) -> None:
-        """Wait for it to say something."""
+        """Wait until the output contains ``text``."""
         deadline = time.monotonic() + seconds
-        while text not in self.said():
-            assert self.child.poll() is None, self.said()[-2000:]
-            assert time.monotonic() < deadline, f"{text!r} was never said\n{self.said()[-2000:]}"
+        while text not in self.output():
+            assert self.child.poll() is None, self.output()[-2000:]
+            assert time.monotonic() < deadline, f"{text!r} was never printed\n{self.output()[-2000:]}"
             time.sleep(0.2)
 
 
 class Host:
-    """A process that sleeps in namespaces of its own, and what is started beside it."""
+    """A sleeping process in its own namespaces, and the processes that are started in them."""
 
     def __init__(self, name: str, address: str = "") -> None:
         self.name, self.address = name, address
@@ -86,17 +86,17 @@ class Host:
         return self.started[-1]
 
     def run(self, *command: str | Path, **environment: str) -> str:
-        """What a command says; AssertionError when it fails."""
+        """Run a command and return its output; AssertionError if it fails."""
         process = self.start(*command, **environment)
         code = process.child.wait(400)
-        assert code == 0, f"{self.name}: {' '.join(map(str, command))}\n{process.said()[-3000:]}"
-        return process.said()
+        assert code == 0, f"{self.name}: {' '.join(map(str, command))}\n{process.output()[-3000:]}"
+        return process.output()
 
     def end(self) -> None:
         for child in (*(process.child for process in self.started), self.holder):
             child.kill()
             child.wait()
-        for found in Path("/proc").glob("[0-9]*/ns/net"):  # what these have started is still in the namespace
+        for found in Path("/proc").glob("[0-9]*/ns/net"):  # their children are still in the namespace
             with suppress(OSError):
                 if os.readlink(found) == self.network:
                     os.kill(int(found.parts[2]), signal.SIGKILL)
@@ -104,7 +104,7 @@ class Host:
 
 @contextmanager
 def hosts(*names: str) -> Iterator[list[Host]]:
-    """So many hosts at 10.77.0.1, .2, ... behind a switch; all gone at the end."""
+    """Make hosts at 10.77.0.1, .2, ... behind a switch; end them after the block."""
     switch = Host("switch")
     made: list[Host] = []
     try:

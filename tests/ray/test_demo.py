@@ -1,4 +1,4 @@
-"""``diffva demo --quick`` from the wheel alone: the newcomer's command, far from any checkout."""
+"""``diffva demo --quick`` installed from the wheel alone, without a checkout."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
-    there = set(zipfile.ZipFile(wheel).namelist())
+    packaged = set(zipfile.ZipFile(wheel).namelist())
     files = [path for path in (ROOT / "diffva_ray").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert {str(path.relative_to(ROOT)) for path in files} <= there
+    assert {str(path.relative_to(ROOT)) for path in files} <= packaged
 
 
 @pytest.mark.timeout(1800)
 def test_the_quick_demo_goes_from_the_wheel_to_a_page(environment: Path, tmp_path: Path) -> None:
     def run(*words: str) -> subprocess.CompletedProcess[str]:
-        # OMP_NUM_THREADS stays 1: two threads that wait for each other are slow where another test has a core
+        # OMP_NUM_THREADS stays 1: two threads are slow when another test uses a core
         variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         variables["PATH"] = f"{environment / 'bin'}:{variables['PATH']}"
         return subprocess.run(
@@ -44,7 +44,7 @@ def test_the_quick_demo_goes_from_the_wheel_to_a_page(environment: Path, tmp_pat
     metrics = json.loads((out / "run" / "tables" / "metrics.json").read_text())
     assert metrics["records"]["ok"] == metrics["records"]["planned"] == 48
     overall = {row["map"]: row for row in metrics["localization"] if row["label"] == "all"}
-    # 340 steps teach it enough to beat the image's own brightness; the full demo's numbers are in the README
+    # 340 training steps are enough to beat the brightness baseline; the full demo's numbers are in the README
     assert overall["positive"]["auroc"] > overall["brightness"]["auroc"]
     assert overall["positive"]["threshold_from"] == "validation"
     error_left = next(row["lesion_error_ratio"] for row in metrics["ground_truth"] if row["label"] == "all")

@@ -1,4 +1,4 @@
-"""No deprecated API of Ray's in use: training, generation and tables on Ray, with an ear on every process."""
+"""No deprecated API of Ray is used: training, generation and reduce on Ray, with the warnings of every process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from diffva_ray.config.recipe import Recipe, to_yaml
 ROOT = Path(__file__).parents[2]
 OURS, RAYS = str(ROOT / "diffva_ray"), str(Path(ray.__file__).parent)
 
-# The last two lines are what the test would find: a deprecated setting, made by a file of ours.
-LINE = """
+# The last two lines prove that the test works: they change a deprecated setting, as from a file of ours.
+SCRIPT = """
 import sys
 from diffva_ray.workflows.generate import generate_run
 from diffva_ray.workflows.reduce import reduce
@@ -39,8 +39,8 @@ with session.connect(cpus=2):
 """
 
 
-def asked_by_us(note: dict[str, Any]) -> bool:
-    """Whether a file of ours called the Ray that complains; Ray's own defaults for a context are Ray's affair."""
+def called_by_us(note: dict[str, Any]) -> bool:
+    """Return whether our code called the function that warns; defaults that Ray sets itself do not count."""
     for file, function in note["stack"]:
         if file.startswith(RAYS) and function == "get_current":
             return False
@@ -56,14 +56,14 @@ def test_nothing_deprecated_is_in_use(tiny: Recipe, images: Path, tmp_path: Path
     environment = {
         **os.environ, "NOTES": str(notes), "PYTHONPATH": str(Path(__file__).parent / "noting"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-c", LINE, recipe, images, tmp_path / "model", tmp_path / "run", OURS]
+    command = [sys.executable, "-c", SCRIPT, recipe, images, tmp_path / "model", tmp_path / "run", OURS]
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
 
     found = [json.loads(line) for file in notes.iterdir() for line in file.read_text().splitlines()]
     print(len(list(notes.iterdir())), len(found), {(f["kind"], f["text"][:90], str(f["stack"][:5])) for f in found})
-    assert len(list(notes.iterdir())) > 1, "only the driver was heard"
-    ours = [note for note in found if asked_by_us(note)]
+    assert len(list(notes.iterdir())) > 1, "only the driver was recorded"
+    ours = [note for note in found if called_by_us(note)]
     canary = [note for note in ours if "canary.py" in str(note["stack"])]
     assert canary, "a deprecated setting would not be found"
     assert [note for note in ours if note not in canary] == []

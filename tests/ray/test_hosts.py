@@ -45,7 +45,7 @@ def test_hosts_that_share_nothing_train_generate_and_reduce(
     with hosts("head", "node1", "node2", "store") as (head, *nodes, store):
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{store.address}:9000")
         store.start(BIN / "moto_server", "-H", store.address, "-p", "9000").until("Running on")
-        # from this machine's disk, which no host sees, by way of a host's network
+        # from the disk of this machine, which no host sees, over the network of a host
         upload = ["nsenter", "-t", str(store.holder.pid), "-n", sys.executable, "-c", UPLOAD, str(images), str(recipe)]
         subprocess.run(upload, check=True, timeout=100)
         gcs = f"{head.address}:6379"

@@ -1,4 +1,4 @@
-"""On Ray: the same model, the same pixels, and a run that goes on after its driver was killed."""
+"""On Ray: the same model and pixels as without, and a run that continues after its driver was killed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def inline(tiny: Recipe, images: Path, model: Path, tmp_path_factory: pytest.Tem
 
 
 @pytest.mark.parametrize("actors", [1, 2])
-def test_any_number_of_actors_makes_the_inline_run(
+def test_any_number_of_actors_gives_the_inline_run(
     actors: int, cluster, inline: pd.DataFrame, tiny: Recipe, images: Path, model: Path, tmp_path: Path
 ) -> None:
     counts = generate_run(
@@ -62,22 +62,22 @@ def test_any_number_of_actors_makes_the_inline_run(
 
 @pytest.mark.parametrize("failures", [1, 4])
 def test_actors_that_are_lost_while_they_start_are_replaced(failures: int, cluster, tmp_path: Path) -> None:
-    """Ray Data alone gives up at the first one. A start that never succeeds ends the run all the same."""
+    """By default, Ray Data fails at the first one. A start that never succeeds still ends the run."""
 
     class Unlucky:
-        def __init__(self, run: str, *places: str) -> None:
+        def __init__(self, run: str, *addresses: str) -> None:
             starts = Path(run, "starts")
             with starts.open("a") as file:
                 file.write(".")
             if starts.stat().st_size <= failures:
-                raise MemoryError("no room to start in")
+                raise MemoryError("no memory to start in")
 
         def __call__(self, batch: dict) -> dict:
             return {"shard": [int(batch["shard"][0])]}
 
     reports: list[dict] = []
     if failures == 4:
-        with pytest.raises(Exception, match="no room to start in"):
+        with pytest.raises(Exception, match="no memory to start in"):
             ray_generate.generate(str(tmp_path), "", "", [0, 1, 2], reports.append, 1, worker=Unlucky)
     else:
         ray_generate.generate(str(tmp_path), "", "", [0, 1, 2], reports.append, 1, worker=Unlucky)
@@ -99,7 +99,7 @@ assert {name: value for name, value in os.environ.items() if name in session.ENV
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
-def test_training_on_ray_is_the_plain_loop(cluster, tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
+def test_training_on_ray_equals_the_loop(cluster, tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
     assert train_model(tiny, str(images), str(out))
     for part in ("vae", "unet", "text_encoder", "judge"):
@@ -108,7 +108,7 @@ def test_training_on_ray_is_the_plain_loop(cluster, tiny: Recipe, images: Path, 
         for file in files:
             ours, theirs = (torch.cat([value.flatten().float() for value in load_file(path).values()])
                             for path in (file, model / part / file.name))  # fmt: skip
-            # Of all weights together: Adam makes a whole step of a gradient that is zero but for rounding.
+            # All weights together: Adam makes a full step even if a gradient is zero except for rounding.
             assert (ours - theirs).norm() < 1e-2 * theirs.norm(), part
     card = json.loads((out / "diffva.json").read_text())
     assert card["data_kind"] == "phantoms"
@@ -121,7 +121,7 @@ def test_training_on_ray_is_the_plain_loop(cluster, tiny: Recipe, images: Path, 
 
 
 def test_two_ray_workers_have_one_workers_losses(cluster, tiny: Recipe, images: Path, tmp_path: Path) -> None:
-    """An elastic pair of numbers, on a cluster that has room for both; each worker takes half of every batch."""
+    """(minimum, maximum) workers on a cluster that has room for both; each takes half of every batch."""
     values = tiny.model_dump(mode="json")
     values["train"] |= {"stages": values["train"]["stages"][1:2], "log_every": 1}
     values["train"]["stages"][0]["learning_rate"] = 2e-4
@@ -139,7 +139,7 @@ def test_two_ray_workers_have_one_workers_losses(cluster, tiny: Recipe, images: 
 def test_sigterm_ends_a_driver_of_ray_as_ctrl_c_does(
     verb: str, tiny: Recipe, images: Path, model: Path, tmp_path: Path
 ) -> None:
-    """Ray's own handler would abort the process (134) with a stack of C++."""
+    """Ray's own handler would abort the process (134) with a C++ stack trace."""
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"
     recipe.write_text(to_yaml(tiny))
     command = [sys.executable, "-m", "diffva_ray.cli", verb, "--data", images, "--out", out, "--recipe", recipe]
@@ -162,7 +162,7 @@ def test_sigterm_ends_a_driver_of_ray_as_ctrl_c_does(
 
 
 @pytest.mark.parametrize(
-    ("verb", "asked", "says"),
+    ("verb", "options", "message"),
     [
         ("generate", ("--gpus-per-actor", "1"), "--gpus-per-actor 1: needs 1 GPU on this machine, where Ray sees no"),
         ("generate", ("--gpus-per-actor", "0.5"), "needs 0.5 GPU"),
@@ -170,19 +170,19 @@ def test_sigterm_ends_a_driver_of_ray_as_ctrl_c_does(
         ("train", ("--workers", "64"), "--workers 64: needs 64 CPU on this machine"),
     ],
 )
-def test_what_a_private_cluster_will_never_have_is_refused_at_once(
-    verb: str, asked: tuple[str, str], says: str, images: Path, model: Path, tiny: Recipe, tmp_path: Path
+def test_resources_that_a_private_cluster_lacks_are_refused_at_once(
+    verb: str, options: tuple[str, str], message: str, images: Path, model: Path, tiny: Recipe, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(to_yaml(tiny))
-    command = [sys.executable, "-m", "diffva_ray.cli", verb, "--data", images, "--out", tmp_path / "out", *asked]
+    command = [sys.executable, "-m", "diffva_ray.cli", verb, "--data", images, "--out", tmp_path / "out", *options]
     command += (
         ["--model", model] if verb == "generate" else ["--recipe", recipe, "--set", "train.stages.0.batch_size=64"]
     )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 2, done.stderr
-    assert says in done.stderr.splitlines()[-1]
+    assert message in done.stderr.splitlines()[-1]
 
 
 def test_a_killed_driver_costs_no_record(inline: pd.DataFrame, tiny: Recipe, images: Path, model: Path, tmp_path: Path):
@@ -191,7 +191,7 @@ def test_a_killed_driver_costs_no_record(inline: pd.DataFrame, tiny: Recipe, ima
     command = [sys.executable, "-m", "diffva_ray.cli", "generate", "--data", images, "--model", model, "--out", out]
     command = [str(word) for word in [*command, "--recipe", recipe, "--actors", 1, "--set", "generate.shard_size=2"]]
     driver = subprocess.Popen(command, start_new_session=True)
-    deadline = time.monotonic() + 300  # a machine may be busy
+    deadline = time.monotonic() + 300  # the machine may be busy
     while len(list(out.glob("records/*.parquet"))) < 2 and driver.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -1,5 +1,5 @@
 """Several nodes without a shared disk, for machines that cannot have hosts (test_hosts.py): images, model and run are
-on S3 alone; every node has a working folder, a home and a folder for temporary files of its own."""
+on S3 alone; every node has its own working folder, home and folder for temporary files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NODES = 2  # with a CPU each, beside a head without
 
 @pytest.fixture
 def hosts() -> Iterator[Path]:
-    """Where the hosts are. Not pytest's folder: the names of Ray's sockets end at 107 characters."""
+    """Folder of the hosts. Not pytest's, whose path is too long: Ray's socket names may have 107 characters."""
     folder = Path(tempfile.mkdtemp(prefix="dn-", dir="/tmp"))
     yield folder
     shutil.rmtree(folder)
@@ -57,7 +57,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @contextmanager
-def on_a_host_of_its_own(host: Path) -> Iterator[dict[str, str]]:
+def on_its_own_host(host: Path) -> Iterator[dict[str, str]]:
     """Processes started inside have this host's working folder, home and folder for temporary files."""
     places = {name: str(host / name.lower()) for name in ("HOME", "TMPDIR", "CWD")}
     for place in places.values():
@@ -76,16 +76,16 @@ def cluster(bucket: str, hosts: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         monkeypatch.setenv(name, value)
     started = Cluster()
     for n in range(1 + NODES):
-        with on_a_host_of_its_own(hosts / str(n)):
+        with on_its_own_host(hosts / str(n)):
             started.add_node(num_cpus=min(n, 1), include_dashboard=False)
     yield started
     started.shutdown()
 
 
 def command(cluster: Cluster, hosts: Path, driver: str, words: str) -> tuple[str, set[str]]:
-    """Standard error of a verb whose driver runs on a host of its own, and the hosts that fetched a model for it."""
+    """Run a verb whose driver has its own host; return its output and the hosts that fetched a model."""
     fetched: set[str] = set()
-    with on_a_host_of_its_own(hosts / driver) as environment, (hosts / driver / "log").open("w") as log:
+    with on_its_own_host(hosts / driver) as environment, (hosts / driver / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "diffva_ray.cli", *words.split()],
             env={**environment, "RAY_ADDRESS": cluster.address}, stdout=log, stderr=log,
@@ -93,12 +93,12 @@ def command(cluster: Cluster, hosts: Path, driver: str, words: str) -> tuple[str
         while process.poll() is None:
             fetched |= {path.relative_to(hosts).parts[0] for path in hosts.glob("*/tmpdir/diffva-*")}
             time.sleep(0.05)
-    said = (hosts / driver / "log").read_text()
-    assert process.returncode == 0, f"{words}\n{said[-3000:]}"
-    return said, fetched
+    output = (hosts / driver / "log").read_text()
+    assert process.returncode == 0, f"{words}\n{output[-3000:]}"
+    return output, fetched
 
 
-def test_nothing_but_s3_is_shared(cluster: Cluster, bucket: str, images: Path, tiny: Recipe, hosts: Path) -> None:
+def test_only_s3_is_shared(cluster: Cluster, bucket: str, images: Path, tiny: Recipe, hosts: Path) -> None:
     for entry in LocalStore(str(images)).list():
         S3Store(f"{bucket}/images").put(entry.path, (images / entry.path).read_bytes())
     S3Store(bucket).put("tiny.yaml", to_yaml(tiny).encode())
@@ -106,7 +106,7 @@ def test_nothing_but_s3_is_shared(cluster: Cluster, bucket: str, images: Path, t
     command(cluster, hosts, "driver0", f"train --data {bucket}/images --out {model} {recipe} --workers {NODES}")
     generate = f"generate --data {bucket}/images --model {model} {recipe} --out {run} --set generate.shard_size=2"
     _, fetched = command(cluster, hosts, "driver1", f"{generate} --actors {1 + NODES}")
-    assert len(fetched) > 1, "one node did it all"
+    assert len(fetched) > 1, "only one node worked"
     command(cluster, hosts, "driver2", f"reduce {run}")
     command(cluster, hosts, "driver3", f"verify {run}")
 
@@ -114,8 +114,8 @@ def test_nothing_but_s3_is_shared(cluster: Cluster, bucket: str, images: Path, t
     assert opened is not None
     assert verify(opened) == []
     assert opened.store.exists("_SUCCESS")
-    # Nothing went where a disk would have been shared. Ray's own sessions are the nodes themselves; a worker that is
-    # killed leaves its copy of the model to its own host, and torch an empty cache.
+    # Nothing was written where nodes of one disk would share it. Ray's sessions are the nodes themselves; a killed
+    # worker leaves its copy of the model on its own host, and torch an empty cache.
     assert [str(path.relative_to(hosts)) for path in hosts.glob("*/cwd/*")] == []
     left = {path.name.partition("-")[0].partition("_")[0] for path in hosts.glob("*/tmpdir/*")}
     assert left <= {"diffva", "ray", "torchinductor"}

@@ -1,4 +1,4 @@
-"""Reduce on Ray: features computed by actors make the tables of a plain loop, and a fault is as plain."""
+"""Reduce on Ray: features computed by actors give the tables of a plain loop, and errors are the same."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from diffva_ray.workflows.generate import generate_run
 @pytest.fixture(scope="module")
 def runs(tiny: Recipe, images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same run twice."""
-    here, there = (tmp_path_factory.mktemp(name) / "run" for name in ("here", "there"))
+    first, second = (tmp_path_factory.mktemp(name) / "run" for name in ("first", "second"))
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"shard_size": 6})})
-    generate_run(recipe, str(images), str(model), str(here), Request(), Execution(executor="inline"))
-    shutil.copytree(here, there)
-    return here, there
+    generate_run(recipe, str(images), str(model), str(first), Request(), Execution(executor="inline"))
+    shutil.copytree(first, second)
+    return first, second
 
 
-def test_actors_embed_what_a_loop_embeds(runs: tuple[Path, Path]) -> None:
+def test_actors_compute_the_features_of_a_loop(runs: tuple[Path, Path]) -> None:
     options = Options(extractors=("stand-in", "judge"))
     one = reduce_run(open_run(str(runs[0])), open_run(str(runs[0])).about["data"], options)
     with session.connect(cpus=2):

@@ -1,4 +1,4 @@
-"""Many pretended GPUs: nothing of the distributed path holds the actors up (benchmarks/scale.py has the curve)."""
+"""Many pretended GPUs: nothing in the distributed path delays the actors (benchmarks/scale.py has the curve)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_four_actors_share_the_shards() -> None:
     with pretended_gpus(4):
         reports = simulate(4, 40, service=0.5)
     assert sorted(report["shard"] for report in reports) == list(range(40))
-    assert len({report["worker"] for report in reports}) > 1  # how well they share is the slow test's question
+    assert len({report["worker"] for report in reports}) > 1  # the slow test measures how well they share
 
 
 @pytest.mark.slow

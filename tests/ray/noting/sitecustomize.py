@@ -1,6 +1,6 @@
-"""On PYTHONPATH of a cluster, every process of it notes in $NOTES what Ray calls deprecated, and who asked for it.
+"""With this file on PYTHONPATH, each process of a cluster records Ray's deprecation warnings and their stack in $NOTES.
 
-A warning is noted where it is raised, whatever filters say of it, and so is a logged one.
+Warnings are recorded where they are raised, regardless of filters; logged ones are recorded too.
 """
 
 import json

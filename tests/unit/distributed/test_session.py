@@ -1,4 +1,4 @@
-"""An address where no Ray answers is one line, at once: Ray itself would try for a quarter of an hour."""
+"""An address where no Ray answers fails at once with one line; Ray itself would retry for 15 minutes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffva_ray.distributed.session import UnusableCluster, check_address
 
 
 @pytest.mark.parametrize(
-    ("address", "says"),
+    ("address", "message"),
     [
         ("http://127.0.0.1:8265", "RAY_API_SERVER_ADDRESS"),
         ("https://head:8265", "of a Ray dashboard"),
@@ -26,14 +26,14 @@ from diffva_ray.distributed.session import UnusableCluster, check_address
         ("ray://127.0.0.1", "neither HOST:PORT"),
     ],
 )
-def test_what_is_no_address_is_said(address: str, says: str) -> None:
-    with pytest.raises(UnusableCluster, match=says) as caught:
+def test_an_invalid_address_is_an_error(address: str, message: str) -> None:
+    with pytest.raises(UnusableCluster, match=message) as caught:
         check_address(address)
     assert "unset it to run on this machine" in str(caught.value)
 
 
 @pytest.mark.parametrize("address", ["", "auto", "local"])
-def test_what_ray_finds_by_itself_is_left_to_it(address: str) -> None:
+def test_addresses_that_ray_resolves_are_not_checked(address: str) -> None:
     check_address(address)
 
 

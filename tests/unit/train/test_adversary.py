@@ -1,4 +1,4 @@
-"""The autoencoder's adversary: formulas by hand, and who gets gradients from whom."""
+"""The autoencoder's adversary: formulas by hand, and which network gets gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def test_hinge_loss_by_hand() -> None:
     assert hinge_loss(real, fake).item() == pytest.approx(0.5 * ((0 + 0.5) / 2 + (0 + 1.5) / 2))
 
 
-def test_feature_matching_is_the_mean_over_layers_of_l1_and_moves_the_fake_alone() -> None:
+def test_feature_matching_is_the_mean_over_layers_of_l1_and_moves_only_the_fake() -> None:
     real = [torch.zeros(1, 2, requires_grad=True), torch.ones(3)]
     fake = [torch.tensor([[1.0, 3.0]], requires_grad=True), torch.full((3,), 0.5)]
     loss = feature_matching(real, fake)
@@ -38,6 +38,6 @@ def test_a_frozen_adversary_passes_gradients_on_and_keeps_none() -> None:
     assert all(parameter.grad is None and parameter.requires_grad for parameter in adversary.parameters())
 
 
-def test_a_images_logits_do_not_depend_on_its_neighbours() -> None:
+def test_the_logits_of_an_image_do_not_depend_on_the_batch() -> None:
     adversary, images = PatchDiscriminator().eval(), torch.rand(3, 3, 32, 32)
     assert adversary(images)[0][1].detach() == pytest.approx(adversary(images[1:2])[0][0].detach(), abs=1e-5)

@@ -1,4 +1,4 @@
-"""An image's own caption is what the denoiser is told of it, in the place of its class's prompt."""
+"""An image's caption replaces its class's prompt in the training of the denoiser."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def captioned(images: Path, tmp_path: Path) -> Callable[[Callable[[LabelledImage
     shutil.copytree(images, tmp_path / "images")
 
     def write(caption: Callable[[LabelledImage], str]) -> Path:
-        manifest = tmp_path / "images" / "told.csv"
+        manifest = tmp_path / "images" / "captions.csv"
         with open(manifest, "w", newline="") as file:
             csv.writer(file).writerows(
                 [("path", "label", "caption")]
@@ -36,9 +36,7 @@ def captioned(images: Path, tmp_path: Path) -> Callable[[Callable[[LabelledImage
     return write
 
 
-def test_captions_take_the_place_of_the_class_prompts(
-    tiny: Recipe, images: Path, captioned: Callable, tmp_path: Path
-) -> None:
+def test_captions_replace_the_class_prompts(tiny: Recipe, images: Path, captioned: Callable, tmp_path: Path) -> None:
     recipe = with_stages(tiny, STAGE)
     run(recipe, images, tmp_path / "classes")
     for name, caption in {
@@ -59,7 +57,7 @@ def test_another_caption_is_another_training(tiny: Recipe, captioned: Callable) 
     assert mild != severe
 
 
-def test_captions_that_are_too_long_are_said(
+def test_captions_that_are_too_long_are_logged(
     tiny: Recipe, captioned: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     long = captioned(lambda image: "mild " * 30 if image.label == "COVID" else "normal")

@@ -1,4 +1,4 @@
-"""Stage ``classifier``: it learns on labels, leaves the other networks alone, and resumes exactly."""
+"""Stage ``classifier``: it learns from labels, does not change other networks, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ JUDGE = {"name": "judge", "trains": "judge", "steps": 2, "batch_size": 4, "learn
 def test_killed_and_resumed_is_bitwise_the_undisturbed_training(
     kill_at: int, tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps 0-3 are the classifier's, 4-5 the judge's: killed there, the classifier is finished and must be kept."""
+    """Steps 0-3 are the classifier's, 4-5 the judge's: killed there, the finished classifier must be kept."""
     recipe = with_stages(tiny, CLASSIFIER, JUDGE, checkpoint_every=2)
     run(recipe, images, tmp_path / "whole")
     killed(recipe, images, tmp_path / "killed", kill_at, monkeypatch)
@@ -33,18 +33,18 @@ def test_killed_and_resumed_is_bitwise_the_undisturbed_training(
     assert load(str(tmp_path / "whole")).digest == load(str(tmp_path / "killed")).digest
 
 
-def test_it_learns_and_leaves_the_others_alone(
+def test_it_learns_and_does_not_change_other_networks(
     tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where latents tell the label it finds it out through the noise; autoencoder and UNet stay as they were. The
-    latents are given: those of an untrained autoencoder tell nothing."""
+    """It learns a label that the latents contain, through the noise; autoencoder and UNet keep their weights. The
+    latents are made up, because those of an untrained autoencoder contain nothing."""
 
-    def telling(self: Latents, indices: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def informative(self: Latents, indices: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         signs = torch.tensor([1.0 if self.images.images[n].label == "COVID" else -1.0 for n in indices])
         mean = 10 * signs[:, None, None, None].expand(-1, 4, 8, 8)
         return mean, torch.full_like(mean, 0.1)
 
-    monkeypatch.setattr(Latents, "moments", telling)
+    monkeypatch.setattr(Latents, "moments", informative)
     stage = {**CLASSIFIER, "steps": 40, "batch_size": 8, "classes": {"Normal": 1, "COVID": 1}, "ema_decay": None}
     losses = [metrics["loss"] for metrics in run(with_stages(tiny, stage), images, tmp_path)]
     assert losses[-1] < 0.5 * losses[0]

@@ -1,4 +1,4 @@
-"""Stage ``controlnet``: it learns structure beside a model that stays bitwise what it was, and resumes exactly."""
+"""Stage ``controlnet``: it trains beside a model whose weights do not change, and resumes exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DreamBooth's loss: what diffusers' script computes on a CLIP model, at equal seeds."""
+"""DreamBooth's loss: equal to that of diffusers' script on a CLIP model, with equal seeds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffva_ray.train.stage import three_channels
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    """The script's step by library calls stands in the benchmark."""
+    """The benchmark, which has the script's step in library calls."""
     file = Path(__file__).parents[3] / "benchmarks/train_vs_diffusers.py"
     spec = importlib.util.spec_from_file_location("train_vs_diffusers", file)
     assert spec is not None
@@ -30,7 +30,7 @@ def benchmark() -> ModuleType:
 
 
 @pytest.mark.parametrize("step", [0, 3])
-def test_the_loss_is_that_of_diffusers_script(benchmark: ModuleType, images: Path, tmp_path: Path, step: int) -> None:
+def test_the_loss_equals_diffusers_script(benchmark: ModuleType, images: Path, tmp_path: Path, step: int) -> None:
     recipe = benchmark.small_clip_model(tmp_path, 32)
     image_set = ImageSet(open_dataset(str(images)), 32)
     bundle = build(recipe)
@@ -50,7 +50,7 @@ def test_the_loss_is_that_of_diffusers_script(benchmark: ModuleType, images: Pat
 
 
 def test_the_curves_agree(benchmark: ModuleType, images: Path, tmp_path: Path) -> None:
-    """Optimizer, clipping and all: five steps of both sides end with the same losses."""
+    """Five whole steps, with optimizer and clipping, have the same losses."""
     values = benchmark.small_clip_model(tmp_path / "base", 32).model_dump(mode="json")
     values["train"]["stages"][0]["steps"] = 5
     recipe = make_recipe(values)

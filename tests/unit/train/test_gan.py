@@ -1,4 +1,4 @@
-"""Stages ``vant-gan`` and ``ant-gan``: they learn to generate from labels alone, and resume exactly."""
+"""Stages ``vant-gan`` and ``ant-gan``: they learn from labels alone, and resume exactly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ JUDGE = {"name": "judge", "trains": "judge", "steps": 1, "batch_size": 4, "learn
 def test_killed_and_resumed_is_bitwise_the_undisturbed_training(
     stage: dict, kill_at: int, tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two trainables a step: 3 is within the second step, 6 in the judge's stage, when the gan_generator is
+    """Two trainables a step: 3 is within the second step, 6 in the judge's stage, when the generator is
     finished."""
     recipe, name = with_stages(tiny, stage, JUDGE, checkpoint_every=1), stage["trains"].replace("-", "_")
     run(recipe, images, tmp_path / "whole")
@@ -55,7 +55,7 @@ def test_two_workers_are_one_with_the_same_batch(tiny: Recipe, images: Path, tmp
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Grey images with some noise; a third of an abnormal one is brighter."""
+    """Grey images with some noise; abnormal ones have a brighter square."""
     folder, rng = tmp_path_factory.mktemp("squares"), np.random.default_rng(0)
     for label in ("Normal", "COVID"):
         (folder / label).mkdir()
@@ -74,20 +74,20 @@ LEARNING: dict[str, dict] = {
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=["vant-gan", "ant-gan"])
-def test_it_learns_what_tells_the_kinds_apart(
+def test_it_removes_what_distinguishes_the_kinds(
     stage: dict, tiny: Recipe, squares: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The bright square of abnormal images goes, the rest stays; the other networks are not touched. A gan_generator
-    that draws maps has never seen a healthy image, so nothing is asked of it there."""
+    """The bright square of abnormal images is removed, the rest stays, and other networks do not change. A generator
+    of maps has never seen a healthy image, so it is not tested on healthy images."""
     longer = {**stage, **LEARNING[stage["trains"]]}
     with caplog.at_level(logging.INFO):
         run(with_stages(tiny, longer), squares, tmp_path)
     trained, start = load(str(tmp_path)), build(tiny)
     gan_generator = trained.extra(stage["trains"].replace("-", "_")).eval()
     images = np.stack([np.asarray(Image.open(file)) for file in sorted((squares / "COVID").iterdir())])
-    ill = torch.from_numpy(images).float() / 255
+    abnormal = torch.from_numpy(images).float() / 255
     with torch.no_grad():
-        lesion = ill - gan_generator.generate(ill)
+        lesion = abnormal - gan_generator.generate(abnormal)
     inside = lesion[:, 9:19, 9:19].mean()
     lesion[:, 6:22, 6:22] = 0
     around = lesion.abs().sum() / (len(lesion) * (32 * 32 - 16 * 16))
@@ -101,7 +101,7 @@ def test_it_learns_what_tells_the_kinds_apart(
     assert (f"stage {stage['name']} converged" in caplog.text) == measured["converged"]
 
 
-def test_a_healer_that_did_not_converge_says_so(
+def test_a_generator_that_did_not_converge_is_reported(
     tiny: Recipe, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(with_stages(tiny, {**STAGES[0], "steps": 1}), images, tmp_path)
@@ -109,8 +109,8 @@ def test_a_healer_that_did_not_converge_says_so(
     assert not load(str(tmp_path)).extra("vant_gan").config["measured"]["converged"]
 
 
-def test_the_wasserstein_critics_loss_is_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against finite differences: the penalty is of the gradient's norm at the mixture."""
+def test_the_wasserstein_critics_loss_equals_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compared with finite differences: the penalty uses the gradient's norm at the mixture."""
     torch.manual_seed(0)
     critic = PatchDiscriminator(8).double()
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

@@ -1,4 +1,4 @@
-"""The judge: calibrated on images it has not seen, deaf to whether an image came through the autoencoder."""
+"""The judge: calibrated on held-out images, and trained to ignore whether an image is a reconstruction."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STAGE = {"name": "judge", "trains": "judge", "steps": 12, "batch_size": 8, "lear
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 phantoms of 32 px: of each class one image is held out."""
+    """60 phantoms of 32 px: one image of each class is held out."""
     folder = tmp_path_factory.mktemp("many")
     list(phantom_set(LocalStore(str(folder)), 60, 32, seed=12))
     return folder
@@ -35,14 +35,14 @@ def test_an_overconfident_classifier_is_cooled_to_its_accuracy() -> None:
     rng = np.random.default_rng(0)
     true = rng.normal(0, 1.2, (6000, 4))
     targets = np.array([rng.choice(4, p=np.exp(row) / np.exp(row).sum()) for row in true])
-    told = 3.0 * true  # what it says is three times as sure as it should be
-    assert fitted_temperature(told, targets) == pytest.approx(3.0, rel=0.05)
+    logits = 3.0 * true  # three times too confident
+    assert fitted_temperature(logits, targets) == pytest.approx(3.0, rel=0.05)
 
     def error(logits: np.ndarray) -> float:
         return calibration_error(torch.from_numpy(logits).softmax(1).numpy(), targets)
 
-    assert error(told) > 0.15
-    assert error(told / fitted_temperature(told, targets)) < 0.03
+    assert error(logits) > 0.15
+    assert error(logits / fitted_temperature(logits, targets)) < 0.03
 
 
 def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
@@ -51,13 +51,13 @@ def test_the_calibration_error_is_the_gap_between_confidence_and_accuracy() -> N
     assert calibration_error(sure, np.array([0] * 5 + [1] * 5)) == pytest.approx(0.4)
 
 
-def test_images_held_out_are_never_drawn(tiny: Recipe, many: Path, tmp_path: Path) -> None:
+def test_held_out_images_are_never_used(tiny: Recipe, many: Path, tmp_path: Path) -> None:
     recipe = with_stages(tiny, STAGE)
     images = ImageSet(open_dataset(str(many)), 32)
     stage = JudgeStage(StageContext(build(recipe), images, 0, LocalStore(str(tmp_path))), recipe.train.stages[0])
     assert [images.images[index].label for index in stage.held_out].count("COVID") == 1
-    drawn = {stage.order[position] for position in range(500)}
-    assert drawn == set(range(60)) - set(stage.held_out)
+    used = {stage.order[position] for position in range(500)}
+    assert used == set(range(60)) - set(stage.held_out)
 
 
 def test_training_writes_a_calibrated_judge(tiny: Recipe, many: Path, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_training_writes_a_calibrated_judge(tiny: Recipe, many: Path, tmp_path: 
     assert about["temperature"] != 1
 
 
-def test_the_temperature_reaches_every_probability_and_no_verdict(tmp_path: Path) -> None:
+def test_the_temperature_changes_every_probability_and_no_class(tmp_path: Path) -> None:
     torch.manual_seed(0)
     judge = Judge(("COVID", "Normal"), "Normal").eval()
     images = np.random.default_rng(0).uniform(size=(6, 32, 32)).astype(np.float32)
@@ -88,7 +88,7 @@ def test_the_temperature_reaches_every_probability_and_no_verdict(tmp_path: Path
     assert (loaded.probabilities(images).argmax(axis=1) == before.argmax(axis=1)).all()
 
 
-def test_a_judge_of_before_calibration_is_still_read(tmp_path: Path) -> None:
+def test_a_judge_without_a_temperature_can_still_be_read(tmp_path: Path) -> None:
     from safetensors.torch import save
 
     store, judge = LocalStore(str(tmp_path)), Judge(("COVID", "Normal"), "Normal")
@@ -100,7 +100,7 @@ def test_a_judge_of_before_calibration_is_still_read(tmp_path: Path) -> None:
     assert float(loaded.temperature) == 1
 
 
-def test_it_learns_from_what_the_autoencoder_gives_back(tiny: Recipe, many: Path, tmp_path: Path) -> None:
+def test_it_learns_from_reconstructions(tiny: Recipe, many: Path, tmp_path: Path) -> None:
     """With another autoencoder the same step has another loss."""
     recipe, images = with_stages(tiny, STAGE), ImageSet(open_dataset(str(many)), 32)
     losses = []
@@ -114,14 +114,14 @@ def test_it_learns_from_what_the_autoencoder_gives_back(tiny: Recipe, many: Path
     assert losses[0] != losses[1]
 
 
-def test_a_judge_that_would_not_know_health_is_refused(tiny: Recipe, many: Path) -> None:
+def test_a_judge_without_the_healthy_class_is_refused(tiny: Recipe, many: Path) -> None:
     recipe = with_stages(tiny, {**STAGE, "classes": {"COVID": 1, "Lung_Opacity": 1}})
     context = StageContext(build(recipe), ImageSet(open_dataset(many, recipe.data), 32, 100), 0, LocalStore(str(many)))
     with pytest.raises(RecipeError, match=r"has to know the healthy class Normal.*see data.healthy_class"):
         JudgeStage(context, recipe.train.stages[0])
 
 
-def test_an_old_judge_that_does_not_know_health_is_one_line(tmp_path: Path) -> None:
+def test_a_stored_judge_without_the_healthy_class_is_refused(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     save_judge(Judge(["COVID", "Flu"], "Normal", 4), store)
     with pytest.raises(ValueError, match="does not know the healthy class Normal"):

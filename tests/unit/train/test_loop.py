@@ -1,4 +1,4 @@
-"""The loop: what it trains moves, and a training killed anywhere ends with the same weights as an undisturbed one."""
+"""The loop: trained weights change, and a training killed at any step ends with the weights of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def test_killed_at_any_step_and_resumed_is_bitwise_the_undisturbed_run(
         [(entry["stage"], entry["step"], entry["loss"]) for entry in json.loads(file.read_text())["history"]]
         for file in (model / ".train/progress.json", out / ".train/progress.json")
     )
-    assert one == other  # nothing of the killed process is said twice
+    assert one == other  # nothing of the killed process is logged twice
 
 
-def test_a_checkpoint_of_another_version_is_one_line(
+def test_a_checkpoint_of_another_version_is_a_clear_error(
     tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed(tiny, images, tmp_path / "model", 6, monkeypatch)
@@ -75,7 +75,7 @@ def test_small_shares_accumulate_to_the_same_step(tiny: Recipe, images: Path, tm
     assert [entry["grad_norm"] for entry in shared] == pytest.approx([entry["grad_norm"] for entry in whole], rel=1e-3)
 
 
-def test_an_adversary_plays_and_resumes_bitwise(
+def test_an_adversary_trains_and_resumes_bitwise(
     tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = {
@@ -88,7 +88,7 @@ def test_an_adversary_plays_and_resumes_bitwise(
     assert history[0]["adversary_grad_norm"] > 0
 
     killed(recipe, images, tmp_path / "killed", 5, monkeypatch)
-    assert run(recipe, images, tmp_path / "killed") == history  # nothing of the killed process is lost or said twice
+    assert run(recipe, images, tmp_path / "killed") == history  # nothing of the killed process is lost or logged twice
     whole, resumed = (weights(tmp_path / name, *PARTS) for name in ("whole", "killed"))
     assert different(whole, resumed) == []
 
@@ -105,25 +105,23 @@ def test_a_decoder_alone_leaves_the_latents_as_they_were(tiny: Recipe, images: P
     assert trained.vae.config.scaling_factor == start.vae.config.scaling_factor
 
 
-def test_class_images_are_drawn_once_and_kept(tiny: Recipe, images: Path, tmp_path: Path) -> None:
+def test_class_images_are_generated_once_and_kept(tiny: Recipe, images: Path, tmp_path: Path) -> None:
     stage = {**DENOISER, "steps": 1, "classes": {"COVID": 1}, "prior_class": "Normal", "class_images": "generated",
              "num_class_images": 2}  # fmt: skip
     one = run(with_stages(tiny, stage), images, tmp_path / "one")
-    drawn = sorted((tmp_path / "one/.train/class_images/joint").iterdir())
-    assert [file.name for file in drawn] == ["00000.png", "00001.png"]
-    assert drawn[0].read_bytes() != drawn[1].read_bytes()
+    files = sorted((tmp_path / "one/.train/class_images/joint").iterdir())
+    assert [file.name for file in files] == ["00000.png", "00001.png"]
+    assert files[0].read_bytes() != files[1].read_bytes()
     (tmp_path / "two/.train").mkdir(parents=True)
     shutil.copytree(tmp_path / "one/.train/class_images", tmp_path / "two/.train/class_images")
-    (tmp_path / "two/.train/class_images/joint/00001.png").unlink()  # a drawing that was interrupted goes on
+    (tmp_path / "two/.train/class_images/joint/00001.png").unlink()  # an interrupted generation goes on
     two = run(with_stages(tiny, stage), images, tmp_path / "two")
     assert one == two
     again = tmp_path / "two/.train/class_images/joint/00001.png"
-    assert again.read_bytes() == drawn[1].read_bytes()
+    assert again.read_bytes() == files[1].read_bytes()
 
 
-def test_validation_says_how_well_lesions_are_found_and_changes_nothing(
-    tiny: Recipe, images: Path, tmp_path: Path
-) -> None:
+def test_validation_scores_the_attribution_and_changes_nothing(tiny: Recipe, images: Path, tmp_path: Path) -> None:
     stage = {**DENOISER, "ema_decay": 0.9, "steps": 2}
     run(with_stages(tiny, stage), images, tmp_path / "blind")
     recipe = with_stages(tiny, stage, validation={"every": 1, "images": 3})
@@ -133,30 +131,30 @@ def test_validation_says_how_well_lesions_are_found_and_changes_nothing(
     assert all(0 <= entry["validation_auroc"] <= 1 and entry["validation_change"] > 0 for entry in seen)
     assert load(str(tmp_path / "blind")).digest == load(str(tmp_path / "watched")).digest
     events = list((tmp_path / "watched/.train/tensorboard").rglob("events.*"))
-    said = b"".join(file.read_bytes() for file in events)
+    events_text = b"".join(file.read_bytes() for file in events)
     for name in (b"joint/loss", b"joint/learning_rate", b"joint/grad_norm", b"joint/validation_auroc", b"attribution"):
-        assert name in said
+        assert name in events_text
 
 
 def test_a_validation_before_the_first_logged_loss_is_reported_without_one(
     tiny: Recipe, images: Path, tmp_path: Path
 ) -> None:
-    """Where the denoiser is the first stage, as in recipe ``paper``, nothing was logged when it is validated."""
+    """If the denoiser is the first stage, as in recipe ``paper``, nothing has been logged before the validation."""
     recipe = with_stages(tiny, DENOISER, validation={"every": 1, "images": 1}, log_every=20)
-    validate, told = validation_of(recipe), list[str]()
+    validate, reports = validation_of(recipe), list[str]()
     assert validate is not None
 
     def watched(bundle: Bundle, logger: TrainingLogger, stage: str, step: int) -> None:
         validate(bundle, logger, stage, step)
-        told.append(describe(read_status(str(tmp_path))))
+        reports.append(describe(read_status(str(tmp_path))))
 
     history = run(recipe, images, tmp_path, validate=watched)
     assert [entry["step"] for entry in history if "validation_auroc" in entry] == [1, 2, 3]
     assert [entry["step"] for entry in history if "loss" in entry] == [3]
-    assert "1 of 3 steps, stage joint, about " in told[0]
+    assert "1 of 3 steps, stage joint, about " in reports[0]
 
 
-def test_a_warm_up_moves_only_what_reads_the_prompt(tiny: Recipe, images: Path, tmp_path: Path) -> None:
+def test_a_warm_up_changes_only_parameters_that_read_the_prompt(tiny: Recipe, images: Path, tmp_path: Path) -> None:
     start = build(tiny)
     run(with_stages(tiny, {**DENOISER, "trainable": "cross-attention"}), images, tmp_path)
     trained = load(str(tmp_path))

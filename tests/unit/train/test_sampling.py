@@ -1,4 +1,4 @@
-"""The order of images: a function of the step alone, fair to classes, every image before any image twice."""
+"""The order of images: a function of the step alone, classes by weight, and no image twice before all came once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_classes_come_by_weight_and_every_image_once_before_any_twice() -> None:
     assert of_a[:5] != of_a[5:10]
 
 
-def test_the_order_has_no_memory() -> None:
+def test_the_order_has_no_state() -> None:
     order = ImageOrder(IMAGES, {}, seed=3)
     forward = [order[position] for position in range(40)]
     fresh = ImageOrder(IMAGES, {}, seed=3)
@@ -39,13 +39,13 @@ def test_a_class_without_images_is_named() -> None:
         ImageOrder(IMAGES, {"a": 1, "c": 1}, seed=0)
 
 
-def test_each_step_has_noise_of_its_own() -> None:
+def test_each_step_has_its_own_noise() -> None:
     one, same, other = (torch.randn(3, generator=step_generator(0, "joint", step)) for step in (5, 5, 6))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
 
-def test_unreadable_images_are_left_out_and_said(images: Path, tmp_path: Path) -> None:
+def test_unreadable_images_are_left_out_and_recorded(images: Path, tmp_path: Path) -> None:
     for image in open_dataset(images).images[:4]:
         target = tmp_path / image.path
         target.parent.mkdir(parents=True, exist_ok=True)

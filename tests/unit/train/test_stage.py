@@ -1,4 +1,4 @@
-"""The kinds of stages that recipes may name are those that there is code for."""
+"""Every kind of stage that a recipe may name is implemented."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def test_every_kind_in_a_recipe_has_a_stage() -> None:
 
 
 def test_every_kind_is_a_stage() -> None:
-    for place in stage.KINDS.values():
-        module, _, name = place.partition(":")
+    for path in stage.KINDS.values():
+        module, _, name = path.partition(":")
         assert issubclass(getattr(importlib.import_module(f"diffva_ray.train.{module}"), name), stage.Stage)

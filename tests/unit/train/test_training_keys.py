@@ -1,4 +1,4 @@
-"""When two trainings are the same one: what is continued, what is refused, and how the difference is named."""
+"""The keys that identify a training: what is resumed, what is refused, and how differences are named."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def trained(short: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.Mon
     return tmp_path
 
 
-def test_the_card_says_where_the_images_are_from_any_folder(trained: Path, images: Path) -> None:
+def test_the_card_has_the_absolute_address_of_the_images(trained: Path, images: Path) -> None:
     assert json.loads((trained / "diffva.json").read_text())["data"] == str(images)
 
 
-def test_what_differs_is_named_by_its_dotted_key(trained: Path, short: Recipe, images: Path) -> None:
+def test_a_difference_is_named_by_its_dotted_key(trained: Path, short: Recipe, images: Path) -> None:
     values = short.model_dump(mode="json")
     values["train"]["stages"][0]["steps"] = 9
     with pytest.raises(FingerprintDiffers, match=r"\(train\.stages\.0\.steps: 1 there, 9 now\); choose another --out"):
         train_model(make_recipe(values), str(images), str(trained), executor="inline")
 
 
-def test_a_setting_that_has_gone_is_named(trained: Path, short: Recipe, images: Path) -> None:
+def test_a_setting_that_no_longer_exists_is_named(trained: Path, short: Recipe, images: Path) -> None:
     keys = json.loads((trained / KEYS).read_text())
     keys["train"]["quantum"] = True
     (trained / KEYS).write_text(json.dumps(keys))
@@ -48,7 +48,7 @@ def test_a_setting_that_has_gone_is_named(trained: Path, short: Recipe, images: 
 
 
 def test_a_training_from_before_a_setting_existed_goes_on(trained: Path, short: Recipe, images: Path) -> None:
-    """With the context's default, and under the fingerprint it was begun with."""
+    """With the setting's default, and with the fingerprint that it was started with."""
     keys = json.loads((trained / KEYS).read_text())
     del keys["train"]["cache_megabytes"], keys["train"]["stages"][0]["betas"], keys["data"]["uncertain"]
     (trained / KEYS).write_text(json.dumps(keys))

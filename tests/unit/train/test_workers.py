@@ -1,4 +1,4 @@
-"""Several workers: the same losses as one with the same global batch, on any number, also after a change of it."""
+"""Several workers: the same losses as one worker with the same global batch, also when their number changes."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def run(world: int, recipe: Path, images: Path, out: Path) -> list[dict]:
         )
         for rank in range(world)
     ]  # fmt: skip
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world, "\n".join(said)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world, "\n".join(outputs)
     return json.loads((out / ".train/progress.json").read_text())["history"]
 
 
@@ -59,13 +59,13 @@ def weights_differ_by(one: Path, other: Path) -> float:
     return max((value - theirs[key]).abs().max().item() for key, value in ours.items())
 
 
-def test_two_workers_with_batch_one_are_one_with_batch_two(recipe: Path, images: Path, tmp_path: Path) -> None:
+def test_two_workers_with_batch_one_equal_one_with_batch_two(recipe: Path, images: Path, tmp_path: Path) -> None:
     one, two = run(1, recipe, images, tmp_path / "one"), run(2, recipe, images, tmp_path / "two")
     for name in ("loss", "grad_norm", "adversary_loss"):
         ours, theirs = ([entry[name] for entry in history if name in entry] for history in (one, two))
         assert theirs == pytest.approx(ours, rel=1e-5 if name != "grad_norm" else 1e-4), name
     assert weights_differ_by(tmp_path / "one", tmp_path / "two") < 2e-4  # AdamW's first steps are signs of gradients
-    # killed after the second stage's middle, resumed on another number of workers
+    # resume from the middle of the second stage, on another number of workers
     shutil.copytree(tmp_path / "two/.train", tmp_path / "three/.train")
     checkpoint = sorted((tmp_path / "three/.train").glob("checkpoint-*"))
     assert [file.name for file in checkpoint] == ["checkpoint-01-0000002", "checkpoint-02-0000000"]
@@ -74,7 +74,7 @@ def test_two_workers_with_batch_one_are_one_with_batch_two(recipe: Path, images:
     assert [entry["loss"] for entry in resumed] == pytest.approx([entry["loss"] for entry in one], rel=1e-5)
 
 
-def test_sharded_workers_are_the_same_training(recipe: Path, images: Path, tmp_path: Path) -> None:
+def test_sharded_workers_give_the_same_training(recipe: Path, images: Path, tmp_path: Path) -> None:
     """FSDP on two workers: the losses and weights of one worker without; resumed, the same to the last bit."""
     values = json.loads(recipe.read_text())
     plain, shards = tmp_path / "plain.json", tmp_path / "shards.json"

@@ -1,4 +1,4 @@
-"""Trainings in this process, whole ones and killed ones."""
+"""Helpers: run trainings in this process, complete or killed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
 
 
 def run(recipe: Recipe, images: Path, out: Path, **options: object) -> list[dict]:
-    """Train, from the latest checkpoint where there is one; returns the history."""
+    """Train, from the latest checkpoint if there is one; returns the history."""
     keep = Checkpoints(out / ".train", 2)
     settings = {"fingerprint": "x", "provenance": {}, "report": keep, "resume": keep.latest(), "threads": 1}
     loop.train(recipe, str(images), str(out), **settings, **options)
@@ -48,7 +48,7 @@ def run(recipe: Recipe, images: Path, out: Path, **options: object) -> list[dict
 
 
 def killed(recipe: Recipe, images: Path, out: Path, kill_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train and die before step ``kill_at``, counted over all stages; leaves another random state behind."""
+    """Train, and raise before step ``kill_at``, counted over all stages; changes the global random state."""
     done, rate = 0, loop.learning_rate
 
     def dying(*arguments: object) -> float:
