@@ -1,4 +1,4 @@
-"""Scores of single counterfactuals that no set distance shows: how little changes, where, and whether it decides.
+"""Scores of single counterfactuals: how much changes, where, and whether the change decides a judge's answer.
 
 Maps are signed float arrays [H, W] in [-1, 1]; images and counterfactuals grey float32 [H, W] in [0, 1].
 """
@@ -13,13 +13,20 @@ from numpy.typing import NDArray
 
 from diffva_ray.metrics.manifold import squared_distances
 
-CHANGED = 0.05  # of the grey range: a pixel that differs by more is changed (phantoms call a lesion visible from there)
+CHANGED = 0.05  # of the grey range: a pixel that differs by more is changed (the limit for visible phantom lesions)
 
 
 def changed_share(m: NDArray[np.floating], threshold: float = CHANGED) -> float:
-    """Minimality: share of pixels with |M| above ``threshold``, in [0, 1]. On healthy images under a healthy prompt it
-    is the false attribution.
+    """Minimality: share of changed pixels. On healthy images under a healthy prompt it is the false attribution.
 
+    Args:
+        m: Attribution map [H, W] in [-1, 1].
+        threshold: A pixel is changed if |M| is above.
+
+    Returns:
+        Share of pixels, in [0, 1].
+
+    Examples:
         >>> changed_share(np.array([[0.0, 0.1], [-0.1, 0.01]]))
         0.5
     """
@@ -27,28 +34,46 @@ def changed_share(m: NDArray[np.floating], threshold: float = CHANGED) -> float:
 
 
 def collateral_change(before: NDArray[np.floating], after: NDArray[np.floating], own: int, healthy: int) -> float:
-    """Change of what nobody asked to change: sum of |p' - p| over all classes but the image's ``own`` and the
-    ``healthy`` one, of a judge's class probabilities [classes] before and after, in [0, 1]; NaN with no other class.
+    """Unwanted change: sum of |p' - p| over all classes but the image's own and the healthy one.
 
-    Healing may move probability from the image's own class to the healthy one; what arrives elsewhere is another
-    disease that the counterfactual now shows (or one that the image showed and that went along)."""
+    A counterfactual may move probability from the image's class to the healthy one. Probability that moves to another
+    class is a disease that the counterfactual now shows; from another class, one that it lost besides.
+
+    Args:
+        before: A judge's probabilities [classes] of the image.
+        after: The same of the counterfactual.
+        own: Index of the image's class.
+        healthy: Index of the healthy class.
+
+    Returns:
+        The sum, between 0 and 2; NaN without another class.
+    """
     others = [n for n in range(len(before)) if n not in (own, healthy)]
     return float(np.abs(np.asarray(after)[others] - np.asarray(before)[others]).sum()) if others else float("nan")
 
 
 @dataclass(frozen=True)
 class Outside:
-    """``change``: mean |M| outside the lesion (hallucination); ``inside``: mean |M| in it; ``share``: of the map's
-    energy that lies outside, in [0, 1], NaN for a map of zeros."""
+    """Change of an image outside and inside its lesion."""
 
-    change: float
-    inside: float
-    share: float
+    change: float  # mean |M| outside the lesion (hallucination)
+    inside: float  # mean |M| inside
+    share: float  # share of the map's energy that is outside, in [0, 1]; NaN for a map of zeros
 
 
 def outside_lesion(m: NDArray[np.floating], lesion: NDArray[np.bool_]) -> Outside | None:
-    """Where a map [H, W] changes the image, against the lesion mask [H, W]; None when the mask is empty or everything.
-    Raises ValueError for unequal shapes."""
+    """Compare a map with the lesion.
+
+    Args:
+        m: Attribution map [H, W] in [-1, 1].
+        lesion: Lesion mask [H, W].
+
+    Returns:
+        Change outside and inside; None if the mask is empty or covers the image.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
     if m.shape != lesion.shape:
         raise ValueError(f"map and lesion are [H, W] of one shape, got {m.shape} and {lesion.shape}")
     lesion = lesion.astype(bool)
@@ -61,9 +86,16 @@ def outside_lesion(m: NDArray[np.floating], lesion: NDArray[np.bool_]) -> Outsid
 
 
 def side_share(m: NDArray[np.floating]) -> float:
-    """Share of |M| of a map [H, W] on the patient's left, which is the right half of the image, in [0, 1]; NaN for a
-    map of zeros. A measure of our own, of whether a prompt's "left" and "right" are obeyed; of an odd width the middle
-    column counts half."""
+    """Share of |M| on the patient's left, which is the right half of the image: does an edit follow "left" and "right"?
+
+    A measure of this project, not of the literature. In an odd width the middle column counts half.
+
+    Args:
+        m: Attribution map [H, W] in [-1, 1].
+
+    Returns:
+        The share, in [0, 1]; NaN for a map of zeros.
+    """
     energy = np.abs(m.astype(np.float64))
     total = energy.sum()
     width = m.shape[1]
@@ -77,12 +109,22 @@ def cout(
     counterfactual: NDArray[np.float32],
     steps: int = 50,
 ) -> tuple[float, NDArray[np.float64]]:
-    """COUT (Khorram & Fuxin 2022) in [-1, 1], and its curve [steps + 1].
+    """COUT (Khorram & Fuxin 2022): whether few pixels of the counterfactual decide the judge's answer.
 
-    Pixels of the counterfactual replace the image's in the order of |image - counterfactual|, largest first; after each
-    step ``healthy(images [n, H, W])`` gives the probabilities [n] of the target. The score is the area under the
-    target's curve less that under the rest's (1 - p): near 1 when few, decisive pixels turn the verdict. Ties are in
-    raster order. Raises ValueError for unequal shapes or no step.
+    Pixels of the counterfactual replace the image's in the order of |image - counterfactual|, largest first (ties in
+    raster order). The score is the area under the target's curve minus that under the rest's (1 - p).
+
+    Args:
+        healthy: Function from images [n, H, W] to probabilities [n] of the target class.
+        image: Grey image [H, W] in [0, 1].
+        counterfactual: Its counterfactual [H, W] in [0, 1].
+        steps: Number of replacements of equal size.
+
+    Returns:
+        COUT in [-1, 1], near 1 when few pixels suffice, and the target's curve [steps + 1].
+
+    Raises:
+        ValueError: If the shapes differ or there is no step.
     """
     if image.shape != counterfactual.shape or image.ndim != 2 or steps < 1:
         raise ValueError(
@@ -101,18 +143,15 @@ def cout(
 
 @dataclass(frozen=True)
 class Memorisation:
-    """``nearer``: share of counterfactuals nearer to a training image than to any held-out image, sets drawn to equal
-    size; one half when training images are not special. ``without_memory``: where 95 % of that share lie when images
-    are dealt to the two sets at random; ``p_value``: how often it is then at least as large. ``train``, ``held_out``:
-    median distances to the nearest."""
+    """Audit of memorised training images; sets are sampled to equal size."""
 
-    nearer: float
-    without_memory: tuple[float, float]
-    p_value: float
-    train: float
-    held_out: float
-    n: int
-    set_size: int
+    nearer: float  # share of counterfactuals nearer to a training image than to any held-out one; 1/2 without memory
+    without_memory: tuple[float, float]  # 95 % interval of that share when images are dealt to the sets at random
+    p_value: float  # how often a random deal gives at least that share
+    train: float  # median distance to the nearest training image
+    held_out: float  # median distance to the nearest held-out image
+    n: int  # counterfactuals
+    set_size: int  # images in each set
 
 
 def memorisation(
@@ -122,11 +161,23 @@ def memorisation(
     deals: int = 999,
     seed: int = 0,
 ) -> Memorisation:
-    """Audit of counterfactuals [N, d] against features (or pixels) of training images [N1, d] and images that the model
-    never saw [N2, d], which should be of one source and class.
+    """Test whether counterfactuals are nearer to training images than to unseen ones.
 
-    All counterfactuals share the two sets, so the share scatters with the sets and not with N: a permutation test deals
-    the images of both anew. Equal distances count half. Raises ValueError below two rows in a set.
+    All counterfactuals share the two sets, so the share scatters with the sets and not with N; hence the permutation
+    test, which deals the images of both sets anew. Equal distances count half.
+
+    Args:
+        counterfactuals: Features (or pixels) of counterfactuals [N, d].
+        train: Features of training images [N1, d].
+        held_out: Features of images that the model never saw [N2, d], of the same source and class.
+        deals: Number of permutations.
+        seed: Seed of the sampling and the permutations.
+
+    Returns:
+        The share of counterfactuals nearer to a training image, its interval without memory, and distances.
+
+    Raises:
+        ValueError: If there are fewer than two rows in a set.
     """
     size = min(len(train), len(held_out))
     if size < 2 or len(counterfactuals) < 2:
@@ -134,6 +185,7 @@ def memorisation(
             f"an audit needs two images in each set, got {len(counterfactuals)}, {len(train)} and {len(held_out)}"
         )
     random = np.random.default_rng(seed)
+    # Distances of every counterfactual to both sets, sampled to equal size.
     images = [z[random.choice(len(z), size, replace=False)].astype(np.float64) for z in (train, held_out)]
     distances = np.sqrt(squared_distances(counterfactuals.astype(np.float64), np.concatenate(images)))
 
@@ -141,8 +193,8 @@ def memorisation(
         first, second = (distances[:, order[part]].min(axis=1) for part in (slice(size), slice(size, None)))
         return float(np.mean((first < second) + 0.5 * (first == second)))
 
-    observed = np.arange(2 * size)
-    nearer = share(observed)
+    # The observed share, and that of random deals.
+    nearer = share(np.arange(2 * size))
     dealt = np.array([share(random.permutation(2 * size)) for _ in range(deals)])
     low, high = np.quantile(dealt, [0.025, 0.975])
     return Memorisation(
@@ -159,11 +211,20 @@ def memorisation(
 def flip_rate(
     before: Sequence[float] | NDArray[np.floating], after: Sequence[float] | NDArray[np.floating]
 ) -> tuple[float, int]:
-    """Share, in [0, 1], of images that turn healthy (probability above one half) among those the judge called abnormal
-    before, and the number of these, from probabilities of healthy [n] before and after. NaN without any. Raises
-    ValueError for sequences of unequal length."""
+    """Flip rate: share of images called abnormal whose counterfactual the judge calls healthy (probability above 1/2).
+
+    Args:
+        before: Probabilities of healthy [n] of the images.
+        after: The same of their counterfactuals.
+
+    Returns:
+        The share, in [0, 1] (NaN without any abnormal image), and the number of images called abnormal.
+
+    Raises:
+        ValueError: If the lengths differ.
+    """
     old, new = np.asarray(before, float), np.asarray(after, float)
     if old.shape != new.shape:
         raise ValueError(f"one probability before and one after is needed, got {old.shape} and {new.shape}")
-    turned = new[old <= 0.5] > 0.5
-    return (float(turned.mean()) if len(turned) else float("nan")), len(turned)
+    flipped = new[old <= 0.5] > 0.5
+    return (float(flipped.mean()) if len(flipped) else float("nan")), len(flipped)

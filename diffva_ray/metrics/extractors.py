@@ -1,8 +1,8 @@
-"""Other feature networks by name: torchxrayvision's DenseNet, RAD-DINO, and the project's own judge. Weights come by
-path and nothing is ever downloaded.
+"""Feature networks besides Inception: torchxrayvision's DenseNet, RAD-DINO and the project's own judge. Weights are
+given by path; nothing is downloaded.
 
-A distance in another network's features is no FID; every row of a table names the network, its resize path and the
-sha256 of its weights.
+A distance in the features of another network is not called FID; every row of a table names the network, its resizing
+and the sha256 of its weights.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from diffva_ray.storage.store import open_store
 
 XRV_SIDE = 224
 
-# Extractors by name. An opener takes the path of the weights, the device, and what Inception alone knows: the way to
-# its grid, and the side of the images' own grid.
+# Extractors by name. An opener takes the path of the weights, the device, and two options of Inception: its resizing,
+# and the side of the counterfactuals' grid.
 Opener = Callable[[str, str, Resize, int], Extractor]
 EXTRACTORS: dict[str, Opener] = {
     "inception": lambda path, device, resize, side: inception(path, resize, side, device),
@@ -38,18 +38,22 @@ EXTRACTORS: dict[str, Opener] = {
 
 
 def densenet(weights: str | Path) -> tuple[Any, str]:
-    """torchxrayvision's DenseNet121 and the sha256 of its file, which is one as that package downloads it (a pickled
-    DenseNet) or its state dict. It is read with the classes of that network alone, so a file that would run other code
-    is refused. Raises ValueError, one line, for another file and when the package is missing.
+    """torchxrayvision's DenseNet121 and the sha256 of its file: the pickled network that the package downloads, or a
+    state dict. Unpickling allows the classes of this network only, so a file that would run other code is refused.
+
+    Raises ValueError for another file, and without the package.
     """
     try:
         from torchxrayvision.models import DenseNet, _DenseBlock, _DenseLayer, _Transition
     except ImportError:
         raise ValueError(missing("torchxrayvision", "its DenseNet121", "xrv")) from None
+    # The network, without initial values, which would use torch's global generator.
     path = Path(weights)
     layers = (nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Linear)
-    with torch.device("meta"):  # initial values would be drawn from the global generator, only to be replaced
+    with torch.device("meta"):
         network = DenseNet()
+
+    # Its weights; the classifier has as many outputs as the file.
     try:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         with torch.serialization.safe_globals([DenseNet, _DenseBlock, _DenseLayer, _Transition, *layers, set]):
@@ -59,19 +63,17 @@ def densenet(weights: str | Path) -> tuple[Any, str]:
         if (findings := len(state["classifier.bias"])) != network.classifier.out_features:
             network.classifier = nn.Linear(network.classifier.in_features, findings, device="meta")
         network.load_state_dict(state, assign=True)
-    except Exception as error:  # torch.load raises whatever the bytes of a foreign file lead it to
-        pickled = isinstance(error, pickle.UnpicklingError)  # its text advises to load the file without any check
+    except Exception as error:  # torch.load raises many types on the bytes of other files
+        pickled = isinstance(error, pickle.UnpicklingError)  # torch's text advises to load the file without any check
         why = "it holds other classes than that network's" if pickled else brief(error)
         raise ValueError(f"{path}: expected torchxrayvision's DenseNet121 weights ({why})") from None
     return network.eval().requires_grad_(False), sha256
 
 
 def torchxrayvision(weights: str | Path, device: str = "cpu") -> Extractor:
-    """``features2`` of torchxrayvision's DenseNet121: 1024 features at 224 px, images scaled to [-1024, 1024] as there.
-    Raises ValueError as ``densenet``."""
+    """``features2`` of torchxrayvision's DenseNet121: 1024 features at 224 px; images are scaled to [-1024, 1024] as in
+    that package. Raises ValueError as ``densenet``."""
     network, sha256 = densenet(weights)
-    network.to(device)
-    features = partial(features2, network)
     return Extractor(
         name="torchxrayvision-densenet121",
         dimension=1024,
@@ -79,13 +81,13 @@ def torchxrayvision(weights: str | Path, device: str = "cpu") -> Extractor:
         weights_sha256=sha256,
         resize=f"clean-{XRV_SIDE}",
         micro_batch=16,
-        network=features,
+        network=partial(features2, network.to(device)),
         device=device,
     )
 
 
 def features2(network: Any, images: torch.Tensor) -> torch.Tensor:
-    """What torchxrayvision's DenseNet sees [n, 1024] before its last layer, of grey images [n, 1, H, W] in [0, 1]."""
+    """Input [n, 1024] of the last layer of torchxrayvision's DenseNet, for grey images [n, 1, H, W] in [0, 1]."""
     x = (2 * resized(images, XRV_SIDE, "bilinear") - 1) * 1024  # xrv.datasets.normalize
     return torch.relu(network.features(x)).mean(dim=(2, 3))
 
@@ -93,22 +95,23 @@ def features2(network: Any, images: torch.Tensor) -> torch.Tensor:
 def rad_dino(folder: str | Path, device: str = "cpu") -> Extractor:
     """CLS token (after the last normalisation, transformers' ``pooler_output``) of a Dinov2 snapshot such as RAD-DINO.
 
-    Side, mean and standard deviation are those of the snapshot's ``preprocessor_config.json``; images are squashed to
-    the side (bicubic, antialiased), grey in all three channels. Raises ValueError, one line, for another folder.
+    The snapshot's ``preprocessor_config.json`` sets side, mean and standard deviation; images are squashed to that side
+    (bicubic, antialiased), grey in all three channels. Raises ValueError for another folder.
     """
     from transformers import Dinov2Config, Dinov2Model
 
-    place = Path(folder)
+    snapshot = Path(folder)
+    # Configuration, network and digest of the snapshot.
     try:
-        config = Dinov2Config.from_pretrained(place, local_files_only=True)
-        if json.loads((place / "config.json").read_text()).get("model_type") != "dinov2":
+        config = Dinov2Config.from_pretrained(snapshot, local_files_only=True)
+        if json.loads((snapshot / "config.json").read_text()).get("model_type") != "dinov2":
             raise ValueError("its model_type is not dinov2")
-        side, mean, deviation = _preprocessing(json.loads((place / "preprocessor_config.json").read_text()))
-        network = Dinov2Model.from_pretrained(place, local_files_only=True)
-        files = sorted([*place.glob("*.safetensors"), *place.glob("*.bin")])
+        side, mean, deviation = _preprocessing(json.loads((snapshot / "preprocessor_config.json").read_text()))
+        network = Dinov2Model.from_pretrained(snapshot, local_files_only=True)
+        files = sorted([*snapshot.glob("*.safetensors"), *snapshot.glob("*.bin")])
         sha256 = _digest(files)
     except Exception as error:  # transformers raises OSError, KeyError, ValueError and its own
-        raise ValueError(f"{place}: expected a snapshot of RAD-DINO or another Dinov2 ({brief(error)})") from None
+        raise ValueError(f"{snapshot}: expected a snapshot of RAD-DINO or another Dinov2 ({brief(error)})") from None
     network.eval().requires_grad_(False).to(device)
     centre = torch.tensor(mean, device=device).reshape(1, 3, 1, 1)
     scale = torch.tensor(deviation, device=device).reshape(1, 3, 1, 1)
@@ -129,19 +132,19 @@ def rad_dino(folder: str | Path, device: str = "cpu") -> Extractor:
     )
 
 
-def _preprocessing(about: dict[str, Any]) -> tuple[int, list[float], list[float]]:
+def _preprocessing(config: dict[str, Any]) -> tuple[int, list[float], list[float]]:
     """Side, mean and deviation of a transformers image processor."""
-    size = about["crop_size"] if about.get("do_center_crop", True) and "crop_size" in about else about["size"]
+    size = config["crop_size"] if config.get("do_center_crop", True) and "crop_size" in config else config["size"]
     if isinstance(size, dict):
         size = size.get("height", size.get("shortest_edge"))
-    return int(size), list(about["image_mean"]), list(about["image_std"])
+    return int(size), list(config["image_mean"]), list(config["image_std"])
 
 
 def judge_features(model: str, device: str = "cpu") -> Extractor:
-    """What the judge of the model folder ``model`` sees before its last layer (means and maxima of its maps).
+    """Input of the last layer (means and maxima of feature maps) of the judge of the model folder ``model``.
 
-    It was trained on the same images' labels, so a distance in it asks what it asks: whether a set shows the classes
-    alike. Raises ValueError, one line, for a model without a judge.
+    The judge was trained on the labels of the same images, so a distance in its features compares how two sets show the
+    classes. Raises ValueError for a model without a judge.
     """
     store = open_store(model)
     judge = load_judge(store)
@@ -149,10 +152,6 @@ def judge_features(model: str, device: str = "cpu") -> Extractor:
         raise ValueError(f"{model} has no judge; name a model that has one")
     judge.requires_grad_(False).to(device)
     sha256 = hashlib.sha256(store.read("judge/model.safetensors")).hexdigest()
-
-    def penultimate(images: torch.Tensor) -> torch.Tensor:
-        return judge.embed(images[:, 0])
-
     return Extractor(
         name="judge",
         dimension=judge.head.in_features,
@@ -160,7 +159,7 @@ def judge_features(model: str, device: str = "cpu") -> Extractor:
         weights_sha256=sha256,
         resize="clean-64",
         micro_batch=64,
-        network=penultimate,
+        network=lambda images: judge.embed(images[:, 0]),
         device=device,
     )
 
@@ -169,7 +168,7 @@ def _digest(files: list[Path]) -> str:
     """sha256 of the files' bytes in the order of their names; ValueError without any."""
     if not files:
         raise ValueError("no .safetensors or .bin file")
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in files:
-        found.update(file.read_bytes())
-    return found.hexdigest()
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,5 +1,4 @@
-"""Feature vectors of a set of images, which may be more than memory holds: selected rows of an [M, d] array or
-memmap."""
+"""Feature vectors of a set of images, possibly larger than memory: selected rows of an [M, d] array or memmap."""
 
 from __future__ import annotations
 
@@ -11,20 +10,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 4096  # rows at a time: 64 MiB of 2048 features in float64
+BLOCK = 4096  # rows to read at once: 64 MiB of 2048 features in float64
 
 
 def npz(arrays: Mapping[str, Any]) -> bytes:
-    """Named arrays as an .npz file, as features are stored."""
+    """Bytes of an .npz file with the named arrays, the format of stored features."""
     sink = io.BytesIO()
     np.savez(sink, **arrays)
     return sink.getvalue()
 
 
 class FeatureSet:
-    """Rows ``rows`` of ``base`` [M, d], an array or a ``numpy.memmap``; nothing is read before it is asked for.
+    """Rows of a feature matrix, read only when they are needed.
 
-    Raises ValueError for a ``base`` that is not [M, d].
+    Args:
+        base: Features [M, d], an array or a ``numpy.memmap``.
+        rows: Indices [N] of the set's rows; by default all.
+
+    Raises:
+        ValueError: If ``base`` is not [M, d].
     """
 
     def __init__(self, base: NDArray[np.floating], rows: NDArray[np.integer] | None = None) -> None:
@@ -49,15 +53,15 @@ class FeatureSet:
         """The set of the rows at ``chosen`` (indices, or a mask)."""
         return FeatureSet(self.base, self.rows[chosen])
 
-    def drawn(self, most: int, random: np.random.Generator) -> FeatureSet:
-        """At most ``most`` rows, drawn without replacement; the set itself where it has no more."""
-        return self if len(self) <= most else self.take(np.sort(random.choice(len(self), most, replace=False)))
+    def sampled(self, count: int, random: np.random.Generator) -> FeatureSet:
+        """At most ``count`` rows, sampled without replacement; the set itself if it is not larger."""
+        return self if len(self) <= count else self.take(np.sort(random.choice(len(self), count, replace=False)))
 
     def load(self) -> NDArray[np.float64]:
         """All rows [N, d]."""
-        found = np.asarray(self.base[self.rows], np.float64)
+        rows = np.asarray(self.base[self.rows], np.float64)
         release(self.base)
-        return found
+        return rows
 
     def blocks(self) -> Iterator[NDArray[np.float64]]:
         """The rows in order, at most BLOCK at a time."""
@@ -67,18 +71,17 @@ class FeatureSet:
 
     @staticmethod
     def together(sets: list[FeatureSet]) -> FeatureSet:
-        """The rows of all sets; read only where they are not of one matrix."""
-        if all(one.base is sets[0].base for one in sets):
-            return FeatureSet(sets[0].base, np.concatenate([one.rows for one in sets]))
-        return FeatureSet(np.concatenate([one.base[one.rows] for one in sets]))
+        """The rows of all sets; they are read only if the sets have different matrices."""
+        if all(each.base is sets[0].base for each in sets):
+            return FeatureSet(sets[0].base, np.concatenate([each.rows for each in sets]))
+        return FeatureSet(np.concatenate([each.base[each.rows] for each in sets]))
 
 
 def release(matrix: NDArray[np.floating]) -> None:
-    """Give back the memory that pages of a matrix on disk have taken so far; they are read again when they are needed,
-    and what was written is kept."""
+    """Free the memory of a memmap's pages; they are read again when needed, and written data is kept."""
     mapped = getattr(matrix, "_mmap", None)
     if mapped is not None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
-Features = FeatureSet | NDArray[np.floating]  # what metrics take: a set, or an array [N, d]
+Features = FeatureSet | NDArray[np.floating]  # accepted by all set metrics: a set, or an array [N, d]

@@ -1,7 +1,7 @@
-"""Networks that turn images into the feature vectors FID and KID compare: pytorch-fid's Inception, and a stand-in.
+"""Feature networks for FID and KID: pytorch-fid's Inception, and a random-feature extractor ("stand-in").
 
-The stand-in exists so that everything runs without a download; its distances are never called FID. Nothing is
-downloaded unless ``download_inception`` is called.
+The stand-in lets everything run without a download; its distances are never called FID. Only ``download_inception``
+downloads anything.
 """
 
 from __future__ import annotations
@@ -17,29 +17,28 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# pytorch_fid imports torchvision, which fails next to a torch of another build; imported where it is used, it cannot
-# take the stand-in down with it.
+# pytorch_fid imports torchvision, which fails beside a torch of another build, so it is imported where it is used: the
+# stand-in works without it.
 
 Resize = Literal["clean", "legacy"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extractor:
-    """A feature network: ``extractor(images)`` is float32 [N, dimension] for float images [N, H, W] in [0, 1].
+    """A feature network: a call turns float images [N, H, W] in [0, 1] into float32 features [N, dimension].
 
-    ``resize`` names the way from the image to the network's grid; ``weights_sha256`` the weights. Both belong in every
-    table beside ``name``. Images are run ``micro_batch`` at a time, so memory does not grow with N.
+    Name, resizing and weights belong in every table of distances.
     """
 
-    name: str
-    dimension: int
-    is_stand_in: bool
-    weights_sha256: str
-    resize: str
-    micro_batch: int
+    name: str  # of the network, in tables
+    dimension: int  # features per image
+    is_stand_in: bool  # whether the weights are random
+    weights_sha256: str  # of the weights
+    resize: str  # how images get to the network's grid: clean, legacy, clean-SIDE, antialiased-SIDE
+    micro_batch: int  # images per network call, so that memory does not grow with N
     network: Callable[[torch.Tensor], torch.Tensor] = field(repr=False, compare=False)  # [B, 1, H, W] -> [B, dimension]
-    device: str = "cpu"
-    asked: str = field(default="", compare=False)  # NAME or NAME=PATH, by which it was chosen
+    device: str = "cpu"  # cpu or cuda
+    asked: str = field(default="", compare=False)  # the option that chose it: NAME or NAME=PATH
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -54,13 +53,16 @@ class Extractor:
 
 
 def stand_in() -> Extractor:
-    """``stand-in-random-conv-64``: a small convolutional network with fixed random weights, 64 features, on the CPU.
+    """Random-feature extractor ``stand-in-random-conv-64``: a small network with fixed random weights, on the CPU.
 
-    Images are resized to 64x64 (bilinear, antialiased); at each of four scales (64, 32, 16, 8 pixels) eight channels
-    give a mean and a standard deviation. Distances in it tell equal from unequal sets; their size means nothing outside
-    this extractor.
+    Images are resized to 64x64 (bilinear, antialiased). The 64 features are mean and standard deviation of eight
+    channels at four scales (64, 32, 16, 8 pixels). Distances distinguish equal from unequal sets; their size has no
+    meaning outside this extractor.
+
+    Returns:
+        The extractor, with 64 features.
     """
-    # Kaiming-normal from RandomState, whose stream NumPy has frozen (NEP 19); torch promises none across releases.
+    # Kaiming-normal weights from RandomState, whose stream NumPy has frozen (NEP 19); torch's may change.
     random = np.random.RandomState(20240101)
     kernels = []
     for channels in (1, 8, 8, 8):
@@ -89,24 +91,34 @@ def stand_in() -> Extractor:
 
 
 def inception(weights: str | Path, resize: Resize = "clean", grid: int | None = None, device: str = "cpu") -> Extractor:
-    """pytorch-fid's Inception, pool3, 2048 features, from a file with its state dict; grey is replicated to 3 channels.
+    """pytorch-fid's Inception, pool3, 2048 features; grey images are replicated to 3 channels.
 
-    ``legacy`` is pytorch-fid's own path: images as stored (all of one size per call), bilinear without antialiasing to
-    299. Two sets stored at different sizes then differ by their resampling alone (Parmar 2022).
-    ``clean`` squashes every image to ``grid`` x ``grid`` first (the counterfactuals' grid; None where both sets are on
-    one grid already) and then to 299, both bicubic with antialiasing as in Pillow, so both sets go the same way.
+    Args:
+        weights: File with pytorch-fid's state dict.
+        resize: ``legacy`` is pytorch-fid's own: bilinear without antialiasing from the stored size (one per call) to
+            299; two sets stored at different sizes then differ by their resampling alone (Parmar 2022). ``clean``
+            resizes every image to ``grid`` and then to 299, both bicubic with antialiasing as in Pillow, so both sets
+            are resampled alike.
+        grid: Side of the counterfactuals' grid, in pixels; None if both sets are on one grid already.
+        device: ``cpu`` or ``cuda``.
 
-    Raises ValueError, in one line that names the file, when it is not that state dict.
+    Returns:
+        The extractor, with 2048 features.
+
+    Raises:
+        ValueError: If the file is not that state dict (the message names the file), or ``resize`` is unknown.
     """
     path = Path(weights)
     if resize not in ("clean", "legacy"):
         raise ValueError(f"resize is clean or legacy, got {resize!r}")
+    # Weights, without those of the classifier behind pool3.
     blocks = inception_blocks()
     try:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         state = torch.load(path, map_location="cpu", weights_only=True)
-        blocks.load_state_dict(_up_to_pool3(state), assign=True)
-    except Exception as error:  # torch.load raises whatever the bytes of a foreign file lead it to
+        pool3_state = {key: value for key, value in state.items() if not key.startswith(("fc.", "AuxLogits."))}
+        blocks.load_state_dict(pool3_state, assign=True)
+    except Exception as error:  # torch.load raises many types on the bytes of other files
         expected = "pytorch-fid's Inception state dict, pt_inception-2015-12-05-6726825d.pth"
         raise ValueError(f"{path}: expected {expected} ({brief(error)})") from None
     blocks.eval().requires_grad_(False).to(device)
@@ -131,8 +143,7 @@ def inception(weights: str | Path, resize: Resize = "clean", grid: int | None = 
     )
 
 
-# How pytorch_fid.inception.InceptionV3 strings torchvision's and its own layers together up to pool3; two poolings,
-# without weights, stand between them.
+# Layers of pytorch_fid.inception.InceptionV3 up to pool3, torchvision's and its own, with two poolings without weights.
 LAYERS = (
     *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1"),
     *("Conv2d_3b_1x1", "Conv2d_4a_3x3", "maxpool2"),
@@ -142,16 +153,15 @@ LAYERS = (
 
 
 def inception_blocks() -> nn.Sequential:
-    """The network [B, 3, 299, 299] in [-1, 1] -> [B, 2048, 1, 1], layers named as in torchvision, without weights
-    (on the meta device: load with ``assign=True``).
+    """Inception [B, 3, 299, 299] in [-1, 1] -> [B, 2048, 1, 1] without weights, layers named as in torchvision.
 
-    pytorch-fid builds it only together with a download (``fid_inception_v3``), so its own patched classes are put
-    together here.
+    It is on the meta device: load the weights with ``assign=True``. It is assembled here from pytorch-fid's patched
+    classes, because pytorch-fid itself builds it only together with a download (``fid_inception_v3``).
     """
     from pytorch_fid import inception as fid
     from torchvision.models import inception_v3
 
-    with torch.device("meta"):  # initial values would be drawn from the global generator, only to be replaced
+    with torch.device("meta"):  # initial values would use torch's global generator
         network = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
         patched = {
             "Mixed_5b": fid.FIDInceptionA(192, pool_features=32),
@@ -172,15 +182,19 @@ def inception_blocks() -> nn.Sequential:
 
 
 def inception_cache() -> Path | None:
-    """Where pytorch-fid's own download lies in torch.hub's cache, or None when it is not there."""
+    """Path of pytorch-fid's weights in torch.hub's cache; None if they are not there."""
     path = _cache_path()
     return path if path.is_file() else None
 
 
 def download_inception() -> Path:
-    """pytorch-fid's weights, by its own means, in torch.hub's cache (95 MB; kept there, the checksum compared).
+    """Download pytorch-fid's weights (95 MB) to torch.hub's cache and check their checksum.
 
-    Raises RuntimeError, in one line, when they cannot be fetched.
+    Returns:
+        Path of the file.
+
+    Raises:
+        RuntimeError: If the download fails; the message is one line.
     """
     from pytorch_fid.inception import FID_WEIGHTS_URL
 
@@ -199,17 +213,13 @@ def _cache_path() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / FID_WEIGHTS_URL.rsplit("/", 1)[-1]
 
 
-def _up_to_pool3(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict without the classifier behind pool3."""
-    return {key: value for key, value in state.items() if not key.startswith(("fc.", "AuxLogits."))}
-
-
 def resized(images: torch.Tensor, side: int, mode: str) -> torch.Tensor:
-    """[B, 1, H, W] squashed to ``side`` x ``side`` with antialiasing, in [0, 1] (bicubic overshoots)."""
+    """Images [B, 1, H, W] squashed to ``side`` x ``side`` with antialiasing, clamped to [0, 1] (bicubic overshoots)."""
     if images.shape[-2:] == (side, side):
         return images
     return F.interpolate(images, size=(side, side), mode=mode, align_corners=False, antialias=True).clamp(0, 1)
 
 
 def brief(error: Exception) -> str:
+    """The error's text on one line, at most 160 characters."""
     return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,6 +1,5 @@
-"""What one Frechet distance hides: its bias of order 1/N (FID-infinity), that an image meets its own edit (split
-halves), and that classes differ (distance within each condition).
-"""
+"""Controls of a Frechet distance: its bias of order 1/N (FID-infinity), the likeness of an image and its own edit
+(split halves), and differences between classes (distance within each condition)."""
 
 from __future__ import annotations
 
@@ -12,43 +11,56 @@ import numpy as np
 from diffva_ray.metrics.feature_set import Features, FeatureSet
 from diffva_ray.metrics.fid import frechet_distance_features
 
-INVERSE_FRACTIONS = (1.25, 1.5, 1.75, 2.0)  # both sets are drawn down to 80 % ... 50 %
-MOST = 50_000  # rows of a set, as in Chong & Forsyth; beyond, the bias is below what a table shows
+INVERSE_FRACTIONS = (1.25, 1.5, 1.75, 2.0)  # both sets are sampled down to 80 % ... 50 %
+MAX_ROWS = 50_000  # rows of a set, as in Chong & Forsyth; with more, the bias is below a table's precision
 
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """``value`` at infinite N, in squared units of the features; ``error`` of the fitted intercept, which is not a
-    sampling error; ``r_squared`` of the line. ``trusted``: the smallest draw still has more rows than dimensions; below
-    that the bias is no longer proportional to 1/N and the value remains too high."""
+    """A distance extrapolated to infinite N."""
 
-    value: float
-    error: float
-    r_squared: float
+    value: float  # the distance, in squared units of the features
+    error: float  # standard error of the fitted intercept, which is not a sampling error
+    r_squared: float  # of the fitted line
+    # Whether the smallest sample has more rows than dimensions; otherwise the bias is not proportional to 1/N and the
+    # value stays too high.
     trusted: bool
 
 
 def infinity(x: Features, y: Features, draws: int = 4, seed: int = 0) -> Extrapolation:
-    """FID-infinity (Chong & Forsyth 2020) of features [N1, d] and [N2, d].
+    """FID-infinity (Chong & Forsyth 2020): the Frechet distance extrapolated to infinite N.
 
-    Both sets are drawn down, without replacement, to the same fractions f; the distance is D + c/f to first order
-    (c = a/N1 + b/N2), so a line over 1/f has D at 0. Not clipped: near 0 it may be negative. Of more than MOST rows,
-    MOST are drawn first. Raises ValueError below eight rows.
+    Both sets are sampled, without replacement, down to the same fractions f. To first order the distance is D + c/f
+    (c = a/N1 + b/N2), so a line over 1/f has D at 0. Larger sets are first sampled down to MAX_ROWS.
+
+    Args:
+        x: Features [N1, d].
+        y: Features [N2, d].
+        draws: Number of samples per fraction.
+        seed: Seed of the samples.
+
+    Returns:
+        The extrapolated distance; it is not clipped and may be negative near 0.
+
+    Raises:
+        ValueError: If there are fewer than eight rows in a set.
     """
     if min(len(x), len(y)) < 8:
         raise ValueError(f"an extrapolation needs at least 8 images in each set, got {min(len(x), len(y))}")
+    # Distances of the whole sets and of samples.
     random = np.random.default_rng(seed)
-    x, y = (FeatureSet.of(z).drawn(MOST, random) for z in (x, y))
+    x, y = (FeatureSet.of(z).sampled(MAX_ROWS, random) for z in (x, y))
     inverse, values = [1.0], [frechet_distance_features(x, y)]
     for ratio in INVERSE_FRACTIONS:
         for _ in range(draws):
             parts = [z.take(random.choice(len(z), round(len(z) / ratio), replace=False)) for z in (x, y)]
             inverse.append(ratio)
             values.append(frechet_distance_features(*parts))
-    # The whole sets are one draw, but without the scatter of drawing: they weigh as much as all draws of a fraction.
+    # Weighted fit: the whole sets have no sampling scatter, so they weigh as much as all samples of a fraction.
     weights = np.sqrt([float(draws)] + [1.0] * (len(values) - 1))
     design = np.stack([np.ones(len(values)), np.array(inverse)], axis=1)
     solution, *_ = np.linalg.lstsq(design * weights[:, None], np.array(values) * weights, rcond=None)
+    # Error of the intercept, and R squared.
     residuals = (np.array(values) - design @ solution) * weights
     scatter = float(residuals @ residuals) / (len(values) - 2)
     covariance = scatter * np.linalg.inv((design * weights[:, None]).T @ (design * weights[:, None]))
@@ -61,31 +73,38 @@ def infinity(x: Features, y: Features, draws: int = 4, seed: int = 0) -> Extrapo
 
 @dataclass(frozen=True)
 class Halves:
-    """``crossed``: images of one half against the counterfactuals of the other, mean over splits; ``own``: images of
-    one half against their own counterfactuals, at the same N. ``own`` far below ``crossed`` says how much of a distance
-    between images and their edits is that they are the same images."""
+    """Distances between halves; ``own`` far below ``crossed`` shows that images and edits are close because each edit
+    resembles its own image."""
 
-    crossed: float
-    own: float
-    n: int
+    crossed: float  # images of one half against counterfactuals of the other, mean over splits
+    own: float  # images of one half against their own counterfactuals, at the same N
+    n: int  # rows of a half
 
 
 def split_halves(images: Features, counterfactuals: Features, splits: int = 4, seed: int = 0) -> Halves:
-    """Split-halves distance (Jeanneret 2023, there "sFID") of features [N, d] of images and, row by row, their
-    counterfactuals.
+    """Split-halves distance (Jeanneret 2023, there "sFID"); larger sets are first sampled down to MAX_ROWS.
 
-    Of more than MOST images, MOST are drawn first. Raises ValueError below eight rows or for unequal lengths.
+    Args:
+        images: Features of images [N, d].
+        counterfactuals: Features of their counterfactuals [N, d], row by row.
+        splits: Number of random splits.
+        seed: Seed of the splits.
+
+    Returns:
+        Mean distances over splits, crossed and own.
+
+    Raises:
+        ValueError: If there are fewer than eight rows, or the shapes differ.
     """
     images, counterfactuals = FeatureSet.of(images), FeatureSet.of(counterfactuals)
     if len(images) != len(counterfactuals) or images.dimension != counterfactuals.dimension or len(images) < 8:
         raise ValueError(
             f"images and counterfactuals are [N, d] of one shape with N >= 8, got {len(images)} and "
-            f"{len(counterfactuals)} rows of "
-            f"{images.dimension} and {counterfactuals.dimension}"
+            f"{len(counterfactuals)} rows of {images.dimension} and {counterfactuals.dimension}"
         )
     random = np.random.default_rng(seed)
-    if len(images) > MOST:
-        chosen = np.sort(random.choice(len(images), MOST, replace=False))
+    if len(images) > MAX_ROWS:
+        chosen = np.sort(random.choice(len(images), MAX_ROWS, replace=False))
         images, counterfactuals = images.take(chosen), counterfactuals.take(chosen)
     n = len(images) // 2
     crossed, own = [], []
@@ -101,9 +120,19 @@ def split_halves(images: Features, counterfactuals: Features, splits: int = 4, s
 
 
 def conditional(groups: Mapping[str, tuple[Features, Features]]) -> float:
-    """Mean distance within each condition (class or prompt), weighted by the rows of the second set: what a pooled
-    distance hides when a generator makes the right mixture of the wrong images. Raises ValueError without a group, or
-    for one with fewer than two rows."""
+    """Mean Frechet distance within each condition, weighted by the rows of the second set.
+
+    A pooled distance hides that a generator makes the right mixture of wrong images.
+
+    Args:
+        groups: Features [N1, d] and [N2, d] of both sets, by condition (class or prompt).
+
+    Returns:
+        The weighted mean, in squared units of the features.
+
+    Raises:
+        ValueError: If there is no condition, or one with fewer than two rows.
+    """
     if not groups:
         raise ValueError("no condition to compare within")
     values = [frechet_distance_features(x, y) for x, y in groups.values()]

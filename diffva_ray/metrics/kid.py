@@ -1,4 +1,4 @@
-"""Kernel distance of two feature sets (Binkowski 2018): unbiased at any N, so it stands before FID below N = 2048."""
+"""Kernel distance of two feature sets (Binkowski 2018), unbiased at any N: read it before FID below N = 2048."""
 
 from __future__ import annotations
 
@@ -15,17 +15,29 @@ def kid(
     subset_size: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Unbiased squared MMD of features [N1, d] and [N2, d] under the kernel (x.y/d + 1)^3, with its standard error.
+    """Unbiased squared MMD of two feature sets under the kernel (x.y/d + 1)^3, with its standard error.
 
-    The value is the mean over ``subsets`` draws of min(subset_size, N1, N2) rows from each set, without replacement, as
-    is customary; when one draw takes both sets whole it is that single estimate. It has no unit (others print it times
-    1000) and may be negative near 0.
+    As usual, the value is the mean over samples of min(subset_size, N1, N2) rows from each set, without replacement. If
+    one sample holds both sets whole, it is that single estimate.
 
-    The error is that of sampling N1 and N2 independent images (a delete-one jackknife, each row's effect averaged over
-    the draws it is in) together with that of the draws; the deviation over draws, which others print, is neither.
-    For a set against its own counterfactuals it is too large, as the pairs are alike.
-    Raises ValueError below three rows.
+    The error covers the sampling of N1 and N2 independent images (a delete-one jackknife, each row's effect averaged
+    over the samples that contain it) and of the subsets; the deviation over subsets, which others report, covers
+    neither. It is too large for a set against its own counterfactuals, because pairs are alike.
 
+    Args:
+        x: Features [N1, d].
+        y: Features [N2, d].
+        subsets: Number of samples.
+        subset_size: Rows of each sample, at most.
+        seed: Seed of the samples.
+
+    Returns:
+        Value and standard error, without unit (others report them times 1000); the value may be negative near 0.
+
+    Raises:
+        ValueError: If there are fewer than three rows in a set or two subsets, or the dimensions differ.
+
+    Examples:
         >>> random = np.random.default_rng(0)
         >>> x, y = random.normal(size=(200, 4)), random.normal(size=(200, 4))
         >>> value, error = kid(x, y + 1)
@@ -41,6 +53,8 @@ def kid(
     if len(x) == len(y) == size:
         value, effects = _estimate(*(z.load() for z in sets))
         return value, float(np.sqrt(sum(effect.var() / (size - 1) for effect in effects)))
+
+    # Estimate on samples, and add up the effects of the rows in them.
     random = np.random.default_rng(seed)
     values = np.empty(subsets)
     totals, counts = ([np.zeros(len(z)) for z in sets] for _ in range(2))
@@ -50,7 +64,7 @@ def kid(
         for total, count, chosen, effect in zip(totals, counts, rows, effects):
             total[chosen] += effect
             count[chosen] += 1
-    # Law of total variance: given the images, the mean scatters about the full U-statistic, which scatters as 1/N.
+    # Law of total variance: given the images, the mean scatters around the full U-statistic, which scatters as 1/N.
     variance = values.var(ddof=1) / subsets
     for total, count in zip(totals, counts):
         variance += (total[count > 0] / count[count > 0]).var() / (len(count) - 1)
@@ -58,14 +72,14 @@ def kid(
 
 
 def _estimate(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, list[NDArray[np.float64]]]:
-    """Unbiased MMD^2 of two sets, and the centred effect of each row of x and of y, whose variance over N - 1 is the
+    """Unbiased MMD^2 of two sets, and the centred effects of the rows of x and of y; their variance over N - 1 is the
     jackknife's."""
     m, n = len(x), len(y)
     xx, yy, xy = _kernel(x, x), _kernel(y, y), _kernel(x, y)
     np.fill_diagonal(xx, 0)
     np.fill_diagonal(yy, 0)
     value = xx.sum() / (m * (m - 1)) + yy.sum() / (n * (n - 1)) - 2 * xy.mean()
-    # N - 1 times MMD^2 without row i, less what is the same for all i: a row leaves its own block by row and column.
+    # N - 1 times MMD^2 without row i, up to a constant: row i leaves its own block as a row and as a column.
     effects = [
         2 * xy.mean(axis=1) - 2 * xx.sum(axis=1) / (m - 2),
         2 * xy.mean(axis=0) - 2 * yy.sum(axis=1) / (n - 2),

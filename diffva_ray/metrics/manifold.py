@@ -1,7 +1,7 @@
 """Precision and recall (Kynkaanniemi 2019), density and coverage (Naeem 2020) of two feature sets.
 
-A set's manifold is the union of balls about its rows, each reaching to the row's k-th neighbour in the same set.
-Distances are Euclidean; memory is one block of rows against a set, whatever N is.
+A set's manifold is the union of balls around its rows; each reaches to the row's k-th neighbour in the same set.
+Distances are Euclidean. Memory is one block of rows against a set, for any N.
 """
 
 from __future__ import annotations
@@ -14,48 +14,58 @@ from numpy.typing import NDArray
 
 from diffva_ray.metrics.feature_set import Features, FeatureSet
 
-BLOCK = 1024  # rows at a time
-MOST = 5_000  # rows of a set that are looked at: work grows with the square
+BLOCK = 1024  # rows per block of distances
+MAX_ROWS = 5_000  # rows of a set that are compared; the work grows with the square
 
 
 @dataclass(frozen=True)
 class Manifold:
-    """``precision``: share of the second set inside the first's manifold (fidelity). ``recall``: share of the first
-    inside the second's (diversity). ``density``: balls of the first about a row of the second, over k; above 1 where
-    the second keeps to crowded places. ``coverage``: share of the first's balls that hold a row of the second.
-    ``n1``, ``n2``: rows of each set that were looked at."""
+    """Fidelity and diversity of a generated set against a real one."""
 
-    precision: float
-    recall: float
-    density: float
-    coverage: float
-    n1: int
-    n2: int
+    precision: float  # share of generated rows inside the real manifold (fidelity)
+    recall: float  # share of real rows inside the generated manifold (diversity)
+    density: float  # real balls around a generated row, over k; above 1 if generated rows prefer dense regions
+    coverage: float  # share of real balls that hold a generated row
+    n1: int  # real rows compared
+    n2: int  # generated rows compared
 
 
 def prdc(real: Features, generated: Features, k: int = 5, seed: int = 0) -> Manifold:
-    """The four numbers of features [N1, d] and [N2, d]; neighbours are counted without the row itself and a ball is
-    open, as in the authors' ``prdc``. Two samples of one distribution have precision and recall below 1, and the
-    lower the fewer rows: compare at equal N. Of more than MOST rows of a set, MOST are drawn. Raises ValueError with
-    ``k`` rows or fewer in a set."""
+    """Precision, recall, density and coverage as in the authors' ``prdc``: open balls; no row is its own neighbour.
+
+    Two samples of one distribution have precision and recall below 1, and the lower the fewer rows: compare at equal N.
+    Larger sets are sampled down to MAX_ROWS.
+
+    Args:
+        real: Features [N1, d].
+        generated: Features [N2, d].
+        k: Neighbour that sets a ball's radius.
+        seed: Seed of the sampling.
+
+    Returns:
+        The four numbers, and the rows compared.
+
+    Raises:
+        ValueError: If a set has ``k`` rows or fewer, or the dimensions differ.
+    """
     sets = [FeatureSet.of(real), FeatureSet.of(generated)]
     if sets[0].dimension != sets[1].dimension:
         raise ValueError(f"features are [N, d] with one d, got {sets[0].dimension} and {sets[1].dimension}")
-    if min(len(one) for one in sets) <= k:
+    if min(len(each) for each in sets) <= k:
         raise ValueError(f"{k} neighbours need more than {k} images in each set, got {len(sets[0])} and {len(sets[1])}")
     random = np.random.default_rng(seed)
-    real, generated = (one.drawn(MOST, random).load() for one in sets)
+    real, generated = (each.sampled(MAX_ROWS, random).load() for each in sets)
     real_radii, generated_radii = _radii(real, k), _radii(generated, k)
-    precise = recalled = balls = covered = 0
+    generated_inside = real_inside = balls = balls_covered = 0
     for _, squares in _blocks(generated, real):
         inside = squares < real_radii
-        precise += int(inside.any(axis=1).sum())
+        generated_inside += int(inside.any(axis=1).sum())
         balls += int(inside.sum())
     for rows, squares in _blocks(real, generated):
-        recalled += int((squares < generated_radii).any(axis=1).sum())
-        covered += int((squares.min(axis=1) < real_radii[rows]).sum())
+        real_inside += int((squares < generated_radii).any(axis=1).sum())
+        balls_covered += int((squares.min(axis=1) < real_radii[rows]).sum())
     n1, n2 = len(real), len(generated)
-    return Manifold(precise / n2, recalled / n1, balls / (k * n2), covered / n1, n1, n2)
+    return Manifold(generated_inside / n2, real_inside / n1, balls / (k * n2), balls_covered / n1, n1, n2)
 
 
 def squared_distances(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -64,7 +74,7 @@ def squared_distances(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray
 
 
 def _radii(x: NDArray[np.float64], k: int) -> NDArray[np.float64]:
-    """Squared distance of each row to its k-th neighbour, itself not counted."""
+    """Squared distance of each row to its k-th neighbour, not counting the row itself."""
     radii = np.empty(len(x))
     for rows, squares in _blocks(x, x):
         squares[np.arange(len(squares)), np.arange(rows.start, rows.start + len(squares))] = np.inf
@@ -73,7 +83,7 @@ def _radii(x: NDArray[np.float64], k: int) -> NDArray[np.float64]:
 
 
 def _blocks(x: NDArray[np.float64], y: NDArray[np.float64]) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """Squared distances of the rows of x, a block at a time, to all of y."""
+    """Squared distances of blocks of rows of x to all rows of y."""
     for start in range(0, len(x), BLOCK):
         rows = slice(start, min(start + BLOCK, len(x)))
         yield rows, squared_distances(x[rows], y)

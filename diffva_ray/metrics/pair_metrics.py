@@ -1,7 +1,7 @@
-"""The numbers of a single image and its counterfactual, a line each: reduce takes them of a sample of images, and each
-is a column of the counterfactual table wherever that is shown (files, terminal, report, paper).
+"""Metrics of an image and its counterfactual, one line each. ``reduce`` computes them on a sample of images; each is a
+column of the counterfactual table in files, terminal, report and paper.
 
-A new number is a function on arrays in a module of its own, and a line in PAIR_METRICS.
+To add one, write a function on arrays in its own module, and add a line to PAIR_METRICS.
 """
 
 from __future__ import annotations
@@ -15,38 +15,35 @@ from numpy.typing import NDArray
 
 from diffva_ray.metrics.counterfactual import CHANGED, Outside, changed_share, collateral_change, cout, outside_lesion
 
-if TYPE_CHECKING:  # it loads torch
+if TYPE_CHECKING:  # the module loads torch
     from diffva_ray.metrics.validity import Judge
 
-COUT_STEPS = 25
+COUT_STEPS = 25  # replacements of pixels per COUT curve
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its counterfactual, float32 [size, size] in [0, 1], the signed map in [-1, 1] between them, and what
-    is known of the image: its class, masks bool [size, size], its row of ``schema.RECORDS``, and the judge of the run's
-    model."""
+    """An image, its counterfactual, and everything that a metric may read besides."""
 
-    image: NDArray[np.float32]
-    counterfactual: NDArray[np.float32]
-    signed_map: NDArray[np.float32]
-    label: str
-    record: Mapping[str, Any]
-    lesion: NDArray[np.bool_] | None = None
-    lungs: NDArray[np.bool_] | None = None
-    judge: Judge | None = None
+    image: NDArray[np.float32]  # grey [size, size] in [0, 1]
+    counterfactual: NDArray[np.float32]  # grey [size, size] in [0, 1]
+    signed_map: NDArray[np.float32]  # attribution map [size, size] in [-1, 1]
+    label: str  # the image's class
+    record: Mapping[str, Any]  # the image's row of ``schema.RECORDS``
+    lesion: NDArray[np.bool_] | None = None  # lesion mask [size, size]
+    lungs: NDArray[np.bool_] | None = None  # lung mask [size, size]
+    judge: Judge | None = None  # judge of the run's model
 
 
 @dataclass(frozen=True)
 class PairMetric:
-    """``key``: its name in JSON and CSV; ``heading``: over a narrow column; ``title``: in full; ``of``: the number,
-    None or NaN where it is unknown; ``form``: how it is printed (small: with four decimals)."""
+    """One metric, and how tables show it."""
 
-    key: str
-    heading: str
-    title: str
-    of: Callable[[Pair], float | None]
-    form: Literal["number", "percent", "small"] = "number"
+    key: str  # name in JSON and CSV
+    heading: str  # above a narrow column
+    title: str  # in full
+    of: Callable[[Pair], float | None]  # the number; None or NaN where it is unknown
+    form: Literal["number", "percent", "small"] = "number"  # how it is printed; small: with four decimals
 
 
 def _gain(pair: Pair) -> float | None:
@@ -62,7 +59,7 @@ def _cout(pair: Pair) -> float | None:
 
 
 def _collateral(pair: Pair) -> float | None:
-    """Of an image of a known abnormal class."""
+    """None unless the image has an abnormal class that the judge knows."""
     judge = pair.judge
     if judge is None or pair.label not in judge.classes or pair.label == judge.healthy:
         return None
@@ -70,18 +67,16 @@ def _collateral(pair: Pair) -> float | None:
     return collateral_change(before, after, judge.classes.index(pair.label), judge.classes.index(judge.healthy))
 
 
-def _place(pair: Pair) -> Outside | None:
+def _lesion_change(pair: Pair) -> Outside | None:
     return None if pair.lesion is None else outside_lesion(pair.signed_map, pair.lesion)
 
 
 def _inside(pair: Pair) -> float | None:
-    place = _place(pair)
-    return place.inside if place else None
+    return change.inside if (change := _lesion_change(pair)) else None
 
 
 def _outside(pair: Pair) -> float | None:
-    place = _place(pair)
-    return place.change if place else None
+    return change.change if (change := _lesion_change(pair)) else None
 
 
 def _changed(pair: Pair) -> float:

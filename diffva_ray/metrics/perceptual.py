@@ -1,4 +1,4 @@
-"""LPIPS (Zhang 2018): how far apart two images look to AlexNet, by the ``lpips`` package's own network."""
+"""LPIPS (Zhang 2018): distance of two images in the features of AlexNet, by the ``lpips`` package."""
 
 from __future__ import annotations
 
@@ -18,11 +18,10 @@ from diffva_ray.provenance import missing
 
 @dataclass(frozen=True)
 class Lpips:
-    """``lpips(image, counterfactual)``: LPIPS of two grey images [H, W] in [0, 1] at their own size; 0 for equal
-    images, in practice below 1. ``weights_sha256`` is of the backbone."""
+    """LPIPS of two grey images [H, W] in [0, 1] at their own size: 0 for equal images, in practice below 1."""
 
-    weights_sha256: str
-    network: Any = field(repr=False, compare=False)
+    weights_sha256: str  # of the backbone
+    network: Any = field(repr=False, compare=False)  # the package's LPIPS module
 
     @torch.inference_mode()
     def __call__(self, image: NDArray[np.float32], counterfactual: NDArray[np.float32]) -> float:
@@ -38,15 +37,23 @@ class Lpips:
 
 
 def lpips(weights: str | Path) -> Lpips:
-    """LPIPS v0.1 with AlexNet. ``weights``: torchvision's AlexNet state dict (alexnet-owt-7be5be79.pth); the linear
-    layers come with the ``lpips`` package. Raises ValueError, one line, for another file and when the package is
-    missing."""
+    """Load LPIPS v0.1 with AlexNet.
+
+    Args:
+        weights: torchvision's AlexNet state dict (alexnet-owt-7be5be79.pth); the linear layers come with the package.
+
+    Returns:
+        Function of an image and its counterfactual.
+
+    Raises:
+        ValueError: If the file is another one, or the package is missing.
+    """
     try:
         import lpips as package
     except ImportError:
         raise ValueError(missing("lpips", "LPIPS", "lpips")) from None
     path = Path(weights)
-    # Its random backbone is only there to be replaced; it warns of torchvision's older names.
+    # A random backbone, replaced below; the package warns because it uses old names of torchvision.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         network = package.LPIPS(net="alex", pnet_rand=True, verbose=False)
@@ -55,6 +62,6 @@ def lpips(weights: str | Path) -> Lpips:
         state = torch.load(path, map_location="cpu", weights_only=True)
         own = network.net.state_dict()  # slice2.3.weight is torchvision's features.3.weight
         network.net.load_state_dict({key: state["features." + key.partition(".")[2]] for key in own})
-    except Exception as error:  # torch.load raises whatever the bytes of a foreign file lead it to
+    except Exception as error:  # torch.load raises many types on the bytes of other files
         raise ValueError(f"{path}: expected torchvision's AlexNet state dict ({brief(error)})") from None
     return Lpips(sha256, network.eval().requires_grad_(False))

@@ -1,5 +1,4 @@
-"""Do counterfactuals look like real healthy images? Questions to feature sets that a distance between sets does not
-answer."""
+"""Realism of counterfactuals in feature space, beside real healthy images: tests that go beyond a distance of sets."""
 
 from __future__ import annotations
 
@@ -9,28 +8,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffva_ray.metrics.feature_set import Features, FeatureSet
-from diffva_ray.metrics.manifold import MOST, squared_distances
+from diffva_ray.metrics.manifold import MAX_ROWS, squared_distances
 
 
 @dataclass(frozen=True)
 class Verisimilitude:
-    """``taken``: share of counterfactuals whose nearest neighbour is a real healthy image, in [0, 1]; one half when the
-    two sets cannot be told apart, 0 when every counterfactual gives itself away, above one half for copies of real
-    images. ``n``: rows of each set, drawn to equal size; ``error``: standard error over counterfactuals."""
+    """How often a counterfactual passes for a real healthy image."""
 
+    # Share of counterfactuals whose nearest neighbour is a real healthy image, in [0, 1]: 1/2 if the sets cannot be
+    # distinguished, 0 if every counterfactual can, above 1/2 for copies of real images.
     taken: float
-    error: float
-    n: int
+    error: float  # standard error over counterfactuals
+    n: int  # rows of each set, sampled to equal size
 
 
 def verisimilitude(counterfactuals: Features, healthy: Features, seed: int = 0) -> Verisimilitude:
-    """How often a counterfactual passes for real, by the leave-one-out nearest-neighbour two-sample test (Xu 2018) on
-    features [N1, d] and [N2, d].
+    """Leave-one-out nearest-neighbour two-sample test (Xu 2018) of counterfactuals against real healthy images.
 
     ANT-GAN (Sun 2020) asks the same of its normal-looking images under this name; its own formula is not used here.
-    Of more than MOST rows, MOST are drawn. Raises ValueError below two rows in a set.
+    Larger sets are sampled down to MAX_ROWS.
+
+    Args:
+        counterfactuals: Features [N1, d].
+        healthy: Features of real healthy images [N2, d].
+        seed: Seed of the sampling.
+
+    Returns:
+        Share of counterfactuals that pass for real, with its standard error.
+
+    Raises:
+        ValueError: If there are fewer than two rows in a set.
     """
-    size = min(len(counterfactuals), len(healthy), MOST)
+    size = min(len(counterfactuals), len(healthy), MAX_ROWS)
     if size < 2:
         raise ValueError(
             f"a nearest-neighbour test needs 2 images in each set, got {len(counterfactuals)} and {len(healthy)}"
@@ -48,67 +57,86 @@ def verisimilitude(counterfactuals: Features, healthy: Features, seed: int = 0) 
 
 @dataclass(frozen=True)
 class Interpolation:
-    """``remote``: share of counterfactuals farther from the healthy images than 95 % of these are from each other (0.05
-    is expected of real ones); ``between``: share that are remote and lie between two healthy images that are no
-    neighbours. ``ratio``: median over counterfactuals of the distance to the nearest healthy image over that image's
-    own nearest distance."""
+    """Counterfactuals far from all healthy images."""
 
-    remote: float
-    between: float
-    ratio: float
+    remote: float  # share farther from healthy images than 95 % of these from each other (0.05 expected of real ones)
+    between: float  # share that are remote and between two healthy images that are no neighbours
+    ratio: float  # median of the distance to the nearest healthy image over that image's own nearest distance
 
 
 def interpolation(counterfactuals: Features, healthy: Features, k: int = 5, seed: int = 0) -> Interpolation:
-    """Mode interpolation (Aithal 2024): diffusion models make samples between the modes of their data, where no image
-    is. Features [N1, d] of counterfactuals and [N2, d] of healthy images.
+    """Mode interpolation (Aithal 2024): diffusion models generate samples between the modes of their data.
 
-    Distances are means over the ``k`` nearest healthy images, of a healthy image without itself. A remote
-    counterfactual t is between two modes when another healthy image b lies on the far side of it from its nearest one
-    a: the angle a-t-b is above 120 degrees and t-b no longer than twice t-a. Beside a single mode there is no such
-    image. Of more than MOST rows of a set, MOST are drawn. Raises ValueError for ``k`` + 1 healthy images or fewer, or
-    without a counterfactual.
+    Distances are means over the ``k`` nearest healthy images (not counting the image itself). A remote counterfactual t
+    with the nearest healthy image a is between two modes if another healthy image b is on its far side: the angle a-t-b
+    exceeds 120 degrees and t-b is at most twice t-a. Beside a single mode there is no such image. Larger sets are
+    sampled down to MAX_ROWS.
+
+    Args:
+        counterfactuals: Features [N1, d].
+        healthy: Features of real healthy images [N2, d].
+        k: Number of neighbours.
+        seed: Seed of the sampling.
+
+    Returns:
+        Shares of remote counterfactuals and of those between modes.
+
+    Raises:
+        ValueError: If there are ``k`` + 1 healthy images or fewer, or no counterfactual.
     """
     if len(healthy) <= k + 1 or not len(counterfactuals):
         raise ValueError(
             f"{k} neighbours need more than {k + 1} healthy images and a counterfactual, got {len(healthy)}"
         )
     random = np.random.default_rng(seed)
-    counterfactuals, healthy = (FeatureSet.of(z).drawn(MOST, random).load() for z in (counterfactuals, healthy))
+    counterfactuals, healthy = (FeatureSet.of(z).sampled(MAX_ROWS, random).load() for z in (counterfactuals, healthy))
+    # Counterfactuals farther from healthy images than these are from each other.
     own = np.sqrt(squared_distances(healthy, healthy))
     np.fill_diagonal(own, np.inf)
     to_healthy = np.sqrt(squared_distances(counterfactuals, healthy))
     limit = np.quantile(np.sort(own, axis=1)[:, :k].mean(axis=1), 0.95)
     remote = np.sort(to_healthy, axis=1)[:, :k].mean(axis=1) > limit
+
+    # Those of them with a healthy image on the far side.
     nearest = to_healthy.argmin(axis=1)
-    at = to_healthy[np.arange(len(counterfactuals)), nearest]
+    distance = to_healthy[np.arange(len(counterfactuals)), nearest]
     between = np.zeros(len(counterfactuals), bool)
     for n in np.flatnonzero(remote):
         arrows = healthy - counterfactuals[n]
-        cosine = arrows @ arrows[nearest[n]] / np.maximum(to_healthy[n] * at[n], 1e-12)
-        between[n] = bool(((cosine < -0.5) & (to_healthy[n] <= 2 * at[n])).any())
+        cosine = arrows @ arrows[nearest[n]] / np.maximum(to_healthy[n] * distance[n], 1e-12)
+        between[n] = bool(((cosine < -0.5) & (to_healthy[n] <= 2 * distance[n])).any())
     gaps = np.maximum(own.min(axis=1)[nearest], 1e-12)
-    return Interpolation(float(remote.mean()), float(between.mean()), float(np.median(at / gaps)))
+    return Interpolation(float(remote.mean()), float(between.mean()), float(np.median(distance / gaps)))
 
 
 def directions(images: Features, counterfactuals: Features, healthy: Features) -> NDArray[np.float64]:
-    """Directional agreement [N] in [-1, 1]: cosine between what generating changes in an image's features
-    (counterfactual - image, [N, d]) and the way from its class to the healthy images [M, d] (difference of means; the
-    image itself is left out of its class's, or its own noise would count as agreement).
+    """Directional agreement: cosine between an edit and the way from the image's class to the healthy images.
 
-    With text and image encoders of one space (StyleGAN-NADA's CLIP direction) the way would be that between two
-    prompts; the text encoder here has no such image encoder, so classes of real images stand for the prompts. NaN where
-    nothing changes. Raises ValueError for sets of unequal shape or below three images.
+    The edit is counterfactual - image; the way is the difference of the means of healthy images and of the class
+    without the image itself, whose own noise would count as agreement. StyleGAN-NADA's CLIP direction is between two
+    prompts; here text and images share no encoder, so the class means replace the prompts.
+
+    Args:
+        images: Features of the images of one class [N, d].
+        counterfactuals: Features of their counterfactuals [N, d], row by row.
+        healthy: Features of healthy images [M, d].
+
+    Returns:
+        Cosines [N] in [-1, 1]; NaN where nothing changes.
+
+    Raises:
+        ValueError: If the shapes differ, or there are fewer than three images.
     """
     before, after, real = (FeatureSet.of(z) for z in (images, counterfactuals, healthy))
     if len(before) != len(after) or before.dimension != after.dimension or len(before) < 3 or not len(real):
         raise ValueError(f"images and counterfactuals are [N, d] with N >= 3, got {len(before)} and {len(after)} rows")
     total = sum(rows.sum(axis=0) for rows in before.blocks())
     target = sum(rows.sum(axis=0) for rows in real.blocks()) / len(real)
-    found = []
-    for own, generated in zip(before.blocks(), after.blocks(), strict=True):
-        others = (total - own) / (len(before) - 1)
-        change, way = generated - own, target - others
+    cosines = []
+    for old, new in zip(before.blocks(), after.blocks(), strict=True):
+        others = (total - old) / (len(before) - 1)
+        change, way = new - old, target - others
         lengths = np.linalg.norm(change, axis=1) * np.linalg.norm(way, axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            found.append(np.where(lengths > 0, (change * way).sum(axis=1) / lengths, np.nan))
-    return np.concatenate(found)
+            cosines.append(np.where(lengths > 0, (change * way).sum(axis=1) / lengths, np.nan))
+    return np.concatenate(cosines)

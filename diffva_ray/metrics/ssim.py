@@ -1,6 +1,6 @@
-"""Likeness of two grey images: SSIM (Wang 2004), MS-SSIM (Wang 2003), PSNR and mean absolute difference.
+"""Similarity of two grey images: SSIM (Wang 2004), MS-SSIM (Wang 2003), PSNR and mean absolute difference.
 
-Images are grey float arrays [H, W] in [0, 1] of equal shape; everything is computed in float64.
+Images are grey float arrays [H, W] in [0, 1] of equal shape; all values are computed in float64.
 """
 
 from __future__ import annotations
@@ -14,24 +14,34 @@ from skimage.metrics import structural_similarity
 
 Preset = Literal["wang", "skimage"]
 
-# The two give different numbers for one pair of images, so every SSIM table names its preset.
+# The presets give different values for the same images, so every SSIM table names its preset.
 PRESETS: dict[str, tuple[int, dict[str, object]]] = {  # side of the window, arguments of scikit-image
     "wang": (11, {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}),
     "skimage": (7, {}),
 }
 
-WINDOW, SIGMA = 11, 1.5
+WINDOW, SIGMA = 11, 1.5  # of the Gaussian window, in pixels
 C1, C2 = 0.01**2, 0.03**2  # (K1 L)^2 and (K2 L)^2 at L = 1
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang 2003, finest scale first; they sum to 1.0001
 
 
 def ssim(a: NDArray[np.floating], b: NDArray[np.floating], preset: Preset = "wang") -> float:
-    """Mean structural similarity, in [-1, 1]; 1 for equal images.
+    """Mean structural similarity (Wang 2004).
 
-    ``wang`` is Wang 2004 (Gaussian window of 11 taps, sigma 1.5, population covariance), ``skimage`` is scikit-image's
-    default (uniform window of 7, sample covariance); both leave out the border where the window does not fit.
-    Raises ValueError for unequal shapes and for images smaller than the window.
+    Args:
+        a: Grey image [H, W] in [0, 1].
+        b: Grey image of the same shape.
+        preset: ``wang`` is Wang 2004 (Gaussian window of 11 taps, sigma 1.5, population covariance), ``skimage`` is
+            scikit-image's default (uniform window of 7, sample covariance). Both leave out the border where the window
+            does not fit.
 
+    Returns:
+        SSIM, in [-1, 1]; 1 for equal images.
+
+    Raises:
+        ValueError: If the shapes differ, or the images are smaller than the window.
+
+    Examples:
         >>> a = np.linspace(0, 1, 256).reshape(16, 16)
         >>> ssim(a, a), round(ssim(a, 1 - a), 2) < 0
         (1.0, True)
@@ -44,14 +54,24 @@ def ssim(a: NDArray[np.floating], b: NDArray[np.floating], preset: Preset = "wan
 
 
 def ms_ssim(a: NDArray[np.floating], b: NDArray[np.floating]) -> tuple[float, int]:
-    """Multi-scale SSIM (Wang 2003), in [0, 1], and its number of scales.
+    """Multi-scale SSIM (Wang 2003).
 
-    Five scales from 176 pixels a side. Below that there are as many as leave 11 pixels at the coarsest, with the finest
-    weights renormalised to sum 1: another quantity, never to be set beside a five-scale value. Contrast terms (and the
-    last scale's SSIM) below 0 count as 0, since a fractional power of a negative number is none. Between scales
-    pixels are averaged 2x2; an odd last row or column is dropped (as torchmetrics does; pytorch-msssim pads).
-    Raises ValueError for unequal shapes and below 11 pixels a side.
+    There are five scales from 176 pixels a side. Smaller images have as many as leave 11 pixels at the coarsest, with
+    the finest weights renormalised to sum 1: another quantity, not comparable with a five-scale value. Contrast terms
+    (and the last scale's SSIM) below 0 count as 0, because they are raised to fractional powers. Between scales pixels
+    are averaged 2x2; an odd last row or column is dropped (as in torchmetrics; pytorch-msssim pads).
 
+    Args:
+        a: Grey image [H, W] in [0, 1].
+        b: Grey image of the same shape.
+
+    Returns:
+        MS-SSIM, in [0, 1], and its number of scales.
+
+    Raises:
+        ValueError: If the shapes differ, or a side has fewer than 11 pixels.
+
+    Examples:
         >>> ms_ssim(np.ones((64, 64)), np.ones((64, 64)))
         (1.0, 3)
     """
@@ -75,11 +95,21 @@ def scales_of(side: int) -> int:
 
 
 def psnr(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
-    """Peak signal-to-noise ratio in dB at data range 1; ``inf`` for equal images.
+    """Peak signal-to-noise ratio at data range 1.
 
-    Infinity is kept rather than capped: Parquet stores it, and a mean that meets it shows so instead of hiding an
-    arbitrary cap. Whoever averages decides about equal pairs. Raises ValueError for unequal shapes.
+    Infinity is not capped: Parquet stores it, and a mean over equal images shows it instead of an arbitrary cap.
 
+    Args:
+        a: Grey image [H, W] in [0, 1].
+        b: Grey image of the same shape.
+
+    Returns:
+        PSNR in dB; ``inf`` for equal images.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Examples:
         >>> psnr(np.zeros((8, 8)), np.full((8, 8), 0.1)), psnr(np.zeros((8, 8)), np.zeros((8, 8)))
         (20.0, inf)
     """
@@ -89,7 +119,18 @@ def psnr(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
 
 
 def l1(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
-    """Mean absolute difference, in [0, 1]. Raises ValueError for unequal shapes."""
+    """Mean absolute difference.
+
+    Args:
+        a: Grey image [H, W] in [0, 1].
+        b: Grey image of the same shape.
+
+    Returns:
+        The mean, in [0, 1].
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
     a, b = _pair(a, b)
     return float(np.mean(np.abs(a - b)))
 

@@ -1,5 +1,5 @@
-"""Validity: does a judge call the counterfactual healthy? The judge is a small classifier that is trained on the same
-images' labels and never guides a counterfactual."""
+"""Validity: whether a judge calls the counterfactual healthy. The judge is a small classifier, trained on the labels of
+the same images; it never guides a counterfactual."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ from torch.nn import functional
 
 from diffva_ray.storage.store import Store
 
-SIZE = 64  # the judge's own pixel grid
+GRID = 64  # side of the judge's own pixel grid
 
 
 class Judge(nn.Module):
-    """Convolutional classifier over ``classes`` (sorted labels); ``healthy`` is the one a counterfactual should be
-    given. Its probabilities are calibrated by one ``temperature`` (Guo et al. 2017), which leaves every verdict as it
-    is."""
+    """Convolutional classifier of grey images.
 
-    temperature: torch.Tensor
+    One temperature calibrates its probabilities (Guo et al. 2017); the most probable class stays the same.
+
+    Args:
+        classes: Sorted labels.
+        healthy: The label that a counterfactual should get.
+        width: Channels of the first layer.
+    """
+
+    temperature: torch.Tensor  # scalar divisor of the logits
 
     def __init__(self, classes: Sequence[str], healthy: str, width: int = 16) -> None:
         super().__init__()
@@ -43,13 +49,13 @@ class Judge(nn.Module):
         self.register_buffer("temperature", torch.ones(()))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits [n, classes] of grey float32 images [n, H, W] in [0, 1], not calibrated."""
+        """Logits [n, classes] of grey float32 images [n, H, W] in [0, 1], before calibration."""
         return self.head(self.embed(images))
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """What the last layer sees: means and maxima [n, 8 * width] of the maps of grey images [n, H, W] in [0, 1];
-        each image is standardised on the judge's grid."""
-        grid = functional.interpolate(images[:, None], size=(SIZE, SIZE), mode="bilinear", antialias=True)
+        """Input of the last layer: means and maxima [n, 8 * width] of the feature maps of grey images [n, H, W] in
+        [0, 1]. Each image is standardised on the judge's grid."""
+        grid = functional.interpolate(images[:, None], size=(GRID, GRID), mode="bilinear", antialias=True)
         spread, mean = torch.std_mean(grid, dim=(1, 2, 3), keepdim=True)
         maps = self.features((grid - mean) / (spread + 1e-3))
         return torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)
@@ -57,15 +63,15 @@ class Judge(nn.Module):
     @torch.inference_mode()
     def healthy_probability(self, images: NDArray[np.float32]) -> NDArray[np.float64]:
         """Probability [n] of the healthy class for grey images [n, H, W] in [0, 1]. Images are judged one by one, so
-        that an image's number does not depend on its neighbours. Raises RuntimeError, of torch, for another shape."""
+        that a result does not depend on the batch. Raises torch's RuntimeError for another shape."""
         index = self.classes.index(self.healthy)
         rows = [self._calibrated(image[None])[0, index].item() for image in images]
         return np.array(rows, dtype=np.float64)
 
     @torch.inference_mode()
     def probabilities(self, images: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Calibrated probabilities [n, classes] of grey images [n, H, W] in [0, 1], judged together. Raises
-        RuntimeError, of torch, for another shape."""
+        """Calibrated probabilities [n, classes] of grey images [n, H, W] in [0, 1], in one batch. Raises torch's
+        RuntimeError for another shape."""
         return self._calibrated(images).double().cpu().numpy()
 
     def _calibrated(self, images: NDArray[np.float32]) -> torch.Tensor:
@@ -74,8 +80,8 @@ class Judge(nn.Module):
 
 
 def fitted_temperature(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
-    """The temperature, between exp(-3) and exp(3), under which ``logits`` [n, classes] tell ``targets`` [n] with the
-    least cross-entropy (Guo et al. 2017, section 4.2)."""
+    """The temperature, between exp(-3) and exp(3), at which ``logits`` [n, classes] have the least cross-entropy with
+    ``targets`` [n] (Guo et al. 2017, section 4.2)."""
 
     def cross_entropy(log_temperature: float) -> float:
         scaled = logits / np.exp(log_temperature)
@@ -85,36 +91,44 @@ def fitted_temperature(logits: NDArray[np.float64], targets: NDArray[np.int64]) 
 
 
 def calibration_error(probabilities: NDArray[np.float64], targets: NDArray[np.int64], bins: int = 10) -> float:
-    """Expected calibration error of ``probabilities`` [n, classes] (Guo et al. 2017, equation 3): the mean distance
-    between confidence and accuracy over ``bins`` of equal width, in [0, 1]; ``targets`` [n] are indices of classes."""
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [abs(confidence[which == n].sum() - right[which == n].sum()) for n in range(bins)]
+    """Expected calibration error (Guo et al. 2017, equation 3): mean distance of confidence and accuracy over bins.
+
+    Args:
+        probabilities: Probabilities [n, classes].
+        targets: Indices of the true classes [n].
+        bins: Number of bins of equal width.
+
+    Returns:
+        The error, in [0, 1].
+    """
+    confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs(confidence[bin_of == n].sum() - correct[bin_of == n].sum()) for n in range(bins)]
     return float(sum(gaps) / len(targets))
 
 
 def save_judge(judge: Judge, store: Store, calibration: Mapping[str, float] | None = None) -> None:
-    """``judge/model.safetensors`` and ``judge/config.json`` below the model folder; ``calibration``: what was measured
+    """Write ``judge/model.safetensors`` and ``judge/config.json`` below the model folder; ``calibration`` holds results
     on images held out of its training."""
-    about: dict[str, Any] = {"classes": list(judge.classes), "healthy": judge.healthy, "width": judge.width}
-    about["calibration"] = dict(calibration or {})
+    config: dict[str, Any] = {"classes": list(judge.classes), "healthy": judge.healthy, "width": judge.width}
+    config["calibration"] = dict(calibration or {})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in judge.state_dict().items()}
     store.put("judge/model.safetensors", save_safetensors(tensors))
-    store.put("judge/config.json", json.dumps(about).encode())
+    store.put("judge/config.json", json.dumps(config).encode())
 
 
 def load_judge(store: Store) -> Judge | None:
-    """The model folder's judge, in evaluation mode; None when it has none. Raises ValueError for weights that do not
-    fit, and for a judge that does not know its own healthy class."""
+    """The judge of a model folder, in evaluation mode; None without one. Raises ValueError for weights that do not fit,
+    and for a judge without its healthy class."""
     try:
-        about = json.loads(store.read("judge/config.json"))
+        config = json.loads(store.read("judge/config.json"))
     except FileNotFoundError:
         return None
-    if about["healthy"] not in about["classes"]:
+    if config["healthy"] not in config["classes"]:
         raise ValueError(
-            f"{store.uri}/judge: it does not know the healthy class {about['healthy']}; train one that does"
+            f"{store.uri}/judge: it does not know the healthy class {config['healthy']}; train one that does"
         )
-    judge = Judge(about["classes"], about["healthy"], about["width"])
+    judge = Judge(config["classes"], config["healthy"], config["width"])
     try:
         weights = load_safetensors(store.read("judge/model.safetensors"))
         judge.load_state_dict({"temperature": torch.ones(()), **weights})  # older judges have none

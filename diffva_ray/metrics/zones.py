@@ -1,4 +1,4 @@
-"""Brixia zones (Borghesi & Maroldi 2020) as localisation truth: readers' scores of six lung zones, 0 to 3 each.
+"""Brixia zones (Borghesi & Maroldi 2020) as localization truth: readers' scores of six lung zones, 0 to 3 each.
 
 A, B, C are the patient's right lung (the left half of the image) from top to bottom, D, E, F the left one.
 """
@@ -15,10 +15,22 @@ ZONES = ("A", "B", "C", "D", "E", "F")
 
 
 def zone_masks(lungs: NDArray[np.bool_] | None, size: int) -> NDArray[np.bool_]:
-    """The six zones bool [6, size, size]: thirds of each lung's height, the lungs [size, size] parted at the middle of
-    their whole width. Without lungs: thirds of the image's middle (15 to 85 % of the height, 10 to 90 % of the width).
-    Borghesi and Maroldi part lungs at the aortic arch and the pulmonary veins, which no mask shows: thirds stand in for
-    that. Raises ValueError for lungs of another shape."""
+    """The six zones: thirds of each lung's height, with the lungs divided at the middle of their whole width.
+
+    Borghesi and Maroldi divide lungs at the aortic arch and the pulmonary veins, which no mask shows; thirds replace
+    them.
+
+    Args:
+        lungs: Lung mask, bool [size, size]. Without it, or if it is empty: the image's middle (15 to 85 % of the
+            height, 10 to 90 % of the width).
+        size: Side of the image.
+
+    Returns:
+        Masks of the zones A to F, bool [6, size, size].
+
+    Raises:
+        ValueError: If the mask has another shape.
+    """
     if lungs is not None and lungs.shape != (size, size):
         raise ValueError(f"lungs are [{size}, {size}], got {lungs.shape}")
     if lungs is None or not lungs.any():
@@ -26,7 +38,7 @@ def zone_masks(lungs: NDArray[np.bool_] | None, size: int) -> NDArray[np.bool_]:
         lungs[round(0.15 * size) : round(0.85 * size), round(0.1 * size) : round(0.9 * size)] = True
     columns = np.flatnonzero(lungs.any(axis=0))
     middle = (columns[0] + columns[-1] + 1) // 2
-    found = np.zeros((6, size, size), bool)
+    zones = np.zeros((6, size, size), bool)
     for side, part in enumerate((slice(None, middle), slice(middle, None))):
         lung = np.zeros_like(lungs)
         lung[:, part] = lungs[:, part]
@@ -35,13 +47,23 @@ def zone_masks(lungs: NDArray[np.bool_] | None, size: int) -> NDArray[np.bool_]:
             continue
         cuts = np.linspace(rows[0], rows[-1] + 1, 4).round().astype(int)
         for third in range(3):
-            found[3 * side + third, cuts[third] : cuts[third + 1]] = lung[cuts[third] : cuts[third + 1]]
-    return found
+            zones[3 * side + third, cuts[third] : cuts[third + 1]] = lung[cuts[third] : cuts[third + 1]]
+    return zones
 
 
 def zone_energy(saliency: NDArray[np.float32], zones: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Mean saliency [6] of a map [H, W] in each zone [6, H, W], in the map's own range; NaN in an empty one. Raises
-    ValueError for unequal shapes."""
+    """Mean saliency in each zone.
+
+    Args:
+        saliency: Map [H, W].
+        zones: Masks of the zones, bool [6, H, W].
+
+    Returns:
+        Means [6], in the map's range; NaN for an empty zone.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
     if zones.shape[1:] != saliency.shape:
         raise ValueError(f"saliency is [H, W] and zones are [6, H, W], got {saliency.shape} and {zones.shape}")
     areas = zones.sum(axis=(1, 2))
@@ -51,29 +73,42 @@ def zone_energy(saliency: NDArray[np.float32], zones: NDArray[np.bool_]) -> NDAr
 
 @dataclass(frozen=True)
 class ZoneAgreement:
-    """Spearman's correlations of map energy and readers' scores, in [-1, 1]. ``pooled``: over all zones of all images,
-    ``interval``: 95 %, bootstrap over images; ``within``: mean over the images whose zones differ of the correlation of
-    their six zones, which no image's overall severity can make; ``n_within``: those images."""
+    """Spearman's correlations of map energy and readers' scores, in [-1, 1]."""
 
-    pooled: float
-    interval: tuple[float, float]
-    within: float
-    n: int
-    n_within: int
+    pooled: float  # over all zones of all images
+    interval: tuple[float, float]  # 95 % interval of ``pooled``, by a bootstrap over images
+    within: float  # mean of the correlations within single images, which do not depend on an image's overall severity
+    n: int  # images
+    n_within: int  # images whose zones differ, over which ``within`` is a mean
 
 
 def zone_agreement(
     energies: NDArray[np.floating], scores: NDArray[np.floating], draws: int = 1000, seed: int = 0
 ) -> ZoneAgreement:
-    """Agreement of map energies [N, 6] with readers' scores [N, 6] (mean of the readers, 0 to 3); zones that are NaN in
-    either are left out. Raises ValueError for unequal shapes or without an image."""
+    """Agreement of map energies with readers' scores; zones that are NaN in either are left out.
+
+    Args:
+        energies: Mean saliency [N, 6] in the zones of N images.
+        scores: Mean of the readers' scores [N, 6], 0 to 3.
+        draws: Number of bootstrap samples.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Correlations over all zones and within images.
+
+    Raises:
+        ValueError: If the shapes differ, or there is no image.
+    """
     if energies.shape != scores.shape or energies.ndim != 2 or not len(energies):
         raise ValueError(f"energies and scores are [N, 6], got {energies.shape} and {scores.shape}")
+    # Correlation over all zones, with a bootstrap over images.
     random = np.random.default_rng(seed)
-    drawn = [_spearman(energies[rows].ravel(), scores[rows].ravel())
+    samples = [_spearman(energies[rows].ravel(), scores[rows].ravel())
              for rows in random.integers(len(scores), size=(draws, len(scores)))]  # fmt: skip
-    known = [value for value in drawn if not np.isnan(value)]
-    low, high = np.percentile(known, [2.5, 97.5]) if len(known) > draws // 2 and len(scores) > 1 else (np.nan, np.nan)
+    valid = [value for value in samples if not np.isnan(value)]
+    low, high = np.percentile(valid, [2.5, 97.5]) if len(valid) > draws // 2 and len(scores) > 1 else (np.nan, np.nan)
+
+    # Correlation within each image.
     images = [_spearman(*pair) for pair in zip(energies, scores)]
     ranked = [value for value in images if not np.isnan(value)]
     within = float(np.mean(ranked)) if ranked else float("nan")
@@ -83,7 +118,7 @@ def zone_agreement(
 
 def _spearman(x: NDArray[np.floating], y: NDArray[np.floating]) -> float:
     """Pearson's correlation of the ranks, ties shared; NaN where either is constant."""
-    known = ~(np.isnan(x) | np.isnan(y))
-    if known.sum() < 3 or np.ptp(x[known]) == 0 or np.ptp(y[known]) == 0:
+    valid = ~(np.isnan(x) | np.isnan(y))
+    if valid.sum() < 3 or np.ptp(x[valid]) == 0 or np.ptp(y[valid]) == 0:
         return float("nan")
-    return float(np.corrcoef(rankdata(x[known]), rankdata(y[known]))[0, 1])
+    return float(np.corrcoef(rankdata(x[valid]), rankdata(y[valid]))[0, 1])

@@ -1,4 +1,4 @@
-"""The promise of the conformal threshold, by hand and by simulation."""
+"""The guarantee of the conformal threshold, by hand and by simulation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_pixels_outside_the_region_do_not_count() -> None:
     assert conformal_threshold(maps, [region] * 40, level=0.05) == pytest.approx(0.3)
 
 
-def test_new_healthy_images_keep_the_promise() -> None:
+def test_the_guarantee_holds_on_new_healthy_images() -> None:
     """Images differ in their noise level, so pixels of an image are far from independent."""
     random = np.random.default_rng(0)
 
@@ -34,18 +34,18 @@ def test_new_healthy_images_keep_the_promise() -> None:
         threshold = conformal_threshold(images(40), [None] * 40, level=0.05)
         shares += [attributed(image, None, threshold) for image in images(10)]
     assert np.mean(shares) <= 0.05
-    assert np.mean(shares) > 0.02  # and it is no empty promise
+    assert np.mean(shares) > 0.02  # the guarantee is not trivially met
 
 
 def test_too_few_images_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"18 healthy images are too few .*; 19 would do"):
+    with pytest.raises(ValueError, match=r"18 healthy images are too few .*; at least 19 are needed"):
         conformal_threshold([np.zeros((2, 2), np.float32)] * 18, [None] * 18)
 
 
 def test_a_region_without_a_pixel_is_an_error() -> None:
     """A lung mask of zeros."""
     maps, empty = [np.zeros((2, 2), np.float32)] * 19, np.zeros((2, 2), bool)
-    with pytest.raises(ValueError, match="region without a pixel"):
+    with pytest.raises(ValueError, match="region has no pixel"):
         conformal_threshold(maps, [None] * 18 + [empty], level=0.1)
-    with pytest.raises(ValueError, match="region without a pixel"):
+    with pytest.raises(ValueError, match="region has no pixel"):
         attributed(maps[0], empty, 0.5)

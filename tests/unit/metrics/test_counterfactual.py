@@ -1,4 +1,4 @@
-"""Scores of single counterfactuals, on pictures small enough to count."""
+"""Scores of single counterfactuals, on images small enough to count by hand."""
 
 import numpy as np
 import pytest
@@ -17,8 +17,8 @@ def test_outside_lesion_by_hand():
     m, lesion = np.zeros((2, 4)), np.zeros((2, 4), bool)
     lesion[0, 0] = True
     m[0, 0], m[1, 3] = -0.6, 0.2
-    found = outside_lesion(m, lesion)
-    assert (found.inside, found.change, found.share) == pytest.approx((0.6, 0.2 / 7, 0.25))
+    result = outside_lesion(m, lesion)
+    assert (result.inside, result.change, result.share) == pytest.approx((0.6, 0.2 / 7, 0.25))
     assert np.isnan(outside_lesion(np.zeros((2, 4)), lesion).share)
     assert outside_lesion(m, np.zeros((2, 4), bool)) is None
     assert outside_lesion(m, np.ones((2, 4), bool)) is None
@@ -36,7 +36,7 @@ def test_the_patients_left_is_the_right_half_of_the_image():
 
 
 def test_cout_rewards_few_decisive_pixels():
-    """A judge that looks at one pixel: when that one changes most, the verdict turns at the first step."""
+    """A judge that reads one pixel: if that pixel changes most, the answer flips at the first step."""
     image, counterfactual = np.ones((5, 5)), np.ones((5, 5))
     counterfactual[2, 2] = 0.0
     healthy = lambda images: 1.0 - images[:, 2, 2]  # noqa: E731
@@ -44,7 +44,7 @@ def test_cout_rewards_few_decisive_pixels():
     assert curve.tolist() == [0.0] + [1.0] * 25
     assert value == pytest.approx(2 * (24.5 / 25) - 1)
 
-    counterfactual = np.full((5, 5), 0.4)  # every other pixel changes more, so the one that counts comes last
+    counterfactual = np.full((5, 5), 0.4)  # every other pixel changes more, so the decisive one comes last
     counterfactual[2, 2] = 0.5
     late, curve = cout(lambda images: (images[:, 2, 2] < 0.7).astype(float), image, counterfactual, steps=25)
     assert curve.tolist() == [0.0] * 25 + [1.0]
@@ -62,24 +62,23 @@ def test_memorisation_finds_copies_and_only_them():
     assert copied.nearer == 1.0
     assert copied.p_value == 0.001
     assert copied.train < 0.2 * copied.held_out
-    honest = memorisation(fresh, train, held)
-    assert honest.without_memory[0] < honest.nearer < honest.without_memory[1]
-    assert honest.p_value > 0.05
+    independent = memorisation(fresh, train, held)
+    assert independent.without_memory[0] < independent.nearer < independent.without_memory[1]
+    assert independent.p_value > 0.05
     with pytest.raises(ValueError, match="two images"):
         memorisation(fresh, train, held[:1])
 
 
 def test_memorisation_is_not_claimed_from_few_or_uneven_sets():
-    """Six times as many training images are nearer by number alone; eight images of each side are nearer by chance,
-    which an interval over counterfactuals would not know. The test is at its level: one in twenty of honest audits, not
-    more."""
+    """Six times as many training images are nearer by number alone, and eight images of each set by chance, which an
+    interval over counterfactuals would miss. The test keeps its level: about one in twenty audits without memory."""
     random = np.random.default_rng(1)
     train, held, fresh = random.standard_normal((3, 300, 12))
     uneven = memorisation(fresh, train, held[:50])
     assert uneven.set_size == 50
     assert uneven.p_value > 0.05
-    found = []
+    rejected = []
     for _ in range(60):
         counterfactuals, train, held = random.standard_normal((3, 60, 6))
-        found.append(memorisation(counterfactuals, train[:8], held[:8], deals=99).p_value <= 0.05)
-    assert np.mean(found) <= 0.15
+        rejected.append(memorisation(counterfactuals, train[:8], held[:8], deals=99).p_value <= 0.05)
+    assert np.mean(rejected) <= 0.15

@@ -1,4 +1,4 @@
-"""Judges of others: their own numbers, and one line for what cannot be one."""
+"""External judges: they equal their packages' own results, and unusable options give a one-line error."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ ALL = "nih-pc-chex-mimic_ch-google-openi-kaggle-densenet121-d121-tw-lr001-rot45-
 
 
 @pytest.mark.parametrize("saved", ["module", "state"])
-def test_torchxrayvision_says_what_it_says_itself(saved: str, tmp_path: Path) -> None:
+def test_torchxrayvision_equals_the_packages_own_output(saved: str, tmp_path: Path) -> None:
     xrv = pytest.importorskip("torchxrayvision.models")
-    about = next(about for about in xrv.model_urls.values() if about["weights_url"].endswith(f"/{ALL}"))
+    entry = next(entry for entry in xrv.model_urls.values() if entry["weights_url"].endswith(f"/{ALL}"))
     torch.manual_seed(0)
-    network = xrv.DenseNet(num_classes=len(about["labels"])).eval()
+    network = xrv.DenseNet(num_classes=len(entry["labels"])).eval()
     torch.save(network if saved == "module" else network.state_dict(), tmp_path / ALL)
     judge = open_judge(f"torchxrayvision={tmp_path / ALL}")
 
-    network.op_threshs = torch.tensor(about["op_threshs"])
+    network.op_threshs = torch.tensor(entry["op_threshs"])
     with torch.inference_mode():
         grey = resized(torch.from_numpy(IMAGES)[:, None], 224, "bilinear")
-        told = network((2 * grey - 1) * 1024).numpy()
-    opacities = [n for n, label in enumerate(about["labels"]) if label in OPACITIES]
+        output = network((2 * grey - 1) * 1024).numpy()
+    opacities = [n for n, label in enumerate(entry["labels"]) if label in OPACITIES]
     assert len(opacities) == 4
-    np.testing.assert_allclose(judge.healthy(IMAGES), 1 - told[:, opacities].max(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(judge.healthy(IMAGES), 1 - output[:, opacities].max(axis=1), rtol=1e-5)
     assert "Consolidation" in judge.says
 
 
@@ -55,7 +55,7 @@ def test_the_same_judge_twice_is_refused(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "says"),
+    ("option", "message"),
     [
         ("crystal-ball=x", "torchxrayvision=PATH, judge=PATH"),
         ("judge", "judge=PATH"),
@@ -63,10 +63,10 @@ def test_the_same_judge_twice_is_refused(model: Path, tmp_path: Path) -> None:
         ("torchxrayvision=FOLDER/absent.pt", "expected torchxrayvision"),
     ],
 )
-def test_what_is_no_judge_is_one_line(asked: str, says: str, tmp_path: Path) -> None:
+def test_an_unusable_option_is_one_line(option: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^--judge ") as raised:
-        open_judge(asked.replace("FOLDER", str(tmp_path)))
-    assert says in str(raised.value)
+        open_judge(option.replace("FOLDER", str(tmp_path)))
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

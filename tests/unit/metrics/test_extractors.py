@@ -1,4 +1,4 @@
-"""Networks by name equal their packages' own features; files of other kinds are refused in one line."""
+"""Extractors equal their packages' own features; other files are refused by a one-line error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def images() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A snapshot as RAD-DINO's: config, processor, safetensors; two layers of random weights."""
+    """A snapshot in RAD-DINO's format (config, processor, safetensors), with two layers of random weights."""
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
     folder = tmp_path_factory.mktemp("dino")
@@ -39,7 +39,7 @@ def test_torchxrayvision_equals_its_own_features(images: np.ndarray, tmp_path: P
     xrv = pytest.importorskip("torchxrayvision.models")
     torch.manual_seed(0)
     network = xrv.DenseNet().eval()
-    torch.save(network, tmp_path / "module.pt")  # as the package's own downloads are
+    torch.save(network, tmp_path / "module.pt")  # the format of the package's downloads
     torch.save(network.state_dict(), tmp_path / "state.pt")
     with torch.inference_mode():
         grey = resized(torch.from_numpy(images)[:, None], 224, "bilinear")
@@ -48,19 +48,19 @@ def test_torchxrayvision_equals_its_own_features(images: np.ndarray, tmp_path: P
     for name in ("module.pt", "state.pt"):
         extractor = extractors.torchxrayvision(tmp_path / name)
         np.testing.assert_allclose(extractor(images), expected, rtol=1e-5)
-        about = (extractor.name, extractor.dimension, extractor.resize, extractor.is_stand_in)
-        assert about == ("torchxrayvision-densenet121", 1024, "clean-224", False)
+        metadata = (extractor.name, extractor.dimension, extractor.resize, extractor.is_stand_in)
+        assert metadata == ("torchxrayvision-densenet121", 1024, "clean-224", False)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_without_the_package_a_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchxrayvision.models", None)
     with pytest.raises(ValueError, match=r"torchxrayvision is needed for .*: pip install diffva-ray\[xrv\]$"):
         extractors.torchxrayvision(tmp_path / "weights.pt")
 
 
 class Command:
-    """What runs when it is unpickled."""
+    """An object that runs code when it is unpickled."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return Path.touch, (Path("ran"),)
@@ -105,8 +105,8 @@ def test_another_folder_is_no_rad_dino(change: str, dino: Path, tmp_path: Path) 
         for file in dino.iterdir():
             (tmp_path / file.name).write_bytes(file.read_bytes())
     if change == "another model":
-        about = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({**about, "model_type": "vit"}))
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
     elif change == "no processor":
         (tmp_path / "preprocessor_config.json").unlink()
     elif change == "no weights":
@@ -118,15 +118,15 @@ def test_another_folder_is_no_rad_dino(change: str, dino: Path, tmp_path: Path) 
     assert "\n" not in str(raised.value)
 
 
-def test_the_judge_s_last_layer_on_its_features_is_the_judge(images: np.ndarray, tmp_path: Path) -> None:
+def test_the_judges_last_layer_on_its_features_gives_its_logits(images: np.ndarray, tmp_path: Path) -> None:
     torch.manual_seed(0)
     judge = Judge(["COVID", "Normal"], "Normal", width=4).eval()
     save_judge(judge, LocalStore(str(tmp_path)))
     extractor = extractors.judge_features(str(tmp_path))
     with torch.inference_mode():
         expected = judge(torch.from_numpy(images)).numpy()
-        found = judge.head(torch.from_numpy(extractor(images))).numpy()
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+        logits = judge.head(torch.from_numpy(extractor(images))).numpy()
+    np.testing.assert_allclose(logits, expected, rtol=1e-5)
     assert (extractor.name, extractor.dimension) == ("judge", 32)
     with pytest.raises(ValueError, match="has no judge"):
         extractors.judge_features(str(tmp_path / "empty"))

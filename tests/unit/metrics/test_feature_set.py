@@ -1,4 +1,4 @@
-"""Sets of features that may lie on disk: the same numbers as of an array, whatever the blocks."""
+"""Feature sets on disk: metrics equal those of arrays, for any block size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def matrix(tmp_path: Path) -> np.memmap:
 
 @pytest.fixture
 def sets(matrix: np.memmap) -> tuple[FeatureSet, FeatureSet, np.ndarray, np.ndarray]:
-    """Interleaved rows of one matrix on disk, and the same as arrays."""
+    """Interleaved rows of one matrix on disk, and the same rows as arrays."""
     first, second = np.arange(0, 300, 2), np.arange(1, 300, 2)[:120]
     return FeatureSet(matrix, first), FeatureSet(matrix, second), np.array(matrix[first]), np.array(matrix[second])
 
@@ -35,18 +35,18 @@ def test_rows_are_those_of_the_matrix(matrix: np.memmap) -> None:
     np.testing.assert_array_equal(chosen.load(), matrix[[5, 9]])
     assert (len(chosen), chosen.dimension) == (2, 6)
     assert FeatureSet.of(chosen) is chosen
-    drawn = FeatureSet(matrix).drawn(7, np.random.default_rng(0))
-    assert len(set(drawn.rows)) == 7
-    assert chosen.drawn(7, np.random.default_rng(0)) is chosen
-    both = FeatureSet.together([chosen, drawn])
+    sampled = FeatureSet(matrix).sampled(7, np.random.default_rng(0))
+    assert len(set(sampled.rows)) == 7
+    assert chosen.sampled(7, np.random.default_rng(0)) is chosen
+    both = FeatureSet.together([chosen, sampled])
     assert both.base is matrix
-    np.testing.assert_array_equal(both.load(), np.concatenate([chosen.load(), drawn.load()]))
+    np.testing.assert_array_equal(both.load(), np.concatenate([chosen.load(), sampled.load()]))
     np.testing.assert_array_equal(FeatureSet.together([chosen, FeatureSet(matrix[:1].copy())]).load()[-1], matrix[0])
     with pytest.raises(ValueError, match=r"\[N, d\]"):
         FeatureSet(matrix[0])
 
 
-def test_numbers_do_not_depend_on_where_rows_lie(sets, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_do_not_depend_on_storage_and_blocks(sets, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, a, b = sets
     whole = (
         frechet_distance_features(a, b), delete_group_jackknife(a, b), matched(a, b), kid(a, b, 5, 50), infinity(a, b),
@@ -60,31 +60,31 @@ def test_numbers_do_not_depend_on_where_rows_lie(sets, monkeypatch: pytest.Monke
         prdc(x, y), verisimilitude(y, x), interpolation(y, x), split_halves(*small), directions(*small, x).tolist(),
     )  # fmt: skip
     for one, other in zip(whole, pieces, strict=True):
-        values = [list(found.__dict__.values()) if hasattr(found, "__dict__") else found for found in (one, other)]
+        values = [list(each.__dict__.values()) if hasattr(each, "__dict__") else each for each in (one, other)]
         assert values[1] == pytest.approx(values[0], rel=1e-9)
 
 
 def test_moments_merge_over_blocks(matrix: np.memmap, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_set, "BLOCK", 11)
-    found = Moments.of(FeatureSet(matrix))
-    np.testing.assert_allclose(found.covariance, np.cov(matrix, rowvar=False, dtype=np.float64), rtol=1e-10)
+    moments = Moments.of(FeatureSet(matrix))
+    np.testing.assert_allclose(moments.covariance, np.cov(matrix, rowvar=False, dtype=np.float64), rtol=1e-10)
     assert Moments.of(FeatureSet(matrix, np.zeros(0, int))).n == 0
 
 
-def test_a_small_set_meets_a_large_one_by_its_covariance(matrix: np.memmap, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_set_is_used_by_its_covariance(matrix: np.memmap, monkeypatch: pytest.MonkeyPatch) -> None:
     small, large = matrix[:4], matrix[4:]  # fewer rows than dimensions
     expected = frechet_distance_features(small, large)
-    monkeypatch.setattr(fid, "ROW_BY_ROW", 50)
+    monkeypatch.setattr(fid, "MAX_DENSE_ROWS", 50)
     assert frechet_distance_features(small, large) == pytest.approx(expected, rel=1e-6)
     assert frechet_distance_features(large, small) == pytest.approx(expected, rel=1e-6)
 
 
-def test_large_sets_are_drawn_down(sets, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_sets_are_sampled_down(sets, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, *_ = sets
-    monkeypatch.setattr(manifold, "MOST", 40)
-    monkeypatch.setattr(fid_controls, "MOST", 60)
-    found = prdc(x, y)
-    assert (found.n1, found.n2) == (40, 40)
-    assert found == prdc(x, y)  # by a seed
+    monkeypatch.setattr(manifold, "MAX_ROWS", 40)
+    monkeypatch.setattr(fid_controls, "MAX_ROWS", 60)
+    result = prdc(x, y)
+    assert (result.n1, result.n2) == (40, 40)
+    assert result == prdc(x, y)  # seeded
     assert split_halves(x.take(np.arange(120)), y).n == 30
     assert infinity(x, y) == infinity(x, y)

@@ -1,4 +1,4 @@
-"""Extractors: the stand-in is fixed and tells sets apart; Inception equals pytorch-fid's own and loads no other."""
+"""Extractors: the stand-in is fixed and distinguishes sets; Inception equals pytorch-fid's and loads its file only."""
 
 import urllib.error
 
@@ -13,7 +13,7 @@ from diffva_ray.metrics.fid import frechet_distance_features
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """Threads that wait for each other on a busy machine take ten times as long as one alone."""
+    """On a busy machine several threads, which wait for each other, take ten times as long as one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,7 +25,7 @@ def images(n: int, side: int, seed: int = 0, gain: float = 1.0) -> np.ndarray:
     return np.clip(0.5 + gain * gaussian_filter(noise, (0, side / 32, side / 32)), 0, 1).astype(np.float32)
 
 
-def test_the_stand_in_says_what_it_is():
+def test_the_stand_in_is_named_and_shaped_as_documented():
     extractor = features.stand_in()
     assert extractor.is_stand_in
     assert extractor.name == "stand-in-random-conv-64"
@@ -40,7 +40,7 @@ GOLDEN = [2.56673, 0.66100, 2.75332, 2.95426, 0.82556, 0.51584]
 
 
 def test_the_stand_in_is_the_same_on_every_machine():
-    """Values written down once; a change of them makes old and new tables incomparable."""
+    """Fixed values; if they change, old and new tables are no longer comparable."""
     ramp = np.outer(np.linspace(0, 1, 64), np.linspace(1, 0, 64)).astype(np.float32)[None]
     assert features.stand_in()(ramp)[0, [0, 9, 21, 37, 52, 63]] == pytest.approx(GOLDEN, rel=1e-3, abs=1e-4)
 
@@ -55,7 +55,7 @@ def test_the_stand_in_ignores_batches_and_touches_no_global_seed():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_the_stand_in_tells_sets_apart():
+def test_the_stand_in_distinguishes_sets():
     extractor = features.stand_in()
     same = frechet_distance_features(extractor(images(300, 64, 0)), extractor(images(300, 64, 1)))
     other = frechet_distance_features(extractor(images(300, 64, 0)), extractor(images(300, 64, 1, gain=1.3)))
@@ -93,9 +93,9 @@ def test_inception_equals_pytorch_fid(inception_weights, original):
         np.testing.assert_allclose(extractor(x), expected, rtol=1e-4, atol=1e-5 * expected.std())
 
 
-def test_clean_resizing_takes_both_sets_one_way(inception_weights):
-    """At 299 both paths are one; elsewhere clean goes over the counterfactuals' grid, so an image stored larger than
-    its copy on that grid gets (nearly) the copy's features."""
+def test_clean_resizing_treats_both_sets_alike(inception_weights):
+    """At 299 both paths are equal. Otherwise clean goes through the counterfactuals' grid, so a larger image gets
+    (nearly) the features of its copy on that grid."""
     legacy, clean = features.inception(inception_weights, "legacy"), features.inception(inception_weights, "clean")
     x = images(1, 299)
     np.testing.assert_allclose(clean(x), legacy(x), rtol=1e-5)
@@ -127,7 +127,7 @@ def test_a_wrong_file_is_named_in_one_line(content, tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_the_cache_is_torch_hub_s(tmp_path, monkeypatch):
+def test_the_cache_is_that_of_torch_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert features.inception_cache() is None
     path = tmp_path / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
@@ -136,7 +136,7 @@ def test_the_cache_is_torch_hub_s(tmp_path, monkeypatch):
     assert features.inception_cache() == path
 
 
-def test_no_network_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
+def test_without_network_the_error_is_one_line_with_the_url(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     def refuse(*args, **kwargs):

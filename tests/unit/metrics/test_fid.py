@@ -27,7 +27,7 @@ def features(n: int, d: int = 64, seed: int = 0, shift: float = 0.0) -> np.ndarr
 
 @pytest.fixture(params=["this SciPy", "SciPy without disp"])
 def scipy_of(request, monkeypatch):
-    """pytorch-fid calls ``sqrtm(disp=False)``, which SciPy 1.18 leaves out: its arithmetic as it will be then, too."""
+    """pytorch-fid calls ``sqrtm(disp=False)``, which SciPy 1.18 removes; the second case computes as it will then."""
     fid_score = pytest.importorskip("pytorch_fid.fid_score")
     if request.param == "SciPy without disp":
         monkeypatch.setattr(fid_score.linalg, "sqrtm", lambda a, disp=True: (SQRTM(a), 0.0))
@@ -53,9 +53,9 @@ def test_equals_pytorch_fid(n1, n2):
     assert frechet_distance(Moments.of(x), Moments.of(y)) == pytest.approx(expected, rel=1e-6)
 
 
-def known(n: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Two sets [n, d] in float64 whose distance is known, sum (a - b)^2, though their covariances are singular: of rank
-    n - 1 < d, with the same axes, so that they commute. Also the sum of the traces."""
+def commuting_sets(n: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Two sets [n, d] in float64 with the known distance sum (a - b)^2, and the sum of their traces. The covariances
+    are singular, of rank n - 1 < d, with the same axes, so that they commute."""
     random = np.random.default_rng(seed)
     axes = np.linalg.qr(random.standard_normal((d, d)))[0][:, : n - 1]
     centred = np.linalg.qr(np.column_stack([np.ones(n), random.standard_normal((n, n - 1))]))[0][:, 1:]
@@ -67,10 +67,9 @@ def known(n: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, float,
 @pytest.mark.parametrize("n", [10, 30, 60])
 @pytest.mark.usefixtures("scipy_of")
 def test_singular_covariances_are_exact_here_and_not_in_sqrtm(n):
-    """Below N = d pytorch-fid takes ``sqrtm`` of a singular product: its rounding is a share of the traces, not of the
-    distance, so a relative difference from it may be large where the distance is small. The known answer says whose
-    rounding that is."""
-    x, y, truth, traces = known(n, 64)
+    """Below N = d pytorch-fid takes ``sqrtm`` of a singular product, whose rounding error is relative to the traces,
+    not to the distance. The known distance shows that the difference is pytorch-fid's error."""
+    x, y, truth, traces = commuting_sets(n, 64)
     theirs = abs(pytorch_fid(x, y) - truth) / traces
     ours = [abs(frechet_distance_features(x, y) - truth) / traces,
             abs(frechet_distance(Moments.of(x), Moments.of(y)) - truth) / traces]  # fmt: skip
@@ -90,7 +89,7 @@ def test_merged_shards_equal_one_set(cuts):
     assert frechet_distance(merged, reference) == pytest.approx(frechet_distance(whole, reference), rel=1e-9)
 
 
-def test_merging_has_any_order_and_grouping():
+def test_merging_works_in_any_order_and_grouping():
     a, b, c = (Moments.of(features(n, seed=n)) for n in (10, 100, 33))
     left, right = a.merge(b).merge(c), c.merge(b.merge(a))
     np.testing.assert_allclose(left.scatter, right.scatter, rtol=1e-9, atol=1e-9)
@@ -109,7 +108,7 @@ def test_symmetric_and_zero_on_equal_sets():
 
 
 def test_constant_features_have_their_shift_only():
-    """Collapsed generators happen; a covariance of zeros has no root to divide by."""
+    """A collapsed generator has a covariance of zeros, which has no root to divide by."""
     x, y = np.zeros((10, 4)), np.ones((10, 4))
     assert frechet_distance_features(x, y) == 4
     assert frechet_distance(Moments.of(x), Moments.of(y)) == 4
@@ -138,8 +137,8 @@ def test_jackknife_covers_the_true_distance(d):
     assert above >= 30
 
 
-def test_jackknife_of_pairs_knows_that_pairs_are_alike():
-    """An image and its counterfactual share their sampling, so a paired interval is the narrower."""
+def test_the_paired_jackknife_has_a_narrower_interval():
+    """An image and its counterfactual are sampled together."""
     x = features(200, d=8)
     y = x * np.float32(1.5)
     paired, unpaired = (delete_group_jackknife(x, y, paired=flag) for flag in (True, False))
@@ -150,10 +149,10 @@ def test_jackknife_of_pairs_knows_that_pairs_are_alike():
 
 
 def test_jackknife_routes_agree():
-    """Whether parts are merged (N > d) or rows left out (N < d) is a matter of speed: groups of one row show it."""
+    """Merging parts (N > d) and leaving out rows (N < d) differ in speed only, as groups of one row show."""
     x, y = features(12, d=4), features(12, d=4, seed=1)
     low, high = delete_group_jackknife(x, y, groups=12)
-    wide_x, wide_y = (np.hstack([z, np.zeros((12, 20))]) for z in (x, y))  # zeros change nothing but the route
+    wide_x, wide_y = (np.hstack([z, np.zeros((12, 20))]) for z in (x, y))  # zeros change the route only
     assert delete_group_jackknife(wide_x, wide_y, groups=12) == pytest.approx((low, high), rel=1e-6)
 
 
@@ -165,7 +164,7 @@ def test_matched_is_smaller_sets_on_both_sides():
     assert matched(x, y, draws=4, seed=1) == (mean, deviation)
     assert matched(x[:100], y) == (frechet_distance_features(x[:100], y), 0.0)
     assert matched(x, y, draws=4, n=50)[0] > mean
-    with pytest.raises(ValueError, match="cannot be drawn down to 101"):
+    with pytest.raises(ValueError, match="cannot be sampled down to 101"):
         matched(x, y, n=101)
 
 
@@ -178,7 +177,7 @@ def test_matched_is_smaller_sets_on_both_sides():
         lambda x, y: frechet_distance(Moments.of(x), Moments.of(y)),
     ],
 )
-def test_too_few_images_are_said(measure):
+def test_too_few_images_are_refused(measure):
     with pytest.raises(ValueError, match=r"needs at least \d images in each set here, got 1"):
         measure(features(10), features(1))
 

@@ -15,7 +15,7 @@ def gaussians(n, d=16, seed=0, shift=0.5):
 
 
 def test_infinity_removes_the_bias():
-    """Truth 0.25. Over 12 samples the plain value is above it by far more than the extrapolated mean is off."""
+    """Truth 0.25: over 12 samples the mean error of the extrapolation is far smaller than the plain bias."""
     plain, far = [], []
     for seed in range(12):
         x, y = gaussians(200, seed=seed)
@@ -25,25 +25,25 @@ def test_infinity_removes_the_bias():
     assert abs(np.mean(far)) < 0.3 * np.mean(plain)
 
 
-def test_infinity_says_how_far_it_is_to_be_trusted():
+def test_infinity_reports_whether_it_can_be_trusted():
     x, y = gaussians(200)
-    found = infinity(x, y)
-    assert found.trusted
-    assert 0 < found.error < 0.2
-    assert 0 < found.r_squared <= 1
-    assert found == infinity(x, y)
+    result = infinity(x, y)
+    assert result.trusted
+    assert 0 < result.error < 0.2
+    assert 0 < result.r_squared <= 1
+    assert result == infinity(x, y)
     assert not infinity(x[:30], y[:30]).trusted  # 15 rows are fewer than 16 dimensions
     with pytest.raises(ValueError, match="at least 8"):
         infinity(x[:7], y)
 
 
-def test_split_halves_show_that_images_meet_their_own_edits():
-    """Copies: against their own the distance is 0; against another half's it is that of two samples."""
+def test_split_halves_show_the_likeness_of_images_and_their_own_edits():
+    """Copies have distance 0 from their own images, and that of two samples from the other half."""
     x, _ = gaussians(100)
-    found = split_halves(x, x)
-    assert found.n == 50
-    assert found.own < 1e-9
-    assert found.crossed > 0.05
+    result = split_halves(x, x)
+    assert result.n == 50
+    assert result.own < 1e-9
+    assert result.crossed > 0.05
     noise, other = gaussians(100, seed=9)
     independent = split_halves(noise, other)
     assert independent.crossed == pytest.approx(independent.own, rel=0.5)
@@ -51,9 +51,8 @@ def test_split_halves_show_that_images_meet_their_own_edits():
         split_halves(x, x[:-1])
 
 
-def test_conditional_sees_what_pooling_hides():
-    """Two classes with their counterfactuals exchanged: the pooled sets are equal, within the classes they are far
-    apart."""
+def test_conditional_shows_what_pooling_hides():
+    """Two classes with exchanged counterfactuals: equal when pooled, far apart within each class."""
     random = np.random.default_rng(0)
     a, b = random.standard_normal((50, 3)), random.standard_normal((150, 3)) + 5
     exchanged = {"a": (a, b), "b": (b, a)}

@@ -1,4 +1,4 @@
-"""KID: unbiased, positive for a shift, an error that is the error."""
+"""KID: unbiased, positive for a shift, with a correct standard error."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_equals_the_definition():
 
 
 def kid_of(x: np.ndarray, y: np.ndarray) -> float:
-    """The full unbiased estimate, N1 and N2 apart."""
+    """The full unbiased estimate, also for N1 different from N2."""
     gram = [(a @ b.T / 8 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
     off = [(g.sum() - np.trace(g)) / (len(g) * (len(g) - 1)) for g in gram[:2]]
     return sum(off) - 2 * gram[2].mean()
@@ -35,7 +35,7 @@ def kid_of(x: np.ndarray, y: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("n1", "n2", "size"), [(60, 60, 1000), (90, 60, 1000), (90, 80, 40)])
 def test_unbiased_and_its_error_is_right(n1, n2, size):
-    """The mean over many pairs of sets is the truth, and the errors are the spread of the values."""
+    """Over many pairs of sets the mean value is the truth, and the mean error is the spread of the values."""
     for shift, truth in ((0.0, 0.0), (1.0, oracle(1.0))):
         values, errors = np.array(
             [kid(*pair(n1, n2, shift, seed), subsets=8, subset_size=size) for seed in range(200)]
@@ -68,7 +68,7 @@ def test_seeded():
     assert kid(x, y, 5, 30, seed=1) != kid(x, y, 5, 30, seed=2)
 
 
-def test_too_few_or_unequal_are_said():
+def test_too_few_rows_and_other_dimensions_are_refused():
     with pytest.raises(ValueError, match="at least 3 images in each set and 2 subsets, got 2 and 100"):
         kid(*pair(10, 2, 0.0, 0))
     with pytest.raises(ValueError, match="one d"):

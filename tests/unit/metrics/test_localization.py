@@ -1,4 +1,4 @@
-"""Localisation scores against brute force, ties included; thresholds, boxes, competitors, the interval."""
+"""Localization scores against brute force, ties included; thresholds, boxes, baselines, the interval."""
 
 import math
 
@@ -22,7 +22,7 @@ from diffva_ray.metrics.localization import (
 
 
 def image(seed: int, side: int = 16, levels: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Saliency in [-1, 1] (of few levels: many ties), truth and region, overlapping in part."""
+    """Saliency in [-1, 1] (few levels give many ties), truth and region, which overlap in part."""
     random = np.random.default_rng(seed)
     saliency = random.uniform(-1, 1, (side, side)).astype(np.float32)
     if levels:
@@ -93,7 +93,7 @@ def test_nothing_to_find_is_none():
     assert score(saliency, truth, np.zeros_like(region)) is None
 
 
-def test_bad_input_is_said():
+def test_bad_input_is_refused():
     saliency, truth, region = image(0)
     with pytest.raises(ValueError, match="one shape"):
         score(saliency, truth[:-1])
@@ -104,7 +104,7 @@ def test_bad_input_is_said():
         score(saliency, truth)
 
 
-def test_threshold_found_on_one_set_serves_another():
+def test_a_threshold_of_one_set_applies_to_another():
     curves = np.stack([score(*image(seed)[:2]).dice_curve for seed in range(8)])
     threshold, mean = fixed_threshold(curves)
     assert mean == pytest.approx(curves.mean(axis=0).max())
@@ -168,21 +168,21 @@ def test_signs_and_smoothing():
     np.testing.assert_allclose(smooth(np.full((8, 8), 0.3), 0.2), 0.3)  # reflected: no dark rim
 
 
-def test_competitors_get_the_map_s_own_sign_and_smoothing():
+def test_baselines_get_the_maps_own_sign_and_smoothing():
     source, _, _ = image(0, side=32)
     source = np.abs(source)
-    found = baselines(source, source + 0.1, smoothing=0.05)
-    assert set(found) == {"brightness", "centre_prior", "autoencoder_difference"}
-    np.testing.assert_allclose(found["brightness"], smooth(source, 0.05))
-    assert (found["autoencoder_difference"] == 0).all()  # the reconstruction is brighter everywhere
+    maps = baselines(source, source + 0.1, smoothing=0.05)
+    assert set(maps) == {"brightness", "centre_prior", "autoencoder_difference"}
+    np.testing.assert_allclose(maps["brightness"], smooth(source, 0.05))
+    assert (maps["autoencoder_difference"] == 0).all()  # the reconstruction is brighter everywhere
     assert set(baselines(source, None, 0.0)) == {"brightness", "centre_prior"}
     prior = centre_prior(9)
     assert prior[4, 4] == prior.max() == 1
     np.testing.assert_allclose(prior, prior[::-1, ::-1].T)
 
 
-def test_bootstrap_draws_patients_not_images():
-    """Ten patients of 20 equal images each: images drawn one by one would claim sqrt(20) times the precision."""
+def test_the_bootstrap_resamples_patients_not_images():
+    """Ten patients of 20 equal images each: resampling images would claim sqrt(20) times the precision."""
     random = np.random.default_rng(0)
     per_patient = random.normal(size=10)
     values, patients = np.repeat(per_patient, 20), np.repeat([f"p{i}" for i in range(10)], 20)
@@ -195,17 +195,17 @@ def test_bootstrap_draws_patients_not_images():
     assert group_bootstrap(values, patients.tolist()) == (low, high)
 
 
-def test_many_patients_have_the_interval_that_drawing_would_give(monkeypatch):
+def test_the_normal_interval_of_many_patients_equals_the_bootstraps(monkeypatch):
     random = np.random.default_rng(1)
     patients = random.integers(0, 800, 3000)
     values = random.normal(size=800)[patients] + random.normal(size=3000)
     values[random.uniform(size=3000) < 0.1] = np.nan
-    drawn = group_bootstrap(values, patients, draws=4000)
-    monkeypatch.setattr(localization, "MANY", 100)
-    assert group_bootstrap(values, patients) == pytest.approx(drawn, abs=0.06 * (drawn[1] - drawn[0]))
+    bootstrap = group_bootstrap(values, patients, draws=4000)
+    monkeypatch.setattr(localization, "MIN_NORMAL_GROUPS", 100)
+    assert group_bootstrap(values, patients) == pytest.approx(bootstrap, abs=0.06 * (bootstrap[1] - bootstrap[0]))
 
 
-def test_bootstrap_leaves_out_nan_and_knows_when_it_knows_nothing():
+def test_the_bootstrap_leaves_out_nan_and_needs_two_groups():
     values, groups = [0.1, float("nan"), 0.3, 0.5], ["a", "b", "b", "c"]
     assert group_bootstrap(values, groups) == group_bootstrap([0.1, 0.3, 0.5], ["a", "b", "c"])
     for too_few in (([], []), ([0.5, 0.6], ["a", "a"]), ([float("nan")] * 2, ["a", "b"])):

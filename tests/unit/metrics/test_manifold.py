@@ -9,11 +9,11 @@ from diffva_ray.metrics.manifold import prdc, squared_distances
 def test_by_hand_on_a_line():
     """k = 1: radii are 1 for every row of {0, 1, 2}; {0.4, 5} has one row inside, whose own ball reaches 4.6."""
     real, generated = np.array([[0.0], [1.0], [2.0]]), np.array([[0.4], [5.0]])
-    found = prdc(real, generated, k=1)
-    assert found.precision == 0.5
-    assert found.density == 2 / 2  # 0.4 lies in the balls about 0 and 1
-    assert found.coverage == 2 / 3
-    assert found.recall == 1.0
+    result = prdc(real, generated, k=1)
+    assert result.precision == 0.5
+    assert result.density == 2 / 2  # 0.4 is in the balls around 0 and 1
+    assert result.coverage == 2 / 3
+    assert result.recall == 1.0
 
 
 def plain(real, generated, k):
@@ -36,9 +36,9 @@ def plain(real, generated, k):
 def test_equals_the_definitions(k, shift):
     random = np.random.default_rng(k)
     real, generated = random.standard_normal((40, 3)), random.standard_normal((30, 3)) + shift
-    found = prdc(real.astype(np.float32), generated.astype(np.float32), k)
+    result = prdc(real.astype(np.float32), generated.astype(np.float32), k)
     expected = plain(real.astype(np.float32), generated.astype(np.float32), k)
-    assert (found.precision, found.recall, found.density, found.coverage) == pytest.approx(expected)
+    assert (result.precision, result.recall, result.density, result.coverage) == pytest.approx(expected)
 
 
 def test_blocks_change_nothing(monkeypatch):
@@ -49,8 +49,8 @@ def test_blocks_change_nothing(monkeypatch):
     assert prdc(x, y) == whole
 
 
-def test_collapse_and_memory_are_told_apart():
-    """A generator of one picture is precise and covers nothing; one of far-off pictures neither."""
+def test_a_collapsed_and_a_distant_generator_are_distinguished():
+    """A generator of one image is precise and covers nothing; one of distant images is neither."""
     random = np.random.default_rng(1)
     real = random.standard_normal((100, 5))
     collapsed = prdc(real, real[:1] + 0.001 * random.standard_normal((100, 5)))
@@ -61,7 +61,7 @@ def test_collapse_and_memory_are_told_apart():
     assert (far.precision, far.density, far.coverage) == (0, 0, 0)
 
 
-def test_distances_and_what_is_refused():
+def test_distances_and_refused_input():
     assert squared_distances(np.array([[0.0], [4.0]]), np.array([[1.0], [3.5]])).tolist() == [[1.0, 12.25], [9.0, 0.25]]
     assert squared_distances(np.full((1, 2), 1e8), np.full((1, 2), 1e8)) == 0
     with pytest.raises(ValueError, match="more than 5 images"):

@@ -16,7 +16,7 @@ pytest.importorskip("lpips")
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """AlexNet's convolutions at random, as torchvision's file names them (its classifier is not read)."""
+    """Random AlexNet convolutions under torchvision's names (the classifier is not read)."""
     models = pytest.importorskip("torchvision.models")
     with torch.device("meta"):
         state = models.alexnet(weights=None).state_dict()
@@ -44,7 +44,7 @@ def test_equals_torchmetrics(weights: Path) -> None:
         measure(x[:16, :16], y[:16, :16])
 
 
-def test_without_the_package_a_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ValueError, match=r"^lpips is needed for LPIPS: pip install diffva-ray\[lpips\]$"):
         lpips(tmp_path / "alexnet.pth")

@@ -1,5 +1,4 @@
-"""CounterfactualBatch against real images in feature space: copies, give-aways, interpolated modes, and the way
-generating goes."""
+"""Counterfactuals against real images in feature space: copies, fakes, interpolated modes, direction of the edit."""
 
 from __future__ import annotations
 
@@ -13,13 +12,13 @@ def normal(n: int, d: int = 8, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((n, d))
 
 
-def test_one_distribution_cannot_be_told_apart() -> None:
-    found = verisimilitude(normal(300, seed=1), normal(400))
-    assert found.taken == pytest.approx(0.5, abs=4 * found.error)
-    assert found.n == 300
+def test_samples_of_one_distribution_pass_half_the_time() -> None:
+    result = verisimilitude(normal(300, seed=1), normal(400))
+    assert result.taken == pytest.approx(0.5, abs=4 * result.error)
+    assert result.n == 300
 
 
-def test_blurred_and_copied_counterfactuals_give_themselves_away() -> None:
+def test_blurred_and_copied_counterfactuals_are_recognised() -> None:
     healthy = normal(300)
     assert verisimilitude(0.2 * normal(300, seed=1) + 4, healthy).taken == 0
     assert verisimilitude(healthy + 1e-3 * normal(300, seed=1), healthy).taken == 1
@@ -35,8 +34,8 @@ def two_modes(seed: int = 0) -> np.ndarray:
 
 
 def test_samples_between_two_modes_are_found() -> None:
-    """Aithal's failure: halfway between two modes, where no image is. Fresh images of the modes are not remote, and
-    samples as far off beside a mode are remote without lying between two."""
+    """Mode interpolation: samples halfway between two modes, where no image is. Fresh images of the modes are not
+    remote; samples equally far to the side of a mode are remote but not between two."""
     healthy = two_modes()
     halfway, beside = normal(100, 3, 2) * 0.3, normal(100, 3, 3) * 0.3
     halfway[:, 0] += 10
@@ -44,13 +43,13 @@ def test_samples_between_two_modes_are_found() -> None:
     fresh = interpolation(two_modes(1), healthy)
     assert fresh.remote < 0.12
     assert fresh.between < 0.02
-    found = interpolation(halfway, healthy)
-    assert (found.remote, found.between) == (1, 1)
-    assert found.ratio > 5 * fresh.ratio
+    result = interpolation(halfway, healthy)
+    assert (result.remote, result.between) == (1, 1)
+    assert result.ratio > 5 * fresh.ratio
     off = interpolation(beside, healthy)
     assert off.remote == 1
     assert off.between == 0
-    one = healthy[1::2]  # without the second mode the same samples lie beside the only one
+    one = healthy[1::2]  # without the second mode the same samples are beside the only one
     assert interpolation(halfway, one).remote == 1
     assert interpolation(halfway, one).between < 0.05
     with pytest.raises(ValueError, match="more than 6 healthy images"):
@@ -68,9 +67,9 @@ def test_direction_is_the_cosine_with_the_way_to_health() -> None:
     assert np.isnan(directions(images, images, healthy)).all()
 
 
-def test_a_image_s_own_noise_is_no_agreement() -> None:
-    """CounterfactualBatch that are drawn anew from the class itself go nowhere: without leaving an image out of its
-    class the mean would be far above 0 at small N."""
+def test_an_images_own_noise_is_no_agreement() -> None:
+    """Counterfactuals that are new samples of the class have no direction. If an image were not left out of its class,
+    the mean would be far above 0 at small N."""
     values = [directions(normal(6, 50, seed), normal(6, 50, seed + 1000), normal(400, 50, 5000)).mean()
               for seed in range(40)]  # fmt: skip
     naive = []

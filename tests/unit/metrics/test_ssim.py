@@ -1,4 +1,4 @@
-"""SSIM and its kin: identities, an independent MS-SSIM, sizes that do not fit."""
+"""SSIM, MS-SSIM, PSNR and L1: identities, an independent MS-SSIM, and refused sizes."""
 
 import math
 
@@ -21,7 +21,7 @@ def images(side: int, noise: float = 0.1, width: int | None = None) -> tuple[np.
 
 
 def naive_ms_ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Wang 2003 by direct two-dimensional convolution; the power of two keeps every size even but the last."""
+    """Wang 2003 by direct two-dimensional convolution; sides divisible by 16 stay even between scales."""
     taps = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
     window = np.outer(taps, taps) / taps.sum() ** 2
     value = 1.0
@@ -66,7 +66,7 @@ def test_equal_images_score_one(side):
 
 
 def test_fewer_scales_are_weighted_to_one():
-    """With one scale only, MS-SSIM is Wang's SSIM; a weight left as it is (0.0448) would give nearly 1."""
+    """With one scale MS-SSIM is Wang's SSIM; an unnormalised weight (0.0448) would give nearly 1."""
     a, b = images(16)
     assert ms_ssim(a, b) == (pytest.approx(ssim(a, b), abs=1e-6), 1)
 
@@ -83,7 +83,7 @@ def test_anti_correlated_images_are_zero_not_nan():
     assert ssim(a, 1 - a) < 0
 
 
-def test_a_pair_may_be_swapped():
+def test_measures_are_symmetric():
     a, b = images(64)
     for measure in (ssim, ms_ssim, psnr, l1):
         assert measure(a, b) == pytest.approx(measure(b, a))
@@ -104,7 +104,7 @@ def test_psnr_and_l1_by_hand():
 
 
 @pytest.mark.parametrize("measure", [ssim, ms_ssim])
-def test_too_small_is_said(measure):
+def test_too_small_images_are_refused(measure):
     with pytest.raises(ValueError, match="at least 11 pixels a side, got 20x10"):
         measure(np.zeros((10, 20)), np.zeros((10, 20)))
 

@@ -1,4 +1,4 @@
-"""Brixia zones: where they lie, and that a map of the truth agrees with the truth."""
+"""Brixia zones: their position, and the agreement of maps with readers' scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def lungs(size: int = 64) -> np.ndarray:
     return mask
 
 
-def test_zones_are_thirds_of_each_lung_from_the_patient_s_right() -> None:
+def test_zones_are_thirds_of_each_lung_from_the_patients_right() -> None:
     zones = zone_masks(lungs(), 64)
     assert (zones.sum(axis=0) == lungs()).all()  # each pixel of a lung in one zone
     rows = [np.flatnonzero(zone.any(axis=1)) for zone in zones]
@@ -43,10 +43,10 @@ def test_a_map_of_the_truth_agrees_and_one_of_the_other_side_does_not() -> None:
     exact = np.stack([zone_energy(m.astype(np.float32), zones) for m in maps])
     np.testing.assert_allclose(exact, scores)
     noisy = exact + random.normal(0, 1, exact.shape)
-    found = zone_agreement(noisy, scores, draws=200)
-    assert found.pooled == pytest.approx(spearmanr(noisy.ravel(), scores.ravel())[0], rel=1e-9)
-    assert found.interval[0] < found.pooled < found.interval[1]
-    assert found.within > 0.5
+    result = zone_agreement(noisy, scores, draws=200)
+    assert result.pooled == pytest.approx(spearmanr(noisy.ravel(), scores.ravel())[0], rel=1e-9)
+    assert result.interval[0] < result.pooled < result.interval[1]
+    assert result.within > 0.5
     perfect = zone_agreement(exact, scores, draws=20)
     assert (perfect.pooled, perfect.n, perfect.n_within) == (pytest.approx(1), 30, 30)
     swapped = zone_agreement(exact[:, [3, 4, 5, 0, 1, 2]], scores, draws=20)  # left for right
@@ -56,9 +56,9 @@ def test_a_map_of_the_truth_agrees_and_one_of_the_other_side_does_not() -> None:
 def test_severity_of_whole_images_is_not_agreement_within_them() -> None:
     severity = np.repeat(np.arange(10.0)[:, None], 6, axis=1)
     scores = np.minimum(severity / 3, 3) + np.tile([0, 0.1, 0, 0.1, 0, 0.1], (10, 1))
-    found = zone_agreement(severity + np.tile([0.1, 0, 0.1, 0, 0.1, 0], (10, 1)), scores)
-    assert found.pooled > 0.8
-    assert found.within < -0.9
+    result = zone_agreement(severity + np.tile([0.1, 0, 0.1, 0, 0.1, 0], (10, 1)), scores)
+    assert result.pooled > 0.8
+    assert result.within < -0.9
     flat = zone_agreement(np.ones((3, 6)), scores[:3])
     assert np.isnan(flat.pooled)
     assert flat.n_within == 0
