@@ -1,4 +1,4 @@
-"""Narrow values in 16-bit files: said by inspect and generate, mended by one option, never read as black and ``ok``."""
+"""16-bit files that use fewer bits: inspect and generate report them, one option fixes them, none is read as black."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def encoded(values: np.ndarray, kind: str) -> bytes:
 
 
 def narrowed(images: Path, out: Path, bits: int, kind: str = "PNG") -> Path:
-    """The phantoms as ``bits``-bit values in 16-bit files."""
+    """A copy of the phantoms with ``bits``-bit values in 16-bit files."""
     shutil.copytree(images, out)
     for file in out.glob("*/images/*.png"):
         grey = np.asarray(Image.open(file), np.float64) / 255
@@ -42,7 +42,7 @@ def diffva(*words: object) -> Result:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize("bits", [10, 12, 14])
-def test_the_option_gives_the_image_back_and_clips_nothing(bits: int, kind: str) -> None:
+def test_the_option_restores_the_image_without_clipping(bits: int, kind: str) -> None:
     values = np.arange(1 << bits, dtype=np.int64).reshape(-1, 32)
     np.testing.assert_allclose(decode(encoded(values, kind), bits=bits), values / (2**bits - 1), atol=1e-6)
     with pytest.raises(BadImage, match=f"more than {bits} bits"):
@@ -74,11 +74,11 @@ def test_full_range_and_eight_bits_need_no_note(images: Path, tmp_path: Path) ->
     assert bit_depth_note(open_dataset(narrowed(images, tmp_path / "data", 16))) == ""
 
 
-def test_inspect_and_generate_say_it_and_the_option_mends_it(images: Path, model: Path, tmp_path: Path) -> None:
+def test_inspect_and_generate_report_it_and_the_option_fixes_it(images: Path, model: Path, tmp_path: Path) -> None:
     data = narrowed(images, tmp_path / "data", 12)
     assert "--set data.bits=12" in diffva("inspect", data).output
-    found = json.loads(diffva("inspect", data, "--json").output)
-    assert {bad["status"] for bad in found["unreadable"]} == {"blank"}
+    summary = json.loads(diffva("inspect", data, "--json").output)
+    assert {bad["status"] for bad in summary["unreadable"]} == {"blank"}
 
     def generate(source: Path, name: str, *more: str) -> Result:
         return diffva("generate", "--data", source, "--model", model, "--out", tmp_path / name, "--executor", "inline",
@@ -89,13 +89,13 @@ def test_inspect_and_generate_say_it_and_the_option_mends_it(images: Path, model
     assert "data.bits=12" in refused.output
     assert set(pd.read_parquet(tmp_path / "refused" / "records")["status"]) == {"blank"}
 
-    mended = generate(data, "mended", "--set", "data.bits=12")
-    assert mended.exit_code == 0, mended.output
+    fixed = generate(data, "fixed", "--set", "data.bits=12")
+    assert fixed.exit_code == 0, fixed.output
     assert generate(images, "eight").exit_code == 0
-    ours, theirs = (
-        pd.read_parquet(tmp_path / name / "records").set_index("record_id").sort_index() for name in ("mended", "eight")
+    twelve, eight = (
+        pd.read_parquet(tmp_path / name / "records").set_index("record_id").sort_index() for name in ("fixed", "eight")
     )
-    np.testing.assert_allclose(ours["ssim"], theirs["ssim"], atol=0.01)
-    differs = generate(data, "mended")
+    np.testing.assert_allclose(twelve["ssim"], eight["ssim"], atol=0.01)
+    differs = generate(data, "fixed")
     assert differs.exit_code == 3
     assert "bits: 12 there, 16 now" in differs.output

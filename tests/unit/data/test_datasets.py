@@ -1,4 +1,4 @@
-"""Each layout is recognised, from its root or the folder above, with one listing and through the store alone."""
+"""Each layout is recognised from its root or the folder above, with one listing, and in any store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KAGGLE = "COVID-19_Radiography_Dataset"
 PACK = Path(__file__).parents[4] / "shared" / "data"
 
 
-def lay(root: Path, *paths: str, content: bytes = b"x") -> Path:
+def write(root: Path, *paths: str, content: bytes = b"x") -> Path:
     for path in paths:
         file = root / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def lay(root: Path, *paths: str, content: bytes = b"x") -> Path:
 
 
 def radiography(root: Path) -> Path:
-    return lay(
+    return write(
         root,
         "COVID/images/COVID-1.png",
         "COVID/masks/COVID-1.png",
@@ -60,11 +60,11 @@ def test_radiography_layout(tmp_path):
     assert dataset.store.read(dataset.images[0].path) == b"x"
 
 
-def test_radiography_from_the_folder_above_ignores_the_rest_and_says_so(tmp_path):
+def test_radiography_from_the_folder_above_ignores_and_reports_the_rest(tmp_path):
     radiography(tmp_path / KAGGLE)
     radiography(tmp_path / "train_extra" / KAGGLE)
     radiography(tmp_path / "other")
-    lay(tmp_path, "hires/COVID/COVID-1.png")
+    write(tmp_path, "hires/COVID/COVID-1.png")
     dataset = open_dataset(str(tmp_path))
     assert dataset.kind == "radiography"
     assert {image.path.split("/")[0] for image in dataset.images} == {KAGGLE}
@@ -72,15 +72,15 @@ def test_radiography_from_the_folder_above_ignores_the_rest_and_says_so(tmp_path
     assert any("ignored (hires, other, train_extra)" in note for note in dataset.notes)
 
 
-def test_several_sets_side_by_side_are_not_guessed_between(tmp_path):
+def test_several_sets_side_by_side_are_refused(tmp_path):
     radiography(tmp_path / "train")
     radiography(tmp_path / "test")
     assert "(test, train)" in unusable(tmp_path)
 
 
-def test_phantoms_bring_lesions_and_counterfactuals(tmp_path):
-    lay(tmp_path, "phantoms.json", "COVID/images/p1.png", "COVID/masks/p1.png")
-    lay(tmp_path, "COVID/lesions/p1.png", "COVID/ground_truth/p1.png", "Normal/images/p2.png")
+def test_phantoms_have_lesions_and_ground_truth_counterfactuals(tmp_path):
+    write(tmp_path, "phantoms.json", "COVID/images/p1.png", "COVID/masks/p1.png")
+    write(tmp_path, "COVID/lesions/p1.png", "COVID/ground_truth/p1.png", "Normal/images/p2.png")
     dataset = open_dataset(tmp_path)
     assert dataset.kind == "phantoms"
     image, healthy = dataset.images
@@ -93,7 +93,7 @@ def test_phantoms_bring_lesions_and_counterfactuals(tmp_path):
 
 
 def test_folder_per_class(tmp_path):
-    lay(tmp_path, "sick/a.png", "well/b.TIF", "well/c.dcm", "well/masks/b.png", "stray.png", "well/deep/d.png")
+    write(tmp_path, "sick/a.png", "well/b.TIF", "well/c.dcm", "well/masks/b.png", "stray.png", "well/deep/d.png")
     dataset = open_dataset(tmp_path)
     assert dataset.kind == "folder"
     assert dataset.classes == {"sick": 1, "well": 2}
@@ -101,7 +101,7 @@ def test_folder_per_class(tmp_path):
     assert dataset.notes == ["2 images outside the class folders are ignored"]
 
 
-def test_one_class_folder_is_not_taken_for_classes(tmp_path):
+def test_the_folder_of_one_class_is_refused(tmp_path):
     assert "folder above" in unusable(radiography(tmp_path) / "COVID")
 
 
@@ -115,8 +115,8 @@ def test_names_may_be_anything(tmp_path):
         "100%#?.png",
         "x..png",
     ]
-    lay(tmp_path, *(f"Klasse mit\nÜ/images/{name}" for name in names))
-    lay(tmp_path, f"Klasse mit\nÜ/masks/{names[2]}")
+    write(tmp_path, *(f"Klasse mit\nÜ/images/{name}" for name in names))
+    write(tmp_path, f"Klasse mit\nÜ/masks/{names[2]}")
     dataset = open_dataset(tmp_path)
     assert dataset.classes == {"Klasse mit\nÜ": len(names)}
     assert [image.path.split("/")[-1] for image in dataset.images] == sorted(names)
@@ -124,8 +124,8 @@ def test_names_may_be_anything(tmp_path):
     assert all(dataset.store.read(image.path) for image in dataset.images)
 
 
-def test_names_that_are_no_text_are_ignored_and_said(tmp_path):
-    lay(tmp_path, "COVID/images/a.png")
+def test_names_that_are_not_utf_8_are_ignored_and_reported(tmp_path):
+    write(tmp_path, "COVID/images/a.png")
     try:
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/COVID/images/\xff.png")).write_bytes(b"x")
     except OSError:
@@ -139,17 +139,17 @@ HEADER = "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Cardiomegaly,Lung Opacit
 
 
 def chexpert(root: Path) -> Path:
-    here = "CheXpert-v1.0-small/train"
-    lay(root, *(f"train/patient0000{n}/study1/view1_frontal.jpg" for n in (1, 2, 3, 4)))
-    lay(root, "train/patient00001/study1/view2_lateral.jpg")
+    folder = "CheXpert-v1.0-small/train"
+    write(root, *(f"train/patient0000{n}/study1/view1_frontal.jpg" for n in (1, 2, 3, 4)))
+    write(root, "train/patient00001/study1/view2_lateral.jpg")
     (root / "train.csv").write_text(
         HEADER
-        + f"{here}/patient00001/study1/view1_frontal.jpg,F,68,Frontal,AP,1.0,,\n"
-        + f"{here}/patient00001/study1/view2_lateral.jpg,F,68,Lateral,,1.0,,\n"
-        + f"{here}/patient00002/study1/view1_frontal.jpg,M,50,Frontal,PA,,1.0,1.0\n"
-        + f"{here}/patient00003/study1/view1_frontal.jpg,M,51,Frontal,PA,,-1.0,1.0\n"
-        + f"{here}/patient00004/study1/view1_frontal.jpg,M,52,Frontal,PA,0.0,-1.0,\n"
-        + f"{here}/patient00005/study1/view1_frontal.jpg,M,53,Frontal,PA,,,1.0\n"
+        + f"{folder}/patient00001/study1/view1_frontal.jpg,F,68,Frontal,AP,1.0,,\n"
+        + f"{folder}/patient00001/study1/view2_lateral.jpg,F,68,Lateral,,1.0,,\n"
+        + f"{folder}/patient00002/study1/view1_frontal.jpg,M,50,Frontal,PA,,1.0,1.0\n"
+        + f"{folder}/patient00003/study1/view1_frontal.jpg,M,51,Frontal,PA,,-1.0,1.0\n"
+        + f"{folder}/patient00004/study1/view1_frontal.jpg,M,52,Frontal,PA,0.0,-1.0,\n"
+        + f"{folder}/patient00005/study1/view1_frontal.jpg,M,53,Frontal,PA,,,1.0\n"
     )
     (root / "valid.csv").write_text(HEADER + "CheXpert-v1.0-small/valid/p/view1_frontal.jpg,F,1,Frontal,AP,1,0,0\n")
     return root
@@ -181,21 +181,21 @@ def test_chexpert_policies_and_healthy_class(tmp_path):
 
 def test_chexpert_table_alone(tmp_path):
     chexpert(tmp_path)
-    lay(tmp_path, "valid/p/view1_frontal.jpg")
+    write(tmp_path, "valid/p/view1_frontal.jpg")
     assert open_dataset(tmp_path).classes["Normal"] == 2
     assert open_dataset(tmp_path / "valid.csv").classes == {"Normal": 1}
 
 
 def test_chexpert_with_odd_values_or_no_images(tmp_path):
     csv = HEADER + "CheXpert-v1.0-small/train/a_frontal.jpg,F,68,Frontal,AP,2,,\n"
-    lay(tmp_path, "train.csv", content=csv.encode())
+    write(tmp_path, "train.csv", content=csv.encode())
     assert "train.csv row 2: No Finding is '2'" in unusable(tmp_path)
-    lay(tmp_path, "train.csv", content=csv.replace(",2,", ",1,").encode())
+    write(tmp_path, "train.csv", content=csv.replace(",2,", ",1,").encode())
     assert "none of its 1 images exists" in unusable(tmp_path)
 
 
 def manifest(root: Path, text: str) -> Path:
-    file = lay(root, "images/a.png", "images/b c.png", "images/m.png") / "list.csv"
+    file = write(root, "images/a.png", "images/b c.png", "images/m.png") / "list.csv"
     file.write_text(text, encoding="utf-8")
     return file
 
@@ -250,7 +250,7 @@ def test_manifest_stays_in_its_folder(tmp_path, path, column):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "empty"),
         ("path,label\n", "names no images"),
@@ -261,12 +261,12 @@ def test_manifest_stays_in_its_folder(tmp_path, path, column):
         ('path,label\n"images/a.png,COVID\n', "not a CSV"),
     ],
 )
-def test_unusable_manifests_say_why(tmp_path, text, said):
-    assert said in unusable(manifest(tmp_path, text))
+def test_unusable_manifests_give_the_reason(tmp_path, text, message):
+    assert message in unusable(manifest(tmp_path, text))
 
 
-def test_manifests_that_are_no_tables(tmp_path):
-    lay(tmp_path, "list.csv", "list.parquet", content=b"\xff\xfe\x00 binary")
+def test_manifests_that_are_not_tables(tmp_path):
+    write(tmp_path, "list.csv", "list.parquet", content=b"\xff\xfe\x00 binary")
     assert "UTF-8" in unusable(tmp_path / "list.csv")
     assert "Parquet" in unusable(tmp_path / "list.parquet")
     assert "no such file" in unusable(tmp_path / "none.csv")
@@ -279,13 +279,13 @@ def test_no_data_names_the_layouts(tmp_path):
         assert "<class>/images/*.png" in message
         assert "train.csv" in message
         assert "path,label" in message
-    assert "expected" in unusable(lay(tmp_path, "one.png", "a/b/c/d.png"))
+    assert "expected" in unusable(write(tmp_path, "one.png", "a/b/c/d.png"))
     assert "unknown scheme" in unusable("ftp://host/data")
 
 
 def test_classes_filter_images_and_boxes(tmp_path):
     radiography(tmp_path)
-    lay(tmp_path, "boxes.csv", content=b"file,x,y,w,h\nCOVID-1.png,1,2,3,4\n")
+    write(tmp_path, "boxes.csv", content=b"file,x,y,w,h\nCOVID-1.png,1,2,3,4\n")
     assert open_dataset(tmp_path, classes=["COVID"]).boxes == {"COVID/images/COVID-1.png": [(1, 2, 3, 4)]}
     normal = open_dataset(tmp_path, classes=["Normal"])
     assert normal.classes == {"Normal": 1}
@@ -299,16 +299,16 @@ def test_boxes_beside_or_inside_the_data_set(tmp_path):
     rows = f"file,x,y,w,h,reader\n{KAGGLE}/COVID/images/COVID-1.png,1,2,3,4,A\nCOVID/images/COVID-1.png,5,6,7.5,8,B\n"
     rows += f"{KAGGLE}/COVID/images/other.png,1,1,1,1,A\n{KAGGLE}/Normal/images/Normal-1.jpg,,,,,A\n"
     root = radiography(tmp_path / KAGGLE)
-    drawn = [(1, 2, 3, 4), (5, 6, 7.5, 8)]
-    lay(tmp_path, "boxes.csv", content=rows.encode())
+    expected = [(1, 2, 3, 4), (5, 6, 7.5, 8)]
+    write(tmp_path, "boxes.csv", content=rows.encode())
     outer = open_dataset(tmp_path)
-    assert outer.boxes == {f"{KAGGLE}/COVID/images/COVID-1.png": drawn}
+    assert outer.boxes == {f"{KAGGLE}/COVID/images/COVID-1.png": expected}
     assert "2 boxes on 1 images (boxes.csv); 1 match no image" in outer.notes
     inner = open_dataset(root)
     assert inner.boxes == {}
-    assert boxes.read_boxes(rows.encode(), inner.images) == {"COVID/images/COVID-1.png": drawn}
-    lay(root, "boxes.csv", content=rows.encode())
-    assert open_dataset(root).boxes == {"COVID/images/COVID-1.png": drawn}
+    assert boxes.read_boxes(rows.encode(), inner.images) == {"COVID/images/COVID-1.png": expected}
+    write(root, "boxes.csv", content=rows.encode())
+    assert open_dataset(root).boxes == {"COVID/images/COVID-1.png": expected}
 
 
 def test_boxes_do_not_cross_classes():
@@ -320,7 +320,7 @@ def test_boxes_do_not_cross_classes():
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ("1,2,3", "cells"),
         ("1,2,x,4", "not x,y,w,h"),
@@ -329,15 +329,15 @@ def test_boxes_do_not_cross_classes():
         ("1,,3,4", "x,y"),
     ],
 )
-def test_bad_boxes_name_their_row(row, said):
-    with pytest.raises(UnusableData, match=f"boxes.csv row 2.*{said}"):
+def test_bad_boxes_name_their_row(row, message):
+    with pytest.raises(UnusableData, match=f"boxes.csv row 2.*{message}"):
         boxes.read_boxes(f"file,x,y,w,h\na.png,{row}\n".encode(), [LabelledImage("a.png", "a")])
     with pytest.raises(UnusableData, match="needs the columns file,x,y,w,h"):
         boxes.read_boxes(b"file,x,y,width,height\n", [])
 
 
 class CountingStore:
-    """A store in memory, as far from a local folder as S3 is."""
+    """A store in memory that, like S3, is not a local folder."""
 
     def __init__(self, files: dict[str, bytes]) -> None:
         self.uri = "s3://bucket/data"

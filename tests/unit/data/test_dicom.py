@@ -1,4 +1,4 @@
-"""DICOM pixels: what a file declares about itself is what is shown; no declared padding or single hot pixel decides."""
+"""DICOM pixels: the file's window and tables are applied; neither padding nor a hot pixel changes the scaling."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ INSIDE = (slice(2, -2), slice(2, -2))
     ],
 )
 @pytest.mark.parametrize("photometric", ["MONOCHROME2", "MONOCHROME1"])
-def test_declared_padding_is_black_and_decides_nothing(
+def test_declared_padding_is_black_and_does_not_change_the_scaling(
     tissue: np.ndarray, padding: int, declared: dict[str, Any], photometric: str
 ) -> None:
     others = {key: value for key, value in declared.items() if not key.startswith("PixelPadding")}
     plain = decode(dicom(tissue[INSIDE], PhotometricInterpretation=photometric, **others))
-    shown = decode(dicom(bordered(tissue, padding), PhotometricInterpretation=photometric, **declared))
-    np.testing.assert_allclose(shown[INSIDE], plain, atol=1e-6)
-    outline = np.ones(shown.shape, bool)
+    grey = decode(dicom(bordered(tissue, padding), PhotometricInterpretation=photometric, **declared))
+    np.testing.assert_allclose(grey[INSIDE], plain, atol=1e-6)
+    outline = np.ones(grey.shape, bool)
     outline[INSIDE] = False
-    assert (shown[outline] == 0).all()
+    assert (grey[outline] == 0).all()
 
 
 @pytest.mark.parametrize("written", [-32768, 32768])
@@ -61,38 +61,38 @@ def test_padding_of_signed_pixels_with_and_without_its_sign(tissue: np.ndarray, 
     signed = tissue - 2000
     plain = decode(dicom(signed[INSIDE]))
     data = dicom(bordered(signed, -32768), PixelPaddingValue=-32768)
-    if written > 0:  # as unsigned, which some devices write: the same two bytes under VR US
+    if written > 0:  # some devices write it unsigned: the same two bytes with VR US
         assert data.count(b"\x28\x00\x20\x01SS") == 1
         data = data.replace(b"\x28\x00\x20\x01SS", b"\x28\x00\x20\x01US")
     np.testing.assert_allclose(decode(data)[INSIDE], plain, atol=1e-6)
 
 
-def test_a_window_is_shown_as_it_stands_and_never_stretched(tissue: np.ndarray) -> None:
+def test_a_window_is_applied_and_never_stretched(tissue: np.ndarray) -> None:
     narrow = np.clip(tissue, 1500, 2523)
-    shown = decode(dicom(narrow, WindowCenter=2048, WindowWidth=2048))
-    assert shown.min() == pytest.approx((1500 - 1024) / 2048, abs=2e-3)
-    assert shown.max() == pytest.approx((2523 - 1024) / 2048, abs=2e-3)
+    grey = decode(dicom(narrow, WindowCenter=2048, WindowWidth=2048))
+    assert grey.min() == pytest.approx((1500 - 1024) / 2048, abs=2e-3)
+    assert grey.max() == pytest.approx((2523 - 1024) / 2048, abs=2e-3)
     first = decode(dicom(narrow, WindowCenter=[2048, 100], WindowWidth=[2048, 10]))
-    np.testing.assert_array_equal(first, shown)
-    turned = decode(dicom(narrow, WindowCenter=2048, WindowWidth=2048, PhotometricInterpretation="MONOCHROME1"))
-    np.testing.assert_allclose(turned, 1 - shown, atol=1e-6)
+    np.testing.assert_array_equal(first, grey)
+    inverted = decode(dicom(narrow, WindowCenter=2048, WindowWidth=2048, PhotometricInterpretation="MONOCHROME1"))
+    np.testing.assert_allclose(inverted, 1 - grey, atol=1e-6)
     sigmoid = decode(dicom(narrow, WindowCenter=2048, WindowWidth=2048, VOILUTFunction="SIGMOID"))
     assert sigmoid.max() == pytest.approx(1 / (1 + np.exp(-4 * (2523 - 2048) / 2048)), abs=2e-3)
 
 
-def test_a_window_without_width_is_none(tissue: np.ndarray) -> None:
+def test_a_window_without_width_is_ignored(tissue: np.ndarray) -> None:
     np.testing.assert_array_equal(decode(dicom(tissue, WindowCenter=0, WindowWidth=0)), decode(dicom(tissue)))
 
 
-def test_a_lookup_table_is_shown_over_its_own_range(tissue: np.ndarray) -> None:
+def test_a_lookup_table_is_scaled_by_its_own_range(tissue: np.ndarray) -> None:
     from pydicom.dataset import Dataset
 
     table = Dataset()
     entries = np.linspace(0, 1023, 4096).round().astype("<u2")  # ten bits of output, as 16-bit entries
     table.LUTDescriptor, table.LUTData = [4096, 0, 16], entries.tobytes()
     narrow = np.clip(tissue, 1024, 3071)
-    shown = decode(dicom(narrow, VOILUTSequence=[table]))
-    np.testing.assert_allclose(shown, narrow / 4095, atol=2e-3)
+    grey = decode(dicom(narrow, VOILUTSequence=[table]))
+    np.testing.assert_allclose(grey, narrow / 4095, atol=2e-3)
 
 
 def test_a_hot_pixel_does_not_darken_the_rest(tissue: np.ndarray) -> None:
@@ -104,7 +104,7 @@ def test_a_hot_pixel_does_not_darken_the_rest(tissue: np.ndarray) -> None:
 @pytest.mark.parametrize(
     "declared", [{"WindowCenter": 40000, "WindowWidth": 100}, {"PixelPaddingValue": 0, "PixelPaddingRangeLimit": 65535}]
 )
-def test_an_image_without_contrast_is_blank_and_says_why(tissue: np.ndarray, declared: dict[str, Any]) -> None:
+def test_an_image_without_contrast_is_blank(tissue: np.ndarray, declared: dict[str, Any]) -> None:
     data = dicom(tissue, **declared)
     with pytest.raises(BadImage, match="window off its values") as caught:
         decode_square(data, 32)

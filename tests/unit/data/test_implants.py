@@ -1,8 +1,9 @@
-"""Lesions in images that are not ours: exact ground truth, lesions inside the lungs, the same for the same seed."""
+"""Lesions in other images: exact ground-truth counterfactuals, lesions inside the lungs, the same for the same seed."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ def write(folder: Path, path: str, data: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five images of 90 x 100 px that stand in for real ones; the last without a mask, and one of another class."""
+    """Five healthy images of 90 x 100 px in place of real ones, the last without a mask; and one of another class."""
     folder = tmp_path_factory.mktemp("healthy")
     for n in range(5):
         made = phantom("Normal", 50 + n, size=100)
@@ -61,31 +62,30 @@ def test_the_layout_is_a_phantom_sets(made: Path) -> None:
         assert bool(image.lesion_mask) == bool(image.ground_truth) == (image.label != "Normal")
 
 
-def test_the_counterfactual_is_the_original_bit_by_bit(made: Path, healthy: Path) -> None:
+def test_the_ground_truth_counterfactual_is_the_original_bit_by_bit(made: Path, healthy: Path) -> None:
     for image in listed(made):
         original = quantise(to_square(decode((healthy / image["source"]).read_bytes()), SIZE))
         path = image["file"] if image["label"] == "Normal" else image["file"].replace("/images/", "/ground_truth/")
         assert (made / path).read_bytes() == encode_grey(original)
 
 
-def test_the_image_is_its_counterfactual_but_for_the_lesion(made: Path) -> None:
+def test_the_image_differs_from_its_ground_truth_only_by_the_lesion(made: Path) -> None:
     for image in listed(made):
         if image["label"] == "Normal":
             continue
-        picture, ground_truth = (decode((made / image["file"].replace("images", kind)).read_bytes())
+        pixels, ground_truth = (decode((made / image["file"].replace("images", kind)).read_bytes())
                          for kind in ("images", "ground_truth"))  # fmt: skip
         lesion, lungs = (decode_mask((made / image["file"].replace("images", kind)).read_bytes(), SIZE)
                          for kind in ("lesions", "masks"))  # fmt: skip
         assert lesion.mean() >= 0.004
         assert not (lesion & ~lungs).any()
-        difference = np.abs(picture - ground_truth)
+        difference = np.abs(pixels - ground_truth)
         assert not difference[~lungs].any()
         assert difference[lesion].mean() > 0.04
         assert difference.max() < 0.5
         far = ~ndimage.binary_dilation(lesion, iterations=SIZE // 8)
-        assert difference[far].max() < (
-            0.1 if image["label"] == "Viral Pneumonia" else 0.05
-        )  # there: threads of a mesh
+        limit = 0.1 if image["label"] == "Viral Pneumonia" else 0.05  # the former has a mesh of threads
+        assert difference[far].max() < limit
         assert difference[far].mean() < 0.005
 
 
@@ -109,20 +109,20 @@ def test_lesions_are_brighter_and_a_pneumothorax_is_darker(label: str) -> None:
     for number in range(4):
         patient = phantom("Normal", number, size=96)
         ground_truth = quantise(patient.image)
-        found = implant(Host(None, ground_truth, patient.lungs, False), label, 0, number)  # type: ignore[arg-type]
-        change = (found.image.astype(float) - ground_truth)[found.lesion].mean()
+        result = implant(Host(None, ground_truth, patient.lungs, False), label, 0, number)  # type: ignore[arg-type]
+        change = (result.image.astype(float) - ground_truth)[result.lesion].mean()
         assert change < -10 if label == "Pneumothorax" else change > 10
 
 
 def test_lungs_are_found_by_their_darkness() -> None:
     for number in range(8):
         patient = phantom("Normal", number, size=96)
-        found = find_lungs(patient.image)
-        assert found is not None
-        assert (found & patient.lungs).sum() / (found | patient.lungs).sum() > 0.6
+        lungs = find_lungs(patient.image)
+        assert lungs is not None
+        assert (lungs & patient.lungs).sum() / (lungs | patient.lungs).sum() > 0.6
     noise = np.random.default_rng(0).uniform(size=(96, 96)).astype(np.float32)
-    for nothing in (np.zeros((96, 96), np.float32), noise):
-        assert find_lungs(nothing) is None
+    for without_lungs in (np.zeros((96, 96), np.float32), noise):
+        assert find_lungs(without_lungs) is None
 
 
 def test_a_mask_of_one_lung_is_refused() -> None:
@@ -132,7 +132,7 @@ def test_a_mask_of_one_lung_is_refused() -> None:
         Lungs(np.zeros_like(lungs))
 
 
-def test_lungs_that_touch_are_told_apart_at_the_middle() -> None:
+def test_lungs_that_touch_are_separated_at_the_middle() -> None:
     mask = np.zeros((64, 64), bool)
     mask[10:50, 8:56] = True
     lungs = Lungs(mask)
@@ -140,20 +140,18 @@ def test_lungs_that_touch_are_told_apart_at_the_middle() -> None:
     assert lungs.lung(np.array([-0.4, 0.4]), np.array([0.0, 0.0]), 1).tolist()[0] < 0
 
 
-def test_images_that_cannot_be_used_are_passed_over(healthy: Path, tmp_path: Path, caplog) -> None:
-    import shutil
-
+def test_unusable_images_are_skipped(healthy: Path, tmp_path: Path, caplog) -> None:
     shutil.copytree(healthy, tmp_path / "images")
     (tmp_path / "images" / "Normal" / "images" / "image1.png").write_bytes(b"torn")
     flat = encode_grey(np.full((64, 64), 128, np.uint8))
-    write(tmp_path, "images/Normal/images/image9.png", flat)  # no mask, and no lungs to be seen
+    write(tmp_path, "images/Normal/images/image9.png", flat)  # without a mask and without lungs
     list(implant_set(LocalStore(str(tmp_path / "out")), open_dataset(tmp_path / "images"), "Normal", 8, SIZE))
     sources = [image["source"][-5] for image in listed(tmp_path / "out")]
     assert sources == list("02340234")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "message"),
     [
         (("--set", "data.healthy_class=Sound"), "no image of the healthy class 'Sound'"),
         (("--classes", "Cardiomegaly"), "Cardiomegaly"),
@@ -162,19 +160,19 @@ def test_images_that_cannot_be_used_are_passed_over(healthy: Path, tmp_path: Pat
         (("--out", "{onto}/new"), "choose another folder"),
     ],
 )
-def test_what_is_wrong_is_one_line(arguments: tuple[str, str], named: str, healthy: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line(arguments: tuple[str, str], message: str, healthy: Path, tmp_path: Path) -> None:
     write(tmp_path, "blank/Normal/images/a.png", encode_grey(np.zeros((64, 64), np.uint8)))
     option, value = (text.replace("{tmp}", str(tmp_path)).replace("{onto}", str(healthy)) for text in arguments)
     out = value if option == "--out" else str(tmp_path / "out")
     more = () if option == "--out" else (option, value)
     result = CliRunner().invoke(main, ["phantoms", out, "--onto", str(healthy), "--patients", "3", *more])
     assert result.exit_code == 2
-    assert named in result.stderr
+    assert message in result.stderr
     assert len([line for line in result.stderr.splitlines() if line.startswith("diffva ")]) == 1
     assert not Path(out).exists()
 
 
-def test_the_verb_writes_images_of_the_recipes_size(healthy: Path, tmp_path: Path) -> None:
+def test_the_command_writes_images_of_the_recipes_size(healthy: Path, tmp_path: Path) -> None:
     command = ["phantoms", str(tmp_path / "out"), "--onto", str(healthy), "--patients", "4"]
     assert json.loads(CliRunner().invoke(main, [*command, "--dry-run"]).output)["healthy_images"] == 5
     assert not (tmp_path / "out").exists()

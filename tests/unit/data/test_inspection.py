@@ -1,4 +1,4 @@
-"""What `diffva inspect` reports is what lies there."""
+"""The report of `diffva inspect` agrees with the files."""
 
 from __future__ import annotations
 
@@ -41,32 +41,32 @@ def folder(tmp_path):
 
 
 def test_summary_is_plain_and_complete(folder):
-    found = inspect(open_dataset(folder))
-    assert json.loads(json.dumps(found)) == found
-    assert found["kind"] == "radiography"
-    assert found["classes"] == {"COVID": 2, "Normal": 3}
-    assert (found["images"], found["files"], found["examined"]) == (5, 5, 5)
-    counts = [found[key] for key in ("with_lung_mask", "with_lesion_mask", "with_ground_truth", "with_boxes")]
+    summary = inspect(open_dataset(folder))
+    assert json.loads(json.dumps(summary)) == summary
+    assert summary["kind"] == "radiography"
+    assert summary["classes"] == {"COVID": 2, "Normal": 3}
+    assert (summary["images"], summary["files"], summary["examined"]) == (5, 5, 5)
+    counts = [summary[key] for key in ("with_lung_mask", "with_lesion_mask", "with_ground_truth", "with_boxes")]
     assert counts == [1, 1, 1, 1]
-    assert found["sizes"] == {"40x40": 2, "80x80": 1, "50x40": 1}
-    assert found["modes"] == {"PNG grey 8-bit": 2, "JPEG grey 8-bit": 1, "PNG grey 16-bit": 1}
-    assert found["unreadable"] == [
+    assert summary["sizes"] == {"40x40": 2, "80x80": 1, "50x40": 1}
+    assert summary["modes"] == {"PNG grey 8-bit": 2, "JPEG grey 8-bit": 1, "PNG grey 16-bit": 1}
+    assert summary["unreadable"] == [
         {"path": "Normal/images/broken.png", "status": "bad_image", "reason": "the file is empty (0 bytes)"}
     ]
-    assert found["near_duplicates"]["groups"] == [["COVID/images/a-larger.jpg", "COVID/images/a.png"]]
-    assert f"at most {NEAR} of 256 bits" in found["near_duplicates"]["method"]
+    assert summary["near_duplicates"]["groups"] == [["COVID/images/a-larger.jpg", "COVID/images/a.png"]]
+    assert f"at most {NEAR} of 256 bits" in summary["near_duplicates"]["method"]
 
 
 def test_a_file_of_two_labels_is_examined_once_and_absent_ones_are_missing(folder):
     rows = "path,label\nCOVID/images/a.png,A\nCOVID/images/a.png,B\nnone.png,A\n"
     (folder / "list.csv").write_text(rows)
-    found = inspect(open_dataset(folder / "list.csv"))
-    assert (found["images"], found["files"]) == (3, 2)
-    assert found["unreadable"] == [{"path": "none.png", "status": "missing", "reason": "no such file"}]
-    assert found["near_duplicates"]["groups"] == []
+    summary = inspect(open_dataset(folder / "list.csv"))
+    assert (summary["images"], summary["files"]) == (3, 2)
+    assert summary["unreadable"] == [{"path": "none.png", "status": "missing", "reason": "no such file"}]
+    assert summary["near_duplicates"]["groups"] == []
 
 
-def test_files_that_vanish_or_refuse_are_rows(folder, monkeypatch):
+def test_deleted_and_unreadable_files_are_rows(folder, monkeypatch):
     dataset = open_dataset(folder, classes=["COVID"])
     (folder / "COVID/images/a.png").unlink()
     assert inspect(dataset)["unreadable"] == [
@@ -81,7 +81,7 @@ def test_files_that_vanish_or_refuse_are_rows(folder, monkeypatch):
     assert [(row["status"], row["reason"]) for row in refused] == [("error", "Access Denied")] * 2
 
 
-def test_near_duplicates_are_all_pairs_within_reach():
+def test_near_duplicates_are_all_pairs_within_the_distance():
     rng = np.random.default_rng(0)
 
     def flipped(value: int, bits: int) -> int:

@@ -1,4 +1,4 @@
-"""Tiny text encoders in the layout in which hubs keep the real ones, files and defects alike."""
+"""Tiny text encoders with the same files and the same defects as the real ones on the hub."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_json(path: Path, values: object) -> None:
 
 
 def pickled(model: torch.nn.Module, folder: Path) -> None:
-    """``pytorch_model.bin`` and nothing else, with the head and the pooler of pre-training."""
+    """Writes ``pytorch_model.bin`` alone, with the head and the pooler of pre-training."""
     model.config.save_pretrained(folder)
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
 
@@ -42,16 +42,16 @@ def word_pieces(folder: Path, settings: dict) -> None:
 
 
 def byte_pairs(folder: Path, special: list[str], settings: dict, end: str) -> None:
-    """A byte-level vocabulary of single characters and no merges beyond one."""
+    """Writes a byte-level vocabulary of single characters, with one merge."""
     letters = [chr(n) for n in range(33, 127)]
-    spelt = [*special, *letters, *((letter + end for letter in letters) if end else ["Ġ"]), "no"]
-    write_json(folder / "vocab.json", {token: n for n, token in enumerate(dict.fromkeys(spelt))})
+    tokens = [*special, *letters, *((letter + end for letter in letters) if end else ["Ġ"]), "no"]
+    write_json(folder / "vocab.json", {token: n for n, token in enumerate(dict.fromkeys(tokens))})
     (folder / "merges.txt").write_text("#version: 0.2\nn o\n")
     write_json(folder / "tokenizer_config.json", settings)
 
 
 def radbert(folder: Path, width: int) -> None:
-    """StanfordAIMI/RadBERT: weights as .bin alone; a tokenizer that states nothing but two nulls, and no length."""
+    """StanfordAIMI/RadBERT: weights only as .bin; a tokenizer configuration without a token length."""
     pickled(BertForPreTraining(BertConfig(vocab_size=len(WORDS), max_position_embeddings=40, **size(width))), folder)
     word_pieces(folder, {"special_tokens_map_file": None, "full_tokenizer_file": None})
     names = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
@@ -59,7 +59,7 @@ def radbert(folder: Path, width: int) -> None:
 
 
 def radbert_roberta(folder: Path, width: int) -> None:
-    """zzxslp/RadBERT-RoBERTa-4m: byte-level BPE, positions that start at 2."""
+    """zzxslp/RadBERT-RoBERTa-4m: byte-level BPE; positions start at 2."""
     config = RobertaConfig(vocab_size=120, max_position_embeddings=42, pad_token_id=1, type_vocab_size=1, **size(width))
     pickled(RobertaForMaskedLM(config), folder)
     byte_pairs(folder, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], {"model_max_length": 512}, "")
@@ -72,7 +72,7 @@ def biobert(folder: Path, width: int) -> None:
 
 
 def cxr_bert(folder: Path, width: int) -> None:
-    """microsoft/BiomedVLP-CXR-BERT-specialized: a BERT whose type only its remote code knows."""
+    """microsoft/BiomedVLP-CXR-BERT-specialized: a BERT whose type only its remote code defines."""
     radbert(folder, width)
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "cxr-bert", "auto_map": {"AutoModel": "modeling_cxrbert.CXRBertModel"}}
@@ -92,7 +92,7 @@ def clip_text(width: int) -> CLIPTextConfig:
 
 
 def pubmedclip(folder: Path, width: int) -> None:
-    """flaviagiammarino/pubmed-clip-vit-base-patch32: a whole CLIPModel, both halves."""
+    """flaviagiammarino/pubmed-clip-vit-base-patch32: a whole CLIPModel with image and text encoder."""
     vision = CLIPVisionConfig(image_size=32, patch_size=16, **size(32))
     text = clip_text(width).to_dict()
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision.to_dict(), projection_dim=8)).save_pretrained(folder)
@@ -100,7 +100,7 @@ def pubmedclip(folder: Path, width: int) -> None:
 
 
 def clip(folder: Path, width: int) -> None:
-    """The text half alone."""
+    """The text encoder of a CLIP alone."""
     CLIPTextModel(clip_text(width)).save_pretrained(folder)
     clip_words(folder)
 
@@ -116,7 +116,7 @@ KINDS = {
 
 
 def snapshot(kind: str, folder: Path, width: int) -> Path:
-    """A tiny checkpoint of that kind in ``folder``, always the same one."""
+    """Writes a tiny checkpoint of that kind to ``folder``; always the same weights."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""The model folder: ordinary diffusers, complete, unpickled, itself after a round trip."""
+"""The model folder is an ordinary diffusers folder without pickles, and survives a round trip."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def test_pickled_weights_are_refused(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer/old/words.pkl", "text_encoder/pytorch_model.BIN", "vae/x.ckpt"])
-def test_pickles_are_refused_wherever_they_lie_and_however_they_are_spelt(
-    name: str, model: Path, tmp_path: Path
-) -> None:
+def test_pickles_are_refused_in_any_folder_and_with_any_extension(name: str, model: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(model, copy)
     (copy / name).parent.mkdir(exist_ok=True)
@@ -72,7 +70,7 @@ def test_pickles_are_refused_wherever_they_lie_and_however_they_are_spelt(
 
 
 class Runs:
-    """Leaves a file behind when it is unpickled."""
+    """Creates the file ``trace`` when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -87,7 +85,7 @@ def test_a_pickle_that_is_called_safetensors_is_refused_and_not_run(
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(model, copy)
-    (copy / "diffva.json").unlink()  # its digest would give the exchange away
+    (copy / "diffva.json").unlink()  # the digest would not match
     torch.save({"weight": Runs(tmp_path / "trace")}, next((copy / part).glob("*.safetensors")))
     with pytest.raises(UnusableModel, match=f"{part}.*not safetensors"):
         load(str(copy), tiny)
@@ -104,7 +102,7 @@ def test_pickles_outside_the_components_are_never_opened(model: Path, tmp_path: 
     assert not (tmp_path / "trace").exists()
 
 
-def test_exchanged_weights_are_noticed(model: Path, tmp_path: Path) -> None:
+def test_changed_weights_are_detected(model: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(model, copy)
     weights = next((copy / "unet").glob("*.safetensors"))
@@ -115,13 +113,13 @@ def test_exchanged_weights_are_noticed(model: Path, tmp_path: Path) -> None:
         load(str(copy))
 
 
-def test_no_model_there_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UnusableModel, match="diffva train"):
         load(str(tmp_path / "nothing"))
 
 
-def test_a_bundle_that_an_engine_works_with_is_not_saved(model: Path, tmp_path: Path) -> None:
-    """Its upsamplers are rewritten: the folder would be one that nobody can load."""
+def test_a_bundle_that_an_engine_has_rewritten_is_not_saved(model: Path, tmp_path: Path) -> None:
+    """No loader knows the names of its rewritten weights."""
     bundle = load(str(model))
     CounterfactualEngine(bundle, device="cpu")
     with pytest.raises(ValueError, match="load the model again to save"):

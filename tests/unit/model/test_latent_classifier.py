@@ -1,4 +1,4 @@
-"""The noise-aware classifier: a folder of its own, and an answer that depends on the noise level."""
+"""The classifier of noisy latents: saved in its own folder, with logits that depend on the noise level."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def classifier() -> LatentClassifier:
     return LatentClassifier(["COVID", "Normal", "Viral Pneumonia"], "Normal", 4, (8, 16), 4).eval()
 
 
-def test_it_travels_with_the_model_and_is_part_of_its_digest(tiny: Recipe, tmp_path: Path) -> None:
+def test_it_is_saved_with_the_model_and_part_of_its_digest(tiny: Recipe, tmp_path: Path) -> None:
     bundle = build(tiny)
     plain = save(bundle, LocalStore(str(tmp_path / "plain")), {})
     bundle.extras["classifier"] = classifier()
@@ -31,15 +31,15 @@ def test_it_travels_with_the_model_and_is_part_of_its_digest(tiny: Recipe, tmp_p
     assert torch.equal(again(latents, torch.tensor(7)), bundle.extras["classifier"](latents, torch.tensor(7)))
 
 
-def test_it_knows_the_noise_level() -> None:
+def test_logits_depend_on_the_noise_level() -> None:
     network, latents = classifier().requires_grad_(False), torch.randn(2, 4, 8, 8)
-    one, other = network(latents, torch.tensor(1)), network(latents, torch.tensor([1, 900]))
-    assert one.shape == (2, 3)
-    assert other[0] == pytest.approx(one[0], abs=1e-5)
-    assert (other[1] - one[1]).abs().max() > 1e-4
-    assert network.log_healthy(latents, torch.tensor(1)).exp() == pytest.approx(one.softmax(1)[:, 1])
+    single, batch = network(latents, torch.tensor(1)), network(latents, torch.tensor([1, 900]))
+    assert single.shape == (2, 3)
+    assert batch[0] == pytest.approx(single[0], abs=1e-5)
+    assert (batch[1] - single[1]).abs().max() > 1e-4
+    assert network.log_healthy(latents, torch.tensor(1)).exp() == pytest.approx(single.softmax(1)[:, 1])
 
 
-def test_a_healthy_class_it_does_not_know_is_named() -> None:
+def test_an_unknown_healthy_class_is_named() -> None:
     with pytest.raises(ValueError, match="'Fit' is none of COVID"):
         LatentClassifier(["COVID", "Normal"], "Fit")

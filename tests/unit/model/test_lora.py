@@ -1,4 +1,4 @@
-"""Adapters: nothing at first, all that moves, the same merged or beside the weights."""
+"""Adapters change nothing when attached, are all that is trained, and work the same merged or unmerged."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def weights(bundle: Bundle) -> dict[str, torch.Tensor]:
 
 
 def adapted(bundle: Bundle, steps: int = 4) -> dict[str, torch.Tensor]:
-    """Attach and train for a few steps; returns all weights as they were before those."""
+    """Attaches adapters and trains a few steps; returns all weights before the first step."""
     config = bundle.recipe.train.lora
     assert config is not None
     lora.attach(bundle.unet, bundle.text_encoder, config, seed=1)
@@ -64,7 +64,7 @@ def adapted(bundle: Bundle, steps: int = 4) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_adapters_move_and_merging_them_changes_nothing(
+def test_only_adapters_are_trained_and_merging_them_changes_nothing(
     kind: str, model: Path, tiny: Recipe, tmp_path: Path
 ) -> None:
     recipe = with_lora(tiny, model, snapshot(kind, tmp_path / kind, 64))
@@ -98,7 +98,7 @@ def test_only_adapters_move_and_merging_them_changes_nothing(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_beside_the_weights_come_back(kind: str, model: Path, tiny: Recipe, tmp_path: Path) -> None:
+def test_unmerged_adapters_are_loaded_again(kind: str, model: Path, tiny: Recipe, tmp_path: Path) -> None:
     """By our loader, and by diffusers' and peft's own."""
     recipe = with_lora(tiny, model, snapshot(kind, tmp_path / kind, 64), merge=False)
     bundle = build(recipe)

@@ -1,4 +1,4 @@
-"""PNDM's repeated timestep, with and without: the Gaussian oracle tells which sampler is unbiased."""
+"""Schedulers are unbiased on a Gaussian whose noise prediction is known; PNDM only with its repeated timestep."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ MEAN, SPREAD = 0.3, 0.7
 
 
 def sampled_bias(name: str, steps: int, strength: float) -> float:
-    """Noise samples of N(MEAN, SPREAD^2) exactly to the first timestep, denoise them with the exact noise prediction of
-    that distribution, and see how far the mean has moved. The score is linear, so the mean follows from one point."""
+    """Error of the mean after noising N(MEAN, SPREAD^2) to the first timestep and denoising with its exact noise
+    prediction. The prediction is linear, so one point gives the mean."""
     scheduler, timesteps = schedule(name, SD_SCHEDULER, steps, strength)
     alphas = scheduler.alphas_cumprod.double()
     image = torch.full((1, 1, 1, 1), MEAN, dtype=torch.float64)
@@ -24,7 +24,7 @@ def sampled_bias(name: str, steps: int, strength: float) -> float:
         scaled = scheduler.scale_model_input(latents, timestep)
         noise = (1 - alpha).sqrt() * (scaled - alpha.sqrt() * MEAN) / variance
         latents = scheduler.step(noise, timestep, latents).prev_sample
-    last = alphas[0].sqrt() if name in ("pndm", "pndm-diffusers", "ddim") else 1.0  # the others end without any noise
+    last = alphas[0].sqrt() if name in ("pndm", "pndm-diffusers", "ddim") else 1.0  # the others end without noise
     return float(latents - last * MEAN)
 
 
@@ -42,16 +42,16 @@ def test_the_other_samplers_are_unbiased(name: str, steps: int, strength: float)
 
 @pytest.mark.parametrize("name", ["vp-sde", "ve-sde"])
 def test_the_reverse_sde_has_the_distributions_mean_and_spread(name: str) -> None:
-    """Euler-Maruyama is of first order: the error falls with the steps, to what 20 000 samples can tell."""
-    found = [sampled_distribution(name, steps) for steps in (50, 1000)]
-    (few_mean, few_spread), (mean, spread) = ((abs(m - MEAN), abs(s - SPREAD)) for m, s in found)
+    """Euler-Maruyama is of first order: more steps reduce the error, down to the precision of 20 000 samples."""
+    results = [sampled_distribution(name, steps) for steps in (50, 1000)]
+    (few_mean, few_spread), (mean, spread) = ((abs(m - MEAN), abs(s - SPREAD)) for m, s in results)
     assert mean < 0.02
     assert spread < 0.02
     assert max(mean, spread) < max(few_mean, few_spread)
 
 
 def sampled_distribution(name: str, steps: int) -> tuple[float, float]:
-    """Mean and standard deviation of 20 000 samples that leave N(MEAN, SPREAD^2) by noising and come back."""
+    """Mean and standard deviation of 20 000 samples of N(MEAN, SPREAD^2) after noising and denoising."""
     scheduler, timesteps = schedule(name, SD_SCHEDULER, steps, 0.85)
     generator = torch.Generator().manual_seed(0)
     images = MEAN + SPREAD * torch.randn(20_000, 1, 1, 1, generator=generator, dtype=torch.float64)
@@ -66,15 +66,15 @@ def sampled_distribution(name: str, steps: int) -> tuple[float, float]:
 
 @pytest.mark.parametrize("name", ["dpmsolver++", "unipc"])
 @pytest.mark.parametrize("steps", [5, 20, 75, 100, 500])
-def test_a_strength_is_one_noise_level_whatever_the_steps(name: str, steps: int) -> None:
+def test_the_noise_level_of_a_strength_does_not_depend_on_the_steps(name: str, steps: int) -> None:
     _, timesteps = schedule(name, SD_SCHEDULER, steps, 0.6)
     assert abs(int(timesteps[0]) - 600) <= max(1, 1000 // steps // 2)
     assert timesteps[-1] <= 1000 / steps
 
 
 def test_at_full_strength_both_are_the_same() -> None:
-    ours, theirs = (schedule(name, SD_SCHEDULER, 50, 1.0)[1] for name in ("pndm", "pndm-diffusers"))
-    assert torch.equal(ours, theirs)
+    aligned, sliced = (schedule(name, SD_SCHEDULER, 50, 1.0)[1] for name in ("pndm", "pndm-diffusers"))
+    assert torch.equal(aligned, sliced)
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(50, 0.4), (50, 0.55), (75, 0.85), (10, 0.1)])
@@ -88,7 +88,7 @@ def test_aligned_pndm_starts_where_ddim_starts_and_repeats_its_second_step(steps
         assert len(pndm) == len(ddim) + 1
 
 
-def test_nothing_to_do_is_an_error_not_a_copy() -> None:
+def test_no_steps_is_an_error() -> None:
     with pytest.raises(ValueError, match="no step"):
         schedule("ddim", SD_SCHEDULER, 20, 0.04)
     with pytest.raises(ValueError, match="euler-ish"):

@@ -1,4 +1,4 @@
-"""Published text encoders in a base's place: every architecture, as hubs keep them, and what is refused."""
+"""Published text encoders replace that of a base: every architecture in its hub layout, and what is refused."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ COMMIT = "62e979a" + "0" * 33
 
 def recipe(tiny: Recipe, model: Path, encoder: str | Path | None, **others: Any) -> Recipe:
     values = tiny.model_dump(mode="json")
-    wanted = {"resolution": 32, "base": str(model), "tokenizer_length": 12, **others}
-    values["model"] = {**wanted, "text_encoder": str(encoder) if encoder else None}
+    options = {"resolution": 32, "base": str(model), "tokenizer_length": 12, **others}
+    values["model"] = {**options, "text_encoder": str(encoder) if encoder else None}
     return make_recipe(values)
 
 
@@ -40,10 +40,10 @@ def embedding(bundle, prompt: str = "normal chest scan") -> torch.Tensor:
 @pytest.mark.parametrize(
     ("kind", "width"), [*((kind, 64) for kind in KINDS), ("radbert", 80), ("radbert-roberta", 48), ("pubmedclip", 48)]
 )
-def test_every_kind_of_encoder_goes_all_the_way(
+def test_every_kind_of_encoder_works_from_build_to_pipeline(
     kind: str, width: int, model: Path, tiny: Recipe, tmp_path: Path
 ) -> None:
-    """Into a base of width 64, through a save and a load, and into diffusers' own pipeline."""
+    """In a base of width 64, after save and load, and in diffusers' own pipeline."""
     bundle = build(recipe(tiny, model, snapshot(kind, tmp_path / kind, width)))
     names = [name for name, _ in bundle.text_encoder.named_parameters()]
     assert not [name for name in names if "pooler" in name or "vision" in name or "projection" in name]
@@ -79,7 +79,7 @@ def test_every_kind_of_encoder_goes_all_the_way(
 
 @pytest.mark.parametrize("kind", ["radbert", "radbert-roberta", "cxr-bert", "pubmedclip"])
 def test_the_weights_are_the_published_ones(kind: str, model: Path, tiny: Recipe, tmp_path: Path) -> None:
-    """Names differ between a checkpoint with heads and the bare encoder; none may be left at its random start."""
+    """Names differ between a checkpoint with heads and the encoder alone; no weight may stay at its random start."""
     folder = snapshot(kind, tmp_path / kind, 64)
     file = folder / "pytorch_model.bin"
     if file.exists():
@@ -90,8 +90,8 @@ def test_the_weights_are_the_published_ones(kind: str, model: Path, tiny: Recipe
         published = load_file(folder / "model.safetensors")
     prefixes = ("", "bert.", "roberta.", "text_model.")
     for name, value in build(recipe(tiny, model, folder)).text_encoder.state_dict().items():
-        found = [published[prefix + name] for prefix in prefixes if prefix + name in published]
-        assert any(torch.equal(value, other) for other in found), name
+        candidates = [published[prefix + name] for prefix in prefixes if prefix + name in published]
+        assert any(torch.equal(value, candidate) for candidate in candidates), name
 
 
 def test_short_names_and_hub_ids_find_the_snapshot_and_its_commit(
@@ -119,7 +119,7 @@ def test_short_names_and_hub_ids_find_the_snapshot_and_its_commit(
 
 
 class Runs:
-    """Leaves a file behind when it is unpickled."""
+    """Creates the file ``trace`` when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -145,7 +145,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(
     assert not (tmp_path / "trace").exists()
 
 
-def test_an_older_torch_is_told_which_one_it_takes(
+def test_an_older_torch_is_refused_with_the_required_version(
     model: Path, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = snapshot("radbert", tmp_path / "radbert", 64)
@@ -190,13 +190,13 @@ def test_every_word_is_tokenised() -> None:
 
 
 def test_threads_share_a_tokenizer() -> None:
-    """A shard's readers ask whether prompts fit while the engine tokenises: padding and truncation are the object's."""
+    """Threads call ``fits`` while the engine tokenises; both set padding and truncation of the same object."""
     tokenizer = text.build_tokenizer(16)
     prompts = [f"normal chest scan {n}" for n in range(40)]
     expected = text.tokenize(tokenizer, prompts)[0]
     with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(lambda: [text.fits(tokenizer, prompt) for prompt in prompts * 20]) for _ in range(3)]
+        futures = [pool.submit(lambda: [text.fits(tokenizer, prompt) for prompt in prompts * 20]) for _ in range(3)]
         for _ in range(60):
             for n, prompt in enumerate(prompts):
                 assert torch.equal(text.tokenize(tokenizer, [prompt])[0][0], expected[n])
-        assert all(all(one.result()) for one in asking)
+        assert all(all(future.result()) for future in futures)

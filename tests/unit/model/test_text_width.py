@@ -1,4 +1,4 @@
-"""Text of another width than the base's: the projection, and which weights read a prompt."""
+"""Text embeddings of another width than the base's: the projection, and which weights read the prompt."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def test_the_projection_keeps_the_weights_and_the_size_of_the_text(unet, width: 
         assert unet.encoder_hid_proj(states).square().mean() == pytest.approx(1.0, rel=0.05)
     weight = unet.encoder_hid_proj.weight.detach()
     gram = weight.T @ weight if width < 64 else weight @ weight.T
-    assert torch.allclose(gram, torch.eye(len(gram)) * gram[0, 0], atol=1e-5)  # no direction preferred
+    assert torch.allclose(gram, torch.eye(len(gram)) * gram[0, 0], atol=1e-5)  # all directions are equal
 
     sample, step = torch.randn(1, 4, 8, 8), torch.tensor([500])
-    with torch.no_grad():  # what diffusers computes is the old UNet on projected text
-        got = unet(sample, step, encoder_hidden_states=states[None, :5]).sample
+    with torch.no_grad():  # diffusers computes the old UNet on projected text
+        actual = unet(sample, step, encoder_hidden_states=states[None, :5]).sample
         projected = unet.encoder_hid_proj(states[None, :5])
         unet.encoder_hid_proj, unet.config["encoder_hid_dim_type"] = None, None
-        assert torch.allclose(got, unet(sample, step, encoder_hidden_states=projected).sample)
+        assert torch.allclose(actual, unet(sample, step, encoder_hidden_states=projected).sample)
 
 
-def test_the_projection_is_seeded_and_goes_when_it_is_not_needed(unet) -> None:
+def test_the_projection_is_seeded_and_removed_when_it_is_not_needed(unet) -> None:
     weights = []
     for width, seed in ((48, 3), (80, 0), (48, 3), (64, 0), (48, 4)):
         fit_text_width(unet, width, seed)
@@ -69,20 +69,20 @@ def test_other_kinds_of_base_are_refused(unet) -> None:
         fit_text_width(unet, 64, 0)
 
 
-def test_what_reads_the_prompt(unet) -> None:
-    """Keys and values of every cross-attention, none of self-attention, and the projection."""
+def test_which_weights_read_the_prompt(unet) -> None:
+    """Keys and values of every cross-attention and the projection, but none of self-attention."""
     fit_text_width(unet, 48, 0)
-    found = cross_attention_parameters(unet)
-    assert {"encoder_hid_proj.weight", "encoder_hid_proj.bias"} < found.keys()
+    weights = cross_attention_parameters(unet)
+    assert {"encoder_hid_proj.weight", "encoder_hid_proj.bias"} < weights.keys()
     layers = {name for name, module in unet.named_modules() if name.endswith("attn2")}
-    assert {name for name in found if "attn2" in name} == {
+    assert {name for name in weights if "attn2" in name} == {
         f"{layer}.{part}.weight" for layer in layers for part in ("to_k", "to_v")
     }
-    assert len(found) == 2 * len(layers) + 2
-    # without any text left they are the weights without a gradient
+    assert len(weights) == 2 * len(layers) + 2
+    # with a projection of zeros, exactly these weights have no gradient
     unet.encoder_hid_proj.requires_grad_(False).weight.zero_()
     unet(torch.randn(1, 4, 8, 8), 10, encoder_hidden_states=torch.randn(1, 5, 48)).sample.square().sum().backward()
-    for name, parameter in found.items():
+    for name, parameter in weights.items():
         assert parameter.grad is None or not parameter.grad.any(), name
     assert unet.conv_in.weight.grad.any()
     assert any(parameter.grad.any() for name, parameter in unet.named_parameters() if ".attn1.to_v." in name)
