@@ -1,12 +1,13 @@
-"""diffva-ray: healthy counterfactuals, attribution maps and their numbers for chest X-rays, at scale.
+"""diffva-ray: counterfactual attribution for chest X-rays, at cluster scale.
 
-Rooms, in the order in which data flows: ``data`` (images), ``model`` (the diffusers folder), ``train``,
-``counterfactual`` (counterfactuals and maps), ``generate`` (plan and shards), ``metrics``, ``evaluate`` (tables,
-report); ``ray_*`` spread them over a cluster. ARCHITECTURE.md has one line per module.
+Packages, in the order in which data flows: ``data`` (data sets, images, phantoms), ``model`` (the diffusers folder),
+``train`` (fine-tuning), ``counterfactual`` (counterfactuals and attribution maps), ``generate`` (plan and shards),
+``metrics``, ``evaluate`` (tables and report), ``explain`` (one image). ``distributed`` runs them on Ray, ``workflows``
+and ``commands`` are the command line, ``config`` holds the recipes and ``storage`` the files. ARCHITECTURE.md has one
+line per module.
 
-What a notebook needs stands here (``__all__``) and is loaded when it is first used, so that ``import diffva_ray`` takes
-neither torch nor Ray; metrics are in ``diffva_ray.metrics.*``. These names, their arguments and what they return change
-with a major version only.
+The public API is ``__all__``. Each name is imported on first use, so that ``import diffva_ray`` loads neither torch nor
+Ray. Metrics are in ``diffva_ray.metrics.*``. Names, arguments and return values change only with a major version.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from diffva_ray.generate.run import Run as Run
     from diffva_ray.generate.run import open_run as open_run
 
-_PLACES = {
+_MODULES = {
     "CounterfactualEngine": "counterfactual.engine",
     "Recipe": "config.recipe",
     "Run": "generate.run",
@@ -46,13 +47,13 @@ _PLACES = {
     "read_records": "evaluate.records",
     "to_square": "data.images",
 }
-__all__ = [*_PLACES]
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'diffva_ray' has no attribute {name!r}; there are {', '.join(_PLACES)}")
-    return getattr(import_module(f"diffva_ray.{_PLACES[name]}"), name)
+    if name not in _MODULES:
+        raise AttributeError(f"module 'diffva_ray' has no attribute {name!r}; there are {', '.join(_MODULES)}")
+    return getattr(import_module(f"diffva_ray.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""``python -m diffva_ray VERB``: the same as ``diffva VERB``."""
+"""Run ``diffva VERB`` as ``python -m diffva_ray VERB``."""
 
 from diffva_ray.cli import main
 

@@ -1,6 +1,6 @@
-"""``diffva VERB``: one command per verb. The scripts in jobs/ are the same commands, for ``ray job submit``."""
+"""The command line ``diffva VERB``. The scripts in jobs/ run the same verbs, for ``ray job submit``."""
 
-from diffva_ray.commands import data, model, numbers, paper, run  # each registers its verbs
+from diffva_ray.commands import data, model, numbers, paper, run  # importing a module registers its verbs
 from diffva_ray.commands.verb import main
 
 __all__ = ["data", "main", "model", "numbers", "paper", "run"]

@@ -1,4 +1,4 @@
-"""What a person sees while something runs: one line at a time, and Ray's own chatter only when it matters."""
+"""Log lines, progress messages and a stopwatch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOG = logging.getLogger("diffva")
 
 
 def set_up_logging(verbose: bool = False) -> None:
-    """Plain lines on stderr; called once by the command line."""
+    """Log plain lines to stderr; the command line calls this once. ``verbose``: also debug messages and tracebacks."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     LOG.handlers[:] = [handler]
@@ -20,18 +20,19 @@ def set_up_logging(verbose: bool = False) -> None:
     LOG.propagate = False
 
 
-def one_line(said: str | BaseException, length: int = 300) -> str:
-    """A text, or an error's (its kind where it says nothing), as one line of at most ``length`` printable characters,
-    whatever a library quotes from a damaged file: a lone surrogate, say, cannot be written to Parquet, and an escape
-    sequence acts on the terminal that shows it."""
-    text = " ".join(str(said).split())
-    if not text and isinstance(said, BaseException):
-        text = type(said).__name__
+def one_line(message: str | BaseException, length: int = 300) -> str:
+    """Convert a text or an error (its type if it has no text) to one line of at most ``length`` printable characters.
+
+    Error texts may quote damaged files: Parquet refuses lone surrogates, and terminals execute escape sequences.
+    """
+    text = " ".join(str(message).split())
+    if not text and isinstance(message, BaseException):
+        text = type(message).__name__
     return "".join(char if char.isprintable() else "?" for char in text)[:length]
 
 
 def duration(seconds: float) -> str:
-    """``75`` -> ``1m15s``."""
+    """Format seconds: ``75`` -> ``1m15s``."""
     seconds = round(seconds)
     hours, minutes, rest = seconds // 3600, seconds // 60 % 60, seconds % 60
     if hours:
@@ -42,19 +43,18 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Done of total with rate and time to go, said at most every ``interval`` seconds."""
+    """Log the progress of a task, its rate and the remaining time, at most every ``interval`` seconds."""
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0, interval: float = 5.0) -> None:
         self.what, self.total, self.unit, self.interval = what, total, unit, interval
-        self.done, self.first = done, done
-        self.started = self.said = time.monotonic()
+        self.first = done
+        self.started = self.last_logged = time.monotonic()
 
     def update(self, done: int, note: str = "") -> None:
-        """``done`` units are done by now."""
-        self.done = done
+        """Report that ``done`` units are done in total."""
         now = time.monotonic()
-        if now - self.said >= self.interval or done >= self.total:
-            self.said = now
+        if now - self.last_logged >= self.interval or done >= self.total:
+            self.last_logged = now
             elapsed = max(now - self.started, 1e-6)
             rate = (done - self.first) / elapsed
             left = f", {duration((self.total - done) / rate)} to go" if rate > 0 and done < self.total else ""
@@ -65,8 +65,10 @@ class Progress:
 
 
 class Stopwatch:
-    """Seconds by stage of one thread's work; of a stage within another, each counts its own. ``settle`` is waited for
-    where one ends and the next begins: a GPU works on after it was told to."""
+    """Measure the seconds that one thread spends in each stage; a nested stage counts for itself only.
+
+    ``settle`` (for example ``torch.cuda.synchronize``) runs at every stage boundary, because GPU work is asynchronous.
+    """
 
     def __init__(self, settle: Callable[[], None] = lambda: None) -> None:
         self.seconds: dict[str, float] = {}

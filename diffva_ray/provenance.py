@@ -1,4 +1,4 @@
-"""Where an output comes from: code, versions, machine, time; found without importing anything heavy."""
+"""Provenance of an output: code revision, package versions, machine, time. Imports no heavy package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "ray", "numpy", "scipy", "scik
 
 
 def version(package: str) -> str:
-    """The installed version, without importing the package."""
+    """Return the installed version of a package, or ``absent``, without importing it."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -24,27 +24,27 @@ def version(package: str) -> str:
 
 
 def torch_version() -> str:
-    """torch's version as a fingerprint key: without the local build tag, which differs between index and mirror."""
+    """Return torch's version without the local build tag, which differs between package indexes; a fingerprint key."""
     return version("torch").split("+")[0]
 
 
 def code_revision() -> str:
-    """git revision of the checkout this package runs from (``-dirty`` when it was edited); the version elsewhere."""
+    """Return the git revision of the package's checkout (``-dirty`` with local changes), or the version without one."""
     folder = Path(__file__).resolve().parent
     try:
         command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        revision = subprocess.run(command, capture_output=True, text=True, timeout=10)
         tracked = subprocess.run(
             ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name],
             capture_output=True, timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return __version__
-    return found.stdout.strip() if found.returncode == 0 and tracked.returncode == 0 else __version__
+    return revision.stdout.strip() if revision.returncode == 0 and tracked.returncode == 0 else __version__
 
 
 def provenance() -> dict[str, Any]:
-    """What every output of a run says about its making. The host's name and user stay out of it."""
+    """Collect the provenance that every output of a run stores; host and user names are left out."""
     return {
         "diffva_ray": __version__,
         "code_revision": code_revision(),
@@ -55,5 +55,5 @@ def provenance() -> dict[str, Any]:
 
 
 def missing(package: str, what: str, extra: str) -> str:
-    """The line that says what ``package`` is needed for and how it is installed, for the exception of the caller."""
+    """Return the error message for a missing optional package: its purpose and how to install it."""
     return f"{package} is needed for {what}: pip install diffva-ray[{extra}]"

@@ -1,7 +1,7 @@
-"""Writes docs/reference from the code: every key of a recipe, every column of the records, the help of every command.
+"""Write docs/reference from the code: recipe keys, record columns and the help of every command.
 
-python docs/write_reference.py            # after a change of either
-python docs/write_reference.py --check    # exit 1 and the pages that say something else (a test does this)
+python docs/write_reference.py            # after a change of recipes, columns or help
+python docs/write_reference.py --check    # exit 1 and list the stale pages
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ FOLDER = Path(__file__).parent / "reference"
 WIDTH = 100
 Schema = dict[str, Any]
 
-RECIPES = """# Keys of a recipe
+RECIPES_HEAD = """# Keys of a recipe
 
-Written by `docs/write_reference.py` from the code (`diffva_ray/config*.py`).
+Written by `docs/write_reference.py` from the code (`diffva_ray/config/`).
 
-A recipe is a YAML file with the sections below; `--recipe NAME` takes one of those that come with the package,
-`--recipe FILE.yaml` your own. `--set KEY=VALUE` overrides one value, as in `--set generate.masked.quantile=0.9` or
-`--set train.stages.1.steps=500`, and `--dry-run` prints the whole. *required*: no default. *none*: the default is to
-have none; write `null`.
+A recipe is a YAML file with the sections below. `--recipe NAME` selects a shipped recipe, `--recipe FILE.yaml` your
+own. `--set KEY=VALUE` overrides one value, as in `--set generate.masked.quantile=0.9` or
+`--set train.stages.1.steps=500`. `--dry-run` prints the resolved recipe. *required*: the key has no default.
+*none*: the default is no value, in YAML `null`.
 """
-COMMANDS = """# Commands
+COMMANDS_HEAD = """# Commands
 
 Written by `docs/write_reference.py` from the code (`diffva_ray/commands/`). `python jobs/VERB.py` takes the options of
-`diffva VERB`, for all verbs but demo and inspect.
+`diffva VERB` for all verbs except demo and inspect.
 """
-HEAD = """# Columns of the records
+COLUMNS_HEAD = """# Columns of the records
 
-Written by `docs/write_reference.py` from the code (`diffva_ray/schema.py`). One row for every planned record, in
-`records/part-*.parquet`, whatever became of it.
+Written by `docs/write_reference.py` from the code (`diffva_ray/schema.py`). `records/part-*.parquet` has one
+row for every planned record, also for quarantined ones.
 """
 STATUSES = ", ".join(f"`{status.value}`" for status in Status)
 
 
 def recipes_page() -> str:
     schema = Recipe.model_json_schema()
-    return "\n".join([RECIPES, *(section(*part) for part in parts(schema, schema, ""))])
+    return "\n".join([RECIPES_HEAD, *(section(*part) for part in parts(schema, schema, ""))])
 
 
 def parts(schema: Schema, part: Schema, path: str) -> Iterator[tuple[str, Schema, Schema]]:
-    """Heading, schema and fields of a section of the recipe, and of all sections in it."""
+    """Yield heading, schema and fields of a section of the recipe and of its subsections."""
     for field in part["properties"].values():
-        if name := reference(field):  # the schema leaves out a description that is the section's own
+        if name := reference(field):  # pydantic omits a description that equals the section's
             field.setdefault("description", schema["$defs"][name]["description"])
     yield f"`{path}`" if path else "The top", part, part["properties"]
     for key, field in part["properties"].items():
@@ -65,7 +65,7 @@ def parts(schema: Schema, part: Schema, path: str) -> Iterator[tuple[str, Schema
 
 
 def stages(schema: Schema, kinds: dict[str, str], path: str) -> Iterator[tuple[str, Schema, Schema]]:
-    """The keys that all stages have, then those that a kind has by itself or with another default."""
+    """Yield the keys of all stages, then, by kind, its own keys and those with another default."""
     general = StageConfig.model_json_schema()
     yield f"`{path}.N`", general, general["properties"]
     for kind, name in kinds.items():
@@ -76,7 +76,7 @@ def stages(schema: Schema, kinds: dict[str, str], path: str) -> Iterator[tuple[s
 
 
 def reference(field: Schema) -> str:
-    """Name of the section that a field holds; empty for a plain value."""
+    """Return the name of the section that a field holds; empty for a plain value."""
     options = [field, *field.get("anyOf", ())]
     return next((option["$ref"].rpartition("/")[2] for option in options if "$ref" in option), "")
 
@@ -95,7 +95,7 @@ def section(heading: str, part: Schema, fields: dict[str, Schema]) -> str:
 
 
 def prose(text: str) -> str:
-    """A docstring in one line of Markdown."""
+    """Convert a docstring to one line of Markdown."""
     return re.sub(r"``(.+?)``", r"`\1`", " ".join(text.split())).replace("|", "\\|")
 
 
@@ -127,7 +127,7 @@ def default(field: Schema, required: bool) -> str:
 
 
 def limits(field: Schema) -> str:
-    """The values that are allowed: names, or an interval."""
+    """Format the allowed values: names, or an interval."""
     if "anyOf" in field:
         return limits(next(option for option in field["anyOf"] if option.get("type") != "null"))
     if "items" in field and "enum" in field["items"]:
@@ -135,28 +135,28 @@ def limits(field: Schema) -> str:
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     signs = {"exclusiveMinimum": "> {}", "minimum": "≥ {}", "exclusiveMaximum": "< {}", "maximum": "≤ {}"}
-    said = [sign.format(f"{field[name]:g}") for name, sign in signs.items() if name in field]
-    said += [f"multiple of {field['multipleOf']:g}"] if "multipleOf" in field else []
-    return ", ".join(said)
+    bounds = [sign.format(f"{field[name]:g}") for name, sign in signs.items() if name in field]
+    bounds += [f"multiple of {field['multipleOf']:g}"] if "multipleOf" in field else []
+    return ", ".join(bounds)
 
 
 def commands_page() -> str:
     parent = click.Context(main, info_name="diffva", terminal_width=WIDTH, **main.context_settings)
     contexts = [parent] + [click.Context(main.commands[verb], parent, verb) for verb in sorted(main.commands)]
     blocks = [f"## {context.command_path}\n\n```\n{context.get_help()}\n```\n" for context in contexts]
-    return "\n".join([COMMANDS, *blocks])
+    return "\n".join([COMMANDS_HEAD, *blocks])
 
 
 def columns_page() -> str:
     rows = "".join(f"| `{name}` | {kind} | {meaning} |\n" for name, kind, meaning in COLUMNS)
-    return f"{HEAD}\n| column | type | meaning |\n| --- | --- | --- |\n{rows}\n`status` is one of {STATUSES}.\n"
+    return f"{COLUMNS_HEAD}\n| column | type | meaning |\n| --- | --- | --- |\n{rows}\n`status` is one of {STATUSES}.\n"
 
 
 PAGES = {"recipes.md": recipes_page, "commands.md": commands_page, "columns.md": columns_page}
 
 
 def stale() -> list[str]:
-    """Names of the pages that do not say what the code says."""
+    """Return the names of the pages that differ from the code."""
     return [
         name
         for name, page in PAGES.items()
@@ -165,7 +165,7 @@ def stale() -> list[str]:
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Write nothing; exit 1 where a page is stale.")
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 if a page is stale.")
 def run(check: bool) -> None:
     """Write docs/reference."""
     names = stale()

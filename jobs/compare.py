@@ -1,4 +1,4 @@
-"""``diffva compare`` as an entry point: ``ray job submit --working-dir . -- python jobs/compare.py ...``."""
+"""Entry script of ``diffva compare``: ``ray job submit --working-dir . -- python jobs/compare.py ...``."""
 
 import sys
 

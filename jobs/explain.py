@@ -1,4 +1,4 @@
-"""``diffva explain`` as an entry point: ``ray job submit --working-dir . -- python jobs/explain.py ...``."""
+"""Entry script of ``diffva explain``: ``ray job submit --working-dir . -- python jobs/explain.py ...``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``diffva generate`` as an entry point: ``ray job submit --working-dir . -- python jobs/generate.py ...``."""
+"""Entry script of ``diffva generate``: ``ray job submit --working-dir . -- python jobs/generate.py ...``."""
 
 import sys
 

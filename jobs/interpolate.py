@@ -1,4 +1,4 @@
-"""``diffva interpolate`` as an entry point: ``ray job submit --working-dir . -- python jobs/interpolate.py ...``."""
+"""Entry script of ``diffva interpolate``: ``ray job submit --working-dir . -- python jobs/interpolate.py ...``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``diffva paper`` as an entry point: ``ray job submit --working-dir . -- python jobs/paper.py ...``."""
+"""Entry script of ``diffva paper``: ``ray job submit --working-dir . -- python jobs/paper.py ...``."""
 
 import sys
 

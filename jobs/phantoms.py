@@ -1,4 +1,4 @@
-"""``diffva phantoms`` as an entry point: ``ray job submit --working-dir . -- python jobs/phantoms.py ...``."""
+"""Entry script of ``diffva phantoms``: ``ray job submit --working-dir . -- python jobs/phantoms.py ...``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``diffva reduce`` as an entry point: ``ray job submit --working-dir . -- python jobs/reduce.py ...``."""
+"""Entry script of ``diffva reduce``: ``ray job submit --working-dir . -- python jobs/reduce.py ...``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``diffva report`` as an entry point: ``ray job submit --working-dir . -- python jobs/report.py ...``."""
+"""Entry script of ``diffva report``: ``ray job submit --working-dir . -- python jobs/report.py ...``."""
 
 import sys
 

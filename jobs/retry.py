@@ -1,4 +1,4 @@
-"""``diffva retry`` as an entry point: ``ray job submit --working-dir . -- python jobs/retry.py ...``."""
+"""Entry script of ``diffva retry``: ``ray job submit --working-dir . -- python jobs/retry.py ...``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``diffva score`` as an entry point: ``ray job submit --working-dir . -- python jobs/score.py ...``."""
+"""Entry script of ``diffva score``: ``ray job submit --working-dir . -- python jobs/score.py ...``."""
 
 import sys
 

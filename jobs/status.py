@@ -1,4 +1,4 @@
-"""``diffva status`` as an entry point: ``ray job submit --working-dir . -- python jobs/status.py ...``."""
+"""Entry script of ``diffva status``: ``ray job submit --working-dir . -- python jobs/status.py ...``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``diffva train`` as an entry point: ``ray job submit --working-dir . -- python jobs/train.py ...``."""
+"""Entry script of ``diffva train``: ``ray job submit --working-dir . -- python jobs/train.py ...``."""
 
 import sys
 

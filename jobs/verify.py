@@ -1,4 +1,4 @@
-"""``diffva verify`` as an entry point: ``ray job submit --working-dir . -- python jobs/verify.py ...``."""
+"""Entry script of ``diffva verify``: ``ray job submit --working-dir . -- python jobs/verify.py ...``."""
 
 import sys
 

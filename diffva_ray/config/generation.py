@@ -1,4 +1,4 @@
-"""SamplingSettings of single methods as data. ``config.py`` puts them into recipes, as sections of ``generate``."""
+"""Settings of single methods; ``recipe.py`` adds them to recipes as sections of ``generate``."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from diffva_ray.config.stages import Section
 
 
 class MaskedConfig(Section):
-    """Method ``masked``. Lengths are fractions of the width, grey levels are of 1."""
+    """Settings of method ``masked``. Lengths are fractions of the image width; grey levels are in [0, 1]."""
 
     source: Literal["difference", "derived", "lungs"] = "difference"
-    """Where the mask comes from. ``difference``: what generating changes. ``derived``: DiffEdit's mask, where the noise
-    predicted under the healthy and under the source prompt differs most. ``lungs``: the lung mask, or the whole of a
-    image that has none."""
+    """Source of the mask. ``difference``: what changes when the image is generated. ``derived``: DiffEdit's mask, where
+    the predicted noise differs most between the healthy and the source prompt. ``lungs``: the lung mask; images without
+    one use the whole image."""
 
     quantile: float = Field(0.8, gt=0, lt=1)
-    """``derived``: share of the image left outside the mask."""
+    """``derived``: fraction of the image that lies outside the mask."""
 
     keep_below: float = Field(0.02, ge=0, lt=1)
-    """``difference``: a change of up to this much (grey levels of 1) counts as none; less than ``edit_above``."""
+    """``difference``: changes up to this grey level keep the image; must be less than ``edit_above``."""
 
     edit_above: float = Field(0.06, gt=0, le=1)
-    """``difference``: from a change of this much on (grey levels of 1) the counterfactual counts in full."""
+    """``difference``: changes from this grey level on use the counterfactual in full."""
 
     dilation: float = Field(0.0, ge=0, lt=0.5)
-    """How far the mask grows, as a fraction of the width."""
+    """Distance by which the mask is dilated, as a fraction of the width."""
 
     feather: float = Field(0.03, ge=0, lt=0.5)
-    """How far the mask's edge is drawn out, as a fraction of the width."""
+    """Width of the soft edge of the mask, as a fraction of the width."""
 
     @model_validator(mode="after")
     def _ordered(self) -> MaskedConfig:
@@ -40,43 +40,44 @@ class MaskedConfig(Section):
 
 
 class ClassifierGuidedConfig(Section):
-    """Method ``classifier-guided``."""
+    """Settings of method ``classifier-guided``."""
 
     scale: float = Field(50.0, ge=0)
-    """Weight of the classifier's gradient; 0: the image comes back as the autoencoder leaves it."""
+    """Weight of the classifier's gradient; with 0 the result is the autoencoder's reconstruction."""
 
 
 class ControlNetConfig(Section):
-    """Method ``controlnet``; names and defaults as in StableDiffusionControlNetImg2ImgPipeline."""
+    """Settings of method ``controlnet``; names and defaults follow StableDiffusionControlNetImg2ImgPipeline."""
 
     conditioning_scale: float = Field(0.8, ge=0)
-    """Weight of the condition image (lungs and edges); 0: plain ``sdedit``."""
+    """Weight of the condition image (lungs and edges); 0 is plain ``sdedit``."""
 
     start: float = Field(0.0, ge=0, le=1)
-    """Share of the steps after which the condition begins to count."""
+    """Fraction of the steps after which the condition is first used."""
 
     end: float = Field(1.0, ge=0, le=1)
-    """Share of the steps after which the condition no longer counts."""
+    """Fraction of the steps after which the condition is no longer used."""
 
 
 class AccelerationConfig(Section):
-    """Training-free shortcuts where a sampler runs down one schedule (methods sdedit, ddim-inversion, masked by
-    difference). Each changes pixels; docs/throughput.md has what they save and what they cost."""
+    """Training-free shortcuts for methods with one sampling schedule (``sdedit``, ``ddim-inversion``, ``masked`` with
+    ``source: difference``). Each changes pixels; docs/throughput.md lists time saved and quality lost."""
 
     guidance_start: float = Field(0.0, ge=0, le=1)
-    """Share of the steps after which guidance begins to count (Kynkäänniemi et al. 2024); before, the prompt alone."""
+    """Fraction of the steps before guidance starts (Kynkäänniemi et al. 2024); earlier steps use the prompt alone."""
 
     guidance_end: float = Field(1.0, ge=0, le=1)
-    """Share of the steps after which guidance no longer counts; from there on, the prompt alone."""
+    """Fraction of the steps after which guidance ends; later steps use the prompt alone."""
 
     deep_features_every: int = Field(1, ge=1)
-    """Every so many steps the whole UNet runs, and between them its outermost layers alone (DeepCache); 1: always the
-    whole."""
+    """Interval, in steps, at which the whole UNet runs; the steps between run its outermost layers only (DeepCache).
+    1 always runs the whole UNet."""
 
     @property
     def on(self) -> bool:
+        """Whether any shortcut is used."""
         return self != AccelerationConfig()
 
     def guides(self, step: int, steps: int) -> bool:
-        """Whether guidance counts in ``step`` of ``steps``; the rule of diffusers' ControlNets."""
+        """Return whether ``step`` of ``steps`` uses guidance; the rule of diffusers' ControlNet pipelines."""
         return step / steps >= self.guidance_start and (step + 1) / steps <= self.guidance_end

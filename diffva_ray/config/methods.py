@@ -1,7 +1,7 @@
-"""The counterfactual methods, a line each: what a method runs with, needs and costs. A new one is a module of its name
-in ``counterfactual/`` with a function ``generate``, and a line here.
+"""The counterfactual methods, one line each: cost, scheduler and extra network.
 
-The table stands apart from the modules so that drivers can check and price a run without loading torch.
+A new method is a module of its name in ``counterfactual/`` with a function ``generate``, and a line here. The table is
+separate from the modules so that drivers check and price a run without loading torch.
 """
 
 from __future__ import annotations
@@ -12,29 +12,33 @@ from typing import NamedTuple
 
 
 class Calls(NamedTuple):
-    """Forwards of each network for one record. Every method has the image encoded; those in latent space
-    decode counterfactual and reconstruction."""
+    """Forward passes of each network for one record."""
 
     unet: int
-    encode: int = 1
-    decode: int = 2
+    encode: int = 1  # of the autoencoder; every method encodes the image
+    decode: int = 2  # of the autoencoder; methods in latent space decode counterfactual and reconstruction
     controlnet: int = 0
 
 
 @dataclass(frozen=True)
 class Method:
-    """``calls``: of the sampler's steps, and of those of them that have both branches of guidance.
-
-    ``scheduler``: the only one it runs with; empty: any. ``needs``: the network it needs beside the pipeline's own, a
-    folder of the model trained by the stage of that name (``model/extras.py``). ``reads_prompt``: False for a method of
-    one pass, without prompt or sampler. ``shortcuts``: ``generate.acceleration`` is for it.
-    """
+    """Requirements and cost of a counterfactual method."""
 
     calls: Callable[[int, int], Calls]
+    """Calls by the number of sampler steps, and by the number of those that run both branches of guidance."""
+
     scheduler: str = ""
+    """The only scheduler that the method runs with; empty: any."""
+
     needs: str = ""
+    """Network that the method needs in addition to the pipeline: a folder of the model, written by the training stage
+    of that name (``model/extras.py``)."""
+
     reads_prompt: bool = True
+    """False for one-pass methods without prompt and sampler."""
+
     shortcuts: bool = False
+    """Whether ``generate.acceleration`` applies."""
 
 
 METHODS: dict[str, Method] = {

@@ -1,4 +1,4 @@
-"""Recipes: everything a run can be told, typed, frozen, from YAML, with ``--set section.key=value`` on top."""
+"""Recipes: typed, frozen settings of training, generation and evaluation, from YAML with ``--set`` overrides."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GUESS, SOURCE = "<guess>", "<source>"
 
 
 class DataConfig(Section):
-    """What the classes are called, in data sets and in prompts."""
+    """Names of the classes in data sets and in prompts."""
 
     prompts: dict[str, str] = {
         "Normal": "Normal chest scan",
@@ -30,59 +30,59 @@ class DataConfig(Section):
         "COVID": "COVID 19",
         "Viral Pneumonia": "Viral Pneumonia",
     }
-    """Class to the prompt its images are trained under; a class that is not named here is prompted by its own name."""
+    """Class to training prompt; a class without an entry uses its own name as prompt."""
 
     healthy_class: str = "Normal"
-    """The class that counts as healthy, and what CheXpert's "No Finding" is called; it is generated only where it is
-    asked for."""
+    """Name of the healthy class, also for CheXpert's "No Finding"; its images are edited only if ``--classes`` names
+    it."""
 
     healthy_prompt: str = "normal chest scan"
-    """What a counterfactual is to show, unless ``--prompt`` says otherwise."""
+    """Prompt of counterfactuals, unless ``--prompt`` is given."""
 
     uncertain: Literal["ignore", "positive", "negative"] = "ignore"
-    """CheXpert's uncertain labels (-1). ``positive``: a finding like any other. An image is listed under its positive
-    findings only, so ``ignore`` and ``negative`` both leave the label out."""
+    """Treatment of CheXpert's uncertain labels (-1). ``positive``: counts as a finding. An image is listed under its
+    positive findings only, so ``ignore`` and ``negative`` both leave the label out."""
 
     bits: int = Field(16, ge=8, le=16)
-    """Bits that the values of 16-bit grey PNGs and TIFFs have, of the whole data set: 12 for values up to 4095, as many
-    exports of DICOM have them. ``diffva inspect`` tells."""
+    """Number of bits in use in 16-bit grey PNGs and TIFFs of the data set, for example 12 for values up to 4095, common
+    in DICOM exports. ``diffva inspect`` prints it."""
 
     def prompt(self, label: str) -> str:
-        """The training prompt of a class; a class without one is prompted by its own name."""
+        """Return the training prompt of a class; by default its name with spaces for underscores."""
         return self.prompts.get(label, label.replace("_", " "))
 
 
 class ModelConfig(Section):
-    """Where the networks come from: ``base`` and ``text_encoder``, or the architectures themselves, for a model from
-    scratch (keyword arguments of the diffusers and transformers classes)."""
+    """Origin of the networks: ``base`` and ``text_encoder``, or, for a model from scratch, the architectures as keyword
+    arguments of the diffusers and transformers classes."""
 
     resolution: int = Field(512, ge=16)
-    """Side of the square images that the model works on, in pixels."""
+    """Side of the model's square images, in pixels."""
 
     base: str | None = None
-    """A diffusers folder (local or s3://) or hub id; none: from scratch, with ``vae``, ``unet`` and ``text``."""
+    """Diffusers folder (local or s3://) or hub id; none: from scratch, with ``vae``, ``unet`` and ``text``."""
 
     text_encoder: str | None = None
-    """A short name of docs/training.md such as radbert, a hub id, owner/name@revision, or a folder; none: the base's
-    own."""
+    """Short name of docs/training.md such as radbert, hub id, owner/name@revision, or folder; none: the encoder of the
+    base."""
 
     tokenizer_length: int = Field(77, ge=4)
-    """Tokens that every prompt is padded to; longer captions are cut in training, longer prompts are refused."""
+    """Number of tokens that prompts are padded to; longer training captions are cut, longer prompts are refused."""
 
     attention_mask: bool = False
-    """Whether the text encoder leaves padding out of account; Stable Diffusion's does not."""
+    """Mask padding tokens in the text encoder; Stable Diffusion does not."""
 
     vae: dict[str, Any] | None = None
-    """From scratch: arguments of diffusers' ``AutoencoderKL``."""
+    """Model from scratch: arguments of diffusers' ``AutoencoderKL``."""
 
     unet: dict[str, Any] | None = None
-    """From scratch: arguments of diffusers' ``UNet2DConditionModel``."""
+    """Model from scratch: arguments of diffusers' ``UNet2DConditionModel``."""
 
     text: dict[str, Any] | None = None
-    """From scratch: arguments of transformers' ``BertConfig``."""
+    """Model from scratch: arguments of transformers' ``BertConfig``."""
 
     scheduler: dict[str, Any] = {}
-    """Arguments of diffusers' noise schedule, such as ``prediction_type``, over those of the base or of Stable
+    """Arguments of diffusers' noise schedule, such as ``prediction_type``; they override those of the base or of Stable
     Diffusion."""
 
     @model_validator(mode="after")
@@ -93,76 +93,76 @@ class ModelConfig(Section):
 
 
 class GenerateConfig(Section):
-    """How counterfactuals are generated and measured; all of it is part of the run's fingerprint."""
+    """Generation and measurement of counterfactuals; every key is part of the run's fingerprint."""
 
     method: str = Field("sdedit", json_schema_extra={"enum": list(METHODS)})
-    """How a counterfactual is made (docs/methods.md)."""
+    """Counterfactual method (docs/methods.md)."""
 
     scheduler: Scheduler = "pndm"
-    """The sampler; methods that invert the image run with ``ddim`` only."""
+    """Sampler; methods that invert the image need ``ddim``."""
 
     strength: float = Field(0.55, gt=0, le=1)
-    """How far the image is taken apart before it is put together again, as a share of the noise schedule."""
+    """Fraction of the noise schedule that is applied to the image before denoising."""
 
     guidance_scale: float = Field(4.0, ge=0)
-    """Classifier-free guidance towards the prompt; 1 or less is none."""
+    """Scale of classifier-free guidance towards the prompt; 1 or less turns guidance off."""
 
     num_inference_steps: int = Field(75, ge=1, le=1000)
-    """Steps of the sampler at strength 1; ``strength`` times as many are taken."""
+    """Sampler steps at strength 1; ``strength`` * steps are run."""
 
     source_prompt: str = ""
-    """What the image is taken to show before it is generated; methods that invert it do so under this prompt.
-    ``<guess>``: the model's own reading of the image."""
+    """Prompt that describes the input image; inversion runs under this prompt. ``<guess>``: the training prompt that
+    the model predicts for the image."""
 
     negative_prompt: str = ""
-    """What guidance points away from. ``<source>``: what the image is taken to show."""
+    """Negative prompt of guidance. ``<source>``: the source prompt of the image."""
 
     posterior: Literal["sample", "mode"] = "mode"
-    """Latents of an image: drawn from the autoencoder's posterior, as diffusers' pipelines do, or its mode."""
+    """Latents of an image: a sample of the autoencoder's posterior, as in diffusers' pipelines, or its mode."""
 
     difference: Literal["raw", "compensated"] = "compensated"
-    """What the counterfactual is subtracted from: the image itself (the paper's map), or the image as the method gives
-    it back unchanged, which leaves the autoencoder's own error out of the map."""
+    """Attribution map: ``raw`` is image minus counterfactual, as in the paper; ``compensated`` is reconstruction minus
+    counterfactual, which removes the autoencoder's error."""
 
     smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Sigma of the Gaussian that smooths the map, as a fraction of the width; 0: none."""
+    """Sigma of the Gaussian that smooths the attribution map, as a fraction of the width; 0: no smoothing."""
 
     micro_batch: int = Field(8, ge=1)
-    """Images in one call of a network. Changes rounding."""
+    """Number of images per network call. It changes rounding."""
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Precision of the networks."""
+    """Floating-point type of the networks."""
 
     cpu_threads: int = Field(1, ge=1)
-    """PyTorch's threads in an actor without a GPU. Changes rounding; more actors are faster than more threads."""
+    """PyTorch threads of an actor without a GPU. It changes rounding; more actors are faster than more threads."""
 
     compile: bool = False
-    """The networks by ``torch.compile``: minutes at the start of every actor, for runs of many images."""
+    """Compile the networks with ``torch.compile``, which takes minutes per actor and pays off in long runs."""
 
     shard_size: int = Field(64, ge=1)
-    """Records that are made and committed together."""
+    """Number of records per shard, the unit of commit."""
 
     samples: int = Field(1, ge=1)
-    """Records of each image, each with noise of its own."""
+    """Number of samples per image, each a record with its own noise."""
 
     ssim_preset: Literal["wang", "skimage"] = "wang"
-    """SSIM's window: Gaussian of sigma 1.5 over 11 pixels (Wang et al. 2004), or scikit-image's default, 7 pixels,
-    uniform."""
+    """Window of SSIM: ``wang`` is Gaussian, sigma 1.5, 11 pixels (Wang et al. 2004); ``skimage`` is scikit-image's
+    default, uniform, 7 pixels."""
 
     min_side: int = Field(32, ge=1)
     """Images whose shorter side has fewer pixels are quarantined as ``too_small``."""
 
     masked: MaskedConfig = MaskedConfig()
-    """SamplingSettings of method ``masked``."""
+    """Settings of method ``masked``."""
 
     classifier_guided: ClassifierGuidedConfig = ClassifierGuidedConfig()
-    """SamplingSettings of method ``classifier-guided``."""
+    """Settings of method ``classifier-guided``."""
 
     controlnet: ControlNetConfig = ControlNetConfig()
-    """SamplingSettings of method ``controlnet``."""
+    """Settings of method ``controlnet``."""
 
     acceleration: AccelerationConfig = AccelerationConfig()
-    """Shortcuts of the samplers."""
+    """Shortcuts that save sampler steps or network calls."""
 
     @field_validator("method")
     @classmethod
@@ -173,68 +173,76 @@ class GenerateConfig(Section):
 
     @property
     def map_name(self) -> str:
-        """Name of the stored map, as in column ``map``: its difference and its smoothing."""
+        """Kind of the stored attribution map, as in column ``attribution_kind``: difference and smoothing."""
         return self.difference + (f"-gauss{self.smoothing:g}w" if self.smoothing else "")
 
 
 class EvaluateConfig(Section):
-    """How a run becomes tables."""
+    """Evaluation of a run: limits and metrics of ``reduce``."""
 
     max_quarantined_fraction: float = Field(0.01, ge=0, le=1)
-    """Share of the planned records that may be quarantined; more is exit 4, with all work kept."""
+    """Maximum fraction of quarantined records; above it, commands end with exit code 4 and keep all work."""
 
     fid_subsets: int = Field(10, ge=2)
-    """Groups of the jackknife that gives the distances between sets their intervals."""
+    """Number of jackknife groups for the intervals of FID and KID."""
 
     resize: Literal["clean", "legacy"] = "clean"
-    """How images come to Inception's 299 pixels: bicubic with antialiasing (Parmar et al. 2022), or pytorch-fid's
-    bilinear without."""
+    """Resizing to Inception's 299 pixels: ``clean`` is bicubic with antialiasing (Parmar et al. 2022); ``legacy`` is
+    pytorch-fid's bilinear without antialiasing."""
 
 
 class Recipe(Section):
-    """One YAML file: everything that a training and a run can be told."""
+    """One YAML file with all settings of training, generation and evaluation."""
 
     name: str
-    """What the recipe is called in logs, run.json and the model's diffva.json."""
+    """Name of the recipe in logs, run.json and the model's diffva.json."""
 
     description: str = ""
-    """One line for readers."""
+    """One-line description for readers."""
 
     seed: int = 0
-    """Of training, and of a run: all noise follows from it."""
+    """Random seed of training and of a run; all noise is derived from it."""
 
     data: DataConfig = DataConfig()
     """Classes and their prompts."""
 
     model: ModelConfig
-    """Where the networks come from."""
+    """Origin of the networks."""
 
     train: TrainConfig = TrainConfig()
-    """How they are trained."""
+    """Training of the networks."""
 
     generate: GenerateConfig = GenerateConfig()
-    """How counterfactuals are made."""
+    """Generation of counterfactuals."""
 
     evaluate: EvaluateConfig = EvaluateConfig()
-    """How a run becomes tables."""
+    """Evaluation of a run."""
 
     assumed: tuple[str, ...] = ()
-    """What a paper leaves unsaid and the recipe had to choose."""
+    """Choices of the recipe that its paper does not state."""
 
 
 class RecipeError(ValueError):
-    """A recipe or an override that cannot be used; the message is one line that names it."""
+    """Raised for a recipe or an override that cannot be used; the message is one line that names it."""
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
+    """Return the names of the recipes in the package, sorted."""
     return sorted(entry.name.removesuffix(".yaml") for entry in RECIPES.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe of that name or file, with ``section.key=value`` overrides (values in YAML).
+    """Load a recipe and apply overrides.
 
-    Raises RecipeError, which names the recipe, key or value at fault.
+    Args:
+        name_or_path: Name of a shipped recipe, such as ``phantom``, or the address of a ``.yaml`` file.
+        overrides: Strings ``section.key=value``, with the value in YAML, such as ``generate.strength=0.4``.
+
+    Returns:
+        The validated recipe.
+
+    Raises:
+        RecipeError: The recipe, a key or a value is invalid; the message names it in one line.
     """
     if name_or_path in recipe_names():
         text = (RECIPES / f"{name_or_path}.yaml").read_text()
@@ -256,10 +264,21 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe from plain values (a parsed YAML, a model's ``diffva.json``) and overrides."""
+    """Make a recipe from plain values and apply overrides.
+
+    Args:
+        values: The sections as parsed from YAML or from a model's ``diffva.json``; they are not changed.
+        overrides: As in ``load_recipe``.
+
+    Returns:
+        The validated recipe.
+
+    Raises:
+        RecipeError: A key or a value is invalid; the message names it in one line.
+    """
     if not isinstance(values, dict):
         raise RecipeError("a recipe is a mapping with the sections data, model, train, generate, evaluate")
-    tree = yaml.safe_load(yaml.safe_dump(values))  # a private deep copy
+    tree = yaml.safe_load(yaml.safe_dump(values))  # deep copy
     for override in overrides:
         _set(tree, override)
     try:
@@ -269,25 +288,26 @@ def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe
 
 
 def first_error(error: ValidationError) -> str:
-    """The first thing pydantic objects to, in one line: where, what, and what was given."""
+    """Describe the first error of pydantic in one line: key, reason and given value."""
+    # Path of the key; below train.stages.N pydantic adds the kind of stage, which is no key of the recipe.
     first = error.errors()[0]
-    place = first["loc"]  # below train.stages.N comes the kind of stage, which is no key of the recipe
+    place = first["loc"]
     parts = [
         part for n, part in enumerate(place) if not (n > 1 and isinstance(place[n - 1], int) and n < len(place) - 1)
     ]
     where = ".".join(str(part) for part in parts) or "recipe"
     if first["type"] == "extra_forbidden":
-        known = _keys_beside(place)
-        near = get_close_matches(str(place[-1]), known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        keys = _sibling_keys(place)
+        near = get_close_matches(str(place[-1]), keys, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(keys)}"
         return f"{where}: no such key; {hint}"
     given = first["input"]
-    shown = f" (got {given!r})" if isinstance(given, (str, int, float)) else ""
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}{shown}"
+    suffix = f" (got {given!r})" if isinstance(given, (str, int, float)) else ""
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}{suffix}"
 
 
-def _keys_beside(place: tuple[int | str, ...]) -> list[str]:
-    """The keys of the section in which pydantic found a stranger."""
+def _sibling_keys(place: tuple[int | str, ...]) -> list[str]:
+    """The valid keys of the section in which pydantic found an unknown key."""
     section: Any = Recipe
     for part in place[:-1]:
         if part == "stages":
@@ -303,9 +323,11 @@ def _keys_beside(place: tuple[int | str, ...]) -> list[str]:
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
+    """Apply one ``section.key=value`` override to ``tree``. Raises RecipeError."""
     key, equals, text = override.partition("=")
     if not equals:
         raise RecipeError(f"--set {override}: write it as key=value, for example --set generate.strength=0.4")
+    # Walk to the parent of the key; missing sections are created.
     *parents, last = key.strip().split(".")
     node: Any = tree
     for parent in parents:
@@ -317,6 +339,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
             node = None
         if not isinstance(node, (dict, list)):
             raise RecipeError(f"--set {override}: {parent!r} is not a section of the recipe")
+    # Set the value; text that is not YAML is a string.
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -330,14 +353,15 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 
 def to_yaml(recipe: Recipe) -> str:
+    """Return the recipe as YAML, which ``load_recipe`` reads back."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def fingerprint(keys: dict[str, Any]) -> str:
-    """Digest of everything that changes a pixel; equal fingerprints promise equal runs."""
+    """Digest (16 hex digits) of everything that changes a pixel; equal fingerprints guarantee equal runs."""
     return digest(keys)[:16]
 
 
 def fingerprint_difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Names of the keys in which two fingerprints' inputs differ, sorted."""
+    """Names of the keys in which the inputs of two fingerprints differ, sorted."""
     return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))

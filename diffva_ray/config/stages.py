@@ -1,4 +1,4 @@
-"""Stages of training as data: what they train, on which images, and how. ``config.py`` puts them into recipes."""
+"""Settings of training: the stages and what they share; ``recipe.py`` adds them to recipes."""
 
 from __future__ import annotations
 
@@ -8,208 +8,208 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """A part of a recipe: frozen, without unknown keys. The string below a field says what it means, to readers, to
-    JSON schemas and to docs/reference/recipes.md."""
+    """A section of a recipe: frozen, refuses unknown keys. The string below a field documents it in the code, in the
+    JSON schema and in docs/reference/recipes.md."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
 
 
 class StageConfig(Section):
-    """What all stages have."""
+    """Settings of every stage."""
 
     name: str
-    """What the stage is called in logs and checkpoints; its images and noise are drawn by it."""
+    """Name of the stage in logs and checkpoints; it also seeds the stage's images and noise."""
 
     trains: str
-    """The kind of stage; each has keys of its own."""
+    """Kind of stage; each kind has further keys."""
 
     steps: int = Field(ge=0)
-    """Steps of the optimizer."""
+    """Number of optimizer steps."""
 
     batch_size: int = Field(ge=1)
-    """Images in a step, of all workers together, whatever their number."""
+    """Images per step, summed over all workers; independent of their number."""
 
     micro_batch_size: int | None = Field(None, ge=1)
-    """Images in one forward pass of one worker, whose gradients accumulate; none: the worker's whole share."""
+    """Images per forward pass of one worker, with gradient accumulation; none: the worker's whole share."""
 
     learning_rate: float = Field(gt=0)
-    """Of AdamW, after the warm-up."""
+    """Learning rate of AdamW after the warm-up."""
 
     classes: dict[str, int] = {}
-    """Class to weight: how often its images are drawn; empty: all classes, equally often."""
+    """Class to sampling weight; empty: all classes with equal weight."""
 
     warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises linearly."""
+    """Number of steps over which the learning rate rises linearly."""
 
     schedule: Literal["constant", "cosine"] = "constant"
-    """The learning rate after the warm-up: constant, or a cosine down to the stage's end."""
+    """Learning rate after the warm-up: constant, or a cosine decay until the end of the stage."""
 
     final_lr_fraction: float = Field(0.05, ge=0, le=1)
-    """Where the cosine ends, as a fraction of the learning rate."""
+    """Final value of the cosine decay, as a fraction of the learning rate."""
 
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """AdamW, or bitsandbytes' with 8-bit states, on a GPU (extra ``bnb``)."""
+    """AdamW, or bitsandbytes' AdamW with 8-bit states, which needs a GPU and the extra ``bnb``."""
 
     weight_decay: float = Field(0.01, ge=0)
-    """AdamW's."""
+    """Weight decay of AdamW."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay of the gradient's mean and of its square."""
+    """AdamW's decay rates of the mean gradient and of the mean squared gradient."""
 
     max_grad_norm: float = Field(1.0, gt=0)
-    """Norm that gradients are clipped to."""
+    """Maximum norm of the gradients (clipping)."""
 
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    """Decay of the moving average of the weights, which then is what the model keeps; none: the last weights."""
+    """Decay of the moving average of the weights, which is then exported; none: the last weights are exported."""
 
 
 class AutoencoderConfig(StageConfig):
-    """The autoencoder: L1 and gradient L1, KL, and, with an adversary, feature matching and a patch hinge loss."""
+    """Stage of the autoencoder: L1, gradient L1 and KL losses; optionally a patch adversary and feature matching."""
 
     trains: Literal["autoencoder"]
-    """The kind of stage."""
+    """Kind of stage."""
 
     part: Literal["all", "decoder"] = "all"
-    """``decoder``: latents stay what the UNet knows, as with Stable Diffusion's base."""
+    """Trained part. ``decoder`` keeps the latents that the UNet was trained on, for Stable Diffusion's base."""
 
     kl_weight: float = Field(1e-3, ge=0)
-    """Weight of the KL divergence of the latents to N(0, 1), the mean over their elements."""
+    """Weight of the KL divergence between latents and N(0, 1), averaged over the elements."""
 
     gradient_weight: float = Field(0.5, ge=0)
-    """Weight of the L1 of the images' gradients, which keeps ribs and vessels sharp."""
+    """Weight of the L1 loss of image gradients, which keeps ribs and vessels sharp."""
 
     adversarial_weight: float = Field(0.0, ge=0)
-    """Weight of the adversary, on top of the adaptive one (Esser et al. 2021); 0: none."""
+    """Weight of the adversary, times the adaptive weight of Esser et al. 2021; 0: no adversary."""
 
     perceptual_weight: float = Field(0.0, ge=0)
-    """Weight of feature matching in the adversary's layers."""
+    """Weight of the feature matching loss in the adversary's layers."""
 
     adversarial_start: int = Field(0, ge=0)
-    """Step from which on the autoencoder feels the adversary."""
+    """First step at which the adversarial loss applies to the autoencoder."""
 
 
 class NoisePredictionConfig(StageConfig):
-    """Learning to predict noise (or velocity) under the image's caption or its class's prompt."""
+    """Settings of stages that predict noise (or velocity) from the image's caption or the prompt of its class."""
 
     prompt_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of prompts that are replaced by the empty one, so that guidance has a trained unconditional branch."""
+    """Fraction of prompts replaced by the empty prompt, which trains the unconditional branch of guidance."""
 
     snr_gamma: float | None = Field(None, gt=0)
-    """Gamma of min-SNR weights (Hang et al. 2023); none: every noise level weighs the same."""
+    """Gamma of the min-SNR weights (Hang et al. 2023); none: all noise levels have equal weight."""
 
 
 class DenoiserConfig(NoisePredictionConfig):
-    """UNet and text encoder together: DreamBooth with prior preservation, or a mixed schedule."""
+    """Stage of UNet and text encoder: DreamBooth with prior preservation, or all classes mixed."""
 
     trains: Literal["denoiser"]
-    """The kind of stage."""
+    """Kind of stage."""
 
     trainable: Literal["all", "cross-attention"] = "all"
-    """``cross-attention``: only the weights of the UNet that read the prompt, to warm up after a swap of text
-    encoders."""
+    """Trained weights. ``cross-attention``: only the UNet weights that read the prompt, as a warm-up after the text
+    encoder was replaced."""
 
     train_text_encoder: bool = True
-    """Whether the text encoder learns, too; with ``cross-attention`` it never does."""
+    """Train the text encoder, too; ignored with ``cross-attention``."""
 
     prior_class: str | None = None
-    """The class of DreamBooth's class set, of which as many images join each step; none: no class set."""
+    """Class of DreamBooth's class set, which adds an equal number of images to each step; none: no class set."""
 
     prior_loss_weight: float = Field(1.0, ge=0)
-    """Weight of the class set's loss."""
+    """Weight of the loss on the class set."""
 
     class_images: Literal["real", "generated"] = "real"
-    """The class set: the images of ``prior_class``, or images that the model draws before the stage begins."""
+    """Images of the class set: those of ``prior_class``, or images sampled from the model before the stage."""
 
     num_class_images: int = Field(200, ge=1)
-    """Images of the class set, where they are drawn."""
+    """Number of sampled images in the class set."""
 
 
 class ControlNetStageConfig(NoisePredictionConfig):
-    """A ControlNet beside the frozen model, for method ``controlnet``; comes after the denoiser's stages."""
+    """Stage of a ControlNet on the frozen model, for method ``controlnet``; follows the denoiser stages."""
 
     trains: Literal["controlnet"]
-    """The kind of stage."""
+    """Kind of stage."""
 
     conditions: tuple[Literal["lungs", "edges"], ...] = Field(("lungs", "edges"), min_length=1)
-    """What the condition image shows: lungs, and Canny edges outside them."""
+    """Channels of the condition image: lungs, and Canny edges outside the lungs."""
 
 
 class JudgeConfig(StageConfig):
-    """The judge of validity, which never guides a counterfactual."""
+    """Stage of the judge, the classifier that measures validity; it never guides a counterfactual."""
 
     trains: Literal["judge"]
-    """The kind of stage."""
+    """Kind of stage."""
 
 
 class ClassifierConfig(StageConfig):
-    """The classifier of noisy latents that guides method ``classifier-guided``; comes after the autoencoder's stage."""
+    """Stage of the classifier of noisy latents for method ``classifier-guided``; follows the autoencoder stage."""
 
     trains: Literal["classifier"]
-    """The kind of stage."""
+    """Kind of stage."""
 
     block_out_channels: tuple[int, ...] = Field((32, 64, 64), min_length=1)
-    """Channels of the network's blocks, each at half the side of the one before."""
+    """Channels of the blocks of the network; each block halves the side."""
 
     norm_num_groups: int = Field(8, ge=1)
-    """Groups of the group norms; divides all of ``block_out_channels``."""
+    """Groups of the group norms; must divide every value of ``block_out_channels``."""
 
     noise_limit: float = Field(0.6, gt=0, le=1)
-    """Highest noise level that it learns, as a share of the timesteps; at least the strength it is to guide at."""
+    """Highest trained noise level, as a fraction of the timesteps; at least the strength used in generation."""
 
 
 class HealerConfig(StageConfig):
-    """A generator of healthy images, and its critic."""
+    """Settings of the two GAN stages, each a generator of healthy images and a critic."""
 
     classes: dict[str, int] = {}
-    """Abnormal class to weight; empty: all of them, equally often. Healthy images come as often as all of those
-    together."""
+    """Abnormal class to sampling weight; empty: all abnormal classes with equal weight. Half of the images are
+    healthy."""
 
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's."""
+    """Weight decay of AdamW."""
 
     block_out_channels: tuple[int, ...] = Field((16, 32, 64), min_length=1)
-    """Channels of the generator's blocks, each at half the side of the one before."""
+    """Channels of the blocks of the generator; each block halves the side."""
 
     norm_num_groups: int = Field(8, ge=1)
-    """Groups of the group norms; divides all of ``block_out_channels``."""
+    """Groups of the group norms; must divide every value of ``block_out_channels``."""
 
     critic_channels: int = Field(16, ge=4, multiple_of=4)
     """Channels of the critic's first layer."""
 
     critic_rate: float = Field(2.0, gt=0)
-    """The critic's learning rate, as a multiple of the stage's."""
+    """Learning rate of the critic, as a multiple of ``learning_rate``."""
 
 
 class VantGanConfig(HealerConfig):
-    """The generator of method ``vant-gan``: a map, its L1, a Wasserstein critic with a gradient penalty."""
+    """Stage of method ``vant-gan``: an additive map with L1 loss and a Wasserstein critic with gradient penalty."""
 
     trains: Literal["vant-gan"]
-    """The kind of stage."""
+    """Kind of stage."""
 
     betas: tuple[float, float] = (0.0, 0.9)
-    """AdamW's decay of the gradient's mean and of its square."""
+    """AdamW's decay rates of the mean gradient and of the mean squared gradient."""
 
     map_weight: float = Field(100.0, ge=0)
-    """Weight of the map's L1, the mean over pixels in [-1, 1]; smaller images want less."""
+    """Weight of the L1 loss of the map, averaged over pixels in [-1, 1]; smaller images need less."""
 
     penalty_weight: float = Field(10.0, ge=0)
     """Weight of the gradient penalty (Gulrajani et al. 2017)."""
 
 
 class AntGanConfig(HealerConfig):
-    """The generator of method ``ant-gan``: translation both ways, cycle consistency and identity."""
+    """Stage of method ``ant-gan``: translation in both directions with cycle consistency and identity losses."""
 
     trains: Literal["ant-gan"]
-    """The kind of stage."""
+    """Kind of stage."""
 
     betas: tuple[float, float] = (0.5, 0.999)
-    """AdamW's decay of the gradient's mean and of its square."""
+    """AdamW's decay rates of the mean gradient and of the mean squared gradient."""
 
     cycle_weight: float = Field(10.0, ge=0)
-    """Weight of the L1 between an image and what comes back after both translations."""
+    """Weight of the L1 loss between an image and its translation there and back."""
 
     identity_weight: float = Field(5.0, ge=0)
-    """Weight of the L1 between an image that is already what is wanted and its translation."""
+    """Weight of the L1 loss between an image of the target class and its translation."""
 
 
 Stage = Annotated[
@@ -225,76 +225,75 @@ Stage = Annotated[
 
 
 class LoraConfig(Section):
-    """Low-rank adapters (Hu et al. 2022) in UNet and text encoder instead of their full weights; needs peft."""
+    """Low-rank adapters (Hu et al. 2022) of UNet and text encoder, trained instead of the full weights; needs peft."""
 
     rank: int = Field(16, ge=1)
     """Rank of the adapters."""
 
     alpha: int | None = Field(None, ge=1)
-    """The adapters' update is scaled by alpha / rank; none: by 1."""
+    """Alpha of the adapters, whose update is scaled by alpha / rank; none: alpha = rank."""
 
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Dropout of the adapters' inputs."""
+    """Dropout probability of the adapter inputs."""
 
     merge: bool = True
-    """Export ordinary weights; false: the base's weights with the adapters beside them."""
+    """Export merged weights; false: export the base weights and the adapters separately."""
 
 
 class ValidationConfig(Section):
-    """CounterfactualBatch of a fixed set of images, made and scored while training runs; they change nothing of the
-    training."""
+    """Counterfactuals of a fixed set of images, generated and scored during training; the training is not affected."""
 
     every: int = Field(0, ge=0)
-    """Steps of a denoiser stage between validations; 0: none."""
+    """Number of denoiser steps between validations; 0: no validation."""
 
     data: str | None = None
-    """A data set whose images have lesion masks; none: phantoms of a fixed seed."""
+    """Data set with lesion masks; none: phantoms of a fixed seed."""
 
     images: int = Field(12, ge=1)
-    """Abnormal images that are generated, at most."""
+    """Maximum number of abnormal images."""
 
 
 class TrainConfig(Section):
-    """How the model is trained: its stages in order, and what they share."""
+    """Training: the stages in order, and the settings that they share."""
 
     stages: tuple[Stage, ...] = ()
-    """What is trained, one after the other."""
+    """Stages, in the order of training."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of the networks' calculations (Accelerate's); weights and optimizers stay float32."""
+    """Precision of the computation (Accelerate); weights and optimizer states stay float32."""
 
     gradient_checkpointing: bool = False
-    """Compute activations of UNet and text encoder again on the way back, for less memory."""
+    """Recompute activations of UNet and text encoder in the backward pass to save memory."""
 
     channels_last: bool = False
-    """Memory layout of the networks; faster on many GPUs."""
+    """Use the channels-last memory layout; faster on many GPUs."""
 
     compile: bool = False
-    """The networks by ``torch.compile``."""
+    """Compile the networks with ``torch.compile``."""
 
     sharding: Literal["none", "fsdp"] = "none"
-    """``fsdp``: no worker holds a whole network's gradients and optimizer state."""
+    """``fsdp`` shards gradients and optimizer states over the workers."""
 
     lora: LoraConfig | None = None
-    """Train low-rank adapters instead of the weights; none: the weights."""
+    """Low-rank adapters to train instead of the weights; none: train the weights."""
 
     checkpoint_every: int = Field(200, ge=1)
-    """Steps between checkpoints; there is one at the end of every stage, too."""
+    """Number of steps between checkpoints; every stage also ends with a checkpoint."""
 
     checkpoints_to_keep: int = Field(2, ge=1)
-    """The newest checkpoints, of which so many are kept."""
+    """Number of newest checkpoints to keep."""
 
     log_every: int = Field(20, ge=1)
-    """Steps between log entries."""
+    """Number of steps between log entries."""
 
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
-    """Beside TensorBoard, which is always written."""
+    """Trackers in addition to TensorBoard, which is always written."""
 
     validation: ValidationConfig = ValidationConfig()
-    """A look at the model while it trains."""
+    """Validation during training."""
 
     cache_latents: bool = True
-    """Encode every image once and keep its latents' mean and deviation, where memory allows."""
+    """Encode every image once and keep mean and deviation of its latents, if memory allows."""
 
     cache_megabytes: int = Field(1024, ge=0)
-    """Decoded images that a worker keeps in memory, in MB, at most; and as much again of latents."""
+    """Maximum size of a worker's cache of decoded images, in MB; the cache of latents may have the same size."""
