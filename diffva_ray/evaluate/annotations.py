@@ -1,4 +1,4 @@
-"""What readers and archives say of images, from CSV: Brixia scores of lung zones, and where an image comes from."""
+"""Reads annotations of images: Brixia scores and source archives from CSV, lesion boxes, and fixed thresholds."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ READERS = ("S", "J")  # senior and junior radiologist, columns S-A ... J-F
 
 
 def read_zones(uri: str, paths: Iterable[str]) -> Zones:
-    """Brixia scores [6] (zones A to F, mean of the readers, 0 to 3) by image path, from a CSV with ``file`` and the
-    columns ``S-A`` ... ``S-F``, ``J-A`` ... ``J-F`` (one reader is enough). Raises UnusableData, naming the row."""
+    """Read Brixia scores [6] (zones A to F, mean of the readers, 0 to 3) by image path.
+
+    The CSV has the columns ``file`` and ``S-A`` ... ``S-F``, ``J-A`` ... ``J-F`` (one reader is enough). Raises
+    UnusableData that names the row."""
     table = _table("--brixia", uri)
     readers = [reader for reader in READERS if {f"{reader}-{zone}" for zone in ZONES} <= set(table.columns)]
     if not readers:
@@ -31,26 +33,26 @@ def read_zones(uri: str, paths: Iterable[str]) -> Zones:
     rows: list[tuple[str, str, NDArray[np.float64]]] = []
     for where, row in table.rows:
         texts = [[row[f"{reader}-{zone}"].strip() for zone in ZONES] for reader in readers]
-        known = [reader for reader in texts if all(reader)]
-        if not known:
+        complete = [reader for reader in texts if all(reader)]
+        if not complete:
             continue
         try:
-            scores = np.array(known, dtype=float)
+            scores = np.array(complete, dtype=float)
+            if not ((scores >= 0) & (scores <= 3)).all():
+                raise ValueError
         except ValueError:
             raise UnusableData(f"{where}: zone scores are numbers from 0 to 3") from None
-        if not ((scores >= 0) & (scores <= 3)).all():
-            raise UnusableData(f"{where}: zone scores are numbers from 0 to 3")
         rows.append((where, file_of(row), scores.mean(axis=0)))
-    return {path: np.mean(found, axis=0) for path, found in match(rows, paths).items()}
+    return {path: np.mean(values, axis=0) for path, values in match(rows, paths).items()}
 
 
 def read_sources(uri: str, paths: Iterable[str]) -> dict[str, str]:
-    """The archive an image comes from, by image path, from a CSV with ``file`` and ``source``. Raises UnusableData."""
+    """Read the source archive by image path from a CSV with ``file`` and ``source``. Raises UnusableData."""
     table = _table("--sources", uri)
     if "source" not in table.columns:
         raise UnusableData(f"--sources {uri}: needs the columns file and source")
     rows = [(where, file_of(row), row["source"].strip()) for where, row in table.rows if row["source"].strip()]
-    return {path: found[0] for path, found in match(rows, paths).items()}
+    return {path: values[0] for path, values in match(rows, paths).items()}
 
 
 def _table(option: str, uri: str) -> Table:
@@ -65,7 +67,9 @@ def _table(option: str, uri: str) -> Table:
 
 
 def lesion_boxes(data_uri: str, csv: str | None, notes: list[str]) -> Boxes:
-    """Lesion boxes by image: those of ``csv``, or the data set's own; none when the data cannot be opened any more."""
+    """Lesion boxes by image path: those of ``csv``, else the data set's own.
+
+    Empty, with a note, when the data set cannot be opened. Raises UnusableData for a ``csv`` that cannot be used."""
     try:
         dataset = open_dataset(data_uri)
     except UnusableData as error:
@@ -84,7 +88,7 @@ def lesion_boxes(data_uri: str, csv: str | None, notes: list[str]) -> Boxes:
 
 
 def read_thresholds(uri: str) -> dict[str, float]:
-    """The thresholds fixed on another (validation) run. Raises UnusableData when it has not been reduced."""
+    """Read the thresholds of a reduced (validation) run. Raises UnusableData when it has not been reduced."""
     try:
         return json.loads(open_store(uri).read(tables.THRESHOLDS_FILE))
     except FileNotFoundError:

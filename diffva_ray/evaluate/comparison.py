@@ -1,7 +1,7 @@
-"""Two runs on the same images: every number of both, image by image, and whether the difference is more than chance.
+"""Compares two runs image by image: the metrics of both, and whether their difference is more than chance.
 
-Images are joined by path, label and sample; only images that both runs have count. Intervals come from a paired
-bootstrap: the same images are drawn anew for both runs, so what makes an image hard for both cancels.
+Records are joined by image path, label and sample; only images in both runs are used. Intervals come from a paired
+bootstrap, which resamples the same images for both runs, so that differences between images cancel.
 """
 
 from __future__ import annotations
@@ -30,20 +30,19 @@ from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import dice_at
 from diffva_ray.schema import Row
 
-JOINED_BY = ["image_path", "label", "sample"]  # what makes records of two runs a pair
-DRAWS = 1000
+JOINED_BY = ["image_path", "label", "sample"]  # columns by which the records of two runs are joined
+RESAMPLES = 1000  # of the bootstrap
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of an image. ``better``: 1 more is better, -1 less is, 0 neither; ``form``: number or percent;
-    ``name``: a short title."""
+    """One metric of an image in a comparison."""
 
-    key: str
+    key: str  # column name
     title: str
-    better: int
-    form: str = "number"
-    name: str = ""
+    better: int  # 1: more is better, -1: less is better, 0: neither
+    form: str = "number"  # or "percent"
+    name: str = ""  # a short title
 
 
 MEASURES = (
@@ -65,32 +64,31 @@ MEASURES = (
 )
 BY_KEY = {measure.key: measure for measure in MEASURES}
 RECORDED = ("ssim", "ms_ssim", "l1", "attribution_energy", "attribution_energy_lung_fraction")  # columns of the records
-PLACED = ("auroc", "auprc", "dice_best", "pointing_game")  # of a localisation row
+LOCALIZED = ("auroc", "auprc", "dice_best", "pointing_game")  # columns of a localisation row
 
 
 @dataclass
 class Comparison:
-    """``pairs``: one row per image that both runs have, with columns ``<measure>_a`` and ``<measure>_b``, weights of
-    ratios as ``<measure>_of_a`` and ``_of_b``, and the records as ``record_a`` and ``record_b``. ``rows``: one per
-    measure and class. ``settings``: (name, in A, in B) of what differs. ``swept``: settings that both runs sweep, by
-    which their records are joined besides."""
+    """The result of comparing two runs."""
 
     a: Run
     b: Run
-    names: tuple[str, str]
+    names: tuple[str, str]  # short names of the runs
+    # one row per image in both runs: ``<measure>_a`` and ``<measure>_b``, the weights of ratios as ``<measure>_of_a``
+    # and ``<measure>_of_b``, and the records as ``record_a`` and ``record_b``
     pairs: pd.DataFrame
-    rows: list[Row]
-    settings: list[tuple[str, Any, Any]]
-    counts: dict[str, int]
-    swept: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    rows: list[Row]  # one per measure and class, as ``difference_rows`` returns them
+    settings: list[tuple[str, Any, Any]]  # the settings that differ: (name, in A, in B)
+    counts: dict[str, int]  # images: pairs, only_in_a, only_in_b, same_name_other_bytes
+    swept: list[str] = field(default_factory=list)  # settings that both runs sweep; records are also joined by them
+    notes: list[str] = field(default_factory=list)  # for the user
 
     def row(self, key: str) -> Row | None:
-        """The row of a measure over all classes, or of the only one."""
+        """The row of a measure over all classes, or of the only class."""
         return tables.overall(row for row in self.rows if row["measure"] == key)
 
     def metrics(self) -> dict[str, Any]:
-        """What ``metrics.json`` holds."""
+        """The content of ``metrics.json``."""
         settings = [{"setting": name, "a": in_a, "b": in_b} for name, in_a, in_b in self.settings]
         return {
             "a": {"run": self.a.store.uri, "fingerprint": self.a.fingerprint},
@@ -103,8 +101,20 @@ class Comparison:
 
 
 def compare_runs(a: Run, b: Run) -> Comparison:
-    """Compare two runs; nothing is written. Raises UnusableData, one line, when they have no image in common or a run
-    has several records of one image."""
+    """Compare two runs on the images that both have; nothing is written.
+
+    Args:
+        a: The first run.
+        b: The second run; differences are B - A.
+
+    Returns:
+        Metrics by image, their differences with 95 % intervals, and the settings that differ.
+
+    Raises:
+        UnusableData: The runs have no finished image in common, or one run has several records of one image.
+        StoreError: A store fails.
+    """
+    # join the records
     notes: list[str] = []
     frames = [finished(read_records(run)) for run in (a, b)]
     swept = [str(key) for key, _ in a.keys["sweep"] if key in dict(b.keys["sweep"])]
@@ -113,9 +123,10 @@ def compare_runs(a: Run, b: Run) -> Comparison:
         if frame.duplicated(on).any():
             alone = ", ".join(str(key) for key, _ in run.keys["sweep"] if key not in swept)
             raise UnusableData(
-                f"{run.store.uri} alone sweeps {alone}: it has several records of one image; compare one point"
+                f"{run.store.uri} alone sweeps {alone}, so it has several records of one image; compare one point"
             )
     joined = frames[0].merge(frames[1], on=on, suffixes=("_a", "_b"), how="inner").sort_values(on)
+    # leave out images with different bytes
     other = joined["image_sha256_a"].notna() & joined["image_sha256_b"].notna()
     other &= joined["image_sha256_a"] != joined["image_sha256_b"]
     counts = {
@@ -126,8 +137,9 @@ def compare_runs(a: Run, b: Run) -> Comparison:
     }
     joined = joined[~other]
     if joined.empty:
-        why = f"; {counts['same_name_other_bytes']} have one name and other bytes" if other.any() else ""
-        raise UnusableData(f"{a.store.uri} and {b.store.uri} have no finished image in common{why}")
+        reason = f"; {counts['same_name_other_bytes']} have the same name but other bytes" if other.any() else ""
+        raise UnusableData(f"{a.store.uri} and {b.store.uri} have no finished image in common{reason}")
+    # metrics of both runs
     pairs = joined[on].reset_index(drop=True)
     for side, frame in zip("ab", frames):
         ids = joined["record_id_a" if side == "a" else "record_id_b"].tolist()
@@ -141,17 +153,17 @@ def compare_runs(a: Run, b: Run) -> Comparison:
 
 
 def run_names(a: str, b: str) -> tuple[str, str]:
-    """What two runs are called: their folders' names, with as many folders above as tell them apart."""
+    """Short names of two runs: their folder names, with as many parent folders as needed to differ."""
     parts_a, parts_b = a.rstrip("/").split("/"), b.rstrip("/").split("/")
     for length in range(1, max(len(parts_a), len(parts_b))):
-        one, two = "/".join(parts_a[-length:]), "/".join(parts_b[-length:])
-        if one != two:
-            return one, two
+        name_a, name_b = "/".join(parts_a[-length:]), "/".join(parts_b[-length:])
+        if name_a != name_b:
+            return name_a, name_b
     return parts_a[-1], parts_b[-1]
 
 
 def _fill(pairs: pd.DataFrame, a: Run, b: Run, notes: list[str]) -> None:
-    """Add the columns of every measure that both runs have."""
+    """Add to ``pairs`` the columns of every measure that both runs have."""
     sides = {"a": _image_numbers(a, pairs["record_a"].tolist(), notes)}
     sides["b"] = _image_numbers(b, pairs["record_b"].tolist(), notes) if b is not a else sides["a"]
     for measure in MEASURES:
@@ -164,47 +176,47 @@ def _fill(pairs: pd.DataFrame, a: Run, b: Run, notes: list[str]) -> None:
                 pairs[f"{key}_of_{side}"] = numbers[f"{key}_of"]
     if "ms_ssim_a" in pairs and not (sides["a"]["ms_ssim_scales"] == sides["b"]["ms_ssim_scales"]).all():
         pairs.drop(columns=["ms_ssim_a", "ms_ssim_b"], inplace=True)
-        notes.append("MS-SSIM is left out: the runs' grids allow another number of scales")
-    if "auroc_a" in pairs and (unplaced := int((pairs["auroc_a"].isna() | pairs["auroc_b"].isna()).sum())):
-        notes.append(f"{unplaced} images have no localisation in one run or both (no lesion known, or nothing to find)")
+        notes.append("MS-SSIM is left out: the runs' resolutions allow different numbers of scales")
+    if "auroc_a" in pairs and (missing := int((pairs["auroc_a"].isna() | pairs["auroc_b"].isna()).sum())):
+        notes.append(f"{missing} images have no localisation in one run or both (no lesion known, or nothing to find)")
 
 
 def _image_numbers(run: Run, records: list[Row], notes: list[str]) -> pd.DataFrame:
-    """The numbers of one run, a row per record of ``records``, in their order; NaN where an image has none."""
+    """The measures of ``records`` of one run, in their order; NaN for unknown ones."""
+    # from the records
     frame = pd.DataFrame(records)
-    found = frame[[*RECORDED, "ms_ssim_scales"]].apply(pd.to_numeric)
+    numbers = frame[[*RECORDED, "ms_ssim_scales"]].apply(pd.to_numeric)
     before, after = (pd.to_numeric(frame[f"judge_{which}"]) for which in ("image", "counterfactual"))
-    found["flip_rate"] = (after > 0.5).astype(float).where(before <= 0.5)
-    found["confidence_gain"] = after - before
-    said: list[str] = []
-    boxes = lesion_boxes(run.about["data"], None, said)
-    notes += [note for note in said if note not in notes]
+    numbers["flip_rate"] = (after > 0.5).astype(float).where(before <= 0.5)
+    numbers["confidence_gain"] = after - before
+    # from the images and their ground truth
+    messages: list[str] = []
+    boxes = lesion_boxes(run.about["data"], None, messages)
+    notes += [note for note in messages if note not in notes]
     with ThreadPoolExecutor(8) as pool:  # waits on the store, mostly
         scored = list(pool.map(lambda rows: score_records(run, rows, boxes), by_shard(records).values()))
-    localization = {row["record_id"]: row for found_here, _ in scored for row in found_here if row["map"] == "positive"}
-    counterfactuals = {row["record_id"]: row for _, found_here in scored for row in found_here}
+    localization = {row["record_id"]: row for rows, _ in scored for row in rows if row["map"] == "positive"}
+    ground_truth = {row["record_id"]: row for _, rows in scored for row in rows}
     threshold = fixed_threshold_of(run)
 
     def column(rows: dict[str, Row], key: str) -> list[float]:
         return [rows[name][key] if name in rows else math.nan for name in frame["record_id"]]
 
-    for key in PLACED:
-        found[key] = column(localization, key)
+    for key in LOCALIZED:
+        numbers[key] = column(localization, key)
     if threshold is not None and localization:
-        at = dice_at(np.stack([row["dice_curve"] for row in localization.values()]), threshold)
-        fixed = {name: {"dice": float(dice)} for name, dice in zip(localization, at)}
-        found["dice_fixed"] = column(fixed, "dice")
-    found["lesion_error_ratio"] = column(counterfactuals, "lesion_error")
-    found["lesion_error_ratio_of"] = column(counterfactuals, "lesion_error_input")
-    found["ground_truth_psnr"], found["ground_truth_ssim"] = (
-        column(counterfactuals, "psnr"),
-        column(counterfactuals, "ssim"),
-    )
-    return found.replace([np.inf, -np.inf], np.nan)  # PSNR of equal pictures
+        dices = dice_at(np.stack([row["dice_curve"] for row in localization.values()]), threshold)
+        fixed = {name: {"dice": float(dice)} for name, dice in zip(localization, dices)}
+        numbers["dice_fixed"] = column(fixed, "dice")
+    numbers["lesion_error_ratio"] = column(ground_truth, "lesion_error")
+    numbers["lesion_error_ratio_of"] = column(ground_truth, "lesion_error_input")
+    numbers["ground_truth_psnr"] = column(ground_truth, "psnr")
+    numbers["ground_truth_ssim"] = column(ground_truth, "ssim")
+    return numbers.replace([np.inf, -np.inf], np.nan)  # PSNR of equal images is infinite
 
 
 def fixed_threshold_of(run: Run) -> float | None:
-    """The threshold of max(M, 0) that the run's own tables used, fixed on other images; None when there was none."""
+    """The threshold of max(M, 0) in the run's tables, which was fixed on other images; None without one."""
     for row in (reduced_metrics(run) or {}).get("localization", []):
         if row["map"] == "positive" and row.get("threshold") is not None:
             return float(row["threshold"])
@@ -212,8 +224,8 @@ def fixed_threshold_of(run: Run) -> float | None:
 
 
 def difference_rows(pairs: pd.DataFrame) -> list[Row]:
-    """One row per class and measure: value of A, of B, and B - A with its 95 % interval; classes first, then all."""
-    found = []
+    """One row per class and measure: value of A, of B, and B - A with its 95 % interval; all classes come last."""
+    rows = []
     for label, images in tables.by_label(pairs):
         for measure in MEASURES:
             if f"{measure.key}_a" not in images:
@@ -222,29 +234,29 @@ def difference_rows(pairs: pd.DataFrame) -> list[Row]:
             weights = [
                 images.get(f"{measure.key}_of_{side}", pd.Series(1.0, images.index)).to_numpy(float) for side in "ab"
             ]
-            known = np.isfinite(np.stack([*values, *weights])).all(axis=0)
-            if not known.any():
+            finite = np.isfinite(np.stack([*values, *weights])).all(axis=0)
+            if not finite.any():
                 continue
-            paths = images.loc[known, "image_path"].tolist()
-            above, below = (np.stack([part[known] for part in parts], axis=1) for parts in (values, weights))
+            paths = images.loc[finite, "image_path"].tolist()
+            above, below = (np.stack([side[finite] for side in sides], axis=1) for sides in (values, weights))
             in_a, in_b, interval = paired_difference(above, below, paths)
-            found.append(
+            rows.append(
                 {
                     "measure": measure.key,
                     "label": label,
-                    "n": int(known.sum()),
+                    "n": int(finite.sum()),
                     "a": in_a,
                     "b": in_b,
                     "difference": in_b - in_a,
                     "interval": list(interval),
-                    "better": _verdict(measure, interval),
+                    "better": _better_run(measure, interval),
                 }
             )
-    return found
+    return rows
 
 
-def _verdict(measure: Measure, interval: tuple[float, float]) -> str | None:
-    """``a`` or ``b`` where the interval leaves no doubt and more or less is better; else None."""
+def _better_run(measure: Measure, interval: tuple[float, float]) -> str | None:
+    """``a`` or ``b`` if the interval excludes zero and the measure has a better direction; else None."""
     low, high = interval
     if not measure.better or not (low > 0 or high < 0):
         return None
@@ -252,13 +264,14 @@ def _verdict(measure: Measure, interval: tuple[float, float]) -> str | None:
 
 
 def paired_difference(
-    values: NDArray[np.float64], weights: NDArray[np.float64], groups: Sequence[Hashable], draws: int = DRAWS
+    values: NDArray[np.float64], weights: NDArray[np.float64], groups: Sequence[Hashable], draws: int = RESAMPLES
 ) -> tuple[float, float, tuple[float, float]]:
-    """Ratio of sums of ``values`` over ``weights`` [N, 2] for A and for B (weights of 1 make it a mean), and the 95 %
-    percentile interval of B - A, drawing whole ``groups`` (images) anew, the same ones for both.
+    """Sum of ``values`` over sum of ``weights`` [N, 2] for A and for B (a mean if all weights are 1), and the 95 %
+    percentile interval of B - A from a bootstrap over ``groups`` (images), with the same resamples for both.
 
-    The interval is (nan, nan) for fewer than two groups. Raises ValueError for shapes that differ.
+    The interval is (nan, nan) for fewer than two groups. Raises ValueError for different shapes.
     """
+    # sums by group
     if values.shape != weights.shape or values.shape != (len(groups), 2):
         raise ValueError(
             f"values and weights are [N, 2] with N groups, got {values.shape}, {weights.shape}, {len(groups)}"
@@ -274,56 +287,58 @@ def paired_difference(
     in_a, in_b = ratios(sums.sum(axis=0))
     if len(sums) < 2:
         return float(in_a), float(in_b), (math.nan, math.nan)
+    # bootstrap
     random = np.random.default_rng(0)
-    drawn = np.stack([sums[random.integers(len(sums), size=len(sums))].sum(axis=0) for _ in range(draws)])
-    found = ratios(drawn)
-    low, high = np.percentile(found[:, 1] - found[:, 0], [2.5, 97.5])
+    totals = np.stack([sums[random.integers(len(sums), size=len(sums))].sum(axis=0) for _ in range(draws)])
+    resampled = ratios(totals)
+    low, high = np.percentile(resampled[:, 1] - resampled[:, 0], [2.5, 97.5])
     return float(in_a), float(in_b), (float(low), float(high))
 
 
 def differing_settings(a: Run, b: Run) -> list[tuple[str, Any, Any]]:
-    """(name, in A, in B) of the keys of the two fingerprints that differ, and of recipe and code where they do."""
+    """(name, in A, in B) of each difference in fingerprint keys, attribution kind, recipe, version and code."""
     keys = a.keys, b.keys
-    found = [(key, keys[0].get(key), keys[1].get(key)) for key in fingerprint_difference(*keys)]
+    different = [(key, keys[0].get(key), keys[1].get(key)) for key in fingerprint_difference(*keys)]
     if a.recipe.generate.map_name != b.recipe.generate.map_name:
-        found.append(("map", a.recipe.generate.map_name, b.recipe.generate.map_name))
+        different.append(("map", a.recipe.generate.map_name, b.recipe.generate.map_name))
     if a.recipe.name != b.recipe.name:
-        found.append(("recipe", a.recipe.name, b.recipe.name))
+        different.append(("recipe", a.recipe.name, b.recipe.name))
     for key in ("diffva_ray", "code_revision"):
         if a.about.get(key) != b.about.get(key):
-            found.append((key, a.about.get(key), b.about.get(key)))
-    return found
+            different.append((key, a.about.get(key), b.about.get(key)))
+    return different
 
 
 def _cautions(a: Run, b: Run, pairs: pd.DataFrame) -> list[str]:
-    """What makes the two runs less comparable than their table looks."""
-    said = []
+    """Notes on what makes the two runs less comparable."""
+    notes = []
     keys = a.keys, b.keys
     if keys[0]["resolution"] != keys[1]["resolution"]:
-        said.append("the runs have other resolutions: every number is on its run's own pixel grid")
+        notes.append("the runs have different resolutions: every number is on its run's own pixel grid")
     before = [pd.Series([row["judge_image"] for row in pairs[f"record_{side}"]], dtype=float) for side in "ab"]
     if (
         before[0].notna().any()
         and before[1].notna().any()
         and not np.allclose(before[0], before[1], atol=1e-3, equal_nan=True)
     ):
-        said.append("the runs have judges of their own: flip rates are of the images that both call abnormal")
+        notes.append("the runs have different judges: flip rates are of the images that both call abnormal")
     for name, run in zip("AB", (a, b)):
         if run.pending():
-            said.append(f"{name} is unfinished: {len(run.pending())} of {run.shards} shards are pending")
+            notes.append(f"{name} is unfinished: {len(run.pending())} of {run.shards} shards are pending")
     thresholds = fixed_threshold_of(a), fixed_threshold_of(b)
     if "auroc_a" in pairs and None in thresholds:
-        said.append("no Dice at a fixed threshold: reduce both runs with --threshold-from a validation run")
-    return said
+        notes.append("no Dice at a fixed threshold: reduce both runs with --threshold-from a validation run")
+    return notes
 
 
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """The numbers over all classes, the settings that differ, the counts and what has to be said."""
+    """Print the settings that differ, the differences over all classes, the counts and the notes."""
+    # settings
     console = console or terminal()
     names = [escape(name) for name in comparison.names]
     console.print(f"A  {escape(comparison.a.store.uri)}\nB  {escape(comparison.b.store.uri)}", highlight=False)
     if comparison.settings:
-        settings = Table(title="SamplingSettings that differ", title_justify="left", header_style="bold")
+        settings = Table(title="Settings that differ", title_justify="left", header_style="bold")
         for head in ("setting", f"A {names[0]}", f"B {names[1]}"):
             settings.add_column(head)
         for name, *values in comparison.settings:
@@ -331,6 +346,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         console.print(settings)
     else:
         console.print("the two runs have the same settings")
+    # differences
     label = comparison.rows[-1]["label"]
     table = Table(title=f"Difference, class {escape(label)}", title_justify="left", header_style="bold")
     table.add_column("")
@@ -345,10 +361,11 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
                 (row["better"] or "").upper(),
             )  # fmt: skip
     console.print(table)
+    # counts and notes
     counts = comparison.counts
     console.print(
         f"{counts['pairs']} images in both runs, {counts['only_in_a']} in A only, {counts['only_in_b']} in B only"
-        + (f", {counts['same_name_other_bytes']} with one name and other bytes (left out)"
+        + (f", {counts['same_name_other_bytes']} with the same name but other bytes (left out)"
            if counts["same_name_other_bytes"] else ""), highlight=False,
     )  # fmt: skip
     for note in comparison.notes:
@@ -356,10 +373,10 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
 
 
 def shown(value: Any) -> str:
-    """A setting for people: nothing is a dash, an empty text is said, digests are short."""
+    """A setting as text: a dash for None, ``(empty)`` for an empty string, digests shortened."""
     if value is None:
         return "–"
     text = str(value)
     if not text:
         return "(empty)"
-    return text[:12] if len(text) == 64 and all(sign in "0123456789abcdef" for sign in text) else text
+    return text[:12] if len(text) == 64 and all(letter in "0123456789abcdef" for letter in text) else text

@@ -1,5 +1,4 @@
-"""Whether a prompt generates an image or induces a finding in it, which decides the sign under which its map is shown
-red."""
+"""Decides whether a prompt removes or induces a finding, and so which sign of the attribution map is shown red."""
 
 from __future__ import annotations
 
@@ -9,23 +8,25 @@ from diffva_ray.schema import Row
 
 
 def induces(prompt: str, data: DataConfig, label: str | None = None) -> bool:
-    """Whether a prompt asks for a finding: it names an abnormal class of the recipe, or the image's own (``label``).
+    """Whether a prompt induces a finding: it names an abnormal class of the recipe, or the image's own (``label``).
 
-    A prompt that names no class, such as a finding the model was never trained on, is taken to induce it in an image of
-    the healthy class, and to generate any other image.
+    A prompt that names no class, such as a finding that the model was not trained on, induces it in an image of the
+    healthy class and removes findings from any other image.
     """
-    asked = _plain(prompt)
+    text = _plain(prompt)
     healthy = {_plain(data.healthy_prompt), _plain(data.prompt(data.healthy_class))}
-    if not asked or asked in healthy:
+    if not text or text in healthy:
         return False
     labels = {*data.prompts, *([] if label is None else [label])} - {data.healthy_class}
-    if any(name in asked for name in (_plain(data.prompt(one)) for one in labels) if name):
+    if any(name in text for name in (_plain(data.prompt(other)) for other in labels) if name):
         return True
-    return label == data.healthy_class and not any(name in asked for name in healthy if name)
+    return label == data.healthy_class and not any(name in text for name in healthy if name)
 
 
 def direction(run: Run, row: Row) -> int:
-    """1 where a record (``prompt``, ``label``) generates, -1 where it induces: its map M times this is shown red."""
+    """1 for a record (``prompt``, ``label``) that removes a finding, -1 for one that induces it.
+
+    The attribution map is multiplied by it before positive values are shown red."""
     return -1 if induces(row["prompt"], run.recipe.data, row["label"]) else 1
 
 

@@ -1,4 +1,5 @@
-"""Distances between sets of images: features where they are missing, then FID (or a stand-in's distance) and KID."""
+"""Distances between sets of images: computes missing features, then FID (or the Fréchet distance of random-feature
+extractors) and KID."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,57 +27,57 @@ from diffva_ray.metrics.fid import delete_group_jackknife, frechet_distance_feat
 from diffva_ray.metrics.fid_controls import infinity, split_halves
 from diffva_ray.metrics.kid import kid
 from diffva_ray.metrics.manifold import prdc
-from diffva_ray.schema import digest
+from diffva_ray.schema import Row, digest
 from diffva_ray.storage.store import Store, StoreError, join, opened
 
-if TYPE_CHECKING:  # it loads torch, which a driver that only plans has no use for
+if TYPE_CHECKING:  # loads torch, which a driver that only plans does not need
     from diffva_ray.metrics.features import Extractor
 
-Row = dict[str, Any]
-CHUNK = 512  # images of a reference set in one file
-TOGETHER = 64  # chunks that are read ahead, and written before a scratch file's pages are given back
-IN_MEMORY = 1 << 26  # numbers of a feature matrix (256 MiB), above which it waits on disk
+CHUNK_SIZE = 512  # images of a reference set in one file
+READAHEAD_CHUNKS = 64  # also the number of chunks after which a scratch file's pages are released
+MAX_NUMBERS_IN_MEMORY = 1 << 26  # of a feature matrix (256 MiB); a larger one is a file on disk
 Arrays = dict[str, NDArray[np.float32]]
 NEIGHBOURS = 5  # k of precision, recall, density and coverage
 
 
 @dataclass(frozen=True)
 class RunFeatures:
-    """Features of a run's ``ok`` records, row by row those of its index_run: of images and of their counterfactuals."""
+    """Features of a run's ``ok`` records; row n is row n of ``RunIndex.frame``."""
 
-    source: FeatureSet
+    source: FeatureSet  # of the input images
     counterfactual: FeatureSet
 
 
 class FeatureChunk(Protocol):
-    """Images whose features make one file, the unit of work of an ``Embed``."""
+    """Images whose features are stored in one file; the unit of work of an ``Embed``."""
 
     def stored(self, extractor: Extractor) -> Arrays | None:
-        """The file's arrays; None where it is missing, damaged or of other images."""
+        """Read the file's arrays; None if it is missing, damaged or has the features of other images."""
 
     def fill(self, extractor: Extractor) -> None:
-        """Compute and write the file. Raises UnusableData for an image that cannot be read and is needed."""
+        """Compute and write the file. Raises UnusableData for a required image that cannot be read."""
 
 
 @dataclass(frozen=True)
 class ShardFeatures:
-    """The images and counterfactuals that one shard holds, in its order."""
+    """The images and counterfactuals of one shard, in the shard's order."""
 
-    run: str
+    run: str  # address of the run
     shard_ref: ShardRef
-    ids: NDArray[np.bytes_]
+    ids: NDArray[np.bytes_]  # record ids
 
     @property
     def folder(self) -> str:
+        """Folder of the run or of its retry, relative to the run."""
         return f"{OVERLAYS}/r{self.shard_ref[0]}/" if self.shard_ref[0] else ""
 
     def stored(self, extractor: Extractor) -> Arrays | None:
-        """What the shard's worker stored (the stand-in's), or an earlier reduce."""
+        """Read the features stored by the shard's worker (random-feature extractor) or by an earlier reduce."""
         names = {kind: f"{extractor.name}/{kind}" for kind in ("source", "counterfactual")}
         own = f"{self.folder}features/{part(self.shard_ref[1])}.npz"
         ids = self.ids.astype(str).tolist()
-        found = read_npz(self.run, own, ids, names) if extractor.is_stand_in else None
-        return found or read_npz(self.run, self._kept(extractor), ids, names)
+        arrays = read_npz(self.run, own, ids, names) if extractor.is_stand_in else None
+        return arrays or read_npz(self.run, self._path(extractor), ids, names)
 
     def fill(self, extractor: Extractor) -> None:
         run = find_run(opened(self.run))
@@ -86,32 +87,33 @@ class ShardFeatures:
         rows = {row["record_id"]: row for row in stored_records(run, self.shard_ref)}
         images = [rows[record]["image_path"] for record in ids]
         counterfactuals = [rows[record]["counterfactual_path"] for record in ids]
-        again = f"withdraw its shard with diffva verify {self.run} --repair and generate it again"
+        advice = f"give diffva verify {self.run} --repair and generate its shard again"
         arrays = {
             "ids": ids,
-            f"{extractor.name}/source": _needed(extractor, data, images, size, "put it back where it was", bits),
-            f"{extractor.name}/counterfactual": _needed(extractor, run.store, counterfactuals, size, again),
+            f"{extractor.name}/source": _embed_all(extractor, data, images, size, "restore the file", bits),
+            f"{extractor.name}/counterfactual": _embed_all(extractor, run.store, counterfactuals, size, advice),
         }
-        run.store.put(self._kept(extractor), npz(arrays))
+        run.store.put(self._path(extractor), npz(arrays))
 
-    def _kept(self, extractor: Extractor) -> str:
+    def _path(self, extractor: Extractor) -> str:
         return f"{self.folder}features/{cache_key(extractor)}/{part(self.shard_ref[1])}.npz"
 
 
 @dataclass(frozen=True)
 class ReferenceFeatures:
-    """Images of a reference set, kept in ``cache`` by place and sizes of the images; those that cannot be read are left
-    out."""
+    """Images of a reference set; images that cannot be read are left out.
 
-    cache: str
-    data: str
+    The file name has a digest of the addresses and sizes of the images."""
+
+    cache: str  # address of the store with the features
+    data: str  # address of the data set
     images: tuple[LabelledImage, ...]
-    size: int  # of the grid that images are taken to
-    bits: int = 16  # of its 16-bit grey files
+    size: int  # side of the square grid to which images are resized
+    bits: int = 16  # used bits of the 16-bit grey files
 
     def stored(self, extractor: Extractor) -> Arrays | None:
         return read_npz(
-            self.cache, self._kept(extractor), [image.path for image in self.images], {"features": "features"}
+            self.cache, self._path(extractor), [image.path for image in self.images], {"features": "features"}
         )
 
     def fill(self, extractor: Extractor) -> None:
@@ -121,18 +123,19 @@ class ReferenceFeatures:
             "ids": np.array([image.path for image in self.images]),
             "features": embed(extractor, images, self.size, self.bits, lenient=True),
         }
-        opened(self.cache).put(self._kept(extractor), npz(arrays))
+        opened(self.cache).put(self._path(extractor), npz(arrays))
 
-    def _kept(self, extractor: Extractor) -> str:
+    def _path(self, extractor: Extractor) -> str:
         depth = [] if self.bits == 16 else [self.bits]
         name = digest([self.data, self.size, [(image.path, image.size) for image in self.images], *depth])[:16]
         return f"features/{cache_key(extractor)}/reference-{name}.npz"
 
 
-Embed = Callable[["Extractor", Sequence[FeatureChunk]], None]  # fills chunks, here or on a cluster
+Embed = Callable[["Extractor", Sequence[FeatureChunk]], None]  # fills chunks, in this process or on a cluster
 
 
 def embed_here(extractor: Extractor, chunks: Sequence[FeatureChunk]) -> None:
+    """Fill chunks in this process."""
     for chunk in chunks:
         chunk.fill(extractor)
 
@@ -144,44 +147,45 @@ def run_features(
     spread: Embed = embed_here,
     chosen: NDArray[np.bool_] | None = None,
 ) -> RunFeatures:
-    """Features of a run's ``ok`` records: those the shards stored (the stand-in's), those of an earlier reduce, and
-    computed (and kept) where missing. They wait in a scratch file, not in memory. ``chosen``: records that are wanted
-    (a mask); shards that hold none of them are left out, and their rows are zero."""
+    """Features of a run's ``ok`` records: stored ones where they exist, else computed and stored.
+
+    Large matrices are in a scratch file, not in memory. ``chosen``: mask of the wanted records; rows of shards without
+    any of them stay zero."""
     shards_of = {
         shard_ref: rows for shard_ref, rows in records.shards_of.items() if chosen is None or chosen[rows].any()
     }
     chunks = [ShardFeatures(run.store.uri, shard_ref, records.ids[rows]) for shard_ref, rows in shards_of.items()]
     images, counterfactuals = (scratch(len(records.ids), extractor.dimension) for _ in range(2))
-    localization = list(shards_of.values())
+    rows_of = list(shards_of.values())
     for done, (number, arrays) in enumerate(filled(chunks, extractor, spread)):
-        images[localization[number]], counterfactuals[localization[number]] = arrays["source"], arrays["counterfactual"]
-        if done % TOGETHER == 0:
+        images[rows_of[number]], counterfactuals[rows_of[number]] = arrays["source"], arrays["counterfactual"]
+        if done % READAHEAD_CHUNKS == 0:
             release(images)
             release(counterfactuals)
     return RunFeatures(FeatureSet(images), FeatureSet(counterfactuals))
 
 
 def scratch(rows: int, dimension: int) -> NDArray[np.float32]:
-    """A matrix in a file that nobody else sees and that goes with it; in memory where it is small. Raises StoreError
-    where the disk has no room for it."""
-    if rows * dimension <= IN_MEMORY:
+    """A zero matrix in memory, or in an unnamed temporary file above MAX_NUMBERS_IN_MEMORY. Raises StoreError when the
+    disk is full."""
+    if rows * dimension <= MAX_NUMBERS_IN_MEMORY:
         return np.zeros((rows, dimension), np.float32)
     with tempfile.TemporaryFile(prefix="diffva-features-") as file:
-        try:  # a file with holes would end the process, without a word, when the disk is full
+        try:  # allocate now: writing to a sparse file on a full disk would kill the process
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(file.fileno(), 0, 4 * rows * dimension)
             file.truncate(4 * rows * dimension)
         except OSError as error:
             raise StoreError(
                 f"{tempfile.gettempdir()} has no room for {4 * rows * dimension / 1e9:.1f} GB of features "
-                f"({error.strerror}); set TMPDIR to a folder that has",
+                f"({error.strerror}); set TMPDIR to a folder with enough room",
                 lasting=True,
             ) from None
         return np.memmap(file, np.float32, "r+", shape=(rows, dimension))
 
 
 def filled(chunks: Sequence[FeatureChunk], extractor: Extractor, spread: Embed) -> Iterator[tuple[int, Arrays]]:
-    """Every chunk's place and arrays: first those that are stored, then those that had to be computed."""
+    """Yields (index of the chunk, arrays): first the stored chunks, then the computed ones."""
     missing = []
     for number, arrays in _stored(chunks, range(len(chunks)), extractor):
         if arrays is None:
@@ -192,46 +196,49 @@ def filled(chunks: Sequence[FeatureChunk], extractor: Extractor, spread: Embed) 
         spread(extractor, [chunks[number] for number in missing])
     for number, arrays in _stored(chunks, missing, extractor):
         if arrays is None:
-            raise OSError(f"features that were written a moment ago are gone or damaged: {chunks[number]}")
+            raise OSError(f"features that were just written are missing or damaged: {chunks[number]}")
         yield number, arrays
 
 
 def _stored(
     chunks: Sequence[FeatureChunk], numbers: Sequence[int], extractor: Extractor
 ) -> Iterator[tuple[int, Arrays | None]]:
-    """What is stored of some chunks, in order; a few are read ahead."""
+    """Yields (index, stored arrays or None) of the chunks ``numbers`` in order; READAHEAD_CHUNKS are read at a time."""
     with ThreadPoolExecutor(8) as pool:
-        for start in range(0, len(numbers), TOGETHER):
-            some = numbers[start : start + TOGETHER]
-            yield from zip(some, pool.map(lambda number: chunks[number].stored(extractor), some), strict=True)
+        for start in range(0, len(numbers), READAHEAD_CHUNKS):
+            batch = numbers[start : start + READAHEAD_CHUNKS]
+            yield from zip(batch, pool.map(lambda number: chunks[number].stored(extractor), batch), strict=True)
 
 
 def read_npz(store: str, path: str, ids: list[str], names: Mapping[str, str]) -> Arrays | None:
-    """The arrays ``names`` (name here -> name in the file) of features of exactly ``ids``."""
+    """Read arrays of an NPZ file; None unless it can be read and has the features of exactly ``ids``.
+
+    ``names``: name in the file by name in the result."""
     try:
-        found = np.load(io.BytesIO(opened(store).read(path)))
-        return {name: found[there] for name, there in names.items()} if list(found["ids"]) == ids else None
+        file = np.load(io.BytesIO(opened(store).read(path)))
+        return {name: file[stored] for name, stored in names.items()} if list(file["ids"]) == ids else None
     except (FileNotFoundError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
         return None
 
 
 def cache_key(extractor: Extractor) -> str:
-    """Folder name of an extractor's features: they are only as good as its weights and resize path."""
+    """Folder name of an extractor's features, which depend on its weights and its resize path."""
     return f"{extractor.name}-{extractor.resize}-{extractor.weights_sha256[:8]}"
 
 
 def embed(
     extractor: Extractor, readers: Iterable[Callable[[], bytes]], size: int, bits: int = 16, lenient: bool = False
 ) -> NDArray[np.float32]:
-    """Features [n, d] of image files. ``legacy`` takes each file at its stored size, everything else on the model's
-    square grid. Raises BadImage or OSError for an unreadable one; ``lenient`` leaves it out."""
-    found: list[NDArray[np.float32]] = []
-    waiting: list[NDArray[np.float32]] = []
+    """Features [n, d] of image files, as [``size``, ``size``] or, with resize path ``legacy``, at their stored sizes.
+
+    Raises BadImage or OSError for an unreadable file; with ``lenient`` the file is left out."""
+    features: list[NDArray[np.float32]] = []
+    batch: list[NDArray[np.float32]] = []
 
     def flush() -> None:
-        if waiting:
-            found.append(extractor(np.stack(waiting)))
-            waiting.clear()
+        if batch:
+            features.append(extractor(np.stack(batch)))
+            batch.clear()
 
     for read in readers:
         try:
@@ -242,17 +249,17 @@ def embed(
             raise
         if extractor.resize != "legacy":
             image = to_square(image, size)
-        if (waiting and waiting[0].shape != image.shape) or len(waiting) == extractor.micro_batch:
+        if (batch and batch[0].shape != image.shape) or len(batch) == extractor.micro_batch:
             flush()
-        waiting.append(image)
+        batch.append(image)
     flush()
-    return np.concatenate(found) if found else np.zeros((0, extractor.dimension), np.float32)
+    return np.concatenate(features) if features else np.zeros((0, extractor.dimension), np.float32)
 
 
-def _needed(
+def _embed_all(
     extractor: Extractor, store: Store, paths: Sequence[str], size: int, advice: str, bits: int = 16
 ) -> NDArray[np.float32]:
-    """``embed`` of files none of which can be left out. Raises UnusableData, which names one that cannot be read."""
+    """``embed`` where every file is required. Raises UnusableData that names an unreadable file, with ``advice``."""
     path = ""
 
     def readers() -> Iterator[Callable[[], bytes]]:
@@ -273,17 +280,19 @@ def reference_features(
     cache: Store, size: int, store: Store, images: Sequence[LabelledImage], extractor: Extractor,
     spread: Embed = embed_here, bits: int = 16,
 ) -> tuple[FeatureSet, int]:  # fmt: skip
-    """Features of a reference set on the model's ``size``, kept in ``cache`` (a run, or what several runs share) and
-    found again by place and sizes of the images; and how many images were unreadable."""
+    """Features of a reference set, and the number of its unreadable images.
+
+    ``cache``: where features are stored (a run, or a folder shared by runs); ``size``: side of the model's grid;
+    ``bits``: used bits of 16-bit files."""
     chunks = [
-        ReferenceFeatures(cache.uri, store.uri, tuple(images[start : start + CHUNK]), size, bits)
-        for start in range(0, len(images), CHUNK)
+        ReferenceFeatures(cache.uri, store.uri, tuple(images[start : start + CHUNK_SIZE]), size, bits)
+        for start in range(0, len(images), CHUNK_SIZE)
     ]
     features, read = scratch(len(images), extractor.dimension), np.zeros(len(images), bool)
     for done, (number, arrays) in enumerate(filled(chunks, extractor, spread)):
-        here = slice(number * CHUNK, number * CHUNK + len(arrays["features"]))
-        features[here], read[here] = arrays["features"], True
-        if done % TOGETHER == 0:
+        rows = slice(number * CHUNK_SIZE, number * CHUNK_SIZE + len(arrays["features"]))
+        features[rows], read[rows] = arrays["features"], True
+        if done % READAHEAD_CHUNKS == 0:
             release(features)
     return FeatureSet(features, np.flatnonzero(read)), int((~read).sum())
 
@@ -293,10 +302,11 @@ def distance_row(
 ) -> Row | None:
     """One row of the distance table; None when a set has fewer than four images.
 
-    ``paired``: row i of both sets is one image and its counterfactual; then ``halves`` says what the distance is when
-    no image meets its own edit. ``manifold`` and ``infinity`` are absent where the sets are too small for them.
+    ``paired``: row i of both sets is one image and its counterfactual; then ``halves`` has the distance between halves
+    in which no image meets its own counterfactual. ``manifold`` and ``infinity`` are absent for small sets.
     """
-    if min(len(x), len(y)) < 4:
+    smaller = min(len(x), len(y))
+    if smaller < 4:
         return None
     value, error = kid(x, y)
     mean, deviation = matched(x, y, draws=5)
@@ -312,10 +322,9 @@ def distance_row(
         "weights_sha256": extractor.weights_sha256,
         "resize": extractor.resize,
         "interval": list(delete_group_jackknife(x, y, groups, paired=paired)),
-        "n_matched": {"n": min(len(x), len(y)), "mean": mean, "sd": deviation},
+        "n_matched": {"n": smaller, "mean": mean, "sd": deviation},
         "kid": {"value": value, "standard_error": error},
     }
-    smaller = min(len(x), len(y))
     if smaller > NEIGHBOURS:
         row["manifold"] = {"k": NEIGHBOURS, **asdict(prdc(x, y, NEIGHBOURS))}
     if smaller >= 8:

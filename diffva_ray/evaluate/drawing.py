@@ -1,6 +1,6 @@
-"""Colours and strokes that all pictures share: the red overlay, signed maps, outlines, the colour bar.
+"""Colours and drawing functions shared by all figures: the red overlay, signed maps, outlines, the colour bar.
 
-Drawn with matplotlib's objects and never with pyplot, whose global state belongs to whoever imports this package.
+Uses matplotlib's objects and never pyplot, whose global state belongs to the user's program.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 from diffva_ray.schema import Image
 
 RED = np.array([0.90, 0.05, 0.08], np.float32)
-DIVERGING = "RdBu_r"  # red and blue stay apart in every common colour blindness; white is no change
+DIVERGING = "RdBu_r"  # distinguishable with all common colour blindness; white is no change
 OUTLINE = "#00a6d6"
 INK, MUTED, RULE = "#1c2328", "#5d6a73", "#c9d1d6"
-CLASS_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
+CLASS_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 
 
 def overlay(image: Image, signed_map: Image, threshold: float, region: NDArray[np.bool_] | None = None) -> Image:
-    """The paper's "generated tissue" as float32 [H, W, 3] in [0, 1]: ``image`` [H, W] in [0, 1], red exactly where
-    M > ``threshold`` (inside ``region``), denser the further above it.
+    """The paper's red overlay as float32 [H, W, 3] in [0, 1]: ``image`` [H, W] in [0, 1], red exactly where
+    ``signed_map`` > ``threshold`` (inside ``region``), more opaque for larger values.
 
-    ``signed_map`` is M when generating and -M when inducing a finding.
+    ``signed_map`` is M where a finding is removed and -M where one is induced.
     """
     above = signed_map > threshold
     if region is not None:
@@ -39,35 +39,37 @@ def overlay(image: Image, signed_map: Image, threshold: float, region: NDArray[n
 
 
 def diverging(signed_map: Image, limit: float) -> Image:
-    """A signed map [H, W] as float32 [H, W, 3]: blue at -``limit``, white at zero, red at ``limit`` and beyond."""
+    """Colour a signed map [H, W] as float32 [H, W, 3]: blue at -``limit``, white at zero, red at ``limit``."""
     levels = np.clip(signed_map / limit, -1, 1) / 2 + 0.5
     return matplotlib.colormaps[DIVERGING](levels)[..., :3].astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How the maps of one run are coloured: red above ``threshold``, signed colours from -``limit`` to ``limit``."""
+    """How the maps of one run are coloured."""
 
-    threshold: float
-    threshold_from: str
-    limit: float
+    threshold: float  # the overlay is red above it
+    threshold_from: str  # what the threshold was fixed on, for the caption
+    limit: float  # signed colours go from -limit to limit
 
 
-def colour_limit(values: Image, least: float = 1e-3) -> float:
-    """Where signed colours saturate: the 99.5 % quantile of |M|, rounded up to two digits, and at least ``least``."""
-    limit = max(float(np.quantile(np.abs(values), 0.995)), least)
+def colour_limit(values: Image, minimum: float = 1e-3) -> float:
+    """The value at which signed colours saturate: the 99.5 % quantile of |M|, at least ``minimum``, rounded up to two
+    digits."""
+    limit = max(float(np.quantile(np.abs(values), 0.995)), minimum)
     digits = 10.0 ** (math.floor(math.log10(limit)) - 1)
     return math.ceil(limit / digits) * digits
 
 
 def outline(axes: Axes, lesion: NDArray[np.bool_] | None) -> None:
-    """Draw the border of a lesion mask [H, W] over a picture of the same grid; nothing where there is none."""
+    """Draw the outline of a lesion mask [H, W] over an image of the same size; nothing without a lesion."""
     if lesion is not None and lesion.any():
         axes.contour(lesion.astype(float), levels=[0.5], colors=[OUTLINE], linewidths=0.9)
 
 
 def colour_bar(figure: Figure, scale: Scale, left: float, bottom: float, width: float, height: float) -> None:
-    """The signed colours of ``scale``, at fractions of a figure that is ``height`` inches high."""
+    """Draw the signed colours of ``scale``; ``left``, ``bottom`` and ``width`` are fractions of the figure, which is
+    ``height`` inches high."""
     axes = figure.add_axes((left, bottom, width, 0.055 / height))
     ramp = np.linspace(-1, 1, 256)[None]
     axes.imshow(ramp, cmap=DIVERGING, aspect="auto", extent=(-scale.limit, scale.limit, 0, 1))
@@ -79,13 +81,13 @@ def colour_bar(figure: Figure, scale: Scale, left: float, bottom: float, width: 
 
 
 def short(text: str, length: int) -> str:
-    """``text`` on one line of at most ``length`` characters, cut with an ellipsis."""
+    """Shorten ``text`` to one line of at most ``length`` characters, with an ellipsis."""
     line = " ".join(str(text).replace("_", " ").split())
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG of 200 dpi, the same bytes every time."""
+    """Render the figure as a PNG of 200 dpi; the bytes are reproducible."""
     sink = io.BytesIO()
     figure.savefig(sink, format="png", dpi=200, metadata={"Software": None})
     return sink.getvalue()

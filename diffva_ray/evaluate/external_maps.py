@@ -1,7 +1,7 @@
-"""Attribution maps from anywhere: which image each belongs to, and its values.
+"""Reads external attribution maps: matches each map with its image, and reads its values.
 
-A map is a PNG, TIFF or NPY file named like its image, in a folder of any depth. The maps of one of our runs are named
-by record instead; they are matched through its records.
+A map is a PNG, TIFF or NPY file named like its image, in a folder of any depth. The maps of a diffva run are named by
+record id instead, and are matched through the run's records.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ from diffva_ray.storage.store import Store, open_store
 
 Encoding = Literal["auto", "signed16", "unsigned"]
 EXTENSIONS = (".png", ".npy", ".tif", ".tiff")
-MAPS = "attributions"  # a run's own folder of maps
+MAPS = "attributions"  # a run's folder of maps
 
 
 @dataclass(frozen=True)
 class MapFile:
-    """One map. ``key`` is what is matched with images: a path without its extension."""
+    """One map file."""
 
     path: str  # relative to the store of the maps
-    key: str
-    label: str | None = None  # of a run's record; None: every label of its image
-    reconstruction: str = ""  # the autoencoder's rendering of the image; this and the next only a run has
-    image_sha256: str = ""
+    key: str  # path without extension, matched with the image's path
+    label: str | None = None  # of a run's record; None: every label of the image
+    reconstruction: str = ""  # path of the autoencoder's reconstruction; maps of a run only
+    image_sha256: str = ""  # of the image that the map was made from; maps of a run only
 
 
 @dataclass(frozen=True)
 class MapFolder:
-    """The maps at an address. ``run`` is the run they are of, or None for maps made elsewhere."""
+    """The maps at an address."""
 
     store: Store
     maps: list[MapFile]
-    run: Run | None = None
-    ignored: int = 0  # files that are no maps, by their names
+    run: Run | None = None  # the run that made the maps; None: external maps
+    ignored: int = 0  # number of files that are not maps, by their extension
 
 
 @dataclass(frozen=True)
 class Matched:
-    """Maps with their images (one pair for each label of an image), and what is left on either side."""
+    """The result of matching maps with images."""
 
-    pairs: list[tuple[MapFile, LabelledImage]]
-    maps_without_image: list[str] = field(default_factory=list)
-    images_without_map: list[str] = field(default_factory=list)
-    by: Literal["path", "name"] = "path"
+    pairs: list[tuple[MapFile, LabelledImage]]  # one for each label of an image
+    maps_without_image: list[str] = field(default_factory=list)  # paths
+    images_without_map: list[str] = field(default_factory=list)  # paths
+    by: Literal["path", "name"] = "path"  # what was compared: paths, or file names alone
 
 
 def open_maps(uri: str) -> MapFolder:
-    """The maps below ``uri``: a folder or ``s3://`` prefix of map files, a run, or a run's ``maps``.
+    """List the maps below ``uri``: a folder or ``s3://`` prefix of map files, a run, or a run's ``attributions``.
 
     Raises UnusableData when there are none.
     """
@@ -70,7 +70,7 @@ def open_maps(uri: str) -> MapFolder:
         above, _, name = store.uri.rstrip("/").rpartition("/")
         if run is None and name == MAPS and above:
             run = find_run(open_store(above))
-    except ValueError as error:  # an unknown scheme, or a run.json that is damaged
+    except ValueError as error:  # an unknown scheme or a damaged run.json
         raise UnusableData(str(error)) from None
     if run is not None:
         return _of_run(run, uri)
@@ -97,22 +97,24 @@ def _of_run(run: Run, uri: str) -> MapFolder:
 
 
 def _text(value: object) -> str:
-    """A column's text; pandas has NaN where there is none."""
+    """A column's string; empty where pandas has NaN."""
     return value if isinstance(value, str) else ""
 
 
 def stem(path: str) -> str:
-    """``path`` without the extension of a picture or an array: ``a/b.c.png`` -> ``a/b.c``."""
+    """``path`` without the extension of an image or array file: ``a/b.c.png`` -> ``a/b.c``."""
     head, dot, ending = path.rpartition(".")
     return head if dot and f".{ending.lower()}" in (*EXTENSIONS, *IMAGE_EXTENSIONS) else path
 
 
 def match(maps: Sequence[MapFile], images: Sequence[LabelledImage], uri: str, records: bool = False) -> Matched:
-    """Which map is of which image: the path of one (without extension) ends with the path of the other.
+    """Match maps with images: the path of one, without extension, ends with the path of the other.
 
-    Where that fits no map at all, the file name alone decides. Raises UnusableData, one line, for a map that fits two
-    images and, unless ``records`` (a run may have several of one image), for two maps of one image.
+    If no path fits, file names alone are compared. ``records``: the maps are of a run, which may have several of one
+    image. Raises UnusableData, one line, for a map that fits two images and, without ``records``, for two maps of one
+    image.
     """
+    # image keys that fit each map
     by_key: dict[str, list[LabelledImage]] = {}
     for image in images:
         by_key.setdefault(stem(image.path), []).append(image)
@@ -120,57 +122,58 @@ def match(maps: Sequence[MapFile], images: Sequence[LabelledImage], uri: str, re
     by: Literal["path", "name"] = "path"
     if not fits:
         fits, by = _by_name({file.key for file in maps}, by_key), "name"
-    pairs, orphans, taken = [], [], dict[str, MapFile]()
+    # pairs
+    pairs, unmatched, map_of = [], [], dict[str, MapFile]()
     for file in maps:
         keys = fits.get(file.key, [])
-        found = [image for key in keys for image in by_key[key] if file.label in (None, image.label)]
-        paths = list(dict.fromkeys(image.path for image in found))
+        fitting = [image for key in keys for image in by_key[key] if file.label in (None, image.label)]
+        paths = list(dict.fromkeys(image.path for image in fitting))
         if len(paths) > 1:
             raise UnusableData(
                 f"{uri}: {file.path} fits {len(paths)} images, {paths[0]} and {paths[1]}; "
                 "name maps by more of the image's path"
             )
         if not paths:
-            orphans.append(file.key if records else file.path)
+            unmatched.append(file.key if records else file.path)
             continue
-        other = taken.setdefault(paths[0], file)
+        other = map_of.setdefault(paths[0], file)
         if other is not file and not records:
             raise UnusableData(f"{uri}: {other.path} and {file.path} are both maps of {paths[0]}; keep one of them")
-        pairs += [(file, image) for image in found]
-    left = list(dict.fromkeys(image.path for image in images if image.path not in taken))
-    return Matched(pairs, orphans, left, by)
+        pairs += [(file, image) for image in fitting]
+    without_map = list(dict.fromkeys(image.path for image in images if image.path not in map_of))
+    return Matched(pairs, unmatched, without_map, by)
 
 
-def _by_path(wanted: set[str], known: dict[str, list[LabelledImage]]) -> dict[str, list[str]]:
-    """LabelledImage keys that end with a map's key; else the longest image key that the map's key ends with."""
+def _by_path(map_keys: set[str], images: dict[str, list[LabelledImage]]) -> dict[str, list[str]]:
+    """Image keys by map key: those that end with the map's key; else the longest one that the map's key ends with."""
     fits: dict[str, list[str]] = {}
-    for key in known:
+    for key in images:
         for end in ends(key):
-            if end in wanted:
+            if end in map_keys:
                 fits.setdefault(end, []).append(key)
-    for key in wanted - fits.keys():
-        longest = next((end for end in ends(key) if end in known), None)
+    for key in map_keys - fits.keys():
+        longest = next((end for end in ends(key) if end in images), None)
         if longest is not None:
             fits[key] = [longest]
     return fits
 
 
-def _by_name(wanted: set[str], known: dict[str, list[LabelledImage]]) -> dict[str, list[str]]:
+def _by_name(map_keys: set[str], images: dict[str, list[LabelledImage]]) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
-    for key in known:
+    for key in images:
         names.setdefault(key.rpartition("/")[2], []).append(key)
-    return {key: names[name] for key in wanted if (name := key.rpartition("/")[2]) in names}
+    return {key: names[name] for key in map_keys if (name := key.rpartition("/")[2]) in names}
 
 
 def read_map_values(data: bytes, path: str, signed16: bool = False) -> NDArray[np.float32]:
-    """The values of a map file as float32 [H, W]; finite, in whatever range they were stored.
+    """Read the values of a map file as finite float32 [H, W].
 
-    8- and 16-bit PNG and TIFF become [0, 1]; with ``signed16`` 16-bit levels are read as this project writes them, in
-    [-1, 1] with 32768 as zero. Float and 32-bit TIFF and NPY arrays are taken as they are, except that NPY arrays of
-    unsigned bytes or words become [0, 1] too; axes of length 1 are dropped. Raises BadImage for what has colours (a
-    rendered heat map has lost its values), for another shape, and for values that are not finite.
+    8- and 16-bit PNG and TIFF are scaled to [0, 1]; with ``signed16``, 16-bit levels are read as this project writes
+    them, in [-1, 1] with 32768 as zero. Float and 32-bit TIFF and NPY arrays keep their values, except that uint8 and
+    uint16 arrays are scaled to [0, 1]; axes of length 1 are dropped. Raises BadImage for a coloured image (a rendered
+    heat map has lost its values), for another shape, and for values that are not finite.
     """
-    values = _array(data) if path.lower().endswith(".npy") else _picture(data, signed16)
+    values = _read_npy(data) if path.lower().endswith(".npy") else _read_image(data, signed16)
     values = np.squeeze(values)
     if values.ndim != 2 or not values.size:
         raise BadImage(f"a map is [H, W]; this array is {list(values.shape)}")
@@ -182,11 +185,11 @@ def read_map_values(data: bytes, path: str, signed16: bool = False) -> NDArray[n
 
 
 def is_sixteen_bit(data: bytes, path: str) -> bool:
-    """Whether a file is a 16-bit grey picture, whose levels may mean [0, 1] or this project's [-1, 1]."""
+    """Whether a file is a 16-bit grey image, whose levels may mean [0, 1] or this project's [-1, 1]."""
     return not path.lower().endswith(".npy") and describe(data).endswith("grey 16-bit")
 
 
-def _array(data: bytes) -> NDArray[np.generic]:
+def _read_npy(data: bytes) -> NDArray[np.generic]:
     try:
         array = np.load(BytesIO(data), allow_pickle=False)
     except Exception as error:
@@ -199,17 +202,19 @@ def _array(data: bytes) -> NDArray[np.generic]:
     return array
 
 
-def _picture(data: bytes, signed16: bool) -> NDArray[np.generic]:
-    what = describe(data)
-    if what.endswith("grey 16-bit") and signed16:
+def _read_image(data: bytes, signed16: bool) -> NDArray[np.generic]:
+    description = describe(data)
+    # grey images
+    if description.endswith("grey 16-bit") and signed16:
         return np.clip((np.rint(decode(data) * np.float32(65535)) - 32768) / np.float32(32767), -1, 1)
-    if " grey " in what and not what.endswith(("grey float", "grey 32-bit")):
+    if " grey " in description and not description.endswith(("grey float", "grey 32-bit")):
         return decode(data)
+    # float and 32-bit images keep their values; colour images must be grey
     try:
         image = Image.open(BytesIO(data), formats=("PNG", "TIFF"))
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
-        if image.mode in ("I", "F"):  # decode would bring an image's values into [0, 1]; a map's are its own
+        if image.mode in ("I", "F"):  # decode would scale the values to [0, 1]
             return np.asarray(image, np.float64)
         if image.mode == "1":
             return decode(data)
@@ -219,18 +224,17 @@ def _picture(data: bytes, signed16: bool) -> NDArray[np.generic]:
     except Exception as error:
         raise BadImage(f"damaged or truncated image ({type(error).__name__}: {error})") from None
     if not (np.array_equal(red, green) and np.array_equal(green, blue)):
-        raise BadImage("a picture in colours: save the map's values, not their rendering")
+        raise BadImage("a coloured image: save the map's values, not their rendering")
     return red / np.float32(255)
 
 
 def on_grid(values: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """A map [H, W] squashed or enlarged to [size, size]: bilinear (antialiased where it shrinks), which keeps zero,
-    sign and range; the map itself if it fits."""
+    """Resize a map [H, W] to [size, size], bilinear and antialiased, which keeps zero, sign and range."""
     if values.shape == (size, size):
         return values
     return np.asarray(Image.fromarray(values).resize((size, size), Image.Resampling.BILINEAR), np.float32)
 
 
 def first_paths(paths: Sequence[str]) -> str:
-    """A few names, for a note."""
+    """The first two paths, for a note."""
     return ", ".join(paths[:2]) + (" ..." if len(paths) > 2 else "")

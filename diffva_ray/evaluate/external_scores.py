@@ -1,6 +1,6 @@
-"""``diffva score``: anybody's maps under the scores of our own tables, with the trivial baselines beside them.
+"""``diffva score``: scores external attribution maps like those of a run, together with trivial baselines.
 
-Every map, baseline and truth mask is brought to one square grid, so that all of them answer the same question.
+Every map, baseline and ground truth mask is resized to one square grid, so that the scores can be compared.
 """
 
 from __future__ import annotations
@@ -41,77 +41,82 @@ from diffva_ray.schema import Row
 from diffva_ray.storage.store import open_file
 
 DEFAULT_GRID = 256
-SMALLEST_GRID = 32  # a class activation map of 7 x 7 is enlarged: lesions would vanish on its own grid
-MID_GREY = (32_000 / 65535, 33_536 / 65535)  # where the zero of a signed 16-bit map comes out, read as unsigned
-THREADS, SAMPLED = 8, 16
+MIN_GRID = 32  # smaller maps (a class activation map of 7 x 7) are enlarged, or lesions would vanish
+MID_GREY = (32_000 / 65535, 33_536 / 65535)  # range of the zero of a signed 16-bit map that is read as unsigned
+THREADS, SAMPLED_MAPS = 8, 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """How maps are read and scored.
+    """How maps are read and scored."""
 
-    ``signed``: score max(M, 0) and |M| (True), max(M, 0) alone (False), or |M| only where any value is negative
-    (None). ``smoothing``: Gaussian sigma as a fraction of the side, of maps and baselines alike. ``size``: side of the
-    grid; None: the maps' own.
-    """
-
-    boxes: str | None = None
-    encoding: Encoding = "auto"
-    signed: bool | None = None
-    smoothing: float | None = None
-    size: int | None = None
-    threshold_from: str | None = None
-    model: str | None = None  # whose training images are refused; a run names its own
+    boxes: str | None = None  # CSV with lesion boxes; None: those of the data set
+    encoding: Encoding = "auto"  # of 16-bit maps
+    signed: bool | None = None  # score max(M, 0) and |M|; False: max(M, 0); None: |M| only if a value is negative
+    smoothing: float | None = None  # Gaussian sigma as a fraction of the side, for maps and baselines
+    size: int | None = None  # side of the grid; None: that of the maps
+    threshold_from: str | None = None  # reduced run, earlier --out, or .json file with thresholds
+    model: str | None = None  # model whose training images are refused; for maps of a run, the run's model
     allow_training_images: bool = False
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What all images are scored with. ``smoothing`` is of the baselines, ``map_smoothing`` of the maps: a run's maps
-    come smoothed already."""
+class ScoreGrid:
+    """The grid and the smoothing with which all images are scored."""
 
-    size: int
-    smoothing: float
-    map_smoothing: float
-    signed16: bool
+    size: int  # side in pixels
+    smoothing: float  # of the baselines, as a fraction of the side
+    map_smoothing: float  # of the maps; 0 for a run's maps, which are already smoothed
+    signed16: bool  # how 16-bit maps are read
 
 
 @dataclass
 class Scored:
-    """``metrics`` is for people and scripts (``tables/metrics.json``), ``images`` one row per image and map."""
+    """The result of scoring maps."""
 
-    metrics: dict[str, Any]
-    images: list[Row]
+    metrics: dict[str, Any]  # counts, settings, table rows and notes, as in tables/metrics.json
+    images: list[Row]  # one row per image and map
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """One map: its rows, or why there are none; and what has to be counted."""
+    """The result of one map: its rows, or the reason why there are none."""
 
     rows: list[Row] = field(default_factory=list)
-    problem: str = ""  # the map cannot be read
-    image_problem: bool = False
-    other_image: bool = False  # the run was made of another image of this name
-    no_truth: bool = False  # no lesion of this image is known
-    nothing_to_find: bool = False  # its lesion is empty or fills the region
-    resized: bool = False
-    negative: bool = False
-    flat: bool = False  # no positive value at all
+    problem: str = ""  # why the map cannot be read
+    image_problem: bool = False  # the image or its reconstruction cannot be read
+    other_image: bool = False  # the run was made from another image of this name
+    no_truth: bool = False  # the image has no known lesion
+    nothing_to_find: bool = False  # the lesion is empty or fills the region
+    resized: bool = False  # the map had another size than the grid
+    negative: bool = False  # the map has negative values
+    flat: bool = False  # the map has no positive value
     trained_on: bool = False  # the image is in the model's training list
 
 
 def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOptions()) -> Scored:
-    """Score the maps at ``maps_uri`` on the images of ``data_uri``.
+    """Score attribution maps against lesion masks or boxes.
 
-    Raises UnusableData, one line, when no map fits an image, when one fits several, when no matched image has lesion
-    truth, and for options that cannot be used.
+    Args:
+        maps_uri: A folder of map files named like their images, a run, or a run's ``attributions``.
+        data_uri: The data set with the images and their lesions.
+        options: How maps are read and scored.
+
+    Returns:
+        Localisation by class and map, baselines included, and one row per image and map.
+
+    Raises:
+        UnusableData: No map fits an image, a map fits several images, no matched image has a known lesion, the model
+            was trained on matched images, or an option cannot be used. One line.
+        StoreError: A store fails.
     """
+    # inputs
     folder = open_maps(maps_uri)
     run = folder.run
     if run is not None and (options.smoothing is not None or options.encoding == "unsigned"):
         wrong = "--smoothing" if options.smoothing is not None else "--encoding unsigned"
         raise UnusableData(
-            f"{wrong}: {maps_uri} is a run; its maps are signed 16-bit and smoothed by its recipe, the baselines alike"
+            f"{wrong}: {maps_uri} is a run; its maps are signed 16-bit, and its recipe sets the smoothing"
         )
     dataset = open_dataset(data_uri, run.recipe.data if run is not None else DataConfig())
     notes: list[str] = []
@@ -125,26 +130,28 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
             f"{data_uri} ({hint}); for the maps of a diffva run, give the run itself"
         )
     grid = _choose_grid(folder, matched, options)
-    notes += _said_of_input(folder, matched, grid, options)
+    notes += _input_notes(folder, matched, grid, options)
 
+    # scores
     seen = _training_images(folder, options, notes)
     with ThreadPoolExecutor(THREADS) as pool:  # waits on the store, mostly
         outcomes = list(pool.map(lambda pair: _score_one(folder, dataset, boxes, grid, seen, *pair), matched.pairs))
     trained = sum(outcome.trained_on for outcome in outcomes)
     if trained and not options.allow_training_images:
         raise UnusableData(
-            f"{data_uri}: {trained} of {len(outcomes)} matched images were in the model's training list; score images "
-            "that it has not seen, or give --allow-training-images, which the tables then say"
+            f"{data_uri}: {trained} of {len(outcomes)} matched images were in the model's training list; score other "
+            "images, or give --allow-training-images, which is then noted in the tables"
         )
+    # tables
     images = [row for outcome in outcomes for row in outcome.rows]
     if not images:
-        raise UnusableData(_why_nothing(data_uri, matched, outcomes))
+        raise UnusableData(_nothing_scored(data_uri, matched, outcomes))
     signed = options.signed
     if signed is None:
         signed = run is not None or any(outcome.negative for outcome in outcomes)
     if not signed:
         images = [row for row in images if row["map"] != "absolute"]
-    notes += _said_of_outcomes(matched, outcomes, options, signed, run is not None)
+    notes += _outcome_notes(matched, outcomes, options, signed, run is not None)
     try:
         rows = tables.localization_rows(LocalizationScores.of(images), thresholds, source)
     except ValueError as error:  # a threshold off the grid
@@ -156,6 +163,7 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
             row["training_images"] = sum(
                 outcome.trained_on and image.label in labels for outcome, (_, image) in zip(outcomes, matched.pairs)
             )
+    # counts and settings
     with_truth = {image.path for image in dataset.images if image.lesion_mask or image.path in boxes}
     metrics = {
         "maps": {
@@ -181,50 +189,52 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
 
 
 def _thresholds(uri: str | None) -> tuple[dict[str, float] | None, str | None]:
-    """Thresholds by map, and where they are from: a reduced run, an ``--out`` of this verb, or a ``.json`` file."""
+    """Thresholds by map, and the name of their source: a reduced run, an ``--out`` of ``diffva score``, or a JSON
+    file."""
     if uri is None:
         return None, None
     name = uri.rstrip("/").rpartition("/")[2]
     try:
         if uri.lower().endswith(".json"):
             store, file = open_file(uri)
-            found = json.loads(store.read(file))
+            thresholds = json.loads(store.read(file))
         else:
-            found = read_thresholds(uri)
+            thresholds = read_thresholds(uri)
     except UnusableData:
         raise
     except (OSError, ValueError) as error:  # no such file, no JSON, an unknown scheme
         raise UnusableData(f"--threshold-from {uri}: cannot be read ({error})") from None
-    if not isinstance(found, dict) or not all(isinstance(value, (int, float)) for value in found.values()):
+    if not isinstance(thresholds, dict) or not all(isinstance(value, (int, float)) for value in thresholds.values()):
         raise UnusableData(f"--threshold-from {uri}: expected thresholds by map, as in tables/thresholds.json")
-    return found, name
+    return thresholds, name
 
 
-def _choose_grid(folder: MapFolder, matched: Matched, options: ScoreOptions) -> Grid:
-    """The maps' own grid where the most common shape of a few is a square of at least 32 px, else 256 px."""
+def _choose_grid(folder: MapFolder, matched: Matched, options: ScoreOptions) -> ScoreGrid:
+    """The size of the maps if the most common shape of some of them is a square of at least MIN_GRID, else
+    DEFAULT_GRID."""
     if folder.run is not None:
         recipe = folder.run.recipe
-        return Grid(options.size or recipe.model.resolution, recipe.generate.smoothing, 0.0, True)
+        return ScoreGrid(options.size or recipe.model.resolution, recipe.generate.smoothing, 0.0, True)
     smoothing, signed16 = options.smoothing or 0.0, options.encoding == "signed16"
     shapes: Counter[tuple[int, ...]] = Counter()
     for file in _sampled(matched) if options.size is None else []:
         try:
             shapes[read_map_values(folder.store.read(file.path), file.path, signed16).shape] += 1
         except (OSError, BadImage):
-            continue  # counted when it is scored
+            continue  # counted when the map is scored
     height, width = shapes.most_common(1)[0][0] if shapes else (0, 0)
-    own = width if height == width >= SMALLEST_GRID else DEFAULT_GRID
-    return Grid(options.size or own, smoothing, smoothing, signed16)
+    size = width if height == width >= MIN_GRID else DEFAULT_GRID
+    return ScoreGrid(options.size or size, smoothing, smoothing, signed16)
 
 
 def _sampled(matched: Matched) -> list[MapFile]:
-    """A few maps from all over the folder."""
-    step = max(len(matched.pairs) // SAMPLED, 1)
-    return [file for file, _ in matched.pairs[::step][:SAMPLED]]
+    """Some maps, evenly spaced over the folder."""
+    step = max(len(matched.pairs) // SAMPLED_MAPS, 1)
+    return [file for file, _ in matched.pairs[::step][:SAMPLED_MAPS]]
 
 
 def _training_images(folder: MapFolder, options: ScoreOptions, notes: list[str]) -> TrainingImages | None:
-    """The training list of the model that made the maps; without one, for maps of a run or model, that is said."""
+    """The training list of the model that made the maps; a note if that model has none."""
     if options.model is not None:
         seen = TrainingImages.of_model(options.model)
         where = f"--model {options.model}"
@@ -234,7 +244,7 @@ def _training_images(folder: MapFolder, options: ScoreOptions, notes: list[str])
     else:
         return None
     if seen is None:
-        notes.append(f"{where} has no list of training images: whether it has seen these is not known")
+        notes.append(f"{where} has no list of training images: whether it was trained on these is not known")
     return seen
 
 
@@ -242,11 +252,12 @@ def _score_one(
     folder: MapFolder,
     dataset: Dataset,
     boxes: Boxes,
-    grid: Grid,
+    grid: ScoreGrid,
     seen: TrainingImages | None,
     file: MapFile,
     image: LabelledImage,
 ) -> _Outcome:
+    # read the map and the image
     if not image.lesion_mask and image.path not in boxes:
         return _Outcome(no_truth=True)
     try:
@@ -257,53 +268,55 @@ def _score_one(
         data = dataset.store.read(image.path)
         if file.image_sha256 and hashlib.sha256(data).hexdigest() != file.image_sha256:
             return _Outcome(other_image=True)
-        picture = decode(data)
+        grey_image = decode(data)
         reconstruction = grey(folder.store, file.reconstruction) if file.reconstruction else None
     except (OSError, BadImage):
         return _Outcome(image_problem=True)
-    found = _Outcome(
+    # score
+    outcome = _Outcome(
         trained_on=seen is not None and seen.holds(data),
         resized=values.shape != (grid.size, grid.size),
         negative=bool(values.min() < 0),
         flat=bool(values.max() <= 0),
     )
-    truth = image_truth(dataset.store, image, boxes, picture.shape[1], picture.shape[0], grid.size)
+    truth = image_truth(dataset.store, image, boxes, grey_image.shape[1], grey_image.shape[0], grid.size)
     if truth.lesion is None:
-        return replace(found, no_truth=True)
+        return replace(outcome, no_truth=True)
     signed = smooth(on_grid(values, grid.size), grid.map_smoothing)
-    square = to_square(picture, grid.size)
-    rendered = None if reconstruction is None else to_square(reconstruction, grid.size)
+    square = to_square(grey_image, grid.size)
+    if reconstruction is not None:
+        reconstruction = to_square(reconstruction, grid.size)
     maps = {name: transform(signed) for name, transform in SALIENCY.items()}
-    maps |= baselines(square, rendered, grid.smoothing)
-    about = {"map_path": file.path, "image_path": image.path, "label": image.label}
-    rows = [{**about, **row} for row in score_image(maps, truth)]
-    return replace(found, rows=rows, nothing_to_find=not rows)
+    maps |= baselines(square, reconstruction, grid.smoothing)
+    names = {"map_path": file.path, "image_path": image.path, "label": image.label}
+    rows = [{**names, **row} for row in score_image(maps, truth)]
+    return replace(outcome, rows=rows, nothing_to_find=not rows)
 
 
-def _said_of_input(folder: MapFolder, matched: Matched, grid: Grid, options: ScoreOptions) -> list[str]:
-    """How the maps were found and read: what nobody should have to guess."""
-    said = []
+def _input_notes(folder: MapFolder, matched: Matched, grid: ScoreGrid, options: ScoreOptions) -> list[str]:
+    """Notes on how the maps were found and read."""
+    notes = []
     if folder.run is not None:
-        said.append(
+        notes.append(
             f"{folder.store.uri} is a run: its maps are matched through its records and read as signed 16-bit, and the "
             f"baselines are smoothed like them ({grid.smoothing:g} of the side)"
         )
     else:
-        said.append(
-            "autoencoder difference is a baseline for runs only: it needs the model's own rendering of an image"
+        notes.append(
+            "autoencoder difference is a baseline for runs only: it needs the model's reconstruction of an image"
         )
         if matched.by == "name":
-            said.append("maps and images are matched by file name alone: no map's path fits an image's")
-        said += _said_of_encoding(folder, matched, options)
+            notes.append("maps and images are matched by file name alone: no map's path fits an image's")
+        notes += _encoding_notes(folder, matched, options)
     if folder.ignored:
-        said.append(f"{folder.ignored} files of the folder are no maps by their names")
+        notes.append(f"{folder.ignored} files of the folder are not maps, by their extension")
     if matched.maps_without_image:
         names = first_paths(matched.maps_without_image)
-        said.append(f"{len(matched.maps_without_image)} maps fit no image and are left out ({names})")
-    return said
+        notes.append(f"{len(matched.maps_without_image)} maps fit no image and are left out ({names})")
+    return notes
 
 
-def _said_of_encoding(folder: MapFolder, matched: Matched, options: ScoreOptions) -> list[str]:
+def _encoding_notes(folder: MapFolder, matched: Matched, options: ScoreOptions) -> list[str]:
     for file in _sampled(matched):
         try:
             data = folder.store.read(file.path)
@@ -320,41 +333,43 @@ def _said_of_encoding(folder: MapFolder, matched: Matched, options: ScoreOptions
     return []
 
 
-def _said_of_outcomes(
+def _outcome_notes(
     matched: Matched, outcomes: Sequence[_Outcome], options: ScoreOptions, signed: bool, of_run: bool
 ) -> list[str]:
-    """What became of the maps; nothing is left out without a word."""
-    said = []
+    """Notes on the maps and images that are left out, and on how maps were scored."""
+    notes = []
     if options.signed is None and not of_run:
         how = "some values are negative: max(M, 0) and |M| are scored" if signed else "no value is negative"
-        said.append(f"{how} (--signed and --positive choose)")
+        notes.append(f"{how} (--signed and --positive choose)")
     problems = [outcome.problem for outcome in outcomes if outcome.problem]
     if problems:
-        said.append(f"{len(problems)} maps cannot be read and are left out (first: {problems[0]})")
+        notes.append(f"{len(problems)} maps cannot be read and are left out (first: {problems[0]})")
     counted = (
         ("image_problem", "images cannot be read and are left out"),
-        ("other_image", "images are not those the run was made of (same name, other bytes) and are left out"),
+        ("other_image", "images are not those the run was made from (same name, other bytes) and are left out"),
         ("no_truth", "matched images have no known lesion and are left out"),
         ("nothing_to_find", "matched images have nothing to find: the lesion is empty or fills the region"),
-        ("resized", "maps had another size and were brought to the grid"),
-        ("flat", "maps have no positive value: they point nowhere, which is AUROC 0.5; is their sign turned?"),
+        ("resized", "maps had another size and were resized to the grid"),
+        ("flat", "maps have no positive value, which gives AUROC 0.5; is their sign inverted?"),
     )
     for name, text in counted:
         number = sum(getattr(outcome, name) for outcome in outcomes)
         if number:
-            said.append(f"{number} {text}")
+            notes.append(f"{number} {text}")
     if matched.images_without_map:
-        said.append(f"{len(matched.images_without_map)} images have no map ({first_paths(matched.images_without_map)})")
-    return said
+        notes.append(
+            f"{len(matched.images_without_map)} images have no map ({first_paths(matched.images_without_map)})"
+        )
+    return notes
 
 
-def _why_nothing(data_uri: str, matched: Matched, outcomes: Sequence[_Outcome]) -> str:
+def _nothing_scored(data_uri: str, matched: Matched, outcomes: Sequence[_Outcome]) -> str:
     problem = next((outcome.problem for outcome in outcomes if outcome.problem), None)
     if problem is not None:
         return f"none of {len(matched.pairs)} matched maps can be scored; {problem}"
     if any(outcome.other_image for outcome in outcomes):
-        return f"{data_uri}: the run was made of other images: the names are the same, the bytes are not"
+        return f"{data_uri}: the run was made from other images: the names are the same, the bytes are not"
     return (
-        f"{data_uri}: none of the {len(matched.pairs)} matched images has a lesion to find; bring lesions/ masks, a "
-        "boxes.csv, or --boxes CSV"
+        f"{data_uri}: none of the {len(matched.pairs)} matched images has a known lesion; add lesions/ masks or a "
+        "boxes.csv, or give --boxes CSV"
     )

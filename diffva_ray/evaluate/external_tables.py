@@ -1,4 +1,4 @@
-"""The tables of ``diffva score``: on a terminal, and as files beside which a paper can be written."""
+"""The tables of ``diffva score``, on a terminal and as files."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ CAPTION = (
 
 
 def open_output(uri: str) -> Store:
-    """The store that ``write_scores`` may write to. Raises UnusableData for a run, whose tables are its own."""
+    """Open the store for ``write_scores``. Raises UnusableData for a run, whose own tables would be overwritten."""
     try:
         store = open_store(uri)
     except ValueError as error:
         raise UnusableData(f"--out {error}") from None
     if store.exists(RUN):
-        raise UnusableData(f"--out {uri}: a run; its tables are its own, choose another folder")
+        raise UnusableData(f"--out {uri}: this is a run, whose tables would be overwritten; choose another folder")
     return store
 
 
 def write_scores(store: Store, scored: Scored) -> None:
-    """``tables/scores.{csv,md,tex,json}``, ``tables/images.csv`` (every image), ``tables/thresholds.json`` (for
-    ``--threshold-from``) and ``tables/metrics.json``."""
+    """Write ``tables/scores.{csv,md,tex,json}``, ``tables/images.csv`` (one row per image and map),
+    ``tables/thresholds.json`` (for ``--threshold-from``) and ``tables/metrics.json``."""
     caption = f"{CAPTION} Grid {scored.metrics['grid']} px, smoothing {scored.metrics['smoothing']:g} of the side."
     tables.write_table(store, "scores", scored.metrics["localization"], caption)
     images = pd.DataFrame(scored.images).drop(columns="dice_curve")
@@ -53,24 +53,26 @@ def write_scores(store: Store, scored: Scored) -> None:
 
 
 def print_scores(metrics: dict[str, Any]) -> None:
-    """The table, the counts, and everything that has to be said."""
+    """Print the table, the counts and the notes."""
+    # table
     console = terminal()
     rows = metrics["localization"]
     regions = ", ".join(sorted({row["region"] for row in rows}))
     smoothing = f"smoothing {metrics['smoothing']:g} of the side" if metrics["smoothing"] else "not smoothed"
     title = f"Localisation of the lesion (region: {regions}; grid {metrics['grid']} px; {smoothing})"
-    shown = {key: head for key, head in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+    displayed = {key: head for key, head in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
     table = Table(title=title, title_justify="left", header_style="bold")
-    for key, head in shown.items():
+    for key, head in displayed.items():
         table.add_column(head, justify="left" if key in ("map", "label") else "right", no_wrap=key != "label")
     for before, row in zip([None, *rows], rows):
         if before is not None and before["map"] != row["map"]:
             table.add_section()
-        table.add_row(*(escape(_cell(row.get(key))) for key in shown))
+        table.add_row(*(escape(_cell(row.get(key))) for key in displayed))
     console.print(table)
     if any(row.get("threshold_from") for row in rows):
         first = next(row for row in rows if row.get("threshold_from"))
         console.print(f"fixed thresholds t are from {first['threshold_from']}", markup=False, highlight=False)
+    # counts and notes
     maps, images = metrics["maps"], metrics["images"]
     console.print(
         f"{maps['found']} maps: {maps['scored']} scored, {maps['without_image']} without image, {maps['unreadable']} "

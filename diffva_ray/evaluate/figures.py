@@ -1,4 +1,4 @@
-"""Pictures of a run: which images are shown, a grid of them, and how their scores are distributed."""
+"""Figures of a run: a grid of selected images, and the distributions of the scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,9 +35,9 @@ from diffva_ray.evaluate.records import (
     Boxes,
     RecordImages,
     Truth,
-    _json,
     finished,
     read_images,
+    read_json,
     read_records,
     read_truth,
     reduced_metrics,
@@ -47,29 +46,31 @@ from diffva_ray.generate.plan import SWEPT
 from diffva_ray.generate.run import Run
 from diffva_ray.schema import Image, Row
 
-QUANTILE = 0.97  # of a run's maps, where no threshold has been fixed
-SAMPLED_MAPS = 64  # whose values set the colour scale
-CLASSES, STRIPS, POINTS = 4, 8, 300  # shown at most: classes of the grid, of the distributions, and points of a class
+QUANTILE = 0.97  # of a run's maps: the threshold if none was fixed
+SAMPLED_MAPS = 64  # maps that determine the colour scale
+MAX_GRID_CLASSES, MAX_STRIPS, MAX_POINTS = 4, 8, 300  # classes in the grid and in the distributions, points per class
 PANEL, GAP, LEFT, TOP, LINE = 1.12, 0.045, 1.32, 0.30, 0.135  # inches
 
 
 def map_scale(run: Run, records: pd.DataFrame) -> Scale:
-    """One colour scale for the whole run. The threshold is the one fixed on a validation run, else this run's own,
-    else a quantile of its maps; which it was is said in ``threshold_from``."""
+    """One colour scale for the whole run.
+
+    The threshold is that of a validation run, else this run's own, else a quantile of its maps; ``threshold_from``
+    names which."""
     values = np.concatenate([signed.ravel() for signed in _sampled_maps(run, records)] or [np.zeros(1, np.float32)])
     limit = colour_limit(values)
     for row in (reduced_metrics(run) or {}).get("localization", []):
         if row["map"] == "positive" and row.get("threshold") is not None:
             return Scale(row["threshold"], f"fixed on {row['threshold_from']}", limit)
-    own = _json(run, tables.THRESHOLDS_FILE) or {}
+    own = read_json(run, tables.THRESHOLDS_FILE) or {}
     if "positive" in own:
         return Scale(own["positive"], "the best mean Dice of these same images", limit)
-    above = max(float(np.quantile(values, QUANTILE)), 1e-3)
-    return Scale(above, f"the {QUANTILE:.0%} quantile of this run's maps", limit)
+    threshold = max(float(np.quantile(values, QUANTILE)), 1e-3)
+    return Scale(threshold, f"the {QUANTILE:.0%} quantile of this run's maps", limit)
 
 
 def _sampled_maps(run: Run, records: pd.DataFrame) -> Iterator[Image]:
-    """Maps of images from all over the run, under the sign in which they are shown red."""
+    """Yields maps evenly sampled from the run, with the sign in which they are shown red."""
     ok = finished(records[["status", "label", "prompt", "attribution_path"]]).sort_values("attribution_path")
     for row in ok[:: max(len(ok) // SAMPLED_MAPS, 1)][:SAMPLED_MAPS].to_dict("records"):
         try:
@@ -79,13 +80,13 @@ def _sampled_maps(run: Run, records: pd.DataFrame) -> Iterator[Image]:
 
 
 def inducing(run: Run, records: pd.DataFrame) -> bool:
-    """Whether a finding is induced in any of the finished images."""
+    """Whether any finished record induces a finding."""
     kinds = finished(records)[["label", "prompt"]].drop_duplicates().to_dict("records")
     return any(direction(run, kind) < 0 for kind in kinds)
 
 
 def settings_line(run: Run) -> str:
-    """Method, settings, model and seed in one line; every value of what is swept."""
+    """Method, sampling settings, model and seed in one line; swept settings with all their values."""
     swept = dict(run.keys["sweep"])
     values = {key: ", ".join(f"{v}" for v in swept.get(key, [run.keys[key]])) for key in SWEPT}
     return " · ".join(
@@ -103,8 +104,8 @@ def settings_line(run: Run) -> str:
 
 
 def ranking(run: Run, records: pd.DataFrame) -> tuple[str, str]:
-    """The column images are ranked by, and what it is called: the judge's verdict on the counterfactual where images
-    are generated and there is a judge, else SSIM."""
+    """The column by which images are ranked, and its name: the judge's probability of healthy for the counterfactual if
+    there is a judge and no finding is induced, else SSIM."""
     ok = finished(records)
     if ok["judge_counterfactual"].notna().all() and not inducing(run, ok):
         return "judge_counterfactual", "the judge's probability of healthy"
@@ -112,46 +113,47 @@ def ranking(run: Run, records: pd.DataFrame) -> tuple[str, str]:
 
 
 def spanning(run: Run, records: pd.DataFrame) -> list[tuple[str, Row]]:
-    """(rank, record) of the highest, the median and the lowest image of each class, by ``ranking``; ties by id."""
+    """(rank, record) of the highest, the median and the lowest image of each class, by ``ranking`` and record id."""
     column, _ = ranking(run, records)
     ok = finished(records)
     chosen: list[tuple[str, Row]] = []
-    for label in sorted(ok["label"].value_counts().sort_index().nlargest(CLASSES).index):
+    for label in sorted(ok["label"].value_counts().sort_index().nlargest(MAX_GRID_CLASSES).index):
         scores = ok.loc[ok["label"] == label, [column, "record_id"]]
         ranked = scores.sort_values([column, "record_id"], ascending=[False, True]).index
-        at = dict.fromkeys((0, (len(ranked) - 1) // 2, len(ranked) - 1))
-        rows = ok.loc[[ranked[n] for n in at]].to_dict("records")  # of a million, these three alone
+        positions = dict.fromkeys((0, (len(ranked) - 1) // 2, len(ranked) - 1))
+        rows = ok.loc[[ranked[n] for n in positions]].to_dict("records")
         chosen += zip(("highest", "median", "lowest"), rows)
     return chosen
 
 
 @dataclass(frozen=True)
-class Shown:
+class GridRow:
     """One row of the grid."""
 
-    rank: str
-    row: Row
+    rank: str  # highest, median, lowest
+    row: Row  # the record
     images: RecordImages
     truth: Truth
 
 
-def _read_shown(run: Run, chosen: Sequence[tuple[str, Row]]) -> list[Shown]:
+def _read_rows(run: Run, chosen: Sequence[tuple[str, Row]]) -> list[GridRow]:
     paths = [row["image_path"] for _, row in chosen]
     boxes = {} if any(row["lesion_mask_path"] for _, row in chosen) else own_boxes(run, paths)
-    shown = []
+    rows = []
     for rank, row in chosen:
         try:
-            shown.append(Shown(rank, row, read_images(run, row), read_truth(run, row, boxes)))
+            rows.append(GridRow(rank, row, read_images(run, row), read_truth(run, row, boxes)))
         except (OSError, BadImage):
-            continue  # an image that has gone leaves the grid, not the run, without it
-    return shown
+            continue  # leave out an image that is missing now
+    return rows
 
 
 def own_boxes(run: Run, paths: Sequence[str]) -> Boxes:
-    """The lesion boxes of the images ``paths`` in the ``boxes.csv`` of their data set, as ``open_dataset`` finds it,
-    and without listing a data set of a million files; none where there is no such file or it cannot be used."""
-    tops = {path.split("/")[0] for path in paths}
-    for name in ("boxes.csv", *(f"{top}/boxes.csv" for top in tops if len(tops) == 1)):
+    """The lesion boxes of the images ``paths`` in the ``boxes.csv`` of their data set.
+
+    The file is found as by ``open_dataset``, but without listing the data set. Empty if there is no usable file."""
+    folders = {path.split("/")[0] for path in paths}
+    for name in ("boxes.csv", *(f"{folder}/boxes.csv" for folder in folders if len(folders) == 1)):
         try:
             return match(parse(run.data.read(name), name), paths)
         except OSError:
@@ -162,35 +164,37 @@ def own_boxes(run: Run, paths: Sequence[str]) -> Boxes:
 
 
 def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
-    """PNG in the manner of the paper's figures 2 and 3: a row per image, with its counterfactual, overlay and signed
-    map, and the truth where it is known. Raises ValueError when no image of the run can be shown.
+    """Draw a PNG like the paper's figures 2 and 3: a row per image with counterfactual, overlay, signed map and, if
+    known, the ground truth. Raises ValueError when no image of the run can be shown.
     """
+    # content
     records = read_records(run) if records is None else records
-    shown = _read_shown(run, spanning(run, records))
-    if not shown:
+    rows = _read_rows(run, spanning(run, records))
+    if not rows:
         raise ValueError(f"{run.store.uri}: no finished image to show")
     scale = map_scale(run, records)
-    truths = [title for title, known in (
-        ("ground-truth counterfactual", any(image.truth.counterfactual is not None for image in shown)),
-        ("lesion outline", any(image.truth.lesion is not None for image in shown)),
-    ) if known]  # fmt: skip
-    columns = ["image", "counterfactual", "red overlay", "signed map", *truths]
-    breaks = [0.0]
-    for before, after in itertools.pairwise(shown):
-        breaks.append(breaks[-1] + PANEL + GAP * (4 if before.row["label"] != after.row["label"] else 1))
+    columns = ["image", "counterfactual", "red overlay", "signed map"]
+    if any(row.truth.counterfactual is not None for row in rows):
+        columns.append("ground-truth counterfactual")
+    if any(row.truth.lesion is not None for row in rows):
+        columns.append("lesion outline")
+    # layout in inches; classes are separated by a wider gap
+    offsets = [0.0]
+    for before, after in itertools.pairwise(rows):
+        offsets.append(offsets[-1] + PANEL + GAP * (4 if before.row["label"] != after.row["label"] else 1))
     width = LEFT + len(columns) * (PANEL + GAP) + 0.1
-    caption = textwrap.wrap(_caption(run, records, shown, scale), int(width * 21.5))
+    caption = textwrap.wrap(_caption(run, records, rows, scale), int(width * 21.5))
     foot = 0.52 + LINE * len(caption)
-    height = TOP + breaks[-1] + PANEL + foot
+    height = TOP + offsets[-1] + PANEL + foot
+    # panels
     figure = Figure(figsize=(width, height), facecolor="white")
-    for offset, image in zip(breaks, shown):
+    for offset, row in zip(offsets, rows):
         bottom = height - TOP - offset - PANEL
-        _row_label(figure, image, 0.1 / width, (bottom + PANEL / 2) / height)
+        _row_label(figure, row, 0.1 / width, (bottom + PANEL / 2) / height)
         for n, title in enumerate(columns):
-            place = ((LEFT + n * (PANEL + GAP)) / width, bottom / height, PANEL / width, PANEL / height)
-            axes = figure.add_axes(place)
+            axes = figure.add_axes(((LEFT + n * (PANEL + GAP)) / width, bottom / height, PANEL / width, PANEL / height))
             axes.set_axis_off()
-            _panel(axes, title, image, scale, direction(run, image.row))
+            _panel(axes, title, row, scale, direction(run, row.row))
             if offset == 0:
                 axes.set_title(title, fontsize=8, color=INK, pad=4)
     colour_bar(figure, scale, (LEFT + 3 * (PANEL + GAP)) / width, (foot - 0.13) / height, PANEL / width, height)
@@ -199,8 +203,8 @@ def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
     return png(figure)
 
 
-def _caption(run: Run, records: pd.DataFrame, shown: Sequence[Shown], scale: Scale) -> str:
-    signs = {"M" if direction(run, image.row) > 0 else "−M (inducing)" for image in shown}
+def _caption(run: Run, records: pd.DataFrame, rows: Sequence[GridRow], scale: Scale) -> str:
+    signs = {"M" if direction(run, row.row) > 0 else "−M (inducing)" for row in rows}
     text = (
         f"Rows of each class: highest, median and lowest image by {ranking(run, records)[1]}. Red: "
         f"{' or '.join(sorted(signs))} > τ = {scale.threshold:.3g} ({scale.threshold_from}), inside the lungs where "
@@ -209,10 +213,10 @@ def _caption(run: Run, records: pd.DataFrame, shown: Sequence[Shown], scale: Sca
     return " ".join(text.split())
 
 
-def _row_label(figure: Figure, image: Shown, x: float, y: float) -> None:
+def _row_label(figure: Figure, image: GridRow, x: float, y: float) -> None:
     row = image.row
     lines = [f"SSIM {row['ssim']:.3f}"]
-    if not _missing(row["judge_image"]):
+    if tables.known(row["judge_image"]):
         lines.append(f"healthy {row['judge_image']:.2f} → {row['judge_counterfactual']:.2f}")
     lines.append(image.rank)
     name = short(row["label"], 17)
@@ -221,51 +225,54 @@ def _row_label(figure: Figure, image: Shown, x: float, y: float) -> None:
     figure.text(x, top, name, fontsize=8, color=INK, weight="bold", va="center", parse_math=False)
 
 
-def _panel(axes: Axes, title: str, image: Shown, scale: Scale, sign: int) -> None:
+def _panel(axes: Axes, title: str, image: GridRow, scale: Scale, sign: int) -> None:
     images, truth = image.images, image.truth
     if (title == "ground-truth counterfactual" and truth.counterfactual is None) or (
         title == "lesion outline" and truth.lesion is None
     ):
         axes.text(0.5, 0.5, "unknown", fontsize=6.5, color=MUTED, ha="center", va="center", transform=axes.transAxes)
         return
-    pictures = {
+    panels = {
         "counterfactual": images.counterfactual,
         "red overlay": overlay(images.image, sign * images.signed_map, scale.threshold, truth.lungs),
         "signed map": diverging(images.signed_map, scale.limit),
         "ground-truth counterfactual": images.image if truth.counterfactual is None else truth.counterfactual,
     }
-    axes.imshow(pictures.get(title, images.image), cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
+    axes.imshow(panels.get(title, images.image), cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
     if title == "lesion outline":
         outline(axes, truth.lesion)
 
 
 def distributions(run: Run, records: pd.DataFrame | None = None) -> bytes:
-    """PNG: SSIM, map energy and, where there is a judge, its confidence before and after, image by image and class by
-    class. Raises ValueError when no image is finished."""
+    """Draw a PNG with SSIM, map energy and, with a judge, its probabilities for image and counterfactual: one point per
+    image, by class. Raises ValueError when no record is finished."""
+    # layout
     ok = finished(read_records(run) if records is None else records)
     if ok.empty:
         raise ValueError(f"{run.store.uri}: no finished image to show")
     judged = ok.dropna(subset=["judge_image", "judge_counterfactual"])
     counts = ok["label"].value_counts().sort_index()
-    labels = sorted(counts.nlargest(STRIPS).index)
+    labels = sorted(counts.nlargest(MAX_STRIPS).index)
     panels = 3 if len(judged) else 2
     breadth = max(2.9, 0.85 * len(labels) + 0.5)
     shape = (1, panels) if len(labels) <= 4 else (panels, 1)
     figure = Figure(figsize=(breadth * shape[1], 3.5 * shape[0]), facecolor="white", layout="constrained")
     axes = figure.subplots(*shape, squeeze=False).ravel()
-    for place, column, title in ((axes[0], "ssim", "SSIM, image and counterfactual"),
+    # panels
+    for panel, column, title in ((axes[0], "ssim", "SSIM, image and counterfactual"),
                                  (axes[1], "attribution_energy", "Map energy, mean |M|")):  # fmt: skip
         for n, label in enumerate(labels):
-            _strip(place, n, ok.loc[ok["label"] == label, column], CLASS_COLOURS[n % len(CLASS_COLOURS)])
-        _finish(place, title, [f"{short(label, 15)}\nn = {counts[label]}" for label in labels])
+            _strip(panel, n, ok.loc[ok["label"] == label, column], CLASS_COLOURS[n % len(CLASS_COLOURS)])
+        _decorate(panel, title, [f"{short(label, 15)}\nn = {counts[label]}" for label in labels])
     axes[1].set_ylim(bottom=0)
     if panels == 3:
         _before_and_after(axes[2], judged, labels)
+    # note below
     note = "Points: images; bar: median and middle half of all images."
-    if counts.max() > POINTS:
-        note += f" At most {POINTS} points of a class are drawn."
-    if len(counts) > STRIPS:
-        note += f" The {STRIPS} largest of {len(counts)} classes."
+    if counts.max() > MAX_POINTS:
+        note += f" At most {MAX_POINTS} points of a class are drawn."
+    if len(counts) > MAX_STRIPS:
+        note += f" The {MAX_STRIPS} largest of {len(counts)} classes."
     figure.supxlabel(note, fontsize=6.5, color=MUTED, x=0.01, ha="left")
     return png(figure)
 
@@ -280,7 +287,7 @@ def _before_and_after(axes: Axes, judged: pd.DataFrame, labels: Sequence[str]) -
         _strip(axes, n + 0.2, rows["judge_counterfactual"], colour, spread=0.13)
     axes.axhline(0.5, color=MUTED, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
     axes.set_ylim(-0.03, 1.03)
-    _finish(axes, "Judge's probability of healthy", names)
+    _decorate(axes, "Judge's probability of healthy", names)
     axes.text(
         1,
         1.015,
@@ -297,14 +304,14 @@ def _strip(axes: Axes, x: float, values: pd.Series, colour: str, spread: float =
     if not len(numbers):
         return
     low, middle, high = np.quantile(numbers, [0.25, 0.5, 0.75])
-    drawn = numbers[np.linspace(0, len(numbers) - 1, min(len(numbers), POINTS)).round().astype(int)]
-    golden = (np.arange(len(drawn)) * 0.6180339887) % 1  # evenly scattered, and the same every time
+    drawn = numbers[np.linspace(0, len(numbers) - 1, min(len(numbers), MAX_POINTS)).round().astype(int)]
+    golden = (np.arange(len(drawn)) * 0.6180339887) % 1  # evenly scattered and reproducible
     axes.scatter(x + spread * (2 * golden - 1), drawn, s=7, color=colour, alpha=0.45, linewidths=0)
     axes.plot([x, x], [low, high], color=INK, linewidth=2.4, solid_capstyle="butt")
     axes.plot([x - 0.8 * spread, x + 0.8 * spread], [middle, middle], color=INK, linewidth=1.4)
 
 
-def _finish(axes: Axes, title: str, names: Sequence[str]) -> None:
+def _decorate(axes: Axes, title: str, names: Sequence[str]) -> None:
     axes.set_title(title, fontsize=8.5, color=INK, loc="left", pad=14, weight="bold")
     axes.set_xticks(range(len(names)), names, fontsize=7, color=INK, parse_math=False, linespacing=1.4)
     axes.set_xlim(-0.55, len(names) - 0.45)
@@ -316,20 +323,17 @@ def _finish(axes: Axes, title: str, names: Sequence[str]) -> None:
         spine.set(visible=side == "bottom", color=RULE, linewidth=0.8)
 
 
-def _missing(value: Any) -> bool:
-    return value is None or value != value
-
-
 def write_figures(run: Run, records: pd.DataFrame | None = None) -> list[str]:
-    """Draw ``figures/grid.png`` and ``figures/distributions.png``; returns the paths of those written: a figure
-    without any image to show is left out."""
+    """Draw ``figures/grid.png`` and ``figures/distributions.png``, and return their paths.
+
+    A figure without any image to show is left out."""
     records = read_records(run) if records is None else records
     written = []
     for path, draw in (("figures/grid.png", figure_grid), ("figures/distributions.png", distributions)):
         try:
-            picture = draw(run, records)
+            figure = draw(run, records)
         except ValueError:
             continue
-        run.store.put(path, picture)
+        run.store.put(path, figure)
         written.append(path)
     return written

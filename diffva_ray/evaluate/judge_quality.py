@@ -1,5 +1,4 @@
-"""Whether the judge can be believed: what it did on images held out of its training. A flip rate by a judge that
-guesses says nothing, and looks perfect as easily as not."""
+"""Checks a judge on images held out of its training: the flip rate of a judge that guesses has no meaning."""
 
 from __future__ import annotations
 
@@ -14,18 +13,17 @@ from diffva_ray.storage.store import StoreError, open_store
 
 @dataclass(frozen=True)
 class JudgeQuality:
-    """A judge on ``n`` images held out of its training: its ``accuracy`` (None where none were held out), and
-    ``chance``, the accuracy of always naming the commonest class."""
+    """The test of a judge on images held out of its training."""
 
-    accuracy: float | None
-    n: int
-    chance: float
+    accuracy: float | None  # None: no image was held out
+    n: int  # number of held-out images
+    chance: float  # accuracy of always naming the most common class
 
     @property
     def problem(self) -> str:
-        """Why its flip rate says nothing, in a few words; empty where it says something."""
+        """Why the judge's flip rate has no meaning; empty if the judge is better than chance."""
         if self.accuracy is None or not self.n:
-            return "the judge was tested on no image (no class of its training data has ten)"
+            return "the judge was tested on no image (no class of its training data has ten images)"
         low, high = wilson(self.accuracy, self.n)
         if low > self.chance:
             return ""
@@ -40,25 +38,25 @@ class JudgeQuality:
 
 
 def judge_quality(run: Run) -> JudgeQuality | None:
-    """That of the judge that made the run's numbers: as ``run.json`` has it, or else the model's folder, if the model
-    still stands there. None where neither says."""
-    about = run.about.get("judge")
-    if about is None:
+    """The quality of the run's judge, from ``run.json`` or, if that lacks it, from the folder of the same model; None
+    if neither has it."""
+    judge = run.about.get("judge")
+    if judge is None:
         try:
             store = open_store(str(run.about["model"]))
             card = read_card(store)
-            about = judge_card(store) if card and card["digest"] == run.keys["model_digest"] else None
+            judge = judge_card(store) if card and card["digest"] == run.keys["model_digest"] else None
         except (KeyError, OSError, StoreError, UnusableModel, ValueError):
             return None
-    if not about:
+    if not judge:
         return None
-    tested = about.get("calibration") or {}
-    chance = tested.get("chance", 1 / max(len(about["classes"]), 1))
+    tested = judge.get("calibration") or {}
+    chance = tested.get("chance", 1 / max(len(judge["classes"]), 1))
     return JudgeQuality(tested.get("accuracy"), int(tested.get("images", 0)), float(chance))
 
 
 def wilson(rate: float, n: int) -> tuple[float, float]:
-    """95 % interval of a proportion of ``n``, sensible at 0 and 1 too (Wilson 1927)."""
+    """95 % interval of a proportion over ``n`` trials, also valid at 0 and 1 (Wilson 1927)."""
     z = 1.959964
     centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)

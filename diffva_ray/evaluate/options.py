@@ -1,4 +1,4 @@
-"""What changes the tables of a run, and none of its records."""
+"""The options of ``diffva reduce``, which change the tables of a run and none of its records."""
 
 from __future__ import annotations
 
@@ -11,27 +11,23 @@ from diffva_ray.storage.store import open_file
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """``references``: (label, data or run); ``weights``: pytorch-fid's state dict; ``cache``: where features of
-    references are kept, when several runs share them (by default the run); ``extractors``: NAME or NAME=PATH, by
-    default Inception if ``weights`` are given and the stand-in otherwise; ``lpips``: torchvision's AlexNet state dict;
-    ``brixia``, ``sources``: CSV files as in ``evaluate.annotations``; ``judges``: NAME=PATH as in
-    ``metrics.external_judges``."""
+    """Options of a reduce. Paths may be local or addresses such as ``s3://bucket/file``."""
 
-    references: tuple[tuple[str, str], ...] = ()
-    boxes: str | None = None
-    weights: str | None = None
-    resize: Literal["clean", "legacy"] = "clean"
-    threshold_from: str | None = None
-    cache: str | None = None
-    extractors: tuple[str, ...] = ()
-    lpips: str | None = None
-    brixia: str | None = None
-    sources: str | None = None
-    judges: tuple[str, ...] = ()
+    references: tuple[tuple[str, str], ...] = ()  # reference sets (class, data set or run); none: the healthy class
+    boxes: str | None = None  # CSV with lesion boxes; None: those of the data set
+    weights: str | None = None  # state dict of pytorch-fid's Inception; None: the random-feature extractor
+    resize: Literal["clean", "legacy"] = "clean"  # "legacy": as pytorch-fid, from the files at their stored size
+    threshold_from: str | None = None  # reduced validation run whose Dice thresholds are used
+    cache: str | None = None  # folder for the features of reference sets, shared by several runs; None: the run
+    extractors: tuple[str, ...] = ()  # NAME or NAME=PATH; none: Inception with ``weights``, else random features
+    lpips: str | None = None  # state dict of torchvision's AlexNet, for LPIPS; None: no LPIPS
+    brixia: str | None = None  # CSV with Brixia scores, as ``annotations.read_zones`` reads it
+    sources: str | None = None  # CSV with the source archive of each image, as ``annotations.read_sources`` reads it
+    judges: tuple[str, ...] = ()  # published classifiers, NAME=PATH as in ``metrics.external_judges``
 
 
 def parse_references(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """``LABEL=DATA_OR_RUN`` options. Raises UnusableData for one without a label."""
+    """Parse ``LABEL=DATA_OR_RUN`` options. Raises UnusableData for one without a label."""
     pairs = []
     for text in texts:
         label, equals, uri = text.partition("=")
@@ -42,7 +38,9 @@ def parse_references(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 
 
 def inception_path(option: str | None) -> str | None:
-    """Where Inception's weights are: the path given, a download when asked for, pytorch-fid's cache, or nowhere."""
+    """The path of Inception's weights: the given one, a download (``download``), pytorch-fid's cache, or None.
+
+    Raises UnusableData when the file does not exist or the download fails."""
     from diffva_ray.metrics.features import download_inception, inception_cache
 
     if option == "download":

@@ -1,5 +1,5 @@
-"""Scores of single images and their counterfactuals that no set distance shows, on a sample of a run's images, and maps
-against the readers' scores of lung zones."""
+"""Scores single images and their counterfactuals on a sample of a run's images, and compares attribution maps with
+readers' scores of lung zones."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from diffva_ray.model.card import read_card
 from diffva_ray.schema import Row
 from diffva_ray.storage.store import StoreError, open_store
 
-if TYPE_CHECKING:  # they load torch
+if TYPE_CHECKING:  # these load torch
     from diffva_ray.metrics.external_judges import ExternalJudge
     from diffva_ray.metrics.perceptual import Lpips
     from diffva_ray.metrics.validity import Judge
 
-HEART = "cardiomegaly"
+HEART = "cardiomegaly"  # in a label or prompt: the cardiothoracic ratio is measured
 
 
 def run_judge(run: Run) -> Judge | None:
-    """The judge of the model that made the run; None where there is none, or another model stands there now."""
+    """The judge of the run's model; None if it has none, or if its folder holds another model now."""
     from diffva_ray.metrics.validity import load_judge
 
     try:
@@ -55,11 +55,10 @@ def score_pairs(
     lpips: Lpips | None,
     unread: set[str] | None = None,
 ) -> list[Row]:
-    """One row for each record whose pictures can be read: PAIR_METRICS, ``lpips``, and the cardiothoracic ratio before
-    and after where the heart is the matter; None for what is not known. Images that cannot be read, whole or in part,
-    are added to ``unread``."""
-    found = []
-    for row, images, truth in _pictures(run, rows, boxes, unread):
+    """Score each record whose images can be read: PAIR_METRICS, ``lpips`` and, for cardiomegaly, the cardiothoracic
+    ratio of image and counterfactual. Unknown scores are None; ``unread`` as in ``scores.score_records``."""
+    scored = []
+    for row, images, truth in _read(run, rows, boxes, unread):
         pair = Pair(
             images.image, images.counterfactual, images.signed_map, row["label"], row, truth.lesion, truth.lungs, judge
         )
@@ -67,9 +66,9 @@ def score_pairs(
         scores["lpips"] = None if lpips is None else lpips(images.image, images.counterfactual)
         if HEART in f"{row['label']} {row['prompt']}".casefold():
             scores |= {"heart_before": _heart(images.image), "heart_after": _heart(images.counterfactual)}
-        about = {key: row[key] for key in ("record_id", "image_path", "label", "setting") if key in row}
-        found.append(about | {key: value if known(value) else None for key, value in scores.items()})
-    return found
+        names = {key: row[key] for key in ("record_id", "image_path", "label", "setting") if key in row}
+        scored.append(names | {key: value if known(value) else None for key, value in scores.items()})
+    return scored
 
 
 def _heart(image: NDArray[np.float32]) -> float | None:
@@ -77,11 +76,12 @@ def _heart(image: NDArray[np.float32]) -> float | None:
     return None if lungs is None else cardiothoracic_ratio(lungs)
 
 
-def _pictures(
+def _read(
     run: Run, rows: Sequence[Row], boxes: Boxes, unread: set[str] | None = None
 ) -> Iterator[tuple[Row, RecordImages, Truth]]:
-    """Of the records whose image can be read; the paths of others, and of images that lack a mask or counterfactual
-    that their record names, are added to ``unread``."""
+    """Yields the records whose images can be read, with images and ground truth.
+
+    ``unread`` gets the paths of images with an unreadable image, mask or ground truth file."""
     unread = set() if unread is None else unread
     for row in rows:
         try:
@@ -95,23 +95,25 @@ def _pictures(
 
 
 def external_rows(run: Run, rows: Sequence[Row], boxes: Boxes, judges: Sequence[ExternalJudge]) -> list[Row]:
-    """Flip rates by judges that this project did not train: of the images each of them calls abnormal, how many have a
-    counterfactual that it calls healthy. One row for each judge and class."""
+    """Flip rates by published judges: the fraction of the images a judge calls abnormal whose counterfactual it calls
+    healthy. One row for each judge and class."""
     if not judges:
         return []
-    told: list[Row] = []
-    for row, images, _ in _pictures(run, rows, boxes):
-        about: Row = {key: row[key] for key in ("image_path", "label", "setting") if key in row}
+    # what each judge says of each record
+    judged: list[Row] = []
+    for row, images, _ in _read(run, rows, boxes):
+        names: Row = {key: row[key] for key in ("image_path", "label", "setting") if key in row}
         for judge in judges:
             before, after = judge.healthy(np.stack([images.image, images.counterfactual]))
-            told.append({**about, "judge": judge.name, "before": float(before), "after": float(after)})
-    found = []
+            judged.append({**names, "judge": judge.name, "before": float(before), "after": float(after)})
+    # rates by judge and class
+    rates = []
     for judge in judges:
-        verdicts = pd.DataFrame(row for row in told if row["judge"] == judge.name)
-        for label, members in by_label(verdicts) if len(verdicts) else ():
+        frame = pd.DataFrame(row for row in judged if row["judge"] == judge.name)
+        for label, members in by_label(frame) if len(frame) else ():
             rate, n = flip_rate(members["before"].tolist(), members["after"].tolist())
             gain = (members["after"] - members["before"]).to_numpy(float)
-            found.append(
+            rates.append(
                 {
                     "judge": judge.name,
                     "label": label,
@@ -126,55 +128,55 @@ def external_rows(run: Run, rows: Sequence[Row], boxes: Boxes, judges: Sequence[
                     "weights_sha256": judge.sha256,
                 }
             )
-    return found
+    return rates
 
 
 def counterfactual_rows(scores: list[Row]) -> list[Row]:
-    """Means by class with 95 % bootstrap intervals over images; a measure that no image has is absent."""
-    found = []
+    """Means of PAIR_METRICS by class with 95 % bootstrap intervals over images; absent if no image has the metric."""
+    means = []
     for label, rows in by_label(pd.DataFrame(scores)) if scores else ():
         row: Row = {"label": label, "n": len(rows)}
         for metric in PAIR_METRICS:
             row |= mean_of(rows, metric.key)
-        found.append(row)
-    return found
+        means.append(row)
+    return means
 
 
 def mean_of(rows: pd.DataFrame, key: str) -> Row:
-    """Mean and interval of a measure over the images that have it; nothing where none has."""
-    known = rows.dropna(subset=[key]) if key in rows else rows[:0]
-    if not len(known):
+    """Mean and interval of a metric over the images that have it; empty if none has."""
+    present = rows.dropna(subset=[key]) if key in rows else rows[:0]
+    if not len(present):
         return {}
-    interval = group_bootstrap(known[key].to_numpy(float), known["image_path"].tolist())
-    return {key: finite_mean(known[key].astype(float)), f"{key}_interval": list(interval)}
+    interval = group_bootstrap(present[key].to_numpy(float), present["image_path"].tolist())
+    return {key: finite_mean(present[key].astype(float)), f"{key}_interval": list(interval)}
 
 
 def heart_rows(scores: list[Row]) -> list[Row]:
-    """Cardiothoracic ratio before and after, over the images on which lungs were found both times (``n`` of
-    ``images``)."""
+    """Cardiothoracic ratio of image and counterfactual by class, over the ``n`` of ``images`` images in which lungs are
+    found before and after."""
     frame = pd.DataFrame(scores)
     if "heart_before" not in frame:
         return []
-    found = []
+    ratios = []
     for label, rows in by_label(frame):
-        known = rows.dropna(subset=["heart_before", "heart_after"])
-        if not len(known):
+        measured = rows.dropna(subset=["heart_before", "heart_after"])
+        if not len(measured):
             continue
-        change = (known["heart_after"] - known["heart_before"]).to_numpy(float)
-        found.append(
+        change = (measured["heart_after"] - measured["heart_before"]).to_numpy(float)
+        ratios.append(
             {
                 "label": label,
                 "images": len(rows),
-                "n": len(known),
-                "before": finite_mean(known["heart_before"].astype(float)),
-                "after": finite_mean(known["heart_after"].astype(float)),
+                "n": len(measured),
+                "before": finite_mean(measured["heart_before"].astype(float)),
+                "after": finite_mean(measured["heart_after"].astype(float)),
                 "change": float(change.mean()),
-                "change_interval": list(group_bootstrap(change, known["image_path"].tolist())),
+                "change_interval": list(group_bootstrap(change, measured["image_path"].tolist())),
                 "grew": float((change > 0).mean()),
                 "lungs": "found on image and counterfactual (data/lungs.py)",
             }
         )
-    return found
+    return ratios
 
 
 def zone_rows(
@@ -183,11 +185,12 @@ def zone_rows(
     scores: Mapping[str, NDArray[np.float64]],
     unread: set[str] | None = None,
 ) -> list[Row]:
-    """Maps, and brightness alone, against Brixia scores of the images of ``rows``, by setting. Zones are thirds of the
-    lungs' mask; without one, of the lungs that are found on the counterfactual (whose lungs are dark); without those,
-    of the image's middle: ``lungs`` counts which. Images that cannot be read are added to ``unread``."""
-    found = dict[tuple[str, str], list[tuple[NDArray[np.float64], NDArray[np.float64], str]]]()
-    for row, images, truth in _pictures(run, rows, {}, unread):
+    """Compare maps, and brightness as a baseline, with the Brixia ``scores`` of the images of ``rows``, by setting.
+
+    Zones are thirds of the lung mask; without a mask, of the lungs found on the counterfactual (whose lungs are dark);
+    without those, of the middle of the image. The column ``lungs`` counts the three cases."""
+    members_of = dict[tuple[str, str], list[tuple[NDArray[np.float64], NDArray[np.float64], str]]]()
+    for row, images, truth in _read(run, rows, {}, unread):
         lungs, how = truth.lungs, "mask"
         if lungs is None:
             lungs = find_lungs(images.counterfactual)
@@ -196,12 +199,12 @@ def zone_rows(
         maps = {name: transform(images.signed_map) for name, transform in SALIENCY.items()}
         for name, values in (maps | {"brightness": images.image}).items():
             of_image = zone_energy(values, zones), scores[row["image_path"]], how
-            found.setdefault((row.get("setting", ""), name), []).append(of_image)
-    return [_zone_row(*key, members) for key, members in found.items()]
+            members_of.setdefault((row.get("setting", ""), name), []).append(of_image)
+    return [_zone_row(*key, members) for key, members in members_of.items()]
 
 
 def _zone_row(setting: str, name: str, members: Sequence[tuple[NDArray[np.float64], NDArray[np.float64], str]]) -> Row:
-    energies, scores = (np.stack([member[at] for member in members]) for at in (0, 1))
+    energies, scores = (np.stack([member[part] for member in members]) for part in (0, 1))
     agreement = zone_agreement(energies, scores)
     kinds = [kind for _, _, kind in members]
     return {

@@ -1,4 +1,4 @@
-"""Reading a run back: its records, and the images and truth behind each of them."""
+"""Reads a run: its records, and the images and the ground truth of each record."""
 
 from __future__ import annotations
 
@@ -24,28 +24,38 @@ from diffva_ray.metrics.localization import boxes_mask
 from diffva_ray.schema import Row, Status
 from diffva_ray.storage.store import Store
 
-Boxes = dict[str, list[tuple[float, float, float, float]]]
+Boxes = dict[str, list[tuple[float, float, float, float]]]  # lesion boxes (x, y, w, h) in pixels, by image path
 
 
 def read_records(run: Run) -> pd.DataFrame:
-    """All committed records of a run (``open_run``), in plan order, with the columns of ``schema.RECORDS``; an empty
-    frame with the same columns when there are none. Raises StoreError when the store fails."""
+    """Read all committed records of a run.
+
+    Args:
+        run: A run, as ``open_run`` returns it.
+
+    Returns:
+        The records in plan order, with the columns of ``schema.RECORDS``; retried records as their last retry left
+        them. Without committed records an empty frame with the same columns.
+
+    Raises:
+        StoreError: The store fails.
+    """
     return committed(run).to_pandas()
 
 
 def setting_names(settings: Sequence[tuple[Any, ...]]) -> dict[tuple[Any, ...], str]:
-    """What to call each of a run's settings (values of SWEPT) by what of it is swept: “COVID 19”, strength 0.3. Empty
-    for the setting of a run that has one."""
+    """A name for each of a run's sampling settings (tuples of the values of SWEPT), such as ``“COVID 19”, strength
+    0.3``: the values that differ within the run; empty for a run with one setting."""
     varied = [n for n in range(len(SWEPT)) if len({setting[n] for setting in settings}) > 1]
 
-    def said(key: str, value: Any) -> str:
+    def text(key: str, value: Any) -> str:
         return f"“{value}”" if key == "prompt" else f"{_plain(key)} {_short(value)}"
 
-    return {setting: ", ".join(said(SWEPT[n], setting[n]) for n in varied) for setting in settings}
+    return {setting: ", ".join(text(SWEPT[n], setting[n]) for n in varied) for setting in settings}
 
 
 def under(name: str, setting: str) -> str:
-    """``COVID under strength 0.3``; the name alone where a run has one setting."""
+    """Join a name and the name of a setting: ``COVID under strength 0.3``; the name alone without a setting."""
     return f"{name} under {setting}" if setting else name
 
 
@@ -61,8 +71,9 @@ def _short(value: Any) -> str:
 
 
 def stored_records(run: Run, shard_ref: tuple[int, int]) -> list[Row]:
-    """The ``ok`` records that one shard of a run, or of its n-th retry (``shard_ref``: n, shard), holds itself; paths
-    are relative to ``run``."""
+    """The ``ok`` records in one stored part; paths are relative to ``run``.
+
+    ``shard_ref``: number of the retry (0: the run itself), number of the shard."""
     retry, shard = shard_ref
     folder = f"{OVERLAYS}/r{retry}/" if retry else ""
     table = pq.read_table(io.BytesIO(run.store.read(f"{folder}records/{part(shard)}.parquet")))
@@ -71,50 +82,61 @@ def stored_records(run: Run, shard_ref: tuple[int, int]) -> list[Row]:
 
 
 def by_shard(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
-    """``ok`` records by shard, in the order given: (folder that holds it, such as "" or "overlays/r1/"; its name)."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    """Group ``ok`` records by the stored shard, keeping their order.
+
+    Keys are (folder of the run or retry, such as "" or "overlays/r1/"; name of the shard)."""
+    shards: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         folder, name, _ = row["counterfactual_path"].rsplit("/", 2)
-        found.setdefault((folder.removesuffix("counterfactuals"), name), []).append(row)
-    return found
+        shards.setdefault((folder.removesuffix("counterfactuals"), name), []).append(row)
+    return shards
 
 
 @dataclass(frozen=True)
 class RecordImages:
-    """The pictures of one record, float32 [size, size]; grey in [0, 1], the map signed in [-1, 1]."""
+    """The images of one record, float32 [size, size]."""
 
-    image: NDArray[np.float32]
-    counterfactual: NDArray[np.float32]
-    reconstruction: NDArray[np.float32]
-    signed_map: NDArray[np.float32]
+    image: NDArray[np.float32]  # the input, grey in [0, 1]
+    counterfactual: NDArray[np.float32]  # grey in [0, 1]
+    reconstruction: NDArray[np.float32]  # the autoencoder's version of the input, grey in [0, 1]
+    signed_map: NDArray[np.float32]  # the attribution map, in [-1, 1]
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known about an image's lesion: masks bool [size, size], the ground-truth counterfactual float32 in [0,
-    1]."""
+    """What the data set knows about an image; None for what is unknown. All arrays are [size, size]."""
 
-    lesion: NDArray[np.bool_] | None = None
-    lungs: NDArray[np.bool_] | None = None
-    counterfactual: NDArray[np.float32] | None = None
+    lesion: NDArray[np.bool_] | None = None  # lesion mask
+    lungs: NDArray[np.bool_] | None = None  # lung mask
+    counterfactual: NDArray[np.float32] | None = None  # the ground-truth counterfactual, grey in [0, 1]
 
     @property
     def region(self) -> NDArray[np.bool_] | None:
-        """Where a map is scored: lungs or lesion when the lungs are known, else the whole image."""
+        """The region in which maps are scored: lungs and lesion if the lungs are known; None: the whole image."""
         if self.lungs is None or self.lesion is None:
             return self.lungs
         return self.lungs | self.lesion
 
 
 def grey(store: Store, path: str) -> NDArray[np.float32]:
-    """A stored 8-bit picture as float32 in [0, 1]."""
+    """Read a stored 8-bit image as float32 in [0, 1]."""
     return np.asarray(Image.open(io.BytesIO(store.read(path))).convert("L"), np.float32) / np.float32(255)
 
 
 def read_images(run: Run, row: Row) -> RecordImages:
-    """The four pictures of an ``ok`` record, a row of ``read_records`` as a dictionary.
+    """Read the four images of an ``ok`` record.
 
-    Raises FileNotFoundError or BadImage when a file is gone or damaged, StoreError when the store fails.
+    Args:
+        run: The run.
+        row: A row of ``read_records`` as a dictionary.
+
+    Returns:
+        Input, counterfactual, reconstruction and signed map at the run's resolution.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        BadImage: A file is damaged.
+        StoreError: The store fails.
     """
     size = run.recipe.model.resolution
     return RecordImages(
@@ -126,7 +148,19 @@ def read_images(run: Run, row: Row) -> RecordImages:
 
 
 def read_truth(run: Run, row: Row, boxes: Boxes) -> Truth:
-    """What the data set knows about a record's image, its ground-truth counterfactual included."""
+    """Read what the data set knows about the image of a record.
+
+    Args:
+        run: The run.
+        row: A row of ``read_records`` as a dictionary.
+        boxes: Lesion boxes by image path, used for images without a lesion mask.
+
+    Returns:
+        Masks and ground-truth counterfactual at the run's resolution; None for a file that cannot be read.
+
+    Raises:
+        StoreError: The store fails.
+    """
     size = run.recipe.model.resolution
     image = LabelledImage(
         row["image_path"], row["label"], -1, row["lung_mask_path"] or "", row["lesion_mask_path"] or ""
@@ -141,8 +175,9 @@ def read_truth(run: Run, row: Row, boxes: Boxes) -> Truth:
 
 
 def image_truth(data: Store, image: LabelledImage, boxes: Boxes, width: int, height: int, size: int) -> Truth:
-    """What a data set knows about the lesion of an image of ``width`` x ``height``, as masks [size, size]; boxes count
-    where there is no lesion mask, and a mask that cannot be read is none."""
+    """Read the lesion and lung masks of an image of ``width`` x ``height`` as [size, size].
+
+    Boxes replace a missing lesion mask; a mask that cannot be read is None."""
 
     def mask(path: str) -> NDArray[np.bool_] | None:
         try:
@@ -157,16 +192,17 @@ def image_truth(data: Store, image: LabelledImage, boxes: Boxes, width: int, hei
 
 
 def finished(records: pd.DataFrame) -> pd.DataFrame:
-    """The ``ok`` records."""
+    """The records with status ``ok``."""
     return records[records["status"] == Status.OK.value]
 
 
 def reduced_metrics(run: Run) -> dict[str, Any] | None:
-    """``tables/metrics.json``; None when the run has not been reduced."""
-    return _json(run, "tables/metrics.json")
+    """Read ``tables/metrics.json``; None when the run has not been reduced."""
+    return read_json(run, "tables/metrics.json")
 
 
-def _json(run: Run, path: str) -> dict[str, Any] | None:
+def read_json(run: Run, path: str) -> dict[str, Any] | None:
+    """Read a JSON file of a run; None when it does not exist."""
     try:
         return json.loads(run.store.read(path))
     except FileNotFoundError:

@@ -59,7 +59,7 @@ METRICS = "tables/metrics.json"
 
 
 class Incomplete(Exception):
-    """Shards are missing or damaged; the message says how many and what to do."""
+    """Shards are missing or damaged; the message names their number and what to do."""
 
     def __init__(self, problems: list[Problem], uri: str) -> None:
         self.problems = problems
@@ -72,19 +72,18 @@ class Incomplete(Exception):
 
 
 class Notes(list[str]):
-    """What has to be said of the tables. ``all_read``: whether all images and masks that they are of could be read; if
-    not, the same reduce may do better later."""
+    """Notes on the tables, for the user."""
 
-    all_read = True
+    all_read = True  # False: some images or masks could not be read, so the same reduce may do better later
 
 
 @dataclass
 class Reduced:
-    """The tables of a run, as in ``tables/metrics.json``, and what had to be said on the way."""
+    """The result of a reduce."""
 
-    metrics: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-    fresh: bool = True  # False: the run had been reduced like this already, nothing was written
+    metrics: dict[str, Any]  # the tables, as in tables/metrics.json
+    notes: list[str] = field(default_factory=list)  # for the user
+    fresh: bool = True  # False: the run was already reduced with these options, and nothing was written
 
 
 def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecutor | None = None) -> Reduced:
@@ -105,24 +104,28 @@ def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecuto
         UnusableData: An option or the data set cannot be used.
         StoreError: No sampled image of the data set can be read, or the store fails.
     """
+    # anything to do?
     problems = verify(run, pixels=False)
     if problems:
         raise Incomplete(problems, run.store.uri)
     state = _state(run, options)
-    if (before := _reduced(run, {**state, "all_read": True})) is not None:
-        return Reduced(before, fresh=False)
-    check_there(run.about, run.data)
+    if (metrics := _earlier_metrics(run, {**state, "all_read": True})) is not None:
+        return Reduced(metrics, fresh=False)
+    check_there(run.about, open_store(run.about["data_root"]))
     run.store.delete(SUCCESS)
     remember_data(run)
 
+    # inputs
     notes = Notes()
     boxes = lesion_boxes(data_uri, options.boxes, notes)
-    notes.all_read = not notes  # or the data set could not be opened
+    notes.all_read = not notes  # a note: the data set could not be opened
     zones = read_zones(options.brixia, run.plan(["image_path"])["image_path"].to_pylist()) if options.brixia else {}
     seen = TrainingImages.of_model(str(run.about.get("model", "")), run.keys["model_digest"])
     records = index_run(run, boxes, zones, seen.has if seen else None)
-    if options.brixia and not records.asked:
+    if options.brixia and not records.requested:
         raise UnusableData(f"--brixia {options.brixia}: none of its files is an image of the run")
+
+    # tables
     _write_quarantine(run, records.quarantined)
     metrics = _compute(run, data_uri, options, records, boxes, zones, executor or LocalExecutor(), notes)
     counts: dict[str, Any] = {
@@ -134,7 +137,7 @@ def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecuto
     if quality is not None:
         metrics["judge"] = quality.as_dict()
         if quality.problem:
-            notes.append(f"{quality.problem}; its flip rates say nothing")
+            notes.append(f"{quality.problem}; its flip rates mean nothing")
     reduced = Reduced({"records": counts, **metrics, "notes": notes}, notes)
     run.store.put(METRICS, json.dumps(tables.clean(reduced.metrics), indent=1).encode())
     _write_manifest(run)
@@ -144,9 +147,8 @@ def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecuto
     return reduced
 
 
-def _reduced(run: Run, state: dict[str, Any]) -> dict[str, Any] | None:
-    """The metrics of an earlier reduce, if ``_SUCCESS`` says that they are of this very ``state``. What cannot be read
-    is made again."""
+def _earlier_metrics(run: Run, state: dict[str, Any]) -> dict[str, Any] | None:
+    """The metrics of an earlier reduce if ``_SUCCESS`` holds the same ``state``; None otherwise, or if unreadable."""
     try:
         if json.loads(run.store.read(SUCCESS)) != state:
             return None
@@ -157,8 +159,8 @@ def _reduced(run: Run, state: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _state(run: Run, options: Options) -> dict[str, Any]:
-    """What the tables are made of: while ``_SUCCESS`` says the same, they are those of the run."""
-    asked = {key: value for key, value in options.__dict__.items() if key != "cache"}  # it changes no number
+    """Everything the tables depend on; ``_SUCCESS`` stores it, so an equal state means that they are up to date."""
+    values = {key: value for key, value in options.__dict__.items() if key != "cache"}  # which changes no number
     files = [open_file(csv) for csv in (options.boxes, options.brixia, options.sources) if csv]
     if options.threshold_from:
         files.append((open_store(options.threshold_from), tables.THRESHOLDS_FILE))
@@ -167,16 +169,16 @@ def _state(run: Run, options: Options) -> dict[str, Any]:
         try:
             contents.append(hashlib.sha256(store.read(name)).hexdigest())
         except OSError:
-            contents.append(None)  # its reader says which option named it
+            contents.append(None)  # the reader of the file raises the error that names the option
     return {
-        "options": digest({**asked, "contents": contents}), "fingerprint": run.fingerprint, "version": __version__,
+        "options": digest({**values, "contents": contents}), "fingerprint": run.fingerprint, "version": __version__,
         "data_root": run.about["data_root"], "parts": _parts(run),
         "pair_metrics": [metric.key for metric in PAIR_METRICS],
     }  # fmt: skip
 
 
 def _parts(run: Run) -> str:
-    """Digest of the names and sizes of all parts, those of the retries included."""
+    """Digest of the names and sizes of all parts, including those of the retries."""
     folders = ["records", *(f"{OVERLAYS}/r{number}/records" for number, _ in enumerate(overlays(run), start=1))]
     return digest([run.store.list(folder) for folder in folders])
 
@@ -185,6 +187,7 @@ def _compute(
     run: Run, data_uri: str, options: Options, records: RunIndex, boxes: Boxes, zones: Zones, executor: LocalExecutor,
     notes: Notes,
 ) -> dict[str, Any]:  # fmt: skip
+    # scores and features
     recipe = run.recipe
     localization, ground_truth = _scores(run, records, boxes, executor)
     thresholds, source = None, None
@@ -194,6 +197,7 @@ def _compute(
     lpips, unread = _lpips(options, recipe.model.resolution), set(localization.unread)
     pairs = score_pairs(run, records.sampled, boxes, run_judge(run), lpips, unread)
     sets, within = distances(run, data_uri, options, records, notes, partial(executor.embed, run, options))
+    # tables
     metrics: dict[str, Any] = {
         "fid": sets,
         "fid_within": within,
@@ -204,16 +208,16 @@ def _compute(
         "ground_truth": tables.ground_truth_rows(ground_truth),
         "counterfactual": counterfactual_rows(pairs),
         "heart": heart_rows(pairs),
-        "brixia": zone_rows(run, records.asked, zones, unread),
+        "brixia": zone_rows(run, records.requested, zones, unread),
     }
     if unread:
         notes.all_read = False
         notes.append(
-            f"{len(unread)} images, or masks or ground truth of theirs, cannot be read (first: "
-            f"{join(run.data.uri, min(unread))}); the rows that need them leave them out"
+            f"{len(unread)} images, or their masks or ground truth, cannot be read (first: "
+            f"{join(run.data.uri, min(unread))}); they are left out of the tables that need them"
         )
     tables.add_lpips(metrics["ssim"], pairs)
-    _say_training_images(records, metrics, notes)
+    _note_training_images(records, metrics, notes)
     if not len(localization.images):
         run.store.delete(tables.THRESHOLDS_FILE)
     else:
@@ -226,8 +230,7 @@ def _compute(
 def _scores(
     run: Run, records: RunIndex, boxes: Boxes, executor: LocalExecutor
 ) -> tuple[LocalizationScores, pd.DataFrame]:
-    """Localisation and ground truth scores of all images whose lesions are known, in plan order, on which intervals
-    depend."""
+    """Localisation and ground truth scores of all images with known lesions, in plan order (intervals depend on it)."""
     shards_of = {shard_ref: records.ids[records.shards_of[shard_ref]] for shard_ref in records.truth}
     frames = list[pd.DataFrame]()
 
@@ -238,7 +241,7 @@ def _scores(
 
     localization = LocalizationScores.merged(of_shards())
     ground_truth = stacked(frames)
-    if any(retry for retry, _ in shards_of):  # what was retried is stored with its retry
+    if any(retry for retry, _ in shards_of):  # retried records come last: sort them into the plan
         order = np.argsort(records.ids)
         localization.images, ground_truth = (
             _in_order(frame, records.ids, order) for frame in (localization.images, ground_truth)
@@ -249,15 +252,15 @@ def _scores(
 def _in_order(frame: pd.DataFrame, ids: NDArray[np.bytes_], order: NDArray[np.intp]) -> pd.DataFrame:
     if not len(frame):
         return frame
-    localization = order[np.searchsorted(ids, frame["record_id"].to_numpy().astype("S20"), sorter=order)]
-    return frame.iloc[np.argsort(localization, kind="stable")]
+    positions = order[np.searchsorted(ids, frame["record_id"].to_numpy().astype("S20"), sorter=order)]
+    return frame.iloc[np.argsort(positions, kind="stable")]
 
 
 def _lpips(options: Options, size: int) -> Lpips | None:
-    """Raises UnusableData, one line, when LPIPS is asked for and cannot be had."""
+    """LPIPS if requested. Raises UnusableData, one line, when it cannot be computed."""
     if options.lpips is None:
         return None
-    from diffva_ray.metrics.perceptual import lpips  # here, since it loads torch
+    from diffva_ray.metrics.perceptual import lpips  # loads torch
 
     if size < 32:
         raise UnusableData(f"--lpips-weights: images of {size} px are too small for LPIPS, which needs 32")
@@ -268,10 +271,10 @@ def _lpips(options: Options, size: int) -> Lpips | None:
 
 
 def _judges(options: Options) -> list[ExternalJudge]:
-    """Raises UnusableData, one line, for a judge that cannot be had."""
+    """The requested published judges. Raises UnusableData, one line, for one that cannot be loaded."""
     if not options.judges:
         return []
-    from diffva_ray.metrics.external_judges import open_judges  # here, since it loads torch
+    from diffva_ray.metrics.external_judges import open_judges  # loads torch
 
     try:
         return open_judges(options.judges)
@@ -279,8 +282,8 @@ def _judges(options: Options) -> list[ExternalJudge]:
         raise UnusableData(str(error)) from None
 
 
-def _say_training_images(records: RunIndex, metrics: dict[str, Any], notes: list[str]) -> None:
-    """Rows scored on images that the model was trained on say how many; so do the notes."""
+def _note_training_images(records: RunIndex, metrics: dict[str, Any], notes: list[str]) -> None:
+    """Add the number of images that the model was trained on to the table rows and the notes."""
     frame = records.frame
     if "trained_on" not in frame or not frame["trained_on"].any():
         return
@@ -294,23 +297,21 @@ def _say_training_images(records: RunIndex, metrics: dict[str, Any], notes: list
 CAPTIONS = {
     "fid": "Fréchet distance between sets; extractor, resize path and N as given, interval by delete-group jackknife "
     "(bias-corrected: the plain value may lie above it).",
-    "ssim": "LabelledImage against counterfactual, mean by class, on the {size} px grid.",
+    "ssim": "Image against counterfactual, mean by class, on the {size} px grid.",
     "localization": "Map against lesion truth inside the region, mean over images; dice best and iou best use each "
     "image's own best threshold.",
     "validity": "Flip rate: images called abnormal by the judge whose counterfactual it calls healthy.",
-    "external_validity": "At most {most} images of a class, by judges that this project did not train: images a judge "
-    "calls abnormal (n of images) whose counterfactual it calls healthy.",
-    "fid_within": "Mean distance within each condition (class, prompt), weighted by its "
-    "counterfactuals, beside the distance of "
-    "the pooled sets; a pooled distance does not see classes exchanged.",
+    "external_validity": "At most {most} images of a class, by judges that this project did not train: fraction of the "
+    "images a judge calls abnormal (n of images) whose counterfactual it calls healthy.",
+    "fid_within": "Mean distance within each condition (class, prompt), weighted by its counterfactuals, and the "
+    "distance of the pooled sets, which does not notice exchanged classes.",
     "counterfactual": "At most {most} images of a class: " + "; ".join(metric.title for metric in PAIR_METRICS) + ".",
-    "heart": "Cardiothoracic ratio of image and counterfactual; lungs are found on both alike, which "
-    "underestimates the "
-    "ratio: read the change.",
+    "heart": "Cardiothoracic ratio of image and counterfactual; lungs are found on both in the same way, which "
+    "underestimates the ratio: read the change.",
     "brixia": "Spearman's correlation of a map's mean in each of six lung zones with the readers' Brixia scores; "
     "pooled over images with a bootstrap interval over images, and within images.",
-    "ground_truth": "Counterfactual against the ground-truth counterfactual; lesion error ratio: "
-    "error left inside the lesion.",
+    "ground_truth": "Counterfactual against the ground-truth counterfactual; lesion error ratio: error left inside the "
+    "lesion.",
 }
 
 
@@ -321,8 +322,9 @@ def _write_quarantine(run: Run, quarantined: pa.Table) -> None:
 
 
 def _write_manifest(run: Run) -> None:
-    """Size and sha256 of what no record vouches for, and the sizes of the features; an image's digest stands in its
-    record, and ten million of them would make a manifest that nobody can read."""
+    """Write the sizes and sha256 of plan, run.json, records and tables, and the sizes of the features.
+
+    Images are left out, because their digests are in the records and there may be ten million of them."""
     files: dict[str, dict[str, Any]] = {}
     for folder in ("", *(f"{OVERLAYS}/r{number}/" for number, _ in enumerate(overlays(run), start=1))):
         named = [f"{folder}{name}" for name in (PLAN_FILE, RUN, "quarantine.parquet")]
@@ -332,8 +334,8 @@ def _write_manifest(run: Run) -> None:
             for path, (size, sha256) in zip(paths, pool.map(partial(_hashed, run.store), paths), strict=True):
                 files[path] = {"bytes": size, "sha256": sha256}
         files |= {path: {"bytes": size} for path, size in run.store.list(f"{folder}features")}
-    about = {"fingerprint": run.fingerprint, "shards": run.shards, "files": files}
-    run.store.put(MANIFEST, json.dumps(about, indent=1).encode())
+    manifest = {"fingerprint": run.fingerprint, "shards": run.shards, "files": files}
+    run.store.put(MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
 def _hashed(store: Store, path: str) -> tuple[int, str]:

@@ -1,11 +1,12 @@
-"""Scores of single images against known truth, shard by shard, and how they merge; tables are means over them, whatever
-the grouping."""
+"""Scores single images against ground truth, shard by shard, and merges the scores.
+
+Tables are means over these scores, so records can be grouped in any way.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,28 +17,25 @@ from diffva_ray.evaluate.records import Boxes, RecordImages, Truth, read_images,
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import SALIENCY, baselines, score
 from diffva_ray.metrics.ssim import psnr, ssim
+from diffva_ray.schema import Row
 
-Row = dict[str, Any]
-SIMPLE = ("auroc", "auprc", "dice_best", "iou_best", "pointing_game", "energy_in_truth")
-
-
-CATEGORIES = ("label", "map", "region", "setting")
+SIMPLE = ("auroc", "auprc", "dice_best", "iou_best", "pointing_game", "energy_in_truth")  # numbers of an ImageScore
+CATEGORIES = ("label", "map", "region", "setting")  # columns stored as categories
 Curve = tuple[NDArray[np.float64], int]  # sum of images' Dice curves, number of images
 
 
 @dataclass
 class LocalizationScores:
-    """Localisation scores of images: ``images`` has a row for each image and map, without its Dice curve; curves are
-    summed by (map under its setting, class under its setting), which is all that their means need. ``unread``: paths
-    of images that ought to be scored and cannot be read, or a mask or ground truth of theirs cannot."""
+    """Localisation scores of images."""
 
-    images: pd.DataFrame = field(default_factory=pd.DataFrame)
-    curves: dict[tuple[str, str], Curve] = field(default_factory=dict)
-    unread: set[str] = field(default_factory=set)
+    images: pd.DataFrame = field(default_factory=pd.DataFrame)  # one row per image and map, without its Dice curve
+    curves: dict[tuple[str, str], Curve] = field(default_factory=dict)  # by (map and setting, class and setting)
+    unread: set[str] = field(default_factory=set)  # images with an unreadable image, mask or ground truth file
 
     @classmethod
     def of(cls, rows: Sequence[Row], unread: Iterable[str] = ()) -> LocalizationScores:
-        """Rows of ``score_records`` or ``score_image``, with ``label``, ``image_path`` and perhaps ``setting``."""
+        """Collect rows of ``score_records`` or ``score_image`` with ``label``, ``image_path`` and, if swept,
+        ``setting``."""
         curves: dict[tuple[str, str], Curve] = {}
         for row in rows:
             setting = row.get("setting", "")
@@ -49,7 +47,7 @@ class LocalizationScores:
 
     @classmethod
     def merged(cls, parts: Iterable[LocalizationScores]) -> LocalizationScores:
-        """The images of all parts, one below the other; of a part no more than its images is kept."""
+        """Merge parts: concatenate their images and add up their curves."""
         frames, curves, unread = list[pd.DataFrame](), dict[tuple[str, str], Curve](), set[str]()
         for part in parts:
             frames.append(part.images)
@@ -60,18 +58,18 @@ class LocalizationScores:
         return cls(stacked(frames), curves, unread)
 
     def mean_curve(self, map_name: str, label: str | None = None) -> NDArray[np.float64]:
-        """Mean Dice curve [1, T] of a map over one class, or over all."""
-        found = [curve for (name, of), curve in self.curves.items() if name == map_name and label in (None, of)]
-        return np.sum([total for total, _ in found], axis=0)[None] / sum(n for _, n in found)
+        """Mean Dice curve [1, T] of a map over one class; ``label`` None: over all classes."""
+        curves = [curve for (name, of), curve in self.curves.items() if name == map_name and label in (None, of)]
+        return np.sum([total for total, _ in curves], axis=0)[None] / sum(n for _, n in curves)
 
 
 def narrow(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with its texts of few values as categories."""
+    """Store the columns CATEGORIES as categories, to save memory."""
     return frame.astype({name: "category" for name in CATEGORIES if name in frame})
 
 
 def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Frames of ``narrow`` one below the other; empty ones are left out."""
+    """Concatenate frames of ``narrow``; empty ones are left out."""
     frames = [frame for frame in frames if len(frame)]
     if not frames:
         return pd.DataFrame()
@@ -82,11 +80,11 @@ def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def score_records(
     run: Run, rows: list[Row], boxes: Boxes, unread: set[str] | None = None
 ) -> tuple[list[Row], list[Row]]:
-    """Localisation rows (one per image and map) and ground truth rows (one per image with a ground-truth
-    counterfactual) of ``ok`` records.
+    """Score ``ok`` records: localisation rows (one per image and map) and ground truth rows (one per image with a
+    ground-truth counterfactual).
 
-    A localisation row holds the scores of ``metrics.localization.ImageScore`` with its Dice curve. Images that cannot
-    be read, whole or in part (``lost``), are added to ``unread``.
+    A localisation row holds the scores of ``metrics.localization.ImageScore`` with its Dice curve. The paths of images
+    with an unreadable image, mask or ground truth file are added to ``unread``.
     """
     unread = set() if unread is None else unread
     localization, ground_truth = [], []
@@ -96,52 +94,51 @@ def score_records(
         try:
             truth = read_truth(run, row, boxes)
             images = read_images(run, row)
-        except (OSError, BadImage):  # verify looks at the run's own files, so nobody else says that an image has gone
+        except (OSError, BadImage):  # report it: verify checks only the run's own files
             unread.add(row["image_path"])
             continue
         if lost(row, truth):
             unread.add(row["image_path"])
-        about = {"record_id": row["record_id"], "image_path": row["image_path"], "label": row["label"]}
+        names = {key: row[key] for key in ("record_id", "image_path", "label")}
         if truth.lesion is not None:
-            localization += [{**about, **found} for found in _localization(images, truth, run)]
+            localization += [{**names, **scores} for scores in _localization(images, truth, run)]
         if truth.counterfactual is not None:
-            ground_truth.append({**about, **ground_truth_scores(images, truth)})
+            ground_truth.append({**names, **ground_truth_scores(images, truth)})
     return localization, ground_truth
 
 
 def lost(row: Row, truth: Truth) -> bool:
-    """Whether a record names a mask or a ground-truth counterfactual that ``read_truth`` could not read."""
+    """Whether a mask or ground-truth counterfactual that the record names could not be read by ``read_truth``."""
     named = (
         ("lesion_mask_path", truth.lesion),
         ("lung_mask_path", truth.lungs),
         ("ground_truth_path", truth.counterfactual),
     )
-    return any(row[path] and known is None for path, known in named)
+    return any(row[path] and array is None for path, array in named)
 
 
 def _localization(images: RecordImages, truth: Truth, run: Run) -> list[Row]:
     maps = {name: transform(images.signed_map) for name, transform in SALIENCY.items()}
-    smoothing = run.recipe.generate.smoothing
-    maps |= baselines(images.image, images.reconstruction, smoothing)
+    maps |= baselines(images.image, images.reconstruction, run.recipe.generate.smoothing)
     return score_image(maps, truth)
 
 
 def score_image(maps: Mapping[str, NDArray[np.float32]], truth: Truth) -> list[Row]:
-    """One row for each map [size, size] of an image whose lesion is known; none where there is nothing to find."""
+    """Score each map [size, size] of an image with a known lesion; no row where there is nothing to find."""
     assert truth.lesion is not None
     region = "image" if truth.region is None else "lungs or lesion"
     rows = []
     for name, saliency in maps.items():
-        found = score(saliency, truth.lesion, truth.region)
-        if found is not None:
-            scores = {key: getattr(found, key) for key in SIMPLE}
-            rows.append({"map": name, "region": region, "dice_curve": found.dice_curve, **scores})
+        result = score(saliency, truth.lesion, truth.region)
+        if result is not None:
+            scores = {key: getattr(result, key) for key in SIMPLE}
+            rows.append({"map": name, "region": region, "dice_curve": result.dice_curve, **scores})
     return rows
 
 
 def ground_truth_scores(images: RecordImages, truth: Truth) -> Row:
-    """Closeness of the counterfactual to the ground-truth counterfactual, and the input's own; errors inside the lesion
-    are mean |.|."""
+    """Compare counterfactual, input and reconstruction with the ground-truth counterfactual; ``lesion_error`` is the
+    mean absolute error inside the lesion."""
     ground_truth = truth.counterfactual
     assert ground_truth is not None
     inside = truth.lesion if truth.lesion is not None and truth.lesion.any() else np.ones_like(ground_truth, bool)

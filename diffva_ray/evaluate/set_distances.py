@@ -1,5 +1,5 @@
-"""Which sets of a run are compared: images, counterfactuals and references, by class and setting, within classes,
-within sources, in the features of every extractor asked for."""
+"""Chooses which sets of a run are compared: images, counterfactuals and references, by class and setting, within
+classes and within source archives, with the features of every requested extractor."""
 
 from __future__ import annotations
 
@@ -13,14 +13,7 @@ from numpy.typing import NDArray
 from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.evaluate.annotations import read_sources
-from diffva_ray.evaluate.distances import (
-    Embed,
-    Row,
-    distance_row,
-    embed_here,
-    reference_features,
-    run_features,
-)
+from diffva_ray.evaluate.distances import Embed, distance_row, embed_here, reference_features, run_features
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import under
 from diffva_ray.evaluate.run_index import RunIndex, index_run
@@ -30,27 +23,28 @@ from diffva_ray.metrics.fid import SMALL, frechet_distance_features
 from diffva_ray.metrics.fid_controls import conditional
 from diffva_ray.metrics.localization import group_bootstrap
 from diffva_ray.metrics.realism import directions, interpolation, verisimilitude
+from diffva_ray.schema import Row
 from diffva_ray.storage.store import Store, open_store
 
-if TYPE_CHECKING:  # it loads torch
+if TYPE_CHECKING:  # loads torch
     from diffva_ray.metrics.features import Extractor
 
-LEAST = 4  # images of a set, below which nothing is compared
+MIN_SET_SIZE = 4  # images
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference class and its features."""
+    """A reference set and its features."""
 
-    label: str
+    label: str  # its class
     features: FeatureSet
-    dataset: Dataset | None = None  # None: another run's counterfactuals
+    dataset: Dataset | None = None  # None: the counterfactuals of another run
 
 
 def choose_extractors(run: Run, options: Options, notes: list[str]) -> list[Extractor]:
-    """The extractors asked for, in their order. Raises UnusableData, one line, for an unknown name, a missing path and
-    weights that are not that network's."""
-    from diffva_ray.metrics.features import stand_in  # here, since it loads torch
+    """The extractors of ``options``, in their order. Raises UnusableData, one line, for an unknown name, a missing path
+    and weights of another network."""
+    from diffva_ray.metrics.features import stand_in  # loads torch
 
     if not options.extractors and options.weights is None:
         notes.append(
@@ -62,8 +56,8 @@ def choose_extractors(run: Run, options: Options, notes: list[str]) -> list[Extr
 
 
 def open_extractor(text: str, run: Run, options: Options, device: str | None = None) -> Extractor:
-    """The extractor ``text`` (NAME or NAME=PATH) of the options, on ``device`` (default: a GPU where there is one).
-    Raises UnusableData, one line."""
+    """Open the extractor ``text`` (NAME or NAME=PATH) on ``device`` (default: a GPU if there is one). Raises
+    UnusableData, one line."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,53 +86,51 @@ def _extractor(text: str, run: Run, options: Options, device: str) -> Extractor:
 def distances(
     run: Run, data_uri: str, options: Options, records: RunIndex, notes: list[str], spread: Embed = embed_here
 ) -> tuple[list[Row], list[Row]]:
-    """The rows of tables 1 and 2 and those of the distances within conditions.
+    """The rows of the distance table, and those of the table of distances within conditions.
 
-    For each extractor, setting and class: images to their counterfactuals, each reference to both. Of several samples
-    of an image the first one counts, or images would be in a set twice."""
+    For each extractor, setting and class: images to counterfactuals, and each reference to both. Of several samples of
+    an image only the first is used, so that no image is in a set twice."""
     samples = records.frame["sample"]
     if samples.nunique() > 1:
-        notes.append(f"distances are of sample {samples.min()} of each image alone")
+        notes.append(f"distances use only sample {samples.min()} of each image")
     sources = read_sources(options.sources, records.images.to_pylist()) if options.sources else {}
     if options.sources and not sources:
         raise UnusableData(f"--sources {options.sources}: none of its files is an image of the run")
-    found, within = list[Row](), list[Row]()
+    rows, within = list[Row](), list[Row]()
     for number, extractor in enumerate(choose_extractors(run, options, notes)):
         comparison = _Comparison(run, options, records, extractor, spread)
         wanted = options.references or ((run.recipe.data.healthy_class, data_uri),)
-        made = [
+        opened = [
             reference(run, label, uri, extractor, options, notes if number == 0 else [], spread)
             for label, uri in wanted
         ]
-        references = [one for one in made if one is not None]
-        found += comparison.by_condition(references)
-        found += comparison.by_source(references, sources)
+        references = [reference for reference in opened if reference is not None]
+        rows += comparison.by_condition(references)
+        rows += comparison.by_source(references, sources)
         within += comparison.within_conditions(references)
-    if found and min(min(row["n1"], row["n2"]) for row in found) < SMALL:
-        notes.append(
-            f"sets of fewer than {SMALL} images: read KID before the Fréchet distance, whose bias grows as 1/N"
-        )
-    return found, within
+    if rows and min(min(row["n1"], row["n2"]) for row in rows) < SMALL:
+        notes.append(f"sets of fewer than {SMALL} images: prefer KID to the Fréchet distance, whose bias grows as 1/N")
+    return rows, within
 
 
 def conditions(records: RunIndex) -> dict[tuple[str, str], NDArray[np.intp]]:
-    """Rows of each (setting, class), of the first sample, in the order of images: what compares the same two sets under
-    other settings then has the same interval."""
+    """Rows of ``RunIndex.frame`` of each (setting, class): the first sample of each image, in the order of images, so
+    that comparisons of the same two sets under different settings have the same interval."""
     frame = records.frame
     labels = sorted(frame["label"].unique())
     settings = list(frame["setting"].unique()) if "setting" in frame else [""]
     first = (frame["sample"] == frame["sample"].min()).to_numpy()
-    image, found = frame["image"].to_numpy(), dict[tuple[str, str], NDArray[np.intp]]()
+    image, rows_of = frame["image"].to_numpy(), dict[tuple[str, str], NDArray[np.intp]]()
     for setting in settings:
         of_setting = first & (frame["setting"] == setting).to_numpy() if setting else first
         for label in labels:
             rows = np.flatnonzero(of_setting & (frame["label"] == label).to_numpy())
-            found[setting, label] = rows[np.argsort(image[rows], kind="stable")]
-    return found
+            rows_of[setting, label] = rows[np.argsort(image[rows], kind="stable")]
+    return rows_of
 
 
 class _Comparison:
-    """The sets of one run in the features of one extractor."""
+    """Compares the sets of one run with the features of one extractor."""
 
     def __init__(self, run: Run, options: Options, records: RunIndex, extractor: Extractor, spread: Embed) -> None:
         self.run, self.options, self.records, self.extractor, self.spread = run, options, records, extractor, spread
@@ -146,84 +138,84 @@ class _Comparison:
         self.conditions = conditions(records)
 
     def by_condition(self, references: Sequence[Reference]) -> list[Row]:
-        found = list[Row | None]()
+        """Distances of each class and setting: images, counterfactuals and references to each other."""
+        rows = list[Row | None]()
         seen = set[str]()
         for (setting, label), chosen in self.conditions.items():
             before, after = self.features.source.take(chosen), self.features.counterfactual.take(chosen)
             names = f"{label} (source)", under(f"{label} (counterfactual)", setting)
-            found.append(self._row(*names, before, after, paired=True))
+            rows.append(self._row(*names, before, after, paired=True))
             for other in references:
                 features, name = other.features, f"{other.label} (reference)"
                 if label not in seen:  # the same two sets under every setting
-                    found.append(self._row(name, names[0], features, before))
+                    rows.append(self._row(name, names[0], features, before))
                 row = self._row(name, names[1], features, after)
                 if row is not None:
                     images = self.records.frame["image"].to_numpy()[chosen]
                     row |= self._realism(label, other.label, before, after, features, images)
-                found.append(row)
+                rows.append(row)
             seen.add(label)
-        return [row for row in found if row is not None]
+        return [row for row in rows if row is not None]
 
     def _realism(
         self, label: str, reference: str, before: FeatureSet, after: FeatureSet, real: FeatureSet,
         images: NDArray[np.integer],
     ) -> Row:  # fmt: skip
-        """Do the counterfactuals pass for images of the reference, and did they move towards it?"""
-        found: Row = {"verisimilitude": asdict(verisimilitude(after, real))}
+        """Whether counterfactuals resemble images of the reference, and whether they moved towards it."""
+        scores: Row = {"verisimilitude": asdict(verisimilitude(after, real))}
         if len(real) > 6:
-            found["interpolation"] = asdict(interpolation(after, real))
+            scores["interpolation"] = asdict(interpolation(after, real))
         if reference == self.run.recipe.data.healthy_class != label:
             cosines = directions(before, after, real)
             low, high = group_bootstrap(cosines, images)
-            found["direction"] = {"mean": float(np.nanmean(cosines)), "low": low, "high": high}
-        return found
+            scores["direction"] = {"mean": float(np.nanmean(cosines)), "low": low, "high": high}
+        return scores
 
     def by_source(self, references: Sequence[Reference], sources: dict[str, str]) -> list[Row]:
-        """CounterfactualBatch of images of one archive against reference images of the same archive: children against
-        children."""
-        found = list[Row | None]()
+        """Distances between counterfactuals and reference images of the same source archive.
+
+        ``sources``: archive by image path. For example, images of children are compared with images of children."""
+        rows = list[Row | None]()
         if not sources:
             return []
         for (setting, label), chosen in self.conditions.items():
             for source in sorted(set(sources.values())):
-                of_source = [sources.get(path) == source for path in self.records.paths(chosen)]
-                rows = chosen[np.array(of_source, bool)]
+                of_source = chosen[np.array([sources.get(path) == source for path in self.records.paths(chosen)], bool)]
                 for other in references:
-                    if len(rows) >= LEAST and other.dataset is not None:
-                        real = self._of_source(other, source)
-                        names = f"{other.label} of {source} (reference)", f"{label} of {source} (counterfactual)"
-                        found.append(self._row(names[0], under(names[1], setting), real,
-                                               self.features.counterfactual.take(rows)))  # fmt: skip
-        return [row for row in found if row is not None]
+                    if len(of_source) >= MIN_SET_SIZE and other.dataset is not None:
+                        real, edited = self._of_source(other, source), self.features.counterfactual.take(of_source)
+                        name = under(f"{label} of {source} (counterfactual)", setting)
+                        rows.append(self._row(f"{other.label} of {source} (reference)", name, real, edited))
+        return [row for row in rows if row is not None]
 
     def _of_source(self, other: Reference, source: str) -> FeatureSet:
         assert other.dataset is not None
         assert self.options.sources is not None
-        known = read_sources(self.options.sources, [image.path for image in other.dataset.images])
-        images = [image for image in other.dataset.images if known.get(image.path) == source]
+        source_of = read_sources(self.options.sources, [image.path for image in other.dataset.images])
+        images = [image for image in other.dataset.images if source_of.get(image.path) == source]
         cache, size, data = _cache(self.run, self.options), self.run.recipe.model.resolution, other.dataset
         return reference_features(cache, size, data.store, images, self.extractor, self.spread, data.bits)[0]
 
     def within_conditions(self, references: Sequence[Reference]) -> list[Row]:
-        """Mean distance within each class (and setting), beside the distance of the pooled sets."""
+        """Mean of the distances within each class (and setting), and the distance of the pooled sets."""
         settings = list(dict.fromkeys(setting for setting, _ in self.conditions))
         groups = [(setting, [key for key in self.conditions if key[0] == setting]) for setting in settings]
         if len(settings) > 1:
             groups.append(("every setting", list(self.conditions)))
-        found = []
+        rows = []
         for setting, keys in groups:
-            sets = {key: self.conditions[key] for key in keys if len(self.conditions[key]) >= LEAST}
+            sets = {key: self.conditions[key] for key in keys if len(self.conditions[key]) >= MIN_SET_SIZE}
             if len(sets) < 2:
                 continue
             counterfactuals = {key: self.features.counterfactual.take(chosen) for key, chosen in sets.items()}
             images = {key: self.features.source.take(chosen) for key, chosen in sets.items()}
-            found.append(self._within("images", setting, {key: (images[key], counterfactuals[key]) for key in sets}))
+            rows.append(self._within("images", setting, {key: (images[key], counterfactuals[key]) for key in sets}))
             for other in references:
                 real = other.features
-                if len(real) >= LEAST:
+                if len(real) >= MIN_SET_SIZE:
                     name = f"{other.label} (reference)"
-                    found.append(self._within(name, setting, {key: (real, counterfactuals[key]) for key in sets}))
-        return found
+                    rows.append(self._within(name, setting, {key: (real, counterfactuals[key]) for key in sets}))
+        return rows
 
     def _within(self, name: str, setting: str, sets: dict[tuple[str, str], tuple[FeatureSet, FeatureSet]]) -> Row:
         first = [x for x, _ in sets.values()]
@@ -255,16 +247,17 @@ def reference(
     notes: list[str],
     spread: Embed = embed_here,
 ) -> Reference | None:
-    """Class ``label`` of a data set, or the counterfactuals of another run's class; None, and a note, when nobody asked
-    for it and it is not there. Raises UnusableData."""
+    """Class ``label`` of the data set, or of the counterfactuals of the run, at ``uri``.
+
+    Returns None and adds a note if the default reference does not exist; raises UnusableData for a given one."""
     other = find_run(open_store(uri)) if not uri.lower().endswith((".csv", ".parquet")) else None
     if other is not None:
         records = index_run(other)
         chosen = (records.frame["label"] == label).to_numpy()
         if not chosen.any():
             raise UnusableData(f"--reference {label}={uri}: that run has no finished record of class {label}")
-        found = run_features(other, records, extractor, spread, chosen)
-        return Reference(label, found.counterfactual.take(chosen))
+        features_of_run = run_features(other, records, extractor, spread, chosen)
+        return Reference(label, features_of_run.counterfactual.take(chosen))
     try:
         dataset = open_dataset(uri, run.recipe.data, [label])
     except UnusableData as error:

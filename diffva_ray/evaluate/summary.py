@@ -1,4 +1,4 @@
-"""A run's tables on a terminal."""
+"""Prints the tables of a run on a terminal."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TITLES = {
     "validity": "Validity (the model's own judge)",
     "external_validity": "Validity (external judges, a sample)",
     "ground_truth": "Against the ground-truth counterfactual",
-    "ssim": "LabelledImage against counterfactual",
+    "ssim": "Image against counterfactual",
     "counterfactual": "Single counterfactuals (a sample)",
     "heart": "Cardiothoracic ratio (lungs found on image and counterfactual)",
     "brixia": "Maps against Brixia scores of six lung zones",
@@ -45,19 +45,20 @@ TITLES = {
 
 
 def terminal() -> Console:
-    """Standard output; a log file gets lines wide enough for every table."""
+    """A console on standard output; 120 characters wide if that is not a terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=120)
 
 
 def print_summary(metrics: dict[str, Any], console: Console | None = None) -> None:
-    """Every table that applies, then counts and notes."""
+    """Print every table of ``metrics`` (as in ``tables/metrics.json``), then counts and notes."""
     console = console or terminal()
     for name, columns in COLUMNS.items():
         rows = metrics.get(name)
         if not rows:
             continue
         title = TITLES[name]
+        # title
         judge = metrics.get("judge") if name == "validity" else None
         if judge and judge["accuracy"] is not None:
             title += f": right on {judge['accuracy']:.1%} of {judge['n']} held-out images"
@@ -65,12 +66,13 @@ def print_summary(metrics: dict[str, Any], console: Console | None = None) -> No
             used = dict.fromkeys(f"{row['extractor']}, {row['resize']}" for row in rows)
             title += f" ({'; '.join(used)})" if len(used) == 1 else ""
             columns = columns | {"extractor": "extractor"} if len(used) > 1 else columns
+        # columns with a value in any row
         table = Table(title=title, title_justify="left", header_style="bold")
-        shown = {key: head for key, head in columns.items() if any(row.get(key) is not None for row in rows)}
-        for key, head in shown.items():
+        displayed = {key: head for key, head in columns.items() if any(row.get(key) is not None for row in rows)}
+        for key, head in displayed.items():
             table.add_column(head, justify="left" if key in ("map", "judge", "label", "set1", "set2") else "right")
         for row in rows:
-            table.add_row(*(escape(_cell(row.get(key))) for key in shown))
+            table.add_row(*(escape(_cell(row.get(key))) for key in displayed))
         console.print(table)
     counts = metrics["records"]
     console.print(f"{counts['planned']} records planned, {counts['ok']} ok, {counts['quarantined']} quarantined")

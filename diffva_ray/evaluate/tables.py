@@ -1,4 +1,4 @@
-"""From scores to tables: rows by class, and each table as CSV, Markdown, LaTeX and JSON."""
+"""Makes tables from scores: rows by class, written as CSV, Markdown, LaTeX and JSON."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from diffva_ray.schema import Row
 from diffva_ray.storage.store import Store
 
 ALL = "all"  # the row over all classes
-THRESHOLDS_FILE = "tables/thresholds.json"  # where a run keeps its best ones
+THRESHOLDS_FILE = "tables/thresholds.json"  # of a run: its best thresholds
 
 
 def by_label(frame: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
-    """The rows of each class, then of all of them together; of a sweep (column ``setting``) never of two settings."""
+    """Yields (class, rows) for each class, then for all classes; settings of a sweep (``setting``) stay separate."""
     settings = list(frame["setting"].unique()) if "setting" in frame else [""]
     for setting in settings:
         rows = frame[frame["setting"] == setting] if setting else frame
@@ -34,19 +34,18 @@ def by_label(frame: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
 
 
 def overall(rows: Iterable[Row]) -> Row | None:
-    """The row over all classes: the one of the only class where there is just one; none of a sweep, whose settings are
-    never taken together."""
-    kept = list(rows)
-    return next((row for row in kept if row["label"] == ALL), kept[0] if len(kept) == 1 else None)
+    """The row over all classes, or the only row; None for a sweep, whose settings are never pooled."""
+    listed = list(rows)
+    return next((row for row in listed if row["label"] == ALL), listed[0] if len(listed) == 1 else None)
 
 
 def known(value: Any) -> bool:
-    """Whether there is a value: neither None, as JSON has it, nor NaN, as pandas has it."""
+    """Whether ``value`` is neither None (JSON) nor NaN (pandas)."""
     return value is not None and value == value
 
 
 def finite_mean(values: Iterable[float]) -> float | None:
-    """Mean of the finite values (PSNR of equal images is infinite); None without any."""
+    """Mean of the finite values (the PSNR of equal images is infinite); None if there are none."""
     numbers = np.asarray(values if isinstance(values, (pd.Series, np.ndarray)) else list(values), dtype=float)
     numbers = numbers[np.isfinite(numbers)]
     return float(numbers.mean()) if len(numbers) else None
@@ -76,7 +75,7 @@ def ssim_rows(records: pd.DataFrame, preset: str, grid: int) -> list[Row]:
 
 
 def add_lpips(rows: list[Row], scores: list[Row]) -> None:
-    """LPIPS of the sampled pairs beside the likeness of all of them, with its own N and interval."""
+    """Add the LPIPS of the sampled ``scores`` to the SSIM ``rows``, with its own N and interval."""
     if not scores or "lpips" not in scores[0]:
         return
     sampled = {label: pairs.dropna(subset=["lpips"]) for label, pairs in by_label(pd.DataFrame(scores))}
@@ -88,19 +87,19 @@ def add_lpips(rows: list[Row], scores: list[Row]) -> None:
 
 
 def _interval(rows: pd.DataFrame, column: str) -> list[float]:
-    """95 % interval of a mean by bootstrap over images."""
+    """95 % bootstrap interval of a column's mean over images."""
     image = "image" if "image" in rows else "image_path"
     return list(group_bootstrap(rows[column].to_numpy(float), rows[image].to_numpy()))
 
 
 def validity_rows(records: pd.DataFrame) -> list[Row]:
-    """Flip rate by class: how many images the judge calls abnormal turn healthy."""
+    """Flip rate by class: the fraction of the images called abnormal whose counterfactual is called healthy."""
     columns = ["judge_image", "judge_counterfactual"]
     judged = records[[name for name in ("label", "setting", *columns) if name in records]].dropna(subset=columns)
-    found = []
+    rates = []
     for label, rows in by_label(judged):
         rate, n = flip_rate(rows["judge_image"].to_numpy(), rows["judge_counterfactual"].to_numpy())
-        found.append(
+        rates.append(
             {
                 "label": label,
                 "n": n,
@@ -109,17 +108,19 @@ def validity_rows(records: pd.DataFrame) -> list[Row]:
                 "confidence_gain": float((rows["judge_counterfactual"] - rows["judge_image"]).mean()),
             }
         )
-    return found
+    return rates
 
 
 def localization_rows(
     localization: LocalizationScores, thresholds: dict[str, float] | None, source: str | None
 ) -> list[Row]:
-    """Localisation by class and map. ``thresholds`` were fixed on another set, named by ``source``; without them there
-    is no fixed Dice. Intervals come from a bootstrap over images."""
+    """Localisation by class and map, with bootstrap intervals over images.
+
+    ``thresholds``: by map, fixed on another set, whose name is ``source``; without them there is no fixed Dice. Raises
+    ValueError for a threshold off the grid of the Dice curves."""
     if not len(localization.images):
         return []
-    found = []
+    table = []
     for name in localization.images["map"].unique():
         for label, rows in by_label(localization.images[localization.images["map"] == name]):
             row: Row = {"label": label, "n": len(rows), **{key: finite_mean(rows[key]) for key in SIMPLE}}
@@ -133,13 +134,12 @@ def localization_rows(
                     dice_at(localization.mean_curve(of_setting, None if pooled else label), threshold)[0]
                 )
                 row |= {"threshold": threshold, "threshold_from": source}
-            found.append(row)
-    return found
+            table.append(row)
+    return table
 
 
 def best_thresholds(localization: LocalizationScores) -> dict[str, float]:
-    """The threshold with the best mean Dice of each map (and setting of a sweep): what ``--threshold-from`` takes over
-    from a validation run."""
+    """The threshold with the best mean Dice of each map (and setting of a sweep), for ``--threshold-from``."""
     return {
         name: fixed_threshold(localization.mean_curve(name))[0]
         for name in dict.fromkeys(key for key, _ in localization.curves)
@@ -147,8 +147,9 @@ def best_thresholds(localization: LocalizationScores) -> dict[str, float]:
 
 
 def ground_truth_rows(scores: pd.DataFrame) -> list[Row]:
-    """Closeness to the ground-truth counterfactual by class; ``lesion_error_ratio`` is the error left inside the
-    lesion, as a fraction of the image's own."""
+    """Similarity to the ground-truth counterfactual by class.
+
+    ``lesion_error_ratio``: the counterfactual's error inside the lesion as a fraction of the input's."""
     if not len(scores):
         return []
     return [
@@ -166,8 +167,9 @@ FORMATS = ("csv", "md", "tex", "json")
 
 
 def write_table(store: Store, name: str, rows: list[Row], caption: str) -> None:
-    """``tables/<name>`` in all FORMATS; nested values are spelled out in the JSON only. Without rows the table of an
-    earlier reduce is removed: it is not of these records, or not of these options."""
+    """Write ``tables/<name>`` in all FORMATS; nested values are kept only in the JSON.
+
+    Without rows, delete the table of an earlier reduce, which had other records or options."""
     if not rows:
         for extension in FORMATS:
             store.delete(f"tables/{name}.{extension}")
@@ -182,13 +184,13 @@ def write_table(store: Store, name: str, rows: list[Row], caption: str) -> None:
 
 
 def markdown(heads: list[str], cells: list[list[str]]) -> str:
-    """Finished text as a Markdown table."""
-    rows = _escaped([heads, *cells], "|", "\\|")
+    """Format text cells as a Markdown table."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in [heads, *cells]]
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(heads), *rows[1:]])
 
 
 def latex(heads: list[str], cells: list[list[str]]) -> str:
-    """Finished text as a LaTeX ``tabular``."""
+    """Format text cells as a LaTeX ``tabular``."""
     head, *body = (" & ".join(row) + r" \\" for row in [_latex(heads), *map(_latex, cells)])
     start = [r"\begin{tabular}{" + "l" * len(heads) + "}", r"\hline", head, r"\hline"]
     return "\n".join([*start, *body, r"\hline", r"\end{tabular}"])
@@ -204,17 +206,13 @@ def _cell(value: Any) -> Any:
     return value
 
 
-def _escaped(cells: list[list[str]], old: str, new: str) -> list[list[str]]:
-    return [[cell.replace(old, new) for cell in row] for row in cells]
-
-
 def _latex(cells: list[str]) -> list[str]:
     special = str.maketrans({sign: "\\" + sign for sign in "&%$#_{}"})
     return [cell.translate(special) for cell in cells]
 
 
 def clean(value: Any) -> Any:
-    """The value for JSON: NaN and infinity become null."""
+    """Make a value fit for JSON: NaN and infinity become None."""
     if isinstance(value, dict):
         return {key: clean(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

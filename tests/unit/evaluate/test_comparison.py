@@ -163,7 +163,7 @@ def test_flip_rates_are_of_images_that_both_call_abnormal(make_run: MakeRun) -> 
     before = read_records(run)["judge_image"]
     assert flips is not None
     assert (flips["n"], flips["b"]) == ((before <= 0.5).sum(), 1)
-    assert any("judges of their own" in note for note in comparison.notes)
+    assert any("different judges" in note for note in comparison.notes)
 
 
 def test_images_of_one_run_only_are_counted(make_run: MakeRun) -> None:
@@ -184,7 +184,7 @@ def test_images_of_one_name_and_other_bytes_are_no_pair(make_run: MakeRun) -> No
     )
     assert compare_runs(named, half).counts["same_name_other_bytes"] == 6
     none = copied(named, "none", change=lambda row: {**row, "image_sha256": "c" * 64})
-    with pytest.raises(UnusableData, match="12 have one name and other bytes"):
+    with pytest.raises(UnusableData, match="12 have the same name but other bytes"):
         compare_runs(named, none)
 
 

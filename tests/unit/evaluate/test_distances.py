@@ -74,8 +74,8 @@ def test_features_that_wait_on_disk_give_the_same_tables(
     generate_run(tiny, str(images), str(model), str(tmp_path / "run"), Request(), Execution(executor="inline"))
     run = open_run(str(tmp_path / "run"))
     found = []
-    for limit in (distances.IN_MEMORY, 0):
-        monkeypatch.setattr(distances, "IN_MEMORY", limit)
+    for limit in (distances.MAX_NUMBERS_IN_MEMORY, 0):
+        monkeypatch.setattr(distances, "MAX_NUMBERS_IN_MEMORY", limit)
         assert isinstance(distances.scratch(2, 3), np.memmap) == (limit == 0)
         run.store.delete("_SUCCESS")
         metrics = reduce_run(run, str(images), Options()).metrics

@@ -148,8 +148,8 @@ def test_images_that_have_gone_since_are_counted(movable: tuple[Path, Path]) -> 
     (data / gone[0]).unlink()
     (data / gone[1]).write_bytes(b"no image")
     (data / gone[2]).unlink()
-    note = f"3 images, or masks or ground truth of theirs, cannot be read (first: {data / images[0]}); the rows that "
-    assert [text for text in _noted(run, data) if "cannot be read" in text] == [f"{note}need them leave them out"]
+    note = f"3 images, or their masks or ground truth, cannot be read (first: {data / images[0]}); they are left out "
+    assert [text for text in _noted(run, data) if "cannot be read" in text] == [f"{note}of the tables that need them"]
     for path, content in kept.items():
         (data / path).write_bytes(content)
     assert not [text for text in _noted(run, data) if "cannot be read" in text]

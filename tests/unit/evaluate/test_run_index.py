@@ -53,8 +53,8 @@ def test_an_unfinished_run_has_what_is_committed_and_an_empty_one_nothing(make_r
 def test_images_that_are_asked_for_and_images_of_training(make_run: MakeRun) -> None:
     run = make_run()
     path = read_records(run)["image_path"][7]
-    found = index_run(run, asked={path}, trained_on=lambda sha256: sha256 is None)
-    assert [row["image_path"] for row in found.asked] == [path]
+    found = index_run(run, requested={path}, trained_on=lambda sha256: sha256 is None)
+    assert [row["image_path"] for row in found.requested] == [path]
     assert found.frame["trained_on"].all()  # these records have no digest
     assert "trained_on" not in index_run(run).frame
 
@@ -90,7 +90,7 @@ def test_settings_of_a_sweep_have_names(swept: Run) -> None:
 
 
 def test_the_same_images_are_looked_at_in_every_setting(swept: Run) -> None:
-    few, more = index_run(swept, most=2).sampled, index_run(swept, most=4).sampled
+    few, more = index_run(swept, max_images=2).sampled, index_run(swept, max_images=4).sampled
     order = read_records(swept)["record_id"].tolist()
     localization = [order.index(row["record_id"]) for row in more]
     assert localization == sorted(localization)

@@ -135,7 +135,7 @@ def test_sixteen_bits_mean_what_is_said() -> None:
 @pytest.mark.parametrize(
     ("data", "path", "reason"),
     [
-        (encoded(np.arange(48, dtype=np.uint8).reshape(4, 4, 3), "PNG"), "m.png", "colours"),
+        (encoded(np.arange(48, dtype=np.uint8).reshape(4, 4, 3), "PNG"), "m.png", "coloured"),
         (encoded(np.zeros((2, 4, 4)), "NPY"), "m.npy", r"\[2, 4, 4\]"),
         (encoded(np.full((4, 4), np.nan), "NPY"), "m.npy", "not finite"),
         (encoded(np.full((4, 4), 1e300), "NPY"), "m.npy", "not finite"),
@@ -227,7 +227,7 @@ def test_signs_are_stated_and_can_be_chosen(maps: Path, images: Path) -> None:
     assert "absolute" not in {row["map"] for row in alone.images}
     for path in maps.iterdir():
         np.save(path, -np.abs(np.load(path)))
-    assert any("is their sign turned" in note for note in score_maps(str(maps), str(images)).metrics["notes"])
+    assert any("is their sign inverted" in note for note in score_maps(str(maps), str(images)).metrics["notes"])
 
 
 def test_nothing_is_left_out_without_a_word(maps: Path, images: Path) -> None:
@@ -248,7 +248,7 @@ def test_nothing_is_left_out_without_a_word(maps: Path, images: Path) -> None:
         ill[0].name,
         "1 images have no map",
         "1 maps had another size",
-        "1 files of the folder are no maps",
+        "1 files of the folder are not maps",
         "1 maps have no positive value",
     ):
         assert part in said, part
@@ -317,7 +317,7 @@ def test_wrong_usage_is_exit_2_and_one_line(maps: Path, images: Path, tmp_path: 
         ((tmp_path / "nowhere", "--data", images), "no maps there"),
         ((tmp_path / "strangers", "--data", images), "none of its 1 maps"),
         ((maps, "--data", tmp_path / "nowhere"), "nowhere"),
-        ((maps, "--data", bare), "a lesion to find"),
+        ((maps, "--data", bare), "has a known lesion"),
         ((maps, "--data", images, "--threshold-from", tmp_path), "no thresholds"),
         ((maps, "--data", images, "--threshold-from", tmp_path / "no.json"), "no.json"),
         ((maps, "--data", images, "--threshold-from", tmp_path / "wrong.json"), "wrong.json"),
