@@ -35,7 +35,7 @@ RESAMPLES = 1000  # of the bootstrap
 
 
 @dataclass(frozen=True)
-class Measure:
+class ComparedMetric:
     """One metric of an image in a comparison."""
 
     key: str  # column name
@@ -45,24 +45,24 @@ class Measure:
     name: str = ""  # a short title
 
 
-MEASURES = (
-    Measure("auroc", "AUROC of max(M, 0)", 1, name="AUROC"),
-    Measure("auprc", "AUPRC of max(M, 0)", 1),
-    Measure("dice_fixed", "Dice at each run’s fixed threshold", 1, name="Dice at fixed threshold"),
-    Measure("dice_best", "Dice at each image’s best threshold", 1),
-    Measure("pointing_game", "pointing game", 1),
-    Measure("flip_rate", "flip rate", 1, "percent"),
-    Measure("confidence_gain", "judge’s confidence gain", 1),
-    Measure("lesion_error_ratio", "lesion error left", -1, "percent"),
-    Measure("ground_truth_psnr", "PSNR to ground-truth counterfactual, dB", 1),
-    Measure("ground_truth_ssim", "SSIM to ground-truth counterfactual", 1),
-    Measure("ssim", "SSIM, image and counterfactual", 0, name="SSIM"),
-    Measure("ms_ssim", "MS-SSIM, image and counterfactual", 0),
-    Measure("l1", "mean |image − counterfactual|", 0),
-    Measure("attribution_energy", "map energy, mean |M|", 0, name="map energy"),
-    Measure("attribution_energy_lung_fraction", "map energy inside the lungs", 0, "percent"),
+COMPARED_METRICS = (
+    ComparedMetric("auroc", "AUROC of max(M, 0)", 1, name="AUROC"),
+    ComparedMetric("auprc", "AUPRC of max(M, 0)", 1),
+    ComparedMetric("dice_fixed", "Dice at each run’s fixed threshold", 1, name="Dice at fixed threshold"),
+    ComparedMetric("dice_best", "Dice at each image’s best threshold", 1),
+    ComparedMetric("pointing_game", "pointing game", 1),
+    ComparedMetric("flip_rate", "flip rate", 1, "percent"),
+    ComparedMetric("confidence_gain", "judge’s confidence gain", 1),
+    ComparedMetric("lesion_error_ratio", "lesion error left", -1, "percent"),
+    ComparedMetric("ground_truth_psnr", "PSNR to ground-truth counterfactual, dB", 1),
+    ComparedMetric("ground_truth_ssim", "SSIM to ground-truth counterfactual", 1),
+    ComparedMetric("ssim", "SSIM, image and counterfactual", 0, name="SSIM"),
+    ComparedMetric("ms_ssim", "MS-SSIM, image and counterfactual", 0),
+    ComparedMetric("l1", "mean |image − counterfactual|", 0),
+    ComparedMetric("attribution_energy", "map energy, mean |M|", 0, name="map energy"),
+    ComparedMetric("attribution_energy_lung_fraction", "map energy inside the lungs", 0, "percent"),
 )
-BY_KEY = {measure.key: measure for measure in MEASURES}
+BY_KEY = {measure.key: measure for measure in COMPARED_METRICS}
 RECORDED = ("ssim", "ms_ssim", "l1", "attribution_energy", "attribution_energy_lung_fraction")  # columns of the records
 LOCALIZED = ("auroc", "auprc", "dice_best", "pointing_game")  # columns of a localisation row
 
@@ -166,7 +166,7 @@ def _fill(pairs: pd.DataFrame, a: Run, b: Run, notes: list[str]) -> None:
     """Add to ``pairs`` the columns of every measure that both runs have."""
     sides = {"a": _image_numbers(a, pairs["record_a"].tolist(), notes)}
     sides["b"] = _image_numbers(b, pairs["record_b"].tolist(), notes) if b is not a else sides["a"]
-    for measure in MEASURES:
+    for measure in COMPARED_METRICS:
         key = measure.key
         if any(key not in numbers or numbers[key].isna().all() for numbers in sides.values()):
             continue
@@ -227,7 +227,7 @@ def difference_rows(pairs: pd.DataFrame) -> list[Row]:
     """One row per class and measure: value of A, of B, and B - A with its 95 % interval; all classes come last."""
     rows = []
     for label, images in tables.by_label(pairs):
-        for measure in MEASURES:
+        for measure in COMPARED_METRICS:
             if f"{measure.key}_a" not in images:
                 continue
             values = [images[f"{measure.key}_{side}"].to_numpy(float) for side in "ab"]
@@ -255,7 +255,7 @@ def difference_rows(pairs: pd.DataFrame) -> list[Row]:
     return rows
 
 
-def _better_run(measure: Measure, interval: tuple[float, float]) -> str | None:
+def _better_run(measure: ComparedMetric, interval: tuple[float, float]) -> str | None:
     """``a`` or ``b`` if the interval excludes zero and the measure has a better direction; else None."""
     low, high = interval
     if not measure.better or not (low > 0 or high < 0):

@@ -23,7 +23,7 @@ from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.encoding import encode_png, quantise
 from diffva_ray.data.images import BadImage
 from diffva_ray.evaluate.annotations import lesion_boxes
-from diffva_ray.evaluate.comparison import BY_KEY, Comparison, Measure, shown
+from diffva_ray.evaluate.comparison import BY_KEY, Comparison, ComparedMetric, shown
 from diffva_ray.evaluate.drawing import CLASS_COLOURS, INK, MUTED, OUTLINE, RULE, diverging, png, short
 from diffva_ray.evaluate.figures import map_scale, settings_line
 from diffva_ray.evaluate.records import read_images, read_records, read_truth
@@ -94,12 +94,12 @@ def write_comparison(comparison: Comparison, store: Store) -> str:
     return join(store.uri, PAGE)
 
 
-def ranking(comparison: Comparison) -> Measure:
+def ranking(comparison: Comparison) -> ComparedMetric:
     """The measure by which the images are ranked."""
     return BY_KEY[next(key for key in RANKED_BY if comparison.row(key) is not None)]
 
 
-def chosen(comparison: Comparison, measure: Measure) -> list[tuple[str, list[int]]]:
+def chosen(comparison: Comparison, measure: ComparedMetric) -> list[tuple[str, list[int]]]:
     """Groups of images that differ most, medium and least by ``measure``, as (heading, positions in ``pairs``).
 
     Each image is in one group; ties keep the order of the images.
@@ -118,7 +118,7 @@ def chosen(comparison: Comparison, measure: Measure) -> list[tuple[str, list[int
 
 
 def _write_images(
-    comparison: Comparison, measure: Measure, store: Store
+    comparison: Comparison, measure: ComparedMetric, store: Store
 ) -> tuple[list[tuple[str, list[ExampleImage]]], float, int]:
     """The images by group, the colour limit of all maps, and the number of images that can no longer be read."""
     runs = (comparison.a, comparison.b)
@@ -192,7 +192,7 @@ def _outlined(pixels: NDArray[np.float32], edge: NDArray[np.bool_] | None, colou
     return result
 
 
-def _scores(pair: pd.Series, measure: Measure) -> list[tuple[str, str, str, str]]:
+def _scores(pair: pd.Series, measure: ComparedMetric) -> list[tuple[str, str, str, str]]:
     scores: list[tuple[str, str, str, str]] = []
     for key in dict.fromkeys((measure.key, "ssim", "lesion_error_ratio")):
         if f"{key}_a" not in pair:
@@ -208,14 +208,14 @@ def _scores(pair: pd.Series, measure: Measure) -> list[tuple[str, str, str, str]
 DIGITS = {"l1": 4, "attribution_energy": 4, "ground_truth_psnr": 1}  # decimals by measure; three for all others
 
 
-def form(measure: Measure, value: float) -> str:
+def form(measure: ComparedMetric, value: float) -> str:
     """A value of a measure as text."""
     if measure.form == "percent":
         return f"{number(100 * value, 1)}\u00a0%" if known(value) else "–"
     return number(value, DIGITS.get(measure.key, 3))
 
 
-def signed(measure: Measure, value: float) -> str:
+def signed(measure: ComparedMetric, value: float) -> str:
     """A difference as text with its sign, in percentage points for percentages; without a sign if it rounds to zero."""
     text = form(measure, value).replace("%", "pp")
     if not any(digit in text for digit in "123456789"):
@@ -236,7 +236,7 @@ def cards(comparison: Comparison) -> list[Card]:
     return results
 
 
-def _interval(measure: Measure, row: Row) -> str:
+def _interval(measure: ComparedMetric, row: Row) -> str:
     low, high = row["interval"]
     return "no interval" if low != low else f"{signed(measure, low)} to {signed(measure, high)}"
 
@@ -271,13 +271,13 @@ def difference_table(comparison: Comparison) -> Table:
     return Table("numbers", "Numbers", caption, heads, groups)
 
 
-def _better(measure: Measure, row: Row) -> str:
+def _better(measure: ComparedMetric, row: Row) -> str:
     if not measure.better:
         return "–"
     return row["better"].upper() if row["better"] else "not clear"
 
 
-def scatter(comparison: Comparison, measure: Measure) -> bytes:
+def scatter(comparison: Comparison, measure: ComparedMetric) -> bytes:
     """PNG with ``measure`` of every image in A against B, and the distribution of the differences, by class."""
     pairs = comparison.pairs.dropna(subset=[f"{measure.key}_a", f"{measure.key}_b"])
     labels = sorted(pairs["label"].value_counts().nlargest(len(CLASS_COLOURS)).index)
@@ -323,7 +323,7 @@ def _spread(axes: Axes, y: float, gaps: NDArray[np.float64], colour: str) -> Non
 
 def render(
     comparison: Comparison,
-    measure: Measure,
+    measure: ComparedMetric,
     groups: list[tuple[str, list[ExampleImage]]],
     limit: float,
     unreadable: int,
