@@ -18,7 +18,7 @@ import ray.data
 
 from diffva_ray.distributed import session
 from diffva_ray.distributed.prometheus import GenerationMetrics
-from diffva_ray.generate.attempts import MOST_MEMORY, RAY, Attempt, OutOfMemory, Session
+from diffva_ray.generate.attempts import MAX_MEMORY_FAILURES, RAY, Attempt, OutOfMemory, Session
 from diffva_ray.progress import LOG
 from diffva_ray.storage.store import patiently
 
@@ -46,7 +46,7 @@ class ShardWorker:
         try:
             report = self.run_shard(self.context, shard)
         except OutOfMemory:
-            if Attempt(self.context.run.store, shard, self.context.session).short_of_memory >= MOST_MEMORY:
+            if Attempt(self.context.run.store, shard, self.context.session).short_of_memory >= MAX_MEMORY_FAILURES:
                 raise
             os._exit(1)  # the device memory of this process may be in a bad state; Ray starts a new process
         self.metrics.commit(report)

@@ -342,7 +342,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         for head in ("setting", f"A {names[0]}", f"B {names[1]}"):
             settings.add_column(head)
         for name, *values in comparison.settings:
-            settings.add_row(name, *(escape(shown(value)) for value in values))
+            settings.add_row(name, *(escape(setting_text(value)) for value in values))
         console.print(settings)
     else:
         console.print("the two runs have the same settings")
@@ -372,7 +372,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
         console.print(f"note: {note}", markup=False, highlight=False)
 
 
-def shown(value: Any) -> str:
+def setting_text(value: Any) -> str:
     """A setting as text: a dash for None, ``(empty)`` for an empty string, digests shortened."""
     if value is None:
         return "–"

@@ -29,7 +29,7 @@ FOLDER = "attempts"
 INLINE, RAY = "inline", "ray"
 MAX_RECORD_DEATHS = {RAY: 2, INLINE: 3}  # worker deaths during one record, after which it is quarantined
 MAX_SHARD_DEATHS = 20  # worker deaths on one shard under one driver: the cause is the machine, not an image
-MOST_MEMORY = 3  # attempts at a shard that may run out of memory
+MAX_MEMORY_FAILURES = 3  # attempts at a shard that may run out of memory
 
 
 class WorkersKeepDying(Exception):

@@ -23,7 +23,7 @@ from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.encoding import encode_png, quantise
 from diffva_ray.data.images import BadImage
 from diffva_ray.evaluate.annotations import lesion_boxes
-from diffva_ray.evaluate.comparison import BY_KEY, Comparison, ComparedMetric, shown
+from diffva_ray.evaluate.comparison import BY_KEY, ComparedMetric, Comparison, setting_text
 from diffva_ray.evaluate.drawing import CLASS_COLOURS, INK, MUTED, OUTLINE, RULE, diverging, png, short
 from diffva_ray.evaluate.figures import map_scale, settings_line
 from diffva_ray.evaluate.records import read_images, read_records, read_truth
@@ -329,7 +329,7 @@ def render(
     unreadable: int,
 ) -> str:
     """The page as HTML."""
-    settings = [(plain(name), shown(in_a), shown(in_b)) for name, in_a, in_b in comparison.settings]
+    settings = [(plain(name), setting_text(in_a), setting_text(in_b)) for name, in_a, in_b in comparison.settings]
     heads = ("setting", f"A {comparison.names[0]}", f"B {comparison.names[1]}")
     values = {
         "title": f"{' and '.join(comparison.names)} · diffva comparison",

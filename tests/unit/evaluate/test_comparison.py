@@ -32,7 +32,7 @@ from diffva_ray.evaluate.comparison import (
     paired_difference,
     print_comparison,
     run_names,
-    shown,
+    setting_text,
 )
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.report.comparison_page import chosen, output_store, ranking, write_comparison
@@ -237,7 +237,7 @@ def test_runs_are_called_by_what_tells_them_apart() -> None:
     assert run_names("/a/one/", "/a/two") == ("one", "two")
     assert run_names("/a/one/run", "s3://b/two/run") == ("one/run", "two/run")
     assert run_names("/a/run", "/a/run") == ("run", "run")
-    assert [shown(value) for value in (None, "", "ab" * 32, 0.5)] == ["–", "(empty)", "abababababab", "0.5"]
+    assert [setting_text(value) for value in (None, "", "ab" * 32, 0.5)] == ["–", "(empty)", "abababababab", "0.5"]
 
 
 class Page(HTMLParser):
