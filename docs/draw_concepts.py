@@ -1,5 +1,7 @@
-"""python docs/draw_concepts.py --model runs/demo/model: the pictures of docs/concepts.md, on a phantom that the demo's
-model has not seen."""
+"""Draw the figures of docs/concepts.md on a phantom that the demo's model has not seen.
+
+python docs/draw_concepts.py --model runs/demo/model
+"""
 
 from __future__ import annotations
 
@@ -22,24 +24,24 @@ from diffva_ray.metrics.localization import positive, score
 from diffva_ray.model.schedulers import schedule
 
 Image = NDArray[np.float32]
-SEED, PATIENT, LABEL = 90210, 4, "COVID"  # images of no split
+SEED, PATIENT, LABEL = 90210, 4, "COVID"  # in none of the demo's splits
 STRENGTHS = (0.2, 0.4, 0.6, 0.8)
-LIMIT = 0.2  # of the maps' colours
+LIMIT = 0.2  # grey level at which the colours of the maps saturate
 
 
-def noised(generate: CounterfactualEngine, image: Image, strength: float) -> Image:
-    """What is left of an image at the noise level from which it is put together again, decoded."""
+def noised(engine: CounterfactualEngine, image: Image, strength: float) -> Image:
+    """Add noise up to ``strength`` to an image's latents, and decode them."""
     with torch.inference_mode():
-        mean, _ = generate.model.encode(torch.from_numpy(image)[None])
-        latents = mean.float() * generate.model.scale
-        scheduler, timesteps = schedule("ddim", generate.bundle.scheduler, 50, strength)
+        mean, _ = engine.model.encode(torch.from_numpy(image)[None])
+        latents = mean.float() * engine.model.scale
+        scheduler, timesteps = schedule("ddim", engine.bundle.scheduler, 50, strength)
         fresh = noise(latents.shape, [torch.Generator().manual_seed(0)])
-        return generate.model.decode(scheduler.add_noise(latents, fresh, timesteps[:1]))[0].numpy()
+        return engine.model.decode(scheduler.add_noise(latents, fresh, timesteps[:1]))[0].numpy()
 
 
-def generated(generate: CounterfactualEngine, image: Phantom, **settings: object) -> CounterfactualBatch:
-    asked = replace(generate.settings(), **settings)  # type: ignore[arg-type]
-    return generate([image.image], [asked], seeds=[0], lungs=[image.lungs])
+def generated(engine: CounterfactualEngine, image: Phantom, **settings: object) -> CounterfactualBatch:
+    settings_used = replace(engine.settings(), **settings)  # type: ignore[arg-type]
+    return engine([image.image], [settings_used], seeds=[0], lungs=[image.lungs])
 
 
 def panel(axes: Axes, image: Image, title: str, lesion: NDArray[np.bool_] | None = None, signed: bool = False) -> None:
@@ -55,9 +57,8 @@ def panel(axes: Axes, image: Image, title: str, lesion: NDArray[np.bool_] | None
         side.set_visible(False)
 
 
-def ladder(generate: CounterfactualEngine, image: Phantom) -> Figure:
-    """Rows: the image taken apart, the counterfactual put together again (sdedit), its map, and the map of DDIM
-    inversion."""
+def strength_figure(engine: CounterfactualEngine, image: Phantom) -> Figure:
+    """Draw four rows: noised image, counterfactual (sdedit), its map, and the map of DDIM inversion."""
     figure = Figure(figsize=(7.6, 6.4), facecolor="white", layout="constrained")
     grid = figure.subplots(4, len(STRENGTHS) + 1)
     panel(grid[0][0], image.image, "image, lesion outlined", image.lesion)
@@ -65,26 +66,26 @@ def ladder(generate: CounterfactualEngine, image: Phantom) -> Figure:
     panel(grid[2][0], image.image - image.ground_truth, "true difference", signed=True)
     grid[3][0].axis("off")
     for column, strength in enumerate(STRENGTHS, 1):
-        panel(grid[0][column], noised(generate, image.image, strength), f"strength {strength:g}: taken apart")
+        panel(grid[0][column], noised(engine, image.image, strength), f"strength {strength:g}: noised")
         for method in ("sdedit", "ddim-inversion"):
-            counterfactuals = generated(generate, image, method=method, strength=strength)
-            counterfactual, rebuilt = counterfactuals.counterfactuals[0], counterfactuals.reconstructions[0]
-            signed = attribution(image.image, rebuilt, counterfactual, generate.config)
-            found = score(positive(signed), image.lesion, image.lungs | image.lesion)
-            told = f"AUROC {found.auroc:.2f}" if found else ""
+            counterfactuals = generated(engine, image, method=method, strength=strength)
+            counterfactual, reconstruction = counterfactuals.counterfactuals[0], counterfactuals.reconstructions[0]
+            signed = attribution(image.image, reconstruction, counterfactual, engine.config)
+            scores = score(positive(signed), image.lesion, image.lungs | image.lesion)
+            label = f"AUROC {scores.auroc:.2f}" if scores else ""
             if method == "sdedit":
                 panel(grid[1][column], counterfactual, "counterfactual (sdedit)")
-            panel(grid[2 if method == "sdedit" else 3][column], signed, f"map, {method}\n{told}", image.lesion, True)
+            panel(grid[2 if method == "sdedit" else 3][column], signed, f"map, {method}\n{label}", image.lesion, True)
     return figure
 
 
-def scoring(generate: CounterfactualEngine, image: Phantom) -> Figure:
-    """How a map is scored: raw and compensated map, its positive part in the lungs, and what a threshold marks."""
-    counterfactuals = generated(generate, image)
-    counterfactual, rebuilt = counterfactuals.counterfactuals[0], counterfactuals.reconstructions[0]
-    raw, signed = image.image - counterfactual, attribution(image.image, rebuilt, counterfactual, generate.config)
+def scoring_figure(engine: CounterfactualEngine, image: Phantom) -> Figure:
+    """Draw how a map is scored: raw map, compensated map, its positive part in the lungs, pixels above a threshold."""
+    counterfactuals = generated(engine, image)
+    counterfactual, reconstruction = counterfactuals.counterfactuals[0], counterfactuals.reconstructions[0]
+    raw, signed = image.image - counterfactual, attribution(image.image, reconstruction, counterfactual, engine.config)
     region = image.lungs | image.lesion
-    found = score(positive(signed), image.lesion, region)
+    scores = score(positive(signed), image.lesion, region)
     threshold = 0.03
     marked = (signed >= threshold) & region
     colours = np.ones((*image.image.shape, 3), np.float32) * 0.93
@@ -104,7 +105,7 @@ def scoring(generate: CounterfactualEngine, image: Phantom) -> Figure:
     panel_title = f"above τ: Dice {dice:.2f}"
     axes[5].set_title(panel_title, fontsize=8, color=INK, pad=3)
     axes[5].axis("off")
-    auroc = f"AUROC {found.auroc:.2f}, " if found else ""
+    auroc = f"AUROC {scores.auroc:.2f}, " if scores else ""
     figure.supxlabel(
         f"{auroc}green: found; orange: marked and healthy; blue: missed. τ = {threshold:g}", fontsize=7.5, color=MUTED
     )
@@ -115,10 +116,10 @@ def scoring(generate: CounterfactualEngine, image: Phantom) -> Figure:
 @click.option("--model", default="runs/demo/model", show_default=True)
 @click.option("--out", default="docs/images", show_default=True, type=click.Path(path_type=Path))
 def main(model: str, out: Path) -> None:
-    generate = CounterfactualEngine.from_pretrained(model, "cpu")
-    image = phantom(LABEL, PATIENT, SEED, generate.size)
-    (out / "strength.png").write_bytes(png(ladder(generate, image)))
-    (out / "scoring.png").write_bytes(png(scoring(generate, image)))
+    engine = CounterfactualEngine.from_pretrained(model, "cpu")
+    image = phantom(LABEL, PATIENT, SEED, engine.size)
+    (out / "strength.png").write_bytes(png(strength_figure(engine, image)))
+    (out / "scoring.png").write_bytes(png(scoring_figure(engine, image)))
 
 
 if __name__ == "__main__":
