@@ -1,6 +1,6 @@
-"""One image, at once: its counterfactual under each prompt, the map, the numbers, and a sheet that shows them.
+"""Explains one image without a run: counterfactual, attribution map and metrics under each prompt.
 
-The engine and the measures are those of ``diffva generate``, so equal settings and seeds give equal pixels and numbers.
+Engine and metrics are those of ``diffva generate``, so equal settings and seeds give equal pixels and numbers.
 """
 
 from __future__ import annotations
@@ -30,72 +30,88 @@ from diffva_ray.provenance import code_revision
 from diffva_ray.schema import Image, Mask, record_seed
 from diffva_ray.storage.store import open_file, open_store
 
-MOST_PROMPTS = 24  # rows of one sheet
+MAX_PROMPTS = 24  # rows of one sheet
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model makes of the image under one prompt; images [size, size]. ``numbers`` are named as the columns of
-    a run's records."""
+    """Result of the image under one prompt."""
 
-    prompt: str
-    counterfactual: NDArray[np.uint8]  # as a run stores it
-    signed_map: Image  # in [-1, 1]; positive where the image is brighter than its counterfactual
-    inducing: bool  # the prompt names a finding, so red is -M
-    numbers: dict[str, Any]
+    prompt: str  # what the counterfactual should show
+    counterfactual: NDArray[np.uint8]  # [size, size], as a run stores it
+    signed_map: Image  # [size, size] in [-1, 1]; positive where the image is brighter than its counterfactual
+    inducing: bool  # whether the prompt names a finding, so that red is -M
+    numbers: dict[str, Any]  # metrics, named as the columns of a run's records
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """An image, what lies beside it, and an answer for each prompt. ``about``: image, model, settings, seed, code."""
+    """An image, its masks, and an answer for each prompt."""
 
     image: Image  # [size, size] in [0, 1], as the model sees it
-    lungs: Mask | None
-    lesion: Mask | None
-    answers: list[Answer]
-    about: dict[str, Any]
+    lungs: Mask | None  # lung mask [size, size] beside the image
+    lesion: Mask | None  # lesion mask [size, size] beside the image
+    answers: list[Answer]  # one per prompt
+    about: dict[str, Any]  # image, model, settings, seed, code
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the pixels, ready for JSON: ``about``'s keys and ``answers``, one dictionary per prompt."""
+        """All but the pixels, ready for JSON: the keys of ``about``, and ``answers`` with one dictionary per prompt."""
         return {**self.about, "answers": [answer.numbers for answer in self.answers]}
 
 
 def explain(
     image: str, model: str, recipe: Recipe, prompts: Sequence[str] = (), device: str | None = None
 ) -> Explanation:
-    """Generate the image at ``image`` (local or ``s3://``) with the model at ``model``, once for each prompt; without
-    prompts once, for the recipe's healthy prompt.
+    """Explain one image under each prompt.
 
-    The seed is ``record_seed(recipe.seed, <file name>, 0)``: the one a run would use if the image lay at its data root.
-    All prompts share it. Raises UnusableData (no such file, not an image, too small, a prompt that is too long),
-    UnusableModel, and PlanError for settings that no image could be generated with.
+    The seed is ``record_seed(recipe.seed, <file name>, 0)``, as in a run with the image at its data root. All prompts
+    share it.
+
+    Args:
+        image: Path of the image, local or ``s3://``.
+        model: Model folder, local or ``s3://``.
+        recipe: Recipe of the generation.
+        prompts: What the counterfactuals should show; by default the recipe's healthy prompt.
+        device: ``cpu`` or ``cuda``; by default the GPU where there is one.
+
+    Returns:
+        The image, its masks, and counterfactual, map and metrics for each prompt.
+
+    Raises:
+        UnusableData: If the file does not exist, is no image or too small, a prompt is too long, there are more than
+            MAX_PROMPTS, or the networks give NaN or infinity.
+        UnusableModel: If the model cannot be loaded.
+        PlanError: If the settings cannot generate any image.
     """
     config = recipe.generate
     check_settings(config, {})
-    asked = list(dict.fromkeys(prompts)) or [recipe.data.healthy_prompt]
-    if len(asked) > MOST_PROMPTS:
-        raise UnusableData(f"{len(asked)} prompts; a sheet has room for {MOST_PROMPTS}")
+    prompts = list(dict.fromkeys(prompts)) or [recipe.data.healthy_prompt]
+    if len(prompts) > MAX_PROMPTS:
+        raise UnusableData(f"{len(prompts)} prompts; a sheet has room for {MAX_PROMPTS}")
+
+    # Read the image and its masks, load the model.
     data, pixels = open_image(image, config.min_side, recipe.data.bits)
-    engine, judge = open_model(model, recipe, asked, device)
+    engine, judge = open_model(model, recipe, prompts, device)
     name = image.rpartition("/")[2]
     seed = record_seed(recipe.seed, name, 0)
     square = to_square(pixels, engine.size)
     lungs, lesion = (mask_beside(image, kind, engine.size) for kind in ("masks", "lesions"))
+
+    # Generate and measure, a micro-batch of prompts at a time.
     answers: list[Answer] = []
-    for start in range(0, len(asked), config.micro_batch):
-        some = asked[start : start + config.micro_batch]
-        count = len(some)
-        counterfactuals = engine(
-            [square] * count, [engine.settings(prompt) for prompt in some], [seed] * count, [lungs] * count
+    for start in range(0, len(prompts), config.micro_batch):
+        batch = prompts[start : start + config.micro_batch]
+        count = len(batch)
+        result = engine(
+            [square] * count, [engine.settings(prompt) for prompt in batch], [seed] * count, [lungs] * count
         )
-        if not (
-            np.isfinite(counterfactuals.counterfactuals).all() and np.isfinite(counterfactuals.reconstructions).all()
-        ):
+        if not (np.isfinite(result.counterfactuals).all() and np.isfinite(result.reconstructions).all()):
             raise UnusableData(f"{image}: the networks gave NaN or infinity for this image")
-        for prompt, generated, rebuilt, shown in zip(
-            some, counterfactuals.counterfactuals, counterfactuals.reconstructions, counterfactuals.source_prompts
+        for prompt, counterfactual, reconstruction, source_prompt in zip(
+            batch, result.counterfactuals, result.reconstructions, result.source_prompts
         ):
-            answers.append(_answer(square, lungs, generated, rebuilt, prompt, shown, recipe, judge))
+            answer = _answer(square, lungs, counterfactual, reconstruction, prompt, source_prompt, recipe, judge)
+            answers.append(answer)
     size = {"width": pixels.shape[1], "height": pixels.shape[0]}
     return Explanation(square, lungs, lesion, answers, {**origin(image, data, model, engine, recipe, seed), **size})
 
@@ -103,7 +119,7 @@ def explain(
 def origin(
     image: str, data: bytes, model: str, engine: CounterfactualEngine, recipe: Recipe, seed: int
 ) -> dict[str, Any]:
-    """What a sheet or a strip is made of: image, model, settings, seed, code."""
+    """Provenance of a sheet or a strip: image, model, settings, seed, code."""
     return {
         "image": image,
         "image_sha256": hashlib.sha256(data).hexdigest(),
@@ -123,8 +139,8 @@ def origin(
 def open_model(
     model: str, recipe: Recipe, prompts: Sequence[str], device: str | None = None
 ) -> tuple[CounterfactualEngine, Judge | None]:
-    """The engine of the model at ``model`` and its judge, where it has one. Raises UnusableModel, and UnusableData for
-    a prompt that is too long."""
+    """The engine of the model at ``model``, and its judge if it has one. Raises UnusableModel, and UnusableData for a
+    prompt that is too long."""
     bundle = load(model, recipe)
     engine = CounterfactualEngine(bundle, recipe.generate, device)
     for prompt in prompts:
@@ -137,7 +153,7 @@ def open_model(
 
 
 def open_image(image: str, min_side: int, bits: int = 16) -> tuple[bytes, Image]:
-    """The bytes of the image at a path (local or ``s3://``), and its pixels [H, W] in [0, 1]. Raises UnusableData."""
+    """Bytes of the image at a path (local or ``s3://``), and its pixels [H, W] in [0, 1]. Raises UnusableData."""
     store, name = open_file(image)
     if not name:
         raise UnusableData(f"IMAGE {image!r}: names no file")
@@ -157,7 +173,7 @@ def open_image(image: str, min_side: int, bits: int = 16) -> tuple[bytes, Image]
 
 
 def mask_beside(image: str, kind: str, size: int) -> Mask | None:
-    """The mask [size, size] of the image at a path, found as a run finds it (``companions``); None without one."""
+    """Mask [size, size] of the image at a path, by a run's rules (``companions``); None without one."""
     for path in companions(image, kind):
         store, name = open_file(path)
         mask = read_mask(store, name, size)
@@ -169,20 +185,20 @@ def mask_beside(image: str, kind: str, size: int) -> Mask | None:
 def _answer(
     image: Image,
     lungs: Mask | None,
-    generated: Image,
-    rebuilt: Image,
+    counterfactual: Image,
+    reconstruction: Image,
     prompt: str,
-    shown: str,
+    source_prompt: str,
     recipe: Recipe,
     judge: Judge | None,
 ) -> Answer:
-    """Measured on the 8-bit images, as a run's records are."""
-    counterfactual = quantise(generated)
-    found, signed = measure(image, counterfactual, quantise(rebuilt), lungs, recipe.generate, judge)
-    numbers = {"prompt": prompt, "source_prompt": shown, **found}
-    for name in ("judge_image", "judge_counterfactual"):  # JSON knows no numpy
-        numbers[name] = None if found[name] is None else float(found[name])
-    if not math.isfinite(found["psnr"]):  # nor infinity; only equal images have it
+    """Measure the 8-bit images, as for a run's records, and make the numbers ready for JSON."""
+    stored = quantise(counterfactual)
+    metrics, signed_map = measure(image, stored, quantise(reconstruction), lungs, recipe.generate, judge)
+    numbers = {"prompt": prompt, "source_prompt": source_prompt, **metrics}
+    for name in ("judge_image", "judge_counterfactual"):  # JSON has no numpy numbers
+        numbers[name] = None if metrics[name] is None else float(metrics[name])
+    if not math.isfinite(metrics["psnr"]):  # JSON has no infinity, which equal images have
         numbers["psnr"] = None
     del numbers["reconstruction_sha256"]  # the sheet does not keep the reconstruction
-    return Answer(prompt, counterfactual, signed, induces(prompt, recipe.data), numbers)
+    return Answer(prompt, stored, signed_map, induces(prompt, recipe.data), numbers)

@@ -1,4 +1,4 @@
-"""The sheet of one image: the image, each counterfactual and attribution map, and the numbers, as a PNG."""
+"""The sheet of one image, a PNG: the image, each counterfactual and attribution map, and the metrics."""
 
 from __future__ import annotations
 
@@ -15,39 +15,36 @@ from diffva_ray.explain.image import Answer, Explanation
 from diffva_ray.generate.measures import unit
 from diffva_ray.storage.store import open_file
 
-RED_ABOVE = 0.05  # a quantile of the image's own map would paint a healthy image, too
-
-
-LEAST_LIMIT = 0.1  # a map of nearly nothing looks like nearly nothing
-
-
+RED_ABOVE = 0.05  # of M or -M; a quantile of the image's own map would mark pixels of healthy images, too
+MIN_LIMIT = 0.1  # |M| at full colour, at least: a map of small changes must look faint
 PANEL, GAP, LEFT, TOP, LINE = 2.15, 0.06, 1.95, 0.66, 0.15  # inches
 
 
 def write_sheet(explanation: Explanation, path: str) -> None:
-    """Draw the sheet and write it to ``path`` (a .png, local or ``s3://``). Raises UnusableData for another ending,
-    StoreError where it cannot be written."""
+    """Draw the sheet and write it to ``path`` (a .png, local or ``s3://``). Raises UnusableData for another ending, and
+    StoreError if it cannot be written."""
     write_png(sheet(explanation), path)
 
 
-def write_png(picture: bytes, path: str) -> None:
-    """Put a drawn sheet at ``path``; raises as ``write_sheet``."""
+def write_png(image: bytes, path: str) -> None:
+    """Write a drawn sheet to ``path``; raises as ``write_sheet``."""
     check_sheet(path)
     store, name = open_file(path)
-    store.put(name, picture)
+    store.put(name, image)
 
 
 def check_sheet(path: str) -> None:
-    """Raises UnusableData unless ``path`` can be the name of a sheet."""
+    """Check the name of a sheet. Raises UnusableData unless it ends with .png."""
     if not path.lower().endswith(".png"):
         raise UnusableData(f"--out {path}: the sheet is a .png")
 
 
 def sheet(explanation: Explanation) -> bytes:
-    """PNG in the manner of a run's figures: a row per prompt with the image, its counterfactual, the red overlay and
-    the signed map; the outline of the lesion where its mask lies beside the image."""
+    """Draw a PNG in the style of a run's figures: a row per prompt with image, counterfactual, red overlay and signed
+    map, and the outline of the lesion if its mask is beside the image."""
+    # Colour scale, text of the footer, and size of the figure in inches.
     answers = explanation.answers
-    limit = colour_limit(np.concatenate([answer.signed_map.ravel() for answer in answers]), LEAST_LIMIT)
+    limit = colour_limit(np.concatenate([answer.signed_map.ravel() for answer in answers]), MIN_LIMIT)
     scale = Scale(RED_ABOVE, "fixed", limit)
     columns = ("image", "counterfactual", "red overlay", "signed map")
     width = LEFT + len(columns) * (PANEL + GAP) + 0.18
@@ -57,26 +54,29 @@ def sheet(explanation: Explanation) -> bytes:
     figure = Figure(figsize=(width, height), facecolor="white")
     figure.text(0.12 / width, 1 - 0.22 / height, short_path(explanation.about["image"]), fontsize=10, color=INK,
                 weight="bold", va="center", parse_math=False)  # fmt: skip
+
+    # A row of panels per prompt.
     for row, answer in enumerate(answers):
         bottom = height - TOP - row * (PANEL + GAP) - PANEL
         _side(figure, answer, 0.12 / width, bottom + PANEL, height)
-        generated = unit(answer.counterfactual)
         red = (-1 if answer.inducing else 1) * answer.signed_map
-        pictures = (
+        panels = (
             explanation.image,
-            generated,
+            unit(answer.counterfactual),
             overlay(explanation.image, red, scale.threshold, explanation.lungs),
             diverging(answer.signed_map, scale.limit),
         )
-        for column, (title, picture) in enumerate(zip(columns, pictures)):
+        for column, (title, panel) in enumerate(zip(columns, panels)):
             left = (LEFT + column * (PANEL + GAP)) / width
             axes = figure.add_axes((left, bottom / height, PANEL / width, PANEL / height))
             axes.set_axis_off()
-            axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
+            axes.imshow(panel, cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
             if column >= 2:
                 outline(axes, explanation.lesion)
             if row == 0:
                 axes.set_title(title, fontsize=8.5, color=INK, pad=4)
+
+    # Colour bar and footer.
     colour_bar(figure, scale, (LEFT + 3 * (PANEL + GAP)) / width, (foot - 0.17) / height, PANEL / width, height)
     figure.text(0.12 / width, 0.32 / height, "\n".join(lines), fontsize=7, color=MUTED, va="bottom", linespacing=1.45,
                 parse_math=False)  # fmt: skip
@@ -86,19 +86,19 @@ def sheet(explanation: Explanation) -> bytes:
 
 
 def _side(figure: Figure, answer: Answer, x: float, top: float, height: float) -> None:
-    """Prompt and numbers at the left of a row whose panels end ``top`` inches above the figure's foot."""
+    """Write prompt and metrics at the left of a row whose panels end ``top`` inches above the figure's bottom."""
     prompt = textwrap.wrap(f"“{answer.prompt}”", 25)
     if len(prompt) > 4:
         prompt = [*prompt[:3], prompt[3][:23] + "…”"]
     figure.text(x, (top - 0.02) / height, "\n".join(prompt), fontsize=8, color=INK, weight="bold", va="top",
                 linespacing=1.35, parse_math=False)  # fmt: skip
     below = top - 0.12 - 0.155 * len(prompt)
-    figure.text(x, below / height, "\n".join(said(answer)), fontsize=7.5, color=MUTED, va="top", linespacing=1.55,
-                parse_math=False)  # fmt: skip
+    figure.text(x, below / height, "\n".join(metric_lines(answer)), fontsize=7.5, color=MUTED, va="top",
+                linespacing=1.55, parse_math=False)  # fmt: skip
 
 
-def said(answer: Answer) -> list[str]:
-    """The numbers of one answer, a line each."""
+def metric_lines(answer: Answer) -> list[str]:
+    """Metrics of one answer as text, one line each."""
     numbers = answer.numbers
     ratio = "equal images" if numbers["psnr"] is None else f"{numbers['psnr']:.1f} dB"
     lines = [
@@ -154,13 +154,13 @@ def _difference(config: dict[str, Any]) -> str:
 
 
 def short_path(path: str) -> str:
-    """The end of a path, which is what tells images apart; folders above it are nobody's business on a sheet."""
+    """The last three parts of a path, which identify the image; the folders above are private."""
     end = "/".join(path.split("/")[-3:])
     return end if len(end) <= 80 else "…" + end[-79:]
 
 
 def describe(explanation: Explanation) -> str:
-    """The numbers on a terminal, a paragraph per prompt."""
+    """Text for a terminal: the image, and the metrics of each prompt."""
     about = explanation.about
     lines = [
         f"{about['image']}: {about['width']} x {about['height']} px; model {about['model_digest'][:12]}, "
@@ -168,5 +168,5 @@ def describe(explanation: Explanation) -> str:
     ]
     if about["trained_on"] == "phantoms":
         lines.append("the model was trained on phantoms and has not learned real images")
-    lines += [f"“{answer.prompt}”: {' · '.join(said(answer))}" for answer in explanation.answers]
+    lines += [f"“{answer.prompt}”: {' · '.join(metric_lines(answer))}" for answer in explanation.answers]
     return "\n".join([*lines, "Not for clinical use."])

@@ -1,4 +1,4 @@
-"""One image at once: a run's own pixels and numbers, a sheet, and one line for whatever is wrong."""
+"""Explaining one image: equal pixels and metrics as a run, the sheet, and one-line errors."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def test_a_run_of_the_same_image_has_the_same_pixels_and_numbers(image: Path, mo
     sheet_path = tmp_path / "sheet.png"
     result = diffva("explain", tmp_path / image.name, *settings, "--json", "--out", sheet_path)
     assert result.exit_code == 0, result.output
-    found = json.loads(result.output)
-    answer = found["answers"][0]
+    explained = json.loads(result.output)
+    answer = explained["answers"][0]
     shared = (set(answer) | {"seed", "model_digest", "image_sha256", "width", "height"}) & set(RECORDS.names)
     assert {
         "ssim",
@@ -67,18 +67,18 @@ def test_a_run_of_the_same_image_has_the_same_pixels_and_numbers(image: Path, mo
         "attribution_sha256",
     } <= shared
     for name in shared:
-        ours, theirs = {**found, **answer}[name], record[name]
+        ours, theirs = {**explained, **answer}[name], record[name]
         assert ours == theirs or (ours is None and theirs != theirs) or (ours is theirs), name
 
 
-def test_the_seed_is_of_the_files_name(image: Path, model: Path, explanation: Explanation) -> None:
+def test_the_seed_depends_on_the_file_name(image: Path, model: Path, explanation: Explanation) -> None:
     engine = CounterfactualEngine.from_pretrained(str(model), "cpu")
     square = to_square(decode(image.read_bytes()), engine.size)
     counterfactuals = engine([square], [engine.settings(HEALTHY)], [record_seed(0, image.name, 0)])
     np.testing.assert_array_equal(explanation.answers[0].counterfactual, quantise(counterfactuals.counterfactuals[0]))
 
 
-def test_prompts_share_a_image_and_keep_their_order(explanation: Explanation) -> None:
+def test_prompts_share_the_image_and_keep_their_order(explanation: Explanation) -> None:
     assert [answer.prompt for answer in explanation.answers] == list(PROMPTS)
     assert [answer.inducing for answer in explanation.answers] == [False, True]
     first, second = explanation.answers
@@ -87,23 +87,32 @@ def test_prompts_share_a_image_and_keep_their_order(explanation: Explanation) ->
     assert first.numbers["source_prompt"] == second.numbers["source_prompt"]
 
 
-def test_more_prompts_than_a_micro_batch_are_as_one_by_one(image: Path, model: Path, explanation: Explanation) -> None:
+def test_prompts_beyond_a_micro_batch_give_the_same_numbers(image: Path, model: Path, explanation: Explanation) -> None:
     recipe = model_recipe(str(model), None, ())
     prompts = [*(f"scan {n}" for n in range(recipe.generate.micro_batch)), *PROMPTS]
-    many = explain(str(image), str(model), recipe, prompts, "cpu")
-    assert len(many.answers) == len(prompts)
-    assert [answer.numbers for answer in many.answers[-2:]] == [answer.numbers for answer in explanation.answers]
+    result = explain(str(image), str(model), recipe, prompts, "cpu")
+    assert len(result.answers) == len(prompts)
+    assert [answer.numbers for answer in result.answers[-2:]] == [answer.numbers for answer in explanation.answers]
 
 
-def test_everything_a_person_asks_about_is_said(explanation: Explanation) -> None:
-    said = json.loads(json.dumps(explanation.as_dict(), allow_nan=False))
-    assert {"image", "model", "model_digest", "settings", "seed", "run_seed", "code_revision", "recipe"} <= said.keys()
+def test_the_json_has_provenance_and_metrics(explanation: Explanation) -> None:
+    result = json.loads(json.dumps(explanation.as_dict(), allow_nan=False))
+    assert {
+        "image",
+        "model",
+        "model_digest",
+        "settings",
+        "seed",
+        "run_seed",
+        "code_revision",
+        "recipe",
+    } <= result.keys()
     assert {"prompt", "source_prompt", "ssim", "ms_ssim", "ms_ssim_scales", "psnr", "l1", "attribution_energy",
-            "judge_image", "judge_counterfactual"} <= said["answers"][0].keys()  # fmt: skip
-    assert 0 <= said["answers"][0]["attribution_energy_lung_fraction"] <= 1
+            "judge_image", "judge_counterfactual"} <= result["answers"][0].keys()  # fmt: skip
+    assert 0 <= result["answers"][0]["attribution_energy_lung_fraction"] <= 1
 
 
-def test_masks_beside_a_image_are_found(explanation: Explanation, image: Path, model: Path, tmp_path: Path) -> None:
+def test_masks_beside_the_image_are_found(explanation: Explanation, image: Path, model: Path, tmp_path: Path) -> None:
     assert explanation.lungs is not None
     assert explanation.lesion is not None
     shutil.copy(image, tmp_path / image.name)
@@ -114,44 +123,44 @@ def test_masks_beside_a_image_are_found(explanation: Explanation, image: Path, m
 
 
 def test_masks_of_a_data_set_with_a_folder_per_class_are_found(image: Path, model: Path, tmp_path: Path) -> None:
-    """COVID/x.png and COVID/masks/x.png: as ``generate`` finds them, whose pixels depend on them under some methods."""
+    """COVID/x.png and COVID/masks/x.png, by the rules of ``generate``; some methods' pixels depend on the masks."""
     folder = tmp_path / "COVID"
     folder.mkdir()
     shutil.copy(image, folder / image.name)
     for kind in ("masks", "lesions"):
         shutil.copytree(image.parents[1] / kind, folder / kind)
-    (found,) = open_dataset(str(tmp_path)).images
-    assert found.lung_mask == f"COVID/masks/{image.name}"
+    (copy,) = open_dataset(str(tmp_path)).images
+    assert copy.lung_mask == f"COVID/masks/{image.name}"
     lungs = ("generate.method=masked", "generate.masked.source=lungs")
     recipe = model_recipe(str(model), None, lungs)
-    near = explain(str(folder / image.name), str(model), recipe, (HEALTHY,), "cpu")
-    home = explain(str(image), str(model), recipe, (HEALTHY,), "cpu")
-    np.testing.assert_array_equal(near.lungs, home.lungs)
-    np.testing.assert_array_equal(near.answers[0].counterfactual, home.answers[0].counterfactual)
+    copied = explain(str(folder / image.name), str(model), recipe, (HEALTHY,), "cpu")
+    original = explain(str(image), str(model), recipe, (HEALTHY,), "cpu")
+    np.testing.assert_array_equal(copied.lungs, original.lungs)
+    np.testing.assert_array_equal(copied.answers[0].counterfactual, original.answers[0].counterfactual)
     strip = interpolate(str(image), str(model), recipe, (HEALTHY, "COVID 19"), frames=2, device="cpu")
-    np.testing.assert_array_equal(quantise(strip.images[0]), home.answers[0].counterfactual)
+    np.testing.assert_array_equal(quantise(strip.images[0]), original.answers[0].counterfactual)
 
 
-def test_a_image_named_from_within_its_class_folder_has_its_masks(
+def test_a_path_relative_to_the_class_folder_has_its_masks(
     explanation: Explanation, image: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(image.parents[1])
-    found = explain(f"images/{image.name}", str(model), model_recipe(str(model), None, ()), (), "cpu")
-    np.testing.assert_array_equal(found.lesion, explanation.lesion)
+    result = explain(f"images/{image.name}", str(model), model_recipe(str(model), None, ()), (), "cpu")
+    np.testing.assert_array_equal(result.lesion, explanation.lesion)
 
 
 def test_the_sheet_has_a_row_for_each_prompt(explanation: Explanation, tmp_path: Path) -> None:
     write_sheet(explanation, str(tmp_path / "deep" / "sheet.png"))
-    picture = Image.open(tmp_path / "deep" / "sheet.png")
+    drawn = Image.open(tmp_path / "deep" / "sheet.png")
     single = Explanation(explanation.image, None, None, explanation.answers[:1], explanation.about)
-    other = Image.open(io.BytesIO(sheet(single)))
-    assert picture.width == other.width > 1500
-    assert picture.height - other.height > 350
-    assert np.asarray(picture.convert("L")).std() > 10
+    shorter = Image.open(io.BytesIO(sheet(single)))
+    assert drawn.width == shorter.width > 1500
+    assert drawn.height - shorter.height > 350
+    assert np.asarray(drawn.convert("L")).std() > 10
     assert sheet(single) == sheet(single)
 
 
-def test_prompts_that_look_like_mathematics_are_drawn_as_they_are(explanation: Explanation) -> None:
+def test_prompts_with_dollar_signs_are_drawn_literally(explanation: Explanation) -> None:
     from dataclasses import replace
 
     odd = replace(explanation.answers[0], prompt="$\\frac{ <b> " + "long " * 60)
@@ -194,18 +203,16 @@ def test_dry_run_writes_nothing(image: Path, model: Path, tmp_path: Path, monkey
         (("{image}", "--model", "{tmp}"), "diffva.json"),
     ],
 )
-def test_what_is_wrong_is_one_line(
-    arguments: tuple[str, ...], named: str, image: Path, model: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "text.png").write_text("no picture")
+def test_errors_are_one_line(arguments: tuple[str, ...], named: str, image: Path, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "small.png").write_bytes(encode_grey(np.zeros((8, 8), np.uint8)))
-    given = [str(text).replace("{tmp}", str(tmp_path)).replace("{image}", str(image)) for text in arguments]
-    result = diffva("explain", "--model", model, *given)
+    filled = [str(text).replace("{tmp}", str(tmp_path)).replace("{image}", str(image)) for text in arguments]
+    result = diffva("explain", "--model", model, *filled)
     assert result.exit_code == 2, result.output
     assert named in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_a_sheet_has_room_for_so_many_prompts(image: Path, model: Path) -> None:
+def test_too_many_prompts_for_a_sheet_are_refused(image: Path, model: Path) -> None:
     with pytest.raises(UnusableData, match="room"):
         explain(str(image), str(model), model_recipe(str(model), None, ()), [f"scan {n}" for n in range(99)])

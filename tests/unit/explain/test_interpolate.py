@@ -1,4 +1,4 @@
-"""Strips: their ends are the engine's own answers, the way between them is smooth, and one line says what is wrong."""
+"""Strips: their ends equal the engine's results, the way between them is smooth, and errors are one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def engine(model: Path) -> CounterfactualEngine:
     return CounterfactualEngine.from_pretrained(str(model), device="cpu")
 
 
-def test_the_ends_are_the_two_prompts_and_the_middle_lies_between(engine: CounterfactualEngine) -> None:
+def test_the_ends_are_the_two_prompts_and_the_distance_grows(engine: CounterfactualEngine) -> None:
     weights = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]  # more than a micro-batch
     strip = between_prompts(engine, ILL, "COVID 19", "normal chest scan", weights, 5)
     for end, prompt in ((0, "COVID 19"), (-1, "normal chest scan")):
@@ -48,10 +48,10 @@ def test_without_a_prompt_the_ends_are_the_images(engine: CounterfactualEngine) 
         assert np.abs(image - end).mean() < 0.2 * apart
     assert np.abs(strip[1] - strip[0]).mean() > 0.1 * apart
     assert np.abs(strip[1] - strip[2]).mean() > 0.1 * apart
-    assert np.array_equal(between_images(engine, ILL, HEALTHY, [0.5])[0], strip[1])  # whatever stands beside it
+    assert np.array_equal(between_images(engine, ILL, HEALTHY, [0.5])[0], strip[1])  # independent of the other weights
 
 
-def test_on_the_sphere_noise_stays_as_large_as_noise() -> None:
+def test_spherical_interpolation_keeps_the_norm_of_noise() -> None:
     generator = torch.Generator().manual_seed(0)
     one, other = (torch.randn((2, 4, 16, 16), generator=generator) for _ in range(2))
     assert torch.allclose(slerp(one, other, 0.0), one)
@@ -61,22 +61,22 @@ def test_on_the_sphere_noise_stays_as_large_as_noise() -> None:
     assert torch.equal(slerp(one, one, 0.3), one)
 
 
-def test_the_verb_writes_strip_and_numbers(images: Path, model: Path, tmp_path: Path) -> None:
+def test_the_command_writes_strip_and_numbers(images: Path, model: Path, tmp_path: Path) -> None:
     first, second = (sorted((images / label / "images").iterdir())[0] for label in ("COVID", "Normal"))
     common = ("interpolate", first, "--model", model, "--frames", 3, "--json")
     prompts = ("--prompt", "COVID 19", "--prompt", "normal chest scan")
     for name, arguments in {"prompts": prompts, "images": ("--to", second)}.items():
         result = diffva(*common, *arguments, "--out", tmp_path / f"{name}.png")
         assert result.exit_code == 0, result.output
-        told = json.loads(result.output)
-        assert told["weights"] == [0, 0.5, 1]
-        assert all(0 <= p <= 1 for p in told["healthy"])
-        assert told["model_digest"]
+        numbers = json.loads(result.output)
+        assert numbers["weights"] == [0, 0.5, 1]
+        assert all(0 <= p <= 1 for p in numbers["healthy"])
+        assert numbers["model_digest"]
         assert Image.open(io.BytesIO((tmp_path / f"{name}.png").read_bytes())).width > 500
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ((), "give --prompt twice"),
         (("--prompt", "a"), "give --prompt twice"),
@@ -86,9 +86,9 @@ def test_the_verb_writes_strip_and_numbers(images: Path, model: Path, tmp_path: 
         (("--to", "x.png", "--out", "strip.gif"), "is a .png"),
     ],
 )
-def test_one_line_says_what_is_wrong(images: Path, model: Path, arguments: tuple[str, ...], said: str) -> None:
+def test_errors_are_one_line(images: Path, model: Path, arguments: tuple[str, ...], message: str) -> None:
     image = sorted((images / "COVID" / "images").iterdir())[0]
     result = diffva("interpolate", image, "--model", model, *arguments)
     assert result.exit_code == 2
-    assert said in result.output
+    assert message in result.output
     assert len(result.output.splitlines()) == 1
