@@ -156,10 +156,6 @@ class PreparedTrainable:
     ema: EMAModel | None  # moving average of ``parameters``
     rate: float  # base learning rate, before warm-up and schedule
 
-    @property
-    def is_sharded(self) -> bool:
-        return isinstance(self.network, FSDPModule)
-
     def state(self) -> dict[str, Any]:
         """Return optimizer and EMA state, complete on the first worker. Every worker has to call it."""
         average = None
@@ -171,7 +167,7 @@ class PreparedTrainable:
     def gather(self, everywhere: bool = False) -> None:
         """Copy the weights of a sharded network into the definition's network, on the first worker or ``everywhere``.
         Every worker has to call it."""
-        if self.is_sharded:
+        if isinstance(self.network, FSDPModule):
             gather(self.network, self.definition.network, everywhere)
 
 
@@ -262,6 +258,7 @@ def _prepare(run: TrainingRun, config: StageConfig, trainable: Trainable) -> Pre
 
 
 def _optimizer(config: StageConfig, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """AdamW, or its 8-bit version of bitsandbytes. Raises RecipeError if that is not installed."""
     settings: dict[str, Any] = {"lr": rate, "betas": config.betas, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True, **settings)
@@ -273,6 +270,7 @@ def _optimizer(config: StageConfig, parameters: list[nn.Parameter], rate: float)
 
 
 def _restore(trainables: list[PreparedTrainable], states: list[dict[str, Any]]) -> None:
+    """Load the optimizer and EMA states of a checkpoint."""
     for trainable, state in zip(trainables, states, strict=True):
         load_optimizer_state(trainable.network, trainable.optimizer.optimizer, state["optimizer"])
         if trainable.ema is not None:

@@ -80,7 +80,7 @@ def test_a_deadly_record_is_quarantined_and_no_other(
     found = read_records(opened(tmp_path))
     (killed,) = found[found["status"] != "ok"].to_dict("records")
     assert (killed["image_path"], killed["status"]) == (deadly, "killed_worker")
-    assert "alone" in killed["error"]
+    assert "the only one in progress" in killed["error"]
     others = found["image_path"] != deadly
     pd.testing.assert_frame_equal(found[others], undisturbed[others], check_dtype=False)  # ints beside nulls
     assert verify(opened(tmp_path)) == []
