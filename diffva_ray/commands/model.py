@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from diffva_ray.workflows.execution import Executor
 
 
+image_seed_option = click.option(
+    "--seed", type=int, help="Random seed, as in generate; the image's seed is derived from it and the file name."
+)
+
+
 def worker_count(_: click.Context, __: click.Parameter, text: str) -> int | tuple[int, int]:
     """Parse ``4`` or ``1:4``."""
     parts = text.split(":")
@@ -116,9 +121,7 @@ def _default_output(image: str, suffix: str) -> str:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
 @settings_options
-@click.option(
-    "--seed", type=int, help="Random seed, as in generate; the image's seed is derived from it and the file name."
-)
+@image_seed_option
 @recipe_option
 @set_option
 @dry_run_option
@@ -148,17 +151,9 @@ def explain(image: str, model: str, prompts: tuple[str, ...], out: str | None, a
 @verb("interpolate", "Interpolate two prompts or two images")
 @click.argument("image")
 @model_option
-@click.option(
-    "--prompt",
-    "prompts",
-    multiple=True,
-    metavar="TEXT",
-    help="Prompt; give two to interpolate from the first to the second.",
-)
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt; give two to interpolate them.")
 @click.option("--to", "other", metavar="IMAGE", help="Second image to interpolate to, under one --prompt or none.")
-@click.option(
-    "--frames", default=7, show_default=True, type=click.IntRange(2, 25), help="Number of images in the strip."
-)
+@click.option("--frames", default=7, show_default=True, type=click.IntRange(2, 25), help="Images in the strip.")
 @click.option(
     "--out",
     metavar="FILE.png",
@@ -166,9 +161,7 @@ def explain(image: str, model: str, prompts: tuple[str, ...], out: str | None, a
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
 @settings_options
-@click.option(
-    "--seed", type=int, help="Random seed, as in generate; the image's seed is derived from it and the file name."
-)
+@image_seed_option
 @recipe_option
 @set_option
 @dry_run_option

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import click
 
 from diffva_ray.commands.verb import (
     DONE,
-    actors_option,
-    change_option,
     dry_run_option,
-    executor_option,
-    gpus_option,
+    execution,
+    execution_options,
     model_option,
     recipe_option,
     set_option,
@@ -20,9 +18,6 @@ from diffva_ray.commands.verb import (
     verb,
     weights_option,
 )
-
-if TYPE_CHECKING:
-    from diffva_ray.workflows.execution import Executor
 
 
 @verb("paper", "Reproduce the tables and figures of the paper")
@@ -44,17 +39,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="Resizing before Inception: bicubic with antialiasing (clean), or as pytorch-fid (legacy).",
 )
-@actors_option
-@gpus_option
-@change_option
-@executor_option
+@execution_options
 @recipe_option
 @set_option
 @dry_run_option
 def paper(radiography: str | None, chexpert: str | None, model: str, out: str, quick: bool, limit: int | None,
-          boxes: str | None, brixia: str | None, inception_weights: str | None, resize: Literal["clean", "legacy"], actors: int | None,
-          gpus_per_actor: float | None, allow_environment_change: bool, executor: Executor,
-          recipe: str | None, overrides: tuple[str, ...], dry_run: bool) -> int:  # fmt: skip
+          boxes: str | None, brixia: str | None, inception_weights: str | None, resize: Literal["clean", "legacy"],
+          recipe: str | None, overrides: tuple[str, ...], dry_run: bool, **options: Any) -> int:  # fmt: skip
     """Reproduce every table and figure of Siddiqui et al. 2024 from images and a model, beside the published values.
 
     The page lists what cannot be made, with the reason. --set changes all runs, as in generate.num_inference_steps=20.
@@ -66,14 +57,8 @@ def paper(radiography: str | None, chexpert: str | None, model: str, out: str, q
     from diffva_ray.evaluate.options import inception_path
     from diffva_ray.paper.build import planned_paper, run_paper
     from diffva_ray.paper.state import Inputs
-    from diffva_ray.workflows.execution import Execution, model_recipe
+    from diffva_ray.workflows.execution import model_recipe
 
-    execution = Execution(
-        executor=executor,
-        actors=actors,
-        gpus_per_actor=gpus_per_actor,
-        allow_environment_change=allow_environment_change,
-    )
     # A dry run needs no weights and downloads none.
     weights = None if dry_run else inception_path(inception_weights)
     inputs = Inputs(
@@ -89,7 +74,7 @@ def paper(radiography: str | None, chexpert: str | None, model: str, out: str, q
         overrides=overrides,
         boxes=boxes,
         brixia=brixia,
-        execution=execution,
+        execution=execution(options),
     )
     if dry_run:
         show(model_recipe(model, recipe, overrides), **planned_paper(inputs))

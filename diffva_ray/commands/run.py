@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from diffva_ray.commands.verb import (
     DONE,
     INCOMPLETE,
-    actors_option,
-    change_option,
     data_option,
     dry_run_option,
-    executor_option,
-    gpus_option,
+    execution,
+    execution_options,
     model_option,
     names,
     recipe_option,
@@ -26,9 +24,6 @@ from diffva_ray.commands.verb import (
     verb,
     with_flags,
 )
-
-if TYPE_CHECKING:
-    from diffva_ray.workflows.execution import Executor
 
 
 @verb("generate", "Generate counterfactuals for a data set")
@@ -50,8 +45,7 @@ if TYPE_CHECKING:
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Maximum number of records.")
 @click.option("--shard-size", type=int, metavar="N", help="Number of records per shard.")
 @click.option("--micro-batch", type=int, metavar="N", help="Number of images per network call.")
-@actors_option
-@gpus_option
+@execution_options
 @click.option(
     "--probe",
     is_flag=True,
@@ -63,8 +57,6 @@ if TYPE_CHECKING:
     metavar="R",
     help="With --dry-run: the throughput of one actor, to estimate hours.",
 )
-@change_option
-@executor_option
 @recipe_option
 @set_option
 @dry_run_option
@@ -77,22 +69,16 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     from diffva_ray.generate.failure_threshold import check_quarantine_limit
     from diffva_ray.generate.plan import Request, parse_sweep
     from diffva_ray.generate.run import open_run
-    from diffva_ray.workflows.execution import Execution, model_recipe
+    from diffva_ray.workflows.execution import model_recipe
     from diffva_ray.workflows.generate import generate_run
 
-    # Resolve recipe, request and execution.
+    # Resolve recipe and request.
     overrides = with_flags(
         settings_overrides(options, "samples", "shard_size", "micro_batch"),
         data__healthy_class=options["healthy_class"],
     )
     recipe = model_recipe(model, options["recipe"], overrides)
     request = Request(names(options["classes"]), options["prompt"], options["limit"], parse_sweep(options["sweep"]))
-    execution = Execution(
-        executor=options["executor"],
-        actors=options["actors"],
-        gpus_per_actor=options["gpus_per_actor"],
-        allow_environment_change=options["allow_environment_change"],
-    )
     # Print the forecast of a dry run.
     if options["dry_run"]:
         from diffva_ray.generate.cost import Pace
@@ -105,7 +91,7 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
             pace = probe(recipe, data, model, request)
             rate_by_size = micro_batches(recipe, model)
         intent = planned(recipe, data, model, out, request)
-        cost = planned_cost(recipe, intent, out, request, execution, pace)
+        cost = planned_cost(recipe, intent, out, request, execution(options), pace)
         if rate_by_size:
             cost["images_per_second_by_micro_batch"] = {size: round(rate, 2) for size, rate in rate_by_size.items()}
         show(recipe, **intent, cost=cost)
@@ -114,7 +100,7 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
         raise click.UsageError("--probe and --images-per-second are for --dry-run only")
     # Generate, then compare the number of quarantined records with the limit.
     click.echo(f"recipe {recipe.name}" + ("" if options["recipe"] else " (the model's own)"), err=True)
-    counts = generate_run(recipe, data, model, out, request, execution)
+    counts = generate_run(recipe, data, model, out, request, execution(options))
     if counts["shards"]:
         click.echo(f"{counts['ok']} of {counts['records']} records ok; next: diffva reduce {out}")
     check_quarantine_limit(open_run(out))
@@ -171,12 +157,8 @@ def verify(run: str, repair: bool) -> int:
 @click.argument("run")
 @click.option("--data", metavar="DATA", help="New address of the data set, if it has moved.")
 @click.option("--model", metavar="MODEL", help="New address of the model, if it has moved.")
-@actors_option
-@gpus_option
-@change_option
-@executor_option
-def retry(run: str, data: str | None, model: str | None, actors: int | None, gpus_per_actor: float | None,
-          allow_environment_change: bool, executor: Executor) -> int:  # fmt: skip
+@execution_options
+def retry(run: str, data: str | None, model: str | None, **options: Any) -> int:
     """Generate quarantined records again, after their images are fixed. The results go to RUN/overlays/r1, r2 ...
 
     Example:
@@ -184,17 +166,10 @@ def retry(run: str, data: str | None, model: str | None, actors: int | None, gpu
     """
     from diffva_ray.generate.failure_threshold import check_quarantine_limit
     from diffva_ray.generate.run import open_run
-    from diffva_ray.workflows.execution import Execution
     from diffva_ray.workflows.generate import retry_run
 
     opened = open_run(run)
-    execution = Execution(
-        executor=executor,
-        actors=actors,
-        gpus_per_actor=gpus_per_actor,
-        allow_environment_change=allow_environment_change,
-    )
-    counts = retry_run(opened, execution, data, model)
+    counts = retry_run(opened, execution(options), data, model)
     if not counts["shards"]:
         click.echo(f"{run}: no record is quarantined; nothing to retry")
     else:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce, wraps
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -21,6 +21,9 @@ from diffva_ray.generate.run import FingerprintDiffers, PlanError
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.progress import LOG, one_line, set_up_logging
 from diffva_ray.storage.store import StoreError, UnknownScheme
+
+if TYPE_CHECKING:
+    from diffva_ray.workflows.execution import Execution
 
 # Given to every verb, too: click creates a verb's help option at the first call, which may come without the group.
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -179,6 +182,20 @@ SETTINGS = (  # sampling settings, which `generate`, `explain` and `interpolate`
 def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of SETTINGS to a verb, in their order."""
     return reduce(lambda wrapped, option: option(wrapped), reversed(SETTINGS), function)
+
+
+def execution_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that ``execution`` reads to a verb."""
+    options = (actors_option, gpus_option, change_option, executor_option)
+    return reduce(lambda wrapped, option: option(wrapped), reversed(options), function)
+
+
+def execution(options: Mapping[str, Any]) -> Execution:
+    """Where and how a run executes, from the options of ``execution_options``."""
+    from diffva_ray.workflows.execution import Execution
+
+    keys = ("executor", "actors", "gpus_per_actor", "allow_environment_change")
+    return Execution(**{key: options[key] for key in keys})
 
 
 def settings_overrides(options: Mapping[str, Any], *more: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ class MaskedConfig(Section):
     """Settings of method ``masked``. Lengths are fractions of the image width; grey levels are in [0, 1]."""
 
     source: Literal["difference", "derived", "lungs"] = "difference"
-    """Source of the mask. ``difference``: what changes when the image is generated. ``derived``: DiffEdit's mask, where
+    """Source of the mask. ``difference``: the pixels that an unmasked edit changes. ``derived``: DiffEdit's mask, where
     the predicted noise differs most between the healthy and the source prompt. ``lungs``: the lung mask; images without
     one use the whole image."""
 

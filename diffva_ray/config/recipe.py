@@ -162,7 +162,7 @@ class GenerateConfig(Section):
     """Settings of method ``controlnet``."""
 
     acceleration: AccelerationConfig = AccelerationConfig()
-    """Shortcuts that save sampler steps or network calls."""
+    """Shortcuts that skip guidance or parts of the UNet."""
 
     @field_validator("method")
     @classmethod

@@ -8,7 +8,7 @@ from diffva_ray import progress
 from diffva_ray.progress import Stopwatch
 
 
-def test_a_stage_within_another_counts_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nested_stage_counts_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0, 6.0, 10.0, 11.0])
     monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
     settled: list[int] = []

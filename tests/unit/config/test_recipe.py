@@ -37,7 +37,7 @@ def test_a_bad_override_is_named_in_one_line(override: str, named: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_recipe_lists_the_known() -> None:
+def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
     with pytest.raises(RecipeError, match="phantom"):
         load_recipe("fantom")
 

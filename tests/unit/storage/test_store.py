@@ -34,22 +34,22 @@ def test_a_failed_put_leaves_the_old_file(store: LocalStore, monkeypatch: pytest
     assert os.listdir(store.root) == ["a.bin"]
 
 
-def test_of_many_writers_one_creates(store: LocalStore) -> None:
+def test_only_one_of_many_writers_creates_a_file(store: LocalStore) -> None:
     barrier = threading.Barrier(8)
-    won = []
+    winners = []
 
     def write(n: int) -> None:
         barrier.wait()
         if store.put_if_absent("part", bytes([n]) * 1000):
-            won.append(n)
+            winners.append(n)
 
     threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(won) == 1
-    assert store.read("part") == bytes([won[0]]) * 1000
+    assert len(winners) == 1
+    assert store.read("part") == bytes([winners[0]]) * 1000
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a/../../x", "a\0b"])
@@ -82,8 +82,8 @@ def test_unknown_scheme_is_named() -> None:
         open_store("gopher://hole")
 
 
-def test_a_writer_beside_a_sweep_or_a_listing_disturbs_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the walk and the look at a file it gets its own name, or goes."""
+def test_sweep_and_list_tolerate_a_concurrent_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between listing a folder and reading a file's status, a writer may rename or remove the file."""
     store = LocalStore(str(tmp_path))
     (tmp_path / ".tmp-1").write_bytes(b"x")
     stat = Path.stat
@@ -96,9 +96,9 @@ def test_a_writer_beside_a_sweep_or_a_listing_disturbs_neither(tmp_path: Path, m
     monkeypatch.setattr(Path, "stat", vanishing)
     assert store.sweep() == 0
     store.put("a", b"1")
-    look = os.stat
+    real_stat = os.stat
     gone = str(tmp_path / "a")
     monkeypatch.setattr(
-        os, "stat", lambda file, **how: (os.unlink(file) if file == gone else None, look(file, **how))[1]
+        os, "stat", lambda file, **kwargs: (os.unlink(file) if file == gone else None, real_stat(file, **kwargs))[1]
     )
     assert store.list() == []
