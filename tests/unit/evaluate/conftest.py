@@ -1,4 +1,4 @@
-"""Runs on disk that no model has made: planned by the real planner, records and pictures written here."""
+"""Synthetic runs on disk: planned by the real planner, with records and images written here instead of by a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two runs side by side: who is joined with whom, differences with honest intervals, a page that is safe to open."""
+"""Comparison of two runs: joined records, differences with valid intervals, and a page that is safe to open."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from html_page import Page
 from PIL import Image
 from rich.console import Console
 
@@ -49,7 +49,7 @@ def diffva(*arguments: object) -> Result:
 
 
 def copied(run: Run, name: str, keys: dict[str, Any] | None = None, change: Change = lambda row: row) -> Run:
-    """The run again beside itself: with other fingerprint keys, and its records changed."""
+    """A copy of the run with other fingerprint keys and changed records."""
     folder = Path(run.store.uri).with_name(name)
     shutil.copytree(run.store.uri, folder)
     about = json.loads((folder / "run.json").read_text())
@@ -64,7 +64,7 @@ def copied(run: Run, name: str, keys: dict[str, Any] | None = None, change: Chan
 
 
 def with_perfect_maps(run: Run) -> Run:
-    """Every map of the run becomes its image's own lesion."""
+    """Replace every map of the run by the lesion of its image."""
     lesion = np.zeros((16, 16), np.float32)
     lesion[4:8, 4:8] = 0.3
     for path in Path(run.store.uri).glob("attributions/*/*.png"):
@@ -80,7 +80,7 @@ def ones(values: np.ndarray) -> np.ndarray:
     return np.ones_like(values)
 
 
-def test_a_known_difference_is_found_more_sharply_than_without_pairs() -> None:
+def test_pairing_narrows_the_interval_of_a_known_difference() -> None:
     random = np.random.default_rng(0)
     hardness = random.normal(0.7, 0.2, 300)
     values = np.stack([hardness, hardness + 0.05 + random.normal(0, 0.03, 300)], axis=1)
@@ -93,7 +93,7 @@ def test_a_known_difference_is_found_more_sharply_than_without_pairs() -> None:
     assert high - low < (loose_high - loose_low) / 4
 
 
-def test_intervals_hold_as_often_as_they_say() -> None:
+def test_intervals_have_their_nominal_coverage() -> None:
     held = 0
     for seed in range(100):
         random = np.random.default_rng(seed)
@@ -103,12 +103,12 @@ def test_intervals_hold_as_often_as_they_say() -> None:
     assert 88 <= held <= 100
 
 
-def test_ratios_are_of_sums_and_images_are_drawn_whole() -> None:
+def test_ratios_are_of_sums_and_images_are_resampled_whole() -> None:
     values = np.array([[1.0, 2.0], [3.0, 3.0], [2.0, 5.0]])
     weights = np.array([[2.0, 2.0], [6.0, 6.0], [2.0, 2.0]])
     assert paired_difference(values, weights, "abc")[:2] == pytest.approx((0.6, 1.0))
     random = np.random.default_rng(1)
-    images = np.repeat(random.normal(0, 1, (40, 2)), 5, axis=0)  # five draws of each image, all alike
+    images = np.repeat(random.normal(0, 1, (40, 2)), 5, axis=0)  # five equal samples of each image
     narrow = paired_difference(images, ones(images), range(200))[2]
     wide = paired_difference(images, ones(images), np.repeat(range(40), 5).tolist())[2]
     assert wide[1] - wide[0] > 1.7 * (narrow[1] - narrow[0])
@@ -117,7 +117,7 @@ def test_ratios_are_of_sums_and_images_are_drawn_whole() -> None:
         paired_difference(values, weights, "ab")
 
 
-def test_equal_runs_differ_in_nothing(make_run: MakeRun) -> None:
+def test_equal_runs_do_not_differ(make_run: MakeRun) -> None:
     run = make_run()
     comparison = compare_runs(run, copied(run, "again"))
     assert comparison.counts == {"pairs": 12, "only_in_a": 0, "only_in_b": 0, "same_name_other_bytes": 0}
@@ -130,7 +130,7 @@ def test_equal_runs_differ_in_nothing(make_run: MakeRun) -> None:
         assert row["interval"] == [0, 0] if row["n"] > 1 else np.isnan(row["interval"]).all()
 
 
-def test_numbers_are_those_of_the_runs_own_tables(make_run: MakeRun) -> None:
+def test_numbers_equal_the_runs_own_tables(make_run: MakeRun) -> None:
     run = make_run()
     other = with_perfect_maps(copied(run, "better", {"strength": 0.4, "prompt": ""}))
     comparison = compare_runs(run, other)
@@ -176,7 +176,7 @@ def test_images_of_one_run_only_are_counted(make_run: MakeRun) -> None:
     assert compare_runs(other, run).counts["only_in_b"] == 4
 
 
-def test_images_of_one_name_and_other_bytes_are_no_pair(make_run: MakeRun) -> None:
+def test_images_with_the_same_name_but_other_bytes_are_not_joined(make_run: MakeRun) -> None:
     run = make_run()
     named = copied(run, "named", change=lambda row: {**row, "image_sha256": "a" * 64})
     half = copied(
@@ -221,7 +221,7 @@ def test_a_sweep_is_joined_point_by_point_or_refused(make_run: MakeRun) -> None:
         compare_runs(run, swept)
 
 
-def test_what_one_run_lacks_is_left_out(make_run: MakeRun) -> None:
+def test_metrics_that_one_run_lacks_are_left_out(make_run: MakeRun) -> None:
     run = make_run()
     other = copied(run, "unjudged", change=lambda row: {**row, "judge_image": None, "judge_counterfactual": None})
     measures = {row["measure"] for row in compare_runs(run, other).rows}
@@ -233,42 +233,11 @@ def test_what_one_run_lacks_is_left_out(make_run: MakeRun) -> None:
     assert "dice_fixed" in {row["measure"] for row in compare_runs(run, other).rows}
 
 
-def test_runs_are_called_by_what_tells_them_apart() -> None:
+def test_run_names_are_as_short_as_possible() -> None:
     assert run_names("/a/one/", "/a/two") == ("one", "two")
     assert run_names("/a/one/run", "s3://b/two/run") == ("one/run", "two/run")
     assert run_names("/a/run", "/a/run") == ("run", "run")
     assert [setting_text(value) for value in (None, "", "ab" * 32, 0.5)] == ["–", "(empty)", "abababababab", "0.5"]
-
-
-class Page(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.tags: list[str] = []
-        self.text, self.style, self.policy, self.inside = "", "", "", ""
-        self.alternatives: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.tags.append(tag)
-        self.inside = tag
-        self.links += [value or "" for key, value in attrs if key in ("src", "href")]
-        assert "style" not in found  # the policy would refuse it
-        assert not any(key.startswith("on") for key in found)
-        if tag == "img":
-            self.alternatives.append(found.get("alt") or "")
-        if found.get("http-equiv") == "Content-Security-Policy":
-            self.policy = found["content"] or ""
-
-    def handle_data(self, data: str) -> None:
-        if self.inside == "style":
-            self.style += data
-        else:
-            self.text += data
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = ""
 
 
 @pytest.fixture
@@ -290,10 +259,10 @@ def test_the_page_is_complete_and_hostile_names_are_text(comparison: Comparison,
     assert f"{hostile} again" in page.text
     for link in page.links:
         assert f'id="{link[1:]}"' in html if link.startswith("#") else (tmp_path / "page" / link).is_file(), link
-    assert all(page.alternatives)
+    assert all(picture["alt"] for picture in page.pictures)
     assert page.tags.count("img") == 12 * 6 + 1
     assert not re.search(r"(https?:)?//[a-z]", html)
-    digest = base64.b64encode(hashlib.sha256(page.style.encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(page.blocks["style"][0].encode()).digest()).decode()
     assert f"style-src 'sha256-{digest}'" in page.policy
     assert "default-src 'none'" in page.policy
     assert "unsafe" not in page.policy

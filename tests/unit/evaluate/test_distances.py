@@ -1,4 +1,4 @@
-"""Rows of the distance table: what stands in them, when, and for which images."""
+"""Rows of the distance table: their content, and the images they are computed from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import generate_run
 
 
-def test_a_row_has_its_controls_where_the_sets_allow_them() -> None:
+def test_a_row_has_its_controls_if_the_sets_are_large_enough() -> None:
     x, y = np.random.default_rng(0).standard_normal((2, 30, 64)).astype(np.float32)
     extractor = stand_in()
     row = distance_row("a", "b", x, y, extractor, 10, paired=True)
@@ -39,7 +39,7 @@ def test_a_row_has_its_controls_where_the_sets_allow_them() -> None:
 
 
 class Counting:
-    """The stand-in, which counts the images it sees."""
+    """The random-feature extractor, counting its images."""
 
     def __init__(self) -> None:
         self.extractor, self.images = stand_in(), 0
@@ -53,7 +53,7 @@ class Counting:
 
 
 def test_a_reference_set_is_embedded_once_for_all_runs(images: Path, tmp_path: Path) -> None:
-    """By content: other images, or another grid, are another set; a damaged cache is made anew."""
+    """Other images or another grid are another set; a damaged cache is computed again."""
     dataset, cache, counting = open_dataset(str(images), classes=["Normal"]), LocalStore(str(tmp_path)), Counting()
     first, unreadable = reference_features(cache, 32, dataset.store, dataset.images, counting)
     again, _ = reference_features(cache, 32, dataset.store, dataset.images, counting)
@@ -68,7 +68,7 @@ def test_a_reference_set_is_embedded_once_for_all_runs(images: Path, tmp_path: P
     assert counting.images == 22
 
 
-def test_features_that_wait_on_disk_give_the_same_tables(
+def test_features_on_disk_give_the_same_tables(
     tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generate_run(tiny, str(images), str(model), str(tmp_path / "run"), Request(), Execution(executor="inline"))
@@ -87,8 +87,8 @@ def test_features_that_wait_on_disk_give_the_same_tables(
     assert (matrix == 7).all()
 
 
-def test_prompts_of_a_sweep_have_rows_of_their_own(tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
-    """CounterfactualBatch under two prompts are two sets; pooled they would answer no question."""
+def test_prompts_of_a_sweep_have_their_own_rows(tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
+    """Counterfactuals of two prompts are two sets; their pooled distance would have no meaning."""
     request = Request(("COVID",), sweep=(("prompt", ("normal chest scan", "COVID 19")),))
     generate_run(tiny, str(images), str(model), str(tmp_path / "run"), request, Execution(executor="inline"))
     run = open_run(str(tmp_path / "run"))

@@ -40,7 +40,7 @@ def test_red_is_exactly_where_the_map_exceeds_the_threshold() -> None:
     np.testing.assert_array_equal(painted[~red], np.repeat(image[..., None], 3, axis=2)[~red])
 
 
-def test_red_stays_inside_the_region_and_deepens_with_the_map() -> None:
+def test_red_stays_inside_the_region_and_grows_with_the_map() -> None:
     image = np.full((4, 4), 0.5, np.float32)
     signed = np.tile(np.array([0.1, 0.2, 0.3, 0.4], np.float32), (4, 1))
     region = np.zeros((4, 4), bool)
@@ -76,7 +76,7 @@ def test_a_prompt_that_names_a_finding_induces_it() -> None:
 def test_the_sign_of_the_overlay_follows_the_prompt(
     make_run: MakeRun, prompt: str, red: str, labels: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Healthy images under the healthy prompt are generated, ill images under a finding's prompt made ill."""
+    """The healthy prompt removes findings; the prompt of a finding induces it."""
     captions: list[str] = []
     fill = figures.textwrap.wrap
     monkeypatch.setattr(figures.textwrap, "wrap", lambda text, width: captions.append(text) or fill(text, width))
@@ -87,7 +87,7 @@ def test_the_sign_of_the_overlay_follows_the_prompt(
 
 
 @pytest.mark.parametrize("judged", [True, False])
-def test_figures_are_pictures(make_run: MakeRun, judged: bool) -> None:
+def test_figures_are_images(make_run: MakeRun, judged: bool) -> None:
     run = make_run(judged=judged)
     assert write_figures(run) == ["figures/grid.png", "figures/distributions.png"]
     for path in ("figures/grid.png", "figures/distributions.png"):
@@ -98,7 +98,7 @@ def test_figures_are_pictures(make_run: MakeRun, judged: bool) -> None:
     assert distributions(run) == run.store.read("figures/distributions.png")  # the same every time
 
 
-def test_names_that_look_like_mathematics_are_drawn_as_they_are(make_run: MakeRun, hostile: str) -> None:
+def test_names_that_look_like_formulas_are_drawn_literally(make_run: MakeRun, hostile: str) -> None:
     run = make_run(prompt=hostile, labels=("$\\frac{$", "$x"))
     assert write_figures(run) == ["figures/grid.png", "figures/distributions.png"]
 

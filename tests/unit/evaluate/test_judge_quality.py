@@ -1,4 +1,4 @@
-"""A flip rate is a headline only where the judge was tested, and did better than naming one class."""
+"""A flip rate is a key figure only if the judge was tested and did better than always naming one class."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from diffva_ray.evaluate.report.numbers import cards, glance
         (JudgeQuality(0.75, 4, 0.5), "at chance"),  # three of four: 30 to 95 %
         (JudgeQuality(1.0, 4, 0.5), ""),
         (JudgeQuality(0.6, 1000, 0.5), ""),
-        (JudgeQuality(0.6, 1000, 0.9), "at chance"),  # nine tenths are of one class
+        (JudgeQuality(0.6, 1000, 0.9), "at chance"),  # 90 % of the images are of one class
         (JudgeQuality(None, 0, 0.5), "tested on no image"),
         (JudgeQuality(0.913, 240, 0.25), ""),
     ],
 )
-def test_when_a_judge_says_something(quality: JudgeQuality, says: str) -> None:
+def test_when_a_judge_is_reliable(quality: JudgeQuality, says: str) -> None:
     assert says in quality.problem
     assert bool(says) == bool(quality.problem)
 
@@ -37,7 +37,7 @@ METRICS = {
 DONE = {"planned": 5, "ok": 5, "quarantined": 0}
 
 
-def test_the_headline_is_withheld_with_its_reason() -> None:
+def test_the_key_figure_is_replaced_by_the_reason() -> None:
     metrics = {**METRICS, "judge": JudgeQuality(0.5, 4, 0.5).as_dict()}
     said = " ".join(glance(metrics))
     assert "100" not in said
@@ -46,15 +46,15 @@ def test_the_headline_is_withheld_with_its_reason() -> None:
     assert (card.value, "at chance" in card.detail) == ("–", True)
 
 
-def test_a_tested_judge_stands_beside_its_rate() -> None:
+def test_a_tested_judge_is_shown_with_its_rate() -> None:
     said = " ".join(glance({**METRICS, "judge": JudgeQuality(0.9, 200, 0.25).as_dict()}))
     assert "own judge (right on 90.0 % of 200 held-out images)" in said
     assert "100.0 % of the counterfactuals healthy" in said
     assert "independent" not in said
 
 
-def test_a_run_of_an_untested_judge_says_so_everywhere(images: Path, model: Path, tmp_path: Path) -> None:
-    """The tiny model learned from six images of a class: none was held out."""
+def test_a_run_with_an_untested_judge_notes_it_everywhere(images: Path, model: Path, tmp_path: Path) -> None:
+    """The tiny model was trained on six images of a class, and none was held out."""
 
     def diffva(*words: object):
         return CliRunner().invoke(main, [str(word) for word in words])

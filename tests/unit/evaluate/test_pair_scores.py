@@ -1,4 +1,4 @@
-"""Scores of pairs read back from a run: which images are drawn, what is measured on them, and the means of it."""
+"""Scores of sampled records of a run: which images are sampled, their metrics, and the means."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffva_ray.metrics.validity import Judge
 MakeRun = Callable[..., Run]
 
 
-def test_scores_are_those_of_the_pictures(make_run: MakeRun) -> None:
+def test_scores_are_those_of_the_stored_images(make_run: MakeRun) -> None:
     run = make_run()
     rows = read_records(run).to_dict("records")
     torch.manual_seed(0)
@@ -44,7 +44,7 @@ def test_scores_are_those_of_the_pictures(make_run: MakeRun) -> None:
     assert heart_rows(scores) == []
 
 
-def test_without_a_judge_nothing_is_judged(make_run: MakeRun) -> None:
+def test_without_a_judge_there_are_no_judge_scores(make_run: MakeRun) -> None:
     run = make_run(judged=False)
     assert run_judge(run) is None
     rows = read_records(run).to_dict("records")
@@ -54,7 +54,7 @@ def test_without_a_judge_nothing_is_judged(make_run: MakeRun) -> None:
     assert counterfactual_rows([]) == []
 
 
-def test_hearts_are_compared_where_both_are_known() -> None:
+def test_hearts_are_compared_if_both_are_known() -> None:
     about = {"label": "Normal"}
     values = [(0.4, 0.5), (0.42, 0.5), (0.44, None), (None, None), (0.5, 0.48)]
     scores = [{**about, "image_path": str(n), "heart_before": a, "heart_after": b} for n, (a, b) in enumerate(values)]

@@ -1,4 +1,4 @@
-"""What reduce can be asked for: extractors by name, LPIPS, Brixia zones, sources; and that a sweep is never pooled."""
+"""Options of reduce: extractors by name, LPIPS, Brixia zones, sources; settings of a sweep are never pooled."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from diffva_ray.workflows.generate import generate_run
 
 @pytest.fixture(scope="module")
 def swept(tiny, images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two strengths and two draws of six COVID and six Lung_Opacity images."""
+    """Two strengths and two samples of six COVID and six Lung_Opacity images."""
     out = tmp_path_factory.mktemp("swept") / "run"
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"samples": 2})})
     request = Request(("COVID", "Lung_Opacity"), sweep=(("strength", (0.3, 0.9)),))
@@ -43,7 +43,7 @@ def tables(swept: Path, images: Path) -> dict:
 
 
 def test_every_table_of_a_sweep_is_by_setting(swept: Path, tables: dict) -> None:
-    """Classes of one setting each, and numbers that are those of its records alone."""
+    """Each row has one class and one setting, and the numbers of its records alone."""
     records = pd.read_parquet(swept / "records")
     expected = {f"{label} under strength {strength:g}" for strength in (0.3, 0.9) for label in ("COVID", "Lung_Opacity",
                                                                                                "all")}  # fmt: skip
@@ -76,7 +76,7 @@ def test_distances_of_a_sweep_are_by_setting_and_of_one_sample(tables: dict) -> 
     assert within["images", "counterfactuals under every setting"]["n2"] == 24
 
 
-def test_extractors_by_name_have_rows_of_their_own(swept: Path, images: Path, model: Path, tmp_path: Path) -> None:
+def test_extractors_by_name_have_their_own_rows(swept: Path, images: Path, model: Path, tmp_path: Path) -> None:
     run = open_run(str(swept))
     options = Options(extractors=("judge", "stand-in"), cache=str(tmp_path))
     rows = reduce_run(run, str(images), options).metrics["fid"]
@@ -133,8 +133,8 @@ def test_an_image_that_features_need_is_named(movable: tuple[Path, Path], column
     assert result.stderr.strip().count("\n") == 0
 
 
-def test_images_that_have_gone_since_are_counted(movable: tuple[Path, Path]) -> None:
-    """Means of fewer images must not pass for means of all; with the images back the note goes."""
+def test_images_that_are_missing_now_are_counted(movable: tuple[Path, Path]) -> None:
+    """A note tells that means are of fewer images; it disappears when the images are restored."""
     run, data = movable
     records = pd.read_parquet(run / "records")
     images = sorted(set(records["image_path"]))
@@ -161,7 +161,7 @@ def _noted(run: Path, data: Path) -> list[str]:
     return reduced.metrics["notes"]
 
 
-def test_what_the_options_name_is_read_again_when_it_changes(movable: tuple[Path, Path], tmp_path: Path) -> None:
+def test_files_of_the_options_are_read_again_when_they_change(movable: tuple[Path, Path], tmp_path: Path) -> None:
     run, data = movable
     images = sorted(set(pd.read_parquet(run / "records")["image_path"]))
     boxes = tmp_path / "boxes.csv"
@@ -172,7 +172,7 @@ def test_what_the_options_name_is_read_again_when_it_changes(movable: tuple[Path
     assert fresh == [True, False, True]
 
 
-def test_lpips_stands_in_the_table_of_likeness(swept: Path, images: Path, tmp_path: Path) -> None:
+def test_lpips_is_in_the_ssim_table(swept: Path, images: Path, tmp_path: Path) -> None:
     models = pytest.importorskip("torchvision.models")
     pytest.importorskip("lpips")
     torch.manual_seed(0)
@@ -197,8 +197,8 @@ def zones_csv(path: Path, images: list[str], score: Callable[[int, int], object]
     return path
 
 
-def test_brixia_scores_meet_the_maps(swept: Path, images: Path, tmp_path: Path) -> None:
-    """Lesions of the phantoms themselves as scores: brightness, which shows them, agrees with them."""
+def test_brixia_scores_are_compared_with_the_maps(swept: Path, images: Path, tmp_path: Path) -> None:
+    """The scores are the lesions of the phantoms, which agree with brightness."""
     records = pd.read_parquet(swept / "records")
     paths = sorted(records["image_path"].unique())
     scores = zones_csv(tmp_path / "zones.csv", [f"elsewhere/{path}" for path in paths], lambda n, at: (n + at) % 4)
@@ -220,7 +220,7 @@ def test_zone_scores_are_the_mean_of_the_readers(tmp_path: Path) -> None:
                     "b/y.png,3,3,3,3,3,3,,,,,,\n")  # fmt: skip
     found = read_zones(str(path), ["x.png", "b/y.png", "z.png"])
     np.testing.assert_allclose(found["x.png"], [0.5, 1, 1.5, 2, 0.5, 1])
-    np.testing.assert_allclose(found["b/y.png"], 3)  # the junior reader has not read it
+    np.testing.assert_allclose(found["b/y.png"], 3)  # the junior reader gave no scores
     assert set(found) == {"x.png", "b/y.png"}
     path.write_text("file,S-A,S-B,S-C,S-D,S-E,S-F\nx.png,0,1,2,3,4,0\n")
     with pytest.raises(UnusableData, match="row 2: zone scores are numbers from 0 to 3"):
@@ -232,7 +232,7 @@ def test_zone_scores_are_the_mean_of_the_readers(tmp_path: Path) -> None:
         read_sources(str(tmp_path / "nowhere.csv"), [])
 
 
-def test_images_of_one_source_meet_references_of_that_source(swept: Path, images: Path, tmp_path: Path) -> None:
+def test_images_meet_references_of_the_same_source(swept: Path, images: Path, tmp_path: Path) -> None:
     names = sorted(str(file.relative_to(images)) for file in images.glob("*/images/*.png"))
     path = tmp_path / "sources.csv"
     children = [name for n, name in enumerate(names) if n % 3]  # four of six images of each class
@@ -247,8 +247,8 @@ def test_images_of_one_source_meet_references_of_that_source(swept: Path, images
     assert {(row["n1"], row["n2"]) for row in rows} == {(4, 4)}
 
 
-def test_external_judges_have_a_table_of_their_own(swept: Path, images: Path, model: Path, tables: dict) -> None:
-    """The model's own judge, asked for by name, says of all images (there are few) what it said when they were made."""
+def test_external_judges_have_their_own_table(swept: Path, images: Path, model: Path, tables: dict) -> None:
+    """The model's own judge, requested by name, gives the same probabilities as during generation."""
     metrics = reduce_run(open_run(str(swept)), str(images), Options(judges=(f"judge={model}",))).metrics
     assert metrics["validity"] == tables["validity"]
     own = {row["label"]: row for row in tables["validity"]}
@@ -261,8 +261,10 @@ def test_external_judges_have_a_table_of_their_own(swept: Path, images: Path, mo
     assert (swept / "tables" / "external_validity.md").exists()
 
 
-def test_judges_of_one_name_are_kept_apart(swept: Path, images: Path, model: Path, tmp_path: Path) -> None:
-    """The judges of two training seeds lie in folders of one name, as the documentation has it."""
+def test_judges_in_folders_of_one_name_are_distinguished(
+    swept: Path, images: Path, model: Path, tmp_path: Path
+) -> None:
+    """As in the documentation, the judges of two training seeds are in folders with the same name."""
     seeds = [tmp_path / seed / "model" for seed in ("s1", "s2")]
     for n, folder in enumerate(seeds):
         shutil.copytree(model / "judge", folder / "judge")
@@ -278,7 +280,7 @@ def test_judges_of_one_name_are_kept_apart(swept: Path, images: Path, model: Pat
     assert "Validity, by judge of model (" in " ".join(t.title for t in report_tables({"external_validity": both}))
 
 
-def test_a_judge_that_cannot_be_had_is_one_line(swept: Path) -> None:
+def test_a_judge_that_cannot_be_loaded_is_one_line(swept: Path) -> None:
     result = CliRunner().invoke(main, ["reduce", str(swept), "--executor", "inline", "--judge", "judge=nowhere"])
     assert result.exit_code == 2
     assert (

@@ -1,4 +1,4 @@
-"""One pass over a run's records: what tables need of all, and whole rows of the few that are looked at."""
+"""The index of a run: columns of all records, and whole rows of a few."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from diffva_ray.workflows.generate import generate_run
 MakeRun = Callable[..., Run]
 
 
-def test_the_frame_is_that_of_the_records(make_run: MakeRun) -> None:
+def test_the_frame_has_the_records(make_run: MakeRun) -> None:
     run = make_run(bad={"05": "cannot be decoded", "08": "cannot be decoded"})
     found, records = index_run(run), read_records(run)
     good = records[records["status"] == "ok"].reset_index(drop=True)
@@ -42,7 +42,7 @@ def test_the_frame_is_that_of_the_records(make_run: MakeRun) -> None:
         assert [row["record_id"].encode() for row in stored_records(run, shard_ref)] == found.ids[rows].tolist()
 
 
-def test_an_unfinished_run_has_what_is_committed_and_an_empty_one_nothing(make_run: MakeRun) -> None:
+def test_an_unfinished_run_has_its_committed_records(make_run: MakeRun) -> None:
     run = make_run(shards=1)
     assert len(index_run(run).frame) == len(index_run(run).ids) == 4
     run.store.delete("records/part-00000.parquet")
@@ -50,7 +50,7 @@ def test_an_unfinished_run_has_what_is_committed_and_an_empty_one_nothing(make_r
     assert (len(empty.frame), len(empty.images), empty.truth, empty.sampled) == (0, 0, [], [])
 
 
-def test_images_that_are_asked_for_and_images_of_training(make_run: MakeRun) -> None:
+def test_requested_images_and_training_images(make_run: MakeRun) -> None:
     run = make_run()
     path = read_records(run)["image_path"][7]
     found = index_run(run, requested={path}, trained_on=lambda sha256: sha256 is None)
@@ -59,7 +59,7 @@ def test_images_that_are_asked_for_and_images_of_training(make_run: MakeRun) -> 
     assert "trained_on" not in index_run(run).frame
 
 
-def test_shards_without_truth_are_not_scored(make_run: MakeRun) -> None:
+def test_shards_without_ground_truth_are_not_scored(make_run: MakeRun) -> None:
     run = make_run()
     path = "records/part-00001.parquet"
     table = pq.read_table(io.BytesIO(run.store.read(path)))
@@ -89,7 +89,7 @@ def test_settings_of_a_sweep_have_names(swept: Run) -> None:
     assert "strength 0.3, “COVID 19”" in names
 
 
-def test_the_same_images_are_looked_at_in_every_setting(swept: Run) -> None:
+def test_the_same_images_are_sampled_in_every_setting(swept: Run) -> None:
     few, more = index_run(swept, max_images=2).sampled, index_run(swept, max_images=4).sampled
     order = read_records(swept)["record_id"].tolist()
     localization = [order.index(row["record_id"]) for row in more]

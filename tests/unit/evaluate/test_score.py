@@ -1,4 +1,4 @@
-"""``diffva score``: whose map is whose, what a file's values are, and the same numbers as a run's own tables."""
+"""``diffva score``: matching of maps and images, values of map files, and the same numbers as a run's tables."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def diffva(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def pictures(images: Path) -> list[Path]:
+def image_files(images: Path) -> list[Path]:
     return sorted(images.glob("*/images/*.png"))
 
 
@@ -41,10 +41,10 @@ def grey(path: Path) -> np.ndarray:
 
 @pytest.fixture
 def maps(images: Path, tmp_path: Path) -> Path:
-    """The images themselves as float maps, named like them, in one flat folder."""
+    """The images as float maps with the same names, in one flat folder."""
     folder = tmp_path / "maps"
     folder.mkdir()
-    for path in pictures(images):
+    for path in image_files(images):
         np.save(folder / f"{path.stem}.npy", grey(path))
     return folder
 
@@ -66,7 +66,11 @@ IMAGES = [
         (["COVID/images/1", "2"], {"COVID/images/1": "COVID/images/1.png", "2": "COVID/images/2.png"}, "path"),
         (["ig/COVID/images/1"], {"ig/COVID/images/1": "COVID/images/1.png"}, "path"),
         (["out/2"], {"out/2": "COVID/images/2.png"}, "name"),
-        (["images/2", "elsewhere/1"], {"images/2": "COVID/images/2.png"}, "path"),  # another image's map, not image 1's
+        (
+            ["images/2", "elsewhere/1"],
+            {"images/2": "COVID/images/2.png"},
+            "path",
+        ),  # not the map of image 1
     ],
 )
 def test_maps_find_their_images(keys: list[str], found: dict[str, str], by: str) -> None:
@@ -85,20 +89,20 @@ def test_maps_find_their_images(keys: list[str], found: dict[str, str], by: str)
         (["a/COVID/images/2", "b/COVID/images/2"], ("a/COVID/images/2.png", "b/COVID/images/2.png")),
     ],
 )
-def test_what_fits_twice_is_refused_and_both_are_named(keys: list[str], both: tuple[str, str]) -> None:
+def test_ambiguous_maps_are_refused_and_both_are_named(keys: list[str], both: tuple[str, str]) -> None:
     with pytest.raises(UnusableData) as caught:
         match(named(*keys), IMAGES, "maps")
     assert all(name in str(caught.value) for name in both)
     assert "\n" not in str(caught.value)
 
 
-def test_a_image_of_two_labels_is_one_image() -> None:
+def test_an_image_with_two_labels_is_one_image() -> None:
     images = [LabelledImage("p/view1.jpg", "Edema"), LabelledImage("p/view1.jpg", "Effusion")]
     matched = match(named("p/view1"), images, "maps")
     assert [image.label for _, image in matched.pairs] == ["Edema", "Effusion"]
 
 
-def test_only_known_extensions_are_cut_off() -> None:
+def test_only_known_extensions_are_removed() -> None:
     assert [stem(path) for path in ("a/b.c.png", "a/b.TIFF", "a.b/c", "x.npy")] == ["a/b.c", "a/b", "a.b/c", "x"]
 
 
@@ -111,7 +115,7 @@ def encoded(array: np.ndarray, kind: str) -> bytes:
     return sink.getvalue()
 
 
-def test_values_are_what_was_stored() -> None:
+def test_values_are_the_stored_values() -> None:
     signed = np.linspace(-3, 5, 12, dtype=np.float32).reshape(3, 4)
     np.testing.assert_array_equal(read_map_values(encoded(signed, "NPY"), "m.npy"), signed)
     np.testing.assert_array_equal(read_map_values(encoded(signed.astype(np.float64)[None], "NPY"), "m.npy"), signed)
@@ -123,7 +127,7 @@ def test_values_are_what_was_stored() -> None:
     np.testing.assert_allclose(read_map_values(encoded(colourless, "PNG"), "m.png"), steps / 255, atol=1e-7)
 
 
-def test_sixteen_bits_mean_what_is_said() -> None:
+def test_sixteen_bit_maps_are_read_as_requested() -> None:
     signed = np.linspace(-1, 1, 64, dtype=np.float32).reshape(8, 8)
     stored = encode_map(signed)
     np.testing.assert_array_equal(read_map_values(stored, "m.png", signed16=True), decode_map(stored))
@@ -145,7 +149,7 @@ def test_sixteen_bits_mean_what_is_said() -> None:
         (b"", "m.png", "empty"),
     ],
 )
-def test_what_is_no_map_says_why(data: bytes, path: str, reason: str) -> None:
+def test_files_that_are_not_maps_have_a_reason(data: bytes, path: str, reason: str) -> None:
     with pytest.raises(BadImage, match=reason):
         read_map_values(data, path)
 
@@ -177,7 +181,7 @@ def test_the_same_numbers_as_reduce_image_by_image(make_run: MakeRun) -> None:
         assert any("is a run" in note for note in scored.metrics["notes"])
 
 
-def test_a_run_of_other_images_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_run_on_other_images_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     run = make_run()
@@ -191,7 +195,7 @@ def test_a_run_of_other_images_is_refused(make_run: MakeRun, tmp_path: Path) -> 
         score_maps(run.store.uri, run.about["data"], ScoreOptions(smoothing=0.1))
 
 
-def test_a_image_as_its_own_map_is_the_brightness_baseline(maps: Path, images: Path) -> None:
+def test_an_image_as_its_own_map_is_the_brightness_baseline(maps: Path, images: Path) -> None:
     result = diffva("score", maps, "--data", images, "--json")
     assert result.exit_code == 0, result.output
     metrics = json.loads(result.stdout)
@@ -230,7 +234,7 @@ def test_signs_are_stated_and_can_be_chosen(maps: Path, images: Path) -> None:
     assert any("is their sign inverted" in note for note in score_maps(str(maps), str(images)).metrics["notes"])
 
 
-def test_nothing_is_left_out_without_a_word(maps: Path, images: Path) -> None:
+def test_everything_that_is_left_out_is_noted(maps: Path, images: Path) -> None:
     ill = sorted(maps.glob("COVID*"))
     ill[0].write_bytes(b"torn")
     ill[1].unlink()
@@ -254,10 +258,10 @@ def test_nothing_is_left_out_without_a_word(maps: Path, images: Path) -> None:
         assert part in said, part
 
 
-def test_the_encoding_of_sixteen_bit_maps_is_said(images: Path, tmp_path: Path) -> None:
+def test_the_encoding_of_sixteen_bit_maps_is_noted(images: Path, tmp_path: Path) -> None:
     folder = tmp_path / "maps"
     folder.mkdir()
-    for path in pictures(images):
+    for path in image_files(images):
         (folder / path.name).write_bytes(encode_map(np.where(grey(path) > 0.8, 0.1, 0)))
     guessed = score_maps(str(folder), str(images))
     assert any("read as unsigned" in note and "mostly mid-grey" in note for note in guessed.metrics["notes"])
@@ -265,16 +269,16 @@ def test_the_encoding_of_sixteen_bit_maps_is_said(images: Path, tmp_path: Path) 
     assert any("level 32768 is zero" in note for note in told.metrics["notes"])
 
 
-def test_small_maps_and_oblong_ones_are_brought_to_the_default_grid(images: Path, tmp_path: Path) -> None:
+def test_small_and_oblong_maps_are_resized_to_the_default_grid(images: Path, tmp_path: Path) -> None:
     for name, shape in (("cam", (7, 7)), ("oblong", (40, 64))):
-        for path in pictures(images):
+        for path in image_files(images):
             (tmp_path / name).mkdir(exist_ok=True)
             np.save(tmp_path / name / f"{path.stem}.npy", on_grid(grey(path), 64)[: shape[0], : shape[1]])
         assert score_maps(str(tmp_path / name), str(images), ScoreOptions(size=None)).metrics["grid"] == 256
         assert score_maps(str(tmp_path / name), str(images), ScoreOptions(size=48)).metrics["grid"] == 48
 
 
-def test_smoothing_is_given_to_maps_and_baselines_alike(maps: Path, images: Path) -> None:
+def test_smoothing_applies_to_maps_and_baselines(maps: Path, images: Path) -> None:
     rows = score_maps(str(maps), str(images), ScoreOptions(smoothing=0.05)).metrics["localization"]
     found = {row["map"]: row["auroc"] for row in rows if row["label"] == "all"}
     plain = score_maps(str(maps), str(images)).metrics["localization"]
@@ -282,7 +286,7 @@ def test_smoothing_is_given_to_maps_and_baselines_alike(maps: Path, images: Path
     assert found["positive"] != next(row["auroc"] for row in plain if row["label"] == "all")
 
 
-def test_tables_are_written_and_their_thresholds_taken_over(maps: Path, images: Path, tmp_path: Path) -> None:
+def test_tables_are_written_and_their_thresholds_can_be_used(maps: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores"
     result = diffva("score", maps, "--data", images, "--out", out)
     assert result.exit_code == 0, result.output
@@ -295,7 +299,7 @@ def test_tables_are_written_and_their_thresholds_taken_over(maps: Path, images: 
         assert again["localization"][0]["threshold_from"] == source.name
 
 
-def test_boxes_stand_in_for_masks(images: Path, maps: Path, tmp_path: Path) -> None:
+def test_boxes_replace_masks(images: Path, maps: Path, tmp_path: Path) -> None:
     bare = tmp_path / "images"
     shutil.copytree(images, bare, ignore=shutil.ignore_patterns("lesions", "masks"))
     image = next((bare / "COVID" / "images").iterdir())

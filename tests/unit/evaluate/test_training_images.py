@@ -1,4 +1,4 @@
-"""A score on images the model was trained on is refused, or says so."""
+"""Scores on images that the model was trained on are refused, or noted if allowed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from diffva_ray.storage.store import LocalStore
 
 
 def teach(run: Run, paths: list[str]) -> None:
-    """Put the run's model card in the state after training on those images."""
+    """Change the run's model card as if the model was trained on those images."""
     model = Path(run.about["model"])
     data = LocalStore(run.about["data_root"])
     listed = [hashlib.sha256(data.read(path)).hexdigest()[:16] for path in paths]
@@ -29,7 +29,7 @@ def teach(run: Run, paths: list[str]) -> None:
 
 
 def test_training_lists_every_image_by_hash(model: Path, images: Path) -> None:
-    """The list is of file bytes, as sha256sum prints them, and holds images of every class the data have."""
+    """The list has the sha256 of the files and covers every class of the data."""
     seen = TrainingImages.of(read_card(LocalStore(str(model))))
     assert seen is not None
     assert len(seen.hashes) == 24
@@ -41,7 +41,7 @@ def test_training_lists_every_image_by_hash(model: Path, images: Path) -> None:
     assert [seen.has(sha256) for sha256 in known] == [True, False, False]
 
 
-def test_a_run_on_training_images_is_refused_and_told_otherwise_says_so(make_run) -> None:
+def test_a_run_on_training_images_is_refused_or_noted_if_allowed(make_run) -> None:
     run = make_run()
     paths = read_records(run)["image_path"].tolist()
     teach(run, paths[:5])
@@ -55,7 +55,7 @@ def test_a_run_on_training_images_is_refused_and_told_otherwise_says_so(make_run
     assert by_class["COVID"] + by_class["Lung_Opacity"] == 5
 
 
-def test_images_the_model_has_not_seen_are_scored_without_a_word(make_run) -> None:
+def test_other_images_are_scored_without_a_note(make_run) -> None:
     run = make_run()
     teach(run, [])
     metrics = score_maps(run.store.uri, run.about["data"]).metrics
@@ -63,7 +63,7 @@ def test_images_the_model_has_not_seen_are_scored_without_a_word(make_run) -> No
     assert not any("training" in note for note in metrics["notes"])
 
 
-def test_a_model_without_a_list_or_another_model_is_said(make_run) -> None:
+def test_a_model_without_a_list_or_another_model_is_noted(make_run) -> None:
     run = make_run()
     assert any("not known" in note for note in score_maps(run.store.uri, run.about["data"]).metrics["notes"])
     teach(run, read_records(run)["image_path"].tolist())
@@ -72,7 +72,7 @@ def test_a_model_without_a_list_or_another_model_is_said(make_run) -> None:
     assert any("not known" in note for note in score_maps(run.store.uri, run.about["data"]).metrics["notes"])
 
 
-def test_the_verb_refuses_with_exit_2_also_for_a_strangers_maps(make_run, tmp_path: Path) -> None:
+def test_the_command_refuses_external_maps_with_exit_2(make_run, tmp_path: Path) -> None:
     run = make_run()
     records = read_records(run)
     teach(run, records["image_path"].tolist()[:1])
@@ -82,7 +82,7 @@ def test_the_verb_refuses_with_exit_2_also_for_a_strangers_maps(make_run, tmp_pa
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(run.store.read(row["attribution_path"]))
     command = ["score", str(maps), "--data", run.about["data"], "--encoding", "signed16"]
-    assert CliRunner().invoke(main, command).exit_code == 0  # nobody said which model made them
+    assert CliRunner().invoke(main, command).exit_code == 0  # without --model
     named = [*command, "--model", run.about["model"]]
     refused = CliRunner().invoke(main, named)
     assert refused.exit_code == 2
@@ -92,8 +92,8 @@ def test_the_verb_refuses_with_exit_2_also_for_a_strangers_maps(make_run, tmp_pa
     assert json.loads(allowed.stdout)["localization"][0]["training_images"] in (0, 1)
 
 
-def test_reduce_says_it_in_every_table_that_scores_images(tmp_path: Path, images: Path, model: Path) -> None:
-    """The fixture's model was trained on these very images."""
+def test_reduce_notes_it_in_every_table_that_scores_images(tmp_path: Path, images: Path, model: Path) -> None:
+    """The model of the fixture was trained on these images."""
     out = tmp_path / "run"
     options = ["--data", images, "--model", model, "--out", out, "--executor", "inline", "--limit", 6]
     assert CliRunner().invoke(main, ["generate", *map(str, options)]).exit_code == 0

@@ -1,4 +1,4 @@
-"""A run over a thousand damaged images ends properly: a row and a reason each, bounded memory, good images as ever."""
+"""A run over a thousand damaged images: each gets a row and a reason, memory is bounded, good images are unaffected."""
 
 from __future__ import annotations
 
@@ -33,24 +33,23 @@ from diffva_ray.schema import Status
 from diffva_ray.storage.store import LocalStore
 
 DAMAGED = 1000
-SECONDS = 300  # for all three runs together; they take about 25, and one image that hangs takes for ever
-MEGABYTES = 1500  # more than the good images need. Measured: 730; 3500 when a file's size was not looked at
-# Large shards, so that large images meet; one step, as the pixels need not be good ones.
+SECONDS = 300  # for all three runs; they take about 25, and an image that hangs would take for ever
+MEGABYTES = 1500  # limit of memory. Measured: 730; 3500 without the check of the file size
+# Large shards, so that large images are read together; one step, because the pixels do not matter.
 QUICK = {
     "shard_size": 256, "micro_batch": 64, "method": "sdedit", "source_prompt": "", "num_inference_steps": 2,
     "strength": 0.5,
 }  # fmt: skip
 STATUSES = {status.value for status in Status}
 
-# Megabytes. Not ru_maxrss, which a process inherits from the one that started it: beside a whole test suite it says
-# what that one held.
+# Megabytes. Not ru_maxrss, which a process inherits from its parent, here the whole test suite.
 PEAK = """
 def peak():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM:"))
 """
 
-# In a process of its own: its peak of memory is its own, and an image that hangs can be stopped.
+# Runs in a separate process, to measure its peak memory and to stop it if an image hangs.
 CHILD = (
     PEAK
     + """
@@ -68,7 +67,7 @@ print(json.dumps(peaks))
 """
 )
 
-# Eight threads with an image of 36 megapixels each, two of which fit.
+# Eight threads read an image of 36 megapixels each; two fit into the memory limit.
 CROWD = (
     PEAK
     + """
@@ -89,14 +88,14 @@ class Finished(NamedTuple):
     manifest: Run
     kinds: dict[str, str]  # by path of the damaged data set
     peaks: list[int]  # megabytes after each of the three runs
-    said: str  # on stderr
+    stderr: str
     before: dict[str, tuple[int, ...]]
     after: dict[str, tuple[int, ...]]
     new: set[str]  # in the folder above data and runs
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Kind, size, inode and time of change of everything below a folder, by path; links are not followed."""
+    """Kind, size, inode and change time by path of everything below a folder; links are not followed."""
     found = {}
     for above, folders, names in os.walk(folder):
         for name in folders + names:
@@ -107,7 +106,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def finished(tiny: Recipe, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Three runs of one process: good images; the same among damaged ones; a manifest that names what is no file."""
+    """Three runs of one process: good images; good and damaged ones; a manifest with things that are not files."""
     top = tmp_path_factory.mktemp("bad-input")
     phantoms = [file for _, file in _phantoms(top / "phantoms")]
     for number, image in enumerate(phantoms):
@@ -181,7 +180,7 @@ def test_every_planned_record_ends_in_one_row_with_a_reason(finished: Finished) 
     assert verify(finished.damaged) == []
 
 
-def test_every_kind_of_damage_ends_as_it_must(finished: Finished) -> None:
+def test_every_kind_of_damage_has_its_status(finished: Finished) -> None:
     ended = rows(finished.damaged)["status"].to_dict()
     wrong = {
         path: (kind, ended.get(path, "not planned"))
@@ -194,7 +193,7 @@ def test_every_kind_of_damage_ends_as_it_must(finished: Finished) -> None:
     assert len(ended) > 0.95 * len(finished.kinds)
 
 
-def test_good_images_among_them_keep_every_pixel(finished: Finished) -> None:
+def test_good_images_keep_every_pixel(finished: Finished) -> None:
     alone, among = rows(finished.good), rows(finished.damaged)
     assert len(alone) == 16
     assert set(alone["status"]) == {"ok"}
@@ -212,15 +211,15 @@ def test_nothing_is_written_outside_the_run(finished: Finished) -> None:
     assert finished.new == set()
 
 
-def test_libraries_do_not_chatter(finished: Finished) -> None:
-    lines = finished.said.splitlines()
+def test_libraries_print_nothing(finished: Finished) -> None:
+    lines = finished.stderr.splitlines()
     assert [line for line in lines if "Warning" in line] == []
-    # libtiff, inside Pillow, writes its errors to the process's stderr itself
+    # libtiff, inside Pillow, writes its errors directly to stderr
     assert len([line for line in lines if not line.startswith(("TIFF", "LZW", "tempfile.tif", "Zip"))]) < 200
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-def test_a_manifest_may_name_what_is_no_file(finished: Finished) -> None:
+def test_a_manifest_may_name_things_that_are_not_files(finished: Finished) -> None:
     frame = rows(finished.manifest)
     assert len(frame) == 8
     ended = frame["status"].to_dict()
@@ -236,7 +235,7 @@ def test_eight_threads_do_not_need_eight_times_the_memory() -> None:
     assert int(done.stdout) < 1750  # measured: up to 1440; with all eight at once 2080 or more, on two cores
 
 
-def test_pixels_in_flight_are_bounded_and_nobody_waits_for_ever() -> None:
+def test_pixels_in_memory_are_bounded_and_no_thread_waits_for_ever() -> None:
     admission, lock = MemoryLimit(100), threading.Lock()
     now, most, passed = 0, 0, []
 
@@ -264,7 +263,7 @@ def test_pixels_in_flight_are_bounded_and_nobody_waits_for_ever() -> None:
         pass
 
 
-def test_a_large_image_is_squared_while_it_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_image_is_resized_within_the_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     flights = []
 
     class Watched(MemoryLimit):
@@ -288,7 +287,7 @@ def test_a_large_image_is_squared_while_it_is_in_flight(monkeypatch: pytest.Monk
 
 
 @pytest.mark.timeout(60)
-def test_small_files_that_would_take_hours_take_no_time() -> None:
+def test_small_files_that_would_take_hours_are_refused_at_once() -> None:
     sink = BytesIO()
     Image.fromarray(np.arange(4096).reshape(64, 64).astype(np.uint8)).save(sink, "PNG")
     started = time.perf_counter()
@@ -298,7 +297,7 @@ def test_small_files_that_would_take_hours_take_no_time() -> None:
     assert time.perf_counter() - started < 5
 
 
-def test_flipped_bits_of_a_png_are_found_by_its_checksums() -> None:
+def test_checksums_find_flipped_bits_of_a_png() -> None:
     data = bytearray(halves(64, 64))
     at = data.index(b"IDAT") + 20
     data[at] ^= 1

@@ -1,4 +1,4 @@
-"""What a run costs: the rule against the network calls that really happen, and against torch's count of operations."""
+"""Cost of a run: the estimate against the counted network calls and against torch's count of operations."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def engine(complete: Callable[[], Bundle]) -> CounterfactualEngine:
     return CounterfactualEngine(complete(), device="cpu")
 
 
-def test_a_derived_mask_has_its_price(engine: CounterfactualEngine) -> None:
+def test_a_derived_mask_costs_calls(engine: CounterfactualEngine) -> None:
     settings = {**engine.config.model_dump(), "method": "masked", "scheduler": "ddim"}
     derived = {**settings, "masked": {**settings["masked"], "source": "derived"}}
     assert calls(derived, 4).unet - calls(settings, 4).unet == CALLS
 
 
 @pytest.mark.parametrize("method", ["vant-gan", "ant-gan"])
-def test_a_method_that_reads_no_prompt_runs_with_any_sampler_but_does_not_guess(method: str, tiny: Recipe) -> None:
+def test_a_method_without_prompt_runs_with_any_sampler_but_cannot_guess(method: str, tiny: Recipe) -> None:
     settings = {"method": method, "scheduler": "pndm"}
     check_settings(tiny.generate.model_copy(update={"source_prompt": ""}), settings)
     with pytest.raises(PlanError, match=f"{method} reads no prompt.*--set generate.source_prompt"):
@@ -57,10 +57,10 @@ def test_a_method_that_reads_no_prompt_runs_with_any_sampler_but_does_not_guess(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_calls_are_those_that_happen(
+def test_estimated_calls_are_the_counted_calls(
     method: str, engine: CounterfactualEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call is one image through one network: images count, not batches."""
+    """A call is one image through one network; images are counted, not batches."""
     bundle, image = engine.bundle, phantom("COVID", 1, size=32).image
     made = {"unet": 0, "encode": 0, "decode": 0, "controlnet": 0}
 
@@ -100,7 +100,7 @@ def test_calls_are_those_that_happen(
 @pytest.mark.parametrize(
     "shortcuts", [{"guidance_start": 0.3}, {"guidance_start": 0.2, "guidance_end": 0.7}, {"deep_features_every": 3}]
 )
-def test_shortcuts_are_counted(
+def test_acceleration_saves_calls(
     method: str, shortcuts: dict, engine: CounterfactualEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     acceleration = AccelerationConfig(**shortcuts)
@@ -115,7 +115,7 @@ def test_shortcuts_are_counted(
     assert sum(made) == calls({**config.model_dump(), **settings}, 4).unet
 
 
-def test_shortcuts_are_refused_where_there_are_none(tiny: Recipe) -> None:
+def test_acceleration_is_refused_for_methods_without_it(tiny: Recipe) -> None:
     config = tiny.generate.model_copy(update={"acceleration": AccelerationConfig(deep_features_every=2)})
     check_settings(config, {"method": "masked"})
     with pytest.raises(PlanError, match=r"generate.acceleration: method cycle does not support it"):
@@ -125,8 +125,8 @@ def test_shortcuts_are_refused_where_there_are_none(tiny: Recipe) -> None:
         check_settings(derived, {"method": "masked"})
 
 
-def test_operations_are_as_torch_counts_them() -> None:
-    """Stable Diffusion v1.4's networks without weights: UNet, encoder, decoder and ControlNet at 512 px."""
+def test_operations_are_those_of_torch() -> None:
+    """Networks of Stable Diffusion v1.4 without weights: UNet, encoder, decoder and ControlNet at 512 px."""
     from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -152,7 +152,7 @@ def test_operations_are_as_torch_counts_them() -> None:
 
 
 def test_the_table_of_the_operations_page() -> None:
-    """docs/operations.md prints these."""
+    """docs/operations.md has these numbers."""
     paper = load_recipe("paper")
     strong, weak = (("strength", (0.85,)),), (("strength", (0.55,)), ("num_inference_steps", (50,)))
     assert cost(paper, weak, 1000) == {
@@ -169,7 +169,7 @@ def test_the_table_of_the_operations_page() -> None:
         assert page in (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
 
 
-def test_a_dry_run_tells_the_cost_and_what_is_left_of_it(
+def test_a_dry_run_prints_the_cost_and_what_is_left_of_it(
     tiny: Recipe, images: Path, model: Path, tmp_path: Path
 ) -> None:
     def shown(out: Path, *more: str) -> dict:
@@ -192,7 +192,7 @@ def test_a_dry_run_tells_the_cost_and_what_is_left_of_it(
     assert 0 < left["estimated_cpu_hours"] * 3600 < sum(seconds)
 
 
-def test_a_given_pace_tells_hours(tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
+def test_a_given_pace_estimates_hours(tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
     command = ["generate", "--data", images, "--model", model, "--out", tmp_path / "run", "--images-per-second", 4]
     words = list(map(str, [*command, "--dry-run", "--actors", 2, "--gpus-per-actor", 0.5]))
     shown = json.loads(CliRunner().invoke(main, words).output)["cost"]
@@ -204,7 +204,7 @@ def test_a_given_pace_tells_hours(tiny: Recipe, images: Path, model: Path, tmp_p
 
 
 def test_a_probe_measures_this_machine(tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
-    """It generates for real, and what it says of storage is what a run then stores, but for chance of images."""
+    """The probe generates records; its estimate of the storage is about what a run stores."""
     words = ["generate", "--data", images, "--model", model, "--out", tmp_path / "run", "--dry-run", "--probe"]
     result = CliRunner().invoke(main, list(map(str, words)))
     shown = json.loads(result.stdout)["cost"]
@@ -220,7 +220,7 @@ def test_a_probe_measures_this_machine(tiny: Recipe, images: Path, model: Path, 
     assert shown["estimated_gigabytes"] < shown["gigabytes_at_most"]
 
 
-def test_micro_batches_stop_where_the_device_has_no_room(
+def test_micro_batches_stop_when_the_device_is_out_of_memory(
     tiny: Recipe, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = CounterfactualEngine.__call__
@@ -235,8 +235,8 @@ def test_micro_batches_stop_where_the_device_has_no_room(
     assert list(micro_batches(tiny, str(model))) == [1, 2]
 
 
-def test_a_probe_of_a_sweep_speaks_of_all_its_settings(images: Path, model: Path, tiny: Recipe) -> None:
-    """Where there is nothing to generate, that is said."""
+def test_a_probe_of_a_sweep_covers_all_settings(images: Path, model: Path, tiny: Recipe) -> None:
+    """A complete run has nothing to probe, which is reported."""
     short, both = (
         probe(tiny, str(images), str(model), Request(sweep=(("num_inference_steps", steps),))).seconds
         for steps in ((4,), (4, 400))

@@ -1,4 +1,4 @@
-"""A data set that is another one, or is gone, is refused or waited for; it never becomes rows of the run."""
+"""Another data set is refused and a missing one is an error; neither becomes rows of the run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def undisturbed(images: Path, model: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def interrupted(images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A data set and a run of it, stopped after one shard."""
+    """A data set, and a run on it that was stopped after one shard."""
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(images, data)
     whole = shard.run_shard
@@ -60,7 +60,7 @@ def interrupted(images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.M
     return data, out
 
 
-def test_another_data_set_of_the_same_names_is_refused(
+def test_another_data_set_with_the_same_names_is_refused(
     interrupted: tuple[Path, Path], model: Path, tmp_path: Path, undisturbed: pd.DataFrame
 ) -> None:
     data, out = interrupted
@@ -77,7 +77,7 @@ def test_another_data_set_of_the_same_names_is_refused(
 
 
 def as_bitmaps(images: Path, out: Path) -> Path:
-    """The phantoms as BMP, all of one size in bytes."""
+    """The phantoms as BMP files of equal size in bytes."""
     for file in images.glob("*/images/*.png"):
         target = out / file.parts[-3] / "images" / f"{file.stem}.bmp"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def as_bitmaps(images: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("moved", [True, False])
-def test_files_of_equal_size_are_told_apart_by_content(
+def test_files_of_equal_size_are_distinguished_by_content(
     images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool
 ) -> None:
     data, out = as_bitmaps(images, tmp_path / "data"), tmp_path / "run"
@@ -120,11 +120,11 @@ def test_a_moved_data_set_is_followed_and_remembered(
     assert (out / "tables" / "localization.json").exists()
 
 
-def test_a_lost_mount_writes_no_row_and_the_same_command_goes_on(
+def test_a_lost_mount_writes_no_row_and_the_same_command_continues(
     interrupted: tuple[Path, Path], model: Path, tmp_path: Path, undisturbed: pd.DataFrame,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The folder is there, as the mount point is, and empty."""
+    """The folder exists, like a mount point, and is empty."""
     data, out = interrupted
     monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
     whole, gone = shard.run_shard, tmp_path / "gone"
@@ -150,7 +150,7 @@ def test_a_lost_mount_writes_no_row_and_the_same_command_goes_on(
     assert verify(open_run(str(out))) == []
 
 
-def test_a_mount_that_came_back_in_the_middle_of_a_shard(
+def test_a_mount_that_returns_in_the_middle_of_a_shard(
     interrupted: tuple[Path, Path], model: Path, undisturbed: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, out = interrupted
@@ -174,15 +174,13 @@ def test_a_mount_that_came_back_in_the_middle_of_a_shard(
     assert rows(out).equals(undisturbed)
 
 
-def test_single_images_that_are_gone_are_rows(
-    interrupted: tuple[Path, Path], model: Path, undisturbed: pd.DataFrame
-) -> None:
+def test_single_missing_images_are_rows(interrupted: tuple[Path, Path], model: Path, undisturbed: pd.DataFrame) -> None:
     data, out = interrupted
     pending = undisturbed[~undisturbed["record_id"].isin(rows(out)["record_id"])]
     lost = pending["image_path"].iloc[0]
     (data / lost).unlink()
     ended = generate(data, model, out, "--set", "evaluate.max_quarantined_fraction=0.5")
-    assert ended.exit_code == 4, ended.output  # the run's own budget, as it was planned
+    assert ended.exit_code == 4, ended.output  # the limit of the recipe that the run was planned with
     statuses = rows(out).set_index("image_path")["status"]
     assert statuses[lost] == "missing"
     assert (statuses.drop(lost) == "ok").all()
@@ -190,7 +188,7 @@ def test_single_images_that_are_gone_are_rows(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
 @pytest.mark.parametrize("mode", [0o000, 0o444], ids=["unlisted", "listed and not entered"])
-def test_a_class_that_may_not_be_read_does_not_vanish(images: Path, tmp_path: Path, mode: int) -> None:
+def test_a_class_without_read_permission_is_an_error(images: Path, tmp_path: Path, mode: int) -> None:
     data = shutil.copytree(images, tmp_path / "data")
     assert diffva("inspect", data).exit_code == 0  # everything is imported
     for folder in [*tmp_path.parents][:-2]:

@@ -1,4 +1,4 @@
-"""The plan: everything is decided before the first image is read, and nothing about it may drift."""
+"""The plan decides everything before the first image is read, and must not change between versions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_every_image_once_in_even_shards(dataset, tiny: Recipe) -> None:
     rows = make_plan(dataset, tiny, Request()).to_pylist()
     assert sorted(row["image_path"] for row in rows) == [image.path for image in dataset.images]
     assert [(row["shard"], row["position"]) for row in rows] == [(n // 6, n % 6) for n in range(12)]
-    assert {row["label"] for row in rows[:6]} == {"COVID", "Lung_Opacity"}  # ids spread classes over shards
+    assert {row["label"] for row in rows[:6]} == {"COVID", "Lung_Opacity"}  # sorting by id spreads classes over shards
     assert all(row["lesion_mask_path"] and row["ground_truth_path"] for row in rows)
 
 
@@ -48,8 +48,8 @@ def test_limit_takes_a_fixed_subset(dataset, tiny: Recipe) -> None:
     assert {row["record_id"] for row in few} <= {row["record_id"] for row in more}
 
 
-def test_a_limit_takes_the_same_images_whatever_the_settings(dataset, tiny: Recipe) -> None:
-    """So that two limited runs can be compared, and a limited sweep has every point of each image."""
+def test_a_limit_takes_the_same_images_with_all_settings(dataset, tiny: Recipe) -> None:
+    """Two limited runs can be compared, and a limited sweep has every point of each image."""
 
     def images_of(request: Request, **settings: float) -> list[str]:
         recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update=settings)})
@@ -60,7 +60,7 @@ def test_a_limit_takes_the_same_images_whatever_the_settings(dataset, tiny: Reci
     assert images_of(Request(limit=8, sweep=parse_sweep(["strength=0.4,0.7"]))) == sorted(plain * 2)
 
 
-def test_draws_are_records_with_noise_of_their_own(dataset, tiny: Recipe) -> None:
+def test_samples_are_records_with_their_own_noise(dataset, tiny: Recipe) -> None:
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"samples": 3})})
     rows = make_plan(dataset, recipe, Request()).to_pylist()
     assert len({row["record_id"] for row in rows}) == len({row["seed"] for row in rows}) == 36
@@ -87,7 +87,7 @@ def keys(recipe: Recipe, request: Request = Request(), model: str = "m", torch: 
     return pixel_keys(recipe, request, model, torch, device)
 
 
-def test_a_run_goes_on_only_as_it_was_planned(dataset, tiny: Recipe, tmp_path: Path) -> None:
+def test_a_run_continues_only_as_it_was_planned(dataset, tiny: Recipe, tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     run = start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), {"recipe": tiny.model_dump(mode="json")})
     assert run.pending() == [0, 1]
@@ -111,7 +111,7 @@ def test_a_run_goes_on_only_as_it_was_planned(dataset, tiny: Recipe, tmp_path: P
             continue_run(again, changed, allow_environment_change=True)
 
 
-def test_a_setting_that_came_later_had_its_default(dataset, tiny: Recipe, tmp_path: Path) -> None:
+def test_a_later_setting_has_its_default(dataset, tiny: Recipe, tmp_path: Path) -> None:
     earlier = {key: value for key, value in keys(tiny).items() if key != "compile"}
     table, about = make_plan(dataset, tiny, Request()), {"recipe": tiny.model_dump(mode="json")}
     run = start_run(LocalStore(str(tmp_path)), table, earlier, about)
@@ -121,8 +121,8 @@ def test_a_setting_that_came_later_had_its_default(dataset, tiny: Recipe, tmp_pa
         continue_run(run, keys(other))
 
 
-def test_threads_read_shards_side_by_side(dataset, tiny: Recipe, tmp_path: Path) -> None:
-    """As verify does. A ParquetFile that threads share gives wrong rows, or ends the process."""
+def test_threads_read_shards_in_parallel(dataset, tiny: Recipe, tmp_path: Path) -> None:
+    """As ``verify`` does. A ParquetFile that threads share gives wrong rows or crashes the process."""
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"shard_size": 1})})
     table = make_plan(dataset, recipe, Request())
     run = start_run(LocalStore(str(tmp_path)), table, keys(recipe), {"recipe": recipe.model_dump(mode="json")})
@@ -133,7 +133,7 @@ def test_threads_read_shards_side_by_side(dataset, tiny: Recipe, tmp_path: Path)
             assert [row["record_id"] for rows in found for row in rows] == table["record_id"].to_pylist()
 
 
-def test_another_environment_may_be_forced_and_is_recorded(dataset, tiny: Recipe, tmp_path: Path) -> None:
+def test_another_environment_may_be_allowed_and_is_recorded(dataset, tiny: Recipe, tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     about = {"recipe": tiny.model_dump(mode="json")}
     run = start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), about)
@@ -147,7 +147,7 @@ def test_another_environment_may_be_forced_and_is_recorded(dataset, tiny: Recipe
     assert reread.about["environment_changes"] == [{"torch": "2.1", "device": "cuda", "engine": ENGINE}]
 
 
-def test_an_exchanged_plan_is_noticed(dataset, tiny: Recipe, tmp_path: Path) -> None:
+def test_a_replaced_plan_is_detected(dataset, tiny: Recipe, tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), {"recipe": tiny.model_dump(mode="json")})
     other = LocalStore(str(tmp_path / "other"))
@@ -179,8 +179,8 @@ class Counting(LocalStore):
 def test_a_worker_reads_its_shards_and_not_the_plan(
     row_groups: int, dataset, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where there are too many shards for a row group each."""
-    monkeypatch.setattr("diffva_ray.generate.run.ROW_GROUPS", row_groups)
+    """Also when there are too many shards for one row group each."""
+    monkeypatch.setattr("diffva_ray.generate.run.MAX_ROW_GROUPS", row_groups)
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"samples": 400, "shard_size": 64})})
     table = make_plan(dataset, recipe, Request())
     start_run(LocalStore(str(tmp_path)), table, keys(recipe), {"recipe": recipe.model_dump(mode="json")})
@@ -195,7 +195,7 @@ def test_a_worker_reads_its_shards_and_not_the_plan(
     assert run.plan().to_pylist() == table.to_pylist()
 
 
-def test_an_exchanged_plan_is_noticed_by_who_reads_a_shard_of_it(dataset, tiny: Recipe, tmp_path: Path) -> None:
+def test_a_replaced_plan_is_detected_when_a_shard_is_read(dataset, tiny: Recipe, tmp_path: Path) -> None:
     store, other = LocalStore(str(tmp_path)), LocalStore(str(tmp_path / "other"))
     run = start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), {"recipe": tiny.model_dump(mode="json")})
     reseeded = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"guidance_scale": 9.0})})

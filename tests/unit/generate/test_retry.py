@@ -1,4 +1,4 @@
-"""Quarantined records again: an overlay that stands in for the first rows, while committed parts stay as they are."""
+"""Retries of quarantined records: their rows replace the first ones, and committed parts do not change."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def retry(out: Path) -> Result:
     return diffva("retry", out, "--executor", "inline")
 
 
-def test_mended_images_are_made_as_if_they_had_never_been_broken(
+def test_repaired_images_give_the_records_of_intact_ones(
     damaged: tuple[Path, list[Path]], images: Path, model: Path, tmp_path: Path
 ) -> None:
     data, broken = damaged
@@ -89,7 +89,7 @@ def test_mended_images_are_made_as_if_they_had_never_been_broken(
     for table in ("ssim", "localization", "validity", "counterfactual", "fid"):
         name = f"tables/{table}.csv"
         assert (out / name).exists() == (intact / name).exists()
-        if (out / name).exists() and table != "fid":  # which names the data folder
+        if (out / name).exists() and table != "fid":  # which contains the name of the data folder
             assert (out / name).read_text() == (intact / name).read_text(), name
     assert "complete and sound" in diffva("verify", out).output
     assert diffva("report", out).exit_code == 0
@@ -97,7 +97,7 @@ def test_mended_images_are_made_as_if_they_had_never_been_broken(
     assert (status["ok"], status["quarantined"], status["retries"]) == (18, 0, 2)
 
 
-def test_an_interrupted_retry_goes_on_and_a_damaged_one_is_repaired(
+def test_an_interrupted_retry_continues_and_a_damaged_one_is_repaired(
     damaged: tuple[Path, list[Path]], images: Path, model: Path, tmp_path: Path
 ) -> None:
     data, broken = damaged
@@ -105,7 +105,7 @@ def test_an_interrupted_retry_goes_on_and_a_damaged_one_is_repaired(
     assert run_on(data, model, out).exit_code == 0
     for file in broken:
         shutil.copy(images / file.relative_to(data), file)
-    planned = start_retry(opened(out))  # and here the process dies
+    planned = start_retry(opened(out))  # the process dies here
     assert planned is not None
     assert diffva("reduce", out, "--executor", "inline").exit_code == 5
     assert "2 of 2 records ok now" in retry(out).output
@@ -121,7 +121,7 @@ def test_an_interrupted_retry_goes_on_and_a_damaged_one_is_repaired(
     assert verify(opened(out)) == []
 
 
-def test_a_run_that_is_not_finished_is_finished_first(images: Path, model: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_must_be_finished_first(images: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run_on(images, model, out).exit_code == 0
     opened(out).store.delete("records/part-00001.parquet")
@@ -130,10 +130,10 @@ def test_a_run_that_is_not_finished_is_finished_first(images: Path, model: Path,
     assert retry(out).exit_code == 2
 
 
-def test_images_made_again_in_the_run_itself_are_scored_once(
+def test_records_generated_again_in_the_run_itself_are_scored_once(
     damaged: tuple[Path, list[Path]], images: Path, model: Path, tmp_path: Path
 ) -> None:
-    """The run's own part may have a retried record ok, too: made again, from an image that is whole by now."""
+    """A retried record may be ok in the run's own part, too, if that was generated again from the repaired image."""
     data, broken = damaged
     out = tmp_path / "run"
     assert run_on(data, model, out).exit_code == 0
@@ -167,7 +167,7 @@ def test_a_run_from_before_a_setting_existed_can_be_retried(
     assert "1 of 2 records ok now" in retry(out).output
 
 
-def test_a_run_whose_samplers_were_spaced_otherwise_is_not_mixed(
+def test_a_run_with_other_timestep_spacing_is_not_mixed(
     damaged: tuple[Path, list[Path]], model: Path, tmp_path: Path
 ) -> None:
     data, out = damaged[0], tmp_path / "run"

@@ -1,4 +1,4 @@
-"""A shard: every planned record becomes one row, every row keeps its promises, the part comes last."""
+"""A shard: every planned record becomes one row that agrees with its files, and the part is written last."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def finished(tiny: Recipe, images: Path, model: Path, tmp_path_factory: pytest.T
     return run_inline(tiny, images, model, tmp_path_factory.mktemp("run"))[0]
 
 
-def test_records_hold_what_the_files_hold(finished, images: Path) -> None:
+def test_records_agree_with_their_files(finished, images: Path) -> None:
     frame = read_records(finished)
     assert len(frame) == 18
     assert set(frame["status"]) == {"ok"}
@@ -83,11 +83,10 @@ def test_parts_are_plain_parquet_with_the_fingerprint(finished) -> None:
     assert features["stand-in-random-conv-64/counterfactual"].dtype == np.float32
 
 
-def test_images_are_stored_beside_the_work_and_before_the_commit(
+def test_images_are_stored_during_generation_and_before_the_commit(
     tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first image is not stored before the second micro-batch is generated, and the part comes after all of
-    them."""
+    """The first image is stored only after the second micro-batch is generated, and the part after all images."""
     generated, order = threading.Event(), []
     call, put, commit = CounterfactualEngine.__call__, LocalStore.put, LocalStore.put_if_absent
 
@@ -155,7 +154,7 @@ def test_a_crash_before_the_part_commits_nothing(tiny: Recipe, images: Path, mod
 
 
 def damaged_copy(images: Path, folder: Path) -> dict[str, str]:
-    """A data set in which some COVID images are bad; the status each should end with."""
+    """A data set in which some COVID images are bad, and the expected status of each."""
     shutil.copytree(images, folder)
     good = sorted((folder / "COVID" / "images").iterdir())
     good[0].write_bytes(b"")
@@ -166,7 +165,7 @@ def damaged_copy(images: Path, folder: Path) -> dict[str, str]:
     return {f"COVID/images/{path.name}": status for path, status in zip(good, expected, strict=False)}
 
 
-def test_bad_input_is_a_row_and_its_neighbours_keep_their_pixels(
+def test_bad_input_is_a_row_and_other_images_keep_their_pixels(
     finished, tiny: Recipe, images: Path, model: Path, tmp_path: Path
 ) -> None:
     expected = damaged_copy(images, tmp_path / "images")
@@ -203,10 +202,10 @@ def test_images_that_vanish_change_or_arrive_after_planning(
     assert "changed since planning" in changed["error"]
 
 
-def test_a_prompt_longer_than_the_model_holds(
+def test_a_prompt_longer_than_the_model_reads(
     tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused before anything is planned; a record's own failure where only the workers can read the tokenizer."""
+    """It is refused before planning, or quarantines its record if only the workers can read the tokenizer."""
     request = Request(prompt="a very long prompt about absolutely everything", limit=3)
     with pytest.raises(PlanError, match="more than the 16 tokens"):
         run_inline(tiny, images, model, tmp_path / "run", request)
@@ -255,10 +254,8 @@ def test_shard_size_and_actor_order_do_not_change_pixels(
     assert ours.equals(theirs)
 
 
-def test_images_that_have_moved_are_found_where_they_are_now(
-    finished, tiny: Recipe, images: Path, model: Path, tmp_path: Path
-) -> None:
-    """A run that was begun with its images elsewhere goes on with --data, and ends as if they had never moved."""
+def test_moved_images_are_found_with_data(finished, tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
+    """A run whose images were moved continues with --data and ends like an undisturbed one."""
     before, after = tmp_path / "before", tmp_path / "after"
     shutil.copytree(images, before)
     run, _ = run_inline(tiny, before, model, tmp_path / "run")
@@ -271,7 +268,7 @@ def test_images_that_have_moved_are_found_where_they_are_now(
     assert ours.equals(theirs)
 
 
-def test_a_dry_run_of_other_settings_says_what_the_command_would(
+def test_a_dry_run_with_other_settings_reports_what_the_command_would(
     finished, images: Path, model: Path, tiny: Recipe
 ) -> None:
     words = [
@@ -291,7 +288,7 @@ def test_a_dry_run_of_other_settings_says_what_the_command_would(
     assert "strength: 0." in result.output
 
 
-def test_nothing_is_healed_for_a_store_that_has_failed(
+def test_nothing_is_generated_for_a_store_that_has_failed(
     tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []

@@ -1,4 +1,4 @@
-"""Two processes that plan one run at the same moment: one claims it, the other leaves it as it is."""
+"""Two processes plan one run at the same time: one claims it, and the other does not change it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffva_ray.storage.store import LocalStore, StoreError
 
 
 def planned(images: Path, recipe: Recipe, store: LocalStore, limit: int | None = None) -> Run:
-    """A run as a driver plans it that found none there."""
+    """Plan a run like a driver that found none at the address."""
     dataset, request = open_dataset(images), Request(limit=limit)
     keys = pixel_keys(recipe, request, "m", "2.0", "cpu")
     return start_run(store, make_plan(dataset, recipe, request), keys, {"recipe": recipe.model_dump(mode="json")})
@@ -30,7 +30,7 @@ def files(store: LocalStore) -> dict[str, bytes]:
     return {path: store.read(path) for path, _ in store.list()}
 
 
-def test_the_later_one_gets_the_difference_and_touches_nothing(images: Path, tiny: Recipe, tmp_path: Path) -> None:
+def test_the_second_driver_gets_the_difference_and_changes_nothing(images: Path, tiny: Recipe, tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path / "run"))
     first = planned(images, tiny, store)
     before = files(store)
@@ -44,7 +44,7 @@ def test_the_later_one_gets_the_difference_and_touches_nothing(images: Path, tin
 
 
 class Dying(LocalStore):
-    """Ends the driver between the claim and the plan."""
+    """Kills the driver between the claim and the plan."""
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
         if path == "plan.parquet":
@@ -74,8 +74,8 @@ def test_a_claim_without_its_plan_is_completed_by_the_same_command_only(
     assert sum(run.shard_sizes()) == 24
 
 
-def test_the_plan_of_another_seed_is_noticed_by_its_footer(images: Path, tiny: Recipe, tmp_path: Path) -> None:
-    """Same images, same ids, same length: only the fingerprint in the footer tells."""
+def test_the_plan_of_another_seed_is_detected_by_its_footer(images: Path, tiny: Recipe, tmp_path: Path) -> None:
+    """Images, ids and length are equal; only the fingerprint in the footer differs."""
     stores = [LocalStore(str(tmp_path / name)) for name in "ab"]
     run, _ = (planned(images, tiny.model_copy(update={"seed": seed}), store) for seed, store in enumerate(stores))
     stores[0].put("plan.parquet", stores[1].read("plan.parquet"))
