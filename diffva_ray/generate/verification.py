@@ -23,6 +23,9 @@ from diffva_ray.progress import one_line
 from diffva_ray.schema import RECORDS, SCHEMA_VERSION, Status
 
 MANIFEST = "manifest.json"
+STATUSES = {status.value for status in Status}
+IMAGES = (("counterfactual_path", "counterfactual_sha256"), ("attribution_path", "attribution_sha256"),
+          ("reconstruction_path", "reconstruction_sha256"))  # columns of a record's images  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,6 @@ class Problem:
     shard: int  # number of the shard; -1: no shard, but for instance a table, which reduce writes again
     what: str  # the problem, in one line
     overlay: int = 0  # number of the retry run, counted from 1; 0: the run itself
-
-
-STATUSES = {status.value for status in Status}
 
 
 def verify_shard(run: Run, shard: int, planned: Sequence[str], features: set[str] | None = None) -> list[Problem]:
@@ -68,10 +68,6 @@ def verify_shard(run: Run, shard: int, planned: Sequence[str], features: set[str
     problems += _pixel_problems(run, shard, ok) if features is None else _missing_images(run, shard, ok)
     what = _features_problem(run, shard, ok["record_id"].to_pylist(), features)
     return [*problems, *([Problem(shard, what)] if what else [])]
-
-
-IMAGES = (("counterfactual_path", "counterfactual_sha256"), ("attribution_path", "attribution_sha256"),
-          ("reconstruction_path", "reconstruction_sha256"))  # fmt: skip
 
 
 def _pixel_problems(run: Run, shard: int, ok: pa.Table) -> list[Problem]:
