@@ -1,6 +1,6 @@
-"""From images and a model to the paper's tables, figures and one page, through ordinary runs below ``OUT/runs``.
+"""Make the paper's tables, figures and page from images and a model, with ordinary runs below ``OUT/runs``.
 
-The same command again goes on, or does nothing. What cannot be made is a line with its reason, never a hole.
+The same command again continues, or does nothing if all is done. What cannot be made is listed with the reason.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from diffva_ray.generate.plan import PromptTooLong
 from diffva_ray.generate.run import FingerprintDiffers, open_run
 from diffva_ray.model.card import UnusableModel, read_card
 from diffva_ray.paper.experiments import EXPERIMENTS, Experiment, settings_recipe
-from diffva_ray.paper.inputs import copy_images, drawn, limited, phantom_chexpert, phantom_radiography
-from diffva_ray.paper.state import Inputs, Made
+from diffva_ray.paper.inputs import copy_images, limited, phantom_chexpert, phantom_radiography, sampled
+from diffva_ray.paper.state import Inputs, PaperState
 from diffva_ray.progress import LOG
 from diffva_ray.storage.store import Store, join, open_store
 from diffva_ray.workflows.execution import model_recipe
@@ -29,37 +29,50 @@ from diffva_ray.workflows.generate import generate_run
 from diffva_ray.workflows.reduce import reduce
 
 GUARD, SUCCESS = "paper.json", "_SUCCESS"
-QUICK = 24  # images of each class
-FEW = 3  # healthy images of the figures with several prompts
+QUICK_IMAGES = 24  # of each class, with --quick
+FIGURE_IMAGES = 3  # healthy images of the figures with several prompts
 CARDIOMEGALY = "Cardiomegaly"
 
 
 def run_paper(options: Inputs) -> str:
-    """Make everything and return where the page is. Raises UnusableData, UnusableModel, RecipeError, FingerprintDiffers
-    (``out`` holds another model's or other images' paper), and what generate and reduce raise."""
+    """Make everything that is missing.
+
+    Args:
+        options: Inputs of the command.
+
+    Returns:
+        URI of the page.
+
+    Raises:
+        UnusableData: A data set cannot be read, or has no healthy or no abnormal images.
+        UnusableModel: The model has no card.
+        RecipeError: The options change the model.
+        FingerprintDiffers: ``out`` holds the paper of another model or of other images.
+    """
     from diffva_ray.paper.page import write_page
 
     store, base, card = _open(options)
     _guard(store, options, card)
-    state = {key: getattr(options, key) for key in ("weights", "resize", "boxes", "brixia")} | {"version": __version__}
+    success = {key: getattr(options, key) for key in ("weights", "resize", "boxes", "brixia")}
+    success["version"] = __version__
     page = join(store.uri, "index.html")
-    if store.exists(SUCCESS) and json.loads(store.read(SUCCESS)) == state:
-        LOG.info("%s: everything is made; nothing to do", store.uri)
+    if store.exists(SUCCESS) and json.loads(store.read(SUCCESS)) == success:
+        LOG.info("%s: complete; nothing to do", store.uri)
         return page
     store.delete(SUCCESS)
-    made = _images(store, base, card, options)
+    state = _images(store, base, card, options)
     if options.execution.executor == "inline":
-        _runs(made)
+        _runs(state)
     else:
         with session.connect():
-            _runs(made)
-    write_page(made)
-    store.put(SUCCESS, json.dumps(state).encode())
+            _runs(state)
+    write_page(state)
+    store.put(SUCCESS, json.dumps(success).encode())
     return page
 
 
 def planned_paper(options: Inputs) -> dict[str, Any]:
-    """What ``run_paper`` would do, for ``--dry-run``; nothing is written."""
+    """The runs that ``run_paper`` would make, for ``--dry-run``; nothing is written."""
     _, base, card = _open(options)
     runs = []
     for experiment in EXPERIMENTS:
@@ -88,27 +101,27 @@ def planned_paper(options: Inputs) -> dict[str, Any]:
 
 def _open(options: Inputs) -> tuple[Store, Recipe, dict[str, Any]]:
     if options.radiography is None and not options.quick:
-        raise UnusableData("--radiography: name the COVID-19 Radiography Database, or give --quick to use phantoms")
+        raise UnusableData("--radiography: give the COVID-19 Radiography Database, or --quick to use phantoms")
     for uri in (options.radiography, options.chexpert):
         if uri is not None:
-            open_dataset(uri)  # before anything is written: a wrong path must not claim the folder
+            open_dataset(uri)  # check before writing, so that a wrong path leaves no folder behind
     card = read_card(open_store(options.model))
     if card is None:
         raise UnusableModel(f"--model {options.model}: no diffva.json there; train a model first")
     base = model_recipe(options.model, options.recipe, options.overrides)
     if base.model != model_recipe(options.model, options.recipe, ()).model:
-        raise RecipeError("--set model.…: diffva paper shows a model as it is; train another one instead")
+        raise RecipeError("--set model.…: diffva paper does not change the model; train another one instead")
     return open_store(options.out), base, card
 
 
 def _per_class(options: Inputs) -> int | None:
     if options.limit is not None:
         return options.limit
-    return QUICK if options.quick else None
+    return QUICK_IMAGES if options.quick else None
 
 
 def _guard(store: Store, options: Inputs, card: dict[str, Any]) -> None:
-    """Refuse to mix two papers in one folder; weights and resize path may change, they are of the tables alone."""
+    """Refuse a folder with other inputs. Weights and resize path may change, because only the tables depend on them."""
     now = {
         "radiography": options.radiography,
         "chexpert": options.chexpert,
@@ -124,80 +137,80 @@ def _guard(store: Store, options: Inputs, card: dict[str, Any]) -> None:
             raise FingerprintDiffers(store.uri, changed, before, now)
 
 
-def _images(store: Store, base: Recipe, card: dict[str, Any], options: Inputs) -> Made:
-    """The images, in place; the reasons for those that are not there are kept."""
-    per_class, size = _per_class(options), base.model.resolution
-    place = join(store.uri, "data")
-    healthy = base.data.healthy_class
+def _images(store: Store, base: Recipe, card: dict[str, Any], options: Inputs) -> PaperState:
+    """Bring the input images into place; missing inputs are listed in ``missing``."""
+    per_class, size, healthy = _per_class(options), base.model.resolution, base.data.healthy_class
+    folder = join(store.uri, "data")
     if options.radiography is None:
-        radiography = phantom_radiography(join(place, "radiography"), per_class or QUICK, size)
+        radiography = phantom_radiography(join(folder, "radiography"), per_class or QUICK_IMAGES, size)
     else:
-        radiography = limited(options.radiography, base.data, None, per_class, join(place, "radiography"))
-    made = Made(store, base, card, radiography, None, options)
+        radiography = limited(options.radiography, base.data, None, per_class, join(folder, "radiography"))
+    state = PaperState(store, base, card, radiography, None, options)
     dataset = open_dataset(radiography, base.data)
-    made.notes += [f"images: {note}" for note in dataset.notes]
-    made.boxes = lesion_boxes(radiography, options.boxes, made.notes)
+    state.notes += [f"images: {note}" for note in dataset.notes]
+    state.boxes = lesion_boxes(radiography, options.boxes, state.notes)
     if healthy not in dataset.classes:
         raise UnusableData(f"--radiography {options.radiography}: no image of the healthy class {healthy}")
     if len(dataset.classes) == 1:
         raise UnusableData(f"--radiography {options.radiography}: no image of an abnormal class")
-    made.chexpert = _chexpert(made, join(place, "chexpert"), per_class, size)
-    few = drawn([image for image in dataset.images if image.label == healthy and image.size >= 0], FEW)
-    copy_images(dataset, few, join(place, "few"))
-    return made
+    state.chexpert = _chexpert(state, join(folder, "chexpert"), per_class, size)
+    # a few healthy images for the figures with several prompts
+    few = sampled([image for image in dataset.images if image.label == healthy and image.size >= 0], FIGURE_IMAGES)
+    copy_images(dataset, few, join(folder, "few"))
+    return state
 
 
-def _chexpert(made: Made, place: str, per_class: int | None, size: int) -> str | None:
-    options = made.options
+def _chexpert(state: PaperState, folder: str, per_class: int | None, size: int) -> str | None:
+    options = state.options
     if options.chexpert is None and options.quick and options.radiography is None:
-        return phantom_chexpert(place, per_class or QUICK, size)
+        return phantom_chexpert(folder, per_class or QUICK_IMAGES, size)
     what = "table 4, real cardiomegaly against generated"
     if options.chexpert is None:
-        made.missing.append((what, "no CheXpert given (--chexpert)"))
+        state.missing.append((what, "no CheXpert given (--chexpert)"))
         return None
     try:
-        uri = limited(options.chexpert, made.base.data, [CARDIOMEGALY], per_class, place)
-        made.notes += [f"CheXpert: {note}" for note in open_dataset(options.chexpert, made.base.data).notes]
+        uri = limited(options.chexpert, state.base.data, [CARDIOMEGALY], per_class, folder)
+        state.notes += [f"CheXpert: {note}" for note in open_dataset(options.chexpert, state.base.data).notes]
         return uri
     except UnusableData as error:
-        made.missing.append((what, str(error)))
+        state.missing.append((what, str(error)))
         return None
 
 
-def _runs(made: Made) -> None:
-    """Generate and reduce, one experiment after the other; finished ones are found finished."""
+def _runs(state: PaperState) -> None:
+    """Generate and reduce all experiments; finished runs are not repeated."""
     for number, experiment in enumerate(EXPERIMENTS, 1):
         LOG.info("run %d of %d: %s (%s)", number, len(EXPERIMENTS), experiment.name, experiment.shows)
         try:
-            _run(made, experiment)
+            _run(state, experiment)
         except (TooManyQuarantined, PromptTooLong) as error:
             if experiment.images == "abnormal":
                 raise
-            made.missing.append((experiment.shows, str(error)))  # a prompt too long for this model, say
+            state.missing.append((experiment.shows, str(error)))  # e.g. a prompt that is too long for this model
 
 
-def _run(made: Made, experiment: Experiment) -> None:
+def _run(state: PaperState, experiment: Experiment) -> None:
     """Generate and reduce one experiment."""
-    recipe = settings_recipe(made.base, experiment, made.options.overrides)
-    data = join(made.store.uri, "data", "few") if experiment.images == "few healthy" else made.radiography
-    out = join(made.store.uri, "runs", experiment.name)
-    request = experiment.request(made.base.data.healthy_class)
-    generate_run(recipe, data, made.options.model, out, request, made.options.execution)
+    recipe = settings_recipe(state.base, experiment, state.options.overrides)
+    data = join(state.store.uri, "data", "few") if experiment.images == "few healthy" else state.radiography
+    out = join(state.store.uri, "runs", experiment.name)
+    request = experiment.request(state.base.data.healthy_class)
+    generate_run(recipe, data, state.options.model, out, request, state.options.execution)
     run = open_run(out)
-    reduced = reduce(run, _reduce_options(made, experiment), made.options.execution.executor)
-    made.runs[experiment.name], made.metrics[experiment.name] = run, reduced.metrics
+    reduced = reduce(run, _reduce_options(state, experiment), state.options.execution.executor)
+    state.runs[experiment.name], state.metrics[experiment.name] = run, reduced.metrics
 
 
-def _reduce_options(made: Made, experiment: Experiment) -> Options:
-    references: tuple[tuple[str, str], ...] = ((made.base.data.healthy_class, made.radiography),)
+def _reduce_options(state: PaperState, experiment: Experiment) -> Options:
+    references: tuple[tuple[str, str], ...] = ((state.base.data.healthy_class, state.radiography),)
     if experiment.cardiomegaly:
-        references = ((CARDIOMEGALY, made.chexpert),) if made.chexpert else references
-    options, ill = made.options, experiment.images == "abnormal"
+        references = ((CARDIOMEGALY, state.chexpert),) if state.chexpert else references
+    options, is_abnormal = state.options, experiment.images == "abnormal"
     return Options(
         references=references,
-        boxes=options.boxes if ill else None,
+        boxes=options.boxes if is_abnormal else None,
         weights=options.weights,
         resize=options.resize,
-        cache=made.store.uri,
-        brixia=options.brixia if ill else None,
+        cache=state.store.uri,
+        brixia=options.brixia if is_abnormal else None,
     )

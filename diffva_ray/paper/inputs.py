@@ -1,4 +1,4 @@
-"""The images that ``diffva paper`` works on: those given, a few of each class, or phantoms in both layouts."""
+"""Input images of ``diffva paper``: a data set, a sample of each class, or phantoms in both layouts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from diffva_ray.progress import LOG
 from diffva_ray.schema import digest
 from diffva_ray.storage.store import open_store
 
-SEEDS = {"radiography": 4, "chexpert": 5}  # of phantoms; 0 to 3 are the demo's
+SEEDS = {"radiography": 4, "chexpert": 5}  # of phantoms; the demo uses 0 to 3
 COPIED = "copied.json"
 
 
 def phantom_radiography(uri: str, per_class: int, size: int) -> str:
-    """Phantoms of the paper's four classes in the Radiography layout, unless they are there; returns ``uri``."""
+    """Write phantoms of the paper's four classes in the Radiography layout, unless they exist; returns ``uri``."""
     make_phantoms(uri, 4 * per_class, size, SEEDS["radiography"])
     return uri
 
 
 def phantom_chexpert(uri: str, per_class: int, size: int) -> str:
-    """Phantoms with an enlarged heart, and healthy ones, in CheXpert's layout (``train.csv``, written last); returns
-    ``uri``."""
+    """Write healthy phantoms and phantoms with an enlarged heart in CheXpert's layout, unless they exist.
+
+    ``train.csv`` is written last and marks the set as complete. Returns ``uri``.
+    """
     store = open_store(uri)
     if store.exists("train.csv"):
         return uri
@@ -47,13 +49,14 @@ def phantom_chexpert(uri: str, per_class: int, size: int) -> str:
     return uri
 
 
-def drawn(images: Sequence[LabelledImage], per_class: int) -> list[LabelledImage]:
-    """At most ``per_class`` images of each class, drawn by the digest of their paths: the same ones every time, and the
-    smaller draw is part of the larger."""
-    ordered = sorted(images, key=lambda image: (image.label, digest(image.path)))
+def sampled(images: Sequence[LabelledImage], per_class: int) -> list[LabelledImage]:
+    """At most ``per_class`` images of each class, ordered by the digest of their paths.
+
+    The choice is deterministic, and a smaller sample is part of a larger one.
+    """
     taken: dict[str, int] = {}
     kept = []
-    for image in ordered:
+    for image in sorted(images, key=lambda image: (image.label, digest(image.path))):
         taken[image.label] = taken.get(image.label, 0) + 1
         if taken[image.label] <= per_class:
             kept.append(image)
@@ -61,8 +64,10 @@ def drawn(images: Sequence[LabelledImage], per_class: int) -> list[LabelledImage
 
 
 def copy_images(dataset: Dataset, images: Sequence[LabelledImage], uri: str) -> str:
-    """Those images with their masks, lesions, ground truth and boxes as a set of their own in the Radiography layout,
-    byte for byte; returns ``uri``. Nothing happens where that has been done."""
+    """Copy images with their masks, lesions, ground truth and boxes into the Radiography layout, unless done before.
+
+    Files are copied byte for byte. Returns ``uri``.
+    """
     store = open_store(uri)
     if store.exists(COPIED):
         return uri
@@ -70,16 +75,12 @@ def copy_images(dataset: Dataset, images: Sequence[LabelledImage], uri: str) -> 
     table = csv.writer(boxes, lineterminator="\n")
     table.writerow(["file", "x", "y", "w", "h"])
     for image in images:
-        ending = image.path.rpartition(".")[2]
-        # folders of CheXpert tell its images apart, and their names do not
-        stem = image.path.rpartition(".")[0].replace("/", "_")[-80:]
-        name = f"{digest(image.path)[:6]}-{stem}"
+        path_stem, _, ending = image.path.rpartition(".")
+        # the whole path goes into the name: CheXpert's file names repeat in every folder
+        name = f"{digest(image.path)[:6]}-{path_stem.replace('/', '_')[-80:]}"
         store.put(f"{image.label}/images/{name}.{ending}", dataset.store.read(image.path))
-        for kind, path in (
-            ("masks", image.lung_mask),
-            ("lesions", image.lesion_mask),
-            ("ground_truth", image.ground_truth),
-        ):
+        companions = {"masks": image.lung_mask, "lesions": image.lesion_mask, "ground_truth": image.ground_truth}
+        for kind, path in companions.items():
             if path:
                 store.put(f"{image.label}/{kind}/{name}.{path.rpartition('.')[2]}", dataset.store.read(path))
         table.writerows([f"{image.label}/images/{name}.{ending}", *box] for box in dataset.boxes.get(image.path, []))
@@ -90,9 +91,9 @@ def copy_images(dataset: Dataset, images: Sequence[LabelledImage], uri: str) -> 
 
 
 def limited(uri: str, config: DataConfig, classes: Sequence[str] | None, per_class: int | None, out: str) -> str:
-    """``uri`` itself, or a copy of ``per_class`` images of each class at ``out``. Raises UnusableData."""
+    """``uri``, or with ``per_class`` a copy of that many images of each class at ``out``. Raises UnusableData."""
     if per_class is None:
         return uri
     dataset = open_dataset(uri, config, classes)
-    here = [image for image in dataset.images if image.size >= 0]
-    return copy_images(dataset, drawn(here, per_class), out)
+    existing = [image for image in dataset.images if image.size >= 0]
+    return copy_images(dataset, sampled(existing, per_class), out)

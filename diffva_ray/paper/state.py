@@ -1,8 +1,7 @@
-"""What the parts of the paper's page share: the inputs, and what was made of them."""
+"""Inputs of ``diffva paper`` and the runs and results that its tables and figures share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,48 +9,49 @@ from diffva_ray.config.recipe import Recipe
 from diffva_ray.data.dataset import Dataset
 from diffva_ray.evaluate.records import Boxes
 from diffva_ray.generate.run import Run
+from diffva_ray.paper.published import CLASSES
 from diffva_ray.storage.store import Store
 from diffva_ray.workflows.execution import Execution
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What is asked for; see ``diffva paper --help``."""
+    """Options of ``diffva paper``."""
 
-    radiography: str | None
-    chexpert: str | None
-    model: str
-    out: str
-    quick: bool = False
-    limit: int | None = None
-    weights: str | None = None
-    resize: Literal["clean", "legacy"] = "clean"
-    recipe: str | None = None
-    overrides: tuple[str, ...] = ()
-    boxes: str | None = None
-    brixia: str | None = None
+    radiography: str | None  # URI of the COVID-19 Radiography Database; None: phantoms
+    chexpert: str | None  # URI of CheXpert, for table 4
+    model: str  # URI of the model
+    out: str  # URI of the output folder
+    quick: bool = False  # few images; phantoms in place of missing data sets
+    limit: int | None = None  # images per class
+    weights: str | None = None  # Inception weights, for FID
+    resize: Literal["clean", "legacy"] = "clean"  # before the extractor
+    recipe: str | None = None  # None: the model's own
+    overrides: tuple[str, ...] = ()  # of --set
+    boxes: str | None = None  # CSV of lesion boxes
+    brixia: str | None = None  # CSV of readers' Brixia scores
     execution: Execution = field(default_factory=Execution)
 
 
 @dataclass
-class Made:
-    """The runs that exist now, their metrics, and what could not be made (what, why)."""
+class PaperState:
+    """The inputs in place, and everything computed from them so far."""
 
-    store: Store
-    base: Recipe
-    card: dict[str, Any]
-    radiography: str
-    chexpert: str | None
+    store: Store  # the output folder
+    base: Recipe  # the model's recipe
+    card: dict[str, Any]  # the model's card
+    radiography: str  # URI of the images
+    chexpert: str | None  # URI of real cardiomegaly images
     options: Inputs
-    boxes: Boxes = field(default_factory=dict)
-    runs: dict[str, Run] = field(default_factory=dict)
-    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    missing: list[tuple[str, str]] = field(default_factory=list)
+    boxes: Boxes = field(default_factory=dict)  # lesion boxes by image
+    runs: dict[str, Run] = field(default_factory=dict)  # finished runs by name of the experiment
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each run, from reduce
+    missing: list[tuple[str, str]] = field(default_factory=list)  # (table or figure, why it could not be made)
     notes: list[str] = field(default_factory=list)
 
 
 def settings_of(run: Run, prompt: bool = True) -> str:
-    """The settings of a run for captions, with its prompt unless it sweeps prompts."""
+    """The sampling settings of a run for captions, with its prompt unless it sweeps prompts."""
     keys = run.keys
     return (
         f"{keys['method']}, {keys['scheduler']}, strength {keys['strength']:g}, guidance {keys['guidance_scale']:g}, "
@@ -59,9 +59,7 @@ def settings_of(run: Run, prompt: bool = True) -> str:
     ) + (f", prompt “{keys['prompt']}”" if prompt else "")
 
 
-def abnormal_classes(dataset: Dataset, healthy: str) -> Sequence[str]:
-    """The classes to generate, those of the paper first."""
-    from diffva_ray.paper.published import CLASSES
-
-    there = [label for label in dataset.classes if label != healthy]
-    return [*(label for label in CLASSES if label in there), *(label for label in there if label not in CLASSES)]
+def abnormal_classes(dataset: Dataset, healthy: str) -> list[str]:
+    """The abnormal classes of the data set, those of the paper first."""
+    labels = [label for label in dataset.classes if label != healthy]
+    return [*(label for label in CLASSES if label in labels), *(label for label in labels if label not in CLASSES)]

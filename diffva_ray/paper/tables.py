@@ -1,14 +1,13 @@
-"""Tables 1 to 5 in the paper's layout: its published value beside ours, with N, intervals and what the paper lacks."""
+"""Tables 1 to 5 in the paper's layout: the published value beside ours, with N, intervals and controls."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from diffva_ray.evaluate.distances import distance_row, run_features
 from diffva_ray.evaluate.options import Options
-from diffva_ray.evaluate.records import read_records
+from diffva_ray.evaluate.records import finished, read_records
 from diffva_ray.evaluate.run_index import index_run
 from diffva_ray.evaluate.set_distances import choose_extractors, reference
 from diffva_ray.metrics.fid import SMALL
@@ -16,75 +15,81 @@ from diffva_ray.metrics.fid_controls import conditional
 from diffva_ray.paper import published
 from diffva_ray.paper.experiments import SETTINGS
 from diffva_ray.paper.layout import Table, number, with_error, with_interval
-from diffva_ray.paper.state import Made, settings_of
-from diffva_ray.schema import Row, Status
+from diffva_ray.paper.state import PaperState, settings_of
+from diffva_ray.schema import Row
 
-FIVE_SCALES = 5
+FIVE_SCALES = 5  # of the paper's MS-SSIM
 
 
 @dataclass
 class Distances:
-    """Distance rows of one comparison by column (setting), as ``distances.distance_row`` gives them."""
+    """One comparison of two image sets, under one setting or several."""
 
-    first: str
-    second: str
-    paper: str
-    rows: dict[str, Row | None] = field(default_factory=dict)
+    first: str  # name of the first set
+    second: str  # name of the second set
+    paper: str  # published value as text
+    rows: dict[str, Row | None] = field(default_factory=dict)  # by setting, from ``distances.distance_row``
 
 
 def extractor_line(rows: Sequence[Row | None]) -> tuple[str, str]:
-    """What the distance is called, and the sentence that names its extractor."""
+    """The name of the distance, and a sentence that names its extractor."""
     row = next((row for row in rows if row), None)
     if row is None:
         return "Fréchet distance", "No distance could be computed."
-    about = f"Extractor {row['extractor']} (weights {row['weights_sha256'][:8]}), resize path {row['resize']}."
+    text = f"Extractor {row['extractor']} (weights {row['weights_sha256'][:8]}), resize path {row['resize']}."
     if min(row["n1"], row["n2"]) <= row.get("dimension", 0):
-        about += (
-            f" Fewer images than its {row['dimension']} dimensions: the bias is large and the interval removes "
-            "a part of it only."
+        text += (
+            f" Fewer images than the {row['dimension']} feature dimensions: the bias is large, and the interval "
+            "corrects only a part of it."
         )
     if row["is_stand_in"]:
-        return "Fréchet distance", about + " It is a stand-in, not FID: its values cannot be set against the paper's."
-    return "FID", about
+        text += " It is a stand-in, not FID: its values cannot be compared with the paper's."
+        return "Fréchet distance", text
+    return "FID", text
 
 
 def lines(comparison: Distances, columns: Sequence[str], name: str) -> list[list[str]]:
-    """Display rows of one comparison: KID first below 2048 images; the distance; its controls."""
+    """Table rows of one comparison: the distance and KID (KID first below 2048 images), then the controls."""
     rows = [comparison.rows.get(column) for column in columns]
-    known = [row for row in rows if row]
-    if not known:
+    first = next((row for row in rows if row), None)
+    if first is None:
         return [[comparison.first, comparison.second, name, "", comparison.paper, *["not made" for _ in columns]]]
-    sizes = f"{known[0]['n1']} / {known[0]['n2']}"
 
-    def cells(show: Any) -> list[str]:
-        return ["–" if row is None else show(row) for row in rows]
+    def line(measure: str, n1: int, n2: int, paper: str, text: Callable[[Row], str]) -> list[str]:
+        cells = ["–" if row is None else text(row) for row in rows]
+        return [comparison.first, comparison.second, measure, f"{n1} / {n2}", paper, *cells]
 
-    kid = ["KID ± s.e.", sizes, "", *cells(lambda row: with_error(row["kid"]["value"], row["kid"]["standard_error"]))]
-    distance = [f"{name} [95 %]", sizes, comparison.paper,
-                *cells(lambda row: with_interval(row["value"], row["interval"]))]  # fmt: skip
-    found = [kid, distance] if min(known[0]["n1"], known[0]["n2"]) < SMALL else [distance, kid]
-    if known[0]["n1"] != known[0]["n2"]:
-        size = known[0]["n_matched"]["n"]
-        found.append([f"{name}, N matched", f"{size} / {size}", "",
-                      *cells(lambda row: with_error(row["n_matched"]["mean"], row["n_matched"]["sd"]))])  # fmt: skip
-    if any("halves" in row for row in known):
-        halves = known[0].get("halves", {}).get("n", 0)
-        found.append([f"{name}, split halves", f"{halves} / {halves}", "",
-                      *cells(lambda row: number(row.get("halves", {}).get("crossed")))])  # fmt: skip
-    return [[comparison.first, comparison.second, *row] for row in found]
+    n1, n2 = first["n1"], first["n2"]
+    kid = line("KID ± s.e.", n1, n2, "", lambda row: with_error(row["kid"]["value"], row["kid"]["standard_error"]))
+    distance = line(
+        f"{name} [95 %]", n1, n2, comparison.paper, lambda row: with_interval(row["value"], row["interval"])
+    )
+    result = [kid, distance] if min(n1, n2) < SMALL else [distance, kid]
+    if n1 != n2:
+        size = first["n_matched"]["n"]
+        result.append(
+            line(f"{name}, N matched", size, size, "",
+                 lambda row: with_error(row["n_matched"]["mean"], row["n_matched"]["sd"]))
+        )  # fmt: skip
+    if any("halves" in row for row in rows if row):
+        size = first.get("halves", {}).get("n", 0)
+        result.append(
+            line(f"{name}, split halves", size, size, "", lambda row: number(row.get("halves", {}).get("crossed")))
+        )
+    return result
 
 
 def _fid_row(metrics: Row, first: str, second: str) -> Row | None:
     return next((row for row in metrics.get("fid", []) if (row["set1"], row["set2"]) == (first, second)), None)
 
 
-def distance_tables(made: Made, labels: Sequence[str]) -> list[Table]:
-    """Tables 1 and 2 from the runs of both settings and of the model's own recipe."""
+def distance_tables(state: PaperState, labels: Sequence[str]) -> list[Table]:
+    """Tables 1 and 2 from the runs with both settings of the paper and with the model's own recipe."""
     absent = [label for label in published.CLASSES if label not in labels]
-    made.missing += [(f"tables 1 to 3, class {label}", "no image of it") for label in absent]
-    healthy = made.base.data.healthy_class
+    state.missing += [(f"tables 1 to 3, class {label}", "no images") for label in absent]
+    healthy = state.base.data.healthy_class
     reference = f"{healthy} (reference)"
-    columns = [name for name in SETTINGS if name in made.metrics]
+    columns = [name for name in SETTINGS if name in state.metrics]
     first, second = list[Distances](), list[Distances]()
     differences: dict[str, list[str]] = {}
     for label in labels:
@@ -94,7 +99,7 @@ def distance_tables(made: Made, labels: Sequence[str]) -> list[Table]:
         real = Distances(f"{label} images", f"real {healthy}", _paper(paper, "healthy"))
         quality = Distances(f"real {healthy}", f"healthy counterfactuals of {label}", _paper(paper, "quality"))
         for column in columns:
-            metrics = made.metrics[column]
+            metrics = state.metrics[column]
             edits.rows[column] = _fid_row(metrics, *names)
             real.rows[column] = _fid_row(metrics, reference, names[0])
             quality.rows[column] = _fid_row(metrics, reference, names[1])
@@ -102,7 +107,7 @@ def distance_tables(made: Made, labels: Sequence[str]) -> list[Table]:
         second.append(quality)
         pairs = [(edits.rows[column], real.rows[column]) for column in columns]
         differences[label] = [number(abs(a["value"] - b["value"])) if a and b else "–" for a, b in pairs]
-    name, about = extractor_line([row for comparison in first for row in comparison.rows.values()])
+    name, extractor = extractor_line([row for comparison in first for row in comparison.rows.values()])
     heads = ["image set 1", "image set 2", "measure", "N1 / N2", "paper", *(SETTINGS[column] for column in columns)]
     body = list[list[str]]()
     for label, edits, real in zip(labels, first[::2], first[1::2]):
@@ -110,15 +115,14 @@ def distance_tables(made: Made, labels: Sequence[str]) -> list[Table]:
         body += [*lines(edits, columns, name), *lines(real, columns, name)]
         body.append([f"{label} images", "", "absolute difference", "", _paper(paper, "difference"),
                      *differences[label]])  # fmt: skip
-    own = f"Intervals: delete-group jackknife, bias-corrected. {about} {prompts(made, columns)}"
+    own = f"Intervals: delete-group jackknife, bias-corrected. {extractor} {prompts(state, columns)}"
     return [
         Table(
             "table1",
             "Table 1. Images, their healthy counterfactuals and real healthy images",
-            "The paper takes the small distance between images and their own counterfactuals for "
-            "minimal change; an image "
-            "there meets its own edit, so the split halves (no image meets its own) stand beside it. Its “relative "
-            f"absolute difference” is this plain difference. {own}",
+            "The paper reads the small distance between images and their own counterfactuals as minimal change. There "
+            "an image meets its own counterfactual; in the split halves it does not. The paper's “relative absolute "
+            f"difference” is this plain difference. {own}",
             heads,
             body,
             details(first),
@@ -126,8 +130,8 @@ def distance_tables(made: Made, labels: Sequence[str]) -> list[Table]:
         Table(
             "table2",
             "Table 2. Real healthy images and healthy counterfactuals",
-            f"The same reference set for every class. N differs between classes and the distance is biased by it: read "
-            f"the N-matched value or KID. {own}",
+            "The same reference set for every class. N differs between classes and biases the distance: read the "
+            f"N-matched value or KID. {own}",
             heads,
             [line for comparison in second for line in lines(comparison, columns, name)],
             details(second),
@@ -135,16 +139,14 @@ def distance_tables(made: Made, labels: Sequence[str]) -> list[Table]:
     ]
 
 
-def prompts(made: Made, columns: Sequence[str]) -> str:
-    """Prompt and map of each setting, for captions."""
-    said = []
-    for column in columns:
-        said.append(f"{SETTINGS.get(column, column)}: {settings_of(made.runs[column])}")
-    return "SamplingSettings: " + "; ".join(said) + "."
+def prompts(state: PaperState, columns: Sequence[str]) -> str:
+    """Sampling settings and prompt of each column, for captions."""
+    texts = [f"{SETTINGS.get(column, column)}: {settings_of(state.runs[column])}" for column in columns]
+    return f"Settings: {'; '.join(texts)}."
 
 
 def details(comparisons: Sequence[Distances]) -> list[Row]:
-    """Every number of the comparisons, one row for each setting."""
+    """All numbers of the comparisons, one row for each setting."""
     return [
         {"image_set_1": comparison.first, "image_set_2": comparison.second, "setting": column,
          "paper": comparison.paper or None, **row}
@@ -158,48 +160,42 @@ def _paper(paper: published.ByClass | None, name: str) -> str:
     return "" if paper is None else f"{getattr(paper, name):g}"
 
 
-def likeness_table(made: Made, labels: Sequence[str]) -> Table:
+def similarity_table(state: PaperState, labels: Sequence[str]) -> Table:
     """Table 3: MS-SSIM and SSIM of image and counterfactual."""
-    columns = [name for name in SETTINGS if name in made.metrics]
-    body, found, five = list[list[str]](), list[Row](), True
-    about: Row = {}
+    columns = [name for name in SETTINGS if name in state.metrics]
+    body, details = list[list[str]](), list[Row]()
+    first: Row = {}
     for label in labels:
         paper = published.CLASSES.get(label)
-        rows = [next((row for row in made.metrics[column].get("ssim", []) if row["label"] == label), None)
+        rows = [next((row for row in state.metrics[column].get("ssim", []) if row["label"] == label), None)
                 for column in columns]  # fmt: skip
-        known = [row for row in rows if row]
-        if not known:
+        if not any(rows):
             continue
-        about = known[0]
-        five = about["ms_ssim_scales"] == FIVE_SCALES
-        for key, name, value in (
-            ("ms_ssim", "MS-SSIM", paper and paper.ms_ssim),
-            ("ssim", "SSIM", paper and paper.ssim),
-        ):
-            if value is None:
-                shown = "–"
-            elif key == "ms_ssim" and not five:  # theirs and ours would be two measures
-                shown = "(5 scales)"
-            else:
-                shown = f"{value:.3f}"
+        first = next(row for row in rows if row)
+        five = first["ms_ssim_scales"] == FIVE_SCALES
+        for key, name in (("ms_ssim", "MS-SSIM"), ("ssim", "SSIM")):
+            value = paper and getattr(paper, key)
+            text = "–" if value is None else f"{value:.3f}"
+            if value is not None and key == "ms_ssim" and not five:  # another quantity than ours
+                text = "(5 scales)"
             ours = ["–" if row is None else with_interval(row[key], row[f"{key}_interval"]) for row in rows]
-            body.append([label, name, str(about["n"]), shown, *ours])
-        found += [{"setting": column, **row} for column, row in zip(columns, rows) if row]
-    scales = about.get("ms_ssim_scales", 0)
+            body.append([label, name, str(first["n"]), text, *ours])
+        details += [{"setting": column, **row} for column, row in zip(columns, rows) if row]
+    scales = first.get("ms_ssim_scales", 0)
     caption = (
-        f"Means with 95 % bootstrap intervals over images; preset {about.get('preset')}, {about.get('grid')} px grid"
+        f"Means with 95 % bootstrap intervals over images; preset {first.get('preset')}, {first.get('grid')} px grid, "
+        f"MS-SSIM over {scales} scales. "
     )
-    caption += f", MS-SSIM over {scales} scales."
-    if not five:
-        caption += " The paper's MS-SSIM has five scales, which need 176 px: another quantity, so it is not set beside."
-    caption += f" {prompts(made, columns)}"
+    if first and scales != FIVE_SCALES:
+        caption += "The paper's MS-SSIM has five scales, which need 176 px, and cannot be compared with ours. "
     heads = ["class", "measure", "N", "paper", *(SETTINGS[column] for column in columns)]
-    return Table("table3", "Table 3. Likeness of image and healthy counterfactual", caption, heads, body, found)
+    title = "Table 3. Similarity of image and healthy counterfactual"
+    return Table("table3", title, caption + prompts(state, columns), heads, body, details)
 
 
-def cardiomegaly_table(made: Made) -> Table:
-    """Table 4: induced cardiomegaly against real cardiomegaly and against the healthy images it was made of."""
-    healthy, metrics = made.base.data.healthy_class, made.metrics.get("cardiomegaly", {})
+def cardiomegaly_table(state: PaperState) -> Table:
+    """Table 4: generated cardiomegaly against real cardiomegaly, and against the healthy images it was made from."""
+    healthy, metrics = state.base.data.healthy_class, state.metrics.get("cardiomegaly", {})
     names = f"{healthy} (source)", f"{healthy} (counterfactual)"
     real = "Cardiomegaly (reference)"
     comparisons = [
@@ -212,12 +208,12 @@ def cardiomegaly_table(made: Made) -> Table:
         row = _fid_row(metrics, *pair)
         if row:
             comparison.rows["cardiomegaly"] = row
-    name, about = extractor_line([row for comparison in comparisons for row in comparison.rows.values()])
+    name, extractor = extractor_line([row for comparison in comparisons for row in comparison.rows.values()])
     caption = (
-        "The third comparison is ours: how far the two data sets are apart before anything is generated. Where it is "
-        "no larger than the first, generating cardiomegaly has not brought the images nearer to real ones. The paper "
-        f"has {published.CARDIOMEGALY_IMAGES} real images. {about} "
-        + (prompts(made, ["cardiomegaly"]) if "cardiomegaly" in made.runs else "")
+        "The third comparison is ours: the distance between the two data sets before anything is generated. If it is "
+        "no larger than the first, generating cardiomegaly did not bring the images nearer to real ones. The paper "
+        f"uses {published.CARDIOMEGALY_IMAGES} real images. {extractor} "
+        + (prompts(state, ["cardiomegaly"]) if "cardiomegaly" in state.runs else "")
     )
     body = [line for comparison in comparisons for line in lines(comparison, ["cardiomegaly"], name)]
     heads = ["image set 1", "image set 2", "measure", "N1 / N2", "paper", "ours"]
@@ -229,26 +225,25 @@ ABLATIONS = (
     ("no-text", "no text encoder", f"{published.NO_TEXT:g}"),
     ("no-image-prior", "no image prior", f"{published.NO_IMAGE_PRIOR:g}"),
     ("neither", "neither", f"{published.NEITHER:g}"),
-    ("prompt-only", "control: empty prompt, all else as in the full method", ""),
+    ("prompt-only", "control: empty prompt, otherwise the full method", ""),
 )
 
 
-def ablation_table(made: Made) -> Table:
-    """Table 5: real healthy images against all counterfactuals of a run, whatever their class, and what guidance <= 1
-    does."""
-    healthy = made.base.data.healthy_class
+def ablation_table(state: PaperState) -> Table:
+    """Table 5: real healthy images against the counterfactuals of all classes, and the effect of guidance <= 1."""
+    healthy = state.base.data.healthy_class
     comparisons, settings = list[Distances](), list[list[str]]()
     for run_name, title, paper in ABLATIONS:
-        if run_name not in made.runs:
+        if run_name not in state.runs:
             continue
         comparison = Distances(f"real {healthy}", title, paper)
-        comparison.rows["ours"], within = _pooled(made, run_name)
+        comparison.rows["ours"], within = _pooled(state, run_name)
         if comparison.rows["ours"] is not None and within is not None:
             comparison.rows["ours"]["within_class"] = within
-        keys = made.runs[run_name].keys
+        keys = state.runs[run_name].keys
         settings.append([f"{keys['strength']:g} / {keys['guidance_scale']:g}", f"“{keys['prompt']}”"])
         comparisons.append(comparison)
-    name, about = extractor_line([comparison.rows["ours"] for comparison in comparisons])
+    name, extractor = extractor_line([comparison.rows["ours"] for comparison in comparisons])
     body = []
     for comparison, setting in zip(comparisons, settings):
         for line in lines(comparison, ["ours"], name):
@@ -258,44 +253,45 @@ def ablation_table(made: Made) -> Table:
             body.append([comparison.second, *setting, f"{name} within class", "", "", number(row["within_class"])])
     heads = ["ablation", "strength / guidance", "prompt", "measure", "N1 / N2", "paper", "ours"]
     caption = (
-        f"{guidance_finding(made)} So rows with guidance of 1 or less ablate the prompt, not the guidance; the control "
-        "takes away the prompt alone. Strength 0.99 keeps about 9 % of the image's signal (75 "
-        "steps): it is not without "
-        f"an image. The paper: N = {published.ABLATION_IMAGES}. “Within class”: mean over classes of the distance to "
-        f"real {healthy} images. {about}"
+        f"{guidance_finding(state)} So rows with guidance of 1 or less ablate the prompt, not the guidance; the "
+        "control removes only the prompt. Strength 0.99 keeps about 9 % of the image's signal (75 steps), so the image "
+        f"is not removed completely. The paper: N = {published.ABLATION_IMAGES}. “Within class”: mean over classes of "
+        f"the distance to real {healthy} images. {extractor}"
     )
     return Table("table5", "Table 5. Ablations", caption, heads, body, details(comparisons))
 
 
-def _pooled(made: Made, name: str) -> tuple[Row | None, float | None]:
-    run = made.runs[name]
+def _pooled(state: PaperState, name: str) -> tuple[Row | None, float | None]:
+    """The distance of all counterfactuals of a run to real healthy images, and its mean over the classes."""
+    run = state.runs[name]
     records = index_run(run)
     if not len(records.frame):
         return None, None
-    healthy = made.base.data.healthy_class
-    options = Options(weights=made.options.weights, resize=made.options.resize, cache=made.store.uri)
+    # features
+    healthy = state.base.data.healthy_class
+    options = Options(weights=state.options.weights, resize=state.options.resize, cache=state.store.uri)
     extractor = choose_extractors(run, options, [])[0]
     counterfactuals = run_features(run, records, extractor).counterfactual
-    healthy_images = reference(run, healthy, made.radiography, extractor, options, [])
+    healthy_images = reference(run, healthy, state.radiography, extractor, options, [])
     if healthy_images is None:
         return None, None
+    # distances
     real = healthy_images.features
-    found = distance_row(f"real {healthy}", name, real, counterfactuals, extractor, run.recipe.evaluate.fid_subsets)
+    row = distance_row(f"real {healthy}", name, real, counterfactuals, extractor, run.recipe.evaluate.fid_subsets)
     labels = records.frame["label"]
     groups = {label: (real, counterfactuals.take((labels == label).to_numpy())) for label in sorted(labels.unique())}
-    small = any(len(of_label) < 2 for _, of_label in groups.values())
-    return found, None if small else conditional(groups)
+    too_small = any(len(of_label) < 2 for _, of_label in groups.values())
+    return row, None if too_small else conditional(groups)
 
 
-def guidance_finding(made: Made) -> str:
-    """What guidance of 1 or less does, from the pixels of two runs that differ in it alone."""
-    if not {"no-text", "no-text-guidance-1"} <= made.runs.keys():
+def guidance_finding(state: PaperState) -> str:
+    """Compare the pixels of two runs that differ only in a guidance of 1 or less."""
+    names = ("no-text", "no-text-guidance-1")
+    if not set(names) <= state.runs.keys():
         return "Guidance of 1 or less was not compared."
-    one, other = (
-        records[records["status"] == Status.OK.value].set_index("image_path")["counterfactual_sha256"].to_dict()
-        for records in (read_records(made.runs["no-text"]), read_records(made.runs["no-text-guidance-1"]))
-    )
-    common = sorted(set(one) & set(other))
-    same = sum(one[path] == other[path] for path in common)
-    first, second = (made.runs[name].keys["guidance_scale"] for name in ("no-text", "no-text-guidance-1"))
-    return f"Guidance {first:g} and {second:g} give the same pixels in {same} of {len(common)} images."
+    records = [finished(read_records(state.runs[name])) for name in names]
+    first, second = (dict(zip(rows["image_path"], rows["counterfactual_sha256"])) for rows in records)
+    common = first.keys() & second.keys()
+    same = sum(first[path] == second[path] for path in common)
+    scales = [f"{state.runs[name].keys['guidance_scale']:g}" for name in names]
+    return f"Guidance {scales[0]} and {scales[1]} give the same pixels in {same} of {len(common)} images."

@@ -1,4 +1,4 @@
-"""A headless Chromium, and reports for it to open."""
+"""Fixtures: a headless Chromium, and reports to open in it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MakePage = Callable[..., str]
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
-    """The browser, started once. Skips, saying what to install, where there is none."""
+    """The browser, started once; without one the tests are skipped with a hint what to install."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="BROWSER TESTS SKIPPED: pip install playwright")
     binary = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BINARIES)), None)
     if binary is None:
@@ -34,8 +34,8 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-class Seen:
-    """What went wrong or out while a page was open."""
+class PageEvents:
+    """Errors and requests of an open page."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []
@@ -43,18 +43,20 @@ class Seen:
 
 
 @pytest.fixture
-def visit(chromium: Any) -> Iterator[Callable[..., tuple[Any, Seen]]]:
-    """``visit(uri, width=, height=, **options)`` opens a page in a context of its own, and waits for the viewer; at
-    the end nothing may have gone wrong, and nothing been asked for but files beside the page."""
+def visit(chromium: Any) -> Iterator[Callable[..., tuple[Any, PageEvents]]]:
+    """``visit(uri, width=, height=, **options)`` opens a page in its own context and waits for the viewer.
+
+    At the end, no page may have had an error or have requested anything but files beside it.
+    """
     contexts, everything = [], []
 
-    def open_page(uri: str, width: int = 1280, height: int = 900, **options: Any) -> tuple[Any, Seen]:
+    def open_page(uri: str, width: int = 1280, height: int = 900, **options: Any) -> tuple[Any, PageEvents]:
         context = chromium.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
-        page, seen = context.new_page(), Seen()
+        page, seen = context.new_page(), PageEvents()
         everything.append((uri.partition("index.html")[0], seen))
         page.on("pageerror", lambda error: seen.errors.append(str(error)))
-        page.on("console", lambda said: seen.errors.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("console", lambda line: seen.errors.append(line.text) if line.type in ("error", "warning") else None)
         page.on("request", lambda request: seen.requests.append(request.url))
         page.on("dialog", lambda dialog: (seen.errors.append(f"dialog {dialog.message}"), dialog.dismiss()))
         page.goto(uri)
@@ -71,7 +73,7 @@ def visit(chromium: Any) -> Iterator[Callable[..., tuple[Any, Seen]]]:
 
 @pytest.fixture(scope="session")
 def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The text of axe-core: from ``AXE_CORE`` (a file), else from the npm registry. Skips where neither is there."""
+    """The text of axe-core: the file named by ``AXE_CORE``, else from the npm registry; skips without either."""
     given = os.environ.get("AXE_CORE")
     if given:
         return Path(given).read_text()
@@ -92,7 +94,7 @@ def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def make_page(tmp_path_factory: pytest.TempPathFactory) -> MakePage:
-    """``make_page(images=, hostile=)``: the address of the report of such a run. Every 50th image is quarantined."""
+    """``make_page(images=, hostile=)`` returns the address of a report; every 50th image is quarantined."""
 
     def make(images: int = 60, hostile: bool = False) -> str:
         folder = tmp_path_factory.mktemp("browser")
@@ -103,5 +105,5 @@ def make_page(tmp_path_factory: pytest.TempPathFactory) -> MakePage:
 
 @pytest.fixture(scope="session")
 def page_uri(make_page: MakePage) -> str:
-    """A report of 60 images, for all tests that only look."""
+    """A report of 60 images, for all tests that do not change it."""
     return make_page()

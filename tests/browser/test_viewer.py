@@ -27,12 +27,12 @@ WIDTHS = ((1280, 900), (390, 844))
 
 
 def shown(page: Any) -> int:
-    """How many records the count says are left."""
+    """The number of records in the count."""
     return int(page.text_content("#count").split(" ")[0].replace("\u202f", ""))
 
 
 def fine(page: Any) -> list[str]:
-    """The last line of the first rows, from the top."""
+    """The last text line of the first rows, from the top."""
     return page.eval_on_selector_all(
         ".row", "rows => rows.sort((a, b) => a.getBoundingClientRect().top - b.getBoundingClientRect().top)"
         ".slice(0, 6).map(row => row.querySelector('.fine').textContent)"
@@ -43,7 +43,7 @@ def selected(page: Any) -> str:
     return page.text_content("#image-path")
 
 
-def test_filters_leave_what_they_say(visit: Visit, page_uri: str) -> None:
+def test_filters_select_records(visit: Visit, page_uri: str) -> None:
     page, _ = visit(page_uri)
     everything = shown(page)
     assert everything == 60
@@ -60,14 +60,14 @@ def test_filters_leave_what_they_say(visit: Visit, page_uri: str) -> None:
     assert page.input_value("#label") == ""
 
 
-def test_the_score_range_narrows_and_says_its_bounds(visit: Visit, page_uri: str) -> None:
+def test_the_score_range_narrows_and_shows_its_bounds(visit: Visit, page_uri: str) -> None:
     page, _ = visit(page_uri)
     page.select_option("#measure", "ssim")
     page.fill("#low", "500")
     assert 5 < shown(page) < 55
     low = float(page.text_content("#bounds").split(" to ")[0])
     assert all(float(line.removeprefix("SSIM ")) >= low - 1e-3 for line in fine(page))
-    page.fill("#high", "100")  # below the other handle: it stops there
+    page.fill("#high", "100")  # stops at the other handle
     assert page.input_value("#high") == "500"
 
 
@@ -113,7 +113,7 @@ def test_views_and_the_opacity_of_the_map(visit: Visit, page_uri: str) -> None:
     assert page.is_visible("#truth")
 
 
-def test_pictures_are_really_there(visit: Visit, page_uri: str) -> None:
+def test_images_are_loaded(visit: Visit, page_uri: str) -> None:
     page, _ = visit(page_uri)
     page.wait_for_function(
         "[...document.querySelectorAll('#image, .row img')].every(i => i.complete && i.naturalWidth)"
@@ -122,14 +122,14 @@ def test_pictures_are_really_there(visit: Visit, page_uri: str) -> None:
 
 
 def places(page: Any) -> list[tuple[float, ...]]:
-    """Where image, counterfactual, map and outlines lie on the screen."""
+    """Screen rectangles of image, counterfactual, map and outlines."""
     page.get_by_label("Before / after").check()
-    found = "['image', 'counterfactual', 'heat', 'outlines'].map(id => { const e = document.getElementById(id), "
-    found += (
-        "h = e.hidden; "
-        "e.hidden = false; const b = e.getBoundingClientRect(); e.hidden = h; return [b.x, b.y, b.width, b.height]; })"
+    rectangles = (
+        "['image', 'counterfactual', 'heat', 'outlines'].map(id => { const e = document.getElementById(id); "
+        "const h = e.hidden; e.hidden = false; const b = e.getBoundingClientRect(); e.hidden = h; "
+        "return [b.x, b.y, b.width, b.height]; })"
     )
-    return [tuple(round(number, 1) for number in place) for place in page.evaluate(found)]
+    return [tuple(round(number, 1) for number in place) for place in page.evaluate(rectangles)]
 
 
 def percent(page: Any, selector: str) -> int:
@@ -153,7 +153,7 @@ def test_zoom_keeps_image_counterfactual_map_and_outlines_registered(visit: Visi
     page.mouse.up()
     [moved] = set(places(page))
     assert (moved[0] - place[0], moved[1] - place[1]) == (pytest.approx(50, abs=1), pytest.approx(40, abs=1))
-    assert page.input_value("#divider") == "50"  # the drag was of the image
+    assert page.input_value("#divider") == "50"  # the drag moved the image
     inset = page.evaluate("document.getElementById('counterfactual').style.clipPath").split(" ")[-1].rstrip("%)")
     line = moved[0] + float(inset) / 100 * moved[2]
     assert line == pytest.approx(middle[0], abs=1)  # image and counterfactual meet at the divider, magnified too
@@ -175,11 +175,11 @@ def test_zoom_keeps_image_counterfactual_map_and_outlines_registered(visit: Visi
     assert percent(page, "#zoom-value") == 100
     page.keyboard.press("=")
     page.keyboard.press("j")
-    assert percent(page, "#zoom-value") == 100  # another image is shown whole
+    assert percent(page, "#zoom-value") == 100  # each new image starts at 100 %
     assert len(set(places(page))) == 1
 
 
-def test_a_wheel_scrolls_until_it_is_asked_to_zoom(visit: Visit, page_uri: str) -> None:
+def test_the_wheel_scrolls_and_zooms_with_ctrl(visit: Visit, page_uri: str) -> None:
     page, _ = visit(page_uri)
     page.locator("#stage").scroll_into_view_if_needed()
     page.hover("#stage")
@@ -194,7 +194,7 @@ def test_a_wheel_scrolls_until_it_is_asked_to_zoom(visit: Visit, page_uri: str) 
     page.wait_for_selector("#stage.zoomed")
     page.wait_for_timeout(200)
     assert percent(page, "#zoom-value") > 150
-    assert page.evaluate("visualViewport.scale") == 1  # the page itself stays as it was
+    assert page.evaluate("visualViewport.scale") == 1  # the page itself is not zoomed
 
 
 def test_a_pinch_zooms(visit: Visit, page_uri: str) -> None:
@@ -224,7 +224,7 @@ def test_window_and_level_act_on_the_greys(visit: Visit, page_uri: str) -> None:
     before = grey()
     assert page.is_disabled("#greys-reset")
     page.fill("#level", "20")
-    assert grey() > before + 30  # a low level is bright
+    assert grey() > before + 30  # a low level makes the image bright
     page.fill("#level", "80")
     assert grey() < before - 30
     page.keyboard.press("j")
@@ -280,7 +280,7 @@ def test_the_cases_lead_into_the_viewer(visit: Visit, page_uri: str) -> None:
     case = page.locator(".case").nth(3)
     name = case.locator(".path").get_attribute("title")
     case.locator("a").click()
-    page.wait_for_function(  # fails in the end, where the image never comes
+    page.wait_for_function(  # times out if the image is never shown
         "name => document.getElementById('image-path').textContent === name", arg=name
     )
 
@@ -295,7 +295,7 @@ def test_the_keyboard_is_enough(visit: Visit, page_uri: str) -> None:
     assert selected(page) == first
     page.keyboard.press("/")
     assert page.evaluate("document.activeElement.id") == "text"
-    page.keyboard.type("jk")  # typed, not acted on
+    page.keyboard.type("jk")  # typed into the field, not used as shortcuts
     assert page.input_value("#text") == "jk"
     page.keyboard.press("Control+a")
     page.keyboard.press("Delete")
@@ -326,7 +326,7 @@ def test_dark_and_light(visit: Visit, page_uri: str) -> None:
     assert dark < 100
 
 
-def test_on_a_phone_list_and_image_take_turns(visit: Visit, page_uri: str) -> None:
+def test_on_a_phone_list_or_image_is_shown(visit: Visit, page_uri: str) -> None:
     page, _ = visit(page_uri, width=390, height=844, has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert not page.is_visible("#detail")
@@ -339,7 +339,7 @@ def test_on_a_phone_list_and_image_take_turns(visit: Visit, page_uri: str) -> No
     assert page.evaluate("document.activeElement.id") == "list"
 
 
-def test_quarantined_records_say_why(visit: Visit, make_page: Callable[..., str]) -> None:
+def test_quarantined_records_show_their_reason(visit: Visit, make_page: Callable[..., str]) -> None:
     page, seen = visit(make_page(images=12, hostile=True))
     assert page.evaluate("typeof window.alert") == "function"
     page.select_option("#status", "quarantined")
@@ -403,9 +403,9 @@ def test_axe_finds_nothing(visit: Visit, page_uri: str, axe: str, size: tuple[in
     for act in states:
         act()
         page.wait_for_timeout(100)
-        found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
-        said = [(one["id"], [node["html"][:160] for node in one["nodes"]]) for one in found]
-        assert not said
+        violations = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+        problems = [(one["id"], [node["html"][:160] for node in one["nodes"]]) for one in violations]
+        assert not problems
 
 
 @pytest.fixture(scope="module")

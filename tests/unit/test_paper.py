@@ -14,10 +14,10 @@ from diffva_ray.cli import main
 from diffva_ray.config.recipe import RecipeError, load_recipe, recipe_names
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.paper import published
-from diffva_ray.paper.experiments import EXPERIMENTS, SETTINGS, TAKEN, Experiment, guided, settings_recipe
-from diffva_ray.paper.inputs import copy_images, drawn, phantom_chexpert
+from diffva_ray.paper.experiments import EXPERIMENTS, METHOD_KEYS, SETTINGS, Experiment, guided, settings_recipe
+from diffva_ray.paper.inputs import copy_images, phantom_chexpert, sampled
 from diffva_ray.paper.layout import Table, flat, number, thinned, with_interval
-from diffva_ray.paper.state import Made
+from diffva_ray.paper.state import PaperState
 from diffva_ray.storage.store import LocalStore
 
 STEPS = ("--set", "generate.num_inference_steps=4")
@@ -51,27 +51,16 @@ def table(made: Path, key: str) -> dict:
 
 
 def test_every_table_and_figure_is_there_in_every_form(made: Path) -> None:
-    for key in (
-        "table1",
-        "table2",
-        "table3",
-        "table4",
-        "table5",
-        "tableS1",
-        "tableS2",
-        "tableS3",
-        "tableS4",
-        "tableS5",
-    ):
+    for key in (*(f"table{n}" for n in range(1, 6)), *(f"tableS{n}" for n in range(1, 6))):
         for ending in ("csv", "md", "tex", "json"):
             assert (made / "tables" / f"{key}.{ending}").stat().st_size > 100, (key, ending)
     for number_ in range(2, 11):
         assert (made / "figures" / f"figure{number_:02d}.png").read_bytes().startswith(b"\x89PNG")
     page, text = (made / "index.html").read_text(), (made / "index.md").read_text()
-    hearts = (
-        made / "tables/tableS6.json"
-    ).exists()  # lungs are not found on every counterfactual of an untrained model
-    assert page.count("<h2 id=") == text.count("\n## Table") + text.count("\n## Figure") == 19 + hearts
+    # lungs are not found on every counterfactual of an untrained model
+    hearts = (made / "tables/tableS6.json").exists()
+    sections = page.count('<section id="table') + page.count('<section id="figure')
+    assert sections == text.count("\n## Table") + text.count("\n## Figure") == 19 + hearts
     assert hearts or "table S6 (cardiothoracic ratio)" in text
     assert "Not for clinical use" in page
     assert "figure 1: a drawing" in text
@@ -176,7 +165,7 @@ def test_a_prompt_the_model_cannot_read_costs_its_figure_only(
 ) -> None:
     """The other runs are made. Bad images in a run of the tables are another matter and end the command."""
     long = Experiment("carcinoma", "figure 4", "few healthy", "paper_induction", ("severe " * 40,))
-    seen: list[Made] = []
+    seen: list[PaperState] = []
     monkeypatch.setattr("diffva_ray.paper.build.EXPERIMENTS", (long, EXPERIMENTS[4]))
     monkeypatch.setattr("diffva_ray.paper.page.write_page", seen.append)
     assert paper(model, tmp_path / "out", "--quick", "--limit", 4).exit_code == 0
@@ -218,7 +207,7 @@ def test_settings_are_the_recipes_and_the_model_stays_itself(tiny) -> None:
         assert recipe.generate.micro_batch == tiny.generate.micro_batch
         if experiment.recipe and not experiment.changes:
             named = load_recipe(experiment.recipe)
-            assert all(getattr(recipe.generate, key) == getattr(named.generate, key) for key in TAKEN)
+            assert all(getattr(recipe.generate, key) == getattr(named.generate, key) for key in METHOD_KEYS)
             assert recipe.data.healthy_prompt == named.data.healthy_prompt
             assert recipe.assumed == named.assumed != ()
     with pytest.raises(RecipeError, match="--set model"):
@@ -249,7 +238,7 @@ def test_a_copy_keeps_masks_and_boxes(images: Path, tmp_path: Path) -> None:
         "file,x,y,w,h\n" + "".join(f"COVID/images/{n},{i},2,3,4\n" for i, n in enumerate(names))
     )
     original = open_dataset(str(data))
-    copied = open_dataset(copy_images(original, drawn(original.images, 3), str(tmp_path / "copy")))
+    copied = open_dataset(copy_images(original, sampled(original.images, 3), str(tmp_path / "copy")))
     assert len(copied.images) == len(copied.boxes) == 3
     for image in copied.images:
         counterfactual = next(other for other in original.images if other.path.endswith(image.path.rpartition("_")[2]))
@@ -264,28 +253,20 @@ def test_a_copy_keeps_masks_and_boxes(images: Path, tmp_path: Path) -> None:
 
 def test_the_smaller_draw_is_part_of_the_larger(images: Path) -> None:
     everything = open_dataset(str(images)).images
-    few, more = drawn(everything, 2), drawn(everything, 4)
+    few, more = sampled(everything, 2), sampled(everything, 4)
     assert set(few) < set(more)
     assert len(few) == 8
-    assert drawn(everything[::-1], 2) == few
+    assert sampled(everything[::-1], 2) == few
 
 
 def test_layout_of_numbers(tmp_path: Path) -> None:
-    assert [number(value) for value in (None, float("nan"), 0.01234, 12.345, 123.45)] == [
-        "–",
-        "–",
-        "0.0123",
-        "12.3",
-        "123.5",
-    ]
+    numbers = [number(value) for value in (None, float("nan"), 0.01234, 12.345, 123.45)]
+    assert numbers == ["–", "–", "0.0123", "12.3", "123.5"]
     assert with_interval(1.0, [0.5, 2.0]) == "1 [0.5, 2]"
     assert with_interval(1.0, None) == "1"
     assert flat({"a": {"b": [1, 2]}, "c": "x"}) == {"a_b_low": 1, "a_b_high": 2, "c": "x"}
-    assert thinned([["a", "b", "1"], ["a", "b", "2"], ["a", "c", "2"]]) == [
-        ["a", "b", "1"],
-        ["", "", "2"],
-        ["", "c", "2"],
-    ]
+    rows = [["a", "b", "1"], ["a", "b", "2"], ["a", "c", "2"]]
+    assert thinned(rows) == [["a", "b", "1"], ["", "", "2"], ["", "c", "2"]]
     Table("t", "Title", "Caption", ["h|", "%"], [["1", "a_b"]], [{"x": np.nan}]).write(LocalStore(str(tmp_path)))
     assert (tmp_path / "tables/t.md").read_text().splitlines()[2] == "| h\\| | % |"
     assert r"a\_b" in (tmp_path / "tables/t.tex").read_text()

@@ -8,7 +8,6 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from html import unescape
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from html_page import Page
 
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.encoding import encode_grey
@@ -56,42 +56,6 @@ METRICS: dict[str, Any] = {
              "kid": {"value": -0.01, "standard_error": 0.006}}],
     "notes": ["a note of the reduce step"],
 }  # fmt: skip
-
-
-class Page(HTMLParser):
-    """What a browser would see of a page: attributes that name files, its text, its policy, its inline blocks."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.pictures: list[dict[str, str | None]] = []
-        self.tags: list[str] = []
-        self.blocks: dict[str, list[str]] = {"script": [], "style": []}
-        self.text = ""
-        self.policy = ""
-        self.inside: str | None = None
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.tags.append(tag)
-        self.inside = tag if tag in self.blocks else None
-        self.links += [value or "" for key, value in attrs if key in ("src", "href")]
-        assert "style" not in found  # the policy would refuse it
-        assert not any(key.startswith("on") for key in found)
-        if tag == "img":
-            self.pictures.append(found)
-        if found.get("http-equiv") == "Content-Security-Policy":
-            self.policy = found["content"] or ""
-
-    def handle_data(self, data: str) -> None:
-        if self.inside:
-            self.blocks[self.inside].append(data)
-        else:
-            self.text += data
-
-    def handle_endtag(self, tag: str) -> None:
-        self.inside = None
 
 
 @pytest.fixture(autouse=True)
@@ -358,13 +322,8 @@ def test_zones_lpips_and_distances_class_by_class_have_their_tables() -> None:
         key: [[cell.text for cell in cells] for group in table.groups for _, cells in group.rows]
         for key, table in found.items()
     }
-    assert [head for head, _ in found["brixia"].heads] == [
-        "map",
-        "n",
-        "Spearman, all zones",
-        "95% interval",
-        "n within",
-    ]
+    heads = [head for head, _ in found["brixia"].heads]
+    assert heads == ["map", "n", "Spearman, all zones", "95% interval", "n within"]
     assert texts["brixia"][1] == ["baseline: brightness", "72", "−0.100", "−0.200 to 0.500", "0"]
     assert [kind for kind, _ in found["brixia"].groups[0].rows] == ["ours", ""]
     assert found["brixia"].groups[0].rows[0][1][0].text.startswith("ours, max(M, 0)")
