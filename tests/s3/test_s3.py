@@ -130,7 +130,7 @@ def test_a_bucket_itself_is_a_store(bucket: str) -> None:
     store = open_store(f"{bucket}/")
     store.put("image.png", b"x")
     store.put("folder/image.png", b"xy")
-    assert store.list() == [("image.png", 1), ("folder/image.png", 2)]
+    assert store.list() == [("folder/image.png", 2), ("image.png", 1)]
     assert store.list("folder") == [("folder/image.png", 2)]
 
 
