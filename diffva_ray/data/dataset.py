@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -55,10 +56,7 @@ class Dataset:
     @property
     def classes(self) -> dict[str, int]:
         """Number of images by class, in alphabetical order."""
-        counts: dict[str, int] = {}
-        for image in self.images:
-            counts[image.label] = counts.get(image.label, 0) + 1
-        return dict(sorted(counts.items()))
+        return dict(sorted(Counter(image.label for image in self.images).items()))
 
 
 class UnusableData(ValueError):

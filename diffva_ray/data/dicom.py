@@ -48,7 +48,7 @@ def grey(image: Any) -> NDArray[np.floating]:
     padding = _padding(image, stored)
     values, low, high = _displayed(image, stored, ~padding)
     if not np.isfinite(values[~padding]).all():
-        raise UnusableDicom("the image holds NaN or infinite values")
+        raise UnusableDicom("the image has NaN or infinite values")
     # scale to [0, 1], dense tissue bright, padding black
     scaled = np.clip((values - low) / (high - low), 0, 1) if high != low else np.zeros_like(values)
     if photometric == "MONOCHROME1":

@@ -26,7 +26,7 @@ from diffva_ray.storage.store import Store, open_file
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 4 * MAX_PIXELS  # of a file; twice what uncompressed 16-bit pixels need
-MAX_SCANS = 1000  # of a JPEG; a progressive one has about ten. Each scan decodes all pixels: many take hours
+MAX_SCANS = 1000  # of a JPEG; a progressive one has about ten. Each scan costs a pass over all pixels, up to a day
 MIN_CONTRAST = 1 / 16  # of the grey scale; 12-bit values in a 16-bit file reach just less
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # transfer syntax of a deflated DICOM file
 DICOM_HEADER_BYTES = 1 << 16  # the transfer syntax is in this part of the file
@@ -233,7 +233,7 @@ def _grey(image: Image.Image, bits: int) -> np.ndarray:
     if image.mode in ("I", "F"):
         values = np.array(image, np.float64)
         if not np.isfinite(values).all():
-            raise BadImage("the image holds NaN or infinite values")
+            raise BadImage("the image has NaN or infinite values")
         low, high = values.min(), values.max()
         if low < 0:  # map [low, high] to [0, 1]; a flat image becomes black
             values -= low
@@ -242,7 +242,7 @@ def _grey(image: Image.Image, bits: int) -> np.ndarray:
             white = max(65535.0 if image.mode == "I" else 1.0, high)
         values /= white
         return values.astype(np.float32)
-    # everything else by way of 8-bit grey
+    # all other modes, converted to 8-bit grey
     if image.mode in ("RGBa", "La"):  # premultiplied
         image = image.convert(image.mode.upper())
     grey = np.array(image.convert("L"), np.float32)
@@ -364,6 +364,7 @@ def decode_mask(data: bytes, size: int) -> NDArray[np.bool_]:
 
 
 def _mask(grey: np.ndarray, size: int) -> np.ndarray:
+    """The mask [size, size] of a decoded image."""
     if 0 < grey.max() <= 0.5:  # values 0 and 1, or labels, would silently give an empty mask
         raise BadImage(f"a mask has the values 0 and white; the maximum of this one is {grey.max():.3f} of white")
     mask = Image.fromarray(np.where(grey > 0.5, 255, 0).astype(np.uint8))

@@ -195,10 +195,6 @@ class Hosts:
                 f"{', '.join(dataset.classes)}"
             )
 
-    def __len__(self) -> int:
-        """Number of healthy images, without those that are known to be unusable."""
-        return len(self._images)
-
     def __getitem__(self, number: int) -> Host:
         while self._images:
             image = self._images[number % len(self._images)]

@@ -128,24 +128,24 @@ def near_duplicates(hashes: dict[str, int]) -> list[list[str]]:
     return sorted(sorted(group) for group in groups.values() if len(group) > 1)
 
 
-def describe_findings(found: dict[str, Any]) -> str:
+def describe_findings(summary: dict[str, Any]) -> str:
     """The result of ``inspect`` as text."""
     # classes and files
-    lines = [f"{found['uri']}: {found['kind']}, {found['images']} images in {found['files']} files"]
-    lines += [f"  {label}: {count}" for label, count in found["classes"].items()]
-    healthy = found["healthy_class"]
-    hint = "" if healthy in found["classes"] else ", which has no images (use --set data.healthy_class=NAME)"
+    lines = [f"{summary['uri']}: {summary['kind']}, {summary['images']} images in {summary['files']} files"]
+    lines += [f"  {label}: {count}" for label, count in summary["classes"].items()]
+    healthy = summary["healthy_class"]
+    hint = "" if healthy in summary["classes"] else ", which has no images (use --set data.healthy_class=NAME)"
     lines.append(f"healthy class: {healthy}{hint}")
-    counts = {key: found[f"with_{key}"] for key in ("lung_mask", "lesion_mask", "ground_truth", "boxes")}
+    counts = {key: summary[f"with_{key}"] for key in ("lung_mask", "lesion_mask", "ground_truth", "boxes")}
     lines.append("with " + ", ".join(f"{key.replace('_', ' ')}: {count}" for key, count in counts.items()))
-    lines.append("sizes: " + ", ".join(f"{size} ({count})" for size, count in found["sizes"].items()))
-    lines.append("modes: " + ", ".join(f"{mode} ({count})" for mode, count in found["modes"].items()))
+    lines.append("sizes: " + ", ".join(f"{size} ({count})" for size, count in summary["sizes"].items()))
+    lines.append("modes: " + ", ".join(f"{mode} ({count})" for mode, count in summary["modes"].items()))
     # problems
     lines += [
         f"{'missing' if bad['status'] == Status.MISSING.value else 'unreadable'}: {bad['path']!r}: {bad['reason']}"
-        for bad in found["unreadable"]
+        for bad in summary["unreadable"]
     ]
-    groups = found["near_duplicates"]["groups"]
+    groups = summary["near_duplicates"]["groups"]
     lines += [f"near-duplicates: {', '.join(map(repr, group))}" for group in groups[:10]]
     lines += [f"near-duplicates: {len(groups) - 10} more groups (--json has all)"] if len(groups) > 10 else []
-    return "\n".join([*lines, *(f"note: {note}" for note in found["notes"])])
+    return "\n".join([*lines, *(f"note: {note}" for note in summary["notes"])])

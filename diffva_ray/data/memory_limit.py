@@ -12,18 +12,18 @@ class MemoryLimit:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._used = 0
+        self._taken = 0
         self._changed = Condition()
 
     @contextmanager
     def __call__(self, units: int) -> Iterator[None]:
         """Context in which the caller may use ``units``; waits until they are free."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._used or self._used + units <= self._limit)
-            self._used += units
+            self._changed.wait_for(lambda: not self._taken or self._taken + units <= self._limit)
+            self._taken += units
         try:
             yield
         finally:
             with self._changed:
-                self._used -= units
+                self._taken -= units
                 self._changed.notify_all()

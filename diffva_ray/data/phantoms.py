@@ -182,10 +182,10 @@ def phantom_set(
     images = []
     for patient in range(patients):
         label = classes[patient % len(classes)]
-        made = phantom(label, patient, seed, size)
-        image, ground_truth = quantise(made.image), quantise(made.ground_truth)
-        path = write_image(store, label, patient, image, made.lungs, made.lesion, ground_truth)
-        images.append({"file": path, "label": label, "patient": patient, **made.factors})
+        result = phantom(label, patient, seed, size)
+        image, ground_truth = quantise(result.image), quantise(result.ground_truth)
+        path = write_image(store, label, patient, image, result.lungs, result.lesion, ground_truth)
+        images.append({"file": path, "label": label, "patient": patient, **result.factors})
         yield path
     # write the captions, then the list of images
     lines = [

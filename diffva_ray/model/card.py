@@ -37,13 +37,8 @@ def read_card(store: Store) -> dict[str, Any] | None:
 
     Raises UnusableModel for a damaged card or one of another format.
     """
-    try:
-        card = json.loads(store.read(CARD))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except json.JSONDecodeError as error:
-        raise UnusableModel(f"{store.uri}/{CARD}: not JSON ({error})") from None
-    if card.get("format") != FORMAT:
+    card = _read_json(store, CARD)
+    if card is not None and card.get("format") != FORMAT:
         raise UnusableModel(
             f"{store.uri}: a model of an earlier version, whose recipe has other key names; train it again or use "
             "another --model"
@@ -56,12 +51,17 @@ def judge_card(store: Store) -> dict[str, Any] | None:
 
     None when the model has no judge. Raises UnusableModel for a damaged file.
     """
+    return _read_json(store, "judge/config.json")
+
+
+def _read_json(store: Store, path: str) -> dict[str, Any] | None:
+    """A JSON file of the model; None when there is none. Raises UnusableModel for a damaged file."""
     try:
-        return json.loads(store.read("judge/config.json"))
+        return json.loads(store.read(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise UnusableModel(f"{store.uri}/judge/config.json: not JSON ({error})") from None
+        raise UnusableModel(f"{store.uri}/{path}: not JSON ({error})") from None
 
 
 def prompt_limit(store: Store, prompts: Sequence[str]) -> tuple[int, list[str]]:
