@@ -180,10 +180,7 @@ def heart_rows(scores: list[Row]) -> list[Row]:
 
 
 def zone_rows(
-    run: Run,
-    rows: Sequence[Row],
-    scores: Mapping[str, NDArray[np.float64]],
-    unread: set[str] | None = None,
+    run: Run, rows: Sequence[Row], scores: Mapping[str, NDArray[np.float64]], unread: set[str] | None = None
 ) -> list[Row]:
     """Compare maps, and brightness as a baseline, with the Brixia ``scores`` of the images of ``rows``, by setting.
 

@@ -239,13 +239,7 @@ class _Comparison:
 
 
 def reference(
-    run: Run,
-    label: str,
-    uri: str,
-    extractor: Extractor,
-    options: Options,
-    notes: list[str],
-    spread: Embed = embed_here,
+    run: Run, label: str, uri: str, extractor: Extractor, options: Options, notes: list[str], spread: Embed = embed_here
 ) -> Reference | None:
     """Class ``label`` of the data set, or of the counterfactuals of the run, at ``uri``.
 
