@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
+
+try:
+    from xdist.scheduler import LoadScopeScheduling
+except ImportError:  # a single test runs without xdist, too
+    LoadScopeScheduling = object
 
 os.environ["HOME"] = tempfile.mkdtemp(prefix="diffva-home-")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -45,6 +49,7 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["HOME"], ignore_errors=True)
 
 
+@pytest.hookimpl(optionalhook=True)  # unknown under -p no:xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
     return ByFile(config, log)
 
