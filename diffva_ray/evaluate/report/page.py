@@ -207,36 +207,29 @@ def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     swept = {key: ", ".join(str(value) for value in values) + " (swept)" for key, values in keys["sweep"]}
     method = ("method", "scheduler", "num_inference_steps", "strength", "guidance_scale", "prompt", "samples", "seed")
     machine = about.get("machine", {})
-    return [
-        (
-            "Method",
-            [(plain(key), swept.get(key, str(keys[key]))) for key in method]
-            + [("kind of map", recipe.generate.map_name), ("resolution", f"{keys['resolution']} px, {keys['aspect']}")],
-        ),
-        (
-            "Model and data",
-            [
-                ("recipe", recipe.name),
-                ("model", str(about.get("model", "–"))),
-                ("model digest", keys["model_digest"][:16]),
-                ("data", str(about.get("data", "–"))),
-                ("kind of data", str(about.get("data_kind") or "not recorded")),
-                ("classes", ", ".join(keys["classes"] or ["all but " + recipe.data.healthy_class])),
-                ("limit", "none" if keys["limit"] is None else count(keys["limit"])),
-            ],
-        ),
-        (
-            "Provenance",
-            [
-                ("started", str(about.get("started", "–"))),
-                ("diffva-ray", f"{about.get('diffva_ray', '–')}, code {about.get('code_revision', '–')}"),
-                ("fingerprint", run.fingerprint),
-                ("device", f"{keys['device']}, {keys['dtype']}, micro-batch {keys['micro_batch']}"),
-                ("machine", f"{machine.get('system', '–')}, {machine.get('cpus', '–')} CPUs"),
-                ("versions", ", ".join(f"{key} {value}" for key, value in about.get("versions", {}).items())),
-            ],
-        ),
-    ]  # fmt: skip
+    generation = [
+        *((plain(key), swept.get(key, str(keys[key]))) for key in method),
+        ("kind of map", recipe.generate.map_name),
+        ("resolution", f"{keys['resolution']} px, {keys['aspect']}"),
+    ]
+    model_and_data = [
+        ("recipe", recipe.name),
+        ("model", str(about.get("model", "–"))),
+        ("model digest", keys["model_digest"][:16]),
+        ("data", str(about.get("data", "–"))),
+        ("kind of data", str(about.get("data_kind") or "not recorded")),
+        ("classes", ", ".join(keys["classes"] or ["all but " + recipe.data.healthy_class])),
+        ("limit", "none" if keys["limit"] is None else count(keys["limit"])),
+    ]
+    provenance = [
+        ("started", str(about.get("started", "–"))),
+        ("diffva-ray", f"{about.get('diffva_ray', '–')}, code {about.get('code_revision', '–')}"),
+        ("fingerprint", run.fingerprint),
+        ("device", f"{keys['device']}, {keys['dtype']}, micro-batch {keys['micro_batch']}"),
+        ("machine", f"{machine.get('system', '–')}, {machine.get('cpus', '–')} CPUs"),
+        ("versions", ", ".join(f"{key} {value}" for key, value in about.get("versions", {}).items())),
+    ]
+    return [("Method", generation), ("Model and data", model_and_data), ("Provenance", provenance)]
 
 
 def notes(run: Run, metrics: Row | None, done: Row) -> list[Note]:

@@ -139,7 +139,8 @@ export class Stage {
     byId("line").style.left = `${at}%`;
     byId("opacity-knob").hidden = !(view.heat && view.left);
     byId("opacity-value").textContent = `${this.opacity.value} %`;
-    byId("tag-left").textContent = view.key === "map" ? "image − counterfactual" : TAGS[view.left];
+    const mapTag = view.left ? "attribution map on image" : "attribution map";
+    byId("tag-left").textContent = view.heat ? mapTag : TAGS[view.left];
     byId("tag-right").textContent = TAGS[view.right];
     for (const id of ["lesion", "lesion-halo"]) byId(id).classList.toggle("off", !this.lesionOn.checked);
     byId("lungs").classList.toggle("off", !this.lungsOn.checked);
