@@ -64,7 +64,7 @@ def test_a_claim_without_its_plan_is_completed_by_the_same_command_only(
         claimed.shard_sizes()
     with pytest.raises(FingerprintDiffers):
         planned(images, tiny.model_copy(update={"seed": 5}), store)
-    with pytest.raises(PlanError, match="of other images than are there now"):
+    with pytest.raises(PlanError, match="the images have changed since"):
         start_run(
             store, make_plan(open_dataset(images, classes=["COVID"]), tiny, Request()), claimed.keys,
             {"recipe": tiny.model_dump(mode="json")},
