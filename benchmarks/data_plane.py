@@ -1,11 +1,11 @@
-"""What the distributed run costs over ``--executor inline``, for the same records on the same cores.
+"""Measure the overhead of Ray over ``--executor inline``, for the same records on the same cores.
 
     python benchmarks/data_plane.py --model runs/demo/model --data runs/demo/data/test
 
-Each is a process of its own, held to the same cores with all that it starts; one thread of either computes. For Ray
-that is one actor, beside the driver, raylet, GCS and object store, which on a single core take their time from it.
-Rates are those between the first and the last commit, so start-up is left out; it is given apart, as the seconds to the
-first commit less those that a shard takes. Turns are interleaved.
+Each run is a separate process, restricted with its children to the same cores; both compute with one thread. For Ray
+this is one actor plus driver, raylet, GCS and object store, which share a single core with it. Rates are those between
+the first and the last commit, so start-up is excluded; it is reported separately, as the seconds to the first commit
+minus the seconds of a shard. Turns are interleaved.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from diffva_ray.storage.store import open_store
 
 
 def turn(executor: str, words: list[str], out: Path, cores: str) -> dict[str, Any]:
-    """One run to its end: seconds to the first commit, seconds a shard from then on, seconds by stage."""
+    """Execute one run; return seconds to the first commit, seconds per shard afterwards, and seconds by stage."""
     command = [
         "taskset", "--cpu-list", cores, sys.executable, "-m", "diffva_ray.cli", "generate", *words,
         "--out", str(out), "--executor", executor, *(["--actors", "1"] if executor == "ray" else []),
@@ -58,7 +58,7 @@ def turn(executor: str, words: list[str], out: Path, cores: str) -> dict[str, An
 
 
 def run_pixels(out: Path) -> list[str]:
-    """The hashes of all counterfactuals, by record."""
+    """Return the hashes of all counterfactuals, by record."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(out / "records", columns=["record_id", "counterfactual_sha256"]).to_pydict()
@@ -71,7 +71,7 @@ def run_pixels(out: Path) -> list[str]:
 @click.option("--records", default=96, show_default=True)
 @click.option("--shard-size", default=16, show_default=True)
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--cores", default="0,1", show_default=True, help="Cores that everything is held to; 0: a single one.")
+@click.option("--cores", default="0,1", show_default=True, help="Cores of all processes; 0: core 0 alone.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "data_plane.json")
 def main(model: str, data: str, records: int, shard_size: int, rounds: int, cores: str, out: Path) -> None:
     words = [
@@ -93,7 +93,7 @@ def main(model: str, data: str, records: int, shard_size: int, rounds: int, core
 
     pairs = list(zip(turns["ray"], turns["inline"], strict=True))
     ratios = [ray["seconds_a_shard"] / inline["seconds_a_shard"] for ray, inline in pairs]
-    # of the time between two commits, what no stage of the work accounts for: the same under any load of the machine
+    # share of the time between two commits outside all stages; it does not depend on the load of the machine
     idle = {
         executor: [1 - one["work_a_shard"] / one["seconds_a_shard"] for one in several]
         for executor, several in turns.items()

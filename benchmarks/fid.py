@@ -1,10 +1,10 @@
-"""From PNG files to one FID, cold, beside pytorch-fid on the same images, weights and cores.
+"""Time one FID from PNG files, cold start, against pytorch-fid on the same images, weights and cores.
 
     python benchmarks/fid.py --images 150 --out benchmarks/results/fid.json
 
-Weights are random (kaiming, seed 0) in pytorch-fid's architecture, as the real ones cannot be had everywhere; the time
-does not depend on them. Each measurement is a process of its own, from its first import to the number; CPU seconds are
-all threads', which a busy machine does not change as it does the wall clock. Memory: ours again with twice the images.
+Weights are random (kaiming, seed 0) in pytorch-fid's architecture, because the real ones are not available everywhere;
+the time does not depend on them. Each measurement is a process, from its first import to the number. CPU seconds are
+those of all threads and depend less on other load than the wall clock. Memory: ours also with twice the images.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LIBRARIES = ("torch", "numpy", "scipy", "pytorch_fid", "torchvision")
 
 
 def write_images(folder: Path, label: str, images: int) -> None:
-    """Phantoms of the Radiography Database's size."""
+    """Write phantoms of the Radiography Database's size."""
     from diffva_ray.data.encoding import encode_grey, quantise
     from diffva_ray.data.phantoms import phantom
 
@@ -36,7 +36,7 @@ def write_images(folder: Path, label: str, images: int) -> None:
 
 
 def write_weights(path: Path) -> None:
-    """Random weights under pytorch-fid's names."""
+    """Write random weights under pytorch-fid's names."""
     import torch
     from torchvision.models import inception_v3
 
@@ -51,7 +51,7 @@ def write_weights(path: Path) -> None:
 
 
 def pytorch_fid(first: str, second: str, weights: str, threads: int) -> dict[str, float]:
-    """Its own function, with the weights in place of its download."""
+    """Call pytorch-fid's own function, with the weights instead of its download."""
     import warnings
 
     import torch
@@ -72,7 +72,7 @@ def pytorch_fid(first: str, second: str, weights: str, threads: int) -> dict[str
 
 
 def ours(first: str, second: str, weights: str, threads: int) -> dict[str, float]:
-    """What ``diffva reduce --resize legacy`` does for one row: the same pixels to Inception, then the distance."""
+    """Compute one row as ``diffva reduce --resize legacy`` does: the same pixels to Inception, then the distance."""
     import torch
 
     from diffva_ray.evaluate.distances import embed
@@ -91,7 +91,7 @@ def ours(first: str, second: str, weights: str, threads: int) -> dict[str, float
 
 
 def measured(which: str, first: Path, second: Path, weights: Path, threads: int) -> dict[str, float]:
-    """One of the two in a process of its own."""
+    """Run one of the two in its own process."""
     command = [sys.executable, __file__, "--one", which, str(first), str(second), str(weights), str(threads)]
     began = time.perf_counter()
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -108,8 +108,8 @@ def report(which: str, first: str, second: str, weights: str, threads: int) -> N
 
 @click.command()
 @click.option("--images", default=150, show_default=True, help="Images of each set.")
-@click.option("--threads", default=os.cpu_count() or 1, help="Cores of either side.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Where the result file goes.")
+@click.option("--threads", default=os.cpu_count() or 1, help="Cores of each side.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Path of the result file.")
 @click.option("--one", nargs=5, hidden=True)
 def main(images: int, threads: int, out: Path | None, one: tuple[str, str, str, str, str] | None) -> None:
     if one:

@@ -1,11 +1,11 @@
-"""Time and memory of one Fréchet distance of 2048 features, and of its interval, against the rows of the sets.
+"""Measure time and memory of one Fréchet distance in 2048 dimensions, and of its interval, by the rows of the sets.
 
     python benchmarks/fid_rows.py --rows 10000,50000,200000
 
-Features are random (a mixture of 64 directions, and noise), written to scratch files as ``diffva reduce`` keeps those
-of a run: what is measured is the reduce's own path from there to the number. Every size is a process of its own; memory
-is its peak. The distance costs one pass over the rows (n d^2) and one eigendecomposition (d^3), so a straight line
-through the last two sizes says what more rows would cost; it is called an extrapolation in the result.
+Features are random (a mixture of 64 directions, and noise), written to scratch files in the format of ``diffva
+reduce``, so the measurement covers reduce's own path from there to the number. Every size is a separate process;
+memory is its peak. The distance costs one pass over the rows (n d^2) and one eigendecomposition (d^3), so a straight
+line through the last two sizes extrapolates to more rows; the result labels it as an extrapolation.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def measure(rows: int, threads: int) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--rows", "sizes", default="10000,50000,200000", show_default=True, help="Of each set.")
+@click.option("--rows", "sizes", default="10000,50000,200000", show_default=True, help="Rows of each set.")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "fid_rows.json")
 @click.option("--one", type=int, hidden=True)

@@ -1,4 +1,4 @@
-"""StableDiffusionImg2ImgPipeline as a user would call it: the peer beside which engine.py and gpu.py measure."""
+"""StableDiffusionImg2ImgPipeline as a user would call it: the reference of engine.py and gpu.py."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from diffva_ray.model.bundle import Bundle
 from diffva_ray.model.schedulers import schedule
 
 PROMPT, GUIDANCE = "normal chest scan", 4.0
-Images = NDArray[np.float32]  # grey [n, size, size] in [0, 1], on 8 bits
+Images = NDArray[np.float32]  # grey [n, size, size] in [0, 1], quantised to 8 bits
 
 
 def img2img(bundle: Bundle, device: str, dtype: str, steps: int, strength: float) -> Any:
-    """The pipeline on the bundle's own networks, which move to the device and change dtype."""
+    """Build the pipeline on the bundle's own networks, which move to the device and change dtype."""
     parts = {name: module.to(device, getattr(torch, dtype)).eval() for name, module in bundle.modules.items()}
     scheduler, _ = schedule("pndm-diffusers", bundle.scheduler, steps, strength)
     pipeline = StableDiffusionImg2ImgPipeline(
@@ -32,8 +32,10 @@ def img2img(bundle: Bundle, device: str, dtype: str, steps: int, strength: float
 def run_img2img(
     pipeline: Any, images: Images, seeds: list[int], strength: float, steps: int, reconstructs: bool = False
 ) -> Images:
-    """Counterfactuals of a batch, a generator for each image; with ``reconstructs`` also what the autoencoder
-    alone makes of the images, which is computed and thrown away."""
+    """Generate counterfactuals of a batch, with one generator per image.
+
+    With ``reconstructs`` the reconstructions are also computed, and discarded.
+    """
     pictures = [Image.fromarray(np.round(image * 255).astype(np.uint8)).convert("RGB") for image in images]
     if reconstructs:
         reconstruct(pipeline, pictures)
@@ -46,7 +48,7 @@ def run_img2img(
 
 @torch.inference_mode()
 def reconstruct(pipeline: Any, pictures: list[Image.Image]) -> Images:
-    """What the autoencoder alone makes of the images."""
+    """Encode and decode the images: the reconstructions."""
     vae = pipeline.vae
     pixels = pipeline.image_processor.preprocess(pictures).to(vae.device, vae.dtype)
     decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample

@@ -1,12 +1,11 @@
-"""Time and memory of what happens to records before and after their images: plan, resume, read a shard, reduce.
+"""Measure time and memory of the work on records without networks: plan, resume, read a shard, reduce.
 
     python benchmarks/planning.py --sizes 10000,100000,1000000,10000000
 
-Records are synthetic: up to 250,000 images of three classes, swept over ten strengths and drawn until there are enough.
-Parts are real files; images and the stand-in's features are not there: a store answers for them (``Pretended``), so
-that reduce does all its work on records, but for opening pictures. No lesion is known, and no image is a reference.
-Every measurement is a process of its own; memory is its peak. ``requests`` is what a listing would cost on S3 (1,000
-names each).
+Records are synthetic: up to 250,000 images of three classes, swept over ten strengths and sampled until the number is
+reached. Parts are real files. Images and features do not exist: the store ``Pretended`` reports them, so that reduce
+does all its work on records except reading images. No lesion is known, and no image is a reference. Every measurement
+is a separate process; memory is its peak. ``requests`` is the number of S3 LIST requests (1,000 names each).
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def opened(folder: str) -> Any:
 
 
 def resume(folder: str, records: int) -> dict[str, Any]:
-    """Half of the parts are there."""
+    """Measure a resume with half of the parts present."""
     run = opened(folder)
     parts = Path(folder) / "records"
     parts.mkdir(exist_ok=True)
@@ -103,7 +102,7 @@ def resume(folder: str, records: int) -> dict[str, Any]:
 
 
 def worker(folder: str, records: int) -> dict[str, Any]:
-    """What a worker reads: its first shard, and one more."""
+    """Measure a worker's reads: its first shard, and one more."""
     run = opened(folder)
     began = time.perf_counter()
     run.shard_rows(0)
@@ -113,7 +112,7 @@ def worker(folder: str, records: int) -> dict[str, Any]:
 
 
 def write_parts(folder: str, records: int) -> dict[str, Any]:
-    """What a finished run has committed. Not measured: workers write a part in each shard's own time."""
+    """Write the parts of a finished run. Not measured: workers write a part as a piece of each shard."""
     from diffva_ray.generate.run import FOLDERS, part
     from diffva_ray.schema import RECORDS
 
@@ -151,7 +150,7 @@ FILLED = {
 
 
 def reduce(folder: str, records: int) -> dict[str, Any]:
-    """``diffva reduce``, of which only the pictures are pretended."""
+    """Measure ``diffva reduce``; only the images are simulated."""
     from diffva_ray.evaluate.options import Options
     from diffva_ray.evaluate.reduction import reduce_run
     from diffva_ray.generate.run import FOLDERS, find_run, part
@@ -159,7 +158,7 @@ def reduce(folder: str, records: int) -> dict[str, Any]:
     from diffva_ray.storage.store import Entry, LocalStore
 
     class Pretended(LocalStore):
-        """A folder that has every image and feature that its records name."""
+        """A folder that reports every image and generates every feature that its records name."""
 
         def ids(self, path: str) -> list[str]:
             data = io.BytesIO(super().read(f"records/{Path(path).stem}.parquet"))
@@ -200,7 +199,7 @@ STEPS = {"plan": plan, "resume": resume, "worker": worker, "write_parts": write_
 
 
 def measured(step: str, folder: str, records: int) -> dict[str, Any]:
-    """One step in a process of its own."""
+    """Run one step in its own process."""
     done = subprocess.run(
         [sys.executable, __file__, "--one", step, folder, str(records)], check=True, stdout=subprocess.PIPE, text=True
     )

@@ -1,10 +1,10 @@
-"""What `diffva report` costs by the number of records, and what its page costs a browser.
+"""Measure the cost of `diffva report` by the number of records, and of its page in a browser.
 
     python benchmarks/report.py [--images 10000,20000,1000000]
 
-Each size is a run of its own that no model has made: real plan, real records, and as many pictures as are read. The
-report is the command itself in a process of its own, once anew and once again; its time and peak memory are measured
-from outside. The page is opened from disk in a headless Chromium.
+Each size is a synthetic run: real plan, real records, and as many images as are read. The command runs in its own
+process, once from scratch and once again; time and peak memory are measured from outside. A headless Chromium opens the
+page from disk.
 """
 
 from __future__ import annotations
@@ -39,14 +39,16 @@ from diffva_ray.schema import PLAN, RECORDS
 from diffva_ray.storage.store import LocalStore, Store
 
 LABELS = ("COVID", "Lung_Opacity", "Viral Pneumonia")
-SHARD, FILES, LINKS = 10_000, 10_000, 100  # records of a shard; names in a folder of images; names of one file
+SHARD, FILES, LINKS = 10_000, 10_000, 100  # records per shard; names per image folder; names per file
 DIGEST = "d" * 64
 Table = dict[str, Any]
 
 
 def make_run(folder: Path, images: int, side: int) -> Path:
-    """A run of ``images`` records below ``folder``. Folders of images are links to one of ten thousand names, and those
-    are of a hundred files; counterfactuals and maps are a hundred files each. The data set is a manifest."""
+    """Make a run of ``images`` records below ``folder``; the data set is a manifest.
+
+    Image folders have 10,000 links to a hundred files; counterfactuals and maps are a hundred files each.
+    """
     random, data, run = np.random.default_rng(0), LocalStore(str(folder / "data")), LocalStore(str(folder / "run"))
     pictures(data, run, random, side)
     names = [f"d{n // FILES:03d}/image-{n % FILES:05d}.png" for n in range(images)]
@@ -86,7 +88,7 @@ def make_run(folder: Path, images: int, side: int) -> Path:
 
 
 def pictures(data: Store, run: Store, random: np.random.Generator, side: int) -> None:
-    """A hundred smooth images, their counterfactuals and maps, and the ten thousand names of the images."""
+    """Write a hundred smooth images, their counterfactuals and maps, and 10,000 names of the images."""
     root = Path(data.uri)
     (root / "images").mkdir(parents=True)
     y, x = np.mgrid[0:side, 0:side] / side
@@ -105,7 +107,7 @@ def pictures(data: Store, run: Store, random: np.random.Generator, side: int) ->
 
 
 def records(rows: pd.DataFrame, random: np.random.Generator) -> pd.DataFrame:
-    """Records of planned rows with scores as they might be; two in a hundred are quarantined."""
+    """Return records for planned rows with plausible scores; two percent are quarantined."""
     many = len(rows)
     ok: NDArray[np.bool_] = random.random(many) > 0.02
     file = [f"{n % LINKS:03d}.png" for n in range(many)]
@@ -130,22 +132,22 @@ def records(rows: pd.DataFrame, random: np.random.Generator) -> pd.DataFrame:
 
 
 def measured(run: Path, *options: str) -> Table:
-    """Seconds and peak memory of one `diffva report`."""
+    """Return seconds and peak memory of one `diffva report`."""
     program = (
         "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, done.returncode)"
     )
     started = time.monotonic()
     command = [sys.executable, "-m", "diffva_ray.cli", "report", str(run), *options]
-    said = subprocess.run([sys.executable, "-c", program, *command], check=True, capture_output=True, text=True)
-    peak, code = map(int, said.stdout.split())
+    caption = subprocess.run([sys.executable, "-c", program, *command], check=True, capture_output=True, text=True)
+    peak, code = map(int, caption.stdout.split())
     if code:
-        raise SystemExit(f"diffva report ended with {code}: {said.stderr}")
+        raise SystemExit(f"diffva report ended with {code}: {caption.stderr}")
     return {"seconds": round(time.monotonic() - started, 1), "peak_mib": peak // 1024}
 
 
 def opened(run: Path) -> Table:
-    """What the page costs a browser: time until the viewer is there and for a filter, script memory."""
+    """Return the cost of the page in a browser: time until the viewer is ready and for a filter, script memory."""
     from playwright.sync_api import sync_playwright
 
     binary = os.environ.get("CHROMIUM") or shutil.which("chromium")
@@ -162,20 +164,25 @@ def opened(run: Path) -> Table:
             "document.body.offsetHeight; return performance.now() - t; })()"
         )
         heap = page.evaluate("performance.memory.usedJSHeapSize")
-        said = page.text_content("#images .caption")
+        caption = page.text_content("#images .caption")
         browser.close()
-    return {"ready_s": round(ready, 2), "filter_ms": round(spent, 1), "heap_mib": heap // 2**20, "says": said.strip()}
+    return {
+        "ready_s": round(ready, 2),
+        "filter_ms": round(spent, 1),
+        "heap_mib": heap // 2**20,
+        "says": caption.strip(),
+    }
 
 
 def written(run: Path) -> Table:
-    """How many files the report has, and how large they are."""
+    """Return the number and size of the report's files."""
     files = [file for file in (run / "report").rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     return {"report_files": len(files), "report_mib": round(size / 2**20, 1)}
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """Return the processor's name, if the system reports it."""
     known = Path("/proc/cpuinfo")
     lines = known.read_text().splitlines() if known.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -184,12 +191,14 @@ def processor() -> str:
 
 @click.command()
 @click.option("--images", "sizes", default="10000,20000", show_default=True, help="Records of each run.")
-@click.option("--side", default=64, show_default=True, help="Pixels of an image.")
+@click.option("--side", default=64, show_default=True, help="Side of an image in pixels.")
 @click.option("--result", default="benchmarks/results/report.json", type=click.Path(path_type=Path))
-@click.option("--keep", type=click.Path(path_type=Path), help="Leave the runs there.")
+@click.option("--keep", type=click.Path(path_type=Path), help="Keep the runs in this folder.")
 def main(sizes: str, side: int, result: Path, keep: Path | None) -> None:
     rows = []
-    load = [round(value, 1) for value in os.getloadavg()]  # of others: seconds are no better than the machine was free
+    load = [
+        round(value, 1) for value in os.getloadavg()
+    ]  # load of other processes; seconds are upper bounds on a busy machine
     for images in map(int, sizes.split(",")):
         folder = keep or Path(tempfile.mkdtemp())
         run = make_run(folder / f"images-{images}", images, side)

@@ -1,4 +1,4 @@
-"""Repeating the command on a finished run of 10,000 records: how long it takes, and that it writes nothing.
+"""Time the repeated command on a finished run of 10,000 records, and check that it writes nothing.
 
 python benchmarks/rerun.py
 """
@@ -32,7 +32,7 @@ from diffva_ray.train.loop import train
 @click.option("--records", default=10_000, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "rerun.json")
 def main(records: int, out: Path) -> None:
-    """A run of so many records of few images (``--samples``), and the same command again."""
+    """Make a run with many samples of few images, and repeat the command."""
     folder = Path(tempfile.mkdtemp(prefix="diffva-rerun-"))
     images = 40  # 30 of them abnormal
     draws = -(-records // 30)
@@ -76,7 +76,7 @@ def main(records: int, out: Path) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file with its time of change and size."""
+    """Return every file with its modification time and size."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 

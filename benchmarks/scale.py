@@ -1,10 +1,10 @@
-"""How the distributed run scales: shards of a fixed service time on 1 to 32 pretended GPUs.
+"""Measure how the distributed run scales: shards of a fixed service time on 1 to 32 simulated GPUs.
 
     python benchmarks/scale.py
 
-A worker sleeps where the engine would work, so that any machine can pretend to be 32 GPUs; nodes (raylets), scheduling,
-the actor pool and what comes back to the driver are the product's own (``ray_generate.generate``). Efficiency is the
-share of the time that the actors work, from when the last of them has begun until the first has nothing left.
+A worker sleeps where the engine would compute, so any machine can simulate 32 GPUs. Nodes (raylets), scheduling, the
+actor pool and the reports to the driver are the product's own (``distributed.generate``). Efficiency is the share of
+the time that the actors work, from when the last of them has started until the first has no work left.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ GPUS_A_NODE = 8
 
 @contextmanager
 def pretended_gpus(gpus: int) -> Iterator[None]:
-    """A cluster of nodes with up to 8 GPUs each, in processes of this machine; connected while it lasts."""
-    # The tokens of a local Ray stay on: a process that has used them once refuses a head that has none, and then the
-    # head takes the process's actors for abandoned.
+    """Start a local cluster of nodes with up to 8 simulated GPUs each, and stay connected inside the block."""
+    # Keep token authentication on: a process that has used it once refuses a head without it, and the head then treats
+    # the actors of the process as abandoned.
     os.environ.update(RAY_BACKEND_LOG_LEVEL="fatal", RAY_USAGE_STATS_ENABLED="0")
     import ray
     from ray.cluster_utils import Cluster
@@ -48,10 +48,10 @@ def pretended_gpus(gpus: int) -> Iterator[None]:
 
 
 def simulate(actors: int, shards: int, service: float) -> list[dict[str, Any]]:
-    """The reports of so many shards: shard, worker, and when work on it began and ended (clock of this machine)."""
+    """Return one report per shard: shard, worker, and start and end of its work (clock of this machine)."""
     from diffva_ray.distributed.generate import generate
 
-    class Sleeper:  # here, so that it travels by value: a worker has not this file
+    class Sleeper:  # defined here to be pickled by value: workers do not have this file
         def __init__(self, *localization: str) -> None:
             pass
 
@@ -71,7 +71,7 @@ def simulate(actors: int, shards: int, service: float) -> list[dict[str, Any]]:
 
 
 def efficiency(reports: list[dict[str, Any]], actors: int) -> float:
-    """Share of the time that all of ``actors`` work, while all of them have work."""
+    """Return the share of the time that all ``actors`` work, while all of them have work."""
     first, last = {}, {}
     for report in sorted(reports, key=lambda report: report["began"]):
         first.setdefault(report["worker"], report["began"])
@@ -85,7 +85,7 @@ def efficiency(reports: list[dict[str, Any]], actors: int) -> float:
 
 @click.command()
 @click.option("--actors", "sizes", default="1,2,4,8,16,32", show_default=True)
-@click.option("--service", default=3.0, show_default=True, help="Seconds a shard takes; real ones take minutes.")
+@click.option("--service", default=3.0, show_default=True, help="Seconds per shard; real shards take minutes.")
 @click.option("--shards-an-actor", default=12, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path(__file__).parent / "results" / "scale.json")
 def main(sizes: str, service: float, shards_an_actor: int, out: Path) -> None:

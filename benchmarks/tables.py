@@ -145,7 +145,7 @@ def engine() -> str:
 
 BESIDE = ("start:", "probe:", "attention", "convolution", "UNet, 2 ", "UNet, 8 ", "UNet, 32 ", "UNet, 128 ")
 GPU = ROOT / "benchmarks" / "results" / "gpu.json"
-RATES = {  # of a row of gpu.json, the first it has, and its unit
+RATES = {  # key of a row of gpu.json (the first one present) -> unit
     "images_per_second": "images/s",
     "tflop_per_second_credited": "TFLOP/s",
     "tflop_per_second": "TFLOP/s",
@@ -157,7 +157,7 @@ RATES = {  # of a row of gpu.json, the first it has, and its unit
 
 
 def gpu() -> str:
-    """What was measured on a GPU, without what is for the file alone (BESIDE); that nothing was, until there is one."""
+    """Return the results of gpu.json without the rows for the file alone (BESIDE), or a note that there are none."""
     if not GPU.exists():
         return "Not measured: nothing of this product has run on a GPU yet.\n"
     found = json.loads(GPU.read_text())
@@ -304,7 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def rewritten(text: str) -> str:
-    """The page with every marked table made anew. Raises KeyError for a name that is none."""
+    """Return the page with every marked table regenerated. Raises KeyError for an unknown table."""
     return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}{block[4]}", text)
 
 

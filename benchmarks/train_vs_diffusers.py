@@ -1,11 +1,11 @@
-"""DreamBooth with prior preservation: diffusers' recipe and ours, side by side on one small CLIP model.
+"""Compare DreamBooth with prior preservation in diffusers' recipe and in ours, on one small CLIP model.
 
     python benchmarks/train_vs_diffusers.py [--size 64] [--steps 40] [--device cpu]
 
-``script_loss`` and ``diffusers_curve`` are what examples/dreambooth/train_dreambooth.py does in a step, by the same
-library calls (the script itself cannot be run here: it reads its base and its class images from a hub). Both sides see
-the same images, noise and initial weights, so at equal settings their loss curves must agree; then ours runs at its
-recommended settings. Speeds are ratios of medians from one process, one side after the other.
+``script_loss`` and ``diffusers_curve`` repeat a step of examples/dreambooth/train_dreambooth.py with the same library
+calls (the script itself needs a hub for its base and class images). Both sides see the same images, noise and initial
+weights, so at equal settings their loss curves must agree; then ours runs with its recommended settings. Speeds are
+ratios of medians from one process, one side after the other.
 """
 
 from __future__ import annotations
@@ -44,8 +44,10 @@ STAGE = {"name": "covid", "trains": "denoiser", "steps": 40, "batch_size": BATCH
 
 
 def small_clip_model(folder: Path, size: int) -> Recipe:
-    """A diffusers folder with a CLIP text encoder of random weights, its VAE as deep as Stable Diffusion's (8 pixels a
-    latent), and the recipe to train it."""
+    """Write a diffusers folder with a random CLIP text encoder; return the recipe to train it.
+
+    The VAE is as deep as Stable Diffusion's (8 pixels per latent).
+    """
     scratch = load_recipe("phantom", [
         "name=clip-base", f"model.resolution={size}", "model.tokenizer_length=16", "model.attention_mask=false",
         "model.vae.block_out_channels=[16, 32, 32, 32]",
@@ -71,8 +73,10 @@ def small_clip_model(folder: Path, size: int) -> Recipe:
 def script_loss(
     bundle: Bundle, noise_scheduler: Any, pixels: torch.Tensor, prompts: list[str], generator: torch.Generator
 ) -> torch.Tensor:
-    """The loss of train_dreambooth.py --train_text_encoder --with_prior_preservation: ``pixels`` [2B, 3, H, W] in
-    [-1, 1] and ``prompts``, instances first."""
+    """Compute the loss of train_dreambooth.py --train_text_encoder --with_prior_preservation.
+
+    ``pixels`` are [2B, 3, H, W] in [-1, 1] with their ``prompts``, instances first.
+    """
     device = pixels.device
     latents = bundle.vae.encode(pixels).latent_dist.sample(generator) * bundle.vae.config.scaling_factor
     noise = torch.randn(latents.shape, generator=generator).to(device)
@@ -123,7 +127,7 @@ def context(recipe: Recipe, bundle: Bundle, images: ImageSet) -> StageContext:
 
 
 def our_loss(recipe: Recipe, images: ImageSet, step: int) -> torch.Tensor:
-    """The loss our stage computes in a step, on a freshly built model."""
+    """Compute the loss of our stage in a step, on a newly built model."""
     stage = DenoiserStage(context(recipe, build(recipe), images), recipe.train.stages[0])
     stage.begin(torch.device("cpu"), True, lambda: None)
     batch = Batch(step, BATCH, list(range(BATCH)), step_generator(recipe.seed, STAGE["name"], step))
@@ -131,7 +135,7 @@ def our_loss(recipe: Recipe, images: ImageSet, step: int) -> torch.Tensor:
 
 
 def our_run(recipe: Recipe, images: str, out: Path) -> tuple[list[float], float]:
-    """Loss curve and seconds a step of our own loop, its first steps (caches, compilers) apart."""
+    """Return loss curve and seconds per step of our loop; the first steps (caches, compilers) are separate."""
     stamps: list[float] = []
 
     rate = loop.learning_rate
@@ -160,7 +164,7 @@ def our_run(recipe: Recipe, images: str, out: Path) -> tuple[list[float], float]
 
 
 @click.command()
-@click.option("--size", default=64, show_default=True, help="Pixels.")
+@click.option("--size", default=64, show_default=True, help="Side of the images in pixels.")
 @click.option("--steps", default=40, show_default=True)
 @click.option("--images", default=240, show_default=True)
 @click.option("--result", default="benchmarks/results/train_vs_diffusers.json", type=click.Path(path_type=Path))

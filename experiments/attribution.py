@@ -1,11 +1,11 @@
-"""The leaderboard: every method and every map on the same phantoms of unseen seeds, over several training seeds.
+"""Leaderboard: every method and every attribution map on the same unseen phantoms, over several training seeds.
 
     python experiments/attribution.py [--work runs/attribution] [--seeds 0,1,2] [--images 300] [--recipe phantom]
 
-A training seed is a model of its own: recipe, classifier of noisy latents, ControlNet, both GANs and judge, trained on
-4000 phantoms of a seed of its own. Thresholds come from validation images, scores from test images that nothing has
-seen; the judge never guides. Every map is positive part, smoothed by the recipe's Gaussian, scored inside the lungs.
-Rows called *sanity* must fall to the baselines. What is finished below --work is not made again.
+Each training seed has its own model, classifier of noisy latents, ControlNet, GANs and judge, trained on 4000 phantoms
+of its own seed. Thresholds come from validation images, scores from unseen test images; the judge never guides. Every
+score uses the positive part of the map, smoothed by the recipe's Gaussian, inside the lungs. Rows called *sanity* must
+fall to the level of the baselines. Finished parts below --work are kept.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from diffva_ray.workflows.status import read_status
 from diffva_ray.workflows.train import train_model
 
 TRAINING_IMAGES = 4000
-SEEDS = {"train": 100, "validation": 101, "test": 103}  # of phantoms; other than the demo's
+SEEDS = {"train": 100, "validation": 101, "test": 103}  # seeds of the phantoms; different from the demo's
 PAPER = {"method": "sdedit", "scheduler": "pndm", "strength": 0.55, "guidance_scale": 4.0, "num_inference_steps": 75,
          "difference": "raw", "smoothing": 0.0, "source_prompt": "", "negative_prompt": ""}  # fmt: skip
 NOISED = {"strength": 0.55, "guidance_scale": 4.0, "num_inference_steps": 30, "source_prompt": "",
@@ -77,7 +77,7 @@ ANT_GAN = {"name": "ant-gan", "trains": "ant-gan", "steps": 400, "batch_size": 8
            "warmup_steps": 20, "schedule": "cosine", "ema_decay": 0.98, "block_out_channels": [8, 16, 32],
            "norm_num_groups": 4}  # fmt: skip
 EXTRAS = (CLASSIFIER, CONTROLNET, VANT_GAN, ANT_GAN)
-SCALE = 0.35  # of the picture's maps, grey levels
+SCALE = 0.35  # grey level at which the colours of the maps saturate
 SCORES = ("auroc", "auprc", "dice_best", "dice_fixed", "pointing_game", "energy_in_truth")
 
 
@@ -99,7 +99,7 @@ def trained(work: Path, recipe: Recipe, data: str, name: str, seed: int, extras:
 
 
 def permuted(data: str, seed: int) -> str:
-    """A manifest of the same images with their labels shuffled."""
+    """Write a manifest of the same images with shuffled labels; return its path."""
     root = Path(data)
     paths = sorted(path.relative_to(root) for path in root.glob("*/images/*.png"))
     labels = np.random.default_rng(seed).permutation([path.parts[0] for path in paths])
@@ -109,7 +109,7 @@ def permuted(data: str, seed: int) -> str:
 
 
 def randomised(model: str, target: str) -> str:
-    """The model with a UNet of initial weights (Adebayo et al. 2018)."""
+    """Save the model with a UNet of initial weights (Adebayo et al. 2018); return its folder."""
     if not (Path(target) / "diffva.json").exists():
         bundle = load(model)
         bundle.unet.load_state_dict(build(bundle.recipe.model_copy(update={"seed": 77})).unet.state_dict())
@@ -129,8 +129,8 @@ def made(recipe: Recipe, data: str, model: str, out: Path, request: Request, thr
 
 
 def maps_of(run: Run) -> tuple[list[np.ndarray], list[np.ndarray | None], np.ndarray]:
-    """Positive parts, regions and image-level scores (98 % quantile of the positive part in the region) of a run's
-    images."""
+    """Return positive parts, regions and image-level scores (98 % quantile of the positive part in the region) of a
+    run."""
     saliency, regions = [], []
     for row in read_records(run).to_dict("records"):
         saliency.append(positive(decode_map(run.store.read(row["attribution_path"]))))
@@ -144,7 +144,7 @@ def rank_auroc(ill: np.ndarray, healthy: np.ndarray) -> float:
 
 
 def row_of(name: str, recipe: Recipe, model: str, data: dict[str, str], out: Path, request: Request) -> dict[str, Any]:
-    """One line of the table: abnormal images for scores, healthy ones for false attribution."""
+    """Compute one row: scores on abnormal images, false attribution on healthy ones."""
     metrics: dict[str, Any] = {}
     for split, source in (("validation", None), ("test", out / "validation")):
         metrics = made(recipe, data[split], model, out / split, request, source)
@@ -178,8 +178,7 @@ def row_of(name: str, recipe: Recipe, model: str, data: dict[str, str], out: Pat
 
 
 def gradient_rows(run: Run, model: str, smoothing: float) -> list[dict[str, Any]]:
-    """Gradient maps of the latent classifier, a competitor without a counterfactual, on the images of a finished
-    run."""
+    """Score gradient maps of the latent classifier, which needs no counterfactual, on the images of a finished run."""
     classifier = ImageClassifier(LatentDiffusion(load(model)))
     rows = []
     for members in by_shard(read_records(run).to_dict("records")).values():
@@ -198,8 +197,10 @@ def gradient_rows(run: Run, model: str, smoothing: float) -> list[dict[str, Any]
 
 
 def picture(folder: Path) -> bytes:
-    """An image of each class in a row of its own: the image, its ground-truth counterfactual, and of every method below
-    ``folder`` the counterfactual and, under it, the signed map; all maps in one scale."""
+    """Draw per class an image, its ground-truth counterfactual, and the counterfactual and signed map of every method.
+
+    All maps have one colour scale; methods without a finished run below ``folder`` are omitted.
+    """
     names = [name for name in METHODS if (folder / slug(name) / "test" / "_SUCCESS").exists()]
     runs = {name: open_run(str(folder / slug(name) / "test")) for name in names}
     tables = {name: read_records(run).set_index("image_path") for name, run in runs.items()}
@@ -247,7 +248,7 @@ def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str,
 
     methods = (changes.get("method", recipe.generate.method) for row, changes in METHODS.items() if asked(row))
     needed = {KNOWN[method].needs for method in methods}
-    if not only:  # gradients are taken of the classifier
+    if not only:  # the gradient maps need the classifier
         needed.add("classifier")
     extras = tuple(stage for stage in EXTRAS if stage["trains"].replace("-", "_") in needed)
     name = "model" if len(extras) == len(EXTRAS) else "-".join(["model", *(stage["name"] for stage in extras)])
@@ -282,12 +283,14 @@ def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str,
 
 @click.command()
 @click.option("--work", default="runs/attribution", show_default=True, type=click.Path(path_type=Path))
-@click.option("--seeds", default="0,1,2", show_default=True, help="Of training.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Training seeds.")
 @click.option("--images", "count", default=300, show_default=True, help="Abnormal test images.")
 @click.option("--recipe", "recipe_name", default="phantom", show_default=True)
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Of the recipe; repeatable.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."
+)
 @click.option("--threads", default=1, show_default=True)
-@click.option("--only", multiple=True, metavar="ROW", help="Rows that contain this text; the others are left out.")
+@click.option("--only", multiple=True, metavar="ROW", help="Compute only the rows that contain this text.")
 @click.option("--result", default="experiments/results/attribution.json", type=click.Path(path_type=Path))
 @click.option("--picture", "target", default="docs/images/methods.png", type=click.Path(path_type=Path))
 def main(

@@ -1,9 +1,9 @@
-"""What each correction of the paper's recipe is worth, on the demo's model and images.
+"""Measure what each correction of the paper's recipe brings, on the demo's model and images.
 
     make demo && python experiments/corrections.py
 
-Every row changes one thing from the row above it. Thresholds are fixed on the validation images, scores are of the test
-images, inside the lungs, with the positive part of each row's map; trivial baselines stand below.
+Every row changes one thing from the row above it. Thresholds are fixed on the validation images. Scores use the test
+images and the positive part of each row's map, inside the lungs; trivial baselines follow at the end.
 """
 
 from __future__ import annotations

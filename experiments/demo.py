@@ -1,6 +1,8 @@
-"""python experiments/demo.py --demo runs/demo: the numbers of README's first table, from a demo that is there.
+"""Collect the results of a finished demo for the table of README.md and docs/index.md.
 
-They are read from the runs' own tables/metrics.json; nothing is computed here.
+    make demo && python experiments/demo.py [--demo runs/demo]
+
+The numbers are read from the runs' tables/metrics.json; nothing is computed here.
 """
 
 from __future__ import annotations
@@ -21,14 +23,13 @@ from diffva_ray.provenance import version
 BASELINES = ("brightness", "autoencoder_difference", "centre_prior")
 
 
-def row_of(metrics: dict[str, Any], name: str, place: str, judged: bool) -> dict[str, Any]:
-    """One line: localisation of the map ``place``, and flip rate and counterfactual of the run where they are its
-    own."""
-    found = [row for row in metrics["localization"] if row["map"] == place]
-    everyone = overall(found) or {}
-    row = {"row": name, "auroc": everyone["auroc"], "auroc_interval": everyone["auroc_interval"],
-           "auroc_by_class": {one["label"]: one["auroc"] for one in found if one is not everyone},
-           "dice_fixed": everyone["dice_fixed"]}  # fmt: skip
+def row_of(metrics: dict[str, Any], name: str, map_name: str, judged: bool) -> dict[str, Any]:
+    """Return one row: localization of the map ``map_name``, and with ``judged`` the flip rate and lesion error."""
+    rows = [row for row in metrics["localization"] if row["map"] == map_name]
+    total = overall(rows) or {}
+    row = {"row": name, "auroc": total["auroc"], "auroc_interval": total["auroc_interval"],
+           "auroc_by_class": {one["label"]: one["auroc"] for one in rows if one is not total},
+           "dice_fixed": total["dice_fixed"]}  # fmt: skip
     if judged:
         row["flip_rate"] = (overall(metrics["validity"]) or {})["flip_rate"]
         row["lesion_error_left"] = (overall(metrics["ground_truth"]) or {})["lesion_error_ratio"]

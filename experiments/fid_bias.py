@@ -1,17 +1,17 @@
-"""Two other explanations of the paper's table 2, where Viral Pneumonia is worst: few images, and another source.
+"""Simulate two other explanations of the paper's table 2, where Viral Pneumonia is worst: few images, and the source.
 
     python experiments/fid_bias.py --out experiments/results/fid_bias.json
 
-Simulation 1, N: sets of the paper's sizes (10192 real healthy images; counterfactuals as many as there are images of a
-class) drawn from ONE distribution, so the true distance is 0. Features are Gaussian with variances 1/i that sum to 1:
-values are shares of the trace, and what counts is the ranking of the classes. ``--scale`` divides sizes and dimensions
-alike, which keeps N over d, on which the bias depends.
+Simulation 1, N: sets of the paper's sizes (10192 real healthy images; as many counterfactuals as images of a class)
+are sampled from ONE distribution, so the true distance is 0. Features are Gaussian with variances 1/i that sum to 1,
+so values are shares of the trace; the result is the ranking of the classes. ``--scale`` divides sizes and dimensions
+by the same number, which keeps N over d, on which the bias depends.
 
-Simulation 2, source: the healthy reference is 87 % adult (8851 of 10192) and 13 % paediatric; counterfactuals of one
-class come from children alone. Every counterfactual is a perfect healthy image of its own source. The distance left is
-that of the sources.
+Simulation 2, source: the healthy reference is 87 % adult (8851 of 10192) and 13 % paediatric; the counterfactuals of
+one class are of children only. Every counterfactual is a perfect healthy image of its source, so the remaining
+distance is that between the sources.
 
-Simulation 3: how often the delete-group jackknife's 95 % interval covers a true distance of 0.25, and a bootstrap's.
+Simulation 3: coverage of the delete-group jackknife's and a bootstrap's 95 % interval at a true distance of 0.25.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PAPER = {"COVID": 45.11, "Lung_Opacity": 60.60, "Viral Pneumonia": 110.72}
 
 
 def spectrum(d: int) -> np.ndarray:
-    """Standard deviations of the features: variances fall as 1/i and sum to 1."""
+    """Return standard deviations of the features: variances fall as 1/i and sum to 1."""
     variances = 1 / np.arange(1, d + 1)
     return np.sqrt(variances / variances.sum())
 
@@ -44,7 +44,7 @@ def draw(random: np.random.Generator, n: int, d: int) -> np.ndarray:
 
 
 def bias_of_n(d: int, scale: float, draws: int) -> list[dict[str, Any]]:
-    """Distance between two samples of one distribution at the sizes of table 2, over the trace."""
+    """Compute the distance between two samples of one distribution at the sizes of table 2, over the trace."""
     rows = []
     smallest = round(min(IMAGES.values()) / scale)
     for label, images in IMAGES.items():
@@ -64,7 +64,7 @@ def bias_of_n(d: int, scale: float, draws: int) -> list[dict[str, Any]]:
 
 
 def source_confound(d: int, scale: float, shifts: tuple[float, ...]) -> list[dict[str, Any]]:
-    """Perfect counterfactuals, all of them children, against the mixed reference; and against the children in it."""
+    """Compare perfect counterfactuals of children with the mixed reference and with the children in it."""
     rows = []
     direction = np.zeros(d, np.float32)
     direction[:8] = 1 / np.sqrt(8)
@@ -84,7 +84,7 @@ def source_confound(d: int, scale: float, shifts: tuple[float, ...]) -> list[dic
 
 
 def coverage(d: int, n: int, trials: int) -> dict[str, Any]:
-    """How often 95 % intervals cover 0.25, the true distance of two Gaussians 0.5 apart."""
+    """Measure how often 95 % intervals cover 0.25, the true distance of two Gaussians 0.5 apart."""
     covered, bootstrapped, inside = 0, 0, 0
     scale = np.arange(1, d + 1) ** -0.5
     for trial in range(trials):
@@ -104,7 +104,7 @@ def coverage(d: int, n: int, trials: int) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--scale", default=8.0, show_default=True, help="Sizes and dimensions are divided by it; 1 takes hours.")
+@click.option("--scale", default=8.0, show_default=True, help="Divisor of sizes and dimensions; 1 takes hours.")
 @click.option("--draws", default=3, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=None)
 def main(scale: float, draws: int, out: Path | None) -> None:

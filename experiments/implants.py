@@ -1,9 +1,9 @@
-"""The methods on real anatomy with known truth: phantom lesions in real healthy images that the model has not seen.
+"""Score the methods on phantom lesions in real healthy images that the model has not seen: known truth, real anatomy.
 
     python experiments/implants.py --model runs/real-cv/fold-0/model --pack ../shared/data
 
-A small table beside the leaderboard's: the model of one fold of ``real_pack.py`` (trained on real images and implants
-of one source), on opacities in healthy images of the pack's other sources. The host is the exact ground truth. Scores
+A small version of the leaderboard: the model of one fold of ``real_pack.py`` (trained on real images and implants of
+one source) on opacities in healthy images of the pack's other sources. The unedited image is the ground truth. Scores
 are those of ``diffva reduce``: positive part inside the lungs, without tuning.
 """
 
@@ -47,7 +47,7 @@ BASELINES = ("brightness", "autoencoder_difference", "centre_prior")
 
 
 def hosts(pack: Path, folder: Path) -> str:
-    """A manifest of the pack's healthy images that are not NIH's."""
+    """Copy the pack's healthy images that are not from NIH; return their manifest."""
     table = pd.read_csv(pack / "manifest.csv")
     table = table[(table["kind"] == "image") & (table["class"] == "Normal")]
     table = table[~table["patient"].fillna("").str.startswith("NIH")]

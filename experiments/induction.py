@@ -1,13 +1,13 @@
-"""Disease by text, in three conditions that must not be mixed up, on healthy phantoms of an unseen seed.
+"""Induce disease by text in three training conditions, on healthy phantoms of an unseen seed.
 
     python experiments/induction.py [--work runs/induction] [--steps 2000] [--images 40]
 
-- *labels*: training is told the class alone, as in the paper. Side and grade in a prompt are words it has never met.
-- *held-out*: captions with grade and side, but without the combinations HELD_OUT: compositional zero-shot.
+- *labels*: training uses the class alone, as in the paper; side and grade in a prompt are unseen words.
+- *held-out*: captions with grade and side, without the combinations HELD_OUT: compositional zero-shot.
 - *captions*: all combinations.
 
-All start from one autoencoder. Left and right are the patient's. What a prompt adds is taken as the difference between
-the image's counterfactual under it and its counterfactual under the healthy prompt, from the same noise. No condition
+All conditions start from one autoencoder. Left and right are the patient's. What a prompt adds is the difference
+between the image's counterfactuals under this prompt and under the healthy prompt, from the same noise. No condition
 has seen cardiomegaly.
 """
 
@@ -51,20 +51,20 @@ HELD_OUT = {("Mass", "left"), ("Pneumothorax", "right")}
 SIDED = ("Lung Opacity", "Pneumothorax", "Mass")
 GRADES = ("mild", "moderate", "severe")
 HEALTHY = "normal chest scan"
-DARK = "Pneumothorax"  # the one finding that takes brightness away
+DARK = "Pneumothorax"  # the only finding that is darker than healthy tissue
 INDUCING = {
     "method": "sdedit", "scheduler": "ddim", "strength": 0.85, "guidance_scale": 4.0, "num_inference_steps": 30,
     "source_prompt": "", "negative_prompt": "", "smoothing": 0.0,
 }  # fmt: skip
 SIDES = [f"severe {finding} on the {side}" for finding in SIDED for side in ("left", "right")]
-NEVER = [f"severe COVID 19 on the {side}" for side in ("left", "right")]  # in training always on both
+NEVER = [f"severe COVID 19 on the {side}" for side in ("left", "right")]  # bilateral in all training images
 GRADED = [f"{grade} {what}" for what in ("Lung Opacity on the left", "Viral Pneumonia, bilateral") for grade in GRADES]
 UNSEEN = ["Cardiomegaly", "heart enlarged"]
 PROMPTS = list(dict.fromkeys([HEALTHY, *SIDES, *NEVER, *GRADED, *UNSEEN]))
 
 
 def manifests(data: Path) -> dict[str, str]:
-    """What each condition is trained on."""
+    """Return the training manifest of each condition."""
     images = open_dataset(data / CAPTIONS).images
     kept = [
         image
@@ -94,7 +94,7 @@ def recipe_of(steps: int, autoencoder_steps: int) -> Recipe:
 
 
 def trained(work: Path, recipe: Recipe, told: dict[str, str], threads: int) -> dict[str, str]:
-    """A model for each condition, from the autoencoder of the first."""
+    """Train a model per condition, from the autoencoder of the first."""
     models: dict[str, str] = {}
     start: Path | None = None
     for name, data in told.items():
@@ -125,7 +125,7 @@ def _begins_denoiser(folder: Path) -> bool:
 
 
 def counterfactuals(run: Run) -> tuple[dict[str, dict[str, Image]], dict[str, NDArray[np.bool_]], dict[str, Image]]:
-    """CounterfactualBatch by prompt and image, lung masks by image, and the images."""
+    """Return a CounterfactualBatch by prompt and image, lung masks by image, and the images."""
     found: dict[str, dict[str, Image]] = {prompt: {} for prompt in PROMPTS}
     lungs, images = {}, {}
     for members in by_shard(read_records(run).to_dict("records")).values():
@@ -138,13 +138,13 @@ def counterfactuals(run: Run) -> tuple[dict[str, dict[str, Image]], dict[str, ND
 
 
 def added(found: dict[str, dict[str, Image]], prompt: str, image: str) -> Image:
-    """What the prompt puts into the image [size, size], >= 0."""
+    """Return the brightness that the prompt adds to the image [size, size], >= 0."""
     change = found[prompt][image] - found[HEALTHY][image]
     return np.clip(-change if DARK in prompt else change, 0, None)
 
 
 def share_on(side: str, change: Image, lungs: NDArray[np.bool_]) -> float:
-    """Share of the change inside the lungs that lies in the patient's left or right half."""
+    """Return the share of the change inside the lungs that is in the patient's left or right half."""
     columns = np.flatnonzero(lungs.any(axis=0))
     middle = (columns.min() + columns.max() + 1) / 2
     inside = np.where(lungs, change, 0)
@@ -183,7 +183,7 @@ def _heart(image: Image) -> float | None:
 
 
 def picture(runs: dict[str, Run], folder: Path) -> None:
-    """An image under each of the sided prompts, a row for each condition."""
+    """Draw an image under each of the sided prompts, one row per condition."""
     shown = [HEALTHY, *SIDES, NEVER[0]]
     size, left, top = 1.25, 0.95, 0.62
     width, height = left + (len(shown) + 1) * size + 0.1, top + len(runs) * size + 0.1
@@ -217,7 +217,7 @@ def made(work: Path, images: int) -> tuple[Path, str]:
 
 @click.command()
 @click.option("--work", default="runs/induction", show_default=True, type=click.Path(path_type=Path))
-@click.option("--steps", default=2000, show_default=True, help="Of UNet and text encoder, in every condition.")
+@click.option("--steps", default=2000, show_default=True, help="Training steps of UNet and text encoder.")
 @click.option("--autoencoder-steps", default=550, show_default=True)
 @click.option("--images", default=40, show_default=True, help="Healthy test images.")
 @click.option("--threads", default=1, show_default=True)

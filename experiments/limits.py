@@ -1,14 +1,13 @@
-"""What limits the maps of one model: each row takes one limit away, or turns one screw, and leaves the rest.
+"""Find what limits the attribution maps of one model: each row removes one limit, or changes one setting.
 
     make demo && python experiments/limits.py [--model runs/demo/model] [--images 96] [--told-steps 3000]
 
-On abnormal phantoms of a seed of their own, with the recipe's method. *True class as source*: the image is encoded
-under its own label's prompt instead of the model's guess. *Autoencoder alone*: the map D(E(image)) - D(E(ground-truth
-counterfactual)), which a perfect denoiser would give, so what is missing there is the autoencoder's and the smoothing's
-doing. *Told the true ground truth*: no method but a yardstick, a UNet that is trained with supervision to take the
-lesion out of TOLD_IMAGES phantoms whose ground truth it is shown, on the pixels; nobody has such pairs of real
-patients. Dice is of the set's best threshold; lesion error left is the error inside the lesion as a share of the
-image's own.
+Uses abnormal phantoms of a separate seed and the recipe's method. *True class as source*: the image is encoded under
+the prompt of its label instead of the model's guess. *Autoencoder alone*: the map D(E(image)) - D(E(ground truth)), the
+result of a perfect denoiser, so its error comes from autoencoder and smoothing. *Told the ground-truth
+counterfactuals*: not a method but an upper reference, a UNet in pixel space that is trained with supervision to remove
+the lesion of TOLD_IMAGES phantoms; such pairs do not exist for patients. Dice uses the set's best threshold; lesion
+error left is the error inside the lesion as a share of the unedited image's error.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from diffva_ray.provenance import code_revision, version
 ABNORMAL = ("Lung_Opacity", "COVID", "Viral Pneumonia")
 SEED = 5101
 TOLD_IMAGES, TOLD_SEED = 4000, 100
-OWN = "<own>"  # not the model's guess: the image's own class
+OWN = "<own>"  # encode under the image's own class instead of the model's guess
 ROWS: dict[str, dict[str, Any]] = {
     "as the recipe has it": {},
     "true class as source": {"source_prompt": OWN},
@@ -49,13 +48,13 @@ ROWS: dict[str, dict[str, Any]] = {
     "true class as source, strength 0.75": {"source_prompt": OWN, "strength": 0.75},
     "true class as source, twice the smoothing": {"source_prompt": OWN, "smoothing": 0.048},
 }
-Pair = tuple[NDArray[np.float32], NDArray[np.float32]]  # reconstruction and ground truth
+Pair = tuple[NDArray[np.float32], NDArray[np.float32]]  # reconstruction and counterfactual
 
 
 def generated(
     engine: CounterfactualEngine, images: list[Phantom], config: GenerateConfig
 ) -> tuple[list[Pair], list[str]]:
-    """Reconstruction and ground truth of every image, and the prompt it was taken to show."""
+    """Return reconstruction and counterfactual of every image, and the prompt that the model guessed."""
     pairs: dict[int, Pair] = {}
     sources: dict[int, str] = {}
     groups = {"": list(range(len(images)))}
@@ -76,8 +75,7 @@ def generated(
 
 @torch.inference_mode()
 def autoencoder_alone(engine: CounterfactualEngine, images: list[Phantom]) -> list[Pair]:
-    """What a perfect denoiser would leave: both the image and its ground-truth counterfactual through the
-    autoencoder."""
+    """Return the result of a perfect denoiser: image and ground-truth counterfactual through the autoencoder."""
 
     def through(pixels: list[NDArray[np.float32]]) -> NDArray[np.float32]:
         mean, _ = engine.model.encode(torch.from_numpy(np.stack(pixels)))
@@ -89,8 +87,10 @@ def autoencoder_alone(engine: CounterfactualEngine, images: list[Phantom]) -> li
 
 
 def told_the_counterfactuals(images: list[Phantom], steps: int) -> list[Pair]:
-    """Images and the ground truth that a network makes of them which was shown the true ones of other images; the
-    recipe's own classes, as many of each as the denoiser is trained on."""
+    """Return images and the counterfactuals of a network that was trained on ground-truth pairs of other images.
+
+    The network sees the recipe's own classes, as many images of each as the denoiser.
+    """
     torch.manual_seed(0)
     size = images[0].image.shape[0]
     shown = [phantom(("Normal", *ABNORMAL)[n % 4], n, TOLD_SEED, size) for n in range(TOLD_IMAGES)]
@@ -106,7 +106,7 @@ def told_the_counterfactuals(images: list[Phantom], steps: int) -> list[Pair]:
     for step in range(steps):
         chosen = torch.randint(len(shown), (16,))
         batch = pixels[chosen].contiguous(memory_format=torch.channels_last)
-        loss = (network(batch, 0).sample - lesions[chosen]).square().mean()  # of |.| nothing at all is a minimum
+        loss = (network(batch, 0).sample - lesions[chosen]).square().mean()  # with |.| an empty prediction is a minimum
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -150,7 +150,12 @@ def row_of(name: str, images: list[Phantom], pairs: list[Pair], config: Generate
 @click.command()
 @click.option("--model", default="runs/demo/model", show_default=True)
 @click.option("--images", "count", default=96, show_default=True, help="Abnormal phantoms.")
-@click.option("--told-steps", default=0, show_default=True, help="Of the supervised yardstick; 3000 take 20 minutes.")
+@click.option(
+    "--told-steps",
+    default=0,
+    show_default=True,
+    help="Training steps of the supervised reference; 3000 take 20 minutes.",
+)
 @click.option("--result", default="experiments/results/limits.json", type=click.Path(path_type=Path))
 def main(model: str, count: int, told_steps: int, result: Path) -> None:
     set_up_logging()

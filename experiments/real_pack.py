@@ -1,13 +1,13 @@
-"""Real images against radiologists' boxes: patient-level cross-validation of the small architecture.
+"""Score attribution maps on real images against radiologists' boxes, cross-validated by patient, with the small model.
 
     python experiments/real_pack.py --pack ../shared/data --base runs/demo/model --out runs/real-cv [--implants 1600]
 
-Lung_Opacity against Normal of one source (NIH), because class is confounded with source in the pack. Boxed images are
-cut into three folds by patient; for each test fold, settings are chosen on the next fold (validation) and the model is
-trained on the rest and on the unboxed images, none of whose patients is in either. With ``--implants`` training also
-has that many images of healthy hosts of the training fold, every other one with a phantom's opacity put into it; the
-model is told their class and nothing else. Competitors get the same care: every map's smoothing, occlusion's window and
-our strength and guidance are chosen by AUROC on the validation fold. Scores are over the whole image: the pack has no
+Uses Lung_Opacity against Normal of one source (NIH), because class and source are confounded in the pack. Boxed images
+are split into three folds by patient. For each test fold, settings are chosen on the next fold (validation), and the
+model is trained on the rest and on unboxed images, none of whose patients is in either. With ``--implants`` training
+also uses that many images derived from healthy images of the training fold, every second one with a phantom opacity;
+the model sees only their class. All competitors are tuned alike: every map's smoothing, occlusion's window, our
+strength and guidance are chosen by AUROC on the validation fold. Scores use the whole image, because the pack has no
 lung masks for these classes. Intervals: bootstrap over patients.
 """
 
@@ -47,7 +47,7 @@ from diffva_ray.workflows.train import train_model
 FOLDS = 3
 EDITS = tuple(itertools.product((0.45, 0.6, 0.75), (1.5, 3.0)))  # strength, guidance scale
 SMOOTHINGS = (0.0, 0.024, 0.05, 0.1)
-WINDOWS = (1 / 8, 1 / 4, 3 / 8)  # of occlusion
+WINDOWS = (1 / 8, 1 / 4, 3 / 8)  # of occlusion, as a fraction of the width
 METRICS = ("auroc", "auprc", "dice_fixed", "pointing_game")
 CLASSIFIER = {"name": "classifier", "trains": "classifier", "steps": 500, "batch_size": 32, "learning_rate": 2.0e-3,
               "warmup_steps": 20, "schedule": "cosine", "ema_decay": 0.98,
@@ -56,7 +56,7 @@ Maps = NDArray[np.float32]  # [n, size, size]
 
 
 def images_of(pack: Path) -> pd.DataFrame:
-    """Images of NIH's source: columns path (absolute), label, patient, boxed."""
+    """Return the images of source NIH with columns path (absolute), label, patient, boxed."""
     boxed = set(pd.read_csv(pack / "boxes.csv")["file"])
     parts = []
     for folder in (pack, pack / "train_extra"):
@@ -77,7 +77,7 @@ def images_of(pack: Path) -> pd.DataFrame:
 
 
 def write_fold(images: pd.DataFrame, folder: Path, boxes: pd.DataFrame) -> None:
-    """A Radiography folder of those images, with the boxes of the ones that have any, and their patients."""
+    """Write a Radiography folder of the images, with boxes where they exist, and their patients."""
     rows, patients = [], {}
     for n, image in enumerate(images.itertuples()):
         name = f"{image.label}/images/{n:04d}-{Path(image.path).name}"
@@ -92,8 +92,10 @@ def write_fold(images: pd.DataFrame, folder: Path, boxes: pd.DataFrame) -> None:
 
 
 def with_implants(place: Path, count: int, size: int, seed: int) -> str:
-    """A manifest of the fold's images and of ``count`` images of its healthy hosts, every other one with an opacity.
-    Those without one have gone the same way, so that nothing but the opacity tells the two apart."""
+    """Write a manifest of the fold's images and ``count`` images of its healthy hosts, half of them with an opacity.
+
+    Hosts without an opacity are processed in the same way, so that only the opacity differs.
+    """
     dataset, target = open_dataset(str(place / "train")), place / "implants"
     if not (target / "implants.json").exists():
         for _ in implant_set(open_store(str(target)), dataset, "Normal", count, size, seed, ("Normal", "Lung_Opacity")):
@@ -118,7 +120,7 @@ class Fold:
         ]
 
     def scores(self, maps: Maps) -> pd.DataFrame:
-        """A row for each image, with its patient."""
+        """Return one row per image, with its patient."""
         rows = []
         for image, truth, saliency in zip(self.images, self.truth, maps, strict=True):
             rows += [{**row, "patient": self.patients[image.path]} for row in score_image({"map": saliency}, truth)]
@@ -126,7 +128,7 @@ class Fold:
 
 
 def competitors(model: str, fold: Fold, recipe: Recipe) -> Iterator[tuple[str, dict[str, Any], Maps]]:
-    """Every map of every setting: the row it competes in, its setting, and the map before smoothing."""
+    """Return every map of every setting: its row, its setting, and the map before smoothing."""
     engine = CounterfactualEngine(load(model), recipe.generate, "cpu")
     batch = recipe.generate.micro_batch
     for strength, guidance in EDITS:
@@ -155,8 +157,10 @@ def smoothed(maps: Maps, fraction: float) -> Maps:
 
 
 def tuned(model: str, validation: Fold, test: Fold, recipe: Recipe) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Scores on the test fold of every competitor with the setting and smoothing that the validation fold chose, and
-    what it chose; the threshold is of the validation fold too."""
+    """Return test scores of every competitor with the setting that the validation fold chose, and this choice.
+
+    The threshold comes from the validation fold, too.
+    """
     best: dict[str, tuple[float, dict[str, Any], float, float]] = {}
     for name, setting, maps in competitors(model, validation, recipe):
         for fraction in SMOOTHINGS:
@@ -190,9 +194,11 @@ def recipe_of(base: str, autoencoder_steps: int, steps: int, seed: int) -> Recip
 @click.option("--pack", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--base", default="runs/demo/model", show_default=True)
 @click.option("--out", default="runs/real-cv", show_default=True)
-@click.option("--implants", default=1600, show_default=True, help="Images made of healthy ones; 0: real images alone.")
+@click.option(
+    "--implants", default=1600, show_default=True, help="Images derived from healthy ones; 0: real images only."
+)
 @click.option("--autoencoder-steps", default=300, show_default=True)
-@click.option("--steps", default=1500, show_default=True, help="Of UNet and text encoder.")
+@click.option("--steps", default=1500, show_default=True, help="Training steps of UNet and text encoder.")
 @click.option("--threads", default=1, show_default=True)
 @click.option(
     "--result", default="experiments/results/real_pack.json", show_default=True, type=click.Path(path_type=Path)
@@ -248,7 +254,7 @@ def main(
 
 
 def summary(rows: pd.DataFrame) -> list[dict[str, object]]:
-    """Mean over all test images with a patient-bootstrap interval, for each map."""
+    """Return the mean over all test images with a patient-bootstrap interval, for each map."""
     table = []
     for name, metric in itertools.product(rows["map"].unique(), METRICS):
         of_map = rows[rows["map"] == name]

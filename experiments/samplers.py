@@ -1,13 +1,12 @@
-"""Quality against cost of every sampler: how far a counterfactual is from the converged one, and how well its map finds
-the lesion, over the UNet forwards that it took.
+"""Compare samplers: distance to the converged counterfactual, and localization by the map, over UNet forwards.
 
     make demo && python experiments/samplers.py [--model runs/demo/model] [--images 48]
 
-Method sdedit, from the same noise at the same noise level, on abnormal phantoms of a seed of their own. Timesteps are
-spaced differently by different samplers, so the strength of every row is chosen so that it begins at one of START. The
-deterministic samplers solve one differential equation, whose solution is taken from REFERENCE steps from the same
-beginning; the reverse SDEs draw noise on the way, so there is no one counterfactual they could converge to, and only
-their maps are scored. AUROC is of the positive part of the compensated map, inside the lungs.
+Method sdedit, from the same noise at the same noise level, on abnormal phantoms of a separate seed. Samplers space
+their timesteps differently, so the strength of each row is chosen such that it starts at one of START. The
+deterministic samplers solve one differential equation; its solution is computed with REFERENCE steps from the same
+start. The reverse SDEs add noise on the way and have no single solution, so only their maps are scored. AUROC uses the
+positive part of the compensated map, inside the lungs.
 """
 
 from __future__ import annotations
@@ -39,16 +38,16 @@ from diffva_ray.provenance import code_revision, version
 
 SOLVERS = ("pndm-diffusers", "pndm", "ddim", "dpmsolver++", "unipc", "euler")
 SDES = ("vp-sde", "ve-sde")
-STEPS = (5, 10, 20, 40, 100)  # of the whole noise schedule; 0.6 of them are done
+STEPS = (5, 10, 20, 40, 100)  # over the whole noise schedule; 0.6 of them are executed
 REFERENCE = 500
-START = {599: "dpmsolver++", 601: "ddim"}  # where an edit begins, and the sampler of the solution from there
+START = {599: "dpmsolver++", 601: "ddim"}  # start timestep, and the sampler that computes the solution from it
 GUIDANCE = 3.0
 ABNORMAL = ("Lung_Opacity", "COVID", "Viral Pneumonia")
 SEED = 501
 
 
 def strength_of(generate: CounterfactualEngine, scheduler: str, steps: int) -> tuple[float, int]:
-    """The strength that begins at one of START, and where it begins."""
+    """Return the strength that starts at one of START, and this start."""
     for done in range(1, steps + 1):
         strength = (done + 0.5) / steps
         begins = int(schedule(scheduler, generate.bundle.scheduler, steps, strength)[1][0])
@@ -60,7 +59,7 @@ def strength_of(generate: CounterfactualEngine, scheduler: str, steps: int) -> t
 def counterfactuals(
     generate: CounterfactualEngine, images: list[Phantom], scheduler: str, steps: int
 ) -> tuple[NDArray, NDArray]:
-    """Counterfactuals and reconstructions [n, size, size]."""
+    """Return counterfactuals and reconstructions [n, size, size]."""
     settings = replace(
         generate.settings(),
         method="sdedit",
@@ -108,7 +107,7 @@ def row_of(
 
 
 def picture(rows: list[dict[str, Any]], images: int) -> bytes:
-    """Two panels over the UNet forwards of an image: distance to the converged counterfactual, and AUROC."""
+    """Draw two panels over the UNet forwards per image: distance to the converged counterfactual, and AUROC."""
     figure = Figure(figsize=(9.2, 3.7), facecolor="white", layout="constrained")
     panels = figure.subplots(1, 2)
     colours = [*CLASS_COLOURS, "#7f7f7f", "#3b3b3b"]

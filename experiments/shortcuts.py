@@ -1,11 +1,11 @@
-"""What training-free shortcuts save and what they cost: CPU seconds, distance of the maps, how well they localise.
+"""Measure training-free shortcuts: CPU seconds saved, distance of the maps, and localization.
 
     make demo && python experiments/shortcuts.py [--model runs/demo/model] [--images 96]
 
-The recipe's own method on abnormal phantoms of a seed of their own. Every shortcut is taken alone. Distance is the mean
-|map - map without shortcuts| over the mean |map|; AUROC of the positive part inside the lungs; seconds are CPU seconds
-of one core for the generating alone, as a share of the plain method's in the same round (turns are interleaved; median
-of the rounds).
+Uses the recipe's own method on abnormal phantoms of a separate seed, with one shortcut at a time. Distance is the mean
+|map - map without shortcuts| over the mean |map|. AUROC uses the positive part inside the lungs. Seconds are CPU
+seconds of one core for generation alone, as a share of the plain method's in the same round (interleaved rounds;
+median).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def changed(config: GenerateConfig, shortcut: dict[str, Any]) -> GenerateConfig:
 
 
 def generate(engine: CounterfactualEngine, images: list[Phantom]) -> tuple[list[NDArray], list[NDArray], float]:
-    """CounterfactualBatch, maps, and the CPU seconds of an image."""
+    """Return a CounterfactualBatch, attribution maps, and CPU seconds per image."""
     counterfactuals: list[NDArray] = []
     maps: list[NDArray] = []
     size, spent = engine.config.micro_batch, 0.0

@@ -1,10 +1,10 @@
-"""What each choice of the fine-tune is worth, on phantoms: every row trains the denoiser anew, from one autoencoder.
+"""Measure the effect of each training choice on phantoms: every row trains the denoiser again from one autoencoder.
 
     make demo && python experiments/training_choices.py [--steps 1000] [--only mixed ...]
 
-All rows have the same number of steps, the same batch of images and the same autoencoder; what a class set costs
-besides (DreamBooth doubles the batch) is in the last column. Scores are of the 120 abnormal validation phantoms, by the
-recipe's own sampler and by the paper's. One training seed: differences below about 0.01 are noise.
+All rows have the same number of steps, the same batch of images and the same autoencoder; the last column has the extra
+cost of a class set (DreamBooth doubles the batch). Scores use the 120 abnormal validation phantoms, with the recipe's
+own sampler and with the paper's. One training seed: differences below about 0.01 are noise.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def mixed(steps: int, **changes: Any) -> list[dict[str, Any]]:
 
 
 def sequential(steps: int, prior: bool, **changes: Any) -> list[dict[str, Any]]:
-    """The paper's order and proportions; class set Normal from the second stage on."""
+    """Return the stages in the paper's order and proportions; class set Normal from the second stage on."""
     plain = {"prompt_dropout": 0.0, "ema_decay": None, "schedule": "constant", **changes}
     return [
         {**MIXED, **plain, "name": label, "classes": {label: 1}, "steps": round(steps * share / sum(SHARES.values())),
@@ -92,9 +92,9 @@ def score(recipe: Recipe, demo: str, model: str, out: str) -> dict[str, float]:
 
 @click.command()
 @click.option("--demo", default="runs/demo", show_default=True, help="A finished `diffva demo`.")
-@click.option("--steps", default=1000, show_default=True, help="Of the denoiser, in every row.")
+@click.option("--steps", default=1000, show_default=True, help="Training steps of the denoiser in every row.")
 @click.option("--threads", default=1, show_default=True)
-@click.option("--only", multiple=True, metavar="ROW", help="Rows that contain this text; the others are left out.")
+@click.option("--only", multiple=True, metavar="ROW", help="Compute only the rows that contain this text.")
 @click.option("--result", default="experiments/results/training_choices.json", type=click.Path(path_type=Path))
 def main(demo: str, steps: int, threads: int, only: tuple[str, ...], result: Path) -> None:
     set_up_logging()
@@ -116,7 +116,7 @@ def main(demo: str, steps: int, threads: int, only: tuple[str, ...], result: Pat
             resume=keep.latest(),
             threads=threads,
         )
-    start = keep.latest()  # the autoencoder, and the denoiser as it was made
+    start = keep.latest()  # the trained autoencoder and the initial denoiser
     assert start is not None
 
     table = []

@@ -1,11 +1,11 @@
-"""Lesions that training has never shown, and faint ones: what the maps of one model find by class and by contrast.
+"""Score the maps of one model on lesions that training has not shown, and on faint lesions: by class and by contrast.
 
     make demo && python experiments/unseen.py [--model runs/demo/model] [--images 48]
 
-Phantoms of a seed of their own, ``--images`` of each class, the recipe's method. A pneumothorax takes brightness away,
-so the positive part of a map cannot find it, and its negative part should; a mass is a ball of another shape than any
-opacity of training; cardiomegaly lies outside the lungs and is scored over the whole image. Contrast is the mean
-|image - ground-truth counterfactual| inside the lesion, in thirds of the images of the trained classes.
+Uses phantoms of a separate seed, ``--images`` per class, and the recipe's method. A pneumothorax is darker than lung,
+so the positive part of a map cannot find it, and the negative part should. A mass is a ball, unlike any opacity in
+training. Cardiomegaly lies outside the lungs and is scored over the whole image. Contrast is the mean |image -
+ground-truth counterfactual| inside the lesion, in thirds of the images of the trained classes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Image = NDArray[np.float32]
 
 
 def negative(signed: Image) -> Image:
-    """max(-M, 0): what generating brightened, the sign of air where it should not be."""
+    """Return max(-M, 0): where generation brightened the image, as for air in the wrong place."""
     return np.maximum(-signed, 0)
 
 
@@ -43,7 +43,7 @@ PARTS = {"positive": positive, "negative": negative, "absolute": absolute}
 
 
 def maps_of(engine: CounterfactualEngine, images: list[Phantom]) -> tuple[list[Image], list[str]]:
-    """Signed maps, and what each image was taken to show."""
+    """Return signed maps, and the class that the model guessed for each image."""
     maps: list[Image] = []
     sources: list[str] = []
     size = engine.config.micro_batch
@@ -69,7 +69,7 @@ def aurocs(image: Phantom, signed: Image, smoothing: float) -> dict[str, float]:
 
 @click.command()
 @click.option("--model", default="runs/demo/model", show_default=True)
-@click.option("--images", "count", default=48, show_default=True, help="Of each class.")
+@click.option("--images", "count", default=48, show_default=True, help="Images per class.")
 @click.option("--result", default="experiments/results/unseen.json", type=click.Path(path_type=Path))
 def main(model: str, count: int, result: Path) -> None:
     set_up_logging()

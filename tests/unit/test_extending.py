@@ -1,4 +1,4 @@
-"""The tutorials of docs/extending, executed: their files and lines in a copy of the package, then their commands."""
+"""Execute the tutorials of docs/extending: add their files and lines to a copy of the package, run their commands."""
 
 from __future__ import annotations
 
@@ -30,47 +30,47 @@ for words in json.load(sys.stdin):
 
 
 def applied(page: str, folder: Path) -> int:
-    """A copy of the package in ``folder`` with what the page adds; the number of lines that it adds to our files."""
+    """Copy the package to ``folder`` and apply the page; return the number of lines added to existing files."""
     shutil.copytree(ROOT / "diffva_ray", folder / "diffva_ray", ignore=shutil.ignore_patterns("__pycache__"))
     lines = 0
     for kind, place, text in BLOCK.findall(page):
         file = folder / place
         if kind == "python":
-            assert not file.exists(), f"{place} is there already"
+            assert not file.exists(), f"{place} exists already"
             file.write_text(text)
         elif kind == "diff":
-            said = [(line[0], line[1:] or line) for line in text.splitlines(True)]  # an empty line lost its space
-            before = "".join(line for sign, line in said if sign != "+")
-            after = "".join(line for _, line in said)
+            edits = [(line[0], line[1:] or line) for line in text.splitlines(True)]  # an empty line has no sign
+            before = "".join(line for sign, line in edits if sign != "+")
+            after = "".join(line for sign, line in edits if sign != "-")
             source = file.read_text()
-            assert source.count(before) == 1, f"{place} has not the lines of the tutorial:\n{before}"
+            assert source.count(before) == 1, f"{place} lacks the lines of the tutorial:\n{before}"
             file.write_text(source.replace(before, after))
             lines += text.count("\n+") + text.startswith("+")
     return lines
 
 
 def commands(page: str) -> list[tuple[list[str], int, list[str]]]:
-    """Words, exit code and expected lines of every command of the page."""
-    found = []
+    """Return words, exit code and expected lines of every command of the page."""
+    steps = []
     for kind, _, text in BLOCK.findall(page):
         for part in re.split(r"^\$ ", text, flags=re.M)[1:] if kind == "console" else ():
             line, *expected = part.splitlines()
             line, _, code = line.partition("  # exits with ")
-            found.append((shlex.split(line), int(code or 0), [text for text in expected if text]))
-    return found
+            steps.append((shlex.split(line), int(code or 0), [text for text in expected if text]))
+    return steps
 
 
 def followed(page: str, folder: Path, names: dict[str, str], **environment: str) -> None:
     """Run the page's commands in ``folder`` with its copy of the package."""
-    told = [([names.get(word, word) for word in words], code, expected) for words, code, expected in commands(page)]
-    asked = [words[1:] for words, _, _ in told if words[0] == "diffva"]
+    steps = [([names.get(word, word) for word in words], code, expected) for words, code, expected in commands(page)]
+    arguments = [words[1:] for words, _, _ in steps if words[0] == "diffva"]
     done = subprocess.run(
-        [sys.executable, "-c", RUN], cwd=folder, input=json.dumps(asked), capture_output=True, text=True,
+        [sys.executable, "-c", RUN], cwd=folder, input=json.dumps(arguments), capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answers = iter(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
-    for words, code, expected in told:
+    for words, code, expected in steps:
         exit_code, output = next(answers) if words[0] == "diffva" else (0, (folder / words[1]).read_text())
         assert exit_code == code, (words, output, done.stderr)
         for line in expected:
@@ -94,7 +94,7 @@ def test_a_kind_of_data_set(images: Path, model: Path, tmp_path: Path) -> None:
     )
     (tmp_path / "empty").mkdir()
     followed(read("data_set.md"), tmp_path, {"MODEL": str(model)})
-    (record,) = shown(tmp_path / "runs" / "nih")
+    (record,) = records_of(tmp_path / "runs" / "nih")
     assert (record["label"], record["status"]) == ("Atelectasis", "ok")
     assert record["image_path"] == "images_002/images/00000001_000.png"
 
@@ -102,11 +102,11 @@ def test_a_kind_of_data_set(images: Path, model: Path, tmp_path: Path) -> None:
 def test_a_method(images: Path, model: Path, tmp_path: Path) -> None:
     assert applied(read("method.md"), tmp_path) == 1
     followed(read("method.md"), tmp_path, {"IMAGES": str(images), "MODEL": str(model)})
-    assert {(row["method"], row["status"]) for row in shown(tmp_path / "runs" / "ilvr")} == {("ilvr", "ok")}
+    assert {(row["method"], row["status"]) for row in records_of(tmp_path / "runs" / "ilvr")} == {("ilvr", "ok")}
 
 
 def test_a_metric(images: Path, model: Path, tmp_path: Path) -> None:
-    assert applied(read("metric.md"), tmp_path) == 2  # of which one is its import
+    assert applied(read("metric.md"), tmp_path) == 2  # the metric and its import
     followed(read("metric.md"), tmp_path, {"IMAGES": str(images), "MODEL": str(model)})
     rows = json.loads((tmp_path / "runs" / "first" / "tables" / "metrics.json").read_text())["counterfactual"]
     assert all(1 < row["nmi"] <= 2 for row in rows)
@@ -114,7 +114,7 @@ def test_a_metric(images: Path, model: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def google() -> Iterator[str]:
-    """The address of an emulated Google Cloud Storage with a bucket ``images``."""
+    """Start an emulated Google Cloud Storage with a bucket ``images``; yield its address."""
     emulator = pytest.importorskip("gcp_storage_emulator.server")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -144,7 +144,7 @@ def test_a_kind_of_store(
     assert fs.cat_file("images/run/_SUCCESS")
 
 
-def shown(run: Path) -> list[dict]:
+def records_of(run: Path) -> list[dict]:
     import pyarrow.parquet as pq
 
     return pq.read_table(run / "records").to_pylist()
