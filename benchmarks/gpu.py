@@ -1,16 +1,16 @@
-"""Everything that is to be known about this product on a GPU, in at most nine minutes on a machine with torch alone.
+"""Measure this product on a GPU, in at most nine minutes, on a machine with torch and a few wheels.
 
     python benchmarks/gpu.py [--model runs/demo/model] [--out benchmarks/results/gpu.json]
     python benchmarks/gpu.py --device cpu --tiny --out /tmp/gpu.json      # the same path with toy networks: no numbers
 
-Six sections in order of value: ceilings, correctness, networks, images beside diffusers' pipeline, a worker, training.
-Networks are of Stable Diffusion v1.4's size with random weights (sd14_random.yaml); ``--model`` adds a trained small
-model, with which a dtype's cost in AUROC is measured. What fails (no memory, no compiler) is a row with the reason,
-what there is no time for is named, and the result file is whole after every row. Ends with 1 where a check of
-correctness fails, with 3 where something hung and was ended after the deadline.
+Six sections in order of importance: ceilings, correctness, networks, images against diffusers' pipeline, a worker,
+training. Networks have Stable Diffusion v1.4's size and random weights (sd14_random.yaml); ``--model`` adds a trained
+small model, which gives the AUROC of each dtype. A failure (no memory, no compiler) is a row with the reason, skipped
+rows are listed, and the result file is complete after every row. Exit code 1: a correctness check failed; 3: something
+hung and was ended after the deadline.
 
-Needs torch 2.6 or later, diffusers, transformers, accelerate, pydantic, pyarrow, pandas, scikit-image and what they
-need; neither Ray nor a client of S3. docs/throughput.md has the command for a machine that can fetch nothing.
+Needs torch 2.6 or later, diffusers, transformers, accelerate, pydantic, pyarrow, pandas, scikit-image and their
+dependencies; neither Ray nor an S3 client. docs/throughput.md has the command for a machine without internet access.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run(
     device: str, tiny: bool, dtype: str | None, model: str | None, seconds: float, only: tuple[str, ...], out: Path,
     command: str,
 ) -> int:  # fmt: skip
-    """Measure, and return the exit code."""
+    """Run the sections; return the exit code."""
     import torch
     from gpu_sections import measure
     from gpu_sections.book import Book
@@ -72,7 +72,7 @@ def run(
             )
             if not made:
                 book.check("networks are built", False, "not built", "built")
-        gc.freeze()  # what is there now stays: collecting garbage after every row takes no time then
+        gc.freeze()  # existing objects stay, so collecting garbage after every row is fast
         if made:
             measure_all(book, made[0], list(shares)[1:])
         gc.unfreeze()
@@ -101,12 +101,12 @@ def measure_all(book, subject, names: list[str]) -> None:  # type: ignore[no-unt
 
 @click.command()
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
-@click.option("--tiny", is_flag=True, help="Toy networks and little work: the path, not the numbers.")
+@click.option("--tiny", is_flag=True, help="Toy networks and little work, to test the path.")
 @click.option("--dtype", default=None, type=click.Choice(["float16", "bfloat16", "float32"]),
               help="Of everything that is timed; by default the recipe's own.")  # fmt: skip
 @click.option("--model", default=None, help="A trained small model's folder (the demo's), for AUROC over dtypes.")
-@click.option("--seconds", default=540.0, show_default=True, help="Deadline of the whole.")
-@click.option("--only", multiple=True, type=click.Choice(list(SHARES)[1:]), help="These sections alone; repeat.")
+@click.option("--seconds", default=540.0, show_default=True, help="Deadline of the whole command.")
+@click.option("--only", multiple=True, type=click.Choice(list(SHARES)[1:]), help="Run only these sections; repeatable.")
 @click.option("--out", default="benchmarks/results/gpu.json", show_default=True, type=click.Path(path_type=Path))
 @click.option("--child", default=None, hidden=True, help="A job for a process of the correctness section.")
 def main(
