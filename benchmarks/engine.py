@@ -1,13 +1,13 @@
-"""The engine beside StableDiffusionImg2ImgPipeline: same model, scheduler, steps, guidance, dtype, images and cores.
+"""Compare the engine with StableDiffusionImg2ImgPipeline: same model, scheduler, steps, guidance, dtype, images, cores.
 
     python benchmarks/engine.py --model runs/demo/model --out benchmarks/results/engine_cpu.json
 
-On a CPU; ``benchmarks/gpu.py`` compares the two on a GPU. The pipeline stands for the loop a user would write: one
-image a call, and its best batch; also channels_last, compiled (``--compiled``), and as one process for each core. Ours
-does more for an image: it also decodes what the autoencoder alone makes of it, without which there is no compensated
-map. So the pipeline stands twice: as it is, and ``with the reconstruction``, for which it encodes the images once more
-and decodes that. Every contender is a process of its own that loads, warms up and then waits for its turn; turns are
-interleaved, ratios are taken within a round. In float32 the images must agree to 1e-4, or nothing is written.
+Runs on a CPU; ``benchmarks/gpu.py`` compares the two on a GPU. The pipeline represents the loop a user would write: one
+image per call, and its best batch; also in channels_last, compiled (``--compiled``), and as one process per core. The
+engine also decodes the reconstruction, which the compensated map needs. So the pipeline appears twice: as it is, and
+``with the reconstruction``, for which it encodes and decodes the images once more. Every contender is a process that
+loads, warms up and waits for its turn. Turns are interleaved, and ratios are computed within a round. In float32 the
+images must agree to 1e-4, or nothing is written.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Images = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to generate the images: who, in batches of what size, in how many processes of how many threads."""
+    """One way to generate the images: implementation, batch size, number of processes and threads."""
 
     who: str  # ours, diffusers
     batch: int
@@ -62,7 +62,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Task:
-    """What every contender is given."""
+    """The work given to every contender."""
 
     model: str | None
     recipe: str | None
@@ -73,7 +73,7 @@ class Task:
 
 
 def images_of(task: Task, size: int) -> Images:
-    """Phantoms on 8 bits, which a pipeline takes as pictures: [images, size, size] in [0, 1]."""
+    """Return phantoms quantised to 8 bits, as a pipeline takes them: [images, size, size] in [0, 1]."""
     made = [phantom(("COVID", "Lung_Opacity")[n % 2], n, 1, size).image for n in range(task.images)]
     return np.stack([np.round(image * 255).astype(np.float32) / 255 for image in made])
 
@@ -86,7 +86,7 @@ def bundle_of(task: Task) -> Bundle:
 
 
 def ours(task: Task, one: Contender) -> Any:
-    """``generate(images, seeds)`` by the engine, in micro-batches."""
+    """Return ``generate(images, seeds)`` of the engine, in micro-batches."""
     bundle = bundle_of(task)
     changes = {
         "micro_batch": one.batch, "dtype": task.dtype, "cpu_threads": one.threads,
@@ -114,7 +114,7 @@ def ours(task: Task, one: Contender) -> Any:
 
 
 def diffusers(task: Task, one: Contender) -> Any:
-    """The same by StableDiffusionImg2ImgPipeline, a generator for each image."""
+    """Return ``generate(images, seeds)`` of StableDiffusionImg2ImgPipeline, with one generator per image."""
     torch.set_num_threads(one.threads)
     pipeline = img2img(bundle_of(task), "cpu", task.dtype, task.steps, task.strength)
     if one.channels_last:
@@ -136,8 +136,7 @@ def diffusers(task: Task, one: Contender) -> Any:
 
 
 def serve(pipe: Connection, task: Task, one: Contender, share: int) -> None:
-    """A process of a contender: its share of the images, whenever it is told; answers with its CPU seconds and
-    pictures."""
+    """Run a contender's process: generate its share of the images on request; reply with CPU seconds and images."""
     torch.set_num_threads(one.threads)
     generate, engine = (ours if one.who == "ours" else diffusers)(task, one)
     size = load_recipe(task.recipe).model.resolution if task.recipe else load(str(task.model)).recipe.model.resolution
@@ -156,7 +155,7 @@ def serve(pipe: Connection, task: Task, one: Contender, share: int) -> None:
 
 
 def stages(engine: CounterfactualEngine, generate: Any, images: Images, seeds: list[int]) -> dict[str, float]:
-    """Share of the time that the engine spends encoding, denoising and decoding."""
+    """Return the share of time that the engine spends on encoding, denoising and decoding."""
     engine.watch.seconds = {}
     began = time.perf_counter()
     generate(images, seeds)
@@ -165,8 +164,8 @@ def stages(engine: CounterfactualEngine, generate: Any, images: Images, seeds: l
     return {stage: round(share, 4) for stage, share in {**spent, "denoise": 1 - sum(spent.values())}.items()}
 
 
-class Trainable:
-    """A contender's processes, warm and waiting."""
+class Pool:
+    """The processes of a contender, loaded and waiting."""
 
     def __init__(self, task: Task, one: Contender) -> None:
         self.one, self.task = one, task
@@ -182,7 +181,7 @@ class Trainable:
         self.warm_up = max(pipe.recv() for pipe in self.pipes)
 
     def play(self) -> dict[str, Any]:
-        """All images once: images a second, CPU seconds an image, and the pictures."""
+        """Generate all images once; return images per second, CPU seconds per image, and the images."""
         began = time.perf_counter()
         for pipe in self.pipes:
             pipe.send("go")
@@ -208,8 +207,10 @@ class Trainable:
 
 
 def matmul_rate(dtype: str) -> float:
-    """TFLOP/s of a large square matrix product on one core, the best of some, by its CPU seconds, which a busy machine
-    does not change."""
+    """Return TFLOP/s of a large square matrix product on one core, the best of several.
+
+    CPU seconds are used, which do not depend on other load.
+    """
     torch.set_num_threads(1)
     side = 2048
     a = torch.randn(side, side, dtype=getattr(torch, dtype))
@@ -221,8 +222,8 @@ def matmul_rate(dtype: str) -> float:
     return 2 * side**3 / best / 1e12
 
 
-def tflop_of_a_image(task: Task) -> float:
-    """Counted, of what our engine does for an image: one encoding, guided steps, two decodings."""
+def tflop_per_image(task: Task) -> float:
+    """Count the TFLOP of our engine per image: one encoding, guided steps, two decodings."""
     bundle = bundle_of(task)
     size, cells = bundle.recipe.model.resolution, bundle.recipe.model.resolution // bundle.latent_scale
     with torch.device("meta"):
@@ -244,11 +245,11 @@ def tflop_of_a_image(task: Task) -> float:
 
 
 def best_of(task: Task, candidates: list[Contender]) -> tuple[Contender, dict[str, float]]:
-    """The fastest of some, by one turn each after a warm-up."""
+    """Return the fastest contender, by one turn each after a warm-up."""
     rates = {}
     for one in candidates:
         try:
-            player = Trainable(task, one)
+            player = Pool(task, one)
             rates[one] = player.play()["rate"]
             player.end()
         except EOFError:  # the process is gone: no compiler
@@ -267,7 +268,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def compare(task: Task, cores: int, batches: list[int], rounds: int, compiled: bool) -> dict[str, Any]:
-    """One edit: the best of both sides by probes, then interleaved rounds."""
+    """Compare one edit: find the best of both sides by probes, then run interleaved rounds."""
     loop = Contender("diffusers", 1, 1, cores)
     click.echo(f"strength {task.strength:g} of {task.steps} steps, {cores} cores; probes:")
     batch, probes = best_of(task, [replace(loop, batch=size) for size in batches if size > 1])
@@ -278,7 +279,7 @@ def compare(task: Task, cores: int, batches: list[int], rounds: int, compiled: b
         field += [replace(batch, processes=cores, threads=1), replace(own, processes=1, threads=cores)]
     if compiled:
         field.append(replace(batch, compiled=True))
-    players = [Trainable(task, one) for one in field]
+    players = [Pool(task, one) for one in field]
     turns: dict[Contender, list[dict[str, Any]]] = {one: [] for one in field}
     for number in range(rounds):
         for player in players[:: 1 if number % 2 else -1]:
@@ -292,7 +293,7 @@ def compare(task: Task, cores: int, batches: list[int], rounds: int, compiled: b
     if task.dtype == "float32" and max(apart.values()) > AGREE:
         raise click.ClickException(f"the pictures differ by {max(apart.values()):.2g}: not the same work")
     rate = {one: [turn["rate"] for turn in turns[one]] for one in field}
-    work, limit = tflop_of_a_image(task), matmul_rate(task.dtype)
+    work, limit = tflop_per_image(task), matmul_rate(task.dtype)
     busy = statistics.median(turn["cpu"] for turn in turns[own])  # seconds an image
     return {
         "strength": task.strength,
@@ -317,13 +318,13 @@ def compare(task: Task, cores: int, batches: list[int], rounds: int, compiled: b
 
 
 @click.command()
-@click.option("--model", default=None, help="A trained model folder; or")
-@click.option("--recipe", default=None, help="a recipe, whose model is built with random weights.")
+@click.option("--model", default=None, help="A trained model folder.")
+@click.option("--recipe", default=None, help="Instead of --model: a recipe; its model gets random weights.")
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]))
 @click.option("--edit", "edits", multiple=True, default=["0.55,20"], show_default=True, help="STRENGTH,STEPS; repeat.")
-@click.option("--batches", default="1,2,4,8,16,32", show_default=True, help="Sizes both sides may choose from.")
+@click.option("--batches", default="1,2,4,8,16,32", show_default=True, help="Batch sizes that both sides try.")
 @click.option("--images", default=32, show_default=True)
-@click.option("--cores", default=os.cpu_count() or 1, show_default=True, help="Cores that either side uses.")
+@click.option("--cores", default=os.cpu_count() or 1, show_default=True, help="Cores of each side.")
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--compiled", is_flag=True, help="Also the pipeline under torch.compile (minutes on a CPU).")
 @click.option("--out", type=click.Path(path_type=Path), default=None)

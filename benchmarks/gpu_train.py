@@ -41,7 +41,7 @@ MANIFEST = "manifest.csv"
 
 
 class LegEnds(Exception):
-    """The deadline is nearer than the next checkpoint."""
+    """Raised when the deadline comes before the next checkpoint would."""
 
 
 @click.group()
@@ -55,7 +55,7 @@ def main() -> None:
 @click.option("--limit", "limits", multiple=True, metavar="CLASS=N", help="At most N images of a class; repeat.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))
 def pack(data: str, side: int, limits: tuple[str, ...], out: Path) -> None:
-    """Write the images of a data set as one zip of PNGs with a manifest. It holds images: keep it out of git."""
+    """Write the images of a data set as one zip of PNGs with a manifest. Keep it out of git: it contains images."""
     from diffva_ray.config.recipe import DataConfig
     from diffva_ray.data.datasets import open_dataset
     from diffva_ray.data.encoding import encode_grey
@@ -84,7 +84,7 @@ def pack(data: str, side: int, limits: tuple[str, ...], out: Path) -> None:
 
 
 def order(path: str) -> str:
-    """A shuffled order that is the same everywhere, so that a limit takes no folder before another."""
+    """Return the images in a fixed shuffled order, so that a limit does not prefer one folder."""
     return hashlib.sha256(path.encode()).hexdigest()
 
 
@@ -105,7 +105,7 @@ def train(
     packed: Path, name: str, overrides: tuple[str, ...], before: Path | None, out: Path, seconds: float,
     threads: int | None,
 ) -> None:  # fmt: skip
-    """Train until the deadline or the end, and write what the next leg needs."""
+    """Train until the deadline or the end, and write the state for the next leg."""
     began = time.monotonic()
     from diffva_ray.config.recipe import RecipeError, load_recipe
     from diffva_ray.progress import set_up_logging
@@ -126,7 +126,7 @@ def train(
 
 
 def leg(recipe: Any, packed: Path, scratch: Path, before: Path | None, out: Path, ends: float, threads: int) -> Any:
-    """One leg; returns what ``leg.json`` says of it."""
+    """Run one leg; return the content of ``leg.json``."""
     import torch
     from gpu_sections.measure import machine
 
@@ -188,7 +188,7 @@ def leg(recipe: Any, packed: Path, scratch: Path, before: Path | None, out: Path
 
 
 class Until:
-    """A ``report`` that keeps a checkpoint, and ends the leg where the next one would come too late."""
+    """A ``report`` callback that keeps a checkpoint, and ends the leg when the next one would be too late."""
 
     def __init__(self, keep: Any, ends: float) -> None:
         self.keep, self.ends, self.last, self.longest = keep, ends, time.monotonic(), 0.0
@@ -202,7 +202,7 @@ class Until:
 
 
 def check_state_size(recipe: Any) -> None:
-    """Refuse a model whose state would not fit, before a leg is spent on it: weights, two moments and an average."""
+    """Refuse a model whose state (weights, two moments and an average) is too large, before a leg is spent on it."""
     from diffva_ray.model.bundle import build
 
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in build(recipe).modules.items()}
@@ -215,7 +215,7 @@ def check_state_size(recipe: Any) -> None:
 
 
 def archived(folder: Path, wanted: list[Path]) -> bytes:
-    """Files and folders below ``folder`` as an uncompressed tar: weights do not shrink."""
+    """Return files and folders below ``folder`` as an uncompressed tar, because weights do not compress."""
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w") as archive:
         for path in wanted:
@@ -224,7 +224,7 @@ def archived(folder: Path, wanted: list[Path]) -> bytes:
 
 
 def write_parts(data: bytes, out: Path) -> list[dict[str, Any]]:
-    """The bytes in files of at most PART_BYTES."""
+    """Write the bytes in files of at most PART_BYTES."""
     parts = []
     for n, at in enumerate(range(0, len(data), PART_BYTES)):
         part = data[at : at + PART_BYTES]
@@ -234,7 +234,7 @@ def write_parts(data: bytes, out: Path) -> list[dict[str, Any]]:
 
 
 def read_parts(folder: Path) -> Iterator[bytes]:
-    """The parts that ``leg.json`` names. Raises ClickException for one that is missing or damaged."""
+    """Read the parts that ``leg.json`` names. Raises ClickException for a missing or damaged part."""
     for part in json.loads((folder / "leg.json").read_text())["parts"]:
         file = folder / part["file"]
         data = file.read_bytes() if file.exists() else b""
@@ -253,7 +253,7 @@ def extract(folder: Path, target: Path) -> None:
 @click.option("--from", "folder", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--to", "target", required=True, type=click.Path(path_type=Path))
 def unpack(folder: Path, target: Path) -> None:
-    """The model folder of the leg that ended the training."""
+    """Extract the model folder from the leg that finished the training."""
     about = json.loads((folder / "leg.json").read_text())
     if not about["finished"]:
         raise click.ClickException(f"--from {folder}: the training has not ended; go on with train --from {folder}")

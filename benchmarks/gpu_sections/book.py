@@ -1,6 +1,6 @@
-"""The result file of one measurement: rows that can fail alone, checks, and a deadline that is kept.
+"""The result file of one measurement: rows that fail separately, checks, and a deadline.
 
-Nothing in here knows a GPU: ``tests/unit/test_gpu_book.py`` holds it to its promises.
+Nothing here uses a GPU; ``tests/unit/test_gpu_benchmark.py`` tests it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ LAST_WORDS = 15.0  # seconds after the deadline at which a process that hangs is
 
 
 class TooLong(BaseException):
-    """Raises in the main thread when a row's time is over. Not an Exception: libraries catch those and go on."""
+    """Raised in the main thread when a row's time is over. Not an Exception, because libraries catch those."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TooLong in the main thread after ``seconds``, wherever its Python code is then."""
+    """Raise TooLong in the main thread after ``seconds``."""
 
     def ring(*_: object) -> None:
         raise TooLong
@@ -85,7 +85,7 @@ class Book:
         self._writing = threading.Lock()
 
     def left(self) -> float:
-        """Seconds until the section now open has to end."""
+        """Return the seconds until the open section must end."""
         return self._end - time.monotonic()
 
     @contextmanager
@@ -145,7 +145,7 @@ class Book:
         return values
 
     def check(self, name: str, passed: bool, value: Any, limit: Any) -> None:
-        """A line that must hold; one that does not makes the command fail."""
+        """Record a condition that must hold; a failed one makes the command fail."""
         self._now["checks"].append({"name": name, "passed": bool(passed), "value": value, "limit": limit})
         click.echo(f"   {'ok    ' if passed else 'FAILED'} {name}: {value} (must be: {limit})")
         self.write()
@@ -156,17 +156,17 @@ class Book:
         self.write()
 
     def value(self, section: str, row: str, key: str) -> Any:
-        """What an earlier row found, or None."""
+        """Return the result of an earlier row, or None."""
         rows = self.found["sections"].get(section, {}).get("rows", [])
         return next((one.get(key) for one in rows if one["name"] == row), None)
 
     def note(self, **values: Any) -> None:
-        """Values of the section as a whole."""
+        """Record values of the whole section."""
         self._now.update(values)
         self.write()
 
     def keep(self, row: Values) -> None:
-        """A row that was not measured by ``row``."""
+        """Record a row that ``row`` did not measure."""
         self._now["rows"].append(row)
         click.echo(f"   {line_of(row)}")
         self.write()
@@ -181,7 +181,7 @@ class Book:
         ]
 
     def write(self, finished: bool = False) -> None:
-        """The file is whole at any time: written beside and moved into place."""
+        """Write the file atomically: to a temporary name, then moved into place."""
         with self._writing:
             self.found["finished"] = finished
             self.found["seconds_used"] = round(time.monotonic() - self.began, 1)
@@ -191,7 +191,7 @@ class Book:
             beside.replace(self.path)
 
     def end_what_hangs(self) -> None:
-        """Start a thread that ends the process soon after the deadline, whatever hangs in C code then."""
+        """Start a thread that ends the process soon after the deadline, even if C code hangs."""
 
         def end() -> None:
             time.sleep(max(self.began + self.seconds + LAST_WORDS - time.monotonic(), 0))
@@ -205,7 +205,7 @@ class Book:
         threading.Thread(target=end, daemon=True).start()
 
     def table(self) -> str:
-        """Rows, checks that do not hold, and gaps, a short line each: the file has the rest."""
+        """Return rows, failed checks and skipped rows, one short line each."""
         lines = []
         for name, section in self.found["sections"].items():
             lines.append(f"== {name} ({section.get('seconds', '?')} s)")
@@ -245,7 +245,7 @@ def line_of(row: Values, keys: tuple[str, ...] | None = None, most: int = 99) ->
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """CUDA's own error, and those that cuBLAS and cuDNN raise as plain RuntimeErrors."""
+    """Recognise CUDA's own error, and those that cuBLAS and cuDNN raise as plain RuntimeErrors."""
     return type(error).__name__ == "OutOfMemoryError" or any(
         word in str(error) for word in ("out of memory", "ALLOC_FAILED")
     )

@@ -1,7 +1,7 @@
-"""Section 2, correctness: what a device makes of the product's promises about numbers.
+"""Section 2, correctness: whether a device keeps the product's guarantees about numbers.
 
-Against the CPU in float32, over dtypes, over neighbours in a batch, over methods without waiting for the device; over
-processes, memory pressure and compilations in ``determinism.py``.
+Compares with the CPU in float32, between dtypes, between batches, and counts waits of the methods; ``determinism.py``
+compares processes, memory pressure and compilations.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def section(book: Book, subject: Subject) -> None:
 
 @contextmanager
 def all_cores() -> Iterator[None]:
-    """For the reference: the engine sets PyTorch to one thread on a CPU."""
+    """Use all cores for the reference, because the engine sets PyTorch to one thread on a CPU."""
     before = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     try:
@@ -323,7 +323,7 @@ def synchronisations(book: Book, subject: Subject) -> None:
 
 
 def waits(work: Callable[[], Any]) -> int:
-    """How often ``work`` waits for the device, as PyTorch's debug mode counts it."""
+    """Count how often ``work`` waits for the device, with PyTorch's debug mode."""
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -336,7 +336,7 @@ def waits(work: Callable[[], Any]) -> int:
 
 
 def with_extras(bundle: Bundle) -> Bundle:
-    """Untrained networks for the methods that need one of their own."""
+    """Add untrained networks for the methods that need an extra network."""
     from diffusers import ControlNetModel
 
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
-"""The same pixels from other processes: sha256 of the same images in this process's children.
+"""Determinism: sha256 of the same images from child processes.
 
-A child is ``gpu.py --child JOB`` with a time limit, so that a compiler that hangs or a process that takes all memory
-ends alone. Compilations run beside what the parent does, as long as that is not timed; they also fill inductor's
+A child is ``gpu.py --child JOB`` with a time limit, so that a hanging compiler or a process that takes all memory ends
+without affecting the parent. Compilations run in parallel with untimed work of the parent; they also fill inductor's
 cache, from which the parent's own compilations start.
 """
 
@@ -34,7 +34,7 @@ FILLED = 0.85  # of the device's memory, for the child under pressure
 
 
 class Child:
-    """A process that does one job and writes what it found beside it."""
+    """A process that does one job and writes its result to a file."""
 
     def __init__(self, name: str, scratch: Path, job: Values, limit: float) -> None:
         self.name, self.ends = name, time.monotonic() + limit
@@ -64,7 +64,7 @@ class Child:
 
 
 class Children:
-    """All of them; none outlives the block."""
+    """All child processes; none outlives the block."""
 
     def __init__(self, book: Book, subject: Subject) -> None:
         self.book, self.subject, self.all = book, subject, list[Child]()
@@ -159,7 +159,7 @@ class Children:
 
 
 def child(job: Values) -> None:
-    """The other side: do one job, and write what was found into the file ``answer``."""
+    """Do one job in the child process, and write the result to the file ``answer``."""
     signal.alarm(math.ceil(job["limit"]))  # and no longer, even where nobody waits any more
     found = {"pixels": pixels, "guided": guided, "peer": peer}[job["kind"]](job)
     Path(job["answer"]).write_text(json.dumps(found))
@@ -199,7 +199,7 @@ def pixels(job: Values) -> Values:
 
 
 def fill(share: float) -> torch.Tensor:
-    """Take so much memory that only 1 - ``share`` of the device is left."""
+    """Allocate memory until only 1 - ``share`` of the device is free."""
     free, total = torch.cuda.mem_get_info()
     return torch.empty(max(int(free - (1 - share) * total), 0), dtype=torch.uint8, device="cuda")
 

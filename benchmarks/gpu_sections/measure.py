@@ -1,4 +1,4 @@
-"""How things are measured: clocks, switches of PyTorch's backends, operations, memory, what the machine is."""
+"""Measuring tools: clocks, PyTorch's backend switches, operation counts, memory, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Timing:
 
 
 def timed(work: Work, device: torch.device, calls: int = 10, warm_up: int = 3, most_seconds: float = 20.0) -> Timing:
-    """Time ``calls`` calls after a warm-up, one after the other; fewer (at least 3) where they would take too long."""
+    """Time ``calls`` consecutive calls after a warm-up; fewer (at least 3) if they would take too long."""
     gpu = device.type == "cuda"
     for _ in range(warm_up):
         work()
@@ -79,7 +79,7 @@ def settle(device: torch.device) -> None:
 
 
 def release() -> None:
-    """Give the device's memory back."""
+    """Free the device's memory."""
     if not torch.cuda.is_available():
         return
     gc.collect()
@@ -103,7 +103,7 @@ def forget_peak(device: torch.device) -> None:
 # PyTorch 2.9 has a second set of TF32 switches, and raises where the two are mixed; the first one, which 2.6 has too,
 # sets both.
 def switches() -> dict[str, Any]:
-    """How the switches that change numbers stand."""
+    """Return the switches that change numbers."""
     found: dict[str, Any] = {}
     for name, holder, key in _SWITCHES:
         try:
@@ -124,7 +124,7 @@ DEFAULTS = {"matmul_tf32": False, "cudnn_tf32": True, "cudnn_benchmark": False, 
 
 
 def switch(**wanted: bool) -> None:
-    """Set switches by the names of ``switches``; the others stay."""
+    """Set switches by the names of ``switches``; others stay unchanged."""
     for name, holder, key in _SWITCHES:
         if name in wanted:
             setattr(holder, key, wanted[name])
@@ -132,7 +132,7 @@ def switch(**wanted: bool) -> None:
 
 @contextmanager
 def switched(**wanted: bool) -> Iterator[None]:
-    """PyTorch's defaults with these switches, for a while; then as before."""
+    """Use PyTorch's defaults with these switches inside the block, then restore."""
     before = {name: value for name, value in switches().items() if isinstance(value, bool)}
     switch(**{**DEFAULTS, **wanted})
     try:
@@ -146,20 +146,20 @@ def tf32(on: bool) -> dict[str, bool]:
 
 
 def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """||found - truth|| / ||truth|| in float64; NaN where either has any."""
+    """Return ||found - truth|| / ||truth|| in float64; NaN if either contains NaN."""
     a, b = found.detach().double().cpu(), truth.detach().double().cpu()
     return float((a - b).norm() / b.norm())
 
 
 def operations(work: Work) -> float:
-    """TFLOP that a call executes, counted at PyTorch's dispatcher: convolutions, matrix products, attention."""
+    """Count TFLOP of a call at PyTorch's dispatcher: convolutions, matrix products, attention."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         work()
     return counter.get_total_flops() / 1e12
 
 
 def launches(work: Work, device: torch.device) -> int | None:
-    """Kernels and copies that one call puts on the device, by PyTorch's profiler."""
+    """Count kernels and copies that one call starts on the device, with PyTorch's profiler."""
     if device.type != "cuda":
         return None
     from torch.autograd import DeviceType
@@ -235,7 +235,7 @@ def watched(device: torch.device) -> Iterator[Busy]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Machine and versions, as far as they change numbers. No host name, no user, no paths."""
+    """Describe machine and versions as far as they change numbers. No host name, no user, no paths."""
     about: dict[str, Any] = {
         "device": "cpu",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -260,7 +260,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def code_digest() -> str:
-    """Of the package's and these scripts' source: a copy of a checkout has no git to ask."""
+    """Return a digest of the package's and these scripts' source, because a copy of a checkout has no git."""
     root, found = Path(__file__).parents[2], hashlib.sha256()
     for folder in ("diffva_ray", "benchmarks/gpu_sections"):
         for file in sorted((root / folder).rglob("*.py")):
