@@ -1,4 +1,4 @@
-"""What a notebook imports: the names, that they cost nothing before they are used, and the examples of the guide."""
+"""The Python API: its names, lazy imports, and the examples of the guide."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "said"), WRONG, ids=[said[:40] for _, said in WRONG])
-def test_a_wrong_call_is_answered_in_a_line(
+def test_a_wrong_call_gives_a_one_line_error(
     engine: diffva_ray.CounterfactualEngine, changes: dict[str, Any], said: str
 ) -> None:
     own = {key: changes[key] for key in changes if key in ("prompt", "method", "scheduler", "strength")}
@@ -88,7 +88,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def demo(images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what ``diffva demo`` leaves behind, of toy size."""
+    """Make a small version of the folder that ``diffva demo`` writes."""
     folder = tmp_path_factory.mktemp("demo")
     shutil.copytree(images, folder / "runs" / "demo" / "data" / "test")
     shutil.copytree(model, folder / "runs" / "demo" / "model", ignore=shutil.ignore_patterns(".train"))

@@ -1,4 +1,4 @@
-"""Tables of README and docs say what the result files say."""
+"""The tables of README and docs agree with the result files."""
 
 from __future__ import annotations
 
