@@ -157,7 +157,7 @@ class ClassifierConfig(StageConfig):
     """Highest trained noise level, as a fraction of the timesteps; at least the strength used in generation."""
 
 
-class HealerConfig(StageConfig):
+class GanConfig(StageConfig):
     """Settings of the two GAN stages, each a generator of healthy images and a critic."""
 
     classes: dict[str, int] = {}
@@ -180,7 +180,7 @@ class HealerConfig(StageConfig):
     """Learning rate of the critic, as a multiple of ``learning_rate``."""
 
 
-class VantGanConfig(HealerConfig):
+class VantGanConfig(GanConfig):
     """Stage of method ``vant-gan``: an additive map with L1 loss and a Wasserstein critic with gradient penalty."""
 
     trains: Literal["vant-gan"]
@@ -196,7 +196,7 @@ class VantGanConfig(HealerConfig):
     """Weight of the gradient penalty (Gulrajani et al. 2017)."""
 
 
-class AntGanConfig(HealerConfig):
+class AntGanConfig(GanConfig):
     """Stage of method ``ant-gan``: translation in both directions with cycle consistency and identity losses."""
 
     trains: Literal["ant-gan"]

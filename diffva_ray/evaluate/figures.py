@@ -175,7 +175,7 @@ def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
     scale = map_scale(run, records)
     columns = ["image", "counterfactual", "red overlay", "signed map"]
     if any(row.truth.counterfactual is not None for row in rows):
-        columns.append("ground-truth counterfactual")
+        columns.append("ground truth")
     if any(row.truth.lesion is not None for row in rows):
         columns.append("lesion outline")
     # layout in inches; classes are separated by a wider gap
@@ -227,7 +227,7 @@ def _row_label(figure: Figure, image: GridRow, x: float, y: float) -> None:
 
 def _panel(axes: Axes, title: str, image: GridRow, scale: Scale, sign: int) -> None:
     images, truth = image.images, image.truth
-    if (title == "ground-truth counterfactual" and truth.counterfactual is None) or (
+    if (title == "ground truth" and truth.counterfactual is None) or (
         title == "lesion outline" and truth.lesion is None
     ):
         axes.text(0.5, 0.5, "unknown", fontsize=6.5, color=MUTED, ha="center", va="center", transform=axes.transAxes)
@@ -236,7 +236,7 @@ def _panel(axes: Axes, title: str, image: GridRow, scale: Scale, sign: int) -> N
         "counterfactual": images.counterfactual,
         "red overlay": overlay(images.image, sign * images.signed_map, scale.threshold, truth.lungs),
         "signed map": diverging(images.signed_map, scale.limit),
-        "ground-truth counterfactual": images.image if truth.counterfactual is None else truth.counterfactual,
+        "ground truth": images.image if truth.counterfactual is None else truth.counterfactual,
     }
     axes.imshow(panels.get(title, images.image), cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
     if title == "lesion outline":

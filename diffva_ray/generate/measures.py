@@ -38,7 +38,7 @@ def measure(
     attribution_energy, in_lungs = energy(signed_map, lungs)
     healthy = judge.healthy_probability(np.stack([image, edited])) if judge is not None else (None, None)
     return {
-        "map": config.map_name,
+        "attribution_kind": config.map_name,
         "ssim": ssim(image, edited, config.ssim_preset),
         "ms_ssim": multiscale,
         "ms_ssim_scales": scales,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from diffva_ray.config.recipe import RecipeError
-from diffva_ray.config.stages import AntGanConfig, HealerConfig, VantGanConfig
+from diffva_ray.config.stages import AntGanConfig, GanConfig, VantGanConfig
 from diffva_ray.model.gan_generator import GanGenerator
 from diffva_ray.progress import LOG
 from diffva_ray.storage.store import Store
@@ -30,12 +30,12 @@ BATCH_SIZE = 32  # of those measurements
 class GanStage(Stage, ABC):
     """Base of both stages: a generator, a critic of healthy images, and images of both kinds."""
 
-    config: HealerConfig
+    config: GanConfig
     name: str  # of the generator in the model folder
     gan_generator: Any  # a GanGenerator, whose type diffusers' lazy imports hide
     critic: PatchDiscriminator  # of healthy images
 
-    def __init__(self, context: StageContext, config: HealerConfig) -> None:
+    def __init__(self, context: StageContext, config: GanConfig) -> None:
         super().__init__(context, config)
         healthy = context.bundle.recipe.data.healthy_class
         abnormal = {image.label: 1 for image in context.images.images if image.label != healthy}
