@@ -62,7 +62,7 @@ def strength_figure(engine: CounterfactualEngine, image: Phantom) -> Figure:
     figure = Figure(figsize=(7.6, 6.4), facecolor="white", layout="constrained")
     grid = figure.subplots(4, len(STRENGTHS) + 1)
     panel(grid[0][0], image.image, "image, lesion outlined", image.lesion)
-    panel(grid[1][0], image.ground_truth, "ground-truth counterfactual")
+    panel(grid[1][0], image.ground_truth, "ground truth")
     panel(grid[2][0], image.image - image.ground_truth, "true difference", signed=True)
     grid[3][0].axis("off")
     for column, strength in enumerate(STRENGTHS, 1):
