@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from diffva_ray.data.dataset import Dataset
 from diffva_ray.data.images import BadImage, describe, largest_value
-from diffva_ray.schema import digest
 
 SAMPLE_SIZE = 32  # files, spread over the data set
 HEADER_BYTES = 33  # a PNG's bit depth is in its first chunk
@@ -15,8 +14,7 @@ def bit_depth_note(dataset: Dataset) -> str:
 
     Examines SAMPLE_SIZE files. Raises StoreError when the store fails.
     """
-    paths = sorted({image.path for image in dataset.images if image.size >= 0}, key=digest)[:SAMPLE_SIZE]
-    largest = [value for path in paths if (value := _largest(dataset, path)) is not None]
+    largest = [value for path in dataset.sample_paths(SAMPLE_SIZE) if (value := _largest(dataset, path)) is not None]
     used = max(largest, default=0).bit_length()
     if not largest or used == dataset.bits or used < dataset.bits < 16:
         return ""

@@ -58,6 +58,11 @@ class Dataset:
         """Number of images by class, in alphabetical order."""
         return dict(sorted(Counter(image.label for image in self.images).items()))
 
+    def sample_paths(self, count: int) -> list[str]:
+        """At most ``count`` distinct paths of images that were listed, spread evenly over the data set."""
+        paths = list(dict.fromkeys(image.path for image in self.images if image.size >= 0))
+        return paths[:: max(1, -(-len(paths) // count))]
+
 
 class UnusableData(ValueError):
     """A data set that cannot be used; the message is one line that names the data set and what is expected."""

@@ -111,7 +111,7 @@ def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecuto
     state = _state(run, options)
     if (metrics := _earlier_metrics(run, {**state, "all_read": True})) is not None:
         return Reduced(metrics, fresh=False)
-    check_there(run.about, open_store(run.about["data_root"]))
+    check_there(run.about, run.data)
     run.store.delete(SUCCESS)
     remember_data(run)
 

@@ -15,17 +15,15 @@ from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.generate.run import Run
 from diffva_ray.progress import LOG
-from diffva_ray.schema import digest
 from diffva_ray.storage.store import Store, StoreError, absolute
 
 SAMPLE_SIZE = 8  # images
 
 
 def content_sample(dataset: Dataset) -> dict[str, str]:
-    """sha256 by path of up to SAMPLE_SIZE readable images, chosen by the digest of their paths."""
-    paths = sorted({image.path for image in dataset.images if image.size >= 0}, key=digest)
+    """sha256 by path of up to SAMPLE_SIZE readable images, spread over the data set."""
     sample: dict[str, str] = {}
-    for path in paths[: 2 * SAMPLE_SIZE]:  # some of them may be unreadable
+    for path in dataset.sample_paths(2 * SAMPLE_SIZE):  # some of them may be unreadable
         if len(sample) < SAMPLE_SIZE and (sha256 := _sha256(dataset.store, path)):
             sample[path] = sha256
     return sample

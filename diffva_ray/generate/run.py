@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from diffva_ray.config.recipe import GenerateConfig, Recipe, fingerprint, fingerprint_difference, make_recipe
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.schema import PLAN, SCHEMA_VERSION
-from diffva_ray.storage.store import Ranges, Store, open_store, opened
+from diffva_ray.storage.store import Ranges, Store, open_store
 
 RUN, PLAN_FILE, SUCCESS = "run.json", "plan.parquet", "_SUCCESS"
 FOLDERS = ("counterfactuals", "attributions", "reconstructions")  # the images of a record, one file each
@@ -76,7 +76,8 @@ class Run:
         Raises:
             UnknownScheme: No store is known for the scheme of the address.
         """
-        return opened(self.about["data_root"])
+        # Not from the cache of the process: a client there keeps the credentials and the endpoint of an hour ago.
+        return open_store(self.about["data_root"])
 
     @cached_property
     def recipe(self) -> Recipe:

@@ -161,7 +161,7 @@ def _execute(run: Run, model: str, execution: Execution) -> dict[str, int]:
     LOG.info("%s: %d records in %d shards, %d shards pending", run.store.uri, total, shards, len(pending))
 
     # Check that the images are those of the plan, and prepare the run folder.
-    check_same(run, open_store(run.about["data_root"]))
+    check_same(run, run.data)
     remember_data(run)
     run.store.delete(SUCCESS)  # existing tables will not contain the records committed from now on
     run.store.sweep()
