@@ -134,7 +134,7 @@ def competitors(model: str, fold: Fold, recipe: Recipe) -> Iterator[tuple[str, d
     for strength, guidance in EDITS:
         engine.config = recipe.generate.model_copy(update={"strength": strength, "guidance_scale": guidance})
         made = [
-            engine(list(some), [engine.settings()] * len(some), list(range(start, start + len(some))))
+            engine(list(some), list(range(start, start + len(some))))
             for start in range(0, len(fold.pixels), batch)
             for some in [fold.pixels[start : start + batch]]
         ]

@@ -23,12 +23,12 @@ from diffva_ray.config.recipe import fingerprint_difference
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.annotations import lesion_boxes
-from diffva_ray.evaluate.records import by_shard, finished, read_records, reduced_metrics
+from diffva_ray.evaluate.records import as_records, by_shard, finished, read_records, reduced_metrics
 from diffva_ray.evaluate.scores import score_records
 from diffva_ray.evaluate.summary import terminal
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import dice_at
-from diffva_ray.schema import Row
+from diffva_ray.schema import Record, Row
 
 JOINED_BY = ["image_path", "label", "sample"]  # columns by which the records of two runs are joined
 RESAMPLES = 1000  # of the bootstrap
@@ -143,7 +143,7 @@ def compare_runs(a: Run, b: Run) -> Comparison:
     pairs = joined[on].reset_index(drop=True)
     for side, frame in zip("ab", frames):
         ids = joined["record_id_a" if side == "a" else "record_id_b"].tolist()
-        rows = {row["record_id"]: row for row in frame[frame["record_id"].isin(ids)].to_dict("records")}
+        rows = {row["record_id"]: row for row in as_records(frame[frame["record_id"].isin(ids)])}
         pairs[f"record_{side}"] = [rows[name] for name in ids]
     _fill(pairs, a, b, notes)
     notes += _cautions(a, b, pairs)
@@ -181,7 +181,7 @@ def _fill(pairs: pd.DataFrame, a: Run, b: Run, notes: list[str]) -> None:
         notes.append(f"{missing} images have no localisation in one run or both (no lesion known, or nothing to find)")
 
 
-def _image_numbers(run: Run, records: list[Row], notes: list[str]) -> pd.DataFrame:
+def _image_numbers(run: Run, records: list[Record], notes: list[str]) -> pd.DataFrame:
     """The measures of ``records`` of one run, in their order; NaN for unknown ones."""
     # from the records
     frame = pd.DataFrame(records)

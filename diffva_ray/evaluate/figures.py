@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from diffva_ray.config.sampling import SWEEPABLE
 from diffva_ray.data.boxes import match, parse
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.images import BadImage, decode_map
@@ -35,6 +36,7 @@ from diffva_ray.evaluate.records import (
     Boxes,
     RecordImages,
     Truth,
+    as_records,
     finished,
     read_images,
     read_json,
@@ -42,9 +44,8 @@ from diffva_ray.evaluate.records import (
     read_truth,
     reduced_metrics,
 )
-from diffva_ray.generate.plan import SWEPT
 from diffva_ray.generate.run import Run
-from diffva_ray.schema import Image, Row
+from diffva_ray.schema import Image, Record
 
 QUANTILE = 0.97  # of a run's maps: the threshold if none was fixed
 SAMPLED_MAPS = 64  # maps that determine the colour scale
@@ -88,7 +89,7 @@ def inducing(run: Run, records: pd.DataFrame) -> bool:
 def settings_line(run: Run) -> str:
     """Method, sampling settings, model and seed in one line; swept settings with all their values."""
     swept = dict(run.keys["sweep"])
-    values = {key: ", ".join(f"{v}" for v in swept.get(key, [run.keys[key]])) for key in SWEPT}
+    values = {key: ", ".join(f"{v}" for v in swept.get(key, [run.keys[key]])) for key in SWEEPABLE}
     return " · ".join(
         [
             values["method"],
@@ -112,16 +113,16 @@ def ranking(run: Run, records: pd.DataFrame) -> tuple[str, str]:
     return "ssim", "SSIM"
 
 
-def spanning(run: Run, records: pd.DataFrame) -> list[tuple[str, Row]]:
+def spanning(run: Run, records: pd.DataFrame) -> list[tuple[str, Record]]:
     """(rank, record) of the highest, the median and the lowest image of each class, by ``ranking`` and record id."""
     column, _ = ranking(run, records)
     ok = finished(records)
-    chosen: list[tuple[str, Row]] = []
+    chosen: list[tuple[str, Record]] = []
     for label in sorted(ok["label"].value_counts().sort_index().nlargest(MAX_GRID_CLASSES).index):
         scores = ok.loc[ok["label"] == label, [column, "record_id"]]
         ranked = scores.sort_values([column, "record_id"], ascending=[False, True]).index
         positions = dict.fromkeys((0, (len(ranked) - 1) // 2, len(ranked) - 1))
-        rows = ok.loc[[ranked[n] for n in positions]].to_dict("records")
+        rows = as_records(ok.loc[[ranked[n] for n in positions]])
         chosen += zip(("highest", "median", "lowest"), rows)
     return chosen
 
@@ -131,12 +132,12 @@ class GridRow:
     """One row of the grid."""
 
     rank: str  # highest, median, lowest
-    row: Row  # the record
+    row: Record
     images: RecordImages
     truth: Truth
 
 
-def _read_rows(run: Run, chosen: Sequence[tuple[str, Row]]) -> list[GridRow]:
+def _read_rows(run: Run, chosen: Sequence[tuple[str, Record]]) -> list[GridRow]:
     paths = [row["image_path"] for _, row in chosen]
     boxes = {} if any(row["lesion_mask_path"] for _, row in chosen) else own_boxes(run, paths)
     rows = []

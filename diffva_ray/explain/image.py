@@ -102,9 +102,7 @@ def explain(
     for start in range(0, len(prompts), config.micro_batch):
         batch = prompts[start : start + config.micro_batch]
         count = len(batch)
-        result = engine(
-            [square] * count, [engine.settings(prompt) for prompt in batch], [seed] * count, [lungs] * count
-        )
+        result = engine([square] * count, [seed] * count, batch, lungs=[lungs] * count)
         if not (np.isfinite(result.counterfactuals).all() and np.isfinite(result.reconstructions).all()):
             raise UnusableData(f"{image}: the networks gave NaN or infinity for this image")
         for prompt, counterfactual, reconstruction, source_prompt in zip(
@@ -195,9 +193,7 @@ def _answer(
     """Measure the 8-bit images, as for a run's records, and make the numbers ready for JSON."""
     stored = quantise(counterfactual)
     metrics, signed_map = measure(image, stored, quantise(reconstruction), lungs, recipe.generate, judge)
-    numbers = {"prompt": prompt, "source_prompt": source_prompt, **metrics}
-    for name in ("judge_image", "judge_counterfactual"):  # JSON has no numpy numbers
-        numbers[name] = None if metrics[name] is None else float(metrics[name])
+    numbers: dict[str, Any] = {"prompt": prompt, "source_prompt": source_prompt, **metrics}
     if not math.isfinite(metrics["psnr"]):  # JSON has no infinity, which equal images have
         numbers["psnr"] = None
     del numbers["reconstruction_sha256"]  # the sheet does not keep the reconstruction

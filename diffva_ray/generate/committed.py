@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,8 @@ from diffva_ray.schema import PLAN, RECORDS, Status
 from diffva_ray.storage.store import join, open_store
 
 OVERLAYS = "overlays"
-PATHS = ("counterfactual_path", "attribution_path", "reconstruction_path")
+PathColumn = Literal["counterfactual_path", "attribution_path", "reconstruction_path"]
+PATHS: tuple[PathColumn, ...] = get_args(PathColumn)
 READAHEAD_PARTS = 64
 
 

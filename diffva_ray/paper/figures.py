@@ -19,13 +19,13 @@ from diffva_ray.data.images import BadImage
 from diffva_ray.evaluate.direction import direction
 from diffva_ray.evaluate.drawing import INK, MUTED, overlay, png, short
 from diffva_ray.evaluate.figures import GAP, LEFT, LINE, PANEL, QUANTILE, TOP, figure_grid
-from diffva_ray.evaluate.records import RecordImages, Truth, finished, read_images, read_records, read_truth
+from diffva_ray.evaluate.records import RecordImages, Truth, as_records, finished, read_images, read_records, read_truth
 from diffva_ray.evaluate.tables import known
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.counterfactual import side_share
 from diffva_ray.paper.experiments import EXPERIMENTS, SETTINGS, guided
 from diffva_ray.paper.state import PaperState, settings_of
-from diffva_ray.schema import Row, digest
+from diffva_ray.schema import Record, digest
 
 MIN_THRESHOLD = 0.02  # of the grey range; smaller differences are noise of the image
 
@@ -51,7 +51,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class _Panel:
-    row: Row  # the record
+    row: Record
     images: RecordImages
     truth: Truth
     sign: int  # 1: a finding is removed; -1: a finding is induced
@@ -119,7 +119,7 @@ def _sides(state: PaperState) -> tuple[bytes, str]:
 def side_shares(run: Run) -> dict[str, list[float]]:
     """Share of each map's energy on the patient's left, by prompt."""
     shares = dict[str, list[float]]()
-    for row in finished(read_records(run)).to_dict("records"):
+    for row in as_records(finished(read_records(run))):
         shares.setdefault(row["prompt"], []).append(side_share(read_images(run, row).signed_map))
     return dict(sorted(shares.items()))
 
@@ -152,7 +152,7 @@ def _read(variant: Variant, paths: Sequence[str]) -> list[_Panel | None]:
     records = finished(read_records(variant.run))
     if variant.prompt is not None:
         records = records[records["prompt"] == variant.prompt]
-    rows = {row["image_path"]: row for row in records.to_dict("records")}
+    rows = {row["image_path"]: row for row in as_records(records)}
     panels: list[_Panel | None] = [None] * len(paths)
     for n, path in enumerate(paths):
         row, run = rows.get(path), variant.run

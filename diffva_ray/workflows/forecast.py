@@ -107,7 +107,7 @@ def micro_batches(recipe: Recipe, model: str) -> dict[int, float]:
             rates = []
             for _ in range(4):  # the first call warms up
                 began = time.perf_counter()
-                engine([image] * size, [engine.settings()] * size, list(range(size)))
+                engine([image] * size, list(range(size)))
                 rates.append(size / (time.perf_counter() - began))
         except (torch.OutOfMemoryError, MemoryError):
             break

@@ -31,7 +31,7 @@ from diffva_ray.evaluate.report.assets import render_page
 from diffva_ray.evaluate.report.numbers import Card, Cell, Group, Table, class_name, count, number, plain, text_table
 from diffva_ray.evaluate.tables import ALL, clean, known
 from diffva_ray.generate.run import RUN, Run
-from diffva_ray.schema import Row
+from diffva_ray.schema import Record, Row
 from diffva_ray.storage.store import Store, is_local, join, open_store
 
 PAGE, METRICS, SCATTER = "index.html", "metrics.json", "images/images.png"
@@ -151,11 +151,11 @@ def _write_images(
 
 
 def _panels(
-    runs: tuple[Run, Run], rows: tuple[Row, Row], boxes: Any, limit: float
+    runs: tuple[Run, Run], rows: tuple[Record, Record], boxes: Any, limit: float
 ) -> list[tuple[str, str, NDArray[np.float32]]]:
     """(file name, caption, pixels [side, side, 3]) of one image; a known lesion is outlined on the maps."""
     images = [read_images(run, row) for run, row in zip(runs, rows)]
-    lesion = read_truth(runs[0], {**rows[0], "ground_truth_path": None}, boxes).lesion
+    lesion = read_truth(runs[0], {**rows[0], "ground_truth_path": ""}, boxes).lesion
     side = min(max(MIN_SIDE, *(pair.image.shape[0] for pair in images)), MAX_SIDE)
     edge = None if lesion is None else _edge(lesion, side)
     image = _resized(images[0].image, side)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -16,7 +18,7 @@ import pyarrow.compute as pc
 from diffva_ray.evaluate import figures
 from diffva_ray.evaluate.annotations import lesion_boxes
 from diffva_ray.evaluate.figures import map_scale, own_boxes, settings_line, write_figures
-from diffva_ray.evaluate.records import finished, reduced_metrics
+from diffva_ray.evaluate.records import as_records, finished, reduced_metrics
 from diffva_ray.evaluate.report.assets import render_page, viewer_script
 from diffva_ray.evaluate.report.catalogue import attempts, counts, read_earlier, write_catalogue
 from diffva_ray.evaluate.report.charts import charts
@@ -35,7 +37,7 @@ from diffva_ray.evaluate.tables import known
 from diffva_ray.generate.committed import committed, parts
 from diffva_ray.generate.run import SUCCESS, Run
 from diffva_ray.model.card import UnusableModel, read_card
-from diffva_ray.schema import RECORDS, Row, Status
+from diffva_ray.schema import RECORDS, Record, Row, Status
 from diffva_ray.storage.store import join, open_store
 
 PAGE = "report/index.html"
@@ -63,7 +65,7 @@ class Contents:
     """The files beside the page."""
 
     index_files: int  # number of index files
-    listed: list[Row]  # records in the viewer
+    listed: list[Record]  # records in the viewer
     bad_listed: int  # quarantined records among them
     panels: dict[str, PanelFiles]  # by record id
     limit: float  # of the map colours
@@ -116,11 +118,11 @@ def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None, c
     return Contents(write_catalogue(run, rows, panels, about, varied), rows, len(failed), panels, limit, len(good))
 
 
-def whole(run: Run, ids: set[str]) -> list[Row]:
+def whole(run: Run, ids: set[str]) -> list[Record]:
     """All columns of the records ``ids``, in plan order."""
     wanted = pa.array(sorted(ids), pa.string())
     kept = [table.filter(pc.is_in(table["record_id"], wanted)) for _, table in parts(run, RECORDS.names)]
-    return pa.concat_tables(kept).to_pandas().to_dict("records") if kept else []
+    return as_records(pa.concat_tables(kept).to_pandas()) if kept else []
 
 
 def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
@@ -192,7 +194,7 @@ def cases(run: Run, records: pd.DataFrame, panels: dict[str, PanelFiles]) -> lis
     return results
 
 
-def varied_settings(run: Run, row: Row) -> str:
+def varied_settings(run: Run, row: Mapping[str, Any]) -> str:
     """The swept settings and the sample number that distinguish a record from others of its image."""
     keys = [str(key) for key, _ in run.keys["sweep"]]
     parts_of_text = [f"{plain(key)} {row[key]}" for key in keys if row.get(key) is not None]

@@ -87,7 +87,7 @@ def _image(data: LocalStore, label: str, n: int, random: np.random.Generator) ->
 
 def _commit(run: Run, shard: int, bad: dict[str, str], judged: bool, random: np.random.Generator) -> None:
     rows: list[dict[str, Any]] = []
-    for row in run.shard_rows(shard):
+    for row in run.planned(shard):
         reason = next((why for name, why in bad.items() if name in row["image_path"]), None)
         if reason is not None:
             rows.append({**row, "status": "bad_image", "error": reason})
