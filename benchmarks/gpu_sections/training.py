@@ -21,8 +21,9 @@ from diffva_ray.model.bundle import Bundle
 from diffva_ray.storage.store import LocalStore
 from diffva_ray.train import loop
 from diffva_ray.train.checkpoint import Position
+from diffva_ray.train.kinds import make_stage
 from diffva_ray.train.sampling import ImageSet
-from diffva_ray.train.stage import Stage, StageContext, make_stage
+from diffva_ray.train.stage import Stage, StageContext
 from gpu_sections.book import Book, Values
 from gpu_sections.measure import forget_peak, peak_gib, release, switched, switches, timed
 from gpu_sections.subject import Subject, operations_of

@@ -7,11 +7,10 @@ prompt is embedded by itself.
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,21 +21,12 @@ from diffva_ray.config.methods import METHODS
 from diffva_ray.config.recipe import GUESS, SOURCE, GenerateConfig
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.guess import guess
-from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion, noise, speed_up_doubling
+from diffva_ray.counterfactual.latent_diffusion import Edit, LatentDiffusion, noise, speed_up_doubling
+from diffva_ray.counterfactual.methods import GENERATE
 from diffva_ray.data.images import to_square
 from diffva_ray.model import text
 from diffva_ray.model.bundle import Bundle, load
 from diffva_ray.progress import Stopwatch
-
-
-def method_of(name: str, scheduler: str) -> Callable[[LatentDiffusion, Edit], Generated]:
-    """The ``generate`` function of a method's module. Raises ValueError for an unknown name, and for a scheduler that
-    the method cannot use."""
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
-    if scheduler != (only := METHODS[name].scheduler or scheduler):
-        raise ValueError(f"method {name} runs with scheduler {only}, not {scheduler}")
-    return importlib.import_module(f"diffva_ray.counterfactual.{name.replace('-', '_')}").generate
 
 
 @dataclass(frozen=True)
@@ -203,7 +193,8 @@ class CounterfactualEngine:
         settings = settings or self.settings
         prompts = [self.bundle.recipe.data.healthy_prompt] * count if prompts is None else prompts
         self._check(images, seeds, prompts, lungs)
-        method = method_of(settings.method, settings.scheduler)
+        if settings.scheduler != (only := METHODS[settings.method].scheduler or settings.scheduler):
+            raise ValueError(f"method {settings.method} runs with scheduler {only}, not {settings.scheduler}")
 
         # Pad the batch to its full shape with copies of the first image.
         slots = [*range(count), *[0] * (full - count)]
@@ -235,7 +226,7 @@ class CounterfactualEngine:
             settings=settings,
             config=self.config,
         )
-        generated = method(self.model, request)
+        generated = GENERATE[settings.method](self.model, request)
         return CounterfactualBatch(
             generated.counterfactuals[:count].cpu().numpy(),
             generated.reconstructions[:count].cpu().numpy(),

@@ -8,7 +8,6 @@ never replaces an existing file. A problem of one file raises Python's own OSErr
 from __future__ import annotations
 
 import errno
-import importlib
 import io
 import os
 import secrets
@@ -306,15 +305,15 @@ def _link_or_create(temporary: str, target: Path) -> None:
         os.replace(temporary, target)
 
 
-def _when_opened(path: str) -> Callable[[str], Store]:
-    """A function that imports the class at ``module:class`` when it is called: a local run does not import clients."""
-    module, _, name = path.partition(":")
-    return lambda uri: getattr(importlib.import_module(module), name)(uri)
+def _s3(uri: str) -> Store:
+    from diffva_ray.storage.s3 import S3Store  # loads clients that a local run does not need
+
+    return S3Store(uri)
 
 
-STORES: dict[str, Callable[[str], Store]] = {  # by scheme; a new kind needs a module with a Store and a line here
+STORES: dict[str, Callable[[str], Store]] = {  # by scheme; a store that loads a client has a function like _s3
     "": LocalStore,
-    "s3": _when_opened("diffva_ray.storage.s3:S3Store"),
+    "s3": _s3,
 }
 
 
