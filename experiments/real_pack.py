@@ -41,7 +41,7 @@ from diffva_ray.metrics.localization import centre_prior, dice_at, fixed_thresho
 from diffva_ray.model.bundle import load
 from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 from diffva_ray.workflows.train import train_model
 
 FOLDS = 3

@@ -18,7 +18,7 @@ from diffva_ray.config.stages import StageConfig
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.model.bundle import Bundle
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 from diffva_ray.train import loop
 from diffva_ray.train.checkpoint import Position
 from diffva_ray.train.kinds import make_stage

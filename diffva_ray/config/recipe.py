@@ -14,7 +14,7 @@ from diffva_ray.config.generation import AccelerationConfig, ClassifierGuidedCon
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.config.stages import Section, Stage, TrainConfig
 from diffva_ray.schema import digest
-from diffva_ray.storage.store import open_file
+from diffva_ray.storage.opening import open_file
 
 RECIPES = resources.files("diffva_ray") / "recipes"
 GUESS, SOURCE = "<guess>", "<source>"

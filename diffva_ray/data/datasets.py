@@ -17,7 +17,8 @@ from diffva_ray.data import boxes, chexpert, manifest
 from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData, companions
 from diffva_ray.data.radiography import COMPANIONS
 from diffva_ray.progress import one_line
-from diffva_ray.storage.store import Store, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store
 
 KINDS = [
     import_module(f"diffva_ray.data.{name}")

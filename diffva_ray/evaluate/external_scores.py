@@ -38,7 +38,7 @@ from diffva_ray.evaluate.scores import LocalizationScores, score_image
 from diffva_ray.metrics.localization import SALIENCY, baselines, smooth
 from diffva_ray.model.training_images import TrainingImages
 from diffva_ray.schema import Row
-from diffva_ray.storage.store import open_file
+from diffva_ray.storage.opening import open_file
 
 DEFAULT_GRID = 256
 MIN_GRID = 32  # smaller maps (a class activation map of 7 x 7) are enlarged, or lesions would vanish

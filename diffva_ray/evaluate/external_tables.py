@@ -15,7 +15,8 @@ from diffva_ray.evaluate.external_scores import Scored
 from diffva_ray.evaluate.scores import LocalizationScores
 from diffva_ray.evaluate.summary import terminal
 from diffva_ray.generate.run import RUN
-from diffva_ray.storage.store import Store, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store
 
 COLUMNS = {
     "map": "map", "label": "class", "n": "n", "auroc": "AUROC", "auroc_interval": "95% interval", "auprc": "AUPRC",

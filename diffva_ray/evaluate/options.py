@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from diffva_ray.data.dataset import UnusableData
-from diffva_ray.storage.store import open_file
+from diffva_ray.storage.opening import open_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,8 @@ from diffva_ray.metrics.pair_metrics import PAIR_METRICS, Pair
 from diffva_ray.metrics.zones import zone_agreement, zone_energy, zone_masks
 from diffva_ray.model.card import read_card
 from diffva_ray.schema import TableRow
-from diffva_ray.storage.store import StoreError, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import StoreError
 
 if TYPE_CHECKING:  # these load torch
     from diffva_ray.metrics.external_judges import ExternalJudge

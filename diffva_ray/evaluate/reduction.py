@@ -48,7 +48,8 @@ from diffva_ray.generate.verification import MANIFEST, Problem, verify
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS
 from diffva_ray.model.training_images import TrainingImages
 from diffva_ray.schema import RECORDS, digest
-from diffva_ray.storage.store import Store, join, open_file, open_store
+from diffva_ray.storage.opening import open_file, open_store
+from diffva_ray.storage.store import Store, join
 
 if TYPE_CHECKING:
     from diffva_ray.metrics.external_judges import ExternalJudge

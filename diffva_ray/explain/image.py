@@ -28,7 +28,7 @@ from diffva_ray.model.bundle import load
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.provenance import code_revision
 from diffva_ray.schema import Image, Mask, record_seed
-from diffva_ray.storage.store import open_file, open_store
+from diffva_ray.storage.opening import open_file, open_store
 
 MAX_PROMPTS = 24  # rows of one sheet
 

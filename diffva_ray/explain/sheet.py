@@ -13,7 +13,7 @@ from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate.drawing import INK, MUTED, Scale, colour_bar, colour_limit, diverging, outline, overlay, png
 from diffva_ray.explain.image import Answer, Explanation
 from diffva_ray.generate.measures import unit
-from diffva_ray.storage.store import open_file
+from diffva_ray.storage.opening import open_file
 
 RED_ABOVE = 0.05  # of M or -M; a quantile of the image's own map would mark pixels of healthy images, too
 MIN_LIMIT = 0.1  # |M| at full colour, at least: a map of small changes must look faint

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from diffva_ray.generate.plan import cut_again
 from diffva_ray.generate.run import PlanError, Run, find_run, part, start_run
 from diffva_ray.schema import PLAN, RECORDS, Status
-from diffva_ray.storage.store import join, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import join
 
 OVERLAYS = "overlays"
 PathColumn = Literal["counterfactual_path", "attribution_path", "reconstruction_path"]

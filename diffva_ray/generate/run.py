@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from diffva_ray.config.recipe import GenerateConfig, Recipe, fingerprint, fingerprint_difference, make_recipe
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.schema import PLAN, SCHEMA_VERSION, PlannedRecord
-from diffva_ray.storage.store import Ranges, Store, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Ranges, Store
 
 RUN, PLAN_FILE, SUCCESS = "run.json", "plan.parquet", "_SUCCESS"
 FOLDERS = ("counterfactuals", "attributions", "reconstructions")  # the images of a record, one file each

@@ -37,7 +37,8 @@ from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
 from diffva_ray.progress import Stopwatch, one_line
 from diffva_ray.schema import RECORDS, PlannedRecord, Record, Results, Status, complete
-from diffva_ray.storage.store import Store, StoreError, open_store, patiently
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store, StoreError, patiently
 
 READ_THREADS = 8
 READ_LIMIT = MemoryLimit(MAX_BYTES)  # bytes of image files in memory

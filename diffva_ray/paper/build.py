@@ -23,7 +23,8 @@ from diffva_ray.paper.experiments import EXPERIMENTS, Experiment, settings_recip
 from diffva_ray.paper.inputs import copy_images, limited, phantom_chexpert, phantom_radiography, sampled
 from diffva_ray.paper.state import Inputs, PaperState
 from diffva_ray.progress import LOG
-from diffva_ray.storage.store import Store, join, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store, join
 from diffva_ray.workflows.execution import model_recipe
 from diffva_ray.workflows.generate import generate_run
 from diffva_ray.workflows.reduce import reduce

@@ -14,7 +14,7 @@ from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.data.phantoms import make_phantoms, phantom
 from diffva_ray.progress import LOG
 from diffva_ray.schema import digest
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 
 SEEDS = {"radiography": 4, "chexpert": 5}  # of phantoms; the demo uses 0 to 3
 COPIED = "copied.json"

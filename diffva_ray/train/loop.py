@@ -27,7 +27,7 @@ from diffva_ray.model.lora import attach
 from diffva_ray.model.training_images import IMAGE_DIGITS
 from diffva_ray.progress import LOG
 from diffva_ray.provenance import missing
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 from diffva_ray.train.checkpoint import Position, discard, load_optimizers, load_weights, read_state, save_checkpoint
 from diffva_ray.train.kinds import make_stage
 from diffva_ray.train.logger import TrainingLogger

@@ -19,7 +19,7 @@ from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request, make_plan
 from diffva_ray.generate.run import Run, part, start_run
 from diffva_ray.schema import RECORDS
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 SIZE = 32
 LABELS = ("COVID", "Lung_Opacity", "Viral Pneumonia")

@@ -18,7 +18,7 @@ from diffva_ray.paper.experiments import EXPERIMENTS, METHOD_KEYS, SETTINGS, Exp
 from diffva_ray.paper.inputs import copy_images, phantom_chexpert, sampled
 from diffva_ray.paper.layout import Table, flat, number, thinned, with_interval
 from diffva_ray.paper.state import PaperState
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 STEPS = ("--set", "generate.num_inference_steps=4")
 

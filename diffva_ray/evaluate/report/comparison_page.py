@@ -32,7 +32,8 @@ from diffva_ray.evaluate.report.numbers import Card, Cell, Group, Table, class_n
 from diffva_ray.evaluate.tables import ALL, clean, known
 from diffva_ray.generate.run import RUN, Run
 from diffva_ray.schema import Record, Row
-from diffva_ray.storage.store import Store, is_local, join, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store, is_local, join
 
 PAGE, METRICS, SCATTER = "index.html", "metrics.json", "images/images.png"
 PANEL = re.compile(r"images/\d\d-(image|counterfactual-a|map-a|counterfactual-b|map-b|truth)\.png")

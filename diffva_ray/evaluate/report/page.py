@@ -38,7 +38,8 @@ from diffva_ray.generate.committed import committed, parts
 from diffva_ray.generate.run import SUCCESS, Run
 from diffva_ray.model.card import UnusableModel, read_card
 from diffva_ray.schema import RECORDS, Record, Row, Status
-from diffva_ray.storage.store import join, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import join
 
 PAGE = "report/index.html"
 MAX_QUARANTINE_ROWS = 100  # of the quarantine table

@@ -20,7 +20,7 @@ from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request, make_plan
 from diffva_ray.generate.run import FOLDERS, Run, part, start_run
 from diffva_ray.schema import RECORDS
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 SIZE = 16
 HOSTILE = '<script>alert("x")</script>&$\\frac{'  # markup, and mathematics that matplotlib cannot parse

@@ -38,7 +38,7 @@ from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.report.comparison_page import chosen, output_store, ranking, write_comparison
 from diffva_ray.evaluate.scores import score_records
 from diffva_ray.generate.run import Run, find_run
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 MakeRun = Callable[..., Run]
 Change = Callable[[dict[str, Any]], dict[str, Any]]

@@ -13,7 +13,7 @@ from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request, make_plan, parse_sweep
 from diffva_ray.generate.run import FingerprintDiffers, PlanError, continue_run, find_run, start_run
 from diffva_ray.schema import ENGINE
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 
 @pytest.fixture

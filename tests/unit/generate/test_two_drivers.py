@@ -16,7 +16,8 @@ from diffva_ray.generate.plan import Request, make_plan
 from diffva_ray.generate.run import FingerprintDiffers, PlanError, Run, find_run, start_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.schema import record_seed
-from diffva_ray.storage.store import LocalStore, StoreError
+from diffva_ray.storage.local import LocalStore
+from diffva_ray.storage.store import StoreError
 
 
 def planned(images: Path, recipe: Recipe, store: LocalStore, limit: int | None = None) -> Run:
