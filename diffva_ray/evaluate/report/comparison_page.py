@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -24,7 +23,7 @@ from diffva_ray.data.encoding import encode_png, quantise
 from diffva_ray.data.images import BadImage
 from diffva_ray.evaluate.annotations import lesion_boxes
 from diffva_ray.evaluate.comparison import BY_KEY, ComparedMetric, Comparison, setting_text
-from diffva_ray.evaluate.drawing import CLASS_COLOURS, INK, MUTED, OUTLINE, RULE, diverging, png, short
+from diffva_ray.evaluate.drawing import CLASS_COLOURS, INK, OUTLINE, diverging, png, short, strip, style
 from diffva_ray.evaluate.figures import map_scale, settings_line
 from diffva_ray.evaluate.records import read_images, read_records, read_truth
 from diffva_ray.evaluate.report.assets import render_page
@@ -282,7 +281,7 @@ def scatter(comparison: Comparison, measure: ComparedMetric) -> bytes:
     pairs = comparison.pairs.dropna(subset=[f"{measure.key}_a", f"{measure.key}_b"])
     labels = sorted(pairs["label"].value_counts().nlargest(len(CLASS_COLOURS)).index)
     figure = Figure(figsize=(8.4, 3.7), facecolor="white", layout="constrained")
-    plane, strip = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    plane, gaps = figure.subplots(1, 2, width_ratios=(1, 1.25))
     ends = pairs[[f"{measure.key}_a", f"{measure.key}_b"]].to_numpy(float)
     margin = 0.04 * max(float(np.ptp(ends)), 1e-3)
     low, high = float(ends.min()) - margin, float(ends.max()) + margin
@@ -292,33 +291,18 @@ def scatter(comparison: Comparison, measure: ComparedMetric) -> bytes:
         in_a, in_b = rows[f"{measure.key}_a"], rows[f"{measure.key}_b"]
         name = f"{short(label, 18)}, n = {len(rows)}"
         plane.scatter(in_a, in_b, s=11, color=CLASS_COLOURS[n], alpha=0.55, linewidths=0, label=name)
-        _spread(strip, n, (in_b - in_a).to_numpy(float), CLASS_COLOURS[n])
+        strip(gaps, n, (in_b - in_a).to_numpy(float), CLASS_COLOURS[n], spread=0.3, across=True)
     plane.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     names = [short(name, 24) for name in comparison.names]
     plane.set_xlabel(f"A  {names[0]}", fontsize=8, color=INK, parse_math=False)
     plane.set_ylabel(f"B  {names[1]}", fontsize=8, color=INK, parse_math=False)
-    strip.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    strip.set_yticks(
-        range(len(labels)), [short(label, 18) for label in labels], fontsize=8, color=INK, parse_math=False
-    )
-    strip.set_ylim(len(labels) - 0.5, -0.5)
-    strip.set_xlabel("B − A; bar: median and middle half", fontsize=8, color=INK)
-    for axes, title in ((plane, f"{measure.title}: one point per image"), (strip, "Difference on each image")):
-        axes.set_title(title, fontsize=9, color=INK, loc="left", weight="bold", pad=8)
-        axes.tick_params(labelsize=7, colors=MUTED, length=0)
-        axes.grid(color="#e6eaed", linewidth=0.7)
-        axes.set_axisbelow(True)
-        for spine in axes.spines.values():
-            spine.set(color=RULE, linewidth=0.8)
+    gaps.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    gaps.set_yticks(range(len(labels)), [short(label, 18) for label in labels], fontsize=8, color=INK, parse_math=False)
+    gaps.set_ylim(len(labels) - 0.5, -0.5)
+    gaps.set_xlabel("B − A; bar: median and middle half", fontsize=8, color=INK)
+    style(plane, f"{measure.title}: one point per image")
+    style(gaps, "Difference on each image")
     return png(figure)
-
-
-def _spread(axes: Axes, y: float, gaps: NDArray[np.float64], colour: str) -> None:
-    golden = (np.arange(len(gaps)) * 0.6180339887) % 1  # even and deterministic jitter
-    axes.scatter(np.sort(gaps), y + 0.3 * (2 * golden - 1), s=8, color=colour, alpha=0.5, linewidths=0)
-    low, middle, high = np.quantile(gaps, [0.25, 0.5, 0.75])
-    axes.plot([low, high], [y, y], color=INK, linewidth=2.4, solid_capstyle="butt")
-    axes.plot([middle, middle], [y - 0.24, y + 0.24], color=INK, linewidth=1.4)
 
 
 def render(
