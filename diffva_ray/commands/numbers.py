@@ -199,8 +199,8 @@ def compare(run_a: str, run_b: str, out: str | None) -> None:
     Example:
         diffva compare runs/first runs/second
     """
-    from diffva_ray.evaluate.comparison import compare_runs, print_comparison
-    from diffva_ray.evaluate.report.comparison_page import output_store, write_comparison
+    from diffva_ray.evaluate.comparison import compare_runs
+    from diffva_ray.evaluate.report.comparison_page import output_store, print_comparison, write_comparison
     from diffva_ray.generate.run import open_run
 
     try:

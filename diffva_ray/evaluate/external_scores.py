@@ -95,21 +95,11 @@ class _Outcome:
 
 
 def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOptions()) -> Scored:
-    """Score attribution maps against lesion masks or boxes.
+    """Score attribution maps (a folder of map files named like their images, a run, or a run's ``attributions``)
+    against the lesion masks or boxes of a data set.
 
-    Args:
-        maps_uri: A folder of map files named like their images, a run, or a run's ``attributions``.
-        data_uri: The data set with the images and their lesions.
-        options: How maps are read and scored.
-
-    Returns:
-        Localisation by class and map, baselines included, and one row per image and map.
-
-    Raises:
-        UnusableData: No map fits an image, a map fits several images, no matched image has a known lesion, the model
-            was trained on matched images, or an option cannot be used. One line.
-        StoreError: A store fails.
-    """
+    Raises UnusableData, one line, if no map fits an image, a map fits several images, no matched image has a known
+    lesion, the model was trained on matched images, or an option cannot be used."""
     # inputs
     folder = open_maps(maps_uri)
     run = folder.run

@@ -44,25 +44,8 @@ def interpolate(
     frames: int = 7,
     device: str | None = None,
 ) -> Strip:
-    """Interpolate between two prompts on one image, or between two images.
-
-    Args:
-        image: Path of the (first) image, local or ``s3://``.
-        model: Model folder, local or ``s3://``.
-        recipe: Recipe of the generation.
-        prompts: First and second prompt; between two images, one prompt or none (unedited).
-        other: Path of the second image; None to interpolate between prompts.
-        frames: Number of images, equally spaced.
-        device: ``cpu`` or ``cuda``; by default the GPU where there is one.
-
-    Returns:
-        The images, with attribution maps between prompts.
-
-    Raises:
-        UnusableData: If an image is unusable, or the number or length of the prompts.
-        UnusableModel: If the model cannot be loaded.
-        PlanError: If the settings cannot generate any image.
-    """
+    """Interpolate in ``frames`` equal steps between two prompts on one image, or between two images (``other``), edited
+    by one prompt or not at all. Raises as ``explain``."""
     config = recipe.generate
     check_settings(config, {})
     if other is None and len(prompts) != 2:

@@ -35,20 +35,11 @@ CARDIOMEGALY = "Cardiomegaly"
 
 
 def run_paper(options: Inputs) -> str:
-    """Make everything that is missing.
+    """Make everything that is missing, and return the URI of the page.
 
-    Args:
-        options: Inputs of the command.
-
-    Returns:
-        URI of the page.
-
-    Raises:
-        UnusableData: A data set cannot be read, or has no healthy or no abnormal images.
-        UnusableModel: The model has no card.
-        RecipeError: The options change the model.
-        FingerprintDiffers: ``out`` holds the paper of another model or of other images.
-    """
+    Raises UnusableData for a data set that cannot be read or has no healthy or no abnormal images, UnusableModel,
+    RecipeError for options that change the model, and FingerprintDiffers for a folder with the paper of another model
+    or of other images."""
     from diffva_ray.paper.page import write_page
 
     store, base, card = _open(options)

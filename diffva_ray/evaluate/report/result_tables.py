@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffva_ray.evaluate.report.numbers import (
+    INTERVAL,
     Cell,
     Group,
     Table,
@@ -76,18 +77,18 @@ EXTERNAL_VALIDITY = (
     Column("called_healthy_before", "images called healthy", percent),
     Column("called_healthy_after", "counterfactuals called healthy", percent),
     Column("confidence_gain", "confidence gain"),
-    Column("confidence_gain_interval", "95% interval", interval),
+    Column("confidence_gain_interval", INTERVAL, interval),
 )
 SSIM = (
     *CLASS,
     Column("ssim", "SSIM"),
     Column("ssim_sd", "sd"),
-    Column("ssim_interval", "95% interval", interval),
+    Column("ssim_interval", INTERVAL, interval),
     Column("ms_ssim", "MS-SSIM"),
-    Column("ms_ssim_interval", "95% interval", interval),
+    Column("ms_ssim_interval", INTERVAL, interval),
     Column("psnr", "PSNR, dB", decibel),
     Column("lpips", "LPIPS"),
-    Column("lpips_interval", "95% interval", interval),
+    Column("lpips_interval", INTERVAL, interval),
     Column("lpips_n", "n", count),
     Column("l1", "mean |difference|", _four_digits),
     Column("attribution_energy", "map energy", _four_digits),
@@ -97,24 +98,28 @@ ZONES = (
     MAP,
     CLASS[1],
     Column("spearman", "Spearman, all zones", best=True),
-    Column("spearman_interval", "95% interval", interval),
+    Column("spearman_interval", INTERVAL, interval),
     Column("spearman_within_image", "within an image", best=True),
     Column("n_within", "n within", count),
 )
-PAIRS = (*CLASS, *(Column(metric.key, metric.heading, FORMS[metric.form]) for metric in PAIR_METRICS))
+PAIRS = (
+    *CLASS,
+    Column("flip_rate", "flip rate", percent),
+    *(Column(metric.key, metric.heading, FORMS[metric.form]) for metric in PAIR_METRICS),
+)
 HEART = (
     *CLASS,
     Column("images", "of images", count),
     Column("before", "image"),
     Column("after", "counterfactual"),
     Column("change", "change"),
-    Column("change_interval", "95% interval", interval),
+    Column("change_interval", INTERVAL, interval),
     Column("grew", "grew", percent),
 )
 LOCALIZATION = (
     MAP,
     Column("auroc", "AUROC", best=True),
-    Column("auroc_interval", "95% interval", interval),
+    Column("auroc_interval", INTERVAL, interval),
     Column("auprc", "AUPRC", best=True),
     Column("dice_fixed", "Dice, fixed τ", best=True),
     Column("threshold", "τ", _four_digits),
@@ -122,13 +127,22 @@ LOCALIZATION = (
     Column("iou_best", "IoU, best τ", best=True),
     Column("pointing_game", "pointing game", best=True),
 )
+FIDELITY = (
+    *SETS,
+    *(Column(name, name) for name in ("precision", "recall", "density", "coverage", "verisimilitude")),
+    Column("remote", "remote", percent),
+    Column("between", "between modes", percent),
+    Column("direction", "direction"),
+    Column("direction_interval", INTERVAL, interval),
+    Column("infinity", "at infinite N"),
+)
 WITHIN = (*SETS, Column("within", "mean over classes"), Column("pooled", "classes pooled"))
 
 
 def report_tables(metrics: Row) -> list[Table]:
     """The tables that apply, in the order of the page."""
     tables = [
-        _localization(metrics.get("localization", [])),
+        localization_table(metrics.get("localization", [])),
         _table(
             "validity", "Validity", metrics.get("validity", []), VALIDITY,
             "The model’s own judge is a classifier trained on the same labels; it never guides a counterfactual. Flip "
@@ -143,6 +157,7 @@ def report_tables(metrics: Row) -> list[Table]:
         _zones(metrics.get("brixia", [])),
         _distances(metrics.get("fid", [])),
         _within(metrics.get("fid_within", [])),
+        _fidelity(metrics.get("fid", [])),
         _ssim(metrics.get("ssim", [])),
         _table(
             "counterfactual", "What else changed", metrics.get("counterfactual", []), PAIRS,
@@ -162,13 +177,13 @@ def _table(
     key: str, title: str, rows: Sequence[Row], columns: Sequence[Column], caption: str,
     group: Callable[[Row], str] = lambda row: "",
 ) -> Table | None:  # fmt: skip
-    """Columns without any value are left out; ``group`` gives the heading a row stands under."""
+    """Columns without any value are left out; ``group`` gives the heading a row stands under, after its ``run``."""
     if not rows:
         return None
     used = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
     members: dict[str, list[Row]] = {}
     for row in rows:
-        members.setdefault(group(row), []).append(row)
+        members.setdefault(" · ".join(filter(None, [row.get("run"), group(row)])), []).append(row)
     groups = [Group(heading, _body(of_group, used)) for heading, of_group in members.items()]
     return Table(key, title, caption, [(column.heading, column.is_number) for column in used], groups)
 
@@ -194,7 +209,7 @@ def _kind(row: Row) -> str:
     return "total" if is_overall(row.get("label", "")) else ""
 
 
-def _localization(rows: list[Row]) -> Table | None:
+def localization_table(rows: list[Row]) -> Table | None:
     regions = ", ".join(sorted({row["region"] for row in rows}))
     validation = next((row["threshold_from"] for row in rows if row.get("threshold_from")), None)
     return _table(
@@ -252,7 +267,7 @@ def _distances(rows: list[Row]) -> Table | None:
     stand_in = any(row.get("is_stand_in") for row in rows)
     columns = (
         *SETS, Column("kid_text", "KID ± s.e.", str), Column("value", "Fréchet distance" if stand_in else "FID"),
-        Column("interval", "95% interval", interval), Column("matched", "at equal N"), Column("halves", "split halves"),
+        Column("interval", INTERVAL, interval), Column("matched", "at equal N"), Column("halves", "split halves"),
     )  # fmt: skip
     # nested values as columns
     flat = [
@@ -289,6 +304,34 @@ def _distances(rows: list[Row]) -> Table | None:
             "distance is biased upwards, more so for fewer images."
         )
     return table
+
+
+def _fidelity(rows: list[Row]) -> Table | None:
+    """Fidelity and diversity of the sets that are large enough."""
+    flat = []
+    for row in (row for row in rows if "manifold" in row):
+        direction, limit = row.get("direction", {}), row.get("infinity", {})
+        flat.append({
+            **{key: row.get(key) for key in ("run", "set1", "set2", "n1", "n2")},
+            **row["manifold"],
+            "n1": row["n1"], "n2": row["n2"],
+            "verisimilitude": row.get("verisimilitude", {}).get("taken"),
+            **row.get("interpolation", {}),
+            "direction": direction.get("mean"),
+            "direction_interval": (direction["low"], direction["high"]) if direction else None,
+            "infinity": limit["value"] if limit.get("trusted") else None,
+        })  # fmt: skip
+    neighbours = next((row["k"] for row in flat), 0)
+    return _table(
+        "fidelity", "Fidelity and diversity", flat, FIDELITY,
+        f"Precision and density of the second set are measured with the first, recall and coverage of the first with "
+        f"the second ({neighbours} neighbours); two samples of one distribution do not reach 1 at small N. "
+        "Verisimilitude: share of counterfactuals whose nearest neighbour is a real image (0.5: not distinguishable, "
+        "0: all distinguishable). Remote: share of counterfactuals farther from the real images than 95 % of these are "
+        "from each other; between modes: share that is remote and between two images that are not neighbours. "
+        "Direction (−1 to 1): movement of the features from the class towards the healthy images. At infinite N: the "
+        "distance extrapolated over 1/N, only where half of the images outnumber the dimensions.",
+    )  # fmt: skip
 
 
 def _within(rows: list[Row]) -> Table | None:
