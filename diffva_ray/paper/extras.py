@@ -4,7 +4,7 @@ memorisation."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from diffva_ray.evaluate.tables import ALL
 from diffva_ray.metrics.counterfactual import memorisation
 from diffva_ray.metrics.localization import SALIENCY
 from diffva_ray.model.training_images import TrainingImages
-from diffva_ray.paper.experiments import SETTINGS
+from diffva_ray.paper.experiments import SETTINGS, SHEET
 from diffva_ray.paper.layout import Table, number
 from diffva_ray.paper.state import PaperState
 from diffva_ray.schema import Row, digest
@@ -25,36 +25,22 @@ from diffva_ray.storage.store import Store
 
 MAX_AUDITED = 600  # counterfactuals and images of each set in the memorisation audit
 AUDIT_SIDE = 32  # pixels of the side of the images that the audit compares
-HEALTHY = {f"healthy-{name}": f"healthy images, {SETTINGS[f'generate-{name}']}" for name in ("0.55", "own")}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Extra:
     """A table of the report, over several runs."""
 
     key: str
     title: str
     table: str  # key in the report and in metrics.json
-    runs: dict[str, str]  # titles by name
-    pooled: bool  # whether only the rows over all classes are shown
+    more_runs: dict[str, str] = field(default_factory=dict)  # titles of runs before those of SETTINGS
+    pooled: bool = False  # whether only the rows over all classes are shown
     caption: str  # added to that of the report
     absent: str  # why there may be no rows
 
 
-OTHERS = {"cardiomegaly": "cardiomegaly", "cardiomegaly-severity": "by severity"}
-EXTRAS = (
-    Extra("tableS1", "Table S1. Counterfactual scores", "counterfactual", SETTINGS, False,
-          "Compare |M| only within a setting, because the kinds of map differ.", "no run has counterfactual scores"),
-    Extra("tableS2", "Table S2. False attribution on healthy images", "counterfactual", HEALTHY | SETTINGS, True,
-          "Healthy images with the healthy prompt need no change: any attribution on them is false.",
-          "no run on healthy images was made"),
-    Extra("tableS3", "Table S3. Maps against known lesions ", "localization", SETTINGS, True,
-          "Baselines are smoothed as in the first setting.", "no image has a lesion mask or box"),
-    Extra("tableS6", "Table S6. Cardiothoracic ratio", "heart", OTHERS, False, "Healthy images before and after "
-          "cardiomegaly was induced.", "no lungs were found on the images, or on the counterfactuals"),
-    Extra("tableS7", "Table S7. Maps against Brixia scores", "brixia", SETTINGS, False, "Brightness is the image "
-          "itself.", "no readers' scores given (--brixia)"),
-)  # fmt: skip
+EXTRAS = tuple(Extra(**fields) for fields in SHEET["extras"])
 
 
 def extra_tables(state: PaperState, tables: Sequence[Table]) -> list[Table]:
@@ -84,7 +70,7 @@ def extra_tables(state: PaperState, tables: Sequence[Table]) -> list[Table]:
 def _rows(state: PaperState, extra: Extra) -> list[Row]:
     """The rows of all runs; baselines, which are the same in every run, of the first run only."""
     results = list[Row]()
-    for name, title in extra.runs.items():
+    for name, title in {**extra.more_runs, **SETTINGS}.items():
         metrics = state.metrics.get(name, {})
         rows = metrics.get(extra.table, [])
         if extra.pooled and any(row["label"] == ALL for row in rows):

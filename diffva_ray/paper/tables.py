@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from diffva_ray.evaluate.distances import distance_row, run_features
 from diffva_ray.evaluate.options import Options
@@ -13,7 +14,7 @@ from diffva_ray.evaluate.set_distances import choose_extractors, reference
 from diffva_ray.metrics.fid import SMALL
 from diffva_ray.metrics.fid_controls import conditional
 from diffva_ray.paper import published
-from diffva_ray.paper.experiments import SETTINGS
+from diffva_ray.paper.experiments import SETTINGS, SHEET
 from diffva_ray.paper.layout import Table, number, with_error, with_interval
 from diffva_ray.paper.state import PaperState, settings_of
 from diffva_ray.schema import Row
@@ -84,10 +85,8 @@ def _fid_row(metrics: Row, first: str, second: str) -> Row | None:
     return next((row for row in metrics.get("fid", []) if (row["set1"], row["set2"]) == (first, second)), None)
 
 
-def _distance_table(
-    key: str, title: str, comparisons: Sequence[Distances], columns: Sequence[str], caption: str, settings: str
-) -> Table:
-    """A table of distances; the caption names the extractor before the sampling ``settings``."""
+def _distance_table(key: str, comparisons: Sequence[Distances], columns: Sequence[str], **values: Any) -> Table:
+    """A table of distances; ``values`` fill its caption, which also names the extractor."""
     name, extractor = extractor_line([row for comparison in comparisons for row in comparison.rows.values()])
     body = []
     for comparison in comparisons:
@@ -95,7 +94,13 @@ def _distance_table(
         body += [[comparison.first, comparison.second, *comparison.more]] if comparison.more else []
     heads = ["image set 1", "image set 2", "measure", "N1 / N2", "paper"]
     heads += [SETTINGS.get(column, "ours") for column in columns]
-    return Table(key, title, f"{caption} {extractor} {settings}".strip(), heads, body, details(comparisons))
+    return _table(key, heads, body, details(comparisons), extractor=extractor, **values)
+
+
+def _table(key: str, heads: list[str], body: list[list[str]], details: list[Row], **values: Any) -> Table:
+    """A table with its title and its caption, filled with ``values``."""
+    texts = SHEET["tables"][key]
+    return Table(key, texts["title"], texts["caption"].format_map(values).strip(), heads, body, details)
 
 
 def distance_tables(state: PaperState, labels: Sequence[str]) -> list[Table]:
@@ -122,20 +127,11 @@ def distance_tables(state: PaperState, labels: Sequence[str]) -> list[Table]:
         first += [edits, real]
         of_label = f"healthy counterfactuals of {label}"
         second.append(compared(f"real {healthy}", of_label, _paper(paper, "quality"), (reference, names[1])))
-    jackknife, settings = "Intervals: delete-group jackknife, bias-corrected.", prompts(state, columns)
+    settings = prompts(state, columns)
     return [
-        _distance_table(
-            "table1", "Table 1. Images, their healthy counterfactuals and real healthy images", first, columns,
-            "The paper reads the small distance between images and their own counterfactuals as minimal change. There "
-            "an image meets its own counterfactual; in the split halves it does not. The paper's “relative absolute "
-            f"difference” is this plain difference. {jackknife}", settings,
-        ),
-        _distance_table(
-            "table2", "Table 2. Real healthy images and healthy counterfactuals", second, columns,
-            "The same reference set for every class. N differs between classes and biases the distance: read the "
-            f"N-matched value or KID. {jackknife}", settings,
-        ),
-    ]  # fmt: skip
+        _distance_table("table1", first, columns, settings=settings),
+        _distance_table("table2", second, columns, settings=settings),
+    ]
 
 
 def prompts(state: PaperState, columns: Sequence[str]) -> str:
@@ -180,16 +176,12 @@ def similarity_table(state: PaperState, labels: Sequence[str]) -> Table:
             ours = ["–" if row is None else with_interval(row[key], row[f"{key}_interval"]) for row in rows]
             body.append([label, name, str(first["n"]), text, *ours])
         details += [{"setting": column, **row} for column, row in zip(columns, rows) if row]
-    scales = first.get("ms_ssim_scales", 0)
-    caption = (
-        f"Means with 95 % bootstrap intervals over images; preset {first.get('preset')}, {first.get('grid')} px grid, "
-        f"MS-SSIM over {scales} scales. "
-    )
-    if first and scales != FIVE_SCALES:
-        caption += "The paper's MS-SSIM has five scales, which need 176 px, and cannot be compared with ours. "
     heads = ["class", "measure", "N", "paper", *(SETTINGS[column] for column in columns)]
-    title = "Table 3. Similarity of image and healthy counterfactual"
-    return Table("table3", title, caption + prompts(state, columns), heads, body, details)
+    scales = ""
+    if first and first["ms_ssim_scales"] != FIVE_SCALES:
+        scales = "The paper's MS-SSIM has five scales, which need 176 px, and cannot be compared with ours."
+    values = {"preset": "–", "grid": "–", "ms_ssim_scales": 0, **first}
+    return _table("table3", heads, body, details, scales=scales, settings=prompts(state, columns), **values)
 
 
 def cardiomegaly_table(state: PaperState) -> Table:
@@ -207,14 +199,9 @@ def cardiomegaly_table(state: PaperState) -> Table:
         row = _fid_row(metrics, *pair)
         if row:
             comparison.rows["cardiomegaly"] = row
-    caption = (
-        "The third comparison is ours: the distance between the two data sets before anything is generated. If it is "
-        "no larger than the first, generating cardiomegaly did not bring the images nearer to real ones. The paper "
-        f"uses {published.CARDIOMEGALY_IMAGES} real images."
-    )
     settings = prompts(state, ["cardiomegaly"]) if "cardiomegaly" in state.runs else ""
-    title = "Table 4. Cardiomegaly, zero-shot"
-    return _distance_table("table4", title, comparisons, ["cardiomegaly"], caption, settings)
+    images = published.CARDIOMEGALY_IMAGES
+    return _distance_table("table4", comparisons, ["cardiomegaly"], images=images, settings=settings)
 
 
 ABLATIONS = (
@@ -242,13 +229,8 @@ def ablation_table(state: PaperState) -> Table:
             comparison.more = ["distance within class", "", "", number(within)]
         comparison.rows["ours"] = row
         comparisons.append(comparison)
-    caption = (
-        f"{guidance_finding(state)} So rows with guidance of 1 or less ablate the prompt, not the guidance; the "
-        "control removes only the prompt. Strength 0.99 keeps about 9 % of the image's signal (75 steps), so the image "
-        f"is not removed completely. The paper: N = {published.ABLATION_IMAGES}. “Within class”: mean over classes of "
-        f"the distance to real {healthy} images."
-    )
-    return _distance_table("table5", "Table 5. Ablations", comparisons, ["ours"], caption, "")
+    images, guidance = published.ABLATION_IMAGES, guidance_finding(state)
+    return _distance_table("table5", comparisons, ["ours"], images=images, guidance=guidance, healthy=healthy)
 
 
 def _pooled(state: PaperState, name: str) -> tuple[Row | None, float | None]:
