@@ -221,8 +221,8 @@ def ablation_table(state: PaperState) -> Table:
         if run_name not in state.runs:
             continue
         keys = state.runs[run_name].keys
-        setting = f"strength {keys['strength']:g}, guidance {keys['guidance_scale']:g}, prompt “{keys['prompt']}”"
-        comparison = Distances(f"real {healthy}", f"{title}: {setting}", paper)
+        setting = f"{keys['strength']:g} / {keys['guidance_scale']:g}, “{keys['prompt']}”"
+        comparison = Distances(f"real {healthy}", f"{title} ({setting})", paper)
         row, within = _pooled(state, run_name)
         if row is not None and within is not None:
             row["within_class"] = within
