@@ -26,11 +26,11 @@ import click
 import numpy as np
 import pandas as pd
 import torch
+from gradients import ImageClassifier, grad_cam, integrated_gradients, occlusion
 from numpy.typing import NDArray
 
 from diffva_ray.config.recipe import Recipe, load_recipe, make_recipe
 from diffva_ray.counterfactual.engine import CounterfactualEngine
-from diffva_ray.counterfactual.gradients import ImageClassifier, grad_cam, integrated_gradients, occlusion
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.images import decode, to_square

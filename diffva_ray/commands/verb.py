@@ -170,6 +170,8 @@ actors_option   = click.option("--actors",     type=click.IntRange(1), metavar="
 gpus_option     = click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="GPUs per actor; default: 1 if the cluster has GPUs, else 0.")
 change_option   = click.option("--allow-environment-change", is_flag=True, help="Continue a run with another torch version or device; the run records the change.")
 weights_option  = click.option("--inception-weights", metavar="PATH|download", help="State dict of pytorch-fid's Inception; default: the file in pytorch-fid's cache.")
+boxes_option    = click.option("--boxes",      metavar="CSV", help="CSV of lesion boxes: file,x,y,w,h in pixels of the image.")
+brixia_option   = click.option("--brixia",     metavar="CSV", help="CSV of Brixia zone scores: file, S-A to S-F, J-A to J-F.")
 SAMPLING = (  # the fields of SamplingSettings, which `generate`, `explain` and `interpolate` share
     click.option("--method",         metavar="NAME",              help=f"Counterfactual method: {', '.join(METHODS)}."),
     click.option("--strength",       metavar="F",    type=float,  help="Share of the noise schedule that is applied to the image, in (0, 1]."),

@@ -62,27 +62,11 @@ class Explanation:
 def explain(
     image: str, model: str, recipe: Recipe, prompts: Sequence[str] = (), device: str | None = None
 ) -> Explanation:
-    """Explain one image under each prompt.
+    """Explain one image (local or ``s3://``) under each prompt, by default the recipe's healthy one.
 
     The seed is ``record_seed(recipe.seed, <file name>, 0)``, as in a run with the image at its data root. All prompts
-    share it.
-
-    Args:
-        image: Path of the image, local or ``s3://``.
-        model: Model folder, local or ``s3://``.
-        recipe: Recipe of the generation.
-        prompts: What the counterfactuals should show; by default the recipe's healthy prompt.
-        device: ``cpu`` or ``cuda``; by default the GPU where there is one.
-
-    Returns:
-        The image, its masks, and counterfactual, map and metrics for each prompt.
-
-    Raises:
-        UnusableData: If the file does not exist, is no image or too small, a prompt is too long, there are more than
-            MAX_PROMPTS, or the networks give NaN or infinity.
-        UnusableModel: If the model cannot be loaded.
-        PlanError: If the settings cannot generate any image.
-    """
+    share it. Raises UnusableData for an image or prompts that cannot be used, or if the networks give NaN or infinity;
+    UnusableModel; PlanError for settings that cannot generate any image."""
     config = recipe.generate
     check_settings(config, {})
     prompts = list(dict.fromkeys(prompts)) or [recipe.data.healthy_prompt]

@@ -74,20 +74,11 @@ class Contents:
 
 
 def write_report(run: Run, listed: int | None = None, boxes: str | None = None) -> str:
-    """Write figures and page of a run, finished or not, and replace earlier ones; panels still valid are kept.
+    """Write figures and page of a run, finished or not, replace earlier ones, and return the URI of the page; panels
+    still valid are kept.
 
-    Args:
-        run: The run. Without tables (before ``diffva reduce``) the page has none.
-        listed: Largest number of ok records in the viewer; None: as many as the image size allows.
-        boxes: CSV of lesion boxes; None: the boxes of the data set.
-
-    Returns:
-        URI of the page.
-
-    Raises:
-        OSError: The run cannot be read or written.
-        UnusableData: The boxes are of other images.
-    """
+    ``listed``: largest number of ok records in the viewer (None: as many as the image size allows); ``boxes``: CSV of
+    lesion boxes (None: those of the data set). Raises UnusableData for boxes of other images."""
     records = committed(run, PAGE_COLUMNS).to_pandas()
     write_figures(run, records)
     contents = write_contents(run, records, listed, boxes)

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cross_attention import cross_attention, cross_attention_maps, words
 from diffusers.models.attention_processor import Attention
 
-from diffva_ray.counterfactual.cross_attention import cross_attention, cross_attention_maps, words
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.phantoms import phantom
