@@ -35,10 +35,10 @@ docs: setup  # site/, without a network but for the packages that build it
 coverage: setup  # of the core, by its unit tests
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --cov --cov-report=term-missing:skip-covered tests/unit
 
-wheel: setup  # as a stranger gets it: built, installed with its dependencies in a clean environment, and run there
+wheel: setup  # as a stranger gets it: built, installed with what the demo needs in a clean environment, and run there
 	rm -rf dist build && $(BIN)/python -m pip wheel --quiet --no-deps -w dist .
 	rm -rf build/clean && $(PYTHON) -m venv build/clean
-	build/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[report]"
 	cd build/clean && bin/diffva demo --quick
 
 bench: demo  # about an hour on two quiet cores; attribution.py, induction.py and real_pack.py train for longer

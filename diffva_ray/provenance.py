@@ -55,5 +55,6 @@ def provenance() -> dict[str, Any]:
 
 
 def missing(package: str, what: str, extra: str) -> str:
-    """Return the error message for a missing optional package: its purpose and how to install it."""
-    return f"{package} is needed for {what}: pip install diffva-ray[{extra}]"
+    """Return the error message for a missing optional package: its purpose and how to install it (quoted, because some
+    shells expand brackets)."""
+    return f"{package} is needed for {what}: pip install 'diffva-ray[{extra}]'"

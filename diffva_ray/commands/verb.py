@@ -21,6 +21,7 @@ from diffva_ray.data.dataset import UnusableData
 from diffva_ray.generate.run import FingerprintDiffers, PlanError
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.progress import LOG, one_line, set_up_logging
+from diffva_ray.provenance import missing
 from diffva_ray.storage.store import StoreError, UnknownScheme
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # Given to every verb, too: click creates a verb's help option at the first call, which may come without the group.
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 DONE, UNEXPECTED, UNUSABLE, DIFFERS, TOO_MANY_QUARANTINED, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+PAGES = ("matplotlib", "jinja2")  # packages of the extra `report`
 FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # with a file name: usage
 
 
@@ -90,6 +92,8 @@ def _known_error(error: Exception) -> tuple[str, int] | None:
     origin = getattr(error, "cause", None) or error  # Ray's errors hold the worker's error there
     if isinstance(origin, FILE_ERRORS) and origin.filename is not None:
         return str(origin), UNUSABLE
+    if isinstance(origin, ModuleNotFoundError) and origin.name in PAGES:
+        return missing(origin.name, "figures and HTML pages", "report"), UNUSABLE
     if cause := _known_cause(error, tuple(codes)):
         return str(cause), next(code for kind, code in codes.items() if isinstance(cause, kind))
     if isinstance(origin, OSError):

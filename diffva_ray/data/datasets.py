@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import groupby
 
 from diffva_ray.config.recipe import DataConfig
@@ -17,6 +18,7 @@ from diffva_ray.data import boxes, chexpert, manifest
 from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData, companions
 from diffva_ray.data.radiography import COMPANIONS
 from diffva_ray.progress import one_line
+from diffva_ray.provenance import missing
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store
 
@@ -74,6 +76,8 @@ def open_dataset(
             raise UnusableData(f"{uri}: {_columns(store, file) if file else f'no images; expected {LAYOUTS}'}")
         if not dataset.images:
             raise UnusableData(f"{uri}: names no images")
+        if find_spec("pydicom") is None and any(image.path.lower().endswith(".dcm") for image in dataset.images):
+            raise UnusableData(f"{uri}: {missing('pydicom', 'DICOM files', 'dicom')}")
         # add masks and boxes, and filter
         if len(entries) < len(listed):
             dataset.notes.append(f"{len(listed) - len(entries)} files are ignored: their names are not UTF-8")

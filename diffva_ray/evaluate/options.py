@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from diffva_ray.data.dataset import UnusableData
+from diffva_ray.provenance import missing
 from diffva_ray.storage.opening import open_file
+
+# Optional packages of extractors, judges and metrics: module and extra.
+PACKAGES = {
+    "inception": ("pytorch_fid", "fid"),
+    "torchxrayvision": ("torchxrayvision", "xrv"),
+    "lpips": ("lpips", "lpips"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +46,21 @@ def parse_references(texts: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
+def check_packages(options: Options) -> None:
+    """Raise UnusableData, one line, for the first option whose optional package is not installed."""
+    asked = [("--extractor", text) for text in options.extractors] + [("--judge", text) for text in options.judges]
+    asked += [("--inception-weights", "inception")] if options.weights else []
+    asked += [("--lpips-weights", "lpips")] if options.lpips else []
+    for option, text in asked:
+        module, extra = PACKAGES.get(text.partition("=")[0], ("", ""))
+        if module and find_spec(module) is None:
+            raise UnusableData(missing(module.replace("_", "-"), option, extra))
+
+
 def inception_path(option: str | None) -> str | None:
     """The path of Inception's weights: the given one, a download (``download``), pytorch-fid's cache, or None.
 
-    Raises UnusableData when the file does not exist or the download fails."""
+    Raises UnusableData when the file does not exist, the download fails, or pytorch-fid is not installed."""
     from diffva_ray.metrics.features import download_inception, inception_cache
 
     if option == "download":
@@ -48,6 +68,8 @@ def inception_path(option: str | None) -> str | None:
             return str(download_inception())
         except RuntimeError as error:
             raise UnusableData(f"--inception-weights download: {error} and pass --inception-weights PATH") from None
+        except ValueError as error:
+            raise UnusableData(f"--inception-weights download: {error}") from None
     if option is None:
         cached = inception_cache()
         return str(cached) if cached else None

@@ -27,7 +27,7 @@ from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.annotations import Zones, lesion_boxes, read_thresholds, read_zones
 from diffva_ray.evaluate.executor import LocalExecutor
 from diffva_ray.evaluate.judge_quality import judge_quality
-from diffva_ray.evaluate.options import Options
+from diffva_ray.evaluate.options import Options, check_packages
 from diffva_ray.evaluate.pair_scores import (
     counterfactual_rows,
     external_rows,
@@ -107,6 +107,7 @@ def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecuto
         StoreError: No sampled image of the data set can be read, or the store fails.
     """
     # anything to do?
+    check_packages(options)
     problems = verify(run, pixels=False)
     if problems:
         raise Incomplete(problems, run.store.uri)

@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# pytorch_fid imports torchvision, which fails beside a torch of another build, so it is imported where it is used: the
-# stand-in works without it.
+from diffva_ray.provenance import missing
 
+WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"  # pytorch-fid's file
 Resize = Literal["clean", "legacy"]
 
 
@@ -106,7 +107,8 @@ def inception(weights: str | Path, resize: Resize = "clean", grid: int | None = 
         The extractor, with 2048 features.
 
     Raises:
-        ValueError: If the file is not that state dict (the message names the file), or ``resize`` is unknown.
+        ValueError: If the file is not that state dict (the message names the file), ``resize`` is unknown, or
+            pytorch-fid is not installed.
     """
     path = Path(weights)
     if resize not in ("clean", "legacy"):
@@ -119,8 +121,7 @@ def inception(weights: str | Path, resize: Resize = "clean", grid: int | None = 
         pool3_state = {key: value for key, value in state.items() if not key.startswith(("fc.", "AuxLogits."))}
         blocks.load_state_dict(pool3_state, assign=True)
     except Exception as error:  # torch.load raises many types on the bytes of other files
-        expected = "pytorch-fid's Inception state dict, pt_inception-2015-12-05-6726825d.pth"
-        raise ValueError(f"{path}: expected {expected} ({brief(error)})") from None
+        raise ValueError(f"{path}: expected pytorch-fid's Inception state dict, {WEIGHTS} ({brief(error)})") from None
     blocks.eval().requires_grad_(False).to(device)
     blocks.to(memory_format=torch.channels_last)  # a quarter less time on a CPU
 
@@ -158,7 +159,7 @@ def inception_blocks() -> nn.Sequential:
     It is on the meta device: load the weights with ``assign=True``. It is assembled here from pytorch-fid's patched
     classes, because pytorch-fid itself builds it only together with a download (``fid_inception_v3``).
     """
-    from pytorch_fid import inception as fid
+    fid = pytorch_fid_inception()
     from torchvision.models import inception_v3
 
     with torch.device("meta"):  # initial values would use torch's global generator
@@ -181,10 +182,19 @@ def inception_blocks() -> nn.Sequential:
     return blocks
 
 
+def pytorch_fid_inception() -> Any:
+    """Import pytorch-fid's module of networks. Raises ValueError, one line, if the package is not installed."""
+    try:
+        from pytorch_fid import inception
+    except ImportError:
+        raise ValueError(missing("pytorch-fid", "Inception features (FID)", "fid")) from None
+    return inception
+
+
 def inception_cache() -> Path | None:
-    """Path of pytorch-fid's weights in torch.hub's cache; None if they are not there."""
+    """Path of pytorch-fid's weights in torch.hub's cache; None if they are not there, or the package is not."""
     path = _cache_path()
-    return path if path.is_file() else None
+    return path if path.is_file() and find_spec("pytorch_fid") else None
 
 
 def download_inception() -> Path:
@@ -195,22 +205,20 @@ def download_inception() -> Path:
 
     Raises:
         RuntimeError: If the download fails; the message is one line.
+        ValueError: If pytorch-fid is not installed.
     """
-    from pytorch_fid.inception import FID_WEIGHTS_URL
-
+    url = pytorch_fid_inception().FID_WEIGHTS_URL
     try:
-        torch.hub.load_state_dict_from_url(FID_WEIGHTS_URL, map_location="cpu", check_hash=True, weights_only=True)
+        torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
         raise RuntimeError(
-            f"pytorch-fid's Inception weights cannot be downloaded ({brief(error)}); fetch {FID_WEIGHTS_URL} elsewhere"
+            f"pytorch-fid's Inception weights cannot be downloaded ({brief(error)}); fetch {url} elsewhere"
         ) from None
     return _cache_path()
 
 
 def _cache_path() -> Path:
-    from pytorch_fid.inception import FID_WEIGHTS_URL
-
-    return Path(torch.hub.get_dir()) / "checkpoints" / FID_WEIGHTS_URL.rsplit("/", 1)[-1]
+    return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
 
 
 def resized(images: torch.Tensor, side: int, mode: str) -> torch.Tensor:

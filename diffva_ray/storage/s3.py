@@ -19,14 +19,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import aiobotocore.session
-import aiohttp
-import botocore.exceptions as botocore
-import s3fs
-from botocore.parsers import ResponseParserError
-
 from diffva_ray.progress import LOG, one_line
+from diffva_ray.provenance import missing
 from diffva_ray.storage.store import Entry, StoreError, UnknownScheme, checked
+
+try:
+    import aiobotocore.session
+    import aiohttp
+    import botocore.exceptions as botocore
+    import s3fs
+    from botocore.parsers import ResponseParserError
+except ModuleNotFoundError:
+    raise UnknownScheme(missing("s3fs", "s3:// addresses", "s3")) from None
 
 # botocore's adaptive mode slows the client down when the server answers SlowDown (503), and retries for about a minute.
 # s3fs would retry around that, 5 times and 25 times for a read; `_open` turns that off.

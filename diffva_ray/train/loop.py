@@ -107,6 +107,8 @@ def train(
     # Build all stages, so that a recipe that cannot work fails before the first step.
     context = StageContext(bundle, images, recipe.seed, store, config.cache_megabytes if config.cache_latents else 0)
     stages = [make_stage(context, stage) for stage in config.stages]
+    for stage_config in config.stages:
+        _optimizer(stage_config, [nn.Parameter(torch.zeros(1))], stage_config.learning_rate)
     modules = {name: module for stage in stages for name, module in stage.modules.items()}
 
     # Resume from a checkpoint.

@@ -166,7 +166,7 @@ def test_small_images_have_their_own_status():
 
 def test_dicom_without_pydicom_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pydicom", None)
-    assert "pip install diffva-ray[dicom]" in reason(b"\0" * 128 + b"DICM" + b"\0" * 64)
+    assert "diffva-ray[dicom]" in reason(b"\0" * 128 + b"DICM" + b"\0" * 64)
 
 
 def test_dicom_without_a_window_and_refused_files():

@@ -173,5 +173,5 @@ def test_attaching_is_seeded_and_leaves_the_random_state(tiny: Recipe) -> None:
 def test_peft_missing_is_one_line(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     bundle = build(tiny)
-    with pytest.raises(UnusableModel, match=r"peft is needed for LoRA .*: pip install diffva-ray\[lora\]"):
+    with pytest.raises(UnusableModel, match=r"peft is needed for LoRA .*diffva-ray\[lora\]"):
         lora.attach(bundle.unet, bundle.text_encoder, LoraConfig(), seed=0)
