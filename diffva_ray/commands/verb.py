@@ -103,7 +103,8 @@ def exit_codes() -> dict[type[BaseException], int]:
     from diffva_ray.evaluate.reduction import Incomplete
     from diffva_ray.generate.attempts import OutOfMemory, WorkersKeepDying
     from diffva_ray.generate.failure_threshold import TooManyQuarantined
-    from diffva_ray.generate.run import DamagedRun, Unfinished
+    from diffva_ray.generate.run import DamagedPart, Unfinished
+    from diffva_ray.generate.run_json import DamagedRun
 
     unusable = (
         UnusableCluster,
@@ -115,7 +116,7 @@ def exit_codes() -> dict[type[BaseException], int]:
         Unfinished,
         UnknownScheme,
     )
-    incomplete = (Incomplete, StoreError, WorkersKeepDying, OutOfMemory)
+    incomplete = (DamagedPart, Incomplete, StoreError, WorkersKeepDying, OutOfMemory)
     return {
         **dict.fromkeys(unusable, UNUSABLE),
         FingerprintDiffers: DIFFERS,

@@ -14,7 +14,7 @@ from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.external_scores import Scored
 from diffva_ray.evaluate.scores import LocalizationScores
 from diffva_ray.evaluate.summary import terminal
-from diffva_ray.generate.run import RUN
+from diffva_ray.generate.run_json import RUN
 from diffva_ray.storage.store import Store, open_store
 
 COLUMNS = {

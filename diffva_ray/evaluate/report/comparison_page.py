@@ -30,7 +30,8 @@ from diffva_ray.evaluate.records import read_images, read_records, read_truth
 from diffva_ray.evaluate.report.assets import render_page
 from diffva_ray.evaluate.report.numbers import Card, Cell, Group, Table, class_name, count, number, plain, text_table
 from diffva_ray.evaluate.tables import ALL, clean, known
-from diffva_ray.generate.run import RUN, Run
+from diffva_ray.generate.run import Run
+from diffva_ray.generate.run_json import RUN
 from diffva_ray.schema import Row
 from diffva_ray.storage.store import Store, is_local, join, open_store
 
