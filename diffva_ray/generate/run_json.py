@@ -70,17 +70,16 @@ def read_run_json(store: Store) -> dict[str, Any] | None:
     return about
 
 
-def repair_command(store: Store) -> str:
-    """What writes a damaged file of a run or of a retry again."""
+def repair_command(store: Store, lost: bool = False) -> str:
+    """What writes a damaged (or ``lost``) file of a run or of a retry again."""
     base, overlay, _ = store.uri.partition(f"/{OVERLAYS}/")
-    again = "diffva retry" if overlay else "the run's own diffva generate command"
-    return f"run diffva verify {base} --repair, then {again}, to write it again"
+    if overlay:
+        return f"run diffva verify {base} --repair, then diffva retry, to write it again"
+    again = "the run's own diffva generate command again to write it"
+    return f"give {again}" if lost else f"run diffva verify {base} --repair, then give {again}"
 
 
 def _damaged(store: Store, reason: str) -> DamagedRun:
-    mend = (
-        repair_command(store)
-        if f"/{OVERLAYS}/" in store.uri
-        else "delete that file, then give the run's own diffva generate command to write it again"
-    )
+    overlay = f"/{OVERLAYS}/" in store.uri
+    mend = repair_command(store) if overlay else f"delete that file and {repair_command(store, lost=True)}"
     return DamagedRun(f"{store.uri}/{RUN} is damaged ({reason}); {mend}")
