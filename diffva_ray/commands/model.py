@@ -89,11 +89,11 @@ def train(data: str, out: str, workers: int | tuple[int, int], gpus_per_worker: 
     Example:
         diffva train --data data/train --out models/mine --recipe phantom
     """
-    from diffva_ray.workflows.train import train_model, training_keys
+    from diffva_ray.workflows.train import check_training, train_model
 
     resolved = load_recipe(recipe, overrides)
     if dry_run:
-        return show(resolved, data=data, out=out, images=len(training_keys(resolved, data)[1].images), workers=workers)
+        return show(resolved, data=data, out=out, images=check_training(resolved, data, out, workers), workers=workers)
     if train_model(resolved, data, out, workers, gpus_per_worker, executor):
         click.echo(f"model written to {out}")
 

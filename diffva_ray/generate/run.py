@@ -168,7 +168,9 @@ class Run:
         try:
             yield
         except FileNotFoundError:
-            raise PlanError(f"{self.store.uri}/{PLAN_FILE} is missing; {repair_command(self.store, lost=True)}") from None
+            raise PlanError(
+                f"{self.store.uri}/{PLAN_FILE} is missing; {repair_command(self.store, lost=True)}"
+            ) from None
         except (OSError, pa.ArrowException):
             raise self._wrong_plan() from None
 
