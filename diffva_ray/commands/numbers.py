@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from diffva_ray.commands.verb import data_option, executor_option, verb, weights_option
+from diffva_ray.commands.verb import data_option, echo, executor_option, verb, weights_option
 from diffva_ray.data.dataset import UnusableData
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def reduce(run: str, data: str | None, reference: tuple[str, ...], boxes: str | 
     )
     reduced = reduce(opened, options, executor, data)
     print_summary(reduced.metrics)
-    click.echo(f"tables in {run}/tables" + ("" if reduced.fresh else " (already up to date; nothing written)"))
+    echo(f"tables in {run}/tables" + ("" if reduced.fresh else " (already up to date; nothing written)"))
 
 
 @verb("report", "Write the HTML report of a run")
@@ -102,10 +102,10 @@ def report(run: str, boxes: str | None, served: bool, port: int, images: int | N
     from diffva_ray.generate.run import open_run
 
     opened = open_run(run)
-    click.echo(f"open {write_report(opened, images, boxes)}")
+    echo(f"open {write_report(opened, images, boxes)}")
     if served:
         try:
-            serve(opened.store, port, click.echo)
+            serve(opened.store, port, echo)
         except OSError as error:
             raise click.BadParameter(f"{port}: {error.strerror}", param_hint="--port") from error
 
@@ -182,11 +182,11 @@ def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool
     if output is not None:
         write_scores(output, scored)
     if as_json:
-        click.echo(json.dumps(clean(scored.metrics), indent=1))
+        echo(json.dumps(clean(scored.metrics), indent=1))
         return
     print_scores(scored.metrics)
     if output is not None:
-        click.echo(f"tables in {out}/tables")
+        echo(f"tables in {out}/tables")
 
 
 @verb("compare", "Compare two runs on the same images")
@@ -210,4 +210,4 @@ def compare(run_a: str, run_b: str, out: str | None) -> None:
     store = output_store(a, b, out)
     comparison = compare_runs(a, b)
     print_comparison(comparison)
-    click.echo(f"open {write_comparison(comparison, store)}")
+    echo(f"open {write_comparison(comparison, store)}")

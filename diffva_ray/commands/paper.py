@@ -9,6 +9,7 @@ import click
 from diffva_ray.commands.verb import (
     DONE,
     dry_run_option,
+    echo,
     execution,
     execution_options,
     model_option,
@@ -79,5 +80,5 @@ def paper(radiography: str | None, chexpert: str | None, model: str, out: str, q
     if dry_run:
         show(model_recipe(model, recipe, overrides), **planned_paper(inputs))
         return DONE
-    click.echo(f"open {run_paper(inputs)}")
+    echo(f"open {run_paper(inputs)}")
     return DONE

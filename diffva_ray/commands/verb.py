@@ -19,7 +19,7 @@ from diffva_ray.config.recipe import Recipe, RecipeError, Scheduler
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.generate.run import FingerprintDiffers, PlanError
 from diffva_ray.model.card import UnusableModel
-from diffva_ray.progress import LOG, one_line, set_up_logging
+from diffva_ray.progress import LOG, one_line, printable, set_up_logging
 from diffva_ray.storage.store import StoreError, UnknownScheme
 
 if TYPE_CHECKING:
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 DONE, UNEXPECTED, UNUSABLE, DIFFERS, TOO_MANY_QUARANTINED, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # with a file name: usage
+
+
+def echo(text: str, err: bool = False) -> None:
+    """Print a text without the escape sequences that labels and file names in it may contain."""
+    click.echo(printable(text), err=err)
 
 
 class VerbCommand(click.Command):
@@ -66,7 +71,7 @@ def verb(name: str, short_help: str) -> Callable[[Callable[..., Any]], click.Com
                 with sigterm_interrupts():
                     code = function(**options)
             except KeyboardInterrupt:
-                click.echo("interrupted; all committed work is kept; repeat the command to continue", err=True)
+                echo("interrupted; all committed work is kept; repeat the command to continue", err=True)
                 sys.exit(INTERRUPTED)
             except Exception as error:
                 LOG.debug("diffva %s: traceback of the error below", name, exc_info=True)
@@ -74,7 +79,7 @@ def verb(name: str, short_help: str) -> Callable[[Callable[..., Any]], click.Com
                 if known is None:
                     raise
                 message, code = known
-                click.echo(f"diffva {name}: {message}", err=True)
+                echo(f"diffva {name}: {message}", err=True)
                 sys.exit(code)
             sys.exit(code or DONE)
 
@@ -212,7 +217,7 @@ def settings_overrides(options: Mapping[str, Any], *more: str) -> tuple[str, ...
 
 def show(recipe: Recipe, **intent: Any) -> None:
     """Print the recipe and the planned work as one JSON document, for ``--dry-run``."""
-    click.echo(json.dumps({"recipe": recipe.model_dump(mode="json"), **intent}, indent=1))
+    echo(json.dumps({"recipe": recipe.model_dump(mode="json"), **intent}, indent=1))
 
 
 def with_flags(overrides: tuple[str, ...], **flags: Any) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ def write_scores(store: Store, scored: Scored) -> None:
     caption = f"{CAPTION} Grid {scored.metrics['grid']} px, smoothing {scored.metrics['smoothing']:g} of the side."
     tables.write_table(store, "scores", scored.metrics["localization"], caption)
     images = pd.DataFrame(scored.images).drop(columns="dice_curve")
-    store.put("tables/images.csv", images.to_csv(index=False).encode())
+    store.put("tables/images.csv", tables.csv(images))
     store.put(
         tables.THRESHOLDS_FILE,
         json.dumps(tables.best_thresholds(LocalizationScores.of(scored.images)), indent=1).encode(),

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS
+from diffva_ray.progress import one_line, printable
 
 COLUMNS: dict[str, dict[str, str]] = {
     "localization": {
@@ -77,7 +78,7 @@ def print_summary(metrics: dict[str, Any], console: Console | None = None) -> No
     counts = metrics["records"]
     console.print(f"{counts['planned']} records planned, {counts['ok']} ok, {counts['quarantined']} quarantined")
     for note in metrics.get("notes", []):
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {printable(note)}", markup=False)
 
 
 def _cell(value: Any) -> str:
@@ -85,4 +86,4 @@ def _cell(value: Any) -> str:
         return f"{value['value']:.3g} ± {value['standard_error']:.2g}"
     if isinstance(value, float):
         return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-    return "" if value is None else str(value)
+    return "" if value is None else one_line(str(value))

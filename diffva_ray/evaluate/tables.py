@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffva_ray.evaluate.records import under
 from diffva_ray.evaluate.scores import SIMPLE, LocalizationScores
 from diffva_ray.metrics.counterfactual import flip_rate
 from diffva_ray.metrics.localization import dice_at, fixed_threshold, group_bootstrap
+from diffva_ray.progress import one_line
 from diffva_ray.schema import Row
 from diffva_ray.storage.store import Store
 
@@ -164,6 +166,14 @@ def ground_truth_rows(scores: pd.DataFrame) -> list[Row]:
 
 
 FORMATS = ("csv", "md", "tex", "json")
+# Labels come from other people's files: what their signs would do to the reader of a table.
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+NUMBERS = re.compile(r"[-+.\de]+( to [-+.\de]+)*")  # such as an interval
+MARKDOWN = re.compile(r"[\\`*\[\]<>|]")
+LATEX = str.maketrans(
+    {sign: f"\\{sign}" for sign in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}"}
+)
 
 
 def write_table(store: Store, name: str, rows: list[Row], caption: str) -> None:
@@ -176,16 +186,26 @@ def write_table(store: Store, name: str, rows: list[Row], caption: str) -> None:
         return
     flat = pd.DataFrame([{key: _cell(value) for key, value in row.items()} for row in rows])
     store.put(f"tables/{name}.json", json.dumps({"caption": caption, "rows": clean(rows)}, indent=1).encode())
-    store.put(f"tables/{name}.csv", flat.to_csv(index=False).encode())
+    store.put(f"tables/{name}.csv", csv(flat))
     heads = [str(column).replace("_", " ") for column in flat.columns]
     cells = [[str(value) if known(value) else "" for value in row] for row in flat.to_numpy()]
     store.put(f"tables/{name}.md", f"{markdown(heads, cells)}\n\n{caption}\n".encode())
     store.put(f"tables/{name}.tex", f"{latex(heads, cells)}\n% {caption}\n".encode())
 
 
+def csv(table: pd.DataFrame) -> bytes:
+    """Format a table as CSV; a text that a spreadsheet would execute as a formula begins with an apostrophe."""
+
+    def inert(value: Any) -> Any:
+        formula = isinstance(value, str) and value.startswith(FORMULA) and not NUMBERS.fullmatch(value)
+        return f"'{value}" if formula else value
+
+    return table.map(inert).to_csv(index=False).encode()
+
+
 def markdown(heads: list[str], cells: list[list[str]]) -> str:
     """Format text cells as a Markdown table."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in [heads, *cells]]
+    rows = [[MARKDOWN.sub(r"\\\g<0>", one_line(cell, 1000)) for cell in row] for row in [heads, *cells]]
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(heads), *rows[1:]])
 
 
@@ -207,8 +227,7 @@ def _cell(value: Any) -> Any:
 
 
 def _latex(cells: list[str]) -> list[str]:
-    special = str.maketrans({sign: "\\" + sign for sign in "&%$#_{}"})
-    return [cell.translate(special) for cell in cells]
+    return [one_line(cell, 1000).translate(LATEX) for cell in cells]
 
 
 def clean(value: Any) -> Any:

@@ -25,11 +25,23 @@ class _PlanFooter(BaseModel):
     sha256: str
 
 
+class _Keys(BaseModel):
+    """The keys of the fingerprint that every run has; the settings of ``generate`` have defaults."""
+
+    model_digest: str
+    seed: int
+    prompt: str
+    resolution: int
+    sweep: list[Any]
+    torch: str
+    device: str
+
+
 class _RunJson(BaseModel):
     """The entries of ``run.json`` that reading a run depends on, as checked when it is opened."""
 
     fingerprint: str
-    keys: dict[str, Any]
+    keys: _Keys
     recipe: dict[str, Any]
     records: PositiveInt
     shards: PositiveInt
