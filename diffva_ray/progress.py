@@ -11,13 +11,25 @@ from contextlib import contextmanager
 LOG = logging.getLogger("diffva")
 
 
+class _Printable(logging.Formatter):
+    """Formats plain lines without escape sequences, which labels and file names may contain."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def set_up_logging(verbose: bool = False) -> None:
     """Log plain lines to stderr; the command line calls this once. ``verbose``: also debug messages and tracebacks."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Printable("%(message)s"))
     LOG.handlers[:] = [handler]
     LOG.setLevel(logging.DEBUG if verbose else logging.INFO)
     LOG.propagate = False
+
+
+def printable(text: str) -> str:
+    """Replace characters that a terminal would execute by ``?``; keeps line ends and tabs."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in text)
 
 
 def one_line(message: str | BaseException, length: int = 300) -> str:
@@ -28,7 +40,7 @@ def one_line(message: str | BaseException, length: int = 300) -> str:
     text = " ".join(str(message).split())
     if not text and isinstance(message, BaseException):
         text = type(message).__name__
-    return "".join(char if char.isprintable() else "?" for char in text)[:length]
+    return printable(text)[:length]
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from diffva_ray.commands.verb import dry_run_option, names, recipe_or_phantom, set_option, show, verb
+from diffva_ray.commands.verb import dry_run_option, echo, names, recipe_or_phantom, set_option, show, verb
 from diffva_ray.config.recipe import load_recipe
 from diffva_ray.data.dataset import UnusableData
 
@@ -59,7 +59,7 @@ def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str 
         count = sum(1 for _ in images)
     except ValueError as error:
         raise UnusableData(str(error)) from None
-    click.echo(f"{count} images of {side} px in {out}")
+    echo(f"{count} images of {side} px in {out}")
 
 
 @verb("inspect", "Show what a data set contains")
@@ -79,4 +79,4 @@ def inspect(data: str, as_json: bool, recipe: str, overrides: tuple[str, ...]) -
 
     config = load_recipe(recipe, overrides).data
     findings = examine(open_dataset(data, config), config.healthy_class)
-    click.echo(json.dumps(findings, indent=1) if as_json else describe_findings(findings))
+    echo(json.dumps(findings, indent=1) if as_json else describe_findings(findings))

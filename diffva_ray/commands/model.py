@@ -10,6 +10,7 @@ import click
 from diffva_ray.commands.verb import (
     data_option,
     dry_run_option,
+    echo,
     executor_option,
     model_option,
     recipe_option,
@@ -57,7 +58,7 @@ def demo(out: str, quick: bool, seed: int) -> None:
     """
     from diffva_ray.workflows.demo import run_demo
 
-    click.echo(run_demo(out, quick, seed))
+    echo(run_demo(out, quick, seed))
 
 
 @verb("train", "Train a model on a data set")
@@ -89,13 +90,13 @@ def train(data: str, out: str, workers: int | tuple[int, int], gpus_per_worker: 
     Example:
         diffva train --data data/train --out models/mine --recipe phantom
     """
-    from diffva_ray.workflows.train import train_model, training_keys
+    from diffva_ray.workflows.train import check_training, train_model
 
     resolved = load_recipe(recipe, overrides)
     if dry_run:
-        return show(resolved, data=data, out=out, images=len(training_keys(resolved, data)[1].images), workers=workers)
+        return show(resolved, data=data, out=out, images=check_training(resolved, data, out, workers), workers=workers)
     if train_model(resolved, data, out, workers, gpus_per_worker, executor):
-        click.echo(f"model written to {out}")
+        echo(f"model written to {out}")
 
 
 def _default_output(image: str, suffix: str) -> str:
@@ -144,8 +145,8 @@ def explain(image: str, model: str, prompts: tuple[str, ...], out: str | None, a
     explanation = explain_image(image, model, recipe, prompts)
     write_sheet(explanation, path)
     if as_json:
-        return click.echo(json.dumps({**explanation.as_dict(), "sheet": path}, indent=1))
-    click.echo(f"{describe(explanation)}\nsheet in {path}")
+        return echo(json.dumps({**explanation.as_dict(), "sheet": path}, indent=1))
+    echo(f"{describe(explanation)}\nsheet in {path}")
 
 
 @verb("interpolate", "Interpolate two prompts or two images")
@@ -186,4 +187,4 @@ def interpolate(image: str, model: str, prompts: tuple[str, ...], other: str | N
         return show(recipe, image=image, to=other, model=model, out=path, prompts=prompts, frames=frames)
     strip = interpolate_image(image, model, recipe, prompts, other, frames)
     write_strip(strip, path)
-    click.echo(json.dumps({**strip.as_dict(), "strip": path}, indent=1) if as_json else f"strip in {path}")
+    echo(json.dumps({**strip.as_dict(), "strip": path}, indent=1) if as_json else f"strip in {path}")

@@ -11,6 +11,7 @@ from diffva_ray.commands.verb import (
     boxes_option,
     brixia_option,
     data_option,
+    echo,
     executor_option,
     verb,
     weights_option,
@@ -72,7 +73,7 @@ def reduce(run: str, data: str | None, executor: Executor, reference: tuple[str,
     options["resize"] = resize or opened.recipe.evaluate.resize
     reduced = reduce(opened, Options(**options), executor, data)
     print_summary(reduced.metrics)
-    click.echo(f"tables in {run}/tables" + ("" if reduced.fresh else " (already up to date; nothing written)"))
+    echo(f"tables in {run}/tables" + ("" if reduced.fresh else " (already up to date; nothing written)"))
 
 
 @verb("report", "Write the HTML report of a run")
@@ -93,10 +94,10 @@ def report(run: str, boxes: str | None, served: bool, port: int, images: int | N
     from diffva_ray.generate.run import open_run
 
     opened = open_run(run)
-    click.echo(f"open {write_report(opened, images, boxes)}")
+    echo(f"open {write_report(opened, images, boxes)}")
     if served:
         try:
-            serve(opened.store, port, click.echo)
+            serve(opened.store, port, echo)
         except OSError as error:
             raise click.BadParameter(f"{port}: {error.strerror}", param_hint="--port") from error
 
@@ -133,11 +134,11 @@ def score(maps: str, data: str, out: str | None, as_json: bool, **options: Any) 
     if output is not None:
         write_scores(output, scored)
     if as_json:
-        click.echo(json.dumps(clean(scored.metrics), indent=1))
+        echo(json.dumps(clean(scored.metrics), indent=1))
         return
     print_scores(scored.metrics)
     if output is not None:
-        click.echo(f"tables in {out}/tables")
+        echo(f"tables in {out}/tables")
 
 
 @verb("compare", "Compare two runs on the same images")
@@ -161,4 +162,4 @@ def compare(run_a: str, run_b: str, out: str | None) -> None:
     store = output_store(a, b, out)
     comparison = compare_runs(a, b)
     print_comparison(comparison)
-    click.echo(f"open {write_comparison(comparison, store)}")
+    echo(f"open {write_comparison(comparison, store)}")

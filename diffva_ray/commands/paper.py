@@ -12,6 +12,7 @@ from diffva_ray.commands.verb import (
     boxes_option,
     brixia_option,
     dry_run_option,
+    echo,
     execution,
     execution_options,
     model_option,
@@ -68,5 +69,5 @@ def paper(model: str, inception_weights: str | None, dry_run: bool, **options: A
     if dry_run:
         show(model_recipe(model, inputs.recipe, inputs.overrides), **planned_paper(inputs))
         return DONE
-    click.echo(f"open {run_paper(inputs)}")
+    echo(f"open {run_paper(inputs)}")
     return DONE

@@ -12,6 +12,7 @@ from diffva_ray.commands.verb import (
     INCOMPLETE,
     data_option,
     dry_run_option,
+    echo,
     execution,
     execution_options,
     model_option,
@@ -99,10 +100,10 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     if options["probe"] or options["images_per_second"]:
         raise click.UsageError("--probe and --images-per-second are for --dry-run only")
     # Generate, then compare the number of quarantined records with the limit.
-    click.echo(f"recipe {recipe.name}" + ("" if options["recipe"] else " (the model's own)"), err=True)
+    echo(f"recipe {recipe.name}" + ("" if options["recipe"] else " (the model's own)"), err=True)
     counts = generate_run(recipe, data, model, out, request, execution(options))
     if counts["shards"]:
-        click.echo(f"{counts['ok']} of {counts['records']} records ok; next: diffva reduce {out}")
+        echo(f"{counts['ok']} of {counts['records']} records ok; next: diffva reduce {out}")
     check_quarantine_limit(open_run(out))
     return DONE
 
@@ -119,7 +120,7 @@ def status(run_or_model: str, as_json: bool) -> None:
     from diffva_ray.workflows.status import describe, read_status
 
     progress = read_status(run_or_model)
-    click.echo(json.dumps(progress, indent=1) if as_json else describe(progress))
+    echo(json.dumps(progress, indent=1) if as_json else describe(progress))
 
 
 @verb("verify", "Check a finished run for damage")
@@ -141,15 +142,15 @@ def verify(run: str, repair: bool) -> int:
     opened = open_run(run)
     problems = check(opened)
     for problem in problems[:20]:
-        click.echo(f"shard {problem.shard}: {problem.what}" if problem.shard >= 0 else problem.what, err=True)
+        echo(f"shard {problem.shard}: {problem.what}" if problem.shard >= 0 else problem.what, err=True)
     if not problems:
-        click.echo(f"{run}: {opened.about['records']} records in {opened.shards} shards, complete and sound")
+        echo(f"{run}: {opened.about['records']} records in {opened.shards} shards, complete and sound")
         return DONE
-    click.echo(f"{run}: {len(problems)} problems" + (f", {len(problems) - 20} not shown" if len(problems) > 20 else ""))
+    echo(f"{run}: {len(problems)} problems" + (f", {len(problems) - 20} not shown" if len(problems) > 20 else ""))
     # Requeue the damaged shards.
     if repair:
         command = "retry" if all(problem.overlay for problem in problems) else "generate"
-        click.echo(f"{requeue(opened, problems)} shards requeued; run diffva {command} again, then diffva reduce")
+        echo(f"{requeue(opened, problems)} shards requeued; run diffva {command} again, then diffva reduce")
     return INCOMPLETE
 
 
@@ -171,8 +172,8 @@ def retry(run: str, data: str | None, model: str | None, **options: Any) -> int:
     opened = open_run(run)
     counts = retry_run(opened, execution(options), data, model)
     if not counts["shards"]:
-        click.echo(f"{run}: no record is quarantined; nothing to retry")
+        echo(f"{run}: no record is quarantined; nothing to retry")
     else:
-        click.echo(f"{counts['ok']} of {counts['records']} records ok now; next: diffva reduce {run}")
+        echo(f"{counts['ok']} of {counts['records']} records ok now; next: diffva reduce {run}")
     check_quarantine_limit(opened)
     return DONE

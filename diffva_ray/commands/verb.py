@@ -20,7 +20,7 @@ from diffva_ray.config.sampling import SamplingSettings, Scheduler
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.generate.run import FingerprintDiffers, PlanError
 from diffva_ray.model.card import UnusableModel
-from diffva_ray.progress import LOG, one_line, set_up_logging
+from diffva_ray.progress import LOG, one_line, printable, set_up_logging
 from diffva_ray.provenance import missing
 from diffva_ray.storage.store import StoreError, UnknownScheme
 
@@ -32,6 +32,11 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 DONE, UNEXPECTED, UNUSABLE, DIFFERS, TOO_MANY_QUARANTINED, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 PAGES = ("matplotlib", "jinja2")  # packages of the extra `report`
 FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # with a file name: usage
+
+
+def echo(text: str, err: bool = False) -> None:
+    """Print a text without the escape sequences that labels and file names in it may contain."""
+    click.echo(printable(text), err=err)
 
 
 class VerbCommand(click.Command):
@@ -69,7 +74,7 @@ def verb(name: str, short_help: str) -> Callable[[Callable[..., Any]], click.Com
                 with sigterm_interrupts():
                     code = function(**options)
             except KeyboardInterrupt:
-                click.echo("interrupted; all committed work is kept; repeat the command to continue", err=True)
+                echo("interrupted; all committed work is kept; repeat the command to continue", err=True)
                 sys.exit(INTERRUPTED)
             except Exception as error:
                 LOG.debug("diffva %s: traceback of the error below", name, exc_info=True)
@@ -77,7 +82,7 @@ def verb(name: str, short_help: str) -> Callable[[Callable[..., Any]], click.Com
                 if known is None:
                     raise
                 message, code = known
-                click.echo(f"diffva {name}: {message}", err=True)
+                echo(f"diffva {name}: {message}", err=True)
                 sys.exit(code)
             sys.exit(code or DONE)
 
@@ -108,7 +113,8 @@ def exit_codes() -> dict[type[BaseException], int]:
     from diffva_ray.evaluate.reduction import Incomplete
     from diffva_ray.generate.attempts import OutOfMemory, WorkersKeepDying
     from diffva_ray.generate.failure_threshold import TooManyQuarantined
-    from diffva_ray.generate.run import DamagedRun, Unfinished
+    from diffva_ray.generate.run import DamagedPart, Unfinished
+    from diffva_ray.generate.run_json import DamagedRun
 
     unusable = (
         UnusableCluster,
@@ -120,7 +126,7 @@ def exit_codes() -> dict[type[BaseException], int]:
         Unfinished,
         UnknownScheme,
     )
-    incomplete = (Incomplete, StoreError, WorkersKeepDying, OutOfMemory)
+    incomplete = (DamagedPart, Incomplete, StoreError, WorkersKeepDying, OutOfMemory)
     return {
         **dict.fromkeys(unusable, UNUSABLE),
         FingerprintDiffers: DIFFERS,
@@ -214,7 +220,7 @@ def settings_overrides(options: Mapping[str, Any], *more: str) -> tuple[str, ...
 
 def show(recipe: Recipe, **intent: Any) -> None:
     """Print the recipe and the planned work as one JSON document, for ``--dry-run``."""
-    click.echo(json.dumps({"recipe": recipe.model_dump(mode="json"), **intent}, indent=1))
+    echo(json.dumps({"recipe": recipe.model_dump(mode="json"), **intent}, indent=1))
 
 
 def with_flags(overrides: tuple[str, ...], **flags: Any) -> tuple[str, ...]:

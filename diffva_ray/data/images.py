@@ -291,16 +291,23 @@ def to_square(image: NDArray[np.floating], size: int) -> NDArray[np.float32]:
 
 def decode_map(data: bytes) -> NDArray[np.float32]:
     """Decodes the bytes of ``encode_map`` to a signed map, float32 [H, W] in [-1, 1]. Raises BadImage."""
+    levels = _guarded(lambda: _decode_png(data, ("I;16", "I;16B", "I"), "an attribution map is a 16-bit grey PNG"))
+    return np.clip((levels.astype(np.float32) - 32768) / 32767, -1, 1).astype(np.float32)
 
-    def levels() -> np.ndarray:
-        kind, image = _open(data)
-        if kind != "PNG" or image.mode not in ("I;16", "I;16B", "I"):
-            raise BadImage(f"an attribution map is a 16-bit grey PNG; this is {describe(data)}")
-        image.load()
-        check_end(kind, data)
-        return np.asarray(image, np.float32)
 
-    return np.clip((_guarded(levels) - 32768) / 32767, -1, 1).astype(np.float32)
+def decode_grey(data: bytes) -> NDArray[np.uint8]:
+    """Decodes the bytes of ``encode_grey``, the format of a run's images. Raises BadImage."""
+    return _guarded(lambda: _decode_png(data, ("L",), "an image of a run is an 8-bit grey PNG"))
+
+
+def _decode_png(data: bytes, modes: tuple[str, ...], expected: str) -> np.ndarray:
+    kind, image = _open(data)
+    if kind != "PNG" or image.mode not in modes:
+        raise BadImage(f"{expected}; this is {describe(data)}")
+    _check_size(*image.size, 1)
+    image.load()
+    check_end(kind, data)
+    return np.asarray(image)
 
 
 def read_image(path: str) -> NDArray[np.float32]:

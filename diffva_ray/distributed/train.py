@@ -6,7 +6,8 @@ because it would end a driver with exit code 0 after Ctrl-C.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def fit(
     trainer = _trainer.options(scheduling_strategy=this_node, runtime_env={"env_vars": variables})
     try:
         with followed(open_store(model)):
-            ray.get(trainer.remote(config, workers, resources))
+            ray.get(trainer.remote(config, workers, resources, private))
     except ray.exceptions.RayTaskError as error:
         if "CheckpointManagerInitializationError" not in str(error):  # an exception of Ray Train that is not public
             raise
@@ -86,14 +87,19 @@ def fit(
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _trainer(config: dict[str, Any], workers: int | tuple[int, int], resources: dict[str, float]) -> None:
-    """Task that runs Ray Train's trainer."""
+def _trainer(
+    config: dict[str, Any], workers: int | tuple[int, int], resources: dict[str, float], private: bool
+) -> None:
+    """Task that runs Ray Train's trainer; on a ``private`` cluster the workers listen on loopback only."""
     import ray.train.torch
+
+    from diffva_ray.distributed.loopback import LoopbackConfig
 
     filesystem, root = _storage(config["model"])
     ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config=config,
+        torch_config=LoopbackConfig() if private else None,
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers,  # type: ignore[arg-type]  # the annotation lacks the elastic (minimum, maximum)
             use_gpu="GPU" in resources,
@@ -128,8 +134,7 @@ def _worker(config: dict[str, Any]) -> None:
         )
 
     recipe = make_recipe(config["recipe"])
-    latest = ray.train.get_checkpoint()
-    with latest.as_directory() if latest else nullcontext() as resume:
+    with _sound(ray.train.get_checkpoint()) as resume:
         train(
             recipe,
             config["data"],
@@ -137,10 +142,32 @@ def _worker(config: dict[str, Any]) -> None:
             fingerprint=config["fingerprint"],
             provenance=config["provenance"],
             report=report,
-            resume=Path(resume) if resume else None,
+            resume=resume,
             threads=config["threads"],
             validate=validation_of(recipe),
         )
+
+
+@contextmanager
+def _sound(latest: ray.train.Checkpoint | None) -> Iterator[Path | None]:
+    """The newest sound checkpoint from ``latest`` backwards as a local folder, None without any checkpoint. Every
+    worker finds the same one. Raises UnusableModel if all are damaged."""
+    from diffva_ray.train.checkpoint import all_damaged, damage, note_damage
+
+    if latest is None:
+        yield None
+        return
+    folder = latest.path.rpartition("/")[0]
+    infos = latest.filesystem.get_file_info(pyarrow.fs.FileSelector(folder))
+    paths = [info.path for info in infos if info.base_name.startswith("checkpoint_")]
+    for path in sorted((path for path in paths if path <= latest.path), reverse=True):
+        with ray.train.Checkpoint(path, latest.filesystem).as_directory() as local:
+            what = damage(Path(local))
+            if what is None:
+                yield Path(local)
+                return
+        note_damage(path, what)
+    raise all_damaged(folder)
 
 
 def _storage(model: str) -> tuple[pyarrow.fs.FileSystem | None, str]:

@@ -20,8 +20,8 @@ from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.images import BadImage, decode, to_square
 from diffva_ray.evaluate.records import stored_records
 from diffva_ray.evaluate.run_index import RunIndex, ShardRef
-from diffva_ray.generate.committed import OVERLAYS
 from diffva_ray.generate.run import Run, find_run, part
+from diffva_ray.generate.run_json import OVERLAYS
 from diffva_ray.metrics.feature_set import Features, FeatureSet, npz, release
 from diffva_ray.metrics.fid import delete_group_jackknife, frechet_distance_features, matched
 from diffva_ray.metrics.fid_controls import infinity, split_halves

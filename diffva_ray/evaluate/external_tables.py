@@ -14,7 +14,7 @@ from diffva_ray.evaluate.external_scores import Scored
 from diffva_ray.evaluate.report.result_tables import localization_table
 from diffva_ray.evaluate.scores import LocalizationScores
 from diffva_ray.evaluate.summary import print_lines, print_table, terminal
-from diffva_ray.generate.run import RUN
+from diffva_ray.generate.run_json import RUN
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store
 
@@ -41,7 +41,7 @@ def write_scores(store: Store, scored: Scored) -> None:
     caption = f"{CAPTION} Grid {scored.metrics['grid']} px, smoothing {scored.metrics['smoothing']:g} of the side."
     tables.write_table(store, "scores", scored.metrics["localization"], caption)
     images = pd.DataFrame(scored.images).drop(columns="dice_curve")
-    store.put("tables/images.csv", images.to_csv(index=False).encode())
+    store.put("tables/images.csv", tables.csv(images).encode())
     store.put(
         tables.THRESHOLDS_FILE,
         json.dumps(tables.best_thresholds(LocalizationScores.of(scored.images)), indent=1).encode(),

@@ -18,8 +18,9 @@ from PIL import Image
 from diffva_ray.config.sampling import SWEEPABLE
 from diffva_ray.data.dataset import LabelledImage
 from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, to_square
-from diffva_ray.generate.committed import OVERLAYS, PATHS, committed
+from diffva_ray.generate.committed import PATHS, committed
 from diffva_ray.generate.run import Run, part
+from diffva_ray.generate.run_json import OVERLAYS
 from diffva_ray.metrics.localization import boxes_mask
 from diffva_ray.schema import Record, Status
 from diffva_ray.storage.store import Store

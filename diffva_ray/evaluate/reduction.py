@@ -41,10 +41,11 @@ from diffva_ray.evaluate.report.result_tables import SPECS
 from diffva_ray.evaluate.run_index import SAMPLE, RunIndex, index_run
 from diffva_ray.evaluate.scores import LocalizationScores, stacked
 from diffva_ray.evaluate.set_distances import distances
-from diffva_ray.generate.committed import OVERLAYS, overlays
+from diffva_ray.generate.committed import overlays
 from diffva_ray.generate.data_identity import check_there
 from diffva_ray.generate.failure_threshold import check_quarantined
-from diffva_ray.generate.run import PLAN_FILE, RUN, SUCCESS, Run, remember_data
+from diffva_ray.generate.run import PLAN_FILE, SUCCESS, Run, remember_data
+from diffva_ray.generate.run_json import OVERLAYS, RUN
 from diffva_ray.generate.verification import MANIFEST, Problem, verify
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS
 from diffva_ray.model.training_images import TrainingImages
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from diffva_ray.metrics.perceptual import Lpips
 
 
-METRICS = "tables/metrics.json"
+METRICS, QUARANTINE = "tables/metrics.json", "quarantine.parquet"
 
 
 class Incomplete(Exception):
@@ -66,10 +67,11 @@ class Incomplete(Exception):
     def __init__(self, problems: list[Problem], uri: str) -> None:
         self.problems = problems
         shards = len({(problem.overlay, problem.shard) for problem in problems})
+        repair = "" if all(problem.pending for problem in problems) else "diffva verify --repair, then "
         verb = "retry" if all(problem.overlay for problem in problems) else "generate"
         super().__init__(
-            f"{uri}: {shards} shards are missing or damaged (first: {problems[0].what}); run diffva {verb} again, "
-            "or diffva verify --repair"
+            f"{uri}: {shards} shards are missing or damaged (first: {problems[0].what}); "
+            f"run {repair}diffva {verb} again"
         )
 
 
@@ -112,7 +114,7 @@ def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecuto
     if problems:
         raise Incomplete(problems, run.store.uri)
     state = _state(run, options)
-    if (metrics := _earlier_metrics(run, {**state, "all_read": True})) is not None:
+    if (metrics := _earlier_metrics(run, {**state, "all_read": True, "tables": _tables(run)})) is not None:
         return Reduced(metrics, fresh=False)
     check_there(run.about, run.data)
     run.store.delete(SUCCESS)
@@ -146,19 +148,18 @@ def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecuto
     _write_manifest(run)
 
     check_quarantined(run, records.quarantined)
-    run.store.put(SUCCESS, json.dumps({**state, "all_read": notes.all_read}).encode())
+    written = {**state, "all_read": notes.all_read, "tables": _tables(run)}
+    run.store.put(SUCCESS, json.dumps(written).encode())
     return reduced
 
 
 def _earlier_metrics(run: Run, state: dict[str, Any]) -> dict[str, Any] | None:
     """The metrics of an earlier reduce if ``_SUCCESS`` holds the same ``state``; None otherwise, or if unreadable."""
     try:
-        if json.loads(run.store.read(SUCCESS)) != state:
-            return None
-        metrics = json.loads(run.store.read(METRICS))
-    except (FileNotFoundError, ValueError):
+        same = json.loads(run.store.read(SUCCESS)) == state
+        return json.loads(run.store.read(METRICS)) if same else None
+    except (OSError, ValueError):
         return None
-    return metrics if isinstance(metrics, dict) and "records" in metrics else None
 
 
 def _state(run: Run, options: Options) -> dict[str, Any]:
@@ -184,6 +185,12 @@ def _parts(run: Run) -> str:
     """Digest of the names and sizes of all parts, including those of the retries."""
     folders = ["records", *(f"{OVERLAYS}/r{number}/records" for number, _ in enumerate(overlays(run), start=1))]
     return digest([run.store.list(folder) for folder in folders])
+
+
+def _tables(run: Run) -> str:
+    """Digest of the contents of all tables."""
+    paths = [path for path, _ in run.store.list("tables")] + [QUARANTINE] * run.store.exists(QUARANTINE)
+    return digest([(path, *_hashed(run.store, path)) for path in paths])
 
 
 def _compute(
@@ -302,7 +309,7 @@ def _note_training_images(records: RunIndex, metrics: dict[str, Any], notes: lis
 def _write_quarantine(run: Run, quarantined: pa.Table) -> None:
     sink = io.BytesIO()
     pq.write_table(quarantined.cast(RECORDS), sink)
-    run.store.put("quarantine.parquet", sink.getvalue())
+    run.store.put(QUARANTINE, sink.getvalue())
 
 
 def _write_manifest(run: Run) -> None:
@@ -311,7 +318,7 @@ def _write_manifest(run: Run) -> None:
     Images are left out, because their digests are in the records and there may be ten million of them."""
     files: dict[str, dict[str, Any]] = {}
     for folder in ("", *(f"{OVERLAYS}/r{number}/" for number, _ in enumerate(overlays(run), start=1))):
-        named = [f"{folder}{name}" for name in (PLAN_FILE, RUN, "quarantine.parquet")]
+        named = [f"{folder}{name}" for name in (PLAN_FILE, RUN, QUARANTINE)]
         paths = [path for path in named if run.store.exists(path)]
         paths += [path for kind in ("records", "tables") for path, _ in run.store.list(f"{folder}{kind}")]
         with ThreadPoolExecutor(8) as pool:

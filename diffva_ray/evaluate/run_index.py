@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from diffva_ray.config.sampling import SWEEPABLE
 from diffva_ray.evaluate.records import Boxes, setting_key, setting_names
-from diffva_ray.generate.committed import OVERLAYS, parts
+from diffva_ray.generate.committed import parts
 from diffva_ray.generate.run import Run
+from diffva_ray.generate.run_json import OVERLAYS
 from diffva_ray.schema import RECORDS, Record, Status, digest
 
 SAMPLE = 100  # images of a class and setting that are read again, at most

@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from diffva_ray.evaluate.report.numbers import INTERVAL, Table, glance
 from diffva_ray.evaluate.report.result_tables import report_tables
+from diffva_ray.progress import printable
 
 
 def terminal() -> Console:
@@ -36,16 +37,16 @@ def print_summary(metrics: dict[str, Any], console: Console | None = None) -> No
 def print_table(console: Console, table: Table, intervals: bool = False) -> None:
     """Print a table of a page with the first sentence of its caption, by default without its intervals."""
     title = ". ".join(filter(None, [table.title, table.caption.partition(". ")[0]]))
-    printed = rich_table.Table(title=escape(title), title_justify="left", header_style="bold")
+    printed = rich_table.Table(title=escape(printable(title)), title_justify="left", header_style="bold")
     columns = [n for n, (head, _) in enumerate(table.heads) if intervals or head != INTERVAL]
     for n in columns:
         head, is_number = table.heads[n]
         printed.add_column(escape(head), justify="right" if is_number else "left")
     for group in table.groups:
         if group.title and len(table.groups) > 1:
-            printed.add_row(f"[bold]{escape(group.title)}[/bold]")
+            printed.add_row(f"[bold]{escape(printable(group.title))}[/bold]")
         for _, cells in group.rows:
-            printed.add_row(*(escape(cells[n].text) for n in columns))
+            printed.add_row(*(escape(printable(cells[n].text)) for n in columns))
         printed.add_section()
     console.print(printed)
     print_lines(console, table.warnings)
@@ -54,4 +55,4 @@ def print_table(console: Console, table: Table, intervals: bool = False) -> None
 def print_lines(console: Console, lines: Iterable[str]) -> None:
     """Print text as it is."""
     for line in lines:
-        console.print(line, markup=False, highlight=False)
+        console.print(printable(line), markup=False, highlight=False)

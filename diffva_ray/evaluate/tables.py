@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffva_ray.evaluate.records import under
 from diffva_ray.evaluate.scores import SIMPLE, LocalizationScores
 from diffva_ray.metrics.counterfactual import flip_rate
 from diffva_ray.metrics.localization import dice_at, fixed_threshold, group_bootstrap
+from diffva_ray.progress import one_line
 from diffva_ray.schema import Row
 from diffva_ray.storage.store import Store
 
@@ -164,6 +166,10 @@ def ground_truth_rows(scores: pd.DataFrame) -> list[Row]:
 
 
 FORMATS = ("csv", "md", "tex", "json")
+# Labels come from other people's files: what their signs would do to the reader of a table.
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+NUMBERS = re.compile(r"[-+.\de]+( to [-+.\de]+)*")  # such as an interval
+MARKDOWN = re.compile(r"[\\`*\[\]<>|]")
 
 
 def write_table(store: Store, name: str, rows: list[Row], caption: str) -> None:
@@ -185,10 +191,11 @@ def write_files(
 ) -> None:
     """Write ``tables/<name>``: ``document`` as JSON, ``numbers`` as CSV, cells as Markdown and LaTeX (booktabs)."""
     title = f"**{document['title']}**\n\n" if "title" in document else ""
-    tex = pd.DataFrame(cells, columns=heads).to_latex(index=False, escape=True)
+    lines = [[one_line(cell, 1000) for cell in row] for row in cells]
+    tex = pd.DataFrame(lines, columns=heads).to_latex(index=False, escape=True)
     files = {
         "json": json.dumps(clean(document), indent=1),
-        "csv": numbers.to_csv(index=False),
+        "csv": csv(numbers),
         "md": f"{title}{markdown(heads, cells)}\n\n{document['caption']}\n",
         "tex": f"{tex}% {document['caption']}\n",
     }
@@ -196,9 +203,19 @@ def write_files(
         store.put(f"tables/{name}.{extension}", text.encode())
 
 
+def csv(table: pd.DataFrame) -> str:
+    """Format a table as CSV; a text that a spreadsheet would execute as a formula begins with an apostrophe."""
+
+    def inert(value: Any) -> Any:
+        formula = isinstance(value, str) and value.startswith(FORMULA) and not NUMBERS.fullmatch(value)
+        return f"'{value}" if formula else value
+
+    return table.map(inert).to_csv(index=False)
+
+
 def markdown(heads: list[str], cells: list[list[str]]) -> str:
     """Format text cells as a Markdown table."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in [heads, *cells]]
+    rows = [[MARKDOWN.sub(r"\\\g<0>", one_line(cell, 1000)) for cell in row] for row in [heads, *cells]]
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(heads), *rows[1:]])
 
 

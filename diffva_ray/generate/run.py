@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,17 +19,27 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
-from diffva_ray.config.recipe import GenerateConfig, Recipe, fingerprint, fingerprint_difference, make_recipe
+from diffva_ray.config.recipe import (
+    GenerateConfig,
+    Recipe,
+    fingerprint,
+    fingerprint_difference,
+    first_error,
+    make_recipe,
+)
 from diffva_ray.data.dataset import UnusableData
-from diffva_ray.schema import PLAN, SCHEMA_VERSION, PlannedRecord
+from diffva_ray.generate.run_json import RUN, DamagedRun, read_run_json, repair_command
+from diffva_ray.schema import PLAN, PlannedRecord
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Ranges, Store
 
-RUN, PLAN_FILE, SUCCESS = "run.json", "plan.parquet", "_SUCCESS"
+PLAN_FILE, SUCCESS = "plan.parquet", "_SUCCESS"
 FOLDERS = ("counterfactuals", "attributions", "reconstructions")  # the images of a record, one file each
 ENVIRONMENT = ("torch", "device", "engine")  # keys that --allow-environment-change may change
 MAX_ROW_GROUPS = 4096  # of the plan file; keeps its footer small, which every worker reads
+PART = re.compile(r"records/part-(\d{5,})\.parquet")  # anything else in records/ is no part of the run
 
 
 class FingerprintDiffers(Exception):
@@ -46,8 +57,8 @@ class PlanError(ValueError):
     """A plan cannot be made or read; the message is one line that names the option at fault."""
 
 
-class DamagedRun(ValueError):
-    """``run.json`` cannot be read; the message is one line."""
+class DamagedPart(Exception):
+    """A committed part cannot be read; the message is one line."""
 
 
 class Unfinished(Exception):
@@ -103,7 +114,10 @@ class Run:
         """
         stored = self.about["keys"]
         generate = {key: value for key, value in stored.items() if key in GenerateConfig.model_fields}
-        settings = GenerateConfig.model_validate(generate).model_dump(mode="json")
+        try:
+            settings = GenerateConfig.model_validate(generate).model_dump(mode="json")
+        except ValidationError as error:
+            raise DamagedRun(f"{self.store.uri}/{RUN} is damaged (keys: {first_error(error)})") from None
         return {"timestep_spacing": "leading", "bits": 16, **stored, **settings}
 
     @property
@@ -128,6 +142,13 @@ class Run:
             raise self._wrong_plan()
         return pq.read_table(io.BytesIO(data), columns=columns)
 
+    def has_plan(self) -> bool:
+        """Whether the plan is there and sound, as far as its footer and its column of shards tell."""
+        try:
+            return len(self.shard_sizes()) == self.shards
+        except PlanError:
+            return False
+
     @cached_property
     def _footer(self) -> pq.FileMetaData:
         """The checked footer of the plan file; it holds the digest of all record ids."""
@@ -144,25 +165,29 @@ class Run:
 
     @contextmanager
     def _plan_required(self) -> Iterator[None]:
-        """Turn FileNotFoundError into PlanError: the run was claimed, but its plan is not written (yet)."""
+        """Turn errors into PlanError: the run was claimed, but its plan is not written (yet), or is damaged."""
         try:
             yield
         except FileNotFoundError:
             raise PlanError(
-                f"{self.store.uri}/{PLAN_FILE} is missing; give the run's own diffva generate command again to write it"
+                f"{self.store.uri}/{PLAN_FILE} is missing; {repair_command(self.store, lost=True)}"
             ) from None
+        except (OSError, pa.ArrowException):
+            raise self._wrong_plan() from None
 
     def _open_plan(self) -> pq.ParquetFile:
         """Open the plan file; only requested ranges are read, and pages have checksums.
 
         Every reader opens the file anew, because threads that share a ParquetFile crash."""
-        if "plan_footer" not in self.about:  # planned by an earlier version
+        if not self.about.get("plan_footer"):  # planned by an earlier version
             return pq.ParquetFile(io.BytesIO(self._read_plan()))
         ranges = Ranges(self.store, PLAN_FILE, self.about["plan_footer"]["stop"])
         return pq.ParquetFile(ranges, metadata=self._footer, pre_buffer=True, page_checksum_verification=True)
 
     def _wrong_plan(self) -> PlanError:
-        return PlanError(f"{self.store.uri}/{PLAN_FILE} is not the plan that {RUN} was written for")
+        return PlanError(
+            f"{self.store.uri}/{PLAN_FILE} is not the plan that {RUN} was written for; {repair_command(self.store)}"
+        )
 
     def planned(self, shard: int) -> list[PlannedRecord]:
         """Read the planned records of one shard; only the row group with this shard is read.
@@ -176,20 +201,19 @@ class Run:
         Raises:
             PlanError: The plan is missing, or is not the one that ``run.json`` names.
         """
-        group = self._open_plan().read_row_group(shard // self.about.get("shards_per_row_group", 1))
+        with self._plan_required():
+            group = self._open_plan().read_row_group(shard // self.about.get("shards_per_row_group", 1))
         return group.filter(pc.equal(group["shard"], shard)).to_pylist()
 
     def shard_sizes(self) -> list[int]:
         """Number of records of each shard. Raises PlanError as ``plan``."""
-        return np.bincount(self._open_plan().read(["shard"])["shard"], minlength=self.shards).tolist()
+        with self._plan_required():
+            shards = self._open_plan().read(["shard"])["shard"]
+        return np.bincount(shards, minlength=self.shards).tolist()
 
     def done(self) -> set[int]:
         """Numbers of the committed shards, from one listing of the store."""
-        return {
-            int(name[len("records/part-") : -len(".parquet")])
-            for name, _ in self.store.list("records")
-            if name.startswith("records/part-") and name.endswith(".parquet")
-        }
+        return {int(name[1]) for path, _ in self.store.list("records") if (name := PART.fullmatch(path))}
 
     def pending(self) -> list[int]:
         """Numbers of the planned shards that are not committed, in ascending order."""
@@ -221,21 +245,8 @@ def open_run(uri: str) -> Run:
 
 def find_run(store: Store) -> Run | None:
     """The run at ``store``, or None without ``run.json``. Raises DamagedRun for one that cannot be read."""
-    try:
-        about = json.loads(store.read(RUN))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except json.JSONDecodeError as error:
-        raise DamagedRun(f"{store.uri}/{RUN} is damaged ({error})") from None
-    if (
-        isinstance(about, dict)
-        and (version := about.get("keys", {}).get("schema_version", SCHEMA_VERSION)) < SCHEMA_VERSION
-    ):
-        raise DamagedRun(
-            f"{store.uri}: a run of an earlier version (schema {version}), whose files and columns have other names; "
-            "choose another folder and generate it again"
-        )
-    return Run(store, about)
+    about = read_run_json(store)
+    return None if about is None else Run(store, about)
 
 
 def continue_run(run: Run, keys: dict[str, Any], allow_environment_change: bool = False) -> Run:
@@ -280,20 +291,35 @@ def start_run(store: Store, table: pa.Table, keys: dict[str, Any], about: dict[s
         **layout,
         "plan_sha256": hashlib.sha256(data).hexdigest(),
     }
+    _check_vacant(store, fingerprint(keys))
     store.put_if_absent(RUN, json.dumps(about, indent=1).encode())
     run = find_run(store)  # read it back: without a lock in the store, every process uses the stored one
     if run is None:
         raise PlanError(f"{store.uri}: {RUN} was removed while the run was planned; give the command again")
     if run.fingerprint != about["fingerprint"]:
         continue_run(run, keys)
-    if run.about["plan_sha256"] == about["plan_sha256"]:
-        store.put_if_absent(PLAN_FILE, data)
-    elif not store.exists(PLAN_FILE):
+    if store.exists(PLAN_FILE) and run.has_plan():
+        return run
+    if run.about["plan_sha256"] != about["plan_sha256"]:
         raise PlanError(
-            f"{store.uri}: claimed by a process that has not written its plan, and the images have changed since; "
-            f"give the command again, and remove the folder if that does not help"
+            f"{store.uri}/{PLAN_FILE} is missing or damaged, and the images have changed since the run was planned, so "
+            "that it cannot be written again; restore the images, or name another --out"
         )
+    store.put(PLAN_FILE, data)  # the same bytes from every process
     return run
+
+
+def _check_vacant(store: Store, expected: str) -> None:
+    """Raises PlanError when ``store`` has lost its ``run.json`` and holds a part of another run."""
+    parts = [] if store.exists(RUN) else [path for path, _ in store.list("records") if PART.fullmatch(path)]
+    for path in parts[:1]:
+        with suppress(OSError, pa.ArrowException):  # a damaged part tells nothing
+            metadata = pq.read_schema(io.BytesIO(store.read(path))).metadata or {}
+            if (found := metadata.get(b"fingerprint", b"").decode()) != expected:
+                raise PlanError(
+                    f"{store.uri}: holds records of another run (fingerprint {found}, this one's {expected}), whose "
+                    f"{RUN} is missing; give that run's own diffva generate command, or another --out"
+                )
 
 
 def _plan_file(table: pa.Table, keys: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:

@@ -8,19 +8,22 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
+from pydantic import BaseModel, TypeAdapter
 
 from diffva_ray.data.encoding import map_levels, pixel_digest
-from diffva_ray.data.images import BadImage, decode_map
-from diffva_ray.generate.committed import overlays
-from diffva_ray.generate.run import FOLDERS, SUCCESS, Run, part
+from diffva_ray.data.images import BadImage, decode_grey, decode_map
+from diffva_ray.generate.committed import overlay_uri, sound_overlays
+from diffva_ray.generate.run import FOLDERS, PART, PLAN_FILE, SUCCESS, PlanError, Run, part
+from diffva_ray.generate.run_json import OVERLAYS, RUN
 from diffva_ray.progress import one_line
 from diffva_ray.schema import RECORDS, SCHEMA_VERSION, Status
+from diffva_ray.storage.opening import open_store
 
 MANIFEST = "manifest.json"
 STATUSES = {status.value for status in Status}
@@ -35,6 +38,8 @@ class Problem:
     shard: int  # number of the shard; -1: no shard, but for instance a table, which reduce writes again
     what: str  # the problem, in one line
     overlay: int = 0  # number of the retry run, counted from 1; 0: the run itself
+    pending: bool = False  # whether the shard is not committed, so that it is generated without a repair
+    files: tuple[str, ...] = ()  # further files that ``requeue`` deletes, so that they are written again
 
 
 def verify_shard(run: Run, shard: int, planned: Sequence[str], features: set[str] | None = None) -> list[Problem]:
@@ -46,7 +51,7 @@ def verify_shard(run: Run, shard: int, planned: Sequence[str], features: set[str
     try:
         table = pq.read_table(io.BytesIO(run.store.read(name)))
     except FileNotFoundError:
-        return [Problem(shard, f"{name} is missing")]
+        return [Problem(shard, f"{name} is missing", pending=True)]
     except (OSError, ValueError) as error:
         return [Problem(shard, f"{name} cannot be read ({one_line(error, 120)})")]
     problems = []
@@ -110,7 +115,7 @@ def _image_problem(run: Run, path: str, expected: str, signed: bool) -> str | No
     size = run.recipe.model.resolution
     try:
         data = run.store.read(path)
-        pixels = map_levels(decode_map(data)) if signed else np.asarray(Image.open(io.BytesIO(data)))
+        pixels = map_levels(decode_map(data)) if signed else decode_grey(data)
     except FileNotFoundError:
         return "is missing"
     except (BadImage, OSError, SyntaxError, ValueError) as error:
@@ -134,21 +139,38 @@ def verify(run: Run, pixels: bool = True) -> list[Problem]:
         PlanError: The plan is missing, or is not the one that ``run.json`` names.
         StoreError: The store fails.
     """
-    plan = run.plan(["record_id", "shard"])
+    try:
+        plan = run.plan(["record_id", "shard"])
+    except PlanError as error:
+        return [Problem(-1, str(error), files=(PLAN_FILE,))]
     problems = _verify_parts(run, plan, pixels)
     ids = plan["record_id"]
     if pc.count_distinct(ids).as_py() < len(ids):
         twice = (row["values"] for row in pc.value_counts(ids).to_pylist() if row["counts"] > 1)
         problems += [Problem(-1, f"record {name} is planned twice") for name in twice]
-    for number, retry in enumerate(overlays(run), start=1):
-        retried = retry.plan(["record_id", "shard"])
-        problems += [
-            replace(problem, what=f"overlays/r{number}: {problem.what}", overlay=number)
-            for problem in _verify_parts(retry, retried, pixels)
-        ]
-        if not pc.all(pc.is_in(retried["record_id"], value_set=ids)).as_py():
-            problems.append(Problem(-1, f"overlays/r{number} holds records that the run has not planned", number))
+    retries, damage = sound_overlays(run)
+    for number, retry in enumerate(retries, start=1):
+        problems += _verify_overlay(retry, number, ids, pixels)
+    if damage is not None:
+        number = len(retries) + 1
+        problems.append(Problem(-1, str(damage), number, files=(f"{OVERLAYS}/r{number}/{RUN}",)))
     return problems + (_manifest_problems(run) if pixels else [])
+
+
+def _verify_overlay(retry: Run, number: int, ids: pa.ChunkedArray, pixels: bool) -> list[Problem]:
+    """Check a retry of a run with the record ids ``ids``."""
+    folder = f"{OVERLAYS}/r{number}"
+    try:
+        plan = retry.plan(["record_id", "shard"])
+    except PlanError as error:  # diffva retry plans again only what has no run.json
+        return [Problem(-1, str(error), number, files=(f"{folder}/{PLAN_FILE}", f"{folder}/{RUN}"))]
+    problems = [
+        replace(problem, what=f"{folder}: {problem.what}", overlay=number)
+        for problem in _verify_parts(retry, plan, pixels)
+    ]
+    if not pc.all(pc.is_in(plan["record_id"], value_set=ids)).as_py():
+        problems.append(Problem(-1, f"{folder} holds records that the run has not planned", number))
+    return problems
 
 
 def _verify_parts(run: Run, plan: pa.Table, pixels: bool) -> list[Problem]:
@@ -164,7 +186,24 @@ def _verify_parts(run: Run, plan: pa.Table, pixels: bool) -> list[Problem]:
         for of_shard in pool.map(verified, range(run.shards)):
             problems += of_shard
     unplanned = [shard for shard in sorted(run.done()) if shard >= run.shards]
-    return problems + [Problem(shard, f"records/{part(shard)}.parquet is not planned") for shard in unplanned]
+    problems += [Problem(shard, f"records/{part(shard)}.parquet is not planned") for shard in unplanned]
+    return problems + (_foreign_parts(run) if pixels else [])
+
+
+def _foreign_parts(run: Run) -> list[Problem]:
+    """Parquet files in ``records/`` that readers of the folder would take for records, such as a sync client's copy."""
+    return [
+        Problem(-1, f"{path} is no part of the run (a copy?); delete it")
+        for path, _ in run.store.list("records")
+        if path.endswith(".parquet") and not PART.fullmatch(path) and not path.rpartition("/")[2].startswith((".", "_"))
+    ]
+
+
+class _Listed(BaseModel):
+    """A file of the manifest."""
+
+    bytes: int
+    sha256: str = ""
 
 
 def _manifest_problems(run: Run) -> list[Problem]:
@@ -172,29 +211,38 @@ def _manifest_problems(run: Run) -> list[Problem]:
     if not run.store.exists(SUCCESS):
         return []
     try:
-        files = json.loads(run.store.read(MANIFEST))["files"]
+        TypeAdapter(dict[str, Any]).validate_json(run.store.read(SUCCESS))
+    except (OSError, ValueError):
+        return [Problem(-1, f"{SUCCESS} is damaged; diffva reduce writes it again")]
+    try:
+        files = TypeAdapter(dict[str, _Listed]).validate_python(json.loads(run.store.read(MANIFEST))["files"])
     except FileNotFoundError:
-        return [Problem(-1, f"{MANIFEST} is missing from a finished run")]
-    except (ValueError, KeyError) as error:
-        return [Problem(-1, f"{MANIFEST} cannot be read ({error})")]
+        return [
+            Problem(-1, f"{MANIFEST} is missing from a finished run; diffva reduce writes it again", files=(SUCCESS,))
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"{MANIFEST} cannot be read ({one_line(error, 120)}); diffva reduce writes it again"
+        return [Problem(-1, what)]
     sizes, problems = dict(run.store.list()), []
     for path, entry in files.items():
         if path not in sizes:
             problems.append(Problem(-1, f"{path} is missing"))
-        elif sizes[path] != entry["bytes"]:
-            problems.append(Problem(-1, f"{path} has {sizes[path]} bytes, {entry['bytes']} in {MANIFEST}"))
-        elif "sha256" in entry and hashlib.sha256(run.store.read(path)).hexdigest() != entry["sha256"]:
+        elif sizes[path] != entry.bytes:
+            problems.append(Problem(-1, f"{path} has {sizes[path]} bytes, {entry.bytes} in {MANIFEST}"))
+        elif entry.sha256 and hashlib.sha256(run.store.read(path)).hexdigest() != entry.sha256:
             problems.append(Problem(-1, f"{path} has other content than {MANIFEST} lists"))
     return problems
 
 
 def requeue(run: Run, problems: list[Problem]) -> int:
-    """Delete the commits of damaged shards and the run's ``_SUCCESS``; returns the number of these shards.
+    """Delete the commits of damaged shards and the other ``files`` of problems, and the run's ``_SUCCESS``; returns the
+    number of these shards.
 
-    The next ``diffva generate`` (or ``diffva retry``) generates them again, and ``diffva reduce`` writes new tables."""
+    The next ``diffva generate`` (or ``diffva retry``) writes them again, and ``diffva reduce`` writes new tables."""
     run.store.delete(SUCCESS)
-    retries = overlays(run)
-    damaged = sorted({(problem.overlay, problem.shard) for problem in problems if problem.shard >= 0})
-    for overlay, shard in damaged:
-        (retries[overlay - 1] if overlay else run).store.delete(f"records/{part(shard)}.parquet")
+    damaged = {(problem.overlay, problem.shard) for problem in problems if problem.shard >= 0}
+    for overlay, shard in sorted(damaged):
+        (open_store(overlay_uri(run, overlay)) if overlay else run.store).delete(f"records/{part(shard)}.parquet")
+    for path in {path for problem in problems for path in problem.files}:
+        run.store.delete(path)
     return len(damaged)

@@ -21,6 +21,7 @@ from diffva_ray.model import lora, text
 from diffva_ray.model.card import CARD, COMPONENTS, FORMAT, LORA, UnusableModel, folder_digest, read_card
 from diffva_ray.model.cross_attention import fit_text_width, text_width
 from diffva_ray.model.extras import load_extra
+from diffva_ray.storage.foreign_writes import foreign_writes
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store, is_local
 
@@ -214,7 +215,7 @@ def save(bundle: Bundle, store: Store, card: dict[str, Any]) -> str:
         backend.no_padding()
         backend.no_truncation()
     # write to a temporary folder, then to the store
-    with tempfile.TemporaryDirectory() as name:
+    with foreign_writes(Path(tempfile.gettempdir()), "the model"), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = bundle.recipe.train.lora
         beside = config is not None and not config.merge and lora.attached(bundle.unet)

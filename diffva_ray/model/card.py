@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from diffva_ray.progress import one_line
 from diffva_ray.storage.store import Store
 
 CARD = "diffva.json"
@@ -51,11 +52,16 @@ def judge_card(store: Store) -> dict[str, Any] | None:
 def _read_json(store: Store, path: str) -> dict[str, Any] | None:
     """A JSON file of the model; None when there is none. Raises UnusableModel for a damaged file."""
     try:
-        return json.loads(store.read(path))
+        content = json.loads(store.read(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
-        raise UnusableModel(f"{store.uri}/{path}: not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UnusableModel(
+            f"{store.uri}/{path}: not JSON ({one_line(error, 120)}); restore it, or train again"
+        ) from None
+    if not isinstance(content, dict):
+        raise UnusableModel(f"{store.uri}/{path}: not a JSON object; restore it, or train again")
+    return content
 
 
 def prompt_limit(store: Store, prompts: Sequence[str]) -> tuple[int, list[str]]:
@@ -71,6 +77,15 @@ def prompt_limit(store: Store, prompts: Sequence[str]) -> tuple[int, list[str]]:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return limit, [prompt for prompt in prompts if len(tokenizer.encode(prompt).ids) > limit]
+
+
+def file_sha256(file: Path) -> str:
+    """sha256 of a local file, in hex digits."""
+    total = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
 
 
 def folder_digest(folder: Path) -> str:
@@ -93,13 +108,7 @@ def folder_digest(folder: Path) -> str:
             with file.open("rb") as stream:
                 if file.suffix == ".safetensors" and stream.read(9)[8:] != b"{":
                     raise UnusableModel(f"{file}: not safetensors, despite its name; save the model as safetensors")
-                stream.seek(0)
-                content = (
-                    hashlib.file_digest(stream, "sha256")
-                    if hasattr(hashlib, "file_digest")
-                    else hashlib.sha256(stream.read())
-                )
-            total.update(f"{file.relative_to(folder).as_posix()}\0{content.hexdigest()}\n".encode())
+            total.update(f"{file.relative_to(folder).as_posix()}\0{file_sha256(file)}\n".encode())
     if weights == 0:
         raise UnusableModel(f"{folder}: no safetensors weights in {', '.join(COMPONENTS)}; is this a diffusers folder?")
     return total.hexdigest()

@@ -5,21 +5,27 @@ Random-generator states and the position in the data are not saved: both follow 
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from pydantic import BaseModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffva_ray.model.bundle import Bundle
-from diffva_ray.model.card import UnusableModel
-from diffva_ray.progress import one_line
+from diffva_ray.model.card import UnusableModel, file_sha256
+from diffva_ray.progress import LOG, one_line
+from diffva_ray.storage.foreign_writes import foreign_writes, sync_tree
 
 Modules = Mapping[str, torch.nn.Module]
+STATE, OPTIMIZERS = "state.json", "optimizers.pt"
+NAME = re.compile(r"checkpoint-\d+-\d+")  # of a checkpoint of ``Checkpoints``
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,17 @@ class Position:
 
     stage: int = 0  # index in ``train.stages``
     step: int = 0  # within the stage, counted from 0
+
+
+class CheckpointState(BaseModel):
+    """The content of ``state.json``."""
+
+    stage: int
+    step: int
+    fingerprint: str  # of the training
+    workers: int
+    scaling_factor: float  # of the autoencoder's latents
+    files: dict[str, str] = {}  # sha256 by name; checkpoints of earlier versions have none
 
 
 def save_checkpoint(
@@ -40,25 +57,51 @@ def save_checkpoint(
     optimizers: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write ``weights`` (one safetensors file for each module), the trainables' ``optimizers`` (with EMA states), and
-    last ``state.json``, which marks the checkpoint as complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, state in weights.items():
-        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        save_file(tensors, folder / f"{name}.safetensors")
-    if optimizers:
-        torch.save(list(optimizers), folder / "optimizers.pt")
-    state_json = {
-        **asdict(position),
-        "fingerprint": fingerprint,
-        "workers": workers,
-        "scaling_factor": bundle.vae.config.scaling_factor,
+    last ``state.json``, which has the digests of the other files. Raises StoreError when the disk fails."""
+    tensors = {
+        name: {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        for name, state in weights.items()
     }
-    (folder / "state.json").write_text(json.dumps(state_json))
+    with foreign_writes(folder, "a checkpoint"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, values in tensors.items():
+            save_file(values, folder / f"{name}.safetensors")
+        if optimizers:
+            torch.save(list(optimizers), folder / OPTIMIZERS)
+        state = CheckpointState(
+            **asdict(position),
+            fingerprint=fingerprint,
+            workers=workers,
+            scaling_factor=bundle.vae.config.scaling_factor,
+            files={file.name: file_sha256(file) for file in folder.iterdir()},
+        )
+        (folder / STATE).write_text(state.model_dump_json())
+        sync_tree(folder)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Read ``state.json``: stage, step, fingerprint, workers, scaling_factor."""
-    return json.loads((folder / "state.json").read_text())
+def read_state(folder: Path) -> CheckpointState:
+    """Read ``state.json``. Raises OSError or ValueError for a damaged one."""
+    return CheckpointState.model_validate_json((folder / STATE).read_bytes())
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, in one line; None for a sound one."""
+    try:
+        files = read_state(folder).files
+        wrong = [name for name, sha256 in files.items() if file_sha256(folder / name) != sha256]
+    except (OSError, ValueError) as error:
+        return one_line(error, 120)
+    return f"{wrong[0]} has other content than {STATE} lists" if wrong else None
+
+
+def note_damage(folder: Path | str, what: str) -> None:
+    """Log that a checkpoint is passed over."""
+    LOG.warning("the checkpoint %s is damaged (%s); trying the one before it", folder, what)
+
+
+def all_damaged(folder: Path | str) -> UnusableModel:
+    """The error when no checkpoint is sound."""
+    return UnusableModel(f"{folder}: no checkpoint there is sound; delete that folder to train from the start")
 
 
 def load_weights(folder: Path, bundle: Bundle, modules: Modules) -> None:
@@ -69,17 +112,22 @@ def load_weights(folder: Path, bundle: Bundle, modules: Modules) -> None:
         if name in bundle.modules or file.exists():
             try:
                 module.load_state_dict(load_file(file))
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, SafetensorError) as error:
                 raise UnusableModel(
                     f"the checkpoint {folder} does not fit this version of diffva-ray ({file.name}: "
                     f"{one_line(error, 160)}); delete it to train from the start"
                 ) from None
-    bundle.vae.register_to_config(scaling_factor=read_state(folder)["scaling_factor"])
+    bundle.vae.register_to_config(scaling_factor=read_state(folder).scaling_factor)
 
 
 def load_optimizers(folder: Path) -> list[dict[str, Any]]:
-    """Load the optimizer and EMA states, in the order of the stage's trainables."""
-    return torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True)
+    """Load the optimizer and EMA states, in the order of the stage's trainables. Raises UnusableModel."""
+    try:
+        return torch.load(folder / OPTIMIZERS, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+        raise UnusableModel(
+            f"the checkpoint {folder} cannot be read ({OPTIMIZERS}: {one_line(error, 160)}); delete it"
+        ) from None
 
 
 def discard(metrics: dict[str, float], checkpoint: Path | None) -> None:
@@ -101,14 +149,31 @@ class Checkpoints:
             return
         target = self.folder / f"checkpoint-{int(metrics['stage_index']):02d}-{int(metrics['step']):07d}"
         staging = self.folder / f".tmp-{target.name}"
-        for old in (staging, target):
-            shutil.rmtree(old, ignore_errors=True)
-        shutil.move(checkpoint, staging)
-        staging.replace(target)
-        for old in sorted(self.folder.glob("checkpoint-*"))[: -self.keep]:
-            shutil.rmtree(old)
+        with foreign_writes(self.folder, "a checkpoint"):
+            for old in (staging, target):
+                shutil.rmtree(old, ignore_errors=True)
+            try:
+                shutil.move(checkpoint, staging)
+            except OSError:
+                shutil.rmtree(staging, ignore_errors=True)
+                shutil.rmtree(checkpoint, ignore_errors=True)
+                raise
+            sync_tree(staging)
+            staging.replace(target)
+            for old in self._sorted()[: -self.keep]:
+                shutil.rmtree(old)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint that was finished."""
-        found = sorted(self.folder.glob("checkpoint-*"))
-        return found[-1] if found else None
+        """The newest sound checkpoint; None if there is none at all. Raises UnusableModel if all are damaged."""
+        found = self._sorted()
+        for folder in reversed(found):
+            what = damage(folder)
+            if what is None:
+                return folder
+            note_damage(folder, what)
+        if found:
+            raise all_damaged(self.folder)
+        return None
+
+    def _sorted(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir())

@@ -18,6 +18,7 @@ from diffva_ray.config.recipe import Recipe, RecipeError
 from diffva_ray.model.card import PROGRESS
 from diffva_ray.progress import LOG
 from diffva_ray.storage.store import Store, is_local
+from diffva_ray.train.progress import read_progress
 
 TENSORBOARD = ".train/tensorboard"
 WRITE_INTERVAL = 3.0  # seconds between two writes of progress.json
@@ -45,12 +46,15 @@ class TrainingLogger:
     def _restore(self, before: tuple[int, int]) -> None:
         """Restore the history up to the checkpoint from which training resumes."""
         order = {stage.name: n for n, stage in enumerate(self.recipe.train.stages)}
-        try:
-            progress = json.loads(self.store.read(PROGRESS))
-        except (OSError, ValueError):
+        progress = read_progress(self.store)
+        if progress is None:
             return
-        self.earlier = progress["seconds"]
-        self.history = [entry for entry in progress["history"] if (order[entry["stage"]], entry["step"]) <= before]
+        self.earlier = progress.seconds
+        self.history = [
+            entry.model_dump()
+            for entry in progress.history
+            if entry.stage in order and (order[entry.stage], entry.step) <= before
+        ]
 
     def _log_folder(self) -> Path:
         """Folder for TensorBoard's files: in the model folder, or, if that is in an object store, a temporary folder

@@ -6,6 +6,7 @@ Train group (``distributed/train.py``), where Accelerate reads the rank from the
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,7 +28,9 @@ from diffva_ray.model.lora import attach
 from diffva_ray.model.training_images import IMAGE_DIGITS
 from diffva_ray.progress import LOG
 from diffva_ray.provenance import missing
+from diffva_ray.storage.foreign_writes import foreign_writes
 from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store
 from diffva_ray.train.checkpoint import Position, discard, load_optimizers, load_weights, read_state, save_checkpoint
 from diffva_ray.train.kinds import make_stage
 from diffva_ray.train.logger import TrainingLogger
@@ -52,6 +55,7 @@ class TrainingRun:
     report: Report
     logger: TrainingLogger
     validate: Validate | None
+    scratch: Path | None  # where checkpoints are written first; None: the system's temporary folder
 
     @property
     def first(self) -> bool:
@@ -69,6 +73,7 @@ def train(
     resume: Path | None = None,
     threads: int | None = None,
     validate: Validate | None = None,
+    scratch: Path | None = None,
 ) -> None:
     """Train the recipe's stages on ``data`` and write the model folder ``model``.
 
@@ -85,49 +90,39 @@ def train(
         threads: CPU threads of PyTorch; None leaves its default.
         validate: Called on the first worker every ``train.validation.every`` steps, and after the last step, of each
             denoiser stage.
+        scratch: Folder in which checkpoints are written before ``report`` gets them; None: the system's temporary one.
 
     Raises:
+        StoreError: A checkpoint or the model cannot be written.
         UnusableData: The data set cannot be read or lacks a class.
         UnusableModel: The base model or the checkpoint does not fit the recipe.
         RecipeError: The recipe asks for something that cannot be built.
     """
-    # Build the model and load the data.
+    # Build everything, so that a recipe that cannot work fails before the first step.
     if threads:
         torch.set_num_threads(threads)
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, cpu=not torch.cuda.is_available())
-    bundle, store = build(recipe), open_store(model)
-    images = ImageSet(open_dataset(data, recipe.data), recipe.model.resolution, recipe.train.cache_megabytes)
-    config = recipe.train
-    if config.lora is not None:
-        attach(bundle.unet, bundle.text_encoder, config.lora, recipe.seed)
-    if config.gradient_checkpointing:
-        bundle.unet.enable_gradient_checkpointing()
-        bundle.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-
-    # Build all stages, so that a recipe that cannot work fails before the first step.
-    context = StageContext(bundle, images, recipe.seed, store, config.cache_megabytes if config.cache_latents else 0)
-    stages = [make_stage(context, stage) for stage in config.stages]
-    for stage_config in config.stages:
-        _optimizer(stage_config, [nn.Parameter(torch.zeros(1))], stage_config.learning_rate)
+    store = open_store(model)
+    bundle, images, stages = prepare(recipe, data, store, accelerator.num_processes)
     modules = {name: module for stage in stages for name, module in stage.modules.items()}
 
     # Resume from a checkpoint.
     position = Position()
     if resume:
         state = read_state(resume)
-        position = Position(state["stage"], state["step"])
+        position = Position(state.stage, state.step)
         load_weights(resume, bundle, modules)
-        if state["workers"] != accelerator.num_processes and accelerator.is_main_process:
+        if state.workers != accelerator.num_processes and accelerator.is_main_process:
             LOG.info(
                 "resumed on %d workers instead of %d: images, noise and prompts of every step stay the same; gradient "
                 "sums round differently (about 1e-6), and dropout masks, if a network has any, differ",
                 accelerator.num_processes,
-                state["workers"],
+                state.workers,
             )
 
     # Run the remaining stages.
     logger = TrainingLogger(recipe, store, accelerator, (position.stage, position.step))
-    run = TrainingRun(recipe, bundle, accelerator, modules, fingerprint, report, logger, validate)
+    run = TrainingRun(recipe, bundle, accelerator, modules, fingerprint, report, logger, validate, scratch)
     for index in range(position.stage, len(stages)):
         start = position.step if index == position.stage else 0
         _run_stage(run, stages[index], index, start, resume if start else None)
@@ -146,6 +141,30 @@ def train(
         }
         save(bundle, store, card)
     accelerator.wait_for_everyone()
+
+
+def prepare(recipe: Recipe, data: str, store: Store, workers: int = 1) -> tuple[Bundle, ImageSet, list[Stage]]:
+    """Build the model, open the images and build all stages. Raises UnusableData, UnusableModel and RecipeError for
+    what cannot be trained on ``workers`` workers."""
+    config = recipe.train
+    for index, stage in enumerate(config.stages):
+        if stage.batch_size < workers:
+            raise RecipeError(
+                f"train.stages.{index}.batch_size {stage.batch_size} leaves some of {workers} workers idle"
+            )
+
+    # Build the model and load the data.
+    bundle = build(recipe)
+    images = ImageSet(open_dataset(data, recipe.data), recipe.model.resolution, config.cache_megabytes)
+    if config.lora is not None:
+        attach(bundle.unet, bundle.text_encoder, config.lora, recipe.seed)
+    if config.gradient_checkpointing:
+        bundle.unet.enable_gradient_checkpointing()
+        bundle.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+
+    # Build the stages.
+    context = StageContext(bundle, images, recipe.seed, store, config.cache_megabytes if config.cache_latents else 0)
+    return bundle, images, [make_stage(context, stage) for stage in config.stages]
 
 
 @dataclass
@@ -180,8 +199,6 @@ def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: P
     device, workers, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
 
     # Split the global batch: this worker's rows, in shares of at most ``micro_batch_size``.
-    if config.batch_size < workers:
-        raise RecipeError(f"train.stages.{index}.batch_size {config.batch_size} leaves some of {workers} workers idle")
     rows = list(range(rank * config.batch_size // workers, (rank + 1) * config.batch_size // workers))
     size = config.micro_batch_size or len(rows)
     shares = [rows[at : at + size] for at in range(0, len(rows), size)]
@@ -354,8 +371,13 @@ def _write_checkpoint(run: TrainingRun, position: Position, trainables: list[Pre
         return
 
     run.logger.keep()
-    folder = Path(tempfile.mkdtemp(prefix="diffva-checkpoint-"))
+    with foreign_writes(run.scratch or Path(tempfile.gettempdir()), "a checkpoint"):
+        folder = Path(tempfile.mkdtemp(prefix=".tmp-diffva-checkpoint-", dir=run.scratch))
     weights = {name: module.state_dict() for name, module in {**run.bundle.modules, **run.modules}.items()}
     workers = run.accelerator.num_processes
-    save_checkpoint(folder, position, run.fingerprint, workers, run.bundle, weights, states)
+    try:
+        save_checkpoint(folder, position, run.fingerprint, workers, run.bundle, weights, states)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     run.report(metrics, folder)

@@ -19,7 +19,7 @@ from diffva_ray.generate.data_identity import check_same, content_sample, moved
 from diffva_ray.generate.failure_threshold import check_first_shards
 from diffva_ray.generate.keys import keys_now, pixel_keys
 from diffva_ray.generate.plan import PromptTooLong, Request, make_plan
-from diffva_ray.generate.run import PLAN_FILE, SUCCESS, Run, continue_run, find_run, remember_data, start_run
+from diffva_ray.generate.run import SUCCESS, Run, continue_run, find_run, remember_data, start_run
 from diffva_ray.model.card import UnusableModel, folder_digest, judge_card, prompt_limit, read_card
 from diffva_ray.progress import LOG, Progress
 from diffva_ray.provenance import provenance, torch_version
@@ -119,7 +119,7 @@ def _plan_or_continue(
     run = find_run(store)
     if run is not None:
         run = continue_run(run, keys, execution.allow_environment_change)
-    if run is None or not store.exists(PLAN_FILE):
+    if run is None or not run.has_plan():
         run = _plan(recipe, data, model, store, request, run.about["keys"] if run else keys)
     return moved(run, data)
 

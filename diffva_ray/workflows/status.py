@@ -3,18 +3,20 @@ after the driver has died."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.generate.committed import overlays, parts
 from diffva_ray.generate.run import SUCCESS, Run, find_run, part
-from diffva_ray.model.card import PROGRESS, TRAINING, read_card
+from diffva_ray.model.card import TRAINING, read_card
 from diffva_ray.progress import duration
 from diffva_ray.schema import Status
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store
+from diffva_ray.train.progress import read_progress
 
 
 def read_status(uri: str) -> dict[str, Any]:
@@ -27,15 +29,15 @@ def read_status(uri: str) -> dict[str, Any]:
 
     # A model, complete or in training.
     card = read_card(store)
-    progress = _read_json(store, PROGRESS)
+    progress = read_progress(store)
     if card is None and progress is None and not store.exists(TRAINING):
         raise UnusableData(f"{uri}: neither a run (run.json) nor a model (diffva.json)")
     status: dict[str, Any] = {"kind": "model", "uri": store.uri, "trained": card is not None}
     if card is not None:
         status |= {"digest": card["digest"], "recipe": card["recipe"]["name"]}
     if progress is not None:
-        status |= {key: progress[key] for key in ("stage", "step", "stage_steps", "done", "total", "loss", "seconds")}
-        left = (progress["total"] - progress["done"]) * progress["seconds"] / max(progress["done"], 1)
+        status |= progress.model_dump(exclude={"history"})
+        left = (progress.total - progress.done) * progress.seconds / max(progress.done, 1)
         status["seconds_left"] = 0.0 if card else round(left, 1)
     return status
 
@@ -53,7 +55,7 @@ def _run_status(run: Run) -> dict[str, Any]:
     # Worker time by stage, and the pace that follows.
     seconds: dict[str, float] = {}
     for shard in done:
-        for stage, value in (_read_json(run.store, f"timings/{part(shard)}.json") or {}).items():
+        for stage, value in (_read_json(run.store, f"timings/{part(shard)}.json", dict[str, float]) or {}).items():
             seconds[stage] = seconds.get(stage, 0.0) + value
     records = sum(sizes[shard] for shard in done)
     work = sum(seconds.values())
@@ -80,11 +82,11 @@ def _run_status(run: Run) -> dict[str, Any]:
     }
 
 
-def _read_json(store: Store, path: str) -> Any:
-    """Content of a JSON file, None if it is missing or incomplete."""
+def _read_json(store: Store, path: str, kind: Any) -> Any:
+    """Content of a JSON file as ``kind``, None if it is missing, incomplete or of another kind."""
     try:
-        return json.loads(store.read(path))
-    except (FileNotFoundError, ValueError):
+        return TypeAdapter(kind).validate_json(store.read(path))
+    except (OSError, ValueError):
         return None
 
 

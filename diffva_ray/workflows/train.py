@@ -15,12 +15,12 @@ from diffva_ray.data.bit_depth import bit_depth_note
 from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.generate.run import FingerprintDiffers
-from diffva_ray.model.card import TRAINING, UnusableModel, read_card
+from diffva_ray.model.card import PROGRESS, TRAINING, UnusableModel, read_card
 from diffva_ray.progress import LOG
 from diffva_ray.provenance import provenance
 from diffva_ray.schema import digest
 from diffva_ray.storage.opening import open_store
-from diffva_ray.storage.store import absolute, is_local
+from diffva_ray.storage.store import Store, absolute, is_local
 from diffva_ray.workflows.execution import Executor
 
 
@@ -55,36 +55,85 @@ def train_model(
     # versions of diffva-ray add settings.
     store = open_store(out)
     keys, dataset = training_keys(recipe, data)
-    try:
-        started_keys = json.loads(store.read(TRAINING))
-    except (FileNotFoundError, NotADirectoryError):
-        started_keys = keys
-    old, new = _flat(_with_defaults(started_keys)), _flat(keys)
-    if changed := fingerprint_difference(old, new):
-        raise FingerprintDiffers(out, changed, _short(old), _short(new))
-    training_fingerprint = fingerprint(started_keys)
-
-    # A card marks a complete model.
-    card = read_card(store)
-    if card is not None:
-        if card.get("training_fingerprint") != training_fingerprint:
-            existing = {"model": card.get("training_fingerprint", "a foreign model")}
-            raise FingerprintDiffers(out, ["model"], existing, {"model": training_fingerprint})
+    if is_trained(store, keys):
         LOG.info("%s is trained already; nothing to do", out)
         return False
 
     # Record what is trained, before the first step.
     if note := bit_depth_note(dataset):
         LOG.info("data: %s", note)
-    store.put(TRAINING, json.dumps(started_keys).encode())
+    claimed = store.put_if_absent(TRAINING, json.dumps(keys).encode())
+    started_keys = _started_keys(store, keys)  # of another process, if that was first
+    training_fingerprint = fingerprint(started_keys)
     workers_text = str(workers) if isinstance(workers, int) else f"{workers[0]} to {workers[1]}"
     LOG.info("training recipe %s on %d images, %s workers", recipe.name, len(dataset.images), workers_text)
     about = {**provenance(), "data": absolute(data), "data_kind": dataset.kind}
 
-    # Train: in this process, or on Ray Train workers.
+    # Train. If it fails before the first step, a corrected command may follow.
+    try:
+        _train(recipe, data, out, training_fingerprint, about, workers, gpus_per_worker, executor)
+    except BaseException:
+        if claimed and not store.exists(PROGRESS):
+            store.delete(TRAINING)
+        raise
+    return True
+
+
+def is_trained(store: Store, keys: dict[str, Any]) -> bool:
+    """Whether the model of a training with these ``keys`` is complete. Raises FingerprintDiffers when ``store`` holds
+    the model or the beginning of another training."""
+    training_fingerprint = fingerprint(_started_keys(store, keys))
+    card = read_card(store)  # marks a complete model
+    if card is not None and card.get("training_fingerprint") != training_fingerprint:
+        existing = {"model": card.get("training_fingerprint", "a foreign model")}
+        raise FingerprintDiffers(store.uri, ["model"], existing, {"model": training_fingerprint})
+    return card is not None
+
+
+def _started_keys(store: Store, keys: dict[str, Any]) -> dict[str, Any]:
+    """The keys of the training that was started at ``store``; ``keys`` if there is none. Raises FingerprintDiffers if
+    they differ, UnusableModel if their file is damaged."""
+    try:
+        started = json.loads(store.read(TRAINING))
+    except (FileNotFoundError, NotADirectoryError):
+        return keys
+    except (ValueError, RecursionError):
+        started = None
+    if not isinstance(started, dict):
+        raise UnusableModel(
+            f"{store.uri}/{TRAINING} is damaged; delete it if this is the training that was started there"
+        )
+    old, new = _flat(_with_defaults(started)), _flat(keys)
+    if changed := fingerprint_difference(old, new):
+        raise FingerprintDiffers(store.uri, changed, _short(old), _short(new))
+    return started
+
+
+def check_training(recipe: Recipe, data: str, out: str, workers: int | tuple[int, int] = 1) -> int:
+    """Raise what ``train_model`` would raise before its first step; returns the number of images. Builds the networks,
+    writes nothing."""
+    from diffva_ray.train.loop import prepare
+
+    store = open_store(out)
+    keys, dataset = training_keys(recipe, data)
+    if not is_trained(store, keys):
+        prepare(recipe, data, store, workers if isinstance(workers, int) else workers[1])
+    return len(dataset.images)
+
+
+def _train(
+    recipe: Recipe,
+    data: str,
+    out: str,
+    training_fingerprint: str,
+    about: dict[str, Any],
+    workers: int | tuple[int, int],
+    gpus_per_worker: float | None,
+    executor: Executor,
+) -> None:
+    """Train: in this process, or on Ray Train workers."""
     if executor == "inline":
-        _train_inline(recipe, data, out, training_fingerprint, about)
-        return True
+        return _train_inline(recipe, data, out, training_fingerprint, about)
     from diffva_ray.distributed import session
 
     with session.connect() as private:
@@ -93,7 +142,6 @@ def train_model(
         sections = recipe.model_dump(mode="json")
         images, model = absolute(data), absolute(out)
         fit(sections, images, model, training_fingerprint, about, workers, gpus_per_worker, private)
-    return True
 
 
 def _train_inline(recipe: Recipe, data: str, out: str, training_fingerprint: str, about: dict[str, Any]) -> None:
@@ -118,6 +166,7 @@ def _train_inline(recipe: Recipe, data: str, out: str, training_fingerprint: str
             resume=checkpoints.latest(),
             threads=cores(),
             validate=validation_of(recipe),
+            scratch=checkpoints.folder,
         )
 
 

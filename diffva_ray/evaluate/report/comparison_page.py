@@ -47,7 +47,8 @@ from diffva_ray.evaluate.report.numbers import (
 )
 from diffva_ray.evaluate.summary import print_lines, print_table, terminal
 from diffva_ray.evaluate.tables import ALL, clean, known
-from diffva_ray.generate.run import RUN, Run
+from diffva_ray.generate.run import Run
+from diffva_ray.generate.run_json import RUN
 from diffva_ray.schema import Row
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store, is_local, join

@@ -83,13 +83,18 @@ def test_settings_that_cannot_run_are_refused_at_planning(sweep: str, dataset, t
         make_plan(dataset, recipe, Request(sweep=parse_sweep([sweep])))
 
 
+def run_json(recipe: Recipe) -> dict[str, object]:
+    """What a run stores beside its plan."""
+    return {"recipe": recipe.model_dump(mode="json"), "data": "/data", "data_root": "/data"}
+
+
 def keys(recipe: Recipe, request: Request = Request(), model: str = "m", torch: str = "2.0", device: str = "cpu"):
     return pixel_keys(recipe, request, model, torch, device)
 
 
 def test_a_run_continues_only_as_it_was_planned(dataset, tiny: Recipe, tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
-    run = start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), {"recipe": tiny.model_dump(mode="json")})
+    run = start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), run_json(tiny))
     assert run.pending() == [0, 1]
     assert [len(run.planned(shard)) for shard in (0, 1)] == run.shard_sizes() == [6, 6]
     again = find_run(store)
@@ -113,7 +118,7 @@ def test_a_run_continues_only_as_it_was_planned(dataset, tiny: Recipe, tmp_path:
 
 def test_a_later_setting_has_its_default(dataset, tiny: Recipe, tmp_path: Path) -> None:
     earlier = {key: value for key, value in keys(tiny).items() if key != "compile"}
-    table, about = make_plan(dataset, tiny, Request()), {"recipe": tiny.model_dump(mode="json")}
+    table, about = make_plan(dataset, tiny, Request()), run_json(tiny)
     run = start_run(LocalStore(str(tmp_path)), table, earlier, about)
     assert continue_run(run, keys(tiny)) is run
     other = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"compile": True})})
@@ -125,7 +130,7 @@ def test_threads_read_shards_in_parallel(dataset, tiny: Recipe, tmp_path: Path) 
     """As ``verify`` does. A ParquetFile that threads share gives wrong rows or crashes the process."""
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"shard_size": 1})})
     table = make_plan(dataset, recipe, Request())
-    run = start_run(LocalStore(str(tmp_path)), table, keys(recipe), {"recipe": recipe.model_dump(mode="json")})
+    run = start_run(LocalStore(str(tmp_path)), table, keys(recipe), run_json(recipe))
     assert run.shards == len(table)
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
@@ -135,7 +140,7 @@ def test_threads_read_shards_in_parallel(dataset, tiny: Recipe, tmp_path: Path) 
 
 def test_another_environment_may_be_allowed_and_is_recorded(dataset, tiny: Recipe, tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
-    about = {"recipe": tiny.model_dump(mode="json")}
+    about = run_json(tiny)
     run = start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), about)
     moved = keys(tiny, torch="2.1", device="cuda")
     with pytest.raises(FingerprintDiffers, match="--allow-environment-change"):
@@ -149,9 +154,9 @@ def test_another_environment_may_be_allowed_and_is_recorded(dataset, tiny: Recip
 
 def test_a_replaced_plan_is_detected(dataset, tiny: Recipe, tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
-    start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), {"recipe": tiny.model_dump(mode="json")})
+    start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), run_json(tiny))
     other = LocalStore(str(tmp_path / "other"))
-    start_run(other, make_plan(dataset, tiny, Request(limit=3)), keys(tiny), {})
+    start_run(other, make_plan(dataset, tiny, Request(limit=3)), keys(tiny), run_json(tiny))
     store.put("plan.parquet", other.read("plan.parquet"))
     run = find_run(store)
     assert run is not None
@@ -183,7 +188,7 @@ def test_a_worker_reads_its_shards_and_not_the_plan(
     monkeypatch.setattr("diffva_ray.generate.run.MAX_ROW_GROUPS", row_groups)
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"samples": 400, "shard_size": 64})})
     table = make_plan(dataset, recipe, Request())
-    start_run(LocalStore(str(tmp_path)), table, keys(recipe), {"recipe": recipe.model_dump(mode="json")})
+    start_run(LocalStore(str(tmp_path)), table, keys(recipe), run_json(recipe))
     store = Counting(str(tmp_path))
     run = find_run(store)
     assert run is not None
@@ -197,9 +202,9 @@ def test_a_worker_reads_its_shards_and_not_the_plan(
 
 def test_a_replaced_plan_is_detected_when_a_shard_is_read(dataset, tiny: Recipe, tmp_path: Path) -> None:
     store, other = LocalStore(str(tmp_path)), LocalStore(str(tmp_path / "other"))
-    run = start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), {"recipe": tiny.model_dump(mode="json")})
+    run = start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), run_json(tiny))
     reseeded = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"guidance_scale": 9.0})})
-    start_run(other, make_plan(dataset, reseeded, Request()), keys(tiny), {})
+    start_run(other, make_plan(dataset, reseeded, Request()), keys(tiny), run_json(tiny))
     store.put("plan.parquet", other.read("plan.parquet"))
     with pytest.raises(PlanError, match=r"plan\.parquet"):
         run.planned(0)

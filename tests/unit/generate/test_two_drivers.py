@@ -24,7 +24,11 @@ def planned(images: Path, recipe: Recipe, store: LocalStore, limit: int | None =
     """Plan a run like a driver that found none at the address."""
     dataset, request = open_dataset(images), Request(limit=limit)
     keys = pixel_keys(recipe, request, "m", "2.0", "cpu")
-    return start_run(store, make_plan(dataset, recipe, request), keys, {"recipe": recipe.model_dump(mode="json")})
+    return start_run(store, make_plan(dataset, recipe, request), keys, run_json(recipe))
+
+
+def run_json(recipe: Recipe) -> dict[str, str | dict]:
+    return {"recipe": recipe.model_dump(mode="json"), "data": "/data", "data_root": "/data"}
 
 
 def files(store: LocalStore) -> dict[str, bytes]:
@@ -47,10 +51,10 @@ def test_the_second_driver_gets_the_difference_and_changes_nothing(images: Path,
 class Dying(LocalStore):
     """Kills the driver between the claim and the plan."""
 
-    def put_if_absent(self, path: str, data: bytes) -> bool:
+    def put(self, path: str, data: bytes) -> None:
         if path == "plan.parquet":
             raise StoreError("killed here")
-        return super().put_if_absent(path, data)
+        super().put(path, data)
 
 
 def test_a_claim_without_its_plan_is_completed_by_the_same_command_only(
@@ -68,7 +72,7 @@ def test_a_claim_without_its_plan_is_completed_by_the_same_command_only(
     with pytest.raises(PlanError, match="the images have changed since"):
         start_run(
             store, make_plan(open_dataset(images, classes=["COVID"]), tiny, Request()), claimed.keys,
-            {"recipe": tiny.model_dump(mode="json")},
+            run_json(tiny),
         )  # fmt: skip
     assert [path for path, _ in store.list()] == ["run.json"]
     run = planned(images, tiny, store)
