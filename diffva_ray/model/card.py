@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from diffva_ray.progress import one_line
+from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store
 
 CARD = "diffva.json"
@@ -64,19 +66,47 @@ def _read_json(store: Store, path: str) -> dict[str, Any] | None:
     return content
 
 
-def prompt_limit(store: Store, prompts: Sequence[str]) -> tuple[int, list[str]]:
-    """The model's token length, and the prompts that exceed it.
+class ModelFolder:
+    """A model folder, opened once; its small files are read when they are needed.
 
-    (0, []) without ``tokenizer.json`` (CLIP's tokenizer in Stable Diffusion); then only the workers can check.
+    Args:
+        uri: The folder, local or an address such as ``s3://bucket/model``.
+
+    Attributes:
+        store: The folder's store.
+        uri: Its address, as given.
     """
-    try:
-        tokenizer = Tokenizer.from_buffer(store.read("tokenizer/tokenizer.json"))
-        limit = int(json.loads(store.read("tokenizer/tokenizer_config.json"))["model_max_length"])
-    except (OSError, KeyError, ValueError):
-        return 0, []
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return limit, [prompt for prompt in prompts if len(tokenizer.encode(prompt).ids) > limit]
+
+    def __init__(self, uri: str) -> None:
+        self.uri, self.store = uri, open_store(uri)
+
+    @cached_property
+    def card(self) -> dict[str, Any] | None:
+        """See ``read_card``."""
+        return read_card(self.store)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the weights: from the card, or computed without one. Raises UnusableModel."""
+        return str(self.card["digest"]) if self.card else folder_digest(self.store.local_folder())
+
+    def has(self, network: str) -> bool:
+        """Whether the folder has an extra network (a name of EXTRAS)."""
+        return self.store.exists(f"{network}/config.json")
+
+    def too_long(self, prompts: Iterable[str]) -> tuple[int, list[str]]:
+        """The number of tokens that the model reads, and the prompts that have more.
+
+        (0, []) without ``tokenizer.json`` (CLIP's tokenizer in Stable Diffusion); then only the workers can check.
+        """
+        try:
+            tokenizer = Tokenizer.from_buffer(self.store.read("tokenizer/tokenizer.json"))
+            limit = int(json.loads(self.store.read("tokenizer/tokenizer_config.json"))["model_max_length"])
+        except (OSError, KeyError, ValueError):
+            return 0, []
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return limit, [prompt for prompt in prompts if len(tokenizer.encode(prompt).ids) > limit]
 
 
 def file_sha256(file: Path) -> str:

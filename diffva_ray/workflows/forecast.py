@@ -18,10 +18,11 @@ from diffva_ray.generate.cost import Pace, cost, estimate
 from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request, make_plan
 from diffva_ray.generate.run import ENVIRONMENT, FOLDERS, continue_run, find_run, open_run, part
+from diffva_ray.model.card import ModelFolder
 from diffva_ray.provenance import torch_version
 from diffva_ray.storage.opening import open_store
 from diffva_ray.workflows.execution import Execution
-from diffva_ray.workflows.generate import check_plan, generate_run, model_digest_of, requested_images
+from diffva_ray.workflows.generate import check_plan, generate_run, requested_images
 from diffva_ray.workflows.status import read_status
 
 ROW_BYTES = 1500  # of a record's row and features, in a shard of usual size
@@ -31,15 +32,16 @@ def planned(recipe: Recipe, data: str, model: str, out: str, request: Request) -
     """Return what ``diffva generate`` would do, without writing anything. Raises the same errors, except for those that
     depend on the device."""
     # A run that exists is continued.
+    folder = ModelFolder(model)
     run = find_run(open_store(out))
     if run is not None:
-        keys = pixel_keys(recipe, request, model_digest_of(model), torch_version(), run.keys["device"])
+        keys = pixel_keys(recipe, request, folder.digest, torch_version(), run.keys["device"])
         continue_run(run, {**keys, **{key: run.keys.get(key) for key in ENVIRONMENT}})
         return {"out": out, "records": run.about["records"], "shards": run.shards, "pending": len(run.pending())}
 
     # Otherwise a new run is planned.
     table = make_plan(requested_images(recipe, data, request), recipe, request)
-    check_plan(recipe, model, table)
+    check_plan(recipe, folder, table)
     shards = len(set(table["shard"].to_pylist()))
     return {"data": data, "out": out, "records": len(table), "shards": shards, "pending": shards}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ from diffva_ray.generate.failure_threshold import check_first_shards
 from diffva_ray.generate.keys import keys_now, pixel_keys
 from diffva_ray.generate.plan import PromptTooLong, Request, make_plan
 from diffva_ray.generate.run import SUCCESS, Run, continue_run, find_run, remember_data, start_run
-from diffva_ray.model.card import UnusableModel, folder_digest, judge_card, prompt_limit, read_card
+from diffva_ray.model.card import ModelFolder, UnusableModel, judge_card
 from diffva_ray.progress import LOG, Progress
 from diffva_ray.provenance import provenance, torch_version
 from diffva_ray.storage.opening import open_store
@@ -51,7 +51,8 @@ def generate_run(
         UnusableModel: The model folder cannot be used, or lacks a network that the method needs.
     """
     with _device(execution) as device:
-        run = _plan_or_continue(recipe, data, model, out, request, execution, device)
+        folder = ModelFolder(model)
+        run = _plan_or_continue(recipe, data, folder, out, request, execution, device)
         return _execute(run, model, execution)
 
 
@@ -111,11 +112,11 @@ def _device(execution: Execution) -> Iterator[str]:
 
 
 def _plan_or_continue(
-    recipe: Recipe, data: str, model: str, out: str, request: Request, execution: Execution, device: str
+    recipe: Recipe, data: str, model: ModelFolder, out: str, request: Request, execution: Execution, device: str
 ) -> Run:
     """Return the run at ``out``: planned now, or an existing one whose fingerprint agrees."""
     store = open_store(out)
-    keys = pixel_keys(recipe, request, model_digest_of(model), torch_version(), device)
+    keys = pixel_keys(recipe, request, model.digest, torch_version(), device)
     run = find_run(store)
     if run is not None:
         run = continue_run(run, keys, execution.allow_environment_change)
@@ -124,7 +125,7 @@ def _plan_or_continue(
     return moved(run, data)
 
 
-def _plan(recipe: Recipe, data: str, model: str, store: Store, request: Request, keys: dict[str, Any]) -> Run:
+def _plan(recipe: Recipe, data: str, model: ModelFolder, store: Store, request: Request, keys: dict[str, Any]) -> Run:
     """Plan a run and write it to ``store``; returns another process's run if that one was first."""
     # Choose the images.
     dataset = requested_images(recipe, data, request)
@@ -138,8 +139,8 @@ def _plan(recipe: Recipe, data: str, model: str, store: Store, request: Request,
         "data_root": dataset.store.uri,
         "data_kind": dataset.kind,
         "data_sample": content_sample(dataset),
-        "model": absolute(model),
-        "judge": judge_card(open_store(model)),
+        "model": absolute(model.uri),
+        "judge": judge_card(model.store),
         **provenance(),
     }
 
@@ -209,36 +210,23 @@ def requested_images(recipe: Recipe, data: str, request: Request) -> Dataset:
     return replace(dataset, images=images)
 
 
-def model_digest_of(model: str) -> str:
-    """Return the digest of the model's weights: from its card, or computed if it has none."""
-    card = read_card(open_store(model))
-    return str(card["digest"]) if card else folder_digest(open_store(model).local_folder())
-
-
-def check_plan(recipe: Recipe, model: str, plan: pa.Table) -> None:
+def check_plan(recipe: Recipe, model: ModelFolder, plan: pa.Table) -> None:
     """Check that the model can do what is planned. Raises UnusableModel, PromptTooLong."""
     for method in plan["method"].unique().to_pylist():
-        _check_network(model, method)
-    _check_prompts(model, plan["prompt"].unique().to_pylist(), "--prompt")
+        needed = METHODS[method].needs
+        if needed and not model.has(needed):
+            kind = needed.replace("_", "-")
+            raise UnusableModel(
+                f"--model {model.uri}: method {method} needs a {kind}, which this model lacks; train one with a stage "
+                f"that `trains: {kind}`"
+            )
     config = recipe.generate
-    further = [prompt for prompt in (config.source_prompt, config.negative_prompt) if prompt not in ("", GUESS, SOURCE)]
-    _check_prompts(model, further, "generate.source_prompt or negative_prompt")
-
-
-def _check_network(model: str, method: str) -> None:
-    """Raise UnusableModel if the method needs a network that the model folder lacks."""
-    needed = METHODS[method].needs
-    if needed and not open_store(model).exists(f"{needed}/config.json"):
-        kind = needed.replace("_", "-")
-        raise UnusableModel(
-            f"--model {model}: method {method} needs a {kind}, which this model lacks; train one with a stage that "
-            f"`trains: {kind}`"
-        )
-
-
-def _check_prompts(model: str, prompts: Sequence[str], option: str) -> None:
-    """Raise PromptTooLong for a prompt that the model would truncate."""
-    limit, too_long = prompt_limit(open_store(model), prompts)
+    prompts = dict.fromkeys(plan["prompt"].unique().to_pylist(), "--prompt")
+    for prompt in (config.source_prompt, config.negative_prompt):
+        if prompt not in ("", GUESS, SOURCE):
+            prompts.setdefault(prompt, "generate.source_prompt or negative_prompt")
+    limit, too_long = model.too_long(prompts)
     if too_long:
-        displayed = too_long[0] if len(too_long[0]) <= 60 else too_long[0][:59] + "…"
+        option, displayed = prompts[too_long[0]], too_long[0]
+        displayed = displayed if len(displayed) <= 60 else displayed[:59] + "…"
         raise PromptTooLong(f"{option} {displayed!r}: more than the {limit} tokens this model reads; make it shorter")

@@ -211,7 +211,7 @@ def test_a_prompt_longer_than_the_model_reads(
     with pytest.raises(PlanError, match="more than the 16 tokens"):
         run_inline(tiny, images, model, tmp_path / "run", request)
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr("diffva_ray.workflows.generate.prompt_limit", lambda store, prompts: (0, []))
+    monkeypatch.setattr("diffva_ray.model.card.ModelFolder.too_long", lambda folder, prompts: (0, []))
     run, counts = run_inline(tiny, images, model, tmp_path / "run", request)
     assert counts["ok"] == 0
     assert Counter(read_records(run)["status"]) == {"prompt_too_long": 3}
