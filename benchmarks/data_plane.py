@@ -25,7 +25,7 @@ import click
 
 from diffva_ray.generate.run import find_run
 from diffva_ray.provenance import code_revision, version
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 
 
 def turn(executor: str, words: list[str], out: Path, cores: str) -> dict[str, Any]:

@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffva_ray.config.recipe import load_recipe
-from diffva_ray.counterfactual.engine import CounterfactualEngine, SamplingSettings
+from diffva_ray.config.sampling import SamplingSettings
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import Bundle, build, load
 from diffva_ray.model.schedulers import schedule
@@ -94,7 +95,6 @@ def ours(task: Task, one: Contender) -> Any:
     }  # fmt: skip
     engine = CounterfactualEngine(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
     settings = SamplingSettings(
-        prompt=PROMPT,
         method="sdedit",
         scheduler="pndm-diffusers",
         strength=task.strength,
@@ -104,8 +104,8 @@ def ours(task: Task, one: Contender) -> Any:
 
     def generate(images: Images, seeds: list[int]) -> Images:
         made = [
-            engine(list(images[at : at + one.batch]), [settings] * len(images[at : at + one.batch]),
-                   seeds[at : at + one.batch]).counterfactuals
+            engine(list(images[at : at + one.batch]), seeds[at : at + one.batch],
+                   [PROMPT] * len(images[at : at + one.batch]), settings).counterfactuals
             for at in range(0, len(images), one.batch)
         ]  # fmt: skip
         return np.concatenate(made)

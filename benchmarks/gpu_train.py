@@ -133,7 +133,7 @@ def leg(recipe: Any, packed: Path, scratch: Path, before: Path | None, out: Path
     from diffva_ray.config.recipe import fingerprint
     from diffva_ray.model.card import PROGRESS, read_card
     from diffva_ray.provenance import provenance
-    from diffva_ray.storage.store import LocalStore
+    from diffva_ray.storage.local import LocalStore
     from diffva_ray.train.checkpoint import Checkpoints
     from diffva_ray.train.loop import train as product_train
     from diffva_ray.train.progress import followed

@@ -40,7 +40,7 @@ def plan(folder: str, records: int) -> dict[str, Any]:
     from diffva_ray.generate.keys import pixel_keys
     from diffva_ray.generate.plan import Request, make_plan, parse_sweep
     from diffva_ray.generate.run import start_run
-    from diffva_ray.storage.store import open_store
+    from diffva_ray.storage.opening import open_store
 
     images = min(records, IMAGES)
     points = min(10, -(-records // images))
@@ -77,7 +77,7 @@ def plan(folder: str, records: int) -> dict[str, Any]:
 
 def opened(folder: str) -> Any:
     from diffva_ray.generate.run import find_run
-    from diffva_ray.storage.store import open_store
+    from diffva_ray.storage.opening import open_store
 
     return find_run(open_store(folder))
 
@@ -105,9 +105,9 @@ def worker(folder: str, records: int) -> dict[str, Any]:
     """Measure a worker's reads: its first shard, and one more."""
     run = opened(folder)
     began = time.perf_counter()
-    run.shard_rows(0)
+    run.planned(0)
     first = time.perf_counter()
-    assert len(run.shard_rows(run.shards // 2)) in (SHARD, records % SHARD)
+    assert len(run.planned(run.shards // 2)) in (SHARD, records % SHARD)
     return {"seconds_first_shard": first - began, "seconds_next_shard": time.perf_counter() - first}
 
 
@@ -154,8 +154,9 @@ def reduce(folder: str, records: int) -> dict[str, Any]:
     from diffva_ray.evaluate.options import Options
     from diffva_ray.evaluate.reduction import reduce_run
     from diffva_ray.generate.run import FOLDERS, find_run, part
-    from diffva_ray.storage import store as storage
-    from diffva_ray.storage.store import Entry, LocalStore
+    from diffva_ray.storage import opening
+    from diffva_ray.storage.local import LocalStore
+    from diffva_ray.storage.store import Entry
 
     class Pretended(LocalStore):
         """A folder that reports every image and generates every feature that its records name."""
@@ -186,7 +187,7 @@ def reduce(folder: str, records: int) -> dict[str, Any]:
     from diffva_ray.metrics.features import stand_in
 
     NAME = stand_in().name
-    storage.STORES[""] = Pretended
+    opening.STORES[""] = Pretended
     run = find_run(Pretended(folder))
     assert run is not None
     began = time.perf_counter()

@@ -36,7 +36,8 @@ from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import part, start_run
 from diffva_ray.provenance import code_revision
 from diffva_ray.schema import PLAN, RECORDS
-from diffva_ray.storage.store import LocalStore, Store
+from diffva_ray.storage.local import LocalStore
+from diffva_ray.storage.store import Store
 
 LABELS = ("COVID", "Lung_Opacity", "Viral Pneumonia")
 SHARD, FILES, LINKS = 10_000, 10_000, 100  # records per shard; names per image folder; names per file

@@ -23,7 +23,7 @@ from histories import SIZES
 from diffva_ray.config.recipe import load_recipe, to_yaml
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.provenance import code_revision
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 from diffva_ray.train.checkpoint import discard
 from diffva_ray.train.loop import train
 

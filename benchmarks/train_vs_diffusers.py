@@ -31,7 +31,8 @@ from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.model import text
 from diffva_ray.model.bundle import Bundle, build, save
 from diffva_ray.provenance import code_revision, version
-from diffva_ray.storage.store import LocalStore, open_store
+from diffva_ray.storage.local import LocalStore
+from diffva_ray.storage.opening import open_store
 from diffva_ray.train import loop
 from diffva_ray.train.checkpoint import Checkpoints
 from diffva_ray.train.denoiser import DenoiserStage

@@ -1,4 +1,4 @@
-"""Identity and columns of records: ids, seeds, statuses, Arrow schemas and array types."""
+"""Identity and columns of records: ids, seeds, statuses, row types, Arrow schemas and array types."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any, TypedDict, cast, get_args, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 Image = NDArray[np.float32]  # grey in [0, 1], or an attribution map in [-1, 1]; [H, W] unless documented otherwise
 Mask = NDArray[np.bool_]  # [H, W] unless documented otherwise
-Row = dict[str, Any]  # a record, or a row of a table, by column
+TableRow = dict[str, Any]  # a row of a table of results, by column
+Row = TableRow
 SCHEMA_VERSION = 2  # version 1 had other names of columns and folders
 ENGINE = 3  # part of a run's fingerprint; increase it when the engine rounds differently for the same settings
 
@@ -82,65 +83,84 @@ def record_seed(run_seed: int, image_key: str, sample: int) -> int:
     return int(digest([run_seed, image_key, sample])[:16], 16) >> 1
 
 
-PLAN = pa.schema(
-    [
-        ("record_id", pa.string()),
-        ("shard", pa.int32()),
-        ("position", pa.int32()),
-        ("image_path", pa.string()),
-        ("image_size", pa.int64()),
-        ("label", pa.string()),
-        ("prompt", pa.string()),
-        ("method", pa.string()),
-        ("scheduler", pa.string()),
-        ("strength", pa.float64()),
-        ("guidance_scale", pa.float64()),
-        ("num_inference_steps", pa.int32()),
-        ("seed", pa.int64()),
-        ("sample", pa.int32()),
-        ("lung_mask_path", pa.string()),
-        ("lesion_mask_path", pa.string()),
-        ("ground_truth_path", pa.string()),
-    ]
-)
+class Columns(TypedDict):
+    """Columns that a planned record and a record share: which counterfactual of which image. Each has its meaning, and
+    its Arrow type where it differs from ARROW."""
 
-COLUMNS = (  # of records/*.parquet: name, type, meaning
-    ("record_id", pa.string(), "id of the planned record, 20 hex digits"),
-    ("image_path", pa.string(), "path of the image, relative to data_root in run.json"),
-    ("lung_mask_path", pa.string(), "path of the lung mask, relative to data_root; empty without one"),
-    ("lesion_mask_path", pa.string(), "path of the lesion mask, relative to data_root; empty without one"),
-    ("ground_truth_path", pa.string(), "path of the ground-truth counterfactual, likewise; phantoms have one"),
-    ("image_sha256", pa.string(), "SHA-256 of the image file"),
-    ("label", pa.string(), "class that the image was planned under"),
-    ("prompt", pa.string(), "prompt of the counterfactual"),
-    ("source_prompt", pa.string(), "prompt that describes the input image; may be empty"),
-    ("method", pa.string(), "counterfactual method"),
-    ("attribution_kind", pa.string(), "kind of the attribution map: difference and smoothing"),
-    ("scheduler", pa.string(), "sampler"),
-    ("strength", pa.float64(), "fraction of the noise schedule applied to the image, in (0, 1]"),
-    ("guidance_scale", pa.float64(), "scale of classifier-free guidance; 1 or less is no guidance"),
-    ("num_inference_steps", pa.int32(), "sampler steps at strength 1"),
-    ("seed", pa.int64(), "seed of the record's noise"),
-    ("sample", pa.int32(), "index among the samples of the image, from 0"),
-    ("model_digest", pa.string(), "digest of the model's weights"),
-    ("counterfactual_path", pa.string(), "path of the counterfactual, relative to the run"),
-    ("attribution_path", pa.string(), "path of the attribution map, relative to the run"),
-    ("reconstruction_path", pa.string(), "path of the reconstruction, relative to the run"),
-    ("width", pa.int32(), "width of the image file in pixels; generated images have the recipe's resolution"),
-    ("height", pa.int32(), "height of the image file in pixels"),
-    ("ssim", pa.float64(), "SSIM of image and counterfactual, in [-1, 1]"),
-    ("ms_ssim", pa.float64(), "MS-SSIM of image and counterfactual, in [0, 1]"),
-    ("ms_ssim_scales", pa.int32(), "number of scales of MS-SSIM; five from 176 pixels"),
-    ("psnr", pa.float64(), "PSNR of image and counterfactual, in dB; infinite for equal images"),
-    ("l1", pa.float64(), "mean |image - counterfactual|, in [0, 1]"),
-    ("attribution_energy", pa.float64(), "mean absolute value of the attribution map, in [0, 1]"),
-    ("attribution_energy_lung_fraction", pa.float64(), "fraction of it inside the lungs; null without a lung mask"),
-    ("judge_image", pa.float64(), "the judge's probability of healthy for the image; null without a judge"),
-    ("judge_counterfactual", pa.float64(), "the judge's probability of healthy for the counterfactual"),
-    ("counterfactual_sha256", pa.string(), "SHA-256 of the counterfactual's pixels"),
-    ("attribution_sha256", pa.string(), "SHA-256 of the attribution map's 16-bit levels"),
-    ("reconstruction_sha256", pa.string(), "SHA-256 of the reconstruction's pixels"),
-    ("status", pa.string(), "outcome of the record"),
-    ("error", pa.string(), "reason if status is not ok, else null"),
-)
-RECORDS = pa.schema([(name, kind) for name, kind, _ in COLUMNS])
+    record_id: Annotated[str, "id of the planned record, 20 hex digits"]
+    image_path: Annotated[str, "path of the image, relative to data_root in run.json"]
+    lung_mask_path: Annotated[str, "path of the lung mask, relative to data_root; empty without one"]
+    lesion_mask_path: Annotated[str, "path of the lesion mask, relative to data_root; empty without one"]
+    ground_truth_path: Annotated[str, "path of the ground-truth counterfactual, likewise; phantoms have one"]
+    label: Annotated[str, "class that the image was planned under"]
+    prompt: Annotated[str, "prompt of the counterfactual"]
+    method: Annotated[str, "counterfactual method"]
+    scheduler: Annotated[str, "sampler"]
+    strength: Annotated[float, "fraction of the noise schedule applied to the image, in (0, 1]"]
+    guidance_scale: Annotated[float, "scale of classifier-free guidance; 1 or less is no guidance"]
+    num_inference_steps: Annotated[int, "sampler steps at strength 1"]
+    seed: Annotated[int, "seed of the record's noise", pa.int64()]
+    sample: Annotated[int, "index among the samples of the image, from 0"]
+
+
+class PlannedRecord(Columns):
+    """A row of ``plan.parquet``: what to generate, and in which shard."""
+
+    shard: Annotated[int, "number of the shard"]
+    position: Annotated[int, "position in the shard"]
+    image_size: Annotated[int, "bytes of the image file when the run was planned; -1: unknown", pa.int64()]
+
+
+class Results(TypedDict, total=False):
+    """Columns that a worker adds to a planned record. In quarantined records most of them are None."""
+
+    image_sha256: Annotated[str, "SHA-256 of the image file"]
+    width: Annotated[int, "width of the image file in pixels; generated images have the recipe's resolution"]
+    height: Annotated[int, "height of the image file in pixels"]
+    source_prompt: Annotated[str, "prompt that describes the input image; may be empty"]
+    attribution_kind: Annotated[str, "kind of the attribution map: difference and smoothing"]
+    model_digest: Annotated[str, "digest of the model's weights"]
+    device: Annotated[str, "name of the GPU, or kind of the CPU, that generated the record"]
+    counterfactual_path: Annotated[str, "path of the counterfactual, relative to the run"]
+    attribution_path: Annotated[str, "path of the attribution map, relative to the run"]
+    reconstruction_path: Annotated[str, "path of the reconstruction, relative to the run"]
+    ssim: Annotated[float, "SSIM of image and counterfactual, in [-1, 1]"]
+    ms_ssim: Annotated[float, "MS-SSIM of image and counterfactual, in [0, 1]"]
+    ms_ssim_scales: Annotated[int, "number of scales of MS-SSIM; five from 176 pixels"]
+    psnr: Annotated[float, "PSNR of image and counterfactual, in dB; infinite for equal images"]
+    l1: Annotated[float, "mean |image - counterfactual|, in [0, 1]"]
+    attribution_energy: Annotated[float, "mean absolute value of the attribution map, in [0, 1]"]
+    attribution_energy_lung_fraction: Annotated[float | None, "fraction of it inside the lungs; null without a mask"]
+    judge_image: Annotated[float | None, "the judge's probability of healthy for the image; null without a judge"]
+    judge_counterfactual: Annotated[float | None, "the judge's probability of healthy for the counterfactual"]
+    counterfactual_sha256: Annotated[str, "SHA-256 of the counterfactual's pixels"]
+    attribution_sha256: Annotated[str, "SHA-256 of the attribution map's 16-bit levels"]
+    reconstruction_sha256: Annotated[str, "SHA-256 of the reconstruction's pixels"]
+    status: Annotated[str, "outcome of the record"]
+    error: Annotated[str | None, "reason if status is not ok, else null"]
+
+
+class Record(Columns, Results):
+    """A row of ``records/*.parquet``: a planned record and its results."""
+
+
+def complete(planned: PlannedRecord, results: Results) -> Record:
+    """The record of a planned record, with all columns of RECORDS; results that are missing are None."""
+    values = {**planned, **results}
+    return cast(Record, {name: values.get(name) for name in RECORDS.names})
+
+
+ARROW = {str: pa.string(), int: pa.int32(), float: pa.float64()}  # Arrow types of the columns
+
+
+def _arrow_schema(row: type) -> pa.Schema:
+    """The columns of a TypedDict as an Arrow schema."""
+    fields = []
+    for name, hint in get_type_hints(row, include_extras=True).items():
+        (kind, *_), (_, *arrow) = (*get_args(hint.__origin__), hint.__origin__), hint.__metadata__  # str of str | None
+        fields.append((name, *(arrow or [ARROW[kind]])))
+    return pa.schema(fields)
+
+
+PLAN, RECORDS = _arrow_schema(PlannedRecord), _arrow_schema(Record)
+MEANINGS = {name: hint.__metadata__[0] for name, hint in get_type_hints(Record, include_extras=True).items()}

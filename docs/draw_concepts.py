@@ -5,7 +5,6 @@ python docs/draw_concepts.py --model runs/demo/model
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -40,8 +39,7 @@ def noised(engine: CounterfactualEngine, image: Image, strength: float) -> Image
 
 
 def generated(engine: CounterfactualEngine, image: Phantom, **settings: object) -> CounterfactualBatch:
-    settings_used = replace(engine.settings(), **settings)  # type: ignore[arg-type]
-    return engine([image.image], [settings_used], seeds=[0], lungs=[image.lungs])
+    return engine([image.image], seeds=[0], settings=engine.settings.replace(**settings), lungs=[image.lungs])
 
 
 def panel(axes: Axes, image: Image, title: str, lesion: NDArray[np.bool_] | None = None, signed: bool = False) -> None:

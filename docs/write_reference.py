@@ -17,7 +17,7 @@ import click
 from diffva_ray.cli import main
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.config.stages import StageConfig
-from diffva_ray.schema import COLUMNS, Status
+from diffva_ray.schema import MEANINGS, RECORDS, Status
 
 FOLDER = Path(__file__).parent / "reference"
 WIDTH = 100
@@ -148,7 +148,7 @@ def commands_page() -> str:
 
 
 def columns_page() -> str:
-    rows = "".join(f"| `{name}` | {kind} | {meaning} |\n" for name, kind, meaning in COLUMNS)
+    rows = "".join(f"| `{name}` | {RECORDS.field(name).type} | {meaning} |\n" for name, meaning in MEANINGS.items())
     return f"{COLUMNS_HEAD}\n| column | type | meaning |\n| --- | --- | --- |\n{rows}\n`status` is one of {STATUSES}.\n"
 
 

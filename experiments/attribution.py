@@ -20,11 +20,12 @@ import click
 import numpy as np
 import pandas as pd
 import torch
+from conformal import attributed, conformal_threshold
+from gradients import BASELINES, ImageClassifier
 from matplotlib.figure import Figure
 
 from diffva_ray.config.methods import METHODS as KNOWN
 from diffva_ray.config.recipe import Recipe, load_recipe, make_recipe
-from diffva_ray.counterfactual.gradients import BASELINES, ImageClassifier
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.images import decode_map
 from diffva_ray.data.phantoms import phantom_set
@@ -35,12 +36,11 @@ from diffva_ray.evaluate.scores import score_image
 from diffva_ray.generate.cost import calls
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run, open_run
-from diffva_ray.metrics.conformal import attributed, conformal_threshold
 from diffva_ray.metrics.localization import positive, smooth
 from diffva_ray.model.bundle import build, load, save
 from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision, version
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import generate_run
 from diffva_ray.workflows.reduce import reduce

@@ -29,7 +29,7 @@ from diffva_ray.generate.run import open_run
 from diffva_ray.model.bundle import load
 from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision, version
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import generate_run
 from diffva_ray.workflows.reduce import reduce

@@ -39,7 +39,7 @@ from diffva_ray.generate.run import Run, open_run
 from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
 from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision, version
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 from diffva_ray.train.checkpoint import Checkpoints
 from diffva_ray.train.loop import train
 from diffva_ray.workflows.execution import Execution

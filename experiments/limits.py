@@ -65,7 +65,7 @@ def generated(
         engine.config = config.model_copy(update={"source_prompt": prompt})
         for start in range(0, len(members), config.micro_batch):
             some = members[start : start + config.micro_batch]
-            made = engine([images[n].image for n in some], [engine.settings()] * len(some), some)
+            made = engine([images[n].image for n in some], some)
             for n, rebuilt, ground_truth, source in zip(
                 some, made.reconstructions, made.counterfactuals, made.source_prompts
             ):

@@ -26,11 +26,11 @@ import click
 import numpy as np
 import pandas as pd
 import torch
+from gradients import ImageClassifier, grad_cam, integrated_gradients, occlusion
 from numpy.typing import NDArray
 
 from diffva_ray.config.recipe import Recipe, load_recipe, make_recipe
 from diffva_ray.counterfactual.engine import CounterfactualEngine
-from diffva_ray.counterfactual.gradients import ImageClassifier, grad_cam, integrated_gradients, occlusion
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.images import decode, to_square
@@ -41,7 +41,7 @@ from diffva_ray.metrics.localization import centre_prior, dice_at, fixed_thresho
 from diffva_ray.model.bundle import load
 from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 from diffva_ray.workflows.train import train_model
 
 FOLDS = 3
@@ -134,7 +134,7 @@ def competitors(model: str, fold: Fold, recipe: Recipe) -> Iterator[tuple[str, d
     for strength, guidance in EDITS:
         engine.config = recipe.generate.model_copy(update={"strength": strength, "guidance_scale": guidance})
         made = [
-            engine(list(some), [engine.settings()] * len(some), list(range(start, start + len(some))))
+            engine(list(some), list(range(start, start + len(some))))
             for start in range(0, len(fold.pixels), batch)
             for some in [fold.pixels[start : start + batch]]
         ]

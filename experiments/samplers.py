@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +59,7 @@ def counterfactuals(
     generate: CounterfactualEngine, images: list[Phantom], scheduler: str, steps: int
 ) -> tuple[NDArray, NDArray]:
     """Return counterfactuals and reconstructions [n, size, size]."""
-    settings = replace(
-        generate.settings(),
+    settings = generate.settings.replace(
         method="sdedit",
         scheduler=scheduler,
         strength=strength_of(generate, scheduler, steps)[0],
@@ -71,9 +69,8 @@ def counterfactuals(
     size, parts = generate.config.micro_batch, []
     for start in range(0, len(images), size):
         some = images[start : start + size]
-        parts.append(
-            generate([image.image for image in some], [settings] * len(some), list(range(start, start + len(some))))
-        )
+        seeds = list(range(start, start + len(some)))
+        parts.append(generate([image.image for image in some], seeds, settings=settings))
     return np.concatenate([p.counterfactuals for p in parts]), np.concatenate([p.reconstructions for p in parts])
 
 

@@ -62,8 +62,7 @@ def generate(engine: CounterfactualEngine, images: list[Phantom]) -> tuple[list[
     for start in range(0, len(images), size):
         some = images[start : start + size]
         began = time.process_time()
-        made = engine([image.image for image in some], [engine.settings()] * len(some),
-                      list(range(start, start + len(some))))  # fmt: skip
+        made = engine([image.image for image in some], list(range(start, start + len(some))))
         spent += time.process_time() - began
         for image, counterfactual, rebuilt in zip(some, made.counterfactuals, made.reconstructions, strict=True):
             counterfactuals.append(counterfactual)

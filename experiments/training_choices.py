@@ -26,7 +26,7 @@ from diffva_ray.generate.run import open_run
 from diffva_ray.model.card import read_card
 from diffva_ray.progress import set_up_logging
 from diffva_ray.provenance import code_revision, version
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 from diffva_ray.train.checkpoint import Checkpoints
 from diffva_ray.train.loop import train
 from diffva_ray.workflows.execution import Execution

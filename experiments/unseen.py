@@ -49,9 +49,7 @@ def maps_of(engine: CounterfactualEngine, images: list[Phantom]) -> tuple[list[I
     size = engine.config.micro_batch
     for start in range(0, len(images), size):
         some = images[start : start + size]
-        made = engine(
-            [image.image for image in some], [engine.settings()] * len(some), list(range(start, start + len(some)))
-        )
+        made = engine([image.image for image in some], list(range(start, start + len(some))))
         sources += made.source_prompts
         maps += [
             attribution(image.image, rebuilt, counterfactual, engine.config)

@@ -31,7 +31,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 from diffva_ray.config.methods import METHODS
 from diffva_ray.config.recipe import Recipe, load_recipe
 from diffva_ray.data.phantoms import phantom_set
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 ROOT = Path(__file__).parents[1]
 CLUSTERS = ("ray", "jobs", "chaos")  # folders of tests that start Rays: one at a time, or they starve each other

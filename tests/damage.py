@@ -362,7 +362,7 @@ def _no_plain_files(folder: Path, good: bytes) -> dict[str, str]:
 
 if __name__ == "__main__":
     from diffva_ray.data.phantoms import phantom_set
-    from diffva_ray.storage.store import LocalStore
+    from diffva_ray.storage.local import LocalStore
 
     target = Path(sys.argv[1])
     for _ in phantom_set(LocalStore(str(target / "phantoms")), 12, 64, seed=1):

@@ -18,8 +18,9 @@ import torch
 from img2img import img2img, run_img2img
 
 from diffva_ray.config.methods import METHODS
+from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.attribution import attribution
-from diffva_ray.counterfactual.engine import CounterfactualEngine, SamplingSettings
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.counterfactual.latent_diffusion import branches_share_their_start
 from diffva_ray.data.phantoms import Phantom, phantom
 from diffva_ray.metrics.localization import positive, score

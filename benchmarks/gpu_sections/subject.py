@@ -16,7 +16,8 @@ from img2img import GUIDANCE, PROMPT
 from numpy.typing import NDArray
 
 from diffva_ray.config.recipe import Recipe, load_recipe
-from diffva_ray.counterfactual.engine import CounterfactualEngine, SamplingSettings
+from diffva_ray.config.sampling import SamplingSettings
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.phantoms import Phantom, phantom
 from diffva_ray.model.bundle import Bundle, build
 from gpu_sections import measure
@@ -148,7 +149,7 @@ def small_bundle(tiny: bool) -> Bundle:
 
 def setting(method: str = "sdedit", scheduler: str = "pndm-diffusers", **changes: Any) -> SamplingSettings:
     values: dict[str, Any] = {"strength": 0.55, "guidance_scale": GUIDANCE, "num_inference_steps": 20, **changes}
-    return SamplingSettings(prompt=PROMPT, method=method, scheduler=scheduler, **values)
+    return SamplingSettings(method=method, scheduler=scheduler, **values)
 
 
 def generate(
@@ -162,7 +163,7 @@ def generate(
     size, made = engine.config.micro_batch, []
     for at in range(0, len(images), size):
         some = list(images[at : at + size])
-        made.append(engine(some, [settings] * len(some), seeds[at : at + size]))
+        made.append(engine(some, seeds[at : at + size], [PROMPT] * len(some), settings))
     return tuple(  # type: ignore[return-value]
         np.concatenate([getattr(one, name) for one in made]) for name in ("counterfactuals", "reconstructions")
     )

@@ -18,11 +18,12 @@ from diffva_ray.config.stages import StageConfig
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.model.bundle import Bundle
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 from diffva_ray.train import loop
 from diffva_ray.train.checkpoint import Position
+from diffva_ray.train.kinds import make_stage
 from diffva_ray.train.sampling import ImageSet
-from diffva_ray.train.stage import Stage, StageContext, make_stage
+from diffva_ray.train.stage import Stage, StageContext
 from gpu_sections.book import Book, Values
 from gpu_sections.measure import forget_peak, peak_gib, release, switched, switches, timed
 from gpu_sections.subject import Subject, operations_of

@@ -18,7 +18,7 @@ from diffva_ray.generate.plan import Request, make_plan
 from diffva_ray.generate.run import start_run
 from diffva_ray.generate.shard import WorkerContext, run_shard
 from diffva_ray.provenance import torch_version
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 from gpu_sections.book import Book, Values
 from gpu_sections.measure import forget_peak, peak_gib, settle, switched, switches, watched
 from gpu_sections.subject import Subject, generate, setting

@@ -40,7 +40,7 @@ def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str 
     from diffva_ray.data.datasets import open_dataset
     from diffva_ray.data.implants import implant_set
     from diffva_ray.data.phantoms import CLASSES, phantom_set
-    from diffva_ray.storage.store import open_store
+    from diffva_ray.storage.opening import open_store
 
     resolved = load_recipe(recipe, overrides)
     chosen = names(classes) or CLASSES

@@ -3,53 +3,59 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from diffva_ray.commands.verb import data_option, executor_option, verb, weights_option
+from diffva_ray.commands.verb import (
+    boxes_option,
+    brixia_option,
+    data_option,
+    executor_option,
+    verb,
+    weights_option,
+)
 from diffva_ray.data.dataset import UnusableData
 
 if TYPE_CHECKING:
     from diffva_ray.workflows.execution import Executor
 
+# fmt: off
+moved_option     = click.option("--data",           metavar="DATA", help="New address of the data set, if it has moved; the run stores it.")
+reference_option = click.option("--reference",      metavar="LABEL=DATA_OR_RUN", multiple=True, help="Reference set of class LABEL for FID and KID; repeatable.")
+resize_option    = click.option("--resize",         type=click.Choice(["clean", "legacy"]), help="Resizing before Inception: bicubic with antialiasing (clean), or as pytorch-fid (legacy); default: the recipe's.")
+threshold_option = click.option("--threshold-from", metavar="RUN", help="Take the Dice thresholds from this (validation) run.")
+extractor_option = click.option("--extractor",      "extractors", metavar="NAME[=PATH]", multiple=True, help="Feature extractor: inception, torchxrayvision=WEIGHTS, rad-dino=FOLDER, judge[=MODEL], stand-in; repeatable.")
+judge_option     = click.option("--judge",          "judges", metavar="NAME=PATH", multiple=True, help="Additional judge of the flip rate: torchxrayvision=WEIGHTS or judge=MODEL; repeatable.")
+lpips_option     = click.option("--lpips-weights",  "lpips", metavar="PATH", help="State dict of torchvision's AlexNet; adds LPIPS to the tables.")
+sources_option   = click.option("--sources",        metavar="CSV", help="CSV of each image's archive: file,source; adds distances per archive.")
+images_option    = click.option("--images",         metavar="N", type=click.IntRange(1), help="Maximum number of records in the viewer; default: depends on their size, up to 20000.")
+scores_option    = click.option("--out",            metavar="FOLDER", help="Output folder; the tables go to tables/scores.{csv,md,tex,json}.")
+signed_option    = click.option("--signed/--positive", "signed", default=None, help="Score max(M, 0) and |M|, or max(M, 0) only; default: signed if any value is negative.")
+encoding_option  = click.option("--encoding",       type=click.Choice(["auto", "signed16", "unsigned"]), default="auto", show_default=True, help="Encoding of 16-bit maps; signed16: 32768 is zero; auto: signed16 for a run, else unsigned.")
+smoothing_option = click.option("--smoothing",      metavar="F", type=click.FloatRange(0, 0.5, max_open=True), help="Sigma of the Gaussian that smooths maps and baselines, as a fraction of the side; default: none.")
+size_option      = click.option("--size",           metavar="PX", type=click.IntRange(8, 4096), help="Side of the grid in pixels; default: the size of the maps.")
+fixed_option     = click.option("--threshold-from", metavar="RUN|FOLDER|JSON", help="Thresholds from validation images: a run, an --out folder of this verb, or a JSON file.")
+trained_option   = click.option("--model",          metavar="MODEL", help="Refuse training images of this model; default for a run: the run's model.")
+# fmt: on
+
 
 @verb("reduce", "Compute the tables of a run")
 @click.argument("run")
-@click.option("--data", metavar="DATA", help="New address of the data set, if it has moved; the run stores it.")
-@click.option(
-    "--reference",
-    multiple=True,
-    metavar="LABEL=DATA_OR_RUN",
-    help="Reference set of class LABEL for FID and KID; repeatable.",
-)
-@click.option("--boxes", metavar="CSV", help="CSV of lesion boxes: file,x,y,w,h in pixels of the image.")
+@moved_option
+@reference_option
+@boxes_option
 @weights_option
-@click.option(
-    "--resize",
-    type=click.Choice(["clean", "legacy"]),
-    help="Resizing before Inception: bicubic with antialiasing (clean), or as pytorch-fid (legacy); default: the recipe's.",
-)
-@click.option("--threshold-from", metavar="RUN", help="Take the Dice thresholds from this (validation) run.")
-@click.option(
-    "--extractor",
-    multiple=True,
-    metavar="NAME[=PATH]",
-    help="Feature extractor: inception, torchxrayvision=WEIGHTS, rad-dino=FOLDER, judge[=MODEL], stand-in; repeatable.",
-)
-@click.option(
-    "--judge",
-    multiple=True,
-    metavar="NAME=PATH",
-    help="Additional judge of the flip rate: torchxrayvision=WEIGHTS or judge=MODEL; repeatable.",
-)
-@click.option("--lpips-weights", metavar="PATH", help="State dict of torchvision's AlexNet; adds LPIPS to the tables.")
-@click.option("--brixia", metavar="CSV", help="CSV of Brixia zone scores: file, S-A to S-F, J-A to J-F.")
-@click.option("--sources", metavar="CSV", help="CSV of each image's archive: file,source; adds distances per archive.")
+@resize_option
+@threshold_option
+@extractor_option
+@judge_option
+@lpips_option
+@brixia_option
+@sources_option
 @executor_option
-def reduce(run: str, data: str | None, reference: tuple[str, ...], boxes: str | None, inception_weights: str | None,
-           resize: Literal["clean", "legacy"] | None, threshold_from: str | None, extractor: tuple[str, ...],
-           judge: tuple[str, ...], lpips_weights: str | None, brixia: str | None, sources: str | None, executor: Executor) -> None:  # fmt: skip
+def reduce(run: str, data: str | None, executor: Executor, reference: tuple[str, ...], inception_weights: str | None,
+           resize: str | None, **options: Any) -> None:  # fmt: skip
     """Verify a run and write its tables, quarantine.parquet, manifest.json and _SUCCESS.
 
     Example:
@@ -62,19 +68,9 @@ def reduce(run: str, data: str | None, reference: tuple[str, ...], boxes: str | 
     from diffva_ray.workflows.reduce import reduce
 
     opened = open_run(run)
-    options = Options(
-        references=parse_references(reference),
-        boxes=boxes,
-        weights=inception_path(inception_weights),
-        resize=resize or opened.recipe.evaluate.resize,
-        threshold_from=threshold_from,
-        extractors=extractor,
-        lpips=lpips_weights,
-        brixia=brixia,
-        sources=sources,
-        judges=judge,
-    )
-    reduced = reduce(opened, options, executor, data)
+    options |= {"references": parse_references(reference), "weights": inception_path(inception_weights)}
+    options["resize"] = resize or opened.recipe.evaluate.resize
+    reduced = reduce(opened, Options(**options), executor, data)
     print_summary(reduced.metrics)
     click.echo(f"tables in {run}/tables" + ("" if reduced.fresh else " (already up to date; nothing written)"))
 
@@ -84,12 +80,7 @@ def reduce(run: str, data: str | None, reference: tuple[str, ...], boxes: str | 
 @click.option("--boxes", metavar="CSV", help="CSV of lesion boxes to outline: file,x,y,w,h in pixels of the image.")
 @click.option("--serve", "served", is_flag=True, help="Serve the report on the loopback address until Ctrl-C.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port for --serve; default: any free port.")
-@click.option(
-    "--images",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Maximum number of records in the viewer; default: depends on their size, up to 20000.",
-)
+@images_option
 def report(run: str, boxes: str | None, served: bool, port: int, images: int | None) -> None:
     """Write the figures and the HTML report of a finished or unfinished run: one page that opens from disk, with an
     image viewer. Images of an earlier report are reused if they are still valid.
@@ -113,47 +104,17 @@ def report(run: str, boxes: str | None, served: bool, port: int, images: int | N
 @verb("score", "Score attribution maps of any method")
 @click.argument("maps")
 @data_option
-@click.option("--boxes", metavar="CSV", help="CSV of lesion boxes: file,x,y,w,h in pixels of the image.")
-@click.option("--out", metavar="FOLDER", help="Output folder; the tables go to tables/scores.{csv,md,tex,json}.")
-@click.option(
-    "--signed/--positive",
-    "signed",
-    default=None,
-    help="Score max(M, 0) and |M|, or max(M, 0) only; default: signed if any value is negative.",
-)
-@click.option(
-    "--encoding",
-    type=click.Choice(["auto", "signed16", "unsigned"]),
-    default="auto",
-    show_default=True,
-    help="Encoding of 16-bit maps; signed16: 32768 is zero; auto: signed16 for a run, else unsigned.",
-)
-@click.option(
-    "--smoothing",
-    type=click.FloatRange(0, 0.5, max_open=True),
-    metavar="F",
-    help="Sigma of the Gaussian that smooths maps and baselines, as a fraction of the side; default: none.",
-)
-@click.option(
-    "--size",
-    type=click.IntRange(8, 4096),
-    metavar="PX",
-    help="Side of the grid in pixels; default: the size of the maps.",
-)
-@click.option(
-    "--threshold-from",
-    metavar="RUN|FOLDER|JSON",
-    help="Thresholds from validation images: a run, an --out folder of this verb, or a JSON file.",
-)
-@click.option(
-    "--model", metavar="MODEL", help="Refuse training images of this model; default for a run: the run's model."
-)
+@boxes_option
+@scores_option
+@signed_option
+@encoding_option
+@smoothing_option
+@size_option
+@fixed_option
+@trained_option
 @click.option("--allow-training-images", is_flag=True, help="Score training images, too; the tables note it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
-def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool | None,
-          encoding: Literal["auto", "signed16", "unsigned"],
-          smoothing: float | None, size: int | None, threshold_from: str | None, model: str | None,
-          allow_training_images: bool, as_json: bool) -> None:  # fmt: skip
+def score(maps: str, data: str, out: str | None, as_json: bool, **options: Any) -> None:
     """Score attribution maps of any method with the localization metrics of reduce, beside simple baselines.
 
     MAPS is a folder of PNG, NPY or TIFF files that are named like the images of DATA, or a run.
@@ -167,17 +128,7 @@ def score(maps: str, data: str, boxes: str | None, out: str | None, signed: bool
 
     # Open the output folder first, so that a wrong address fails before the work.
     output = None if out is None else open_output(out)
-    options = ScoreOptions(
-        boxes=boxes,
-        encoding=encoding,
-        signed=signed,
-        smoothing=smoothing,
-        size=size,
-        threshold_from=threshold_from,
-        model=model,
-        allow_training_images=allow_training_images,
-    )
-    scored = score_maps(maps, data, options)
+    scored = score_maps(maps, data, ScoreOptions(**options))
     # Write and print the scores.
     if output is not None:
         write_scores(output, scored)
@@ -199,8 +150,8 @@ def compare(run_a: str, run_b: str, out: str | None) -> None:
     Example:
         diffva compare runs/first runs/second
     """
-    from diffva_ray.evaluate.comparison import compare_runs, print_comparison
-    from diffva_ray.evaluate.report.comparison_page import output_store, write_comparison
+    from diffva_ray.evaluate.comparison import compare_runs
+    from diffva_ray.evaluate.report.comparison_page import output_store, print_comparison, write_comparison
     from diffva_ray.generate.run import open_run
 
     try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Any
 
 import click
 
 from diffva_ray.commands.verb import (
     DONE,
+    boxes_option,
+    brixia_option,
     dry_run_option,
     execution,
     execution_options,
@@ -19,33 +22,32 @@ from diffva_ray.commands.verb import (
     weights_option,
 )
 
+# fmt: off
+radiography_option = click.option("--radiography", metavar="DATA", help="COVID-19 Radiography Database; default with --quick: phantoms.")
+chexpert_option    = click.option("--chexpert",    metavar="DATA", help="CheXpert-v1.0-small, for table 4; default with --quick: phantoms.")
+out_option         = click.option("--out",         metavar="DIR", required=True, help="Output folder, local or s3://; an unfinished one continues.")
+quick_option       = click.option("--quick",       is_flag=True, help="Use 24 images per class, and phantoms in place of data that are not given.")
+limit_option       = click.option("--limit",       metavar="N", type=click.IntRange(4), help="Maximum number of images per class.")
+resize_option      = click.option("--resize",      type=click.Choice(["clean", "legacy"]), default="clean", show_default=True, help="Resizing before Inception: bicubic with antialiasing (clean), or as pytorch-fid (legacy).")
+# fmt: on
+
 
 @verb("paper", "Reproduce the tables and figures of the paper")
-@click.option("--radiography", metavar="DATA", help="COVID-19 Radiography Database; default with --quick: phantoms.")
-@click.option("--chexpert", metavar="DATA", help="CheXpert-v1.0-small, for table 4; default with --quick: phantoms.")
+@radiography_option
+@chexpert_option
 @model_option
-@click.option("--out", metavar="DIR", required=True, help="Output folder, local or s3://; an unfinished one continues.")
-@click.option(
-    "--quick", is_flag=True, help="Use 24 images per class, and phantoms in place of data that are not given."
-)
-@click.option("--limit", type=click.IntRange(4), metavar="N", help="Maximum number of images per class.")
-@click.option("--boxes", metavar="CSV", help="CSV of lesion boxes for table S3: file,x,y,w,h in pixels of the image.")
-@click.option("--brixia", metavar="CSV", help="CSV of Brixia zone scores for table S7: file, S-A to S-F, J-A to J-F.")
+@out_option
+@quick_option
+@limit_option
+@boxes_option
+@brixia_option
 @weights_option
-@click.option(
-    "--resize",
-    type=click.Choice(["clean", "legacy"]),
-    default="clean",
-    show_default=True,
-    help="Resizing before Inception: bicubic with antialiasing (clean), or as pytorch-fid (legacy).",
-)
+@resize_option
 @execution_options
 @recipe_option
 @set_option
 @dry_run_option
-def paper(radiography: str | None, chexpert: str | None, model: str, out: str, quick: bool, limit: int | None,
-          boxes: str | None, brixia: str | None, inception_weights: str | None, resize: Literal["clean", "legacy"],
-          recipe: str | None, overrides: tuple[str, ...], dry_run: bool, **options: Any) -> int:  # fmt: skip
+def paper(model: str, inception_weights: str | None, dry_run: bool, **options: Any) -> int:
     """Reproduce every table and figure of Siddiqui et al. 2024 from images and a model, beside the published values.
 
     The page lists what cannot be made, with the reason. --set changes all runs, as in generate.num_inference_steps=20.
@@ -61,23 +63,10 @@ def paper(radiography: str | None, chexpert: str | None, model: str, out: str, q
 
     # A dry run needs no weights and downloads none.
     weights = None if dry_run else inception_path(inception_weights)
-    inputs = Inputs(
-        radiography=radiography,
-        chexpert=chexpert,
-        model=model,
-        out=out,
-        quick=quick,
-        limit=limit,
-        weights=weights,
-        resize=resize,
-        recipe=recipe,
-        overrides=overrides,
-        boxes=boxes,
-        brixia=brixia,
-        execution=execution(options),
-    )
+    known = {field.name: options[field.name] for field in fields(Inputs) if field.name in options}
+    inputs = Inputs(**known, model=model, weights=weights, execution=execution(options))
     if dry_run:
-        show(model_recipe(model, recipe, overrides), **planned_paper(inputs))
+        show(model_recipe(model, inputs.recipe, inputs.overrides), **planned_paper(inputs))
         return DONE
     click.echo(f"open {run_paper(inputs)}")
     return DONE

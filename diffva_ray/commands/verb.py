@@ -15,7 +15,8 @@ import click
 
 from diffva_ray._version import __version__
 from diffva_ray.config.methods import METHODS
-from diffva_ray.config.recipe import Recipe, RecipeError, Scheduler
+from diffva_ray.config.recipe import Recipe, RecipeError
+from diffva_ray.config.sampling import SamplingSettings, Scheduler
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.generate.run import FingerprintDiffers, PlanError
 from diffva_ray.model.card import UnusableModel
@@ -173,19 +174,21 @@ actors_option   = click.option("--actors",     type=click.IntRange(1), metavar="
 gpus_option     = click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="GPUs per actor; default: 1 if the cluster has GPUs, else 0.")
 change_option   = click.option("--allow-environment-change", is_flag=True, help="Continue a run with another torch version or device; the run records the change.")
 weights_option  = click.option("--inception-weights", metavar="PATH|download", help="State dict of pytorch-fid's Inception; default: the file in pytorch-fid's cache.")
-SETTINGS = (  # sampling settings, which `generate`, `explain` and `interpolate` share
+boxes_option    = click.option("--boxes",      metavar="CSV", help="CSV of lesion boxes: file,x,y,w,h in pixels of the image.")
+brixia_option   = click.option("--brixia",     metavar="CSV", help="CSV of Brixia zone scores: file, S-A to S-F, J-A to J-F.")
+SAMPLING = (  # the fields of SamplingSettings, which `generate`, `explain` and `interpolate` share
     click.option("--method",         metavar="NAME",              help=f"Counterfactual method: {', '.join(METHODS)}."),
     click.option("--strength",       metavar="F",    type=float,  help="Share of the noise schedule that is applied to the image, in (0, 1]."),
     click.option("--guidance-scale", metavar="F",    type=float,  help="Scale of classifier-free guidance; 1 or less turns guidance off."),
-    click.option("--steps",          metavar="N",    type=int,    help="Sampler steps at strength 1; strength * N steps run."),
+    click.option("--steps",          "num_inference_steps", metavar="N",    type=int,    help="Sampler steps at strength 1; strength * N steps run."),
     click.option("--scheduler",      metavar="NAME", help=f"Sampler: {', '.join(get_args(Scheduler))}."),
 )
 # fmt: on
 
 
 def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of SETTINGS to a verb, in their order."""
-    return reduce(lambda wrapped, option: option(wrapped), reversed(SETTINGS), function)
+    """Add the options of SAMPLING to a verb, in their order."""
+    return reduce(lambda wrapped, option: option(wrapped), reversed(SAMPLING), function)
 
 
 def execution_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -203,14 +206,10 @@ def execution(options: Mapping[str, Any]) -> Execution:
 
 
 def settings_overrides(options: Mapping[str, Any], *more: str) -> tuple[str, ...]:
-    """Recipe overrides from ``--set``, ``--seed``, the options of SETTINGS and ``more`` keys of section ``generate``."""
-    keys = ("method", "strength", "guidance_scale", "scheduler", *more)
-    return with_flags(
-        options["overrides"],
-        seed=options["seed"],
-        generate__num_inference_steps=options["steps"],
-        **{f"generate__{key}": options[key] for key in keys},
-    )
+    """Recipe overrides from ``--set``, ``--seed``, the options of SAMPLING and ``more`` keys of section ``generate``."""
+    keys = (*SamplingSettings.model_fields, *more)
+    of_generate = {f"generate__{key}": options[key] for key in keys}
+    return with_flags(options["overrides"], seed=options["seed"], **of_generate)
 
 
 def show(recipe: Recipe, **intent: Any) -> None:

@@ -1,7 +1,7 @@
 """The counterfactual methods, one line each: cost, scheduler and extra network.
 
-A new method is a module of its name in ``counterfactual/`` with a function ``generate``, and a line here. The table is
-separate from the modules so that drivers check and price a run without loading torch.
+A new method is a module in ``counterfactual/`` with a function ``generate``, a line in the ``methods.py`` there and
+one here. This table is separate so that drivers check and price a run without loading torch.
 """
 
 from __future__ import annotations

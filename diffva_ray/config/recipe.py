@@ -8,16 +8,15 @@ from importlib import resources
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from diffva_ray.config.generation import AccelerationConfig, ClassifierGuidedConfig, ControlNetConfig, MaskedConfig
-from diffva_ray.config.methods import METHODS
+from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.config.stages import Section, Stage, TrainConfig
 from diffva_ray.schema import digest
-from diffva_ray.storage.store import open_file
+from diffva_ray.storage.opening import open_file
 
 RECIPES = resources.files("diffva_ray") / "recipes"
-Scheduler = Literal["pndm", "pndm-diffusers", "ddim", "dpmsolver++", "unipc", "euler", "vp-sde", "ve-sde"]
 GUESS, SOURCE = "<guess>", "<source>"
 
 
@@ -92,23 +91,8 @@ class ModelConfig(Section):
         return self
 
 
-class GenerateConfig(Section):
+class GenerateConfig(SamplingSettings):
     """Generation and measurement of counterfactuals; every key is part of the run's fingerprint."""
-
-    method: str = Field("sdedit", json_schema_extra={"enum": list(METHODS)})
-    """Counterfactual method (docs/methods.md)."""
-
-    scheduler: Scheduler = "pndm"
-    """Sampler; methods that invert the image need ``ddim``."""
-
-    strength: float = Field(0.55, gt=0, le=1)
-    """Fraction of the noise schedule that is applied to the image before denoising."""
-
-    guidance_scale: float = Field(4.0, ge=0)
-    """Scale of classifier-free guidance towards the prompt; 1 or less turns guidance off."""
-
-    num_inference_steps: int = Field(75, ge=1, le=1000)
-    """Sampler steps at strength 1; ``strength`` * steps are run."""
 
     source_prompt: str = ""
     """Prompt that describes the input image; inversion runs under this prompt. ``<guess>``: the training prompt that
@@ -164,12 +148,10 @@ class GenerateConfig(Section):
     acceleration: AccelerationConfig = AccelerationConfig()
     """Shortcuts that skip guidance or parts of the UNet."""
 
-    @field_validator("method")
-    @classmethod
-    def _known(cls, method: str) -> str:
-        if method not in METHODS:
-            raise ValueError(f"no such method; there are {', '.join(METHODS)}")
-        return method
+    @property
+    def sampling(self) -> SamplingSettings:
+        """The sampling settings alone."""
+        return SamplingSettings.of(self.__dict__)
 
     @property
     def map_name(self) -> str:

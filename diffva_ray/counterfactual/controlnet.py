@@ -30,7 +30,7 @@ def generate(model: LatentDiffusion, request: Edit) -> Generated:
     eps = noise(request.latents.shape, request.generators).to(request.latents)
     z = scheduler.add_noise(request.latents, eps, timesteps[:1].repeat(len(eps)))
 
-    branches = 2 if request.guidance_scale > 1 else 1  # negative prompt and prompt, or the prompt alone
+    branches = 2 if request.settings.guidance_scale > 1 else 1  # negative prompt and prompt, or the prompt alone
     states = torch.cat([request.negative, request.prompt][-branches:]).to(dtype)
     control = torch.cat([control] * branches)
     for i, t in enumerate(timesteps):

@@ -7,11 +7,11 @@ prompt is embedded by itself.
 
 from __future__ import annotations
 
-import importlib
 import os
+import platform
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,22 +19,14 @@ from numpy.typing import NDArray
 
 from diffva_ray.config.methods import METHODS
 from diffva_ray.config.recipe import GUESS, SOURCE, GenerateConfig
+from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.guess import guess
-from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion, noise, speed_up_doubling
+from diffva_ray.counterfactual.latent_diffusion import Edit, LatentDiffusion, noise, speed_up_doubling
+from diffva_ray.counterfactual.methods import GENERATE
 from diffva_ray.data.images import to_square
 from diffva_ray.model import text
 from diffva_ray.model.bundle import Bundle, load
 from diffva_ray.progress import Stopwatch
-
-
-def method_of(name: str, scheduler: str) -> Callable[[LatentDiffusion, Edit], Generated]:
-    """The ``generate`` function of a method's module. Raises ValueError for an unknown name, and for a scheduler that
-    the method cannot use."""
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
-    if scheduler != (only := METHODS[name].scheduler or scheduler):
-        raise ValueError(f"method {name} runs with scheduler {only}, not {scheduler}")
-    return importlib.import_module(f"diffva_ray.counterfactual.{name.replace('-', '_')}").generate
 
 
 @dataclass(frozen=True)
@@ -44,18 +36,6 @@ class Blend:
     first: str  # prompt at weight 0
     second: str  # prompt at weight 1
     weight: float  # of the second prompt, in [0, 1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
-    """How to generate one counterfactual: the settings that a sweep may vary."""
-
-    prompt: str | Blend  # what the counterfactual should show
-    method: str  # a name of ``config.methods.METHODS``, such as ``sdedit``
-    scheduler: str  # sampler, such as ``ddim``; some methods allow one only
-    strength: float  # how far the image is noised, as a fraction of the schedule, in (0, 1]
-    guidance_scale: float  # weight of classifier-free guidance; 1 or less switches it off
-    num_inference_steps: int  # steps of the whole schedule, at least 1; the strength leaves a part of them
 
 
 @dataclass(frozen=True)
@@ -95,7 +75,7 @@ class CounterfactualEngine:
         >>> from diffva_ray.data.phantoms import phantom
         >>> engine = CounterfactualEngine.from_pretrained("runs/demo/model")
         >>> image = phantom("COVID", patient=7, size=engine.size).image
-        >>> batch = engine([image], [engine.settings("normal chest scan")], seeds=[0])
+        >>> batch = engine([image], seeds=[0], prompts=["normal chest scan"])
         >>> batch.counterfactuals.shape == (1, engine.size, engine.size)
         True
     """
@@ -151,24 +131,17 @@ class CounterfactualEngine:
             network.compile(dynamic=False)  # a micro-batch has one shape
         self.model.compiled = True
 
-    def settings(self, prompt: str | None = None) -> SamplingSettings:
-        """Sampling settings of the recipe.
+    @property
+    def device_name(self) -> str:
+        """Name of the GPU, or architecture and vector instructions of the CPU: they decide how results are rounded."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
-        Args:
-            prompt: What the counterfactual should show; by default the recipe's healthy prompt.
-
-        Returns:
-            Settings of one image; vary them with ``dataclasses.replace``.
-        """
-        config = self.config
-        return SamplingSettings(
-            prompt=prompt if prompt is not None else self.bundle.recipe.data.healthy_prompt,
-            method=config.method,
-            scheduler=config.scheduler,
-            strength=config.strength,
-            guidance_scale=config.guidance_scale,
-            num_inference_steps=config.num_inference_steps,
-        )
+    @property
+    def settings(self) -> SamplingSettings:
+        """The recipe's sampling settings."""
+        return self.config.sampling
 
     def fits(self, prompt: str) -> bool:
         """Whether the prompt fits the model's limit of tokens."""
@@ -188,8 +161,9 @@ class CounterfactualEngine:
     def __call__(
         self,
         images: Sequence[NDArray[np.float32]],
-        settings: Sequence[SamplingSettings],
         seeds: Sequence[int],
+        prompts: Sequence[str | Blend] | None = None,
+        settings: SamplingSettings | None = None,
         lungs: Sequence[NDArray[np.bool_] | None] | None = None,
     ) -> CounterfactualBatch:
         """Generate the counterfactuals of n images, at most ``config.micro_batch``.
@@ -198,26 +172,29 @@ class CounterfactualEngine:
 
         Args:
             images: Grey float images [H, W] in [0, 1], of any size; each is squashed to the model's square.
-            settings: Sampling settings, one per image; within a call they may differ in the prompt only.
             seeds: Seeds of the noise, one per image.
+            prompts: What the counterfactuals should show, one per image; by default the recipe's healthy prompt.
+            settings: Sampling settings of all images; by default those of the recipe.
             lungs: Lung masks, bool [size, size] or None, one per image; None counts as lungs everywhere.
 
         Returns:
             Counterfactuals, reconstructions and source prompts of the n images.
 
         Raises:
-            ValueError: If arguments differ in length or have the wrong shape or range, a method or scheduler is
-                unknown, a prompt exceeds the model's tokens, or the settings differ in more than the prompt.
+            ValueError: If arguments differ in length or have the wrong shape or range, the method cannot use the
+                scheduler, or a prompt exceeds the model's tokens.
             UnusableModel: If the model lacks a network that the method needs.
         """
-        if (isinstance(images, np.ndarray) and images.ndim == 2) or isinstance(settings, SamplingSettings):
-            raise ValueError("images, settings and seeds are lists, with one of each for every image")
+        if (isinstance(images, np.ndarray) and images.ndim == 2) or isinstance(prompts, str):
+            raise ValueError("images, seeds and prompts are lists, with one of each for every image")
         count, full = len(images), self.config.micro_batch
         if not 1 <= count <= full:
             raise ValueError(f"a call takes 1 to {full} images (config.micro_batch), got {count}")
-        self._check(images, settings, seeds, lungs)
-        first = settings[0]
-        method = method_of(first.method, first.scheduler)
+        settings = settings or self.settings
+        prompts = [self.bundle.recipe.data.healthy_prompt] * count if prompts is None else prompts
+        self._check(images, seeds, prompts, lungs)
+        if settings.scheduler != (only := METHODS[settings.method].scheduler or settings.scheduler):
+            raise ValueError(f"method {settings.method} runs with scheduler {only}, not {settings.scheduler}")
 
         # Pad the batch to its full shape with copies of the first image.
         slots = [*range(count), *[0] * (full - count)]
@@ -225,7 +202,6 @@ class CounterfactualEngine:
         everywhere = np.ones((self.size, self.size), np.bool_)
         masks = [everywhere if lungs is None or (mask := lungs[i]) is None else mask for i in slots]
         generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in slots]
-        prompts = [settings[i].prompt for i in slots]
 
         # Encode.
         mean, std = self.model.encode(squares)
@@ -244,16 +220,13 @@ class CounterfactualEngine:
             lungs=torch.from_numpy(np.stack(masks)).to(self.device),
             latents=latents,
             generators=generators,
-            prompt=torch.cat([self.embed(prompt) for prompt in prompts]),
+            prompt=torch.cat([self.embed(prompts[i]) for i in slots]),
             negative=torch.cat([self.embed(prompt) for prompt in negatives]),
             source=torch.cat([self.embed(prompt) for prompt in sources]),
-            scheduler=first.scheduler,
-            strength=first.strength,
-            guidance_scale=first.guidance_scale,
-            num_inference_steps=first.num_inference_steps,
+            settings=settings,
             config=self.config,
         )
-        generated = method(self.model, request)
+        generated = GENERATE[settings.method](self.model, request)
         return CounterfactualBatch(
             generated.counterfactuals[:count].cpu().numpy(),
             generated.reconstructions[:count].cpu().numpy(),
@@ -263,12 +236,12 @@ class CounterfactualEngine:
     def _check(
         self,
         images: Sequence[NDArray[np.float32]],
-        settings: Sequence[SamplingSettings],
         seeds: Sequence[int],
+        prompts: Sequence[str | Blend],
         lungs: Sequence[NDArray[np.bool_] | None] | None,
     ) -> None:
         # One of each for every image.
-        counts = {"images": len(images), "settings": len(settings), "seeds": len(seeds)}
+        counts = {"images": len(images), "seeds": len(seeds), "prompts": len(prompts)}
         counts |= {} if lungs is None else {"lungs": len(lungs)}
         if len(set(counts.values())) > 1:
             given = ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -289,16 +262,8 @@ class CounterfactualEngine:
             if mask is not None and mask.shape != square:
                 raise ValueError(f"a lung mask is {list(square)}, as the model's square, got {list(mask.shape)}")
 
-        # Settings that one call can serve, and prompts that the model reads whole.
-        first = settings[0]
-        if not 0 < first.strength <= 1 or first.num_inference_steps < 1:
-            raise ValueError(
-                f"strength is in (0, 1] and num_inference_steps at least 1, got strength {first.strength:g}, "
-                f"{first.num_inference_steps} steps"
-            )
-        if any(replace(other, prompt=first.prompt) != first for other in settings):
-            raise ValueError("the settings of one call may differ in the prompt only")
-        for prompt in {setting.prompt for setting in settings if isinstance(setting.prompt, str)}:
+        # Prompts that the model reads whole.
+        for prompt in {prompt for prompt in prompts if isinstance(prompt, str)}:
             if not self.fits(prompt):
                 limit = self.bundle.tokenizer.model_max_length
                 raise ValueError(f"prompt {prompt!r}: more than the {limit} tokens that this model reads")

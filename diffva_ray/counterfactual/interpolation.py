@@ -32,11 +32,9 @@ def between_prompts(
     prompts = [Blend(first, second, weight) for weight in weights]
     parts = []
     for start in range(0, len(prompts), engine.config.micro_batch):
-        settings = [
-            replace(engine.settings(), prompt=prompt) for prompt in prompts[start:][: engine.config.micro_batch]
-        ]
-        count = len(settings)
-        parts.append(engine([image] * count, settings, [seed] * count, [lungs] * count))
+        batch = prompts[start : start + engine.config.micro_batch]
+        count = len(batch)
+        parts.append(engine([image] * count, [seed] * count, batch, lungs=[lungs] * count))
     return CounterfactualBatch(
         np.concatenate([part.counterfactuals for part in parts]),
         np.concatenate([part.reconstructions for part in parts]),
@@ -67,17 +65,14 @@ def between_images(
         prompt=empty,
         negative=empty,
         source=empty,
-        scheduler="ddim",
-        strength=config.strength,
-        guidance_scale=1.0,
-        num_inference_steps=config.num_inference_steps,
+        settings=engine.settings.replace(scheduler="ddim", guidance_scale=1.0),
         config=config,
     )
     noisy = invert(model, ends, model.schedule(ends)[1])
 
     # Decode each mixture in a batch of one, so that an image does not depend on the number of weights.
-    guidance_scale = config.guidance_scale if prompt else 1.0
-    request = replace(ends, prompt=engine.embed(prompt or ""), negative=engine.embed(""), guidance_scale=guidance_scale)
+    settings = ends.settings.replace(guidance_scale=config.guidance_scale if prompt else 1.0)
+    request = replace(ends, prompt=engine.embed(prompt or ""), negative=engine.embed(""), settings=settings)
     images = []
     for weight in weights:
         mixed = slerp(noisy[:1], noisy[1:], weight)

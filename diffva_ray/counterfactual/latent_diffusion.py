@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map_only
 
 from diffva_ray.config.recipe import GenerateConfig
+from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.deep_features import deep_features_kept
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.model.reverse_sde import ReverseSDE
@@ -36,10 +37,7 @@ class Edit:
     prompt: torch.Tensor  # embedding of the target prompt [n, length, width]
     negative: torch.Tensor  # embedding of the guidance's unconditional branch: "" unless a negative prompt is given
     source: torch.Tensor  # embedding of what the image shows, for methods that encode it first
-    scheduler: str  # a name of ``model.schedulers``
-    strength: float  # fraction of the schedule to edit, in (0, 1]
-    guidance_scale: float  # weight of classifier-free guidance; 1 or less switches it off
-    num_inference_steps: int  # steps of the whole schedule, of which the strength leaves a part
+    settings: SamplingSettings
     config: GenerateConfig  # the recipe's section ``generate``, with the settings of single methods
 
 
@@ -100,7 +98,12 @@ class LatentDiffusion:
 
     def schedule(self, request: Edit) -> tuple[Any, torch.Tensor]:
         """A new scheduler, and the timesteps that the strength leaves (falling)."""
-        return schedule(request.scheduler, self.bundle.scheduler, request.num_inference_steps, request.strength)
+        return schedule(
+            request.settings.scheduler,
+            self.bundle.scheduler,
+            request.settings.num_inference_steps,
+            request.settings.strength,
+        )
 
     def predict(
         self, latents: torch.Tensor, timestep: torch.Tensor, embedding: torch.Tensor, **residuals: Any
@@ -113,14 +116,14 @@ class LatentDiffusion:
     def guided(self, latents: torch.Tensor, timestep: torch.Tensor, request: Edit, **residuals: Any) -> torch.Tensor:
         """Classifier-free guidance (Ho & Salimans 2022), both branches in one batch. As in diffusers, a guidance scale
         of 1 or less switches it off, and the prompt alone is used."""
-        if request.guidance_scale <= 1:
+        if request.settings.guidance_scale <= 1:
             return self.predict(latents, timestep, request.prompt, **residuals)
         embedding = torch.cat([request.negative, request.prompt])
         # A compiled network ignores hooks that are added later.
         with nullcontext() if self.compiled else branches_share_their_start(self.unet):
             both = self.predict(torch.cat([latents, latents]), timestep, embedding, **residuals)
         negative, prompt = both.chunk(2)
-        return negative + request.guidance_scale * (prompt - negative)
+        return negative + request.settings.guidance_scale * (prompt - negative)
 
     def denoise(self, latents: torch.Tensor, request: Edit, scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
         """Run the scheduler over ``timesteps`` under guidance, with the accelerations of ``request.config``."""

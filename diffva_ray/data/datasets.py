@@ -19,7 +19,8 @@ from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData, compan
 from diffva_ray.data.radiography import COMPANIONS
 from diffva_ray.progress import one_line
 from diffva_ray.provenance import missing
-from diffva_ray.storage.store import Store, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store
 
 KINDS = [
     import_module(f"diffva_ray.data.{name}")

@@ -21,7 +21,8 @@ from diffva_ray.data.truncation import DamagedFile, check_end
 from diffva_ray.progress import one_line
 from diffva_ray.provenance import missing
 from diffva_ray.schema import Status
-from diffva_ray.storage.store import Store, open_file
+from diffva_ray.storage.opening import open_file
+from diffva_ray.storage.store import Store
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
 MAX_PIXELS = 100_000_000

@@ -21,7 +21,8 @@ from diffva_ray.data.encoding import encode_grey, encode_mask, quantise
 from diffva_ray.data.lesions import LESIONS, Lesion, distractors
 from diffva_ray.data.thorax import Thorax, grid, lattice_noise
 from diffva_ray.progress import LOG
-from diffva_ray.storage.store import Store, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store
 
 VERSION = "phantom v1"
 MIN_SIDE = 16  # pixels

@@ -19,7 +19,7 @@ from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import Boxes
 from diffva_ray.evaluate.run_index import SettingKey, ShardRef
 from diffva_ray.generate.run import Run, find_run
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 
 if TYPE_CHECKING:  # it loads torch, which scoring tasks do not need
     from diffva_ray.metrics.features import Extractor

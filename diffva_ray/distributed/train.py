@@ -19,7 +19,8 @@ from diffva_ray.config.recipe import make_recipe
 from diffva_ray.distributed import session
 from diffva_ray.distributed.prometheus import TrainingMetrics
 from diffva_ray.model.card import UnusableModel
-from diffva_ray.storage.store import is_local, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import is_local
 from diffva_ray.train.progress import followed
 
 

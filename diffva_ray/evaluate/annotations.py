@@ -15,7 +15,7 @@ from diffva_ray.data.manifest import Table, read_table
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.records import Boxes
 from diffva_ray.metrics.zones import ZONES
-from diffva_ray.storage.store import open_file, open_store
+from diffva_ray.storage.opening import open_file, open_store
 
 Zones = dict[str, NDArray[np.float64]]  # Brixia scores [6] by image path
 READERS = ("S", "J")  # senior and junior radiologist, columns S-A ... J-F

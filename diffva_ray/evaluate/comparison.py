@@ -15,20 +15,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from diffva_ray.config.recipe import fingerprint_difference
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.annotations import lesion_boxes
-from diffva_ray.evaluate.records import by_shard, finished, read_records, reduced_metrics
+from diffva_ray.evaluate.records import as_records, by_shard, finished, read_records, reduced_metrics
 from diffva_ray.evaluate.scores import score_records
-from diffva_ray.evaluate.summary import terminal
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import dice_at
-from diffva_ray.schema import Row
+from diffva_ray.schema import Record, Row
 
 JOINED_BY = ["image_path", "label", "sample"]  # columns by which the records of two runs are joined
 RESAMPLES = 1000  # of the bootstrap
@@ -101,19 +97,8 @@ class Comparison:
 
 
 def compare_runs(a: Run, b: Run) -> Comparison:
-    """Compare two runs on the images that both have; nothing is written.
-
-    Args:
-        a: The first run.
-        b: The second run; differences are B - A.
-
-    Returns:
-        Metrics by image, their differences with 95 % intervals, and the settings that differ.
-
-    Raises:
-        UnusableData: The runs have no finished image in common, or one run has several records of one image.
-        StoreError: A store fails.
-    """
+    """Compare two runs on the images that both have; differences are B - A, nothing is written. Raises UnusableData if
+    there is no such image, or if one run has several records of one image."""
     # join the records
     notes: list[str] = []
     frames = [finished(read_records(run)) for run in (a, b)]
@@ -143,7 +128,7 @@ def compare_runs(a: Run, b: Run) -> Comparison:
     pairs = joined[on].reset_index(drop=True)
     for side, frame in zip("ab", frames):
         ids = joined["record_id_a" if side == "a" else "record_id_b"].tolist()
-        rows = {row["record_id"]: row for row in frame[frame["record_id"].isin(ids)].to_dict("records")}
+        rows = {row["record_id"]: row for row in as_records(frame[frame["record_id"].isin(ids)])}
         pairs[f"record_{side}"] = [rows[name] for name in ids]
     _fill(pairs, a, b, notes)
     notes += _cautions(a, b, pairs)
@@ -181,7 +166,7 @@ def _fill(pairs: pd.DataFrame, a: Run, b: Run, notes: list[str]) -> None:
         notes.append(f"{missing} images have no localisation in one run or both (no lesion known, or nothing to find)")
 
 
-def _image_numbers(run: Run, records: list[Row], notes: list[str]) -> pd.DataFrame:
+def _image_numbers(run: Run, records: list[Record], notes: list[str]) -> pd.DataFrame:
     """The measures of ``records`` of one run, in their order; NaN for unknown ones."""
     # from the records
     frame = pd.DataFrame(records)
@@ -329,47 +314,6 @@ def _cautions(a: Run, b: Run, pairs: pd.DataFrame) -> list[str]:
     if "auroc_a" in pairs and None in thresholds:
         notes.append("no Dice at a fixed threshold: reduce both runs with --threshold-from a validation run")
     return notes
-
-
-def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
-    """Print the settings that differ, the differences over all classes, the counts and the notes."""
-    # settings
-    console = console or terminal()
-    names = [escape(name) for name in comparison.names]
-    console.print(f"A  {escape(comparison.a.store.uri)}\nB  {escape(comparison.b.store.uri)}", highlight=False)
-    if comparison.settings:
-        settings = Table(title="Settings that differ", title_justify="left", header_style="bold")
-        for head in ("setting", f"A {names[0]}", f"B {names[1]}"):
-            settings.add_column(head)
-        for name, *values in comparison.settings:
-            settings.add_row(name, *(escape(setting_text(value)) for value in values))
-        console.print(settings)
-    else:
-        console.print("the two runs have the same settings")
-    # differences
-    label = comparison.rows[-1]["label"]
-    table = Table(title=f"Difference, class {escape(label)}", title_justify="left", header_style="bold")
-    table.add_column("")
-    for head in ("n", f"A {names[0]}", f"B {names[1]}", "B − A", "95% interval", "better"):
-        table.add_column(head, justify="right")
-    for row in comparison.rows:
-        if row["label"] == label:
-            low, high = row["interval"]
-            table.add_row(
-                BY_KEY[row["measure"]].title, str(row["n"]), f"{row['a']:.4g}", f"{row['b']:.4g}",
-                f"{row['difference']:+.4f}", "" if math.isnan(low) else f"{low:+.4f} to {high:+.4f}",
-                (row["better"] or "").upper(),
-            )  # fmt: skip
-    console.print(table)
-    # counts and notes
-    counts = comparison.counts
-    console.print(
-        f"{counts['pairs']} images in both runs, {counts['only_in_a']} in A only, {counts['only_in_b']} in B only"
-        + (f", {counts['same_name_other_bytes']} with the same name but other bytes (left out)"
-           if counts["same_name_other_bytes"] else ""), highlight=False,
-    )  # fmt: skip
-    for note in comparison.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
 
 
 def setting_text(value: Any) -> str:

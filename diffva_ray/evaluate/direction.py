@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from diffva_ray.config.recipe import DataConfig
 from diffva_ray.generate.run import Run
-from diffva_ray.schema import Row
 
 
 def induces(prompt: str, data: DataConfig, label: str | None = None) -> bool:
@@ -23,7 +25,7 @@ def induces(prompt: str, data: DataConfig, label: str | None = None) -> bool:
     return label == data.healthy_class and not any(name in text for name in healthy if name)
 
 
-def direction(run: Run, row: Row) -> int:
+def direction(run: Run, row: Mapping[str, Any]) -> int:
     """1 for a record (``prompt``, ``label``) that removes a finding, -1 for one that induces it.
 
     The attribution map is multiplied by it before positive values are shown red."""

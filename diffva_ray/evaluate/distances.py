@@ -28,7 +28,8 @@ from diffva_ray.metrics.fid_controls import infinity, split_halves
 from diffva_ray.metrics.kid import kid
 from diffva_ray.metrics.manifold import prdc
 from diffva_ray.schema import Row, digest
-from diffva_ray.storage.store import Store, StoreError, join, opened
+from diffva_ray.storage.opening import opened
+from diffva_ray.storage.store import Store, StoreError, join
 
 if TYPE_CHECKING:  # loads torch, which a driver that only plans does not need
     from diffva_ray.metrics.features import Extractor

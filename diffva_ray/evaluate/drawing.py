@@ -1,4 +1,4 @@
-"""Colours and drawing functions shared by all figures: the red overlay, signed maps, outlines, the colour bar.
+"""Colours and drawing functions that all figures share: red overlay, signed maps, sheets of panels, strips of points.
 
 Uses matplotlib's objects and never pyplot, whose global state belongs to the user's program.
 """
@@ -6,8 +6,12 @@ Uses matplotlib's objects and never pyplot, whose global state belongs to the us
 from __future__ import annotations
 
 import io
+import itertools
 import math
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -15,13 +19,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from diffva_ray.schema import Image
+from diffva_ray.schema import Image, Mask
 
 RED = np.array([0.90, 0.05, 0.08], np.float32)
 DIVERGING = "RdBu_r"  # distinguishable with all common colour blindness; white is no change
 OUTLINE = "#00a6d6"
 INK, MUTED, RULE = "#1c2328", "#5d6a73", "#c9d1d6"
 CLASS_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
+MAX_POINTS = 300  # points of a strip
+GAP, LEFT, LINE = 0.045, 1.5, 0.135  # inches: between panels, for a row's text, a line of the foot
 
 
 def overlay(image: Image, signed_map: Image, threshold: float, region: NDArray[np.bool_] | None = None) -> Image:
@@ -61,23 +67,121 @@ def colour_limit(values: Image, minimum: float = 1e-3) -> float:
     return math.ceil(limit / digits) * digits
 
 
-def outline(axes: Axes, lesion: NDArray[np.bool_] | None) -> None:
+def outline(axes: Axes, lesion: Mask | None) -> None:
     """Draw the outline of a lesion mask [H, W] over an image of the same size; nothing without a lesion."""
     if lesion is not None and lesion.any():
         axes.contour(lesion.astype(float), levels=[0.5], colors=[OUTLINE], linewidths=0.9)
 
 
-def colour_bar(figure: Figure, scale: Scale, left: float, bottom: float, width: float, height: float) -> None:
-    """Draw the signed colours of ``scale``; ``left``, ``bottom`` and ``width`` are fractions of the figure, which is
-    ``height`` inches high."""
-    axes = figure.add_axes((left, bottom, width, 0.055 / height))
-    ramp = np.linspace(-1, 1, 256)[None]
-    axes.imshow(ramp, cmap=DIVERGING, aspect="auto", extent=(-scale.limit, scale.limit, 0, 1))
+@dataclass(frozen=True)
+class Panel:
+    """One image of a sheet."""
+
+    pixels: NDArray[np.float32] | None  # grey [H, W] or coloured [H, W, 3], in [0, 1]; None: unknown
+    lesion: Mask | None = None  # lesion mask [H, W] to outline
+
+
+@dataclass(frozen=True)
+class PanelRow:
+    """One row of a sheet."""
+
+    name: str  # bold, at the left; rows of different names are farther apart
+    lines: Sequence[str]  # below the name
+    panels: Sequence[Panel]  # one for each title of the sheet
+
+
+def panel_sheet(
+    rows: Sequence[PanelRow],
+    titles: Sequence[str],
+    foot: Sequence[str],
+    scale: Scale | None = None,
+    bar: int = 0,
+    side: float = 1.12,
+    heading: str = "",
+) -> bytes:
+    """Draw a PNG of rows of panels below column ``titles`` and a ``heading``, with the paragraphs ``foot`` below.
+
+    ``side``: of a panel, in inches. The signed colours of ``scale`` are explained below column ``bar``.
+    """
+    # Size in inches.
+    width = LEFT + len(titles) * (side + GAP) + 0.1
+    lines = [line for paragraph in foot for line in textwrap.wrap(paragraph, int(width * 21))]
+    top = 0.16 + 0.14 * max(title.count("\n") + 1 for title in titles) + (0.3 if heading else 0)
+    below = 0.38 + LINE * len(lines) + (0.34 if scale else 0)
+    gaps = [0.0, *(GAP if row.name == before.name else 3 * GAP for before, row in itertools.pairwise(rows))]
+    height = top + len(rows) * side + sum(gaps) + below
+    figure = Figure(figsize=(width, height), facecolor="white")
+
+    def write(y: float, text: str, size: float, colour: str, **more: Any) -> None:
+        figure.text(0.1 / width, y / height, text, fontsize=size, color=colour, linespacing=1.45, parse_math=False,
+                    **more)  # fmt: skip
+
+    # Rows of panels, with their text at the left.
+    write(height - 0.2, heading, 10, INK, weight="bold", va="center")
+    bottom = height - top
+    for row, gap in zip(rows, gaps):
+        bottom -= gap + side
+        name = textwrap.wrap(row.name, 20, max_lines=4, placeholder="…")
+        write(bottom + side, "\n".join(name), 8, INK, weight="bold", va="top")
+        write(bottom + side - 0.06 - 0.155 * len(name), "\n".join(row.lines), 6.8, MUTED, va="top")
+        for column, panel in enumerate(row.panels):
+            left = LEFT + column * (side + GAP)
+            axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+            axes.set_axis_off()
+            if row is rows[0]:
+                axes.set_title(titles[column], fontsize=8, color=INK, pad=4, parse_math=False)
+            if panel.pixels is None:
+                axes.text(0.5, 0.5, "unknown", fontsize=6.5, color=MUTED, ha="center", va="center")
+                continue
+            axes.imshow(panel.pixels, cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
+            outline(axes, panel.lesion)
+    # Colour bar and foot.
+    if scale:
+        _colour_bar(figure, scale.limit, (LEFT + bar * (side + GAP), bottom - 0.13, side))
+    write(0.1 + 1.4 * LINE, "\n".join(lines), 6.5, MUTED, va="bottom")
+    write(0.1, "Not for clinical use.", 6.5, INK, va="bottom", weight="bold")
+    return png(figure)
+
+
+def _colour_bar(figure: Figure, limit: float, place: tuple[float, float, float]) -> None:
+    """Explain the signed colours at ``place``: left, bottom and width in inches."""
+    (left, bottom, side), (width, height) = place, figure.get_size_inches()
+    axes = figure.add_axes((left / width, bottom / height, side / width, 0.055 / height))
+    axes.imshow(np.linspace(-1, 1, 256)[None], cmap=DIVERGING, aspect="auto", extent=(-limit, limit, 0, 1))
     axes.set_yticks([])
-    axes.set_xticks([-scale.limit, 0, scale.limit], [f"−{scale.limit:.2g}", "0", f"{scale.limit:.2g}"])
+    axes.set_xticks([-limit, 0, limit], [f"−{limit:.2g}", "0", f"{limit:.2g}"])
     axes.tick_params(labelsize=6.5, colors=MUTED, length=2, pad=1.5, width=0.5)
     for spine in axes.spines.values():
         spine.set(linewidth=0.4, color=RULE)
+
+
+def strip(
+    axes: Axes, place: float, values: NDArray[np.float64], colour: str, spread: float, across: bool = False
+) -> None:
+    """Draw finite values as points around ``place``, with a bar for the middle half and a line for the median.
+
+    Values are on the y axis, with ``across`` on the x axis. At most MAX_POINTS points are drawn."""
+    numbers = np.sort(values[np.isfinite(values)])
+    if not len(numbers):
+        return
+    low, middle, high = np.quantile(numbers, [0.25, 0.5, 0.75])
+    drawn = numbers[np.linspace(0, len(numbers) - 1, min(len(numbers), MAX_POINTS)).round().astype(int)]
+    golden = (np.arange(len(drawn)) * 0.6180339887) % 1  # evenly scattered and reproducible
+    turn = -1 if across else 1
+    x, y = (place + spread * (2 * golden - 1), drawn)[::turn]
+    axes.scatter(x, y, s=7, color=colour, alpha=0.45, linewidths=0)
+    axes.plot(*([place, place], [low, high])[::turn], color=INK, linewidth=2.4, solid_capstyle="butt")
+    axes.plot(*([place - 0.8 * spread, place + 0.8 * spread], [middle, middle])[::turn], color=INK, linewidth=1.4)
+
+
+def style(axes: Axes, title: str, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Give axes of points their title, grid and colours."""
+    axes.set_title(title, fontsize=8.5, color=INK, loc="left", pad=14, weight="bold")
+    axes.tick_params(labelsize=7, colors=MUTED, length=0)
+    axes.grid(axis=grid, color="#e6eaed", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for spine in axes.spines.values():
+        spine.set(color=RULE, linewidth=0.8)
 
 
 def short(text: str, length: int) -> str:

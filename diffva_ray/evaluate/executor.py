@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 
 from diffva_ray.evaluate.distances import FeatureChunk, embed_here
 from diffva_ray.evaluate.options import Options
-from diffva_ray.evaluate.records import Boxes, stored_records
+from diffva_ray.evaluate.records import Boxes, setting_key, stored_records
 from diffva_ray.evaluate.run_index import SettingKey, ShardRef
 from diffva_ray.evaluate.scores import LocalizationScores, narrow, score_records
-from diffva_ray.generate.plan import SWEPT
 from diffva_ray.generate.run import Run
 
 if TYPE_CHECKING:  # loads torch, which scoring does not need
@@ -45,7 +44,7 @@ def score_shard(run: Run, shard_ref: ShardRef, ids: Ids, boxes: Boxes, settings:
     unread = set[str]()
     localization, ground_truth = score_records(run, rows, boxes, unread)
     if len(settings) > 1:
-        names = {row["record_id"]: settings[tuple(row[key] for key in SWEPT)] for row in rows}
+        names = {row["record_id"]: settings[setting_key(row)] for row in rows}
         for row in (*localization, *ground_truth):
             row["setting"] = names[row["record_id"]]
     return LocalizationScores.of(localization, unread), narrow(pd.DataFrame(ground_truth))

@@ -21,7 +21,8 @@ from diffva_ray.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decod
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.generate.run import Run, find_run
 from diffva_ray.schema import Status
-from diffva_ray.storage.store import Store, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store
 
 Encoding = Literal["auto", "signed16", "unsigned"]
 EXTENSIONS = (".png", ".npy", ".tif", ".tiff")

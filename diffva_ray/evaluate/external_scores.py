@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from diffva_ray.evaluate.scores import LocalizationScores, score_image
 from diffva_ray.metrics.localization import SALIENCY, baselines, smooth
 from diffva_ray.model.training_images import TrainingImages
 from diffva_ray.schema import Row
-from diffva_ray.storage.store import open_file
+from diffva_ray.storage.opening import open_file
 
 DEFAULT_GRID = 256
 MIN_GRID = 32  # smaller maps (a class activation map of 7 x 7) are enlarged, or lesions would vanish
@@ -78,38 +78,31 @@ class Scored:
     images: list[Row]  # one row per image and map
 
 
+LEFT_OUT = {  # kinds of outcomes that are noted
+    "image_problem": "images cannot be read and are left out",
+    "other_image": "images are not those the run was made from (same name, other bytes) and are left out",
+    "no_truth": "matched images have no known lesion and are left out",
+    "nothing_to_find": "matched images have nothing to find: the lesion is empty or fills the region",
+    "resized": "maps had another size and were resized to the grid",
+    "flat": "maps have no positive value, which gives AUROC 0.5; is their sign inverted?",
+}
+
+
 @dataclass(frozen=True)
 class _Outcome:
-    """The result of one map: its rows, or the reason why there are none."""
+    """The result of one map."""
 
+    kinds: frozenset[str] = frozenset()  # keys of LEFT_OUT; negative: the map has negative values; trained_on
     rows: list[Row] = field(default_factory=list)
     problem: str = ""  # why the map cannot be read
-    image_problem: bool = False  # the image or its reconstruction cannot be read
-    other_image: bool = False  # the run was made from another image of this name
-    no_truth: bool = False  # the image has no known lesion
-    nothing_to_find: bool = False  # the lesion is empty or fills the region
-    resized: bool = False  # the map had another size than the grid
-    negative: bool = False  # the map has negative values
-    flat: bool = False  # the map has no positive value
-    trained_on: bool = False  # the image is in the model's training list
 
 
 def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOptions()) -> Scored:
-    """Score attribution maps against lesion masks or boxes.
+    """Score attribution maps (a folder of map files named like their images, a run, or a run's ``attributions``)
+    against the lesion masks or boxes of a data set.
 
-    Args:
-        maps_uri: A folder of map files named like their images, a run, or a run's ``attributions``.
-        data_uri: The data set with the images and their lesions.
-        options: How maps are read and scored.
-
-    Returns:
-        Localisation by class and map, baselines included, and one row per image and map.
-
-    Raises:
-        UnusableData: No map fits an image, a map fits several images, no matched image has a known lesion, the model
-            was trained on matched images, or an option cannot be used. One line.
-        StoreError: A store fails.
-    """
+    Raises UnusableData, one line, if no map fits an image, a map fits several images, no matched image has a known
+    lesion, the model was trained on matched images, or an option cannot be used."""
     # inputs
     folder = open_maps(maps_uri)
     run = folder.run
@@ -136,7 +129,8 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
     seen = _training_images(folder, options, notes)
     with ThreadPoolExecutor(THREADS) as pool:  # waits on the store, mostly
         outcomes = list(pool.map(lambda pair: _score_one(folder, dataset, boxes, grid, seen, *pair), matched.pairs))
-    trained = sum(outcome.trained_on for outcome in outcomes)
+    kinds = Counter(kind for outcome in outcomes for kind in outcome.kinds)
+    trained = kinds["trained_on"]
     if trained and not options.allow_training_images:
         raise UnusableData(
             f"{data_uri}: {trained} of {len(outcomes)} matched images were in the model's training list; score other "
@@ -145,13 +139,19 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
     # tables
     images = [row for outcome in outcomes for row in outcome.rows]
     if not images:
-        raise UnusableData(_nothing_scored(data_uri, matched, outcomes))
-    signed = options.signed
-    if signed is None:
-        signed = run is not None or any(outcome.negative for outcome in outcomes)
+        raise UnusableData(_nothing_scored(data_uri, matched, outcomes, kinds))
+    signed = run is not None or kinds["negative"] > 0 if options.signed is None else options.signed
     if not signed:
         images = [row for row in images if row["map"] != "absolute"]
-    notes += _outcome_notes(matched, outcomes, options, signed, run is not None)
+    if options.signed is None and run is None:
+        how = "some values are negative: max(M, 0) and |M| are scored" if signed else "no value is negative"
+        notes.append(f"{how} (--signed and --positive choose)")
+    problems = [outcome.problem for outcome in outcomes if outcome.problem]
+    if problems:
+        notes.append(f"{len(problems)} maps cannot be read and are left out (first: {problems[0]})")
+    notes += [f"{kinds[kind]} {text}" for kind, text in LEFT_OUT.items() if kinds[kind]]
+    if without := matched.images_without_map:
+        notes.append(f"{len(without)} images have no map ({first_paths(without)})")
     try:
         rows = tables.localization_rows(LocalizationScores.of(images), thresholds, source)
     except ValueError as error:  # a threshold off the grid
@@ -161,7 +161,8 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
         for row in rows:
             labels = {row["label"]} if row["label"] != tables.ALL else {image.label for _, image in matched.pairs}
             row["training_images"] = sum(
-                outcome.trained_on and image.label in labels for outcome, (_, image) in zip(outcomes, matched.pairs)
+                "trained_on" in outcome.kinds and image.label in labels
+                for outcome, (_, image) in zip(outcomes, matched.pairs)
             )
     # counts and settings
     with_truth = {image.path for image in dataset.images if image.lesion_mask or image.path in boxes}
@@ -170,7 +171,7 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
             "found": len(folder.maps),
             "scored": sum(bool(outcome.rows) for outcome in outcomes),
             "without_image": len(matched.maps_without_image),
-            "unreadable": sum(bool(outcome.problem) for outcome in outcomes),
+            "unreadable": len(problems),
         },
         "images": {
             "found": len({image.path for image in dataset.images}),
@@ -259,7 +260,7 @@ def _score_one(
 ) -> _Outcome:
     # read the map and the image
     if not image.lesion_mask and image.path not in boxes:
-        return _Outcome(no_truth=True)
+        return _Outcome(frozenset({"no_truth"}))
     try:
         values = read_map_values(folder.store.read(file.path), file.path, grid.signed16)
     except (OSError, BadImage) as error:
@@ -267,21 +268,22 @@ def _score_one(
     try:
         data = dataset.store.read(image.path)
         if file.image_sha256 and hashlib.sha256(data).hexdigest() != file.image_sha256:
-            return _Outcome(other_image=True)
+            return _Outcome(frozenset({"other_image"}))
         grey_image = decode(data)
         reconstruction = grey(folder.store, file.reconstruction) if file.reconstruction else None
     except (OSError, BadImage):
-        return _Outcome(image_problem=True)
+        return _Outcome(frozenset({"image_problem"}))
     # score
-    outcome = _Outcome(
-        trained_on=seen is not None and seen.holds(data),
-        resized=values.shape != (grid.size, grid.size),
-        negative=bool(values.min() < 0),
-        flat=bool(values.max() <= 0),
-    )
+    found = {
+        "trained_on": seen is not None and seen.holds(data),
+        "resized": values.shape != (grid.size, grid.size),
+        "negative": values.min() < 0,
+        "flat": values.max() <= 0,
+    }
+    kinds = frozenset(kind for kind, holds in found.items() if holds)
     truth = image_truth(dataset.store, image, boxes, grey_image.shape[1], grey_image.shape[0], grid.size)
     if truth.lesion is None:
-        return replace(outcome, no_truth=True)
+        return _Outcome(kinds | {"no_truth"})
     signed = smooth(on_grid(values, grid.size), grid.map_smoothing)
     square = to_square(grey_image, grid.size)
     if reconstruction is not None:
@@ -290,7 +292,7 @@ def _score_one(
     maps |= baselines(square, reconstruction, grid.smoothing)
     names = {"map_path": file.path, "image_path": image.path, "label": image.label}
     rows = [{**names, **row} for row in score_image(maps, truth)]
-    return replace(outcome, rows=rows, nothing_to_find=not rows)
+    return _Outcome(kinds if rows else kinds | {"nothing_to_find"}, rows)
 
 
 def _input_notes(folder: MapFolder, matched: Matched, grid: ScoreGrid, options: ScoreOptions) -> list[str]:
@@ -333,41 +335,11 @@ def _encoding_notes(folder: MapFolder, matched: Matched, options: ScoreOptions) 
     return []
 
 
-def _outcome_notes(
-    matched: Matched, outcomes: Sequence[_Outcome], options: ScoreOptions, signed: bool, of_run: bool
-) -> list[str]:
-    """Notes on the maps and images that are left out, and on how maps were scored."""
-    notes = []
-    if options.signed is None and not of_run:
-        how = "some values are negative: max(M, 0) and |M| are scored" if signed else "no value is negative"
-        notes.append(f"{how} (--signed and --positive choose)")
-    problems = [outcome.problem for outcome in outcomes if outcome.problem]
-    if problems:
-        notes.append(f"{len(problems)} maps cannot be read and are left out (first: {problems[0]})")
-    counted = (
-        ("image_problem", "images cannot be read and are left out"),
-        ("other_image", "images are not those the run was made from (same name, other bytes) and are left out"),
-        ("no_truth", "matched images have no known lesion and are left out"),
-        ("nothing_to_find", "matched images have nothing to find: the lesion is empty or fills the region"),
-        ("resized", "maps had another size and were resized to the grid"),
-        ("flat", "maps have no positive value, which gives AUROC 0.5; is their sign inverted?"),
-    )
-    for name, text in counted:
-        number = sum(getattr(outcome, name) for outcome in outcomes)
-        if number:
-            notes.append(f"{number} {text}")
-    if matched.images_without_map:
-        notes.append(
-            f"{len(matched.images_without_map)} images have no map ({first_paths(matched.images_without_map)})"
-        )
-    return notes
-
-
-def _nothing_scored(data_uri: str, matched: Matched, outcomes: Sequence[_Outcome]) -> str:
+def _nothing_scored(data_uri: str, matched: Matched, outcomes: Sequence[_Outcome], kinds: Counter[str]) -> str:
     problem = next((outcome.problem for outcome in outcomes if outcome.problem), None)
     if problem is not None:
         return f"none of {len(matched.pairs)} matched maps can be scored; {problem}"
-    if any(outcome.other_image for outcome in outcomes):
+    if kinds["other_image"]:
         return f"{data_uri}: the run was made from other images: the names are the same, the bytes are not"
     return (
         f"{data_uri}: none of the {len(matched.pairs)} matched images has a known lesion; add lesions/ masks or a "

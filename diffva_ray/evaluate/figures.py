@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from diffva_ray.config.sampling import SWEEPABLE
 from diffva_ray.data.boxes import match, parse
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.images import BadImage, decode_map
@@ -20,21 +19,25 @@ from diffva_ray.evaluate.direction import direction
 from diffva_ray.evaluate.drawing import (
     CLASS_COLOURS,
     INK,
+    MAX_POINTS,
     MUTED,
-    RULE,
+    Panel,
+    PanelRow,
     Scale,
-    colour_bar,
     colour_limit,
     diverging,
-    outline,
     overlay,
+    panel_sheet,
     png,
     short,
+    strip,
+    style,
 )
 from diffva_ray.evaluate.records import (
     Boxes,
     RecordImages,
     Truth,
+    as_records,
     finished,
     read_images,
     read_json,
@@ -42,14 +45,12 @@ from diffva_ray.evaluate.records import (
     read_truth,
     reduced_metrics,
 )
-from diffva_ray.generate.plan import SWEPT
 from diffva_ray.generate.run import Run
-from diffva_ray.schema import Image, Row
+from diffva_ray.schema import Image, Record
 
 QUANTILE = 0.97  # of a run's maps: the threshold if none was fixed
 SAMPLED_MAPS = 64  # maps that determine the colour scale
-MAX_GRID_CLASSES, MAX_STRIPS, MAX_POINTS = 4, 8, 300  # classes in the grid and in the distributions, points per class
-PANEL, GAP, LEFT, TOP, LINE = 1.12, 0.045, 1.32, 0.30, 0.135  # inches
+MAX_GRID_CLASSES, MAX_STRIPS = 4, 8  # classes in the grid and in the distributions
 
 
 def map_scale(run: Run, records: pd.DataFrame) -> Scale:
@@ -88,7 +89,7 @@ def inducing(run: Run, records: pd.DataFrame) -> bool:
 def settings_line(run: Run) -> str:
     """Method, sampling settings, model and seed in one line; swept settings with all their values."""
     swept = dict(run.keys["sweep"])
-    values = {key: ", ".join(f"{v}" for v in swept.get(key, [run.keys[key]])) for key in SWEPT}
+    values = {key: ", ".join(f"{v}" for v in swept.get(key, [run.keys[key]])) for key in SWEEPABLE}
     return " · ".join(
         [
             values["method"],
@@ -112,40 +113,48 @@ def ranking(run: Run, records: pd.DataFrame) -> tuple[str, str]:
     return "ssim", "SSIM"
 
 
-def spanning(run: Run, records: pd.DataFrame) -> list[tuple[str, Row]]:
+def spanning(run: Run, records: pd.DataFrame) -> list[tuple[str, Record]]:
     """(rank, record) of the highest, the median and the lowest image of each class, by ``ranking`` and record id."""
     column, _ = ranking(run, records)
     ok = finished(records)
-    chosen: list[tuple[str, Row]] = []
+    chosen: list[tuple[str, Record]] = []
     for label in sorted(ok["label"].value_counts().sort_index().nlargest(MAX_GRID_CLASSES).index):
         scores = ok.loc[ok["label"] == label, [column, "record_id"]]
         ranked = scores.sort_values([column, "record_id"], ascending=[False, True]).index
         positions = dict.fromkeys((0, (len(ranked) - 1) // 2, len(ranked) - 1))
-        rows = ok.loc[[ranked[n] for n in positions]].to_dict("records")
+        rows = as_records(ok.loc[[ranked[n] for n in positions]])
         chosen += zip(("highest", "median", "lowest"), rows)
     return chosen
 
 
 @dataclass(frozen=True)
-class GridRow:
-    """One row of the grid."""
+class ShownRecord:
+    """A record of a figure."""
 
-    rank: str  # highest, median, lowest
-    row: Row  # the record
+    row: Record
     images: RecordImages
     truth: Truth
+    sign: int  # 1: a finding is removed; -1: a finding is induced
+
+    @classmethod
+    def read(cls, run: Run, row: Record, boxes: Boxes) -> ShownRecord | None:
+        """Read a record; None if an image is missing now."""
+        try:
+            return cls(row, read_images(run, row), read_truth(run, row, boxes), direction(run, row))
+        except (OSError, BadImage):
+            return None
+
+    def red(self, threshold: float) -> Image:
+        """The red overlay, inside the lungs where their mask is known."""
+        return overlay(self.images.image, self.sign * self.images.signed_map, threshold, self.truth.lungs)
 
 
-def _read_rows(run: Run, chosen: Sequence[tuple[str, Row]]) -> list[GridRow]:
+def _read_records(run: Run, chosen: Sequence[tuple[str, Record]]) -> list[tuple[str, ShownRecord]]:
+    """The chosen (rank, record) whose images can be read."""
     paths = [row["image_path"] for _, row in chosen]
     boxes = {} if any(row["lesion_mask_path"] for _, row in chosen) else own_boxes(run, paths)
-    rows = []
-    for rank, row in chosen:
-        try:
-            rows.append(GridRow(rank, row, read_images(run, row), read_truth(run, row, boxes)))
-        except (OSError, BadImage):
-            continue  # leave out an image that is missing now
-    return rows
+    read = [(rank, ShownRecord.read(run, row, boxes)) for rank, row in chosen]
+    return [(rank, record) for rank, record in read if record is not None]
 
 
 def own_boxes(run: Run, paths: Sequence[str]) -> Boxes:
@@ -167,80 +176,33 @@ def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
     """Draw a PNG like the paper's figures 2 and 3: a row per image with counterfactual, overlay, signed map and, if
     known, the ground truth. Raises ValueError when no image of the run can be shown.
     """
-    # content
     records = read_records(run) if records is None else records
-    rows = _read_rows(run, spanning(run, records))
-    if not rows:
+    chosen = _read_records(run, spanning(run, records))
+    if not chosen:
         raise ValueError(f"{run.store.uri}: no finished image to show")
     scale = map_scale(run, records)
-    columns = ["image", "counterfactual", "red overlay", "signed map"]
-    if any(row.truth.counterfactual is not None for row in rows):
-        columns.append("ground truth")
-    if any(row.truth.lesion is not None for row in rows):
-        columns.append("lesion outline")
-    # layout in inches; classes are separated by a wider gap
-    offsets = [0.0]
-    for before, after in itertools.pairwise(rows):
-        offsets.append(offsets[-1] + PANEL + GAP * (4 if before.row["label"] != after.row["label"] else 1))
-    width = LEFT + len(columns) * (PANEL + GAP) + 0.1
-    caption = textwrap.wrap(_caption(run, records, rows, scale), int(width * 21.5))
-    foot = 0.52 + LINE * len(caption)
-    height = TOP + offsets[-1] + PANEL + foot
-    # panels
-    figure = Figure(figsize=(width, height), facecolor="white")
-    for offset, row in zip(offsets, rows):
-        bottom = height - TOP - offset - PANEL
-        _row_label(figure, row, 0.1 / width, (bottom + PANEL / 2) / height)
-        for n, title in enumerate(columns):
-            axes = figure.add_axes(((LEFT + n * (PANEL + GAP)) / width, bottom / height, PANEL / width, PANEL / height))
-            axes.set_axis_off()
-            _panel(axes, title, row, scale, direction(run, row.row))
-            if offset == 0:
-                axes.set_title(title, fontsize=8, color=INK, pad=4)
-    colour_bar(figure, scale, (LEFT + 3 * (PANEL + GAP)) / width, (foot - 0.13) / height, PANEL / width, height)
-    figure.text(0.1 / width, 0.1 / height, "\n".join(caption), fontsize=6.5, color=MUTED, va="bottom", parse_math=False,
-                linespacing=1.45)  # fmt: skip
-    return png(figure)
-
-
-def _caption(run: Run, records: pd.DataFrame, rows: Sequence[GridRow], scale: Scale) -> str:
-    signs = {"M" if direction(run, row.row) > 0 else "−M (inducing)" for row in rows}
-    text = (
+    with_truth = any(record.truth.counterfactual is not None for _, record in chosen)
+    with_lesion = any(record.truth.lesion is not None for _, record in chosen)
+    titles = ["image", "counterfactual", "red overlay", "signed map"]
+    titles += ["ground truth"] * with_truth + ["lesion outline"] * with_lesion
+    rows = []
+    for rank, record in chosen:
+        row, images, truth = record.row, record.images, record.truth
+        lines = [f"SSIM {row['ssim']:.3f}", rank]
+        if tables.known(row["judge_image"]):
+            lines.insert(1, f"healthy {row['judge_image']:.2f} → {row['judge_counterfactual']:.2f}")
+        map_panels = record.red(scale.threshold), diverging(images.signed_map, scale.limit)
+        panels = [Panel(pixels) for pixels in (images.image, images.counterfactual, *map_panels)]
+        panels += [Panel(truth.counterfactual)] * with_truth
+        panels += [Panel(None if truth.lesion is None else images.image, truth.lesion)] * with_lesion
+        rows.append(PanelRow(short(row["label"], 60), lines, panels))
+    signs = {"M" if record.sign > 0 else "−M (inducing)" for _, record in chosen}
+    caption = (
         f"Rows of each class: highest, median and lowest image by {ranking(run, records)[1]}. Red: "
         f"{' or '.join(sorted(signs))} > τ = {scale.threshold:.3g} ({scale.threshold_from}), inside the lungs where "
         f"their mask is known. {settings_line(run)}."
     )
-    return " ".join(text.split())
-
-
-def _row_label(figure: Figure, image: GridRow, x: float, y: float) -> None:
-    row = image.row
-    lines = [f"SSIM {row['ssim']:.3f}"]
-    if tables.known(row["judge_image"]):
-        lines.append(f"healthy {row['judge_image']:.2f} → {row['judge_counterfactual']:.2f}")
-    lines.append(image.rank)
-    name = short(row["label"], 17)
-    figure.text(x, y, "\n".join(["", *lines]), fontsize=6.8, color=MUTED, va="center", linespacing=1.5)
-    top = y + (len(lines) * 6.8 * 1.5 / 2 / 72) / figure.get_figheight()
-    figure.text(x, top, name, fontsize=8, color=INK, weight="bold", va="center", parse_math=False)
-
-
-def _panel(axes: Axes, title: str, image: GridRow, scale: Scale, sign: int) -> None:
-    images, truth = image.images, image.truth
-    if (title == "ground truth" and truth.counterfactual is None) or (
-        title == "lesion outline" and truth.lesion is None
-    ):
-        axes.text(0.5, 0.5, "unknown", fontsize=6.5, color=MUTED, ha="center", va="center", transform=axes.transAxes)
-        return
-    panels = {
-        "counterfactual": images.counterfactual,
-        "red overlay": overlay(images.image, sign * images.signed_map, scale.threshold, truth.lungs),
-        "signed map": diverging(images.signed_map, scale.limit),
-        "ground truth": images.image if truth.counterfactual is None else truth.counterfactual,
-    }
-    axes.imshow(panels.get(title, images.image), cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
-    if title == "lesion outline":
-        outline(axes, truth.lesion)
+    return panel_sheet(rows, titles, [caption], scale, bar=3)
 
 
 def distributions(run: Run, records: pd.DataFrame | None = None) -> bytes:
@@ -262,8 +224,9 @@ def distributions(run: Run, records: pd.DataFrame | None = None) -> bytes:
     for panel, column, title in ((axes[0], "ssim", "SSIM, image and counterfactual"),
                                  (axes[1], "attribution_energy", "Map energy, mean |M|")):  # fmt: skip
         for n, label in enumerate(labels):
-            _strip(panel, n, ok.loc[ok["label"] == label, column], CLASS_COLOURS[n % len(CLASS_COLOURS)])
-        _decorate(panel, title, [f"{short(label, 15)}\nn = {counts[label]}" for label in labels])
+            values = ok.loc[ok["label"] == label, column].to_numpy(float)
+            strip(panel, n, values, CLASS_COLOURS[n % len(CLASS_COLOURS)], spread=0.26)
+        _classes(panel, title, [f"{short(label, 15)}\nn = {counts[label]}" for label in labels])
     axes[1].set_ylim(bottom=0)
     if panels == 3:
         _before_and_after(axes[2], judged, labels)
@@ -283,44 +246,22 @@ def _before_and_after(axes: Axes, judged: pd.DataFrame, labels: Sequence[str]) -
         rows = judged[judged["label"] == label]
         names.append(f"{short(label, 15)}\nn = {len(rows)}")
         colour = CLASS_COLOURS[n % len(CLASS_COLOURS)]
-        _strip(axes, n - 0.2, rows["judge_image"], "#9aa5ad", spread=0.13)
-        _strip(axes, n + 0.2, rows["judge_counterfactual"], colour, spread=0.13)
+        strip(axes, n - 0.2, rows["judge_image"].to_numpy(float), "#9aa5ad", spread=0.13)
+        strip(axes, n + 0.2, rows["judge_counterfactual"].to_numpy(float), colour, spread=0.13)
     axes.axhline(0.5, color=MUTED, linewidth=0.7, linestyle=(0, (4, 3)), zorder=0)
     axes.set_ylim(-0.03, 1.03)
-    _decorate(axes, "Judge's probability of healthy", names)
-    axes.text(
-        1,
-        1.015,
-        "grey: image · colour: counterfactual",
-        fontsize=6.5,
-        color=MUTED,
-        ha="right",
-        transform=axes.transAxes,
-    )
+    _classes(axes, "Judge's probability of healthy", names)
+    note = "grey: image · colour: counterfactual"
+    axes.text(1, 1.015, note, fontsize=6.5, color=MUTED, ha="right", transform=axes.transAxes)
 
 
-def _strip(axes: Axes, x: float, values: pd.Series, colour: str, spread: float = 0.26) -> None:
-    numbers = np.sort(values[np.isfinite(values)].to_numpy(float))
-    if not len(numbers):
-        return
-    low, middle, high = np.quantile(numbers, [0.25, 0.5, 0.75])
-    drawn = numbers[np.linspace(0, len(numbers) - 1, min(len(numbers), MAX_POINTS)).round().astype(int)]
-    golden = (np.arange(len(drawn)) * 0.6180339887) % 1  # evenly scattered and reproducible
-    axes.scatter(x + spread * (2 * golden - 1), drawn, s=7, color=colour, alpha=0.45, linewidths=0)
-    axes.plot([x, x], [low, high], color=INK, linewidth=2.4, solid_capstyle="butt")
-    axes.plot([x - 0.8 * spread, x + 0.8 * spread], [middle, middle], color=INK, linewidth=1.4)
-
-
-def _decorate(axes: Axes, title: str, names: Sequence[str]) -> None:
-    axes.set_title(title, fontsize=8.5, color=INK, loc="left", pad=14, weight="bold")
+def _classes(axes: Axes, title: str, names: Sequence[str]) -> None:
+    style(axes, title, grid="y")
     axes.set_xticks(range(len(names)), names, fontsize=7, color=INK, parse_math=False, linespacing=1.4)
     axes.set_xlim(-0.55, len(names) - 0.45)
-    axes.tick_params(axis="y", labelsize=7, colors=MUTED, length=0)
-    axes.tick_params(axis="x", length=0, pad=6)
-    axes.grid(axis="y", color="#e6eaed", linewidth=0.7)
-    axes.set_axisbelow(True)
+    axes.tick_params(axis="x", pad=6)
     for side, spine in axes.spines.items():
-        spine.set(visible=side == "bottom", color=RULE, linewidth=0.8)
+        spine.set_visible(side == "bottom")
 
 
 def write_figures(run: Run, records: pd.DataFrame | None = None) -> list[str]:

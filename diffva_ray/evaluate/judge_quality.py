@@ -8,7 +8,8 @@ from typing import Any
 
 from diffva_ray.generate.run import Run
 from diffva_ray.model.card import UnusableModel, judge_card, read_card
-from diffva_ray.storage.store import StoreError, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import StoreError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.provenance import missing
-from diffva_ray.storage.store import open_file
+from diffva_ray.storage.opening import open_file
 
 # Optional packages of extractors, judges and metrics: module and extra.
 PACKAGES = {

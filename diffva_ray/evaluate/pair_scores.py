@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from diffva_ray.data.images import BadImage
 from diffva_ray.data.lungs import find_lungs
 from diffva_ray.evaluate.records import Boxes, RecordImages, Truth, read_images, read_truth, under
+from diffva_ray.evaluate.run_index import IndexedRecord
 from diffva_ray.evaluate.scores import lost
 from diffva_ray.evaluate.tables import by_label, finite_mean, known
 from diffva_ray.generate.run import Run
@@ -23,8 +24,9 @@ from diffva_ray.metrics.localization import SALIENCY, group_bootstrap
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS, Pair
 from diffva_ray.metrics.zones import zone_agreement, zone_energy, zone_masks
 from diffva_ray.model.card import read_card
-from diffva_ray.schema import Row
-from diffva_ray.storage.store import StoreError, open_store
+from diffva_ray.schema import TableRow
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import StoreError
 
 if TYPE_CHECKING:  # these load torch
     from diffva_ray.metrics.external_judges import ExternalJudge
@@ -49,12 +51,12 @@ def run_judge(run: Run) -> Judge | None:
 
 def score_pairs(
     run: Run,
-    rows: Sequence[Row],
+    rows: Sequence[IndexedRecord],
     boxes: Boxes,
     judge: Judge | None,
     lpips: Lpips | None,
     unread: set[str] | None = None,
-) -> list[Row]:
+) -> list[TableRow]:
     """Score each record whose images can be read: PAIR_METRICS, ``lpips`` and, for cardiomegaly, the cardiothoracic
     ratio of image and counterfactual. Unknown scores are None; ``unread`` as in ``scores.score_records``."""
     scored = []
@@ -66,9 +68,15 @@ def score_pairs(
         scores["lpips"] = None if lpips is None else lpips(images.image, images.counterfactual)
         if HEART in f"{row['label']} {row['prompt']}".casefold():
             scores |= {"heart_before": _heart(images.image), "heart_after": _heart(images.counterfactual)}
-        names = {key: row[key] for key in ("record_id", "image_path", "label", "setting") if key in row}
+        names = _names(row)
         scored.append(names | {key: value if known(value) else None for key, value in scores.items()})
     return scored
+
+
+def _names(record: IndexedRecord) -> TableRow:
+    """What identifies a record in a table of scores."""
+    names: TableRow = {key: record[key] for key in ("record_id", "image_path", "label")}
+    return {**names, "setting": record["setting"]} if "setting" in record else names
 
 
 def _heart(image: NDArray[np.float32]) -> float | None:
@@ -77,8 +85,8 @@ def _heart(image: NDArray[np.float32]) -> float | None:
 
 
 def _read(
-    run: Run, rows: Sequence[Row], boxes: Boxes, unread: set[str] | None = None
-) -> Iterator[tuple[Row, RecordImages, Truth]]:
+    run: Run, rows: Sequence[IndexedRecord], boxes: Boxes, unread: set[str] | None = None
+) -> Iterator[tuple[IndexedRecord, RecordImages, Truth]]:
     """Yields the records whose images can be read, with images and ground truth.
 
     ``unread`` gets the paths of images with an unreadable image, mask or ground truth file."""
@@ -94,15 +102,17 @@ def _read(
         yield row, images, truth
 
 
-def external_rows(run: Run, rows: Sequence[Row], boxes: Boxes, judges: Sequence[ExternalJudge]) -> list[Row]:
+def external_rows(
+    run: Run, rows: Sequence[IndexedRecord], boxes: Boxes, judges: Sequence[ExternalJudge]
+) -> list[TableRow]:
     """Flip rates by published judges: the fraction of the images a judge calls abnormal whose counterfactual it calls
     healthy. One row for each judge and class."""
     if not judges:
         return []
     # what each judge says of each record
-    judged: list[Row] = []
+    judged: list[TableRow] = []
     for row, images, _ in _read(run, rows, boxes):
-        names: Row = {key: row[key] for key in ("image_path", "label", "setting") if key in row}
+        names = _names(row)
         for judge in judges:
             before, after = judge.healthy(np.stack([images.image, images.counterfactual]))
             judged.append({**names, "judge": judge.name, "before": float(before), "after": float(after)})
@@ -131,18 +141,18 @@ def external_rows(run: Run, rows: Sequence[Row], boxes: Boxes, judges: Sequence[
     return rates
 
 
-def counterfactual_rows(scores: list[Row]) -> list[Row]:
+def counterfactual_rows(scores: list[TableRow]) -> list[TableRow]:
     """Means of PAIR_METRICS by class with 95 % bootstrap intervals over images; absent if no image has the metric."""
     means = []
     for label, rows in by_label(pd.DataFrame(scores)) if scores else ():
-        row: Row = {"label": label, "n": len(rows)}
+        row: TableRow = {"label": label, "n": len(rows)}
         for metric in PAIR_METRICS:
             row |= mean_of(rows, metric.key)
         means.append(row)
     return means
 
 
-def mean_of(rows: pd.DataFrame, key: str) -> Row:
+def mean_of(rows: pd.DataFrame, key: str) -> TableRow:
     """Mean and interval of a metric over the images that have it; empty if none has."""
     present = rows.dropna(subset=[key]) if key in rows else rows[:0]
     if not len(present):
@@ -151,7 +161,7 @@ def mean_of(rows: pd.DataFrame, key: str) -> Row:
     return {key: finite_mean(present[key].astype(float)), f"{key}_interval": list(interval)}
 
 
-def heart_rows(scores: list[Row]) -> list[Row]:
+def heart_rows(scores: list[TableRow]) -> list[TableRow]:
     """Cardiothoracic ratio of image and counterfactual by class, over the ``n`` of ``images`` images in which lungs are
     found before and after."""
     frame = pd.DataFrame(scores)
@@ -180,8 +190,8 @@ def heart_rows(scores: list[Row]) -> list[Row]:
 
 
 def zone_rows(
-    run: Run, rows: Sequence[Row], scores: Mapping[str, NDArray[np.float64]], unread: set[str] | None = None
-) -> list[Row]:
+    run: Run, rows: Sequence[IndexedRecord], scores: Mapping[str, NDArray[np.float64]], unread: set[str] | None = None
+) -> list[TableRow]:
     """Compare maps, and brightness as a baseline, with the Brixia ``scores`` of the images of ``rows``, by setting.
 
     Zones are thirds of the lung mask; without a mask, of the lungs found on the counterfactual (whose lungs are dark);
@@ -200,7 +210,9 @@ def zone_rows(
     return [_zone_row(*key, members) for key, members in members_of.items()]
 
 
-def _zone_row(setting: str, name: str, members: Sequence[tuple[NDArray[np.float64], NDArray[np.float64], str]]) -> Row:
+def _zone_row(
+    setting: str, name: str, members: Sequence[tuple[NDArray[np.float64], NDArray[np.float64], str]]
+) -> TableRow:
     energies, scores = (np.stack([member[part] for member in members]) for part in (0, 1))
     agreement = zone_agreement(energies, scores)
     kinds = [kind for _, _, kind in members]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffva_ray.config.sampling import SWEEPABLE
 from diffva_ray.data.dataset import LabelledImage
 from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, to_square
 from diffva_ray.generate.committed import OVERLAYS, PATHS, committed
-from diffva_ray.generate.plan import SWEPT
 from diffva_ray.generate.run import Run, part
 from diffva_ray.metrics.localization import boxes_mask
-from diffva_ray.schema import Row, Status
+from diffva_ray.schema import Record, Status
 from diffva_ray.storage.store import Store
 
 Boxes = dict[str, list[tuple[float, float, float, float]]]  # lesion boxes (x, y, w, h) in pixels, by image path
@@ -43,15 +43,21 @@ def read_records(run: Run) -> pd.DataFrame:
     return committed(run).to_pandas()
 
 
+def setting_key(record: Record) -> tuple[Any, ...]:
+    """The record's sampling settings and prompt: its values of SWEEPABLE."""
+    values: Mapping[str, Any] = cast("Any", record)
+    return tuple(values[key] for key in SWEEPABLE)
+
+
 def setting_names(settings: Sequence[tuple[Any, ...]]) -> dict[tuple[Any, ...], str]:
-    """A name for each of a run's sampling settings (tuples of the values of SWEPT), such as ``“COVID 19”, strength
+    """A name for each of a run's sampling settings (tuples of the values of SWEEPABLE), such as ``“COVID 19”, strength
     0.3``: the values that differ within the run; empty for a run with one setting."""
-    varied = [n for n in range(len(SWEPT)) if len({setting[n] for setting in settings}) > 1]
+    varied = [n for n in range(len(SWEEPABLE)) if len({setting[n] for setting in settings}) > 1]
 
     def text(key: str, value: Any) -> str:
         return f"“{value}”" if key == "prompt" else f"{_plain(key)} {_short(value)}"
 
-    return {setting: ", ".join(text(SWEPT[n], setting[n]) for n in varied) for setting in settings}
+    return {setting: ", ".join(text(SWEEPABLE[n], setting[n]) for n in varied) for setting in settings}
 
 
 def under(name: str, setting: str) -> str:
@@ -70,25 +76,28 @@ def _short(value: Any) -> str:
     return short if float(short) == value else repr(value)
 
 
-def stored_records(run: Run, shard_ref: tuple[int, int]) -> list[Row]:
+def stored_records(run: Run, shard_ref: tuple[int, int]) -> list[Record]:
     """The ``ok`` records in one stored part; paths are relative to ``run``.
 
     ``shard_ref``: number of the retry (0: the run itself), number of the shard."""
     retry, shard = shard_ref
     folder = f"{OVERLAYS}/r{retry}/" if retry else ""
     table = pq.read_table(io.BytesIO(run.store.read(f"{folder}records/{part(shard)}.parquet")))
-    rows = table.filter(pc.equal(table["status"], Status.OK.value)).to_pylist()
-    return [{**row, **{name: f"{folder}{row[name]}" for name in PATHS}} for row in rows]
+    records: list[Record] = table.filter(pc.equal(table["status"], Status.OK.value)).to_pylist()
+    for record in records:
+        for name in PATHS:
+            record[name] = f"{folder}{record[name]}"
+    return records
 
 
-def by_shard(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+def by_shard(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     """Group ``ok`` records by the stored shard, keeping their order.
 
     Keys are (folder of the run or retry, such as "" or "overlays/r1/"; name of the shard)."""
-    shards: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        folder, name, _ = row["counterfactual_path"].rsplit("/", 2)
-        shards.setdefault((folder.removesuffix("counterfactuals"), name), []).append(row)
+    shards: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        folder, name, _ = record["counterfactual_path"].rsplit("/", 2)
+        shards.setdefault((folder.removesuffix("counterfactuals"), name), []).append(record)
     return shards
 
 
@@ -123,12 +132,12 @@ def grey(store: Store, path: str) -> NDArray[np.float32]:
     return np.asarray(Image.open(io.BytesIO(store.read(path))).convert("L"), np.float32) / np.float32(255)
 
 
-def read_images(run: Run, row: Row) -> RecordImages:
+def read_images(run: Run, record: Record) -> RecordImages:
     """Read the four images of an ``ok`` record.
 
     Args:
         run: The run.
-        row: A row of ``read_records`` as a dictionary.
+        record: A row of ``read_records`` as a dictionary.
 
     Returns:
         Input, counterfactual, reconstruction and signed map at the run's resolution.
@@ -140,19 +149,19 @@ def read_images(run: Run, row: Row) -> RecordImages:
     """
     size = run.recipe.model.resolution
     return RecordImages(
-        to_square(decode(run.data.read(row["image_path"]), bits=run.recipe.data.bits), size),
-        grey(run.store, row["counterfactual_path"]),
-        grey(run.store, row["reconstruction_path"]),
-        decode_map(run.store.read(row["attribution_path"])),
+        to_square(decode(run.data.read(record["image_path"]), bits=run.recipe.data.bits), size),
+        grey(run.store, record["counterfactual_path"]),
+        grey(run.store, record["reconstruction_path"]),
+        decode_map(run.store.read(record["attribution_path"])),
     )
 
 
-def read_truth(run: Run, row: Row, boxes: Boxes) -> Truth:
+def read_truth(run: Run, record: Record, boxes: Boxes) -> Truth:
     """Read what the data set knows about the image of a record.
 
     Args:
         run: The run.
-        row: A row of ``read_records`` as a dictionary.
+        record: A row of ``read_records`` as a dictionary.
         boxes: Lesion boxes by image path, used for images without a lesion mask.
 
     Returns:
@@ -163,11 +172,11 @@ def read_truth(run: Run, row: Row, boxes: Boxes) -> Truth:
     """
     size = run.recipe.model.resolution
     image = LabelledImage(
-        row["image_path"], row["label"], -1, row["lung_mask_path"] or "", row["lesion_mask_path"] or ""
+        record["image_path"], record["label"], -1, record["lung_mask_path"] or "", record["lesion_mask_path"] or ""
     )
-    truth = image_truth(run.data, image, boxes, row["width"], row["height"], size)
+    truth = image_truth(run.data, image, boxes, record["width"], record["height"], size)
     try:
-        path, bits = row["ground_truth_path"], run.recipe.data.bits
+        path, bits = record["ground_truth_path"], run.recipe.data.bits
         ground_truth = to_square(decode(run.data.read(path), bits=bits), size) if path else None
     except (OSError, BadImage):
         ground_truth = None
@@ -189,6 +198,11 @@ def image_truth(data: Store, image: LabelledImage, boxes: Boxes, width: int, hei
     if lesion is None and image.path in boxes:
         lesion = boxes_mask(boxes[image.path], width, height, size)
     return Truth(lesion, mask(image.lung_mask))
+
+
+def as_records(frame: pd.DataFrame) -> list[Record]:
+    """The rows of a frame of ``read_records`` as dictionaries."""
+    return cast("list[Record]", frame.to_dict("records"))
 
 
 def finished(records: pd.DataFrame) -> pd.DataFrame:

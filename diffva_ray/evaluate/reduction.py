@@ -37,6 +37,7 @@ from diffva_ray.evaluate.pair_scores import (
     zone_rows,
 )
 from diffva_ray.evaluate.records import Boxes
+from diffva_ray.evaluate.report.result_tables import SPECS
 from diffva_ray.evaluate.run_index import SAMPLE, RunIndex, index_run
 from diffva_ray.evaluate.scores import LocalizationScores, stacked
 from diffva_ray.evaluate.set_distances import distances
@@ -48,7 +49,8 @@ from diffva_ray.generate.verification import MANIFEST, Problem, verify
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS
 from diffva_ray.model.training_images import TrainingImages
 from diffva_ray.schema import RECORDS, digest
-from diffva_ray.storage.store import Store, join, open_file, open_store
+from diffva_ray.storage.opening import open_file, open_store
+from diffva_ray.storage.store import Store, join
 
 if TYPE_CHECKING:
     from diffva_ray.metrics.external_judges import ExternalJudge
@@ -223,8 +225,10 @@ def _compute(
         run.store.delete(tables.THRESHOLDS_FILE)
     else:
         run.store.put(tables.THRESHOLDS_FILE, json.dumps(tables.best_thresholds(localization), indent=1).encode())
+    titles = "; ".join(metric.title for metric in PAIR_METRICS)
+    values = {"size": recipe.model.resolution, "most": SAMPLE, "metrics": titles}
     for name, table in metrics.items():
-        tables.write_table(run.store, name, table, CAPTIONS[name].format(size=recipe.model.resolution, most=SAMPLE))
+        tables.write_table(run.store, name, table, SPECS[name]["file_caption"].format_map(values))
     return {name: table for name, table in metrics.items() if table}
 
 
@@ -293,27 +297,6 @@ def _note_training_images(records: RunIndex, metrics: dict[str, Any], notes: lis
     counts = {label: int(rows["trained_on"].sum()) for label, rows in tables.by_label(frame)}
     for row in (row for name in ("localization", "validity", "ground_truth") for row in metrics[name]):
         row["training_images"] = counts[row["label"]]
-
-
-CAPTIONS = {
-    "fid": "Fréchet distance between sets; extractor, resize path and N as given, interval by delete-group jackknife "
-    "(bias-corrected: the plain value may lie above it).",
-    "ssim": "Image against counterfactual, mean by class, on the {size} px grid.",
-    "localization": "Map against lesion truth inside the region, mean over images; dice best and iou best use each "
-    "image's own best threshold.",
-    "validity": "Flip rate: images called abnormal by the judge whose counterfactual it calls healthy.",
-    "external_validity": "At most {most} images of a class, by judges that this project did not train: fraction of the "
-    "images a judge calls abnormal (n of images) whose counterfactual it calls healthy.",
-    "fid_within": "Mean distance within each condition (class, prompt), weighted by its counterfactuals, and the "
-    "distance of the pooled sets, which does not notice exchanged classes.",
-    "counterfactual": "At most {most} images of a class: " + "; ".join(metric.title for metric in PAIR_METRICS) + ".",
-    "heart": "Cardiothoracic ratio of image and counterfactual; lungs are found on both in the same way, which "
-    "underestimates the ratio: read the change.",
-    "brixia": "Spearman's correlation of a map's mean in each of six lung zones with the readers' Brixia scores; "
-    "pooled over images with a bootstrap interval over images, and within images.",
-    "ground_truth": "Counterfactual against the ground-truth counterfactual; lesion error ratio: error left inside the "
-    "lesion.",
-}
 
 
 def _write_quarantine(run: Run, quarantined: pa.Table) -> None:

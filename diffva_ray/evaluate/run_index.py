@@ -16,17 +16,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from diffva_ray.evaluate.records import Boxes, setting_names
+from diffva_ray.config.sampling import SWEEPABLE
+from diffva_ray.evaluate.records import Boxes, setting_key, setting_names
 from diffva_ray.generate.committed import OVERLAYS, parts
-from diffva_ray.generate.plan import SWEPT
 from diffva_ray.generate.run import Run
-from diffva_ray.schema import RECORDS, Row, Status, digest
+from diffva_ray.schema import RECORDS, Record, Status, digest
 
 SAMPLE = 100  # images of a class and setting that are read again, at most
 NUMBERS = ("ssim", "ms_ssim", "ms_ssim_scales", "psnr", "l1", "attribution_energy",
            "attribution_energy_lung_fraction", "judge_image", "judge_counterfactual")  # fmt: skip
-SettingKey = tuple[Any, ...]  # sampling settings and prompt: the values of SWEPT
+SettingKey = tuple[Any, ...]  # sampling settings and prompt: the values of SWEEPABLE
 ShardRef = tuple[int, int]  # where a record is stored: number of the retry (0: the run itself), number of the shard
+
+
+class IndexedRecord(Record, total=False):
+    """A record with the name of its setting, in a run with several."""
+
+    setting: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +48,8 @@ class RunIndex:
     truth: list[ShardRef]  # shards with images whose lesions may be known
     settings: dict[SettingKey, str]  # names of the settings
     quarantined: pa.Table  # all other records, columns of RECORDS
-    sampled: list[Row]  # whole rows of at most SAMPLE images of each class and setting
-    requested: list[Row]  # whole rows of the requested images
+    sampled: list[IndexedRecord]  # whole rows of at most SAMPLE images of each class and setting
+    requested: list[IndexedRecord]  # whole rows of the requested images
 
     def paths(self, rows: NDArray[np.intp]) -> list[str]:
         """The image paths of some rows of ``frame``."""
@@ -67,7 +73,7 @@ def index_run(
     ids, label, setting, sample = np.empty(total, "S20"), *(np.empty(total, kind) for kind in (np.int16, np.int16, int))
     trained = np.zeros(total, bool)
     labels, settings, chosen = dict[str, int](), dict[SettingKey, int](), _Sample(max_images)
-    paths, quarantined, whole = list[pa.ChunkedArray](), list[pa.Table](), list[Row]()
+    paths, quarantined, whole = list[pa.ChunkedArray](), list[pa.Table](), list[IndexedRecord]()
     shards_of, truth, count = dict[ShardRef, list[NDArray[np.intp]]](), dict[ShardRef, None](), 0
     for shard, table in parts(run, RECORDS.names):
         ok = pc.equal(table["status"], Status.OK.value)
@@ -77,7 +83,7 @@ def index_run(
         # columns of every record
         here = slice(count, count + len(table))
         of_label, of_image = table["label"].to_pylist(), table["image_path"].to_pylist()
-        of_setting = list(zip(*(table[key].to_pylist() for key in SWEPT), strict=True))
+        of_setting = list(zip(*(table[key].to_pylist() for key in SWEEPABLE), strict=True))
         ids[here] = table["record_id"].to_pylist()
         label[here] = [labels.setdefault(name, len(labels)) for name in of_label]
         setting[here] = [settings.setdefault(values, len(settings)) for values in of_setting]
@@ -109,7 +115,7 @@ def index_run(
         frame["setting"] = pd.Categorical.from_codes(setting[:count], [names[values] for values in settings])
     sampled = chosen.rows()
     for row in (*sampled, *whole) if len(settings) > 1 else ():
-        row["setting"] = names[tuple(row[key] for key in SWEPT)]
+        row["setting"] = names[setting_key(row)]
     return RunIndex(
         frame=frame,
         ids=ids[:count],
@@ -156,7 +162,9 @@ class _Sample:
 
     def __init__(self, size: int) -> None:
         self.size, self.seen = size, 0
-        self.best: dict[tuple[str, SettingKey], list[tuple[int, int, int, Row]]] = {}  # heaps, the worst record first
+        self.best: dict[
+            tuple[str, SettingKey], list[tuple[int, int, int, IndexedRecord]]
+        ] = {}  # heaps, the worst record first
 
     def add(self, table: pa.Table, keys: Iterator[tuple[str, SettingKey]], images: list[str]) -> None:
         """Consider the records of ``table``; ``keys``: their (class, setting)."""
@@ -170,7 +178,7 @@ class _Sample:
                 heapq.heapreplace(heap, (*rank, table.slice(n, 1).to_pylist()[0]))
         self.seen += len(table)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[IndexedRecord]:
         """The chosen records in the order in which they were added."""
         chosen = [(number, row) for heap in self.best.values() for _, _, number, row in heap]
         return [row for _, row in sorted(chosen, key=lambda item: item[0])]

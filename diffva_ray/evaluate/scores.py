@@ -17,7 +17,7 @@ from diffva_ray.evaluate.records import Boxes, RecordImages, Truth, read_images,
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import SALIENCY, baselines, score
 from diffva_ray.metrics.ssim import psnr, ssim
-from diffva_ray.schema import Row
+from diffva_ray.schema import Record, TableRow
 
 SIMPLE = ("auroc", "auprc", "dice_best", "iou_best", "pointing_game", "energy_in_truth")  # numbers of an ImageScore
 CATEGORIES = ("label", "map", "region", "setting")  # columns stored as categories
@@ -33,7 +33,7 @@ class LocalizationScores:
     unread: set[str] = field(default_factory=set)  # images with an unreadable image, mask or ground truth file
 
     @classmethod
-    def of(cls, rows: Sequence[Row], unread: Iterable[str] = ()) -> LocalizationScores:
+    def of(cls, rows: Sequence[TableRow], unread: Iterable[str] = ()) -> LocalizationScores:
         """Collect rows of ``score_records`` or ``score_image`` with ``label``, ``image_path`` and, if swept,
         ``setting``."""
         curves: dict[tuple[str, str], Curve] = {}
@@ -78,8 +78,8 @@ def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def score_records(
-    run: Run, rows: list[Row], boxes: Boxes, unread: set[str] | None = None
-) -> tuple[list[Row], list[Row]]:
+    run: Run, rows: Sequence[Record], boxes: Boxes, unread: set[str] | None = None
+) -> tuple[list[TableRow], list[TableRow]]:
     """Score ``ok`` records: localisation rows (one per image and map) and ground truth rows (one per image with a
     ground-truth counterfactual).
 
@@ -99,7 +99,7 @@ def score_records(
             continue
         if lost(row, truth):
             unread.add(row["image_path"])
-        names = {key: row[key] for key in ("record_id", "image_path", "label")}
+        names: TableRow = {key: row[key] for key in ("record_id", "image_path", "label")}
         if truth.lesion is not None:
             localization += [{**names, **scores} for scores in _localization(images, truth, run)]
         if truth.counterfactual is not None:
@@ -107,23 +107,23 @@ def score_records(
     return localization, ground_truth
 
 
-def lost(row: Row, truth: Truth) -> bool:
+def lost(record: Record, truth: Truth) -> bool:
     """Whether a mask or ground-truth counterfactual that the record names could not be read by ``read_truth``."""
     named = (
-        ("lesion_mask_path", truth.lesion),
-        ("lung_mask_path", truth.lungs),
-        ("ground_truth_path", truth.counterfactual),
+        (record["lesion_mask_path"], truth.lesion),
+        (record["lung_mask_path"], truth.lungs),
+        (record["ground_truth_path"], truth.counterfactual),
     )
-    return any(row[path] and array is None for path, array in named)
+    return any(path and array is None for path, array in named)
 
 
-def _localization(images: RecordImages, truth: Truth, run: Run) -> list[Row]:
+def _localization(images: RecordImages, truth: Truth, run: Run) -> list[TableRow]:
     maps = {name: transform(images.signed_map) for name, transform in SALIENCY.items()}
     maps |= baselines(images.image, images.reconstruction, run.recipe.generate.smoothing)
     return score_image(maps, truth)
 
 
-def score_image(maps: Mapping[str, NDArray[np.float32]], truth: Truth) -> list[Row]:
+def score_image(maps: Mapping[str, NDArray[np.float32]], truth: Truth) -> list[TableRow]:
     """Score each map [size, size] of an image with a known lesion; no row where there is nothing to find."""
     assert truth.lesion is not None
     region = "image" if truth.region is None else "lungs or lesion"
@@ -136,7 +136,7 @@ def score_image(maps: Mapping[str, NDArray[np.float32]], truth: Truth) -> list[R
     return rows
 
 
-def ground_truth_scores(images: RecordImages, truth: Truth) -> Row:
+def ground_truth_scores(images: RecordImages, truth: Truth) -> TableRow:
     """Compare counterfactual, input and reconstruction with the ground-truth counterfactual; ``lesion_error`` is the
     mean absolute error inside the lesion."""
     ground_truth = truth.counterfactual

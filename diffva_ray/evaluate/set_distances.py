@@ -24,7 +24,8 @@ from diffva_ray.metrics.fid_controls import conditional
 from diffva_ray.metrics.localization import group_bootstrap
 from diffva_ray.metrics.realism import directions, interpolation, verisimilitude
 from diffva_ray.schema import Row
-from diffva_ray.storage.store import Store, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store
 
 if TYPE_CHECKING:  # loads torch
     from diffva_ray.metrics.features import Extractor

@@ -1,47 +1,16 @@
-"""Prints the tables of a run on a terminal."""
+"""Prints the tables of the pages on a terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from rich import table as rich_table
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from diffva_ray.metrics.pair_metrics import PAIR_METRICS
-
-COLUMNS: dict[str, dict[str, str]] = {
-    "localization": {
-        "map": "map", "label": "class", "n": "n", "auroc": "AUROC", "auprc": "AUPRC",
-        "dice_fixed": "Dice at fixed threshold", "dice_best": "Dice best", "pointing_game": "pointing game",
-    },
-    "validity": {"label": "class", "n": "n", "flip_rate": "flip rate", "confidence_gain": "confidence gain"},
-    "external_validity": {"judge": "judge", "label": "class", "images": "images", "n": "n", "flip_rate": "flip rate",
-                          "confidence_gain": "confidence gain"},
-    "ground_truth": {
-        "label": "class", "n": "n", "lesion_error_ratio": "lesion error left", "psnr": "PSNR to ground truth",
-        "psnr_input": "image's own", "psnr_reconstruction": "autoencoder's",
-    },
-    "ssim": {"label": "class", "n": "n", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "ms_ssim_scales": "scales",
-             "lpips": "LPIPS"},
-    "counterfactual": {"label": "class", "n": "n", **{metric.key: metric.heading for metric in PAIR_METRICS}},
-    "heart": {"label": "class", "n": "n", "before": "heart / thorax", "after": "after", "change": "change"},
-    "brixia": {"map": "map", "n": "n", "spearman": "Spearman, all zones", "spearman_within_image": "within images"},
-    "fid_within": {"set1": "set 1", "set2": "set 2", "n2": "n", "within": "within conditions", "pooled": "pooled"},
-    "fid": {"set1": "set 1", "set2": "set 2", "n1": "n1", "n2": "n2", "kid": "KID", "value": "Fréchet distance"},
-}  # fmt: skip
-TITLES = {
-    "localization": "Localisation of the lesion",
-    "validity": "Validity (the model's own judge)",
-    "external_validity": "Validity (external judges, a sample)",
-    "ground_truth": "Against the ground-truth counterfactual",
-    "ssim": "Image against counterfactual",
-    "counterfactual": "Single counterfactuals (a sample)",
-    "heart": "Cardiothoracic ratio (lungs found on image and counterfactual)",
-    "brixia": "Maps against Brixia scores of six lung zones",
-    "fid_within": "Distances within conditions",
-    "fid": "Distances between sets",
-}
+from diffva_ray.evaluate.report.numbers import INTERVAL, Table, glance
+from diffva_ray.evaluate.report.result_tables import report_tables
 
 
 def terminal() -> Console:
@@ -51,38 +20,38 @@ def terminal() -> Console:
 
 
 def print_summary(metrics: dict[str, Any], console: Console | None = None) -> None:
-    """Print every table of ``metrics`` (as in ``tables/metrics.json``), then counts and notes."""
+    """Print every table of ``metrics`` (as in ``tables/metrics.json``), then the main results, counts and notes."""
     console = console or terminal()
-    for name, columns in COLUMNS.items():
-        rows = metrics.get(name)
-        if not rows:
-            continue
-        title = TITLES[name]
-        # title
-        judge = metrics.get("judge") if name == "validity" else None
-        if judge and judge["accuracy"] is not None:
-            title += f": right on {judge['accuracy']:.1%} of {judge['n']} held-out images"
-        if name == "fid":
-            used = dict.fromkeys(f"{row['extractor']}, {row['resize']}" for row in rows)
-            title += f" ({'; '.join(used)})" if len(used) == 1 else ""
-            columns = columns | {"extractor": "extractor"} if len(used) > 1 else columns
-        # columns with a value in any row
-        table = Table(title=title, title_justify="left", header_style="bold")
-        displayed = {key: head for key, head in columns.items() if any(row.get(key) is not None for row in rows)}
-        for key, head in displayed.items():
-            table.add_column(head, justify="left" if key in ("map", "judge", "label", "set1", "set2") else "right")
-        for row in rows:
-            table.add_row(*(escape(_cell(row.get(key))) for key in displayed))
-        console.print(table)
+    for table in report_tables(metrics):
+        if table.key != "fidelity":  # too wide
+            print_table(console, table)
     counts = metrics["records"]
-    console.print(f"{counts['planned']} records planned, {counts['ok']} ok, {counts['quarantined']} quarantined")
-    for note in metrics.get("notes", []):
-        console.print(f"note: {note}", markup=False)
+    print_lines(console, glance(metrics))
+    print_lines(
+        console, [f"{counts['planned']} records planned, {counts['ok']} ok, {counts['quarantined']} quarantined"]
+    )
+    print_lines(console, (f"note: {note}" for note in metrics.get("notes", [])))
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):  # KID with its standard error
-        return f"{value['value']:.3g} ± {value['standard_error']:.2g}"
-    if isinstance(value, float):
-        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-    return "" if value is None else str(value)
+def print_table(console: Console, table: Table, intervals: bool = False) -> None:
+    """Print a table of a page with the first sentence of its caption, by default without its intervals."""
+    title = ". ".join(filter(None, [table.title, table.caption.partition(". ")[0]]))
+    printed = rich_table.Table(title=escape(title), title_justify="left", header_style="bold")
+    columns = [n for n, (head, _) in enumerate(table.heads) if intervals or head != INTERVAL]
+    for n in columns:
+        head, is_number = table.heads[n]
+        printed.add_column(escape(head), justify="right" if is_number else "left")
+    for group in table.groups:
+        if group.title and len(table.groups) > 1:
+            printed.add_row(f"[bold]{escape(group.title)}[/bold]")
+        for _, cells in group.rows:
+            printed.add_row(*(escape(cells[n].text) for n in columns))
+        printed.add_section()
+    console.print(printed)
+    print_lines(console, table.warnings)
+
+
+def print_lines(console: Console, lines: Iterable[str]) -> None:
+    """Print text as it is."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False)

@@ -175,25 +175,31 @@ def write_table(store: Store, name: str, rows: list[Row], caption: str) -> None:
             store.delete(f"tables/{name}.{extension}")
         return
     flat = pd.DataFrame([{key: _cell(value) for key, value in row.items()} for row in rows])
-    store.put(f"tables/{name}.json", json.dumps({"caption": caption, "rows": clean(rows)}, indent=1).encode())
-    store.put(f"tables/{name}.csv", flat.to_csv(index=False).encode())
     heads = [str(column).replace("_", " ") for column in flat.columns]
     cells = [[str(value) if known(value) else "" for value in row] for row in flat.to_numpy()]
-    store.put(f"tables/{name}.md", f"{markdown(heads, cells)}\n\n{caption}\n".encode())
-    store.put(f"tables/{name}.tex", f"{latex(heads, cells)}\n% {caption}\n".encode())
+    write_files(store, name, {"caption": caption, "rows": rows}, flat, heads, cells)
+
+
+def write_files(
+    store: Store, name: str, document: Row, numbers: pd.DataFrame, heads: list[str], cells: list[list[str]]
+) -> None:
+    """Write ``tables/<name>``: ``document`` as JSON, ``numbers`` as CSV, cells as Markdown and LaTeX (booktabs)."""
+    title = f"**{document['title']}**\n\n" if "title" in document else ""
+    tex = pd.DataFrame(cells, columns=heads).to_latex(index=False, escape=True)
+    files = {
+        "json": json.dumps(clean(document), indent=1),
+        "csv": numbers.to_csv(index=False),
+        "md": f"{title}{markdown(heads, cells)}\n\n{document['caption']}\n",
+        "tex": f"{tex}% {document['caption']}\n",
+    }
+    for extension, text in files.items():
+        store.put(f"tables/{name}.{extension}", text.encode())
 
 
 def markdown(heads: list[str], cells: list[list[str]]) -> str:
     """Format text cells as a Markdown table."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in [heads, *cells]]
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(heads), *rows[1:]])
-
-
-def latex(heads: list[str], cells: list[list[str]]) -> str:
-    """Format text cells as a LaTeX ``tabular``."""
-    head, *body = (" & ".join(row) + r" \\" for row in [_latex(heads), *map(_latex, cells)])
-    start = [r"\begin{tabular}{" + "l" * len(heads) + "}", r"\hline", head, r"\hline"]
-    return "\n".join([*start, *body, r"\hline", r"\end{tabular}"])
 
 
 def _cell(value: Any) -> Any:
@@ -204,11 +210,6 @@ def _cell(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return " to ".join(str(_cell(part)) for part in value)
     return value
-
-
-def _latex(cells: list[str]) -> list[str]:
-    special = str.maketrans({sign: "\\" + sign for sign in "&%$#_{}"})
-    return [cell.translate(special) for cell in cells]
 
 
 def clean(value: Any) -> Any:

@@ -28,7 +28,7 @@ from diffva_ray.model.bundle import load
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.provenance import code_revision
 from diffva_ray.schema import Image, Mask, record_seed
-from diffva_ray.storage.store import open_file, open_store
+from diffva_ray.storage.opening import open_file, open_store
 
 MAX_PROMPTS = 24  # rows of one sheet
 
@@ -62,27 +62,11 @@ class Explanation:
 def explain(
     image: str, model: str, recipe: Recipe, prompts: Sequence[str] = (), device: str | None = None
 ) -> Explanation:
-    """Explain one image under each prompt.
+    """Explain one image (local or ``s3://``) under each prompt, by default the recipe's healthy one.
 
     The seed is ``record_seed(recipe.seed, <file name>, 0)``, as in a run with the image at its data root. All prompts
-    share it.
-
-    Args:
-        image: Path of the image, local or ``s3://``.
-        model: Model folder, local or ``s3://``.
-        recipe: Recipe of the generation.
-        prompts: What the counterfactuals should show; by default the recipe's healthy prompt.
-        device: ``cpu`` or ``cuda``; by default the GPU where there is one.
-
-    Returns:
-        The image, its masks, and counterfactual, map and metrics for each prompt.
-
-    Raises:
-        UnusableData: If the file does not exist, is no image or too small, a prompt is too long, there are more than
-            MAX_PROMPTS, or the networks give NaN or infinity.
-        UnusableModel: If the model cannot be loaded.
-        PlanError: If the settings cannot generate any image.
-    """
+    share it. Raises UnusableData for an image or prompts that cannot be used, or if the networks give NaN or infinity;
+    UnusableModel; PlanError for settings that cannot generate any image."""
     config = recipe.generate
     check_settings(config, {})
     prompts = list(dict.fromkeys(prompts)) or [recipe.data.healthy_prompt]
@@ -102,9 +86,7 @@ def explain(
     for start in range(0, len(prompts), config.micro_batch):
         batch = prompts[start : start + config.micro_batch]
         count = len(batch)
-        result = engine(
-            [square] * count, [engine.settings(prompt) for prompt in batch], [seed] * count, [lungs] * count
-        )
+        result = engine([square] * count, [seed] * count, batch, lungs=[lungs] * count)
         if not (np.isfinite(result.counterfactuals).all() and np.isfinite(result.reconstructions).all()):
             raise UnusableData(f"{image}: the networks gave NaN or infinity for this image")
         for prompt, counterfactual, reconstruction, source_prompt in zip(
@@ -195,9 +177,7 @@ def _answer(
     """Measure the 8-bit images, as for a run's records, and make the numbers ready for JSON."""
     stored = quantise(counterfactual)
     metrics, signed_map = measure(image, stored, quantise(reconstruction), lungs, recipe.generate, judge)
-    numbers = {"prompt": prompt, "source_prompt": source_prompt, **metrics}
-    for name in ("judge_image", "judge_counterfactual"):  # JSON has no numpy numbers
-        numbers[name] = None if metrics[name] is None else float(metrics[name])
+    numbers: dict[str, Any] = {"prompt": prompt, "source_prompt": source_prompt, **metrics}
     if not math.isfinite(metrics["psnr"]):  # JSON has no infinity, which equal images have
         numbers["psnr"] = None
     del numbers["reconstruction_sha256"]  # the sheet does not keep the reconstruction

@@ -7,20 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.attribution import attribution
 from diffva_ray.counterfactual.interpolation import between_images, between_prompts
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.images import to_square
-from diffva_ray.evaluate.drawing import INK, MUTED, Scale, colour_bar, colour_limit, diverging, png
+from diffva_ray.evaluate.drawing import Panel, PanelRow, Scale, colour_limit, diverging, panel_sheet
 from diffva_ray.explain.image import mask_beside, open_image, open_model, origin
-from diffva_ray.explain.sheet import MIN_LIMIT, short_path, write_png
+from diffva_ray.explain.sheet import MIN_LIMIT, origin_texts, settings_texts, short_path, write_png
 from diffva_ray.generate.plan import check_settings
 from diffva_ray.schema import Image, record_seed
-
-PANEL, GAP, LEFT, TOP, FOOT, BAR = 1.35, 0.05, 0.95, 0.42, 0.56, 0.32  # inches
 
 
 @dataclass(frozen=True)
@@ -47,25 +44,8 @@ def interpolate(
     frames: int = 7,
     device: str | None = None,
 ) -> Strip:
-    """Interpolate between two prompts on one image, or between two images.
-
-    Args:
-        image: Path of the (first) image, local or ``s3://``.
-        model: Model folder, local or ``s3://``.
-        recipe: Recipe of the generation.
-        prompts: First and second prompt; between two images, one prompt or none (unedited).
-        other: Path of the second image; None to interpolate between prompts.
-        frames: Number of images, equally spaced.
-        device: ``cpu`` or ``cuda``; by default the GPU where there is one.
-
-    Returns:
-        The images, with attribution maps between prompts.
-
-    Raises:
-        UnusableData: If an image is unusable, or the number or length of the prompts.
-        UnusableModel: If the model cannot be loaded.
-        PlanError: If the settings cannot generate any image.
-    """
+    """Interpolate in ``frames`` equal steps between two prompts on one image, or between two images (``other``), edited
+    by one prompt or not at all. Raises as ``explain``."""
     config = recipe.generate
     check_settings(config, {})
     if other is None and len(prompts) != 2:
@@ -107,41 +87,17 @@ def write_strip(strip: Strip, path: str) -> None:
 
 def draw(strip: Strip) -> bytes:
     """Draw a PNG: the images from left to right with weights and judge's probabilities, and their maps below."""
-    # Size of the figure, in inches.
-    rows = 1 if strip.maps is None else 2
-    width = LEFT + len(strip.images) * (PANEL + GAP) + 0.12
-    foot = FOOT + (BAR if rows == 2 else 0)
-    height = TOP + 0.22 + rows * (PANEL + GAP) + foot
-    figure = Figure(figsize=(width, height), facecolor="white")
-    _text(figure, 0.12 / width, 1 - 0.2 / height, _title(strip), 9.5, INK, weight="bold")
-    scale = Scale(0, "", colour_limit(strip.maps.ravel(), MIN_LIMIT)) if strip.maps is not None else None
-
-    # A row of images, and one of maps.
-    for row in range(rows):
-        bottom = height - TOP - 0.22 - row * (PANEL + GAP) - PANEL
-        name = ("counterfactual" if rows == 2 else "image", "signed map")[row]
-        _text(figure, 0.12 / width, (bottom + PANEL / 2) / height, name, 8.5, INK)
-        for column, weight in enumerate(strip.weights):
-            left = (LEFT + column * (PANEL + GAP)) / width
-            axes = figure.add_axes((left, bottom / height, PANEL / width, PANEL / height))
-            axes.set_axis_off()
-            if row and strip.maps is not None and scale is not None:
-                axes.imshow(diverging(strip.maps[column], scale.limit), interpolation="bicubic")
-                continue
-            axes.imshow(strip.images[column], cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
-            probability = f"\nhealthy {strip.healthy[column]:.2f}" if strip.healthy is not None else ""
-            axes.set_title(f"{weight:.2f}{probability}", fontsize=8, color=MUTED, pad=3, linespacing=1.3)
-
-    # Colour bar and footer.
-    if scale is not None:
-        colour_bar(figure, scale, (width - 0.12 - 2 * PANEL) / width, (foot - 0.17) / height, 2 * PANEL / width, height)
-    _text(figure, 0.12 / width, 0.36 / height, _settings(strip), 7, MUTED)
-    _text(figure, 0.12 / width, 0.14 / height, "Not for clinical use.", 7.5, INK, weight="bold")
-    return png(figure)
-
-
-def _text(figure: Figure, x: float, y: float, text: str, size: float, colour: str, **style: Any) -> None:
-    figure.text(x, y, text, fontsize=size, color=colour, va="center", parse_math=False, **style)
+    titles = [f"{weight:.2f}" for weight in strip.weights]
+    if strip.healthy is not None:
+        titles = [f"{title}\nhealthy {probability:.2f}" for title, probability in zip(titles, strip.healthy)]
+    name = "image" if strip.maps is None else "counterfactual"
+    rows, scale = [PanelRow(name, [], [Panel(image) for image in strip.images])], None
+    if strip.maps is not None:
+        scale = Scale(0, "", colour_limit(strip.maps.ravel(), MIN_LIMIT))
+        maps = [Panel(diverging(signed_map, scale.limit)) for signed_map in strip.maps]
+        rows.append(PanelRow("signed map", [], maps))
+    bar = len(titles) - 1
+    return panel_sheet(rows, titles, _settings(strip), scale, bar, side=1.35, heading=_title(strip))
 
 
 def _title(strip: Strip) -> str:
@@ -152,12 +108,7 @@ def _title(strip: Strip) -> str:
     return f"from {short_path(about['image'])} to {short_path(about['to'])}{under}"
 
 
-def _settings(strip: Strip) -> str:
+def _settings(strip: Strip) -> list[str]:
     about = strip.about
-    config = about["settings"]
-    path = "DDIM inversion, spherical" if about["to"] else f"{config['method']}, scheduler {config['scheduler']}"
-    return (
-        f"{path} · strength {config['strength']:g} · guidance {config['guidance_scale']:g} · "
-        f"{config['num_inference_steps']} steps\nrecipe {about['recipe']} · model {about['model_digest'][:12]} · "
-        f"seed {about['run_seed']} · diffva-ray {about['diffva_ray']} ({about['code_revision']})"
-    )
+    path = "DDIM inversion, spherical" if about["to"] else about["settings"]["method"]
+    return [" · ".join([path, *settings_texts(about)]), " · ".join(origin_texts(about))]

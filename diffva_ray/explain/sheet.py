@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from diffva_ray.config.recipe import GUESS
 from diffva_ray.data.dataset import UnusableData
-from diffva_ray.evaluate.drawing import INK, MUTED, Scale, colour_bar, colour_limit, diverging, outline, overlay, png
+from diffva_ray.evaluate.drawing import Panel, PanelRow, Scale, colour_limit, diverging, overlay, panel_sheet
 from diffva_ray.explain.image import Answer, Explanation
 from diffva_ray.generate.measures import unit
-from diffva_ray.storage.store import open_file
+from diffva_ray.storage.opening import open_file
 
 RED_ABOVE = 0.05  # of M or -M; a quantile of the image's own map would mark pixels of healthy images, too
 MIN_LIMIT = 0.1  # |M| at full colour, at least: a map of small changes must look faint
-PANEL, GAP, LEFT, TOP, LINE = 2.15, 0.06, 1.95, 0.66, 0.15  # inches
 
 
 def write_sheet(explanation: Explanation, path: str) -> None:
@@ -42,59 +39,18 @@ def check_sheet(path: str) -> None:
 def sheet(explanation: Explanation) -> bytes:
     """Draw a PNG in the style of a run's figures: a row per prompt with image, counterfactual, red overlay and signed
     map, and the outline of the lesion if its mask is beside the image."""
-    # Colour scale, text of the footer, and size of the figure in inches.
-    answers = explanation.answers
+    answers, image, lesion = explanation.answers, explanation.image, explanation.lesion
     limit = colour_limit(np.concatenate([answer.signed_map.ravel() for answer in answers]), MIN_LIMIT)
     scale = Scale(RED_ABOVE, "fixed", limit)
-    columns = ("image", "counterfactual", "red overlay", "signed map")
-    width = LEFT + len(columns) * (PANEL + GAP) + 0.18
-    lines = [line for part in _footer(explanation, scale) for line in textwrap.wrap(part, int(width * 18.5))]
-    foot = 0.74 + LINE * len(lines)
-    height = TOP + len(answers) * (PANEL + GAP) + foot
-    figure = Figure(figsize=(width, height), facecolor="white")
-    figure.text(0.12 / width, 1 - 0.22 / height, short_path(explanation.about["image"]), fontsize=10, color=INK,
-                weight="bold", va="center", parse_math=False)  # fmt: skip
-
-    # A row of panels per prompt.
-    for row, answer in enumerate(answers):
-        bottom = height - TOP - row * (PANEL + GAP) - PANEL
-        _side(figure, answer, 0.12 / width, bottom + PANEL, height)
-        red = (-1 if answer.inducing else 1) * answer.signed_map
-        panels = (
-            explanation.image,
-            unit(answer.counterfactual),
-            overlay(explanation.image, red, scale.threshold, explanation.lungs),
-            diverging(answer.signed_map, scale.limit),
-        )
-        for column, (title, panel) in enumerate(zip(columns, panels)):
-            left = (LEFT + column * (PANEL + GAP)) / width
-            axes = figure.add_axes((left, bottom / height, PANEL / width, PANEL / height))
-            axes.set_axis_off()
-            axes.imshow(panel, cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
-            if column >= 2:
-                outline(axes, explanation.lesion)
-            if row == 0:
-                axes.set_title(title, fontsize=8.5, color=INK, pad=4)
-
-    # Colour bar and footer.
-    colour_bar(figure, scale, (LEFT + 3 * (PANEL + GAP)) / width, (foot - 0.17) / height, PANEL / width, height)
-    figure.text(0.12 / width, 0.32 / height, "\n".join(lines), fontsize=7, color=MUTED, va="bottom", linespacing=1.45,
-                parse_math=False)  # fmt: skip
-    figure.text(0.12 / width, 0.14 / height, "Not for clinical use.", fontsize=7.5, color=INK, weight="bold",
-                va="bottom")  # fmt: skip
-    return png(figure)
-
-
-def _side(figure: Figure, answer: Answer, x: float, top: float, height: float) -> None:
-    """Write prompt and metrics at the left of a row whose panels end ``top`` inches above the figure's bottom."""
-    prompt = textwrap.wrap(f"“{answer.prompt}”", 25)
-    if len(prompt) > 4:
-        prompt = [*prompt[:3], prompt[3][:23] + "…”"]
-    figure.text(x, (top - 0.02) / height, "\n".join(prompt), fontsize=8, color=INK, weight="bold", va="top",
-                linespacing=1.35, parse_math=False)  # fmt: skip
-    below = top - 0.12 - 0.155 * len(prompt)
-    figure.text(x, below / height, "\n".join(metric_lines(answer)), fontsize=7.5, color=MUTED, va="top",
-                linespacing=1.55, parse_math=False)  # fmt: skip
+    rows = []
+    for answer in answers:
+        red = overlay(image, (-1 if answer.inducing else 1) * answer.signed_map, RED_ABOVE, explanation.lungs)
+        panels = [Panel(image), Panel(unit(answer.counterfactual))]
+        panels += [Panel(red, lesion), Panel(diverging(answer.signed_map, limit), lesion)]
+        rows.append(PanelRow(f"“{answer.prompt}”", metric_lines(answer), panels))
+    titles = ("image", "counterfactual", "red overlay", "signed map")
+    heading = short_path(explanation.about["image"])
+    return panel_sheet(rows, titles, _footer(explanation, scale), scale, bar=3, side=2.15, heading=heading)
 
 
 def metric_lines(answer: Answer) -> list[str]:
@@ -129,21 +85,23 @@ def _footer(explanation: Explanation, scale: Scale) -> list[str]:
         legend.append("healthy: the probability that the model's judge gives image → counterfactual")
     if config["source_prompt"] == GUESS and not all(answer.numbers["source_prompt"] for answer in explanation.answers):
         legend.append("the model takes the image for healthy")
-    settings = [
-        f"{about['width']} × {about['height']} px, seen at {len(explanation.image)}",
-        config["method"],
-        f"strength {config['strength']:g}",
-        f"guidance {config['guidance_scale']:g}",
-        f"{config['num_inference_steps']} steps",
-        f"scheduler {config['scheduler']}",
-    ]
-    origin = [
-        f"recipe {about['recipe']}",
-        f"model {about['model_digest'][:12]}" + (", trained on phantoms" if about["trained_on"] == "phantoms" else ""),
-        f"seed {about['run_seed']}",
-        f"diffva-ray {about['diffva_ray']} ({about['code_revision']})",
-    ]
-    return ["; ".join(legend) + ".", " · ".join(settings), " · ".join(origin)]
+    size = f"{about['width']} × {about['height']} px, seen at {len(explanation.image)}"
+    settings = [size, config["method"], *settings_texts(about)]
+    return ["; ".join(legend) + ".", " · ".join(settings), " · ".join(origin_texts(about))]
+
+
+def settings_texts(about: dict[str, Any]) -> list[str]:
+    """The sampling settings of a sheet or strip."""
+    config = about["settings"]
+    return [f"strength {config['strength']:g}", f"guidance {config['guidance_scale']:g}",
+            f"{config['num_inference_steps']} steps", f"scheduler {config['scheduler']}"]  # fmt: skip
+
+
+def origin_texts(about: dict[str, Any]) -> list[str]:
+    """Recipe, model, seed and code of a sheet or strip."""
+    trained = ", trained on phantoms" if about["trained_on"] == "phantoms" else ""
+    return [f"recipe {about['recipe']}", f"model {about['model_digest'][:12]}{trained}", f"seed {about['run_seed']}",
+            f"diffva-ray {about['diffva_ray']} ({about['code_revision']})"]  # fmt: skip
 
 
 def _difference(config: dict[str, Any]) -> str:

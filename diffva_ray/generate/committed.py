@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +20,12 @@ from numpy.typing import NDArray
 from diffva_ray.generate.plan import cut_again
 from diffva_ray.generate.run import PlanError, Run, find_run, part, start_run
 from diffva_ray.schema import PLAN, RECORDS, Status
-from diffva_ray.storage.store import join, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import join
 
 OVERLAYS = "overlays"
-PATHS = ("counterfactual_path", "attribution_path", "reconstruction_path")
+PathColumn = Literal["counterfactual_path", "attribution_path", "reconstruction_path"]
+PATHS: tuple[PathColumn, ...] = get_args(PathColumn)
 READAHEAD_PARTS = 64
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,6 +10,7 @@ from diffva_ray.counterfactual.attribution import attribution, energy
 from diffva_ray.data.encoding import map_levels, pixel_digest
 from diffva_ray.metrics.ssim import l1, ms_ssim, psnr, ssim
 from diffva_ray.metrics.validity import Judge
+from diffva_ray.schema import Results
 
 
 def unit(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -26,8 +25,8 @@ def measure(
     lungs: NDArray[np.bool_] | None,
     config: GenerateConfig,
     judge: Judge | None,
-) -> tuple[dict[str, Any], NDArray[np.float32]]:
-    """The metrics of one record, named as columns of RECORDS, and its signed map in [-1, 1]; all arrays [size, size].
+) -> tuple[Results, NDArray[np.float32]]:
+    """The metrics of one record and its signed map in [-1, 1]; all arrays [size, size].
 
     Counterfactual and reconstruction are used as stored (8 bit) and the image as decoded, so that every number can be
     recomputed from the files.
@@ -36,7 +35,7 @@ def measure(
     signed_map = attribution(image, unit(reconstruction), edited, config)
     multiscale, scales = ms_ssim(image, edited)
     attribution_energy, in_lungs = energy(signed_map, lungs)
-    healthy = judge.healthy_probability(np.stack([image, edited])) if judge is not None else (None, None)
+    healthy = judge.healthy_probability(np.stack([image, edited])).tolist() if judge is not None else (None, None)
     return {
         "attribution_kind": config.map_name,
         "ssim": ssim(image, edited, config.ssim_preset),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,12 @@ from pydantic import ValidationError
 
 from diffva_ray.config.methods import METHODS
 from diffva_ray.config.recipe import GUESS, GenerateConfig, Recipe, first_error
+from diffva_ray.config.sampling import SWEEPABLE, SamplingSettings, parse_value
 from diffva_ray.data.dataset import Dataset, LabelledImage
 from diffva_ray.generate.run import PlanError
 from diffva_ray.schema import PLAN, digest, record_id, record_seed
 
-SWEPT = ("strength", "guidance_scale", "num_inference_steps", "scheduler", "method", "prompt")  # keys of --sweep
-OF_A_SHARD = ("method", "strength", "guidance_scale", "num_inference_steps", "scheduler")  # equal within a shard
+OF_A_SHARD = tuple(SamplingSettings.model_fields)  # columns that are equal within a shard
 OF_AN_IMAGE = {  # attribute of LabelledImage by column of PLAN
     "image_path": "path", "image_size": "size", "label": "label", "lung_mask_path": "lung_mask",
     "lesion_mask_path": "lesion_mask", "ground_truth_path": "ground_truth",
@@ -37,7 +37,7 @@ class Request:
     classes: tuple[str, ...] | None = None  # of the images; None: all classes except the healthy one
     prompt: str | None = None  # None: the recipe's healthy prompt
     limit: int | None = None  # number of records at most; None: all
-    sweep: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # (key of SWEPT, values), as ``parse_sweep`` returns it
+    sweep: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # (key of SWEEPABLE, values), as ``parse_sweep`` returns it
 
 
 def parse_sweep(texts: Iterable[str]) -> tuple[tuple[str, tuple[Any, ...]], ...]:
@@ -45,13 +45,12 @@ def parse_sweep(texts: Iterable[str]) -> tuple[tuple[str, tuple[Any, ...]], ...]
     sweep: dict[str, tuple[Any, ...]] = {}
     for text in texts:
         key, equals, values = text.partition("=")
-        if not equals or key not in SWEPT:
-            raise PlanError(f"--sweep {text}: write key=value,value with key one of {', '.join(SWEPT)}")
+        if not equals or key not in SWEEPABLE:
+            raise PlanError(f"--sweep {text}: write key=value,value with key one of {', '.join(SWEEPABLE)}")
         if key in sweep:
             raise PlanError(f"--sweep {text}: {key} is given twice; write all its values in one --sweep {key}=…,…")
-        kind = {"strength": float, "guidance_scale": float, "num_inference_steps": int}.get(key, str)
         try:
-            sweep[key] = tuple(kind(value) for value in values.split(","))
+            sweep[key] = tuple(parse_value(key, value) for value in values.split(","))
         except ValueError:
             raise PlanError(f"--sweep {text}: {key} takes numbers") from None
         if len(set(sweep[key])) < len(sweep[key]):
@@ -82,7 +81,7 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
     # record ids [points x images x samples], then the order by id
     samples, total = config.samples, len(points) * len(images) * config.samples
     names = (
-        record_id(image.path, image.label, point["prompt"], point["method"], {**_id_settings(point), "draw": sample})
+        record_id(image.path, image.label, point.prompt, point.settings.method, {**point.id_settings, "draw": sample})
         for point, image, sample in itertools.product(points, images, range(samples))
     )
     ids = np.fromiter(names, "S20", total)
@@ -93,7 +92,7 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
         order = order[_limited(images, len(points), samples, request.limit)[order]]
 
     # group by sampling settings and cut into shards
-    keys = [tuple(point[key] for key in OF_A_SHARD) for point in points]
+    keys = [tuple(point.settings.model_dump().values()) for point in points]
     rank = np.array([sorted(set(keys)).index(key) for key in keys])[order // (len(images) * samples)]
     order = order[np.argsort(rank, kind="stable")]  # records with equal settings stay in the order of ids
     shard, position = cut(np.sort(rank), config.shard_size)
@@ -114,8 +113,8 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
     for name in PLAN.names:
         if name in OF_AN_IMAGE:
             columns[name] = _spread([getattr(image, OF_AN_IMAGE[name]) for image in images], image_of, name)
-        elif name in SWEPT:
-            columns[name] = _spread([point[name] for point in points], point_of, name)
+        elif name in SWEEPABLE:
+            columns[name] = _spread([point.columns[name] for point in points], point_of, name)
     return pa.table({name: columns[name] for name in PLAN.names})
 
 
@@ -137,20 +136,33 @@ def _spread(values: list[Any], of: NDArray[np.int64], name: str) -> pa.Array:
     return (column.dictionary_encode() if pa.types.is_string(column.type) else column).take(pa.array(of))
 
 
-def _points(recipe: Recipe, request: Request) -> list[dict[str, Any]]:
-    """The sampling settings and prompt of every point of the sweep, by the keys of SWEPT. Raises PlanError."""
+@dataclass(frozen=True)
+class _Point:
+    """One point of a sweep."""
+
+    prompt: str
+    settings: SamplingSettings
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The values by the keys of SWEEPABLE."""
+        return {**self.settings.model_dump(), "prompt": self.prompt}
+
+    @property
+    def id_settings(self) -> dict[str, Any]:
+        """The settings that are part of a record's id, besides the method."""
+        return self.settings.model_dump(exclude={"method"})
+
+
+def _points(recipe: Recipe, request: Request) -> list[_Point]:
+    """All points of the sweep. Raises PlanError."""
     points = []
     for values in itertools.product(*(values for _, values in request.sweep)):
         swept = dict(zip((key for key, _ in request.sweep), values, strict=True))
         prompt = swept.pop("prompt", request.prompt if request.prompt is not None else recipe.data.healthy_prompt)
-        settings = {key: swept.get(key, getattr(recipe.generate, key)) for key in SWEPT if key != "prompt"}
-        check_settings(recipe.generate, settings)
-        points.append({"prompt": prompt, **settings})
+        check_settings(recipe.generate, swept)
+        points.append(_Point(prompt, recipe.generate.sampling.replace(**swept)))
     return points
-
-
-def _id_settings(point: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: point[key] for key in OF_A_SHARD if key != "method"}
 
 
 def cut(rank: NDArray[np.int64], shard_size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -172,7 +184,7 @@ def cut_again(plan: pa.Table, shard_size: int) -> pa.Table:
 
 
 def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:
-    """Raises PlanError for settings, swept or from the recipe, that cannot be used for generation."""
+    """Raises PlanError for a recipe whose ``settings`` are swept, when it cannot be used for generation."""
     try:
         checked = GenerateConfig.model_validate({**config.model_dump(), **settings})
     except ValidationError as error:

@@ -21,7 +21,7 @@ from diffva_ray.generate.run import FOLDERS, part
 from diffva_ray.metrics.features import Extractor
 from diffva_ray.metrics.validity import Judge
 from diffva_ray.progress import Stopwatch
-from diffva_ray.schema import Row, Status
+from diffva_ray.schema import PlannedRecord, Record, Results, Status, complete
 from diffva_ray.storage.store import Store
 
 THREADS = 4
@@ -32,7 +32,8 @@ MAX_PENDING = 32  # generations that may wait for a thread
 class Generation:
     """An image and what the networks generated from it; all arrays are [size, size]."""
 
-    row: Row  # the record's columns known so far
+    planned: PlannedRecord
+    results: Results  # those known so far
     image: NDArray[np.float32]  # grey in [0, 1]
     lungs: NDArray[np.bool_] | None
     counterfactual: NDArray[np.uint8]
@@ -43,7 +44,7 @@ class Generation:
 class ScoredRecord:
     """A record with its metrics, whose files are not written yet."""
 
-    row: Row
+    record: Record
     files: dict[str, Callable[[], bytes]]  # encoder of each file by path
     features: tuple[NDArray[np.float32], NDArray[np.float32]]  # of image and counterfactual
     seconds: float  # taken by the metrics
@@ -53,7 +54,7 @@ class ScoredRecord:
 class ProcessedRecord:
     """A record whose files are stored; only an ``ok`` record has files, features and seconds."""
 
-    row: Row
+    record: Record
     features: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None  # of image and counterfactual
     scoring: float = 0.0  # seconds taken by the metrics
     storing: float = 0.0  # seconds taken by encoding and storing
@@ -71,8 +72,8 @@ class Postprocessor:
         self.pending: deque[Future[ProcessedRecord]] = deque()
         self.submitted: list[Future[ProcessedRecord]] = []
 
-    def submit(self, item: Generation | ScoredRecord | Row) -> Future[ProcessedRecord]:
-        """Process a generation, scored or not, or pass on the row of a record that has none.
+    def submit(self, item: Generation | ScoredRecord | Record) -> Future[ProcessedRecord]:
+        """Process a generation, scored or not, or pass on a record that has none.
 
         Waits while MAX_PENDING generations are pending. Raises the exception of an earlier one (StoreError when the
         store fails), so that nothing is generated for a store that has failed.
@@ -110,30 +111,34 @@ class Postprocessor:
         )
         image_features, counterfactual_features = self.extractor(np.stack([item.image, unit(item.counterfactual)]))
         counterfactual, attribution, reconstruction = (
-            f"{kind}/{part(item.row['shard'])}/{item.row['record_id']}.png" for kind in FOLDERS
+            f"{kind}/{part(item.planned['shard'])}/{item.planned['record_id']}.png" for kind in FOLDERS
         )
         files: dict[str, Callable[[], bytes]] = {
             counterfactual: partial(encode_grey, item.counterfactual),
             reconstruction: partial(encode_grey, item.reconstruction),
             attribution: partial(encode_map, signed_map),
         }
-        row = {
-            **item.row,
+        results: Results = {
+            **item.results,
             **numbers,
             "counterfactual_path": counterfactual,
             "attribution_path": attribution,
             "reconstruction_path": reconstruction,
             "status": Status.OK.value,
-            "error": None,
         }
-        return ScoredRecord(row, files, (image_features, counterfactual_features), time.perf_counter() - began)
+        return ScoredRecord(
+            complete(item.planned, results),
+            files,
+            (image_features, counterfactual_features),
+            time.perf_counter() - began,
+        )
 
     def _process(self, item: Generation | ScoredRecord) -> ProcessedRecord:
         scored = self.score(item) if isinstance(item, Generation) else item
         began = time.perf_counter()
         for path, encode in scored.files.items():
             self.store.put(path, encode())
-        return ProcessedRecord(scored.row, scored.features, scored.seconds, time.perf_counter() - began)
+        return ProcessedRecord(scored.record, scored.features, scored.seconds, time.perf_counter() - began)
 
     def __enter__(self) -> Postprocessor:
         return self

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 
 from diffva_ray.config.recipe import GenerateConfig, Recipe, fingerprint, fingerprint_difference, make_recipe
 from diffva_ray.data.dataset import UnusableData
-from diffva_ray.schema import PLAN, SCHEMA_VERSION
-from diffva_ray.storage.store import Ranges, Store, open_store
+from diffva_ray.schema import PLAN, SCHEMA_VERSION, PlannedRecord
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Ranges, Store
 
 RUN, PLAN_FILE, SUCCESS = "run.json", "plan.parquet", "_SUCCESS"
 FOLDERS = ("counterfactuals", "attributions", "reconstructions")  # the images of a record, one file each
@@ -163,14 +164,14 @@ class Run:
     def _wrong_plan(self) -> PlanError:
         return PlanError(f"{self.store.uri}/{PLAN_FILE} is not the plan that {RUN} was written for")
 
-    def shard_rows(self, shard: int) -> list[dict[str, Any]]:
+    def planned(self, shard: int) -> list[PlannedRecord]:
         """Read the planned records of one shard; only the row group with this shard is read.
 
         Args:
             shard: Number of the shard.
 
         Returns:
-            The records as dictionaries with the columns of ``schema.PLAN``.
+            The records, in the order of their position.
 
         Raises:
             PlanError: The plan is missing, or is not the one that ``run.json`` names.

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from diffva_ray._version import __version__
-from diffva_ray.counterfactual.engine import CounterfactualEngine, SamplingSettings
+from diffva_ray.config.sampling import SamplingSettings
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import MAX_BYTES, BadImage, decode_square, read_mask
 from diffva_ray.data.memory_limit import MemoryLimit
@@ -34,8 +36,9 @@ from diffva_ray.metrics.features import Extractor, stand_in
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
 from diffva_ray.progress import Stopwatch, one_line
-from diffva_ray.schema import RECORDS, Row, Status
-from diffva_ray.storage.store import Store, StoreError, open_store, patiently
+from diffva_ray.schema import RECORDS, PlannedRecord, Record, Results, Status, complete
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store, StoreError, patiently
 
 READ_THREADS = 8
 READ_LIMIT = MemoryLimit(MAX_BYTES)  # bytes of image files in memory
@@ -76,6 +79,14 @@ class WorkerContext:
             raise Unfinished(str(error)) from None
         return cls(run, open_store(data_uri), engine, judge, session=session or Session())
 
+    @cached_property
+    def results(self) -> Results:
+        """The results that all records of this worker share."""
+        kind = self.run.recipe.generate.map_name
+        return {
+            "model_digest": self.engine.bundle.digest, "attribution_kind": kind, "device": self.engine.device_name
+        }  # fmt: skip
+
     def postprocessor(self) -> Postprocessor:
         """A new postprocessor for one shard."""
         config = self.run.recipe.generate
@@ -86,10 +97,10 @@ class WorkerContext:
 class Source:
     """The input image of one record, or the reason why it cannot be read."""
 
-    row: Row  # the planned record
+    planned: PlannedRecord
     square: NDArray[np.float32] | None = None  # the image, grey [size, size] in [0, 1]; None: unreadable
     lungs: NDArray[np.bool_] | None = None  # lung mask [size, size]
-    metadata: Row = field(default_factory=dict)  # image_sha256, width, height; or status and error
+    results: Results = field(default_factory=lambda: Results())  # image_sha256, width, height; or status and error
     absent: bool = False  # there is no such file, or no permission to read it
     busy: float = 0.0  # seconds of reading and decoding
     decoding: float = 0.0  # seconds of decoding alone
@@ -124,11 +135,11 @@ def _run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
     commit = f"records/{part(shard)}.parquet"
     if store.exists(commit):
         return {"shard": shard, "records": 0, "ok": 0, "seconds": watch.seconds}
-    rows = run.shard_rows(shard)
+    planned = run.planned(shard)
     # generate; record by record if a worker died on this shard before
     with Attempt(store, shard, context.session) as attempt:
         try:
-            processed = (_one_by_one if attempt.isolated else _in_batches)(context, rows, attempt)
+            processed = (_one_by_one if attempt.isolated else _in_batches)(context, planned, attempt)
         except torch.cuda.OutOfMemoryError as error:
             attempt.ran_out_of_memory()
             raise OutOfMemory(
@@ -136,25 +147,25 @@ def _run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
                 "run with a smaller --micro-batch (it changes pixels, so it is fixed for this run)"
             ) from error
         # commit: the records come last
-        finished = [record.row for record in processed]
+        finished = [one.record for one in processed]
         with watch("write"):
-            if any(record.features for record in processed):
+            if any(one.features for one in processed):
                 store.put(f"features/{part(shard)}.npz", _features(context.extractor.name, processed))
             seconds = {stage: round(value, 4) for stage, value in watch.seconds.items()}
             store.put(f"timings/{part(shard)}.json", json.dumps(seconds).encode())
             store.put_if_absent(commit, records_part(run, shard, finished))
         attempt.clear()
-    ok = sum(row["status"] == Status.OK.value for row in finished)
+    ok = sum(record["status"] == Status.OK.value for record in finished)
     return {"shard": shard, "records": len(finished), "ok": ok, "seconds": watch.seconds}
 
 
-def _in_batches(context: WorkerContext, rows: list[Row], attempt: Attempt) -> list[ProcessedRecord]:
+def _in_batches(context: WorkerContext, planned: list[PlannedRecord], attempt: Attempt) -> list[ProcessedRecord]:
     """Process the records in micro-batches, while threads read the next images and store the last results."""
     size, watch, sources = context.run.recipe.generate.micro_batch, context.engine.watch, list[Source]()
     readers = ThreadPoolExecutor(READ_THREADS)
     try:
         with context.postprocessor() as postprocessor:
-            images = [readers.submit(read_source, context, row) for row in rows]
+            images = [readers.submit(read_source, context, record) for record in planned]
             for start in range(0, len(images), size):  # batches of the plan: unreadable neighbours change no pixel
                 with watch("read"):
                     batch = [image.result() for image in images[start : start + size]]
@@ -168,21 +179,23 @@ def _in_batches(context: WorkerContext, rows: list[Row], attempt: Attempt) -> li
         readers.shutdown(cancel_futures=True)
 
 
-def _one_by_one(context: WorkerContext, rows: list[Row], attempt: Attempt) -> list[ProcessedRecord]:
+def _one_by_one(context: WorkerContext, planned: list[PlannedRecord], attempt: Attempt) -> list[ProcessedRecord]:
     """Process each record alone, because a worker died on this shard: suspects first, poison records not at all.
 
     Batches are padded, so a record has the same pixels alone as in a full batch."""
     limit, poison, watch = MAX_RECORD_DEATHS[attempt.session.executor], attempt.poison_records, context.engine.watch
-    order, sources = sorted(rows, key=lambda row: -attempt.failure_counts[row["record_id"]]), list[Source]()
+    order = sorted(planned, key=lambda record: -attempt.failure_counts[record["record_id"]])
+    sources = list[Source]()
     with context.postprocessor() as postprocessor:
-        for row in order:
-            if row["record_id"] in poison:
+        for record in order:
+            if record["record_id"] in poison:
                 reason = f"its process died {limit} times while this record was the only one in progress"
-                postprocessor.submit({**row, "status": Status.KILLED_WORKER.value, "error": reason})
+                killed: Results = {**context.results, "status": Status.KILLED_WORKER.value, "error": reason}
+                postprocessor.submit(complete(record, killed))
                 continue
-            with attempt.in_progress(row["record_id"]):  # without storing: a death there is not the record's fault
+            with attempt.in_progress(record["record_id"]):  # without storing: a death there is not the record's fault
                 with watch("read"):
-                    sources.append(read_source(context, row))
+                    sources.append(read_source(context, record))
                 item = _generate(context, sources[-1:])[0]
                 with watch("metrics"):
                     scored = postprocessor.score(item) if isinstance(item, Generation) else item
@@ -190,19 +203,21 @@ def _one_by_one(context: WorkerContext, rows: list[Row], attempt: Attempt) -> li
                 postprocessor.submit(scored).result()
         _check_absent(context, sources)
         _split_read_time(watch, sources)
-        processed = {record.row["record_id"]: record for record in postprocessor.results()}
-    return [processed[row["record_id"]] for row in rows]
+        processed = {one.record["record_id"]: one for one in postprocessor.results()}
+    return [processed[record["record_id"]] for record in planned]
 
 
 def _check_absent(context: WorkerContext, sources: Sequence[Source]) -> None:
     """Raises StoreError, so that nothing is committed, when images are absent because the whole data set is absent, or
     was while they were read."""
-    absent = [source.row for source in sources if source.absent]
+    absent = [source.planned for source in sources if source.absent]
     if absent:
         check_there(context.run.about, context.data)
-    for row in absent:
-        if row["image_size"] >= 0 and readable(context.data, row["image_path"]):
-            raise StoreError(f"{context.data.uri}/{row['image_path']} was missing for a moment and is readable again")
+    for record in absent:
+        if record["image_size"] >= 0 and readable(context.data, record["image_path"]):
+            raise StoreError(
+                f"{context.data.uri}/{record['image_path']} was missing for a moment and is readable again"
+            )
 
 
 def _split_read_time(watch: Stopwatch, sources: Sequence[Source]) -> None:
@@ -212,103 +227,92 @@ def _split_read_time(watch: Stopwatch, sources: Sequence[Source]) -> None:
     watch.seconds |= {"read": watch.seconds.get("read", 0.0) - share, "decode_images": share}
 
 
-def read_source(context: WorkerContext, row: Row) -> Source:
+def read_source(context: WorkerContext, planned: PlannedRecord) -> Source:
     """Read and decode one image; anything wrong with it becomes a status and a reason."""
     config, size = context.run.recipe.generate, context.engine.size
-    source, began = Source(row), time.perf_counter()
+    source, began = Source(planned), time.perf_counter()
     try:
         # check what can be checked without reading
-        if not context.engine.fits(row["prompt"]):
+        if not context.engine.fits(planned["prompt"]):
             raise BadImage(
                 f"prompt has more than {context.engine.bundle.tokenizer.model_max_length} tokens",
                 Status.PROMPT_TOO_LONG,
             )
-        planned = row["image_size"]
-        if planned > MAX_BYTES:
-            raise BadImage(f"the file has {planned:,} bytes; at most {MAX_BYTES:,} are read")
+        size_then = planned["image_size"]
+        if size_then > MAX_BYTES:
+            raise BadImage(f"the file has {size_then:,} bytes; at most {MAX_BYTES:,} are read")
         # an unlisted path is absent or not a regular file; reading a pipe would wait for ever
-        if planned < 0 and not context.data.exists(row["image_path"]):
+        if size_then < 0 and not context.data.exists(planned["image_path"]):
             raise FileNotFoundError
         # read and decode
-        with READ_LIMIT(max(planned, 0)):
-            data = context.data.read(row["image_path"])
-            if len(data) != planned and planned >= 0:
-                raise BadImage(f"image changed since planning: {planned} bytes then, {len(data)} now", Status.ERROR)
+        with READ_LIMIT(max(size_then, 0)):
+            data = context.data.read(planned["image_path"])
+            if len(data) != size_then and size_then >= 0:
+                raise BadImage(f"image changed since planning: {size_then} bytes then, {len(data)} now", Status.ERROR)
             fetched = time.perf_counter()
             source.square, (height, width) = decode_square(data, size, config.min_side, context.run.recipe.data.bits)
             source.decoding = time.perf_counter() - fetched
-            source.metadata = {"image_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
-        if row["lung_mask_path"]:
-            source.lungs = read_mask(context.data, row["lung_mask_path"], size)
+            source.results = {"image_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
+        if planned["lung_mask_path"]:
+            source.lungs = read_mask(context.data, planned["lung_mask_path"], size)
     except BadImage as error:
-        source.metadata |= {"status": error.status.value, "error": str(error)}
+        source.results |= {"status": error.status.value, "error": str(error)}
         source.square = None
     except (FileNotFoundError, NotADirectoryError):
-        source.metadata, source.absent = {"status": Status.MISSING.value, "error": "no such file"}, True
+        source.results, source.absent = {"status": Status.MISSING.value, "error": "no such file"}, True
     except (OSError, ValueError) as error:
         source.absent = isinstance(error, PermissionError)
-        source.metadata = {"status": Status.ERROR.value, "error": one_line(f"{type(error).__name__}: {error}")}
+        source.results = {"status": Status.ERROR.value, "error": one_line(f"{type(error).__name__}: {error}")}
     source.busy = time.perf_counter() - began
     return source
 
 
-def _generate(context: WorkerContext, sources: Sequence[Source]) -> list[Generation | Row]:
-    """Run the engine on one batch; the result of each image, or the row of a record that has none.
+def _generate(context: WorkerContext, sources: Sequence[Source]) -> list[Generation | Record]:
+    """Run the engine on one batch of a shard; the result of each image, or the record of one that has none.
 
     Unreadable images are replaced by zeros to keep the batch shape; the engine pads the last batch."""
     if not any(source.square is not None for source in sources):
-        return [{**source.row, **source.metadata} for source in sources]
+        return [complete(source.planned, {**context.results, **source.results}) for source in sources]
     blank = np.zeros((context.engine.size, context.engine.size), np.float32)
     with context.engine.watch("denoise"):  # the engine takes its encode and decode times out of it
         batch = context.engine(
             [blank if source.square is None else source.square for source in sources],
-            [
-                SamplingSettings(
-                    prompt="" if source.square is None else source.row["prompt"],
-                    method=source.row["method"],
-                    scheduler=source.row["scheduler"],
-                    strength=source.row["strength"],
-                    guidance_scale=source.row["guidance_scale"],
-                    num_inference_steps=source.row["num_inference_steps"],
-                )
-                for source in sources
-            ],
-            [source.row["seed"] for source in sources],
+            [source.planned["seed"] for source in sources],
+            ["" if source.square is None else source.planned["prompt"] for source in sources],
+            SamplingSettings.of(sources[0].planned),  # equal within a shard
             [source.lungs for source in sources],
         )
-    items: list[Generation | Row] = []
+    items: list[Generation | Record] = []
     for source, counterfactual, reconstruction, source_prompt in zip(
         sources, batch.counterfactuals, batch.reconstructions, batch.source_prompts, strict=True
     ):
-        row = {**source.row, **source.metadata}
+        results: Results = {**context.results, **source.results}
         if source.square is None:
-            items.append(row)
+            items.append(complete(source.planned, results))
             continue
-        row["source_prompt"] = source_prompt
+        results["source_prompt"] = source_prompt
         if np.isfinite(counterfactual).all() and np.isfinite(reconstruction).all():
-            items.append(
-                Generation(row, source.square, source.lungs, quantise(counterfactual), quantise(reconstruction))
-            )
+            pair = quantise(counterfactual), quantise(reconstruction)
+            items.append(Generation(source.planned, results, source.square, source.lungs, *pair))
         else:
             reason = "the networks returned NaN or infinity for this image"
-            items.append({**row, "status": Status.NON_FINITE.value, "error": reason})
+            results |= {"status": Status.NON_FINITE.value, "error": reason}
+            items.append(complete(source.planned, results))
     return items
 
 
-def _features(name: str, records: Sequence[ProcessedRecord]) -> bytes:
+def _features(name: str, processed: Sequence[ProcessedRecord]) -> bytes:
     """NPZ with the record ids and float32 features of extractor ``name``."""
-    kept = [(record.row["record_id"], *record.features) for record in records if record.features is not None]
+    kept = [(one.record["record_id"], *one.features) for one in processed if one.features is not None]
     ids, sources, counterfactuals = zip(*kept, strict=True)
     arrays = {f"{name}/source": np.stack(sources), f"{name}/counterfactual": np.stack(counterfactuals)}
     return npz({"ids": np.array(ids), **arrays})
 
 
-def records_part(run: Run, shard: int, rows: list[Row]) -> bytes:
+def records_part(run: Run, shard: int, records: Sequence[Record]) -> bytes:
     """A shard's Parquet part, serialised in memory so that it is written as a whole."""
-    extra = {"model_digest": run.keys["model_digest"], "attribution_kind": run.recipe.generate.map_name}
-    full = [{**extra, **row} for row in rows]
-    table = pa.Table.from_pylist([{name: row.get(name) for name in RECORDS.names} for row in full], schema=RECORDS)
     metadata = {"fingerprint": run.fingerprint, "shard": str(shard), "diffva_ray": __version__}
+    table = pa.Table.from_pylist(list(records), schema=RECORDS.with_metadata(metadata))
     sink = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(metadata), sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from diffva_ray.metrics.extractors import densenet, features2
 from diffva_ray.metrics.validity import load_judge
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 
 # Findings that make a lung opaque, by torchxrayvision's names; the abnormal classes of the data sets are made of them.
 OPACITIES = ("Lung Opacity", "Pneumonia", "Consolidation", "Infiltration")

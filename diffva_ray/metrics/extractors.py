@@ -21,7 +21,7 @@ from torch import nn
 from diffva_ray.metrics.features import Extractor, Resize, brief, inception, resized, stand_in
 from diffva_ray.metrics.validity import load_judge
 from diffva_ray.provenance import missing
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 
 XRV_SIDE = 224
 

@@ -21,15 +21,8 @@ def npz(arrays: Mapping[str, Any]) -> bytes:
 
 
 class FeatureSet:
-    """Rows of a feature matrix, read only when they are needed.
-
-    Args:
-        base: Features [M, d], an array or a ``numpy.memmap``.
-        rows: Indices [N] of the set's rows; by default all.
-
-    Raises:
-        ValueError: If ``base`` is not [M, d].
-    """
+    """Rows ``rows`` (all by default) of a feature matrix ``base`` [M, d], an array or a ``numpy.memmap``, read only
+    when they are needed. Raises ValueError if ``base`` is not [M, d]."""
 
     def __init__(self, base: NDArray[np.floating], rows: NDArray[np.integer] | None = None) -> None:
         if base.ndim != 2:

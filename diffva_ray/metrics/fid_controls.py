@@ -28,23 +28,12 @@ class Extrapolation:
 
 
 def infinity(x: Features, y: Features, draws: int = 4, seed: int = 0) -> Extrapolation:
-    """FID-infinity (Chong & Forsyth 2020): the Frechet distance extrapolated to infinite N.
+    """FID-infinity (Chong & Forsyth 2020): the Frechet distance of features [N1, d] and [N2, d] extrapolated to
+    infinite N; not clipped, may be negative near 0. Raises ValueError for fewer than eight rows in a set.
 
-    Both sets are sampled, without replacement, down to the same fractions f. To first order the distance is D + c/f
-    (c = a/N1 + b/N2), so a line over 1/f has D at 0. Larger sets are first sampled down to MAX_ROWS.
-
-    Args:
-        x: Features [N1, d].
-        y: Features [N2, d].
-        draws: Number of samples per fraction.
-        seed: Seed of the samples.
-
-    Returns:
-        The extrapolated distance; it is not clipped and may be negative near 0.
-
-    Raises:
-        ValueError: If there are fewer than eight rows in a set.
-    """
+    Both sets are sampled ``draws`` times, without replacement, down to the same fractions f. To first order the
+    distance is D + c/f (c = a/N1 + b/N2), so a line over 1/f has D at 0. Larger sets are first sampled down to
+    MAX_ROWS."""
     if min(len(x), len(y)) < 8:
         raise ValueError(f"an extrapolation needs at least 8 images in each set, got {min(len(x), len(y))}")
     # Distances of the whole sets and of samples.
@@ -82,20 +71,9 @@ class Halves:
 
 
 def split_halves(images: Features, counterfactuals: Features, splits: int = 4, seed: int = 0) -> Halves:
-    """Split-halves distance (Jeanneret 2023, there "sFID"); larger sets are first sampled down to MAX_ROWS.
-
-    Args:
-        images: Features of images [N, d].
-        counterfactuals: Features of their counterfactuals [N, d], row by row.
-        splits: Number of random splits.
-        seed: Seed of the splits.
-
-    Returns:
-        Mean distances over splits, crossed and own.
-
-    Raises:
-        ValueError: If there are fewer than eight rows, or the shapes differ.
-    """
+    """Split-halves distance (Jeanneret 2023, there "sFID") of features of images [N, d] and of their counterfactuals
+    [N, d], row by row: means over ``splits``. Larger sets are first sampled down to MAX_ROWS. Raises ValueError for
+    fewer than eight rows, or another shape."""
     images, counterfactuals = FeatureSet.of(images), FeatureSet.of(counterfactuals)
     if len(images) != len(counterfactuals) or images.dimension != counterfactuals.dimension or len(images) < 8:
         raise ValueError(
@@ -120,19 +98,10 @@ def split_halves(images: Features, counterfactuals: Features, splits: int = 4, s
 
 
 def conditional(groups: Mapping[str, tuple[Features, Features]]) -> float:
-    """Mean Frechet distance within each condition, weighted by the rows of the second set.
+    """Mean Frechet distance within each condition (class or prompt) of ``groups``, weighted by the rows of the second
+    set. Raises ValueError without a condition, or for one with fewer than two rows.
 
-    A pooled distance hides that a generator makes the right mixture of wrong images.
-
-    Args:
-        groups: Features [N1, d] and [N2, d] of both sets, by condition (class or prompt).
-
-    Returns:
-        The weighted mean, in squared units of the features.
-
-    Raises:
-        ValueError: If there is no condition, or one with fewer than two rows.
-    """
+    A pooled distance hides that a generator makes the right mixture of wrong images."""
     if not groups:
         raise ValueError("no condition to compare within")
     values = [frechet_distance_features(x, y) for x, y in groups.values()]

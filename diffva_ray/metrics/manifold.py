@@ -31,23 +31,12 @@ class Manifold:
 
 
 def prdc(real: Features, generated: Features, k: int = 5, seed: int = 0) -> Manifold:
-    """Precision, recall, density and coverage as in the authors' ``prdc``: open balls; no row is its own neighbour.
+    """Precision, recall, density and coverage of features [N1, d] and [N2, d] as in the authors' ``prdc``: balls that
+    reach to the ``k``-th neighbour, open; no row is its own neighbour. Raises ValueError for a set of ``k`` rows or
+    fewer.
 
     Two samples of one distribution have precision and recall below 1, and the lower the fewer rows: compare at equal N.
-    Larger sets are sampled down to MAX_ROWS.
-
-    Args:
-        real: Features [N1, d].
-        generated: Features [N2, d].
-        k: Neighbour that sets a ball's radius.
-        seed: Seed of the sampling.
-
-    Returns:
-        The four numbers, and the rows compared.
-
-    Raises:
-        ValueError: If a set has ``k`` rows or fewer, or the dimensions differ.
-    """
+    Larger sets are sampled down to MAX_ROWS."""
     sets = [FeatureSet.of(real), FeatureSet.of(generated)]
     if sets[0].dimension != sets[1].dimension:
         raise ValueError(f"features are [N, d] with one d, got {sets[0].dimension} and {sets[1].dimension}")

@@ -37,17 +37,8 @@ class Lpips:
 
 
 def lpips(weights: str | Path) -> Lpips:
-    """Load LPIPS v0.1 with AlexNet.
-
-    Args:
-        weights: torchvision's AlexNet state dict (alexnet-owt-7be5be79.pth); the linear layers come with the package.
-
-    Returns:
-        Function of an image and its counterfactual.
-
-    Raises:
-        ValueError: If the file is another one, or the package is missing.
-    """
+    """Load LPIPS v0.1 with torchvision's AlexNet state dict (alexnet-owt-7be5be79.pth); the linear layers come with the
+    package. Raises ValueError for another file, and without the package."""
     try:
         import lpips as package
     except ImportError:

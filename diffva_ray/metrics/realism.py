@@ -23,22 +23,11 @@ class Verisimilitude:
 
 
 def verisimilitude(counterfactuals: Features, healthy: Features, seed: int = 0) -> Verisimilitude:
-    """Leave-one-out nearest-neighbour two-sample test (Xu 2018) of counterfactuals against real healthy images.
+    """Leave-one-out nearest-neighbour two-sample test (Xu 2018) of features [N1, d] of counterfactuals against [N2, d]
+    of real healthy images. Raises ValueError for fewer than two rows in a set.
 
     ANT-GAN (Sun 2020) asks the same of its normal-looking images under this name; its own formula is not used here.
-    Larger sets are sampled down to MAX_ROWS.
-
-    Args:
-        counterfactuals: Features [N1, d].
-        healthy: Features of real healthy images [N2, d].
-        seed: Seed of the sampling.
-
-    Returns:
-        Share of counterfactuals that pass for real, with its standard error.
-
-    Raises:
-        ValueError: If there are fewer than two rows in a set.
-    """
+    Larger sets are sampled down to MAX_ROWS."""
     size = min(len(counterfactuals), len(healthy), MAX_ROWS)
     if size < 2:
         raise ValueError(
@@ -65,25 +54,13 @@ class Interpolation:
 
 
 def interpolation(counterfactuals: Features, healthy: Features, k: int = 5, seed: int = 0) -> Interpolation:
-    """Mode interpolation (Aithal 2024): diffusion models generate samples between the modes of their data.
+    """Mode interpolation (Aithal 2024): diffusion models generate samples between the modes of their data. Features are
+    [N1, d] of counterfactuals and [N2, d] of real healthy images.
 
     Distances are means over the ``k`` nearest healthy images (not counting the image itself). A remote counterfactual t
     with the nearest healthy image a is between two modes if another healthy image b is on its far side: the angle a-t-b
     exceeds 120 degrees and t-b is at most twice t-a. Beside a single mode there is no such image. Larger sets are
-    sampled down to MAX_ROWS.
-
-    Args:
-        counterfactuals: Features [N1, d].
-        healthy: Features of real healthy images [N2, d].
-        k: Number of neighbours.
-        seed: Seed of the sampling.
-
-    Returns:
-        Shares of remote counterfactuals and of those between modes.
-
-    Raises:
-        ValueError: If there are ``k`` + 1 healthy images or fewer, or no counterfactual.
-    """
+    sampled down to MAX_ROWS. Raises ValueError for ``k`` + 1 healthy images or fewer, or no counterfactual."""
     if len(healthy) <= k + 1 or not len(counterfactuals):
         raise ValueError(
             f"{k} neighbours need more than {k + 1} healthy images and a counterfactual, got {len(healthy)}"
@@ -110,23 +87,13 @@ def interpolation(counterfactuals: Features, healthy: Features, k: int = 5, seed
 
 
 def directions(images: Features, counterfactuals: Features, healthy: Features) -> NDArray[np.float64]:
-    """Directional agreement: cosine between an edit and the way from the image's class to the healthy images.
+    """Directional agreement: cosines [N] in [-1, 1] between each edit and the way from the image's class to the healthy
+    images; NaN where nothing changes. Features are [N, d], [N, d] row by row, and [M, d].
 
     The edit is counterfactual - image; the way is the difference of the means of healthy images and of the class
     without the image itself, whose own noise would count as agreement. StyleGAN-NADA's CLIP direction is between two
-    prompts; here text and images share no encoder, so the class means replace the prompts.
-
-    Args:
-        images: Features of the images of one class [N, d].
-        counterfactuals: Features of their counterfactuals [N, d], row by row.
-        healthy: Features of healthy images [M, d].
-
-    Returns:
-        Cosines [N] in [-1, 1]; NaN where nothing changes.
-
-    Raises:
-        ValueError: If the shapes differ, or there are fewer than three images.
-    """
+    prompts; here text and images share no encoder, so the class means replace the prompts. Raises ValueError for fewer
+    than three images, or another shape."""
     before, after, real = (FeatureSet.of(z) for z in (images, counterfactuals, healthy))
     if len(before) != len(after) or before.dimension != after.dimension or len(before) < 3 or not len(real):
         raise ValueError(f"images and counterfactuals are [N, d] with N >= 3, got {len(before)} and {len(after)} rows")

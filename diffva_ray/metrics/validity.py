@@ -23,15 +23,10 @@ GRID = 64  # side of the judge's own pixel grid
 
 
 class Judge(nn.Module):
-    """Convolutional classifier of grey images.
+    """Convolutional classifier of grey images into sorted ``classes``; ``healthy`` is the one that a counterfactual
+    should get, ``width`` the channels of the first layer.
 
-    One temperature calibrates its probabilities (Guo et al. 2017); the most probable class stays the same.
-
-    Args:
-        classes: Sorted labels.
-        healthy: The label that a counterfactual should get.
-        width: Channels of the first layer.
-    """
+    One temperature calibrates its probabilities (Guo et al. 2017); the most probable class stays the same."""
 
     temperature: torch.Tensor  # scalar divisor of the logits
 
@@ -91,16 +86,8 @@ def fitted_temperature(logits: NDArray[np.float64], targets: NDArray[np.int64]) 
 
 
 def calibration_error(probabilities: NDArray[np.float64], targets: NDArray[np.int64], bins: int = 10) -> float:
-    """Expected calibration error (Guo et al. 2017, equation 3): mean distance of confidence and accuracy over bins.
-
-    Args:
-        probabilities: Probabilities [n, classes].
-        targets: Indices of the true classes [n].
-        bins: Number of bins of equal width.
-
-    Returns:
-        The error, in [0, 1].
-    """
+    """Expected calibration error in [0, 1] (Guo et al. 2017, equation 3) of probabilities [n, classes] and indices of
+    the true classes [n]: mean distance of confidence and accuracy over ``bins`` of equal width."""
     confidence, correct = probabilities.max(axis=1), probabilities.argmax(axis=1) == targets
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
     gaps = [abs(confidence[bin_of == n].sum() - correct[bin_of == n].sum()) for n in range(bins)]

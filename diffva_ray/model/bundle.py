@@ -21,7 +21,8 @@ from diffva_ray.model import lora, text
 from diffva_ray.model.card import CARD, COMPONENTS, FORMAT, LORA, UnusableModel, folder_digest, read_card
 from diffva_ray.model.cross_attention import fit_text_width, text_width
 from diffva_ray.model.extras import load_extra
-from diffva_ray.storage.store import Store, is_local, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store, is_local
 
 # Stable Diffusion v1.4's own scheduler_config.json
 SD_SCHEDULER: dict[str, Any] = {

@@ -16,14 +16,8 @@ CARD = "diffva.json"
 FORMAT = 2  # of diffva.json; format 1 had recipes with other key names
 TRAINING, PROGRESS = ".train/training.json", ".train/progress.json"  # written during training, kept afterwards
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
-# Networks of single methods: folder -> "module:class" (diffusers ModelMixins; loaded by extras.py). The digest depends
-# on this order: append new ones.
-EXTRAS: dict[str, str] = {
-    "controlnet": "diffusers:ControlNetModel",
-    "classifier": "diffva_ray.model.classifier:LatentClassifier",
-    "vant_gan": "diffva_ray.model.gan_generator:GanGenerator",
-    "ant_gan": "diffva_ray.model.gan_generator:GanGenerator",
-}
+# Folders of the networks of single methods, which extras.py loads. The digest depends on this order: append new ones.
+EXTRAS = ("controlnet", "classifier", "vant_gan", "ant_gan")
 LORA = "lora"  # folder of unmerged adapters
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 

@@ -3,22 +3,31 @@ safetensors, is trained by a stage of the same name, and is part of the digest; 
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
-from diffva_ray.model.card import EXTRAS, UnusableModel
+from diffusers import ControlNetModel
+
+from diffva_ray.model.card import UnusableModel
+from diffva_ray.model.classifier import LatentClassifier
+from diffva_ray.model.gan_generator import GanGenerator
+
+NETWORKS: dict[str, Any] = {  # diffusers ModelMixins by folder
+    "controlnet": ControlNetModel,
+    "classifier": LatentClassifier,
+    "vant_gan": GanGenerator,
+    "ant_gan": GanGenerator,
+}
 
 
 def load_extra(folder: Path | None, name: str) -> Any:
-    """Loads the network ``name`` (a key of EXTRAS) from a local model folder; None: the model is not saved yet.
+    """Loads the network ``name`` (a key of NETWORKS) from a local model folder; None: the model is not saved yet.
 
     Raises ValueError for an unknown name, UnusableModel when the model has no such network.
     """
-    if name not in EXTRAS:
-        raise ValueError(f"unknown network {name!r}; there are {', '.join(EXTRAS)}")
+    if name not in NETWORKS:
+        raise ValueError(f"unknown network {name!r}; there are {', '.join(NETWORKS)}")
     if folder is None or not (folder / name / "config.json").exists():
         kind = name.replace("_", "-")
         raise UnusableModel(f"the model has no {name}; train it with a stage that `trains: {kind}`")
-    module, _, network = EXTRAS[name].partition(":")
-    return getattr(importlib.import_module(module), network).from_pretrained(folder / name, use_safetensors=True)
+    return NETWORKS[name].from_pretrained(folder / name, use_safetensors=True)

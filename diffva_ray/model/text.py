@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from diffva_ray.model.card import UnusableModel
-from diffva_ray.storage.store import is_local, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import is_local
 
 # Short names for model.text_encoder. The paper uses Stanford's RadBERT; UCSD's is a RoBERTa (Yan et al. 2022).
 TEXT_ENCODERS = {

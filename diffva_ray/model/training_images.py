@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffva_ray.model.card import read_card
-from diffva_ray.storage.store import StoreError, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import StoreError
 
 IMAGE_DIGITS = 16  # hex digits of each sha256 (64 bits); a collision among a million images has probability 3e-8
 

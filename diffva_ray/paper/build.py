@@ -12,6 +12,7 @@ from diffva_ray._version import __version__
 from diffva_ray.config.recipe import Recipe, RecipeError, fingerprint_difference
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.phantoms import make_phantoms
 from diffva_ray.distributed import session
 from diffva_ray.evaluate.annotations import lesion_boxes
 from diffva_ray.evaluate.options import Options
@@ -20,10 +21,11 @@ from diffva_ray.generate.plan import PromptTooLong
 from diffva_ray.generate.run import FingerprintDiffers, open_run
 from diffva_ray.model.card import UnusableModel, read_card
 from diffva_ray.paper.experiments import EXPERIMENTS, Experiment, settings_recipe
-from diffva_ray.paper.inputs import copy_images, limited, phantom_chexpert, phantom_radiography, sampled
+from diffva_ray.paper.inputs import SEEDS, copy_images, limited, phantom_chexpert, sampled
 from diffva_ray.paper.state import Inputs, PaperState
 from diffva_ray.progress import LOG
-from diffva_ray.storage.store import Store, join, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store, join
 from diffva_ray.workflows.execution import model_recipe
 from diffva_ray.workflows.generate import generate_run
 from diffva_ray.workflows.reduce import reduce
@@ -35,20 +37,11 @@ CARDIOMEGALY = "Cardiomegaly"
 
 
 def run_paper(options: Inputs) -> str:
-    """Make everything that is missing.
+    """Make everything that is missing, and return the URI of the page.
 
-    Args:
-        options: Inputs of the command.
-
-    Returns:
-        URI of the page.
-
-    Raises:
-        UnusableData: A data set cannot be read, or has no healthy or no abnormal images.
-        UnusableModel: The model has no card.
-        RecipeError: The options change the model.
-        FingerprintDiffers: ``out`` holds the paper of another model or of other images.
-    """
+    Raises UnusableData for a data set that cannot be read or has no healthy or no abnormal images, UnusableModel,
+    RecipeError for options that change the model, and FingerprintDiffers for a folder with the paper of another model
+    or of other images."""
     from diffva_ray.paper.page import write_page
 
     store, base, card = _open(options)
@@ -142,7 +135,8 @@ def _images(store: Store, base: Recipe, card: dict[str, Any], options: Inputs) -
     per_class, size, healthy = _per_class(options), base.model.resolution, base.data.healthy_class
     folder = join(store.uri, "data")
     if options.radiography is None:
-        radiography = phantom_radiography(join(folder, "radiography"), per_class or QUICK_IMAGES, size)
+        radiography = join(folder, "radiography")
+        make_phantoms(radiography, 4 * (per_class or QUICK_IMAGES), size, SEEDS["radiography"])
     else:
         radiography = limited(options.radiography, base.data, None, per_class, join(folder, "radiography"))
     state = PaperState(store, base, card, radiography, None, options)

@@ -5,27 +5,22 @@ Threshold and colour are the same for all panels of a figure and are given in it
 
 from __future__ import annotations
 
-import contextlib
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from diffva_ray.data.dataset import LabelledImage
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.images import BadImage
-from diffva_ray.evaluate.direction import direction
-from diffva_ray.evaluate.drawing import INK, MUTED, overlay, png, short
-from diffva_ray.evaluate.figures import GAP, LEFT, LINE, PANEL, QUANTILE, TOP, figure_grid
-from diffva_ray.evaluate.records import RecordImages, Truth, finished, read_images, read_records, read_truth
+from diffva_ray.evaluate.drawing import Panel, PanelRow, panel_sheet, short
+from diffva_ray.evaluate.figures import QUANTILE, ShownRecord, figure_grid
+from diffva_ray.evaluate.records import as_records, finished, read_images, read_records
 from diffva_ray.evaluate.tables import known
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.counterfactual import side_share
 from diffva_ray.paper.experiments import EXPERIMENTS, SETTINGS, guided
 from diffva_ray.paper.state import PaperState, settings_of
-from diffva_ray.schema import Row, digest
+from diffva_ray.schema import digest
 
 MIN_THRESHOLD = 0.02  # of the grey range; smaller differences are noise of the image
 
@@ -47,14 +42,6 @@ class Variant:
     title: str
     run: Run
     prompt: str | None = None  # of a run with several
-
-
-@dataclass(frozen=True)
-class _Panel:
-    row: Row  # the record
-    images: RecordImages
-    truth: Truth
-    sign: int  # 1: a finding is removed; -1: a finding is induced
 
 
 def draw_figures(state: PaperState) -> list[PaperFigure]:
@@ -119,7 +106,7 @@ def _sides(state: PaperState) -> tuple[bytes, str]:
 def side_shares(run: Run) -> dict[str, list[float]]:
     """Share of each map's energy on the patient's left, by prompt."""
     shares = dict[str, list[float]]()
-    for row in finished(read_records(run)).to_dict("records"):
+    for row in as_records(finished(read_records(run))):
         shares.setdefault(row["prompt"], []).append(side_share(read_images(run, row).signed_map))
     return dict(sorted(shares.items()))
 
@@ -148,18 +135,12 @@ def one_of_each(images: Sequence[LabelledImage], healthy: str) -> list[str]:
     return [paths[label] for label in sorted(paths)]
 
 
-def _read(variant: Variant, paths: Sequence[str]) -> list[_Panel | None]:
+def _read(variant: Variant, paths: Sequence[str]) -> list[ShownRecord | None]:
     records = finished(read_records(variant.run))
     if variant.prompt is not None:
         records = records[records["prompt"] == variant.prompt]
     rows = {row["image_path"]: row for row in records.to_dict("records")}
-    panels: list[_Panel | None] = [None] * len(paths)
-    for n, path in enumerate(paths):
-        row, run = rows.get(path), variant.run
-        with contextlib.suppress(OSError, BadImage):
-            if row is not None:
-                panels[n] = _Panel(row, read_images(run, row), read_truth(run, row, {}), direction(run, row))
-    return panels
+    return [ShownRecord.read(variant.run, rows[path], {}) if path in rows else None for path in paths]
 
 
 def sheet(variants: Sequence[Variant], paths: Sequence[str]) -> tuple[bytes, str]:
@@ -167,74 +148,40 @@ def sheet(variants: Sequence[Variant], paths: Sequence[str]) -> tuple[bytes, str
 
     Raises ValueError if no image was finished in any variant.
     """
-    # panels and their common threshold
+    # records and their common threshold
     columns = [_read(variant, paths) for variant in variants]
-    panels = [panel for column in columns for panel in column if panel]
-    if not panels:
+    shown = [record for column in columns for record in column if record]
+    if not shown:
         raise ValueError("no finished image to show")
-    values = np.concatenate([(panel.sign * panel.images.signed_map).ravel() for panel in panels])
+    values = np.concatenate([(record.sign * record.images.signed_map).ravel() for record in shown])
     threshold = max(float(np.quantile(values, QUANTILE)), MIN_THRESHOLD)
+    # rows of panels
+    titles, rows = ["image"], []
+    for letter, variant in zip("abcdef", variants):
+        titles += [f"{letter}: {short(variant.title, 34)}\ncounterfactual", "\nred overlay"]
+    for in_row in zip(*columns):
+        first = next(filter(None, in_row), None)
+        if first is None:
+            continue
+        panels, lines = [Panel(first.images.image)], []
+        for letter, record in zip("abcdef", in_row):
+            if record is None:
+                panels += [Panel(None), Panel(None)]
+                continue
+            row, healthy = record.row, ""
+            if known(row["judge_image"]):
+                healthy = f", h {row['judge_image']:.2f}→{row['judge_counterfactual']:.2f}"
+            lines.append(f"{letter}: SSIM {row['ssim']:.2f}{healthy}")
+            panels += [Panel(record.images.counterfactual), Panel(record.red(threshold))]
+        rows.append(PanelRow(short(first.row["label"], 60), lines, panels))
     # legend
-    signs = sorted({panel.sign for panel in panels}, reverse=True)
-    red = " or ".join("M" if sign > 0 else "−M (inducing)" for sign in signs)
+    red = " or ".join(sorted({"M" if record.sign > 0 else "−M (inducing)" for record in shown}))
     legend = (
         f"Red: {red} > {threshold:.3g} of the grey range, the {QUANTILE:.0%} quantile of the maps shown (at least "
         f"{MIN_THRESHOLD:g}), the same for every panel, inside the lungs where their mask is known."
     )
-    width = LEFT + PANEL + GAP + len(variants) * (2 * PANEL + 3 * GAP) + 0.1
-    foot = textwrap.wrap(
-        f"h: the judge's probability of healthy, image → counterfactual; a, b, c: the columns. {legend}",
-        int(width * 21),
-    )
-    # canvas
-    kept = [n for n in range(len(paths)) if any(column[n] for column in columns)]
-    head = 1.5 * TOP
-    height = head + len(kept) * (PANEL + GAP) + 0.16 + LINE * len(foot)
-    figure = Figure(figsize=(width, height), facecolor="white")
-
-    def show(image: np.ndarray, left: float, low: float, title: str) -> None:
-        axes = figure.add_axes((left / width, low / height, PANEL / width, PANEL / height))
-        axes.set_axis_off()
-        axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
-        if title and low > height - head - PANEL - GAP:  # titles above the first row only
-            axes.set_title(title, fontsize=7.5, color=MUTED, pad=3)
-
-    # one row for each image
-    for line, n in enumerate(kept):
-        low = height - head - line * (PANEL + GAP) - PANEL
-        in_row = [column[n] for column in columns]
-        _row_text(figure, in_row, low + PANEL, width, height)
-        show(next(panel for panel in in_row if panel).images.image, LEFT, low, "image")
-        for number, panel in enumerate(in_row):
-            left = LEFT + PANEL + GAP + number * (2 * PANEL + 3 * GAP) + 2 * GAP
-            if line == 0:
-                title = f"{'abcdef'[number]}: {short(variants[number].title, 34)}"
-                figure.text((left + PANEL + GAP / 2) / width, 1 - 0.14 / height, title, fontsize=8, color=INK,
-                            weight="bold", ha="center", va="center", parse_math=False)  # fmt: skip
-            if panel is not None:
-                signed = panel.sign * panel.images.signed_map
-                red_image = overlay(panel.images.image, signed, threshold, panel.truth.lungs)
-                show(panel.images.counterfactual, left, low, "counterfactual")
-                show(red_image, left + PANEL + GAP, low, "red overlay")
-    figure.text(0.1 / width, 0.08 / height, "\n".join(foot), fontsize=6.5, color=MUTED, va="bottom", linespacing=1.45,
-                parse_math=False)  # fmt: skip
-    return png(figure), legend
-
-
-def _row_text(figure: Figure, panels: Sequence[_Panel | None], top: float, width: float, height: float) -> None:
-    """Class and scores of a row, at its left."""
-    first = next(panel for panel in panels if panel)
-    figure.text(0.1 / width, (top - 0.12) / height, short(first.row["label"], 17), fontsize=8, color=INK, weight="bold",
-                va="center", parse_math=False)  # fmt: skip
-    lines = []
-    for letter, panel in zip("abcdef", panels):
-        if panel is not None:
-            row = panel.row
-            judged = known(row["judge_image"])
-            healthy = f", h {row['judge_image']:.2f}→{row['judge_counterfactual']:.2f}" if judged else ""
-            lines.append(f"{letter}: SSIM {row['ssim']:.2f}{healthy}")
-    figure.text(0.1 / width, (top - 0.28) / height, "\n".join(lines), fontsize=6.3, color=MUTED, va="top",
-                linespacing=1.5)  # fmt: skip
+    foot = f"h: the judge's probability of healthy, image → counterfactual; a, b, c: the columns. {legend}"
+    return panel_sheet(rows, titles, [foot]), legend
 
 
 FIGURES: tuple[tuple[int, str, Callable[[PaperState], tuple[bytes, str]]], ...] = (

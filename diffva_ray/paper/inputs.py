@@ -11,19 +11,13 @@ from diffva_ray.data.chexpert import OBSERVATIONS
 from diffva_ray.data.dataset import Dataset, LabelledImage
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import encode_grey, quantise
-from diffva_ray.data.phantoms import make_phantoms, phantom
+from diffva_ray.data.phantoms import phantom
 from diffva_ray.progress import LOG
 from diffva_ray.schema import digest
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 
 SEEDS = {"radiography": 4, "chexpert": 5}  # of phantoms; the demo uses 0 to 3
 COPIED = "copied.json"
-
-
-def phantom_radiography(uri: str, per_class: int, size: int) -> str:
-    """Write phantoms of the paper's four classes in the Radiography layout, unless they exist; returns ``uri``."""
-    make_phantoms(uri, 4 * per_class, size, SEEDS["radiography"])
-    return uri
 
 
 def phantom_chexpert(uri: str, per_class: int, size: int) -> str:

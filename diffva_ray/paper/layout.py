@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
-from diffva_ray.evaluate.tables import clean, latex, markdown
+from diffva_ray.evaluate.tables import markdown, write_files
 from diffva_ray.schema import Row
 from diffva_ray.storage.store import Store
 
@@ -30,14 +29,8 @@ class Table:
     def write(self, store: Store) -> None:
         """Write ``tables/<key>`` as .md and .tex (layout), .csv and .json (numbers)."""
         layout = {"title": self.title, "caption": self.caption, "heads": self.heads, "rows": self.rows}
-        files = {
-            "md": f"**{self.title}**\n\n{self.markdown()}\n\n{self.caption}\n",
-            "tex": f"% {self.title}\n{latex(self.heads, self.rows)}\n% {self.caption}\n",
-            "csv": pd.DataFrame([flat(row) for row in self.details]).to_csv(index=False),
-            "json": json.dumps(clean({**layout, "details": self.details}), indent=1),
-        }
-        for extension, text in files.items():
-            store.put(f"tables/{self.key}.{extension}", text.encode())
+        numbers = pd.DataFrame([flat(row) for row in self.details])
+        write_files(store, self.key, {**layout, "details": self.details}, numbers, self.heads, thinned(self.rows))
 
     def markdown(self) -> str:
         """The layout in Markdown."""

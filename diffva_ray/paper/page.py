@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.evaluate.report.assets import render_page
 from diffva_ray.evaluate.report.numbers import text_table
-from diffva_ray.paper.experiments import ASSUMED, EXPERIMENTS
+from diffva_ray.paper.experiments import EXPERIMENTS, SHEET
 from diffva_ray.paper.extras import extra_tables
 from diffva_ray.paper.figures import PaperFigure, draw_figures
 from diffva_ray.paper.layout import Table, thinned
@@ -15,14 +15,6 @@ from diffva_ray.paper.state import PaperState, abnormal_classes
 from diffva_ray.paper.tables import ablation_table, cardiomegaly_table, distance_tables, similarity_table
 
 TITLE = "The tables and figures of Siddiqui et al. 2024"
-NOT_PLANNED = (
-    ("figure 1", "a drawing of the method; see ARCHITECTURE.md"),
-    (
-        "source-matched control (children against children)",
-        "the Radiography layout does not name the source of an image; diffva reduce RUN --sources CSV compares within "
-        "sources where a table names them",
-    ),
-)
 
 
 def write_page(state: PaperState) -> None:
@@ -40,8 +32,8 @@ def write_page(state: PaperState) -> None:
     notes = [*state.notes, *(note for metrics in state.metrics.values() for note in metrics.get("notes", []))]
     recipe_assumptions = [text for run in state.runs.values() for text in run.recipe.assumed]
     lists = [
-        ("Not made", [f"{what}: {why}" for what, why in [*state.missing, *NOT_PLANNED]]),
-        ("Assumed", [*ASSUMED, *dict.fromkeys(recipe_assumptions)]),
+        ("Not made", [f"{what}: {why}" for what, why in [*state.missing, *SHEET["not_planned"]]]),
+        ("Assumed", [*SHEET["assumed"], *dict.fromkeys(recipe_assumptions)]),
         ("Runs", [f"runs/{item.name}: {item.shows}" for item in EXPERIMENTS if item.name in state.runs]),
         ("Notes", list(dict.fromkeys(notes))),
     ]

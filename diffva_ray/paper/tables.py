@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from diffva_ray.evaluate.distances import distance_row, run_features
 from diffva_ray.evaluate.options import Options
@@ -13,7 +14,7 @@ from diffva_ray.evaluate.set_distances import choose_extractors, reference
 from diffva_ray.metrics.fid import SMALL
 from diffva_ray.metrics.fid_controls import conditional
 from diffva_ray.paper import published
-from diffva_ray.paper.experiments import SETTINGS
+from diffva_ray.paper.experiments import SETTINGS, SHEET
 from diffva_ray.paper.layout import Table, number, with_error, with_interval
 from diffva_ray.paper.state import PaperState, settings_of
 from diffva_ray.schema import Row
@@ -29,6 +30,7 @@ class Distances:
     second: str  # name of the second set
     paper: str  # published value as text
     rows: dict[str, Row | None] = field(default_factory=dict)  # by setting, from ``distances.distance_row``
+    more: list[str] = field(default_factory=list)  # a further line: measure, N1 / N2, paper, ours by setting
 
 
 def extractor_line(rows: Sequence[Row | None]) -> tuple[str, str]:
@@ -83,6 +85,24 @@ def _fid_row(metrics: Row, first: str, second: str) -> Row | None:
     return next((row for row in metrics.get("fid", []) if (row["set1"], row["set2"]) == (first, second)), None)
 
 
+def _distance_table(key: str, comparisons: Sequence[Distances], columns: Sequence[str], **values: Any) -> Table:
+    """A table of distances; ``values`` fill its caption, which also names the extractor."""
+    name, extractor = extractor_line([row for comparison in comparisons for row in comparison.rows.values()])
+    body = []
+    for comparison in comparisons:
+        body += lines(comparison, columns, name)
+        body += [[comparison.first, comparison.second, *comparison.more]] if comparison.more else []
+    heads = ["image set 1", "image set 2", "measure", "N1 / N2", "paper"]
+    heads += [SETTINGS.get(column, "ours") for column in columns]
+    return _table(key, heads, body, details(comparisons), extractor=extractor, **values)
+
+
+def _table(key: str, heads: list[str], body: list[list[str]], details: list[Row], **values: Any) -> Table:
+    """A table with its title and its caption, filled with ``values``."""
+    texts = SHEET["tables"][key]
+    return Table(key, texts["title"], texts["caption"].format_map(values).strip(), heads, body, details)
+
+
 def distance_tables(state: PaperState, labels: Sequence[str]) -> list[Table]:
     """Tables 1 and 2 from the runs with both settings of the paper and with the model's own recipe."""
     absent = [label for label in published.CLASSES if label not in labels]
@@ -90,52 +110,27 @@ def distance_tables(state: PaperState, labels: Sequence[str]) -> list[Table]:
     healthy = state.base.data.healthy_class
     reference = f"{healthy} (reference)"
     columns = [name for name in SETTINGS if name in state.metrics]
+
+    def compared(one: str, other: str, paper: str, sets: tuple[str, str]) -> Distances:
+        return Distances(one, other, paper, {name: _fid_row(state.metrics[name], *sets) for name in columns})
+
     first, second = list[Distances](), list[Distances]()
-    differences: dict[str, list[str]] = {}
     for label in labels:
         paper = published.CLASSES.get(label)
         names = f"{label} (source)", f"{label} (counterfactual)"
-        edits = Distances(f"{label} images", "their healthy counterfactuals", _paper(paper, "counterfactuals"))
-        real = Distances(f"{label} images", f"real {healthy}", _paper(paper, "healthy"))
-        quality = Distances(f"real {healthy}", f"healthy counterfactuals of {label}", _paper(paper, "quality"))
-        for column in columns:
-            metrics = state.metrics[column]
-            edits.rows[column] = _fid_row(metrics, *names)
-            real.rows[column] = _fid_row(metrics, reference, names[0])
-            quality.rows[column] = _fid_row(metrics, reference, names[1])
+
+        edits = compared(f"{label} images", "their healthy counterfactuals", _paper(paper, "counterfactuals"), names)
+        real = compared(f"{label} images", f"real {healthy}", _paper(paper, "healthy"), (reference, names[0]))
+        pairs = zip(edits.rows.values(), real.rows.values())
+        gaps = [number(abs(a["value"] - b["value"])) if a and b else "–" for a, b in pairs]
+        real.more = ["absolute difference of the two", "", _paper(paper, "difference"), *gaps]
         first += [edits, real]
-        second.append(quality)
-        pairs = [(edits.rows[column], real.rows[column]) for column in columns]
-        differences[label] = [number(abs(a["value"] - b["value"])) if a and b else "–" for a, b in pairs]
-    name, extractor = extractor_line([row for comparison in first for row in comparison.rows.values()])
-    heads = ["image set 1", "image set 2", "measure", "N1 / N2", "paper", *(SETTINGS[column] for column in columns)]
-    body = list[list[str]]()
-    for label, edits, real in zip(labels, first[::2], first[1::2]):
-        paper = published.CLASSES.get(label)
-        body += [*lines(edits, columns, name), *lines(real, columns, name)]
-        body.append([f"{label} images", "", "absolute difference", "", _paper(paper, "difference"),
-                     *differences[label]])  # fmt: skip
-    own = f"Intervals: delete-group jackknife, bias-corrected. {extractor} {prompts(state, columns)}"
+        of_label = f"healthy counterfactuals of {label}"
+        second.append(compared(f"real {healthy}", of_label, _paper(paper, "quality"), (reference, names[1])))
+    settings = prompts(state, columns)
     return [
-        Table(
-            "table1",
-            "Table 1. Images, their healthy counterfactuals and real healthy images",
-            "The paper reads the small distance between images and their own counterfactuals as minimal change. There "
-            "an image meets its own counterfactual; in the split halves it does not. The paper's “relative absolute "
-            f"difference” is this plain difference. {own}",
-            heads,
-            body,
-            details(first),
-        ),
-        Table(
-            "table2",
-            "Table 2. Real healthy images and healthy counterfactuals",
-            "The same reference set for every class. N differs between classes and biases the distance: read the "
-            f"N-matched value or KID. {own}",
-            heads,
-            [line for comparison in second for line in lines(comparison, columns, name)],
-            details(second),
-        ),
+        _distance_table("table1", first, columns, settings=settings),
+        _distance_table("table2", second, columns, settings=settings),
     ]
 
 
@@ -181,16 +176,12 @@ def similarity_table(state: PaperState, labels: Sequence[str]) -> Table:
             ours = ["–" if row is None else with_interval(row[key], row[f"{key}_interval"]) for row in rows]
             body.append([label, name, str(first["n"]), text, *ours])
         details += [{"setting": column, **row} for column, row in zip(columns, rows) if row]
-    scales = first.get("ms_ssim_scales", 0)
-    caption = (
-        f"Means with 95 % bootstrap intervals over images; preset {first.get('preset')}, {first.get('grid')} px grid, "
-        f"MS-SSIM over {scales} scales. "
-    )
-    if first and scales != FIVE_SCALES:
-        caption += "The paper's MS-SSIM has five scales, which need 176 px, and cannot be compared with ours. "
     heads = ["class", "measure", "N", "paper", *(SETTINGS[column] for column in columns)]
-    title = "Table 3. Similarity of image and healthy counterfactual"
-    return Table("table3", title, caption + prompts(state, columns), heads, body, details)
+    scales = ""
+    if first and first["ms_ssim_scales"] != FIVE_SCALES:
+        scales = "The paper's MS-SSIM has five scales, which need 176 px, and cannot be compared with ours."
+    values = {"preset": "–", "grid": "–", "ms_ssim_scales": 0, **first}
+    return _table("table3", heads, body, details, scales=scales, settings=prompts(state, columns), **values)
 
 
 def cardiomegaly_table(state: PaperState) -> Table:
@@ -208,16 +199,9 @@ def cardiomegaly_table(state: PaperState) -> Table:
         row = _fid_row(metrics, *pair)
         if row:
             comparison.rows["cardiomegaly"] = row
-    name, extractor = extractor_line([row for comparison in comparisons for row in comparison.rows.values()])
-    caption = (
-        "The third comparison is ours: the distance between the two data sets before anything is generated. If it is "
-        "no larger than the first, generating cardiomegaly did not bring the images nearer to real ones. The paper "
-        f"uses {published.CARDIOMEGALY_IMAGES} real images. {extractor} "
-        + (prompts(state, ["cardiomegaly"]) if "cardiomegaly" in state.runs else "")
-    )
-    body = [line for comparison in comparisons for line in lines(comparison, ["cardiomegaly"], name)]
-    heads = ["image set 1", "image set 2", "measure", "N1 / N2", "paper", "ours"]
-    return Table("table4", "Table 4. Cardiomegaly, zero-shot", caption, heads, body, details(comparisons))
+    settings = prompts(state, ["cardiomegaly"]) if "cardiomegaly" in state.runs else ""
+    images = published.CARDIOMEGALY_IMAGES
+    return _distance_table("table4", comparisons, ["cardiomegaly"], images=images, settings=settings)
 
 
 ABLATIONS = (
@@ -232,33 +216,21 @@ ABLATIONS = (
 def ablation_table(state: PaperState) -> Table:
     """Table 5: real healthy images against the counterfactuals of all classes, and the effect of guidance <= 1."""
     healthy = state.base.data.healthy_class
-    comparisons, settings = list[Distances](), list[list[str]]()
+    comparisons = list[Distances]()
     for run_name, title, paper in ABLATIONS:
         if run_name not in state.runs:
             continue
-        comparison = Distances(f"real {healthy}", title, paper)
-        comparison.rows["ours"], within = _pooled(state, run_name)
-        if comparison.rows["ours"] is not None and within is not None:
-            comparison.rows["ours"]["within_class"] = within
         keys = state.runs[run_name].keys
-        settings.append([f"{keys['strength']:g} / {keys['guidance_scale']:g}", f"“{keys['prompt']}”"])
+        setting = f"{keys['strength']:g} / {keys['guidance_scale']:g}, “{keys['prompt']}”"
+        comparison = Distances(f"real {healthy}", f"{title} ({setting})", paper)
+        row, within = _pooled(state, run_name)
+        if row is not None and within is not None:
+            row["within_class"] = within
+            comparison.more = ["distance within class", "", "", number(within)]
+        comparison.rows["ours"] = row
         comparisons.append(comparison)
-    name, extractor = extractor_line([comparison.rows["ours"] for comparison in comparisons])
-    body = []
-    for comparison, setting in zip(comparisons, settings):
-        for line in lines(comparison, ["ours"], name):
-            body.append([comparison.second, *setting, *line[2:]])
-        row = comparison.rows["ours"]
-        if row and "within_class" in row:
-            body.append([comparison.second, *setting, f"{name} within class", "", "", number(row["within_class"])])
-    heads = ["ablation", "strength / guidance", "prompt", "measure", "N1 / N2", "paper", "ours"]
-    caption = (
-        f"{guidance_finding(state)} So rows with guidance of 1 or less ablate the prompt, not the guidance; the "
-        "control removes only the prompt. Strength 0.99 keeps about 9 % of the image's signal (75 steps), so the image "
-        f"is not removed completely. The paper: N = {published.ABLATION_IMAGES}. “Within class”: mean over classes of "
-        f"the distance to real {healthy} images. {extractor}"
-    )
-    return Table("table5", "Table 5. Ablations", caption, heads, body, details(comparisons))
+    images, guidance = published.ABLATION_IMAGES, guidance_finding(state)
+    return _distance_table("table5", comparisons, ["ours"], images=images, guidance=guidance, healthy=healthy)
 
 
 def _pooled(state: PaperState, name: str) -> tuple[Row | None, float | None]:

@@ -27,13 +27,14 @@ from diffva_ray.model.lora import attach
 from diffva_ray.model.training_images import IMAGE_DIGITS
 from diffva_ray.progress import LOG
 from diffva_ray.provenance import missing
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 from diffva_ray.train.checkpoint import Position, discard, load_optimizers, load_weights, read_state, save_checkpoint
+from diffva_ray.train.kinds import make_stage
 from diffva_ray.train.logger import TrainingLogger
 from diffva_ray.train.loss import learning_rate
 from diffva_ray.train.sampling import ImageSet, step_generator
 from diffva_ray.train.sharding import gather, like, load_optimizer_state, optimizer_state, sharded, whole
-from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable, make_stage
+from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable
 
 Report = Callable[[dict[str, float], Path | None], None]  # (metrics, checkpoint folder, which the callee now owns)
 Validate = Callable[[Bundle, TrainingLogger, str, int], None]  # (bundle, logger, stage name, step counted from 1)

@@ -3,15 +3,12 @@ kind of stage has its own file."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from diffva_ray.config.recipe import RecipeError
-from diffva_ray.config.stages import Stage as AnyStageConfig
 from diffva_ray.config.stages import StageConfig
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.storage.store import Store
@@ -84,25 +81,6 @@ class Stage:
 
     def export(self, store: Store) -> None:
         """Write what the bundle does not save itself. Called after the last stage, on the first worker."""
-
-
-KINDS = {
-    "autoencoder": "autoencoder:AutoencoderStage",
-    "denoiser": "denoiser:DenoiserStage",
-    "controlnet": "controlnet:ControlNetStage",
-    "judge": "judge:JudgeStage",
-    "classifier": "classifier:ClassifierStage",
-    "vant-gan": "gan:VantGanStage",
-    "ant-gan": "gan:AntGanStage",
-}
-
-
-def make_stage(context: StageContext, config: AnyStageConfig) -> Stage:
-    """Build the stage that ``config`` describes. Raises RecipeError, UnusableData."""
-    if config.trains not in KINDS:
-        raise RecipeError(f"train.stages: unknown kind {config.trains!r}; use one of {', '.join(KINDS)}")
-    module, _, name = KINDS[config.trains].partition(":")
-    return getattr(importlib.import_module(f"diffva_ray.train.{module}"), name)(context, config)
 
 
 def three_channels(images: torch.Tensor) -> torch.Tensor:

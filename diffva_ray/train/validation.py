@@ -70,9 +70,8 @@ def score_cases(bundle: Bundle, cases: list[Case]) -> tuple[dict[str, float], ND
     rows, change = [], []
     for start in range(0, len(cases), config.micro_batch):
         batch = cases[start : start + config.micro_batch]
-        settings = [engine.settings()] * len(batch)
         seeds = [start + n for n in range(len(batch))]
-        output = engine([case.image for case in batch], settings, seeds, [case.lungs for case in batch])
+        output = engine([case.image for case in batch], seeds, lungs=[case.lungs for case in batch])
         images = zip(batch, output.counterfactuals, output.reconstructions, strict=True)
         for case, counterfactual, reconstruction in images:
             signed = attribution(case.image, reconstruction, counterfactual, config)

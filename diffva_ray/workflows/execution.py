@@ -11,7 +11,7 @@ from diffva_ray.config.recipe import (
     make_recipe,
 )
 from diffva_ray.model.card import UnusableModel, read_card
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 
 Executor = Literal["ray", "inline"]  # on Ray, or in a plain loop in this process
 

@@ -19,7 +19,7 @@ from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request, make_plan
 from diffva_ray.generate.run import ENVIRONMENT, FOLDERS, continue_run, find_run, open_run, part
 from diffva_ray.provenance import torch_version
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import check_plan, generate_run, model_digest_of, requested_images
 from diffva_ray.workflows.status import read_status
@@ -107,7 +107,7 @@ def micro_batches(recipe: Recipe, model: str) -> dict[int, float]:
             rates = []
             for _ in range(4):  # the first call warms up
                 began = time.perf_counter()
-                engine([image] * size, [engine.settings()] * size, list(range(size)))
+                engine([image] * size, list(range(size)))
                 rates.append(size / (time.perf_counter() - began))
         except (torch.OutOfMemoryError, MemoryError):
             break

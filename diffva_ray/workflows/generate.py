@@ -23,7 +23,8 @@ from diffva_ray.generate.run import PLAN_FILE, SUCCESS, Run, continue_run, find_
 from diffva_ray.model.card import UnusableModel, folder_digest, judge_card, prompt_limit, read_card
 from diffva_ray.progress import LOG, Progress
 from diffva_ray.provenance import provenance, torch_version
-from diffva_ray.storage.store import Store, absolute, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store, absolute
 from diffva_ray.workflows.execution import Execution
 
 

@@ -13,7 +13,8 @@ from diffva_ray.generate.run import SUCCESS, Run, find_run, part
 from diffva_ray.model.card import PROGRESS, TRAINING, read_card
 from diffva_ray.progress import duration
 from diffva_ray.schema import Status
-from diffva_ray.storage.store import Store, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store
 
 
 def read_status(uri: str) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from diffva_ray.model.card import TRAINING, UnusableModel, read_card
 from diffva_ray.progress import LOG
 from diffva_ray.provenance import provenance
 from diffva_ray.schema import digest
-from diffva_ray.storage.store import absolute, is_local, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import absolute, is_local
 from diffva_ray.workflows.execution import Executor
 
 

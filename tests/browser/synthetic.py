@@ -19,7 +19,7 @@ from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request, make_plan
 from diffva_ray.generate.run import Run, part, start_run
 from diffva_ray.schema import RECORDS
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 SIZE = 32
 LABELS = ("COVID", "Lung_Opacity", "Viral Pneumonia")
@@ -52,7 +52,7 @@ def make_run(folder: Path, images: int, hostile: bool) -> Run:
     )
     run = start_run(store, table, pixel_keys(recipe, request, "d" * 64, "2.0", "cpu"), about)
     for shard in range(run.shards):
-        rows = [_record(row, hostile, random) for row in run.shard_rows(shard)]
+        rows = [_record(row, hostile, random) for row in run.planned(shard)]
         sink = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=RECORDS), sink)
         run.store.put(f"records/{part(shard)}.parquet", sink.getvalue())

@@ -19,7 +19,7 @@ from synthetic import HOSTILE, HOSTILE_NAME, make_run
 
 from diffva_ray.evaluate.report.page import write_report
 from diffva_ray.evaluate.report.serve import ReportServer
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 pytestmark = pytest.mark.browser
 Visit = Callable[..., tuple[Any, Any]]

@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 
 from diffva_ray.evaluate.reduction import Options, reduce_run
 from diffva_ray.generate.run import Run, find_run
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 FAULTS = ("worker", "node", "driver")
 NODES = 2

@@ -21,6 +21,7 @@ def prepare_worker() -> None:
     from faults import Faults, FaultyStore
 
     from diffva_ray.counterfactual import engine
+    from diffva_ray.storage import opening
     from diffva_ray.storage import store as storage
 
     engine.device_kind = lambda name=None: "cpu"
@@ -35,8 +36,8 @@ def prepare_worker() -> None:
     if seed >= 0:
         faults = Faults(seed + os.getpid(), stop=0.0, tear=0.0, fail=0.004, delay=0.02, life=1)
         run = os.environ["DIFFVA_CHAOS_RUN"]
-        plain = storage.STORES[""]
-        storage.STORES[""] = lambda uri: FaultyStore(uri, faults) if uri.startswith(run) else plain(uri)
+        plain = opening.STORES[""]
+        opening.STORES[""] = lambda uri: FaultyStore(uri, faults) if uri.startswith(run) else plain(uri)
         storage.PAUSES = (0.1, 0.2, 0.4, 0.8)
 
 

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffva_ray.storage.store import Entry, LocalStore
+from diffva_ray.storage.local import LocalStore
+from diffva_ray.storage.store import Entry
 
 RANDOM = re.compile(r"~[0-9a-f]*~[^~]*~[0-9a-f]*~|\.tmp-[0-9a-f]+")  # the random part of markers and temporary files
 

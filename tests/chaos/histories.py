@@ -35,8 +35,10 @@ from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import FOLDERS, Run, find_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.provenance import code_revision
+from diffva_ray.storage import opening
 from diffva_ray.storage import store as storage
-from diffva_ray.storage.store import LocalStore, StoreError
+from diffva_ray.storage.local import LocalStore
+from diffva_ray.storage.store import StoreError
 from diffva_ray.train.checkpoint import discard
 from diffva_ray.train.loop import train
 from diffva_ray.workflows.execution import Execution
@@ -84,7 +86,7 @@ class Bench:
         with patch.object(shards, "load", lambda model, recipe=None: self.loaded):
             execution = Execution(executor="inline")
             generate_run(self.recipe, self.data, self.model, str(out), Request(), execution)
-        run = find_run(storage.open_store(str(out)))
+        run = find_run(opening.open_store(str(out)))
         assert run is not None
         reduce_run(run, self.data, Options())
 
@@ -121,8 +123,8 @@ class Bench:
         shutil.rmtree(out, ignore_errors=True)
         faults = Faults(seed)
         started = time.monotonic()
-        before, pauses = storage.STORES[""], storage.PAUSES
-        storage.STORES[""] = lambda uri: (
+        before, pauses = opening.STORES[""], storage.PAUSES
+        opening.STORES[""] = lambda uri: (
             FaultyStore(uri, faults) if uri.startswith(str(out)) or uri == self.data else before(uri)
         )
         storage.PAUSES = (0.0, 0.0)
@@ -138,7 +140,7 @@ class Bench:
                 except StoreError:
                     faults.counts["lives ended by the store"] += 1
         finally:
-            storage.STORES[""], storage.PAUSES = before, pauses
+            opening.STORES[""], storage.PAUSES = before, pauses
         seconds = time.monotonic() - started
         differing = self.differences(out)
         if not differing:

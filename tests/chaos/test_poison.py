@@ -17,8 +17,8 @@ from diffva_ray.generate.attempts import MAX_SHARD_DEATHS, RAY, Attempt, OutOfMe
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run, find_run
 from diffva_ray.generate.verification import verify
-from diffva_ray.storage import store as storage
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage import opening
+from diffva_ray.storage.local import LocalStore
 from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import generate_run
 
@@ -53,9 +53,9 @@ class Inline:
             return read(bench, row)
 
         monkeypatch.setattr(shards, "read_source", reading)
-        plain = storage.STORES[""]
+        plain = opening.STORES[""]
         monkeypatch.setitem(
-            storage.STORES, "", lambda uri: FaultyStore(uri, self.faults) if uri.startswith(str(out)) else plain(uri)
+            opening.STORES, "", lambda uri: FaultyStore(uri, self.faults) if uri.startswith(str(out)) else plain(uri)
         )
 
     def live(self, tiny: Recipe, images: Path, model: Path, out: Path) -> bool:

@@ -15,7 +15,7 @@ from head import Head
 from diffva_ray.config.recipe import Recipe, to_yaml
 from diffva_ray.generate.run import find_run
 from diffva_ray.generate.verification import verify
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 MAX_NODES = 3
 EMPTY_MAPPINGS = ("auth", "docker", "file_mounts")

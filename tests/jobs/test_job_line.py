@@ -15,7 +15,7 @@ from head import ROOT, RUNTIME_ENV, SECRET, Head, wait_for
 
 from diffva_ray.generate.run import find_run
 from diffva_ray.generate.verification import verify
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 MAX_UPLOAD_BYTES = 2_000_000
 

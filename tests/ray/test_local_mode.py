@@ -21,7 +21,7 @@ from diffva_ray.distributed import session
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import FingerprintDiffers, find_run
 from diffva_ray.generate.verification import verify
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import generate_run
 from diffva_ray.workflows.train import train_model

@@ -20,8 +20,9 @@ from ray.cluster_utils import Cluster
 from diffva_ray.config.recipe import Recipe, to_yaml
 from diffva_ray.generate.run import find_run
 from diffva_ray.generate.verification import verify
+from diffva_ray.storage.local import LocalStore
+from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.s3 import S3Store
-from diffva_ray.storage.store import LocalStore, open_store
 
 sys.path.append(str(Path(__file__).parents[1] / "s3"))
 from swift_server import KEY, SECRET, Swift, why_not

@@ -23,8 +23,10 @@ from faulty import BREAK_OFF, CONFLICT, DENIED, EXPIRED, NOT_IMPLEMENTED, SLOW_D
 from diffva_ray.cli import main
 from diffva_ray.storage import s3 as storage_s3
 from diffva_ray.storage import store as storage
+from diffva_ray.storage.local import LocalStore
+from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.s3 import S3Store
-from diffva_ray.storage.store import LocalStore, StoreError, open_store
+from diffva_ray.storage.store import StoreError
 
 if TYPE_CHECKING:
     from conftest import Server

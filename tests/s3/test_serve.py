@@ -20,7 +20,8 @@ import pytest
 from diffva_ray.evaluate.report.page import write_report
 from diffva_ray.evaluate.report.serve import ReportServer
 from diffva_ray.generate.run import open_run
-from diffva_ray.storage.store import LocalStore, open_store
+from diffva_ray.storage.local import LocalStore
+from diffva_ray.storage.opening import open_store
 
 pytestmark = pytest.mark.parametrize("server", ["moto"], indirect=True)
 make_run = runpy.run_path(str(Path(__file__).parents[1] / "browser" / "synthetic.py"))["make_run"]

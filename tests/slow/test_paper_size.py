@@ -15,7 +15,7 @@ import pytest
 from diffva_ray.config.recipe import load_recipe
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.generate.plan import Request
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 from diffva_ray.train.checkpoint import discard
 from diffva_ray.train.loop import train
 from diffva_ray.workflows.execution import Execution

@@ -7,7 +7,6 @@ import importlib
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +49,22 @@ def engine(model: Path) -> diffva_ray.CounterfactualEngine:
 IMAGE = np.full((32, 32), 0.5, np.float32)
 TWO_IMAGES = {"images": [IMAGE, IMAGE]}
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"images": IMAGE}, "images, settings and seeds are lists"),
+    ({"images": IMAGE}, "images, seeds and prompts are lists"),
     ({"images": [255 * IMAGE]}, "image 0: values are in .0, 1., got 127.5 to 127.5; divide 8-bit ones by 255"),
     ({"images": [IMAGE.astype(np.uint8)]}, "image 0: an image is a float array .H, W. in .0, 1., got uint8"),
     ({"images": [IMAGE * np.nan]}, "image 0: values are in"),
     ({"images": ["image.png"]}, "image 0: an image is a float array .H, W. in .0, 1., got str; see read_image"),
     ({"images": [np.stack([IMAGE] * 3, -1)]}, "got float32 .32, 32, 3."),
-    (TWO_IMAGES, "one of each for every image, got 2 images, 1 settings, 1 seeds"),
+    (TWO_IMAGES, "one of each for every image, got 2 images, 1 seeds"),
     ({"images": [IMAGE] * 5}, "a call takes 1 to 4 images"),
     ({"lungs": [np.ones((5, 5), bool)]}, "a lung mask is .32, 32., as the model's square, got .5, 5."),
-    ({"strength": 1.3}, "strength is in .0, 1. and num_inference_steps at least 1, got strength 1.3"),
-    ({"method": "foo"}, "unknown method 'foo'; there are sdedit"),
+    ({"prompts": "COVID 19"}, "images, seeds and prompts are lists"),
+    ({"strength": 1.3}, "strength: Input should be less than or equal to 1 .got 1.3."),
+    ({"num_inference_steps": 0}, "num_inference_steps: Input should be greater than or equal to 1"),
+    ({"method": "foo"}, "method: no such method; there are sdedit.*got 'foo'"),
+    ({"steps": 5}, "steps: Extra inputs are not permitted"),
     ({"method": "cycle", "scheduler": "pndm"}, "method cycle runs with scheduler ddim, not pndm"),
-    ({"prompt": "mild " * 40}, "more than the 16 tokens that this model reads"),
+    ({"prompts": ["mild " * 40]}, "more than the 16 tokens that this model reads"),
 ]
 
 
@@ -70,10 +72,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 def test_a_wrong_call_gives_a_one_line_error(
     engine: diffva_ray.CounterfactualEngine, changes: dict[str, Any], said: str
 ) -> None:
-    own = {key: changes[key] for key in changes if key in ("prompt", "method", "scheduler", "strength")}
-    given = {"images": [IMAGE], "settings": [replace(engine.settings(), **own)], "seeds": [0], **changes}
+    arguments = {key: changes[key] for key in changes if key in ("images", "seeds", "prompts", "lungs")}
+    settings = {key: changes[key] for key in changes if key not in arguments}
     with pytest.raises(ValueError, match=said) as caught:
-        engine(**{key: value for key, value in given.items() if key not in own})
+        engine(**{"images": [IMAGE], "seeds": [0], **arguments}, settings=engine.settings.replace(**settings))
     assert "\n" not in str(caught.value)
 
 

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from diffva_ray.cli import main
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.generate.run import find_run
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 
 def diffva(*arguments: object) -> Result:

@@ -100,7 +100,7 @@ def test_a_kind_of_data_set(images: Path, model: Path, tmp_path: Path) -> None:
 
 
 def test_a_method(images: Path, model: Path, tmp_path: Path) -> None:
-    assert applied(read("method.md"), tmp_path) == 1
+    assert applied(read("method.md"), tmp_path) == 3  # its import and a line in two tables
     followed(read("method.md"), tmp_path, {"IMAGES": str(images), "MODEL": str(model)})
     assert {(row["method"], row["status"]) for row in records_of(tmp_path / "runs" / "ilvr")} == {("ilvr", "ok")}
 
@@ -128,7 +128,7 @@ def google() -> Iterator[str]:
 def test_a_kind_of_store(
     images: Path, model: Path, tmp_path: Path, google: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert applied(read("store.md"), tmp_path) == 1
+    assert applied(read("store.md"), tmp_path) == 7  # the function that imports it, and its line
     settings = {  # no bucket properties by gRPC, which the emulator lacks; no search for Google's metadata server
         "STORAGE_EMULATOR_HOST": google, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_GCE_CHECK": "true",
     }  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -94,7 +94,7 @@ def read_earlier(run: Run) -> EarlierReport:
 
 
 def write_catalogue(
-    run: Run, rows: list[Row], panels: dict[str, PanelFiles], about: Row, varied: dict[str, str]
+    run: Run, rows: Sequence[Mapping[str, Any]], panels: dict[str, PanelFiles], about: Row, varied: dict[str, str]
 ) -> int:
     """Write index and details of ``rows``, delete other files of an earlier report, return the number of index files.
 
@@ -152,7 +152,7 @@ def _rounded(value: Any) -> float | None:
     return float(f"{value:.5g}") if known(value) else None
 
 
-def _columns(row: Row) -> Row:
+def _columns(row: Mapping[str, Any]) -> Row:
     """A record's columns for JSON; the 64-bit seed becomes text because a JavaScript number cannot hold it."""
     result: Row = {}
     for key, value in row.items():

@@ -7,51 +7,66 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from PIL import Image
-from scipy.ndimage import binary_dilation
+from rich.console import Console
 
 from diffva_ray.data.dataset import UnusableData
-from diffva_ray.data.encoding import encode_png, quantise
-from diffva_ray.data.images import BadImage
 from diffva_ray.evaluate.annotations import lesion_boxes
 from diffva_ray.evaluate.comparison import BY_KEY, ComparedMetric, Comparison, setting_text
-from diffva_ray.evaluate.drawing import CLASS_COLOURS, INK, MUTED, OUTLINE, RULE, diverging, png, short
-from diffva_ray.evaluate.figures import map_scale, settings_line
-from diffva_ray.evaluate.records import read_images, read_records, read_truth
+from diffva_ray.evaluate.drawing import (
+    CLASS_COLOURS,
+    INK,
+    Panel,
+    PanelRow,
+    Scale,
+    diverging,
+    panel_sheet,
+    png,
+    short,
+    strip,
+    style,
+)
+from diffva_ray.evaluate.figures import ShownRecord, map_scale, settings_line
+from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.report.assets import render_page
-from diffva_ray.evaluate.report.numbers import Card, Cell, Group, Table, class_name, count, number, plain, text_table
+from diffva_ray.evaluate.report.numbers import (
+    INTERVAL,
+    Card,
+    Cell,
+    Group,
+    Table,
+    class_name,
+    count,
+    number,
+    plain,
+    text_table,
+)
+from diffva_ray.evaluate.summary import print_lines, print_table, terminal
 from diffva_ray.evaluate.tables import ALL, clean, known
 from diffva_ray.generate.run import RUN, Run
 from diffva_ray.schema import Row
-from diffva_ray.storage.store import Store, is_local, join, open_store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Store, is_local, join
 
 PAGE, METRICS, SCATTER = "index.html", "metrics.json", "images/images.png"
-PANEL = re.compile(r"images/\d\d-(image|counterfactual-a|map-a|counterfactual-b|map-b|truth)\.png")
+SHEET = "images/examples-{}.png"
+TITLES = ("image", "counterfactual A", "map A", "counterfactual B", "map B", "known lesion")
 N_MOST, N_MEDIAN, N_LEAST = 6, 3, 3  # images of each group
-MIN_SIDE, MAX_SIDE = 192, 320  # pixels of a panel's side
 CARDS = ("auroc", "dice_fixed", "flip_rate", "lesion_error_ratio", "ssim", "attribution_energy")
 RANKED_BY = ("auroc", "confidence_gain", "ssim")  # the first measure that both runs have ranks the images
-LESION = "known lesion"  # caption of the panel with the outlined lesion
 
 
 @dataclass(frozen=True)
-class ExampleImage:
-    """One image of the page."""
+class Examples:
+    """Images of the page that differ alike."""
 
-    label: str
-    path: str
-    varied: str  # swept settings and sample number, where an image has several records
-    scores: list[tuple[str, str, str, str]]  # (measure, in A, in B, B - A)
-    panels: list[tuple[str, str, str]]  # (caption, file, alternative text)
+    title: str
+    names: list[str]  # of the images
+    file: str  # their sheet
 
 
 def output_store(a: Run, b: Run, out: str | None) -> Store:
@@ -84,13 +99,11 @@ def write_comparison(comparison: Comparison, store: Store) -> str:
     """Write ``metrics.json``, ``index.html`` and its images, replace earlier ones, and return the URI of the page."""
     measure = ranking(comparison)
     store.put(METRICS, json.dumps(clean(comparison.metrics()), indent=1, ensure_ascii=False).encode())
-    groups, limit, unreadable = _write_images(comparison, measure, store)
     store.put(SCATTER, scatter(comparison, measure))
-    kept = {join("images", file) for _, images in groups for image in images for _, file, _ in image.panels}
-    for entry in store.list("images"):
-        if PANEL.fullmatch(entry.path) and entry.path not in kept:  # of an earlier page
-            store.delete(entry.path)
-    store.put(PAGE, render(comparison, measure, groups, limit, unreadable).encode())
+    for number_of_group in range(3):  # of an earlier page
+        store.delete(SHEET.format(number_of_group))
+    groups, unreadable = write_examples(comparison, measure, store)
+    store.put(PAGE, render(comparison, measure, groups, unreadable).encode())
     return join(store.uri, PAGE)
 
 
@@ -117,92 +130,48 @@ def chosen(comparison: Comparison, measure: ComparedMetric) -> list[tuple[str, l
     return [(title, images) for title, images in groups if images]
 
 
-def _write_images(
-    comparison: Comparison, measure: ComparedMetric, store: Store
-) -> tuple[list[tuple[str, list[ExampleImage]]], float, int]:
-    """The images by group, the colour limit of all maps, and the number of images that can no longer be read."""
+def write_examples(comparison: Comparison, measure: ComparedMetric, store: Store) -> tuple[list[Examples], int]:
+    """Draw a sheet of each group; returns the groups, and the number of images that can no longer be read."""
     runs = (comparison.a, comparison.b)
     limit = max(map_scale(run, read_records(run)).limit for run in runs)
     boxes = lesion_boxes(comparison.a.about["data"], None, [])
-    groups, written, unreadable = [], 0, 0
+    groups, unreadable = list[Examples](), 0
     for title, positions in chosen(comparison, measure):
-        examples: list[ExampleImage] = []
+        rows, names = [], []
         for position in positions:
             pair = comparison.pairs.loc[position]
-            try:
-                pixels_of = _panels(runs, (pair["record_a"], pair["record_b"]), boxes, limit)
-            except (OSError, BadImage):
+            a, b = (ShownRecord.read(run, pair[f"record_{side}"], boxes) for run, side in zip(runs, "ab"))
+            if a is None or b is None:
                 unreadable += 1
                 continue
-            panels = []
-            for name, caption, pixels in pixels_of:
-                file = f"{written:02d}-{name}.png"
-                store.put(f"images/{file}", encode_png(quantise(pixels)))
-                panels.append((caption, file, f"{plain(pair['label'])}, {pair['image_path']}: {caption}"))
-            varied = [f"{plain(key)} {pair[key]}" for key in comparison.swept]
-            if comparison.a.keys["samples"] > 1:
-                varied.append(f"sample {pair['sample']}")
-            examples.append(
-                ExampleImage(pair["label"], pair["image_path"], ", ".join(varied), _scores(pair, measure), panels)
-            )
-            written += 1
-        groups.append((title, examples))
-    return [(title, examples) for title, examples in groups if examples], limit, unreadable
+            lesion = a.truth.lesion
+            panels = [Panel(a.images.image)]
+            for shown in (a, b):
+                panels += [Panel(shown.images.counterfactual), Panel(diverging(shown.images.signed_map, limit), lesion)]
+            panels.append(Panel(None if lesion is None else a.images.image, lesion))
+            names.append(f"{plain(pair['label'])}, {pair['image_path']}")
+            rows.append(PanelRow(plain(pair["label"]), _lines(comparison, pair, measure), panels))
+        if rows:
+            file = SHEET.format(len(groups))
+            foot = f"Maps of both runs: red where the image is brighter than its counterfactual, full at ±{limit:.2g}."
+            store.put(file, panel_sheet(rows, TITLES, [foot], Scale(0, "", limit), bar=2, side=1.3))
+            groups.append(Examples(title, names, file))
+    return groups, unreadable
 
 
-def _panels(
-    runs: tuple[Run, Run], rows: tuple[Row, Row], boxes: Any, limit: float
-) -> list[tuple[str, str, NDArray[np.float32]]]:
-    """(file name, caption, pixels [side, side, 3]) of one image; a known lesion is outlined on the maps."""
-    images = [read_images(run, row) for run, row in zip(runs, rows)]
-    lesion = read_truth(runs[0], {**rows[0], "ground_truth_path": None}, boxes).lesion
-    side = min(max(MIN_SIDE, *(pair.image.shape[0] for pair in images)), MAX_SIDE)
-    edge = None if lesion is None else _edge(lesion, side)
-    image = _resized(images[0].image, side)
-    panels = [("image", "image", image)]
-    for letter, pair in zip("ab", images):
-        name = letter.upper()
-        panels += [
-            (f"counterfactual-{letter}", f"counterfactual {name}", _resized(pair.counterfactual, side)),
-            (f"map-{letter}", f"map {name}", _outlined(_resized(diverging(pair.signed_map, limit), side), edge, INK)),
-        ]
-    if edge is not None:
-        panels.append(("truth", LESION, _outlined(image, edge, OUTLINE)))
-    return panels
-
-
-def _resized(pixels: NDArray[np.float32], side: int) -> NDArray[np.float32]:
-    """A grey [H, W] or coloured [H, W, 3] image as [side, side, 3]."""
-    channels = [pixels] * 3 if pixels.ndim == 2 else [pixels[..., n] for n in range(3)]
-    images = [Image.fromarray(np.ascontiguousarray(channel, np.float32)) for channel in channels]
-    resized = [np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for image in images]
-    return np.clip(np.stack(resized, axis=2), 0, 1)
-
-
-def _edge(lesion: NDArray[np.bool_], side: int) -> NDArray[np.bool_]:
-    """The pixels around the lesion, two wide, on the grid of the panels."""
-    mask = np.asarray(Image.fromarray(lesion.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)) > 0.5
-    return binary_dilation(mask, iterations=2) & ~mask
-
-
-def _outlined(pixels: NDArray[np.float32], edge: NDArray[np.bool_] | None, colour: str) -> NDArray[np.float32]:
-    result = pixels.copy()
-    if edge is not None:
-        result[edge] = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
-    return result
-
-
-def _scores(pair: pd.Series, measure: ComparedMetric) -> list[tuple[str, str, str, str]]:
-    scores: list[tuple[str, str, str, str]] = []
+def _lines(comparison: Comparison, pair: pd.Series, measure: ComparedMetric) -> list[str]:
+    """File name, swept settings and scores of an image, for its row."""
+    lines = [short(pair["image_path"].rpartition("/")[2], 26)]
+    lines += [f"{plain(key)} {pair[key]}" for key in comparison.swept]
+    if comparison.a.keys["samples"] > 1:
+        lines.append(f"sample {pair['sample']}")
     for key in dict.fromkeys((measure.key, "ssim", "lesion_error_ratio")):
-        if f"{key}_a" not in pair:
-            continue
-        values = [pair[f"{key}_{side}"] / pair.get(f"{key}_of_{side}", 1.0) for side in "ab"]
-        if all(np.isfinite(values)):
-            kind = BY_KEY[key]
-            gap = signed(kind, values[1] - values[0])
-            scores.append((kind.name or kind.title, form(kind, values[0]), form(kind, values[1]), gap))
-    return scores
+        if f"{key}_a" in pair:
+            values = [pair[f"{key}_{side}"] / pair.get(f"{key}_of_{side}", 1.0) for side in "ab"]
+            if all(np.isfinite(values)):
+                kind = BY_KEY[key]
+                lines += [kind.name or kind.title, f"  A {form(kind, values[0])}, B {form(kind, values[1])}"]
+    return lines
 
 
 DIGITS = {"l1": 4, "attribution_energy": 4, "ground_truth_psnr": 1}  # decimals by measure; three for all others
@@ -245,7 +214,7 @@ def difference_table(comparison: Comparison) -> Table:
     """All measures, all classes first; the better run is marked where the interval excludes zero."""
     names = comparison.names
     heads = [("", False), ("images", True), (f"A {names[0]}", True), (f"B {names[1]}", True), ("B − A", True),
-             ("95 % interval", True), ("better", False)]  # fmt: skip
+             (INTERVAL, True), ("better", False)]  # fmt: skip
     groups = []
     labels = dict.fromkeys(row["label"] for row in comparison.rows)
     for label in sorted(labels, key=lambda label: (label != ALL, label)):
@@ -282,7 +251,7 @@ def scatter(comparison: Comparison, measure: ComparedMetric) -> bytes:
     pairs = comparison.pairs.dropna(subset=[f"{measure.key}_a", f"{measure.key}_b"])
     labels = sorted(pairs["label"].value_counts().nlargest(len(CLASS_COLOURS)).index)
     figure = Figure(figsize=(8.4, 3.7), facecolor="white", layout="constrained")
-    plane, strip = figure.subplots(1, 2, width_ratios=(1, 1.25))
+    plane, gaps = figure.subplots(1, 2, width_ratios=(1, 1.25))
     ends = pairs[[f"{measure.key}_a", f"{measure.key}_b"]].to_numpy(float)
     margin = 0.04 * max(float(np.ptp(ends)), 1e-3)
     low, high = float(ends.min()) - margin, float(ends.max()) + margin
@@ -292,45 +261,43 @@ def scatter(comparison: Comparison, measure: ComparedMetric) -> bytes:
         in_a, in_b = rows[f"{measure.key}_a"], rows[f"{measure.key}_b"]
         name = f"{short(label, 18)}, n = {len(rows)}"
         plane.scatter(in_a, in_b, s=11, color=CLASS_COLOURS[n], alpha=0.55, linewidths=0, label=name)
-        _spread(strip, n, (in_b - in_a).to_numpy(float), CLASS_COLOURS[n])
+        strip(gaps, n, (in_b - in_a).to_numpy(float), CLASS_COLOURS[n], spread=0.3, across=True)
     plane.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     names = [short(name, 24) for name in comparison.names]
     plane.set_xlabel(f"A  {names[0]}", fontsize=8, color=INK, parse_math=False)
     plane.set_ylabel(f"B  {names[1]}", fontsize=8, color=INK, parse_math=False)
-    strip.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    strip.set_yticks(
-        range(len(labels)), [short(label, 18) for label in labels], fontsize=8, color=INK, parse_math=False
-    )
-    strip.set_ylim(len(labels) - 0.5, -0.5)
-    strip.set_xlabel("B − A; bar: median and middle half", fontsize=8, color=INK)
-    for axes, title in ((plane, f"{measure.title}: one point per image"), (strip, "Difference on each image")):
-        axes.set_title(title, fontsize=9, color=INK, loc="left", weight="bold", pad=8)
-        axes.tick_params(labelsize=7, colors=MUTED, length=0)
-        axes.grid(color="#e6eaed", linewidth=0.7)
-        axes.set_axisbelow(True)
-        for spine in axes.spines.values():
-            spine.set(color=RULE, linewidth=0.8)
+    gaps.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    gaps.set_yticks(range(len(labels)), [short(label, 18) for label in labels], fontsize=8, color=INK, parse_math=False)
+    gaps.set_ylim(len(labels) - 0.5, -0.5)
+    gaps.set_xlabel("B − A; bar: median and middle half", fontsize=8, color=INK)
+    style(plane, f"{measure.title}: one point per image")
+    style(gaps, "Difference on each image")
     return png(figure)
 
 
-def _spread(axes: Axes, y: float, gaps: NDArray[np.float64], colour: str) -> None:
-    golden = (np.arange(len(gaps)) * 0.6180339887) % 1  # even and deterministic jitter
-    axes.scatter(np.sort(gaps), y + 0.3 * (2 * golden - 1), s=8, color=colour, alpha=0.5, linewidths=0)
-    low, middle, high = np.quantile(gaps, [0.25, 0.5, 0.75])
-    axes.plot([low, high], [y, y], color=INK, linewidth=2.4, solid_capstyle="butt")
-    axes.plot([middle, middle], [y - 0.24, y + 0.24], color=INK, linewidth=1.4)
-
-
-def render(
-    comparison: Comparison,
-    measure: ComparedMetric,
-    groups: list[tuple[str, list[ExampleImage]]],
-    limit: float,
-    unreadable: int,
-) -> str:
-    """The page as HTML."""
-    settings = [(plain(name), setting_text(in_a), setting_text(in_b)) for name, in_a, in_b in comparison.settings]
+def settings_table(comparison: Comparison) -> Table:
+    """The settings that differ."""
+    rows = [(plain(name), setting_text(in_a), setting_text(in_b)) for name, in_a, in_b in comparison.settings]
     heads = ("setting", f"A {comparison.names[0]}", f"B {comparison.names[1]}")
+    return text_table("settings", "Settings that differ", "", heads, rows, "reasons sides")
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print the settings that differ, the differences over all classes, the counts and the notes."""
+    console = console or terminal()
+    counts, numbers = comparison.counts, difference_table(comparison)
+    print_lines(console, [f"A  {comparison.a.store.uri}", f"B  {comparison.b.store.uri}"])
+    print_table(console, settings_table(comparison))
+    title = f"Difference, {numbers.groups[0].title}"
+    print_table(console, replace(numbers, title=title, groups=numbers.groups[:1]), intervals=True)
+    other = counts["same_name_other_bytes"]
+    left_out = f", {other} with the same name but other bytes (left out)" if other else ""
+    text = f"{counts['pairs']} images in both runs, {counts['only_in_a']} in A only, {counts['only_in_b']} in B only"
+    print_lines(console, [text + left_out, *(f"note: {note}" for note in comparison.notes)])
+
+
+def render(comparison: Comparison, measure: ComparedMetric, groups: list[Examples], unreadable: int) -> str:
+    """The page as HTML."""
     values = {
         "title": f"{' and '.join(comparison.names)} · diffva comparison",
         "names": comparison.names,
@@ -340,16 +307,12 @@ def render(
         ],
         "counts": comparison.counts,
         "notes": comparison.notes,
-        "settings": text_table("settings", "Settings that differ", "", heads, settings, "reasons sides"),
+        "settings": settings_table(comparison),
         "cards": cards(comparison),
         "table": difference_table(comparison),
         "measure": measure.title,
         "scatter": SCATTER,
         "groups": groups,
-        "limit": limit,
         "unreadable": unreadable,
-        "outlined": any(
-            caption == LESION for _, images in groups for image in images for caption, _, _ in image.panels
-        ),
     }
     return render_page("comparison.html", ("page.css", "comparison.css"), values)

@@ -21,10 +21,10 @@ from skimage.measure import approximate_polygon, find_contours
 
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import BadImage, decode, decode_map, to_square
-from diffva_ray.evaluate.records import Boxes, finished, grey, read_truth
+from diffva_ray.evaluate.records import Boxes, as_records, finished, grey, read_truth
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import positive, score
-from diffva_ray.schema import Row
+from diffva_ray.schema import Record
 
 FOLDER = "report/images"
 MAX_LISTED = 20_000  # records in the viewer
@@ -54,11 +54,12 @@ class Palette:
 
     limit: float  # |M| of the full colour
 
-    def key(self, row: Row, boxes: Boxes) -> str:
+    def key(self, row: Record, boxes: Boxes) -> str:
         """A key that changes whenever the panels of ``row`` do."""
-        columns = ("image_sha256", "counterfactual_sha256", "attribution_sha256", "lesion_mask_path",
-                   "ground_truth_path")  # fmt: skip
-        parts = [PANELS_VERSION, self.limit, boxes.get(row["image_path"]), *(row[name] for name in columns)]
+        parts = [
+            PANELS_VERSION, self.limit, boxes.get(row["image_path"]), row["image_sha256"],
+            row["counterfactual_sha256"], row["attribution_sha256"], row["lesion_mask_path"], row["ground_truth_path"],
+        ]  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
 
 
@@ -77,7 +78,7 @@ def max_listed(resolution: int) -> int:
     return min(MAX_LISTED, MAX_PIXELS // min(resolution, MAX_SIDE) ** 2)
 
 
-def sample(records: pd.DataFrame, limit: int) -> list[Row]:
+def sample(records: pd.DataFrame, limit: int) -> list[Record]:
     """At most ``limit`` records with status ``ok``, in their order: evenly over classes as far as their sizes allow,
     and within a class evenly over the range of SSIM. The result is deterministic."""
     ok = finished(records)
@@ -88,7 +89,7 @@ def sample(records: pd.DataFrame, limit: int) -> list[Row]:
             members = ranked[ranked["label"] == label]
             kept += members.index[np.linspace(0, len(members) - 1, share).round().astype(int)].tolist()
         ok = ok.loc[sorted(kept)]
-    return ok.to_dict("records")
+    return as_records(ok)
 
 
 def shares(counts: dict[str, int], limit: int) -> dict[str, int]:
@@ -101,7 +102,7 @@ def shares(counts: dict[str, int], limit: int) -> dict[str, int]:
 
 
 def write_panels(
-    run: Run, rows: Sequence[Row], palette: Palette, boxes: Boxes, earlier: dict[str, PanelFiles]
+    run: Run, rows: Sequence[Record], palette: Palette, boxes: Boxes, earlier: dict[str, PanelFiles]
 ) -> dict[str, PanelFiles]:
     """Write the panels of ``rows`` below ``report/images`` and return them by record id.
 
@@ -114,7 +115,7 @@ def write_panels(
     def files(record: str, key: str) -> set[str]:
         return {strip_file(record, key, size), map_file(record, key)}
 
-    def panels_of(row: Row) -> PanelFiles | None:
+    def panels_of(row: Record) -> PanelFiles | None:
         old = earlier.get(row["record_id"])
         key = palette.key(row, boxes)
         if old is not None and old.key == key and files(row["record_id"], key) <= existing:
@@ -134,7 +135,7 @@ def write_panels(
     return results
 
 
-def _write(run: Run, row: Row, key: str, palette: Palette, boxes: Boxes) -> PanelFiles | None:
+def _write(run: Run, row: Record, key: str, palette: Palette, boxes: Boxes) -> PanelFiles | None:
     size, record = run.recipe.model.resolution, row["record_id"]
     try:
         image = to_square(decode(run.data.read(row["image_path"]), bits=run.recipe.data.bits), size)

@@ -14,6 +14,8 @@ from diffva_ray.evaluate.judge_quality import wilson
 from diffva_ray.evaluate.tables import ALL, overall
 from diffva_ray.schema import Row
 
+INTERVAL = "95% interval"  # heading of columns with intervals
+
 
 @dataclass(frozen=True)
 class Card:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -16,7 +18,7 @@ import pyarrow.compute as pc
 from diffva_ray.evaluate import figures
 from diffva_ray.evaluate.annotations import lesion_boxes
 from diffva_ray.evaluate.figures import map_scale, own_boxes, settings_line, write_figures
-from diffva_ray.evaluate.records import finished, reduced_metrics
+from diffva_ray.evaluate.records import as_records, finished, reduced_metrics
 from diffva_ray.evaluate.report.assets import render_page, viewer_script
 from diffva_ray.evaluate.report.catalogue import attempts, counts, read_earlier, write_catalogue
 from diffva_ray.evaluate.report.charts import charts
@@ -35,8 +37,9 @@ from diffva_ray.evaluate.tables import known
 from diffva_ray.generate.committed import committed, parts
 from diffva_ray.generate.run import SUCCESS, Run
 from diffva_ray.model.card import UnusableModel, read_card
-from diffva_ray.schema import RECORDS, Row, Status
-from diffva_ray.storage.store import join, open_store
+from diffva_ray.schema import RECORDS, Record, Row, Status
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import join
 
 PAGE = "report/index.html"
 MAX_QUARANTINE_ROWS = 100  # of the quarantine table
@@ -63,7 +66,7 @@ class Contents:
     """The files beside the page."""
 
     index_files: int  # number of index files
-    listed: list[Row]  # records in the viewer
+    listed: list[Record]  # records in the viewer
     bad_listed: int  # quarantined records among them
     panels: dict[str, PanelFiles]  # by record id
     limit: float  # of the map colours
@@ -71,20 +74,11 @@ class Contents:
 
 
 def write_report(run: Run, listed: int | None = None, boxes: str | None = None) -> str:
-    """Write figures and page of a run, finished or not, and replace earlier ones; panels still valid are kept.
+    """Write figures and page of a run, finished or not, replace earlier ones, and return the URI of the page; panels
+    still valid are kept.
 
-    Args:
-        run: The run. Without tables (before ``diffva reduce``) the page has none.
-        listed: Largest number of ok records in the viewer; None: as many as the image size allows.
-        boxes: CSV of lesion boxes; None: the boxes of the data set.
-
-    Returns:
-        URI of the page.
-
-    Raises:
-        OSError: The run cannot be read or written.
-        UnusableData: The boxes are of other images.
-    """
+    ``listed``: largest number of ok records in the viewer (None: as many as the image size allows); ``boxes``: CSV of
+    lesion boxes (None: those of the data set). Raises UnusableData for boxes of other images."""
     records = committed(run, PAGE_COLUMNS).to_pandas()
     write_figures(run, records)
     contents = write_contents(run, records, listed, boxes)
@@ -116,11 +110,11 @@ def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None, c
     return Contents(write_catalogue(run, rows, panels, about, varied), rows, len(failed), panels, limit, len(good))
 
 
-def whole(run: Run, ids: set[str]) -> list[Row]:
+def whole(run: Run, ids: set[str]) -> list[Record]:
     """All columns of the records ``ids``, in plan order."""
     wanted = pa.array(sorted(ids), pa.string())
     kept = [table.filter(pc.is_in(table["record_id"], wanted)) for _, table in parts(run, RECORDS.names)]
-    return pa.concat_tables(kept).to_pandas().to_dict("records") if kept else []
+    return as_records(pa.concat_tables(kept).to_pandas()) if kept else []
 
 
 def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
@@ -192,7 +186,7 @@ def cases(run: Run, records: pd.DataFrame, panels: dict[str, PanelFiles]) -> lis
     return results
 
 
-def varied_settings(run: Run, row: Row) -> str:
+def varied_settings(run: Run, row: Mapping[str, Any]) -> str:
     """The swept settings and the sample number that distinguish a record from others of its image."""
     keys = [str(key) for key, _ in run.keys["sweep"]]
     parts_of_text = [f"{plain(key)} {row[key]}" for key in keys if row.get(key) is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,11 +48,13 @@ def engine_with(model: Path, scale: float) -> CounterfactualEngine:
     return CounterfactualEngine(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
 
 
-def generate(engine: CounterfactualEngine, steps: int = 8, **changes: object) -> CounterfactualBatch:
-    settings = replace(
-        engine.settings(), method="classifier-guided", scheduler="ddim", num_inference_steps=steps, **changes
+def generate(
+    engine: CounterfactualEngine, steps: int = 8, prompt: str = "normal chest scan", **changes: object
+) -> CounterfactualBatch:
+    settings = engine.settings.replace(
+        method="classifier-guided", scheduler="ddim", num_inference_steps=steps, **changes
     )
-    return engine(IMAGES, [settings] * len(IMAGES), [1, 2, 3])
+    return engine(IMAGES, [1, 2, 3], [prompt] * 3, settings)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

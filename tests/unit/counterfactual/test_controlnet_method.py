@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,8 @@ from PIL import Image
 
 from diffva_ray.config.generation import ControlNetConfig
 from diffva_ray.config.recipe import Recipe
-from diffva_ray.counterfactual.engine import CounterfactualEngine, SamplingSettings
+from diffva_ray.config.sampling import SamplingSettings
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.conditions import condition
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import Bundle, build, load
@@ -23,7 +23,6 @@ PHANTOMS = [phantom(label, n, seed=1, size=32) for n, label in enumerate(["COVID
 IMAGES = [np.round(each.image * 255).astype(np.float32) / 255 for each in PHANTOMS]
 LUNGS = [each.lungs for each in PHANTOMS]
 SETTINGS = SamplingSettings(
-    prompt="normal chest scan",
     method="controlnet",
     scheduler="ddim",
     strength=0.6,
@@ -55,12 +54,12 @@ def engine_with(bundle: Bundle, network: ControlNetModel, **options: float) -> C
 
 
 def generate(engine: CounterfactualEngine, settings: SamplingSettings = SETTINGS) -> np.ndarray:
-    return engine(IMAGES, [settings] * 3, seeds=[1, 2, 3], lungs=LUNGS).counterfactuals
+    return engine(IMAGES, [1, 2, 3], settings=settings, lungs=LUNGS).counterfactuals
 
 
 def test_an_untrained_controlnet_is_sdedit(tiny: Recipe) -> None:
     engine = engine_with(build(tiny), untrained(build(tiny)))
-    assert np.array_equal(generate(engine), generate(engine, replace(SETTINGS, method="sdedit")))
+    assert np.array_equal(generate(engine), generate(engine, SETTINGS.replace(method="sdedit")))
 
 
 @pytest.mark.parametrize("options", [{"conditioning_scale": 0.0}, {"start": 1.0}, {"end": 0.0}])
@@ -68,7 +67,7 @@ def test_switched_off_it_is_sdedit(tiny: Recipe, options: dict[str, float]) -> N
     bundle = build(tiny)
     off = generate(engine_with(bundle, randomised(bundle), **options))
     on = generate(engine_with(bundle, randomised(bundle)))
-    assert np.array_equal(off, generate(engine_with(bundle, randomised(bundle)), replace(SETTINGS, method="sdedit")))
+    assert np.array_equal(off, generate(engine_with(bundle, randomised(bundle)), SETTINGS.replace(method="sdedit")))
     assert not np.array_equal(off, on)
 
 
@@ -79,7 +78,7 @@ def test_switched_off_it_is_sdedit(tiny: Recipe, options: dict[str, float]) -> N
 def test_it_is_the_controlnet_img2img_pipeline(tiny: Recipe, guidance: float, options: dict[str, float]) -> None:
     bundle = build(tiny)
     network = randomised(bundle)
-    ours = generate(engine_with(bundle, network, **options), replace(SETTINGS, guidance_scale=guidance))
+    ours = generate(engine_with(bundle, network, **options), SETTINGS.replace(guidance_scale=guidance))
     pipeline = StableDiffusionControlNetImg2ImgPipeline(
         vae=bundle.vae,
         text_encoder=bundle.text_encoder,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,22 +12,23 @@ from diffusers import PNDMScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from diffva_ray.config.recipe import Recipe
+from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.attribution import attribution, energy
-from diffva_ray.counterfactual.engine import CounterfactualEngine, SamplingSettings
+from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import Bundle, build
 
 IMAGES = [phantom(label, n, seed=1, size=32).image for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
 
 SETTINGS = SamplingSettings(
-    prompt="normal chest scan",
     method="sdedit",
     scheduler="ddim",
     strength=0.7,
     guidance_scale=3.0,
     num_inference_steps=6,
 )
-UNEDITED = replace(SETTINGS, prompt="", strength=0.5, guidance_scale=1.0)
+UNEDITED = SETTINGS.replace(strength=0.5, guidance_scale=1.0)
+HEALTHY, ILL = "normal chest scan", "COVID 19"
 
 
 @pytest.fixture
@@ -48,11 +48,11 @@ def test_pndm_diffusers_is_the_img2img_pipeline(tiny: Recipe, steps: int, streng
     bundle = build(tiny)
     changes = {"posterior": "sample", "micro_batch": 3, "source_prompt": "", "negative_prompt": ""}
     engine = CounterfactualEngine(bundle, bundle.recipe.generate.model_copy(update=changes), "cpu")
-    settings = replace(
-        SETTINGS, scheduler="pndm-diffusers", strength=strength, guidance_scale=guidance, num_inference_steps=steps
+    settings = SETTINGS.replace(
+        scheduler="pndm-diffusers", strength=strength, guidance_scale=guidance, num_inference_steps=steps
     )
     images = [np.round(image * 255).astype(np.float32) / 255 for image in IMAGES]
-    ours = engine(images, [settings] * 3, seeds=[1, 2, 3]).counterfactuals
+    ours = engine(images, [1, 2, 3], settings=settings).counterfactuals
 
     pipeline = StableDiffusionImg2ImgPipeline(
         vae=bundle.vae,
@@ -84,28 +84,27 @@ def test_pndm_diffusers_is_the_img2img_pipeline(tiny: Recipe, steps: int, streng
      *((name, "pndm") for name in ("vant-gan", "ant-gan"))],
 )  # fmt: skip
 def test_neighbours_slots_and_padding_change_nothing(engine: CounterfactualEngine, method: str, scheduler: str) -> None:
-    settings = replace(SETTINGS, method=method, scheduler=scheduler)
-    other = replace(settings, prompt="COVID 19")
-    together = engine(IMAGES, [settings, other, settings], seeds=[5, 6, 7]).counterfactuals
-    alone = engine([IMAGES[0]], [settings], seeds=[5]).counterfactuals[0]
-    moved = engine([IMAGES[2], IMAGES[1], IMAGES[0]], [other, other, settings], seeds=[9, 6, 5]).counterfactuals[2]
+    settings = SETTINGS.replace(method=method, scheduler=scheduler)
+    together = engine(IMAGES, [5, 6, 7], [HEALTHY, ILL, HEALTHY], settings).counterfactuals
+    alone = engine([IMAGES[0]], [5], [HEALTHY], settings).counterfactuals[0]
+    moved = engine([IMAGES[2], IMAGES[1], IMAGES[0]], [9, 6, 5], [ILL, ILL, HEALTHY], settings).counterfactuals[2]
     assert np.array_equal(together[0], alone)
     assert np.array_equal(together[0], moved)
 
 
 def test_a_compiled_engine_uses_no_hooks_and_gives_the_same_images(engine: CounterfactualEngine) -> None:
     """With Dynamo forced to run eagerly; a slow test covers the rounding of compiled code."""
-    plain = engine(IMAGES, [SETTINGS] * 3, seeds=[5, 6, 7]).counterfactuals
+    plain = engine(IMAGES, [5, 6, 7], settings=SETTINGS).counterfactuals
     bundle = copy.deepcopy(engine.bundle)
     compiled = CounterfactualEngine(bundle, engine.config, "cpu")
     compiled.compile()
     assert bundle.unet._compiled_call_impl is not None
     with torch.compiler.set_stance("force_eager"):
-        assert compiled(IMAGES, [SETTINGS] * 3, seeds=[5, 6, 7]).counterfactuals == pytest.approx(plain, abs=1e-5)
+        assert compiled(IMAGES, [5, 6, 7], settings=SETTINGS).counterfactuals == pytest.approx(plain, abs=1e-5)
 
 
 def test_noise_depends_on_the_images_own_seed(engine: CounterfactualEngine) -> None:
-    one, two, again = engine([IMAGES[0]] * 3, [SETTINGS] * 3, seeds=[1, 2, 1]).counterfactuals
+    one, two, again = engine([IMAGES[0]] * 3, [1, 2, 1], settings=SETTINGS).counterfactuals
     assert np.array_equal(one, again)
     assert not np.array_equal(one, two)
 
@@ -114,28 +113,28 @@ def test_inversion_without_guidance_returns_to_the_autoencoders_image(engine: Co
     """Encoding and decoding under one prompt cancel, the better the more steps."""
     gaps = []
     for steps in (10, 100):
-        settings = replace(UNEDITED, method="ddim-inversion", num_inference_steps=steps)
-        counterfactuals = engine(IMAGES, [settings] * 3, seeds=[0, 0, 0])
+        settings = UNEDITED.replace(method="ddim-inversion", num_inference_steps=steps)
+        counterfactuals = engine(IMAGES, [0, 0, 0], [""] * 3, settings)
         gaps.append(np.abs(counterfactuals.counterfactuals - counterfactuals.reconstructions).mean())
     assert gaps[1] < gaps[0]
     assert gaps[1] < 0.02
 
 
 def test_cycle_without_guidance_returns_to_the_autoencoders_image_exactly(engine: CounterfactualEngine) -> None:
-    settings = replace(UNEDITED, method="cycle")
+    settings = UNEDITED.replace(method="cycle")
     generate = CounterfactualEngine(engine.bundle, engine.config.model_copy(update={"source_prompt": ""}))
-    counterfactuals = generate(IMAGES, [settings] * 3, seeds=[1, 2, 3])
+    counterfactuals = generate(IMAGES, [1, 2, 3], [""] * 3, settings)
     assert counterfactuals.counterfactuals == pytest.approx(counterfactuals.reconstructions, abs=1e-4)
 
 
 @pytest.mark.parametrize("scheduler", ["dpmsolver++", "unipc", "euler"])
 def test_solvers_converge_to_the_same_counterfactual(engine: CounterfactualEngine, scheduler: str) -> None:
     """All solve the same differential equation, so with many steps they agree with DDIM."""
-    ill = replace(SETTINGS, prompt="COVID 19", strength=0.5, guidance_scale=2.0)
+    settings = SETTINGS.replace(strength=0.5, guidance_scale=2.0)
     few, many = (
         np.abs(
-            engine([IMAGES[0]], [replace(ill, scheduler=name, num_inference_steps=steps)], [3]).counterfactuals
-            - engine([IMAGES[0]], [replace(ill, num_inference_steps=200)], [3]).counterfactuals
+            engine([IMAGES[0]], [3], [ILL], settings.replace(scheduler=name, num_inference_steps=steps)).counterfactuals
+            - engine([IMAGES[0]], [3], [ILL], settings.replace(num_inference_steps=200)).counterfactuals
         ).mean()
         for name, steps in ((scheduler, 6), (scheduler, 100))
     )
@@ -144,9 +143,8 @@ def test_solvers_converge_to_the_same_counterfactual(engine: CounterfactualEngin
 
 
 def test_the_prompt_matters(engine: CounterfactualEngine) -> None:
-    healthy = replace(SETTINGS, guidance_scale=5.0)
-    ill = replace(healthy, prompt="COVID 19")
-    one, two = engine([IMAGES[0]] * 2, [healthy, ill], seeds=[1, 1]).counterfactuals
+    settings = SETTINGS.replace(guidance_scale=5.0)
+    one, two = engine([IMAGES[0]] * 2, [1, 1], [HEALTHY, ILL], settings).counterfactuals
     assert not np.array_equal(one, two)
 
 
@@ -162,11 +160,10 @@ def test_the_prompt_matters(engine: CounterfactualEngine) -> None:
     ],
 )
 def test_unusable_settings_are_named(engine: CounterfactualEngine, change: dict, reason: str) -> None:
-    settings = replace(SETTINGS, **{"scheduler": "pndm", **change})
     with pytest.raises(ValueError, match=reason):
-        engine([IMAGES[0]], [settings], [0])
+        engine([IMAGES[0]], [0], settings=SETTINGS.replace(**{"scheduler": "pndm", **change}))
     with pytest.raises(ValueError, match="1 to 4 images"):
-        engine(IMAGES * 2, [settings] * 6, [0] * 6)
+        engine(IMAGES * 2, [0] * 6)
 
 
 def test_maps_are_signed_differences(engine: CounterfactualEngine) -> None:

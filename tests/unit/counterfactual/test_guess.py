@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,11 +43,10 @@ def test_the_engine_returns_the_guessed_source_prompts(model: Path) -> None:
     bundle = load(str(model))
     engine = CounterfactualEngine(bundle, bundle.recipe.generate, "cpu")
     images = [phantom(label, 1, size=32).image for label in ("COVID", "Normal")]
-    settings = engine.settings()
-    counterfactuals = engine(images, [settings] * 2, seeds=[1, 2])
+    counterfactuals = engine(images, seeds=[1, 2])
     data = bundle.recipe.data
     prompts_or_empty = {"", *(data.prompt(label) for label in data.prompts if label != data.healthy_class)}
     assert set(counterfactuals.source_prompts) <= prompts_or_empty
-    alone = engine([images[1]], [replace(settings)], seeds=[2])
+    alone = engine([images[1]], seeds=[2])
     assert alone.source_prompts[0] == counterfactuals.source_prompts[1]
     assert np.array_equal(alone.counterfactuals[0], counterfactuals.counterfactuals[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,9 +33,9 @@ def engine_with(model: Path, **changes: object) -> CounterfactualEngine:
     return CounterfactualEngine(bundle, config, "cpu")
 
 
-def generate(engine: CounterfactualEngine, **changes: object):
-    settings = replace(engine.settings(), **{"method": "masked", "scheduler": "ddim", **changes})
-    return engine(IMAGES, [settings] * len(IMAGES), [1, 2, 3], LUNGS)
+def generate(engine: CounterfactualEngine, prompt: str = "normal chest scan", **changes: object):
+    settings = engine.settings.replace(**{"method": "masked", "scheduler": "ddim", **changes})
+    return engine(IMAGES, [1, 2, 3], [prompt] * len(IMAGES), settings, LUNGS)
 
 
 @pytest.mark.parametrize("source", ["lungs", "derived", "difference"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,9 +73,9 @@ def test_shortcuts_from_end_to_end(bundle: Bundle, method: str) -> None:
         config = bundle.recipe.generate.model_copy(update={"acceleration": AccelerationConfig(**shortcuts),
                                                            "source_prompt": "COVID 19"})  # fmt: skip
         generate = CounterfactualEngine(bundle, config, "cpu")
-        one = replace(generate.settings(), method=method, scheduler="ddim", strength=0.8, num_inference_steps=8,
-                      guidance_scale=scale)  # fmt: skip
-        return generate(IMAGES, [one] * 3, seeds=[1, 2, 3]).counterfactuals
+        settings = {"method": method, "scheduler": "ddim", "strength": 0.8, "num_inference_steps": 8}
+        settings |= {"guidance_scale": scale}
+        return generate(IMAGES, [1, 2, 3], settings=generate.settings.replace(**settings)).counterfactuals
 
     plain, unguided = counterfactuals(), counterfactuals(1.0)
     assert np.array_equal(counterfactuals(guidance_start=0.0, guidance_end=1.0, deep_features_every=1), plain)

@@ -13,7 +13,8 @@ from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data import boxes, datasets
 from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.storage.store import Entry, LocalStore
+from diffva_ray.storage.local import LocalStore
+from diffva_ray.storage.store import Entry
 
 KAGGLE = "COVID-19_Radiography_Dataset"
 PACK = Path(__file__).parents[4] / "shared" / "data"

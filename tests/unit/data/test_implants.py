@@ -19,7 +19,7 @@ from diffva_ray.data.images import decode, decode_mask, to_square
 from diffva_ray.data.implants import INSIDE_LUNGS, Host, Lungs, NoLungs, implant, implant_set
 from diffva_ray.data.lungs import find_lungs
 from diffva_ray.data.phantoms import phantom
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 SIZE = 64
 

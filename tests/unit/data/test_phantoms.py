@@ -11,7 +11,7 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.phantoms import ALL_CLASSES, CLASSES, VERSION, phantom, phantom_set
 from diffva_ray.metrics.localization import score
 from diffva_ray.metrics.ssim import psnr
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 ABNORMAL = CLASSES[1:]
 

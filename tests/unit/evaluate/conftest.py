@@ -20,7 +20,7 @@ from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request, make_plan
 from diffva_ray.generate.run import FOLDERS, Run, part, start_run
 from diffva_ray.schema import RECORDS
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 SIZE = 16
 HOSTILE = '<script>alert("x")</script>&$\\frac{'  # markup, and mathematics that matplotlib cannot parse
@@ -87,7 +87,7 @@ def _image(data: LocalStore, label: str, n: int, random: np.random.Generator) ->
 
 def _commit(run: Run, shard: int, bad: dict[str, str], judged: bool, random: np.random.Generator) -> None:
     rows: list[dict[str, Any]] = []
-    for row in run.shard_rows(shard):
+    for row in run.planned(shard):
         reason = next((why for name, why in bad.items() if name in row["image_path"]), None)
         if reason is not None:
             rows.append({**row, "status": "bad_image", "error": reason})

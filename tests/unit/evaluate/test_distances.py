@@ -17,7 +17,7 @@ from diffva_ray.generate.run import open_run
 from diffva_ray.metrics.feature_set import release
 from diffva_ray.metrics.features import stand_in
 from diffva_ray.metrics.fid import frechet_distance_features
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import generate_run
 

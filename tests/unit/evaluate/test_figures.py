@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffva_ray.config.recipe import DataConfig
-from diffva_ray.evaluate import figures
+from diffva_ray.evaluate import drawing
 from diffva_ray.evaluate.direction import induces
 from diffva_ray.evaluate.drawing import diverging, overlay
 from diffva_ray.evaluate.figures import (
@@ -78,8 +78,13 @@ def test_the_sign_of_the_overlay_follows_the_prompt(
 ) -> None:
     """The healthy prompt removes findings; the prompt of a finding induces it."""
     captions: list[str] = []
-    fill = figures.textwrap.wrap
-    monkeypatch.setattr(figures.textwrap, "wrap", lambda text, width: captions.append(text) or fill(text, width))
+    fill = drawing.textwrap.wrap
+
+    def wrap(text: str, width: int, **more: object) -> list[str]:
+        captions.append(text)
+        return fill(text, width, **more)
+
+    monkeypatch.setattr(drawing.textwrap, "wrap", wrap)
     run = make_run(prompt=prompt, labels=labels)
     figure_grid(run)
     assert f"Red: {red}" in captions[0]

@@ -365,7 +365,7 @@ def test_every_try_of_a_retried_record_is_told(make_run: MakeRun) -> None:
     run = make_run(bad={"05.png": "truncated PNG"})
     retry = start_retry(run)
     assert retry is not None
-    rows = [{**row, "status": "missing", "error": "the image has gone"} for row in retry.shard_rows(0)]
+    rows = [{**row, "status": "missing", "error": "the image has gone"} for row in retry.planned(0)]
     sink = io.BytesIO()
     pq.write_table(
         pa.Table.from_pylist([{name: row.get(name) for name in RECORDS.names} for row in rows], schema=RECORDS), sink

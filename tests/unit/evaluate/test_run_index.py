@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffva_ray.config.recipe import Recipe
+from diffva_ray.config.sampling import SWEEPABLE
 from diffva_ray.evaluate import run_index as module
 from diffva_ray.evaluate.records import read_records, stored_records
 from diffva_ray.evaluate.run_index import index_run
-from diffva_ray.generate.plan import SWEPT, Request
+from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run, open_run
 from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import generate_run
@@ -83,7 +84,7 @@ def swept(tiny: Recipe, images: Path, model: Path, tmp_path_factory: pytest.Temp
 
 def test_settings_of_a_sweep_have_names(swept: Run) -> None:
     found, records = index_run(swept), read_records(swept)
-    names = [found.settings[tuple(row)] for row in records[list(SWEPT)].itertuples(index=False)]
+    names = [found.settings[tuple(row)] for row in records[list(SWEEPABLE)].itertuples(index=False)]
     assert found.frame["setting"].tolist() == names
     assert len(set(names)) == 4
     assert "strength 0.3, “COVID 19”" in names

@@ -14,5 +14,5 @@ def test_a_class_that_looks_like_markup_is_printed_as_it_is() -> None:
     rows = [{"label": label, "n": 3, "flip_rate": 0.5} for label in ("[ill]", "[/bold]")]
     metrics = {"validity": rows, "records": {"planned": 6, "ok": 6, "quarantined": 0}, "notes": ["[a note]"]}
     print_summary(metrics, Console(file=sink, width=80))
-    for text in ("[ill]", "[/bold]", "[a note]", "0.500"):
+    for text in ("[ill]", "[/bold]", "[a note]", "50.0 %"):
         assert text in sink.getvalue()

@@ -17,7 +17,7 @@ from diffva_ray.evaluate.reduction import Options, reduce_run
 from diffva_ray.generate.run import Run
 from diffva_ray.model.card import read_card
 from diffva_ray.model.training_images import TrainingImages
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 
 def teach(run: Run, paths: list[str]) -> None:

@@ -74,7 +74,7 @@ def test_a_run_of_the_same_image_has_the_same_pixels_and_numbers(image: Path, mo
 def test_the_seed_depends_on_the_file_name(image: Path, model: Path, explanation: Explanation) -> None:
     engine = CounterfactualEngine.from_pretrained(str(model), "cpu")
     square = to_square(decode(image.read_bytes()), engine.size)
-    counterfactuals = engine([square], [engine.settings(HEALTHY)], [record_seed(0, image.name, 0)])
+    counterfactuals = engine([square], [record_seed(0, image.name, 0)], [HEALTHY])
     np.testing.assert_array_equal(explanation.answers[0].counterfactual, quantise(counterfactuals.counterfactuals[0]))
 
 

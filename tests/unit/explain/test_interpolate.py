@@ -33,7 +33,7 @@ def test_the_ends_are_the_two_prompts_and_the_distance_grows(engine: Counterfact
     weights = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]  # more than a micro-batch
     strip = between_prompts(engine, ILL, "COVID 19", "normal chest scan", weights, 5)
     for end, prompt in ((0, "COVID 19"), (-1, "normal chest scan")):
-        alone = engine([ILL], [engine.settings(prompt)], [5]).counterfactuals[0]
+        alone = engine([ILL], [5], [prompt]).counterfactuals[0]
         assert np.array_equal(strip.counterfactuals[end], alone)
     away = [np.abs(image - strip.counterfactuals[0]).mean() for image in strip.counterfactuals]
     assert away == sorted(away)
@@ -42,7 +42,7 @@ def test_the_ends_are_the_two_prompts_and_the_distance_grows(engine: Counterfact
 
 def test_without_a_prompt_the_ends_are_the_images(engine: CounterfactualEngine) -> None:
     strip = between_images(engine, ILL, HEALTHY, [0.0, 0.5, 1.0])
-    ends = [engine([image], [engine.settings()], [0]).reconstructions[0] for image in (ILL, HEALTHY)]
+    ends = [engine([image], [0]).reconstructions[0] for image in (ILL, HEALTHY)]
     apart = np.abs(ends[0] - ends[1]).mean()
     for image, end in zip(strip[::2], ends):
         assert np.abs(image - end).mean() < 0.2 * apart

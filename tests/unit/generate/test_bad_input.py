@@ -30,7 +30,7 @@ from diffva_ray.evaluate.records import read_records
 from diffva_ray.generate.run import Run, find_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.schema import Status
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 DAMAGED = 1000
 SECONDS = 300  # for all three runs; they take about 25, and an image that hangs would take for ever

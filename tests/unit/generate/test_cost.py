@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -16,7 +15,8 @@ from click.testing import CliRunner
 from diffva_ray.cli import main
 from diffva_ray.config.generation import AccelerationConfig
 from diffva_ray.config.methods import METHODS
-from diffva_ray.config.recipe import GUESS, Recipe, Scheduler, load_recipe
+from diffva_ray.config.recipe import GUESS, Recipe, load_recipe
+from diffva_ray.config.sampling import Scheduler
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.counterfactual.guidance_difference import CALLS
 from diffva_ray.data.dataset import UnusableData
@@ -89,7 +89,7 @@ def test_estimated_calls_are_the_counted_calls(
             except PlanError:
                 continue
             made.update(dict.fromkeys(made, 0))
-            engine([image], [replace(engine.settings(), **settings)], seeds=[1])
+            engine([image], seeds=[1], settings=engine.settings.replace(**settings))
             expected = calls({**config.model_dump(), **settings}, len(bundle.recipe.data.prompts))
             assert made == expected._asdict(), settings
             seen += 1
@@ -110,7 +110,7 @@ def test_acceleration_saves_calls(
     made: list[int] = []
     watch = engine.bundle.unet.register_forward_pre_hook(lambda _, args: made.append(len(args[0])))
     settings = {"method": method, "strength": 0.8, "num_inference_steps": 10, "guidance_scale": 3.0}
-    engine([phantom("COVID", 1, size=32).image], [replace(engine.settings(), scheduler="ddim", **settings)], seeds=[1])
+    engine([phantom("COVID", 1, size=32).image], [1], settings=engine.settings.replace(scheduler="ddim", **settings))
     watch.remove()
     assert sum(made) == calls({**config.model_dump(), **settings}, 4).unet
 

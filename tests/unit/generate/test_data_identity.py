@@ -18,7 +18,7 @@ from diffva_ray.generate import shard
 from diffva_ray.generate.run import open_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.storage import store as storage
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 
 def diffva(*words: object) -> Result:

@@ -13,7 +13,7 @@ from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request, make_plan, parse_sweep
 from diffva_ray.generate.run import FingerprintDiffers, PlanError, continue_run, find_run, start_run
 from diffva_ray.schema import ENGINE
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_run_continues_only_as_it_was_planned(dataset, tiny: Recipe, tmp_path:
     store = LocalStore(str(tmp_path))
     run = start_run(store, make_plan(dataset, tiny, Request()), keys(tiny), {"recipe": tiny.model_dump(mode="json")})
     assert run.pending() == [0, 1]
-    assert [len(run.shard_rows(shard)) for shard in (0, 1)] == run.shard_sizes() == [6, 6]
+    assert [len(run.planned(shard)) for shard in (0, 1)] == run.shard_sizes() == [6, 6]
     again = find_run(store)
     assert again is not None
     assert again.recipe == tiny
@@ -129,7 +129,7 @@ def test_threads_read_shards_in_parallel(dataset, tiny: Recipe, tmp_path: Path) 
     assert run.shards == len(table)
     with ThreadPoolExecutor(8) as pool:
         for _ in range(5):
-            found = pool.map(run.shard_rows, range(run.shards))
+            found = pool.map(run.planned, range(run.shards))
             assert [row["record_id"] for rows in found for row in rows] == table["record_id"].to_pylist()
 
 
@@ -188,7 +188,7 @@ def test_a_worker_reads_its_shards_and_not_the_plan(
     run = find_run(store)
     assert run is not None
     store.bytes = 0
-    rows = run.shard_rows(40)
+    rows = run.planned(40)
     assert store.bytes < (tmp_path / "plan.parquet").stat().st_size * (0.6 if row_groups == 3 else 0.35)
     assert rows == table.slice(40 * 64, 64).to_pylist()
     assert run.shard_sizes() == [64] * 75
@@ -202,4 +202,4 @@ def test_a_replaced_plan_is_detected_when_a_shard_is_read(dataset, tiny: Recipe,
     start_run(other, make_plan(dataset, reseeded, Request()), keys(tiny), {})
     store.put("plan.parquet", other.read("plan.parquet"))
     with pytest.raises(PlanError, match=r"plan\.parquet"):
-        run.shard_rows(0)
+        run.planned(0)

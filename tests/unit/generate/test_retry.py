@@ -19,7 +19,7 @@ from diffva_ray.evaluate.run_index import index_run
 from diffva_ray.generate.committed import committed, overlays, start_retry
 from diffva_ray.generate.run import PlanError, Run, find_run
 from diffva_ray.generate.verification import requeue, verify
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 from diffva_ray.workflows.status import read_status
 
 BOUNDS = ("--set", "evaluate.max_quarantined_fraction=0.2")

@@ -27,7 +27,8 @@ from diffva_ray.generate.run import PlanError, find_run
 from diffva_ray.generate.shard import WorkerContext, run_shard
 from diffva_ray.generate.verification import requeue, verify
 from diffva_ray.metrics.ssim import ssim
-from diffva_ray.storage.store import LocalStore, StoreError
+from diffva_ray.storage.local import LocalStore
+from diffva_ray.storage.store import StoreError
 from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import generate_run
 

@@ -16,7 +16,8 @@ from diffva_ray.generate.plan import Request, make_plan
 from diffva_ray.generate.run import FingerprintDiffers, PlanError, Run, find_run, start_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.schema import record_seed
-from diffva_ray.storage.store import LocalStore, StoreError
+from diffva_ray.storage.local import LocalStore
+from diffva_ray.storage.store import StoreError
 
 
 def planned(images: Path, recipe: Recipe, store: LocalStore, limit: int | None = None) -> Run:
@@ -80,7 +81,7 @@ def test_the_plan_of_another_seed_is_detected_by_its_footer(images: Path, tiny: 
     run, _ = (planned(images, tiny.model_copy(update={"seed": seed}), store) for seed, store in enumerate(stores))
     stores[0].put("plan.parquet", stores[1].read("plan.parquet"))
     with pytest.raises(PlanError, match="not the plan"):
-        run.shard_rows(0)
+        run.planned(0)
 
 
 def test_two_commands_at_once(images: Path, model: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from diffva_ray.data.phantoms import phantom
 from diffva_ray.metrics.external_judges import OPACITIES, open_judge, open_judges
 from diffva_ray.metrics.features import resized
 from diffva_ray.metrics.validity import load_judge
-from diffva_ray.storage.store import open_store
+from diffva_ray.storage.opening import open_store
 
 IMAGES = np.stack([phantom(label, n, size=32).image for n, label in enumerate(("COVID", "Normal", "Lung_Opacity"))])
 ALL = "nih-pc-chex-mimic_ch-google-openi-kaggle-densenet121-d121-tw-lr001-rot45-tr15-sc15-seed0-best.pt"

@@ -13,7 +13,7 @@ import torch
 from diffva_ray.metrics import extractors
 from diffva_ray.metrics.features import resized
 from diffva_ray.metrics.validity import Judge, save_judge
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 
 @pytest.fixture(scope="module")

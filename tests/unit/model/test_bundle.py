@@ -15,7 +15,7 @@ from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.model import text
 from diffva_ray.model.bundle import build, load, save
 from diffva_ray.model.card import UnusableModel
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 
 def embedding(bundle, prompt: str) -> torch.Tensor:

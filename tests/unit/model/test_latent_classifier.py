@@ -10,7 +10,7 @@ import torch
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.model.bundle import build, load, save
 from diffva_ray.model.classifier import LatentClassifier
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 
 def classifier() -> LatentClassifier:

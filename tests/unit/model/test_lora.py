@@ -16,7 +16,7 @@ from diffva_ray.config.stages import LoraConfig
 from diffva_ray.model import lora, text
 from diffva_ray.model.bundle import Bundle, build, load, save
 from diffva_ray.model.card import UnusableModel, folder_digest
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 KINDS = ["radbert", "radbert-roberta", "pubmedclip"]
 

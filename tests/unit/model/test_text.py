@@ -20,7 +20,7 @@ from diffva_ray.config.recipe import Recipe, make_recipe
 from diffva_ray.model import text
 from diffva_ray.model.bundle import build, load, save
 from diffva_ray.model.card import UnusableModel
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 
 COMMIT = "62e979a" + "0" * 33
 

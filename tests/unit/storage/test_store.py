@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from diffva_ray.storage.store import LocalStore, StoreError, open_store
+from diffva_ray.storage.local import LocalStore
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import StoreError
 
 
 @pytest.fixture

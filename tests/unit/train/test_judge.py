@@ -15,7 +15,7 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.metrics.validity import Judge, calibration_error, fitted_temperature, load_judge, save_judge
 from diffva_ray.model.bundle import build
-from diffva_ray.storage.store import LocalStore
+from diffva_ray.storage.local import LocalStore
 from diffva_ray.train.judge import JudgeStage
 from diffva_ray.train.sampling import ImageSet, step_generator
 from diffva_ray.train.stage import Batch, StageContext

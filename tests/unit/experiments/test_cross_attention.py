@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cross_attention import cross_attention, cross_attention_maps, words
 from diffusers.models.attention_processor import Attention
 
-from diffva_ray.counterfactual.cross_attention import cross_attention, cross_attention_maps, words
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.phantoms import phantom
@@ -85,8 +85,7 @@ def engine(model: Path) -> CounterfactualEngine:
 
 def test_a_map_depends_on_its_image_only_and_the_model_is_unchanged(engine: CounterfactualEngine) -> None:
     """Six images exceed one micro-batch."""
-    settings = engine.settings("COVID 19")
-    before, processors = engine(IMAGES[:1], [settings], [3]), engine.bundle.unet.attn_processors
+    before, processors = engine(IMAGES[:1], [3], ["COVID 19"]), engine.bundle.unet.attn_processors
     prompts = ["COVID 19", "Lung Opacity", "COVID 19"] * 2
     together = cross_attention_maps(engine, IMAGES, prompts, [1, 2, 3, 4, 5, 6])
     alone = cross_attention_maps(engine, IMAGES[4:5], prompts[4:5], [5])
@@ -95,7 +94,7 @@ def test_a_map_depends_on_its_image_only_and_the_model_is_unchanged(engine: Coun
     assert np.array_equal(together[4], alone[0])
     assert not np.array_equal(together[4], cross_attention_maps(engine, IMAGES[4:5], ["COVID 19"], [5])[0])
     assert engine.bundle.unet.attn_processors == processors
-    assert np.array_equal(engine(IMAGES[:1], [settings], [3]).counterfactuals, before.counterfactuals)
+    assert np.array_equal(engine(IMAGES[:1], [3], ["COVID 19"]).counterfactuals, before.counterfactuals)
 
 
 def test_processors_are_restored_after_a_failure(engine: CounterfactualEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
-
-from diffva_ray.counterfactual.gradients import (
+from gradients import (
     BASELINES,
     BLUR,
     ImageClassifier,
@@ -18,6 +16,8 @@ from diffva_ray.counterfactual.gradients import (
     integrated_gradients,
     occlusion,
 )
+from torch import nn
+
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.metrics.localization import smooth

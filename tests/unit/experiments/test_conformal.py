@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-from diffva_ray.metrics.conformal import attributed, conformal_threshold
+from conformal import attributed, conformal_threshold
 
 
 def test_by_hand() -> None:

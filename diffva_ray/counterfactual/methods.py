@@ -1,0 +1,27 @@
+"""The counterfactual methods by name. ``config/methods.py`` has their schedulers, networks and costs, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from diffva_ray.counterfactual import (
+    classifier_guided,
+    controlnet,
+    cycle,
+    ddim_inversion,
+    masked,
+    one_pass,
+    sdedit,
+)
+from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion
+
+GENERATE: dict[str, Callable[[LatentDiffusion, Edit], Generated]] = {
+    "sdedit": sdedit.generate,
+    "ddim-inversion": ddim_inversion.generate,
+    "cycle": cycle.generate,
+    "masked": masked.generate,
+    "classifier-guided": classifier_guided.generate,
+    "controlnet": controlnet.generate,
+    "vant-gan": one_pass.vant_gan,
+    "ant-gan": one_pass.ant_gan,
+}
