@@ -44,7 +44,7 @@ def connect(cpus: int | None = None) -> Iterator[bool]:
     Within a process that is already connected, nothing is started or ended.
 
     Args:
-        cpus: Logical CPUs of a private cluster; by default those of the machine.
+        cpus: Logical CPUs of a private cluster; by default those that this process may use.
 
     Returns:
         A context manager whose value tells whether the cluster is a private one, which never grows.
@@ -114,7 +114,8 @@ def _connected(address: str | None, cpus: int | None) -> Iterator[bool]:
     private = not address or address == "local"
     options: dict[str, Any] = {"address": address}
     if private:
-        options = {"address": "local", "num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        options = {"address": "local", "num_cpus": cpus or _limited_cpus(), "include_dashboard": False,
+                   "_node_ip_address": "127.0.0.1"}  # fmt: skip
     with nullcontext() if verbose else _without_stderr():
         try:
             with _keep_sigterm():
@@ -129,6 +130,13 @@ def _connected(address: str | None, cpus: int | None) -> Iterator[bool]:
         yield private
     finally:
         ray.shutdown()
+
+
+def _limited_cpus() -> int | None:
+    """The number of cores that this process may use if that is a part of the machine (``taskset``, Slurm); otherwise
+    None, for Ray's own count, which respects the quota of a container."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return allowed if allowed != os.cpu_count() else None
 
 
 @contextmanager

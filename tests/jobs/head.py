@@ -58,7 +58,7 @@ class Head:
             "start", "--head", "--port", gcs, "--node-ip-address", "127.0.0.1", "--include-dashboard", "true",
             "--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard, "--dashboard-agent-listen-port", agent,
             "--ray-client-server-port", client, "--metrics-export-port", metrics,
-            "--num-cpus", 0 if grown else 2, *grown,
+            "--num-cpus", 0 if grown else 1, *grown,
             "--temp-dir", self.folder / "r", "--object-store-memory", 200_000_000, "--disable-usage-stats",
             AWS_SECRET_ACCESS_KEY=SECRET,
         )  # fmt: skip

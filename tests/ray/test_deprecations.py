@@ -30,7 +30,7 @@ from diffva_ray.generate.run import open_run
 
 recipe, data, model, run, ours = sys.argv[1:]
 recipe = load_recipe(recipe)
-with session.connect(cpus=2):
+with session.connect(cpus=1):
     train_model(recipe, data, model)
     generate_run(recipe, data, model, run, Request())
     reduce(open_run(run), Options())

@@ -84,19 +84,24 @@ def test_actors_that_are_lost_while_they_start_are_replaced(failures: int, clust
         assert sorted(report["shard"] for report in reports) == [0, 1, 2]
 
 
-def test_a_session_leaves_the_environment_as_it_was() -> None:
+def on_one_core() -> None:
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def test_a_session_takes_the_cores_it_may_use_and_leaves_the_environment_as_it_was() -> None:
     code = """
 import os
 from diffva_ray.distributed import session
 os.environ["GOMP_SPINCOUNT"] = "5"
 before = dict(os.environ)
-with session.connect(cpus=1):
+with session.connect():
+    assert session.cpus() == 1
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     assert os.environ["GOMP_SPINCOUNT"] == "5"
 assert {name: value for name, value in os.environ.items() if name in session.ENVIRONMENT} == {
     name: value for name, value in before.items() if name in session.ENVIRONMENT}
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, preexec_fn=on_one_core)
 
 
 def test_training_on_ray_equals_the_loop(cluster, tiny: Recipe, images: Path, model: Path, tmp_path: Path) -> None:
@@ -149,7 +154,9 @@ def test_sigterm_ends_a_driver_of_ray_as_ctrl_c_does(
     else:
         command += ["--set", "train.stages.0.steps=4000"]
         begun = ".train/progress.json"
-    driver = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, start_new_session=True)
+    driver = subprocess.Popen(
+        [str(word) for word in command], stderr=subprocess.PIPE, start_new_session=True, preexec_fn=on_one_core
+    )
     deadline = time.monotonic() + 300
     while not list(out.glob(begun)) and driver.poll() is None:
         assert time.monotonic() < deadline
