@@ -47,9 +47,9 @@ class Variant:
 def draw_figures(state: PaperState) -> list[PaperFigure]:
     """Write all figures that can be made; the others are listed in ``state.missing``."""
     figures = []
-    for number, title, draw in FIGURES:
+    for number, title, draw, run, text in FIGURES:
         try:
-            png_data, caption = draw(state)
+            png_data, caption = draw(state, run, text)
         except (KeyError, ValueError) as error:
             reason = f"run {error} was not made" if isinstance(error, KeyError) else str(error)
             state.missing.append((f"figure {number}, {title}", reason))
@@ -60,45 +60,36 @@ def draw_figures(state: PaperState) -> list[PaperFigure]:
     return figures
 
 
-def _grid(name: str) -> Callable[[PaperState], tuple[bytes, str]]:
-    def draw(state: PaperState) -> tuple[bytes, str]:
-        run = state.runs[name]
-        return figure_grid(run), f"{SETTINGS[name].capitalize()}. {settings_of(run)}. {_training_data(state)}"
-
-    return draw
+def _grid(state: PaperState, name: str, text: str) -> tuple[bytes, str]:
+    run = state.runs[name]
+    return figure_grid(run), f"{SETTINGS[name].capitalize()}. {settings_of(run)}. {_training_data(state)}"
 
 
-def _variants(name: str, note: str) -> Callable[[PaperState], tuple[bytes, str]]:
-    def draw(state: PaperState) -> tuple[bytes, str]:
-        run = state.runs[name]
-        prompts = next(experiment.prompts for experiment in EXPERIMENTS if experiment.name == name)
-        variants = [Variant(f"“{prompt}”", run, prompt) for prompt in prompts]
-        png_data, legend = sheet(variants, images_of(run))
-        return png_data, f"{note} {legend} {settings_of(run, prompt=False)}. {_zero_shot(state, prompts)}"
-
-    return draw
+def _variants(state: PaperState, name: str, text: str) -> tuple[bytes, str]:
+    """A column pair for each prompt; ``text`` begins the caption."""
+    run = state.runs[name]
+    prompts = next(experiment.prompts for experiment in EXPERIMENTS if experiment.name == name)
+    png_data, legend = sheet([Variant(f"“{prompt}”", run, prompt) for prompt in prompts], images_of(run))
+    return png_data, f"{text} {legend} {settings_of(run, prompt=False)}. {_zero_shot(state, prompts)}"
 
 
-def _ablation(name: str, title: str) -> Callable[[PaperState], tuple[bytes, str]]:
-    def draw(state: PaperState) -> tuple[bytes, str]:
-        full, run = state.runs["generate-0.55"], state.runs[name]
-        variants = [Variant("full method", full), Variant(title, run)]
-        if "prompt-only" in state.runs:
-            variants.append(Variant("control: empty prompt", state.runs["prompt-only"]))
-        images = open_dataset(state.radiography, state.base.data).images
-        png_data, legend = sheet(variants, one_of_each(images, state.base.data.healthy_class))
-        off = "" if guided(run.recipe.generate, run.keys["prompt"]) else " Guidance is off in the ablation."
-        return png_data, f"{legend} Ablation: {settings_of(run)}.{off}"
-
-    return draw
+def _ablation(state: PaperState, name: str, text: str) -> tuple[bytes, str]:
+    """The full method, the ablation (called ``text``), and the control."""
+    full, run = state.runs["generate-0.55"], state.runs[name]
+    variants = [Variant("full method", full), Variant(text, run)]
+    if "prompt-only" in state.runs:
+        variants.append(Variant("control: empty prompt", state.runs["prompt-only"]))
+    images = open_dataset(state.radiography, state.base.data).images
+    png_data, legend = sheet(variants, one_of_each(images, state.base.data.healthy_class))
+    off = "" if guided(run.recipe.generate, run.keys["prompt"]) else " Guidance is off in the ablation."
+    return png_data, f"{legend} Ablation: {settings_of(run)}.{off}"
 
 
-def _sides(state: PaperState) -> tuple[bytes, str]:
-    run = state.runs["sides"]
-    png_data, caption = _variants("sides", "Left is the patient's left, which is the right half of the image.")(state)
+def _sides(state: PaperState, name: str, text: str) -> tuple[bytes, str]:
+    png_data, caption = _variants(state, name, text)
     shares = [
         f"“{prompt}”: {np.mean(values):.0%} of the change on the patient's left (n = {len(values)})"
-        for prompt, values in side_shares(run).items()
+        for prompt, values in side_shares(state.runs[name]).items()
     ]
     return png_data, f"{caption} {'; '.join(shares)}."
 
@@ -184,14 +175,17 @@ def sheet(variants: Sequence[Variant], paths: Sequence[str]) -> tuple[bytes, str
     return panel_sheet(rows, titles, [foot]), legend
 
 
-FIGURES: tuple[tuple[int, str, Callable[[PaperState], tuple[bytes, str]]], ...] = (
-    (2, "Healthy counterfactuals and red overlays, 0.85 / 7.5 / 75", _grid("generate-0.85")),
-    (3, "Healthy counterfactuals and red overlays, 0.55 / 4", _grid("generate-0.55")),
-    (4, "Carcinoma induced, by severity", _variants("carcinoma", "Findings induced in healthy images.")),
-    (5, "Cardiomegaly induced, by severity", _variants("cardiomegaly-severity", "Findings induced in healthy images.")),
-    (6, "Trained classes induced", _variants("inductions", "Findings induced in healthy images.")),
-    (7, "Ablation: no text", _ablation("no-text", "no text encoder")),
-    (8, "Ablation: no image prior", _ablation("no-image-prior", "no image prior")),
-    (9, "Ablation: neither", _ablation("neither", "neither")),
-    (10, "Lung opacity on one side", _sides),
-)
+Draw = Callable[[PaperState, str, str], tuple[bytes, str]]
+INDUCED = "Findings induced in healthy images."
+FIGURES: tuple[tuple[int, str, Draw, str, str], ...] = (
+    (2, "Healthy counterfactuals and red overlays, 0.85 / 7.5 / 75", _grid, "generate-0.85", ""),
+    (3, "Healthy counterfactuals and red overlays, 0.55 / 4", _grid, "generate-0.55", ""),
+    (4, "Carcinoma induced, by severity", _variants, "carcinoma", INDUCED),
+    (5, "Cardiomegaly induced, by severity", _variants, "cardiomegaly-severity", INDUCED),
+    (6, "Trained classes induced", _variants, "inductions", INDUCED),
+    (7, "Ablation: no text", _ablation, "no-text", "no text encoder"),
+    (8, "Ablation: no image prior", _ablation, "no-image-prior", "no image prior"),
+    (9, "Ablation: neither", _ablation, "neither", "neither"),
+    (10, "Lung opacity on one side", _sides, "sides",
+     "Left is the patient's left, which is the right half of the image."),
+)  # fmt: skip

@@ -11,8 +11,8 @@ from diffva_ray.paper.experiments import EXPERIMENTS, SHEET
 from diffva_ray.paper.extras import extra_tables
 from diffva_ray.paper.figures import PaperFigure, draw_figures
 from diffva_ray.paper.layout import Table, thinned
-from diffva_ray.paper.state import PaperState, abnormal_classes
-from diffva_ray.paper.tables import ablation_table, cardiomegaly_table, distance_tables, similarity_table
+from diffva_ray.paper.state import PaperState
+from diffva_ray.paper.tables import CLASSES, ablation_table, cardiomegaly_table, distance_tables, similarity_table
 
 TITLE = "The tables and figures of Siddiqui et al. 2024"
 
@@ -21,7 +21,8 @@ def write_page(state: PaperState) -> None:
     """Compute and write all tables and figures, then ``index.md`` and ``index.html``."""
     # tables and figures
     dataset = open_dataset(state.radiography, state.base.data)
-    labels = abnormal_classes(dataset, state.base.data.healthy_class)
+    classes = {label for label in dataset.classes if label != state.base.data.healthy_class}
+    labels = [*(label for label in CLASSES if label in classes), *sorted(classes - CLASSES.keys())]  # the paper's first
     tables = [*distance_tables(state, labels), similarity_table(state, labels), cardiomegaly_table(state)]
     tables.append(ablation_table(state))
     tables += extra_tables(state, tables)

@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diffva_ray.config.recipe import Recipe
-from diffva_ray.data.dataset import Dataset
 from diffva_ray.evaluate.records import Boxes
 from diffva_ray.generate.run import Run
-from diffva_ray.paper.published import CLASSES
 from diffva_ray.storage.store import Store
 from diffva_ray.workflows.execution import Execution
 
@@ -57,9 +55,3 @@ def settings_of(run: Run, prompt: bool = True) -> str:
         f"{keys['method']}, {keys['scheduler']}, strength {keys['strength']:g}, guidance {keys['guidance_scale']:g}, "
         f"{keys['num_inference_steps']} steps"
     ) + (f", prompt “{keys['prompt']}”" if prompt else "")
-
-
-def abnormal_classes(dataset: Dataset, healthy: str) -> list[str]:
-    """The abnormal classes of the data set, those of the paper first."""
-    labels = [label for label in dataset.classes if label != healthy]
-    return [*(label for label in CLASSES if label in labels), *(label for label in labels if label not in CLASSES)]

@@ -13,12 +13,12 @@ from diffva_ray.evaluate.run_index import index_run
 from diffva_ray.evaluate.set_distances import choose_extractors, reference
 from diffva_ray.metrics.fid import SMALL
 from diffva_ray.metrics.fid_controls import conditional
-from diffva_ray.paper import published
 from diffva_ray.paper.experiments import SETTINGS, SHEET
 from diffva_ray.paper.layout import Table, number, with_error, with_interval
 from diffva_ray.paper.state import PaperState, settings_of
 from diffva_ray.schema import Row
 
+CLASSES: dict[str, dict[str, float]] = SHEET["published"]["classes"]
 FIVE_SCALES = 5  # of the paper's MS-SSIM
 
 
@@ -105,7 +105,7 @@ def _table(key: str, heads: list[str], body: list[list[str]], details: list[Row]
 
 def distance_tables(state: PaperState, labels: Sequence[str]) -> list[Table]:
     """Tables 1 and 2 from the runs with both settings of the paper and with the model's own recipe."""
-    absent = [label for label in published.CLASSES if label not in labels]
+    absent = [label for label in CLASSES if label not in labels]
     state.missing += [(f"tables 1 to 3, class {label}", "no images") for label in absent]
     healthy = state.base.data.healthy_class
     reference = f"{healthy} (reference)"
@@ -116,7 +116,7 @@ def distance_tables(state: PaperState, labels: Sequence[str]) -> list[Table]:
 
     first, second = list[Distances](), list[Distances]()
     for label in labels:
-        paper = published.CLASSES.get(label)
+        paper = CLASSES.get(label, {})
         names = f"{label} (source)", f"{label} (counterfactual)"
 
         edits = compared(f"{label} images", "their healthy counterfactuals", _paper(paper, "counterfactuals"), names)
@@ -151,8 +151,8 @@ def details(comparisons: Sequence[Distances]) -> list[Row]:
     ]  # fmt: skip
 
 
-def _paper(paper: published.ByClass | None, name: str) -> str:
-    return "" if paper is None else f"{getattr(paper, name):g}"
+def _paper(paper: dict[str, float], name: str) -> str:
+    return f"{paper[name]:g}" if name in paper else ""
 
 
 def similarity_table(state: PaperState, labels: Sequence[str]) -> Table:
@@ -161,7 +161,7 @@ def similarity_table(state: PaperState, labels: Sequence[str]) -> Table:
     body, details = list[list[str]](), list[Row]()
     first: Row = {}
     for label in labels:
-        paper = published.CLASSES.get(label)
+        paper = CLASSES.get(label, {})
         rows = [next((row for row in state.metrics[column].get("ssim", []) if row["label"] == label), None)
                 for column in columns]  # fmt: skip
         if not any(rows):
@@ -169,7 +169,7 @@ def similarity_table(state: PaperState, labels: Sequence[str]) -> Table:
         first = next(row for row in rows if row)
         five = first["ms_ssim_scales"] == FIVE_SCALES
         for key, name in (("ms_ssim", "MS-SSIM"), ("ssim", "SSIM")):
-            value = paper and getattr(paper, key)
+            value = paper.get(key)
             text = "–" if value is None else f"{value:.3f}"
             if value is not None and key == "ms_ssim" and not five:  # another quantity than ours
                 text = "(5 scales)"
@@ -189,9 +189,10 @@ def cardiomegaly_table(state: PaperState) -> Table:
     healthy, metrics = state.base.data.healthy_class, state.metrics.get("cardiomegaly", {})
     names = f"{healthy} (source)", f"{healthy} (counterfactual)"
     real = "Cardiomegaly (reference)"
+    paper = SHEET["published"]["cardiomegaly"]
     comparisons = [
-        Distances("real cardiomegaly (CheXpert)", "generated cardiomegaly", f"{published.CARDIOMEGALY_REAL:g}"),
-        Distances("healthy images", "generated cardiomegaly", f"{published.CARDIOMEGALY_HEALTHY:g}"),
+        Distances("real cardiomegaly (CheXpert)", "generated cardiomegaly", _paper(paper, "real")),
+        Distances("healthy images", "generated cardiomegaly", _paper(paper, "healthy")),
         Distances("real cardiomegaly (CheXpert)", "healthy images", ""),
     ]
     pairs = ((real, names[1]), names, (real, names[0]))
@@ -200,36 +201,26 @@ def cardiomegaly_table(state: PaperState) -> Table:
         if row:
             comparison.rows["cardiomegaly"] = row
     settings = prompts(state, ["cardiomegaly"]) if "cardiomegaly" in state.runs else ""
-    images = published.CARDIOMEGALY_IMAGES
-    return _distance_table("table4", comparisons, ["cardiomegaly"], images=images, settings=settings)
-
-
-ABLATIONS = (
-    ("generate-0.55", "full method (the paper's setting)", ""),
-    ("no-text", "no text encoder", f"{published.NO_TEXT:g}"),
-    ("no-image-prior", "no image prior", f"{published.NO_IMAGE_PRIOR:g}"),
-    ("neither", "neither", f"{published.NEITHER:g}"),
-    ("prompt-only", "control: empty prompt, otherwise the full method", ""),
-)
+    return _distance_table("table4", comparisons, ["cardiomegaly"], images=paper["images"], settings=settings)
 
 
 def ablation_table(state: PaperState) -> Table:
     """Table 5: real healthy images against the counterfactuals of all classes, and the effect of guidance <= 1."""
     healthy = state.base.data.healthy_class
     comparisons = list[Distances]()
-    for run_name, title, paper in ABLATIONS:
+    for run_name, (title, paper) in SHEET["ablations"].items():
         if run_name not in state.runs:
             continue
         keys = state.runs[run_name].keys
         setting = f"{keys['strength']:g} / {keys['guidance_scale']:g}, “{keys['prompt']}”"
-        comparison = Distances(f"real {healthy}", f"{title} ({setting})", paper)
+        comparison = Distances(f"real {healthy}", f"{title} ({setting})", f"{paper:g}" if paper else "")
         row, within = _pooled(state, run_name)
         if row is not None and within is not None:
             row["within_class"] = within
             comparison.more = ["distance within class", "", "", number(within)]
         comparison.rows["ours"] = row
         comparisons.append(comparison)
-    images, guidance = published.ABLATION_IMAGES, guidance_finding(state)
+    images, guidance = SHEET["published"]["ablations"], guidance_finding(state)
     return _distance_table("table5", comparisons, ["ours"], images=images, guidance=guidance, healthy=healthy)
 
 
