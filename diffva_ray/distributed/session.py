@@ -9,12 +9,13 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from diffva_ray.progress import LOG, one_line
 
+WAIT_INTERVAL = 30.0  # seconds between messages about what is waited for
 CONNECT_TIMEOUT = 5.0  # seconds in which a cluster has to accept a connection
 
 # Environment of the driver, which a private cluster's processes inherit. Usage statistics are switched off.
@@ -181,6 +182,36 @@ def check_resources(option: str, **required: float) -> None:
                 f"{option}: needs {amount:g} {kind} on this machine, where Ray sees {has}; request less, or set "
                 "RAY_ADDRESS to a cluster that has them"
             )
+
+
+@contextmanager
+def waiting(
+    what: str, needed: Mapping[str, float], arrived: Callable[[], bool], interval: float = WAIT_INTERVAL
+) -> Iterator[None]:
+    """On a joined cluster, which may be full or still grow, log every ``interval`` seconds what is waited for and which
+    resources a worker needs, until ``arrived()``."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        import ray
+
+        while not stop.wait(interval) and not arrived():
+            total, free = ray.cluster_resources(), ray.available_resources()
+            need = ", ".join(
+                f"{amount:g} {kind} ({free.get(kind, 0):g} of the cluster's {total.get(kind, 0):g} are free)"
+                for kind, amount in needed.items()
+            )
+            LOG.info("waiting for %s: a worker needs %s", what, need)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+        watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if watcher.is_alive():
+            watcher.join(timeout=5)
 
 
 def gpus() -> int:
