@@ -46,10 +46,17 @@ if TYPE_CHECKING:
 @click.option("--lpips-weights", metavar="PATH", help="State dict of torchvision's AlexNet; adds LPIPS to the tables.")
 @click.option("--brixia", metavar="CSV", help="CSV of Brixia zone scores: file, S-A to S-F, J-A to J-F.")
 @click.option("--sources", metavar="CSV", help="CSV of each image's archive: file,source; adds distances per archive.")
+@click.option(
+    "--max-quarantined-fraction",
+    type=click.FloatRange(0, 1),
+    metavar="F",
+    help="Accept a run with this fraction of quarantined records; the run stores it.",
+)
 @executor_option
 def reduce(run: str, data: str | None, reference: tuple[str, ...], boxes: str | None, inception_weights: str | None,
            resize: Literal["clean", "legacy"] | None, threshold_from: str | None, extractor: tuple[str, ...],
-           judge: tuple[str, ...], lpips_weights: str | None, brixia: str | None, sources: str | None, executor: Executor) -> None:  # fmt: skip
+           judge: tuple[str, ...], lpips_weights: str | None, brixia: str | None, sources: str | None,
+           max_quarantined_fraction: float | None, executor: Executor) -> None:  # fmt: skip
     """Verify a run and write its tables, quarantine.parquet, manifest.json and _SUCCESS.
 
     Example:
@@ -58,10 +65,13 @@ def reduce(run: str, data: str | None, reference: tuple[str, ...], boxes: str | 
     """
     from diffva_ray.evaluate.options import Options, inception_path, parse_references
     from diffva_ray.evaluate.summary import print_summary
+    from diffva_ray.generate.failure_threshold import allow_quarantined
     from diffva_ray.generate.run import open_run
     from diffva_ray.workflows.reduce import reduce
 
     opened = open_run(run)
+    if max_quarantined_fraction is not None:
+        opened = allow_quarantined(opened, max_quarantined_fraction)
     options = Options(
         references=parse_references(reference),
         boxes=boxes,
