@@ -10,7 +10,8 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from diffva_ray.progress import LOG, one_line
@@ -124,12 +125,21 @@ def _connected(address: str | None, cpus: int | None) -> Iterator[bool]:
             problem = "Ray cannot be started on this machine" if private else f"RAY_ADDRESS={address}: cannot be joined"
             raise UnusableCluster(f"{problem} ({one_line(error, 200)}); diffva -v shows Ray's messages") from error
     set_log_level(level)
+    _protect_token()
 
     # Disconnect at the end.
     try:
         yield private
     finally:
         ray.shutdown()
+
+
+def _protect_token() -> None:
+    """Make Ray's token, which Ray writes with the modes of the umask, readable by its owner only."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    with suppress(OSError):  # there is none, or it is another user's
+        if token.stat().st_mode & 0o077:
+            token.chmod(0o600)
 
 
 @contextmanager
