@@ -154,8 +154,10 @@ def verify(run: str, repair: bool) -> int:
     echo(f"{run}: {len(problems)} problems" + (f", {len(problems) - 20} not shown" if len(problems) > 20 else ""))
     # Requeue the damaged shards.
     if repair:
-        command = "retry" if all(problem.overlay for problem in problems) else "generate"
-        echo(f"{requeue(opened, problems)} shards requeued; run diffva {command} again, then diffva reduce")
+        count = requeue(opened, problems)
+        redo = "generate" if any(not problem.overlay for problem in problems if problem.shard >= 0) else ""
+        verbs = [*filter(None, [redo]), *(["retry"] if any(problem.overlay for problem in problems) else []), "reduce"]
+        echo(f"{count} shards requeued; run diffva {', then diffva '.join(verbs)} again")
     return INCOMPLETE
 
 

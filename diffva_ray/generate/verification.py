@@ -153,7 +153,7 @@ def verify(run: Run, pixels: bool = True) -> list[Problem]:
         problems += _verify_overlay(retry, number, ids, pixels)
     if damage is not None:
         number = len(retries) + 1
-        problems.append(Problem(-1, str(damage), number, (f"{OVERLAYS}/r{number}/{RUN}",)))
+        problems.append(Problem(-1, str(damage), number, files=(f"{OVERLAYS}/r{number}/{RUN}",)))
     return problems + (_manifest_problems(run) if pixels else [])
 
 
@@ -163,7 +163,7 @@ def _verify_overlay(retry: Run, number: int, ids: pa.ChunkedArray, pixels: bool)
     try:
         plan = retry.plan(["record_id", "shard"])
     except PlanError as error:  # diffva retry plans again only what has no run.json
-        return [Problem(-1, str(error), number, (f"{folder}/{PLAN_FILE}", f"{folder}/{RUN}"))]
+        return [Problem(-1, str(error), number, files=(f"{folder}/{PLAN_FILE}", f"{folder}/{RUN}"))]
     problems = [
         replace(problem, what=f"{folder}: {problem.what}", overlay=number)
         for problem in _verify_parts(retry, plan, pixels)
