@@ -30,6 +30,7 @@ extractor_option = click.option("--extractor",      "extractors", metavar="NAME[
 judge_option     = click.option("--judge",          "judges", metavar="NAME=PATH", multiple=True, help="Additional judge of the flip rate: torchxrayvision=WEIGHTS or judge=MODEL; repeatable.")
 lpips_option     = click.option("--lpips-weights",  "lpips", metavar="PATH", help="State dict of torchvision's AlexNet; adds LPIPS to the tables.")
 sources_option   = click.option("--sources",        metavar="CSV", help="CSV of each image's archive: file,source; adds distances per archive.")
+accept_option    = click.option("--max-quarantined-fraction", metavar="F", type=click.FloatRange(0, 1), help="Accept a run with this fraction of quarantined records; the run stores it.")
 images_option    = click.option("--images",         metavar="N", type=click.IntRange(1), help="Maximum number of records in the viewer; default: depends on their size, up to 20000.")
 scores_option    = click.option("--out",            metavar="FOLDER", help="Output folder; the tables go to tables/scores.{csv,md,tex,json}.")
 signed_option    = click.option("--signed/--positive", "signed", default=None, help="Score max(M, 0) and |M|, or max(M, 0) only; default: signed if any value is negative.")
@@ -54,9 +55,10 @@ trained_option   = click.option("--model",          metavar="MODEL", help="Refus
 @lpips_option
 @brixia_option
 @sources_option
+@accept_option
 @executor_option
 def reduce(run: str, data: str | None, executor: Executor, reference: tuple[str, ...], inception_weights: str | None,
-           resize: str | None, **options: Any) -> None:  # fmt: skip
+           resize: str | None, max_quarantined_fraction: float | None, **options: Any) -> None:  # fmt: skip
     """Verify a run and write its tables, quarantine.parquet, manifest.json and _SUCCESS.
 
     Example:
@@ -65,10 +67,13 @@ def reduce(run: str, data: str | None, executor: Executor, reference: tuple[str,
     """
     from diffva_ray.evaluate.options import Options, inception_path, parse_references
     from diffva_ray.evaluate.summary import print_summary
+    from diffva_ray.generate.failure_threshold import allow_quarantined
     from diffva_ray.generate.run import open_run
     from diffva_ray.workflows.reduce import reduce
 
     opened = open_run(run)
+    if max_quarantined_fraction is not None:
+        opened = allow_quarantined(opened, max_quarantined_fraction)
     options |= {"references": parse_references(reference), "weights": inception_path(inception_weights)}
     options["resize"] = resize or opened.recipe.evaluate.resize
     reduced = reduce(opened, Options(**options), executor, data)

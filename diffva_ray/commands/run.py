@@ -26,6 +26,8 @@ from diffva_ray.commands.verb import (
     with_flags,
 )
 
+FRACTION = "evaluate.max_quarantined_fraction="  # a setting that a run may change
+
 
 @verb("generate", "Generate counterfactuals for a data set")
 @data_option
@@ -67,7 +69,7 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     Example:
         diffva generate --data data/test --model models/mine --out runs/first
     """
-    from diffva_ray.generate.failure_threshold import check_quarantine_limit
+    from diffva_ray.generate.failure_threshold import allow_quarantined, check_quarantine_limit
     from diffva_ray.generate.plan import Request, parse_sweep
     from diffva_ray.generate.run import open_run
     from diffva_ray.workflows.execution import model_recipe
@@ -104,7 +106,10 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     counts = generate_run(recipe, data, model, out, request, execution(options))
     if counts["shards"]:
         echo(f"{counts['ok']} of {counts['records']} records ok; next: diffva reduce {out}")
-    check_quarantine_limit(open_run(out))
+    made = open_run(out)
+    if any(override.startswith(FRACTION) for override in options["overrides"]):
+        made = allow_quarantined(made, recipe.evaluate.max_quarantined_fraction)
+    check_quarantine_limit(made)
     return DONE
 
 
@@ -149,8 +154,10 @@ def verify(run: str, repair: bool) -> int:
     echo(f"{run}: {len(problems)} problems" + (f", {len(problems) - 20} not shown" if len(problems) > 20 else ""))
     # Requeue the damaged shards.
     if repair:
-        command = "retry" if all(problem.overlay for problem in problems) else "generate"
-        echo(f"{requeue(opened, problems)} shards requeued; run diffva {command} again, then diffva reduce")
+        count = requeue(opened, problems)
+        redo = "generate" if any(not problem.overlay for problem in problems if problem.shard >= 0) else ""
+        verbs = [*filter(None, [redo]), *(["retry"] if any(problem.overlay for problem in problems) else []), "reduce"]
+        echo(f"{count} shards requeued; run diffva {', then diffva '.join(verbs)} again")
     return INCOMPLETE
 
 

@@ -91,6 +91,7 @@ def generate(
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_consecutive_actor_init_deaths = MAX_START_DEATHS
+    context.execution_no_progress_timeout_s = -1  # a shard or the wait for a node may take longer than Ray's 30 min
 
     # One row and one block for each shard.
     shards = ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=len(pending))
@@ -102,8 +103,11 @@ def generate(
         num_cpus=0,  # on a small machine, actors with one CPU each would starve Ray Data's own tasks
         fn_constructor_args=(run, data, model, "cuda" if gpus else "cpu", secrets.token_hex(6)),
     )
-    for report in reports.iter_rows():
-        on_shard(report)
+    reported = list[int]()
+    with session.waiting("the first shard", {"GPU": gpus} if gpus else {"CPU": 1}, lambda: bool(reported)):
+        for report in reports.iter_rows():
+            reported.append(report["shard"])
+            on_shard(report)
 
 
 def _pool(actors: int | None, gpus: float, pending: int) -> ray.data.ActorPoolStrategy:

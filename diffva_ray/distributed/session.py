@@ -9,12 +9,14 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 from diffva_ray.progress import LOG, one_line
 
+WAIT_INTERVAL = 30.0  # seconds between messages about what is waited for
 CONNECT_TIMEOUT = 5.0  # seconds in which a cluster has to accept a connection
 
 # Environment of the driver, which a private cluster's processes inherit. Usage statistics are switched off.
@@ -124,6 +126,7 @@ def _connected(address: str | None, cpus: int | None) -> Iterator[bool]:
             problem = "Ray cannot be started on this machine" if private else f"RAY_ADDRESS={address}: cannot be joined"
             raise UnusableCluster(f"{problem} ({one_line(error, 200)}); diffva -v shows Ray's messages") from error
     set_log_level(level)
+    _protect_token()
 
     # Disconnect at the end.
     try:
@@ -137,6 +140,14 @@ def _limited_cpus() -> int | None:
     None, for Ray's own count, which respects the quota of a container."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     return allowed if allowed != os.cpu_count() else None
+
+
+def _protect_token() -> None:
+    """Make Ray's token, which Ray writes with the modes of the umask, readable by its owner only."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    with suppress(OSError):  # there is none, or it is another user's
+        if token.stat().st_mode & 0o077:
+            token.chmod(0o600)
 
 
 @contextmanager
@@ -189,6 +200,36 @@ def check_resources(option: str, **required: float) -> None:
                 f"{option}: needs {amount:g} {kind} on this machine, where Ray sees {has}; request less, or set "
                 "RAY_ADDRESS to a cluster that has them"
             )
+
+
+@contextmanager
+def waiting(
+    what: str, needed: Mapping[str, float], arrived: Callable[[], bool], interval: float = WAIT_INTERVAL
+) -> Iterator[None]:
+    """On a joined cluster, which may be full or still grow, log every ``interval`` seconds what is waited for and which
+    resources a worker needs, until ``arrived()``."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        import ray
+
+        while not stop.wait(interval) and not arrived():
+            total, free = ray.cluster_resources(), ray.available_resources()
+            need = ", ".join(
+                f"{amount:g} {kind} ({free.get(kind, 0):g} of the cluster's {total.get(kind, 0):g} are free)"
+                for kind, amount in needed.items()
+            )
+            LOG.info("waiting for %s: a worker needs %s", what, need)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    if os.environ.get("RAY_ADDRESS", "local") not in ("", "local"):
+        watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if watcher.is_alive():
+            watcher.join(timeout=5)
 
 
 def gpus() -> int:

@@ -22,7 +22,7 @@ from diffva_ray.distributed.prometheus import TrainingMetrics
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import is_local
-from diffva_ray.train.progress import followed
+from diffva_ray.train.progress import followed, read_progress
 
 
 def fit(
@@ -76,7 +76,12 @@ def fit(
     variables = {name: value for name, value in session.ENVIRONMENT.items() if name.startswith("RAY_TRAIN_")}
     trainer = _trainer.options(scheduling_strategy=this_node, runtime_env={"env_vars": variables})
     try:
-        with followed(open_store(model)):
+        store = open_store(model)
+        before = read_progress(store)
+        with (
+            followed(store),
+            session.waiting("the first steps of the training", resources, lambda: read_progress(store) != before),
+        ):
             ray.get(trainer.remote(config, workers, resources, private))
     except ray.exceptions.RayTaskError as error:
         if "CheckpointManagerInitializationError" not in str(error):  # an exception of Ray Train that is not public

@@ -147,7 +147,7 @@ def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecuto
     run.store.put(METRICS, json.dumps(tables.clean(reduced.metrics), indent=1).encode())
     _write_manifest(run)
 
-    check_quarantined(run, records.quarantined)
+    check_quarantined(run, records.quarantined, reduced=True)
     written = {**state, "all_read": notes.all_read, "tables": _tables(run)}
     run.store.put(SUCCESS, json.dumps(written).encode())
     return reduced

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffva_ray.generate.committed import parts
-from diffva_ray.generate.run import Run
+from diffva_ray.generate.run import SUCCESS, Run
+from diffva_ray.generate.run_json import RUN
 from diffva_ray.schema import RECORDS, Status
 
 FIRST_SHARDS = 3  # without a usable record in them, the folder, the mount or the model is wrong
@@ -23,14 +26,30 @@ def check_quarantine_limit(run: Run) -> None:
     check_quarantined(run, _quarantined(run))
 
 
-def check_quarantined(run: Run, bad: pa.Table) -> None:
-    """``check_quarantine_limit`` for quarantined records that are already read (``bad``, in plan order)."""
+def check_quarantined(run: Run, bad: pa.Table, reduced: bool = False) -> None:
+    """``check_quarantine_limit`` for quarantined records that are already read (``bad``, in plan order); ``reduced``:
+    the tables are written."""
     planned, allowed = run.about["records"], run.recipe.evaluate.max_quarantined_fraction
     if len(bad) > allowed * planned:
+        enough = math.ceil(1000 * len(bad) / planned) / 1000
+        kept = f"the tables are in {run.store.uri}/tables" if reduced else f"all work is kept in {run.store.uri}"
         raise TooManyQuarantined(
             f"{len(bad)} of {planned} records are quarantined, more than max_quarantined_fraction {allowed:g} allows "
-            f"({_first(bad)}); all work is kept in {run.store.uri}; fix the images and run diffva retry"
+            f"({_first(bad)}); {kept}; fix the images and run diffva retry, or accept the run with diffva reduce "
+            f"--max-quarantined-fraction {enough:g}"
         )
+
+
+def allow_quarantined(run: Run, fraction: float) -> Run:
+    """Store another ``max_quarantined_fraction`` in ``run.json``, which asks for a new reduce; returns the new run."""
+    if run.recipe.evaluate.max_quarantined_fraction == fraction:
+        return run
+    recipe = run.about["recipe"]
+    evaluate = {**recipe.get("evaluate", {}), "max_quarantined_fraction": fraction}
+    about = {**run.about, "recipe": {**recipe, "evaluate": evaluate}}
+    run.store.delete(SUCCESS)
+    run.store.put(RUN, json.dumps(about, indent=1).encode())
+    return Run(run.store, about)
 
 
 def check_first_shards(run: Run, counts: Mapping[str, int]) -> None:

@@ -40,6 +40,12 @@ def read_card(store: Store) -> dict[str, Any] | None:
             f"{store.uri}: a model of an earlier version, whose recipe has other key names; train it again or use "
             "another --model"
         )
+    if card is not None and not (
+        isinstance(card.get("digest"), str)
+        and isinstance(recipe := card.get("recipe"), dict)
+        and isinstance(recipe.get("name"), str)
+    ):
+        raise UnusableModel(f"{store.uri}/{CARD}: lacks its digest or its recipe; restore it, or train again")
     return card
 
 

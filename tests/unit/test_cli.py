@@ -78,6 +78,26 @@ def test_verbose_prints_the_traceback_of_a_one_line_error(tmp_path: Path) -> Non
     assert verbose.stderr.splitlines()[-1] == quiet.stderr.splitlines()[-1]
 
 
+def test_a_run_with_images_beyond_repair_can_be_finished_on_purpose(images: Path, model: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(images, data)
+    broken = next((data / "COVID/images").glob("*.png"))
+    broken.write_bytes(b"x" * broken.stat().st_size)
+    assert generate(data, model, out, "--classes", "COVID").exit_code == 4
+    refused = diffva("reduce", out, "--executor", "inline")
+    assert refused.exit_code == 4
+    assert f"the tables are in {out}/tables" in refused.stderr
+    fraction = refused.stderr.split("--max-quarantined-fraction ")[1].split()[0]
+    finished = diffva("reduce", out, "--executor", "inline", "--max-quarantined-fraction", fraction)
+    assert finished.exit_code == 0, finished.stderr
+    assert (out / "_SUCCESS").exists()
+    assert diffva("verify", out).exit_code == 0
+    assert diffva("reduce", out, "--executor", "inline").exit_code == 0, "the run has stored it"
+    assert (
+        generate(data, model, out, "--classes", "COVID", "--set", "evaluate.max_quarantined_fraction=0").exit_code == 4
+    )
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -115,7 +135,7 @@ OPTIONS = {
     "--inception-weights --limit --model --out --quick --radiography --recipe --resize --set",
     "phantoms": "OUT --classes --dry-run --onto --patients --recipe --seed --set --size",
     "reduce": "RUN --boxes --brixia --data --executor --extractor --inception-weights --judge --lpips-weights "
-    "--reference --resize --sources --threshold-from",
+    "--max-quarantined-fraction --reference --resize --sources --threshold-from",
     "report": "RUN --boxes --images --port --serve",
     "retry": "RUN --actors --allow-environment-change --data --executor --gpus-per-actor --model",
     "score": "MAPS --allow-training-images --boxes --data --encoding --json --model --out --positive --signed --size "

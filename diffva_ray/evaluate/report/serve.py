@@ -9,9 +9,10 @@ import http.server
 import re
 from collections.abc import Callable
 from http import HTTPStatus
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from diffva_ray.storage.store import Store, StoreError
+from diffva_ray.storage.store import Store, StoreError, is_local
 
 LOOPBACK = "127.0.0.1"
 KINDS = {
@@ -36,6 +37,14 @@ class ReportServer(http.server.ThreadingHTTPServer):
     def address(self) -> str:
         """URL of the page."""
         return f"http://{LOOPBACK}:{self.server_port}/index.html"
+
+    def file(self, path: str) -> str:
+        """``path``, unless it is a link to a file outside the report. Raises FileNotFoundError."""
+        if is_local(self.store.uri):
+            root = Path(self.store.uri).resolve()
+            if not (root / path).resolve().is_relative_to(root / "report"):
+                raise FileNotFoundError(path)
+        return path
 
     @property
     def hosts(self) -> set[str]:
@@ -66,7 +75,7 @@ class _Files(http.server.BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         try:
-            data = self.server.store.read(f"report{path}")
+            data = self.server.store.read(self.server.file(f"report{path}"))
         except OSError:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
