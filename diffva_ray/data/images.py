@@ -23,7 +23,7 @@ from diffva_ray.provenance import missing
 from diffva_ray.schema import Status
 from diffva_ray.storage.store import Store, open_file
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom")
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 4 * MAX_PIXELS  # of a file; twice what uncompressed 16-bit pixels need
 MAX_SCANS = 1000  # of a JPEG; a progressive one has about ten. Each scan costs a pass over all pixels, up to a day
@@ -139,9 +139,9 @@ def describe(data: bytes) -> str:
     """Format, colour mode and bit depth of an image file, such as ``PNG grey 16-bit``. Raises BadImage."""
 
     def header() -> str:
-        if _is_dicom(data):
+        if is_dicom(data):
             return "DICOM"
-        kind, image = _open(data)
+        kind, image = open_image(data)
         raw = str(image.tile[0][3]) if getattr(image, "tile", None) else ""
         depth = "16-bit" if "16" in raw else "8-bit"
         if image.mode == "I" and depth == "16-bit":
@@ -172,9 +172,9 @@ def _guarded(work: Callable[[], Any]) -> Any:
 
 def _decode(data: bytes, min_side: int, bits: int, finish: Callable[[np.ndarray], Any]) -> Any:
     """Result of ``finish`` for the image; its pixels count towards IN_FLIGHT until ``finish`` returns."""
-    if _is_dicom(data):
+    if is_dicom(data):
         return _decode_dicom(data, min_side, finish)
-    kind, image = _open(data)
+    kind, image = open_image(data)
     width, height = image.size
     _check_size(width, height, min_side)
     if kind == "TIFF":  # a whole tile is allocated even for a small image
@@ -199,11 +199,12 @@ def _pixels(kind: str, image: Any, data: bytes, bits: int) -> np.ndarray:
     return grey
 
 
-def _is_dicom(data: bytes) -> bool:
-    return data[128:132] == b"DICM"
+def is_dicom(data: bytes) -> bool:
+    """Whether a file starts as DICOM: after a preamble, or, as some devices write it, with its first group at once."""
+    return data[128:132] == b"DICM" or (data[:2] in (b"\x08\0", b"\x02\0") and data[3:4] == b"\0")
 
 
-def _open(data: bytes) -> tuple[str, Any]:
+def open_image(data: bytes) -> tuple[str, Any]:
     """Format and opened image; reads only the header."""
     if not data:
         raise BadImage("the file is empty (0 bytes)")
@@ -252,17 +253,28 @@ def _grey(image: Image.Image, bits: int) -> np.ndarray:
 
 def _decode_dicom(data: bytes, min_side: int, finish: Callable[[np.ndarray], Any]) -> Any:
     """As ``_decode``, for a DICOM file."""
-    try:
-        import pydicom  # an optional package
-    except ImportError:
-        raise BadImage(missing("pydicom", "DICOM files", "dicom")) from None
-    if DEFLATED in data[:DICOM_HEADER_BYTES]:  # a few megabytes may inflate to many gigabytes
-        raise BadImage("a deflated DICOM file; save it with another transfer syntax")
-    image = pydicom.dcmread(BytesIO(data))
+    image = _open_dicom(data)
     width, height = int(image.Columns), int(image.Rows)
     _check_size(width, height, min_side)
     with IN_FLIGHT(width * height):
         return finish(dicom.grey(image).astype(np.float32))
+
+
+def _open_dicom(data: bytes) -> Any:
+    if DEFLATED in data[:DICOM_HEADER_BYTES]:  # a few megabytes may inflate to many gigabytes
+        raise BadImage("a deflated DICOM file; save it with another transfer syntax")
+    try:
+        return dicom.opened(data)
+    except ImportError:
+        raise BadImage(missing("pydicom", "DICOM files", "dicom")) from None
+
+
+def header_columns(data: bytes) -> dict[str, str]:
+    """Columns from the header of a DICOM file, where it has them: ``patient`` (hashed), ``view``, ``laterality``,
+    ``age``, ``sex``, ``spacing`` (mm, row and column). Nothing else of a header is read. Empty for any other file."""
+    if not is_dicom(data):
+        return {}
+    return _guarded(lambda: dicom.header_columns(_open_dicom(data)))
 
 
 def to_square(image: NDArray[np.floating], size: int) -> NDArray[np.float32]:
@@ -292,7 +304,7 @@ def decode_map(data: bytes) -> NDArray[np.float32]:
     """Decodes the bytes of ``encode_map`` to a signed map, float32 [H, W] in [-1, 1]. Raises BadImage."""
 
     def levels() -> np.ndarray:
-        kind, image = _open(data)
+        kind, image = open_image(data)
         if kind != "PNG" or image.mode not in ("I;16", "I;16B", "I"):
             raise BadImage(f"an attribution map is a 16-bit grey PNG; this is {describe(data)}")
         image.load()
