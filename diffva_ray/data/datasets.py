@@ -21,6 +21,7 @@ from diffva_ray.data.listing import Listing
 from diffva_ray.data.readers import (
     chexpert,
     class_folders,
+    nih,
     radiography,
 )
 from diffva_ray.data.shapes import Box, Shape
@@ -40,6 +41,7 @@ class Reader(Protocol):
 
 READERS: tuple[Reader, ...] = (  # the first one that recognises the layout reads the folder
     chexpert,
+    nih,
     radiography,
     class_folders,
 )
