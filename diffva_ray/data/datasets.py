@@ -23,6 +23,7 @@ from diffva_ray.data.readers import (
     class_folders,
     nih,
     radiography,
+    rsna,
 )
 from diffva_ray.data.shapes import Box, Shape
 from diffva_ray.data.tables import EXTENSIONS
@@ -42,6 +43,7 @@ class Reader(Protocol):
 READERS: tuple[Reader, ...] = (  # the first one that recognises the layout reads the folder
     chexpert,
     nih,
+    rsna,
     radiography,
     class_folders,
 )
