@@ -24,6 +24,7 @@ from diffva_ray.data.readers import (
     nih,
     radiography,
     rsna,
+    split_folders,
 )
 from diffva_ray.data.shapes import Box, Shape
 from diffva_ray.data.tables import EXTENSIONS
@@ -45,6 +46,7 @@ READERS: tuple[Reader, ...] = (  # the first one that recognises the layout read
     nih,
     rsna,
     radiography,
+    split_folders,
     class_folders,
 )
 LAYOUTS = f"{', '.join(reader.LAYOUT for reader in READERS)}, or {manifest.LAYOUT}"
