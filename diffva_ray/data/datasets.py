@@ -25,6 +25,7 @@ from diffva_ray.data.readers import (
     radiography,
     rsna,
     split_folders,
+    vindr,
 )
 from diffva_ray.data.shapes import Box, Shape
 from diffva_ray.data.tables import EXTENSIONS
@@ -45,6 +46,7 @@ READERS: tuple[Reader, ...] = (  # the first one that recognises the layout read
     chexpert,
     nih,
     rsna,
+    vindr,
     radiography,
     split_folders,
     class_folders,
