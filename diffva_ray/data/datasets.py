@@ -21,6 +21,7 @@ from diffva_ray.data.listing import Listing
 from diffva_ray.data.readers import (
     chexpert,
     class_folders,
+    mimic,
     nih,
     radiography,
     rsna,
@@ -44,6 +45,7 @@ class Reader(Protocol):
 
 READERS: tuple[Reader, ...] = (  # the first one that recognises the layout reads the folder
     chexpert,
+    mimic,
     nih,
     rsna,
     vindr,
