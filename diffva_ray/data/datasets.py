@@ -25,6 +25,7 @@ from diffva_ray.data.readers import (
     nih,
     radiography,
     rsna,
+    siim,
     split_folders,
     vindr,
 )
@@ -48,6 +49,7 @@ READERS: tuple[Reader, ...] = (  # the first one that recognises the layout read
     mimic,
     nih,
     rsna,
+    siim,
     vindr,
     radiography,
     split_folders,
