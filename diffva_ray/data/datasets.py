@@ -19,6 +19,7 @@ from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData, compan
 from diffva_ray.data.images import IMAGE_EXTENSIONS
 from diffva_ray.data.listing import Listing
 from diffva_ray.data.readers import (
+    chexlocalize,
     chexpert,
     class_folders,
     mimic,
@@ -45,6 +46,7 @@ class Reader(Protocol):
 
 
 READERS: tuple[Reader, ...] = (  # the first one that recognises the layout reads the folder
+    chexlocalize,
     chexpert,
     mimic,
     nih,
