@@ -19,6 +19,7 @@ from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData, compan
 from diffva_ray.data.images import IMAGE_EXTENSIONS
 from diffva_ray.data.listing import Listing
 from diffva_ray.data.readers import (
+    chestxdet,
     chexlocalize,
     chexpert,
     class_folders,
@@ -55,6 +56,7 @@ READERS: tuple[Reader, ...] = (  # the first one that recognises the layout read
     siim,
     vindr,
     padchest,
+    chestxdet,
     radiography,
     split_folders,
     class_folders,
