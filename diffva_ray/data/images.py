@@ -28,6 +28,7 @@ MAX_PIXELS = 100_000_000
 MAX_BYTES = 4 * MAX_PIXELS  # of a file; twice what uncompressed 16-bit pixels need
 MAX_SCANS = 1000  # of a JPEG; a progressive one has about ten. Each scan costs a pass over all pixels, up to a day
 MIN_CONTRAST = 1 / 16  # of the grey scale; 12-bit values in a 16-bit file reach just less
+MAX_TWO_VALUED = 0.95  # share of black and white pixels; a real X-ray in a wide black frame has less
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # transfer syntax of a deflated DICOM file
 DICOM_HEADER_BYTES = 1 << 16  # the transfer syntax is in this part of the file
 
@@ -120,19 +121,20 @@ def decode_square(data: bytes, size: int, min_side: int = 1, bits: int = 16) -> 
 
 
 def check_contrast(image: NDArray[np.floating]) -> None:
-    """Raises BadImage (status ``blank``) for an image, float [H, W] in [0, 1], without contrast.
-
-    That is: 90 % of its values are within MIN_CONTRAST. Causes are a flat image, a DICOM window outside the values, or
-    values that use a small part of the file's range. Such a file decodes, but its results would be meaningless.
-    """
+    """Raises BadImage (status ``blank``) for an image, float [H, W] in [0, 1], whose results would be meaningless: 90 %
+    of its values are within MIN_CONTRAST, or more than MAX_TWO_VALUED of its pixels are black or white."""
     rows, columns = (max(1, side // 256) for side in image.shape)  # a grid is enough for a large image
-    low, high = np.percentile(image[::rows, ::columns], (5, 95))
+    grid = image[::rows, ::columns]
+    low, high = np.percentile(grid, (5, 95))
     if not high - low >= MIN_CONTRAST:
         raise BadImage(
             f"blank: 90 % of the values are between {low:.3f} and {high:.3f} of the grey scale: a flat image, a DICOM "
             "window off its values, or a 16-bit file that uses fewer bits (see diffva inspect; --set data.bits=12)",
             Status.BLANK,
         )
+    if (share := ((grid <= 0) | (grid >= 1)).mean()) > MAX_TWO_VALUED:
+        reason = f"blank: {share:.0%} of the pixels are black or white: a mask, or a DICOM window far too narrow"
+        raise BadImage(reason, Status.BLANK)
 
 
 def describe(data: bytes) -> str:

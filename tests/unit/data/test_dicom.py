@@ -113,6 +113,12 @@ def test_an_image_without_contrast_is_blank(tissue: np.ndarray, declared: dict[s
     assert caught.value.status is Status.BLANK
 
 
+def test_an_image_of_black_and_white_only_is_blank(tissue: np.ndarray) -> None:
+    with pytest.raises(BadImage, match="100% of the pixels are black or white") as caught:
+        decode_square(dicom(tissue, WindowCenter=1800, WindowWidth=1), 32)
+    assert caught.value.status is Status.BLANK
+
+
 def test_colours_are_not_stretched() -> None:
     values = np.full((8, 8, 3), (50, 100, 150), np.uint8)
     data = dicom(
