@@ -203,5 +203,5 @@ class Collection:
             self.left_out[f"of {len(files)} images, which are not there (the data set is unpacked in part)"] += absent
         elif absent:
             self.remarks.append(f"{absent} of {len(files)} images do not exist")
-        left_out = [f"{count} {what}" for what, count in self.left_out.items()]
+        left_out = [f"{count} {what}" for what, count in self.left_out.items() if count]
         return Dataset(listing.store, images, self.kind, self.remarks, self.shapes, why=self.why, left_out=left_out)
