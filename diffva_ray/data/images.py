@@ -123,7 +123,7 @@ def decode_square(data: bytes, size: int, min_side: int = 1, bits: int = 16) -> 
 def check_contrast(image: NDArray[np.floating]) -> None:
     """Raises BadImage (status ``blank``) for an image, float [H, W] in [0, 1], whose results would be meaningless: 90 %
     of its values are within MIN_CONTRAST, or more than MAX_TWO_VALUED of its pixels are black or white."""
-    rows, columns = (max(1, side // 256) for side in image.shape)  # a grid is enough for a large image
+    rows, columns = (max(1, side // 128) for side in image.shape)  # a grid is enough for a large image
     grid = image[::rows, ::columns]
     low, high = np.percentile(grid, (5, 95))
     if not high - low >= MIN_CONTRAST:
