@@ -143,6 +143,12 @@ def folder(path: str) -> str:
     return path[: len(path) - len(base(path))]
 
 
+def top_folders(paths: Iterable[str]) -> str:
+    """The highest folders of some paths, at most five; a file at the root stands for itself."""
+    tops = sorted({path.split("/")[0] for path in paths})
+    return ", ".join(tops if len(tops) <= 5 else [*tops[:4], f"{len(tops) - 4} more"])
+
+
 def tail(path: str, parts: int) -> str:
     """The last ``parts`` components of a path, composed, without the extension of an image."""
     end = "/".join(nfc(path).replace("\\", "/").split("/")[-parts:])
@@ -162,6 +168,7 @@ class Collection:
         shapes: Outlined lesions by image path.
         left_out: Number of files or rows by the reason why they are not taken.
         remarks: Messages for users.
+        skipped: Paths of the images that were left out by name.
     """
 
     listing: Listing
@@ -171,12 +178,18 @@ class Collection:
     shapes: dict[str, list[Shape]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     remarks: list[str] = field(default_factory=list)
+    skipped: set[str] = field(default_factory=set)
+
+    def skip(self, path: str | None, reason: str) -> None:
+        """Leaves out an image that a table names; ``path``: None for an absent file."""
+        self.left_out[reason] += 1
+        self.skipped |= {path} if path else set()
 
     def add(self, path: str | None, name: str, labels: Iterable[str], patient: str = "", **columns: str) -> None:
         """Adds an image under its labels. ``path``: None for an absent file, which the table calls ``name``."""
         labels = list(dict.fromkeys(labels))
         if not labels:
-            self.left_out["images without a positive label"] += 1
+            self.skip(path, "images without a positive label")
         size = -1 if path is None else self.listing.sizes[path]
         known: Mapping[str, str] = described(columns)
         key = patient_key(patient)
@@ -203,5 +216,8 @@ class Collection:
             self.left_out[f"of {len(files)} images, which are not there (the data set is unpacked in part)"] += absent
         elif absent:
             self.remarks.append(f"{absent} of {len(files)} images do not exist")
+        others = [entry.path for entry in listing.images if entry.path not in files and entry.path not in self.skipped]
+        if others:
+            self.left_out[f"images that no table names ({top_folders(others)})"] += len(others)
         left_out = [f"{count} {what}" for what, count in self.left_out.items() if count]
         return Dataset(listing.store, images, self.kind, self.remarks, self.shapes, why=self.why, left_out=left_out)

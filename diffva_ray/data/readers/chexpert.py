@@ -109,11 +109,11 @@ def _add(images: Collection, observations: Observations, name: str, table: Table
     for where, row in table.rows:
         text = row["Path"].replace("\\", "/")
         view = row.get("AP/PA", "") or row.get("Frontal/Lateral", "").upper()
+        path = _locate(images.listing, text, folder(name))
         if is_lateral(row.get("Frontal/Lateral", "")) or "_lateral." in text:
-            images.left_out["lateral views"] += 1
+            images.skip(path, "lateral views")
             continue
         patient = next((part for part in text.split("/") if part.startswith("patient")), "")
-        path = _locate(images.listing, text, folder(name))
         images.add(path, text, observations.positive(row, where), patient, view=view, sex=row.get("Sex", ""),
                    age=row.get("Age", ""), split=split)  # fmt: skip
 

@@ -40,7 +40,7 @@ def read(listing: Listing) -> Dataset | None:
     for _, row in listing.table(metadata[0], KEEP).require(metadata[0], *KEEP).rows:
         name, study = row["dicom_id"], row["study_id"]
         if is_lateral(row["ViewPosition"]):
-            images.left_out["lateral views"] += 1
+            images.skip(listing.image(name), "lateral views")
             continue
         found = sorted({*studies.get(study, ()), *outlined.get(name, ())})
         images.add(listing.image(name), f"{name}.jpg", found, row["subject_id"], view=row["ViewPosition"],

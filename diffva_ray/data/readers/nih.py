@@ -12,7 +12,7 @@ from diffva_ray.data.shapes import Box
 KIND = "nih-chestxray14"
 LAYOUT = "NIH ChestX-ray14"
 TABLES = ("Data_Entry_2017*.csv", "sample_labels.csv")
-FILES = r"(^|/)images_0\d\d/(images/)?\d{8}_\d{3}\.png$"
+FILES = r"((^|/)images_0\d\d/(images/)?|^images/)\d{8}_\d{3}\.png$"
 NAME, FINDINGS = "Image Index", "Finding Labels"
 SEX = ("Patient Gender", "Patient Sex")  # Kaggle's name, NIH's name
 SPACING = ("OriginalImagePixelSpacing[x", "y]")  # the header has commas in its brackets

@@ -30,10 +30,10 @@ def read(listing: Listing) -> Dataset | None:
     images = Collection(listing, KIND, f"{base(tables[0])} has the columns ImageID and Labels")
     inverted = 0
     for _, row in listing.table(tables[0], KEEP).require(tables[0], "ImageID", "Projection", "Labels").rows:
-        if row["Projection"] not in FRONTAL:
-            images.left_out["views that are not frontal"] += 1
-            continue
         path = listing.image(row["ImageID"])
+        if row["Projection"] not in FRONTAL:
+            images.skip(path, "views that are not frontal")
+            continue
         inverted += path is not None and row.get("PhotometricInterpretation_DICOM") == "MONOCHROME1"
         images.add(
             path, row["ImageID"], _labels(row["Labels"]), row.get("PatientID", ""), view=row["Projection"],

@@ -8,7 +8,7 @@ https://www.kaggle.com/datasets/tawsifurrahman/covid19-radiography-database
 from __future__ import annotations
 
 from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
-from diffva_ray.data.listing import Listing
+from diffva_ray.data.listing import Listing, top_folders
 
 KIND = "radiography"
 LAYOUT = "<class>/images/*.png (Radiography Database, phantoms)"
@@ -34,8 +34,7 @@ def read(listing: Listing) -> Dataset | None:
     root = _choose(listing, list(roots))
     prefix = f"{root}/" if root else ""
     others += [image.path for other in roots if other != root for image in roots[other]]
-    tops = sorted({path.split("/")[0] for path in others})
-    left_out = [f"{len(others)} images outside the layout ({', '.join(tops)})"] if others else []
+    left_out = [f"{len(others)} images outside the layout ({top_folders(others)})"] if others else []
     kind = "phantoms" if f"{prefix}phantoms.json" in listing.sizes else KIND
     why = f"folders {prefix}<class>/images"
     return Dataset(listing.store, roots[root], kind, why=why, left_out=left_out)

@@ -48,7 +48,4 @@ def read(listing: Listing) -> Dataset | None:
         images.remarks.append("stage_2_detailed_class_info.csv is missing: no image is known to be healthy")
     for name, label in classes.items():
         images.add(listing.image(name), name, [label], name, split="train")
-    images.left_out["images without labels (stage_2_test_images)"] = sum(
-        "_test_images/" in entry.path for entry in listing.images
-    )
     return images.dataset()

@@ -35,9 +35,6 @@ def read(listing: Listing) -> Dataset | None:
             images.outline(listing.image(name), Runs(LESION, SIDE, SIDE, _counts(text, where)))
     for name, label in classes.items():
         images.add(listing.image(name), name, [label], split="train")
-    images.left_out["images without labels (dicom-images-test)"] = sum(
-        "dicom-images-test/" in entry.path for entry in listing.images
-    )
     images.remarks.append(f"{OTHER!r} is not healthy: such images may show other findings")
     return images.dataset()
 

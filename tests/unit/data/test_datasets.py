@@ -205,6 +205,7 @@ def test_no_data_names_the_layouts(tmp_path):
         assert "path,label" in message
     assert "expected" in unusable(write(tmp_path, "one.png", "a/b/c/d.png"))
     assert "unknown scheme" in unusable("ftp://host/data")
+    assert "a single image is no data set; give its folder" in unusable(tmp_path / "one.png")
 
 
 def test_classes_filter_images_and_boxes(tmp_path):

@@ -48,7 +48,7 @@ SETS = [
              ("Data_Entry_2017_v2020.csv",)),
     Expected(replicas.rsna, "rsna-pneumonia",
              {"Lung_Opacity": 1, "No Lung Opacity / Not Normal": 1, "Normal": 1}, 3, (), ("train",), 1,
-             ("1 images without labels (stage_2_test_images)",)),
+             ("1 images that no table names",)),
     CHEXPERT,
     CHEXPERT._replace(replica=replicas.chexpert_batches, said=("train_cheXbert.csv for others",)),
     Expected(replicas.radiography, "radiography", {"COVID": 1, "Lung_Opacity": 1, "Normal": 1, "Viral Pneumonia": 1}),
@@ -60,7 +60,7 @@ SETS = [
     Expected(replicas.mimic, "mimic-cxr-jpg", {"Lung_Opacity": 1, "Pneumonia": 1}, 1, ("PA",), ("train",), 1,
              ("1 lateral views", "1 uncertain labels (-1), policy 'ignore': Edema 1")),
     Expected(replicas.siim, "siim-acr-pneumothorax", {"No Pneumothorax": 1, "Pneumothorax": 1}, 0, (), ("train",), 1,
-             ("1 images without labels (dicom-images-test)", "is not healthy")),
+             ("1 images that no table names", "is not healthy")),
     Expected(replicas.chexlocalize, "chexlocalize",
              {"Cardiomegaly": 1, "Enlarged Cardiomediastinum": 1, "Lung_Opacity": 1, "Normal": 1}, 2, (), ("val",), 1),
     Expected(replicas.padchest, "padchest", {"kyphosis": 1, "pulmonary fibrosis": 1}, 1, ("PA",), (), 0,
@@ -171,6 +171,7 @@ def test_the_policy_for_uncertain_labels_holds_for_both_sets_of_that_labeller(tm
     ("replica", "removed", "message"),
     [
         (replicas.nih_kaggle, ["Data_Entry_2017.csv"], "NIH ChestX-ray14, but Data_Entry_2017.csv"),
+        (replicas.nih_box, ["Data_Entry_2017_v2020.csv"], "NIH ChestX-ray14, but Data_Entry_2017.csv"),
         (replicas.rsna, ["stage_2_train_labels.csv"], "RSNA Pneumonia 2018, but stage_2_train_labels.csv"),
         (replicas.siim, ["train-rle.csv"], "SIIM-ACR Pneumothorax, but train-rle.csv"),
         (replicas.vindr_physionet, ["annotations"], "VinDr-CXR, but annotations/annotations_train.csv"),
@@ -201,6 +202,12 @@ def test_a_set_that_is_mostly_absent_is_taken_as_far_as_it_goes(tmp_path: Path) 
     dataset = open_dataset(tmp_path)
     assert {image.path for image in dataset.images} == {"images_001/images/00000001_000.png"}
     assert any("3 of 4 images, which are not there" in text for text in dataset.left_out)
+
+
+def test_images_that_no_table_names_are_counted(tmp_path: Path) -> None:
+    replicas.nih_kaggle(tmp_path)
+    replicas.image(tmp_path, "other set/a.png", "b.png")
+    assert "2 images that no table names (b.png, other set)" in open_dataset(tmp_path).left_out
 
 
 def test_a_set_beside_its_copy_is_refused(tmp_path: Path) -> None:
