@@ -100,16 +100,24 @@ class Listing:
             )
         return found[0] if found else None
 
-    def named(self, *patterns: str) -> list[str]:
-        """Paths of the files at most KNOWN_TABLES folders deep with such a name (``*`` allowed), in the patterns'
-        order; case does not matter. A name is taken once, from the highest folder."""
-        shallow = sorted(
-            (path for path in self.sizes if path.count("/") <= KNOWN_TABLES and not is_hidden(path)),
-            key=lambda path: (path.count("/"), path),
+    @cached_property
+    def _annotations(self) -> list[str]:
+        """Paths of the files at most KNOWN_TABLES folders deep that are no images, the highest first."""
+        paths = (
+            path
+            for path in self.sizes
+            if path.count("/") <= KNOWN_TABLES and not path.lower().endswith(IMAGE_EXTENSIONS) and not is_hidden(path)
         )
+        return sorted(paths, key=lambda path: (path.count("/"), path))
+
+    def named(self, *patterns: str) -> list[str]:
+        """Paths of the tables and other annotations with such a name (``*`` allowed), in the patterns' order.
+
+        They are at most KNOWN_TABLES folders deep; case does not matter. A name is taken once, from the highest folder.
+        """
         found: dict[str, str] = {}
         for pattern in patterns:
-            for path in shallow:
+            for path in self._annotations:
                 if fnmatch(base(path).lower(), pattern.lower()):
                     found.setdefault(base(path).lower(), path)
         return list(found.values())
