@@ -1,7 +1,7 @@
 """Finds images that are probably no ordinary chest X-rays: inverted, rotated, padded, coloured, with burnt-in text.
 
-Suspects are for a person to look at; nothing is left out. On 5,165 real frontal images, 0.3 % are reported for their
-orientation; of the same images inverted or turned by 90, 180 or 270 degrees, more than 99 % are.
+Suspects are for a person to look at; nothing is left out. The orientation is judged by the correlation with the mean
+image of the data set itself.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _orientation(correlations: NDArray[np.float32], own: bool) -> list[str]:
     if correlations[turned] > max(SIMILAR, upright + CLEAR):
         return [f"rotated? looks upright when turned by {90 * turned} degrees anticlockwise"]
     if own and correlations.max() < FOREIGN:
-        return ["not frontal? unlike the other images of the data set"]
+        return ["not frontal, or oddly framed? unlike the other images of the data set"]
     return []
 
 

@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from diffva_ray.cli import main
-from diffva_ray.config.recipe import DataConfig, RecipeError, load_recipe
+from diffva_ray.config.recipe import ROLES, DataConfig, RecipeError, load_recipe
+from diffva_ray.data import manifest as manifest_reader
 from diffva_ray.data.columns import patient_key
 from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
 from diffva_ray.data.datasets import open_dataset
@@ -151,6 +152,10 @@ def test_columns_are_named_by_the_option_and_by_the_command(tmp_path):
     for wrong, message in (("image", "write it as image=NAME"), ("bild=wo", "no such role: bild; there are image")):
         with pytest.raises(RecipeError, match=message):
             load_recipe("phantom", [f"data.columns={wrong}"])
+
+
+def test_every_role_of_the_recipe_is_a_role_of_manifests():
+    assert set(ROLES) == set(manifest_reader.ROLES)
 
 
 def test_several_labels_in_a_cell_and_further_columns(tmp_path):
