@@ -10,11 +10,11 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 
-def dicom(pixels: np.ndarray, **values: Any) -> bytes:
-    """A DICOM file of 16 bits; signed where the pixels are."""
+def dicom(pixels: np.ndarray, syntax: str = ExplicitVRLittleEndian, **values: Any) -> bytes:
+    """A DICOM file of 16 bits; signed where the pixels are. ``syntax``: transfer syntax of the pixels in ``values``."""
     image = Dataset()
     image.file_meta = FileMetaDataset()
-    image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    image.file_meta.TransferSyntaxUID = syntax
     image.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.1"
     image.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
     image.Rows, image.Columns = pixels.shape

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import click
 
-from diffva_ray.commands.verb import dry_run_option, echo, names, recipe_or_phantom, set_option, show, verb
+from diffva_ray.commands.verb import dry_run_option, echo, names, recipe_or_phantom, set_option, show, verb, with_flags
 from diffva_ray.config.recipe import load_recipe
 from diffva_ray.data.dataset import UnusableData
+
+
+def data_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a data set that is a table; they are the keys ``columns`` and ``root`` of section ``data``."""
+    columns = click.option(
+        "--columns", metavar="ROLE=NAME,...", help="Columns of a table, as image=Path,label=Finding,patient=PatientID."
+    )
+    root = click.option("--root", metavar="FOLDER", help="Folder of the images that a table names; default: its own.")
+    return columns(root(function))
 
 
 @verb("phantoms", "Write a set of synthetic X-rays")
@@ -64,19 +75,31 @@ def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str 
 
 @verb("inspect", "Show what a data set contains")
 @click.argument("data")
+@click.argument("other", required=False)
+@data_options
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @recipe_or_phantom
 @set_option
-def inspect(data: str, as_json: bool, recipe: str, overrides: tuple[str, ...]) -> None:
-    """Show what a data set contains: classes, image sizes, masks, unreadable files and near-duplicates.
+def inspect(data: str, other: str | None, columns: str | None, root: str | None, as_json: bool, recipe: str,
+            overrides: tuple[str, ...]) -> None:  # fmt: skip
+    """Show what a data set contains and how it was recognised: classes, patients, views, image sizes, masks and boxes,
+    unreadable files, suspects (inverted, rotated, padded, coloured, with text) and near-duplicates. With OTHER, also
+    show what the two data sets have in common: patients, equal files, near-duplicates.
 
     Example:
         diffva inspect data/COVID-19_Radiography_Dataset
+        diffva inspect images.csv --columns image=Path,label=Finding,patient=PatientID --root /data/images
+        diffva inspect data/train data/test
     """
+    from diffva_ray.data import inspection
     from diffva_ray.data.datasets import open_dataset
-    from diffva_ray.data.inspection import describe_findings
-    from diffva_ray.data.inspection import inspect as examine
 
-    config = load_recipe(recipe, overrides).data
-    findings = examine(open_dataset(data, config), config.healthy_class)
-    echo(json.dumps(findings, indent=1) if as_json else describe_findings(findings))
+    config = load_recipe(recipe, with_flags(overrides, data__columns=columns, data__root=root)).data
+    first, *rest = [inspection.examine(open_dataset(uri, config)) for uri in (data, other) if uri]
+    summary = inspection.summary(first, config.healthy_class)
+    common = inspection.overlap(first, rest[0]) if rest else None
+    if as_json:
+        return click.echo(json.dumps({**summary, **({"overlap": common} if common else {})}, indent=1))
+    echo(inspection.describe_findings(summary))
+    if common:
+        echo(inspection.describe_overlap(common))

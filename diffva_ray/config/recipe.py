@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from diffva_ray.config.generation import AccelerationConfig, ClassifierGuidedConfig, ControlNetConfig, MaskedConfig
 from diffva_ray.config.sampling import SamplingSettings
@@ -18,6 +18,9 @@ from diffva_ray.storage.opening import open_file
 
 RECIPES = resources.files("diffva_ray") / "recipes"
 GUESS, SOURCE = "<guess>", "<source>"
+ROLES = (  # of the columns of a table
+    "image", "label", "patient", "mask", "lesion", "caption", "view", "laterality", "age", "sex", "spacing", "split",
+)  # fmt: skip
 
 
 class DataConfig(Section):
@@ -45,6 +48,26 @@ class DataConfig(Section):
     bits: int = Field(16, ge=8, le=16)
     """Number of bits in use in 16-bit grey PNGs and TIFFs of the data set, for example 12 for values up to 4095, common
     in DICOM exports. ``diffva inspect`` prints it."""
+
+    columns: dict[str, str] = {}
+    """Columns of a table by role, as ``image=Path,label=Finding,patient=PatientID``; further roles are ``mask``,
+    ``lesion``, ``caption``, ``view``, ``laterality``, ``age``, ``sex``, ``spacing``, ``split``. Common names are found
+    without it."""
+
+    root: str = ""
+    """Folder (local or s3://) of the images that a table names, by relative or absolute paths; default: the folder of
+    the table."""
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        pairs = [pair.partition("=") for pair in value.split(",")] if isinstance(value, str) else []
+        if any(not equals for _, equals, _ in pairs):
+            raise ValueError("write it as image=NAME,label=NAME")
+        columns = {role.strip(): column.strip() for role, _, column in pairs} if pairs else value
+        if isinstance(columns, dict) and (unknown := set(columns) - set(ROLES)):
+            raise ValueError(f"no such role: {', '.join(sorted(unknown))}; there are {', '.join(ROLES)}")
+        return columns
 
     def prompt(self, label: str) -> str:
         """Return the training prompt of a class; by default its name with spaces for underscores."""

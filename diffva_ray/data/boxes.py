@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from diffva_ray.data.dataset import LabelledImage, UnusableData
-from diffva_ray.data.manifest import read_table
+from diffva_ray.data.tables import read_table
 
 Box = tuple[float, float, float, float]
 COLUMNS = ("file", "x", "y", "w", "h")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from diffva_ray.data.images import IMAGE_EXTENSIONS
+from diffva_ray.data.shapes import Box, Shape
 from diffva_ray.storage.store import Entry, Store
+
+NO_COLUMNS: dict[str, str] = {}  # shared by millions of images
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,9 @@ class LabelledImage:
         lesion_mask: Path of the lesion mask.
         ground_truth: Path of the ground-truth counterfactual (phantoms only).
         caption: Training prompt of this image; empty: the prompt of its class.
+        patient: Hash of the patient's id (``columns.patient_key``); empty when the data set does not know the patient.
+        columns: Further columns of the data set's table as text: ``view``, ``laterality``, ``age``, ``sex``,
+            ``spacing``, ``split`` where it has them, and any others under their own names.
     """
 
     path: str
@@ -31,6 +38,8 @@ class LabelledImage:
     lesion_mask: str = ""
     ground_truth: str = ""
     caption: str = ""
+    patient: str = ""
+    columns: Mapping[str, str] = field(default_factory=lambda: NO_COLUMNS, hash=False)
 
 
 @dataclass(frozen=True)
@@ -41,22 +50,49 @@ class Dataset:
         store: Where the files are.
         images: The images; a file with two labels occurs twice.
         kind: The layout, such as ``radiography`` or ``manifest``.
-        notes: Messages of the reader for users, one line each.
-        boxes: Lesion boxes (x, y, w, h in pixels) by image path.
+        remarks: Messages of the reader for users, one line each.
+        shapes: Lesions that the data set outlines (boxes, polygons, masks), by image path.
         bits: Number of bits that the values in 16-bit grey files use (``data.bits``).
+        why: What the layout was recognised by.
+        left_out: What the reader did not take, with counts, one line each.
     """
 
     store: Store
     images: list[LabelledImage]
     kind: str
-    notes: list[str] = field(default_factory=list)
-    boxes: dict[str, list[tuple[float, float, float, float]]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    shapes: dict[str, list[Shape]] = field(default_factory=dict)
     bits: int = 16
+    why: str = ""
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """All messages for users: what was left out, and remarks."""
+        return [*(f"left out: {text}" for text in self.left_out), *self.remarks]
 
     @property
     def classes(self) -> dict[str, int]:
         """Number of images by class, in alphabetical order."""
         return dict(sorted(Counter(image.label for image in self.images).items()))
+
+    @cached_property
+    def boxes(self) -> dict[str, list[tuple[float, float, float, float]]]:
+        """Lesion boxes (x, y, w, h) by image path, of images whose boxes are in pixels of the file and name no other
+        class than the image's only one. ``lesion_shapes`` has the shapes of all images, by label."""
+        labels: dict[str, set[str]] = {}
+        for image in self.images:
+            labels.setdefault(image.path, set()).add(image.label)
+        found = {
+            path: [(shape.x, shape.y, shape.w, shape.h) for shape in shapes
+                   if isinstance(shape, Box) and not shape.width and (not shape.label or {shape.label} == labels[path])]
+            for path, shapes in self.shapes.items() if path in labels
+        }  # fmt: skip
+        return {path: boxes for path, boxes in found.items() if boxes}
+
+    def lesion_shapes(self, path: str, label: str) -> list[Shape]:
+        """The outlined lesions of the image at ``path`` under ``label``: those of the label, and those of no label."""
+        return [shape for shape in self.shapes.get(path, ()) if shape.label in ("", label)]
 
     def sample_paths(self, count: int) -> list[str]:
         """At most ``count`` distinct paths of images that were listed, spread evenly over the data set."""
@@ -81,10 +117,11 @@ def companions(path: str, kind: str) -> tuple[str, ...]:
     return tuple(f"{above}{kind}/{name}" for name in dict.fromkeys(names))
 
 
+def is_hidden(path: str) -> bool:
+    """Whether a file or a folder above it is hidden or left by an archive (``._x.png``, ``__MACOSX``)."""
+    return path.startswith((".", "__MACOSX/")) or "/." in path or "/__MACOSX/" in path
+
+
 def image_files(entries: Iterable[Entry]) -> list[Entry]:
     """Entries with the extension of an image, without hidden files or folders (``._x.png``, ``.ipynb_checkpoints``)."""
-    return [
-        entry
-        for entry in entries
-        if entry.path.lower().endswith(IMAGE_EXTENSIONS) and not entry.path.startswith(".") and "/." not in entry.path
-    ]
+    return [entry for entry in entries if entry.path.lower().endswith(IMAGE_EXTENSIONS) and not is_hidden(entry.path)]

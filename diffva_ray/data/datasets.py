@@ -1,42 +1,86 @@
-"""Detects the layout of a data set and reads it.
+"""Recognises a data set and reads it.
 
-To add a layout, add a module to this folder with ``LAYOUT`` (its description, for messages) and ``read``, and its name
-to KINDS.
+To add one, add a module to ``readers/`` with ``LAYOUT`` (its description, for messages) and ``read``, and its name to
+READERS.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from importlib.util import find_spec
 from itertools import groupby
+from typing import Protocol
 
 from diffva_ray.config.recipe import DataConfig
-from diffva_ray.data import boxes, chexpert, manifest
-from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData, companions
-from diffva_ray.data.radiography import COMPANIONS
+from diffva_ray.data import boxes, labels, manifest
+from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData, companions, is_hidden
+from diffva_ray.data.images import IMAGE_EXTENSIONS
+from diffva_ray.data.listing import Listing
+from diffva_ray.data.readers import (
+    chestxdet,
+    chexlocalize,
+    chexpert,
+    class_folders,
+    image_folder,
+    mimic,
+    nih,
+    padchest,
+    radiography,
+    rsna,
+    siim,
+    split_folders,
+    vindr,
+)
+from diffva_ray.data.shapes import Box, Shape
+from diffva_ray.data.tables import EXTENSIONS
 from diffva_ray.progress import one_line
 from diffva_ray.provenance import missing
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store
 
-KINDS = [
-    import_module(f"diffva_ray.data.{name}")
-    for name in ("chexpert", "radiography", "folder")  # the first one that recognises the layout reads the folder
-]
-LAYOUTS = f"{', '.join(kind.LAYOUT for kind in KINDS)}, or {manifest.LAYOUT}"
+
+class Reader(Protocol):
+    """A module that reads one layout."""
+
+    LAYOUT: str  # what the layout is recognised by, for messages
+
+    def read(self, listing: Listing) -> Dataset | None:
+        """The data set, or None for another layout. Raises UnusableData for an incomplete one."""
+
+
+READERS: tuple[Reader, ...] = (  # the first one that recognises the layout reads the folder
+    chexlocalize,
+    chexpert,
+    mimic,
+    nih,
+    rsna,
+    siim,
+    vindr,
+    padchest,
+    chestxdet,
+    image_folder,
+    radiography,
+    split_folders,
+    class_folders,
+)
+LAYOUTS = f"{', '.join(reader.LAYOUT for reader in READERS)}, or {manifest.LAYOUT}"
 DEFAULTS = DataConfig()
+DICOM = (".dcm", ".dicom")
+ARCHIVES = {"tar": "unpack it", "zip": "unpack it", "gz": "unpack it", "parquet": "save its images as files"}
+ANNOTATIONS = ("csv", "tsv", "json", "jsonl", "txt", "md", "xlsx", "html", "yaml", "yml", "pdf", "pkl", "parquet", "gz")
 
 
 def open_dataset(
     uri: str | os.PathLike[str], config: DataConfig = DEFAULTS, classes: Sequence[str] | None = None
 ) -> Dataset:
-    """Opens a data set of any supported layout. The store is listed once; no image is read.
+    """Opens a data set of any supported layout. The store is listed once; no image is decoded.
 
     Lung masks, lesion masks and ground-truth counterfactuals beside the images (``masks/``, ``lesions/``,
-    ``ground_truth/``, same file name) and a ``boxes.csv`` are found for every layout.
+    ``ground_truth/``, same file name) and a ``boxes.csv`` are found for every layout. Spellings and synonyms of a
+    label become one class.
 
     Args:
         uri: A folder or a manifest file, local or ``s3://``.
@@ -49,49 +93,50 @@ def open_dataset(
     Raises:
         UnusableData: Nothing there, an unknown layout, an invalid table, or an unknown class; the message is one line.
     """
-    # open and list the store
     place, file = _split(os.fspath(uri))
     try:
         store = open_store(place)
+        root = open_store(config.root) if file and config.root else store
     except ValueError as error:
         raise UnusableData(str(error)) from None
     try:
-        listed = store.list()
-        entries = [entry for entry in listed if _is_text(entry.path)]
-        existing = {entry.path for entry in entries}
-        if file and file not in existing:
+        # list the files
+        listed = root.list()
+        listing = Listing(root, [entry for entry in listed if _is_text(entry.path)], config)
+        if file and not (file in listing.sizes if root is store else store.exists(file)):
             raise UnusableData(f"{uri}: no such file")
-        if not entries:
-            raise UnusableData(f"{uri}: no files there; expected {LAYOUTS}")
-        # read the layout
-        if file:
-            dataset = manifest.read(store, entries, config, file) or chexpert.read(store, entries, config, [file])
-        else:
-            dataset = next((result for kind in KINDS if (result := kind.read(store, entries, config))), None)
-        if any("/twins/" in f"/{entry.path}" for entry in entries):
+        if not listing.entries:
+            single = " (a single image is no data set; give its folder)" if _is_image(place) else ""
+            raise UnusableData(f"{uri}: no files there{single}; expected {LAYOUTS}")
+        if any("/twins/" in f"/{entry.path}" for entry in listing.entries):
             raise UnusableData(
                 f"{uri}: has folders twins/ (a phantom set of an earlier version); rename them to ground_truth/"
             )
-        if dataset is None:
-            raise UnusableData(f"{uri}: {_columns(store, file) if file else f'no images; expected {LAYOUTS}'}")
+        # read the layout
+        dataset = _read_file(store, listing, file) if file else _read_folder(listing)
         if not dataset.images:
-            raise UnusableData(f"{uri}: names no images")
-        if find_spec("pydicom") is None and any(image.path.lower().endswith(".dcm") for image in dataset.images):
+            raise UnusableData(f"{uri}: names no images{_reasons(dataset)}")
+        if find_spec("pydicom") is None and any(image.path.lower().endswith(DICOM) for image in dataset.images):
             raise UnusableData(f"{uri}: {missing('pydicom', 'DICOM files', 'dicom')}")
-        # add masks and boxes, and filter
-        if len(entries) < len(listed):
-            dataset.notes.append(f"{len(listed) - len(entries)} files are ignored: their names are not UTF-8")
-        return _filtered(replace(_completed(dataset, existing), bits=config.bits), classes, str(uri))
+        # one name per class, masks and boxes, classes
+        dataset = _completed(labels.unified(dataset, config), listing)
+        if len(listing.entries) < len(listed):
+            dataset.left_out.append(f"{len(listed) - len(listing.entries)} files whose names are not UTF-8")
+        return _filtered(replace(dataset, bits=config.bits), classes, str(uri), config)
     except OSError as error:
         raise UnusableData(f"{uri}: cannot be read ({one_line(error)})") from None
 
 
 def _split(uri: str) -> tuple[str, str]:
     """The folder and, for a manifest, the name of the file in it."""
-    if not uri.lower().endswith(manifest.EXTENSIONS):
+    if not uri.lower().endswith(EXTENSIONS):
         return uri, ""
     place, slash, name = uri.rpartition("/")
     return place or slash or ".", name
+
+
+def _is_image(place: str) -> bool:
+    return place.lower().endswith(IMAGE_EXTENSIONS)
 
 
 def _is_text(path: str) -> bool:
@@ -103,25 +148,67 @@ def _is_text(path: str) -> bool:
     return True
 
 
-def _columns(store: Store, file: str) -> str:
-    """Error text that compares the columns of a table with those of a manifest."""
-    columns = manifest.read_table(store.read(file), file).columns
-    return f"needs the columns path,label[,mask][,caption]; it has {','.join(columns)}"
+def _read_file(store: Store, listing: Listing, file: str) -> Dataset:
+    """The data set of a table: CheXpert's or a manifest."""
+    data = store.read(file)
+    dataset = chexpert.read(listing, [file]) if file in listing.sizes else None
+    dataset = dataset or manifest.read(listing, file, data)
+    if dataset is None:
+        columns = manifest.read_table(data, file).columns
+        raise UnusableData(
+            f"{store.uri}/{file}: needs the columns path,label[,mask][,caption][,patient]; it has {','.join(columns)}; "
+            "name them with --columns image=NAME,label=NAME"
+        )
+    return dataset
 
 
-def _completed(dataset: Dataset, existing: set[str]) -> Dataset:
+def _read_folder(listing: Listing) -> Dataset:
+    dataset = next((result for reader in READERS if (result := reader.read(listing))), None)
+    if dataset is None:
+        kinds = Counter(entry.path.rpartition(".")[2].lower() for entry in listing.entries)
+        packed = [f"{count} .{kind} files: {ARCHIVES[kind]}" for kind, count in kinds.items() if kind in ARCHIVES]
+        hint = f"{'; '.join(packed)}; " if packed else ""
+        raise UnusableData(f"{listing.store.uri}: {hint}no images; expected {LAYOUTS}")
+    return replace(dataset, left_out=[*dataset.left_out, *_other_files(listing)])
+
+
+def _other_files(listing: Listing) -> list[str]:
+    """A line about files that are neither images nor annotations."""
+    images = {entry.path for entry in listing.images}
+    others = [entry.path for entry in listing.entries if entry.path not in images and not is_hidden(entry.path)]
+    names = Counter(path.rpartition("/")[2].rpartition(".") for path in others)
+    kinds: Counter[str] = Counter()
+    for (_, dot, extension), count in names.items():
+        kinds[f".{extension.lower()}" if dot else "no extension"] += count
+    kinds = Counter({kind: count for kind, count in kinds.items() if kind.lstrip(".") not in ANNOTATIONS})
+    if not kinds:
+        return []
+    counts = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(5))
+    return [f"{kinds.total()} files that are no images ({counts})"]
+
+
+def _reasons(dataset: Dataset) -> str:
+    return f" ({'; '.join(dataset.left_out)})" if dataset.left_out else ""
+
+
+def _completed(dataset: Dataset, listing: Listing) -> Dataset:
     """The data set sorted, without duplicates, with masks, ground-truth counterfactuals and boxes."""
-    notes = list(dataset.notes)
+    remarks = list(dataset.remarks)
     images = []
-    beside = {path for path in existing if path.split("/")[-2:-1] and path.split("/")[-2] in COMPANIONS}
+    beside = {
+        path for path in listing.sizes if path.split("/")[-2:-1] and path.split("/")[-2] in radiography.COMPANIONS
+    }
     ordered = sorted(dataset.images, key=lambda image: (image.path, image.label, image.lung_mask == ""))
     for _, same in groupby(ordered, key=lambda image: (image.path, image.label)):
         image = next(same)
         images.append(_with_companions(image, beside) if beside else image)
     if len(images) < len(ordered):
-        notes.append(f"{len(ordered) - len(images)} repeated rows of the same image and label are merged")
-    csv_boxes, box_notes = _boxes(dataset.store, [image.path for image in images], existing)
-    return replace(dataset, images=images, notes=notes + box_notes, boxes=dataset.boxes or csv_boxes)
+        remarks.append(f"{len(ordered) - len(images)} repeated rows of the same image and label are merged")
+    shapes = dataset.shapes
+    if not shapes:
+        shapes, box_remarks = _boxes(listing, [image.path for image in images])
+        remarks += box_remarks
+    return replace(dataset, images=images, remarks=remarks, shapes=shapes)
 
 
 def _with_companions(image: LabelledImage, beside: set[str]) -> LabelledImage:
@@ -136,26 +223,34 @@ def _with_companions(image: LabelledImage, beside: set[str]) -> LabelledImage:
     )
 
 
-def _boxes(store: Store, paths: Sequence[str], existing: set[str]) -> tuple[dict[str, list[boxes.Box]], list[str]]:
-    """Boxes and a note, from ``boxes.csv`` at the root or in the only folder that contains images."""
+def _boxes(listing: Listing, paths: Sequence[str]) -> tuple[dict[str, list[Shape]], list[str]]:
+    """Boxes and a remark, from ``boxes.csv`` at the root or in the only folder that contains images."""
     tops = {path.split("/")[0] for path in paths}
     for name in ("boxes.csv", *(f"{top}/boxes.csv" for top in tops if len(tops) == 1)):
-        if name in existing:
-            rows = boxes.parse(store.read(name), name)
+        if name in listing.sizes:
+            rows = boxes.parse(listing.store.read(name), name)
             by_image = boxes.match(rows, paths)
             count = sum(map(len, by_image.values()))
             unmatched = f"; {len(rows) - count} match no image" if count < len(rows) else ""
-            return by_image, [f"{count} boxes on {len(by_image)} images ({name}){unmatched}"]
+            shapes: dict[str, list[Shape]] = {
+                path: [Box(x=x, y=y, w=w, h=h) for x, y, w, h in found] for path, found in by_image.items()
+            }
+            return shapes, [f"{count} boxes on {len(by_image)} images ({name}){unmatched}"]
     return {}, []
 
 
-def _filtered(dataset: Dataset, classes: Sequence[str] | None, uri: str) -> Dataset:
-    if not classes:
-        return dataset
+def _filtered(dataset: Dataset, classes: Sequence[str] | None, uri: str, config: DataConfig) -> Dataset:
     existing = dataset.classes
+    if not classes:
+        if config.healthy_class not in existing:
+            dataset.remarks.append(
+                f"no image is healthy: there is no class {config.healthy_class!r}; name another by "
+                "--set data.healthy_class=NAME"
+            )
+        return dataset
     for name in classes:
         if name not in existing:
             raise UnusableData(f"{uri}: no class {name!r}; there are {', '.join(existing)}")
     images = [image for image in dataset.images if image.label in classes]
     paths = {image.path for image in images}
-    return replace(dataset, images=images, boxes={path: b for path, b in dataset.boxes.items() if path in paths})
+    return replace(dataset, images=images, shapes={path: s for path, s in dataset.shapes.items() if path in paths})

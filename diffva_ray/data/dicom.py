@@ -2,19 +2,64 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffva_ray.data.columns import described, patient_key
 from diffva_ray.progress import one_line
+from diffva_ray.provenance import missing
 
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601
 TAILS = (0.1, 99.9)  # percentiles that become black and white when a file has no window
 
 
+TAGS = {  # header elements by column, the first that is there
+    "view": ("ViewPosition",),
+    "laterality": ("ImageLaterality", "Laterality"),
+    "age": ("PatientAge",),
+    "sex": ("PatientSex",),
+    "spacing": ("PixelSpacing", "ImagerPixelSpacing"),
+}
+
+
 class UnusableDicom(ValueError):
     """A DICOM file that is not a single grey image; the message is one line."""
+
+
+def opened(data: bytes) -> Any:
+    """The file as a pydicom data set; a file without preamble or file meta information is read by its encoding."""
+    from pydicom import dcmread, uid
+
+    image = dcmread(BytesIO(data), force=True)
+    if "TransferSyntaxUID" not in image.file_meta:
+        implicit, little = image.original_encoding
+        explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+        image.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
+    return image
+
+
+def header_columns(image: Any) -> dict[str, str]:
+    """The elements of TAGS as text, and the hash of the patient's id; without empty ones."""
+    values = {column: [image.get(tag) for tag in tags] for column, tags in TAGS.items()}
+    found = {column: next((value for value in given if value), "") for column, given in values.items()}
+    columns = {column: one_line("/".join(map(str, np.ravel(value))), 40) for column, value in found.items()}
+    columns["patient"] = patient_key(str(image.get("PatientID") or ""))
+    return described(columns)
+
+
+def _pixels(image: Any) -> NDArray[Any]:
+    """The stored values, decompressed. Raises UnusableDicom when no installed package can do that."""
+    try:
+        return image.pixel_array
+    except (RuntimeError, NotImplementedError) as error:
+        if "missing dependencies" in str(error) or "no available" in str(error):
+            raise UnusableDicom(
+                missing("gdcm", f"DICOM files in {image.file_meta.TransferSyntaxUID.name}", "dicom")
+            ) from None
+        raise
 
 
 def grey(image: Any) -> NDArray[np.floating]:
@@ -42,7 +87,7 @@ def grey(image: Any) -> NDArray[np.floating]:
     if photometric == "PALETTE COLOR":
         raise UnusableDicom("a DICOM file with a colour palette; an image is MONOCHROME1 or MONOCHROME2")
     # convert the stored values to the displayed range
-    stored = image.pixel_array
+    stored = _pixels(image)
     if stored.ndim == 3:
         return np.clip(stored[..., :3] @ LUMA / (2 ** int(image.BitsStored) - 1), 0, 1)
     padding = _padding(image, stored)

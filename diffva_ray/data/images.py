@@ -24,11 +24,13 @@ from diffva_ray.schema import Status
 from diffva_ray.storage.opening import open_file
 from diffva_ray.storage.store import Store
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm")
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom")
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 4 * MAX_PIXELS  # of a file; twice what uncompressed 16-bit pixels need
 MAX_SCANS = 1000  # of a JPEG; a progressive one has about ten. Each scan costs a pass over all pixels, up to a day
 MIN_CONTRAST = 1 / 16  # of the grey scale; 12-bit values in a 16-bit file reach just less
+MAX_TWO_VALUED = 0.95  # share of black and white pixels; a real X-ray in a wide black frame has less
+DITHERED = 0.1  # share of neighbouring pixels that differ; the outlines of a mask have less
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # transfer syntax of a deflated DICOM file
 DICOM_HEADER_BYTES = 1 << 16  # the transfer syntax is in this part of the file
 
@@ -121,28 +123,30 @@ def decode_square(data: bytes, size: int, min_side: int = 1, bits: int = 16) -> 
 
 
 def check_contrast(image: NDArray[np.floating]) -> None:
-    """Raises BadImage (status ``blank``) for an image, float [H, W] in [0, 1], without contrast.
-
-    That is: 90 % of its values are within MIN_CONTRAST. Causes are a flat image, a DICOM window outside the values, or
-    values that use a small part of the file's range. Such a file decodes, but its results would be meaningless.
-    """
-    rows, columns = (max(1, side // 256) for side in image.shape)  # a grid is enough for a large image
-    low, high = np.percentile(image[::rows, ::columns], (5, 95))
+    """Raises BadImage (status ``blank``) for an image, float [H, W] in [0, 1], whose results would be meaningless: 90 %
+    of its values are within MIN_CONTRAST, or more than MAX_TWO_VALUED of its pixels are black or white areas."""
+    rows, columns = (max(1, side // 128) for side in image.shape)  # a grid is enough for a large image
+    grid = image[::rows, ::columns]
+    low, high = np.percentile(grid, (5, 95))
     if not high - low >= MIN_CONTRAST:
         raise BadImage(
             f"blank: 90 % of the values are between {low:.3f} and {high:.3f} of the grey scale: a flat image, a DICOM "
             "window off its values, or a 16-bit file that uses fewer bits (see diffva inspect; --set data.bits=12)",
             Status.BLANK,
         )
+    dithered = (grid[:, 1:] != grid[:, :-1]).mean() > DITHERED  # black and white dots that look grey
+    if (share := ((grid <= 0) | (grid >= 1)).mean()) > MAX_TWO_VALUED and not dithered:
+        reason = f"blank: {share:.0%} of the pixels are black or white: a mask, or a DICOM window far too narrow"
+        raise BadImage(reason, Status.BLANK)
 
 
 def describe(data: bytes) -> str:
     """Format, colour mode and bit depth of an image file, such as ``PNG grey 16-bit``. Raises BadImage."""
 
     def header() -> str:
-        if _is_dicom(data):
+        if is_dicom(data):
             return "DICOM"
-        kind, image = _open(data)
+        kind, image = open_image(data)
         raw = str(image.tile[0][3]) if getattr(image, "tile", None) else ""
         depth = "16-bit" if "16" in raw else "8-bit"
         if image.mode == "I" and depth == "16-bit":
@@ -173,9 +177,9 @@ def _guarded(work: Callable[[], Any]) -> Any:
 
 def _decode(data: bytes, min_side: int, bits: int, finish: Callable[[np.ndarray], Any]) -> Any:
     """Result of ``finish`` for the image; its pixels count towards IN_FLIGHT until ``finish`` returns."""
-    if _is_dicom(data):
+    if is_dicom(data):
         return _decode_dicom(data, min_side, finish)
-    kind, image = _open(data)
+    kind, image = open_image(data)
     width, height = image.size
     _check_size(width, height, min_side)
     if kind == "TIFF":  # a whole tile is allocated even for a small image
@@ -200,11 +204,12 @@ def _pixels(kind: str, image: Any, data: bytes, bits: int) -> np.ndarray:
     return grey
 
 
-def _is_dicom(data: bytes) -> bool:
-    return data[128:132] == b"DICM"
+def is_dicom(data: bytes) -> bool:
+    """Whether a file starts as DICOM: after a preamble, or, as some devices write it, with its first group at once."""
+    return data[128:132] == b"DICM" or (data[:2] in (b"\x08\0", b"\x02\0") and data[3:4] == b"\0")
 
 
-def _open(data: bytes) -> tuple[str, Any]:
+def open_image(data: bytes) -> tuple[str, Any]:
     """Format and opened image; reads only the header."""
     if not data:
         raise BadImage("the file is empty (0 bytes)")
@@ -253,17 +258,28 @@ def _grey(image: Image.Image, bits: int) -> np.ndarray:
 
 def _decode_dicom(data: bytes, min_side: int, finish: Callable[[np.ndarray], Any]) -> Any:
     """As ``_decode``, for a DICOM file."""
-    try:
-        import pydicom  # an optional package
-    except ImportError:
-        raise BadImage(missing("pydicom", "DICOM files", "dicom")) from None
-    if DEFLATED in data[:DICOM_HEADER_BYTES]:  # a few megabytes may inflate to many gigabytes
-        raise BadImage("a deflated DICOM file; save it with another transfer syntax")
-    image = pydicom.dcmread(BytesIO(data))
+    image = _open_dicom(data)
     width, height = int(image.Columns), int(image.Rows)
     _check_size(width, height, min_side)
     with IN_FLIGHT(width * height):
         return finish(dicom.grey(image).astype(np.float32))
+
+
+def _open_dicom(data: bytes) -> Any:
+    if DEFLATED in data[:DICOM_HEADER_BYTES]:  # a few megabytes may inflate to many gigabytes
+        raise BadImage("a deflated DICOM file; save it with another transfer syntax")
+    try:
+        return dicom.opened(data)
+    except ImportError:
+        raise BadImage(missing("pydicom", "DICOM files", "dicom")) from None
+
+
+def header_columns(data: bytes) -> dict[str, str]:
+    """Columns from the header of a DICOM file, where it has them: ``patient`` (hashed), ``view``, ``laterality``,
+    ``age``, ``sex``, ``spacing`` (mm, row and column). Nothing else of a header is read. Empty for any other file."""
+    if not is_dicom(data):
+        return {}
+    return _guarded(lambda: dicom.header_columns(_open_dicom(data)))
 
 
 def to_square(image: NDArray[np.floating], size: int) -> NDArray[np.float32]:
@@ -301,7 +317,7 @@ def decode_grey(data: bytes) -> NDArray[np.uint8]:
 
 
 def _decode_png(data: bytes, modes: tuple[str, ...], expected: str) -> np.ndarray:
-    kind, image = _open(data)
+    kind, image = open_image(data)
     if kind != "PNG" or image.mode not in modes:
         raise BadImage(f"{expected}; this is {describe(data)}")
     width, height = image.size

@@ -1,105 +1,151 @@
-"""Reads manifests: CSV or Parquet tables with the columns ``path,label[,mask][,caption]``."""
+"""Reads manifests: tables that name an image and its label in each row, with any further columns."""
 
 from __future__ import annotations
 
-import csv
 import re
-from io import BytesIO, StringIO
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import NamedTuple
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from diffva_ray.config.recipe import DataConfig
+from diffva_ray.data.columns import described, patient_key
 from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
-from diffva_ray.progress import one_line
-from diffva_ray.storage.store import Entry, Store
+from diffva_ray.data.listing import Collection, Listing
+from diffva_ray.data.tables import Table as Table  # also for evaluate/annotations.py
+from diffva_ray.data.tables import read_table as read_table
+from diffva_ray.schema import PLAN, RECORDS
 
-LAYOUT = "a .csv or .parquet file with path,label"
-EXTENSIONS = (".csv", ".parquet")
+KIND = "manifest"
+LAYOUT = "a .csv, .tsv, .jsonl or .parquet file with path,label"
+ROLES = {  # names of columns, without case, with _ for spaces and hyphens; ``data.columns`` names others
+    "image": ("path", "image", "image_path", "file", "file_name", "filename", "file_path", "filepath", "image_file",
+              "image_index", "image_id", "imageid", "img", "img_path", "dicom", "dicom_path", "dcm_path"),
+    "label": ("label", "labels", "class", "finding", "findings", "finding_labels", "diagnosis", "category", "condition",
+              "target"),
+    "patient": ("patient", "patient_id", "patientid", "subject", "subject_id", "subjectid"),
+    "mask": ("mask", "lung_mask", "mask_path"),
+    "lesion": ("lesion", "lesion_mask"),
+    "caption": ("caption", "text"),
+    "view": ("view", "view_position", "viewposition", "projection", "ap/pa"),
+    "laterality": ("laterality", "image_laterality"),
+    "age": ("age", "patient_age", "patientage"),
+    "sex": ("sex", "gender", "patient_sex", "patientsex", "patient_gender"),
+    "spacing": ("spacing", "pixel_spacing", "pixelspacing"),
+    "split": ("split", "fold", "subset", "partition"),
+}  # fmt: skip
+OF_THE_IMAGE = ("image", "label", "patient", "mask", "lesion", "caption")  # the other roles become columns
+RESERVED = {*PLAN.names, *RECORDS.names}  # a further column of such a name gets the prefix data_
 
 
-class Line(NamedTuple):
-    """A row of a table."""
+@dataclass(frozen=True)
+class Outside(Exception):
+    """A path that is not below the data root."""
 
-    where: str  # position for messages: "images.csv row 2"; the header is row 1
-    cells: dict[str, str]  # by column
-
-
-class Table(NamedTuple):
-    """A table whose cells are text."""
-
-    columns: list[str]  # names, in the order of the file
-    rows: list[Line]  # without empty lines
+    path: str
 
 
-def read(store: Store, entries: list[Entry], config: DataConfig, name: str) -> Dataset | None:
-    """The images of the manifest ``name``, with paths relative to the store; None when the table has other columns.
+def read(listing: Listing, name: str, data: bytes) -> Dataset | None:
+    """The images of the manifest ``name``, whose bytes are ``data``; None when no column names images or labels.
 
-    An image whose file is absent is kept with size -1; the path of an absent mask is dropped; notes report both.
-    Raises UnusableData, naming the row, for paths outside the folder and for an empty path or label.
+    An image whose file is absent is kept with size -1; the path of an absent mask is dropped; rows without path or
+    label are left out; all of them are counted. Raises UnusableData for paths outside the data root.
     """
-    table = read_table(store.read(name), name)
-    if not {"path", "label"} <= set(table.columns):
+    table = read_table(data, name)
+    roles = columns_by_role(table, listing.config, name)
+    if not {"image", "label"} <= set(roles):
         return None
-    sizes = {entry.path: entry.size for entry in entries}
-    # one image per row
-    images = []
-    absent_masks = 0
+    images = Collection(listing, "phantoms" if "phantoms.json" in listing.sizes else KIND, f"{name} is a manifest")
+    add_rows(images, table, name)
+    return Dataset(
+        listing.store, images.images, images.kind, images.remarks, why=images.why,
+        left_out=[f"{count} {what}" for what, count in images.left_out.items()],
+    )  # fmt: skip
+
+
+def columns_by_role(table: Table, config: DataConfig, name: str) -> dict[str, str]:
+    """Column by role: as ``data.columns`` says, else by the names of ROLES. Raises UnusableData."""
+    if absent := [column for column in config.columns.values() if column not in table.columns]:
+        raise UnusableData(
+            f"{name}: has no column {', '.join(absent)} (data.columns); it has {', '.join(table.columns)}"
+        )
+    folded = {re.sub(r"[\s\-]+", "_", column.strip()).casefold(): column for column in reversed(table.columns)}
+    found = {role: next((folded[name] for name in names if name in folded), "") for role, names in ROLES.items()}
+    taken = set(config.columns.values())
+    return {role: column for role, column in found.items() if column and column not in taken} | config.columns
+
+
+def add_rows(
+    images: Collection, table: Table, name: str, base: str = "", more: Mapping[str, str] | None = None
+) -> None:
+    """Adds the images of a manifest to a collection. Paths are relative to ``base``, a folder with a slash at its end;
+    ``more``: further columns of all images. Without a label column, the label is the image's folder."""
+    listing = images.listing
+    roles = columns_by_role(table, listing.config, name)
+    further = {column: f"data_{column}" if column in RESERVED else column
+               for column in table.columns if column not in roles.values()}  # fmt: skip
+    further |= {column: role for role, column in roles.items() if role not in OF_THE_IMAGE}
+    outside, absent_images, absent_masks = [], set(), 0
     for where, row in table.rows:
-        label = row["label"].strip()
-        if not label:
-            raise UnusableData(f"{where}: the label is empty")
-        path = inside(row["path"], sizes, where)
-        mask = inside(row["mask"], sizes, where) if row.get("mask", "").strip() else ""
-        absent_masks += bool(mask) and mask not in sizes
-        caption = " ".join(row.get("caption", "").split())
-        images.append(LabelledImage(path, label, sizes.get(path, -1), mask if mask in sizes else "", caption=caption))
-    # notes about absent files
-    absent = ((sum(image.size < 0 for image in images), "images"), (absent_masks, "masks"))
-    notes = [f"{count} {what} named in {name} do not exist" for count, what in absent if count]
-    return Dataset(store, images, "phantoms" if "phantoms.json" in sizes else "manifest", notes)
+        cell = {role: row[column] for role, column in roles.items()}
+        try:
+            path = inside(cell["image"], listing)
+            masks = {role: inside(cell[role], listing) for role in ("mask", "lesion") if cell.get(role, "").strip()}
+        except Outside as error:
+            outside.append((where, error.path))
+            continue
+        labels = [label.strip() for label in cell.get("label", path.split("/")[-2:][0]).split("|") if label.strip()]
+        if not path or not labels:
+            images.left_out[f"rows of {name} without {'a label' if path else 'a path'}"] += 1
+            continue
+        found = _found(path, base, listing)
+        if found is None:
+            absent_images.add(path)
+        existing = {role: listing.exact(base + mask) for role, mask in masks.items()}
+        absent_masks += sum(mask is None for mask in existing.values())
+        columns = described({**{new: row[old] for old, new in further.items()}, **(more or {})})
+        images.images += [
+            LabelledImage(
+                found or base + path, label, -1 if found is None else listing.sizes[found], existing.get("mask") or "",
+                existing.get("lesion") or "", caption=" ".join(cell.get("caption", "").split()),
+                patient=patient_key(cell.get("patient", "")), columns=columns,
+            )
+            for label in labels
+        ]  # fmt: skip
+    if outside:
+        raise UnusableData(_outside(outside, listing))
+    _remark(images, table, name, roles, {"images": len(absent_images), "masks": absent_masks})
 
 
-def inside(text: str, sizes: dict[str, int], where: str) -> str:
-    """Path from a table, normalised. Raises UnusableData when the path is empty or outside the data set's folder."""
-    if text not in sizes:
-        text = text.strip().replace("\\", "/")  # a table written on Windows
+def _found(path: str, base: str, listing: Listing) -> str | None:
+    """The listed image: at the path, or, when the folder or extension is not written, the only one of that name."""
+    return listing.exact(base + path) or listing.image(path, path.count("/") + 1)
+
+
+def _outside(rows: list[tuple[str, str]], listing: Listing) -> str:
+    where, path = rows[0]
+    more = f" ({len(rows)} such paths)" if len(rows) > 1 else ""
+    return f"{where}: {path!r} is outside the folder {listing.store.uri}{more}; give the images' folder with --root"
+
+
+def _remark(images: Collection, table: Table, name: str, roles: Mapping[str, str], absent: Mapping[str, int]) -> None:
+    used = {role: column for role, column in roles.items() if column not in (role, *ROLES[role][:1])}
+    if used:
+        images.remarks.append(f"columns of {name}: {', '.join(f'{role}={column}' for role, column in used.items())}")
+    images.remarks += [f"{count} {what} named in {name} do not exist" for what, count in absent.items() if count]
+    if table.unread:
+        what = f"columns of {name} that are neither text nor numbers ({', '.join(table.unread)})"
+        images.left_out[what] += len(table.unread)
+
+
+def inside(text: str, listing: Listing) -> str:
+    """Path from a table, normalised and relative to the data root; "" for an empty one. Raises Outside."""
+    if text in listing.sizes:
+        return text
+    text = text.strip().replace("\\", "/")  # a table written on Windows
+    for root in (listing.config.root, listing.store.uri):
+        if root and text.startswith(f"{root.rstrip('/')}/"):
+            text = text[len(root.rstrip("/")) + 1 :]
     pure = PurePosixPath(text)
-    if not pure.parts:
-        raise UnusableData(f"{where}: the path is empty")
     if pure.is_absolute() or ".." in pure.parts or "\0" in text or re.match(r"[A-Za-z]:/|\w+://", text):
-        raise UnusableData(f"{where}: {text!r} is outside the folder; paths are relative to the table")
-    return str(pure)
-
-
-def read_table(data: bytes, name: str) -> Table:
-    """Reads a CSV (UTF-8) or Parquet file; empty cells are "". Raises UnusableData when the bytes are no such table."""
-    columns, lines = (_parquet if name.lower().endswith(".parquet") else _csv)(data, name)
-    rows = []
-    for number, line in enumerate(lines, start=2):
-        if line:
-            if len(line) != len(columns):
-                raise UnusableData(f"{name} row {number}: {len(line)} cells under {len(columns)} columns")
-            rows.append(Line(f"{name} row {number}", dict(zip(columns, line))))
-    return Table(columns, rows)
-
-
-def _csv(data: bytes, name: str) -> tuple[list[str], list[list[str]]]:
-    try:
-        lines = list(csv.reader(StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UnusableData(f"{name}: not a CSV table in UTF-8 ({one_line(error)})") from None
-    if not lines:
-        raise UnusableData(f"{name}: the table is empty")
-    return [column.strip() for column in lines[0]], lines[1:]
-
-
-def _parquet(data: bytes, name: str) -> tuple[list[str], list[list[str]]]:
-    try:
-        table = pq.read_table(BytesIO(data))
-        cells = [column.cast(pa.string()).to_pylist() for column in table.columns]
-    except (pa.ArrowException, OSError) as error:
-        raise UnusableData(f"{name}: not a readable Parquet table ({one_line(error)})") from None
-    return table.column_names, [[cell or "" for cell in line] for line in zip(*cells)]
+        raise Outside(text)
+    return str(pure) if pure.parts else ""

@@ -7,11 +7,11 @@ import io
 from collections.abc import Sequence
 
 from diffva_ray.config.recipe import DataConfig
-from diffva_ray.data.chexpert import OBSERVATIONS
 from diffva_ray.data.dataset import Dataset, LabelledImage
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.data.phantoms import phantom
+from diffva_ray.data.readers.chexpert import OBSERVATIONS
 from diffva_ray.progress import LOG
 from diffva_ray.schema import digest
 from diffva_ray.storage.opening import open_store

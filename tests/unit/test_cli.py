@@ -128,7 +128,7 @@ OPTIONS = {
     "generate": "--actors --allow-environment-change --classes --data --dry-run --executor --gpus-per-actor "
     "--guidance-scale --healthy-class --images-per-second --limit --method --micro-batch --model --out --probe "
     "--prompt --recipe --samples --scheduler --seed --set --shard-size --steps --strength --sweep",
-    "inspect": "DATA --json --recipe --set",
+    "inspect": "DATA OTHER --columns --json --recipe --root --set",
     "interpolate": "IMAGE --dry-run --frames --guidance-scale --json --method --model --out --prompt --recipe "
     "--scheduler --seed --set --steps --strength --to",
     "paper": "--actors --allow-environment-change --boxes --brixia --chexpert --dry-run --executor --gpus-per-actor "

@@ -82,21 +82,19 @@ def read(page: str) -> str:
 
 
 def test_a_kind_of_data_set(images: Path, model: Path, tmp_path: Path) -> None:
-    assert applied(read("data_set.md"), tmp_path) == 1
-    folder = tmp_path / "chestxray14"
-    for n, label in enumerate(("Normal", "COVID")):
-        (folder / f"images_00{n + 1}" / "images").mkdir(parents=True)
-        image = sorted((images / label / "images").iterdir())[0]
-        shutil.copy(image, folder / f"images_00{n + 1}" / "images" / f"0000000{n}_000.png")
-    (folder / "Data_Entry_2017.csv").write_text(
-        "Image Index,Finding Labels,Patient ID\n"
-        "00000000_000.png,No Finding,1\n00000001_000.png,Effusion|Atelectasis,2\n00000002_000.png,Effusion,3\n"
-    )
+    assert applied(read("data_set.md"), tmp_path) == 2  # its import and its place
+    folder = tmp_path / "shenzhen"
+    for name, label, reading in (("0001_0", "Normal", "male 45yrs\nnormal"), ("0330_1", "COVID", "female 27yrs")):
+        (folder / "CXR_png").mkdir(parents=True, exist_ok=True)
+        (folder / "ClinicalReadings").mkdir(exist_ok=True)
+        shutil.copy(sorted((images / label / "images").iterdir())[0], folder / "CXR_png" / f"CHNCXR_{name}.png")
+        (folder / "ClinicalReadings" / f"CHNCXR_{name}.txt").write_text(reading)
+    shutil.copy(folder / "CXR_png" / "CHNCXR_0001_0.png", folder / "cover.png")
     (tmp_path / "empty").mkdir()
     followed(read("data_set.md"), tmp_path, {"MODEL": str(model)})
-    (record,) = records_of(tmp_path / "runs" / "nih")
-    assert (record["label"], record["status"]) == ("Atelectasis", "ok")
-    assert record["image_path"] == "images_002/images/00000001_000.png"
+    (record,) = records_of(tmp_path / "runs" / "tb")
+    assert (record["label"], record["status"]) == ("Tuberculosis", "ok")
+    assert record["image_path"] == "CXR_png/CHNCXR_0330_1.png"
 
 
 def test_a_method(images: Path, model: Path, tmp_path: Path) -> None:

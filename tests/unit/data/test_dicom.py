@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,6 +113,12 @@ def test_an_image_without_contrast_is_blank(tissue: np.ndarray, declared: dict[s
     assert caught.value.status is Status.BLANK
 
 
+def test_an_image_of_black_and_white_only_is_blank(tissue: np.ndarray) -> None:
+    with pytest.raises(BadImage, match="100% of the pixels are black or white") as caught:
+        decode_square(dicom(tissue, WindowCenter=1800, WindowWidth=1), 32)
+    assert caught.value.status is Status.BLANK
+
+
 def test_colours_are_not_stretched() -> None:
     values = np.full((8, 8, 3), (50, 100, 150), np.uint8)
     data = dicom(
@@ -118,3 +126,74 @@ def test_colours_are_not_stretched() -> None:
         BitsStored=8, HighBit=7, PixelData=values.tobytes(),
     )  # fmt: skip
     np.testing.assert_allclose(decode(data), (0.299 * 50 + 0.587 * 100 + 0.114 * 150) / 255, atol=1e-6)
+
+
+def test_a_range_of_padding_in_signed_pixels_at_either_end(tissue: np.ndarray) -> None:
+    signed = tissue - 2000
+    plain = {
+        name: decode(dicom(signed[INSIDE], PhotometricInterpretation=name)) for name in ("MONOCHROME1", "MONOCHROME2")
+    }
+    for value, limit in ((-32768, -32000), (-32000, -32768), (32767, 32000)):
+        for name, expected in plain.items():
+            data = dicom(bordered(signed, (value + limit) // 2), PixelPaddingValue=value, PixelPaddingRangeLimit=limit,
+                         PhotometricInterpretation=name)  # fmt: skip
+            grey = decode(data)
+            np.testing.assert_allclose(grey[INSIDE], expected, atol=1e-6)
+            assert (grey[0] == 0).all()
+
+
+def test_several_frames_are_refused(tissue: np.ndarray) -> None:
+    data = dicom(tissue, NumberOfFrames=3)
+    with pytest.raises(BadImage, match="a DICOM file of 3 frames"):
+        decode(data)
+
+
+def test_a_file_without_preamble_and_meta_information_is_read(tissue: np.ndarray) -> None:
+    import pydicom
+
+    image = pydicom.dcmread(BytesIO(dicom(tissue, Modality="DX")))
+    for implicit in (True, False):
+        buffer = BytesIO()
+        pydicom.dcmwrite(buffer, pydicom.Dataset(image), implicit_vr=implicit, little_endian=True)
+        assert buffer.getvalue()[128:132] != b"DICM"
+        np.testing.assert_array_equal(decode(buffer.getvalue()), decode(dicom(tissue)))
+    with pytest.raises(BadImage, match="damaged"):
+        decode(b"\x08\0\x05\0 this is no DICOM file")
+
+
+def compressed(data: bytes, syntax: str, folder: Path) -> bytes:
+    """The file in another transfer syntax, written by gdcm."""
+    gdcm = pytest.importorskip("gdcm", reason="the codecs of extra dicom are not installed")
+    (folder / "plain.dcm").write_bytes(data)
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(folder / "plain.dcm"))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, syntax)))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFileName(str(folder / "packed.dcm"))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+    return (folder / "packed.dcm").read_bytes()
+
+
+@pytest.mark.parametrize("values", ["unsigned", "signed"])
+@pytest.mark.parametrize(
+    "syntax", ["JPEGLosslessProcess14_1", "JPEGLosslessProcess14", "JPEGLSLossless", "JPEG2000Lossless", "RLELossless"]
+)
+def test_compressed_files_are_decoded(tissue: np.ndarray, syntax: str, values: str, tmp_path: Path) -> None:
+    plain = dicom(tissue - 2000 * (values == "signed"))
+    packed = compressed(plain, syntax, tmp_path)
+    np.testing.assert_array_equal(decode(packed), decode(plain))
+
+
+def test_a_missing_codec_is_named(tissue: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pydicom.encaps import encapsulate
+    from pydicom.pixels.decoders import JPEGLosslessSV1Decoder
+    from pydicom.uid import JPEGLosslessSV1
+
+    monkeypatch.setattr(JPEGLosslessSV1Decoder, "_available", {})
+    data = dicom(tissue, PixelData=encapsulate([b"\xff\xd8\xff\xd9"]), syntax=JPEGLosslessSV1)
+    with pytest.raises(BadImage, match=r"gdcm is needed for DICOM files in JPEG Lossless.*pip install .*\[dicom\]"):
+        decode(data)

@@ -1,26 +1,27 @@
 """Reads the layout of the COVID-19 Radiography Database and of phantom sets: ``<class>/images/*.png``.
 
 A class may also have ``masks`` (lungs), ``lesions`` and ``ground_truth`` (counterfactuals), with files of the same
-name. The data root is the folder of the classes, or the folder above it (as Kaggle unpacks it).
+name. The data root is the folder of the classes, or the folder above it (as Kaggle unpacks it). Folder names:
+https://www.kaggle.com/datasets/tawsifurrahman/covid19-radiography-database
 """
 
 from __future__ import annotations
 
-from diffva_ray.config.recipe import DataConfig
-from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData, image_files
-from diffva_ray.storage.store import Entry, Store
+from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
+from diffva_ray.data.listing import Listing, top_folders
 
+KIND = "radiography"
 LAYOUT = "<class>/images/*.png (Radiography Database, phantoms)"
 KAGGLE_NAME = "COVID-19_Radiography_Dataset"
 COMPANIONS = ("masks", "lesions", "ground_truth")
 
 
-def read(store: Store, entries: list[Entry], config: DataConfig) -> Dataset | None:
+def read(listing: Listing) -> Dataset | None:
     """The images of the layout, or None for another layout. Raises UnusableData for a folder with several such sets."""
     # group the images by the folder of their data set
     roots: dict[str, list[LabelledImage]] = {}  # "" or one folder -> its images
     others: list[str] = []
-    for entry in image_files(entries):
+    for entry in listing.images:
         *above, name, folder, _ = ("", "", *entry.path.split("/"))  # padded, so that short paths unpack as well
         above = [part for part in above if part]
         if folder == "images" and name and len(above) <= 1:
@@ -30,21 +31,19 @@ def read(store: Store, entries: list[Entry], config: DataConfig) -> Dataset | No
     if not roots:
         return None
     # choose the data set, and note which images are ignored
-    root = _choose(store, list(roots))
+    root = _choose(listing, list(roots))
     prefix = f"{root}/" if root else ""
-    notes = [f"images from {prefix}"] if root else []
     others += [image.path for other in roots if other != root for image in roots[other]]
-    if others:
-        tops = sorted({path.split("/")[0] for path in others})
-        notes.append(f"{len(others)} images outside the layout are ignored ({', '.join(tops)})")
-    phantoms = any(entry.path == f"{prefix}phantoms.json" for entry in entries)
-    return Dataset(store, roots[root], "phantoms" if phantoms else "radiography", notes)
+    left_out = [f"{len(others)} images outside the layout ({top_folders(others)})"] if others else []
+    kind = "phantoms" if f"{prefix}phantoms.json" in listing.sizes else KIND
+    why = f"folders {prefix}<class>/images"
+    return Dataset(listing.store, roots[root], kind, why=why, left_out=left_out)
 
 
-def _choose(store: Store, roots: list[str]) -> str:
+def _choose(listing: Listing, roots: list[str]) -> str:
     for root in ("", KAGGLE_NAME):
         if root in roots:
             return root
     if len(roots) > 1:
-        raise UnusableData(f"{store.uri}: has several data sets ({', '.join(sorted(roots))}); give one of them")
+        raise UnusableData(f"{listing.store.uri}: has several data sets ({', '.join(sorted(roots))}); give one of them")
     return roots[0]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from diffva_ray.config.recipe import DataConfig
-from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData, image_files
-from diffva_ray.data.radiography import COMPANIONS
-from diffva_ray.storage.store import Entry, Store
+from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
+from diffva_ray.data.listing import Listing
+from diffva_ray.data.readers.radiography import COMPANIONS
 
+KIND = "folder"
 LAYOUT = "<class>/*.png"
 
 
-def read(store: Store, entries: list[Entry], config: DataConfig) -> Dataset | None:
+def read(listing: Listing) -> Dataset | None:
     """The images of the layout, or None when no folder directly below the root contains images."""
     images = []
     others = 0
-    for entry in image_files(entries):
+    for entry in listing.images:
         folder, *rest = entry.path.split("/")
         if len(rest) == 1 and folder not in COMPANIONS:
             images.append(LabelledImage(entry.path, folder, entry.size))
@@ -23,6 +23,6 @@ def read(store: Store, entries: list[Entry], config: DataConfig) -> Dataset | No
     if not images:
         return None
     if {image.label for image in images} == {"images"}:
-        raise UnusableData(f"{store.uri}: is one class of a data set; give the folder above it")
-    notes = [f"{others} images outside the class folders are ignored"] if others else []
-    return Dataset(store, images, "folder", notes)
+        raise UnusableData(f"{listing.store.uri}: is one class of a data set; give the folder above it")
+    left_out = [f"{others} images outside the class folders"] if others else []
+    return Dataset(listing.store, images, KIND, why="folders <class> with images", left_out=left_out)

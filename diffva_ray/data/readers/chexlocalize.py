@@ -1,0 +1,48 @@
+"""Reads CheXlocalize (Saporta et al. 2022): CheXpert's validation and test images with radiologists' masks.
+
+File names and keys: https://github.com/rajpurkarlab/cheXlocalize (README and ``sample/``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from diffva_ray.data.dataset import Dataset, UnusableData
+from diffva_ray.data.listing import Listing, base
+from diffva_ray.data.readers import chexpert
+from diffva_ray.data.shapes import Runs, Shape, coco_counts
+
+KIND = "chexlocalize"
+LAYOUT = "CheXlocalize"
+MASKS = ("gt_segmentations_val.json", "gt_segmentations_test.json")
+OTHER_NAMES = {"Airspace Opacity": "Lung Opacity"}  # of the validation masks
+
+
+def read(listing: Listing) -> Dataset | None:
+    """CheXpert's images, with the mask of each finding; a finding of the tables without a mask has none."""
+    masks = listing.named(*MASKS)
+    if not masks:
+        return None
+    dataset = chexpert.read(listing)
+    if dataset is None:
+        listing.require(LAYOUT, "CheXpert's valid.csv (or val_labels.csv, test_labels.csv)", found=True)
+        return None
+    shapes: dict[str, list[Shape]] = {}
+    for path in masks:
+        for name, findings in listing.json(path).items():
+            image = listing.image("/".join(name.split("_", 2)), 3)  # patient64541_study1_view1_frontal
+            for finding, mask in findings.items() if image else ():
+                if shape := _runs(OTHER_NAMES.get(finding, finding), mask, f"{path}: {name}: {finding}"):
+                    shapes.setdefault(str(image), []).append(shape)
+    return replace(dataset, kind=KIND, why=f"{' and '.join(map(base, masks))}; {dataset.why}", shapes=shapes)
+
+
+def _runs(label: str, mask: Any, where: str) -> Runs | None:
+    """A mask of COCO's format; None when it is empty."""
+    try:
+        height, width = mask["size"]
+        counts = coco_counts(str(mask["counts"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnusableData(f"{where}: not a mask with size and counts ({error})") from None
+    return Runs(label, width, height, counts) if sum(counts[1::2]) else None

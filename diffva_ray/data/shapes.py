@@ -1,0 +1,103 @@
+"""Outlined lesions of a data set: boxes, polygons and run-length encoded masks, drawn as one mask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A lesion in pixels of an image of ``width`` x ``height``; 0: of the image file as it is.
+
+    Attributes:
+        label: Class that the shape belongs to; empty: every class of the image.
+        width: Width of the image that the shape was drawn on.
+        height: Its height.
+    """
+
+    label: str = ""
+    width: int = 0
+    height: int = 0
+
+    def mask(self, width: int, height: int) -> NDArray[np.bool_]:
+        """The shape as bool [height, width]."""
+        raise NotImplementedError
+
+    def resized(self, width: int, height: int) -> NDArray[np.bool_]:
+        """The shape on an image file of ``width`` x ``height``, as bool [height, width]; nearest pixel."""
+        mask = self.mask(self.width or width, self.height or height)
+        if mask.shape == (height, width):
+            return mask
+        return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+
+
+@dataclass(frozen=True)
+class Box(Shape):
+    """A rectangle: x and y of its upper left corner, width and height."""
+
+    x: float = 0
+    y: float = 0
+    w: float = 0
+    h: float = 0
+
+    def mask(self, width: int, height: int) -> NDArray[np.bool_]:
+        mask = np.zeros((height, width), bool)
+        left, top = max(0, round(self.x)), max(0, round(self.y))
+        mask[top : max(top + 1, round(self.y + self.h)), left : max(left + 1, round(self.x + self.w))] = True
+        return mask
+
+
+@dataclass(frozen=True)
+class Polygon(Shape):
+    """A filled polygon; ``points`` are (x, y)."""
+
+    points: tuple[tuple[float, float], ...] = ()
+
+    def mask(self, width: int, height: int) -> NDArray[np.bool_]:
+        image = Image.new("1", (width, height))
+        ImageDraw.Draw(image).polygon(self.points, fill=1, outline=1)
+        return np.asarray(image)
+
+
+@dataclass(frozen=True)
+class Runs(Shape):
+    """A mask as numbers of pixels that are alternately outside and inside, down the columns from the left (COCO)."""
+
+    counts: tuple[int, ...] = ()
+
+    def mask(self, width: int, height: int) -> NDArray[np.bool_]:
+        flat = np.repeat(np.arange(len(self.counts)) % 2 == 1, self.counts)[: width * height]
+        return np.pad(flat, (0, width * height - len(flat))).reshape(width, height).T
+
+
+def coco_counts(text: str) -> tuple[int, ...]:
+    """The counts of COCO's compressed RLE string (pycocotools, ``rleFrString``): 5 bits per character, signed, and from
+    the fourth count on the difference to the count before the last. Raises ValueError for other text."""
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise ValueError(f"{character!r} is no character of a COCO mask")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:  # more characters follow
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        value = shift = 0
+    if shift or min(counts, default=0) < 0:
+        raise ValueError("not a COCO mask")
+    return tuple(counts)
+
+
+def lesion(shapes: Iterable[Shape], width: int, height: int) -> NDArray[np.bool_] | None:
+    """All shapes of an image file of ``width`` x ``height`` as one mask [height, width]; None without shapes."""
+    masks = [shape.resized(width, height) for shape in shapes]
+    return np.logical_or.reduce(masks) if masks else None

@@ -1,0 +1,264 @@
+"""Public data sets are recognised as their hosts ship them, with patients, views, splits and their own truth."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import replicas
+from click.testing import CliRunner
+
+from diffva_ray.cli import main
+from diffva_ray.config.recipe import DataConfig
+from diffva_ray.data.columns import patient_key
+from diffva_ray.data.dataset import Dataset, UnusableData
+from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.shapes import Box, lesion
+
+
+class Expected(NamedTuple):
+    """What a replica holds."""
+
+    replica: Callable[[Path], None]
+    kind: str
+    classes: dict[str, int]
+    patients: int = 0
+    views: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
+    outlined: int = 0  # images with an outlined lesion
+    said: tuple[str, ...] = ()  # parts of the notes
+
+
+CHEXPERT = Expected(
+    replicas.chexpert_small, "chexpert",
+    {"Cardiomegaly": 1, "Enlarged Cardiomediastinum": 1, "Fracture": 1, "Lung_Opacity": 2, "Normal": 1},
+    3, ("AP", "PA"), ("train", "val"), 0,
+    ("1 lateral views", "2 uncertain labels (-1), policy 'ignore': Cardiomegaly 1, Edema 1"),
+)  # fmt: skip
+NIH_CLASSES = {"Cardiomegaly": 1, "Effusion": 1, "Hernia": 1, "Infiltration": 1, "Normal": 1}
+SETS = [
+    Expected(replicas.nih_kaggle, "nih-chestxray14", NIH_CLASSES, 3, ("AP", "PA"), ("test", "train"), 2,
+             ("Data_Entry_2017.csv has the columns Image Index", "1 of 4 images do not exist")),
+    Expected(replicas.nih_box, "nih-chestxray14", NIH_CLASSES, 3, ("AP", "PA"), (), 2,
+             ("Data_Entry_2017_v2020.csv",)),
+    Expected(replicas.rsna, "rsna-pneumonia",
+             {"Lung_Opacity": 1, "No Lung Opacity / Not Normal": 1, "Normal": 1}, 3, (), ("train",), 1,
+             ("1 images that no table names",)),
+    CHEXPERT,
+    CHEXPERT._replace(replica=replicas.chexpert_batches, said=("train_cheXbert.csv for others",)),
+    Expected(replicas.radiography, "radiography", {"COVID": 1, "Lung_Opacity": 1, "Normal": 1, "Viral Pneumonia": 1}),
+    Expected(replicas.kermany, "kermany", {"Normal": 3, "PNEUMONIA": 4}, 6, (), ("test", "train", "val"), 0,
+             ("1 images outside these folders", "'NORMAL' is class 'Normal'")),
+    Expected(replicas.vindr_physionet, "vindr-cxr", {"Cardiomegaly": 1, "Normal": 1, "Pleural effusion": 1}, 0, (),
+             ("test", "train"), 2, ("at least 2 of its radiologists",)),
+    Expected(replicas.vindr_png, "vindr-cxr", {"Cardiomegaly": 1, "Normal": 1}, 0, (), ("train",), 1),
+    Expected(replicas.mimic, "mimic-cxr-jpg", {"Lung_Opacity": 1, "Pneumonia": 1}, 1, ("PA",), ("train",), 1,
+             ("1 lateral views", "1 uncertain labels (-1), policy 'ignore': Edema 1")),
+    Expected(replicas.siim, "siim-acr-pneumothorax", {"No Pneumothorax": 1, "Pneumothorax": 1}, 0, (), ("train",), 1,
+             ("1 images that no table names", "is not healthy")),
+    Expected(replicas.chexlocalize, "chexlocalize",
+             {"Cardiomegaly": 1, "Enlarged Cardiomediastinum": 1, "Lung_Opacity": 1, "Normal": 1}, 2, (), ("val",), 1),
+    Expected(replicas.padchest, "padchest", {"kyphosis": 1, "pulmonary fibrosis": 1}, 1, ("PA",), (), 0,
+             ("1 views that are not frontal", "no image is healthy")),
+    Expected(replicas.chestxdet, "chestx-det", {"Effusion": 1, "Fracture": 1, "Normal": 1}, 0, (), ("test", "train"),
+             2),
+    Expected(replicas.huggingface, "image-folder", {"COVID": 1, "Edema": 1, "Mass": 1, "Normal": 1}, 0, (),
+             ("test", "train")),
+]  # fmt: skip
+NAMES = [expected.replica.__name__ for expected in SETS]
+
+
+def column(dataset: Dataset, name: str) -> tuple[str, ...]:
+    return tuple(sorted({image.columns[name] for image in dataset.images if name in image.columns}))
+
+
+def unusable(folder: Path) -> str:
+    with pytest.raises(UnusableData) as caught:
+        open_dataset(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("expected", SETS, ids=NAMES)
+@pytest.mark.parametrize("above", ["", "unpacked here"])
+def test_what_a_data_set_holds_is_found_without_an_option(expected: Expected, above: str, tmp_path: Path) -> None:
+    if above and expected.replica in (replicas.kermany, replicas.radiography, replicas.chexpert_small):
+        pytest.skip("this replica has a folder above it already")
+    expected.replica(tmp_path / above)
+    dataset = open_dataset(tmp_path)
+    assert dataset.kind == expected.kind
+    assert dataset.classes == expected.classes
+    assert len({image.patient for image in dataset.images if image.patient}) == expected.patients
+    assert column(dataset, "view") == expected.views
+    assert column(dataset, "split") == expected.splits
+    assert len(dataset.shapes) == expected.outlined
+    notes = "\n".join([dataset.why, *dataset.notes])
+    assert all(text in notes for text in expected.said), notes
+    labels = {(image.path, image.label) for image in dataset.images}
+    assert all((path, shape.label) in labels for path, shapes in dataset.shapes.items() for shape in shapes)
+    assert all(dataset.store.read(image.path) for image in dataset.images if image.size >= 0)
+
+
+def test_lesions_are_where_the_hosts_say(tmp_path: Path) -> None:
+    def mask(replica: Callable[[Path], None], label: str, width: int, height: int) -> np.ndarray:
+        folder = tmp_path / replica.__name__
+        replica(folder)
+        dataset = open_dataset(folder)
+        (path,) = {image.path for image in dataset.images if image.label == label}
+        found = lesion(dataset.lesion_shapes(path, label), width, height)
+        assert found is not None
+        assert found.shape == (height, width)
+        return found
+
+    nih = mask(replicas.nih_kaggle, "Infiltration", 64, 64)  # a copy of 64 pixels; boxes are in pixels of 1024
+    assert np.argwhere(nih).min(axis=0).tolist() == [16, 32]
+    assert nih.sum() == 8 * 4
+    siim = mask(replicas.siim, "Pneumothorax", 1024, 1024)
+    assert {(0, 100), (0, 101), (1, 100), (1, 101)} <= set(map(tuple, np.argwhere(siim.T).tolist()))
+    assert siim.sum() == 5  # the second mask of the image has one pixel, at (1, 0)
+    assert siim[0, 1]
+    coco = mask(replicas.chexlocalize, "Cardiomegaly", 3, 4)
+    assert coco.T.ravel().astype(int).tolist() == [0, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1]
+    triangle = mask(replicas.chestxdet, "Fracture", 64, 64)
+    assert triangle[11, 11]
+    assert not triangle[49, 49]
+    vindr = mask(replicas.vindr_png, "Cardiomegaly", 254, 307)  # the original has 2540 x 3072 pixels
+    assert np.argwhere(vindr).min(axis=0).tolist() == [137, 69]
+
+
+def test_one_finding_is_not_scored_with_the_box_of_another(tmp_path: Path) -> None:
+    replicas.nih_kaggle(tmp_path)
+    dataset = open_dataset(tmp_path)
+    path = "images_001/images/00000001_000.png"
+    assert [shape.label for shape in dataset.lesion_shapes(path, "Cardiomegaly")] == ["Cardiomegaly"]
+    assert dataset.lesion_shapes(path, "Effusion") == []
+    assert dataset.boxes == {}  # boxes that need scaling are not passed on as pixels of the file
+    replicas.vindr_physionet(tmp_path / "v")
+    assert sorted(open_dataset(tmp_path / "v").boxes.values()) == [
+        [(691, 1375, 962, 456), (700, 1380, 900, 420)],
+        [(932, 567, 265, 329)],
+    ]
+
+
+def test_patients_are_hashed_and_columns_are_in_the_same_words(tmp_path: Path) -> None:
+    replicas.nih_kaggle(tmp_path)
+    image = next(image for image in open_dataset(tmp_path).images if image.label == "Effusion")
+    assert image.patient == patient_key("1") != "1"
+    assert dict(image.columns) == {"age": "58", "sex": "M", "view": "PA", "split": "train", "spacing": "0.143/0.143"}
+
+
+def test_boxes_of_a_copy_of_unknown_size_are_left_out(tmp_path: Path) -> None:
+    replicas.vindr_png(tmp_path)
+    (tmp_path / "train_meta.csv").unlink()
+    dataset = open_dataset(tmp_path)
+    assert dataset.shapes == {}
+    assert any("2 boxes on copies whose original size is unknown" in text for text in dataset.left_out)
+
+
+def test_the_policy_for_uncertain_labels_holds_for_both_sets_of_that_labeller(tmp_path: Path) -> None:
+    for replica in (replicas.chexpert_small, replicas.mimic):
+        replica(tmp_path / replica.__name__)
+        positive = open_dataset(tmp_path / replica.__name__, DataConfig(uncertain="positive"))
+        assert "Edema" in positive.classes
+
+
+@pytest.mark.parametrize(
+    ("replica", "removed", "message"),
+    [
+        (replicas.nih_kaggle, ["Data_Entry_2017.csv"], "NIH ChestX-ray14, but Data_Entry_2017.csv"),
+        (replicas.nih_box, ["Data_Entry_2017_v2020.csv"], "NIH ChestX-ray14, but Data_Entry_2017.csv"),
+        (replicas.rsna, ["stage_2_train_labels.csv"], "RSNA Pneumonia 2018, but stage_2_train_labels.csv"),
+        (replicas.siim, ["train-rle.csv"], "SIIM-ACR Pneumothorax, but train-rle.csv"),
+        (replicas.vindr_physionet, ["annotations"], "VinDr-CXR, but annotations/annotations_train.csv"),
+        (replicas.mimic, ["mimic-cxr-2.0.0-chexpert.csv.gz"], "MIMIC-CXR-JPG, but mimic-cxr-2.0.0-chexpert.csv.gz"),
+        (
+            replicas.padchest,
+            ["PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz"],
+            "PadChest, but PADCHEST_chest",
+        ),
+        (replicas.chexlocalize, ["CheXpert/val_labels.csv"], "CheXpert, but train.csv or valid.csv"),
+        (replicas.nih_kaggle, ["images_001", "images_002", "images_003"], "none of its 4 images exists"),
+    ],
+)
+def test_an_incomplete_set_says_what_is_missing(
+    replica: Callable[[Path], None], removed: list[str], message: str, tmp_path: Path
+) -> None:
+    replica(tmp_path)
+    for name in removed:
+        path = tmp_path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert message in unusable(tmp_path)
+
+
+def test_a_set_that_is_mostly_absent_is_taken_as_far_as_it_goes(tmp_path: Path) -> None:
+    replicas.nih_kaggle(tmp_path)
+    for name in ("images_002", "images_003"):
+        shutil.rmtree(tmp_path / name)
+    dataset = open_dataset(tmp_path)
+    assert {image.path for image in dataset.images} == {"images_001/images/00000001_000.png"}
+    assert any("3 of 4 images, which are not there" in text for text in dataset.left_out)
+
+
+def test_images_that_no_table_names_are_counted(tmp_path: Path) -> None:
+    replicas.nih_kaggle(tmp_path)
+    replicas.image(tmp_path, "other set/a.png", "b.png")
+    assert "2 images that no table names (b.png, other set)" in open_dataset(tmp_path).left_out
+
+
+def test_a_set_beside_its_copy_is_refused(tmp_path: Path) -> None:
+    replicas.nih_kaggle(tmp_path)
+    shutil.copytree(tmp_path / "images_001", tmp_path / "small")
+    assert "give the folder of one copy" in unusable(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (
+            "BBox_List_2017.csv",
+            "Image Index,Finding Label,Bbox [x,y,w,h]\na.png,Mass,1,2,3,x\n",
+            "row 2: 1,2,3,x is not",
+        ),
+        ("BBox_List_2017.csv", "Image Index,x\n", "lacks the columns Finding Label"),
+        ("Data_Entry_2017.csv", "Image Index,Labels\n", "lacks the columns Finding Labels; it has Image Index, Labels"),
+    ],
+)
+def test_an_invalid_table_names_its_row(file: str, text: str, message: str, tmp_path: Path) -> None:
+    replicas.nih_kaggle(tmp_path)
+    (tmp_path / file).write_text(text)
+    assert message in unusable(tmp_path)
+
+
+def test_invalid_masks_name_their_place(tmp_path: Path) -> None:
+    replicas.siim(tmp_path / "s")
+    (tmp_path / "s" / "train-rle.csv").write_text(f"ImageId, EncodedPixels\n{replicas.SIIM[0]},1 2 3\n")
+    assert "train-rle.csv row 2: EncodedPixels" in unusable(tmp_path / "s")
+    replicas.chexlocalize(tmp_path / "c")
+    broken = {"patient64541_study1_view1_frontal": {"Cardiomegaly": {"size": [4, 3], "counts": "~"}}}
+    (tmp_path / "c" / "CheXlocalize" / "gt_segmentations_val.json").write_text(json.dumps(broken))
+    assert "patient64541_study1_view1_frontal: Cardiomegaly: not a mask" in unusable(tmp_path / "c")
+
+
+@pytest.mark.parametrize("expected", SETS, ids=NAMES)
+def test_inspect_prints_it(expected: Expected, tmp_path: Path) -> None:
+    expected.replica(tmp_path)
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert f": {expected.kind}, " in result.output
+    assert "recognised by: " in result.output
+    assert all(f"  {label}: {count}" in result.output for label, count in expected.classes.items())
+    summary = json.loads(CliRunner().invoke(main, ["inspect", str(tmp_path), "--json"]).output)
+    assert summary["with_outlined_lesion"] == expected.outlined
+    assert not [bad for bad in summary["unreadable"] if bad["status"] != "missing"]
+
+
+def test_embedded_images_and_archives_are_refused_with_a_way_out(tmp_path: Path) -> None:
+    (tmp_path / "shard-000.tar").write_bytes(b"x")
+    assert "1 .tar files: unpack it" in unusable(tmp_path)
+    box = Box("", 0, 0, 1, 1, 2, 2)
+    assert box.mask(4, 4).sum() == 4
