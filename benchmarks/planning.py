@@ -64,7 +64,13 @@ def plan(folder: str, records: int) -> dict[str, Any]:
         store,
         table,
         pixel_keys(recipe, request, "m", "t", "cpu"),
-        {"recipe": recipe.model_dump(mode="json"), "data": folder, "data_root": folder, "data_kind": "synthetic", "model": folder},
+        {
+            "recipe": recipe.model_dump(mode="json"),
+            "data": folder,
+            "data_root": folder,
+            "data_kind": "synthetic",
+            "model": folder,
+        },
     )
     return {
         "seconds_plan": made - began,

@@ -303,7 +303,8 @@ def _decode_png(data: bytes, modes: tuple[str, ...], expected: str) -> np.ndarra
     kind, image = _open(data)
     if kind != "PNG" or image.mode not in modes:
         raise BadImage(f"{expected}; this is {describe(data)}")
-    _check_size(*image.size, 1)
+    width, height = image.size
+    _check_size(width, height, 1)
     image.load()
     check_end(kind, data)
     return np.asarray(image)

@@ -36,14 +36,14 @@ class LoopbackBackend(_TorchBackend):
 
     folder = ""  # of the file in which the workers meet; later groups need it, too
 
-    def on_start(self, worker_group: Any, backend_config: LoopbackConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         gpus = worker_group.get_resources_per_worker().get("GPU", 0)
         backend = backend_config.backend or ("nccl" if gpus else "gloo")
         self.folder, size = tempfile.mkdtemp(prefix="diffva-rendezvous-"), len(worker_group)
         arguments = [(backend, self.folder, rank, size, backend_config.timeout_s) for rank in range(size)]
         ray.get([worker_group.execute_single_async(rank, _join, *arguments[rank]) for rank in range(size)])
 
-    def on_shutdown(self, worker_group: Any, backend_config: LoopbackConfig) -> None:
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         super().on_shutdown(worker_group, backend_config)
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -161,11 +161,12 @@ def _sound(latest: ray.train.Checkpoint | None) -> Iterator[Path | None]:
     if latest is None:
         yield None
         return
-    folder = latest.path.rpartition("/")[0]
-    infos = latest.filesystem.get_file_info(pyarrow.fs.FileSelector(folder))
+    folder, filesystem = latest.path.rpartition("/")[0], latest.filesystem
+    assert filesystem is not None  # Ray Train fills it in
+    infos = filesystem.get_file_info(pyarrow.fs.FileSelector(folder))
     paths = [info.path for info in infos if info.base_name.startswith("checkpoint_")]
     for path in sorted((path for path in paths if path <= latest.path), reverse=True):
-        with ray.train.Checkpoint(path, latest.filesystem).as_directory() as local:
+        with ray.train.Checkpoint(path, filesystem).as_directory() as local:
             what = damage(Path(local))
             if what is None:
                 yield Path(local)
