@@ -162,8 +162,8 @@ def _sound(latest: ray.train.Checkpoint | None) -> Iterator[Path | None]:
     if latest is None:
         yield None
         return
-    folder = latest.path.rpartition("/")[0]
-    filesystem: pyarrow.fs.FileSystem = latest.filesystem
+    folder, filesystem = latest.path.rpartition("/")[0], latest.filesystem
+    assert filesystem is not None  # Ray Train fills it in
     infos = filesystem.get_file_info(pyarrow.fs.FileSelector(folder))
     paths = [info.path for info in infos if info.base_name.startswith("checkpoint_")]
     for path in sorted((path for path in paths if path <= latest.path), reverse=True):

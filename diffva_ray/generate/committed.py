@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from diffva_ray.generate.plan import cut_again
 from diffva_ray.generate.run import DamagedPart, PlanError, Run, find_run, part, start_run
-from diffva_ray.generate.run_json import OVERLAYS, RUN, DamagedRun, repair_command
+from diffva_ray.generate.run_json import OVERLAYS as OVERLAYS  # the readers of a run name it, too
+from diffva_ray.generate.run_json import RUN, DamagedRun, repair_command
 from diffva_ray.progress import one_line
 from diffva_ray.schema import PLAN, RECORDS, Status
 from diffva_ray.storage.opening import open_store

@@ -292,7 +292,8 @@ def start_run(store: Store, table: pa.Table, keys: dict[str, Any], about: dict[s
         "plan_sha256": hashlib.sha256(data).hexdigest(),
     }
     _check_vacant(store, fingerprint(keys))
-    store.put_if_absent(RUN, json.dumps(about, indent=1).encode())
+    if store.put_if_absent(RUN, json.dumps(about, indent=1).encode()):
+        store.delete(SUCCESS)  # of a run.json that was lost
     run = find_run(store)  # read it back: without a lock in the store, every process uses the stored one
     if run is None:
         raise PlanError(f"{store.uri}: {RUN} was removed while the run was planned; give the command again")
