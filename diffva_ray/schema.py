@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Annotated, Any, TypedDict, cast, get_args, get_type_hints
 
@@ -93,6 +93,7 @@ class Columns(TypedDict):
     lesion_mask_path: Annotated[str, "path of the lesion mask, relative to data_root; empty without one"]
     ground_truth_path: Annotated[str, "path of the ground-truth counterfactual, likewise; phantoms have one"]
     label: Annotated[str, "class that the image was planned under"]
+    patient: Annotated[str, "hash of the patient's id; empty where the data set does not know the patient"]
     prompt: Annotated[str, "prompt of the counterfactual"]
     method: Annotated[str, "counterfactual method"]
     scheduler: Annotated[str, "sampler"]
@@ -141,13 +142,16 @@ class Results(TypedDict, total=False):
 
 
 class Record(Columns, Results):
-    """A row of ``records/*.parquet``: a planned record and its results."""
+    """A row of ``records/*.parquet``: a planned record and its results. Further columns of the data set's table, as
+    text, follow in the file."""
 
 
 def complete(planned: PlannedRecord, results: Results) -> Record:
-    """The record of a planned record, with all columns of RECORDS; results that are missing are None."""
+    """The record of a planned record, with all columns of RECORDS and the planned record's further ones; results that
+    are missing are None."""
+    further = {name: value for name, value in planned.items() if name not in PLAN.names}
     values = {**planned, **results}
-    return cast(Record, {name: values.get(name) for name in RECORDS.names})
+    return cast(Record, {**{name: values.get(name) for name in RECORDS.names}, **further})
 
 
 ARROW = {str: pa.string(), int: pa.int32(), float: pa.float64()}  # Arrow types of the columns
@@ -163,4 +167,11 @@ def _arrow_schema(row: type) -> pa.Schema:
 
 
 PLAN, RECORDS = _arrow_schema(PlannedRecord), _arrow_schema(Record)
+
+
+def with_columns(schema: pa.Schema, columns: Iterable[str]) -> pa.Schema:
+    """PLAN or RECORDS with further columns of text."""
+    return pa.schema([*schema, *((name, pa.string()) for name in columns)])
+
+
 MEANINGS = {name: hint.__metadata__[0] for name, hint in get_type_hints(Record, include_extras=True).items()}

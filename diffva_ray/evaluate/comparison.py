@@ -222,9 +222,10 @@ def difference_rows(pairs: pd.DataFrame) -> list[Row]:
             finite = np.isfinite(np.stack([*values, *weights])).all(axis=0)
             if not finite.any():
                 continue
-            paths = images.loc[finite, "image_path"].tolist()
+            patients = images["record_a"].map(lambda record: record["patient"] or record["image_path"])
+            groups = patients[finite].tolist()
             above, below = (np.stack([side[finite] for side in sides], axis=1) for sides in (values, weights))
-            in_a, in_b, interval = paired_difference(above, below, paths)
+            in_a, in_b, interval = paired_difference(above, below, groups)
             rows.append(
                 {
                     "measure": measure.key,
@@ -252,7 +253,7 @@ def paired_difference(
     values: NDArray[np.float64], weights: NDArray[np.float64], groups: Sequence[Hashable], draws: int = RESAMPLES
 ) -> tuple[float, float, tuple[float, float]]:
     """Sum of ``values`` over sum of ``weights`` [N, 2] for A and for B (a mean if all weights are 1), and the 95 %
-    percentile interval of B - A from a bootstrap over ``groups`` (images), with the same resamples for both.
+    percentile interval of B - A from a bootstrap over ``groups`` (patients), with the same resamples for both.
 
     The interval is (nan, nan) for fewer than two groups. Raises ValueError for different shapes.
     """

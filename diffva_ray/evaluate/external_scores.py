@@ -290,7 +290,8 @@ def _score_one(
         reconstruction = to_square(reconstruction, grid.size)
     maps = {name: transform(signed) for name, transform in SALIENCY.items()}
     maps |= baselines(square, reconstruction, grid.smoothing)
-    names = {"map_path": file.path, "image_path": image.path, "label": image.label}
+    group = image.patient or image.path
+    names = {"map_path": file.path, "image_path": image.path, "label": image.label, "group": group}
     rows = [{**names, **row} for row in score_image(maps, truth)]
     return _Outcome(kinds if rows else kinds | {"nothing_to_find"}, rows)
 

@@ -15,7 +15,7 @@ from diffva_ray.data.images import BadImage
 from diffva_ray.data.lungs import find_lungs
 from diffva_ray.evaluate.records import Boxes, RecordImages, Truth, read_images, read_truth, under
 from diffva_ray.evaluate.run_index import IndexedRecord
-from diffva_ray.evaluate.scores import lost
+from diffva_ray.evaluate.scores import lost, names_of
 from diffva_ray.evaluate.tables import by_label, finite_mean, known
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
@@ -75,7 +75,7 @@ def score_pairs(
 
 def _names(record: IndexedRecord) -> TableRow:
     """What identifies a record in a table of scores."""
-    names: TableRow = {key: record[key] for key in ("record_id", "image_path", "label")}
+    names = names_of(record)
     return {**names, "setting": record["setting"]} if "setting" in record else names
 
 
@@ -133,7 +133,7 @@ def external_rows(
                     "called_healthy_before": float((members["before"] > 0.5).mean()),
                     "called_healthy_after": float((members["after"] > 0.5).mean()),
                     "confidence_gain": float(gain.mean()),
-                    "confidence_gain_interval": list(group_bootstrap(gain, members["image_path"].tolist())),
+                    "confidence_gain_interval": list(group_bootstrap(gain, members["group"].tolist())),
                     "healthy_is": judge.says,
                     "weights_sha256": judge.sha256,
                 }
@@ -157,7 +157,7 @@ def mean_of(rows: pd.DataFrame, key: str) -> TableRow:
     present = rows.dropna(subset=[key]) if key in rows else rows[:0]
     if not len(present):
         return {}
-    interval = group_bootstrap(present[key].to_numpy(float), present["image_path"].tolist())
+    interval = group_bootstrap(present[key].to_numpy(float), present["group"].tolist())
     return {key: finite_mean(present[key].astype(float)), f"{key}_interval": list(interval)}
 
 
@@ -181,7 +181,7 @@ def heart_rows(scores: list[TableRow]) -> list[TableRow]:
                 "before": finite_mean(measured["heart_before"].astype(float)),
                 "after": finite_mean(measured["heart_after"].astype(float)),
                 "change": float(change.mean()),
-                "change_interval": list(group_bootstrap(change, measured["image_path"].tolist())),
+                "change_interval": list(group_bootstrap(change, measured["group"].tolist())),
                 "grew": float((change > 0).mean()),
                 "lungs": "found on image and counterfactual (data/lungs.py)",
             }

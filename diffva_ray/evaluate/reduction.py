@@ -49,7 +49,7 @@ from diffva_ray.generate.run_json import OVERLAYS, RUN
 from diffva_ray.generate.verification import MANIFEST, Problem, verify
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS
 from diffva_ray.model.training_images import TrainingImages
-from diffva_ray.schema import RECORDS, digest
+from diffva_ray.schema import digest
 from diffva_ray.storage.opening import open_file, open_store
 from diffva_ray.storage.store import Store, join
 
@@ -228,6 +228,9 @@ def _compute(
         )
     tables.add_lpips(metrics["ssim"], pairs)
     _note_training_images(records, metrics, notes)
+    if "group" in records.frame:
+        groups = records.frame["group"].nunique()
+        notes.append(f"intervals are by patient: {groups} patients, {records.frame['image'].nunique()} images")
     if not len(localization.images):
         run.store.delete(tables.THRESHOLDS_FILE)
     else:
@@ -308,7 +311,7 @@ def _note_training_images(records: RunIndex, metrics: dict[str, Any], notes: lis
 
 def _write_quarantine(run: Run, quarantined: pa.Table) -> None:
     sink = io.BytesIO()
-    pq.write_table(quarantined.cast(RECORDS), sink)
+    pq.write_table(quarantined.cast(run.records_schema), sink)
     run.store.put(QUARANTINE, sink.getvalue())
 
 

@@ -21,7 +21,7 @@ from diffva_ray.evaluate.records import Boxes, setting_key, setting_names
 from diffva_ray.generate.committed import parts
 from diffva_ray.generate.run import Run
 from diffva_ray.generate.run_json import OVERLAYS
-from diffva_ray.schema import RECORDS, Record, Status, digest
+from diffva_ray.schema import Record, Status, digest
 
 SAMPLE = 100  # images of a class and setting that are read again, at most
 NUMBERS = ("ssim", "ms_ssim", "ms_ssim_scales", "psnr", "l1", "attribution_energy",
@@ -41,14 +41,15 @@ class RunIndex:
     """All records of a run, in plan order."""
 
     # the ``ok`` records, with the columns ``label``, ``image`` (index into ``images``), ``sample``, NUMBERS,
-    # ``trained_on`` (whether the model was trained on the image; if known) and ``setting`` (of a run with several)
+    # ``group`` (number of the patient, or of the image where the patient is unknown; if any is known), ``trained_on``
+    # (whether the model was trained on the image; if known) and ``setting`` (of a run with several)
     frame: pd.DataFrame
     ids: NDArray[np.bytes_]  # record ids of ``frame``
     images: pa.Array  # paths of the images, sorted
     shards_of: dict[ShardRef, NDArray[np.intp]]  # rows of ``frame`` in each shard, in the shard's order
     truth: list[ShardRef]  # shards with images whose lesions may be known
     settings: dict[SettingKey, str]  # names of the settings
-    quarantined: pa.Table  # all other records, columns of RECORDS
+    quarantined: pa.Table  # all other records, with all columns
     sampled: list[IndexedRecord]  # whole rows of at most SAMPLE images of each class and setting
     requested: list[IndexedRecord]  # whole rows of the requested images
 
@@ -75,8 +76,9 @@ def index_run(
     trained = np.zeros(total, bool)
     labels, settings, chosen = dict[str, int](), dict[SettingKey, int](), _Sample(max_images)
     paths, quarantined, whole = list[pa.ChunkedArray](), list[pa.Table](), list[IndexedRecord]()
+    patients = list[pa.ChunkedArray]()
     shards_of, truth, count = dict[ShardRef, list[NDArray[np.intp]]](), dict[ShardRef, None](), 0
-    for shard, table in parts(run, RECORDS.names):
+    for shard, table in parts(run, run.records_schema.names):
         ok = pc.equal(table["status"], Status.OK.value)
         if not pc.all(ok).as_py():
             quarantined.append(table.filter(pc.invert(ok)))
@@ -94,6 +96,7 @@ def index_run(
         if trained_on is not None:
             trained[here] = [trained_on(sha256) for sha256 in table["image_sha256"].to_pylist()]
         paths.append(table["image_path"].cast(pa.large_string()))  # 32-bit offsets end at 2 GiB
+        patients.append(table["patient"].cast(pa.large_string()))
         # where the records are stored
         for shard_ref, members in _shard_refs(table, shard):
             shards_of.setdefault(shard_ref, []).append(members + count)
@@ -110,6 +113,8 @@ def index_run(
     frame = pd.DataFrame({name: column[:count] for name, column in numbers.items()}, copy=False)
     frame["label"] = pd.Categorical.from_codes(label[:count], list(labels))
     frame["image"], frame["sample"] = image, sample[:count]
+    if (group := _groups(patients, image)) is not None:
+        frame["group"] = group
     if trained_on is not None:
         frame["trained_on"] = trained[:count]
     if len(settings) > 1:
@@ -124,7 +129,7 @@ def index_run(
         shards_of={shard_ref: np.concatenate(members) for shard_ref, members in shards_of.items()},
         truth=list(truth),
         settings=names,
-        quarantined=pa.concat_tables(quarantined) if quarantined else RECORDS.empty_table(),
+        quarantined=pa.concat_tables(quarantined) if quarantined else run.records_schema.empty_table(),
         sampled=sampled,
         requested=whole,
     )
@@ -155,6 +160,16 @@ def _image_index(paths: list[pa.ChunkedArray]) -> tuple[pa.Array, NDArray[np.int
     column = pa.chunked_array(chunks, pa.large_string()).combine_chunks()
     images = pc.unique(column).sort()
     return images, pc.index_in(column, images).to_numpy().astype(np.int64)
+
+
+def _groups(patients: list[pa.ChunkedArray], image: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """The group of each record: its patient, or its image where the patient is unknown; None if all are unknown."""
+    column = pa.chunked_array([chunk for part in patients for chunk in part.chunks], pa.large_string())
+    known = pc.not_equal(column, "").to_numpy() if len(column) else np.zeros(0, bool)
+    if not known.any():
+        return None
+    codes = pc.index_in(column, pc.unique(column)).to_numpy().astype(np.int64)
+    return np.where(known, codes, codes.max() + 1 + image)
 
 
 class _Sample:

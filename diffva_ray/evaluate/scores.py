@@ -99,12 +99,23 @@ def score_records(
             continue
         if lost(row, truth):
             unread.add(row["image_path"])
-        names: TableRow = {key: row[key] for key in ("record_id", "image_path", "label")}
+        names = names_of(row)
         if truth.lesion is not None:
             localization += [{**names, **scores} for scores in _localization(images, truth, run)]
         if truth.counterfactual is not None:
             ground_truth.append({**names, **ground_truth_scores(images, truth)})
     return localization, ground_truth
+
+
+def names_of(record: Record) -> TableRow:
+    """What identifies a record in a table of scores; ``group``: the patient, or the image where it is unknown."""
+    group = record["patient"] or record["image_path"]
+    return {
+        "record_id": record["record_id"],
+        "image_path": record["image_path"],
+        "label": record["label"],
+        "group": group,
+    }
 
 
 def lost(record: Record, truth: Truth) -> bool:

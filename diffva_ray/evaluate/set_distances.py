@@ -152,15 +152,16 @@ class _Comparison:
                     rows.append(self._row(name, names[0], features, before))
                 row = self._row(name, names[1], features, after)
                 if row is not None:
-                    images = self.records.frame["image"].to_numpy()[chosen]
-                    row |= self._realism(label, other.label, before, after, features, images)
+                    group = "group" if "group" in self.records.frame else "image"
+                    groups = self.records.frame[group].to_numpy()[chosen]
+                    row |= self._realism(label, other.label, before, after, features, groups)
                 rows.append(row)
             seen.add(label)
         return [row for row in rows if row is not None]
 
     def _realism(
         self, label: str, reference: str, before: FeatureSet, after: FeatureSet, real: FeatureSet,
-        images: NDArray[np.integer],
+        groups: NDArray[np.integer],
     ) -> Row:  # fmt: skip
         """Whether counterfactuals resemble images of the reference, and whether they moved towards it."""
         scores: Row = {"verisimilitude": asdict(verisimilitude(after, real))}
@@ -168,7 +169,7 @@ class _Comparison:
             scores["interpolation"] = asdict(interpolation(after, real))
         if reference == self.run.recipe.data.healthy_class != label:
             cosines = directions(before, after, real)
-            low, high = group_bootstrap(cosines, images)
+            low, high = group_bootstrap(cosines, groups)
             scores["direction"] = {"mean": float(np.nanmean(cosines)), "low": low, "high": high}
         return scores
 

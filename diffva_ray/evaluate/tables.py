@@ -89,9 +89,9 @@ def add_lpips(rows: list[Row], scores: list[Row]) -> None:
 
 
 def _interval(rows: pd.DataFrame, column: str) -> list[float]:
-    """95 % bootstrap interval of a column's mean over images."""
-    image = "image" if "image" in rows else "image_path"
-    return list(group_bootstrap(rows[column].to_numpy(float), rows[image].to_numpy()))
+    """95 % bootstrap interval of a column's mean over patients, or over images where patients are unknown."""
+    group = next(name for name in ("group", "image", "image_path") if name in rows)
+    return list(group_bootstrap(rows[column].to_numpy(float), rows[group].to_numpy()))
 
 
 def validity_rows(records: pd.DataFrame) -> list[Row]:
@@ -126,7 +126,7 @@ def localization_rows(
     for name in localization.images["map"].unique():
         for label, rows in by_label(localization.images[localization.images["map"] == name]):
             row: Row = {"label": label, "n": len(rows), **{key: finite_mean(rows[key]) for key in SIMPLE}}
-            row["auroc_interval"] = list(group_bootstrap(rows["auroc"].to_numpy(), rows["image_path"].to_numpy()))
+            row["auroc_interval"] = _interval(rows, "auroc")
             row |= {"map": name, "region": ", ".join(sorted(rows["region"].unique()))}
             of_setting = under(name, rows["setting"].iloc[0] if "setting" in rows else "")
             threshold = (thresholds or {}).get(of_setting, (thresholds or {}).get(name))

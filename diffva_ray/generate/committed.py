@@ -22,7 +22,7 @@ from diffva_ray.generate.run import DamagedPart, PlanError, Run, find_run, part,
 from diffva_ray.generate.run_json import OVERLAYS as OVERLAYS  # the readers of a run name it, too
 from diffva_ray.generate.run_json import RUN, DamagedRun, repair_command
 from diffva_ray.progress import one_line
-from diffva_ray.schema import PLAN, RECORDS, Status
+from diffva_ray.schema import PLAN, Status
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import join
 
@@ -62,12 +62,12 @@ def overlay_uri(run: Run, number: int) -> str:
 def committed(run: Run, columns: Sequence[str] | None = None, retries: Sequence[Run] | None = None) -> pa.Table:
     """All committed records in plan order, each once; a retried record has the row of its last retry.
 
-    Paths are relative to ``run``. ``columns``: None for all of RECORDS. ``retries``: None for all of ``overlays``. For
+    Paths are relative to ``run``. ``columns``: None for all. ``retries``: None for all of ``overlays``. For
     millions of records use ``parts``. Raises DamagedPart.
     """
-    names = list(columns) if columns is not None else RECORDS.names
+    names = list(columns) if columns is not None else run.records_schema.names
     tables = [table for _, table in parts(run, names, retries)]
-    return pa.concat_tables(tables) if tables else _schema(names).empty_table()
+    return pa.concat_tables(tables) if tables else _schema(run, names).empty_table()
 
 
 def parts(run: Run, columns: Sequence[str], retries: Sequence[Run] | None = None) -> Iterator[tuple[int, pa.Table]]:
@@ -76,7 +76,7 @@ def parts(run: Run, columns: Sequence[str], retries: Sequence[Run] | None = None
     Memory holds a few shards and all retried records."""
     names = list(columns)
     wanted = [*names, *(["record_id"] if "record_id" not in names else [])]
-    retried, row_of = _retried(overlays(run) if retries is None else retries, wanted)
+    retried, row_of = _retried(run, overlays(run) if retries is None else retries, wanted)
     for shard, table in _read_parts(run, wanted):
         if row_of:
             replacements = [row_of.get(record, -1) for record in table["record_id"].to_pylist()]
@@ -84,10 +84,10 @@ def parts(run: Run, columns: Sequence[str], retries: Sequence[Run] | None = None
         yield shard, table.select(names)
 
 
-def _retried(retries: Sequence[Run], columns: list[str]) -> tuple[pa.Table, dict[str, int]]:
+def _retried(run: Run, retries: Sequence[Run], columns: list[str]) -> tuple[pa.Table, dict[str, int]]:
     """The records of all retries, and the row of each record's last retry by record id."""
     row_of: dict[str, int] = {}
-    tables = [_schema(columns).empty_table()]
+    tables = [_schema(run, columns).empty_table()]
     for number, retry in enumerate(retries, start=1):
         for _, table in _read_parts(retry, columns):
             for name in set(PATHS) & set(columns):
@@ -129,8 +129,8 @@ def _merge(table: pa.Table, replacements: NDArray[np.int64], retried: pa.Table) 
     return pa.concat_tables([table, retried.take(replacements[hits])]).take(rows)
 
 
-def _schema(columns: list[str]) -> pa.Schema:
-    return pa.schema([RECORDS.field(name) for name in columns])
+def _schema(run: Run, columns: list[str]) -> pa.Schema:
+    return pa.schema([run.records_schema.field(name) for name in columns])
 
 
 def start_retry(run: Run) -> Run | None:

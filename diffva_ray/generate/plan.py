@@ -22,7 +22,7 @@ from diffva_ray.schema import PLAN, digest, record_id, record_seed
 OF_A_SHARD = tuple(SamplingSettings.model_fields)  # columns that are equal within a shard
 OF_AN_IMAGE = {  # attribute of LabelledImage by column of PLAN
     "image_path": "path", "image_size": "size", "label": "label", "lung_mask_path": "lung_mask",
-    "lesion_mask_path": "lesion_mask", "ground_truth_path": "ground_truth",
+    "lesion_mask_path": "lesion_mask", "ground_truth_path": "ground_truth", "patient": "patient",
 }  # fmt: skip
 
 
@@ -69,7 +69,8 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
         request: Prompt, limit and sweep; its ``classes`` have been applied when ``dataset`` was opened.
 
     Returns:
-        A table with the columns of PLAN, strings dictionary-encoded, so that ten million rows fit in memory.
+        A table with the columns of PLAN, then further ones of the data set; strings are dictionary-encoded, so that ten
+        million rows fit in memory.
 
     Raises:
         PlanError: No image is left, an image is listed twice under one label, or the settings cannot be used.
@@ -112,10 +113,14 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
     }
     for name in PLAN.names:
         if name in OF_AN_IMAGE:
-            columns[name] = _spread([getattr(image, OF_AN_IMAGE[name]) for image in images], image_of, name)
+            values = [getattr(image, OF_AN_IMAGE[name]) for image in images]
+            columns[name] = _spread(values, image_of, PLAN.field(name).type)
         elif name in SWEEPABLE:
-            columns[name] = _spread([point.columns[name] for point in points], point_of, name)
-    return pa.table({name: columns[name] for name in PLAN.names})
+            columns[name] = _spread([point.columns[name] for point in points], point_of, PLAN.field(name).type)
+    further = sorted({name for image in images for name in image.columns})
+    for name in further:
+        columns[name] = _spread([image.columns.get(name, "") for image in images], image_of, pa.string())
+    return pa.table({name: columns[name] for name in (*PLAN.names, *further)})
 
 
 def _limited(images: Sequence[LabelledImage], points: int, samples: int, limit: int) -> NDArray[np.bool_]:
@@ -130,9 +135,9 @@ def _limited(images: Sequence[LabelledImage], points: int, samples: int, limit: 
     return chosen
 
 
-def _spread(values: list[Any], of: NDArray[np.int64], name: str) -> pa.Array:
-    """``values[of]`` as column ``name`` of PLAN; strings stay dictionary-encoded."""
-    column = pa.array(values, PLAN.field(name).type)
+def _spread(values: list[Any], of: NDArray[np.int64], kind: pa.DataType) -> pa.Array:
+    """``values[of]`` as a column; strings stay dictionary-encoded."""
+    column = pa.array(values, kind)
     return (column.dictionary_encode() if pa.types.is_string(column.type) else column).take(pa.array(of))
 
 

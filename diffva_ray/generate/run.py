@@ -31,7 +31,7 @@ from diffva_ray.config.recipe import (
 )
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.generate.run_json import RUN, DamagedRun, read_run_json, repair_command
-from diffva_ray.schema import PLAN, PlannedRecord
+from diffva_ray.schema import PLAN, RECORDS, PlannedRecord, with_columns
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Ranges, Store
 
@@ -119,6 +119,11 @@ class Run:
         except ValidationError as error:
             raise DamagedRun(f"{self.store.uri}/{RUN} is damaged (keys: {first_error(error)})") from None
         return {"timestep_spacing": "leading", "bits": 16, **stored, **settings}
+
+    @cached_property
+    def records_schema(self) -> pa.Schema:
+        """The columns of the records: those of ``schema.RECORDS``, then further ones of the data set."""
+        return with_columns(RECORDS, self.about.get("columns", ()))
 
     @property
     def shards(self) -> int:
@@ -335,14 +340,17 @@ def _plan_file(table: pa.Table, keys: dict[str, Any]) -> tuple[bytes, dict[str, 
     sink = io.BytesIO()
     # statistics are never read and would be most of the footer
     options: dict[str, Any] = {"compression": "zstd", "write_statistics": False, "write_page_checksum": True}
-    with pq.ParquetWriter(sink, PLAN, **options) as writer:
+    columns = [name for name in table.column_names if name not in PLAN.names]
+    schema = with_columns(PLAN, columns)
+    with pq.ParquetWriter(sink, schema, **options) as writer:
         for first in range(0, len(starts), shards_per_group):
             start, end = starts[first], (*starts[first + shards_per_group :][:1], len(table))[0]
-            writer.write_table(table.slice(start, end - start).cast(PLAN), row_group_size=end - start)
+            writer.write_table(table.slice(start, end - start).cast(schema), row_group_size=end - start)
         writer.add_key_value_metadata({"ids": _digest_of(table["record_id"]), "fingerprint": fingerprint(keys)})
     data = sink.getvalue()
     footer = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     return data, {
+        "columns": columns,
         "shards": len(starts),
         "shards_per_row_group": shards_per_group,
         "plan_footer": {"start": footer, "stop": len(data), "sha256": hashlib.sha256(data[footer:]).hexdigest()},

@@ -52,6 +52,7 @@ class _RunJson(BaseModel):
     data_root: str
     data_sample: dict[str, str] = {}
     model: str = ""
+    columns: list[str] = []
     judge: dict[str, Any] | None = None
     environment_changes: list[dict[str, Any]] = []
     versions: dict[str, Any] = {}

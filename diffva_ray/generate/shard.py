@@ -36,7 +36,7 @@ from diffva_ray.metrics.features import Extractor, stand_in
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
 from diffva_ray.progress import Stopwatch, one_line
-from diffva_ray.schema import RECORDS, PlannedRecord, Record, Results, Status, complete
+from diffva_ray.schema import PlannedRecord, Record, Results, Status, complete
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store, StoreError, patiently
 
@@ -312,7 +312,7 @@ def _features(name: str, processed: Sequence[ProcessedRecord]) -> bytes:
 def records_part(run: Run, shard: int, records: Sequence[Record]) -> bytes:
     """A shard's Parquet part, serialised in memory so that it is written as a whole."""
     metadata = {"fingerprint": run.fingerprint, "shard": str(shard), "diffva_ray": __version__}
-    table = pa.Table.from_pylist(list(records), schema=RECORDS.with_metadata(metadata))
+    table = pa.Table.from_pylist(list(records), schema=run.records_schema.with_metadata(metadata))
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()

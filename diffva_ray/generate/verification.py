@@ -22,7 +22,7 @@ from diffva_ray.generate.committed import overlay_uri, sound_overlays
 from diffva_ray.generate.run import FOLDERS, PART, PLAN_FILE, SUCCESS, PlanError, Run, part
 from diffva_ray.generate.run_json import OVERLAYS, RUN
 from diffva_ray.progress import one_line
-from diffva_ray.schema import RECORDS, SCHEMA_VERSION, Status
+from diffva_ray.schema import SCHEMA_VERSION, Status
 from diffva_ray.storage.opening import open_store
 
 MANIFEST = "manifest.json"
@@ -58,7 +58,7 @@ def verify_shard(run: Run, shard: int, planned: Sequence[str], features: set[str
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     if metadata.get("fingerprint") != run.fingerprint:
         problems.append(Problem(shard, f"{name} has fingerprint {metadata.get('fingerprint')}, not the run's"))
-    if not table.schema.equals(RECORDS, check_metadata=False):
+    if not table.schema.equals(run.records_schema, check_metadata=False):
         return [*problems, Problem(shard, f"{name} has other columns than schema version {SCHEMA_VERSION}")]
     # the records
     ids = table["record_id"].to_pylist()

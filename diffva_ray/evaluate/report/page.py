@@ -37,7 +37,7 @@ from diffva_ray.evaluate.tables import known
 from diffva_ray.generate.committed import committed, parts
 from diffva_ray.generate.run import SUCCESS, Run
 from diffva_ray.model.card import UnusableModel, read_card
-from diffva_ray.schema import RECORDS, Record, Row, Status
+from diffva_ray.schema import Record, Row, Status
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import join
 
@@ -113,7 +113,7 @@ def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None, c
 def whole(run: Run, ids: set[str]) -> list[Record]:
     """All columns of the records ``ids``, in plan order."""
     wanted = pa.array(sorted(ids), pa.string())
-    kept = [table.filter(pc.is_in(table["record_id"], wanted)) for _, table in parts(run, RECORDS.names)]
+    kept = [table.filter(pc.is_in(table["record_id"], wanted)) for _, table in parts(run, run.records_schema.names)]
     return as_records(pa.concat_tables(kept).to_pandas()) if kept else []
 
 

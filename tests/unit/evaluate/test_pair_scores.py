@@ -57,7 +57,7 @@ def test_without_a_judge_there_are_no_judge_scores(make_run: MakeRun) -> None:
 def test_hearts_are_compared_if_both_are_known() -> None:
     about = {"label": "Normal"}
     values = [(0.4, 0.5), (0.42, 0.5), (0.44, None), (None, None), (0.5, 0.48)]
-    scores = [{**about, "image_path": str(n), "heart_before": a, "heart_after": b} for n, (a, b) in enumerate(values)]
+    scores = [{**about, "group": str(n), "heart_before": a, "heart_after": b} for n, (a, b) in enumerate(values)]
     (row,) = heart_rows(scores)
     assert (row["images"], row["n"]) == (5, 3)
     assert row["change"] == pytest.approx((0.1 + 0.08 - 0.02) / 3)
