@@ -81,7 +81,7 @@ class Dataset:
         """Lesion boxes (x, y, w, h) by image path, of images whose boxes are in pixels of the file and name no other
         class than the image's only one. ``lesion_shapes`` has the shapes of all images, by label."""
         labels: dict[str, set[str]] = {}
-        for image in self.images:
+        for image in self.images if self.shapes else ():
             labels.setdefault(image.path, set()).add(image.label)
         found = {
             path: [(shape.x, shape.y, shape.w, shape.h) for shape in shapes
