@@ -111,11 +111,11 @@ class Fold:
 
     def __init__(self, folder: Path, size: int) -> None:
         dataset, self.patients = open_dataset(str(folder)), json.loads((folder / "patients.json").read_text())
-        self.images = [image for image in dataset.images if image.path in dataset.boxes]
+        self.images = [image for image in dataset.images if image.path in dataset.shapes]
         read = [decode(dataset.store.read(image.path)) for image in self.images]
         self.pixels = np.stack([to_square(image, size) for image in read])
         self.truth = [
-            image_truth(dataset.store, image, dataset.boxes, pixels.shape[1], pixels.shape[0], size)
+            image_truth(dataset.store, image, dataset.shapes, pixels.shape[1], pixels.shape[0], size)
             for image, pixels in zip(self.images, read, strict=True)
         ]
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from diffva_ray.data.dataset import LabelledImage, UnusableData
+from diffva_ray.data.shapes import Box
 from diffva_ray.data.tables import read_table
 
-Box = tuple[float, float, float, float]
 COLUMNS = ("file", "x", "y", "w", "h")
 Value = TypeVar("Value")  # the content of a row: a box, a score, a name
 
@@ -40,7 +40,7 @@ def parse(data: bytes, name: str) -> list[tuple[str, str, Box]]:
             raise UnusableData(f"{where}: {','.join(texts)} is not x,y,w,h") from None
         if not all(map(math.isfinite, (x, y, w, h))) or w <= 0 or h <= 0:
             raise UnusableData(f"{where}: {','.join(texts)} is not a box; w and h must be above 0")
-        boxes.append((where, file_of(row), (x, y, w, h)))
+        boxes.append((where, file_of(row), Box(x=x, y=y, w=w, h=h)))
     return boxes
 
 

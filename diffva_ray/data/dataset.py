@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from diffva_ray.data.images import IMAGE_EXTENSIONS
-from diffva_ray.data.shapes import Box, Shape
+from diffva_ray.data.shapes import Shape
 from diffva_ray.storage.store import Entry, Store
 
 NO_COLUMNS: dict[str, str] = {}  # shared by millions of images
@@ -75,20 +74,6 @@ class Dataset:
     def classes(self) -> dict[str, int]:
         """Number of images by class, in alphabetical order."""
         return dict(sorted(Counter(image.label for image in self.images).items()))
-
-    @cached_property
-    def boxes(self) -> dict[str, list[tuple[float, float, float, float]]]:
-        """Lesion boxes (x, y, w, h) by image path, of images whose boxes are in pixels of the file and name no other
-        class than the image's only one. ``lesion_shapes`` has the shapes of all images, by label."""
-        labels: dict[str, set[str]] = {}
-        for image in self.images if self.shapes else ():
-            labels.setdefault(image.path, set()).add(image.label)
-        found = {
-            path: [(shape.x, shape.y, shape.w, shape.h) for shape in shapes
-                   if isinstance(shape, Box) and not shape.width and (not shape.label or {shape.label} == labels[path])]
-            for path, shapes in self.shapes.items() if path in labels
-        }  # fmt: skip
-        return {path: boxes for path, boxes in found.items() if boxes}
 
     def lesion_shapes(self, path: str, label: str) -> list[Shape]:
         """The outlined lesions of the image at ``path`` under ``label``: those of the label, and those of no label."""

@@ -34,7 +34,7 @@ from diffva_ray.data.readers import (
     split_folders,
     vindr,
 )
-from diffva_ray.data.shapes import Box, Shape
+from diffva_ray.data.shapes import Shape
 from diffva_ray.data.tables import EXTENSIONS
 from diffva_ray.progress import one_line
 from diffva_ray.provenance import missing
@@ -229,13 +229,10 @@ def _boxes(listing: Listing, paths: Sequence[str]) -> tuple[dict[str, list[Shape
     for name in ("boxes.csv", *(f"{top}/boxes.csv" for top in tops if len(tops) == 1)):
         if name in listing.sizes:
             rows = boxes.parse(listing.store.read(name), name)
-            by_image = boxes.match(rows, paths)
+            by_image: dict[str, list[Shape]] = {path: [*found] for path, found in boxes.match(rows, paths).items()}
             count = sum(map(len, by_image.values()))
             unmatched = f"; {len(rows) - count} match no image" if count < len(rows) else ""
-            shapes: dict[str, list[Shape]] = {
-                path: [Box(x=x, y=y, w=w, h=h) for x, y, w, h in found] for path, found in by_image.items()
-            }
-            return shapes, [f"{count} boxes on {len(by_image)} images ({name}){unmatched}"]
+            return by_image, [f"{count} boxes on {len(by_image)} images ({name}){unmatched}"]
     return {}, []
 
 

@@ -28,12 +28,11 @@ class Shape:
         """The shape as bool [height, width]."""
         raise NotImplementedError
 
-    def resized(self, width: int, height: int) -> NDArray[np.bool_]:
-        """The shape on an image file of ``width`` x ``height``, as bool [height, width]; nearest pixel."""
-        mask = self.mask(self.width or width, self.height or height)
-        if mask.shape == (height, width):
-            return mask
-        return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+    def on_square(self, width: int, height: int, size: int) -> NDArray[np.bool_]:
+        """The shape on the square of ``size`` pixels to which an image file of ``width`` x ``height`` is squashed; the
+        nearest pixel."""
+        mask = Image.fromarray(self.mask(self.width or width, self.height or height))
+        return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,22 @@ class Box(Shape):
         left, top = max(0, round(self.x)), max(0, round(self.y))
         mask[top : max(top + 1, round(self.y + self.h)), left : max(left + 1, round(self.x + self.w))] = True
         return mask
+
+    def on_square(self, width: int, height: int, size: int) -> NDArray[np.bool_]:
+        """A pixel belongs to the box if the box holds its centre. A box too thin to hold one gets the pixel of its own
+        centre. Parts outside the image are cut off."""
+        mask = np.zeros((size, size), bool)
+        rows = _span(self.y, self.h, size / (self.height or height))
+        mask[rows, _span(self.x, self.w, size / (self.width or width))] = True
+        return mask
+
+
+def _span(start: float, length: float, scale: float) -> slice:
+    first, last = int(np.ceil(start * scale - 0.5)), int(np.ceil((start + length) * scale - 0.5))
+    if first == last:
+        first = int(np.floor((start + length / 2) * scale))
+        last = first + 1
+    return slice(max(first, 0), max(last, 0))
 
 
 @dataclass(frozen=True)
@@ -97,7 +112,17 @@ def coco_counts(text: str) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def lesion(shapes: Iterable[Shape], width: int, height: int) -> NDArray[np.bool_] | None:
-    """All shapes of an image file of ``width`` x ``height`` as one mask [height, width]; None without shapes."""
-    masks = [shape.resized(width, height) for shape in shapes]
+def lesion_mask(shapes: Iterable[Shape], width: int, height: int, size: int) -> NDArray[np.bool_] | None:
+    """Draw lesions as one mask on the model's square.
+
+    Args:
+        shapes: The outlined lesions.
+        width: Width of the image file in pixels.
+        height: Height of the image file in pixels.
+        size: Side of the square to which the image is squashed.
+
+    Returns:
+        The mask, bool [size, size]; None without shapes.
+    """
+    masks = [shape.on_square(width, height, size) for shape in shapes]
     return np.logical_or.reduce(masks) if masks else None

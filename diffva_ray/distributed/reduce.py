@@ -16,7 +16,7 @@ from diffva_ray.distributed import session
 from diffva_ray.evaluate.distances import FeatureChunk, embed_here
 from diffva_ray.evaluate.executor import Ids, LocalExecutor, Scores, score_shard
 from diffva_ray.evaluate.options import Options
-from diffva_ray.evaluate.records import Boxes
+from diffva_ray.evaluate.records import Lesions
 from diffva_ray.evaluate.run_index import SettingKey, ShardRef
 from diffva_ray.generate.run import Run, find_run
 from diffva_ray.storage.opening import open_store
@@ -28,10 +28,10 @@ MAX_PENDING_TASKS = 512
 
 
 @ray.remote(num_cpus=1)
-def _score_shard(run: str, shard: ShardRef, ids: Ids, boxes: Boxes, settings: Mapping[SettingKey, str]) -> Scores:
+def _score_shard(run: str, shard: ShardRef, ids: Ids, lesions: Lesions, settings: Mapping[SettingKey, str]) -> Scores:
     opened = find_run(open_store(run))
     assert opened is not None
-    return score_shard(opened, shard, ids, boxes, settings)
+    return score_shard(opened, shard, ids, lesions, settings)
 
 
 class Embedder:
@@ -56,10 +56,10 @@ class RayExecutor(LocalExecutor):
     """Runs the work of a reduce on the connected cluster."""
 
     def score(
-        self, run: Run, shards: Mapping[ShardRef, Ids], boxes: Boxes, settings: Mapping[SettingKey, str]
+        self, run: Run, shards: Mapping[ShardRef, Ids], lesions: Lesions, settings: Mapping[SettingKey, str]
     ) -> Iterator[Scores]:
         """Score one shard in each task; yield the scores in the order of ``shards``."""
-        shared_boxes, pending = ray.put(boxes), deque[Any]()
+        shared_boxes, pending = ray.put(lesions), deque[Any]()
         for shard, ids in shards.items():
             pending.append(_score_shard.remote(run.store.uri, shard, ids, shared_boxes, settings))
             if len(pending) == MAX_PENDING_TASKS:

@@ -1,4 +1,4 @@
-"""Reads annotations of images: Brixia scores and source archives from CSV, lesion boxes, and fixed thresholds."""
+"""Reads annotations of images: Brixia scores and source archives from CSV, lesion lesions, and fixed thresholds."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data.boxes import file_of, match, read_boxes
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.manifest import Table, read_table
 from diffva_ray.evaluate import tables
-from diffva_ray.evaluate.records import Boxes
+from diffva_ray.evaluate.records import Lesions
 from diffva_ray.metrics.zones import ZONES
 from diffva_ray.storage.opening import open_file, open_store
 
@@ -66,17 +67,18 @@ def _table(option: str, uri: str) -> Table:
     return table
 
 
-def lesion_boxes(data_uri: str, csv: str | None, notes: list[str]) -> Boxes:
-    """Lesion boxes by image path: those of ``csv``, else the data set's own.
+def lesion_shapes(data_uri: str, config: DataConfig, csv: str | None, notes: list[str]) -> Lesions:
+    """The outlined lesions by image path: the boxes of ``csv``, else the data set's own boxes, polygons and masks.
 
-    Empty, with a note, when the data set cannot be opened. Raises UnusableData for a ``csv`` that cannot be used."""
+    ``config``: section ``data`` of the recipe. Empty, with a note, when the data set cannot be opened. Raises
+    UnusableData for a ``csv`` that cannot be used."""
     try:
-        dataset = open_dataset(data_uri)
+        dataset = open_dataset(data_uri, config)
     except UnusableData as error:
         notes.append(f"data not opened for boxes and references: {error}")
         return {}
     if csv is None:
-        return dataset.boxes
+        return dataset.shapes
     store, name = open_file(csv)
     try:
         boxes = read_boxes(store.read(name), dataset.images, name)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from diffva_ray.config.recipe import fingerprint_difference
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate import tables
-from diffva_ray.evaluate.annotations import lesion_boxes
+from diffva_ray.evaluate.annotations import lesion_shapes
 from diffva_ray.evaluate.records import as_records, by_shard, finished, read_records, reduced_metrics
 from diffva_ray.evaluate.scores import score_records
 from diffva_ray.generate.run import Run
@@ -176,10 +176,10 @@ def _image_numbers(run: Run, records: list[Record], notes: list[str]) -> pd.Data
     numbers["confidence_gain"] = after - before
     # from the images and their ground truth
     messages: list[str] = []
-    boxes = lesion_boxes(run.about["data"], None, messages)
+    lesions = lesion_shapes(run.about["data"], run.recipe.data, None, messages)
     notes += [note for note in messages if note not in notes]
     with ThreadPoolExecutor(8) as pool:  # waits on the store, mostly
-        scored = list(pool.map(lambda rows: score_records(run, rows, boxes), by_shard(records).values()))
+        scored = list(pool.map(lambda rows: score_records(run, rows, lesions), by_shard(records).values()))
     localization = {row["record_id"]: row for rows, _ in scored for row in rows if row["map"] == "positive"}
     ground_truth = {row["record_id"]: row for _, rows in scored for row in rows}
     threshold = fixed_threshold_of(run)

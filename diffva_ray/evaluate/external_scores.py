@@ -20,7 +20,7 @@ from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.images import BadImage, decode, to_square
 from diffva_ray.evaluate import tables
-from diffva_ray.evaluate.annotations import lesion_boxes, read_thresholds
+from diffva_ray.evaluate.annotations import lesion_shapes, read_thresholds
 from diffva_ray.evaluate.external_maps import (
     Encoding,
     MapFile,
@@ -33,7 +33,7 @@ from diffva_ray.evaluate.external_maps import (
     open_maps,
     read_map_values,
 )
-from diffva_ray.evaluate.records import Boxes, grey, image_truth
+from diffva_ray.evaluate.records import Lesions, grey, image_truth
 from diffva_ray.evaluate.scores import LocalizationScores, score_image
 from diffva_ray.metrics.localization import SALIENCY, baselines, smooth
 from diffva_ray.model.training_images import TrainingImages
@@ -111,9 +111,12 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
         raise UnusableData(
             f"{wrong}: {maps_uri} is a run; its maps are signed 16-bit, and its recipe sets the smoothing"
         )
-    dataset = open_dataset(data_uri, run.recipe.data if run is not None else DataConfig())
+    config = run.recipe.data if run is not None else DataConfig()
+    dataset = open_dataset(data_uri, config)
     notes: list[str] = []
-    boxes = dataset.boxes if options.boxes is None else lesion_boxes(data_uri, options.boxes, notes)
+    lesions: Lesions = dataset.shapes
+    if options.boxes is not None:
+        lesions = lesion_shapes(data_uri, config, options.boxes, notes)
     thresholds, source = _thresholds(options.threshold_from)
     matched = match(folder.maps, dataset.images, maps_uri, records=run is not None)
     if not matched.pairs:
@@ -128,7 +131,7 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
     # scores
     seen = _training_images(folder, options, notes)
     with ThreadPoolExecutor(THREADS) as pool:  # waits on the store, mostly
-        outcomes = list(pool.map(lambda pair: _score_one(folder, dataset, boxes, grid, seen, *pair), matched.pairs))
+        outcomes = list(pool.map(lambda pair: _score_one(folder, dataset, lesions, grid, seen, *pair), matched.pairs))
     kinds = Counter(kind for outcome in outcomes for kind in outcome.kinds)
     trained = kinds["trained_on"]
     if trained and not options.allow_training_images:
@@ -165,7 +168,7 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
                 for outcome, (_, image) in zip(outcomes, matched.pairs)
             )
     # counts and settings
-    with_truth = {image.path for image in dataset.images if image.lesion_mask or image.path in boxes}
+    with_truth = {image.path for image in dataset.images if image.lesion_mask or image.path in lesions}
     metrics = {
         "maps": {
             "found": len(folder.maps),
@@ -252,14 +255,14 @@ def _training_images(folder: MapFolder, options: ScoreOptions, notes: list[str])
 def _score_one(
     folder: MapFolder,
     dataset: Dataset,
-    boxes: Boxes,
+    lesions: Lesions,
     grid: ScoreGrid,
     seen: TrainingImages | None,
     file: MapFile,
     image: LabelledImage,
 ) -> _Outcome:
     # read the map and the image
-    if not image.lesion_mask and image.path not in boxes:
+    if not image.lesion_mask and image.path not in lesions:
         return _Outcome(frozenset({"no_truth"}))
     try:
         values = read_map_values(folder.store.read(file.path), file.path, grid.signed16)
@@ -281,7 +284,7 @@ def _score_one(
         "flat": values.max() <= 0,
     }
     kinds = frozenset(kind for kind, holds in found.items() if holds)
-    truth = image_truth(dataset.store, image, boxes, grey_image.shape[1], grey_image.shape[0], grid.size)
+    truth = image_truth(dataset.store, image, lesions, grey_image.shape[1], grey_image.shape[0], grid.size)
     if truth.lesion is None:
         return _Outcome(kinds | {"no_truth"})
     signed = smooth(on_grid(values, grid.size), grid.map_smoothing)

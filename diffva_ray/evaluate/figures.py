@@ -15,6 +15,7 @@ from diffva_ray.data.boxes import match, parse
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.images import BadImage, decode_map
 from diffva_ray.evaluate import tables
+from diffva_ray.evaluate.annotations import lesion_shapes
 from diffva_ray.evaluate.direction import direction
 from diffva_ray.evaluate.drawing import (
     CLASS_COLOURS,
@@ -34,7 +35,7 @@ from diffva_ray.evaluate.drawing import (
     style,
 )
 from diffva_ray.evaluate.records import (
-    Boxes,
+    Lesions,
     RecordImages,
     Truth,
     as_records,
@@ -137,10 +138,10 @@ class ShownRecord:
     sign: int  # 1: a finding is removed; -1: a finding is induced
 
     @classmethod
-    def read(cls, run: Run, row: Record, boxes: Boxes) -> ShownRecord | None:
+    def read(cls, run: Run, row: Record, lesions: Lesions) -> ShownRecord | None:
         """Read a record; None if an image is missing now."""
         try:
-            return cls(row, read_images(run, row), read_truth(run, row, boxes), direction(run, row))
+            return cls(row, read_images(run, row), read_truth(run, row, lesions), direction(run, row))
         except (OSError, BadImage):
             return None
 
@@ -152,15 +153,16 @@ class ShownRecord:
 def _read_records(run: Run, chosen: Sequence[tuple[str, Record]]) -> list[tuple[str, ShownRecord]]:
     """The chosen (rank, record) whose images can be read."""
     paths = [row["image_path"] for _, row in chosen]
-    boxes = {} if any(row["lesion_mask_path"] for _, row in chosen) else own_boxes(run, paths)
-    read = [(rank, ShownRecord.read(run, row, boxes)) for rank, row in chosen]
+    lesions = {} if any(row["lesion_mask_path"] for _, row in chosen) else own_shapes(run, paths)
+    read = [(rank, ShownRecord.read(run, row, lesions)) for rank, row in chosen]
     return [(rank, record) for rank, record in read if record is not None]
 
 
-def own_boxes(run: Run, paths: Sequence[str]) -> Boxes:
-    """The lesion boxes of the images ``paths`` in the ``boxes.csv`` of their data set.
+def own_shapes(run: Run, paths: Sequence[str]) -> Lesions:
+    """The lesions of the images ``paths`` that their data set outlines.
 
-    The file is found as by ``open_dataset``, but without listing the data set. Empty if there is no usable file."""
+    A ``boxes.csv`` is found as by ``open_dataset``, but without listing the data set; only a data set with other
+    outlines is opened. Empty if there is no usable file."""
     folders = {path.split("/")[0] for path in paths}
     for name in ("boxes.csv", *(f"{folder}/boxes.csv" for folder in folders if len(folders) == 1)):
         try:
@@ -169,7 +171,7 @@ def own_boxes(run: Run, paths: Sequence[str]) -> Boxes:
             continue
         except UnusableData:
             return {}
-    return {}
+    return lesion_shapes(run.about["data"], run.recipe.data, None, []) if run.about.get("outlined") else {}
 
 
 def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from diffva_ray.data.images import BadImage
 from diffva_ray.data.lungs import find_lungs
-from diffva_ray.evaluate.records import Boxes, RecordImages, Truth, read_images, read_truth, under
+from diffva_ray.evaluate.records import Lesions, RecordImages, Truth, read_images, read_truth, under
 from diffva_ray.evaluate.run_index import IndexedRecord
 from diffva_ray.evaluate.scores import lost, names_of
 from diffva_ray.evaluate.tables import by_label, finite_mean, known
@@ -52,7 +52,7 @@ def run_judge(run: Run) -> Judge | None:
 def score_pairs(
     run: Run,
     rows: Sequence[IndexedRecord],
-    boxes: Boxes,
+    lesions: Lesions,
     judge: Judge | None,
     lpips: Lpips | None,
     unread: set[str] | None = None,
@@ -60,7 +60,7 @@ def score_pairs(
     """Score each record whose images can be read: PAIR_METRICS, ``lpips`` and, for cardiomegaly, the cardiothoracic
     ratio of image and counterfactual. Unknown scores are None; ``unread`` as in ``scores.score_records``."""
     scored = []
-    for row, images, truth in _read(run, rows, boxes, unread):
+    for row, images, truth in _read(run, rows, lesions, unread):
         pair = Pair(
             images.image, images.counterfactual, images.signed_map, row["label"], row, truth.lesion, truth.lungs, judge
         )
@@ -85,7 +85,7 @@ def _heart(image: NDArray[np.float32]) -> float | None:
 
 
 def _read(
-    run: Run, rows: Sequence[IndexedRecord], boxes: Boxes, unread: set[str] | None = None
+    run: Run, rows: Sequence[IndexedRecord], lesions: Lesions, unread: set[str] | None = None
 ) -> Iterator[tuple[IndexedRecord, RecordImages, Truth]]:
     """Yields the records whose images can be read, with images and ground truth.
 
@@ -93,7 +93,7 @@ def _read(
     unread = set() if unread is None else unread
     for row in rows:
         try:
-            images, truth = read_images(run, row), read_truth(run, row, boxes)
+            images, truth = read_images(run, row), read_truth(run, row, lesions)
         except (OSError, BadImage):
             unread.add(row["image_path"])
             continue
@@ -103,7 +103,7 @@ def _read(
 
 
 def external_rows(
-    run: Run, rows: Sequence[IndexedRecord], boxes: Boxes, judges: Sequence[ExternalJudge]
+    run: Run, rows: Sequence[IndexedRecord], lesions: Lesions, judges: Sequence[ExternalJudge]
 ) -> list[TableRow]:
     """Flip rates by published judges: the fraction of the images a judge calls abnormal whose counterfactual it calls
     healthy. One row for each judge and class."""
@@ -111,7 +111,7 @@ def external_rows(
         return []
     # what each judge says of each record
     judged: list[TableRow] = []
-    for row, images, _ in _read(run, rows, boxes):
+    for row, images, _ in _read(run, rows, lesions):
         names = _names(row)
         for judge in judges:
             before, after = judge.healthy(np.stack([images.image, images.counterfactual]))

@@ -18,14 +18,14 @@ from PIL import Image
 from diffva_ray.config.sampling import SWEEPABLE
 from diffva_ray.data.dataset import LabelledImage
 from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, to_square
+from diffva_ray.data.shapes import Shape, lesion_mask
 from diffva_ray.generate.committed import PATHS, committed
 from diffva_ray.generate.run import Run, part
 from diffva_ray.generate.run_json import OVERLAYS
-from diffva_ray.metrics.localization import boxes_mask
 from diffva_ray.schema import Record, Status
 from diffva_ray.storage.store import Store
 
-Boxes = dict[str, list[tuple[float, float, float, float]]]  # lesion boxes (x, y, w, h) in pixels, by image path
+Lesions = Mapping[str, Sequence[Shape]]  # lesions that the data set outlines, by image path
 
 
 def read_records(run: Run) -> pd.DataFrame:
@@ -157,13 +157,13 @@ def read_images(run: Run, record: Record) -> RecordImages:
     )
 
 
-def read_truth(run: Run, record: Record, boxes: Boxes) -> Truth:
+def read_truth(run: Run, record: Record, lesions: Lesions) -> Truth:
     """Read what the data set knows about the image of a record.
 
     Args:
         run: The run.
         record: A row of ``read_records`` as a dictionary.
-        boxes: Lesion boxes by image path, used for images without a lesion mask.
+        lesions: Lesions that the data set outlines by image path, used for images without a lesion mask.
 
     Returns:
         Masks and ground-truth counterfactual at the run's resolution; None for a file that cannot be read.
@@ -175,7 +175,7 @@ def read_truth(run: Run, record: Record, boxes: Boxes) -> Truth:
     image = LabelledImage(
         record["image_path"], record["label"], -1, record["lung_mask_path"] or "", record["lesion_mask_path"] or ""
     )
-    truth = image_truth(run.data, image, boxes, record["width"], record["height"], size)
+    truth = image_truth(run.data, image, lesions, record["width"], record["height"], size)
     try:
         path, bits = record["ground_truth_path"], run.recipe.data.bits
         ground_truth = to_square(decode(run.data.read(path), bits=bits), size) if path else None
@@ -184,10 +184,11 @@ def read_truth(run: Run, record: Record, boxes: Boxes) -> Truth:
     return replace(truth, counterfactual=ground_truth)
 
 
-def image_truth(data: Store, image: LabelledImage, boxes: Boxes, width: int, height: int, size: int) -> Truth:
+def image_truth(data: Store, image: LabelledImage, lesions: Lesions, width: int, height: int, size: int) -> Truth:
     """Read the lesion and lung masks of an image of ``width`` x ``height`` as [size, size].
 
-    Boxes replace a missing lesion mask; a mask that cannot be read is None."""
+    The outlined lesions of the image's label (or of no label) replace a missing lesion mask; a mask that cannot be read
+    is None."""
 
     def mask(path: str) -> NDArray[np.bool_] | None:
         try:
@@ -196,8 +197,9 @@ def image_truth(data: Store, image: LabelledImage, boxes: Boxes, width: int, hei
             return None
 
     lesion = mask(image.lesion_mask)
-    if lesion is None and image.path in boxes:
-        lesion = boxes_mask(boxes[image.path], width, height, size)
+    if lesion is None:
+        outlined = [shape for shape in lesions.get(image.path, ()) if shape.label in ("", image.label)]
+        lesion = lesion_mask(outlined, width, height, size)
     return Truth(lesion, mask(image.lung_mask))
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from diffva_ray._version import __version__
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate import tables
-from diffva_ray.evaluate.annotations import Zones, lesion_boxes, read_thresholds, read_zones
+from diffva_ray.evaluate.annotations import Zones, lesion_shapes, read_thresholds, read_zones
 from diffva_ray.evaluate.executor import LocalExecutor
 from diffva_ray.evaluate.judge_quality import judge_quality
 from diffva_ray.evaluate.options import Options, check_packages
@@ -36,7 +36,7 @@ from diffva_ray.evaluate.pair_scores import (
     score_pairs,
     zone_rows,
 )
-from diffva_ray.evaluate.records import Boxes
+from diffva_ray.evaluate.records import Lesions
 from diffva_ray.evaluate.report.result_tables import SPECS
 from diffva_ray.evaluate.run_index import SAMPLE, RunIndex, index_run
 from diffva_ray.evaluate.scores import LocalizationScores, stacked
@@ -122,17 +122,17 @@ def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecuto
 
     # inputs
     notes = Notes()
-    boxes = lesion_boxes(data_uri, options.boxes, notes)
+    lesions = lesion_shapes(data_uri, run.recipe.data, options.boxes, notes)
     notes.all_read = not notes  # a note: the data set could not be opened
     zones = read_zones(options.brixia, run.plan(["image_path"])["image_path"].to_pylist()) if options.brixia else {}
     seen = TrainingImages.of_model(str(run.about.get("model", "")), run.keys["model_digest"])
-    records = index_run(run, boxes, zones, seen.has if seen else None)
+    records = index_run(run, lesions, zones, seen.has if seen else None)
     if options.brixia and not records.requested:
         raise UnusableData(f"--brixia {options.brixia}: none of its files is an image of the run")
 
     # tables
     _write_quarantine(run, records.quarantined)
-    metrics = _compute(run, data_uri, options, records, boxes, zones, executor or LocalExecutor(), notes)
+    metrics = _compute(run, data_uri, options, records, lesions, zones, executor or LocalExecutor(), notes)
     counts: dict[str, Any] = {
         "planned": run.about["records"], "ok": len(records.frame), "quarantined": len(records.quarantined)
     }  # fmt: skip
@@ -194,18 +194,18 @@ def _tables(run: Run) -> str:
 
 
 def _compute(
-    run: Run, data_uri: str, options: Options, records: RunIndex, boxes: Boxes, zones: Zones, executor: LocalExecutor,
-    notes: Notes,
+    run: Run, data_uri: str, options: Options, records: RunIndex, lesions: Lesions, zones: Zones,
+    executor: LocalExecutor, notes: Notes,
 ) -> dict[str, Any]:  # fmt: skip
     # scores and features
     recipe = run.recipe
-    localization, ground_truth = _scores(run, records, boxes, executor)
+    localization, ground_truth = _scores(run, records, lesions, executor)
     thresholds, source = None, None
     if options.threshold_from:
         thresholds, source = read_thresholds(options.threshold_from), options.threshold_from.rstrip("/").split("/")[-1]
     judges = _judges(options)
     lpips, unread = _lpips(options, recipe.model.resolution), set(localization.unread)
-    pairs = score_pairs(run, records.sampled, boxes, run_judge(run), lpips, unread)
+    pairs = score_pairs(run, records.sampled, lesions, run_judge(run), lpips, unread)
     sets, within = distances(run, data_uri, options, records, notes, partial(executor.embed, run, options))
     # tables
     metrics: dict[str, Any] = {
@@ -214,7 +214,7 @@ def _compute(
         "ssim": tables.ssim_rows(records.frame, recipe.generate.ssim_preset, recipe.model.resolution),
         "localization": tables.localization_rows(localization, thresholds, source),
         "validity": tables.validity_rows(records.frame),
-        "external_validity": external_rows(run, records.sampled, boxes, judges),
+        "external_validity": external_rows(run, records.sampled, lesions, judges),
         "ground_truth": tables.ground_truth_rows(ground_truth),
         "counterfactual": counterfactual_rows(pairs),
         "heart": heart_rows(pairs),
@@ -243,14 +243,14 @@ def _compute(
 
 
 def _scores(
-    run: Run, records: RunIndex, boxes: Boxes, executor: LocalExecutor
+    run: Run, records: RunIndex, lesions: Lesions, executor: LocalExecutor
 ) -> tuple[LocalizationScores, pd.DataFrame]:
     """Localisation and ground truth scores of all images with known lesions, in plan order (intervals depend on it)."""
     shards_of = {shard_ref: records.ids[records.shards_of[shard_ref]] for shard_ref in records.truth}
     frames = list[pd.DataFrame]()
 
     def of_shards() -> Iterator[LocalizationScores]:
-        for localization, ground_truth in executor.score(run, shards_of, boxes, records.settings):
+        for localization, ground_truth in executor.score(run, shards_of, lesions, records.settings):
             frames.append(ground_truth)
             yield localization
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from diffva_ray.config.sampling import SWEEPABLE
-from diffva_ray.evaluate.records import Boxes, setting_key, setting_names
+from diffva_ray.evaluate.records import Lesions, setting_key, setting_names
 from diffva_ray.generate.committed import parts
 from diffva_ray.generate.run import Run
 from diffva_ray.generate.run_json import OVERLAYS
@@ -60,7 +60,7 @@ class RunIndex:
 
 def index_run(
     run: Run,
-    boxes: Boxes | None = None,
+    lesions: Lesions | None = None,
     requested: Container[str] = (),
     trained_on: Callable[[str | None], bool] | None = None,
     max_images: int = SAMPLE,
@@ -100,7 +100,7 @@ def index_run(
         # where the records are stored
         for shard_ref, members in _shard_refs(table, shard):
             shards_of.setdefault(shard_ref, []).append(members + count)
-            if _truth_known(table.take(members), boxes or {}):
+            if _truth_known(table.take(members), lesions or {}):
                 truth[shard_ref] = None
         # whole rows of a few records
         chosen.add(table, zip(of_label, of_setting, strict=True), of_image)
@@ -148,8 +148,8 @@ def _shard_refs(table: pa.Table, shard: int) -> Iterator[tuple[ShardRef, NDArray
         yield shard_ref, np.array(rows)
 
 
-def _truth_known(table: pa.Table, boxes: Boxes) -> bool:
-    if boxes and not boxes.keys().isdisjoint(table["image_path"].to_pylist()):
+def _truth_known(table: pa.Table, lesions: Lesions) -> bool:
+    if lesions and not lesions.keys().isdisjoint(table["image_path"].to_pylist()):
         return True
     return any(pc.any(pc.not_equal(table[name], "")).as_py() for name in ("lesion_mask_path", "ground_truth_path"))
 

@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from diffva_ray.data.images import BadImage
-from diffva_ray.evaluate.records import Boxes, RecordImages, Truth, read_images, read_truth, under
+from diffva_ray.evaluate.records import Lesions, RecordImages, Truth, read_images, read_truth, under
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import SALIENCY, baselines, score
 from diffva_ray.metrics.ssim import psnr, ssim
@@ -78,7 +78,7 @@ def stacked(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def score_records(
-    run: Run, rows: Sequence[Record], boxes: Boxes, unread: set[str] | None = None
+    run: Run, rows: Sequence[Record], lesions: Lesions, unread: set[str] | None = None
 ) -> tuple[list[TableRow], list[TableRow]]:
     """Score ``ok`` records: localisation rows (one per image and map) and ground truth rows (one per image with a
     ground-truth counterfactual).
@@ -89,10 +89,10 @@ def score_records(
     unread = set() if unread is None else unread
     localization, ground_truth = [], []
     for row in rows:
-        if not (row["lesion_mask_path"] or row["image_path"] in boxes or row["ground_truth_path"]):
+        if not (row["lesion_mask_path"] or row["image_path"] in lesions or row["ground_truth_path"]):
             continue
         try:
-            truth = read_truth(run, row, boxes)
+            truth = read_truth(run, row, lesions)
             images = read_images(run, row)
         except (OSError, BadImage):  # report it: verify checks only the run's own files
             unread.add(row["image_path"])

@@ -5,7 +5,7 @@ The caller chooses the map, its sign and its smoothing; ``baselines`` get the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -97,42 +97,6 @@ def score(
         energy_in_truth=float(positive_values[lesion[order]].sum() / energy) if energy > 0 else float("nan"),
         dice_curve=(2 * hits_above / (above + positives)).astype(np.float32),
     )
-
-
-def boxes_mask(
-    boxes: Iterable[tuple[float, float, float, float]], width: int, height: int, size: int
-) -> NDArray[np.bool_]:
-    """Draw lesion boxes as a mask on the model's square.
-
-    A pixel belongs to a box that holds its centre. A box too thin to hold one gets the pixel of its own centre. Parts
-    outside the image are cut off.
-
-    Args:
-        boxes: Boxes (x, y, w, h), in pixels of the original image.
-        width: Width of the original image.
-        height: Height of the original image.
-        size: Side of the square to which the image is squashed.
-
-    Returns:
-        The mask, bool [size, size].
-
-    Raises:
-        ValueError: If a box has no area.
-    """
-    mask = np.zeros((size, size), dtype=bool)
-    for x, y, w, h in boxes:
-        if not (w > 0 and h > 0):
-            raise ValueError(f"box {(x, y, w, h)} has no area")
-        mask[_span(y, h, size / height), _span(x, w, size / width)] = True
-    return mask
-
-
-def _span(start: float, length: float, scale: float) -> slice:
-    first, last = int(np.ceil(start * scale - 0.5)), int(np.ceil((start + length) * scale - 0.5))
-    if first == last:
-        first = int(np.floor((start + length / 2) * scale))
-        last = first + 1
-    return slice(max(first, 0), max(last, 0))
 
 
 def positive(m: NDArray[Real]) -> NDArray[Real]:

@@ -14,7 +14,7 @@ from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.phantoms import make_phantoms
 from diffva_ray.distributed import session
-from diffva_ray.evaluate.annotations import lesion_boxes
+from diffva_ray.evaluate.annotations import lesion_shapes
 from diffva_ray.evaluate.options import Options
 from diffva_ray.generate.failure_threshold import TooManyQuarantined
 from diffva_ray.generate.plan import PromptTooLong
@@ -142,7 +142,7 @@ def _images(store: Store, base: Recipe, card: dict[str, Any], options: Inputs) -
     state = PaperState(store, base, card, radiography, None, options)
     dataset = open_dataset(radiography, base.data)
     state.notes += [f"images: {note}" for note in dataset.notes]
-    state.boxes = lesion_boxes(radiography, options.boxes, state.notes)
+    state.lesions = lesion_shapes(radiography, state.base.data, options.boxes, state.notes)
     if healthy not in dataset.classes:
         raise UnusableData(f"--radiography {options.radiography}: no image of the healthy class {healthy}")
     if len(dataset.classes) == 1:

@@ -12,6 +12,7 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.data.readers.chexpert import OBSERVATIONS
+from diffva_ray.data.shapes import Box
 from diffva_ray.progress import LOG
 from diffva_ray.schema import digest
 from diffva_ray.storage.opening import open_store
@@ -65,7 +66,7 @@ def copy_images(dataset: Dataset, images: Sequence[LabelledImage], uri: str) -> 
     store = open_store(uri)
     if store.exists(COPIED):
         return uri
-    boxes = io.StringIO()
+    boxes, boxed = io.StringIO(), 0
     table = csv.writer(boxes, lineterminator="\n")
     table.writerow(["file", "x", "y", "w", "h"])
     for image in images:
@@ -77,8 +78,11 @@ def copy_images(dataset: Dataset, images: Sequence[LabelledImage], uri: str) -> 
         for kind, path in companions.items():
             if path:
                 store.put(f"{image.label}/{kind}/{name}.{path.rpartition('.')[2]}", dataset.store.read(path))
-        table.writerows([f"{image.label}/images/{name}.{ending}", *box] for box in dataset.boxes.get(image.path, []))
-    if any(image.path in dataset.boxes for image in images):
+        outlined = dataset.lesion_shapes(image.path, image.label)
+        boxes_of = [shape for shape in outlined if isinstance(shape, Box) and not shape.width]
+        table.writerows([f"{image.label}/images/{name}.{ending}", box.x, box.y, box.w, box.h] for box in boxes_of)
+        boxed += len(boxes_of)
+    if boxed:
         store.put("boxes.csv", boxes.getvalue().encode())
     store.put(COPIED, b"{}")
     return uri

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from diffva_ray.config.recipe import Recipe
-from diffva_ray.evaluate.records import Boxes
+from diffva_ray.evaluate.records import Lesions
 from diffva_ray.generate.run import Run
 from diffva_ray.storage.store import Store
 from diffva_ray.workflows.execution import Execution
@@ -41,7 +41,7 @@ class PaperState:
     radiography: str  # URI of the images
     chexpert: str | None  # URI of real cardiomegaly images
     options: Inputs
-    boxes: Boxes = field(default_factory=dict)  # lesion boxes by image
+    lesions: Lesions = field(default_factory=dict)  # outlined lesions by image
     runs: dict[str, Run] = field(default_factory=dict)  # finished runs by name of the experiment
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each run, from reduce
     missing: list[tuple[str, str]] = field(default_factory=list)  # (table or figure, why it could not be made)

@@ -138,6 +138,7 @@ def _plan(recipe: Recipe, data: str, model: ModelFolder, store: Store, request: 
         "data": absolute(data),
         "data_root": dataset.store.uri,
         "data_kind": dataset.kind,
+        "outlined": len(dataset.shapes),
         "data_sample": content_sample(dataset),
         "model": absolute(model.uri),
         "judge": judge_card(model.store),

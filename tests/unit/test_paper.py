@@ -241,10 +241,10 @@ def test_a_copy_keeps_masks_and_boxes(images: Path, tmp_path: Path) -> None:
     )
     original = open_dataset(str(data))
     copied = open_dataset(copy_images(original, sampled(original.images, 3), str(tmp_path / "copy")))
-    assert len(copied.images) == len(copied.boxes) == 3
+    assert len(copied.images) == len(copied.shapes) == 3
     for image in copied.images:
         counterfactual = next(other for other in original.images if other.path.endswith(image.path.rpartition("_")[2]))
-        assert copied.boxes[image.path] == original.boxes[counterfactual.path]
+        assert copied.shapes[image.path] == original.shapes[counterfactual.path]
         for mine, theirs in (
             (image.path, counterfactual.path),
             (image.lung_mask, counterfactual.lung_mask),

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from diffva_ray.data.dataset import UnusableData
-from diffva_ray.evaluate.annotations import lesion_boxes
+from diffva_ray.evaluate.annotations import lesion_shapes
 from diffva_ray.evaluate.comparison import BY_KEY, ComparedMetric, Comparison, setting_text
 from diffva_ray.evaluate.drawing import (
     CLASS_COLOURS,
@@ -135,13 +135,13 @@ def write_examples(comparison: Comparison, measure: ComparedMetric, store: Store
     """Draw a sheet of each group; returns the groups, and the number of images that can no longer be read."""
     runs = (comparison.a, comparison.b)
     limit = max(map_scale(run, read_records(run)).limit for run in runs)
-    boxes = lesion_boxes(comparison.a.about["data"], None, [])
+    lesions = lesion_shapes(comparison.a.about["data"], comparison.a.recipe.data, None, [])
     groups, unreadable = list[Examples](), 0
     for title, positions in chosen(comparison, measure):
         rows, names = [], []
         for position in positions:
             pair = comparison.pairs.loc[position]
-            a, b = (ShownRecord.read(run, pair[f"record_{side}"], boxes) for run, side in zip(runs, "ab"))
+            a, b = (ShownRecord.read(run, pair[f"record_{side}"], lesions) for run, side in zip(runs, "ab"))
             if a is None or b is None:
                 unreadable += 1
                 continue

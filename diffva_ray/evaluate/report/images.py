@@ -21,7 +21,7 @@ from skimage.measure import approximate_polygon, find_contours
 
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import BadImage, decode, decode_map, to_square
-from diffva_ray.evaluate.records import Boxes, as_records, finished, grey, read_truth
+from diffva_ray.evaluate.records import Lesions, as_records, finished, grey, read_truth
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import positive, score
 from diffva_ray.schema import Record
@@ -54,10 +54,10 @@ class Palette:
 
     limit: float  # |M| of the full colour
 
-    def key(self, row: Record, boxes: Boxes) -> str:
+    def key(self, row: Record, lesions: Lesions) -> str:
         """A key that changes whenever the panels of ``row`` do."""
         parts = [
-            PANELS_VERSION, self.limit, boxes.get(row["image_path"]), row["image_sha256"],
+            PANELS_VERSION, self.limit, lesions.get(row["image_path"]), row["image_sha256"],
             row["counterfactual_sha256"], row["attribution_sha256"], row["lesion_mask_path"], row["ground_truth_path"],
         ]  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:8]
@@ -102,7 +102,7 @@ def shares(counts: dict[str, int], limit: int) -> dict[str, int]:
 
 
 def write_panels(
-    run: Run, rows: Sequence[Record], palette: Palette, boxes: Boxes, earlier: dict[str, PanelFiles]
+    run: Run, rows: Sequence[Record], palette: Palette, lesions: Lesions, earlier: dict[str, PanelFiles]
 ) -> dict[str, PanelFiles]:
     """Write the panels of ``rows`` below ``report/images`` and return them by record id.
 
@@ -117,10 +117,10 @@ def write_panels(
 
     def panels_of(row: Record) -> PanelFiles | None:
         old = earlier.get(row["record_id"])
-        key = palette.key(row, boxes)
+        key = palette.key(row, lesions)
         if old is not None and old.key == key and files(row["record_id"], key) <= existing:
             return old
-        return _write(run, row, key, palette, boxes)
+        return _write(run, row, key, palette, lesions)
 
     results: dict[str, PanelFiles] = {}
     with ThreadPoolExecutor(8) as pool:  # most of the time is spent waiting for the store
@@ -135,13 +135,13 @@ def write_panels(
     return results
 
 
-def _write(run: Run, row: Record, key: str, palette: Palette, boxes: Boxes) -> PanelFiles | None:
+def _write(run: Run, row: Record, key: str, palette: Palette, lesions: Lesions) -> PanelFiles | None:
     size, record = run.recipe.model.resolution, row["record_id"]
     try:
         image = to_square(decode(run.data.read(row["image_path"]), bits=run.recipe.data.bits), size)
         counterfactual = grey(run.store, row["counterfactual_path"])
         signed = decode_map(run.store.read(row["attribution_path"]))
-        truth = read_truth(run, row, boxes)
+        truth = read_truth(run, row, lesions)
     except (OSError, BadImage):
         return None
     panels = [image, counterfactual] + ([truth.counterfactual] if truth.counterfactual is not None else [])

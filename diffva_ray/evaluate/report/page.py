@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffva_ray.evaluate import figures
-from diffva_ray.evaluate.annotations import lesion_boxes
-from diffva_ray.evaluate.figures import map_scale, own_boxes, settings_line, write_figures
+from diffva_ray.evaluate.annotations import lesion_shapes
+from diffva_ray.evaluate.figures import map_scale, own_shapes, settings_line, write_figures
 from diffva_ray.evaluate.records import as_records, finished, reduced_metrics
 from diffva_ray.evaluate.report.assets import render_page, viewer_script
 from diffva_ray.evaluate.report.catalogue import attempts, counts, read_earlier, write_catalogue
@@ -101,10 +101,11 @@ def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None, c
     rows = whole(run, chosen | set(failed))
     good = [row for row in rows if row["record_id"] in chosen]
     # files
-    boxes = (
-        own_boxes(run, [row["image_path"] for row in good]) if csv is None else lesion_boxes(run.about["data"], csv, [])
-    )
-    panels = write_panels(run, good, Palette(limit), boxes, earlier.panels)
+    if csv is None:
+        lesions = own_shapes(run, [row["image_path"] for row in good])
+    else:
+        lesions = lesion_shapes(run.about["data"], run.recipe.data, csv, [])
+    panels = write_panels(run, good, Palette(limit), lesions, earlier.panels)
     about = {"limit": limit, "side": size, "extension": strip_file("", "", size).rpartition(".")[2]}
     varied = {row["record_id"]: text for row in rows if (text := varied_settings(run, row))}
     return Contents(write_catalogue(run, rows, panels, about, varied), rows, len(failed), panels, limit, len(good))

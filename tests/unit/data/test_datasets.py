@@ -11,6 +11,7 @@ from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data import boxes, datasets
 from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.shapes import Box
 from diffva_ray.storage.local import LocalStore
 from diffva_ray.storage.store import Entry
 
@@ -212,10 +213,10 @@ def test_no_data_names_the_layouts(tmp_path):
 def test_classes_filter_images_and_boxes(tmp_path):
     radiography(tmp_path)
     write(tmp_path, "boxes.csv", content=b"file,x,y,w,h\nCOVID-1.png,1,2,3,4\n")
-    assert open_dataset(tmp_path, classes=["COVID"]).boxes == {"COVID/images/COVID-1.png": [(1, 2, 3, 4)]}
+    assert open_dataset(tmp_path, classes=["COVID"]).shapes == {"COVID/images/COVID-1.png": [Box(x=1, y=2, w=3, h=4)]}
     normal = open_dataset(tmp_path, classes=["Normal"])
     assert normal.classes == {"Normal": 1}
-    assert normal.boxes == {}
+    assert normal.shapes == {}
     message = unusable(tmp_path, classes=["Normal", "Covid"])
     assert "'Covid'" in message
     assert "COVID, Normal" in message
@@ -225,16 +226,16 @@ def test_boxes_beside_or_inside_the_data_set(tmp_path):
     rows = f"file,x,y,w,h,reader\n{KAGGLE}/COVID/images/COVID-1.png,1,2,3,4,A\nCOVID/images/COVID-1.png,5,6,7.5,8,B\n"
     rows += f"{KAGGLE}/COVID/images/other.png,1,1,1,1,A\n{KAGGLE}/Normal/images/Normal-1.jpg,,,,,A\n"
     root = radiography(tmp_path / KAGGLE)
-    expected = [(1, 2, 3, 4), (5, 6, 7.5, 8)]
+    expected = [Box(x=1, y=2, w=3, h=4), Box(x=5, y=6, w=7.5, h=8)]
     write(tmp_path, "boxes.csv", content=rows.encode())
     outer = open_dataset(tmp_path)
-    assert outer.boxes == {f"{KAGGLE}/COVID/images/COVID-1.png": expected}
+    assert outer.shapes == {f"{KAGGLE}/COVID/images/COVID-1.png": expected}
     assert "2 boxes on 1 images (boxes.csv); 1 match no image" in outer.notes
     inner = open_dataset(root)
-    assert inner.boxes == {}
+    assert inner.shapes == {}
     assert boxes.read_boxes(rows.encode(), inner.images) == {"COVID/images/COVID-1.png": expected}
     write(root, "boxes.csv", content=rows.encode())
-    assert open_dataset(root).boxes == {"COVID/images/COVID-1.png": expected}
+    assert open_dataset(root).shapes == {"COVID/images/COVID-1.png": expected}
 
 
 def test_boxes_do_not_cross_classes():
@@ -309,6 +310,6 @@ def test_unreadable_stores_are_unusable_data(monkeypatch):
 def test_pack_of_real_images():
     dataset = open_dataset(PACK)
     assert dataset.classes == {"COVID": 51, "Lung_Opacity": 75, "Normal": 126, "Viral Pneumonia": 59}
-    assert len(dataset.boxes) == 75
-    assert sum(map(len, dataset.boxes.values())) == 121
+    assert len(dataset.shapes) == 75
+    assert sum(map(len, dataset.shapes.values())) == 121
     assert sum(bool(image.lung_mask) for image in dataset.images) == 44

@@ -13,6 +13,7 @@ import pytest
 
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.config.sampling import SWEEPABLE
+from diffva_ray.data.shapes import Box
 from diffva_ray.evaluate import run_index as module
 from diffva_ray.evaluate.records import read_records, stored_records
 from diffva_ray.evaluate.run_index import index_run
@@ -71,7 +72,7 @@ def test_shards_without_ground_truth_are_not_scored(make_run: MakeRun) -> None:
     run.store.put(path, sink.getvalue())
     assert index_run(run).truth == [(0, 0), (0, 2)]
     boxed = table["image_path"][2].as_py()
-    assert index_run(run, boxes={boxed: [(0.0, 0.0, 2.0, 2.0)]}).truth == [(0, 0), (0, 1), (0, 2)]
+    assert index_run(run, lesions={boxed: [Box(w=2, h=2)]}).truth == [(0, 0), (0, 1), (0, 2)]
 
 
 @pytest.fixture(scope="module")

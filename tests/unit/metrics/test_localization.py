@@ -1,4 +1,4 @@
-"""Localization scores against brute force, ties included; thresholds, boxes, baselines, the interval."""
+"""Localization scores against brute force, ties included; thresholds, baselines, the interval."""
 
 import math
 
@@ -10,7 +10,6 @@ from diffva_ray.metrics.localization import (
     THRESHOLDS,
     absolute,
     baselines,
-    boxes_mask,
     centre_prior,
     dice_at,
     fixed_threshold,
@@ -128,30 +127,6 @@ def test_thresholds_off_the_grid_are_refused():
         fixed_threshold(curves[:, :10])
     with pytest.raises(ValueError, match="no image"):
         fixed_threshold(curves[:0])
-
-
-def test_boxes_are_squashed_with_the_image():
-    mask = boxes_mask([(100, 50, 200, 25)], width=400, height=100, size=8)  # a pixel is 50 x 12.5
-    expected = np.zeros((8, 8), bool)
-    expected[4:6, 2:6] = True
-    np.testing.assert_array_equal(mask, expected)
-    random = np.random.default_rng(0)
-    for x, y, w, h in random.uniform(50, 400, (20, 4)):
-        mask = boxes_mask([(x, y, w, h)], width=1000, height=800, size=500)
-        assert mask.mean() == pytest.approx(w * h / 800_000, rel=0.05)
-
-
-def test_boxes_thin_outside_or_without_area():
-    thin = boxes_mask([(10.2, 10.2, 0.1, 0.1)], width=100, height=100, size=10)
-    assert thin.sum() == 1
-    assert thin[1, 1]
-    assert not boxes_mask([(200, 0, 10, 10), (-50, 0, 10, 10), (-9, 0, 0.5, 10)], 100, 100, 10).any()
-    assert boxes_mask([(-50, -50, 500, 500)], 100, 100, 10).all()
-    assert boxes_mask([(0, 0, 10, 10), (90, 90, 10, 10)], 100, 100, 10).sum() == 2
-    assert not boxes_mask([], 100, 100, 10).any()
-    for box in ((0, 0, 0, 5), (0, 0, 5, -1), (0, 0, float("nan"), 1)):
-        with pytest.raises(ValueError, match="no area"):
-            boxes_mask([box], 100, 100, 10)
 
 
 def test_signs_and_smoothing():
