@@ -44,7 +44,8 @@ def grey(image: Any) -> NDArray[np.floating]:
     # convert the stored values to the displayed range
     stored = image.pixel_array
     if stored.ndim == 3:
-        return np.clip(stored[..., :3] @ LUMA / (2 ** int(image.BitsStored) - 1), 0, 1)
+        luma: NDArray[np.floating] = np.clip(stored[..., :3] @ LUMA / (2 ** int(image.BitsStored) - 1), 0, 1)
+        return luma
     padding = _padding(image, stored)
     values, low, high = _displayed(image, stored, ~padding)
     if not np.isfinite(values[~padding]).all():

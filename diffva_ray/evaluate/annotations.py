@@ -90,6 +90,7 @@ def lesion_boxes(data_uri: str, csv: str | None, notes: list[str]) -> Boxes:
 def read_thresholds(uri: str) -> dict[str, float]:
     """Read the thresholds of a reduced (validation) run. Raises UnusableData when it has not been reduced."""
     try:
-        return json.loads(open_store(uri).read(tables.THRESHOLDS_FILE))
+        thresholds: dict[str, float] = json.loads(open_store(uri).read(tables.THRESHOLDS_FILE))
     except FileNotFoundError:
         raise UnusableData(f"--threshold-from {uri}: no thresholds there; reduce that run first") from None
+    return thresholds

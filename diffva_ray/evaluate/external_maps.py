@@ -207,7 +207,8 @@ def _read_image(data: bytes, signed16: bool) -> NDArray[np.generic]:
     description = describe(data)
     # grey images
     if description.endswith("grey 16-bit") and signed16:
-        return np.clip((np.rint(decode(data) * np.float32(65535)) - 32768) / np.float32(32767), -1, 1)
+        levels: NDArray[np.float32] = (np.rint(decode(data) * np.float32(65535)) - 32768) / np.float32(32767)
+        return np.clip(levels, -1, 1)
     if " grey " in description and not description.endswith(("grey float", "grey 32-bit")):
         return decode(data)
     # float and 32-bit images keep their values; colour images must be grey

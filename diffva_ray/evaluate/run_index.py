@@ -54,7 +54,8 @@ class RunIndex:
 
     def paths(self, rows: NDArray[np.intp]) -> list[str]:
         """The image paths of some rows of ``frame``."""
-        return self.images.take(pa.array(self.frame["image"].to_numpy()[rows])).to_pylist()
+        paths: list[str] = self.images.take(pa.array(self.frame["image"].to_numpy()[rows])).to_pylist()
+        return paths
 
 
 def index_run(

@@ -210,7 +210,8 @@ def csv(table: pd.DataFrame) -> str:
         formula = isinstance(value, str) and value.startswith(FORMULA) and not NUMBERS.fullmatch(value)
         return f"'{value}" if formula else value
 
-    return table.map(inert).to_csv(index=False)
+    text: str = table.map(inert).to_csv(index=False)
+    return text
 
 
 def markdown(heads: list[str], cells: list[list[str]]) -> str:

@@ -163,7 +163,8 @@ def _localization(metrics: Row, map_name: str) -> Row | None:
 
 def judge_problem(metrics: Row) -> str:
     """Why the flip rate must not be stated; empty where it may."""
-    return (metrics.get("judge") or {}).get("problem", "")
+    judge: dict[str, str] = metrics.get("judge") or {}
+    return judge.get("problem", "")
 
 
 def is_overall(label: str) -> bool:
