@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 Image = NDArray[np.float32]  # grey in [0, 1], or an attribution map in [-1, 1]; [H, W] unless documented otherwise
 Mask = NDArray[np.bool_]  # [H, W] unless documented otherwise
 TableRow = dict[str, Any]  # a row of a table of results, by column
-Row = TableRow
 SCHEMA_VERSION = 2  # version 1 had other names of columns and folders
 ENGINE = 3  # part of a run's fingerprint; increase it when the engine rounds differently for the same settings
 

@@ -37,7 +37,7 @@ from diffva_ray.evaluate.records import Boxes, grey, image_truth
 from diffva_ray.evaluate.scores import LocalizationScores, score_image
 from diffva_ray.metrics.localization import SALIENCY, baselines, smooth
 from diffva_ray.model.training_images import TrainingImages
-from diffva_ray.schema import Row
+from diffva_ray.schema import TableRow
 from diffva_ray.storage.opening import open_file
 
 DEFAULT_GRID = 256
@@ -75,7 +75,7 @@ class Scored:
     """The result of scoring maps."""
 
     metrics: dict[str, Any]  # counts, settings, table rows and notes, as in tables/metrics.json
-    images: list[Row]  # one row per image and map
+    images: list[TableRow]  # one row per image and map
 
 
 LEFT_OUT = {  # kinds of outcomes that are noted
@@ -93,7 +93,7 @@ class _Outcome:
     """The result of one map."""
 
     kinds: frozenset[str] = frozenset()  # keys of LEFT_OUT; negative: the map has negative values; trained_on
-    rows: list[Row] = field(default_factory=list)
+    rows: list[TableRow] = field(default_factory=list)
     problem: str = ""  # why the map cannot be read
 
 
