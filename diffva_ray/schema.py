@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 Image = NDArray[np.float32]  # grey in [0, 1], or an attribution map in [-1, 1]; [H, W] unless documented otherwise
 Mask = NDArray[np.bool_]  # [H, W] unless documented otherwise
 TableRow = dict[str, Any]  # a row of a table of results, by column
-Row = TableRow
 SCHEMA_VERSION = 2  # version 1 had other names of columns and folders
 ENGINE = 3  # part of a run's fingerprint; increase it when the engine rounds differently for the same settings
 
@@ -93,7 +92,13 @@ class Columns(TypedDict):
     lesion_mask_path: Annotated[str, "path of the lesion mask, relative to data_root; empty without one"]
     ground_truth_path: Annotated[str, "path of the ground-truth counterfactual, likewise; phantoms have one"]
     label: Annotated[str, "class that the image was planned under"]
-    patient: Annotated[str, "hash of the patient's id; empty where the data set does not know the patient"]
+    patient: Annotated[str, "hash of the patient's id; empty where neither the data set nor the file knows the patient"]
+    view: Annotated[str, "view, such as PA, AP or LATERAL; empty where it is unknown, like the next five"]
+    laterality: Annotated[str, "side of the body, as in the file's header"]
+    age: Annotated[str, "age in years"]
+    sex: Annotated[str, "F or M"]
+    spacing: Annotated[str, "pixel spacing in mm, row and column"]
+    split: Annotated[str, "split of the data set, such as train or test"]
     prompt: Annotated[str, "prompt of the counterfactual"]
     method: Annotated[str, "counterfactual method"]
     scheduler: Annotated[str, "sampler"]

@@ -31,7 +31,7 @@ from diffva_ray.data.images import decode_map
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.evaluate.drawing import DIVERGING, INK, outline, png
 from diffva_ray.evaluate.options import Options
-from diffva_ray.evaluate.records import by_shard, read_images, read_records, read_truth
+from diffva_ray.evaluate.records import as_records, by_shard, read_images, read_records, read_truth
 from diffva_ray.evaluate.scores import score_image
 from diffva_ray.generate.cost import calls
 from diffva_ray.generate.plan import Request
@@ -132,7 +132,7 @@ def maps_of(run: Run) -> tuple[list[np.ndarray], list[np.ndarray | None], np.nda
     """Return positive parts, regions and image-level scores (98 % quantile of the positive part in the region) of a
     run."""
     saliency, regions = [], []
-    for row in read_records(run).to_dict("records"):
+    for row in as_records(read_records(run)):
         saliency.append(positive(decode_map(run.store.read(row["attribution_path"]))))
         regions.append(read_truth(run, row, {}).region)
     inside = [found if region is None else found[region] for found, region in zip(saliency, regions, strict=True)]
@@ -181,7 +181,7 @@ def gradient_rows(run: Run, model: str, smoothing: float) -> list[dict[str, Any]
     """Score gradient maps of the latent classifier, which needs no counterfactual, on the images of a finished run."""
     classifier = ImageClassifier(LatentDiffusion(load(model)))
     rows = []
-    for members in by_shard(read_records(run).to_dict("records")).values():
+    for members in by_shard(as_records(read_records(run))).values():
         images = [read_images(run, row) for row in members]
         truths = [read_truth(run, row, {}) for row in members]
         stacked = np.stack([image.image for image in images])

@@ -33,7 +33,7 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.lungs import find_lungs
 from diffva_ray.data.phantoms import CAPTIONS, phantom_set
 from diffva_ray.evaluate.drawing import INK, MUTED, png
-from diffva_ray.evaluate.records import by_shard, read_images, read_records, read_truth
+from diffva_ray.evaluate.records import as_records, by_shard, read_images, read_records, read_truth
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run, open_run
 from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
@@ -128,7 +128,7 @@ def counterfactuals(run: Run) -> tuple[dict[str, dict[str, Image]], dict[str, ND
     """Return a CounterfactualBatch by prompt and image, lung masks by image, and the images."""
     found: dict[str, dict[str, Image]] = {prompt: {} for prompt in PROMPTS}
     lungs, images = {}, {}
-    for members in by_shard(read_records(run).to_dict("records")).values():
+    for members in by_shard(as_records(read_records(run))).values():
         for row in members:
             made = read_images(run, row)
             found[row["prompt"]][row["image_path"]] = made.counterfactual

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any
 
 import click
 
-from diffva_ray.commands.verb import dry_run_option, echo, names, recipe_or_phantom, set_option, show, verb, with_flags
+from diffva_ray.commands.verb import (
+    data_options,
+    dry_run_option,
+    echo,
+    names,
+    recipe_or_phantom,
+    set_option,
+    show,
+    verb,
+    with_flags,
+)
 from diffva_ray.config.recipe import load_recipe
 from diffva_ray.data.dataset import UnusableData
-
-
-def data_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of a data set that is a table; they are the keys ``columns`` and ``root`` of section ``data``."""
-    columns = click.option(
-        "--columns", metavar="ROLE=NAME,...", help="Columns of a table, as image=Path,label=Finding,patient=PatientID."
-    )
-    root = click.option("--root", metavar="FOLDER", help="Folder of the images that a table names; default: its own.")
-    return columns(root(function))
 
 
 @verb("phantoms", "Write a set of synthetic X-rays")

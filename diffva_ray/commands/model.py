@@ -9,6 +9,7 @@ import click
 
 from diffva_ray.commands.verb import (
     data_option,
+    data_options,
     dry_run_option,
     echo,
     executor_option,
@@ -20,6 +21,7 @@ from diffva_ray.commands.verb import (
     settings_overrides,
     show,
     verb,
+    with_flags,
 )
 from diffva_ray.config.recipe import load_recipe
 
@@ -63,6 +65,7 @@ def demo(out: str, quick: bool, seed: int) -> None:
 
 @verb("train", "Train a model on a data set")
 @data_option
+@data_options
 @click.option("--out", metavar="MODEL", required=True, help="Model folder to write, local or s3://.")
 @click.option(
     "--workers",
@@ -82,8 +85,9 @@ def demo(out: str, quick: bool, seed: int) -> None:
 @recipe_or_phantom
 @set_option
 @dry_run_option
-def train(data: str, out: str, workers: int | tuple[int, int], gpus_per_worker: float | None, executor: Executor, recipe: str,
-          overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
+def train(data: str, columns: str | None, root: str | None, out: str, workers: int | tuple[int, int],
+          gpus_per_worker: float | None, executor: Executor, recipe: str, overrides: tuple[str, ...],
+          dry_run: bool) -> None:  # fmt: skip
     """Train the stages of the recipe, for example UNet and text encoder together. Repeat the command to continue an
     interrupted training; a finished one is left as it is.
 
@@ -92,7 +96,7 @@ def train(data: str, out: str, workers: int | tuple[int, int], gpus_per_worker: 
     """
     from diffva_ray.workflows.train import check_training, train_model
 
-    resolved = load_recipe(recipe, overrides)
+    resolved = load_recipe(recipe, with_flags(overrides, data__columns=columns, data__root=root))
     if dry_run:
         return show(resolved, data=data, out=out, images=check_training(resolved, data, out, workers), workers=workers)
     if train_model(resolved, data, out, workers, gpus_per_worker, executor):

@@ -11,11 +11,14 @@ from diffva_ray.commands.verb import (
     boxes_option,
     brixia_option,
     data_option,
+    data_options,
     echo,
     executor_option,
     verb,
     weights_option,
+    with_flags,
 )
+from diffva_ray.config.recipe import load_recipe
 from diffva_ray.data.dataset import UnusableData
 
 if TYPE_CHECKING:
@@ -110,6 +113,7 @@ def report(run: str, boxes: str | None, served: bool, port: int, images: int | N
 @verb("score", "Score attribution maps of any method")
 @click.argument("maps")
 @data_option
+@data_options
 @boxes_option
 @scores_option
 @signed_option
@@ -120,7 +124,8 @@ def report(run: str, boxes: str | None, served: bool, port: int, images: int | N
 @trained_option
 @click.option("--allow-training-images", is_flag=True, help="Score training images, too; the tables note it.")
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
-def score(maps: str, data: str, out: str | None, as_json: bool, **options: Any) -> None:
+def score(maps: str, data: str, columns: str | None, root: str | None, out: str | None, as_json: bool,
+          **options: Any) -> None:  # fmt: skip
     """Score attribution maps of any method with the localization metrics of reduce, beside simple baselines.
 
     MAPS is a folder of PNG, NPY or TIFF files that are named like the images of DATA, or a run.
@@ -134,7 +139,8 @@ def score(maps: str, data: str, out: str | None, as_json: bool, **options: Any) 
 
     # Open the output folder first, so that a wrong address fails before the work.
     output = None if out is None else open_output(out)
-    scored = score_maps(maps, data, ScoreOptions(**options))
+    config = load_recipe("phantom", with_flags((), data__columns=columns, data__root=root)).data
+    scored = score_maps(maps, data, ScoreOptions(**options, data=config))
     # Write and print the scores.
     if output is not None:
         write_scores(output, scored)

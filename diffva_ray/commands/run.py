@@ -11,6 +11,7 @@ from diffva_ray.commands.verb import (
     DONE,
     INCOMPLETE,
     data_option,
+    data_options,
     dry_run_option,
     echo,
     execution,
@@ -31,6 +32,7 @@ FRACTION = "evaluate.max_quarantined_fraction="  # a setting that a run may chan
 
 @verb("generate", "Generate counterfactuals for a data set")
 @data_option
+@data_options
 @model_option
 @click.option("--out", metavar="RUN", required=True, help="Run folder, local or s3://; an unfinished run continues.")
 @click.option("--classes", metavar="A,B", help="Classes whose images are used; default: all but the healthy class.")
@@ -79,6 +81,8 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     overrides = with_flags(
         settings_overrides(options, "samples", "shard_size", "micro_batch"),
         data__healthy_class=options["healthy_class"],
+        data__columns=options["columns"],
+        data__root=options["root"],
     )
     recipe = model_recipe(model, options["recipe"], overrides)
     request = Request(names(options["classes"]), options["prompt"], options["limit"], parse_sweep(options["sweep"]))

@@ -179,6 +179,8 @@ executor_option = click.option("--executor",   type=click.Choice(["ray", "inline
 actors_option   = click.option("--actors",     type=click.IntRange(1), metavar="N", help="Number of Ray actors; default: one per GPU, or one per CPU without GPUs.")
 gpus_option     = click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="GPUs per actor; default: 1 if the cluster has GPUs, else 0.")
 change_option   = click.option("--allow-environment-change", is_flag=True, help="Continue a run with another torch version or device; the run records the change.")
+columns_option  = click.option("--columns",    metavar="ROLE=NAME,...", help="Columns of a table, as image=Path,label=Finding,patient=PatientID.")
+root_option     = click.option("--root",       metavar="FOLDER", help="Folder of the images that a table names; default: its own.")
 weights_option  = click.option("--inception-weights", metavar="PATH|download", help="State dict of pytorch-fid's Inception; default: the file in pytorch-fid's cache.")
 boxes_option    = click.option("--boxes",      metavar="CSV", help="CSV of lesion boxes: file,x,y,w,h in pixels of the image.")
 brixia_option   = click.option("--brixia",     metavar="CSV", help="CSV of Brixia zone scores: file, S-A to S-F, J-A to J-F.")
@@ -190,6 +192,11 @@ SAMPLING = (  # the fields of SamplingSettings, which `generate`, `explain` and 
     click.option("--scheduler",      metavar="NAME", help=f"Sampler: {', '.join(get_args(Scheduler))}."),
 )
 # fmt: on
+
+
+def data_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a data set that is a table; they are the keys ``columns`` and ``root`` of section ``data``."""
+    return columns_option(root_option(function))
 
 
 def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -111,7 +111,8 @@ class LatentDiffusion:
         """The network's output (noise or velocity) [n, 4, h, w] in float32; ``residuals`` are a ControlNet's."""
         dtype = next(self.unet.parameters()).dtype
         states = embedding.to(dtype)
-        return self.unet(latents.to(dtype), timestep, encoder_hidden_states=states, **residuals).sample.float()
+        output: torch.Tensor = self.unet(latents.to(dtype), timestep, encoder_hidden_states=states, **residuals).sample
+        return output.float()
 
     def guided(self, latents: torch.Tensor, timestep: torch.Tensor, request: Edit, **residuals: Any) -> torch.Tensor:
         """Classifier-free guidance (Ho & Salimans 2022), both branches in one batch. As in diffusers, a guidance scale
@@ -148,7 +149,8 @@ class LatentDiffusion:
     ) -> torch.Tensor:
         """One step of the scheduler; noise that the scheduler adds comes from each image's own generator."""
         options = {"generator": list(request.generators)} if isinstance(scheduler, ReverseSDE) else {}
-        return scheduler.step(output, timestep, latents, **options).prev_sample
+        previous: torch.Tensor = scheduler.step(output, timestep, latents, **options).prev_sample
+        return previous
 
 
 class FourPhases(torch.nn.Module):
@@ -199,7 +201,8 @@ def branches_share_their_start(unet: Any) -> Iterator[None]:
     """
 
     def halve(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.chunk(2)[0], (args, kwargs))
+        halves: tuple[Any, Any] = tree_map_only(torch.Tensor, lambda tensor: tensor.chunk(2)[0], (args, kwargs))
+        return halves
 
     def double(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return tree_map_only(torch.Tensor, lambda tensor: torch.cat([tensor, tensor]), output)

@@ -53,7 +53,8 @@ def header_columns(image: Any) -> dict[str, str]:
 def _pixels(image: Any) -> NDArray[Any]:
     """The stored values, decompressed. Raises UnusableDicom when no installed package can do that."""
     try:
-        return image.pixel_array
+        pixels: NDArray[Any] = image.pixel_array
+        return pixels
     except (RuntimeError, NotImplementedError) as error:
         if "missing dependencies" in str(error) or "no available" in str(error):
             raise UnusableDicom(
@@ -89,7 +90,8 @@ def grey(image: Any) -> NDArray[np.floating]:
     # convert the stored values to the displayed range
     stored = _pixels(image)
     if stored.ndim == 3:
-        return np.clip(stored[..., :3] @ LUMA / (2 ** int(image.BitsStored) - 1), 0, 1)
+        luma: NDArray[np.floating] = np.clip(stored[..., :3] @ LUMA / (2 ** int(image.BitsStored) - 1), 0, 1)
+        return luma
     padding = _padding(image, stored)
     values, low, high = _displayed(image, stored, ~padding)
     if not np.isfinite(values[~padding]).all():

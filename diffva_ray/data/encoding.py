@@ -15,7 +15,8 @@ PNG_LEVEL = 6  # fixed, so that equal pixels give equal files
 
 def quantise(image: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Float grey in [0, 1] to uint8: round(255 * x), clipped."""
-    return np.clip(np.rint(255 * image), 0, 255).astype(np.uint8)
+    levels: NDArray[np.uint8] = np.clip(np.rint(255 * image), 0, 255).astype(np.uint8)
+    return levels
 
 
 def encode_grey(pixels: NDArray[np.uint8]) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from io import BytesIO
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from diffva_ray.schema import Status
 from diffva_ray.storage.opening import open_file
 from diffva_ray.storage.store import Store
 
+Result = TypeVar("Result")
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom")
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 4 * MAX_PIXELS  # of a file; twice what uncompressed 16-bit pixels need
@@ -161,7 +162,7 @@ def largest_value(data: bytes) -> int:
     return round(float(decode(data).max()) * 65535)
 
 
-def _guarded(work: Callable[[], Any]) -> Any:
+def _guarded(work: Callable[[], Result]) -> Result:
     """Result of ``work``; turns every exception into BadImage, as damaged files make decoders raise any of them."""
     try:
         return work()
@@ -175,7 +176,7 @@ def _guarded(work: Callable[[], Any]) -> Any:
         raise BadImage(f"damaged or truncated image ({type(error).__name__}: {error})") from None
 
 
-def _decode(data: bytes, min_side: int, bits: int, finish: Callable[[np.ndarray], Any]) -> Any:
+def _decode(data: bytes, min_side: int, bits: int, finish: Callable[[np.ndarray], Result]) -> Result:
     """Result of ``finish`` for the image; its pixels count towards IN_FLIGHT until ``finish`` returns."""
     if is_dicom(data):
         return _decode_dicom(data, min_side, finish)
@@ -256,7 +257,7 @@ def _grey(image: Image.Image, bits: int) -> np.ndarray:
     return grey
 
 
-def _decode_dicom(data: bytes, min_side: int, finish: Callable[[np.ndarray], Any]) -> Any:
+def _decode_dicom(data: bytes, min_side: int, finish: Callable[[np.ndarray], Result]) -> Result:
     """As ``_decode``, for a DICOM file."""
     image = _open_dicom(data)
     width, height = int(image.Columns), int(image.Rows)
@@ -302,7 +303,7 @@ def to_square(image: NDArray[np.floating], size: int) -> NDArray[np.float32]:
         raise ValueError(f"an image is grey [H, W], got {list(image.shape)}")
     if image.shape == (size, size):
         return image
-    return np.clip(np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)), 0, 1)
+    return np.clip(np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC), np.float32), 0, 1)
 
 
 def decode_map(data: bytes) -> NDArray[np.float32]:

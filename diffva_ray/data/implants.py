@@ -84,7 +84,7 @@ class Lungs:
         """Signed distance to the border of one lung (side -1: image left), positive inside."""
         column = np.ravel(u - LUNG_BOX[0]) / self._across + self._column - 0.5
         row = np.ravel(v - LUNG_BOX[2]) / self._down + self._row - 0.5
-        distance = ndimage.map_coordinates(self._distance[side], [row, column], order=1, mode="nearest")
+        distance: Array = ndimage.map_coordinates(self._distance[side], [row, column], order=1, mode="nearest")
         return distance.reshape(np.shape(u))
 
     def heart(self, u: Array, v: Array) -> Array:
@@ -126,7 +126,8 @@ def _sides(mask: Mask) -> NDArray[np.int8]:
 def _signed_distance(lung: Mask, down: float, across: float) -> Array:
     """Distance to the border of a mask, positive inside; ``down`` and ``across``: height and width of a pixel."""
     inside, outside = (ndimage.distance_transform_edt(part, sampling=(down, across)) for part in (lung, ~lung))
-    return np.where(lung, inside, -outside)
+    distance: Array = np.where(lung, inside, -outside)
+    return distance
 
 
 def implant(host: Host, label: str, seed: int, number: int) -> Implant:
@@ -176,7 +177,8 @@ def _levels(ground_truth: Array, mask: Mask) -> tuple[float, float]:
 def _inside(ground_truth: Array, mask: Mask, sigma: float) -> Array:
     """The image blurred inside the lungs only, so that bright tissue beside the lungs does not leak in."""
     weight = ndimage.gaussian_filter(mask.astype(np.float64), sigma)
-    return ndimage.gaussian_filter(np.where(mask, ground_truth, 0.0), sigma) / np.maximum(weight, 1e-3)
+    inside: Array = ndimage.gaussian_filter(np.where(mask, ground_truth, 0.0), sigma) / np.maximum(weight, 1e-3)
+    return inside
 
 
 class Hosts:

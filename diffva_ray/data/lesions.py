@@ -64,7 +64,9 @@ def _side_name(side: int) -> str:
     return "right" if side < 0 else "left"
 
 
-def _severity(rng: np.random.Generator, minimum: float, maximum: float, key: str = "severity") -> tuple[float, dict]:
+def _severity(
+    rng: np.random.Generator, minimum: float, maximum: float, key: str = "severity"
+) -> tuple[float, dict[str, object]]:
     """A severity sampled between two values, and its factors: the number as ``key``, and a grade by its third."""
     severity = rng.uniform(minimum, maximum)
     third = int(3 * (severity - minimum) / (maximum - minimum))

@@ -76,7 +76,7 @@ def _pair(dark: Mask) -> Mask | None:
 
 def _touches_edge(box: tuple[slice, slice]) -> bool:
     """Whether a region reaches the border of the image, as the dark air around the patient does."""
-    return box[1].start < MARGIN or box[1].stop > GRID - MARGIN or box[0].start < 1 or box[0].stop > GRID - 1
+    return bool(box[1].start < MARGIN or box[1].stop > GRID - MARGIN or box[0].start < 1 or box[0].stop > GRID - 1)
 
 
 def _roundness(pair: Mask) -> float:

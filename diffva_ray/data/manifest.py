@@ -11,8 +11,7 @@ from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data.columns import described, patient_key
 from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
 from diffva_ray.data.listing import Collection, Listing
-from diffva_ray.data.tables import Table as Table  # also for evaluate/annotations.py
-from diffva_ray.data.tables import read_table as read_table
+from diffva_ray.data.tables import Table, read_table
 from diffva_ray.schema import PLAN, RECORDS
 
 KIND = "manifest"

@@ -113,7 +113,7 @@ def visible_lesion(image: NDArray[np.floating], ground_truth: NDArray[np.floatin
 
 def _ill(thorax: Thorax, lesion: Lesion, healthy: np.ndarray, u: np.ndarray, v: np.ndarray, width: float) -> np.ndarray:
     """Density [size, size] of the patient with the lesion."""
-    density = healthy
+    density: NDArray[np.float64] = healthy
     if lesion.push is not None:
         density = thorax.density(u + lesion.push[0], v + lesion.push[1], width)
     elif lesion.heart_scale != 1.0:

@@ -94,7 +94,9 @@ def _frame(image: Traits) -> list[str]:
 def _normed(images: NDArray[np.float32]) -> NDArray[np.float32]:
     """Images [N, H, W] with mean 0 and norm 1."""
     centred = images - images.mean((1, 2), keepdims=True)
-    return centred / np.maximum(np.linalg.norm(centred, axis=(1, 2), keepdims=True), 1e-6)
+    norm: NDArray[np.float32] = np.linalg.norm(centred, axis=(1, 2), keepdims=True)
+    normed: NDArray[np.float32] = centred / np.maximum(norm, np.float32(1e-6))
+    return normed
 
 
 def _correlations(images: NDArray[np.float32], template: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -120,7 +122,8 @@ def _phantom_template() -> NDArray[np.float32]:
 
 
 def _symmetric(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    return _normed((image + image[:, ::-1])[None])[0]
+    symmetric: NDArray[np.float32] = _normed((image + image[:, ::-1])[None])[0]
+    return symmetric
 
 
 def _border(image: NDArray[np.floating]) -> float:

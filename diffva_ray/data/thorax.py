@@ -23,7 +23,7 @@ def ellipse(u: Array, v: Array, centre: tuple[float, float], radii: tuple[float,
     """Approximate signed distance to the border of an ellipse (``angle`` in radians), positive inside."""
     du, dv = u - centre[0], v - centre[1]
     cos, sin = np.cos(angle), np.sin(angle)
-    radius = np.hypot((du * cos + dv * sin) / radii[0], (-du * sin + dv * cos) / radii[1])
+    radius: Array = np.hypot((du * cos + dv * sin) / radii[0], (-du * sin + dv * cos) / radii[1])
     return (1.0 - radius) * min(radii)
 
 
@@ -144,7 +144,8 @@ class Thorax:
         lateral = 0.31 + (self.lung_width[index] - 0.31) * opening
         medial = 0.31 - (0.31 - self.mediastinum) * opening
         dome = base - 0.17 * (1.0 - ((across - 0.36) / 0.41) ** 2)
-        return np.minimum.reduce([lateral - across, across - medial, dome - v, v - self.lung_apex])
+        inside: Array = np.minimum.reduce([lateral - across, across - medial, dome - v, v - self.lung_apex])
+        return inside
 
     def heart(self, u: Array, v: Array, scale: float = 1.0) -> Array:
         """Approximate signed distance to the border of the heart, positive inside; ``scale`` > 1 is cardiomegaly."""

@@ -6,7 +6,7 @@ Rows come back in shard order and features through files, so the tables are the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -42,7 +42,7 @@ class Embedder:
 
         opened = find_run(open_store(run))
         assert opened is not None
-        self.open = lambda: open_extractor(extractor, opened, options, device)
+        self.open: Callable[[], Extractor] = lambda: open_extractor(extractor, opened, options, device)
         self.extractor: Extractor | None = None
 
     def fill(self, chunk: FeatureChunk) -> None:

@@ -12,7 +12,7 @@ from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data.boxes import file_of, match, read_boxes
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.manifest import Table, read_table
+from diffva_ray.data.tables import Table, read_table
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.records import Lesions
 from diffva_ray.metrics.zones import ZONES
@@ -92,6 +92,7 @@ def lesion_shapes(data_uri: str, config: DataConfig, csv: str | None, notes: lis
 def read_thresholds(uri: str) -> dict[str, float]:
     """Read the thresholds of a reduced (validation) run. Raises UnusableData when it has not been reduced."""
     try:
-        return json.loads(open_store(uri).read(tables.THRESHOLDS_FILE))
+        thresholds: dict[str, float] = json.loads(open_store(uri).read(tables.THRESHOLDS_FILE))
     except FileNotFoundError:
         raise UnusableData(f"--threshold-from {uri}: no thresholds there; reduce that run first") from None
+    return thresholds

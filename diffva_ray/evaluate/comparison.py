@@ -24,7 +24,7 @@ from diffva_ray.evaluate.records import as_records, by_shard, finished, read_rec
 from diffva_ray.evaluate.scores import score_records
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import dice_at
-from diffva_ray.schema import Record, Row
+from diffva_ray.schema import Record, TableRow
 
 JOINED_BY = ["image_path", "label", "sample"]  # columns by which the records of two runs are joined
 RESAMPLES = 1000  # of the bootstrap
@@ -73,13 +73,13 @@ class Comparison:
     # one row per image in both runs: ``<measure>_a`` and ``<measure>_b``, the weights of ratios as ``<measure>_of_a``
     # and ``<measure>_of_b``, and the records as ``record_a`` and ``record_b``
     pairs: pd.DataFrame
-    rows: list[Row]  # one per measure and class, as ``difference_rows`` returns them
+    rows: list[TableRow]  # one per measure and class, as ``difference_rows`` returns them
     settings: list[tuple[str, Any, Any]]  # the settings that differ: (name, in A, in B)
     counts: dict[str, int]  # images: pairs, only_in_a, only_in_b, same_name_other_bytes
     swept: list[str] = field(default_factory=list)  # settings that both runs sweep; records are also joined by them
     notes: list[str] = field(default_factory=list)  # for the user
 
-    def row(self, key: str) -> Row | None:
+    def row(self, key: str) -> TableRow | None:
         """The row of a measure over all classes, or of the only class."""
         return tables.overall(row for row in self.rows if row["measure"] == key)
 
@@ -184,7 +184,7 @@ def _image_numbers(run: Run, records: list[Record], notes: list[str]) -> pd.Data
     ground_truth = {row["record_id"]: row for _, rows in scored for row in rows}
     threshold = fixed_threshold_of(run)
 
-    def column(rows: dict[str, Row], key: str) -> list[float]:
+    def column(rows: dict[str, TableRow], key: str) -> list[float]:
         return [rows[name][key] if name in rows else math.nan for name in frame["record_id"]]
 
     for key in LOCALIZED:
@@ -208,7 +208,7 @@ def fixed_threshold_of(run: Run) -> float | None:
     return None
 
 
-def difference_rows(pairs: pd.DataFrame) -> list[Row]:
+def difference_rows(pairs: pd.DataFrame) -> list[TableRow]:
     """One row per class and measure: value of A, of B, and B - A with its 95 % interval; all classes come last."""
     rows = []
     for label, images in tables.by_label(pairs):

@@ -27,7 +27,7 @@ from diffva_ray.metrics.fid import delete_group_jackknife, frechet_distance_feat
 from diffva_ray.metrics.fid_controls import infinity, split_halves
 from diffva_ray.metrics.kid import kid
 from diffva_ray.metrics.manifold import prdc
-from diffva_ray.schema import Row, digest
+from diffva_ray.schema import TableRow, digest
 from diffva_ray.storage.opening import opened
 from diffva_ray.storage.store import Store, StoreError, join
 
@@ -300,7 +300,7 @@ def reference_features(
 
 def distance_row(
     first: str, second: str, x: Features, y: Features, extractor: Extractor, groups: int, paired: bool = False
-) -> Row | None:
+) -> TableRow | None:
     """One row of the distance table; None when a set has fewer than four images.
 
     ``paired``: row i of both sets is one image and its counterfactual; then ``halves`` has the distance between halves
@@ -311,7 +311,7 @@ def distance_row(
         return None
     value, error = kid(x, y)
     mean, deviation = matched(x, y, draws=5)
-    row: Row = {
+    row: TableRow = {
         "set1": first,
         "set2": second,
         "n1": len(x),

@@ -47,7 +47,8 @@ def overlay(image: Image, signed_map: Image, threshold: float, region: NDArray[n
 def diverging(signed_map: Image, limit: float) -> Image:
     """Colour a signed map [H, W] as float32 [H, W, 3]: blue at -``limit``, white at zero, red at ``limit``."""
     levels = np.clip(signed_map / limit, -1, 1) / 2 + 0.5
-    return matplotlib.colormaps[DIVERGING](levels)[..., :3].astype(np.float32)
+    rgba: NDArray[np.float64] = matplotlib.colormaps[DIVERGING](levels)
+    return rgba[..., :3].astype(np.float32)
 
 
 @dataclass(frozen=True)

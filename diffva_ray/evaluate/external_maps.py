@@ -18,9 +18,8 @@ from PIL import Image
 from diffva_ray.data.boxes import ends
 from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.images import IMAGE_EXTENSIONS, MAX_PIXELS, BadImage, decode, describe
-from diffva_ray.evaluate.records import read_records
+from diffva_ray.evaluate.records import as_records, finished, read_records
 from diffva_ray.generate.run import Run, find_run
-from diffva_ray.schema import Status
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store
 
@@ -83,8 +82,7 @@ def open_maps(uri: str) -> MapFolder:
 
 
 def _of_run(run: Run, uri: str) -> MapFolder:
-    records = read_records(run)
-    rows = records[records["status"] == Status.OK.value].to_dict("records")
+    rows = as_records(finished(read_records(run)))
     if not rows:
         raise UnusableData(f"{uri}: that run has no finished record")
     maps = [
@@ -207,7 +205,8 @@ def _read_image(data: bytes, signed16: bool) -> NDArray[np.generic]:
     description = describe(data)
     # grey images
     if description.endswith("grey 16-bit") and signed16:
-        return np.clip((np.rint(decode(data) * np.float32(65535)) - 32768) / np.float32(32767), -1, 1)
+        levels: NDArray[np.float32] = (np.rint(decode(data) * np.float32(65535)) - 32768) / np.float32(32767)
+        return np.clip(levels, -1, 1)
     if " grey " in description and not description.endswith(("grey float", "grey 32-bit")):
         return decode(data)
     # float and 32-bit images keep their values; colour images must be grey

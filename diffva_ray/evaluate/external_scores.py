@@ -37,7 +37,7 @@ from diffva_ray.evaluate.records import Lesions, grey, image_truth
 from diffva_ray.evaluate.scores import LocalizationScores, score_image
 from diffva_ray.metrics.localization import SALIENCY, baselines, smooth
 from diffva_ray.model.training_images import TrainingImages
-from diffva_ray.schema import Row
+from diffva_ray.schema import TableRow
 from diffva_ray.storage.opening import open_file
 
 DEFAULT_GRID = 256
@@ -58,6 +58,7 @@ class ScoreOptions:
     threshold_from: str | None = None  # reduced run, earlier --out, or .json file with thresholds
     model: str | None = None  # model whose training images are refused; for maps of a run, the run's model
     allow_training_images: bool = False
+    data: DataConfig = DataConfig()  # how a table of images is read
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Scored:
     """The result of scoring maps."""
 
     metrics: dict[str, Any]  # counts, settings, table rows and notes, as in tables/metrics.json
-    images: list[Row]  # one row per image and map
+    images: list[TableRow]  # one row per image and map
 
 
 LEFT_OUT = {  # kinds of outcomes that are noted
@@ -93,7 +94,7 @@ class _Outcome:
     """The result of one map."""
 
     kinds: frozenset[str] = frozenset()  # keys of LEFT_OUT; negative: the map has negative values; trained_on
-    rows: list[Row] = field(default_factory=list)
+    rows: list[TableRow] = field(default_factory=list)
     problem: str = ""  # why the map cannot be read
 
 
@@ -111,7 +112,7 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
         raise UnusableData(
             f"{wrong}: {maps_uri} is a run; its maps are signed 16-bit, and its recipe sets the smoothing"
         )
-    config = run.recipe.data if run is not None else DataConfig()
+    config = run.recipe.data if run is not None else options.data
     dataset = open_dataset(data_uri, config)
     notes: list[str] = []
     lesions: Lesions = dataset.shapes

@@ -74,7 +74,7 @@ def map_scale(run: Run, records: pd.DataFrame) -> Scale:
 def _sampled_maps(run: Run, records: pd.DataFrame) -> Iterator[Image]:
     """Yields maps evenly sampled from the run, with the sign in which they are shown red."""
     ok = finished(records[["status", "label", "prompt", "attribution_path"]]).sort_values("attribution_path")
-    for row in ok[:: max(len(ok) // SAMPLED_MAPS, 1)][:SAMPLED_MAPS].to_dict("records"):
+    for row in as_records(ok[:: max(len(ok) // SAMPLED_MAPS, 1)][:SAMPLED_MAPS]):
         try:
             yield direction(run, row) * decode_map(run.store.read(row["attribution_path"]))
         except (OSError, BadImage):

@@ -221,6 +221,7 @@ def reduced_metrics(run: Run) -> dict[str, Any] | None:
 def read_json(run: Run, path: str) -> dict[str, Any] | None:
     """Read a JSON file of a run; None when it does not exist."""
     try:
-        return json.loads(run.store.read(path))
+        document: dict[str, Any] = json.loads(run.store.read(path))
     except FileNotFoundError:
         return None
+    return document

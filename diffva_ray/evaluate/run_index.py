@@ -55,7 +55,8 @@ class RunIndex:
 
     def paths(self, rows: NDArray[np.intp]) -> list[str]:
         """The image paths of some rows of ``frame``."""
-        return self.images.take(pa.array(self.frame["image"].to_numpy()[rows])).to_pylist()
+        paths: list[str] = self.images.take(pa.array(self.frame["image"].to_numpy()[rows])).to_pylist()
+        return paths
 
 
 def index_run(
@@ -168,7 +169,7 @@ def _groups(patients: list[pa.ChunkedArray], image: NDArray[np.int64]) -> NDArra
     known = pc.not_equal(column, "").to_numpy() if len(column) else np.zeros(0, bool)
     if not known.any():
         return None
-    codes = pc.index_in(column, pc.unique(column)).to_numpy().astype(np.int64)
+    codes: NDArray[np.int64] = pc.index_in(column, pc.unique(column)).to_numpy().astype(np.int64)
     return np.where(known, codes, codes.max() + 1 + image)
 
 

@@ -60,7 +60,8 @@ class LocalizationScores:
     def mean_curve(self, map_name: str, label: str | None = None) -> NDArray[np.float64]:
         """Mean Dice curve [1, T] of a map over one class; ``label`` None: over all classes."""
         curves = [curve for (name, of), curve in self.curves.items() if name == map_name and label in (None, of)]
-        return np.sum([total for total, _ in curves], axis=0)[None] / sum(n for _, n in curves)
+        total: NDArray[np.float64] = np.sum([curve for curve, _ in curves], axis=0)
+        return total[None] / sum(n for _, n in curves)
 
 
 def narrow(frame: pd.DataFrame) -> pd.DataFrame:

@@ -23,7 +23,7 @@ from diffva_ray.metrics.fid import SMALL, frechet_distance_features
 from diffva_ray.metrics.fid_controls import conditional
 from diffva_ray.metrics.localization import group_bootstrap
 from diffva_ray.metrics.realism import directions, interpolation, verisimilitude
-from diffva_ray.schema import Row
+from diffva_ray.schema import TableRow
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store
 
@@ -86,7 +86,7 @@ def _extractor(text: str, run: Run, options: Options, device: str) -> Extractor:
 
 def distances(
     run: Run, data_uri: str, options: Options, records: RunIndex, notes: list[str], spread: Embed = embed_here
-) -> tuple[list[Row], list[Row]]:
+) -> tuple[list[TableRow], list[TableRow]]:
     """The rows of the distance table, and those of the table of distances within conditions.
 
     For each extractor, setting and class: images to counterfactuals, and each reference to both. Of several samples of
@@ -97,7 +97,7 @@ def distances(
     sources = read_sources(options.sources, records.images.to_pylist()) if options.sources else {}
     if options.sources and not sources:
         raise UnusableData(f"--sources {options.sources}: none of its files is an image of the run")
-    rows, within = list[Row](), list[Row]()
+    rows, within = list[TableRow](), list[TableRow]()
     for number, extractor in enumerate(choose_extractors(run, options, notes)):
         comparison = _Comparison(run, options, records, extractor, spread)
         wanted = options.references or ((run.recipe.data.healthy_class, data_uri),)
@@ -138,9 +138,9 @@ class _Comparison:
         self.features = run_features(run, records, extractor, spread)
         self.conditions = conditions(records)
 
-    def by_condition(self, references: Sequence[Reference]) -> list[Row]:
+    def by_condition(self, references: Sequence[Reference]) -> list[TableRow]:
         """Distances of each class and setting: images, counterfactuals and references to each other."""
-        rows = list[Row | None]()
+        rows = list[TableRow | None]()
         seen = set[str]()
         for (setting, label), chosen in self.conditions.items():
             before, after = self.features.source.take(chosen), self.features.counterfactual.take(chosen)
@@ -162,9 +162,9 @@ class _Comparison:
     def _realism(
         self, label: str, reference: str, before: FeatureSet, after: FeatureSet, real: FeatureSet,
         groups: NDArray[np.integer],
-    ) -> Row:  # fmt: skip
+    ) -> TableRow:  # fmt: skip
         """Whether counterfactuals resemble images of the reference, and whether they moved towards it."""
-        scores: Row = {"verisimilitude": asdict(verisimilitude(after, real))}
+        scores: TableRow = {"verisimilitude": asdict(verisimilitude(after, real))}
         if len(real) > 6:
             scores["interpolation"] = asdict(interpolation(after, real))
         if reference == self.run.recipe.data.healthy_class != label:
@@ -173,11 +173,11 @@ class _Comparison:
             scores["direction"] = {"mean": float(np.nanmean(cosines)), "low": low, "high": high}
         return scores
 
-    def by_source(self, references: Sequence[Reference], sources: dict[str, str]) -> list[Row]:
+    def by_source(self, references: Sequence[Reference], sources: dict[str, str]) -> list[TableRow]:
         """Distances between counterfactuals and reference images of the same source archive.
 
         ``sources``: archive by image path. For example, images of children are compared with images of children."""
-        rows = list[Row | None]()
+        rows = list[TableRow | None]()
         if not sources:
             return []
         for (setting, label), chosen in self.conditions.items():
@@ -198,7 +198,7 @@ class _Comparison:
         cache, size, data = _cache(self.run, self.options), self.run.recipe.model.resolution, other.dataset
         return reference_features(cache, size, data.store, images, self.extractor, self.spread, data.bits)[0]
 
-    def within_conditions(self, references: Sequence[Reference]) -> list[Row]:
+    def within_conditions(self, references: Sequence[Reference]) -> list[TableRow]:
         """Mean of the distances within each class (and setting), and the distance of the pooled sets."""
         settings = list(dict.fromkeys(setting for setting, _ in self.conditions))
         groups = [(setting, [key for key in self.conditions if key[0] == setting]) for setting in settings]
@@ -219,7 +219,7 @@ class _Comparison:
                     rows.append(self._within(name, setting, {key: (real, counterfactuals[key]) for key in sets}))
         return rows
 
-    def _within(self, name: str, setting: str, sets: dict[tuple[str, str], tuple[FeatureSet, FeatureSet]]) -> Row:
+    def _within(self, name: str, setting: str, sets: dict[tuple[str, str], tuple[FeatureSet, FeatureSet]]) -> TableRow:
         first = [x for x, _ in sets.values()]
         pooled = first[0] if all(x is first[0] for x in first) else FeatureSet.together(first)
         counterfactuals = FeatureSet.together([y for _, y in sets.values()])
@@ -236,7 +236,7 @@ class _Comparison:
             "resize": self.extractor.resize,
         }
 
-    def _row(self, first: str, second: str, x: FeatureSet, y: FeatureSet, paired: bool = False) -> Row | None:
+    def _row(self, first: str, second: str, x: FeatureSet, y: FeatureSet, paired: bool = False) -> TableRow | None:
         return distance_row(first, second, x, y, self.extractor, self.run.recipe.evaluate.fid_subsets, paired)
 
 

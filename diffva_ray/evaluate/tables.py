@@ -16,7 +16,7 @@ from diffva_ray.evaluate.scores import SIMPLE, LocalizationScores
 from diffva_ray.metrics.counterfactual import flip_rate
 from diffva_ray.metrics.localization import dice_at, fixed_threshold, group_bootstrap
 from diffva_ray.progress import one_line
-from diffva_ray.schema import Row
+from diffva_ray.schema import TableRow
 from diffva_ray.storage.store import Store
 
 ALL = "all"  # the row over all classes
@@ -35,7 +35,7 @@ def by_label(frame: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
             yield under(ALL, setting), rows
 
 
-def overall(rows: Iterable[Row]) -> Row | None:
+def overall(rows: Iterable[TableRow]) -> TableRow | None:
     """The row over all classes, or the only row; None for a sweep, whose settings are never pooled."""
     listed = list(rows)
     return next((row for row in listed if row["label"] == ALL), listed[0] if len(listed) == 1 else None)
@@ -53,7 +53,7 @@ def finite_mean(values: Iterable[float]) -> float | None:
     return float(numbers.mean()) if len(numbers) else None
 
 
-def ssim_rows(records: pd.DataFrame, preset: str, grid: int) -> list[Row]:
+def ssim_rows(records: pd.DataFrame, preset: str, grid: int) -> list[TableRow]:
     """Table 3: SSIM and MS-SSIM of image and counterfactual, by class; ``records`` as in ``RunIndex.frame``."""
     return [
         {
@@ -76,7 +76,7 @@ def ssim_rows(records: pd.DataFrame, preset: str, grid: int) -> list[Row]:
     ]
 
 
-def add_lpips(rows: list[Row], scores: list[Row]) -> None:
+def add_lpips(rows: list[TableRow], scores: list[TableRow]) -> None:
     """Add the LPIPS of the sampled ``scores`` to the SSIM ``rows``, with its own N and interval."""
     if not scores or "lpips" not in scores[0]:
         return
@@ -94,7 +94,7 @@ def _interval(rows: pd.DataFrame, column: str) -> list[float]:
     return list(group_bootstrap(rows[column].to_numpy(float), rows[group].to_numpy()))
 
 
-def validity_rows(records: pd.DataFrame) -> list[Row]:
+def validity_rows(records: pd.DataFrame) -> list[TableRow]:
     """Flip rate by class: the fraction of the images called abnormal whose counterfactual is called healthy."""
     columns = ["judge_image", "judge_counterfactual"]
     judged = records[[name for name in ("label", "setting", *columns) if name in records]].dropna(subset=columns)
@@ -115,7 +115,7 @@ def validity_rows(records: pd.DataFrame) -> list[Row]:
 
 def localization_rows(
     localization: LocalizationScores, thresholds: dict[str, float] | None, source: str | None
-) -> list[Row]:
+) -> list[TableRow]:
     """Localisation by class and map, with bootstrap intervals over images.
 
     ``thresholds``: by map, fixed on another set, whose name is ``source``; without them there is no fixed Dice. Raises
@@ -125,7 +125,7 @@ def localization_rows(
     table = []
     for name in localization.images["map"].unique():
         for label, rows in by_label(localization.images[localization.images["map"] == name]):
-            row: Row = {"label": label, "n": len(rows), **{key: finite_mean(rows[key]) for key in SIMPLE}}
+            row: TableRow = {"label": label, "n": len(rows), **{key: finite_mean(rows[key]) for key in SIMPLE}}
             row["auroc_interval"] = _interval(rows, "auroc")
             row |= {"map": name, "region": ", ".join(sorted(rows["region"].unique()))}
             of_setting = under(name, rows["setting"].iloc[0] if "setting" in rows else "")
@@ -148,7 +148,7 @@ def best_thresholds(localization: LocalizationScores) -> dict[str, float]:
     }
 
 
-def ground_truth_rows(scores: pd.DataFrame) -> list[Row]:
+def ground_truth_rows(scores: pd.DataFrame) -> list[TableRow]:
     """Similarity to the ground-truth counterfactual by class.
 
     ``lesion_error_ratio``: the counterfactual's error inside the lesion as a fraction of the input's."""
@@ -172,7 +172,7 @@ NUMBERS = re.compile(r"[-+.\de]+( to [-+.\de]+)*")  # such as an interval
 MARKDOWN = re.compile(r"[\\`*\[\]<>|]")
 
 
-def write_table(store: Store, name: str, rows: list[Row], caption: str) -> None:
+def write_table(store: Store, name: str, rows: list[TableRow], caption: str) -> None:
     """Write ``tables/<name>`` in all FORMATS; nested values are kept only in the JSON.
 
     Without rows, delete the table of an earlier reduce, which had other records or options."""
@@ -187,7 +187,7 @@ def write_table(store: Store, name: str, rows: list[Row], caption: str) -> None:
 
 
 def write_files(
-    store: Store, name: str, document: Row, numbers: pd.DataFrame, heads: list[str], cells: list[list[str]]
+    store: Store, name: str, document: dict[str, Any], numbers: pd.DataFrame, heads: list[str], cells: list[list[str]]
 ) -> None:
     """Write ``tables/<name>``: ``document`` as JSON, ``numbers`` as CSV, cells as Markdown and LaTeX (booktabs)."""
     title = f"**{document['title']}**\n\n" if "title" in document else ""
@@ -210,7 +210,8 @@ def csv(table: pd.DataFrame) -> str:
         formula = isinstance(value, str) and value.startswith(FORMULA) and not NUMBERS.fullmatch(value)
         return f"'{value}" if formula else value
 
-    return table.map(inert).to_csv(index=False)
+    text: str = table.map(inert).to_csv(index=False)
+    return text
 
 
 def markdown(heads: list[str], cells: list[list[str]]) -> str:

@@ -17,7 +17,7 @@ SPACED_ANEW = {"dpmsolver++", "unipc"}  # samplers whose timesteps earlier versi
 def pixel_keys(recipe: Recipe, request: Request, model_digest: str, torch_version: str, device: str) -> dict[str, Any]:
     """The keys of a run that is planned now, as JSON values."""
     prompt = request.prompt if request.prompt is not None else recipe.data.healthy_prompt
-    return json.loads(
+    keys: dict[str, Any] = json.loads(
         json.dumps(
             {
                 **recipe.generate.model_dump(mode="json"),
@@ -38,6 +38,7 @@ def pixel_keys(recipe: Recipe, request: Request, model_digest: str, torch_versio
             }
         )
     )
+    return keys
 
 
 def keys_now(run: Run, torch_version: str, device: str) -> dict[str, Any]:

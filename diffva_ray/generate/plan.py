@@ -117,7 +117,9 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
             columns[name] = _spread(values, image_of, PLAN.field(name).type)
         elif name in SWEEPABLE:
             columns[name] = _spread([point.columns[name] for point in points], point_of, PLAN.field(name).type)
-    further = sorted({name for image in images for name in image.columns})
+        elif name not in columns:
+            columns[name] = _spread([image.columns.get(name, "") for image in images], image_of, pa.string())
+    further = sorted({name for image in images for name in image.columns} - set(PLAN.names))
     for name in further:
         columns[name] = _spread([image.columns.get(name, "") for image in images], image_of, pa.string())
     return pa.table({name: columns[name] for name in (*PLAN.names, *further)})

@@ -208,13 +208,15 @@ class Run:
         """
         with self._plan_required():
             group = self._open_plan().read_row_group(shard // self.about.get("shards_per_row_group", 1))
-        return group.filter(pc.equal(group["shard"], shard)).to_pylist()
+        planned: list[PlannedRecord] = group.filter(pc.equal(group["shard"], shard)).to_pylist()
+        return planned
 
     def shard_sizes(self) -> list[int]:
         """Number of records of each shard. Raises PlanError as ``plan``."""
         with self._plan_required():
             shards = self._open_plan().read(["shard"])["shard"]
-        return np.bincount(shards, minlength=self.shards).tolist()
+        sizes: list[int] = np.bincount(shards, minlength=self.shards).tolist()
+        return sizes
 
     def done(self) -> set[int]:
         """Numbers of the committed shards, from one listing of the store."""

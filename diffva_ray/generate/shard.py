@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,7 @@ from diffva_ray._version import __version__
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.encoding import quantise
-from diffva_ray.data.images import MAX_BYTES, BadImage, decode_square, read_mask
+from diffva_ray.data.images import MAX_BYTES, BadImage, decode_square, header_columns, read_mask
 from diffva_ray.data.memory_limit import MemoryLimit
 from diffva_ray.generate.attempts import MAX_RECORD_DEATHS, Attempt, OutOfMemory, Session
 from diffva_ray.generate.data_identity import check_there, readable
@@ -252,6 +252,7 @@ def read_source(context: WorkerContext, planned: PlannedRecord) -> Source:
             fetched = time.perf_counter()
             source.square, (height, width) = decode_square(data, size, config.min_side, context.run.recipe.data.bits)
             source.decoding = time.perf_counter() - fetched
+            source.planned = _with_header(planned, header_columns(data))
             source.results = {"image_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
         if planned["lung_mask_path"]:
             source.lungs = read_mask(context.data, planned["lung_mask_path"], size)
@@ -265,6 +266,12 @@ def read_source(context: WorkerContext, planned: PlannedRecord) -> Source:
         source.results = {"status": Status.ERROR.value, "error": one_line(f"{type(error).__name__}: {error}")}
     source.busy = time.perf_counter() - began
     return source
+
+
+def _with_header(planned: PlannedRecord, header: dict[str, str]) -> PlannedRecord:
+    """The planned record with what the file's header says of patient and view, where the data set says nothing."""
+    values = {name: value for name, value in planned.items() if value or name not in header}
+    return cast(PlannedRecord, {**planned, **header, **values})
 
 
 def _generate(context: WorkerContext, sources: Sequence[Source]) -> list[Generation | Record]:

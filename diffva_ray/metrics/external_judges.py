@@ -61,7 +61,7 @@ def torchxrayvision_judge(weights: str | Path) -> ExternalJudge:
     @torch.inference_mode()
     def healthy(images: NDArray[np.float32]) -> NDArray[np.float64]:
         features = features2(network, torch.from_numpy(images)[:, None])
-        scaled = op_norm(network.classifier(features).sigmoid(), points)
+        scaled: torch.Tensor = op_norm(network.classifier(features).sigmoid(), points)
         return 1 - scaled[:, opacities].amax(dim=1).double().numpy()
 
     says = f"1 - the largest of {', '.join(labels[n] for n in opacities)}, at their operating points"

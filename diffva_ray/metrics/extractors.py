@@ -118,7 +118,8 @@ def rad_dino(folder: str | Path, device: str = "cpu") -> Extractor:
 
     def cls(images: torch.Tensor) -> torch.Tensor:
         x = resized(images, side, "bicubic").expand(-1, 3, -1, -1)
-        return network(pixel_values=(x - centre) / scale).pooler_output
+        token: torch.Tensor = network(pixel_values=(x - centre) / scale).pooler_output
+        return token
 
     return Extractor(
         name="rad-dino",

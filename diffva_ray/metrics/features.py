@@ -130,7 +130,8 @@ def inception(weights: str | Path, resize: Resize = "clean", grid: int | None = 
             x = F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)
         else:
             x = resized(resized(images, grid, "bicubic") if grid else images, 299, "bicubic")
-        return blocks(2 * x.expand(-1, 3, -1, -1) - 1).flatten(1)
+        pooled: torch.Tensor = blocks(2 * x.expand(-1, 3, -1, -1) - 1)
+        return pooled.flatten(1)
 
     return Extractor(
         name="inception-pool3",

@@ -88,4 +88,5 @@ def _estimate(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float, li
 
 
 def _kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    values: NDArray[np.float64] = (x @ y.T / x.shape[1] + 1) ** 3
+    return values

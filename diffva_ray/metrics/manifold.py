@@ -59,7 +59,8 @@ def prdc(real: Features, generated: Features, k: int = 5, seed: int = 0) -> Mani
 
 def squared_distances(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
     """Squared Euclidean distances [N1, N2] of rows [N1, d] and [N2, d], at least 0."""
-    return np.maximum((x * x).sum(axis=1)[:, None] + (y * y).sum(axis=1) - 2 * x @ y.T, 0)
+    squares: NDArray[np.float64] = (x * x).sum(axis=1)[:, None] + (y * y).sum(axis=1) - 2 * x @ y.T
+    return np.maximum(squares, 0)
 
 
 def _radii(x: NDArray[np.float64], k: int) -> NDArray[np.float64]:

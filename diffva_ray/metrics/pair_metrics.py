@@ -6,14 +6,15 @@ To add one, write a function on arrays in its own module, and add a line to PAIR
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffva_ray.metrics.counterfactual import CHANGED, Outside, changed_share, collateral_change, cout, outside_lesion
+from diffva_ray.schema import Record
 
 if TYPE_CHECKING:  # the module loads torch
     from diffva_ray.metrics.validity import Judge
@@ -29,7 +30,7 @@ class Pair:
     counterfactual: NDArray[np.float32]  # grey [size, size] in [0, 1]
     signed_map: NDArray[np.float32]  # attribution map [size, size] in [-1, 1]
     label: str  # the image's class
-    record: Mapping[str, Any]  # the image's row of ``schema.RECORDS``
+    record: Record  # the image's row of ``schema.RECORDS``
     lesion: NDArray[np.bool_] | None = None  # lesion mask [size, size]
     lungs: NDArray[np.bool_] | None = None  # lung mask [size, size]
     judge: Judge | None = None  # judge of the run's model

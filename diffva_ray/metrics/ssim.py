@@ -140,7 +140,8 @@ def _terms(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float
     crop = WINDOW // 2
 
     def local(image: NDArray[np.float64]) -> NDArray[np.float64]:
-        return gaussian_filter(image, SIGMA, radius=crop)[crop:-crop, crop:-crop]
+        means: NDArray[np.float64] = gaussian_filter(image, SIGMA, radius=crop)
+        return means[crop:-crop, crop:-crop]
 
     mean_a, mean_b = local(a), local(b)
     variances = local(a * a + b * b) - mean_a**2 - mean_b**2
@@ -151,7 +152,8 @@ def _terms(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float
 
 def _half(image: NDArray[np.float64]) -> NDArray[np.float64]:
     height, width = image.shape[0] // 2, image.shape[1] // 2
-    return image[: 2 * height, : 2 * width].reshape(height, 2, width, 2).mean(axis=(1, 3))
+    means: NDArray[np.float64] = image[: 2 * height, : 2 * width].reshape(height, 2, width, 2).mean(axis=(1, 3))
+    return means
 
 
 def _pair(a: NDArray[np.floating], b: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -45,7 +45,8 @@ class Judge(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [n, classes] of grey float32 images [n, H, W] in [0, 1], before calibration."""
-        return self.head(self.embed(images))
+        logits: torch.Tensor = self.head(self.embed(images))
+        return logits
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Input of the last layer: means and maxima [n, 8 * width] of the feature maps of grey images [n, H, W] in
@@ -71,7 +72,8 @@ class Judge(nn.Module):
 
     def _calibrated(self, images: NDArray[np.float32]) -> torch.Tensor:
         device = next(self.parameters()).device
-        return (self(torch.from_numpy(np.asarray(images, np.float32)).to(device)) / self.temperature).softmax(1)
+        logits: torch.Tensor = self(torch.from_numpy(np.asarray(images, np.float32)).to(device))
+        return (logits / self.temperature).softmax(1)
 
 
 def fitted_temperature(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> float:

@@ -83,7 +83,7 @@ class Bundle:
     @property
     def latent_scale(self) -> int:
         """Side of a latent cell in pixels."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     def check(self) -> None:
         """Raises UnusableModel when the parts do not fit together or do not fit the recipe's resolution."""

@@ -20,7 +20,7 @@ class LatentClassifier(ModelMixin, ConfigMixin):
     ``healthy`` is the target class of the guidance. Raises ValueError when ``healthy`` is not in ``classes``.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]  # of diffusers
     def __init__(
         self,
         classes: Sequence[str],
@@ -29,7 +29,7 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         block_out_channels: Sequence[int] = (32, 64, 64),
         norm_num_groups: int = 8,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of diffusers
         if healthy not in classes:
             raise ValueError(f"the healthy class {healthy!r} is none of {', '.join(classes)}")
         # embedding of the timestep
@@ -71,7 +71,8 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         for block in self.down:
             maps, _ = block(maps, embedding)
         maps = nn.functional.silu(self.norm(self.mid(maps, embedding)))
-        return self.head(torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1))
+        logits: torch.Tensor = self.head(torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1))
+        return logits
 
     def log_healthy(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """log p(healthy | latents, timestep) [n]."""

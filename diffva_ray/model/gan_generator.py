@@ -23,7 +23,7 @@ class GanGenerator(ModelMixin, ConfigMixin):
     2018); with "image" it computes the counterfactual itself. ``measured`` stores training results for information.
     """
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]  # of diffusers
     def __init__(
         self,
         mode: Literal["map", "image"] = "map",
@@ -31,7 +31,7 @@ class GanGenerator(ModelMixin, ConfigMixin):
         norm_num_groups: int = 8,
         measured: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of diffusers
         if mode not in ("map", "image"):
             raise ValueError(f"mode {mode!r} is neither map nor image")
         # downsampling blocks
@@ -73,7 +73,7 @@ class GanGenerator(ModelMixin, ConfigMixin):
         for block in self.up:
             skips, kept = tuple(kept[-RESNETS:]), kept[:-RESNETS]
             maps = block(maps, skips)
-        output = self.conv_out(nn.functional.silu(self.norm(maps)))
+        output: torch.Tensor = self.conv_out(nn.functional.silu(self.norm(maps)))
         return images + output if self.config["mode"] == "map" else output.tanh()
 
     def generate(self, images: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ def _peft() -> Any:
 
 
 def _is_clip(text_encoder: Any) -> bool:
-    return text_encoder.config.model_type.startswith("clip")
+    return str(text_encoder.config.model_type).startswith("clip")
 
 
 def attach(unet: Any, text_encoder: Any, config: LoraConfig, seed: int) -> None:

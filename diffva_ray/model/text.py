@@ -213,7 +213,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> tuple[torch.Tensor, torc
 def fits(tokenizer: Any, prompt: str) -> bool:
     """Whether the prompt fits the model's token length; a longer one would be truncated silently."""
     with TOKENIZER_LOCK:
-        return len(tokenizer(prompt, truncation=False).input_ids) <= tokenizer.model_max_length
+        return bool(len(tokenizer(prompt, truncation=False).input_ids) <= tokenizer.model_max_length)
 
 
 def embed(encoder: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -222,7 +222,9 @@ def embed(encoder: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> to
     The mask is used only with ``config.use_attention_mask``, as in diffusers' pipelines, so that training and sampling
     agree.
     """
-    return encoder(ids, attention_mask=mask if getattr(encoder.config, "use_attention_mask", False) else None)[0]
+    used = getattr(encoder.config, "use_attention_mask", False)
+    states: torch.Tensor = encoder(ids, attention_mask=mask if used else None)[0]
+    return states
 
 
 def first_line(error: BaseException) -> str:

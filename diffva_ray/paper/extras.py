@@ -11,7 +11,7 @@ import numpy as np
 from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.images import BadImage, decode, to_square
-from diffva_ray.evaluate.records import finished, grey, read_records
+from diffva_ray.evaluate.records import as_records, finished, grey, read_records
 from diffva_ray.evaluate.report.result_tables import report_tables
 from diffva_ray.evaluate.tables import ALL
 from diffva_ray.metrics.counterfactual import memorisation
@@ -20,7 +20,7 @@ from diffva_ray.model.training_images import TrainingImages
 from diffva_ray.paper.experiments import SETTINGS, SHEET
 from diffva_ray.paper.layout import Table, number
 from diffva_ray.paper.state import PaperState
-from diffva_ray.schema import Row, digest
+from diffva_ray.schema import TableRow, digest
 from diffva_ray.storage.store import Store
 
 MAX_AUDITED = 600  # counterfactuals and images of each set in the memorisation audit
@@ -67,9 +67,9 @@ def extra_tables(state: PaperState, tables: Sequence[Table]) -> list[Table]:
     return [made[key] for key in sorted(made)]
 
 
-def _rows(state: PaperState, extra: Extra) -> list[Row]:
+def _rows(state: PaperState, extra: Extra) -> list[TableRow]:
     """The rows of all runs; baselines, which are the same in every run, of the first run only."""
-    results = list[Row]()
+    results = list[TableRow]()
     for name, title in {**extra.more_runs, **SETTINGS}.items():
         metrics = state.metrics.get(name, {})
         rows = metrics.get(extra.table, [])
@@ -83,7 +83,7 @@ def _rows(state: PaperState, extra: Extra) -> list[Row]:
     return results
 
 
-def _of_report(key: str, title: str, name: str, metrics: dict[str, list[Row]], caption: str = "") -> Table:
+def _of_report(key: str, title: str, name: str, metrics: dict[str, list[TableRow]], caption: str = "") -> Table:
     """The report's table ``name`` of ``metrics``, with its groups in the first column."""
     (table,) = (table for table in report_tables(metrics) if table.key == name)
     body = [[group.title, *(cell.text for cell in cells)] for group in table.groups for _, cells in group.rows]
@@ -107,10 +107,10 @@ def audit_table(state: PaperState) -> Table:
     held = _squares(unseen.store, unseen.images, seen, False)
     train = _squares(trained.store, trained.images, seen, True)
     # counterfactuals of each setting
-    body, details = list[list[str]](), list[Row]()
+    body, details = list[list[str]](), list[TableRow]()
     for name in (name for name in SETTINGS if name in state.runs):
         run = state.runs[name]
-        rows = sorted(finished(read_records(run)).to_dict("records"), key=lambda row: digest(row["image_path"]))
+        rows = sorted(as_records(finished(read_records(run))), key=lambda row: digest(row["image_path"]))
         counterfactuals = [_small(grey(run.store, row["counterfactual_path"])) for row in rows[:MAX_AUDITED]]
         audit = memorisation(np.array(counterfactuals), train, held)
         low, high = audit.without_memory

@@ -130,7 +130,7 @@ def _read(variant: Variant, paths: Sequence[str]) -> list[ShownRecord | None]:
     records = finished(read_records(variant.run))
     if variant.prompt is not None:
         records = records[records["prompt"] == variant.prompt]
-    rows = {row["image_path"]: row for row in records.to_dict("records")}
+    rows = {row["image_path"]: row for row in as_records(records)}
     return [ShownRecord.read(variant.run, rows[path], {}) if path in rows else None for path in paths]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from diffva_ray.evaluate.tables import markdown, write_files
-from diffva_ray.schema import Row
+from diffva_ray.schema import TableRow
 from diffva_ray.storage.store import Store
 
 LEADING = 3  # columns that name the content of a row; repeated values in them are left empty
@@ -24,7 +24,7 @@ class Table:
     caption: str
     heads: list[str]
     rows: list[list[str]]  # text, one cell for each head
-    details: list[Row] = field(default_factory=list)  # numbers at full precision
+    details: list[TableRow] = field(default_factory=list)  # numbers at full precision
 
     def write(self, store: Store) -> None:
         """Write ``tables/<key>`` as .md and .tex (layout), .csv and .json (numbers)."""
@@ -50,9 +50,9 @@ def thinned(rows: list[list[str]]) -> list[list[str]]:
     return result
 
 
-def flat(row: Row) -> Row:
+def flat(row: TableRow) -> TableRow:
     """Nested numbers as columns ``outer_inner``; a pair as ``_low`` and ``_high``."""
-    result: Row = {}
+    result: TableRow = {}
     for key, value in row.items():
         if isinstance(value, dict):
             result |= {f"{key}_{inner}": part for inner, part in flat(value).items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from diffva_ray.metrics.fid_controls import conditional
 from diffva_ray.paper.experiments import SETTINGS, SHEET
 from diffva_ray.paper.layout import Table, number, with_error, with_interval
 from diffva_ray.paper.state import PaperState, settings_of
-from diffva_ray.schema import Row
+from diffva_ray.schema import TableRow
 
 CLASSES: dict[str, dict[str, float]] = SHEET["published"]["classes"]
 FIVE_SCALES = 5  # of the paper's MS-SSIM
@@ -29,11 +29,11 @@ class Distances:
     first: str  # name of the first set
     second: str  # name of the second set
     paper: str  # published value as text
-    rows: dict[str, Row | None] = field(default_factory=dict)  # by setting, from ``distances.distance_row``
+    rows: dict[str, TableRow | None] = field(default_factory=dict)  # by setting, from ``distances.distance_row``
     more: list[str] = field(default_factory=list)  # a further line: measure, N1 / N2, paper, ours by setting
 
 
-def extractor_line(rows: Sequence[Row | None]) -> tuple[str, str]:
+def extractor_line(rows: Sequence[TableRow | None]) -> tuple[str, str]:
     """The name of the distance, and a sentence that names its extractor."""
     row = next((row for row in rows if row), None)
     if row is None:
@@ -57,7 +57,7 @@ def lines(comparison: Distances, columns: Sequence[str], name: str) -> list[list
     if first is None:
         return [[comparison.first, comparison.second, name, "", comparison.paper, *["not made" for _ in columns]]]
 
-    def line(measure: str, n1: int, n2: int, paper: str, text: Callable[[Row], str]) -> list[str]:
+    def line(measure: str, n1: int, n2: int, paper: str, text: Callable[[TableRow], str]) -> list[str]:
         cells = ["–" if row is None else text(row) for row in rows]
         return [comparison.first, comparison.second, measure, f"{n1} / {n2}", paper, *cells]
 
@@ -81,7 +81,7 @@ def lines(comparison: Distances, columns: Sequence[str], name: str) -> list[list
     return result
 
 
-def _fid_row(metrics: Row, first: str, second: str) -> Row | None:
+def _fid_row(metrics: Mapping[str, Any], first: str, second: str) -> TableRow | None:
     return next((row for row in metrics.get("fid", []) if (row["set1"], row["set2"]) == (first, second)), None)
 
 
@@ -97,7 +97,7 @@ def _distance_table(key: str, comparisons: Sequence[Distances], columns: Sequenc
     return _table(key, heads, body, details(comparisons), extractor=extractor, **values)
 
 
-def _table(key: str, heads: list[str], body: list[list[str]], details: list[Row], **values: Any) -> Table:
+def _table(key: str, heads: list[str], body: list[list[str]], details: list[TableRow], **values: Any) -> Table:
     """A table with its title and its caption, filled with ``values``."""
     texts = SHEET["tables"][key]
     return Table(key, texts["title"], texts["caption"].format_map(values).strip(), heads, body, details)
@@ -140,7 +140,7 @@ def prompts(state: PaperState, columns: Sequence[str]) -> str:
     return f"Settings: {'; '.join(texts)}."
 
 
-def details(comparisons: Sequence[Distances]) -> list[Row]:
+def details(comparisons: Sequence[Distances]) -> list[TableRow]:
     """All numbers of the comparisons, one row for each setting."""
     return [
         {"image_set_1": comparison.first, "image_set_2": comparison.second, "setting": column,
@@ -158,8 +158,8 @@ def _paper(paper: dict[str, float], name: str) -> str:
 def similarity_table(state: PaperState, labels: Sequence[str]) -> Table:
     """Table 3: MS-SSIM and SSIM of image and counterfactual."""
     columns = [name for name in SETTINGS if name in state.metrics]
-    body, details = list[list[str]](), list[Row]()
-    first: Row = {}
+    body, details = list[list[str]](), list[TableRow]()
+    first: TableRow = {}
     for label in labels:
         paper = CLASSES.get(label, {})
         rows = [next((row for row in state.metrics[column].get("ssim", []) if row["label"] == label), None)
@@ -224,7 +224,7 @@ def ablation_table(state: PaperState) -> Table:
     return _distance_table("table5", comparisons, ["ours"], images=images, guidance=guidance, healthy=healthy)
 
 
-def _pooled(state: PaperState, name: str) -> tuple[Row | None, float | None]:
+def _pooled(state: PaperState, name: str) -> tuple[TableRow | None, float | None]:
     """The distance of all counterfactuals of a run to real healthy images, and its mean over the classes."""
     run = state.runs[name]
     records = index_run(run)

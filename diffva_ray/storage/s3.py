@@ -74,8 +74,10 @@ LASTING = {
 NO_CREDENTIALS = "no credentials found; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
-class _FileSystem(s3fs.S3FileSystem):
+class _FileSystem(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has no types
     """File system that is opened again when it is unpickled (Ray Train sends one to its workers); its session stays."""
+
+    cat_file: Callable[..., bytes]
 
     def __reduce__(self) -> tuple[Callable[[], _FileSystem], tuple[()]]:
         return _open, ()

@@ -57,7 +57,8 @@ def adaptive_weight(reconstruction: torch.Tensor, adversarial: torch.Tensor, las
     at the decoder's ``last_layer``, clamped to [0, 1e4] (Esser et al. 2021, equation 7)."""
     reconstruction_norm = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)[0].norm()
     adversarial_norm = torch.autograd.grad(adversarial, last_layer, retain_graph=True)[0].norm()
-    return (reconstruction_norm / (adversarial_norm + 1e-6)).clamp(0, 1e4).detach()
+    weight: torch.Tensor = reconstruction_norm / (adversarial_norm + 1e-6)
+    return weight.clamp(0, 1e4).detach()
 
 
 @contextmanager

@@ -123,11 +123,12 @@ def load_weights(folder: Path, bundle: Bundle, modules: Modules) -> None:
 def load_optimizers(folder: Path) -> list[dict[str, Any]]:
     """Load the optimizer and EMA states, in the order of the stage's trainables. Raises UnusableModel."""
     try:
-        return torch.load(folder / OPTIMIZERS, map_location="cpu", weights_only=True)
+        states: list[dict[str, Any]] = torch.load(folder / OPTIMIZERS, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
         raise UnusableModel(
             f"the checkpoint {folder} cannot be read ({OPTIMIZERS}: {one_line(error, 160)}); delete it"
         ) from None
+    return states
 
 
 def discard(metrics: dict[str, float], checkpoint: Path | None) -> None:

@@ -96,10 +96,11 @@ class Controlled(nn.Module):
     ) -> torch.Tensor:
         states = text.embed(self.text_encoder, ids, mask)[which]
         down, middle = self.controlnet(noisy, timesteps, states, image, return_dict=False)
-        return self.unet(
+        output: torch.Tensor = self.unet(
             noisy,
             timesteps,
             encoder_hidden_states=states,
             down_block_additional_residuals=down,
             mid_block_additional_residual=middle,
         ).sample
+        return output

@@ -105,12 +105,13 @@ class NoisePrediction(Stage):
 
     @property
     def prediction_type(self) -> str:
-        return self.noise_scheduler.config.prediction_type
+        return str(self.noise_scheduler.config.prediction_type)
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Return what the network has to predict: the noise, or the velocity (Salimans & Ho 2022)."""
         if self.prediction_type == "v_prediction":
-            return self.noise_scheduler.get_velocity(latents, noise, timesteps)
+            velocity: torch.Tensor = self.noise_scheduler.get_velocity(latents, noise, timesteps)
+            return velocity
         return noise
 
     def tokens(self, prompts: Sequence[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -188,7 +189,8 @@ class Denoiser(nn.Module):
         which: torch.Tensor,
     ) -> torch.Tensor:
         states = text.embed(self.text_encoder, ids, mask)[which]
-        return self.unet(noisy, timesteps, encoder_hidden_states=states).sample
+        output: torch.Tensor = self.unet(noisy, timesteps, encoder_hidden_states=states).sample
+        return output
 
 
 class Latents:

@@ -138,7 +138,8 @@ class GanStage(Stage, ABC):
 
 def logits(critic: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Return logits [n, 1, h, w] of overlapping patches of grey images [n, 1, H, W] in [-1, 1]."""
-    return critic(images.float().expand(-1, 3, -1, -1))[0]
+    patches: torch.Tensor = critic(images.float().expand(-1, 3, -1, -1))[0]
+    return patches
 
 
 def score(critic: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -167,7 +168,7 @@ class VantGanStage(GanStage):
 
     def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         _, abnormal = self.images(batch, network)
-        generated = network(abnormal)
+        generated: torch.Tensor = network(abnormal)
         with frozen(self.critic) as critic, torch.autocast(generated.device.type, enabled=False):
             return self.config.map_weight * (generated - abnormal).abs().mean() - score(critic, generated).mean()
 
@@ -175,7 +176,8 @@ class VantGanStage(GanStage):
         healthy, abnormal = self.images(batch, network)
         with torch.no_grad():
             generated = self.gan_generator(abnormal).float()
-        return network(healthy, generated, batch.uniform(1, 1, 1).to(generated.device))
+        loss: torch.Tensor = network(healthy, generated, batch.uniform(1, 1, 1).to(generated.device))
+        return loss
 
 
 class WassersteinCritic(nn.Module):
@@ -186,7 +188,7 @@ class WassersteinCritic(nn.Module):
         super().__init__()
         self.critic, self.penalty_weight = critic, penalty_weight
 
-    @torch.compiler.disable  # the compiler has no second derivatives
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the compiler has no second derivatives
     def forward(self, healthy: torch.Tensor, generated: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
         """Return E[D(generated)] - E[D(healthy)] + penalty_weight * E[(|grad D(between)| - 1)^2], in float32."""
         with torch.autocast(healthy.device.type, enabled=False):
@@ -195,7 +197,7 @@ class WassersteinCritic(nn.Module):
             if not torch.is_grad_enabled():
                 raise ValueError("call the critic's loss with gradients enabled; the gradient penalty needs them")
             (gradient,) = torch.autograd.grad(middle.sum(), between, create_graph=True)
-            penalty = (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+            penalty: torch.Tensor = (gradient.flatten(1).norm(dim=1) - 1).square().mean()
             return fake.mean() - real.mean() + self.penalty_weight * penalty
 
 
@@ -219,7 +221,8 @@ class AntGanStage(GanStage):
 
     def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         healthy, abnormal = self.images(batch, network)
-        generated, worsened, cycle_loss, identity_loss = network(healthy, abnormal)
+        outputs: tuple[torch.Tensor, ...] = network(healthy, abnormal)
+        generated, worsened, cycle_loss, identity_loss = outputs
         with frozen(self.critics), torch.autocast(abnormal.device.type, enabled=False):
             adversarial = square(logits(self.critics.healthy, generated), 1)
             adversarial = adversarial + square(logits(self.critics.abnormal, worsened), 1)
@@ -229,7 +232,8 @@ class AntGanStage(GanStage):
         healthy, abnormal = self.images(batch, network)
         with torch.no_grad():
             generated, worsened = self.cycle.gan_generator(abnormal), self.cycle.inverse(healthy)
-        return network(healthy, generated, abnormal, worsened)
+        loss: torch.Tensor = network(healthy, generated, abnormal, worsened)
+        return loss
 
 
 class Cycle(nn.Module):

@@ -87,7 +87,7 @@ class JudgeStage(Stage):
     def _reconstruct(self, indices: Sequence[int]) -> torch.Tensor:
         vae = self.context.bundle.vae
         pixels = three_channels(self.context.images.batch(indices)).to(next(vae.parameters()).device)
-        rgb = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float() / 2 + 0.5
+        rgb: torch.Tensor = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float() / 2 + 0.5
         return rgb.clamp(0, 1).mean(dim=1).cpu()
 
     def finish(self, device: torch.device) -> None:

@@ -59,7 +59,7 @@ class TrainingRun:
 
     @property
     def first(self) -> bool:
-        return self.accelerator.is_main_process
+        return bool(self.accelerator.is_main_process)
 
 
 def train(
@@ -286,7 +286,8 @@ def _optimizer(config: StageConfig, parameters: list[nn.Parameter], rate: float)
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise RecipeError(f"stage {config.name}: {missing('bitsandbytes', 'optimizer adamw8bit', 'bnb')}") from None
-    return AdamW8bit(parameters, **settings)
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **settings)
+    return optimizer
 
 
 def _restore(trainables: list[PreparedTrainable], states: list[dict[str, Any]]) -> None:

@@ -115,7 +115,7 @@ class ImageOrder:
         members = self.members[label]
         seen = cycle * self.pattern.count(label) + self.pattern[:offset].count(label)
         epoch, rank = divmod(seen, len(members))
-        return members[_permutation(self.seed, label, epoch, len(members))[rank]]
+        return members[int(_permutation(self.seed, label, epoch, len(members))[rank])]
 
 
 def _interleave(weights: Mapping[str, int]) -> list[str]:

@@ -13,6 +13,7 @@ from diffva_ray.config.recipe import (
 from diffva_ray.model.card import UnusableModel, read_card
 from diffva_ray.storage.opening import open_store
 
+OF_A_TABLE = ("columns", "root")  # keys of section data that belong to the training table, not to other data
 Executor = Literal["ray", "inline"]  # on Ray, or in a plain loop in this process
 
 
@@ -26,7 +27,9 @@ def model_recipe(model: str, recipe: str | None, overrides: tuple[str, ...]) -> 
         raise UnusableModel(
             f"--model {model}: no diffva.json there; train a model first, or name a recipe with --recipe"
         )
-    return make_recipe(card["recipe"], overrides)
+    stored = card["recipe"]
+    own = {key: value for key, value in stored.get("data", {}).items() if key not in OF_A_TABLE}
+    return make_recipe({**stored, "data": own}, overrides)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,6 +138,8 @@ def _plan(recipe: Recipe, data: str, model: ModelFolder, store: Store, request: 
         "data": absolute(data),
         "data_root": dataset.store.uri,
         "data_kind": dataset.kind,
+        "data_recognised_by": dataset.why,
+        "data_left_out": dataset.left_out,
         "outlined": len(dataset.shapes),
         "data_sample": content_sample(dataset),
         "model": absolute(model.uri),

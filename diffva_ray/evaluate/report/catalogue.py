@@ -17,12 +17,12 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
-from diffva_ray.evaluate.records import finished, read_records
+from diffva_ray.evaluate.records import as_records, finished, read_records
 from diffva_ray.evaluate.report.images import PanelFiles
 from diffva_ray.evaluate.tables import clean, known
 from diffva_ray.generate.committed import overlays
 from diffva_ray.generate.run import Run, part
-from diffva_ray.schema import Row, Status
+from diffva_ray.schema import Record, Status, TableRow
 
 FOLDER = "report/data"
 INDEX_RECORDS, DETAIL_RECORDS = 4000, 200  # records in one file
@@ -94,7 +94,7 @@ def read_earlier(run: Run) -> EarlierReport:
 
 
 def write_catalogue(
-    run: Run, rows: Sequence[Mapping[str, Any]], panels: dict[str, PanelFiles], about: Row, varied: dict[str, str]
+    run: Run, rows: Sequence[Record], panels: dict[str, PanelFiles], about: dict[str, Any], varied: dict[str, str]
 ) -> int:
     """Write index and details of ``rows``, delete other files of an earlier report, return the number of index files.
 
@@ -132,8 +132,8 @@ def write_catalogue(
 
 
 def _index(
-    rows: list[Row], labels: list[str], statuses: list[str], measures: list[Measure], varied: dict[str, str]
-) -> Row:
+    rows: list[TableRow], labels: list[str], statuses: list[str], measures: list[Measure], varied: dict[str, str]
+) -> dict[str, Any]:
     """The index as short columns, because it must be loaded before anything is displayed."""
     return {
         "id": [row["record_id"] for row in rows],
@@ -152,9 +152,9 @@ def _rounded(value: Any) -> float | None:
     return float(f"{value:.5g}") if known(value) else None
 
 
-def _columns(row: Mapping[str, Any]) -> Row:
+def _columns(row: Mapping[str, Any]) -> TableRow:
     """A record's columns for JSON; the 64-bit seed becomes text because a JavaScript number cannot hold it."""
-    result: Row = {}
+    result: TableRow = {}
     for key, value in row.items():
         if not known(value):
             result[key] = None
@@ -165,15 +165,15 @@ def _columns(row: Mapping[str, Any]) -> Row:
     return result
 
 
-def _chunks(rows: list[Row], size: int) -> Iterable[list[Row]]:
+def _chunks(rows: list[TableRow], size: int) -> Iterable[list[TableRow]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-def attempts(run: Run) -> dict[str, list[Row]]:
+def attempts(run: Run) -> dict[str, list[TableRow]]:
     """The outcomes of every retried record, oldest first: (try, status, error) of the first attempt and each retry."""
-    history: dict[str, list[Row]] = {}
+    history: dict[str, list[TableRow]] = {}
     for number, overlay in enumerate(overlays(run), start=1):
-        retried = read_records(overlay)[["record_id", "status", "error"]].to_dict("records")
+        retried = as_records(read_records(overlay)[["record_id", "status", "error"]])
         new = {row["record_id"] for row in retried} - set(history)
         for row in _first_attempts(run, new) if new else []:
             history[row["record_id"]] = [{"try": "first", "status": row["status"], "error": row["error"]}]
@@ -183,7 +183,7 @@ def attempts(run: Run) -> dict[str, list[Row]]:
     return history
 
 
-def _first_attempts(run: Run, records: set[str]) -> Iterable[Row]:
+def _first_attempts(run: Run, records: set[str]) -> Iterable[Record]:
     """Rows of the run's own parts, without its retries."""
     plan = run.plan()
     shards = {row["shard"] for row in plan.select(["record_id", "shard"]).to_pylist() if row["record_id"] in records}
@@ -194,7 +194,7 @@ def _first_attempts(run: Run, records: set[str]) -> Iterable[Row]:
                 yield row
 
 
-def counts(records: pd.DataFrame, history: dict[str, list[Row]]) -> Row:
+def counts(records: pd.DataFrame, history: dict[str, list[TableRow]]) -> dict[str, int]:
     """Numbers of retried records, and of those that are ok now."""
     ok = set(finished(records)["record_id"])
     return {"retried": len(history), "fixed": sum(record in ok for record in history)}

@@ -105,7 +105,7 @@ def _chart(
 
 
 def _finite(values: pd.Series) -> NDArray[np.float64]:
-    array = values.to_numpy(float)
+    array: NDArray[np.float64] = values.to_numpy(float)
     return array[np.isfinite(array)]
 
 

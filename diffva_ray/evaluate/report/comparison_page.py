@@ -49,7 +49,7 @@ from diffva_ray.evaluate.summary import print_lines, print_table, terminal
 from diffva_ray.evaluate.tables import ALL, clean, known
 from diffva_ray.generate.run import Run
 from diffva_ray.generate.run_json import RUN
-from diffva_ray.schema import Row
+from diffva_ray.schema import TableRow
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store, is_local, join
 
@@ -206,7 +206,7 @@ def cards(comparison: Comparison) -> list[Card]:
     return results
 
 
-def _interval(measure: ComparedMetric, row: Row) -> str:
+def _interval(measure: ComparedMetric, row: TableRow) -> str:
     low, high = row["interval"]
     return "no interval" if low != low else f"{signed(measure, low)} to {signed(measure, high)}"
 
@@ -241,7 +241,7 @@ def difference_table(comparison: Comparison) -> Table:
     return Table("numbers", "Numbers", caption, heads, groups)
 
 
-def _better(measure: ComparedMetric, row: Row) -> str:
+def _better(measure: ComparedMetric, row: TableRow) -> str:
     if not measure.better:
         return "–"
     return row["better"].upper() if row["better"] else "not clear"

@@ -6,13 +6,13 @@ Everything is read from the metrics of ``diffva reduce``; only the Wilson interv
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffva_ray.evaluate.judge_quality import wilson
 from diffva_ray.evaluate.tables import ALL, overall
-from diffva_ray.schema import Row
+from diffva_ray.schema import TableRow
 
 INTERVAL = "95% interval"  # heading of columns with intervals
 
@@ -94,7 +94,7 @@ def decibel(value: Any) -> str:
     return number(value, 1)
 
 
-def cards(metrics: Row | None, done: Row) -> list[Card]:
+def cards(metrics: Mapping[str, Any] | None, done: Mapping[str, Any]) -> list[Card]:
     """The key figures that apply. ``done``: the numbers of records planned, ok and quarantined."""
     bad = done["quarantined"]
     result = [Card("Records", count(done["ok"]), f"ok of {count(done['planned'])} planned, {count(bad)} quarantined")]
@@ -129,7 +129,7 @@ def cards(metrics: Row | None, done: Row) -> list[Card]:
     return result
 
 
-def glance(metrics: Row | None) -> list[str]:
+def glance(metrics: Mapping[str, Any] | None) -> list[str]:
     """The main results in at most three sentences; none before the run has been reduced."""
     metrics, sentences = metrics or {}, []
     flips = overall(metrics.get("validity", []))
@@ -157,13 +157,14 @@ def glance(metrics: Row | None) -> list[str]:
     return sentences
 
 
-def _localization(metrics: Row, map_name: str) -> Row | None:
+def _localization(metrics: Mapping[str, Any], map_name: str) -> TableRow | None:
     return overall(row for row in metrics.get("localization", []) if row["map"] == map_name)
 
 
-def judge_problem(metrics: Row) -> str:
+def judge_problem(metrics: Mapping[str, Any]) -> str:
     """Why the flip rate must not be stated; empty where it may."""
-    return (metrics.get("judge") or {}).get("problem", "")
+    judge: dict[str, str] = metrics.get("judge") or {}
+    return judge.get("problem", "")
 
 
 def is_overall(label: str) -> bool:

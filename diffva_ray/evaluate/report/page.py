@@ -37,7 +37,7 @@ from diffva_ray.evaluate.tables import known
 from diffva_ray.generate.committed import committed, parts
 from diffva_ray.generate.run import SUCCESS, Run
 from diffva_ray.model.card import UnusableModel, read_card
-from diffva_ray.schema import Record, Row, Status
+from diffva_ray.schema import Record, Status, TableRow
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import join
 
@@ -131,7 +131,7 @@ def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
     }
     quarantine = [
         (row["image_path"], plain(row["label"]), row["status"], row["error"] or "–")
-        for row in bad.head(MAX_QUARANTINE_ROWS).to_dict("records")
+        for row in as_records(bad.head(MAX_QUARANTINE_ROWS))
     ]
     name = run.store.uri.rstrip("/").split("/")[-1]
     values = {
@@ -163,7 +163,7 @@ def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
     return render_page("page.html", ("page.css", "charts.css", "viewer.css"), values, viewer_script())
 
 
-def cases(run: Run, records: pd.DataFrame, panels: dict[str, PanelFiles]) -> list[Row]:
+def cases(run: Run, records: pd.DataFrame, panels: dict[str, PanelFiles]) -> list[TableRow]:
     """Best, typical and worst image of each class, without those that have no panels."""
     size, results = run.recipe.model.resolution, []
     ranks = {"highest": "best", "median": "typical", "lowest": "worst"}
@@ -227,7 +227,7 @@ def facts(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     return [("Method", generation), ("Model and data", model_and_data), ("Provenance", provenance)]
 
 
-def notes(run: Run, metrics: Row | None, done: Row) -> list[Note]:
+def notes(run: Run, metrics: Mapping[str, Any] | None, done: Mapping[str, Any]) -> list[Note]:
     """Warnings that a reader must know before the numbers, the most serious first."""
     command = f"diffva reduce {shlex.quote(run.store.uri)}"
     results = model_notes(run)

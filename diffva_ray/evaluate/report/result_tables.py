@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from diffva_ray.evaluate.report.numbers import (
 from diffva_ray.metrics.fid import SMALL
 from diffva_ray.metrics.localization import SALIENCY
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS
-from diffva_ray.schema import Row
+from diffva_ray.schema import TableRow
 
 
 class Column(NamedTuple):
@@ -41,7 +41,7 @@ def _small(value: float) -> str:
     return number(value, 4)
 
 
-def _kid(value: Row) -> str:
+def _kid(value: Mapping[str, Any]) -> str:
     return f"{_small(value['value'])} ± {_small(value['standard_error'])}"
 
 
@@ -58,9 +58,9 @@ SPECS: dict[str, Any] = yaml.safe_load((resources.files(__package__) / "tables.y
 SPECS["counterfactual"]["columns"] += [(metric.key, metric.heading, metric.form) for metric in PAIR_METRICS]
 
 
-def report_tables(metrics: Row) -> list[Table]:
+def report_tables(metrics: Mapping[str, Any]) -> list[Table]:
     """The tables that apply, in the order of the page."""
-    rows: dict[str, list[Row]] = {key: metrics.get(key, []) for key in SPECS}
+    rows: dict[str, list[TableRow]] = {key: metrics.get(key, []) for key in SPECS}
     judges = dict.fromkeys(row["judge"] for row in rows["external_validity"])
     by_judge = [[row for row in rows["external_validity"] if row["judge"] == judge] for judge in judges]
     tables = [
@@ -80,7 +80,7 @@ def report_tables(metrics: Row) -> list[Table]:
 
 
 def _table(
-    name: str, rows: Sequence[Row], group: Callable[[Row], str] = lambda row: "", key: str = "", **values: Any
+    name: str, rows: Sequence[TableRow], group: Callable[[TableRow], str] = lambda row: "", key: str = "", **values: Any
 ) -> Table | None:
     """Table ``name`` of SPECS; None without rows. ``group`` gives the heading a row stands under, after its ``run``.
 
@@ -90,7 +90,7 @@ def _table(
     spec = SPECS[name]
     columns = [Column(*column) for column in spec["columns"]]
     used = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
-    members: dict[str, list[Row]] = {}
+    members: dict[str, list[TableRow]] = {}
     for row in rows:
         members.setdefault(" · ".join(filter(None, [row.get("run"), group(row)])), []).append(row)
     groups = [Group(heading, _body(of_group, used)) for heading, of_group in members.items()]
@@ -98,7 +98,7 @@ def _table(
     return Table(key or name, title, caption, [(column.heading, column.form not in TEXTS) for column in used], groups)
 
 
-def _body(rows: Sequence[Row], columns: Sequence[Column]) -> list[tuple[str, list[Cell]]]:
+def _body(rows: Sequence[TableRow], columns: Sequence[Column]) -> list[tuple[str, list[Cell]]]:
     """The cells of one group, each row with its kind; the best value of a column is marked."""
     best = {column.key: max((row[column.key] for row in rows if row.get(column.key) is not None), default=None)
             for column in columns if column.best}  # fmt: skip
@@ -113,13 +113,13 @@ def _body(rows: Sequence[Row], columns: Sequence[Column]) -> list[tuple[str, lis
     return body
 
 
-def _kind(row: Row) -> str:
+def _kind(row: TableRow) -> str:
     if "map" in row:
         return "ours" if row["map"].partition(" under ")[0] in SALIENCY else ""
     return "total" if is_overall(row.get("label", "")) else ""
 
 
-def localization_table(rows: list[Row]) -> Table | None:
+def localization_table(rows: list[TableRow]) -> Table | None:
     """Localisation, all classes first; the caption names the region and where the thresholds are from."""
     validation = next((row["threshold_from"] for row in rows if row.get("threshold_from")), None)
     return _table(
@@ -131,7 +131,7 @@ def localization_table(rows: list[Row]) -> Table | None:
     )
 
 
-def _ssim(rows: list[Row]) -> Table | None:
+def _ssim(rows: list[TableRow]) -> Table | None:
     table, scales = _table("ssim", rows), max((row["ms_ssim_scales"] for row in rows), default=5)
     if table is not None and scales < 5:
         table.warnings.append(
@@ -140,10 +140,10 @@ def _ssim(rows: list[Row]) -> Table | None:
     return table
 
 
-def _distances(rows: list[Row]) -> Table | None:
+def _distances(rows: list[TableRow]) -> Table | None:
     several = len({row["extractor"] for row in rows}) > 1
 
-    def heading(row: Row) -> str:
+    def heading(row: TableRow) -> str:
         return _paper_table(row) + (f", extractor {row['extractor']}" if several else "")
 
     # nested values as columns
@@ -168,7 +168,7 @@ def _distances(rows: list[Row]) -> Table | None:
     return table
 
 
-def _fidelity(rows: list[Row]) -> Table | None:
+def _fidelity(rows: list[TableRow]) -> Table | None:
     """Fidelity and diversity of the sets that are large enough."""
     flat = []
     for row in (row for row in rows if "manifold" in row):
@@ -180,7 +180,7 @@ def _fidelity(rows: list[Row]) -> Table | None:
     return _table("fidelity", flat)
 
 
-def _within(rows: list[Row]) -> Table | None:
+def _within(rows: list[TableRow]) -> Table | None:
     """Distances class by class, beside the distance of the pooled sets, as papers report it."""
     several = len({row["extractor"] for row in rows}) > 1
     classes = plain(rows[0]["conditions"]) if rows else ""
@@ -193,7 +193,7 @@ def _within(rows: list[Row]) -> Table | None:
     )
 
 
-def _paper_table(row: Row) -> str:
+def _paper_table(row: TableRow) -> str:
     """The paper's comparison that a row belongs to."""
     if "(reference)" not in row["set1"]:
         return "Table 1: images and their counterfactuals"
