@@ -35,7 +35,7 @@ from diffva_ray.data.readers import (
     vindr,
 )
 from diffva_ray.data.shapes import Shape
-from diffva_ray.data.tables import EXTENSIONS
+from diffva_ray.data.tables import EXTENSIONS, read_table
 from diffva_ray.progress import one_line
 from diffva_ray.provenance import missing
 from diffva_ray.storage.opening import open_store
@@ -154,7 +154,7 @@ def _read_file(store: Store, listing: Listing, file: str) -> Dataset:
     dataset = chexpert.read(listing, [file]) if file in listing.sizes else None
     dataset = dataset or manifest.read(listing, file, data)
     if dataset is None:
-        columns = manifest.read_table(data, file).columns
+        columns = read_table(data, file).columns
         raise UnusableData(
             f"{store.uri}/{file}: needs the columns path,label[,mask][,caption][,patient]; it has {','.join(columns)}; "
             "name them with --columns image=NAME,label=NAME"

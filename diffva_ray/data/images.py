@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import BmpImagePlugin, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from diffva_ray.data import dicom
+from diffva_ray.data.contrast import blank_reason
 from diffva_ray.data.memory_limit import MemoryLimit
 from diffva_ray.data.truncation import DamagedFile, check_end
 from diffva_ray.progress import one_line
@@ -29,9 +30,6 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 4 * MAX_PIXELS  # of a file; twice what uncompressed 16-bit pixels need
 MAX_SCANS = 1000  # of a JPEG; a progressive one has about ten. Each scan costs a pass over all pixels, up to a day
-MIN_CONTRAST = 1 / 16  # of the grey scale; 12-bit values in a 16-bit file reach just less
-MAX_TWO_VALUED = 0.95  # share of black and white pixels; a real X-ray in a wide black frame has less
-DITHERED = 0.1  # share of neighbouring pixels that differ; the outlines of a mask have less
 DEFLATED = b"1.2.840.10008.1.2.1.99"  # transfer syntax of a deflated DICOM file
 DICOM_HEADER_BYTES = 1 << 16  # the transfer syntax is in this part of the file
 
@@ -124,21 +122,9 @@ def decode_square(data: bytes, size: int, min_side: int = 1, bits: int = 16) -> 
 
 
 def check_contrast(image: NDArray[np.floating]) -> None:
-    """Raises BadImage (status ``blank``) for an image, float [H, W] in [0, 1], whose results would be meaningless: 90 %
-    of its values are within MIN_CONTRAST, or more than MAX_TWO_VALUED of its pixels are black or white areas."""
-    rows, columns = (max(1, side // 128) for side in image.shape)  # a grid is enough for a large image
-    grid = image[::rows, ::columns]
-    low, high = np.percentile(grid, (5, 95))
-    if not high - low >= MIN_CONTRAST:
-        raise BadImage(
-            f"blank: 90 % of the values are between {low:.3f} and {high:.3f} of the grey scale: a flat image, a DICOM "
-            "window off its values, or a 16-bit file that uses fewer bits (see diffva inspect; --set data.bits=12)",
-            Status.BLANK,
-        )
-    dithered = (grid[:, 1:] != grid[:, :-1]).mean() > DITHERED  # black and white dots that look grey
-    if (share := ((grid <= 0) | (grid >= 1)).mean()) > MAX_TWO_VALUED and not dithered:
-        reason = f"blank: {share:.0%} of the pixels are black or white: a mask, or a DICOM window far too narrow"
-        raise BadImage(reason, Status.BLANK)
+    """Raises BadImage (status ``blank``) for an image, float [H, W] in [0, 1], whose results would be meaningless."""
+    if reason := blank_reason(image):
+        raise BadImage(f"blank: {reason}", Status.BLANK)
 
 
 def describe(data: bytes) -> str:

@@ -29,10 +29,14 @@ class Shape:
         raise NotImplementedError
 
     def on_square(self, width: int, height: int, size: int) -> NDArray[np.bool_]:
-        """The shape on the square of ``size`` pixels to which an image file of ``width`` x ``height`` is squashed; the
-        nearest pixel."""
-        mask = Image.fromarray(self.mask(self.width or width, self.height or height))
-        return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
+        """The shape on the square of ``size`` pixels to which an image file of ``width`` x ``height`` is squashed: the
+        nearest pixels. A shape too small to be hit gets the pixel of its centre."""
+        mask = self.mask(self.width or width, self.height or height)
+        square = np.array(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
+        if mask.any() and not square.any():
+            y, x = (np.argwhere(mask).mean(0) * size / mask.shape).astype(int)
+            square[y, x] = True
+        return square
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class ScoreOptions:
     threshold_from: str | None = None  # reduced run, earlier --out, or .json file with thresholds
     model: str | None = None  # model whose training images are refused; for maps of a run, the run's model
     allow_training_images: bool = False
-    data: DataConfig = DataConfig()  # how a table of images is read
+    data: DataConfig = field(default_factory=DataConfig)  # how a table of images is read
 
 
 @dataclass(frozen=True)

@@ -125,9 +125,9 @@ OPTIONS = {
     "demo": "--out --quick --seed",
     "explain": "IMAGE --dry-run --guidance-scale --json --method --model --out --prompt --recipe --scheduler --seed "
     "--set --steps --strength",
-    "generate": "--actors --allow-environment-change --classes --data --dry-run --executor --gpus-per-actor "
+    "generate": "--actors --allow-environment-change --classes --columns --data --dry-run --executor --gpus-per-actor "
     "--guidance-scale --healthy-class --images-per-second --limit --method --micro-batch --model --out --probe "
-    "--prompt --recipe --samples --scheduler --seed --set --shard-size --steps --strength --sweep",
+    "--prompt --recipe --root --samples --scheduler --seed --set --shard-size --steps --strength --sweep",
     "inspect": "DATA OTHER --columns --json --recipe --root --set",
     "interpolate": "IMAGE --dry-run --frames --guidance-scale --json --method --model --out --prompt --recipe "
     "--scheduler --seed --set --steps --strength --to",
@@ -138,10 +138,10 @@ OPTIONS = {
     "--max-quarantined-fraction --reference --resize --sources --threshold-from",
     "report": "RUN --boxes --images --port --serve",
     "retry": "RUN --actors --allow-environment-change --data --executor --gpus-per-actor --model",
-    "score": "MAPS --allow-training-images --boxes --data --encoding --json --model --out --positive --signed --size "
-    "--smoothing --threshold-from",
+    "score": "MAPS --allow-training-images --boxes --columns --data --encoding --json --model --out --positive --root "
+    "--signed --size --smoothing --threshold-from",
     "status": "RUN_OR_MODEL --json",
-    "train": "--data --dry-run --executor --gpus-per-worker --out --recipe --set --workers",
+    "train": "--columns --data --dry-run --executor --gpus-per-worker --out --recipe --root --set --workers",
     "verify": "RUN --repair",
 }
 

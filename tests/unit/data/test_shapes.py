@@ -61,6 +61,11 @@ def test_boxes_that_are_thin_or_outside() -> None:
     assert boxes(100, 100, 10, (0, 0, 10, 10), (90, 90, 10, 10)).sum() == 2
 
 
+def test_a_mask_too_small_for_the_square_keeps_a_pixel() -> None:
+    drawn = Runs("", 1024, 1024, counts=(100 * 1024 + 500, 2, 1022, 2)).on_square(64, 64, 32)
+    assert np.argwhere(drawn).tolist() == [[15, 3]]
+
+
 def test_all_shapes_make_one_lesion() -> None:
     one, two = Box("", 0, 0, 0, 0, 2, 2), Box("", 0, 0, 6, 6, 2, 2)
     union = lesion_mask([one, two], 8, 8, 8)
