@@ -142,7 +142,7 @@ def external_rows(
 
 
 def counterfactual_rows(scores: list[TableRow]) -> list[TableRow]:
-    """Means of PAIR_METRICS by class with 95 % bootstrap intervals over images; absent if no image has the metric."""
+    """Means of PAIR_METRICS by class with 95 % bootstrap intervals over patients; absent if no image has the metric."""
     means = []
     for label, rows in by_label(pd.DataFrame(scores)) if scores else ():
         row: TableRow = {"label": label, "n": len(rows)}

@@ -116,7 +116,7 @@ def validity_rows(records: pd.DataFrame) -> list[TableRow]:
 def localization_rows(
     localization: LocalizationScores, thresholds: dict[str, float] | None, source: str | None
 ) -> list[TableRow]:
-    """Localisation by class and map, with bootstrap intervals over images.
+    """Localisation by class and map, with bootstrap intervals over patients.
 
     ``thresholds``: by map, fixed on another set, whose name is ``source``; without them there is no fixed Dice. Raises
     ValueError for a threshold off the grid of the Dice curves."""
