@@ -48,7 +48,7 @@ def make_run(folder: Path, images: int, hostile: bool) -> Run:
     }  # fmt: skip
     (folder / "model").mkdir()
     (folder / "model" / "diffva.json").write_text(
-        json.dumps({"format": 2, "digest": "d" * 64, "data_kind": "phantoms"})
+        json.dumps({"format": 2, "recipe": {"name": "tiny"}, "digest": "d" * 64, "data_kind": "phantoms"})
     )
     run = start_run(store, table, pixel_keys(recipe, request, "d" * 64, "2.0", "cpu"), about)
     for shard in range(run.shards):

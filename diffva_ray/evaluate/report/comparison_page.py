@@ -235,7 +235,7 @@ def difference_table(comparison: Comparison) -> Table:
         groups.append(Group(class_name(label), body))
     caption = (
         "Means over the images that both runs have; the flip rate is over images that the judges of both runs call "
-        "abnormal. Intervals by paired bootstrap over patients (images where patients are unknown), separately for each "
+        "abnormal. Intervals by paired bootstrap over patients (images where these are unknown), separately for each "
         "number. A run is named better where the interval excludes zero and the measure has a good direction."
     )
     return Table("numbers", "Numbers", caption, heads, groups)

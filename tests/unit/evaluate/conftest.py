@@ -49,7 +49,9 @@ def make_run(tmp_path: Path) -> MakeRun:
         images = [_image(data, labels[n % 2], n, random) for n in range(12)]
         model = tmp_path / "model"
         model.mkdir(exist_ok=True)
-        (model / "diffva.json").write_text(json.dumps({"format": 2, "digest": "d" * 64, "data_kind": trained_on}))
+        (model / "diffva.json").write_text(
+            json.dumps({"format": 2, "recipe": {"name": "tiny"}, "digest": "d" * 64, "data_kind": trained_on})
+        )
         recipe = load_recipe("phantom", [f"model.resolution={SIZE}", "generate.shard_size=4"])
         request = Request(prompt=prompt)
         table = make_plan(Dataset(data, images, data_kind), recipe, request)

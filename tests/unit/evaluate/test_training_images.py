@@ -25,7 +25,9 @@ def teach(run: Run, paths: list[str]) -> None:
     model = Path(run.about["model"])
     data = LocalStore(run.about["data_root"])
     listed = [hashlib.sha256(data.read(path)).hexdigest()[:16] for path in paths]
-    (model / "diffva.json").write_text(json.dumps({"format": 2, "digest": "d" * 64, "training_images": sorted(listed)}))
+    (model / "diffva.json").write_text(
+        json.dumps({"format": 2, "recipe": {"name": "tiny"}, "digest": "d" * 64, "training_images": sorted(listed)})
+    )
 
 
 def test_training_lists_every_image_by_hash(model: Path, images: Path) -> None:
