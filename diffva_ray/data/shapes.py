@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(ABC):
     """A lesion in pixels of an image of ``width`` x ``height``; 0: of the image file as it is.
 
     Attributes:
@@ -24,9 +25,9 @@ class Shape:
     width: int = 0
     height: int = 0
 
+    @abstractmethod
     def mask(self, width: int, height: int) -> NDArray[np.bool_]:
         """The shape as bool [height, width]."""
-        raise NotImplementedError
 
     def on_square(self, width: int, height: int, size: int) -> NDArray[np.bool_]:
         """The shape on the square of ``size`` pixels to which an image file of ``width`` x ``height`` is squashed: the
