@@ -78,8 +78,8 @@ class ShardFeatures:
         names = {kind: f"{extractor.name}/{kind}" for kind in ("source", "counterfactual")}
         ids, arrays = self.ids.astype(str).tolist(), None
         if extractor.is_stand_in:
-            own = stored_features_path(opened(join(self.run, self.folder)), self.shard_ref[1])
-            arrays = read_npz(self.run, f"{self.folder}{own}", ids, names)
+            own = stored_features_path(opened(self.run), self.shard_ref[1], self.folder)
+            arrays = read_npz(self.run, own, ids, names)
         return arrays or read_npz(self.run, self._path(extractor), ids, names)
 
     def fill(self, extractor: Extractor) -> None:

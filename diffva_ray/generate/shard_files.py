@@ -30,10 +30,10 @@ def features_path(shard: int) -> str:
     return f"features/{part(shard)}.npz"
 
 
-def stored_features_path(store: Store, shard: int) -> str:
-    """Path of the features of a committed shard, as its part names it."""
-    metadata = pq.read_schema(io.BytesIO(store.read(commit_path(shard)))).metadata or {}
-    return metadata.get(b"features", features_path(shard).encode()).decode()
+def stored_features_path(store: Store, shard: int, folder: str = "") -> str:
+    """Path of the features of a committed shard, as its part names it; ``folder``: of a retry, ends with a slash."""
+    metadata = pq.read_schema(io.BytesIO(store.read(f"{folder}{commit_path(shard)}"))).metadata or {}
+    return folder + metadata.get(b"features", features_path(shard).encode()).decode()
 
 
 class ShardFiles:
