@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import Annotated, Any, TypedDict, cast, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, cast, get_args, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ Image = NDArray[np.float32]  # grey in [0, 1], or an attribution map in [-1, 1];
 Mask = NDArray[np.bool_]  # [H, W] unless documented otherwise
 TableRow = dict[str, Any]  # a row of a table of results, by column
 SCHEMA_VERSION = 2  # version 1 had other names of columns and folders
+PathColumn = Literal["counterfactual_path", "attribution_path", "reconstruction_path"]  # images of a record
 ENGINE = 3  # part of a run's fingerprint; increase it when the engine rounds differently for the same settings
 
 

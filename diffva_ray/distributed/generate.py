@@ -28,13 +28,13 @@ MAX_START_DEATHS = 3  # consecutive actors that may die while they start (spot n
 class ShardWorker:
     """Actor of the pool: opens model, data and run once, then runs shard after shard."""
 
-    def __init__(self, run: str, data: str, model: str, device: str, driver: str) -> None:
+    def __init__(self, run: str, data: str, model: str, device: str, driver: str, allowed: bool = False) -> None:
         from diffva_ray.generate import shard  # imported here because it loads torch, which the driver does not need
 
         node = ray.get_runtime_context().get_node_id()
         self.run_shard = shard.run_shard
         attempts = Session(RAY, driver, node, _is_alive)
-        self.context = patiently(lambda: shard.WorkerContext.open(run, data, model, device, attempts))
+        self.context = patiently(lambda: shard.WorkerContext.open(run, data, model, device, attempts, allowed))
         self.metrics = GenerationMetrics(run)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
@@ -66,6 +66,7 @@ def generate(
     actors: int | None = None,
     gpus_per_actor: float | None = None,
     worker: type = ShardWorker,
+    allow_environment_change: bool = False,
 ) -> None:
     """Run the ``pending`` shards of a run on an actor pool.
 
@@ -79,6 +80,7 @@ def generate(
             CPU if the cluster has no GPU.
         gpus_per_actor: GPUs, or a fraction of one, for each actor; by default 1 if the cluster has GPUs, otherwise 0.
         worker: Class with the constructor and call of ``ShardWorker``; a simulator can replace it.
+        allow_environment_change: Whether workers may have another device than the run's first worker.
     """
     gpus = gpus_per_actor
     if gpus is None:
@@ -101,7 +103,14 @@ def generate(
         compute=_pool(actors, gpus, len(pending)),
         num_gpus=gpus or None,
         num_cpus=0,  # on a small machine, actors with one CPU each would starve Ray Data's own tasks
-        fn_constructor_args=(run, data, model, "cuda" if gpus else "cpu", secrets.token_hex(6)),
+        fn_constructor_args=(
+            run,
+            data,
+            model,
+            "cuda" if gpus else "cpu",
+            secrets.token_hex(6),
+            allow_environment_change,
+        ),
     )
     reported = list[int]()
     with session.waiting("the first shard", {"GPU": gpus} if gpus else {"CPU": 1}, lambda: bool(reported)):

@@ -22,6 +22,7 @@ from diffva_ray.evaluate.records import stored_records
 from diffva_ray.evaluate.run_index import RunIndex, ShardRef
 from diffva_ray.generate.run import Run, find_run, part
 from diffva_ray.generate.run_json import OVERLAYS
+from diffva_ray.generate.shard_files import stored_features_path
 from diffva_ray.metrics.feature_set import Features, FeatureSet, npz, release
 from diffva_ray.metrics.fid import delete_group_jackknife, frechet_distance_features, matched
 from diffva_ray.metrics.fid_controls import infinity, split_halves
@@ -75,9 +76,10 @@ class ShardFeatures:
     def stored(self, extractor: Extractor) -> Arrays | None:
         """Read the features stored by the shard's worker (random-feature extractor) or by an earlier reduce."""
         names = {kind: f"{extractor.name}/{kind}" for kind in ("source", "counterfactual")}
-        own = f"{self.folder}features/{part(self.shard_ref[1])}.npz"
-        ids = self.ids.astype(str).tolist()
-        arrays = read_npz(self.run, own, ids, names) if extractor.is_stand_in else None
+        ids, arrays = self.ids.astype(str).tolist(), None
+        if extractor.is_stand_in:
+            own = stored_features_path(opened(self.run), self.shard_ref[1], self.folder)
+            arrays = read_npz(self.run, own, ids, names)
         return arrays or read_npz(self.run, self._path(extractor), ids, names)
 
     def fill(self, extractor: Extractor) -> None:

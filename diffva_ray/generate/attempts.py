@@ -5,25 +5,27 @@ left behind means that a worker died. From then on the records of that shard are
 own marker while it is in progress. A record during which workers keep dying is quarantined as ``killed_worker``; the
 other records of the shard go on.
 
-A marker counts only where the death of its worker is certain. Under Ray the driver knows: markers count while their
-driver runs and their node is alive (not preempted or lost). Without Ray the process is its own driver, so a record must
-have killed three processes while it was the only one in progress. A record that completes clears its markers.
+A marker counts only where the death of its worker is certain, never while its process is running or paused
+(``generate/processes.py``). Under Ray the driver knows: markers count while their driver runs and their node is alive
+(not preempted or lost). Without Ray the process is its own driver, so a record must have killed three processes while
+it was the only one in progress. A record that completes clears its markers.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import socket
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from diffva_ray.generate import processes
 from diffva_ray.generate.run import part
-from diffva_ray.storage.store import Store
+from diffva_ray.storage.store import Store, StoreError
 
 FOLDER = "attempts"
 INLINE, RAY = "inline", "ray"
@@ -48,9 +50,10 @@ class Session:
     driver: str = field(default_factory=lambda: secrets.token_hex(6))  # random id of the driver process
     node: str = ""  # Ray's id of the worker's node
     alive: Callable[[str], bool] = lambda node: True  # whether a node is still in the cluster
+    process: dict[str, Any] = field(default_factory=lambda: processes.this_process())
 
-    def counts(self, marker: Marker) -> bool:
-        """Whether a marker that was left behind counts as a worker's death; see the module docstring."""
+    def concerns(self, marker: Marker) -> bool:
+        """Whether a marker that was left behind is of this executor and driver; see the module docstring."""
         if self.executor == INLINE:
             return marker.executor == INLINE
         return marker.driver == self.driver and self.alive(marker.node)
@@ -83,7 +86,10 @@ class Attempt:
             for path, _ in store.list(self.folder)
             if len(fields := path.rpartition("/")[2].split("~")) == len(Marker._fields)
         ]
-        counted = [marker for marker in self.left_behind if session.counts(marker)]
+        counted = [marker for marker in self.left_behind if session.concerns(marker) and self._is_left(marker)]
+        self.marked = set[str]()  # paths of this attempt's markers
+        self.changing = threading.Lock()
+        self.ended = threading.Event()
         self.deaths = sum(marker.kind == "try" for marker in counted)
         self.short_of_memory = sum(marker.kind == "memory" for marker in counted)
         self.failure_counts = Counter(marker.record for marker in counted if marker.kind == "flight")
@@ -108,10 +114,12 @@ class Attempt:
                 "committed work is kept; the same command continues the run"
             )
         self._mark("try")
+        threading.Thread(target=self._beat, daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Delete the attempt's marker: the process survived, whatever happened."""
+        self.ended.set()
         self._unmark("try")
 
     @contextmanager
@@ -140,8 +148,33 @@ class Attempt:
         return f"{self.folder}/{Marker(kind, session.executor, session.driver, session.node, self.token, record).name}"
 
     def _mark(self, kind: str, record: str = "") -> None:
-        content = {"host": socket.gethostname(), "pid": os.getpid(), "record_id": record or None}
-        self.store.put(self._marker(kind, record), json.dumps(content).encode())
+        with self.changing:
+            self.marked.add(path := self._marker(kind, record))
+            self._write(path)
 
     def _unmark(self, kind: str, record: str = "") -> None:
-        self.store.delete(self._marker(kind, record))
+        with self.changing:
+            self.marked.discard(path := self._marker(kind, record))
+            self.store.delete(path)
+
+    def _write(self, path: str) -> None:
+        self.store.put(path, json.dumps({**self.session.process, "beat": time.time()}).encode())
+
+    def _beat(self) -> None:
+        """Write the markers again from time to time, as a sign of life for processes of other hosts."""
+        while not self.ended.wait(processes.HEARTBEAT):
+            with self.changing, suppress(StoreError):
+                for path in self.marked:
+                    self._write(path)
+
+    def _is_left(self, marker: Marker) -> bool:
+        """Whether the process of a marker has ended. A process leaves the marker of a failure behind on purpose."""
+        if marker.kind == "memory":
+            return True
+        try:
+            process = json.loads(self.store.read(f"{self.folder}/{marker.name}"))
+        except FileNotFoundError:
+            return False  # deleted meanwhile
+        except (OSError, ValueError):
+            return True
+        return not (isinstance(process, dict) and processes.is_running(process))

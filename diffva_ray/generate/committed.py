@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +22,10 @@ from diffva_ray.generate.run import DamagedPart, PlanError, Run, find_run, part,
 from diffva_ray.generate.run_json import OVERLAYS as OVERLAYS  # the readers of a run name it, too
 from diffva_ray.generate.run_json import RUN, DamagedRun, repair_command
 from diffva_ray.progress import one_line
-from diffva_ray.schema import PLAN, Status
+from diffva_ray.schema import PLAN, PathColumn, Status
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import join
 
-PathColumn = Literal["counterfactual_path", "attribution_path", "reconstruction_path"]
 PATHS: tuple[PathColumn, ...] = get_args(PathColumn)
 READAHEAD_PARTS = 64
 

@@ -8,9 +8,12 @@ from typing import Any
 
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.generate.plan import Request
-from diffva_ray.generate.run import Run
+from diffva_ray.generate.run import DEVICE_NAME, FingerprintDiffers, Run
+from diffva_ray.generate.run_json import base_uri
 from diffva_ray.schema import ENGINE, SCHEMA_VERSION
+from diffva_ray.storage.opening import open_store
 
+DEVICE_FILE = "device.json"  # in the run's folder
 SPACED_ANEW = {"dpmsolver++", "unipc"}  # samplers whose timesteps earlier versions spaced differently
 
 
@@ -45,6 +48,21 @@ def keys_now(run: Run, torch_version: str, device: str) -> dict[str, Any]:
     """The run's keys with the environment of this version and machine."""
     spacing = _spacing(run.keys["scheduler"], run.keys["sweep"])
     return {**run.keys, "torch": torch_version, "device": device, "engine": ENGINE, "timestep_spacing": spacing}
+
+
+def check_device_name(run: Run, name: str, allow_environment_change: bool = False) -> None:
+    """Compare the device of a worker with the one of the run's first worker, which is stored in DEVICE_FILE.
+
+    GPU models, and CPUs with other vector instructions, round differently. Raises FingerprintDiffers."""
+    store, content = open_store(base_uri(run.store)), json.dumps({DEVICE_NAME: name}).encode()
+    if store.put_if_absent(DEVICE_FILE, content):
+        return
+    try:
+        first = json.loads(store.read(DEVICE_FILE))[DEVICE_NAME]
+    except (OSError, ValueError, LookupError, TypeError):  # damaged
+        return store.put(DEVICE_FILE, content)
+    if first != name and not allow_environment_change:
+        raise FingerprintDiffers(store.uri, [DEVICE_NAME], {DEVICE_NAME: first}, {DEVICE_NAME: name})
 
 
 def _spacing(scheduler: str, sweep: Iterable[tuple[str, Sequence[Any]]]) -> str:

@@ -18,11 +18,11 @@ from diffva_ray.config.recipe import GenerateConfig
 from diffva_ray.data.encoding import encode_grey, encode_map
 from diffva_ray.generate.measures import measure, unit
 from diffva_ray.generate.run import FOLDERS, part
+from diffva_ray.generate.shard_files import ShardFiles
 from diffva_ray.metrics.features import Extractor
 from diffva_ray.metrics.validity import Judge
 from diffva_ray.progress import Stopwatch
-from diffva_ray.schema import PlannedRecord, Record, Results, Status, complete
-from diffva_ray.storage.store import Store
+from diffva_ray.schema import PathColumn, PlannedRecord, Record, Results, Status, complete
 
 THREADS = 4
 MAX_PENDING = 32  # generations that may wait for a thread
@@ -45,7 +45,7 @@ class ScoredRecord:
     """A record with its metrics, whose files are not written yet."""
 
     record: Record
-    files: dict[str, Callable[[], bytes]]  # encoder of each file by path
+    files: dict[PathColumn, Callable[[], bytes]]  # encoder of each file by the column with its path
     features: tuple[NDArray[np.float32], NDArray[np.float32]]  # of image and counterfactual
     seconds: float  # taken by the metrics
 
@@ -64,9 +64,9 @@ class Postprocessor:
     """Processes generations in threads. Call ``results`` before committing a shard; it waits until all is stored."""
 
     def __init__(
-        self, store: Store, watch: Stopwatch, config: GenerateConfig, judge: Judge | None, extractor: Extractor
+        self, files: ShardFiles, watch: Stopwatch, config: GenerateConfig, judge: Judge | None, extractor: Extractor
     ) -> None:
-        self.store, self.watch, self.config, self.judge, self.extractor = store, watch, config, judge, extractor
+        self.files, self.watch, self.config, self.judge, self.extractor = files, watch, config, judge, extractor
         # torch starts each thread with all cores, and thread counts change the last bits of features
         self.pool = ThreadPoolExecutor(THREADS, "postprocess", torch.set_num_threads, (config.cpu_threads,))
         self.pending: deque[Future[ProcessedRecord]] = deque()
@@ -76,7 +76,7 @@ class Postprocessor:
         """Process a generation, scored or not, or pass on a record that has none.
 
         Waits while MAX_PENDING generations are pending. Raises the exception of an earlier one (StoreError when the
-        store fails), so that nothing is generated for a store that has failed.
+        store fails, AlreadyCommitted), so that nothing is generated in vain.
         """
         while self.pending and (self.pending[0].done() or len(self.pending) >= MAX_PENDING):
             with self.watch("write"):
@@ -113,10 +113,10 @@ class Postprocessor:
         counterfactual, attribution, reconstruction = (
             f"{kind}/{part(item.planned['shard'])}/{item.planned['record_id']}.png" for kind in FOLDERS
         )
-        files: dict[str, Callable[[], bytes]] = {
-            counterfactual: partial(encode_grey, item.counterfactual),
-            reconstruction: partial(encode_grey, item.reconstruction),
-            attribution: partial(encode_map, signed_map),
+        files: dict[PathColumn, Callable[[], bytes]] = {
+            "counterfactual_path": partial(encode_grey, item.counterfactual),
+            "reconstruction_path": partial(encode_grey, item.reconstruction),
+            "attribution_path": partial(encode_map, signed_map),
         }
         results: Results = {
             **item.results,
@@ -136,9 +136,10 @@ class Postprocessor:
     def _process(self, item: Generation | ScoredRecord) -> ProcessedRecord:
         scored = self.score(item) if isinstance(item, Generation) else item
         began = time.perf_counter()
-        for path, encode in scored.files.items():
-            self.store.put(path, encode())
-        return ProcessedRecord(scored.record, scored.features, scored.seconds, time.perf_counter() - began)
+        record = scored.record.copy()
+        for column, encode in scored.files.items():
+            record[column] = self.files.write(record[column], encode())
+        return ProcessedRecord(record, scored.features, scored.seconds, time.perf_counter() - began)
 
     def __enter__(self) -> Postprocessor:
         return self

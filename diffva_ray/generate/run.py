@@ -38,6 +38,7 @@ from diffva_ray.storage.store import Ranges, Store
 PLAN_FILE, SUCCESS = "plan.parquet", "_SUCCESS"
 FOLDERS = ("counterfactuals", "attributions", "reconstructions")  # the images of a record, one file each
 ENVIRONMENT = ("torch", "device", "engine")  # keys that --allow-environment-change may change
+DEVICE_NAME = "device_name"  # likewise, but the first worker sets it: the driver may have another device
 MAX_ROW_GROUPS = 4096  # of the plan file; keeps its footer small, which every worker reads
 PART = re.compile(r"records/part-(\d{5,})\.parquet")  # anything else in records/ is no part of the run
 
@@ -46,11 +47,14 @@ class FingerprintDiffers(Exception):
     """The run was planned with another configuration; ``keys`` are the keys that differ."""
 
     def __init__(self, uri: str, keys: Sequence[str], old: dict[str, Any], new: dict[str, Any]) -> None:
-        self.keys = list(keys)
+        self.uri, self.keys, self.old, self.new = uri, list(keys), dict(old), dict(new)
         changes = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
-        only_environment = set(keys) <= set(ENVIRONMENT)
+        only_environment = set(keys) <= {*ENVIRONMENT, DEVICE_NAME}
         hint = "--allow-environment-change continues all the same" if only_environment else "choose another --out"
         super().__init__(f"{uri} was made with another configuration ({changes}); {hint}")
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it comes from a worker
+        return FingerprintDiffers, (self.uri, self.keys, self.old, self.new)
 
 
 class PlanError(ValueError):

@@ -83,16 +83,20 @@ def read_run_json(store: Store) -> dict[str, Any] | None:
     return about
 
 
+def base_uri(store: Store) -> str:
+    """The address of a run, or of the run that a retry belongs to."""
+    return store.uri.partition(f"/{OVERLAYS}/")[0]
+
+
 def repair_command(store: Store, lost: bool = False) -> str:
     """What writes a damaged (or ``lost``) file of a run or of a retry again."""
-    base, overlay, _ = store.uri.partition(f"/{OVERLAYS}/")
-    if overlay:
+    if (base := base_uri(store)) != store.uri:
         return f"run diffva verify {base} --repair, then diffva retry, to write it again"
     again = "the run's own diffva generate command again to write it"
     return f"give {again}" if lost else f"run diffva verify {base} --repair, then give {again}"
 
 
 def _damaged(store: Store, reason: str) -> DamagedRun:
-    overlay = f"/{OVERLAYS}/" in store.uri
+    overlay = base_uri(store) != store.uri
     mend = repair_command(store) if overlay else f"delete that file and {repair_command(store, lost=True)}"
     return DamagedRun(f"{store.uri}/{RUN} is damaged ({reason}); {mend}")

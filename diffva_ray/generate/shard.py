@@ -29,13 +29,15 @@ from diffva_ray.data.images import MAX_BYTES, BadImage, decode_square, header_co
 from diffva_ray.data.memory_limit import MemoryLimit
 from diffva_ray.generate.attempts import MAX_RECORD_DEATHS, Attempt, OutOfMemory, Session
 from diffva_ray.generate.data_identity import check_there, readable
+from diffva_ray.generate.keys import check_device_name
 from diffva_ray.generate.postprocessing import Generation, Postprocessor, ProcessedRecord
 from diffva_ray.generate.run import Run, Unfinished, find_run, part
+from diffva_ray.generate.shard_files import AlreadyCommitted, ShardFiles, commit_path, features_path
 from diffva_ray.metrics.feature_set import npz
 from diffva_ray.metrics.features import Extractor, stand_in
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
-from diffva_ray.progress import Stopwatch, one_line
+from diffva_ray.progress import LOG, Stopwatch, one_line
 from diffva_ray.schema import PlannedRecord, Record, Results, Status, complete
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store, StoreError, patiently
@@ -57,12 +59,14 @@ class WorkerContext:
 
     @classmethod
     def open(
-        cls, run_uri: str, data_uri: str, model_uri: str, device: str | None = None, session: Session | None = None
-    ) -> WorkerContext:
+        cls, run_uri: str, data_uri: str, model_uri: str, device: str | None = None, session: Session | None = None,
+        allow_environment_change: bool = False,
+    ) -> WorkerContext:  # fmt: skip
         """Load everything a shard needs.
 
         Raises UnusableModel for a model that cannot be loaded, Unfinished without a run at ``run_uri``, for another
-        model than the run's, and for a model that cannot be compiled or has a damaged judge.
+        model than the run's, and for a model that cannot be compiled or has a damaged judge; FingerprintDiffers on
+        another device than that of the run's first worker.
         """
         run = find_run(open_store(run_uri))
         if run is None:
@@ -71,6 +75,7 @@ class WorkerContext:
         if bundle.digest != run.keys["model_digest"]:
             raise Unfinished(f"--model {model_uri}: not the model that {run_uri} was planned with")
         engine = CounterfactualEngine(bundle, run.recipe.generate, device)
+        check_device_name(run, engine.device_name, allow_environment_change)
         try:
             if run.recipe.generate.compile:
                 engine.compile()
@@ -87,10 +92,10 @@ class WorkerContext:
             "model_digest": self.engine.bundle.digest, "attribution_kind": kind, "device": self.engine.device_name
         }  # fmt: skip
 
-    def postprocessor(self) -> Postprocessor:
-        """A new postprocessor for one shard."""
+    def postprocessor(self, files: ShardFiles) -> Postprocessor:
+        """A new postprocessor for one attempt at a shard."""
         config = self.run.recipe.generate
-        return Postprocessor(self.run.store, self.engine.watch, config, self.judge, self.extractor)
+        return Postprocessor(files, self.engine.watch, config, self.judge, self.extractor)
 
 
 @dataclass
@@ -107,7 +112,7 @@ class Source:
 
 
 def run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
-    """Generate and commit one shard, unless it is committed already.
+    """Generate and commit one shard, unless it is committed already or by another process meanwhile.
 
     A failing store is tried again after a pause.
 
@@ -116,7 +121,7 @@ def run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
         shard: Number of the shard in the plan.
 
     Returns:
-        A report: ``shard``, ``records`` and ``ok`` (their numbers; 0 for a shard that was committed already), and
+        A report: ``shard``, ``records`` and ``ok`` (their numbers; 0 for a shard that another process committed), and
         ``seconds`` by stage: read and decode_images (waiting for images, which are read ahead), encode, denoise,
         decode, metrics and write (waiting for the threads that score and store, and for the commit).
 
@@ -126,20 +131,24 @@ def run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
         WorkersKeepDying: Too many workers died on this shard.
         PlanError: The plan is missing or is not the run's.
     """
-    return patiently(lambda: _run_shard(context, shard))
+    try:
+        return patiently(lambda: _run_shard(context, shard))
+    except AlreadyCommitted:
+        LOG.info("%s: another process has committed this shard", part(shard))
+        return {"shard": shard, "records": 0, "ok": 0, "seconds": context.engine.watch.seconds}
 
 
 def _run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
     run, store, watch = context.run, context.run.store, context.engine.watch
     watch.seconds = {}
-    commit = f"records/{part(shard)}.parquet"
-    if store.exists(commit):
+    if store.exists(commit_path(shard)):
         return {"shard": shard, "records": 0, "ok": 0, "seconds": watch.seconds}
     planned = run.planned(shard)
     # generate; record by record if a worker died on this shard before
     with Attempt(store, shard, context.session) as attempt:
+        files = ShardFiles(store, shard, attempt.token)
         try:
-            processed = (_one_by_one if attempt.isolated else _in_batches)(context, planned, attempt)
+            processed = (_one_by_one if attempt.isolated else _in_batches)(context, planned, attempt, files)
         except torch.cuda.OutOfMemoryError as error:
             attempt.ran_out_of_memory()
             raise OutOfMemory(
@@ -149,22 +158,27 @@ def _run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
         # commit: the records come last
         finished = [one.record for one in processed]
         with watch("write"):
+            features = features_path(shard)
             if any(one.features for one in processed):
-                store.put(f"features/{part(shard)}.npz", _features(context.extractor.name, processed))
-            seconds = {stage: round(value, 4) for stage, value in watch.seconds.items()}
-            store.put(f"timings/{part(shard)}.json", json.dumps(seconds).encode())
-            store.put_if_absent(commit, records_part(run, shard, finished))
+                features = files.write(features, _features(context.extractor.name, processed))
+            committed = store.put_if_absent(commit_path(shard), records_part(run, shard, finished, features))
         attempt.clear()
+        if not committed:
+            raise AlreadyCommitted
+        seconds = {stage: round(value, 4) for stage, value in watch.seconds.items()}
+        store.put(f"timings/{part(shard)}.json", json.dumps(seconds).encode())
     ok = sum(record["status"] == Status.OK.value for record in finished)
     return {"shard": shard, "records": len(finished), "ok": ok, "seconds": watch.seconds}
 
 
-def _in_batches(context: WorkerContext, planned: list[PlannedRecord], attempt: Attempt) -> list[ProcessedRecord]:
+def _in_batches(
+    context: WorkerContext, planned: list[PlannedRecord], attempt: Attempt, files: ShardFiles
+) -> list[ProcessedRecord]:
     """Process the records in micro-batches, while threads read the next images and store the last results."""
     size, watch, sources = context.run.recipe.generate.micro_batch, context.engine.watch, list[Source]()
     readers = ThreadPoolExecutor(READ_THREADS)
     try:
-        with context.postprocessor() as postprocessor:
+        with context.postprocessor(files) as postprocessor:
             images = [readers.submit(read_source, context, record) for record in planned]
             for start in range(0, len(images), size):  # batches of the plan: unreadable neighbours change no pixel
                 with watch("read"):
@@ -179,14 +193,16 @@ def _in_batches(context: WorkerContext, planned: list[PlannedRecord], attempt: A
         readers.shutdown(cancel_futures=True)
 
 
-def _one_by_one(context: WorkerContext, planned: list[PlannedRecord], attempt: Attempt) -> list[ProcessedRecord]:
+def _one_by_one(
+    context: WorkerContext, planned: list[PlannedRecord], attempt: Attempt, files: ShardFiles
+) -> list[ProcessedRecord]:
     """Process each record alone, because a worker died on this shard: suspects first, poison records not at all.
 
     Batches are padded, so a record has the same pixels alone as in a full batch."""
     limit, poison, watch = MAX_RECORD_DEATHS[attempt.session.executor], attempt.poison_records, context.engine.watch
     order = sorted(planned, key=lambda record: -attempt.failure_counts[record["record_id"]])
     sources = list[Source]()
-    with context.postprocessor() as postprocessor:
+    with context.postprocessor(files) as postprocessor:
         for record in order:
             if record["record_id"] in poison:
                 reason = f"its process died {limit} times while this record was the only one in progress"
@@ -316,9 +332,12 @@ def _features(name: str, processed: Sequence[ProcessedRecord]) -> bytes:
     return npz({"ids": np.array(ids), **arrays})
 
 
-def records_part(run: Run, shard: int, records: Sequence[Record]) -> bytes:
-    """A shard's Parquet part, serialised in memory so that it is written as a whole."""
+def records_part(run: Run, shard: int, records: Sequence[Record], features: str = "") -> bytes:
+    """A shard's Parquet part, serialised in memory so that it is written as a whole; ``features``: path of their file,
+    by default ``features_path``."""
     metadata = {"fingerprint": run.fingerprint, "shard": str(shard), "diffva_ray": __version__}
+    if features not in ("", features_path(shard)):
+        metadata["features"] = features
     table = pa.Table.from_pylist(list(records), schema=run.records_schema.with_metadata(metadata))
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")

@@ -21,6 +21,7 @@ from diffva_ray.data.images import BadImage, decode_grey, decode_map
 from diffva_ray.generate.committed import overlay_uri, sound_overlays
 from diffva_ray.generate.run import FOLDERS, PART, PLAN_FILE, SUCCESS, PlanError, Run, part
 from diffva_ray.generate.run_json import OVERLAYS, RUN
+from diffva_ray.generate.shard_files import features_path
 from diffva_ray.progress import one_line
 from diffva_ray.schema import SCHEMA_VERSION, Status
 from diffva_ray.storage.opening import open_store
@@ -71,8 +72,9 @@ def verify_shard(run: Run, shard: int, planned: Sequence[str], features: set[str
     # images and features
     ok = table.filter(pc.equal(table["status"], Status.OK.value))
     problems += _pixel_problems(run, shard, ok) if features is None else _missing_images(run, shard, ok)
-    what = _features_problem(run, shard, ok["record_id"].to_pylist(), features)
-    return [*problems, *([Problem(shard, what)] if what else [])]
+    path = metadata.get("features", features_path(shard))
+    what = _features_problem(run, path, ok["record_id"].to_pylist(), features)
+    return [*problems, *([_file_problem(run, shard, path, what)] if what else [])]
 
 
 def _pixel_problems(run: Run, shard: int, ok: pa.Table) -> list[Problem]:
@@ -81,8 +83,13 @@ def _pixel_problems(run: Run, shard: int, ok: pa.Table) -> list[Problem]:
         for path, digest in IMAGES:
             what = _image_problem(run, row[path], row[digest], signed=path == "attribution_path")
             if what:
-                problems.append(Problem(shard, f"{row[path]} {what}"))
+                problems.append(_file_problem(run, shard, row[path], what))
     return problems
+
+
+def _file_problem(run: Run, shard: int, path: str, what: str) -> Problem:
+    """A problem of a shard's image or features; a repair deletes the file, which no attempt replaces."""
+    return Problem(shard, f"{path} {what}", files=(path,) if run.store.exists(path) else ())
 
 
 def _missing_images(run: Run, shard: int, ok: pa.Table) -> list[Problem]:
@@ -93,22 +100,19 @@ def _missing_images(run: Run, shard: int, ok: pa.Table) -> list[Problem]:
     return [Problem(shard, f"{path} is missing") for path in named if path not in present]
 
 
-def _features_problem(run: Run, shard: int, ids: list[str], listed: set[str] | None) -> str | None:
-    path = f"features/{part(shard)}.npz"
+def _features_problem(run: Run, path: str, ids: list[str], listed: set[str] | None) -> str | None:
     if not ids:
         return None
     if listed is not None:
-        return None if path in listed else f"{path} is missing"
+        return None if path in listed else "is missing"
     try:
         stored = np.load(io.BytesIO(run.store.read(path)))
         shapes = {stored[name].shape[0] for name in stored.files}
     except FileNotFoundError:
-        return f"{path} is missing"
+        return "is missing"
     except Exception as error:  # numpy raises many types: zip, npy header, refused pickle
-        return f"{path} cannot be read ({type(error).__name__})"
-    return (
-        None if list(stored["ids"]) == ids and shapes == {len(ids)} else f"{path} does not hold the records that are ok"
-    )
+        return f"cannot be read ({type(error).__name__})"
+    return None if list(stored["ids"]) == ids and shapes == {len(ids)} else "does not hold the records that are ok"
 
 
 def _image_problem(run: Run, path: str, expected: str, signed: bool) -> str | None:
@@ -165,12 +169,16 @@ def _verify_overlay(retry: Run, number: int, ids: pa.ChunkedArray, pixels: bool)
     except PlanError as error:  # diffva retry plans again only what has no run.json
         return [Problem(-1, str(error), number, files=(f"{folder}/{PLAN_FILE}", f"{folder}/{RUN}"))]
     problems = [
-        replace(problem, what=f"{folder}: {problem.what}", overlay=number)
+        replace(problem, what=f"{folder}: {problem.what}", overlay=number, files=_below(folder, problem.files))
         for problem in _verify_parts(retry, plan, pixels)
     ]
     if not pc.all(pc.is_in(plan["record_id"], value_set=ids)).as_py():
         problems.append(Problem(-1, f"{folder} holds records that the run has not planned", number))
     return problems
+
+
+def _below(folder: str, paths: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{folder}/{path}" for path in paths)
 
 
 def _verify_parts(run: Run, plan: pa.Table, pixels: bool) -> list[Problem]:

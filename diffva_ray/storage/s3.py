@@ -109,7 +109,7 @@ class S3Store:
             )
         self.fs = _open()
         self.bucket, self.prefix, _ = self.fs.split_path(self.root)
-        self.conditional = True  # False as soon as the server has refused a conditional PUT
+        self.conditional: bool | None = None  # whether the server honours a conditional PUT; None: not known yet
 
     def read(self, path: str) -> bytes:
         return self._read(path)
@@ -150,20 +150,18 @@ class S3Store:
             self.fs.pipe_file(key, data)
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
-        # `exists` first, for object stores that ignore If-None-Match or check it without a lock (Swift). Two writers
-        # that race there write equal bytes, because the content follows from the plan.
-        key = self._key(path)
+        # `exists` first, until the server has refused to replace a file: some ignore If-None-Match. Swift checks it
+        # without a lock; two writers that race there mostly write equal bytes, because content follows from the plan.
         for attempt in range(MAX_CONFLICTS):
-            if self.exists(path):
+            if not self.conditional and self.exists(path):
                 return False
-            if not self.conditional:
+            if self.conditional is False:
                 self.put(path, data)
                 return True
             try:
-                with self._asking(path, CONDITIONAL):
-                    self.fs.pipe_file(key, data, mode="create")
-                return True
+                self._create(path, data)
             except FileExistsError:
+                self.conditional = True
                 return False
             except OSError as error:
                 if error.errno == errno.ENOSYS:
@@ -174,7 +172,23 @@ class S3Store:
                     )
                 else:  # after a collision the file may or may not exist: check again
                     time.sleep(0.1 * 2**attempt)
+            else:
+                if self.conditional is None:
+                    self.conditional = self._refuses(path, data)
+                return True
         raise self._failed(f"{path} was in use at each of {MAX_CONFLICTS} attempts to write it")
+
+    def _create(self, path: str, data: bytes) -> None:
+        with self._asking(path, CONDITIONAL):
+            self.fs.pipe_file(self._key(path), data, mode="create")
+
+    def _refuses(self, path: str, data: bytes) -> bool | None:
+        """Whether the server refuses to replace the file that was just written (by the same bytes)."""
+        try:
+            self._create(path, data)
+        except OSError as error:
+            return True if isinstance(error, FileExistsError) else None
+        return False
 
     def delete(self, path: str) -> None:
         key = self._key(path)

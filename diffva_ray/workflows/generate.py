@@ -188,14 +188,16 @@ def _execute(run: Run, model: str, execution: Execution) -> dict[str, int]:
     if execution.executor == "inline":
         from diffva_ray.generate.shard import WorkerContext, run_shard
 
-        context = WorkerContext.open(run.store.uri, images, model)
+        allowed = execution.allow_environment_change
+        context = WorkerContext.open(run.store.uri, images, model, allow_environment_change=allowed)
         for shard in pending:
             on_shard(run_shard(context, shard))
     else:
         from diffva_ray.distributed.generate import generate
 
-        actors, gpus = execution.actors, execution.gpus_per_actor
-        generate(run.store.uri, images, absolute(model), pending, on_shard, actors, gpus)
+        allowed = execution.allow_environment_change
+        generate(run.store.uri, images, absolute(model), pending, on_shard, execution.actors, execution.gpus_per_actor,
+                 allow_environment_change=allowed)  # fmt: skip
     return counts
 
 

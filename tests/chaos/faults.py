@@ -15,11 +15,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from diffva_ray.generate.processes import this_process
 from diffva_ray.storage.local import LocalStore
 from diffva_ray.storage.store import Entry
 
 RANDOM = re.compile(r"~[0-9a-f]*~[^~]*~[0-9a-f]*~|\.tmp-[0-9a-f]+")  # the random part of markers and temporary files
+
+NO_PROCESS = 1 << 29  # more than any kernel numbers
 
 
 class Stopped(BaseException):
@@ -46,6 +50,10 @@ class Faults:
         self.life += 1
         self.dead = False
         self.seen.clear()
+
+    def process(self) -> dict[str, Any]:
+        """What ``processes.this_process`` says in a life: a process that no longer runs when the next one begins."""
+        return {**this_process(), "pid": NO_PROCESS + self.life}
 
     def _random(self, step: str, path: str) -> float:
         key = f"{step} {RANDOM.sub('~', path)}"

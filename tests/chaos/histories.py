@@ -30,6 +30,7 @@ from diffva_ray.config.recipe import Recipe, load_recipe
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.reduction import Options, reduce_run
+from diffva_ray.generate import processes
 from diffva_ray.generate import shard as shards
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import FOLDERS, Run, find_run
@@ -123,7 +124,7 @@ class Bench:
         shutil.rmtree(out, ignore_errors=True)
         faults = Faults(seed)
         started = time.monotonic()
-        before, pauses = opening.STORES[""], storage.PAUSES
+        before, pauses, identity = opening.STORES[""], storage.PAUSES, processes.this_process
         opening.STORES[""] = lambda uri: (
             FaultyStore(uri, faults) if uri.startswith(str(out)) or uri == self.data else before(uri)
         )
@@ -131,6 +132,7 @@ class Bench:
         try:
             while True:
                 faults.begin()
+                processes.this_process = faults.process
                 faults.counts["lives"] += 1
                 try:
                     self.live(out)
@@ -140,7 +142,7 @@ class Bench:
                 except StoreError:
                     faults.counts["lives ended by the store"] += 1
         finally:
-            opening.STORES[""], storage.PAUSES = before, pauses
+            opening.STORES[""], storage.PAUSES, processes.this_process = before, pauses, identity
         seconds = time.monotonic() - started
         differing = self.differences(out)
         if not differing:
@@ -150,17 +152,18 @@ class Bench:
 
 @click.command()
 @click.option("--inline", default=0, help="Histories in this process.")
+@click.option("--drivers", default=0, help="Histories of two or three drivers at once, in this process.")
 @click.option("--cluster", default=0, help="Histories on a Ray cluster of several nodes.")
 @click.option("--first", default=0, help="Seed of the first one.")
 @click.option("--out", type=click.Path(path_type=Path), help="Result file (JSON).")
-def main(inline: int, cluster: int, first: int, out: Path | None) -> None:
+def main(inline: int, drivers: int, cluster: int, first: int, out: Path | None) -> None:
     """Run histories; exit 1 and name the seeds when one of them differs."""
     bench = Bench(Path(tempfile.mkdtemp(prefix="diffva-chaos-")))
     result: dict[str, Any] = {
         "code": code_revision(), "machine": f"{platform.machine()}, {os.cpu_count()} cores", "first_seed": first,
     }  # fmt: skip
     failed: list[str] = []
-    for name, count in (("inline", inline), ("cluster", cluster)):
+    for name, count in (("inline", inline), ("drivers", drivers), ("cluster", cluster)):
         if not count:
             continue
         total, seconds = Counter[str](), 0.0
@@ -168,6 +171,10 @@ def main(inline: int, cluster: int, first: int, out: Path | None) -> None:
             from cluster import ClusterBench
 
             runner: Any = ClusterBench(bench)
+        elif name == "drivers":
+            from drivers import CrowdBench
+
+            runner = CrowdBench(bench)
         else:
             runner = bench
         for seed in range(first, first + count):
@@ -182,7 +189,7 @@ def main(inline: int, cluster: int, first: int, out: Path | None) -> None:
                     f"{name}: {seed - first + 1} of {count}, {seconds / (seed - first + 1):.2f} s each, {dict(total)}"
                 )
         undisturbed = runner.seconds * count
-        if attempts := total.pop("attempts", 0):
+        if (attempts := total.pop("attempts", 0)) and name == "inline":
             total["shards redone"] = attempts - SHARDS * count
         result[name] = {
             "histories": count, "differing": sum(line.startswith(name) for line in failed), **total,

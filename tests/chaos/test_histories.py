@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,15 @@ def test_the_order_of_shards_changes_nothing(bench: Bench, tmp_path: Path) -> No
     undisturbed = find_run(LocalStore(str(first)))
     assert undisturbed is not None
     assert read_records(run).equals(read_records(undisturbed))
+
+
+def test_histories_of_several_drivers(bench: Bench) -> None:
+    from drivers import CrowdBench
+
+    crowd, counts = CrowdBench(bench), Counter[str]()
+    for seed in range(3):
+        of_one, differing, _ = crowd.history(seed)
+        assert not differing, f"seed {seed}"
+        counts += of_one
+    assert counts["pauses"] > 3
+    assert counts["kills"] > 3

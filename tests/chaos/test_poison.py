@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from faults import Faults, FaultyStore, Stopped
+from faults import NO_PROCESS, Faults, FaultyStore, Stopped
 
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.evaluate.records import read_records
+from diffva_ray.generate import processes
 from diffva_ray.generate import shard as shards
 from diffva_ray.generate.attempts import MAX_SHARD_DEATHS, RAY, Attempt, OutOfMemory, Session, WorkersKeepDying
 from diffva_ray.generate.plan import Request
@@ -53,6 +55,7 @@ class Inline:
             return read(bench, row)
 
         monkeypatch.setattr(shards, "read_source", reading)
+        monkeypatch.setattr(processes, "this_process", self.faults.process)
         plain = opening.STORES[""]
         monkeypatch.setitem(
             opening.STORES, "", lambda uri: FaultyStore(uri, self.faults) if uri.startswith(str(out)) else plain(uri)
@@ -99,7 +102,7 @@ def test_a_record_that_succeeds_is_cleared(
 
 def leave(store: LocalStore, session: Session, record: str = "") -> None:
     """Write the markers of an attempt whose process died, during ``record`` if given."""
-    attempt = Attempt(store, 0, session)
+    attempt = Attempt(store, 0, replace(session, process={**session.process, "pid": NO_PROCESS}))
     attempt._mark("try")
     if record:
         attempt._mark("flight", record)

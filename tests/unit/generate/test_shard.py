@@ -89,7 +89,7 @@ def test_images_are_stored_during_generation_and_before_the_commit(
 ) -> None:
     """The first image is stored only after the second micro-batch is generated, and the part after all images."""
     generated, order = threading.Event(), []
-    call, put, commit = CounterfactualEngine.__call__, LocalStore.put, LocalStore.put_if_absent
+    call, put_if_absent = CounterfactualEngine.__call__, LocalStore.put_if_absent
 
     def counted(self, *arguments):
         made = call(self, *arguments)
@@ -98,20 +98,16 @@ def test_images_are_stored_during_generation_and_before_the_commit(
             generated.set()
         return made
 
-    def waiting(self, path: str, data: bytes) -> None:
+    def waiting(self, path: str, data: bytes) -> bool:
         if path.endswith(".png"):
             assert generated.wait(120), "the work waits for its images"
             order.append("image")
-        put(self, path, data)
-
-    def committed(self, path: str, data: bytes) -> bool:
         if path.startswith("records/"):
             order.append("part")
-        return commit(self, path, data)
+        return put_if_absent(self, path, data)
 
     monkeypatch.setattr(CounterfactualEngine, "__call__", counted)
-    monkeypatch.setattr(LocalStore, "put", waiting)
-    monkeypatch.setattr(LocalStore, "put_if_absent", committed)
+    monkeypatch.setattr(LocalStore, "put_if_absent", waiting)
     run_inline(tiny, images, model, tmp_path, Request(limit=6))  # micro-batches of 4 and 2
     assert order[:2] == ["generated", "generated"]
     assert order[2:] == ["image"] * 18 + ["part"]
@@ -294,12 +290,12 @@ def test_nothing_is_generated_for_a_store_that_has_failed(
 ) -> None:
     calls: list[int] = []
     call = CounterfactualEngine.__call__
-    put = LocalStore.put
+    put_if_absent = LocalStore.put_if_absent
 
-    def full(self, path: str, data: bytes) -> None:
+    def full(self, path: str, data: bytes) -> bool:
         if path.endswith(".png"):
             raise StoreError("no space left", lasting=True)
-        put(self, path, data)
+        return put_if_absent(self, path, data)
 
     def counted(self, *arguments):
         calls.append(1)
@@ -307,7 +303,7 @@ def test_nothing_is_generated_for_a_store_that_has_failed(
         return call(self, *arguments)
 
     monkeypatch.setattr(CounterfactualEngine, "__call__", counted)
-    monkeypatch.setattr(LocalStore, "put", full)
+    monkeypatch.setattr(LocalStore, "put_if_absent", full)
     recipe = tiny.model_copy(update={"generate": tiny.generate.model_copy(update={"micro_batch": 1})})
     with pytest.raises(StoreError, match="no space left"):
         run_inline(recipe, images, model, tmp_path)
