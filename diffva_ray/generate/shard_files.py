@@ -32,7 +32,8 @@ def features_path(shard: int) -> str:
 
 def stored_features_path(store: Store, shard: int, folder: str = "") -> str:
     """Path of the features of a committed shard, as its part names it; ``folder``: of a retry, ends with a slash."""
-    metadata = pq.read_schema(io.BytesIO(store.read(f"{folder}{commit_path(shard)}"))).metadata or {}
+    schema = pq.read_schema(io.BytesIO(store.read(f"{folder}{commit_path(shard)}")))
+    metadata: dict[bytes, bytes] = schema.metadata or {}
     return folder + metadata.get(b"features", features_path(shard).encode()).decode()
 
 
