@@ -129,7 +129,7 @@ def _plan(recipe: Recipe, data: str, model: ModelFolder, store: Store, request: 
     """Plan a run and write it to ``store``; returns another process's run if that one was first."""
     # Choose the images.
     dataset = requested_images(recipe, data, request)
-    for note in (*dataset.notes, *filter(None, [bit_depth_note(dataset)])):
+    for note in (*dataset.notes, *filter(None, [bit_depth_note(dataset), _untrained_note(dataset, recipe)])):
         LOG.info("data: %s", note)
 
     # Describe where everything comes from.
@@ -211,6 +211,13 @@ def requested_images(recipe: Recipe, data: str, request: Request) -> Dataset:
             f"--data {data}: contains only the healthy class {healthy}; name the classes to generate with --classes"
         )
     return replace(dataset, images=images)
+
+
+def _untrained_note(dataset: Dataset, recipe: Recipe) -> str | None:
+    """A note about classes that the model has no training prompt for."""
+    unknown = [label for label in dataset.classes if label not in recipe.data.prompts]
+    trained = ", ".join(recipe.data.prompts)
+    return f"the model was not trained on class {', '.join(unknown)}, but on {trained}" if unknown else None
 
 
 def check_plan(recipe: Recipe, model: ModelFolder, plan: pa.Table) -> None:
