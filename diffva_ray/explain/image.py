@@ -92,7 +92,7 @@ def explain(
         for prompt, counterfactual, reconstruction, source_prompt in zip(
             batch, result.counterfactuals, result.reconstructions, result.source_prompts
         ):
-            answer = _answer(square, lungs, counterfactual, reconstruction, prompt, source_prompt, recipe, judge)
+            answer = answer_of(square, lungs, counterfactual, reconstruction, prompt, source_prompt, recipe, judge)
             answers.append(answer)
     size = {"width": pixels.shape[1], "height": pixels.shape[0]}
     return Explanation(square, lungs, lesion, answers, {**origin(image, data, model, engine, recipe, seed), **size})
@@ -164,7 +164,7 @@ def mask_beside(image: str, kind: str, size: int) -> Mask | None:
     return None
 
 
-def _answer(
+def answer_of(
     image: Image,
     lungs: Mask | None,
     counterfactual: Image,
