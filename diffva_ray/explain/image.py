@@ -25,7 +25,8 @@ from diffva_ray.generate.measures import measure
 from diffva_ray.generate.plan import check_settings
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
-from diffva_ray.model.card import UnusableModel
+from diffva_ray.model.card import ModelFolder, UnusableModel
+from diffva_ray.progress import LOG
 from diffva_ray.provenance import code_revision
 from diffva_ray.schema import Image, Mask, record_seed
 from diffva_ray.storage.opening import open_file, open_store
@@ -123,6 +124,8 @@ def open_model(
 ) -> tuple[CounterfactualEngine, Judge | None]:
     """The engine of the model at ``model``, and its judge if it has one. Raises UnusableModel, and UnusableData for a
     prompt that is too long."""
+    for note in ModelFolder(model).prompt_notes(prompts, recipe.data.prompts.values()):
+        LOG.info("%s", note)
     bundle = load(model, recipe)
     engine = CounterfactualEngine(bundle, recipe.generate, device)
     for prompt in prompts:

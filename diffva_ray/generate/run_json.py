@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
@@ -85,7 +86,8 @@ def read_run_json(store: Store) -> dict[str, Any] | None:
 
 def repair_command(store: Store, lost: bool = False) -> str:
     """What writes a damaged (or ``lost``) file of a run or of a retry again."""
-    base, overlay, _ = store.uri.partition(f"/{OVERLAYS}/")
+    folder, overlay, _ = store.uri.partition(f"/{OVERLAYS}/")
+    base = shlex.quote(folder)
     if overlay:
         return f"run diffva verify {base} --repair, then diffva retry, to write it again"
     again = "the run's own diffva generate command again to write it"

@@ -235,6 +235,9 @@ def check_plan(recipe: Recipe, model: ModelFolder, plan: pa.Table) -> None:
     for prompt in (config.source_prompt, config.negative_prompt):
         if prompt not in ("", GUESS, SOURCE):
             prompts.setdefault(prompt, "generate.source_prompt or negative_prompt")
+    asked = [prompt for prompt, option in prompts.items() if option == "--prompt"]
+    for note in model.prompt_notes(asked, recipe.data.prompts.values()):
+        LOG.info("%s", note)
     limit, too_long = model.too_long(prompts)
     if too_long:
         option, displayed = prompts[too_long[0]], too_long[0]
