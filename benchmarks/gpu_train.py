@@ -94,7 +94,7 @@ def quoted(text: str) -> str:
 
 @main.command()
 @click.option("--pack", "packed", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--recipe", "name", default="real64", show_default=True)
+@click.option("--recipe", "name", default="small", show_default=True)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE")
 @click.option("--from", "before", default=None, type=click.Path(exists=True, file_okay=False, path_type=Path),
               help="The folder of the leg before.")  # fmt: skip

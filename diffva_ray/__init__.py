@@ -27,19 +27,21 @@ if TYPE_CHECKING:
     from diffva_ray.data.images import read_map as read_map
     from diffva_ray.data.images import to_square as to_square
     from diffva_ray.data.phantoms import phantom as phantom
+    from diffva_ray.evaluate.opened import open_run as open_run
     from diffva_ray.evaluate.records import read_images as read_images
     from diffva_ray.evaluate.records import read_records as read_records
+    from diffva_ray.explain.model import load as load
     from diffva_ray.generate.run import Run as Run
-    from diffva_ray.generate.run import open_run as open_run
 
 _MODULES = {
     "CounterfactualEngine": "counterfactual.engine",
     "Recipe": "config.recipe",
     "Run": "generate.run",
     "attribution": "counterfactual.attribution",
+    "load": "explain.model",
     "load_recipe": "config.recipe",
     "open_dataset": "data.datasets",
-    "open_run": "generate.run",
+    "open_run": "evaluate.opened",
     "phantom": "data.phantoms",
     "read_image": "data.images",
     "read_images": "evaluate.records",

@@ -10,6 +10,7 @@ from diffva_ray.commands.verb import (
     data_options,
     dry_run_option,
     echo,
+    healthy_option,
     names,
     recipe_or_phantom,
     set_option,
@@ -58,7 +59,7 @@ def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str 
     dataset = open_dataset(onto, resolved.data) if onto else None
     healthy = resolved.data.healthy_class
     if dry_run:
-        base = {"onto": onto, "healthy_images": dataset.classes.get(healthy, 0)} if dataset else {}
+        base = {"onto": onto, "healthy_images": dataset.classes.get(healthy, 0)} if dataset is not None else {}
         return show(resolved, out=out, patients=patients, size=side, seed=seed, classes=chosen, **base)
     try:
         store = open_store(out)
@@ -76,14 +77,15 @@ def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str 
 @click.argument("data")
 @click.argument("other", required=False)
 @data_options
+@healthy_option
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @recipe_or_phantom
 @set_option
-def inspect(data: str, other: str | None, columns: str | None, root: str | None, as_json: bool, recipe: str,
-            overrides: tuple[str, ...]) -> None:  # fmt: skip
+def inspect(data: str, other: str | None, columns: str | None, root: str | None, healthy_class: str | None,
+            as_json: bool, recipe: str, overrides: tuple[str, ...]) -> None:  # fmt: skip
     """Show what a data set contains and how it was recognised: classes, patients, views, image sizes, masks and boxes,
     unreadable files, suspects (inverted, rotated, padded, coloured, with text) and near-duplicates. With OTHER, also
-    show what the two data sets have in common: patients, equal files, near-duplicates.
+    show what the two data sets have in common: patients, equal files, near-duplicates. DATA can be a single image.
 
     Example:
         diffva inspect data/COVID-19_Radiography_Dataset
@@ -91,10 +93,11 @@ def inspect(data: str, other: str | None, columns: str | None, root: str | None,
         diffva inspect data/train data/test
     """
     from diffva_ray.data import inspection
-    from diffva_ray.data.datasets import open_dataset
+    from diffva_ray.data.datasets import dataset_or_image
 
-    config = load_recipe(recipe, with_flags(overrides, data__columns=columns, data__root=root)).data
-    first, *rest = [inspection.examine(open_dataset(uri, config)) for uri in (data, other) if uri]
+    data_flags = {"data__columns": columns, "data__root": root, "data__healthy_class": healthy_class}
+    config = load_recipe(recipe, with_flags(overrides, **data_flags)).data
+    first, *rest = [inspection.examine(dataset_or_image(uri, config)) for uri in (data, other) if uri]
     summary = inspection.summary(first, config.healthy_class)
     common = inspection.overlap(first, rest[0]) if rest else None
     if as_json:

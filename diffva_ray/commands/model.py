@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +14,7 @@ from diffva_ray.commands.verb import (
     dry_run_option,
     echo,
     executor_option,
+    healthy_option,
     model_option,
     recipe_option,
     recipe_or_phantom,
@@ -66,6 +68,7 @@ def demo(out: str, quick: bool, seed: int) -> None:
 @verb("train", "Train a model on a data set")
 @data_option
 @data_options
+@healthy_option
 @click.option("--out", metavar="MODEL", required=True, help="Model folder to write, local or s3://.")
 @click.option(
     "--workers",
@@ -85,10 +88,10 @@ def demo(out: str, quick: bool, seed: int) -> None:
 @recipe_or_phantom
 @set_option
 @dry_run_option
-def train(data: str, columns: str | None, root: str | None, out: str, workers: int | tuple[int, int],
-          gpus_per_worker: float | None, executor: Executor, recipe: str, overrides: tuple[str, ...],
-          dry_run: bool) -> None:  # fmt: skip
-    """Train the stages of the recipe, for example UNet and text encoder together. Repeat the command to continue an
+def train(data: str, columns: str | None, root: str | None, healthy_class: str | None, out: str,
+          workers: int | tuple[int, int], gpus_per_worker: float | None, executor: Executor, recipe: str,
+          overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
+    """Train the stages of the recipe on the classes of the data. Repeat the command to continue an
     interrupted training; a finished one is left as it is.
 
     Example:
@@ -96,11 +99,14 @@ def train(data: str, columns: str | None, root: str | None, out: str, workers: i
     """
     from diffva_ray.workflows.train import check_training, train_model
 
-    resolved = load_recipe(recipe, with_flags(overrides, data__columns=columns, data__root=root))
+    data_flags = {"data__columns": columns, "data__root": root, "data__healthy_class": healthy_class}
+    resolved = load_recipe(recipe, with_flags(overrides, **data_flags))
     if dry_run:
-        return show(resolved, data=data, out=out, images=check_training(resolved, data, out, workers), workers=workers)
+        resolved, summary, images = check_training(resolved, data, out, workers)
+        return show(resolved, data=data, out=out, images=images, workers=workers, summary=summary)
     if train_model(resolved, data, out, workers, gpus_per_worker, executor):
-        echo(f"model written to {out}")
+        folder = shlex.quote(out)
+        echo(f"model written to {folder}; next: diffva generate --data TEST_IMAGES --model {folder} --out RUN")
 
 
 def _default_output(image: str, suffix: str) -> str:

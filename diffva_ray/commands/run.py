@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from diffva_ray.commands.verb import (
     echo,
     execution,
     execution_options,
+    healthy_option,
     model_option,
     names,
     recipe_option,
@@ -36,7 +38,7 @@ FRACTION = "evaluate.max_quarantined_fraction="  # a setting that a run may chan
 @model_option
 @click.option("--out", metavar="RUN", required=True, help="Run folder, local or s3://; an unfinished run continues.")
 @click.option("--classes", metavar="A,B", help="Classes whose images are used; default: all but the healthy class.")
-@click.option("--healthy-class", metavar="NAME", help="Name of the healthy class; default: the recipe's.")
+@healthy_option
 @click.option("--prompt", metavar="TEXT", help="Prompt of the counterfactuals; default: the recipe's healthy prompt.")
 @settings_options
 @click.option("--seed", type=int, help="Random seed of the run.")
@@ -109,7 +111,7 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     echo(f"recipe {recipe.name}" + ("" if options["recipe"] else " (the model's own)"), err=True)
     counts = generate_run(recipe, data, model, out, request, execution(options))
     if counts["shards"]:
-        echo(f"{counts['ok']} of {counts['records']} records ok; next: diffva reduce {out}")
+        echo(f"{counts['ok']} of {counts['records']} records ok; next: diffva reduce {shlex.quote(out)}")
     made = open_run(out)
     if any(override.startswith(FRACTION) for override in options["overrides"]):
         made = allow_quarantined(made, recipe.evaluate.max_quarantined_fraction)
@@ -185,6 +187,6 @@ def retry(run: str, data: str | None, model: str | None, **options: Any) -> int:
     if not counts["shards"]:
         echo(f"{run}: no record is quarantined; nothing to retry")
     else:
-        echo(f"{counts['ok']} of {counts['records']} records ok now; next: diffva reduce {run}")
+        echo(f"{counts['ok']} of {counts['records']} records ok now; next: diffva reduce {shlex.quote(run)}")
     check_quarantine_limit(opened)
     return DONE

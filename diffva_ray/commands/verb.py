@@ -181,6 +181,7 @@ gpus_option     = click.option("--gpus-per-actor", type=click.FloatRange(0), met
 change_option   = click.option("--allow-environment-change", is_flag=True, help="Continue a run with another torch version or device; the run records the change.")
 columns_option  = click.option("--columns",    metavar="ROLE=NAME,...", help="Columns of a table, as image=Path,label=Finding,patient=PatientID.")
 root_option     = click.option("--root",       metavar="FOLDER", help="Folder of the images that a table names; default: its own.")
+healthy_option  = click.option("--healthy-class", metavar="NAME", help="Name of the healthy class of the data set; default: the recipe's.")
 weights_option  = click.option("--inception-weights", metavar="PATH|download", help="State dict of pytorch-fid's Inception; default: the file in pytorch-fid's cache.")
 boxes_option    = click.option("--boxes",      metavar="CSV", help="CSV of lesion boxes: file,x,y,w,h in pixels of the image.")
 brixia_option   = click.option("--brixia",     metavar="CSV", help="CSV of Brixia zone scores: file, S-A to S-F, J-A to J-F.")

@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+# In ``classes`` and ``prior_class``: names that a training takes from its data set (train/classes.py).
+HEALTHY, ABNORMAL, EACH = "<healthy>", "<abnormal>", "<each>"
+
 
 class Section(BaseModel):
     """A section of a recipe: frozen, refuses unknown keys. The string below a field documents it in the code, in the
@@ -36,7 +39,9 @@ class StageConfig(Section):
     """Learning rate of AdamW after the warm-up."""
 
     classes: dict[str, int] = {}
-    """Class to sampling weight; empty: all classes with equal weight."""
+    """Class to sampling weight; empty: all classes with equal weight. ``<healthy>`` and ``<abnormal>`` are the healthy
+    class and all other classes of the data set. ``<each>`` repeats the stage for each abnormal class; in ``name`` it
+    is the name of that class."""
 
     warmup_steps: int = Field(0, ge=0)
     """Number of steps over which the learning rate rises linearly."""
@@ -112,7 +117,8 @@ class DenoiserConfig(NoisePredictionConfig):
     """Train the text encoder, too; ignored with ``cross-attention``."""
 
     prior_class: str | None = None
-    """Class of DreamBooth's class set, which adds an equal number of images to each step; none: no class set."""
+    """Class of DreamBooth's class set, such as ``<healthy>``, which adds an equal number of images to each step; none:
+    no class set."""
 
     prior_loss_weight: float = Field(1.0, ge=0)
     """Weight of the loss on the class set."""

@@ -55,6 +55,16 @@ def device_kind(name: str | None = None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check_image(image: object, name: str) -> None:
+    """Raise ValueError unless ``image`` is a float array [H, W] in [0, 1]."""
+    if not isinstance(image, np.ndarray) or image.ndim != 2 or not np.issubdtype(image.dtype, np.floating):
+        given = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise ValueError(f"{name}: an image is a float array [H, W] in [0, 1], got {given}; see read_image")
+    if not (image.min() >= 0 and image.max() <= 1):  # also refuses NaN
+        given = f"{image.min():g} to {image.max():g}"
+        raise ValueError(f"{name}: values are in [0, 1], got {given}; divide 8-bit ones by 255")
+
+
 class CounterfactualEngine:
     """A model that generates counterfactuals of images.
 
@@ -249,14 +259,7 @@ class CounterfactualEngine:
 
         # Type, shape and range of images and masks.
         for number, image in enumerate(images):
-            if not isinstance(image, np.ndarray) or image.ndim != 2 or not np.issubdtype(image.dtype, np.floating):
-                given = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-                raise ValueError(
-                    f"image {number}: an image is a float array [H, W] in [0, 1], got {given}; see read_image"
-                )
-            if not (image.min() >= 0 and image.max() <= 1):  # also refuses NaN
-                given = f"{image.min():g} to {image.max():g}"
-                raise ValueError(f"image {number}: values are in [0, 1], got {given}; divide 8-bit ones by 255")
+            check_image(image, f"image {number}")
         square = (self.size, self.size)
         for mask in lungs or ():
             if mask is not None and mask.shape != square:
@@ -269,8 +272,9 @@ class CounterfactualEngine:
                 raise ValueError(f"prompt {prompt!r}: more than the {limit} tokens that this model reads")
 
     def _source_prompts(self, latents: torch.Tensor, seeds: list[int]) -> list[str]:
-        """The prompt of what each image shows: the recipe's, or the model's guess among the classes it was trained on.
-        An image that the model takes for healthy is encoded under the empty prompt."""
+        """The prompt of what each image shows: the recipe's, or the model's guess among ``data.prompts``, those of the
+        classes that the model was trained on. An image that the model takes for healthy is encoded under the empty
+        prompt."""
         if self.config.source_prompt != GUESS:
             return [self.config.source_prompt] * len(latents)
         data = self.bundle.recipe.data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from diffva_ray.data.images import IMAGE_EXTENSIONS
@@ -64,6 +64,16 @@ class Dataset:
     bits: int = 16
     why: str = ""
     left_out: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[LabelledImage]:
+        return iter(self.images)
+
+    def __repr__(self) -> str:
+        classes = ", ".join(f"{label} {count}" for label, count in self.classes.items())
+        return f"data set {self.store.uri} ({self.kind}): {len(self)} images; classes {classes}"
 
     @property
     def notes(self) -> list[str]:

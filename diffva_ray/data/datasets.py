@@ -38,7 +38,7 @@ from diffva_ray.data.shapes import Shape
 from diffva_ray.data.tables import EXTENSIONS, read_table
 from diffva_ray.progress import one_line
 from diffva_ray.provenance import missing
-from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.opening import open_file, open_store
 from diffva_ray.storage.store import Store
 
 
@@ -68,6 +68,7 @@ READERS: tuple[Reader, ...] = (  # the first one that recognises the layout read
 )
 LAYOUTS = f"{', '.join(reader.LAYOUT for reader in READERS)}, or {manifest.LAYOUT}"
 DEFAULTS = DataConfig()
+NO_CLASS = "(no class)"  # of a single image
 DICOM = (".dcm", ".dicom")
 ARCHIVES = {"tar": "unpack it", "zip": "unpack it", "gz": "unpack it", "parquet": "save its images as files"}
 ANNOTATIONS = ("csv", "tsv", "json", "jsonl", "txt", "md", "xlsx", "html", "yaml", "yml", "pdf", "pkl", "parquet", "gz")
@@ -127,6 +128,20 @@ def open_dataset(
         raise UnusableData(f"{uri}: cannot be read ({one_line(error)})") from None
 
 
+def dataset_or_image(uri: str, config: DataConfig) -> Dataset:
+    """The data set at ``uri``, or one of a single image without a class if it is an image file. Raises UnusableData."""
+    if not _is_image(uri):
+        return open_dataset(uri, config)
+    try:
+        store, name = open_file(uri)
+        size = len(store.read(name))
+    except IsADirectoryError:
+        return open_dataset(uri, config)
+    except (OSError, ValueError) as error:
+        raise UnusableData(f"{uri}: cannot be read ({one_line(error)})") from None
+    return Dataset(store, [LabelledImage(name, NO_CLASS, size)], "image", bits=config.bits, why="its extension")
+
+
 def _split(uri: str) -> tuple[str, str]:
     """The folder and, for a manifest, the name of the file in it."""
     if not uri.lower().endswith(EXTENSIONS):
@@ -152,7 +167,8 @@ def _read_file(store: Store, listing: Listing, file: str) -> Dataset:
     """The data set of a table: CheXpert's or a manifest."""
     data = store.read(file)
     dataset = chexpert.read(listing, [file]) if file in listing.sizes else None
-    dataset = dataset or manifest.read(listing, file, data)
+    if dataset is None:
+        dataset = manifest.read(listing, file, data)
     if dataset is None:
         columns = read_table(data, file).columns
         raise UnusableData(
@@ -163,7 +179,7 @@ def _read_file(store: Store, listing: Listing, file: str) -> Dataset:
 
 
 def _read_folder(listing: Listing) -> Dataset:
-    dataset = next((result for reader in READERS if (result := reader.read(listing))), None)
+    dataset = next((result for reader in READERS if (result := reader.read(listing)) is not None), None)
     if dataset is None:
         kinds = Counter(entry.path.rpartition(".")[2].lower() for entry in listing.entries)
         packed = [f"{count} .{kind} files: {ARCHIVES[kind]}" for kind, count in kinds.items() if kind in ARCHIVES]
@@ -241,8 +257,7 @@ def _filtered(dataset: Dataset, classes: Sequence[str] | None, uri: str, config:
     if not classes:
         if config.healthy_class not in existing:
             dataset.remarks.append(
-                f"no image is healthy: there is no class {config.healthy_class!r}; name another by "
-                "--set data.healthy_class=NAME"
+                f"no image is healthy: there is no class {config.healthy_class!r}; name another by --healthy-class NAME"
             )
         return dataset
     for name in classes:

@@ -165,8 +165,9 @@ def describe_findings(summary: dict[str, Any]) -> str:
     ]
     lines += [f"  {label}: {count}" for label, count in summary["classes"].items()]
     healthy = summary["healthy_class"]
-    hint = "" if healthy in summary["classes"] else ", which has no images (use --set data.healthy_class=NAME)"
-    lines.append(f"healthy class: {healthy}{hint}")
+    hint = "" if healthy in summary["classes"] else ", which has no images (use --healthy-class NAME)"
+    if summary["kind"] != "image":
+        lines.append(f"healthy class: {healthy}{hint}")
     unknown = f" ({summary['without_patient']} images of unknown patients)" if summary["without_patient"] else ""
     lines.append(f"patients: {summary['patients'] or 'unknown'}{unknown if summary['patients'] else ''}")
     lines += [f"{name}: {_listed(counts)}" for name, counts in summary["columns"].items() if counts]

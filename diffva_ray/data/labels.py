@@ -10,7 +10,8 @@ from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data.dataset import Dataset
 from diffva_ray.data.listing import nfc
 
-HEALTHY = ("Normal", "No Finding", "No Findings", "Healthy", "Normal Chest", "Normal Chest X-Ray", "No Disease")
+HEALTHY = ("Normal", "No Finding", "No Findings", "Healthy", "Normal Chest", "Normal Chest X-Ray", "No Disease",
+           "gesund", "Normalbefund", "ohne Befund", "sain", "sano", "sana", "saludable", "saudável")  # fmt: skip
 SYNONYMS = (  # every line is one class; compared by ``plain``
     ("COVID", "COVID 19", "SARS-CoV-2", "2019-nCoV", "COVID 19 Pneumonia"),
     ("Lung Opacity", "Opacity", "Airspace Opacity", "Lung Opacities"),

@@ -25,7 +25,8 @@ from diffva_ray.generate.measures import measure
 from diffva_ray.generate.plan import check_settings
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
-from diffva_ray.model.card import UnusableModel
+from diffva_ray.model.card import ModelFolder, UnusableModel
+from diffva_ray.progress import LOG
 from diffva_ray.provenance import code_revision
 from diffva_ray.schema import Image, Mask, record_seed
 from diffva_ray.storage.opening import open_file, open_store
@@ -92,7 +93,7 @@ def explain(
         for prompt, counterfactual, reconstruction, source_prompt in zip(
             batch, result.counterfactuals, result.reconstructions, result.source_prompts
         ):
-            answer = _answer(square, lungs, counterfactual, reconstruction, prompt, source_prompt, recipe, judge)
+            answer = answer_of(square, lungs, counterfactual, reconstruction, prompt, source_prompt, recipe, judge)
             answers.append(answer)
     size = {"width": pixels.shape[1], "height": pixels.shape[0]}
     return Explanation(square, lungs, lesion, answers, {**origin(image, data, model, engine, recipe, seed), **size})
@@ -123,6 +124,8 @@ def open_model(
 ) -> tuple[CounterfactualEngine, Judge | None]:
     """The engine of the model at ``model``, and its judge if it has one. Raises UnusableModel, and UnusableData for a
     prompt that is too long."""
+    for note in ModelFolder(model).prompt_notes(prompts, recipe.data.prompts.values()):
+        LOG.info("%s", note)
     bundle = load(model, recipe)
     engine = CounterfactualEngine(bundle, recipe.generate, device)
     for prompt in prompts:
@@ -164,7 +167,7 @@ def mask_beside(image: str, kind: str, size: int) -> Mask | None:
     return None
 
 
-def _answer(
+def answer_of(
     image: Image,
     lungs: Mask | None,
     counterfactual: Image,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 
 import pyarrow as pa
@@ -58,7 +59,7 @@ def check_first_shards(run: Run, counts: Mapping[str, int]) -> None:
         raise TooManyQuarantined(
             f"none of the first {counts['records']} records is usable ({_first(_quarantined(run))}); "
             f"stopped, because that looks like a wrong folder or a lost mount. Make {run.about['data_root']} readable, "
-            f"give the same command again, then run diffva retry {run.store.uri}"
+            f"give the same command again, then run diffva retry {shlex.quote(run.store.uri)}"
         )
 
 

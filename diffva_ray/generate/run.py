@@ -43,12 +43,16 @@ MAX_ROW_GROUPS = 4096  # of the plan file; keeps its footer small, which every w
 PART = re.compile(r"records/part-(\d{5,})\.parquet")  # anything else in records/ is no part of the run
 
 
+NAMED = 5  # keys that a message names
+
+
 class FingerprintDiffers(Exception):
     """The run was planned with another configuration; ``keys`` are the keys that differ."""
 
     def __init__(self, uri: str, keys: Sequence[str], old: dict[str, Any], new: dict[str, Any]) -> None:
         self.uri, self.keys, self.old, self.new = uri, list(keys), dict(old), dict(new)
-        changes = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys)
+        changes = "; ".join(f"{key}: {old.get(key)!r} there, {new.get(key)!r} now" for key in keys[:NAMED])
+        changes += f"; and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
         only_environment = set(keys) <= {*ENVIRONMENT, DEVICE_NAME}
         hint = "--allow-environment-change continues all the same" if only_environment else "choose another --out"
         super().__init__(f"{uri} was made with another configuration ({changes}); {hint}")

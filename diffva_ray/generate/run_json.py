@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Any
 
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
@@ -90,7 +91,8 @@ def base_uri(store: Store) -> str:
 
 def repair_command(store: Store, lost: bool = False) -> str:
     """What writes a damaged (or ``lost``) file of a run or of a retry again."""
-    if (base := base_uri(store)) != store.uri:
+    base = shlex.quote(base_uri(store))
+    if base_uri(store) != store.uri:
         return f"run diffva verify {base} --repair, then diffva retry, to write it again"
     again = "the run's own diffva generate command again to write it"
     return f"give {again}" if lost else f"run diffva verify {base} --repair, then give {again}"

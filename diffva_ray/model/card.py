@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -105,14 +106,51 @@ class ModelFolder:
 
         (0, []) without ``tokenizer.json`` (CLIP's tokenizer in Stable Diffusion); then only the workers can check.
         """
+        tokenizer = self._tokenizer
         try:
-            tokenizer = Tokenizer.from_buffer(self.store.read("tokenizer/tokenizer.json"))
             limit = int(json.loads(self.store.read("tokenizer/tokenizer_config.json"))["model_max_length"])
         except (OSError, KeyError, ValueError):
             return 0, []
+        if tokenizer is None:
+            return 0, []
+        return limit, [prompt for prompt in prompts if len(tokenizer.encode(prompt).ids) > limit]
+
+    def prompt_notes(self, prompts: Iterable[str], trained: Iterable[str]) -> list[str]:
+        """A line for each prompt that is empty or has words unknown to the model: words that the tokenizer spells
+        by letters and that are in no ``trained`` prompt. Without ``tokenizer.json`` no word is checked."""
+        known = {word for prompt in trained for word in _words(prompt)}
+        notes = []
+        for prompt in prompts:
+            words = _words(prompt)
+            unknown = [word for word in words if word not in known and self._spelled(word)]
+            if unknown:
+                listed = f"{len(unknown)} of {len(words)} words unknown to this model ({', '.join(unknown)})"
+                notes.append(f"prompt {prompt!r}: {listed}")
+            if not words:
+                notes.append(f"prompt {prompt!r}: asks for nothing")
+        return notes
+
+    def _spelled(self, word: str) -> bool:
+        """Whether the tokenizer spells the word, or a part of it, by single letters; an s at the end does not count."""
+        if self._tokenizer is None:
+            return False
+        tokens = self._tokenizer.encode(word, add_special_tokens=False).tokens
+        parts = tokens[:-1] if tokens[-1:] == ["##s"] else tokens
+        return tokens == ["[UNK]"] or (len(parts) > 1 and any(len(part.removeprefix("##")) == 1 for part in parts))
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer | None:
+        try:
+            tokenizer = Tokenizer.from_buffer(self.store.read("tokenizer/tokenizer.json"))
+        except (OSError, ValueError):
+            return None
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        return limit, [prompt for prompt in prompts if len(tokenizer.encode(prompt).ids) > limit]
+        return tokenizer
+
+
+def _words(prompt: str) -> list[str]:
+    return re.findall(r"\w+", prompt.lower())
 
 
 def file_sha256(file: Path) -> str:

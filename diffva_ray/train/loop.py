@@ -32,6 +32,7 @@ from diffva_ray.storage.foreign_writes import foreign_writes
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store
 from diffva_ray.train.checkpoint import Position, discard, load_optimizers, load_weights, read_state, save_checkpoint
+from diffva_ray.train.classes import fitted
 from diffva_ray.train.kinds import make_stage
 from diffva_ray.train.logger import TrainingLogger
 from diffva_ray.train.loss import learning_rate
@@ -104,6 +105,7 @@ def train(
     accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, cpu=not torch.cuda.is_available())
     store = open_store(model)
     bundle, images, stages = prepare(recipe, data, store, accelerator.num_processes)
+    recipe = bundle.recipe  # with the classes of the data
     modules = {name: module for stage in stages for name, module in stage.modules.items()}
 
     # Resume from a checkpoint.
@@ -144,8 +146,10 @@ def train(
 
 
 def prepare(recipe: Recipe, data: str, store: Store, workers: int = 1) -> tuple[Bundle, ImageSet, list[Stage]]:
-    """Build the model, open the images and build all stages. Raises UnusableData, UnusableModel and RecipeError for
-    what cannot be trained on ``workers`` workers."""
+    """Build the model, open the images and build all stages, with the classes of the data. Raises UnusableData,
+    UnusableModel and RecipeError for what cannot be trained on ``workers`` workers."""
+    dataset = open_dataset(data, recipe.data)
+    recipe = fitted(recipe, dataset)
     config = recipe.train
     for index, stage in enumerate(config.stages):
         if stage.batch_size < workers:
@@ -155,7 +159,7 @@ def prepare(recipe: Recipe, data: str, store: Store, workers: int = 1) -> tuple[
 
     # Build the model and load the data.
     bundle = build(recipe)
-    images = ImageSet(open_dataset(data, recipe.data), recipe.model.resolution, config.cache_megabytes)
+    images = ImageSet(dataset, recipe.model.resolution, config.cache_megabytes)
     if config.lora is not None:
         attach(bundle.unet, bundle.text_encoder, config.lora, recipe.seed)
     if config.gradient_checkpointing:

@@ -129,7 +129,7 @@ def _plan(recipe: Recipe, data: str, model: ModelFolder, store: Store, request: 
     """Plan a run and write it to ``store``; returns another process's run if that one was first."""
     # Choose the images.
     dataset = requested_images(recipe, data, request)
-    for note in (*dataset.notes, *filter(None, [bit_depth_note(dataset)])):
+    for note in (*dataset.notes, *filter(None, [bit_depth_note(dataset), _untrained_note(dataset, recipe)])):
         LOG.info("data: %s", note)
 
     # Describe where everything comes from.
@@ -215,6 +215,13 @@ def requested_images(recipe: Recipe, data: str, request: Request) -> Dataset:
     return replace(dataset, images=images)
 
 
+def _untrained_note(dataset: Dataset, recipe: Recipe) -> str | None:
+    """A note about classes that the model has no training prompt for."""
+    unknown = [label for label in dataset.classes if label not in recipe.data.prompts]
+    trained = ", ".join(recipe.data.prompts)
+    return f"the model was not trained on class {', '.join(unknown)}, but on {trained}" if unknown else None
+
+
 def check_plan(recipe: Recipe, model: ModelFolder, plan: pa.Table) -> None:
     """Check that the model can do what is planned. Raises UnusableModel, PromptTooLong."""
     for method in plan["method"].unique().to_pylist():
@@ -230,6 +237,9 @@ def check_plan(recipe: Recipe, model: ModelFolder, plan: pa.Table) -> None:
     for prompt in (config.source_prompt, config.negative_prompt):
         if prompt not in ("", GUESS, SOURCE):
             prompts.setdefault(prompt, "generate.source_prompt or negative_prompt")
+    asked = [prompt for prompt, option in prompts.items() if option == "--prompt"]
+    for note in model.prompt_notes(asked, recipe.data.prompts.values()):
+        LOG.info("%s", note)
     limit, too_long = model.too_long(prompts)
     if too_long:
         option, displayed = prompts[too_long[0]], too_long[0]

@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from diffva_ray.config.recipe import Recipe, fingerprint, fingerprint_difference
+from diffva_ray.config.recipe import Recipe, RecipeError, fingerprint, fingerprint_difference
 from diffva_ray.data.bit_depth import bit_depth_note
-from diffva_ray.data.dataset import Dataset, UnusableData
+from diffva_ray.data.dataset import Dataset
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.generate.run import FingerprintDiffers
 from diffva_ray.model.card import PROGRESS, TRAINING, UnusableModel, read_card
@@ -21,6 +21,7 @@ from diffva_ray.provenance import provenance
 from diffva_ray.schema import digest
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store, absolute, is_local
+from diffva_ray.train.classes import described, fitted
 from diffva_ray.workflows.execution import Executor
 
 
@@ -54,7 +55,7 @@ def train_model(
     # Compare with the training that was started at ``out``, if any. Its fingerprint stays valid, also if later
     # versions of diffva-ray add settings.
     store = open_store(out)
-    keys, dataset = training_keys(recipe, data)
+    recipe, keys, dataset = training_keys(recipe, data)
     if is_trained(store, keys):
         LOG.info("%s is trained already; nothing to do", out)
         return False
@@ -67,6 +68,8 @@ def train_model(
     training_fingerprint = fingerprint(started_keys)
     workers_text = str(workers) if isinstance(workers, int) else f"{workers[0]} to {workers[1]}"
     LOG.info("training recipe %s on %d images, %s workers", recipe.name, len(dataset.images), workers_text)
+    for line in described(recipe, dataset):
+        LOG.info("%s", line)
     about = {**provenance(), "data": absolute(data), "data_kind": dataset.kind}
 
     # Train. If it fails before the first step, a corrected command may follow.
@@ -109,16 +112,18 @@ def _started_keys(store: Store, keys: dict[str, Any]) -> dict[str, Any]:
     return started
 
 
-def check_training(recipe: Recipe, data: str, out: str, workers: int | tuple[int, int] = 1) -> int:
-    """Raise what ``train_model`` would raise before its first step; returns the number of images. Builds the networks,
-    writes nothing."""
+def check_training(
+    recipe: Recipe, data: str, out: str, workers: int | tuple[int, int] = 1
+) -> tuple[Recipe, list[str], int]:
+    """Raise what ``train_model`` would raise before its first step. Builds the networks, writes nothing. Returns the
+    recipe with the classes of the data, its description, and the number of images."""
     from diffva_ray.train.loop import prepare
 
     store = open_store(out)
-    keys, dataset = training_keys(recipe, data)
+    recipe, keys, dataset = training_keys(recipe, data)
     if not is_trained(store, keys):
         prepare(recipe, data, store, workers if isinstance(workers, int) else workers[1])
-    return len(dataset.images)
+    return recipe, described(recipe, dataset), len(dataset.images)
 
 
 def _train(
@@ -170,20 +175,17 @@ def _train_inline(recipe: Recipe, data: str, out: str, training_fingerprint: str
         )
 
 
-def training_keys(recipe: Recipe, data: str) -> tuple[dict[str, Any], Dataset]:
-    """Return the settings and the digest of the images that identify a training, and the data set. Raises UnusableData
-    if the data set lacks a class of the recipe."""
+def training_keys(recipe: Recipe, data: str) -> tuple[Recipe, dict[str, Any], Dataset]:
+    """Return the recipe with the classes of the data set, the settings and the digest of the images that identify a
+    training, and the data set. Raises UnusableData if the data set lacks a class that the recipe names, RecipeError if
+    the recipe trains nothing."""
+    if not recipe.train.stages:
+        raise RecipeError(f"--recipe {recipe.name}: has no stages to train; it is for diffva generate")
     dataset = open_dataset(data, recipe.data)
-    used = {label for stage in recipe.train.stages for label in stage.classes}
-    absent = sorted(used - set(dataset.classes))
-    if absent:
-        raise UnusableData(
-            f"--data {data}: no image of class {absent[0]!r}, which the recipe trains on; its classes are "
-            f"{', '.join(dataset.classes)}"
-        )
+    recipe = fitted(recipe, dataset)
     images = sorted((image.path, image.label, image.size, *filter(None, [image.caption])) for image in dataset.images)
     keys = recipe.model_dump(mode="json", include={"seed", "data", "model", "train"})
-    return {**keys, "images": digest(images)}, dataset
+    return recipe, {**keys, "images": digest(images)}, dataset
 
 
 def cores() -> int:

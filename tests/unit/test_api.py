@@ -21,13 +21,14 @@ GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "python.md"
 DOCUMENTED = (
     "counterfactual.engine", "counterfactual.attribution", "data.images", "metrics.ssim", "metrics.localization",
     "metrics.fid", "metrics.kid", "metrics.counterfactual", "schema", "data.phantoms",
+    "explain.model", "evaluate.opened",
 )  # fmt: skip
 
 
 def test_names_are_frozen() -> None:
     assert sorted(diffva_ray.__all__) == [
-        "CounterfactualEngine", "Recipe", "Run", "attribution", "load_recipe", "open_dataset", "open_run", "phantom",
-        "read_image", "read_images", "read_map", "read_records", "to_square",
+        "CounterfactualEngine", "Recipe", "Run", "attribution", "load", "load_recipe", "open_dataset", "open_run",
+        "phantom", "read_image", "read_images", "read_map", "read_records", "to_square",
     ]  # fmt: skip
     for name in diffva_ray.__all__:
         assert getattr(diffva_ray, name).__doc__, name

@@ -128,7 +128,7 @@ OPTIONS = {
     "generate": "--actors --allow-environment-change --classes --columns --data --dry-run --executor --gpus-per-actor "
     "--guidance-scale --healthy-class --images-per-second --limit --method --micro-batch --model --out --probe "
     "--prompt --recipe --root --samples --scheduler --seed --set --shard-size --steps --strength --sweep",
-    "inspect": "DATA OTHER --columns --json --recipe --root --set",
+    "inspect": "DATA OTHER --columns --healthy-class --json --recipe --root --set",
     "interpolate": "IMAGE --dry-run --frames --guidance-scale --json --method --model --out --prompt --recipe "
     "--scheduler --seed --set --steps --strength --to",
     "paper": "--actors --allow-environment-change --boxes --brixia --chexpert --dry-run --executor --gpus-per-actor "
@@ -141,7 +141,8 @@ OPTIONS = {
     "score": "MAPS --allow-training-images --boxes --columns --data --encoding --json --model --out --positive --root "
     "--signed --size --smoothing --threshold-from",
     "status": "RUN_OR_MODEL --json",
-    "train": "--columns --data --dry-run --executor --gpus-per-worker --out --recipe --root --set --workers",
+    "train": "--columns --data --dry-run --executor --gpus-per-worker --healthy-class --out --recipe --root --set "
+    "--workers",
     "verify": "RUN --repair",
 }
 

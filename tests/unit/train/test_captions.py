@@ -52,8 +52,8 @@ def test_captions_replace_the_class_prompts(tiny: Recipe, images: Path, captione
 
 
 def test_another_caption_is_another_training(tiny: Recipe, captioned: Callable) -> None:
-    mild, _ = training_keys(tiny, str(captioned(lambda image: "mild")))
-    severe, _ = training_keys(tiny, str(captioned(lambda image: "severe")))
+    _, mild, _ = training_keys(tiny, str(captioned(lambda image: "mild")))
+    _, severe, _ = training_keys(tiny, str(captioned(lambda image: "severe")))
     assert mild != severe
 
 

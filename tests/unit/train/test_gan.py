@@ -131,7 +131,7 @@ def test_the_wasserstein_critics_loss_equals_the_papers(monkeypatch: pytest.Monk
     ("change", "reason"),
     [
         ({"classes": {"Normal": 1}}, "remove Normal from classes"),
-        ({"classes": {"Gout": 1}}, "'Gout' is not in the data"),
+        ({"classes": {"Gout": 1}}, "no image of class 'Gout'"),
         ({"norm_num_groups": 5}, "divisible"),
         ({"block_out_channels": [8] * 7}, "halve images of 32 pixels"),
     ],
