@@ -43,6 +43,11 @@ def code_revision() -> str:
     return revision.stdout.strip() if revision.returncode == 0 and tracked.returncode == 0 else __version__
 
 
+def now() -> str:
+    """Return the time in UTC, in whole seconds."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
 def provenance() -> dict[str, Any]:
     """Collect the provenance that every output of a run stores; host and user names are left out."""
     return {
@@ -50,7 +55,7 @@ def provenance() -> dict[str, Any]:
         "code_revision": code_revision(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": {"system": platform.platform(terse=True), "processor": platform.machine(), "cpus": os.cpu_count()},
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": now(),
     }
 
 

@@ -22,6 +22,7 @@ from diffva_ray.generate.run import DamagedPart, PlanError, Run, find_run, part,
 from diffva_ray.generate.run_json import OVERLAYS as OVERLAYS  # the readers of a run name it, too
 from diffva_ray.generate.run_json import RUN, DamagedRun, repair_command
 from diffva_ray.progress import one_line
+from diffva_ray.provenance import now
 from diffva_ray.schema import PLAN, PathColumn, Status
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import join
@@ -139,7 +140,9 @@ def start_retry(run: Run) -> Run | None:
         raise PlanError(f"{run.store.uri}: {len(run.pending())} shards are pending; finish diffva generate first")
     retries, _ = sound_overlays(run)  # the next one may have lost its run.json, which is written again below
     if retries and retries[-1].pending():
-        return retries[-1]
+        if retries[-1].has_plan():
+            return retries[-1]
+        del retries[-1]  # its process ended before the plan was written, which is done again below
     records = committed(run, ["record_id", "status"], retries)
     quarantined = records.filter(pc.field("status") != Status.OK.value)["record_id"]
     if not len(quarantined):
@@ -152,4 +155,4 @@ def start_retry(run: Run) -> Run | None:
     table = table.set_column(PLAN.get_field_index("image_size"), PLAN.field("image_size"), unknown)
     store = open_store(overlay_uri(run, len(retries) + 1))
     # stored keys, without the defaults of this version: a retry has the fingerprint of its run
-    return start_run(store, table, run.about["keys"], run.about)
+    return start_run(store, table, run.about["keys"], {**run.about, "started": now()})  # repaired images are newer

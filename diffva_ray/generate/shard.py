@@ -25,10 +25,10 @@ from diffva_ray._version import __version__
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.encoding import quantise
-from diffva_ray.data.images import MAX_BYTES, BadImage, decode_square, header_columns, read_mask
+from diffva_ray.data.images import MAX_BYTES, BadImage, decode_mask, decode_square, header_columns
 from diffva_ray.data.memory_limit import MemoryLimit
 from diffva_ray.generate.attempts import MAX_RECORD_DEATHS, Attempt, OutOfMemory, Session
-from diffva_ray.generate.data_identity import check_there, readable
+from diffva_ray.generate.data_identity import PlannedFiles, check_there, readable
 from diffva_ray.generate.keys import check_device_name
 from diffva_ray.generate.postprocessing import Generation, Postprocessor, ProcessedRecord
 from diffva_ray.generate.run import Run, Unfinished, find_run, part
@@ -40,7 +40,7 @@ from diffva_ray.model.bundle import load
 from diffva_ray.progress import LOG, Stopwatch, one_line
 from diffva_ray.schema import PlannedRecord, Record, Results, Status, complete
 from diffva_ray.storage.opening import open_store
-from diffva_ray.storage.store import Store, StoreError, patiently
+from diffva_ray.storage.store import Modified, Store, StoreError, patiently
 
 READ_THREADS = 8
 READ_LIMIT = MemoryLimit(MAX_BYTES)  # bytes of image files in memory
@@ -83,6 +83,11 @@ class WorkerContext:
         except ValueError as error:
             raise Unfinished(str(error)) from None
         return cls(run, open_store(data_uri), engine, judge, session=session or Session())
+
+    @cached_property
+    def files(self) -> PlannedFiles:
+        """The data set's files, guarded against changes since planning."""
+        return PlannedFiles.of(self.run.about, self.data)
 
     @cached_property
     def results(self) -> Results:
@@ -262,7 +267,7 @@ def read_source(context: WorkerContext, planned: PlannedRecord) -> Source:
             raise FileNotFoundError
         # read and decode
         with READ_LIMIT(max(size_then, 0)):
-            data = context.data.read(planned["image_path"])
+            data = context.files.read(planned["image_path"])
             if len(data) != size_then and size_then >= 0:
                 raise BadImage(f"image changed since planning: {size_then} bytes then, {len(data)} now", Status.ERROR)
             fetched = time.perf_counter()
@@ -271,7 +276,10 @@ def read_source(context: WorkerContext, planned: PlannedRecord) -> Source:
             source.planned = _with_header(planned, header_columns(data))
             source.results = {"image_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
         if planned["lung_mask_path"]:
-            source.lungs = read_mask(context.data, planned["lung_mask_path"], size)
+            source.lungs = _read_mask(context, planned["lung_mask_path"])
+    except Modified as error:
+        reason = f"{'mask' if source.results else 'image'} changed since planning ({error})"
+        source.results, source.square = {"status": Status.ERROR.value, "error": reason}, None
     except BadImage as error:
         source.results |= {"status": error.status.value, "error": str(error)}
         source.square = None
@@ -288,6 +296,14 @@ def _with_header(planned: PlannedRecord, header: dict[str, str]) -> PlannedRecor
     """The planned record with what the file's header says of patient and view, where the data set says nothing."""
     values = {name: value for name, value in planned.items() if value or name not in header}
     return cast(PlannedRecord, {**planned, **header, **values})
+
+
+def _read_mask(context: WorkerContext, path: str) -> NDArray[np.bool_] | None:
+    """A lung mask; None when it cannot be read, as a record does not depend on it. Raises Modified."""
+    try:
+        return decode_mask(context.files.read(path), context.engine.size)
+    except (ValueError, OSError):
+        return None
 
 
 def _generate(context: WorkerContext, sources: Sequence[Source]) -> list[Generation | Record]:

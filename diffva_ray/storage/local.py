@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from diffva_ray.storage.store import Entry, StoreError, checked
+from diffva_ray.storage.store import Entry, Modified, StoreError, checked
 
 # errno values that concern a single file; any other error means that the store is unavailable.
 FILE_ERRORS = (
@@ -37,9 +37,12 @@ class LocalStore:
         self.root = Path(uri).expanduser().absolute()
         self.uri = str(self.root)
 
-    def read(self, path: str) -> bytes:
-        with self._reading(path):
-            return (self.root / checked(path)).read_bytes()
+    def read(self, path: str, unmodified_since: float | None = None) -> bytes:
+        with self._reading(path), open(self.root / checked(path), "rb") as file:
+            # a time in the future is of a wrong clock
+            if unmodified_since is not None and unmodified_since < os.fstat(file.fileno()).st_mtime <= time.time():
+                raise Modified(f"{path} was written since")
+            return file.read()
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         with self._reading(path), open(self.root / checked(path), "rb") as file:

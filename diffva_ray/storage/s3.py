@@ -15,13 +15,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from diffva_ray.progress import LOG, one_line
 from diffva_ray.provenance import missing
-from diffva_ray.storage.store import Entry, StoreError, UnknownScheme, checked
+from diffva_ray.storage.store import Entry, Modified, StoreError, UnknownScheme, checked
 
 try:
     import aiobotocore.session
@@ -29,6 +30,7 @@ try:
     import botocore.exceptions as botocore
     import s3fs
     from botocore.parsers import ResponseParserError
+    from fsspec.asyn import sync_wrapper  # type: ignore[import-untyped]
 except ModuleNotFoundError:
     raise UnknownScheme(missing("s3fs", "s3:// addresses", "s3")) from None
 
@@ -46,7 +48,8 @@ MAX_CONFLICTS = 5  # attempts of a conditional PUT that collides with another re
 # Errors of one file: S3 error code to errno ("404" if the answer has no body).
 MISSING = {"NoSuchKey": errno.ENOENT, "404": errno.ENOENT}
 UNREADABLE = {
-    **MISSING, "AccessDenied": errno.EACCES, "InvalidObjectState": errno.EACCES, "KeyTooLongError": errno.ENAMETOOLONG,
+    **MISSING, "PreconditionFailed": errno.ESTALE, "412": errno.ESTALE, "AccessDenied": errno.EACCES,
+    "InvalidObjectState": errno.EACCES, "KeyTooLongError": errno.ENAMETOOLONG,
 }  # fmt: skip
 # Answers to a conditional PUT. s3fs does not map Swift's 412 to FileExistsError, because its body lacks the condition.
 CONDITIONAL = {
@@ -82,6 +85,16 @@ class _FileSystem(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has no types
     def __reduce__(self) -> tuple[Callable[[], _FileSystem], tuple[()]]:
         return _open, ()
 
+    async def _cat_unmodified(self, key: str, since: float) -> bytes:
+        bucket, name, _ = self.split_path(key)
+        limit = datetime.fromtimestamp(since, timezone.utc)
+        answer = await self._call_s3("get_object", Bucket=bucket, Key=name, IfUnmodifiedSince=limit)
+        async with answer["Body"] as body:
+            content: bytes = await body.read()
+            return content
+
+    cat_unmodified = sync_wrapper(_cat_unmodified)
+
 
 def _open() -> _FileSystem:
     session = aiobotocore.session.AioSession()
@@ -111,19 +124,27 @@ class S3Store:
         self.bucket, self.prefix, _ = self.fs.split_path(self.root)
         self.conditional: bool | None = None  # whether the server honours a conditional PUT; None: not known yet
 
-    def read(self, path: str) -> bytes:
-        return self._read(path)
+    def read(self, path: str, unmodified_since: float | None = None) -> bytes:
+        key = self._key(path)
+        if unmodified_since is None:
+            return self._read(path, lambda: self.fs.cat_file(key))
+        try:
+            return self._read(path, lambda: self.fs.cat_unmodified(key, unmodified_since))
+        except OSError as error:
+            if error.errno == errno.ESTALE:
+                raise Modified(f"{path} was written since") from error
+            raise
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
-        return self._read(path, start=start, end=stop)
-
-    def _read(self, path: str, **limits: int) -> bytes:
         key = self._key(path)
+        return self._read(path, lambda: self.fs.cat_file(key, start=start, end=stop))
+
+    def _read(self, path: str, fetch: Callable[[], bytes]) -> bytes:
         with self._asking(path, UNREADABLE):
             for _ in range(READS - 1):
                 with suppress(*BROKEN_BODY):
-                    return self.fs.cat_file(key, **limits)
-            return self.fs.cat_file(key, **limits)
+                    return fetch()
+            return fetch()
 
     def exists(self, path: str) -> bool:
         _, key, _ = self.fs.split_path(self._key(path))

@@ -27,6 +27,10 @@ class StoreError(Exception):
         self.lasting = lasting
 
 
+class Modified(Exception):
+    """Raised for a file that was written after the given time."""
+
+
 class Entry(NamedTuple):
     """A listed file."""
 
@@ -42,10 +46,19 @@ class Store(Protocol):
 
     uri: str  # address without a trailing slash
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, unmodified_since: float | None = None) -> bytes:
         """Read a whole file.
 
+        Args:
+            path: The file.
+            unmodified_since: Unix time after which the file must not have been written; a store that does not know
+                may ignore it.
+
+        Returns:
+            The content.
+
         Raises:
+            Modified: The file was written after ``unmodified_since``.
             FileNotFoundError: There is no such file.
             OSError: This file cannot be read, for example for lack of permission.
         """

@@ -98,10 +98,10 @@ class FaultyStore(LocalStore):
         super().__init__(uri)
         self.faults = faults
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, unmodified_since: float | None = None) -> bytes:
         with self._reading(path):
             self.faults.at("read", path)
-        return super().read(path)
+        return super().read(path, unmodified_since)
 
     def exists(self, path: str) -> bool:
         self._alive()

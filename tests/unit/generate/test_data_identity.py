@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import numpy as np
@@ -157,11 +160,11 @@ def test_a_mount_that_returns_in_the_middle_of_a_shard(
     monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
     read, away = LocalStore.read, [2]
 
-    def flickering(store: LocalStore, path: str) -> bytes:
+    def flickering(store: LocalStore, path: str, *since: float) -> bytes:
         if store.uri == str(data) and path.endswith(".png") and "/images/" in path and away[0]:
             away[0] -= 1
             raise FileNotFoundError(path)
-        return read(store, path)
+        return read(store, path, *since)
 
     def later(bench: shard.WorkerContext, number: int) -> dict:
         monkeypatch.setattr(LocalStore, "read", flickering)
@@ -172,6 +175,44 @@ def test_a_mount_that_returns_in_the_middle_of_a_shard(
     assert generate(data, model, out).exit_code == 0
     assert away == [0]
     assert rows(out).equals(undisturbed)
+
+
+@pytest.mark.parametrize("kind", ["image", "lung mask"])
+def test_a_file_that_was_replaced_since_planning_is_noticed(
+    interrupted: tuple[Path, Path], model: Path, undisturbed: pd.DataFrame, kind: str
+) -> None:
+    """The new file has the size of the old one."""
+    data, out = interrupted
+    earlier(out, 100)
+    pending = undisturbed[~undisturbed["record_id"].isin(rows(out)["record_id"])]
+    path = pending["image_path" if kind == "image" else "lung_mask_path"].iloc[0]
+    for file in data.rglob("*.png"):
+        os.utime(file, (time.time() - 1000,) * 2)
+    (data / path).write_bytes(bytes(reversed((data / path).read_bytes())))
+    assert generate(data, model, out).exit_code == 4
+    changed = rows(out).set_index("record_id").loc[pending["record_id"].iloc[0]]
+    assert changed["status"] == "error"
+    assert changed["error"] == f"{kind.split()[-1]} changed since planning ({path} was written since)"
+    assert (rows(out)["status"] == "ok").sum() == len(undisturbed) - 1
+    shutil.copy2(data / pending["image_path"].iloc[1], data / pending["image_path"].iloc[0])
+    assert diffva("retry", out, "--executor", "inline").exit_code == 0, "a retry plans anew"
+
+
+def test_a_data_set_that_was_restored_from_a_copy_is_taken(
+    interrupted: tuple[Path, Path], model: Path, undisturbed: pd.DataFrame
+) -> None:
+    """All its files are newer than the plan, and have the planned content."""
+    data, out = interrupted
+    earlier(out, 100)
+    assert generate(data, model, out).exit_code == 0
+    assert rows(out).equals(undisturbed)
+
+
+def earlier(out: Path, seconds: float) -> None:
+    """Make the run look as if it had been planned that long ago."""
+    about = json.loads((out / "run.json").read_text())
+    started = datetime.now(timezone.utc) - timedelta(seconds=seconds)
+    (out / "run.json").write_text(json.dumps({**about, "started": started.isoformat(timespec="seconds")}))
 
 
 def test_single_missing_images_are_rows(interrupted: tuple[Path, Path], model: Path, undisturbed: pd.DataFrame) -> None:
