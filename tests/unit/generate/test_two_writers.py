@@ -134,6 +134,17 @@ def test_a_damaged_image_gets_its_own_name_again(run: Run, images: Path, model: 
     assert timeless == {path: data for path, data in before.items() if not path.startswith("timings/")}
 
 
+def test_reduce_refuses_a_damaged_image_of_the_run(run: Run, images: Path, model: Path) -> None:
+    Worker(run, images, model).work()
+    damaged = run.store.list("counterfactuals")[0].path
+    run.store.put(damaged, run.store.read(damaged)[:60])
+    reduced = CliRunner().invoke(main, ["reduce", run.store.uri, "--executor", "inline"])
+    assert reduced.exit_code == 5, reduced.output
+    assert damaged in reduced.output
+    assert "verify" in reduced.output
+    assert not run.store.exists("_SUCCESS")
+
+
 def test_another_device_is_refused_by_name(
     run: Run, images: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
