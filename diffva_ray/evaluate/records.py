@@ -226,8 +226,9 @@ def reduced_metrics(run: Run) -> dict[str, Any] | None:
 
 
 def read_json(run: Run, path: str) -> dict[str, Any] | None:
-    """Read a JSON file of a run; None when it does not exist."""
+    """Read a JSON object of a run; None when it does not exist or is damaged."""
     try:
-        return json.loads(run.store.read(path))
-    except FileNotFoundError:
+        content = json.loads(run.store.read(path))
+    except (FileNotFoundError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
