@@ -13,7 +13,15 @@ from numpy.typing import NDArray
 
 from diffva_ray.data.images import BadImage
 from diffva_ray.data.lungs import find_lungs
-from diffva_ray.evaluate.records import Lesions, RecordImages, Truth, read_images, read_truth, under
+from diffva_ray.evaluate.records import (
+    Lesions,
+    RecordImages,
+    Truth,
+    check_own_images,
+    read_images,
+    read_truth,
+    under,
+)
 from diffva_ray.evaluate.run_index import IndexedRecord
 from diffva_ray.evaluate.scores import lost, names_of
 from diffva_ray.evaluate.tables import by_label, finite_mean, known
@@ -95,6 +103,7 @@ def _read(
         try:
             images, truth = read_images(run, row), read_truth(run, row, lesions)
         except (OSError, BadImage):
+            check_own_images(run, row)
             unread.add(row["image_path"])
             continue
         if lost(row, truth):

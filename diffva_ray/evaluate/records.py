@@ -13,15 +13,14 @@ import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
 from diffva_ray.config.sampling import SWEEPABLE
 from diffva_ray.data.dataset import LabelledImage
-from diffva_ray.data.images import BadImage, decode, decode_map, decode_mask, to_square
+from diffva_ray.data.images import BadImage, decode, decode_grey, decode_map, decode_mask, to_square
 from diffva_ray.data.shapes import Shape, lesion_mask
 from diffva_ray.generate.committed import PATHS, committed
-from diffva_ray.generate.run import Run, part
-from diffva_ray.generate.run_json import OVERLAYS
+from diffva_ray.generate.run import DamagedPart, Run, part
+from diffva_ray.generate.run_json import OVERLAYS, repair_command
 from diffva_ray.schema import Record, Status
 from diffva_ray.storage.store import Store
 
@@ -130,7 +129,17 @@ class Truth:
 
 def grey(store: Store, path: str) -> NDArray[np.float32]:
     """Read a stored 8-bit image as float32 in [0, 1]."""
-    return np.asarray(Image.open(io.BytesIO(store.read(path))).convert("L"), np.float32) / np.float32(255)
+    return decode_grey(store.read(path)).astype(np.float32) / np.float32(255)
+
+
+def check_own_images(run: Run, record: Record) -> None:
+    """Raises DamagedPart when one of the run's own images of a record cannot be read."""
+    for path in (record[name] for name in PATHS):
+        try:
+            (decode_map if path == record["attribution_path"] else decode_grey)(run.store.read(path))
+        except (OSError, BadImage) as error:
+            where = f"{run.store.uri}/{path}"
+            raise DamagedPart(f"{where} cannot be read ({error}); {repair_command(run.store)}") from None
 
 
 def read_images(run: Run, record: Record) -> RecordImages:
@@ -219,9 +228,9 @@ def reduced_metrics(run: Run) -> dict[str, Any] | None:
 
 
 def read_json(run: Run, path: str) -> dict[str, Any] | None:
-    """Read a JSON file of a run; None when it does not exist."""
+    """Read a JSON object of a run; None when it does not exist or is damaged."""
     try:
-        document: dict[str, Any] = json.loads(run.store.read(path))
-    except FileNotFoundError:
+        content = json.loads(run.store.read(path))
+    except (FileNotFoundError, ValueError):
         return None
-    return document
+    return content if isinstance(content, dict) else None

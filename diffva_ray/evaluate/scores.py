@@ -13,7 +13,15 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from diffva_ray.data.images import BadImage
-from diffva_ray.evaluate.records import Lesions, RecordImages, Truth, read_images, read_truth, under
+from diffva_ray.evaluate.records import (
+    Lesions,
+    RecordImages,
+    Truth,
+    check_own_images,
+    read_images,
+    read_truth,
+    under,
+)
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import SALIENCY, baselines, score
 from diffva_ray.metrics.ssim import psnr, ssim
@@ -96,6 +104,7 @@ def score_records(
             truth = read_truth(run, row, lesions)
             images = read_images(run, row)
         except (OSError, BadImage):  # report it: verify checks only the run's own files
+            check_own_images(run, row)
             unread.add(row["image_path"])
             continue
         if lost(row, truth):

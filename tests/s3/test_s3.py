@@ -26,7 +26,7 @@ from diffva_ray.storage import store as storage
 from diffva_ray.storage.local import LocalStore
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.s3 import S3Store
-from diffva_ray.storage.store import StoreError
+from diffva_ray.storage.store import Modified, StoreError
 
 if TYPE_CHECKING:
     from conftest import Server
@@ -578,3 +578,24 @@ def test_a_server_that_dies_on_the_way(
     assert "the server answers" in one_line(stopped)
     diffva(*line)
     assert "complete and sound" in diffva("verify", f"{bucket}/run")
+
+
+def test_a_file_that_was_written_since_is_noticed(bucket: str) -> None:
+    store = open_store(bucket)
+    store.put("a", b"one")
+    assert store.read("a", time.time() + 60) == b"one"
+    with pytest.raises(Modified, match="a was written since"):
+        store.read("a", time.time() - 3600)
+    with pytest.raises(FileNotFoundError):
+        store.read("b", time.time())
+
+
+def test_a_known_server_is_not_asked_before_each_conditional_write(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(bucket)
+    assert store.put_if_absent("a", b"one")
+    monkeypatch.setattr(type(store), "exists", lambda *arguments: pytest.fail("an additional request"))
+    assert store.put_if_absent("b", b"two")
+    assert not store.put_if_absent("b", b"three")
+    assert store.read("b") == b"two"

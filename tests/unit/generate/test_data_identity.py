@@ -220,8 +220,8 @@ def test_single_missing_images_are_rows(interrupted: tuple[Path, Path], model: P
     pending = undisturbed[~undisturbed["record_id"].isin(rows(out)["record_id"])]
     lost = pending["image_path"].iloc[0]
     (data / lost).unlink()
-    ended = generate(data, model, out, "--set", "evaluate.max_quarantined_fraction=0.5")
-    assert ended.exit_code == 0, ended.output  # the limit that is given now is the run's
+    ended = generate(data, model, out)
+    assert ended.exit_code == 4, ended.output
     statuses = rows(out).set_index("image_path")["status"]
     assert statuses[lost] == "missing"
     assert (statuses.drop(lost) == "ok").all()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from diffva_ray.cli import main
 from diffva_ray.config.recipe import Recipe
@@ -132,6 +133,21 @@ def test_a_damaged_image_gets_its_own_name_again(run: Run, images: Path, model: 
     Worker(run, images, model).work()
     timeless = {path: data for path, data in content(run).items() if not path.startswith("timings/")}
     assert timeless == {path: data for path, data in before.items() if not path.startswith("timings/")}
+
+
+@pytest.mark.parametrize("way", ["truncated", "bomb"])
+def test_reduce_refuses_a_damaged_image_of_the_run(run: Run, images: Path, model: Path, way: str) -> None:
+    assert isinstance(run.store, LocalStore)
+    Worker(run, images, model).work()
+    damaged = run.store.list("counterfactuals")[0].path
+    run.store.put(damaged, run.store.read(damaged)[:60])
+    if way == "bomb":  # 400 million pixels in a few hundred kilobytes
+        Image.new("1", (20000, 20000)).save(run.store.root / damaged)
+    reduced = CliRunner().invoke(main, ["reduce", run.store.uri, "--executor", "inline"])
+    assert reduced.exit_code == 5, reduced.output
+    assert damaged in reduced.output
+    assert "verify" in reduced.output
+    assert not run.store.exists("_SUCCESS")
 
 
 def test_another_device_is_refused_by_name(
