@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -346,16 +347,19 @@ def test_a_full_disk_is_one_line_and_the_run_continues(
     number: int, message: str, run: Path, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, files_left = tmp_path / "run", [30]
-    replace = os.replace
 
-    def filling(source: str, target: Path) -> None:
-        files_left[0] -= 1
-        if files_left[0] < 0:
-            raise OSError(number, os.strerror(number), str(target))
-        replace(source, target)
+    def filling(publish: Callable[[str, Path], None]) -> Callable[[str, Path], None]:
+        def limited(source: str, target: Path) -> None:
+            files_left[0] -= 1
+            if files_left[0] < 0:
+                raise OSError(number, os.strerror(number), str(target))
+            publish(source, target)
+
+        return limited
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", filling)
+        patch.setattr(os, "replace", filling(os.replace))
+        patch.setattr(os, "link", filling(os.link))
         result = generate(images, model, out)
     assert result.exit_code == 5
     assert message in result.output.splitlines()[-1]
