@@ -124,13 +124,13 @@ def open_model(
 ) -> tuple[CounterfactualEngine, Judge | None]:
     """The engine of the model at ``model``, and its judge if it has one. Raises UnusableModel, and UnusableData for a
     prompt that is too long."""
-    for note in ModelFolder(model).prompt_notes(prompts, recipe.data.prompts.values()):
-        LOG.info("%s", note)
     bundle = load(model, recipe)
     engine = CounterfactualEngine(bundle, recipe.generate, device)
     for prompt in prompts:
         if not engine.fits(prompt):
             raise UnusableData(f"--prompt {prompt!r}: more than {bundle.tokenizer.model_max_length} tokens")
+    for note in ModelFolder(model).prompt_notes(prompts, recipe.data.prompts.values()):
+        LOG.info("%s", note)
     try:
         return engine, load_judge(open_store(model))
     except ValueError as error:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import pytest
-from damage import DOCUMENTED, damages, diffva, linked, one_of_each
+from run_damage import DOCUMENTED, damages, diffva, linked, one_of_each
 
 ONE_OF = 25  # of so many cases, one is in the fast suite
 UNSEEN = ("timings/", "_SUCCESS missing", "_SUCCESS folder", " copied", "reference-")  # damage that harms no reader
