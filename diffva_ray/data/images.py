@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,6 @@ from diffva_ray.progress import one_line
 from diffva_ray.provenance import missing
 from diffva_ray.schema import Status
 from diffva_ray.storage.opening import open_file
-from diffva_ray.storage.store import Store
 
 Result = TypeVar("Result")
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom")
@@ -383,9 +382,15 @@ def _mask(grey: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
 
 
-def read_mask(store: Store, path: str, size: int) -> NDArray[np.bool_] | None:
+class Files(Protocol):
+    """What a mask is read from: a store, or files guarded by other means."""
+
+    def read(self, path: str) -> bytes: ...
+
+
+def read_mask(files: Files, path: str, size: int) -> NDArray[np.bool_] | None:
     """A mask as in ``decode_mask``; None when it cannot be read, as a record does not depend on its mask."""
     try:
-        return decode_mask(store.read(path), size)
+        return decode_mask(files.read(path), size)
     except (ValueError, OSError):  # BadImage is a ValueError
         return None

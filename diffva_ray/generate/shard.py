@@ -25,7 +25,7 @@ from diffva_ray._version import __version__
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.encoding import quantise
-from diffva_ray.data.images import MAX_BYTES, BadImage, decode_mask, decode_square, header_columns
+from diffva_ray.data.images import MAX_BYTES, BadImage, decode_square, header_columns, read_mask
 from diffva_ray.data.memory_limit import MemoryLimit
 from diffva_ray.generate.attempts import MAX_RECORD_DEATHS, Attempt, OutOfMemory, Session
 from diffva_ray.generate.data_identity import PlannedFiles, check_there, readable
@@ -276,7 +276,7 @@ def read_source(context: WorkerContext, planned: PlannedRecord) -> Source:
             source.planned = _with_header(planned, header_columns(data))
             source.results = {"image_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
         if planned["lung_mask_path"]:
-            source.lungs = _read_mask(context, planned["lung_mask_path"])
+            source.lungs = read_mask(context.files, planned["lung_mask_path"], size)
     except Modified as error:
         reason = f"{'mask' if source.results else 'image'} changed since planning ({error})"
         source.results, source.square = {"status": Status.ERROR.value, "error": reason}, None
@@ -296,14 +296,6 @@ def _with_header(planned: PlannedRecord, header: dict[str, str]) -> PlannedRecor
     """The planned record with what the file's header says of patient and view, where the data set says nothing."""
     values = {name: value for name, value in planned.items() if value or name not in header}
     return cast(PlannedRecord, {**planned, **header, **values})
-
-
-def _read_mask(context: WorkerContext, path: str) -> NDArray[np.bool_] | None:
-    """A lung mask; None when it cannot be read, as a record does not depend on it. Raises Modified."""
-    try:
-        return decode_mask(context.files.read(path), context.engine.size)
-    except (ValueError, OSError):
-        return None
 
 
 def _generate(context: WorkerContext, sources: Sequence[Source]) -> list[Generation | Record]:
