@@ -10,28 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from test_datasets import unusable, write
 
 from diffva_ray.cli import main
 from diffva_ray.config.recipe import ROLES, DataConfig, RecipeError, load_recipe
 from diffva_ray.data import manifest as manifest_reader
 from diffva_ray.data.columns import patient_key
-from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
+from diffva_ray.data.dataset import Dataset, LabelledImage
 from diffva_ray.data.datasets import open_dataset
-
-
-def write(root: Path, *paths: str, content: bytes = b"x") -> Path:
-    for path in paths:
-        file = root / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-    return root
-
-
-def unusable(uri, *arguments, **options) -> str:
-    with pytest.raises(UnusableData) as caught:
-        open_dataset(uri, *arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def manifest(root: Path, text: str) -> Path:
