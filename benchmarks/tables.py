@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("index", "methods", "throughput", "real_images")))
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("index", "methods", "throughput", "real_images", "paper")))
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 Cells = Sequence[Sequence[str]]
 
@@ -294,11 +294,17 @@ def demo() -> str:
     )
 
 
+def paper_claims() -> str:
+    from diffva_ray.paper.claims import HEADS, claims
+
+    return markdown(HEADS, [claim.cells() for claim in claims()])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         leaderboard, limits, corrections, shortcuts, induction, unseen, engine, data_plane, scale, planning, fid_rows,
-        real_pack, implants, throughput, demo, gpu,
+        real_pack, implants, throughput, demo, gpu, paper_claims,
     )
 }  # fmt: skip
 

@@ -29,7 +29,8 @@ chexpert_option    = click.option("--chexpert",    metavar="DATA", help="CheXper
 out_option         = click.option("--out",         metavar="DIR", required=True, help="Output folder, local or s3://; an unfinished one continues.")
 quick_option       = click.option("--quick",       is_flag=True, help="Use 24 images per class, and phantoms in place of data that are not given.")
 limit_option       = click.option("--limit",       metavar="N", type=click.IntRange(4), help="Maximum number of images per class.")
-resize_option      = click.option("--resize",      type=click.Choice(["clean", "legacy"]), default="clean", show_default=True, help="Resizing before Inception: bicubic with antialiasing (clean), or as pytorch-fid (legacy).")
+resize_option      = click.option("--resize",      type=click.Choice(["clean", "legacy"]), default="legacy", show_default=True, help="Resizing before Inception: as pytorch-fid and the paper (legacy), or bicubic with antialiasing (clean).")
+carcinoma_option   = click.option("--carcinoma",   metavar="IMAGE", help="A real carcinoma, shown in figure 4; default with phantoms: a phantom mass.")
 # fmt: on
 
 
@@ -40,6 +41,7 @@ resize_option      = click.option("--resize",      type=click.Choice(["clean", "
 @out_option
 @quick_option
 @limit_option
+@carcinoma_option
 @boxes_option
 @brixia_option
 @weights_option

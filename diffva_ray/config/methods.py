@@ -48,6 +48,7 @@ METHODS: dict[str, Method] = {
     "masked": Method(lambda steps, guided: Calls(steps + guided + steps - 1), "ddim", shortcuts=True),
     "classifier-guided": Method(lambda steps, guided: Calls(2 * steps - 1), "ddim", needs="classifier"),
     "controlnet": Method(lambda steps, guided: Calls(steps + guided, controlnet=steps + guided), needs="controlnet"),
+    "text-to-image": Method(lambda steps, guided: Calls(steps + guided), shortcuts=True),
     "vant-gan": Method(lambda steps, guided: Calls(0, decode=0), needs="vant_gan", reads_prompt=False),
     "ant-gan": Method(lambda steps, guided: Calls(0, decode=0), needs="ant_gan", reads_prompt=False),
 }

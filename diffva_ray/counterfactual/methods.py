@@ -12,6 +12,7 @@ from diffva_ray.counterfactual import (
     masked,
     one_pass,
     sdedit,
+    text_to_image,
 )
 from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion
 
@@ -22,6 +23,7 @@ GENERATE: dict[str, Callable[[LatentDiffusion, Edit], Generated]] = {
     "masked": masked.generate,
     "classifier-guided": classifier_guided.generate,
     "controlnet": controlnet.generate,
+    "text-to-image": text_to_image.generate,
     "vant-gan": one_pass.vant_gan,
     "ant-gan": one_pass.ant_gan,
 }

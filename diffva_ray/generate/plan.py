@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from diffva_ray.config.methods import METHODS
-from diffva_ray.config.recipe import GUESS, GenerateConfig, Recipe, first_error
+from diffva_ray.config.recipe import GUESS, SOURCE, GenerateConfig, Recipe, first_error
 from diffva_ray.config.sampling import SWEEPABLE, SamplingSettings, parse_value
 from diffva_ray.data.dataset import Dataset, LabelledImage
 from diffva_ray.generate.run import PlanError
@@ -215,6 +215,10 @@ def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:
         raise PlanError(
             f'method {checked.method} reads no prompt, so guessing one is useless; give --set generate.source_prompt=""'
         )
+    if checked.method == "text-to-image" and checked.strength < 1:
+        raise PlanError(f"method text-to-image starts from noise, so --strength is 1, not {checked.strength:g}")
+    if checked.method == "text-to-image" and checked.negative_prompt == SOURCE:
+        raise PlanError("method text-to-image reads no image, so generate.negative_prompt cannot be the source prompt")
     if checked.scheduler != (only := method.scheduler or checked.scheduler):
         raise PlanError(
             f"method {checked.method} runs with scheduler {only}, not {checked.scheduler}; give --scheduler {only} or "

@@ -12,7 +12,7 @@ from diffva_ray._version import __version__
 from diffva_ray.config.recipe import Recipe, RecipeError, fingerprint_difference
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.phantoms import make_phantoms
+from diffva_ray.data.phantoms import make_phantoms, phantom
 from diffva_ray.distributed import session
 from diffva_ray.evaluate.annotations import lesion_shapes
 from diffva_ray.evaluate.options import Options
@@ -20,10 +20,11 @@ from diffva_ray.generate.failure_threshold import TooManyQuarantined
 from diffva_ray.generate.plan import PromptTooLong
 from diffva_ray.generate.run import FingerprintDiffers, open_run
 from diffva_ray.model.card import UnusableModel, read_card
-from diffva_ray.paper.experiments import EXPERIMENTS, Experiment, settings_recipe
-from diffva_ray.paper.inputs import SEEDS, copy_images, limited, phantom_chexpert, sampled
+from diffva_ray.paper.experiments import EXPERIMENTS, SAMPLES, Experiment, settings_recipe
+from diffva_ray.paper.inputs import SEEDS, copy_images, drawn, limited, phantom_chexpert, read_image, sampled
 from diffva_ray.paper.state import Inputs, PaperState
 from diffva_ray.progress import LOG
+from diffva_ray.schema import Image
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store, join
 from diffva_ray.workflows.execution import model_recipe
@@ -34,6 +35,7 @@ GUARD, SUCCESS = "paper.json", "_SUCCESS"
 QUICK_IMAGES = 24  # of each class, with --quick
 FIGURE_IMAGES = 3  # healthy images of the figures with several prompts
 CARDIOMEGALY = "Cardiomegaly"
+HEALTHY_SAMPLE = "random healthy"  # name in the sheet
 
 
 def run_paper(options: Inputs) -> str:
@@ -46,7 +48,7 @@ def run_paper(options: Inputs) -> str:
 
     store, base, card = _open(options)
     _guard(store, options, card)
-    success = {key: getattr(options, key) for key in ("weights", "resize", "boxes", "brixia")}
+    success = {key: getattr(options, key) for key in ("weights", "resize", "boxes", "brixia", "carcinoma")}
     success["version"] = __version__
     page = join(store.uri, "index.html")
     if store.exists(SUCCESS) and json.loads(store.read(SUCCESS)) == success:
@@ -98,6 +100,8 @@ def _open(options: Inputs) -> tuple[Store, Recipe, dict[str, Any]]:
     for uri in (options.radiography, options.chexpert):
         if uri is not None:
             open_dataset(uri)  # check before writing, so that a wrong path leaves no folder behind
+    if options.carcinoma is not None:
+        read_image(options.carcinoma)
     card = read_card(open_store(options.model))
     if card is None:
         raise UnusableModel(f"--model {options.model}: no diffva.json there; train a model first")
@@ -138,8 +142,8 @@ def _images(store: Store, base: Recipe, card: dict[str, Any], options: Inputs) -
         radiography = join(folder, "radiography")
         make_phantoms(radiography, 4 * (per_class or QUICK_IMAGES), size, SEEDS["radiography"])
     else:
-        radiography = limited(options.radiography, base.data, None, per_class, join(folder, "radiography"))
-    state = PaperState(store, base, card, radiography, None, options)
+        radiography = limited(options.radiography, base.data, per_class, join(folder, "radiography"), base.seed)
+    state = PaperState(store, base, card, radiography, options)
     dataset = open_dataset(radiography, base.data)
     state.notes += [f"images: {note}" for note in dataset.notes]
     state.lesions = lesion_shapes(radiography, state.base.data, options.boxes, state.notes)
@@ -147,28 +151,44 @@ def _images(store: Store, base: Recipe, card: dict[str, Any], options: Inputs) -
         raise UnusableData(f"--radiography {options.radiography}: no image of the healthy class {healthy}")
     if len(dataset.classes) == 1:
         raise UnusableData(f"--radiography {options.radiography}: no image of an abnormal class")
-    state.chexpert = _chexpert(state, join(folder, "chexpert"), per_class, size)
-    # a few healthy images for the figures with several prompts
-    few = sampled([image for image in dataset.images if image.label == healthy and image.size >= 0], FIGURE_IMAGES)
+    _draw_cardiomegaly(state, join(folder, "chexpert"), per_class, size)
+    state.carcinoma = _carcinoma(state, size)
+    # random healthy images of table 5, and a few of them for the figures with several prompts
+    state.samples[HEALTHY_SAMPLE] = drawn(
+        radiography, base.data, healthy, SAMPLES[HEALTHY_SAMPLE], join(folder, "healthy"), base.seed
+    )
+    few = sampled([image for image in dataset.images if image.label == healthy], FIGURE_IMAGES, base.seed)
     copy_images(dataset, few, join(folder, "few"))
     return state
 
 
-def _chexpert(state: PaperState, folder: str, per_class: int | None, size: int) -> str | None:
+def _carcinoma(state: PaperState, size: int) -> Image | None:
+    """The real case beside figure 4; with phantoms a phantom with a mass."""
     options = state.options
-    if options.chexpert is None and options.quick and options.radiography is None:
-        return phantom_chexpert(folder, per_class or QUICK_IMAGES, size)
+    if options.carcinoma is not None:
+        return read_image(options.carcinoma, state.base.data.bits)
+    if options.radiography is None:
+        return phantom("Mass", patient=0, seed=SEEDS["chexpert"], size=size).image
+    state.missing.append(("figure 4, the real carcinoma", "no image given (--carcinoma)"))
+    return None
+
+
+def _draw_cardiomegaly(state: PaperState, folder: str, per_class: int | None, size: int) -> None:
+    """Draw the real cardiomegaly of table 4 from CheXpert, or from phantoms in its layout."""
+    options, uri = state.options, state.options.chexpert
+    if uri is None and options.quick and options.radiography is None:
+        uri = phantom_chexpert(folder, per_class or QUICK_IMAGES, size)
     what = "table 4, real cardiomegaly against generated"
-    if options.chexpert is None:
+    if uri is None:
         state.missing.append((what, "no CheXpert given (--chexpert)"))
-        return None
+        return
+    wanted = min(SAMPLES["cardiomegaly"], per_class or SAMPLES["cardiomegaly"])
     try:
-        uri = limited(options.chexpert, state.base.data, [CARDIOMEGALY], per_class, folder)
-        state.notes += [f"CheXpert: {note}" for note in open_dataset(options.chexpert, state.base.data).notes]
-        return uri
+        sample = drawn(uri, state.base.data, CARDIOMEGALY, wanted, join(folder, "sample"), state.base.seed)
+        state.samples["cardiomegaly"] = sample
+        state.notes += [f"CheXpert: {note}" for note in open_dataset(uri, state.base.data).notes]
     except UnusableData as error:
         state.missing.append((what, str(error)))
-        return None
 
 
 def _runs(state: PaperState) -> None:
@@ -186,7 +206,10 @@ def _runs(state: PaperState) -> None:
 def _run(state: PaperState, experiment: Experiment) -> None:
     """Generate and reduce one experiment."""
     recipe = settings_recipe(state.base, experiment, state.options.overrides)
-    data = join(state.store.uri, "data", "few") if experiment.images == "few healthy" else state.radiography
+    data = {
+        "few healthy": join(state.store.uri, "data", "few"),
+        "random healthy": state.samples[HEALTHY_SAMPLE].uri,
+    }.get(experiment.images, state.radiography)
     out = join(state.store.uri, "runs", experiment.name)
     request = experiment.request(state.base.data.healthy_class)
     generate_run(recipe, data, state.options.model, out, request, state.options.execution)
@@ -197,8 +220,8 @@ def _run(state: PaperState, experiment: Experiment) -> None:
 
 def _reduce_options(state: PaperState, experiment: Experiment) -> Options:
     references: tuple[tuple[str, str], ...] = ((state.base.data.healthy_class, state.radiography),)
-    if experiment.cardiomegaly:
-        references = ((CARDIOMEGALY, state.chexpert),) if state.chexpert else references
+    if experiment.cardiomegaly and "cardiomegaly" in state.samples:
+        references = ((CARDIOMEGALY, state.samples["cardiomegaly"].uri),)
     options, is_abnormal = state.options, experiment.images == "abnormal"
     return Options(
         references=references,

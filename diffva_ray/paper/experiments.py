@@ -18,7 +18,7 @@ from diffva_ray.generate.plan import Request
 
 METHOD_KEYS = ("method", "scheduler", "strength", "guidance_scale", "num_inference_steps", "source_prompt",
                "negative_prompt", "posterior", "difference", "smoothing")  # fmt: skip
-Images = Literal["abnormal", "healthy", "few healthy"]
+Images = Literal["abnormal", "healthy", "random healthy", "few healthy"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Experiment:
 
 SHEET: dict[str, Any] = yaml.safe_load((resources.files(__package__) / "sheet.yaml").read_text("utf-8"))
 SETTINGS: dict[str, str] = SHEET["settings"]
+SAMPLES: dict[str, int] = SHEET["samples"]  # sizes of random samples
 
 
 def _experiment(fields: dict[str, Any]) -> Experiment:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffva_ray.data.dataset import LabelledImage
-from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.images import to_square
 from diffva_ray.evaluate.drawing import Panel, PanelRow, panel_sheet, short
 from diffva_ray.evaluate.figures import QUANTILE, ShownRecord, figure_grid
 from diffva_ray.evaluate.records import as_records, finished, read_images, read_records
@@ -20,7 +19,7 @@ from diffva_ray.generate.run import Run
 from diffva_ray.metrics.counterfactual import side_share
 from diffva_ray.paper.experiments import EXPERIMENTS, SETTINGS, guided
 from diffva_ray.paper.state import PaperState, settings_of
-from diffva_ray.schema import digest
+from diffva_ray.schema import Image, digest
 
 MIN_THRESHOLD = 0.02  # of the grey range; smaller differences are noise of the image
 
@@ -74,15 +73,40 @@ def _variants(state: PaperState, name: str, text: str) -> tuple[bytes, str]:
 
 
 def _ablation(state: PaperState, name: str, text: str) -> tuple[bytes, str]:
-    """The full method, the ablation (called ``text``), and the control."""
-    full, run = state.runs["generate-0.55"], state.runs[name]
-    variants = [Variant("full method", full), Variant(text, run)]
-    if "prompt-only" in state.runs:
-        variants.append(Variant("control: empty prompt", state.runs["prompt-only"]))
-    images = open_dataset(state.radiography, state.base.data).images
-    png_data, legend = sheet(variants, one_of_each(images, state.base.data.healthy_class))
+    """An ablation (called ``text``) of healthy images, and its control."""
+    run = state.runs[name]
+    variants = [Variant(text, run)]
+    if CONTROLS[name][0] in state.runs:
+        variants.append(Variant(f"control: {CONTROLS[name][1]}", state.runs[CONTROLS[name][0]]))
+    png_data, legend = sheet(variants, images_of(run))
     off = "" if guided(run.recipe.generate, run.keys["prompt"]) else " Guidance is off in the ablation."
     return png_data, f"{legend} Ablation: {settings_of(run)}.{off}"
+
+
+def _opacities(state: PaperState, name: str, text: str) -> tuple[bytes, str]:
+    """Three images of lung opacity."""
+    run = state.runs[name]
+    png_data, legend = sheet([Variant("healthy", run)], images_of(run, label=OPACITY))
+    return png_data, f"{legend} {settings_of(run)}. {_training_data(state)}"
+
+
+def _carcinoma(state: PaperState, name: str, text: str) -> tuple[bytes, str]:
+    """The bare prompt on healthy images, beside a real case."""
+    run = state.runs[name]
+    (prompt,) = next(experiment.prompts for experiment in EXPERIMENTS if experiment.name == name)
+    real = None if state.carcinoma is None else to_square(state.carcinoma, state.base.model.resolution)
+    title = "a phantom mass" if state.options.radiography is None and not state.options.carcinoma else "a real case"
+    png_data, legend = sheet([Variant(f"“{prompt}”", run)], images_of(run), None if real is None else (title, real))
+    return png_data, f"{text} {legend} {settings_of(run)}. {_zero_shot(state, [prompt])}"
+
+
+def _two_settings(state: PaperState, name: str, text: str) -> tuple[bytes, str]:
+    """One prompt on the same healthy images under two settings of strength and guidance."""
+    runs = [state.runs[name], state.runs["cardiomegaly-0.55"]]
+    titles = [f"strength {run.keys['strength']:g}, guidance {run.keys['guidance_scale']:g}" for run in runs]
+    variants = [Variant(title, run) for title, run in zip(titles, runs)]
+    png_data, legend = sheet(variants, images_of(runs[0]))
+    return png_data, f"{text} {legend} {settings_of(runs[0])}. {_zero_shot(state, [runs[0].keys['prompt']])}"
 
 
 def _sides(state: PaperState, name: str, text: str) -> tuple[bytes, str]:
@@ -112,18 +136,12 @@ def _zero_shot(state: PaperState, prompts: Sequence[str]) -> str:
     return f"Not a training prompt of this model: {unseen}." if unseen else ""
 
 
-def images_of(run: Run, limit: int = 3) -> list[str]:
-    """Paths of the first finished images of a run, in the order of the digest of their paths."""
-    return sorted(finished(read_records(run))["image_path"].unique(), key=digest)[:limit]
-
-
-def one_of_each(images: Sequence[LabelledImage], healthy: str) -> list[str]:
-    """The path of one image of each abnormal class, the first by the digest of its path."""
-    paths: dict[str, str] = {}
-    for image in sorted(images, key=lambda image: digest(image.path)):
-        if image.label != healthy:
-            paths.setdefault(image.label, image.path)
-    return [paths[label] for label in sorted(paths)]
+def images_of(run: Run, limit: int = 3, label: str | None = None) -> list[str]:
+    """Paths of the first finished images of a run (of class ``label``), in the order of the digest of their paths."""
+    records = finished(read_records(run))
+    if label is not None:
+        records = records[records["label"] == label]
+    return sorted(records["image_path"].unique(), key=digest)[:limit]
 
 
 def _read(variant: Variant, paths: Sequence[str]) -> list[ShownRecord | None]:
@@ -134,10 +152,13 @@ def _read(variant: Variant, paths: Sequence[str]) -> list[ShownRecord | None]:
     return [ShownRecord.read(variant.run, rows[path], {}) if path in rows else None for path in paths]
 
 
-def sheet(variants: Sequence[Variant], paths: Sequence[str]) -> tuple[bytes, str]:
+def sheet(
+    variants: Sequence[Variant], paths: Sequence[str], beside: tuple[str, Image] | None = None
+) -> tuple[bytes, str]:
     """PNG with a row for each image (the image, then counterfactual and red overlay of each variant), and its legend.
 
-    Raises ValueError if no image was finished in any variant.
+    ``beside``: title and pixels of a further image, at the right of the first row. Raises ValueError if no image was
+    finished in any variant.
     """
     # records and their common threshold
     columns = [_read(variant, paths) for variant in variants]
@@ -147,7 +168,7 @@ def sheet(variants: Sequence[Variant], paths: Sequence[str]) -> tuple[bytes, str
     values = np.concatenate([(record.sign * record.images.signed_map).ravel() for record in shown])
     threshold = max(float(np.quantile(values, QUANTILE)), MIN_THRESHOLD)
     # rows of panels
-    titles, rows = ["image"], []
+    titles, rows = ["image"], list[PanelRow]()
     for letter, variant in zip("abcdef", variants):
         titles += [f"{letter}: {short(variant.title, 34)}\ncounterfactual", "\nred overlay"]
     for in_row in zip(*columns):
@@ -164,7 +185,10 @@ def sheet(variants: Sequence[Variant], paths: Sequence[str]) -> tuple[bytes, str
                 healthy = f", h {row['judge_image']:.2f}→{row['judge_counterfactual']:.2f}"
             lines.append(f"{letter}: SSIM {row['ssim']:.2f}{healthy}")
             panels += [Panel(record.images.counterfactual), Panel(record.red(threshold))]
+        if beside:
+            panels.append(Panel(None if rows else beside[1]))
         rows.append(PanelRow(short(first.row["label"], 60), lines, panels))
+    titles += [beside[0]] if beside else []
     # legend
     red = " or ".join(sorted({"M" if record.sign > 0 else "−M (inducing)" for record in shown}))
     legend = (
@@ -176,16 +200,22 @@ def sheet(variants: Sequence[Variant], paths: Sequence[str]) -> tuple[bytes, str
 
 
 Draw = Callable[[PaperState, str, str], tuple[bytes, str]]
+OPACITY = "Lung_Opacity"
+CONTROLS = {  # of an ablation: its run, and its title
+    "no-image-prior": ("pure-noise", "no image at all"),
+    "no-text": ("healthy-0.55", "the full method"),
+    "neither": ("no-text", "no text only"),
+}
 INDUCED = "Findings induced in healthy images."
 FIGURES: tuple[tuple[int, str, Draw, str, str], ...] = (
-    (2, "Healthy counterfactuals and red overlays, 0.85 / 7.5 / 75", _grid, "generate-0.85", ""),
-    (3, "Healthy counterfactuals and red overlays, 0.55 / 4", _grid, "generate-0.55", ""),
-    (4, "Carcinoma induced, by severity", _variants, "carcinoma", INDUCED),
-    (5, "Cardiomegaly induced, by severity", _variants, "cardiomegaly-severity", INDUCED),
-    (6, "Trained classes induced", _variants, "inductions", INDUCED),
-    (7, "Ablation: no text", _ablation, "no-text", "no text encoder"),
-    (8, "Ablation: no image prior", _ablation, "no-image-prior", "no image prior"),
-    (9, "Ablation: neither", _ablation, "neither", "neither"),
-    (10, "Lung opacity on one side", _sides, "sides",
+    (2, "Healthy counterfactual generation for three cases of lung opacity", _opacities, "generate-0.85", ""),
+    (3, "Healthy counterfactual generation", _grid, "generate-0.55", ""),
+    (4, "Zero-shot carcinoma induction", _carcinoma, "carcinoma", INDUCED),
+    (5, "Induction of cardiomegaly in healthy images, two settings", _two_settings, "cardiomegaly-0.85", INDUCED),
+    (6, "Induction of baseline diseases in healthy images", _variants, "inductions", INDUCED),
+    (7, "Elimination of image priors", _ablation, "no-image-prior", "strength 0.99"),
+    (8, "Elimination of the text encoder, with a healthy image as image prior", _ablation, "no-text", "no text"),
+    (9, "Elimination of the text encoder and image priors", _ablation, "neither", "neither"),
+    (10, "Localized lung opacity induction in healthy images", _sides, "sides",
      "Left is the patient's left, which is the right half of the image."),
 )  # fmt: skip

@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from diffva_ray.config.recipe import DataConfig
-from diffva_ray.data.dataset import Dataset, LabelledImage
+from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import encode_grey, quantise
+from diffva_ray.data.images import BadImage, decode
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.data.readers.chexpert import OBSERVATIONS
 from diffva_ray.data.shapes import Box
 from diffva_ray.progress import LOG
-from diffva_ray.schema import digest
-from diffva_ray.storage.opening import open_store
+from diffva_ray.schema import Image, digest
+from diffva_ray.storage.opening import open_file, open_store
 
 SEEDS = {"radiography": 4, "chexpert": 5}  # of phantoms; the demo uses 0 to 3
 COPIED = "copied.json"
@@ -44,14 +46,25 @@ def phantom_chexpert(uri: str, per_class: int, size: int) -> str:
     return uri
 
 
-def sampled(images: Sequence[LabelledImage], per_class: int) -> list[LabelledImage]:
-    """At most ``per_class`` images of each class, ordered by the digest of their paths.
+def read_image(uri: str, bits: int = 16) -> Image:
+    """The pixels [H, W] in [0, 1] of the image that --carcinoma names. Raises UnusableData."""
+    try:
+        store, name = open_file(uri)
+        return decode(store.read(name), bits=bits)
+    except (OSError, BadImage) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else error
+        raise UnusableData(f"--carcinoma {uri}: {reason}") from None
 
-    The choice is deterministic, and a smaller sample is part of a larger one.
+
+def sampled(images: Sequence[LabelledImage], per_class: int, seed: int = 0) -> list[LabelledImage]:
+    """At most ``per_class`` existing images of each class, in an order that ``seed`` decides.
+
+    A smaller sample is part of a larger one.
     """
     taken: dict[str, int] = {}
     kept = []
-    for image in sorted(images, key=lambda image: (image.label, digest(image.path))):
+    existing = [image for image in images if image.size >= 0]
+    for image in sorted(existing, key=lambda image: (image.label, digest([seed, image.path]))):
         taken[image.label] = taken.get(image.label, 0) + 1
         if taken[image.label] <= per_class:
             kept.append(image)
@@ -88,10 +101,28 @@ def copy_images(dataset: Dataset, images: Sequence[LabelledImage], uri: str) -> 
     return uri
 
 
-def limited(uri: str, config: DataConfig, classes: Sequence[str] | None, per_class: int | None, out: str) -> str:
-    """``uri``, or with ``per_class`` a copy of that many images of each class at ``out``. Raises UnusableData."""
+def limited(uri: str, config: DataConfig, per_class: int | None, out: str, seed: int = 0) -> str:
+    """``uri``, or with ``per_class`` a copy of a random sample of each class at ``out``. Raises UnusableData."""
     if per_class is None:
         return uri
-    dataset = open_dataset(uri, config, classes)
-    existing = [image for image in dataset.images if image.size >= 0]
-    return copy_images(dataset, sampled(existing, per_class), out)
+    dataset = open_dataset(uri, config)
+    return copy_images(dataset, sampled(dataset.images, per_class, seed), out)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A random sample of one class of a data set."""
+
+    uri: str  # a data set with this sample in the class
+    size: int  # images in the sample
+    available: int  # images of the class
+
+
+def drawn(uri: str, config: DataConfig, label: str, size: int, out: str, seed: int) -> Sample:
+    """Draw ``size`` images of class ``label`` into a copy at ``out``, or take ``uri`` if it has no more. Raises
+    UnusableData without any."""
+    dataset = open_dataset(uri, config, [label])
+    available = sum(image.size >= 0 for image in dataset.images)
+    if available <= size:
+        return Sample(uri, available, available)
+    return Sample(copy_images(dataset, sampled(dataset.images, size, seed), out), size, available)

@@ -54,8 +54,8 @@ def introduction(state: PaperState, classes: dict[str, int]) -> list[str]:
         f"Images: {counts}. Model {state.card['digest'][:12]} (recipe {state.base.name}, "
         f"{state.base.model.resolution} px{', trained on phantoms' if phantoms else ''}). Seed and settings of each "
         "run are in its run.json.",
-        "Each table shows the paper's published value beside ours. For tables 1 to 3 the paper gives neither N nor an "
-        "interval, nor which of its two settings was used: both settings are shown, and the model's own recipe.",
+        "Each table shows the paper's published value beside ours. For tables 1 to 3 the paper gives no "
+        "interval, and not which of its two settings was used: both are shown, and the model's own recipe.",
     ]
     if phantoms:
         paragraphs.append(

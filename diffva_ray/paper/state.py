@@ -8,6 +8,8 @@ from typing import Any, Literal
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.evaluate.records import Lesions
 from diffva_ray.generate.run import Run
+from diffva_ray.paper.inputs import Sample
+from diffva_ray.schema import Image
 from diffva_ray.storage.store import Store
 from diffva_ray.workflows.execution import Execution
 
@@ -23,11 +25,12 @@ class Inputs:
     quick: bool = False  # few images; phantoms in place of missing data sets
     limit: int | None = None  # images per class
     weights: str | None = None  # Inception weights, for FID
-    resize: Literal["clean", "legacy"] = "clean"  # before the extractor
+    resize: Literal["clean", "legacy"] = "legacy"  # before the extractor; the paper's is pytorch-fid's own
     recipe: str | None = None  # None: the model's own
     overrides: tuple[str, ...] = ()  # of --set
     boxes: str | None = None  # CSV of lesion boxes
     brixia: str | None = None  # CSV of readers' Brixia scores
+    carcinoma: str | None = None  # a real carcinoma, for figure 4
     execution: Execution = field(default_factory=Execution)
 
 
@@ -39,8 +42,9 @@ class PaperState:
     base: Recipe  # the model's recipe
     card: dict[str, Any]  # the model's card
     radiography: str  # URI of the images
-    chexpert: str | None  # URI of real cardiomegaly images
     options: Inputs
+    samples: dict[str, Sample] = field(default_factory=dict)  # random samples, by their names in the sheet
+    carcinoma: Image | None = None  # a real carcinoma, or with phantoms a mass
     lesions: Lesions = field(default_factory=dict)  # outlined lesions by image
     runs: dict[str, Run] = field(default_factory=dict)  # finished runs by name of the experiment
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each run, from reduce

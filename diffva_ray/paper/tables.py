@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from diffva_ray.evaluate.distances import distance_row, run_features
@@ -12,14 +12,15 @@ from diffva_ray.evaluate.records import finished, read_records
 from diffva_ray.evaluate.run_index import index_run
 from diffva_ray.evaluate.set_distances import choose_extractors, reference
 from diffva_ray.metrics.fid import SMALL
-from diffva_ray.metrics.fid_controls import conditional
-from diffva_ray.paper.experiments import SETTINGS, SHEET
+from diffva_ray.metrics.fid_controls import conditional, split_halves
+from diffva_ray.paper.experiments import SAMPLES, SETTINGS, SHEET
 from diffva_ray.paper.layout import Table, number, with_error, with_interval
 from diffva_ray.paper.state import PaperState, settings_of
 from diffva_ray.schema import TableRow
 
 CLASSES: dict[str, dict[str, float]] = SHEET["published"]["classes"]
 FIVE_SCALES = 5  # of the paper's MS-SSIM
+MIN_HALVES = 8  # images that can be split into halves
 
 
 @dataclass
@@ -201,11 +202,20 @@ def cardiomegaly_table(state: PaperState) -> Table:
         if row:
             comparison.rows["cardiomegaly"] = row
     settings = prompts(state, ["cardiomegaly"]) if "cardiomegaly" in state.runs else ""
-    return _distance_table("table4", comparisons, ["cardiomegaly"], images=paper["images"], settings=settings)
+    table = _distance_table("table4", comparisons, ["cardiomegaly"], settings=settings)
+    return with_sample(table, state, "cardiomegaly", "real cardiomegaly (CheXpert)")
+
+
+def with_sample(table: Table, state: PaperState, name: str, title: str) -> Table:
+    """The table with a first row: the paper's size of the random sample ``name``, and how many images ours has."""
+    sample = state.samples.get(name)
+    size = "–" if sample is None else f"{sample.size} of {sample.available}"
+    table.rows.insert(0, [title, "", "images drawn", "", str(SAMPLES[name]), size])
+    return table
 
 
 def ablation_table(state: PaperState) -> Table:
-    """Table 5: real healthy images against the counterfactuals of all classes, and the effect of guidance <= 1."""
+    """Table 5: real healthy images against what the ablations make of them, and the effect of guidance <= 1."""
     healthy = state.base.data.healthy_class
     comparisons = list[Distances]()
     for run_name, (title, paper) in SHEET["ablations"].items():
@@ -215,13 +225,13 @@ def ablation_table(state: PaperState) -> Table:
         setting = f"{keys['strength']:g} / {keys['guidance_scale']:g}, “{keys['prompt']}”"
         comparison = Distances(f"real {healthy}", f"{title} ({setting})", f"{paper:g}" if paper else "")
         row, within = _pooled(state, run_name)
-        if row is not None and within is not None:
+        if row is not None and within is not None:  # of several classes
             row["within_class"] = within
             comparison.more = ["distance within class", "", "", number(within)]
         comparison.rows["ours"] = row
         comparisons.append(comparison)
-    images, guidance = SHEET["published"]["ablations"], guidance_finding(state)
-    return _distance_table("table5", comparisons, ["ours"], images=images, guidance=guidance, healthy=healthy)
+    table = _distance_table("table5", comparisons, ["ours"], guidance=guidance_finding(state))
+    return with_sample(table, state, "random healthy", f"random {healthy} images")
 
 
 def _pooled(state: PaperState, name: str) -> tuple[TableRow | None, float | None]:
@@ -234,7 +244,8 @@ def _pooled(state: PaperState, name: str) -> tuple[TableRow | None, float | None
     healthy = state.base.data.healthy_class
     options = Options(weights=state.options.weights, resize=state.options.resize, cache=state.store.uri)
     extractor = choose_extractors(run, options, [])[0]
-    counterfactuals = run_features(run, records, extractor).counterfactual
+    features = run_features(run, records, extractor)
+    counterfactuals = features.counterfactual
     healthy_images = reference(run, healthy, state.radiography, extractor, options, [])
     if healthy_images is None:
         return None, None
@@ -243,8 +254,10 @@ def _pooled(state: PaperState, name: str) -> tuple[TableRow | None, float | None
     row = distance_row(f"real {healthy}", name, real, counterfactuals, extractor, run.recipe.evaluate.fid_subsets)
     labels = records.frame["label"]
     groups = {label: (real, counterfactuals.take((labels == label).to_numpy())) for label in sorted(labels.unique())}
-    too_small = any(len(of_label) < 2 for _, of_label in groups.values())
-    return row, None if too_small else conditional(groups)
+    if set(groups) == {healthy} and row is not None and len(counterfactuals) >= MIN_HALVES:
+        row["halves"] = asdict(split_halves(features.source, counterfactuals, splits=2))
+    single = len(groups) == 1 or any(len(of_label) < 2 for _, of_label in groups.values())
+    return row, None if single else conditional(groups)
 
 
 def guidance_finding(state: PaperState) -> str:

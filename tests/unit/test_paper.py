@@ -11,10 +11,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from diffva_ray.cli import main
-from diffva_ray.config.recipe import RecipeError, load_recipe, recipe_names
+from diffva_ray.config.recipe import DataConfig, RecipeError, load_recipe, recipe_names
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.evaluate.records import read_records
+from diffva_ray.generate.run import open_run
 from diffva_ray.paper.experiments import EXPERIMENTS, METHOD_KEYS, SETTINGS, Experiment, guided, settings_recipe
-from diffva_ray.paper.inputs import copy_images, phantom_chexpert, sampled
+from diffva_ray.paper.inputs import copy_images, drawn, phantom_chexpert, sampled
 from diffva_ray.paper.layout import Table, flat, number, thinned, with_interval
 from diffva_ray.paper.state import PaperState
 from diffva_ray.paper.tables import CLASSES
@@ -79,7 +81,8 @@ def test_published_values_stand_beside_ours(made: Path) -> None:
     assert difference[4] == "59.97"
     assert {row[4] for row in table(made, "table2")["rows"]} == {"", "60.6", "110.72", "45.11"}
     assert [row["paper"] for row in table(made, "table4")["details"]] == ["52.08", "17.71", None]
-    assert [row["paper"] for row in table(made, "table5")["details"]] == [None, "91.57", "113.14", "113.71", None]
+    paper = [None, "91.57", "113.14", "113.71", None, None, None]
+    assert [row["paper"] for row in table(made, "table5")["details"]] == paper
     for label, paper_ in CLASSES.items():
         assert paper_["difference"] == pytest.approx(abs(paper_["counterfactuals"] - paper_["healthy"])), label
 
@@ -115,9 +118,34 @@ def test_a_stand_in_is_never_called_fid_and_small_scales_are_not_set_beside(made
 
 def test_table_five_says_what_guidance_of_one_or_less_does(made: Path) -> None:
     caption = table(made, "table5")["caption"]
-    assert "Guidance 0.01 and 1 give the same pixels in 16 of 16 images." in caption
-    assert {row["n2"] for row in table(made, "table5")["details"]} == {24}  # counterfactuals of all classes together
-    assert table(made, "table5")["details"][0]["within_class"] > 0
+    assert "Guidance 0.01 and 1 give the same pixels in 8 of 8 images." in caption
+
+
+def test_table_five_is_made_of_random_healthy_images(made: Path) -> None:
+    """The last row alone is of abnormal images, of all classes together."""
+    rows = table(made, "table5")["details"]
+    assert [row["n2"] for row in rows] == [8, 8, 8, 8, 8, 8, 24]
+    assert [row.get("within_class", 0) > 0 for row in rows] == [False] * 6 + [True]
+    assert all(row["halves"]["crossed"] > 0 for row in rows[:-1])
+    for name in ("no-text", "no-image-prior", "neither", "prompt-only", "pure-noise"):
+        assert set(read_records(open_run(str(made / "runs" / name)))["label"]) == {"Normal"}
+
+
+def test_sizes_of_the_papers_samples_stand_beside_ours(made: Path) -> None:
+    assert table(made, "table4")["rows"][0][4:] == ["8060", "8 of 8"]
+    assert table(made, "table5")["rows"][0][4:] == ["4000", "8 of 8"]
+
+
+def test_a_sample_is_drawn_by_the_seed(images: Path, tmp_path: Path) -> None:
+    config = DataConfig()
+    first, again, other = (
+        drawn(str(images), config, "Normal", 3, str(tmp_path / name), seed)
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    names = [[image.path for image in open_dataset(sample.uri).images] for sample in (first, again, other)]
+    assert names[0] == names[1] != names[2]
+    assert (first.size, first.available) == (3, open_dataset(str(images)).classes["Normal"])
+    assert drawn(str(images), config, "Normal", 1000, str(tmp_path / "d"), 0).uri == str(images)
 
 
 def test_again_does_nothing_and_weights_make_new_tables(made: Path, model: Path) -> None:
@@ -166,7 +194,7 @@ def test_a_prompt_the_model_cannot_read_costs_its_figure_only(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other runs are made. Bad images in a run of the tables are another matter and end the command."""
-    long = Experiment("carcinoma", "figure 4", "few healthy", "paper_induction", ("severe " * 40,))
+    long = Experiment("carcinoma", "figure 4", "few healthy", "paper_induction", ("carcinoma " * 40,))
     seen: list[PaperState] = []
     monkeypatch.setattr("diffva_ray.paper.build.EXPERIMENTS", (long, EXPERIMENTS[4]))
     monkeypatch.setattr("diffva_ray.paper.page.write_page", seen.append)
@@ -183,6 +211,7 @@ def test_a_prompt_the_model_cannot_read_costs_its_figure_only(
         ((), "--radiography"),
         (("--radiography", "nowhere"), "nowhere"),
         (("--quick", "--set", "model.resolution=64"), "--set"),
+        (("--quick", "--carcinoma", "nowhere.png"), "--carcinoma nowhere.png: no such file"),
     ],
 )
 def test_wrong_usage_is_exit_2(more: tuple[str, ...], named: str, model: Path, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_pndm_diffusers_is_the_img2img_pipeline(tiny: Recipe, steps: int, streng
     ("method", "scheduler"),
     [*(("sdedit", name) for name in ("pndm", "ddim", "dpmsolver++", "unipc", "euler", "vp-sde", "ve-sde")),
      *((name, "ddim") for name in ("ddim-inversion", "cycle", "masked", "classifier-guided", "controlnet")),
-     *((name, "pndm") for name in ("vant-gan", "ant-gan"))],
+     *((name, "pndm") for name in ("text-to-image", "vant-gan", "ant-gan"))],
 )  # fmt: skip
 def test_neighbours_slots_and_padding_change_nothing(engine: CounterfactualEngine, method: str, scheduler: str) -> None:
     settings = SETTINGS.replace(method=method, scheduler=scheduler)
@@ -140,6 +140,14 @@ def test_solvers_converge_to_the_same_counterfactual(engine: CounterfactualEngin
     )
     assert many < 0.01
     assert many <= few + 1e-3
+
+
+def test_text_to_image_keeps_nothing_of_the_image(engine: CounterfactualEngine) -> None:
+    """SDEdit at full strength still does: the schedule's last noise level keeps a part of the signal."""
+    for method, same in (("text-to-image", True), ("sdedit", False)):
+        settings = SETTINGS.replace(method=method, scheduler="pndm", strength=1.0, guidance_scale=1.0)
+        first, second = (engine([image], [5], [HEALTHY], settings).counterfactuals for image in IMAGES[:2])
+        assert np.array_equal(first, second) is same
 
 
 def test_the_prompt_matters(engine: CounterfactualEngine) -> None:
