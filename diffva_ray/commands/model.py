@@ -26,6 +26,7 @@ from diffva_ray.commands.verb import (
     with_flags,
 )
 from diffva_ray.config.recipe import load_recipe
+from diffva_ray.data.dataset import UnusableData
 
 if TYPE_CHECKING:
     from diffva_ray.workflows.execution import Executor
@@ -190,6 +191,9 @@ def interpolate(image: str, model: str, prompts: tuple[str, ...], other: str | N
     from diffva_ray.explain.sheet import check_sheet
     from diffva_ray.workflows.execution import model_recipe
 
+    ignored = [f"--{name}" for name in ("method", "scheduler") if options[name] is not None]
+    if other is not None and ignored:
+        raise UnusableData(f"{' and '.join(ignored)}: not with --to, which always interpolates by DDIM inversion")
     recipe = model_recipe(model, options["recipe"], settings_overrides(options))
     path = out or _default_output(image, "interpolated")
     check_sheet(path)

@@ -344,9 +344,9 @@ def _set(tree: dict[str, Any], override: str) -> None:
             node = None
         if not isinstance(node, (dict, list)):
             raise RecipeError(f"--set {override}: {parent!r} is not a section of the recipe")
-    # Set the value; text that is not YAML is a string.
+    # Set the value; text that is not YAML is a string, as is no text: a shell removes the quotes of key="".
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
         value = text
     if isinstance(node, list):

@@ -213,7 +213,7 @@ def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:
         raise PlanError("generate.compile: a compiled UNet cannot reuse deep features; set deep_features_every to 1")
     if not method.reads_prompt and checked.source_prompt == GUESS:
         raise PlanError(
-            f'method {checked.method} reads no prompt, so guessing one is useless; give --set generate.source_prompt=""'
+            f"method {checked.method} reads no prompt, so guessing one is useless; give --set generate.source_prompt="
         )
     if checked.method == "text-to-image" and checked.strength < 1:
         raise PlanError(f"method text-to-image starts from noise, so --strength is 1, not {checked.strength:g}")

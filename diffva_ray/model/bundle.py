@@ -36,6 +36,8 @@ SD_SCHEDULER: dict[str, Any] = {
     "steps_offset": 1,
 }
 
+PREDICTION_TYPES = ("epsilon", "v_prediction")  # what the network predicts
+
 REWRITTEN = ".kernel_00"  # buffer name of upsamplers that counterfactual.latent_diffusion.FourPhases has replaced
 
 
@@ -90,6 +92,14 @@ class Bundle:
         width, expected = self.text_encoder.config.hidden_size, text_width(self.unet)
         if width != expected:
             raise UnusableModel(f"the text encoder's width is {width}, the UNet's {expected}; export the model again")
+        channels, latent = self.unet.config.in_channels, self.vae.config.latent_channels
+        if channels != latent:
+            raise UnusableModel(
+                f"the base's UNet takes {channels} channels and its autoencoder gives {latent}; inpainting and other "
+                "conditional bases are not supported, use Stable Diffusion 1 or 2"
+            )
+        if (kind := self.scheduler.get("prediction_type", "epsilon")) not in PREDICTION_TYPES:
+            raise UnusableModel(f"prediction_type {kind}: not supported; there are {', '.join(PREDICTION_TYPES)}")
         resolution = self.recipe.model.resolution
         stride = self.latent_scale * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if resolution % stride:
@@ -148,7 +158,19 @@ def build(recipe: Recipe) -> Bundle:
         text_source=origin,
     )
     bundle.check()
+    _check_prompts(bundle)
     return bundle
+
+
+def _check_prompts(bundle: Bundle) -> None:
+    """Raises RecipeError for a prompt of the recipe that training would cut."""
+    data, limit = bundle.recipe.data, bundle.tokenizer.model_max_length
+    prompts = {f"data.prompts.{label}": prompt for label, prompt in data.prompts.items()}
+    for key, prompt in {**prompts, "data.healthy_prompt": data.healthy_prompt}.items():
+        if not text.fits(bundle.tokenizer, prompt):
+            raise RecipeError(
+                f"{key} {prompt!r}: more than the {limit} tokens of model.tokenizer_length; make one of them fit"
+            )
 
 
 def base_source(base: str) -> str:
@@ -159,8 +181,15 @@ def base_source(base: str) -> str:
 
 def _networks(source: str | Path) -> tuple[Any, Any, dict[str, Any]]:
     """Autoencoder, UNet and scheduler configuration of a diffusers folder or hub id."""
-    vae = AutoencoderKL.from_pretrained(source, subfolder="vae", use_safetensors=True)
-    unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", use_safetensors=True)
+    if (Path(source) / "transformer").is_dir() and not (Path(source) / "unet").is_dir():
+        raise UnusableModel(
+            f"model.base {source}: has a transformer and no UNet (SD3, Flux); use Stable Diffusion 1 or 2"
+        )
+    parts: dict[str, Any] = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}
+    vae, unet = (
+        loader.from_pretrained(source, subfolder=part, use_safetensors=True, variant=text.variant(source, part)).float()
+        for part, loader in parts.items()
+    )
     config = PNDMScheduler.load_config(source, subfolder="scheduler")
     return vae, unet, {key: config[key] for key in config if not key.startswith("_")}
 

@@ -19,9 +19,10 @@ def text_width(unet: Any) -> int:
     Raises UnusableModel for UNets that need more than one embedding of a prompt (SDXL, Kandinsky).
     """
     config = unet.config
-    if config.encoder_hid_dim_type not in (None, "text_proj") or not isinstance(config.cross_attention_dim, int):
+    other = config.encoder_hid_dim_type not in (None, "text_proj") or not isinstance(config.cross_attention_dim, int)
+    if other or config.addition_embed_type or config.class_embed_type or config.num_class_embeds:
         raise UnusableModel("the base's UNet takes more than one embedding of a prompt; use Stable Diffusion 1 or 2")
-    return config.encoder_hid_dim or config.cross_attention_dim
+    return int(config.encoder_hid_dim or config.cross_attention_dim)
 
 
 def fit_text_width(unet: Any, width: int, seed: int) -> None:

@@ -40,7 +40,7 @@ def _is_clip(text_encoder: Any) -> bool:
 def attach(unet: Any, text_encoder: Any, config: LoraConfig, seed: int) -> None:
     """Adds adapters to the attention projections of both networks; their outputs do not change yet (B is zero).
 
-    Only ``adapter_parameters`` stay trainable. Raises UnusableModel without peft.
+    Only ``adapter_parameters`` stay trainable. Raises UnusableModel without peft, and for other text encoders.
     """
     peft = _peft()
     with torch.random.fork_rng(devices=[]):
@@ -53,7 +53,13 @@ def attach(unet: Any, text_encoder: Any, config: LoraConfig, seed: int) -> None:
                 target_modules=targets,
             )
             module.requires_grad_(False)
-            peft.inject_adapter_in_model(settings, module, ADAPTER)
+            try:
+                peft.inject_adapter_in_model(settings, module, ADAPTER)
+            except ValueError:  # peft finds no such layer
+                raise UnusableModel(
+                    f"train.lora: a {text_encoder.config.model_type} has no layers {', '.join(targets)}; LoRA takes "
+                    "BERT, RoBERTa, ELECTRA and CLIP; remove train.lora, or take one of them"
+                ) from None
             for parameter in adapter_parameters(module).values():
                 parameter.requires_grad_(True)
 

@@ -132,6 +132,12 @@ def load_text_encoder(source: str, length: int, attention_mask: bool) -> tuple[A
     return _load(source, source, length, attention_mask, True, *parts)
 
 
+def variant(source: str | Path, part: str) -> str | None:
+    """``fp16`` if the folder ``part`` of a local diffusers folder has its weights in that variant alone."""
+    files = [file.name for file in (Path(source) / part).glob("*.safetensors")]
+    return "fp16" if files and all(".fp16." in name or ".fp16-" in name for name in files) else None
+
+
 def _load(
     name: str, source: str, length: int, attention_mask: bool, safetensors: bool, model_at: Any, tokenizer_at: Any
 ) -> tuple[Any, Any]:
@@ -161,6 +167,7 @@ def _load(
             weights_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            variant=variant(source, model_at.get("subfolder", "")),
             **extra,
             **model_at,
         )
@@ -173,6 +180,11 @@ def _load(
         if "mismatched_sizes" in str(error):  # transformers' message is about its own options
             raise UnusableModel(f"text encoder {name}: its weights have other shapes than its config.json") from None
         raise UnusableModel(f"text encoder {name}: {first_line(error)}") from None
+    if getattr(encoder.config, "is_encoder_decoder", False) or hasattr(encoder, "decoder"):
+        raise UnusableModel(
+            f"text encoder {name}: {kind} is an encoder with a decoder; models of one stack are taken, such as BERT, "
+            "RoBERTa, ELECTRA, DistilBERT, DeBERTa and CLIP"
+        )
     if missing := sorted(report["missing_keys"]):
         raise UnusableModel(f"text encoder {name}: its file lacks {len(missing)} weights, such as {missing[0]}")
     encoder = encoder.float()

@@ -51,3 +51,9 @@ def test_a_recipe_file_is_read(tmp_path) -> None:
 
 def test_difference_names_changed_added_and_removed_keys() -> None:
     assert fingerprint_difference({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 5, "d": 4}) == ["b", "c", "d"]
+
+
+def test_no_value_is_the_empty_text() -> None:
+    """A shell removes the quotes of ``--set generate.source_prompt=""``."""
+    recipe = load_recipe("phantom", ["generate.source_prompt="])
+    assert recipe.generate.source_prompt == ""

@@ -84,6 +84,7 @@ def test_the_command_writes_strip_and_numbers(images: Path, model: Path, tmp_pat
         (("--prompt", "mild " * 40, "--prompt", "a"), "more than 16 tokens"),
         (("--to", "x.png", "--prompt", "a", "--prompt", "b"), "one --prompt at most"),
         (("--to", "x.png", "--out", "strip.gif"), "is a .png"),
+        (("--to", "x.png", "--method", "masked", "--scheduler", "ddim"), "--method and --scheduler: not with --to"),
     ],
 )
 def test_errors_are_one_line(images: Path, model: Path, arguments: tuple[str, ...], message: str) -> None:

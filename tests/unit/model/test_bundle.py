@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline
 
-from diffva_ray.config.recipe import Recipe
+from diffva_ray.config.recipe import Recipe, RecipeError, make_recipe
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.model import text
 from diffva_ray.model.bundle import build, load, save
@@ -125,3 +125,42 @@ def test_a_bundle_that_an_engine_has_rewritten_is_not_saved(model: Path, tmp_pat
     with pytest.raises(ValueError, match="load the model again to save"):
         save(bundle, LocalStore(str(tmp_path)), {})
     assert not list(tmp_path.iterdir())
+
+
+def test_bases_that_cannot_be_trained_are_refused_before_it(tiny: Recipe, model: Path, tmp_path: Path) -> None:
+    """As `diffva train --dry-run` does, which builds the networks: inpainting, sample prediction, SD3 and Flux."""
+    inpainting = make_recipe({**tiny.model_dump(mode="json")}, ["model.unet.in_channels=9"])
+    with pytest.raises(UnusableModel, match="takes 9 channels and its autoencoder gives 4"):
+        build(inpainting)
+    with pytest.raises(UnusableModel, match="prediction_type sample: not supported"):
+        build(make_recipe(tiny.model_dump(mode="json"), ["model.scheduler.prediction_type=sample"]))
+    folder = tmp_path / "flux"
+    shutil.copytree(model, folder)
+    (folder / "unet").rename(folder / "transformer")
+    with pytest.raises(UnusableModel, match="a transformer and no UNet"):
+        build(based_on(tiny, folder))
+
+
+def test_a_base_in_half_precision_only_is_loaded(tiny: Recipe, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "half"
+    DiffusionPipeline.from_pretrained(model, safety_checker=None, requires_safety_checker=False).to(
+        dtype=torch.float16
+    ).save_pretrained(folder, variant="fp16", safe_serialization=True)
+    assert not (folder / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    bundle = build(based_on(tiny, folder))
+    original = load(str(model)).unet.state_dict()
+    for key, value in bundle.unet.state_dict().items():
+        assert torch.equal(value, original[key].half().float()), key
+
+
+def test_a_prompt_that_training_would_cut_is_refused(tiny: Recipe) -> None:
+    for key in ("data.prompts.COVID", "data.healthy_prompt"):
+        recipe = make_recipe(tiny.model_dump(mode="json"), [f"{key}={'lung ' * 30}"])
+        with pytest.raises(RecipeError, match=f"{key}.*more than the 16 tokens"):
+            build(recipe)
+
+
+def based_on(tiny: Recipe, folder: Path) -> Recipe:
+    values = tiny.model_dump(mode="json")
+    values["model"] |= {"base": str(folder), "vae": None, "unet": None, "text": None}
+    return make_recipe(values)

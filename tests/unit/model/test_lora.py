@@ -23,7 +23,7 @@ KINDS = ["radbert", "radbert-roberta", "pubmedclip"]
 
 def with_lora(tiny: Recipe, model: Path, encoder: Path, merge: bool = True) -> Recipe:
     values = tiny.model_dump(mode="json")
-    values["model"] = {"resolution": 32, "base": str(model), "text_encoder": str(encoder), "tokenizer_length": 12}
+    values["model"] = {"resolution": 32, "base": str(model), "text_encoder": str(encoder), "tokenizer_length": 40}
     values["train"]["lora"] = {"rank": 3, "alpha": 12, "merge": merge}
     return make_recipe(values)
 
@@ -175,3 +175,11 @@ def test_peft_missing_is_one_line(tiny: Recipe, monkeypatch: pytest.MonkeyPatch)
     bundle = build(tiny)
     with pytest.raises(UnusableModel, match=r"peft is needed for LoRA .*diffva-ray\[lora\]"):
         lora.attach(bundle.unet, bundle.text_encoder, LoraConfig(), seed=0)
+
+
+def test_a_text_encoder_with_other_layers_is_one_line(tiny: Recipe) -> None:
+    from transformers import DistilBertConfig, DistilBertModel
+
+    encoder = DistilBertModel(DistilBertConfig(vocab_size=50, dim=16, n_heads=2, n_layers=1, hidden_dim=16))
+    with pytest.raises(UnusableModel, match="a distilbert has no layers query, key, value"):
+        lora.attach(build(tiny).unet, encoder, LoraConfig(rank=2), 0)

@@ -27,7 +27,7 @@ COMMIT = "62e979a" + "0" * 33
 
 def recipe(tiny: Recipe, model: Path, encoder: str | Path | None, **others: Any) -> Recipe:
     values = tiny.model_dump(mode="json")
-    options = {"resolution": 32, "base": str(model), "tokenizer_length": 12, **others}
+    options = {"resolution": 32, "base": str(model), "tokenizer_length": 40, **others}
     values["model"] = {**options, "text_encoder": str(encoder) if encoder else None}
     return make_recipe(values)
 
@@ -47,11 +47,11 @@ def test_every_kind_of_encoder_works_from_build_to_pipeline(
     bundle = build(recipe(tiny, model, snapshot(kind, tmp_path / kind, width)))
     names = [name for name, _ in bundle.text_encoder.named_parameters()]
     assert not [name for name in names if "pooler" in name or "vision" in name or "projection" in name]
-    assert bundle.tokenizer.model_max_length == 12
+    assert bundle.tokenizer.model_max_length == 40
     ids, mask = text.tokenize(bundle.tokenizer, ["normal chest scan", "a prompt which is longer than twelve tokens"])
-    assert ids.shape == mask.shape == (2, 12)
+    assert ids.shape == mask.shape == (2, 40)
     states = embedding(bundle)
-    assert states.shape == (1, 12, width)
+    assert states.shape == (1, 40, width)
     assert (embedding(bundle, "lung opacity") - states).abs().max() > 0.01
 
     store = LocalStore(str(tmp_path / "saved"))
@@ -200,3 +200,13 @@ def test_threads_share_a_tokenizer() -> None:
             for n, prompt in enumerate(prompts):
                 assert torch.equal(text.tokenize(tokenizer, [prompt])[0][0], expected[n])
         assert all(all(future.result()) for future in futures)
+
+
+def test_an_encoder_with_a_decoder_says_which_are_taken(model: Path, tiny: Recipe, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    config = T5Config(vocab_size=200, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(tmp_path / "t5", safe_serialization=True)
+    AutoTokenizer.from_pretrained(model / "tokenizer").save_pretrained(tmp_path / "t5")
+    with pytest.raises(UnusableModel, match="t5 is an encoder with a decoder; models of one stack are taken"):
+        build(recipe(tiny, model, tmp_path / "t5"))

@@ -69,6 +69,16 @@ def test_other_kinds_of_base_are_refused(unet) -> None:
         fit_text_width(unet, 64, 0)
 
 
+@pytest.mark.parametrize(
+    "sign", [{"addition_embed_type": "text_time"}, {"class_embed_type": "timestep"}, {"num_class_embeds": 2}]
+)
+def test_bases_with_further_embeddings_are_refused(unet, sign: dict) -> None:
+    """SDXL's sign is the first."""
+    unet.register_to_config(**sign)
+    with pytest.raises(UnusableModel, match="Stable Diffusion 1 or 2"):
+        text_width(unet)
+
+
 def test_which_weights_read_the_prompt(unet) -> None:
     """Keys and values of every cross-attention and the projection, but none of self-attention."""
     fit_text_width(unet, 48, 0)
