@@ -132,8 +132,8 @@ OPTIONS = {
     "inspect": "DATA OTHER --columns --healthy-class --json --recipe --root --set",
     "interpolate": "IMAGE --dry-run --frames --guidance-scale --json --method --model --out --prompt --recipe "
     "--scheduler --seed --set --steps --strength --to",
-    "paper": "--actors --allow-environment-change --boxes --brixia --chexpert --dry-run --executor --gpus-per-actor "
-    "--inception-weights --limit --model --out --quick --radiography --recipe --resize --set",
+    "paper": "--actors --allow-environment-change --boxes --brixia --carcinoma --chexpert --dry-run --executor "
+    "--gpus-per-actor --inception-weights --limit --model --out --quick --radiography --recipe --resize --set",
     "phantoms": "OUT --classes --dry-run --onto --patients --recipe --seed --set --size",
     "reduce": "RUN --boxes --brixia --data --executor --extractor --inception-weights --judge --lpips-weights "
     "--max-quarantined-fraction --reference --resize --sources --threshold-from",
