@@ -110,7 +110,7 @@ def panel_sheet(
     width = LEFT + len(titles) * (side + GAP) + 0.1
     lines = [line for paragraph in foot for line in textwrap.wrap(paragraph, int(width * 21))]
     top = 0.16 + 0.14 * max(title.count("\n") + 1 for title in titles) + (0.3 if heading else 0)
-    below = 0.38 + LINE * len(lines) + (0.34 if scale else 0)
+    below = 0.38 + LINE * len(lines) + (0.46 if scale else 0)
     gaps = [0.0, *(GAP if row.name == before.name else 3 * GAP for before, row in itertools.pairwise(rows))]
     height = top + len(rows) * side + sum(gaps) + below
     figure = Figure(figsize=(width, height), facecolor="white")
@@ -153,6 +153,7 @@ def _colour_bar(figure: Figure, limit: float, place: tuple[float, float, float])
     axes.imshow(np.linspace(-1, 1, 256)[None], cmap=DIVERGING, aspect="auto", extent=(-limit, limit, 0, 1))
     axes.set_yticks([])
     axes.set_xticks([-limit, 0, limit], [f"−{limit:.2g}", "0", f"{limit:.2g}"])
+    axes.set_xlabel("M, share of the grey range", fontsize=6, color=MUTED, labelpad=1)
     axes.tick_params(labelsize=6.5, colors=MUTED, length=2, pad=1.5, width=0.5)
     for spine in axes.spines.values():
         spine.set(linewidth=0.4, color=RULE)

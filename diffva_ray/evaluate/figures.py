@@ -212,7 +212,8 @@ def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
         rows.append(PanelRow(short(row["label"], 60), lines, panels))
     signs = {"M" if record.sign > 0 else "−M (inducing)" for _, record in chosen}
     caption = (
-        f"Rows of each class: highest, median and lowest image by {ranking(run, records)[1]}. Red: "
+        f"Rows of each class: highest, median and lowest image by {ranking(run, records)[1]}; best: judged "
+        f"abnormal before and healthy after. Red: "
         f"{' or '.join(sorted(signs))} > τ = {scale.threshold:.3g} ({scale.threshold_from}), inside the lungs where "
         f"their mask is known. {settings_line(run)}."
     )
