@@ -92,7 +92,7 @@ def decode(data: bytes, min_side: int = 1, bits: int = 16) -> NDArray[np.float32
     Raises:
         BadImage: Not an image, damaged, too small, too large, or with values above 2^bits - 1. Nothing else is raised.
     """
-    return _guarded(lambda: _decode(data, min_side, bits, lambda image: image))
+    return _guarded(lambda: _decode(data, min_side, bits, lambda image, _: image))
 
 
 def decode_square(data: bytes, size: int, min_side: int = 1, bits: int = 16) -> tuple[np.ndarray, tuple[int, int]]:
@@ -112,12 +112,23 @@ def decode_square(data: bytes, size: int, min_side: int = 1, bits: int = 16) -> 
     Raises:
         BadImage: As in ``decode`` and ``check_contrast``.
     """
+    image, shape, _ = decode_with_columns(data, size, min_side, bits)
+    return image, shape
 
-    def square(image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+
+def decode_with_columns(
+    data: bytes, size: int | None = None, min_side: int = 1, bits: int = 16
+) -> tuple[np.ndarray, tuple[int, int], dict[str, str]]:
+    """As ``decode_square`` (without ``size`` the image is not resized), and the columns of a DICOM header, which is
+    parsed once, where it has them: ``patient`` (hashed), ``view``, ``laterality``, ``age``, ``sex``, ``spacing`` (mm,
+    row and column). Nothing else of a header is kept; any other file has no columns."""
+
+    def finish(image: np.ndarray, header: Any) -> tuple[np.ndarray, tuple[int, int], dict[str, str]]:
         check_contrast(image)
-        return to_square(image, size), image.shape
+        columns = {} if header is None else dicom.header_columns(header)
+        return image if size is None else to_square(image, size), image.shape, columns
 
-    return _guarded(lambda: _decode(data, min_side, bits, square))
+    return _guarded(lambda: _decode(data, min_side, bits, finish))
 
 
 def check_contrast(image: NDArray[np.floating]) -> None:
@@ -161,8 +172,9 @@ def _guarded(work: Callable[[], Result]) -> Result:
         raise BadImage(f"damaged or truncated image ({type(error).__name__}: {error})") from None
 
 
-def _decode(data: bytes, min_side: int, bits: int, finish: Callable[[np.ndarray], Result]) -> Result:
-    """Result of ``finish`` for the image; its pixels count towards IN_FLIGHT until ``finish`` returns."""
+def _decode(data: bytes, min_side: int, bits: int, finish: Callable[[np.ndarray, Any], Result]) -> Result:
+    """Result of ``finish`` for the image and its pydicom data set (None of another file); its pixels count towards
+    IN_FLIGHT until ``finish`` returns."""
     if is_dicom(data):
         return _decode_dicom(data, min_side, finish)
     kind, image = open_image(data)
@@ -175,7 +187,7 @@ def _decode(data: bytes, min_side: int, bits: int, finish: Callable[[np.ndarray]
     if kind == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise BadImage(f"a JPEG with {scans:,} scans; at most {MAX_SCANS:,} are read")
     with IN_FLIGHT(width * height):
-        return finish(_pixels(kind, image, data, bits))
+        return finish(_pixels(kind, image, data, bits), None)
 
 
 def _pixels(kind: str, image: Any, data: bytes, bits: int) -> np.ndarray:
@@ -242,13 +254,13 @@ def _grey(image: Image.Image, bits: int) -> np.ndarray:
     return grey
 
 
-def _decode_dicom(data: bytes, min_side: int, finish: Callable[[np.ndarray], Result]) -> Result:
+def _decode_dicom(data: bytes, min_side: int, finish: Callable[[np.ndarray, Any], Result]) -> Result:
     """As ``_decode``, for a DICOM file."""
     image = _open_dicom(data)
     width, height = int(image.Columns), int(image.Rows)
     _check_size(width, height, min_side)
     with IN_FLIGHT(width * height):
-        return finish(dicom.grey(image).astype(np.float32))
+        return finish(dicom.grey(image).astype(np.float32), image)
 
 
 def _open_dicom(data: bytes) -> Any:
@@ -258,14 +270,6 @@ def _open_dicom(data: bytes) -> Any:
         return dicom.opened(data)
     except ImportError:
         raise BadImage(missing("pydicom", "DICOM files", "dicom")) from None
-
-
-def header_columns(data: bytes) -> dict[str, str]:
-    """Columns from the header of a DICOM file, where it has them: ``patient`` (hashed), ``view``, ``laterality``,
-    ``age``, ``sex``, ``spacing`` (mm, row and column). Nothing else of a header is read. Empty for any other file."""
-    if not is_dicom(data):
-        return {}
-    return _guarded(lambda: dicom.header_columns(_open_dicom(data)))
 
 
 def to_square(image: NDArray[np.floating], size: int) -> NDArray[np.float32]:
@@ -371,7 +375,7 @@ def _read(path: str, decoder: Callable[[bytes], NDArray[np.float32]]) -> NDArray
 
 def decode_mask(data: bytes, size: int) -> NDArray[np.bool_]:
     """Decodes a mask to bool [size, size]: true above half of the format's maximum, nearest pixel. Raises BadImage."""
-    return _guarded(lambda: _decode(data, 1, 16, lambda grey: _mask(grey, size)))
+    return _guarded(lambda: _decode(data, 1, 16, lambda grey, _: _mask(grey, size)))
 
 
 def _mask(grey: np.ndarray, size: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from diffva_ray.data.bit_depth import bit_depth_note
 from diffva_ray.data.dataset import NO_COLUMNS, Dataset, LabelledImage
-from diffva_ray.data.images import BadImage, check_contrast, decode, describe, header_columns
+from diffva_ray.data.images import BadImage, decode_with_columns, describe
 from diffva_ray.data.near_duplicates import METHOD, difference_hash, near_duplicates
 from diffva_ray.data.suspects import Traits, coloured_share, suspects, traits
 from diffva_ray.progress import one_line
@@ -121,12 +121,10 @@ def _examine(dataset: Dataset, image: LabelledImage) -> Finding:
         return Finding(image.path, columns=columns, status=Status.MISSING, reason="no such file")
     try:
         data = dataset.store.read(image.path)
-        pixels = decode(data, bits=dataset.bits)
-        check_contrast(pixels)
-        height, width = pixels.shape
+        pixels, (height, width), header = decode_with_columns(data, bits=dataset.bits)
         return Finding(
             image.path, f"{width}x{height}", describe(data), difference_hash(pixels), hashlib.sha256(data).hexdigest(),
-            traits(pixels), coloured_share(data), {**header_columns(data), **columns},
+            traits(pixels), coloured_share(data), {**header, **columns},
         )  # fmt: skip
     except BadImage as error:
         return Finding(image.path, columns=columns, status=error.status, reason=str(error))

@@ -20,7 +20,10 @@ from diffva_ray.config.recipe import fingerprint_difference
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.annotations import lesion_shapes
+from diffva_ray.evaluate.credibility import untrained
+from diffva_ray.evaluate.judge_quality import judge_quality
 from diffva_ray.evaluate.records import as_records, by_shard, finished, read_records, reduced_metrics
+from diffva_ray.evaluate.report.numbers import judge_tested
 from diffva_ray.evaluate.scores import score_records
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import dice_at
@@ -309,6 +312,10 @@ def _cautions(a: Run, b: Run, pairs: pd.DataFrame) -> list[str]:
     ):
         notes.append("the runs have different judges: flip rates are of the images that both call abnormal")
     for name, run in zip("AB", (a, b)):
+        notes += [f"{name}: {problem}" for problem in (reduced_metrics(run) or {}).get("problems", untrained(run))]
+        if before[0].notna().any() and (quality := judge_quality(run)) is not None:
+            tested = judge_tested(quality.as_dict())
+            notes.append(f"{name}: {quality.problem or f'the judge was {tested}'}")
         if run.pending():
             notes.append(f"{name} is unfinished: {len(run.pending())} of {run.shards} shards are pending")
     thresholds = fixed_threshold_of(a), fixed_threshold_of(b)

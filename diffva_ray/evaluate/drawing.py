@@ -26,6 +26,8 @@ DIVERGING = "RdBu_r"  # distinguishable with all common colour blindness; white 
 OUTLINE = "#00a6d6"
 INK, MUTED, RULE = "#1c2328", "#5d6a73", "#c9d1d6"
 CLASS_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
+MIN_LIMIT = 0.1  # |M| at full colour, at least: a map of small changes must look faint
+MIN_THRESHOLD = 0.05  # of the red overlay where none was fixed; a quantile would mark pixels of healthy images, too
 MAX_POINTS = 300  # points of a strip
 GAP, LEFT, LINE = 0.045, 1.5, 0.135  # inches: between panels, for a row's text, a line of the foot
 
@@ -60,10 +62,10 @@ class Scale:
     limit: float  # signed colours go from -limit to limit
 
 
-def colour_limit(values: Image, minimum: float = 1e-3) -> float:
-    """The value at which signed colours saturate: the 99.5 % quantile of |M|, at least ``minimum``, rounded up to two
+def colour_limit(values: Image) -> float:
+    """The value at which signed colours saturate: the 99.5 % quantile of |M|, at least MIN_LIMIT, rounded up to two
     digits."""
-    limit = max(float(np.quantile(np.abs(values), 0.995)), minimum)
+    limit = max(float(np.quantile(np.abs(values), 0.995)), MIN_LIMIT)
     digits = 10.0 ** (math.floor(math.log10(limit)) - 1)
     return math.ceil(limit / digits) * digits
 
@@ -108,7 +110,7 @@ def panel_sheet(
     width = LEFT + len(titles) * (side + GAP) + 0.1
     lines = [line for paragraph in foot for line in textwrap.wrap(paragraph, int(width * 21))]
     top = 0.16 + 0.14 * max(title.count("\n") + 1 for title in titles) + (0.3 if heading else 0)
-    below = 0.38 + LINE * len(lines) + (0.34 if scale else 0)
+    below = 0.38 + LINE * len(lines) + (0.46 if scale else 0)
     gaps = [0.0, *(GAP if row.name == before.name else 3 * GAP for before, row in itertools.pairwise(rows))]
     height = top + len(rows) * side + sum(gaps) + below
     figure = Figure(figsize=(width, height), facecolor="white")
@@ -151,6 +153,7 @@ def _colour_bar(figure: Figure, limit: float, place: tuple[float, float, float])
     axes.imshow(np.linspace(-1, 1, 256)[None], cmap=DIVERGING, aspect="auto", extent=(-limit, limit, 0, 1))
     axes.set_yticks([])
     axes.set_xticks([-limit, 0, limit], [f"−{limit:.2g}", "0", f"{limit:.2g}"])
+    axes.set_xlabel("M, share of the grey range", fontsize=6, color=MUTED, labelpad=1)
     axes.tick_params(labelsize=6.5, colors=MUTED, length=2, pad=1.5, width=0.5)
     for spine in axes.spines.values():
         spine.set(linewidth=0.4, color=RULE)

@@ -21,6 +21,7 @@ from diffva_ray.evaluate.drawing import (
     CLASS_COLOURS,
     INK,
     MAX_POINTS,
+    MIN_THRESHOLD,
     MUTED,
     Panel,
     PanelRow,
@@ -34,6 +35,7 @@ from diffva_ray.evaluate.drawing import (
     strip,
     style,
 )
+from diffva_ray.evaluate.judge_quality import judge_quality
 from diffva_ray.evaluate.records import (
     Lesions,
     RecordImages,
@@ -67,8 +69,10 @@ def map_scale(run: Run, records: pd.DataFrame) -> Scale:
     own = read_json(run, tables.THRESHOLDS_FILE) or {}
     if "positive" in own:
         return Scale(own["positive"], "the best mean Dice of these same images", limit)
-    threshold = max(float(np.quantile(values, QUANTILE)), 1e-3)
-    return Scale(threshold, f"the {QUANTILE:.0%} quantile of this run's maps", limit)
+    quantile = float(np.quantile(values, QUANTILE))
+    if quantile < MIN_THRESHOLD:
+        return Scale(MIN_THRESHOLD, "fixed", limit)
+    return Scale(quantile, f"the {QUANTILE:.0%} quantile of this run's maps", limit)
 
 
 def _sampled_maps(run: Run, records: pd.DataFrame) -> Iterator[Image]:
@@ -107,24 +111,32 @@ def settings_line(run: Run) -> str:
 
 def ranking(run: Run, records: pd.DataFrame) -> tuple[str, str]:
     """The column by which images are ranked, and its name: the judge's probability of healthy for the counterfactual if
-    there is a judge and no finding is induced, else SSIM."""
+    there is a judge that does better than chance and no finding is induced, else SSIM."""
     ok = finished(records)
-    if ok["judge_counterfactual"].notna().all() and not inducing(run, ok):
+    quality = judge_quality(run)
+    guesses = quality is not None and bool(quality.problem)
+    if ok["judge_counterfactual"].notna().all() and not inducing(run, ok) and not guesses:
         return "judge_counterfactual", "the judge's probability of healthy"
     return "ssim", "SSIM"
 
 
 def spanning(run: Run, records: pd.DataFrame) -> list[tuple[str, Record]]:
-    """(rank, record) of the highest, the median and the lowest image of each class, by ``ranking`` and record id."""
+    """(rank, record) of the highest, the median and the lowest image of each class, by ``ranking`` and record id.
+
+    Ranked by the judge, images judged abnormal before and healthy after come first, and the highest of them is named
+    best."""
     column, _ = ranking(run, records)
     ok = finished(records)
+    flipped = (ok["judge_image"].astype(float) <= 0.5) & (ok["judge_counterfactual"].astype(float) > 0.5)
+    ok = ok.assign(flipped=flipped & (column != "ssim"))
     chosen: list[tuple[str, Record]] = []
     for label in sorted(ok["label"].value_counts().sort_index().nlargest(MAX_GRID_CLASSES).index):
-        scores = ok.loc[ok["label"] == label, [column, "record_id"]]
-        ranked = scores.sort_values([column, "record_id"], ascending=[False, True]).index
+        scores = ok.loc[ok["label"] == label, ["flipped", column, "record_id"]]
+        ranked = scores.sort_values(["flipped", column, "record_id"], ascending=[False, False, True]).index
         positions = dict.fromkeys((0, (len(ranked) - 1) // 2, len(ranked) - 1))
         rows = as_records(ok.loc[[ranked[n] for n in positions]])
-        chosen += zip(("highest", "median", "lowest"), rows)
+        names = ("best" if scores.loc[ranked[0], "flipped"] else "highest", "median", "lowest")
+        chosen += zip(names, rows)
     return chosen
 
 
@@ -200,7 +212,8 @@ def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
         rows.append(PanelRow(short(row["label"], 60), lines, panels))
     signs = {"M" if record.sign > 0 else "−M (inducing)" for _, record in chosen}
     caption = (
-        f"Rows of each class: highest, median and lowest image by {ranking(run, records)[1]}. Red: "
+        f"Rows of each class: highest, median and lowest image by {ranking(run, records)[1]}; best: judged "
+        f"abnormal before and healthy after. Red: "
         f"{' or '.join(sorted(signs))} > τ = {scale.threshold:.3g} ({scale.threshold_from}), inside the lungs where "
         f"their mask is known. {settings_line(run)}."
     )

@@ -21,11 +21,16 @@ class JudgeQuality:
     chance: float  # accuracy of always naming the most common class
 
     @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the accuracy; None for an untested judge."""
+        return None if self.accuracy is None or not self.n else wilson(self.accuracy, self.n)
+
+    @property
     def problem(self) -> str:
         """Why the judge's flip rate has no meaning; empty if the judge is better than chance."""
-        if self.accuracy is None or not self.n:
+        if self.interval is None:
             return "the judge was tested on no image (no class of its training data has ten images)"
-        low, high = wilson(self.accuracy, self.n)
+        low, high = self.interval
         if low > self.chance:
             return ""
         return (
@@ -35,7 +40,7 @@ class JudgeQuality:
 
     def as_dict(self) -> dict[str, Any]:
         """For ``tables/metrics.json``."""
-        return {**asdict(self), "problem": self.problem}
+        return {**asdict(self), "interval": self.interval, "problem": self.problem}
 
 
 def judge_quality(run: Run) -> JudgeQuality | None:

@@ -30,9 +30,10 @@ from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
 from diffva_ray.metrics.counterfactual import flip_rate
 from diffva_ray.metrics.localization import SALIENCY, group_bootstrap
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS, Pair
+from diffva_ray.metrics.ssim import psnr
 from diffva_ray.metrics.zones import zone_agreement, zone_energy, zone_masks
 from diffva_ray.model.card import read_card
-from diffva_ray.schema import TableRow
+from diffva_ray.schema import Record, TableRow
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import StoreError
 
@@ -65,14 +66,16 @@ def score_pairs(
     lpips: Lpips | None,
     unread: set[str] | None = None,
 ) -> list[TableRow]:
-    """Score each record whose images can be read: PAIR_METRICS, ``lpips`` and, for cardiomegaly, the cardiothoracic
-    ratio of image and counterfactual. Unknown scores are None; ``unread`` as in ``scores.score_records``."""
+    """Score each record whose images can be read: PAIR_METRICS, ``lpips``, the PSNR of its reconstruction, the judge's
+    probabilities, and, for cardiomegaly, the cardiothoracic ratio of image and counterfactual. Unknown scores are None;
+    ``unread`` as in ``scores.score_records``."""
     scored = []
     for row, images, truth in _read(run, rows, lesions, unread):
         pair = Pair(
             images.image, images.counterfactual, images.signed_map, row["label"], row, truth.lesion, truth.lungs, judge
         )
         scores = {metric.key: metric.of(pair) for metric in PAIR_METRICS}
+        scores |= _controls(row, images, truth, judge)
         scores["lpips"] = None if lpips is None else lpips(images.image, images.counterfactual)
         if HEART in f"{row['label']} {row['prompt']}".casefold():
             scores |= {"heart_before": _heart(images.image), "heart_after": _heart(images.counterfactual)}
@@ -85,6 +88,17 @@ def _names(record: IndexedRecord) -> TableRow:
     """What identifies a record in a table of scores."""
     names = names_of(record)
     return {**names, "setting": record["setting"]} if "setting" in record else names
+
+
+def _controls(record: Record, images: RecordImages, truth: Truth, judge: Judge | None) -> TableRow:
+    """PSNR of the reconstruction; what the judge says of it and of the ground truth, between which a flip rate lies."""
+    scores: TableRow = {"psnr_reconstruction": psnr(images.image, images.reconstruction)}
+    if judge is not None and record["judge_image"] is not None:
+        scores["judge_image"] = record["judge_image"]
+        scores["judge_reconstruction"] = float(judge.healthy_probability(images.reconstruction[None])[0])
+        if truth.counterfactual is not None:
+            scores["judge_ground_truth"] = float(judge.healthy_probability(truth.counterfactual[None])[0])
+    return scores
 
 
 def _heart(image: NDArray[np.float32]) -> float | None:
@@ -109,6 +123,24 @@ def _read(
         if lost(row, truth):
             unread.add(row["image_path"])
         yield row, images, truth
+
+
+def add_controls(rows: list[TableRow], scores: list[TableRow]) -> None:
+    """Add the flip rates of reconstructions and of ground-truth counterfactuals, on the sampled ``scores``, to the rows
+    of the flip rate: an autoencoder alone should flip nothing, the truth everything."""
+    frame = pd.DataFrame(scores)
+    if "judge_image" not in frame:
+        return
+    sampled = dict(by_label(frame))
+    for row in (row for row in rows if row["label"] in sampled):
+        for name in ("reconstruction", "ground_truth"):
+            column = f"judge_{name}"
+            if column not in frame:
+                continue
+            judged = sampled[row["label"]].dropna(subset=["judge_image", column])
+            rate, n = flip_rate(judged["judge_image"].to_numpy(float), judged[column].to_numpy(float))
+            if n:
+                row |= {f"flip_rate_{name}": rate, f"flip_rate_{name}_n": n}
 
 
 def external_rows(

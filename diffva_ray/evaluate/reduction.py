@@ -25,10 +25,12 @@ from diffva_ray._version import __version__
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.annotations import Zones, lesion_shapes, read_thresholds, read_zones
+from diffva_ray.evaluate.credibility import problems
 from diffva_ray.evaluate.executor import LocalExecutor
 from diffva_ray.evaluate.judge_quality import judge_quality
 from diffva_ray.evaluate.options import Options, check_packages
 from diffva_ray.evaluate.pair_scores import (
+    add_controls,
     counterfactual_rows,
     external_rows,
     heart_rows,
@@ -37,6 +39,7 @@ from diffva_ray.evaluate.pair_scores import (
     zone_rows,
 )
 from diffva_ray.evaluate.records import Lesions
+from diffva_ray.evaluate.report.numbers import judge_tested
 from diffva_ray.evaluate.report.result_tables import SPECS
 from diffva_ray.evaluate.run_index import SAMPLE, RunIndex, index_run
 from diffva_ray.evaluate.scores import LocalizationScores, stacked
@@ -110,9 +113,9 @@ def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecuto
     """
     # anything to do?
     check_packages(options)
-    problems = verify(run, pixels=False)
-    if problems:
-        raise Incomplete(problems, run.store.uri)
+    damage = verify(run, pixels=False)
+    if damage:
+        raise Incomplete(damage, run.store.uri)
     state = _state(run, options)
     if (metrics := _earlier_metrics(run, {**state, "all_read": True, "tables": _tables(run)})) is not None:
         return Reduced(metrics, fresh=False)
@@ -138,11 +141,6 @@ def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecuto
     }  # fmt: skip
     if len(records.quarantined):
         counts["by_status"] = dict(Counter(records.quarantined["status"].to_pylist()).most_common())
-    quality = judge_quality(run) if metrics.get("validity") else None
-    if quality is not None:
-        metrics["judge"] = quality.as_dict()
-        if quality.problem:
-            notes.append(f"{quality.problem}; its flip rates mean nothing")
     reduced = Reduced({"records": counts, **metrics, "notes": notes}, notes)
     run.store.put(METRICS, json.dumps(tables.clean(reduced.metrics), indent=1).encode())
     _write_manifest(run)
@@ -227,7 +225,11 @@ def _compute(
             f"{join(run.data.uri, min(unread))}); they are left out of the tables that need them"
         )
     tables.add_lpips(metrics["ssim"], pairs)
-    _note_training_images(records, metrics, notes)
+    add_controls(metrics["validity"], pairs)
+    trained_on = _count_training_images(records, metrics)
+    quality = judge_quality(run) if metrics["validity"] else None
+    found = problems(run, pairs, trained_on, len(records.frame))
+    notes += [*found, *([f"{quality.problem}; its flip rates mean nothing"] if quality and quality.problem else [])]
     if "group" in records.frame:
         groups = records.frame["group"].nunique()
         notes.append(f"intervals are by patient: {groups} patients, {records.frame['image'].nunique()} images")
@@ -237,9 +239,11 @@ def _compute(
         run.store.put(tables.THRESHOLDS_FILE, json.dumps(tables.best_thresholds(localization), indent=1).encode())
     titles = "; ".join(metric.title for metric in PAIR_METRICS)
     values = {"size": recipe.model.resolution, "most": SAMPLE, "metrics": titles}
+    values["tested"] = judge_tested(quality.as_dict() if quality else None)
     for name, table in metrics.items():
         tables.write_table(run.store, name, table, SPECS[name]["file_caption"].format_map(values))
-    return {name: table for name, table in metrics.items() if table}
+    about = {"judge": quality.as_dict() if quality else None, "problems": found}
+    return {name: content for name, content in {**metrics, **about}.items() if content}
 
 
 def _scores(
@@ -297,16 +301,15 @@ def _judges(options: Options) -> list[ExternalJudge]:
         raise UnusableData(str(error)) from None
 
 
-def _note_training_images(records: RunIndex, metrics: dict[str, Any], notes: list[str]) -> None:
-    """Add the number of images that the model was trained on to the table rows and the notes."""
+def _count_training_images(records: RunIndex, metrics: dict[str, Any]) -> int:
+    """The number of records with images that the model was trained on; if any, also added to the table rows."""
     frame = records.frame
     if "trained_on" not in frame or not frame["trained_on"].any():
-        return
-    trained = int(frame["trained_on"].sum())
-    notes.append(f"{trained} of {len(frame)} records are of images in the model's training list: this is no test")
+        return 0
     counts = {label: int(rows["trained_on"].sum()) for label, rows in tables.by_label(frame)}
     for row in (row for name in ("localization", "validity", "ground_truth") for row in metrics[name]):
         row["training_images"] = counts[row["label"]]
+    return int(frame["trained_on"].sum())
 
 
 def _write_quarantine(run: Run, quarantined: pa.Table) -> None:

@@ -15,7 +15,7 @@ from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.images import to_square
 from diffva_ray.evaluate.drawing import Panel, PanelRow, Scale, colour_limit, diverging, panel_sheet
 from diffva_ray.explain.image import mask_beside, open_image, open_model, origin
-from diffva_ray.explain.sheet import MIN_LIMIT, origin_texts, settings_texts, short_path, write_png
+from diffva_ray.explain.sheet import origin_texts, settings_texts, short_path, write_png
 from diffva_ray.generate.plan import check_settings
 from diffva_ray.schema import Image, record_seed
 
@@ -93,7 +93,7 @@ def draw(strip: Strip) -> bytes:
     name = "image" if strip.maps is None else "counterfactual"
     rows, scale = [PanelRow(name, [], [Panel(image) for image in strip.images])], None
     if strip.maps is not None:
-        scale = Scale(0, "", colour_limit(strip.maps.ravel(), MIN_LIMIT))
+        scale = Scale(0, "", colour_limit(strip.maps.ravel()))
         maps = [Panel(diverging(signed_map, scale.limit)) for signed_map in strip.maps]
         rows.append(PanelRow("signed map", [], maps))
     bar = len(titles) - 1

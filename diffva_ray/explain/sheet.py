@@ -8,13 +8,19 @@ import numpy as np
 
 from diffva_ray.config.recipe import GUESS
 from diffva_ray.data.dataset import UnusableData
-from diffva_ray.evaluate.drawing import Panel, PanelRow, Scale, colour_limit, diverging, overlay, panel_sheet
+from diffva_ray.evaluate.drawing import (
+    MIN_THRESHOLD,
+    Panel,
+    PanelRow,
+    Scale,
+    colour_limit,
+    diverging,
+    overlay,
+    panel_sheet,
+)
 from diffva_ray.explain.image import Answer, Explanation
 from diffva_ray.generate.measures import unit
 from diffva_ray.storage.opening import open_file
-
-RED_ABOVE = 0.05  # of M or -M; a quantile of the image's own map would mark pixels of healthy images, too
-MIN_LIMIT = 0.1  # |M| at full colour, at least: a map of small changes must look faint
 
 
 def write_sheet(explanation: Explanation, path: str) -> None:
@@ -40,11 +46,11 @@ def sheet(explanation: Explanation) -> bytes:
     """Draw a PNG in the style of a run's figures: a row per prompt with image, counterfactual, red overlay and signed
     map, and the outline of the lesion if its mask is beside the image."""
     answers, image, lesion = explanation.answers, explanation.image, explanation.lesion
-    limit = colour_limit(np.concatenate([answer.signed_map.ravel() for answer in answers]), MIN_LIMIT)
-    scale = Scale(RED_ABOVE, "fixed", limit)
+    limit = colour_limit(np.concatenate([answer.signed_map.ravel() for answer in answers]))
+    scale = Scale(MIN_THRESHOLD, "fixed", limit)
     rows = []
     for answer in answers:
-        red = overlay(image, (-1 if answer.inducing else 1) * answer.signed_map, RED_ABOVE, explanation.lungs)
+        red = overlay(image, (-1 if answer.inducing else 1) * answer.signed_map, scale.threshold, explanation.lungs)
         panels = [Panel(image), Panel(unit(answer.counterfactual))]
         panels += [Panel(red, lesion), Panel(diverging(answer.signed_map, limit), lesion)]
         rows.append(PanelRow(f"“{answer.prompt}”", metric_lines(answer), panels))

@@ -25,7 +25,7 @@ from diffva_ray._version import __version__
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.encoding import quantise
-from diffva_ray.data.images import MAX_BYTES, BadImage, decode_square, header_columns, read_mask
+from diffva_ray.data.images import MAX_BYTES, BadImage, decode_with_columns, read_mask
 from diffva_ray.data.memory_limit import MemoryLimit
 from diffva_ray.generate.attempts import MAX_RECORD_DEATHS, Attempt, OutOfMemory, Session
 from diffva_ray.generate.data_identity import PlannedFiles, check_there, readable
@@ -271,9 +271,10 @@ def read_source(context: WorkerContext, planned: PlannedRecord) -> Source:
             if len(data) != size_then and size_then >= 0:
                 raise BadImage(f"image changed since planning: {size_then} bytes then, {len(data)} now", Status.ERROR)
             fetched = time.perf_counter()
-            source.square, (height, width) = decode_square(data, size, config.min_side, context.run.recipe.data.bits)
+            bits = context.run.recipe.data.bits
+            source.square, (height, width), columns = decode_with_columns(data, size, config.min_side, bits)
             source.decoding = time.perf_counter() - fetched
-            source.planned = _with_header(planned, header_columns(data))
+            source.planned = _with_header(planned, columns)
             source.results = {"image_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
         if planned["lung_mask_path"]:
             source.lungs = read_mask(context.files, planned["lung_mask_path"], size)

@@ -99,6 +99,8 @@ def cards(metrics: Mapping[str, Any] | None, done: Mapping[str, Any]) -> list[Ca
     bad = done["quarantined"]
     result = [Card("Records", count(done["ok"]), f"ok of {count(done['planned'])} planned, {count(bad)} quarantined")]
     metrics = metrics or {}
+    if metrics.get("problems"):
+        return [*result, Card("Results", "–", "not stated: see the warnings above")]
     # judge
     flips = overall(metrics.get("validity", []))
     if flips and flips["flip_rate"] is not None and (problem := judge_problem(metrics)):
@@ -106,6 +108,8 @@ def cards(metrics: Mapping[str, Any] | None, done: Mapping[str, Any]) -> list[Ca
     elif flips and flips["flip_rate"] is not None:
         low, high = wilson(flips["flip_rate"], flips["n"])
         detail = f"{number(100 * low, 1)} to {percent(high)}\nof {count(flips['n'])} images called abnormal"
+        detail += "".join(f"\n{text}" for text in _beside(flips))
+        detail += f"\njudge {judge_tested(metrics.get('judge'))}"
         result.append(Card("Flip rate", percent(flips["flip_rate"]), detail))
     # attribution maps against known lesions
     ours, brightness = _localization(metrics, "positive"), _localization(metrics, "brightness")
@@ -132,15 +136,16 @@ def cards(metrics: Mapping[str, Any] | None, done: Mapping[str, Any]) -> list[Ca
 def glance(metrics: Mapping[str, Any] | None) -> list[str]:
     """The main results in at most three sentences; none before the run has been reduced."""
     metrics, sentences = metrics or {}, []
+    if metrics.get("problems"):
+        return ["No result is stated, for the reason above."]
     flips = overall(metrics.get("validity", []))
     if flips and flips["flip_rate"] is not None and (problem := judge_problem(metrics)):
         sentences.append(f"No flip rate is stated, because {problem}.")
     elif flips and flips["flip_rate"] is not None:
-        judge = metrics.get("judge")
-        tested = f" (right on {percent(judge['accuracy'])} of {count(judge['n'])} held-out images)" if judge else ""
         sentences.append(
-            f"Of {count(flips['n'])} images that the model’s own judge{tested} calls abnormal, it calls "
-            f"{percent(flips['flip_rate'])} of the counterfactuals healthy."
+            f"Of {count(flips['n'])} images that the model’s own judge ({judge_tested(metrics.get('judge'))}) calls "
+            f"abnormal, it calls {percent(flips['flip_rate'])} of the counterfactuals healthy "
+            f"({'; '.join(_beside(flips))})."
         )
     ours, brightness = _localization(metrics, "positive"), _localization(metrics, "brightness")
     if ours:
@@ -159,6 +164,25 @@ def glance(metrics: Mapping[str, Any] | None) -> list[str]:
 
 def _localization(metrics: Mapping[str, Any], map_name: str) -> TableRow | None:
     return overall(row for row in metrics.get("localization", []) if row["map"] == map_name)
+
+
+def _beside(flips: TableRow) -> list[str]:
+    """What a flip rate is read against: the rates of reconstruction and ground truth, and the mean confidence gain."""
+    names = {"reconstruction": "of reconstructions", "ground_truth": "of ground-truth counterfactuals"}
+    rates = [(flips.get(f"flip_rate_{key}"), name) for key, name in names.items()]
+    gain = f"mean confidence gain {number(flips['confidence_gain'])}"
+    return [*(f"{percent(rate)} {name}" for rate, name in rates if rate is not None), gain]
+
+
+def judge_tested(judge: Mapping[str, Any] | None) -> str:
+    """The judge's accuracy on images held out of its training, with its interval."""
+    if not judge or judge["accuracy"] is None:
+        return "not tested on held-out images"
+    low, high = wilson(judge["accuracy"], judge["n"])
+    return (
+        f"right on {percent(judge['accuracy'])} of {count(judge['n'])} held-out images, {number(100 * low, 1)} to "
+        f"{percent(high)}"
+    )
 
 
 def judge_problem(metrics: Mapping[str, Any]) -> str:

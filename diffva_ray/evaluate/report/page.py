@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from diffva_ray.evaluate import figures
 from diffva_ray.evaluate.annotations import lesion_shapes
+from diffva_ray.evaluate.credibility import untrained
 from diffva_ray.evaluate.figures import map_scale, own_shapes, settings_line, write_figures
 from diffva_ray.evaluate.records import as_records, finished, reduced_metrics
 from diffva_ray.evaluate.report.assets import render_page, viewer_script
@@ -145,6 +146,7 @@ def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
         "notes": notes(run, metrics, done),
         "reduce_notes": (metrics or {}).get("notes", []),
         "done": done,
+        "problems": (metrics or {}).get("problems", untrained(run)),
         "glance": glance(metrics),
         "cards": cards(metrics, done),
         "tables": report_tables(metrics) if metrics else [],
@@ -166,7 +168,6 @@ def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
 def cases(run: Run, records: pd.DataFrame, panels: dict[str, PanelFiles]) -> list[TableRow]:
     """Best, typical and worst image of each class, without those that have no panels."""
     size, results = run.recipe.model.resolution, []
-    ranks = {"highest": "best", "median": "typical", "lowest": "worst"}
     for rank, row in figures.spanning(run, records):
         files = panels.get(row["record_id"])
         if files is None:
@@ -174,7 +175,7 @@ def cases(run: Run, records: pd.DataFrame, panels: dict[str, PanelFiles]) -> lis
         results.append(
             {
                 **row,
-                "rank": ranks[rank],
+                "rank": rank,
                 "strip": f"images/{strip_file(row['record_id'], files.key, size)}",
                 "map": f"images/{map_file(row['record_id'], files.key)}",
                 "lesion": files.lesion,

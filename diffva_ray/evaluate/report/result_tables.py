@@ -18,6 +18,7 @@ from diffva_ray.evaluate.report.numbers import (
     decibel,
     interval,
     is_overall,
+    judge_tested,
     number,
     percent,
     plain,
@@ -65,7 +66,7 @@ def report_tables(metrics: Mapping[str, Any]) -> list[Table]:
     by_judge = [[row for row in rows["external_validity"] if row["judge"] == judge] for judge in judges]
     tables = [
         localization_table(rows["localization"]),
-        _table("validity", rows["validity"]),
+        _table("validity", rows["validity"], tested=judge_tested(metrics.get("judge"))),
         *(_table("external_validity", of_judge, key=f"validity-{n}") for n, of_judge in enumerate(by_judge)),
         _table("ground_truth", rows["ground_truth"]),
         _table("brixia", rows["brixia"]),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from dicom_files import dicom
 
-from diffva_ray.data.images import BadImage, decode, decode_square
+from diffva_ray.data.images import BadImage, decode, decode_square, decode_with_columns
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.schema import Status
 
@@ -197,3 +197,16 @@ def test_a_missing_codec_is_named(tissue: np.ndarray, monkeypatch: pytest.Monkey
     data = dicom(tissue, PixelData=encapsulate([b"\xff\xd8\xff\xd9"]), syntax=JPEGLosslessSV1)
     with pytest.raises(BadImage, match=r"gdcm is needed for DICOM files in JPEG Lossless.*pip install .*\[dicom\]"):
         decode(data)
+
+
+def test_the_header_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsing takes as long as decoding the pixels of a small file."""
+    from diffva_ray.data import dicom as module
+
+    parsed = []
+    opened = module.opened
+    monkeypatch.setattr(module, "opened", lambda data: parsed.append(len(data)) or opened(data))
+    data = dicom(np.arange(64 * 64).reshape(64, 64), ViewPosition="PA")
+    square, shape, columns = decode_with_columns(data, 32)
+    assert (square.shape, shape, columns["view"]) == ((32, 32), (64, 64), "PA")
+    assert parsed == [len(data)]

@@ -15,7 +15,7 @@ from diffva_ray.cli import main
 from diffva_ray.data.columns import patient_key
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import quantise
-from diffva_ray.data.images import header_columns
+from diffva_ray.data.images import decode_with_columns
 from diffva_ray.data.inspection import inspect
 from diffva_ray.data.near_duplicates import NEAR, near_duplicates
 from diffva_ray.data.phantoms import phantom
@@ -190,7 +190,7 @@ def test_headers_give_patients_views_and_nothing_else(tmp_path):
     ]
     assert "secret" not in json.dumps(summary)
     assert "Doe" not in json.dumps(summary)
-    assert header_columns(data) == {
+    assert decode_with_columns(data)[2] == {
         "patient": patient_key("secret-0"), "view": "LATERAL", "laterality": "U", "age": "61", "sex": "M",
         "spacing": "0.2/0.1",
     }  # fmt: skip
