@@ -21,6 +21,7 @@ from diffva_ray.config.recipe import GenerateConfig
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.deep_features import deep_features_kept
 from diffva_ray.model.bundle import Bundle
+from diffva_ray.model.image_conditioning import with_image
 from diffva_ray.model.reverse_sde import ReverseSDE
 from diffva_ray.model.schedulers import schedule
 from diffva_ray.progress import Stopwatch
@@ -106,11 +107,18 @@ class LatentDiffusion:
         )
 
     def predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, embedding: torch.Tensor, **residuals: Any
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        embedding: torch.Tensor,
+        image: torch.Tensor | None = None,
+        **residuals: Any,
     ) -> torch.Tensor:
-        """The network's output (noise or velocity) [n, 4, h, w] in float32; ``residuals`` are a ControlNet's."""
+        """The network's output (noise or velocity) [n, 4, h, w] in float32. ``image`` are the latents, not scaled, of
+        an image that the network reads; ``residuals`` are a ControlNet's."""
         dtype = next(self.unet.parameters()).dtype
         states = embedding.to(dtype)
+        latents = with_image(self.unet, latents, image)
         output: torch.Tensor = self.unet(latents.to(dtype), timestep, encoder_hidden_states=states, **residuals).sample
         return output.float()
 
