@@ -53,12 +53,13 @@ class Pairs:
         self.position = {index: position for position, index in enumerate(known)}
         self.images, self.fraction, self.data = images, fraction, data
         self.labels = [image.label for image in members]
-        self.scale: float = context.bundle.vae.config.scaling_factor
+        self.vae = context.bundle.vae
 
     def edit(self, examples: Examples, whole: Batch, steps: int) -> None:
         """Turn a share of the instances into edits of an image. Random numbers are drawn for the whole batch."""
         chosen, task, level = whole.uniform(3).unbind(1)
         device = examples.latents.device
+        scale: float = self.vae.config.scaling_factor  # the autoencoder's stage sets it when it ends
         examples.image = torch.zeros_like(examples.latents)
         rows = [row for row in range(len(examples.indices)) if chosen[row] < self.fraction]
         if not rows:
@@ -75,7 +76,7 @@ class Pairs:
                 image, target, prompt = truth[n], shown[n], self.data.prompt(label)
             else:  # remove it
                 image, target, prompt = shown[n], truth[n], self.data.prompt(self.data.healthy_class)
-            examples.image[row], examples.latents[row] = image, target * self.scale
+            examples.image[row], examples.latents[row] = image, target * scale
             examples.prompts[row] = prompt
             if level[row] < NOISIEST:
                 examples.timesteps[row] = steps - 1

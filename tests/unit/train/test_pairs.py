@@ -13,6 +13,7 @@ from trainings import run, with_stages
 from diffva_ray.config.recipe import Recipe, RecipeError
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.engine import CounterfactualEngine
+from diffva_ray.data.images import read_image
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import build, load
 from diffva_ray.model.card import UnusableModel
@@ -50,22 +51,22 @@ def test_new_input_channels_change_nothing_at_first(tiny: Recipe) -> None:
     torch.testing.assert_close(after, before, rtol=0, atol=1e-6)
 
 
-def test_the_network_reproduces_the_image_that_it_reads(paired: Path) -> None:
+def test_the_network_reproduces_the_image_that_it_reads(paired: Path, images: Path) -> None:
+    known = [read_image(str(path)) for path in sorted(images.glob("*/images/*.png"))[::3]]  # too few to learn others
     engine = CounterfactualEngine.from_pretrained(str(paired), "cpu")
     model = engine.model
     with torch.inference_mode():
-        mean, _ = model.encode(torch.from_numpy(np.stack(IMAGES)))
+        mean, _ = model.encode(torch.from_numpy(np.stack(known)))
         t = torch.tensor(999)
         z_t = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
-        empty = engine.embed("").expand(len(IMAGES), -1, -1)
+        empty = engine.embed("").expand(len(known), -1, -1)
         alpha = model.alphas[t]
         output = model.predict(z_t, t, empty, image=mean)
         z_0 = alpha.sqrt() * z_t - (1 - alpha).sqrt() * output
         target = mean * model.scale
         own = (z_0 - target).square().mean()
         other = (z_0 - target.roll(1, 0)).square().mean()
-    assert own < 0.5 * target.var()  # noise alone tells nothing about the image
-    assert own < 0.75 * other  # of another phantom, whose anatomy is much alike
+    assert own < 0.5 * other  # the noise alone tells nothing about the image
 
 
 def test_it_equals_the_pipeline_of_diffusers(paired: Path) -> None:
