@@ -48,7 +48,7 @@ def _predict(
     """The network's output [2n, c, h, w] for the unchanged and the edited latents, the latter under guidance."""
     unchanged, edited = both.chunk(2)
     scale = request.settings.guidance_scale
-    branches = [(unchanged, request.negative), (edited, request.prompt)]
+    branches = [(unchanged, request.empty), (edited, request.prompt)]
     if scale > 1:  # as in all methods, a scale of 1 or less switches guidance off
         branches.append((edited, request.negative))
     output = model.predict(

@@ -37,6 +37,7 @@ class Edit:
     generators: Sequence[torch.Generator]  # one per image, on the CPU
     prompt: torch.Tensor  # embedding of the target prompt [n, length, width]
     negative: torch.Tensor  # embedding of the guidance's unconditional branch: "" unless a negative prompt is given
+    empty: torch.Tensor  # embedding of ""
     source: torch.Tensor  # embedding of what the image shows, for methods that encode it first
     settings: SamplingSettings
     config: GenerateConfig  # the recipe's section ``generate``, with the settings of single methods
