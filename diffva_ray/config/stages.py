@@ -126,6 +126,10 @@ class DenoiserConfig(NoisePredictionConfig):
     class_images: Literal["real", "generated"] = "real"
     """Images of the class set: those of ``prior_class``, or images sampled from the model before the stage."""
 
+    pairs: float = Field(0.0, ge=0, le=1)
+    """Fraction of the images taught as edits of a given image, for method ``instruct-pix2pix``, from images with a
+    ground-truth counterfactual (phantoms, implants); gives the UNet input channels for the image. 0: none."""
+
     num_class_images: int = Field(200, ge=1)
     """Number of sampled images in the class set."""
 

@@ -232,6 +232,7 @@ class CounterfactualEngine:
             generators=generators,
             prompt=torch.cat([self.embed(prompts[i]) for i in slots]),
             negative=torch.cat([self.embed(prompt) for prompt in negatives]),
+            empty=self.embed("").expand(full, -1, -1),
             source=torch.cat([self.embed(prompt) for prompt in sources]),
             settings=settings,
             config=self.config,

@@ -64,6 +64,7 @@ def between_images(
         generators=[torch.Generator("cpu").manual_seed(0) for _ in range(2)],  # DDIM samples no noise
         prompt=empty,
         negative=empty,
+        empty=empty,
         source=empty,
         settings=engine.settings.replace(scheduler="ddim", guidance_scale=1.0),
         config=config,

@@ -21,6 +21,7 @@ from diffva_ray.config.recipe import GenerateConfig
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.deep_features import deep_features_kept
 from diffva_ray.model.bundle import Bundle
+from diffva_ray.model.image_conditioning import with_image
 from diffva_ray.model.reverse_sde import ReverseSDE
 from diffva_ray.model.schedulers import schedule
 from diffva_ray.progress import Stopwatch
@@ -36,6 +37,7 @@ class Edit:
     generators: Sequence[torch.Generator]  # one per image, on the CPU
     prompt: torch.Tensor  # embedding of the target prompt [n, length, width]
     negative: torch.Tensor  # embedding of the guidance's unconditional branch: "" unless a negative prompt is given
+    empty: torch.Tensor  # embedding of ""
     source: torch.Tensor  # embedding of what the image shows, for methods that encode it first
     settings: SamplingSettings
     config: GenerateConfig  # the recipe's section ``generate``, with the settings of single methods
@@ -106,11 +108,18 @@ class LatentDiffusion:
         )
 
     def predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, embedding: torch.Tensor, **residuals: Any
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        embedding: torch.Tensor,
+        image: torch.Tensor | None = None,
+        **residuals: Any,
     ) -> torch.Tensor:
-        """The network's output (noise or velocity) [n, 4, h, w] in float32; ``residuals`` are a ControlNet's."""
+        """The network's output (noise or velocity) [n, 4, h, w] in float32. ``image`` are the latents, not scaled, of
+        an image that the network reads; ``residuals`` are a ControlNet's."""
         dtype = next(self.unet.parameters()).dtype
         states = embedding.to(dtype)
+        latents = with_image(self.unet, latents, image)
         output: torch.Tensor = self.unet(latents.to(dtype), timestep, encoder_hidden_states=states, **residuals).sample
         return output.float()
 

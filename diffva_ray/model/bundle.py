@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    PNDMScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -21,6 +27,7 @@ from diffva_ray.model import lora, text
 from diffva_ray.model.card import CARD, COMPONENTS, FORMAT, LORA, UnusableModel, folder_digest, read_card
 from diffva_ray.model.cross_attention import fit_text_width, text_width
 from diffva_ray.model.extras import load_extra
+from diffva_ray.model.image_conditioning import reads_image
 from diffva_ray.storage.foreign_writes import foreign_writes
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store, is_local
@@ -279,8 +286,10 @@ def save(bundle: Bundle, store: Store, card: dict[str, Any]) -> str:
 
 
 def pipeline_of(bundle: Bundle) -> Any:
-    """A ``StableDiffusionPipeline`` of these networks, without a safety checker."""
-    return StableDiffusionPipeline(
+    """A pipeline of these networks, without a safety checker: ``StableDiffusionInstructPix2PixPipeline`` where the UNet
+    reads an image, else ``StableDiffusionPipeline``."""
+    pipeline = StableDiffusionInstructPix2PixPipeline if reads_image(bundle.unet) else StableDiffusionPipeline
+    return pipeline(
         vae=bundle.vae,
         text_encoder=bundle.text_encoder,
         tokenizer=bundle.tokenizer,

@@ -11,7 +11,7 @@ from torch.nn import functional
 from diffva_ray.config.recipe import RecipeError
 from diffva_ray.config.stages import ClassifierConfig
 from diffva_ray.model.classifier import LatentClassifier
-from diffva_ray.train.denoiser import Latents
+from diffva_ray.train.latents import Latents
 from diffva_ray.train.sampling import ImageOrder
 from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable
 

@@ -11,10 +11,12 @@ from diffusers import ControlNetModel
 from numpy.typing import NDArray
 from torch import nn
 
+from diffva_ray.config.recipe import RecipeError
 from diffva_ray.config.stages import ControlNetStageConfig
 from diffva_ray.data.conditions import condition
 from diffva_ray.data.images import BadImage, decode_mask
 from diffva_ray.model import text
+from diffva_ray.model.image_conditioning import reads_image
 from diffva_ray.train.denoiser import NoisePrediction
 from diffva_ray.train.stage import StageContext, Trainable
 
@@ -29,6 +31,8 @@ class ControlNetStage(NoisePrediction):
     def __init__(self, context: StageContext, config: ControlNetStageConfig) -> None:
         super().__init__(context, config)
         bundle = context.bundle
+        if reads_image(bundle.unet):
+            raise RecipeError(f"stage {config.name}: a model trained on pairs takes no ControlNet")
         torch.manual_seed(context.seed)
         halvings = len(bundle.vae.config.block_out_channels) - 1  # from image size to latent size
         self.controlnet = ControlNetModel.from_unet(

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
+from diffva_ray.config.recipe import RecipeError
 from diffva_ray.config.stages import DenoiserConfig, NoisePredictionConfig
 from diffva_ray.data.dataset import LabelledImage
 from diffva_ray.model import text
 from diffva_ray.model.cross_attention import cross_attention_parameters
+from diffva_ray.model.image_conditioning import add_image_channels, reads_image, with_image
 from diffva_ray.model.lora import adapter_parameters, attached
 from diffva_ray.progress import LOG
 from diffva_ray.train.class_images import class_images
+from diffva_ray.train.latents import Latents
 from diffva_ray.train.loss import denoising_loss, min_snr_weights
+from diffva_ray.train.pairs import Examples, Pairs
 from diffva_ray.train.sampling import ImageOrder, ImageSet
-from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable, three_channels
-
-ENCODING_BATCH_SIZE = 16  # images
+from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable
 
 
 class NoisePrediction(Stage):
@@ -38,6 +39,7 @@ class NoisePrediction(Stage):
         self.order = ImageOrder(context.images.images, config.classes, context.seed)
         self.images = Latents(context, context.images)
         self.prior: ClassSet | None = None
+        self.pairs: Pairs | None = None
         self._warn_of_long_captions()
         self.noise_scheduler = DDPMScheduler.from_config(context.bundle.scheduler)
 
@@ -76,16 +78,21 @@ class NoisePrediction(Stage):
 
         # z ~ q(z | x), then z_t = sqrt(a_t) z + sqrt(1 - a_t) e (Rombach et al. 2022).
         latents = (mean + std * posterior_noise) * self.context.bundle.vae.config.scaling_factor
-        noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
-
-        # Predict, with some prompts dropped, and compare with the target.
         prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
-        output = network(noisy, timesteps, *self.tokens(prompts, device), *self.inputs(indices, device))
+        examples = Examples(indices, latents, prompts, timesteps)
+        if self.pairs is not None:
+            self.pairs.edit(examples, whole, steps)
+        noisy = self.noise_scheduler.add_noise(examples.latents, noise, examples.timesteps)
+
+        # Predict, and compare with the target.
+        noisy = with_image(self.context.bundle.unet, noisy, examples.image)
+        tokens = self.tokens(examples.prompts, device)
+        output = network(noisy, examples.timesteps, *tokens, *self.inputs(indices, device))
         weights = None
         if self.config.snr_gamma is not None:
             alphas = self.noise_scheduler.alphas_cumprod.to(device)
-            weights = min_snr_weights(alphas, timesteps, self.config.snr_gamma, self.prediction_type)
-        target = self.target(latents, noise, timesteps)
+            weights = min_snr_weights(alphas, examples.timesteps, self.config.snr_gamma, self.prediction_type)
+        target = self.target(examples.latents, noise, examples.timesteps)
         return denoising_loss(output, target, weights, len(indices), prior_loss_weight)
 
     def _prompt(self, image: LabelledImage) -> str:
@@ -142,6 +149,11 @@ class DenoiserStage(NoisePrediction):
         super().__init__(context, config)
         if config.prior_class and config.class_images == "real":
             self.prior = self._class_set(context.images, self.images)
+        if config.pairs:
+            self._check_pairs()
+            self.pairs = Pairs(context, self.images, config.pairs)
+            if not reads_image(context.bundle.unet):
+                add_image_channels(context.bundle.unet)
         network = Denoiser(context.bundle.unet, context.bundle.text_encoder)
         self.trainables = [Trainable("denoiser", network, self.loss, shardable=True)]
 
@@ -152,6 +164,17 @@ class DenoiserStage(NoisePrediction):
             self.prior = self._class_set(generated, Latents(self.context, generated))
         for parameter in self._trainable_parameters():
             parameter.requires_grad_(True)
+
+    def _check_pairs(self) -> None:
+        """Raise RecipeError for keys under which the new input channels could not be trained or used."""
+        recipe, config = self.context.bundle.recipe, self.config
+        for other, used in {
+            "train.lora": recipe.train.lora is not None,
+            "trainable: cross-attention": config.trainable != "all",
+            "class_images: generated": config.class_images == "generated" and recipe.model.base is None,
+        }.items():
+            if used:
+                raise RecipeError(f"stage {config.name}: pairs cannot be combined with {other}")
 
     def _class_set(self, images: ImageSet, latents: Latents) -> ClassSet:
         label = str(self.config.prior_class)
@@ -191,35 +214,3 @@ class Denoiser(nn.Module):
         states = text.embed(self.text_encoder, ids, mask)[which]
         output: torch.Tensor = self.unet(noisy, timesteps, encoder_hidden_states=states).sample
         return output
-
-
-class Latents:
-    """Posterior moments of images, computed once for the whole set if ``cache_megabytes`` allows it, otherwise in each
-    step."""
-
-    def __init__(self, context: StageContext, images: ImageSet) -> None:
-        self.vae: Any = context.bundle.vae
-        self.images = images
-        side = images.size // context.bundle.latent_scale
-        size = len(images.images) * 2 * 4 * self.vae.config.latent_channels * side**2
-        self.kept = size <= context.cache_megabytes * 2**20
-        self._moments: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @torch.no_grad()
-    def moments(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean and standard deviation [n, 4, h, w] of the images' posteriors. A cached set is encoded in batches
-        that do not depend on the step, so that a resumed training has bitwise the same latents."""
-        if not self.kept:
-            return self._encode(indices, device)
-        if self._moments is None:
-            total = len(self.images.images)
-            starts = range(0, total, ENCODING_BATCH_SIZE)
-            parts = [self._encode(range(n, min(n + ENCODING_BATCH_SIZE, total)), device) for n in starts]
-            mean, std = (torch.cat([part[n].cpu() for part in parts]) for n in (0, 1))
-            self._moments = mean, std
-        mean, std = self._moments
-        return mean[list(indices)].to(device), std[list(indices)].to(device)
-
-    def _encode(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        posterior = self.vae.encode(three_channels(self.images.batch(indices)).to(device)).latent_dist
-        return posterior.mean, posterior.std

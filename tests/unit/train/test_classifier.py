@@ -10,7 +10,7 @@ from trainings import different, killed, run, weights, with_stages
 
 from diffva_ray.config.recipe import Recipe, RecipeError
 from diffva_ray.model.bundle import build, load
-from diffva_ray.train.denoiser import Latents
+from diffva_ray.train.latents import Latents
 
 CLASSIFIER = {
     "name": "classifier", "trains": "classifier", "steps": 4, "batch_size": 6, "learning_rate": 3e-3,
