@@ -223,8 +223,24 @@ def finished(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def reduced_metrics(run: Run) -> dict[str, Any] | None:
-    """Read ``tables/metrics.json``; None when the run has not been reduced."""
-    return read_json(run, "tables/metrics.json")
+    """Read ``tables/metrics.json``; None when the run has not been reduced, or the file is damaged."""
+    metrics = read_json(run, "tables/metrics.json")
+    return metrics if metrics is not None and _are_metrics(metrics) else None
+
+
+def _are_metrics(content: dict[str, Any]) -> bool:
+    """Whether a JSON object has the shape of ``tables/metrics.json``: counts, the judge's quality, lines, tables."""
+    for name, value in content.items():
+        if name == "records":
+            sound = isinstance(value, dict) and {"planned", "ok", "quarantined"} <= set(value)
+        elif name == "judge":
+            sound = isinstance(value, dict) and {"accuracy", "n", "chance", "problem"} <= set(value)
+        else:
+            kind = str if name in ("notes", "problems") else dict
+            sound = isinstance(value, list) and all(isinstance(item, kind) for item in value)
+        if not sound:
+            return False
+    return "records" in content
 
 
 def read_json(run: Run, path: str) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from scipy.optimize import minimize_scalar
@@ -17,6 +18,7 @@ from scipy.special import logsumexp
 from torch import nn
 from torch.nn import functional
 
+from diffva_ray.progress import one_line
 from diffva_ray.storage.store import Store
 
 GRID = 64  # side of the judge's own pixel grid
@@ -110,17 +112,18 @@ def load_judge(store: Store) -> Judge | None:
     """The judge of a model folder, in evaluation mode; None without one. Raises ValueError for weights that do not fit,
     and for a judge without its healthy class."""
     try:
-        config = json.loads(store.read("judge/config.json"))
+        data = store.read("judge/config.json")
     except FileNotFoundError:
         return None
-    if config["healthy"] not in config["classes"]:
-        raise ValueError(
-            f"{store.uri}/judge: it does not know the healthy class {config['healthy']}; train one that does"
-        )
-    judge = Judge(config["classes"], config["healthy"], config["width"])
     try:
+        config = json.loads(data)
+        classes, healthy, width = config["classes"], config["healthy"], config["width"]
+        known = healthy in classes
+        judge = Judge(classes, healthy, width)
         weights = load_safetensors(store.read("judge/model.safetensors"))
         judge.load_state_dict({"temperature": torch.ones(()), **weights})  # older judges have none
-    except (RuntimeError, FileNotFoundError) as error:
-        raise ValueError(f"{store.uri}/judge: not a judge of this version ({str(error).splitlines()[0]})") from None
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{store.uri}/judge: not a judge of this version ({one_line(error, 120)})") from None
+    if not known:
+        raise ValueError(f"{store.uri}/judge: it does not know the healthy class {healthy}; train one that does")
     return judge.eval()

@@ -109,7 +109,7 @@ class ModelFolder:
         tokenizer = self._tokenizer
         try:
             limit = int(json.loads(self.store.read("tokenizer/tokenizer_config.json"))["model_max_length"])
-        except (OSError, KeyError, ValueError):
+        except (OSError, KeyError, TypeError, ValueError):  # loading the model then says what is wrong
             return 0, []
         if tokenizer is None:
             return 0, []

@@ -227,7 +227,10 @@ def test_metrics_that_one_run_lacks_are_left_out(make_run: MakeRun) -> None:
     assert "dice_fixed" not in measures  # neither has a threshold from other images
     for each in (run, other):
         row = {"map": "positive", "label": "all", "threshold": 0.05, "threshold_from": "validation"}
-        each.store.put("tables/metrics.json", json.dumps({"localization": [row]}).encode())
+        each.store.put(
+            "tables/metrics.json",
+            json.dumps({"records": dict.fromkeys(("planned", "ok", "quarantined"), 0), "localization": [row]}).encode(),
+        )
     assert "dice_fixed" in {row["measure"] for row in compare_runs(run, other).rows}
 
 

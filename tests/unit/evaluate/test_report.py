@@ -164,6 +164,17 @@ def test_a_run_without_tables_says_how_to_get_them(make_run: MakeRun) -> None:
     assert "table" not in page.tags
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"records": 7}, {"records": {}}, {"fid": 7}, {"ssim": {}}, {"localization": [7]}, {"judge": []}, {"notes": 7}],
+    ids=json.dumps,
+)
+def test_damaged_tables_count_as_missing(make_run: MakeRun, damage: dict[str, object]) -> None:
+    run = make_run()
+    run.store.put("tables/metrics.json", json.dumps({**METRICS, **damage}).encode())
+    assert f"diffva reduce {run.store.uri}" in written(run)[1].text
+
+
 def test_tables_of_other_records_are_called_out(make_run: MakeRun) -> None:
     run = make_run(shards=1)
     run.store.put("tables/metrics.json", json.dumps(METRICS).encode())
