@@ -136,6 +136,9 @@ def test_the_threshold_is_the_validated_one_then_the_runs_own_then_a_quantile(ma
     run.store.put("tables/thresholds.json", b'{"positive": 0.04}')
     assert map_scale(run, records).threshold == 0.04
     row = {"map": "positive", "label": "all", "threshold": 0.05, "threshold_from": "validation"}
-    run.store.put("tables/metrics.json", json.dumps({"localization": [row]}).encode())
+    run.store.put(
+        "tables/metrics.json",
+        json.dumps({"records": dict.fromkeys(("planned", "ok", "quarantined"), 0), "localization": [row]}).encode(),
+    )
     scale = map_scale(run, records)
     assert (scale.threshold, scale.threshold_from) == (0.05, "fixed on validation")
