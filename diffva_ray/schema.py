@@ -17,7 +17,7 @@ Mask = NDArray[np.bool_]  # [H, W] unless documented otherwise
 TableRow = dict[str, Any]  # a row of a table of results, by column
 SCHEMA_VERSION = 2  # version 1 had other names of columns and folders
 PathColumn = Literal["counterfactual_path", "attribution_path", "reconstruction_path"]  # images of a record
-ENGINE = 3  # part of a run's fingerprint; increase it when the engine rounds differently for the same settings
+ENGINE = 4  # part of a run's fingerprint; increase it when the engine rounds differently for the same settings
 
 
 class Status(str, Enum):

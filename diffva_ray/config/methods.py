@@ -43,11 +43,11 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "sdedit": Method(lambda steps, guided: Calls(steps + guided), shortcuts=True),
-    "ddim-inversion": Method(lambda steps, guided: Calls(steps + guided + steps - 1), "ddim", shortcuts=True),
+    "ddim-inversion": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim", shortcuts=True),
     "cycle": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim"),
-    "masked": Method(lambda steps, guided: Calls(steps + guided + steps - 1), "ddim", shortcuts=True),
+    "masked": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim", shortcuts=True),
     "instruct-pix2pix": Method(lambda steps, guided: Calls(2 * steps + guided)),
-    "classifier-guided": Method(lambda steps, guided: Calls(2 * steps - 1), "ddim", needs="classifier"),
+    "classifier-guided": Method(lambda steps, guided: Calls(2 * steps), "ddim", needs="classifier"),
     "controlnet": Method(lambda steps, guided: Calls(steps + guided, controlnet=steps + guided), needs="controlnet"),
     "text-to-image": Method(lambda steps, guided: Calls(steps + guided), shortcuts=True),
     "vant-gan": Method(lambda steps, guided: Calls(0, decode=0), needs="vant_gan", reads_prompt=False),

@@ -1,12 +1,12 @@
 """``ddim-inversion``: encode the image by DDIM run backwards under the source prompt ("" needs no label), then decode
 under guidance to the healthy prompt (Sanchez et al. 2022, "What is healthy?"; Song et al. 2021, equation 13).
 
-The method samples no noise, so the encoding keeps everything that the prompt does not change.
+The method samples no noise, so the encoding keeps everything that the prompt does not change. Each step up asks the
+network at the timestep that the step leads to, as diffusers' DDIMInverseScheduler does. The step down between the same
+two noise levels asks at the same timestep, so that their errors cancel to first order.
 """
 
 from __future__ import annotations
-
-import itertools
 
 import torch
 
@@ -32,15 +32,16 @@ def invert(model: LatentDiffusion, request: Edit, timesteps: torch.Tensor) -> to
 
 
 def inversion_path(model: LatentDiffusion, request: Edit, timesteps: torch.Tensor) -> list[torch.Tensor]:
-    """Latents [n, 4, h, w] at each of ``timesteps`` [k] (falling), from the noisiest down to the image's own."""
+    """Latents [n, 4, h, w] at each of ``timesteps`` [k] (falling), from the noisiest down, and last the image's own."""
     alpha_bar = model.alphas.to(request.latents)
-    path = [request.latents]
+    path, alpha = [request.latents], model.final_alpha.to(request.latents)
     with deep_features_kept(model.unet, request.config.acceleration.deep_features_every):
-        for t, t_next in itertools.pairwise(timesteps.flip(0)):
+        for t in timesteps.flip(0):
             # Predict the clean latents and the noise under the source prompt.
             output = model.predict(path[0], t, request.source)
-            z_0, eps = split(output, path[0], alpha_bar[t], model.prediction_type)
+            z_0, eps = split(output, path[0], alpha, model.prediction_type)
 
             # Step up: combine both at the next higher noise level.
-            path.insert(0, alpha_bar[t_next].sqrt() * z_0 + (1 - alpha_bar[t_next]).sqrt() * eps)
+            alpha = alpha_bar[t]
+            path.insert(0, alpha.sqrt() * z_0 + (1 - alpha).sqrt() * eps)
     return path

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.models.upsampling import Upsample2D
 from torch.nn import functional
 from torch.utils._pytree import tree_map_only
@@ -77,6 +77,7 @@ class LatentDiffusion:
         self.compiled = False
         training = DDPMScheduler.from_config(bundle.scheduler)
         self.alphas: torch.Tensor = training.alphas_cumprod  # alpha_bar of every training timestep
+        self.final_alpha: torch.Tensor = DDIMScheduler.from_config(bundle.scheduler).final_alpha_cumprod  # of an image
         self.prediction_type: str = training.config.prediction_type
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

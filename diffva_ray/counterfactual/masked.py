@@ -74,7 +74,7 @@ def denoise_inside(
     """Denoise under guidance the latent cells that hold any ``weight``; all others follow the image's own ``path``."""
     cells = functional.adaptive_max_pool2d(weight[:, None], tuple(request.latents.shape[2:])) > 0
     z = path[0]
-    for t, z_image in zip(timesteps, [*path[1:], request.latents], strict=True):
+    for t, z_image in zip(timesteps, path[1:], strict=True):
         z = scheduler.step(model.guided(z, t, request), t, z).prev_sample
         z = torch.where(cells, z, z_image)
     return z

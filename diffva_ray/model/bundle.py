@@ -100,7 +100,7 @@ class Bundle:
         if width != expected:
             raise UnusableModel(f"the text encoder's width is {width}, the UNet's {expected}; export the model again")
         channels, latent = self.unet.config.in_channels, self.vae.config.latent_channels
-        if channels != latent:
+        if channels != latent * (2 if reads_image(self.unet) else 1):
             raise UnusableModel(
                 f"the base's UNet takes {channels} channels and its autoencoder gives {latent}; inpainting and other "
                 "conditional bases are not supported, use Stable Diffusion 1 or 2"

@@ -11,7 +11,8 @@ from torch import nn
 
 def reads_image(unet: Any) -> bool:
     """Whether the UNet has input channels for the latents of an image."""
-    return bool(unet.config.in_channels == 2 * unet.config.out_channels)
+    config = getattr(unet, "config", None)  # a network of one's own may have none
+    return config is not None and bool(config.in_channels == 2 * config.out_channels)
 
 
 def add_image_channels(unet: Any) -> None:

@@ -4,12 +4,15 @@
 repeats its second entry, because its first PLMS step is a Heun step with two calls. The slice loses this repetition, so
 every later call gets a timestep that is one step too low (huggingface/diffusers#9090, #7651). ``pndm`` restores the
 repetition in the sliced list.
+
+PNDM mixes network outputs of several timesteps. Mixed velocities (``v_prediction``) are no velocity of any timestep, so
+``pndm`` converts each output to noise first, as DPM-Solver and UniPC do; ``pndm-diffusers`` does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import (
@@ -35,9 +38,24 @@ def _pndm_diffusers(config: dict[str, Any], steps: int, strength: float) -> tupl
     return scheduler, _sliced(scheduler.timesteps, steps, strength)
 
 
+class _NoisePNDM(PNDMScheduler):
+    """PNDM that mixes noise, also for a network that predicts velocity."""
+
+    predicts_velocity = False  # whether the network does
+
+    def step(self, output: torch.Tensor, timestep: Any, sample: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        """One step; ``output`` is the network's for ``sample`` at ``timestep``."""
+        if self.predicts_velocity:
+            alpha = cast("Any", self).alphas_cumprod.to(sample)[int(timestep)]
+            output = alpha.sqrt() * output + (1 - alpha).sqrt() * sample
+        return PNDMScheduler.step(cast("Any", self), output, timestep, sample, *arguments, **options)
+
+
 def _pndm(config: dict[str, Any], steps: int, strength: float) -> tuple[PNDMScheduler, torch.Tensor]:
     """PNDM whose second timestep is repeated, as its first step needs it."""
-    scheduler = PNDMScheduler.from_config({**config, "skip_prk_steps": True})
+    kind: Any = _NoisePNDM  # diffusers has no types
+    scheduler = kind.from_config({**config, "skip_prk_steps": True, "prediction_type": "epsilon"})
+    scheduler.predicts_velocity = config.get("prediction_type") == "v_prediction"
     scheduler.set_timesteps(steps)
     once = scheduler.timesteps.unique().flip(0)
     tail = _sliced(once, steps, strength)
