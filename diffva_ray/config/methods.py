@@ -46,7 +46,7 @@ METHODS: dict[str, Method] = {
     "ddim-inversion": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim", shortcuts=True),
     "cycle": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim"),
     "masked": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim", shortcuts=True),
-    "instruct-pix2pix": Method(lambda steps, guided: Calls(2 * steps + guided)),
+    "instruct-pix2pix": Method(lambda steps, guided: Calls(2 * steps + guided), "ddim"),
     "classifier-guided": Method(lambda steps, guided: Calls(2 * steps), "ddim", needs="classifier"),
     "controlnet": Method(lambda steps, guided: Calls(steps + guided, controlnet=steps + guided), needs="controlnet"),
     "text-to-image": Method(lambda steps, guided: Calls(steps + guided), shortcuts=True),

@@ -28,14 +28,13 @@ def generate(model: LatentDiffusion, request: Edit) -> Generated:
     start = noise(request.latents.shape, request.generators).to(request.latents)
     if request.settings.strength < 1:
         start = scheduler.add_noise(request.latents, start, timesteps[:1])
-    start = start * scheduler.init_noise_sigma
 
     # Denoise without a change and with the edit, as one batch of 2n.
     both = torch.cat([start, start])
     image = request.latents / model.scale
     for t in timesteps:
-        output = _predict(model, scheduler.scale_model_input(both, t), t, image, request)
-        both = model.step(output, t, both, request, scheduler)
+        output = _predict(model, both, t, image, request)
+        both = scheduler.step(output, t, both).prev_sample
     unchanged, edited = model.decode(both).chunk(2)
 
     # Add what the prompt changed to the image.

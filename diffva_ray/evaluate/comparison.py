@@ -20,7 +20,7 @@ from diffva_ray.config.recipe import fingerprint_difference
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.annotations import lesion_shapes
-from diffva_ray.evaluate.credibility import untrained
+from diffva_ray.evaluate.credibility import stated
 from diffva_ray.evaluate.judge_quality import judge_quality
 from diffva_ray.evaluate.records import as_records, by_shard, finished, read_records, reduced_metrics
 from diffva_ray.evaluate.report.numbers import judge_tested
@@ -312,7 +312,7 @@ def _cautions(a: Run, b: Run, pairs: pd.DataFrame) -> list[str]:
     ):
         notes.append("the runs have different judges: flip rates are of the images that both call abnormal")
     for name, run in zip("AB", (a, b)):
-        notes += [f"{name}: {problem}" for problem in (reduced_metrics(run) or {}).get("problems", untrained(run))]
+        notes += [f"{name}: {problem}" for problem in stated(run, reduced_metrics(run))]
         if before[0].notna().any() and (quality := judge_quality(run)) is not None:
             tested = judge_tested(quality.as_dict())
             notes.append(f"{name}: {quality.problem or f'the judge was {tested}'}")

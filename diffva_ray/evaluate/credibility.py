@@ -5,7 +5,7 @@ A judge that guesses is ``judge_quality``'s matter: only its flip rates mean not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffva_ray.evaluate.tables import finite_mean
@@ -35,6 +35,12 @@ def problems(run: Run, pairs: Sequence[TableRow], trained_on: int, records: int)
     if trained_on:
         found.append(f"{trained_on} of {records} records are of images in the model's training list: this is no test")
     return found
+
+
+def stated(run: Run, metrics: Mapping[str, Any] | None) -> list[str]:
+    """The reasons in ``metrics`` (tables/metrics.json); without any, what the model's card says."""
+    found: list[str] = (metrics or {}).get("problems", [])
+    return found or untrained(run)
 
 
 def untrained(run: Run) -> list[str]:

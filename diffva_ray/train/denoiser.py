@@ -79,7 +79,7 @@ class NoisePrediction(Stage):
         # z ~ q(z | x), then z_t = sqrt(a_t) z + sqrt(1 - a_t) e (Rombach et al. 2022).
         latents = (mean + std * posterior_noise) * self.context.bundle.vae.config.scaling_factor
         prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
-        examples = Examples(indices, latents, prompts, timesteps)
+        examples = Examples(indices, mean, latents, prompts, timesteps)
         if self.pairs is not None:
             self.pairs.edit(examples, whole, steps)
         noisy = self.noise_scheduler.add_noise(examples.latents, noise, examples.timesteps)
@@ -151,7 +151,7 @@ class DenoiserStage(NoisePrediction):
             self.prior = self._class_set(context.images, self.images)
         if config.pairs:
             self._check_pairs()
-            self.pairs = Pairs(context, self.images, config.pairs)
+            self.pairs = Pairs(context, config.pairs)
             if not reads_image(context.bundle.unet):
                 add_image_channels(context.bundle.unet)
         network = Denoiser(context.bundle.unet, context.bundle.text_encoder)

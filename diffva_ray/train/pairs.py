@@ -28,6 +28,7 @@ class Examples:
     """The training examples of one share of a batch, n in all."""
 
     indices: list[int]  # of the instances in the image set; the n - len(indices) last examples are the class set's
+    means: torch.Tensor  # posterior means, not scaled [n, c, h, w]
     latents: torch.Tensor  # clean latents to predict, scaled [n, c, h, w]
     prompts: list[str]
     timesteps: torch.Tensor  # [n]
@@ -37,7 +38,7 @@ class Examples:
 class Pairs:
     """The pairs of a data set. Raises RecipeError when it has no ground truth."""
 
-    def __init__(self, context: StageContext, images: Latents, fraction: float) -> None:
+    def __init__(self, context: StageContext, fraction: float) -> None:
         data = context.bundle.recipe.data
         members = context.images.images
         known = [index for index, image in enumerate(members) if image.ground_truth]
@@ -51,20 +52,19 @@ class Pairs:
         if self.truths.images.unreadable:
             raise RecipeError(f"pairs: {next(iter(self.truths.images.unreadable))} cannot be read")
         self.position = {index: position for position, index in enumerate(known)}
-        self.images, self.fraction, self.data = images, fraction, data
+        self.fraction, self.data = fraction, data
         self.labels = [image.label for image in members]
         self.vae = context.bundle.vae
 
     def edit(self, examples: Examples, whole: Batch, steps: int) -> None:
         """Turn a share of the instances into edits of an image. Random numbers are drawn for the whole batch."""
         chosen, task, level = whole.uniform(3).unbind(1)
-        device = examples.latents.device
         scale: float = self.vae.config.scaling_factor  # the autoencoder's stage sets it when it ends
         examples.image = torch.zeros_like(examples.latents)
         rows = [row for row in range(len(examples.indices)) if chosen[row] < self.fraction]
         if not rows:
             return
-        shown, _ = self.images.moments([examples.indices[row] for row in rows], device)
+        shown = examples.means[rows]
         truth = self._ground_truth([examples.indices[row] for row in rows], shown)
         for n, row in enumerate(rows):
             label = self.labels[examples.indices[row]]

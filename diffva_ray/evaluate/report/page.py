@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from diffva_ray.evaluate import figures
 from diffva_ray.evaluate.annotations import lesion_shapes
-from diffva_ray.evaluate.credibility import untrained
+from diffva_ray.evaluate.credibility import stated
 from diffva_ray.evaluate.figures import map_scale, own_shapes, settings_line, write_figures
 from diffva_ray.evaluate.records import as_records, finished, reduced_metrics
 from diffva_ray.evaluate.report.assets import render_page, viewer_script
@@ -146,7 +146,7 @@ def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
         "notes": notes(run, metrics, done),
         "reduce_notes": (metrics or {}).get("notes", []),
         "done": done,
-        "problems": (metrics or {}).get("problems", untrained(run)),
+        "problems": stated(run, metrics),
         "glance": glance(metrics),
         "cards": cards(metrics, done),
         "tables": report_tables(metrics) if metrics else [],
