@@ -22,7 +22,7 @@ import torch
 
 from diffva_ray.config.recipe import make_recipe
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.implants import implant_set
+from diffva_ray.data.implants import Source, implant_set
 from diffva_ray.evaluate.options import Options
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import open_run
@@ -77,7 +77,7 @@ def main(model: str, pack: Path, count: int, result: Path) -> None:
         (folder / "hosts").mkdir()
         dataset = open_dataset(hosts(pack, folder / "hosts"))
         size, made = bundle.recipe.model.resolution, str(folder / "images")
-        written = list(implant_set(open_store(made), dataset, "Normal", count, size, 4001, ("Lung_Opacity",)))
+        written = list(implant_set(open_store(made), dataset, "Normal", count, size, Source(4001), ("Lung_Opacity",)))
         sources = {image["source"] for image in json.loads((folder / "images/implants.json").read_text())["images"]}
         for number, (method, changes) in enumerate(METHODS.items()):
             values = bundle.recipe.model_dump(mode="json")

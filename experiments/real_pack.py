@@ -34,7 +34,7 @@ from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.images import decode, to_square
-from diffva_ray.data.implants import implant_set
+from diffva_ray.data.implants import Source, implant_set
 from diffva_ray.evaluate.records import image_truth
 from diffva_ray.evaluate.scores import score_image
 from diffva_ray.metrics.localization import centre_prior, dice_at, fixed_threshold, group_bootstrap, smooth
@@ -98,7 +98,9 @@ def with_implants(place: Path, count: int, size: int, seed: int) -> str:
     """
     dataset, target = open_dataset(str(place / "train")), place / "implants"
     if not (target / "implants.json").exists():
-        for _ in implant_set(open_store(str(target)), dataset, "Normal", count, size, seed, ("Normal", "Lung_Opacity")):
+        for _ in implant_set(
+            open_store(str(target)), dataset, "Normal", count, size, Source(seed), ("Normal", "Lung_Opacity")
+        ):
             pass
     rows = [(f"train/{image.path}", image.label) for image in dataset.images]
     rows += [(str(path.relative_to(place)), path.parts[-3]) for path in sorted(target.glob("*/images/*.png"))]

@@ -36,11 +36,17 @@ from diffva_ray.data.dataset import UnusableData
 @click.option("--seed", default=0, show_default=True, help="Random seed; equal seeds give equal images.")
 @click.option("--classes", metavar="A,B", help="Classes to write; default: Normal,Lung_Opacity,COVID,Viral Pneumonia.")
 @click.option("--onto", metavar="DATA", help="Draw the lesions into the healthy images of this data set.")
+@click.option("--vary", is_flag=True, help="With --onto: also vary position, exposure, sharpness and devices.")
+@click.option(
+    "--transplants",
+    type=click.Choice(["boxes", "anywhere"]),
+    help="With --onto: cut the lesions out of the data set's abnormal images, from their boxes or anywhere.",
+)
 @recipe_or_phantom
 @set_option
 @dry_run_option
-def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str | None, onto: str | None,
-             recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
+def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str | None, onto: str | None, vary: bool,
+             transplants: str | None, recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
     """Write synthetic chest X-rays with lung masks, lesion masks and ground-truth counterfactuals. With --onto, draw
     synthetic lesions into real healthy images; the originals are then the ground-truth counterfactuals.
 
@@ -49,9 +55,13 @@ def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str 
         diffva phantoms data/onto --onto data/COVID-19_Radiography_Dataset --patients 400 --size 128
     """
     from diffva_ray.data.datasets import open_dataset
-    from diffva_ray.data.implants import implant_set
+    from diffva_ray.data.implants import Source, implant_set
     from diffva_ray.data.phantoms import CLASSES, phantom_set
+    from diffva_ray.data.transplants import Donors
     from diffva_ray.storage.opening import open_store
+
+    if not onto and (vary or transplants):
+        raise click.UsageError(f"{'--vary' if vary else '--transplants'} needs --onto DATA")
 
     resolved = load_recipe(recipe, overrides)
     chosen = names(classes) or CLASSES
@@ -64,7 +74,8 @@ def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str 
     try:
         store = open_store(out)
         if dataset is not None:
-            images = implant_set(store, dataset, healthy, patients, side, seed, chosen)
+            donors = Donors(dataset, healthy, chosen, side, boxes=transplants == "boxes") if transplants else None
+            images = implant_set(store, dataset, healthy, patients, side, Source(seed, vary, donors), chosen)
         else:
             images = phantom_set(store, patients, side, seed, chosen)
         count = sum(1 for _ in images)

@@ -1,36 +1,41 @@
-"""Adds phantom lesions to real healthy images; the original image is the exact ground-truth counterfactual.
+"""Adds lesions to real healthy images; the original image is the exact ground-truth counterfactual.
 
-A lesion is sampled as for a phantom, in coordinates that fit the lungs of the image, and scaled from phantom densities
-to the grey levels of the image. It is added to the image, so ribs and vessels stay visible through it.
+A lesion is drawn in the coordinates of a phantom, which are fitted to the lungs of the image, and scaled from phantom
+densities to the grey levels of the image. It is added to the image, so ribs and vessels stay visible through it. Or it
+is cut out of an abnormal image of the data set (``transplants``).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from diffva_ray.data.acquisition import Acquisition
 from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
 from diffva_ray.data.encoding import quantise
+from diffva_ray.data.findings import FINDINGS
 from diffva_ray.data.images import BadImage, decode_mask, decode_square
 from diffva_ray.data.lesions import LESIONS, Lesion
 from diffva_ray.data.lungs import find_lungs
 from diffva_ray.data.phantoms import CLASSES, visible_lesion, write_image
 from diffva_ray.data.thorax import Array
+from diffva_ray.data.transplants import Donors, transplant
 from diffva_ray.progress import LOG
 from diffva_ray.schema import Mask
 from diffva_ray.storage.store import Store
 
-VERSION = "implants v1"
-INSIDE_LUNGS = ("Lung_Opacity", "COVID", "Viral Pneumonia", "Pneumothorax")  # other lesions move heart and vessels
+VERSION = "implants v2"
+DRAWN = {label: LESIONS[label] for label in ("COVID", "Viral Pneumonia")} | FINDINGS  # by class
 LUNG_BOX = (-0.74, 0.74, -0.80, 0.50)  # left, right, top, bottom of a phantom's lungs, in its coordinates
 AIR, TISSUE = 0.29, 0.62  # densities of a phantom's lung and of an opacity
 MIN_LUNG_CONTRAST = 0.15  # grey levels between lungs and surroundings; an image with less is skipped
 CONTRASTS = (0.20, 0.45)  # minimum and maximum contrast of lung and tissue that a lesion is scaled to, in grey levels
+MAX_PLACES = 4  # attempts at a position that keeps both lungs in the image
 MAX_ATTEMPTS = 12  # at sampling a lesion that is visible enough
 MIN_LESION_AREA = 0.004  # visible area of a lesion, as a fraction of the image
 
@@ -53,9 +58,11 @@ class Host:
 
 @dataclass(frozen=True)
 class Implant:
-    """An image with an added lesion; the pixels of its host are the ground-truth counterfactual."""
+    """An image with an added lesion, and its ground-truth counterfactual."""
 
     image: Grey  # uint8 [size, size]
+    ground_truth: Grey  # the host, uint8 [size, size]
+    lungs: Mask  # bool [size, size]
     lesion: Mask  # bool [size, size]
     factors: dict[str, object] = field(default_factory=dict)  # parameters of the lesion, such as side and severity
 
@@ -146,11 +153,11 @@ def implant(host: Host, label: str, seed: int, number: int) -> Implant:
     # sample lesions until one is visible enough
     for attempt in range(MAX_ATTEMPTS):
         rng = np.random.default_rng(np.random.SeedSequence([seed, number, attempt]))
-        lesion = LESIONS[label](rng, lungs, lungs.u, lungs.v)
+        lesion = DRAWN[label](rng, lungs, lungs.u, lungs.v)
         image = quantise(_ill(ground_truth, lesion, lungs, host.lungs, air, contrast))
         visible = visible_lesion(image.astype(np.float64) / 255, ground_truth, label) & host.lungs
         if visible.mean() >= MIN_LESION_AREA:
-            return Implant(image, visible, lesion.factors)
+            return Implant(image, host.pixels, host.lungs, visible, lesion.factors)
     raise NoLungs(f"no visible {label} can be added to it")
 
 
@@ -224,13 +231,28 @@ class Hosts:
         return Host(image, pixels, lungs, not image.lung_mask)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where the lesions of a set come from, and how their images vary.
+
+    Attributes:
+        seed: Random seed of the set.
+        vary: Also vary position, exposure, sharpness, noise and devices of image and ground truth alike.
+        donors: Abnormal images that lesions are cut out of; None: lesions are drawn.
+    """
+
+    seed: int = 0
+    vary: bool = False
+    donors: Donors | None = None
+
+
 def implant_set(
     store: Store,
     dataset: Dataset,
     healthy: str,
     patients: int,
     size: int,
-    seed: int = 0,
+    source: Source = Source(),
     classes: Sequence[str] = CLASSES,
 ) -> Iterator[str]:
     """Writes ``patients`` images of ``size`` x ``size`` pixels in the layout of a phantom set; yields each path.
@@ -240,7 +262,7 @@ def implant_set(
     UnusableData for an unknown class, for ``store`` inside the data set, and when no healthy image is usable.
     """
     # check the arguments
-    supported = ("Normal", *INSIDE_LUNGS)
+    supported = ("Normal", *(source.donors.of if source.donors else DRAWN))
     unknown = [label for label in classes if label not in supported]
     if unknown:
         raise UnusableData(f"no class {unknown[0]!r} can be added to an image; there are {', '.join(supported)}")
@@ -251,22 +273,58 @@ def implant_set(
     images = []
     for number in range(patients):
         label = classes[number % len(classes)]
-        host, result = _host_with(hosts, label, seed, number)
-        path = write_image(store, label, number, result.image, host.lungs, result.lesion, host.pixels)
+        host, made = _made(hosts, label, source, number)
+        path = write_image(store, label, number, made.image, made.lungs, made.lesion, made.ground_truth)
         lungs = "searched" if host.searched else "mask"
-        images.append({"file": path, "label": label, "source": host.image.path, "lungs": lungs, **result.factors})
+        images.append({"file": path, "label": label, "source": host.image.path, "lungs": lungs, **made.factors})
         yield path
-    metadata = {"version": VERSION, "seed": seed, "size": size, "classes": list(classes), "onto": dataset.store.uri}
-    store.put("implants.json", json.dumps({**metadata, "images": images}, indent=1).encode())
+    metadata = {"version": VERSION, "seed": source.seed, "size": size, "classes": list(classes)}
+    origin = {"onto": dataset.store.uri, "vary": source.vary, "transplants": source.donors is not None}
+    store.put("implants.json", json.dumps({**metadata, **origin, "images": images}, indent=1).encode())
 
 
-def _host_with(hosts: Hosts, label: str, seed: int, number: int) -> tuple[Host, Implant]:
+def _made(hosts: Hosts, label: str, source: Source, number: int) -> tuple[Host, Implant]:
     """The first host from ``number`` on that can show the lesion, and the image made of it; removes the others."""
     while True:
         host = hosts[number]
-        if label == "Normal":
-            return host, Implant(host.pixels, np.zeros_like(host.lungs))
-        try:
-            return host, implant(host, label, seed, number)
-        except NoLungs as error:
-            hosts.drop(host.image, str(error))
+        for attempt in range(MAX_PLACES if source.vary else 1):
+            try:
+                return host, _one(host, label, source, number, attempt)
+            except NoLungs as error:
+                reason = str(error)
+        hosts.drop(host.image, reason)
+
+
+def _one(host: Host, label: str, source: Source, number: int, attempt: int) -> Implant:
+    """The host with a lesion, in one sampled position and exposure if the set varies."""
+    acquisition = None
+    if source.vary:
+        seeds = np.random.SeedSequence([source.seed, number, attempt, 1])
+        acquisition = Acquisition(np.random.default_rng(seeds), len(host.pixels))
+        pixels = quantise(acquisition.place(host.pixels) / 255)
+        host = replace(host, pixels=pixels, lungs=acquisition.place_mask(host.lungs))
+    if label == "Normal":
+        made = Implant(host.pixels, host.pixels, host.lungs, np.zeros_like(host.lungs))
+    elif source.donors is not None:
+        made = _transplanted(host, label, source.donors, source.seed, number)
+    else:
+        made = implant(host, label, source.seed, number)
+    if acquisition is None:
+        return made
+    image, truth = (quantise(acquisition.expose(one / 255)) for one in (made.image, made.ground_truth))
+    return replace(made, image=image, ground_truth=truth)
+
+
+def _transplanted(host: Host, label: str, donors: Donors, seed: int, number: int) -> Implant:
+    """The host with a lesion of another image. Raises NoLungs when none of some patches fits."""
+    ground_truth = host.pixels.astype(np.float64) / 255
+    for attempt in range(MAX_ATTEMPTS):
+        rng = np.random.default_rng(np.random.SeedSequence([seed, number, attempt, 2]))
+        found = transplant(ground_truth, host.lungs, donors, label, rng)
+        if found is None:
+            continue
+        image = quantise(found.image)
+        visible = visible_lesion(image.astype(np.float64) / 255, ground_truth, label) & found.lesion
+        if visible.mean() >= MIN_LESION_AREA:
+            return Implant(image, host.pixels, host.lungs, visible, found.factors)
+    raise NoLungs(f"no {label} of another image fits into it")

@@ -16,7 +16,7 @@ from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.data.images import decode, decode_mask, to_square
-from diffva_ray.data.implants import INSIDE_LUNGS, Host, Lungs, NoLungs, implant, implant_set
+from diffva_ray.data.implants import DRAWN, Host, Lungs, NoLungs, Source, implant, implant_set
 from diffva_ray.data.lungs import find_lungs
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.storage.local import LocalStore
@@ -45,7 +45,7 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(healthy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("out") / "set"
-    list(implant_set(LocalStore(str(out)), open_dataset(healthy), "Normal", 12, SIZE, seed=3))
+    list(implant_set(LocalStore(str(out)), open_dataset(healthy), "Normal", 12, SIZE, Source(3)))
     return out
 
 
@@ -99,12 +99,12 @@ def test_every_image_is_used_once_before_one_is_used_twice(made: Path) -> None:
 def test_the_same_seed_makes_the_same_set(made: Path, healthy: Path, tmp_path: Path) -> None:
     for seed, same in ((3, True), (4, False)):
         out = tmp_path / str(seed)
-        paths = list(implant_set(LocalStore(str(out)), open_dataset(healthy), "Normal", 12, SIZE, seed=seed))
+        paths = list(implant_set(LocalStore(str(out)), open_dataset(healthy), "Normal", 12, SIZE, Source(seed)))
         sick = [path for path in paths if not path.startswith("Normal")]
         assert all((out / path).read_bytes() == (made / path).read_bytes() for path in sick) is same
 
 
-@pytest.mark.parametrize("label", INSIDE_LUNGS)
+@pytest.mark.parametrize("label", DRAWN)
 def test_lesions_are_brighter_and_a_pneumothorax_is_darker(label: str) -> None:
     for number in range(4):
         patient = phantom("Normal", number, size=96)
@@ -179,4 +179,10 @@ def test_the_command_writes_images_of_the_recipes_size(healthy: Path, tmp_path: 
     result = CliRunner().invoke(main, command)
     assert "4 images of 64 px" in result.output
     with pytest.raises(UnusableData, match="no class 'Mass'"):
-        next(iter(implant_set(LocalStore(str(tmp_path / "x")), open_dataset(healthy), "Normal", 1, 64, 0, ["Mass"])))
+        next(
+            iter(
+                implant_set(
+                    LocalStore(str(tmp_path / "x")), open_dataset(healthy), "Normal", 1, 64, Source(), ["Hernia"]
+                )
+            )
+        )
