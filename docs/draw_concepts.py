@@ -69,7 +69,7 @@ def strength_figure(engine: CounterfactualEngine, image: Phantom) -> Figure:
             counterfactuals = generated(engine, image, method=method, strength=strength)
             counterfactual, reconstruction = counterfactuals.counterfactuals[0], counterfactuals.reconstructions[0]
             signed = attribution(image.image, reconstruction, counterfactual, engine.config)
-            scores = score(positive(signed), image.lesion, image.lungs | image.lesion)
+            scores = score(positive(signed), image.lesion, image.lungs)
             label = f"AUROC {scores.auroc:.2f}" if scores else ""
             if method == "sdedit":
                 panel(grid[1][column], counterfactual, "counterfactual (sdedit)")
@@ -82,7 +82,7 @@ def scoring_figure(engine: CounterfactualEngine, image: Phantom) -> Figure:
     counterfactuals = generated(engine, image)
     counterfactual, reconstruction = counterfactuals.counterfactuals[0], counterfactuals.reconstructions[0]
     raw, signed = image.image - counterfactual, attribution(image.image, reconstruction, counterfactual, engine.config)
-    region = image.lungs | image.lesion
+    region = image.lungs
     scores = score(positive(signed), image.lesion, region)
     threshold = 0.03
     marked = (signed >= threshold) & region

@@ -122,9 +122,7 @@ def told_the_counterfactuals(images: list[Phantom], steps: int) -> list[Pair]:
 def row_of(name: str, images: list[Phantom], pairs: list[Pair], config: GenerateConfig) -> dict[str, Any]:
     scored, left, likeness = [], [], []
     for image, (rebuilt, ground_truth) in zip(images, pairs, strict=True):
-        found = score(
-            positive(attribution(image.image, rebuilt, ground_truth, config)), image.lesion, image.lungs | image.lesion
-        )
+        found = score(positive(attribution(image.image, rebuilt, ground_truth, config)), image.lesion, image.lungs)
         if found is None:
             continue
         scored.append((image.label, found))

@@ -84,7 +84,7 @@ def row_of(
     maps = [
         positive(attribution(p.image, r, t, generate.config)) for p, r, t in zip(images, rebuilt, found, strict=True)
     ]
-    scored = [score(m, p.lesion, p.lungs | p.lesion) for m, p in zip(maps, images, strict=True)]
+    scored = [score(m, p.lesion, p.lungs) for m, p in zip(maps, images, strict=True)]
     settings = {**generate.config.model_dump(), "method": "sdedit", "scheduler": scheduler, "strength": strength,
                 "guidance_scale": GUIDANCE, "num_inference_steps": steps}  # fmt: skip
     return {

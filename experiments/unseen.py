@@ -59,7 +59,7 @@ def maps_of(engine: CounterfactualEngine, images: list[Phantom]) -> tuple[list[I
 
 
 def aurocs(image: Phantom, signed: Image, smoothing: float) -> dict[str, float]:
-    region = None if image.label == "Cardiomegaly" else image.lungs | image.lesion
+    region = None if image.label == "Cardiomegaly" else image.lungs
     found = {name: score(part(signed), image.lesion, region) for name, part in PARTS.items()}
     found["brightness"] = score(brightness(smooth(image.image, smoothing)), image.lesion, region)
     return {name: one.auroc for name, one in found.items() if one is not None}

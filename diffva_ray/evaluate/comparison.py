@@ -7,14 +7,12 @@ bootstrap, which resamples the same images for both runs, so that differences be
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from diffva_ray.config.recipe import fingerprint_difference
 from diffva_ray.data.dataset import UnusableData
@@ -26,11 +24,11 @@ from diffva_ray.evaluate.records import as_records, by_shard, finished, read_rec
 from diffva_ray.evaluate.report.numbers import judge_tested
 from diffva_ray.evaluate.scores import score_records
 from diffva_ray.generate.run import Run
+from diffva_ray.metrics.intervals import paired_difference
 from diffva_ray.metrics.localization import dice_at
 from diffva_ray.schema import Record, TableRow
 
 JOINED_BY = ["image_path", "label", "sample"]  # columns by which the records of two runs are joined
-RESAMPLES = 1000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -250,38 +248,6 @@ def _better_run(measure: ComparedMetric, interval: tuple[float, float]) -> str |
     if not measure.better or not (low > 0 or high < 0):
         return None
     return "b" if (low > 0) == (measure.better > 0) else "a"
-
-
-def paired_difference(
-    values: NDArray[np.float64], weights: NDArray[np.float64], groups: Sequence[Hashable], draws: int = RESAMPLES
-) -> tuple[float, float, tuple[float, float]]:
-    """Sum of ``values`` over sum of ``weights`` [N, 2] for A and for B (a mean if all weights are 1), and the 95 %
-    percentile interval of B - A from a bootstrap over ``groups`` (patients), with the same resamples for both.
-
-    The interval is (nan, nan) for fewer than two groups. Raises ValueError for different shapes.
-    """
-    # sums by group
-    if values.shape != weights.shape or values.shape != (len(groups), 2):
-        raise ValueError(
-            f"values and weights are [N, 2] with N groups, got {values.shape}, {weights.shape}, {len(groups)}"
-        )
-    names: dict[Hashable, int] = {}
-    index = np.array([names.setdefault(group, len(names)) for group in groups], dtype=np.intp)
-    sums = np.zeros((len(names), 4))
-    np.add.at(sums, index, np.concatenate([values, weights], axis=1))
-
-    def ratios(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-        return totals[..., :2] / np.maximum(totals[..., 2:], 1e-12)
-
-    in_a, in_b = ratios(sums.sum(axis=0))
-    if len(sums) < 2:
-        return float(in_a), float(in_b), (math.nan, math.nan)
-    # bootstrap
-    random = np.random.default_rng(0)
-    totals = np.stack([sums[random.integers(len(sums), size=len(sums))].sum(axis=0) for _ in range(draws)])
-    resampled = ratios(totals)
-    low, high = np.percentile(resampled[:, 1] - resampled[:, 0], [2.5, 97.5])
-    return float(in_a), float(in_b), (float(low), float(high))
 
 
 def differing_settings(a: Run, b: Run) -> list[tuple[str, Any, Any]]:

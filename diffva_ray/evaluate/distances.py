@@ -307,6 +307,7 @@ def distance_row(
 
     ``paired``: row i of both sets is one image and its counterfactual; then ``halves`` has the distance between halves
     in which no image meets its own counterfactual. ``manifold`` and ``infinity`` are absent for small sets.
+    ``interval`` is None where a set has no more images than features: the jackknife's does not cover the truth there.
     """
     smaller = min(len(x), len(y))
     if smaller < 4:
@@ -324,7 +325,9 @@ def distance_row(
         "is_stand_in": extractor.is_stand_in,
         "weights_sha256": extractor.weights_sha256,
         "resize": extractor.resize,
-        "interval": list(delete_group_jackknife(x, y, groups, paired=paired)),
+        "interval": list(delete_group_jackknife(x, y, groups, paired=paired))
+        if smaller > extractor.dimension
+        else None,
         "n_matched": {"n": smaller, "mean": mean, "sd": deviation},
         "kid": {"value": value, "standard_error": error},
     }

@@ -28,7 +28,8 @@ from diffva_ray.evaluate.tables import by_label, finite_mean, known
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
 from diffva_ray.metrics.counterfactual import flip_rate
-from diffva_ray.metrics.localization import SALIENCY, group_bootstrap
+from diffva_ray.metrics.intervals import group_bootstrap
+from diffva_ray.metrics.localization import SALIENCY
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS, Pair
 from diffva_ray.metrics.ssim import psnr
 from diffva_ray.metrics.zones import zone_agreement, zone_energy, zone_masks

@@ -121,10 +121,9 @@ class Truth:
 
     @property
     def region(self) -> NDArray[np.bool_] | None:
-        """The region in which maps are scored: lungs and lesion if the lungs are known; None: the whole image."""
-        if self.lungs is None or self.lesion is None:
-            return self.lungs
-        return self.lungs | self.lesion
+        """The region in which maps are scored: the lungs if they are known; None: the whole image. Lesion pixels
+        outside the lungs do not count: if they did, every pixel scored there would be lesion."""
+        return self.lungs
 
 
 def grey(store: Store, path: str) -> NDArray[np.float32]:

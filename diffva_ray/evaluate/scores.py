@@ -147,13 +147,16 @@ def _localization(images: RecordImages, truth: Truth, run: Run) -> list[TableRow
 def score_image(maps: Mapping[str, NDArray[np.float32]], truth: Truth) -> list[TableRow]:
     """Score each map [size, size] of an image with a known lesion; no row where there is nothing to find."""
     assert truth.lesion is not None
-    region = "image" if truth.region is None else "lungs or lesion"
+    region = "image" if truth.region is None else "lungs"
+    inside = 1.0 if truth.region is None else float(truth.region[truth.lesion].mean()) if truth.lesion.any() else 0.0
     rows = []
     for name, saliency in maps.items():
         result = score(saliency, truth.lesion, truth.region)
         if result is not None:
             scores = {key: getattr(result, key) for key in SIMPLE}
-            rows.append({"map": name, "region": region, "dice_curve": result.dice_curve, **scores})
+            rows.append(
+                {"map": name, "region": region, "lesion_in_region": inside, "dice_curve": result.dice_curve, **scores}
+            )
     return rows
 
 

@@ -21,7 +21,7 @@ from diffva_ray.generate.run import Run, find_run
 from diffva_ray.metrics.feature_set import FeatureSet
 from diffva_ray.metrics.fid import SMALL, frechet_distance_features
 from diffva_ray.metrics.fid_controls import conditional
-from diffva_ray.metrics.localization import group_bootstrap
+from diffva_ray.metrics.intervals import group_bootstrap
 from diffva_ray.metrics.realism import directions, interpolation, verisimilitude
 from diffva_ray.schema import TableRow
 from diffva_ray.storage.opening import open_store

@@ -14,7 +14,8 @@ import pandas as pd
 from diffva_ray.evaluate.records import under
 from diffva_ray.evaluate.scores import SIMPLE, LocalizationScores
 from diffva_ray.metrics.counterfactual import flip_rate
-from diffva_ray.metrics.localization import dice_at, fixed_threshold, group_bootstrap
+from diffva_ray.metrics.intervals import group_bootstrap
+from diffva_ray.metrics.localization import dice_at, fixed_threshold
 from diffva_ray.progress import one_line
 from diffva_ray.schema import TableRow
 from diffva_ray.storage.store import Store
@@ -91,7 +92,8 @@ def add_lpips(rows: list[TableRow], scores: list[TableRow]) -> None:
 def _interval(rows: pd.DataFrame, column: str) -> list[float]:
     """95 % bootstrap interval of a column's mean over patients, or over images where patients are unknown."""
     group = next(name for name in ("group", "image", "image_path") if name in rows)
-    return list(group_bootstrap(rows[column].to_numpy(float), rows[group].to_numpy()))
+    within = (-1.0, 1.0) if "ssim" in column else (0.0, 1.0 if column in SIMPLE else np.inf)  # LPIPS has no upper end
+    return list(group_bootstrap(rows[column].to_numpy(float), rows[group].to_numpy(), within=within))
 
 
 def validity_rows(records: pd.DataFrame) -> list[TableRow]:
@@ -128,6 +130,7 @@ def localization_rows(
             row: TableRow = {"label": label, "n": len(rows), **{key: finite_mean(rows[key]) for key in SIMPLE}}
             row["auroc_interval"] = _interval(rows, "auroc")
             row |= {"map": name, "region": ", ".join(sorted(rows["region"].unique()))}
+            row["lesion_in_region"] = finite_mean(rows["lesion_in_region"])
             of_setting = under(name, rows["setting"].iloc[0] if "setting" in rows else "")
             threshold = (thresholds or {}).get(of_setting, (thresholds or {}).get(name))
             if threshold is not None:

@@ -5,22 +5,19 @@ The caller chooses the map, its sign and its smoothing; ``baselines`` get the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
-from scipy.stats import norm
 
 Real = TypeVar("Real", np.float32, np.float64)
 
 # Fixed, so that curves of images and runs can be averaged and a threshold of one set can be applied to another.
 # Geometric (steps of 1.7%), because maps of faint lesions peak at a few hundredths and brightness near 1.
 THRESHOLDS = np.geomspace(1e-3, 1.0, 400)
-MIN_NORMAL_GROUPS = 20_000  # groups from which the normal interval replaces the bootstrap
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,54 +197,3 @@ def dice_at(curves: NDArray[Real], threshold: float) -> NDArray[Real]:
 def _check_grid(curves: NDArray[np.floating]) -> None:
     if curves.ndim != 2 or curves.shape[1] != len(THRESHOLDS):
         raise ValueError(f"Dice curves are [N, {len(THRESHOLDS)}], got {curves.shape}")
-
-
-def group_bootstrap(
-    values: Sequence[float] | NDArray[np.floating],
-    groups: Sequence[Hashable] | NDArray[Any],
-    draws: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """95% percentile interval of a mean, by a bootstrap over whole groups (patients).
-
-    Images of one patient are alike, so resampling images would give too narrow an interval. From MIN_NORMAL_GROUPS
-    groups it is the normal interval of a ratio of sums, which then equals the bootstrap's up to resampling noise.
-
-    Args:
-        values: Values [N]; NaNs are left out.
-        groups: Group of each value [N].
-        draws: Number of bootstrap samples.
-        seed: Seed of the bootstrap.
-
-    Returns:
-        Low and high end; (nan, nan) if fewer than two groups have a value.
-
-    Raises:
-        ValueError: If values and groups differ in length.
-    """
-    numbers = np.asarray(values, dtype=np.float64)
-    if numbers.shape != (len(groups),):
-        raise ValueError(f"one group per value is needed, got {numbers.shape} values and {len(groups)} groups")
-    # Sum and count of every group that has a value.
-    index, names = pd.factorize(
-        groups if isinstance(groups, np.ndarray) else np.array([*groups, None], object)[:-1],
-        use_na_sentinel=False,
-    )
-    kept = ~np.isnan(numbers)
-    counts = np.bincount(index[kept], minlength=len(names))
-    sums = np.bincount(index[kept], weights=numbers[kept], minlength=len(names))[counts > 0]
-    counts = counts[counts > 0]
-    if len(counts) < 2:
-        return float("nan"), float("nan")
-    if len(counts) >= MIN_NORMAL_GROUPS:  # normal interval
-        mean = sums.sum() / counts.sum()
-        reach = norm.ppf(0.975) * np.sqrt(np.square(sums - mean * counts).sum()) / counts.sum()
-        return float(mean - reach), float(mean + reach)
-    # Bootstrap over groups.
-    random = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for draw in range(draws):
-        chosen = random.integers(len(counts), size=len(counts))
-        means[draw] = sums[chosen].sum() / counts[chosen].sum()
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)

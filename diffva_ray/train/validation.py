@@ -75,7 +75,7 @@ def score_cases(bundle: Bundle, cases: list[Case]) -> tuple[dict[str, float], ND
         images = zip(batch, output.counterfactuals, output.reconstructions, strict=True)
         for case, counterfactual, reconstruction in images:
             signed = attribution(case.image, reconstruction, counterfactual, config)
-            region = None if case.lungs is None else case.lungs | case.lesion
+            region = case.lungs
             localization = score(positive(signed), case.lesion, region)
             if localization is not None:
                 scores.append((localization.auroc, localization.dice_best))

@@ -101,7 +101,7 @@ def test_ours_are_the_numbers_of_the_runs(made: Path) -> None:
     real = [row for row in table(made, "table1")["details"] if row["image_set_2"] == "real Normal"]
     by_class = {row["image_set_1"]: set() for row in real}
     for row in real:
-        by_class[row["image_set_1"]].add((row["value"], *row["interval"]))
+        by_class[row["image_set_1"]].add((row["value"], *(row["interval"] or ())))
     assert all(len(found) == 1 for found in by_class.values())  # the same two sets in every column
 
 

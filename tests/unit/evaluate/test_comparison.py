@@ -28,7 +28,6 @@ from diffva_ray.evaluate.comparison import (
     Comparison,
     compare_runs,
     difference_rows,
-    paired_difference,
     run_names,
     setting_text,
 )
@@ -72,47 +71,6 @@ def with_perfect_maps(run: Run) -> Run:
 
 def snapshot(*runs: Run) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for run in runs for path in Path(run.store.uri).rglob("*") if path.is_file()}
-
-
-def ones(values: np.ndarray) -> np.ndarray:
-    return np.ones_like(values)
-
-
-def test_pairing_narrows_the_interval_of_a_known_difference() -> None:
-    random = np.random.default_rng(0)
-    hardness = random.normal(0.7, 0.2, 300)
-    values = np.stack([hardness, hardness + 0.05 + random.normal(0, 0.03, 300)], axis=1)
-    in_a, in_b, (low, high) = paired_difference(values, ones(values), range(300))
-    assert (in_a, in_b) == pytest.approx(tuple(values.mean(axis=0)))
-    assert 0 < low < 0.05 < high
-    _, _, (loose_low, loose_high) = paired_difference(
-        np.stack([values[:, 0], random.permutation(values[:, 1])], axis=1), ones(values), range(300)
-    )
-    assert high - low < (loose_high - loose_low) / 4
-
-
-def test_intervals_have_their_nominal_coverage() -> None:
-    held = 0
-    for seed in range(100):
-        random = np.random.default_rng(seed)
-        values = random.normal(0, 1, (60, 1)) + random.normal([0, 0.2], 0.5, (60, 2))
-        _, _, (low, high) = paired_difference(values, ones(values), range(60), draws=200)
-        held += low <= 0.2 <= high
-    assert 88 <= held <= 100
-
-
-def test_ratios_are_of_sums_and_images_are_resampled_whole() -> None:
-    values = np.array([[1.0, 2.0], [3.0, 3.0], [2.0, 5.0]])
-    weights = np.array([[2.0, 2.0], [6.0, 6.0], [2.0, 2.0]])
-    assert paired_difference(values, weights, "abc")[:2] == pytest.approx((0.6, 1.0))
-    random = np.random.default_rng(1)
-    images = np.repeat(random.normal(0, 1, (40, 2)), 5, axis=0)  # five equal samples of each image
-    narrow = paired_difference(images, ones(images), range(200))[2]
-    wide = paired_difference(images, ones(images), np.repeat(range(40), 5).tolist())[2]
-    assert wide[1] - wide[0] > 1.7 * (narrow[1] - narrow[0])
-    assert np.isnan(paired_difference(values, weights, "aaa")[2]).all()
-    with pytest.raises(ValueError, match="N groups"):
-        paired_difference(values, weights, "ab")
 
 
 def test_equal_runs_do_not_differ(make_run: MakeRun) -> None:

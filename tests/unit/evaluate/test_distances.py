@@ -32,6 +32,10 @@ def test_a_row_has_its_controls_if_the_sets_are_large_enough() -> None:
     assert row["manifold"]["k"] == 5
     assert not row["infinity"]["trusted"]  # 15 images in 64 dimensions
     assert (row["dimension"], row["is_stand_in"]) == (64, True)
+    assert row["interval"] is None  # 30 images in 64 dimensions: it would cover nothing
+    many = np.random.default_rng(1).standard_normal((2, 80, 64)).astype(np.float32)
+    low, high = distance_row("a", "b", *many, extractor, 10)["interval"]
+    assert low <= high
     assert "halves" not in distance_row("a", "b", x, y, extractor, 10)
     small = distance_row("a", "b", x[:5], y[:5], extractor, 10, paired=True)
     assert not {"halves", "manifold", "infinity"} & small.keys()

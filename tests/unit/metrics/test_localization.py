@@ -1,11 +1,12 @@
-"""Localization scores against brute force, ties included; thresholds, baselines, the interval."""
+"""Localization scores against brute force, ties included; thresholds, baselines."""
 
 import math
 
 import numpy as np
 import pytest
 
-from diffva_ray.metrics import localization
+from diffva_ray.evaluate.records import Truth
+from diffva_ray.evaluate.scores import score_image
 from diffva_ray.metrics.localization import (
     THRESHOLDS,
     absolute,
@@ -13,7 +14,6 @@ from diffva_ray.metrics.localization import (
     centre_prior,
     dice_at,
     fixed_threshold,
-    group_bootstrap,
     positive,
     score,
     smooth,
@@ -156,34 +156,10 @@ def test_baselines_get_the_maps_own_sign_and_smoothing():
     np.testing.assert_allclose(prior, prior[::-1, ::-1].T)
 
 
-def test_the_bootstrap_resamples_patients_not_images():
-    """Ten patients of 20 equal images each: resampling images would claim sqrt(20) times the precision."""
-    random = np.random.default_rng(0)
-    per_patient = random.normal(size=10)
-    values, patients = np.repeat(per_patient, 20), np.repeat([f"p{i}" for i in range(10)], 20)
-    low, high = group_bootstrap(values, patients.tolist())
-    expected = 2 * 1.96 * per_patient.std() / np.sqrt(10)
-    assert low < per_patient.mean() < high
-    assert high - low == pytest.approx(expected, rel=0.15)
-    alone = group_bootstrap(values, list(range(200)))
-    assert (high - low) / (alone[1] - alone[0]) == pytest.approx(np.sqrt(20), rel=0.15)
-    assert group_bootstrap(values, patients.tolist()) == (low, high)
-
-
-def test_the_normal_interval_of_many_patients_equals_the_bootstraps(monkeypatch):
-    random = np.random.default_rng(1)
-    patients = random.integers(0, 800, 3000)
-    values = random.normal(size=800)[patients] + random.normal(size=3000)
-    values[random.uniform(size=3000) < 0.1] = np.nan
-    bootstrap = group_bootstrap(values, patients, draws=4000)
-    monkeypatch.setattr(localization, "MIN_NORMAL_GROUPS", 100)
-    assert group_bootstrap(values, patients) == pytest.approx(bootstrap, abs=0.06 * (bootstrap[1] - bootstrap[0]))
-
-
-def test_the_bootstrap_leaves_out_nan_and_needs_two_groups():
-    values, groups = [0.1, float("nan"), 0.3, 0.5], ["a", "b", "b", "c"]
-    assert group_bootstrap(values, groups) == group_bootstrap([0.1, 0.3, 0.5], ["a", "b", "c"])
-    for too_few in (([], []), ([0.5, 0.6], ["a", "a"]), ([float("nan")] * 2, ["a", "b"])):
-        assert all(math.isnan(end) for end in group_bootstrap(*too_few))
-    with pytest.raises(ValueError, match="one group per value"):
-        group_bootstrap([0.1, 0.2], ["a"])
+def test_a_map_of_the_outside_of_the_lungs_gets_no_credit_for_lesions_there():
+    """With lesion pixels outside the lungs in the region, every pixel scored there would be lesion."""
+    lungs, lesion = np.zeros((2, 16, 16), bool)
+    lungs[4:12, 4:12], lesion[10:14, 6:9] = True, True
+    rows = {row["map"]: row for row in score_image({"outside": np.float32(~lungs)}, Truth(lesion, lungs))}
+    assert rows["outside"]["auroc"] == 0.5
+    assert rows["outside"]["lesion_in_region"] == 0.5
