@@ -15,7 +15,7 @@ from diffva_ray.schema import Mask
 
 
 class Acquisition:
-    """One sampled way to take an image of ``size`` pixels; the same instance applies to an image and its ground truth."""
+    """One sampled way to take an image of ``size`` pixels; an instance applies to an image and its ground truth."""
 
     def __init__(self, rng: np.random.Generator, size: int) -> None:
         self.size, self.flip = size, bool(rng.random() < 0.5)

@@ -84,7 +84,7 @@ class Transplanted:
 
 
 def transplant(host: Array, lungs: Mask, donors: Donors, label: str, rng: np.random.Generator) -> Transplanted | None:
-    """Blend a patch of class ``label`` into the host [size, size] in [0, 1]; None: this patch does not fit, try another.
+    """Blend a patch of class ``label`` into the host [size, size] in [0, 1]; None: this patch does not fit.
 
     The patch is mirrored half of the time, scaled by at most a fifth, and keeps its place within the chest up to a
     tenth of the image.

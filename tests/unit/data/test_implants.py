@@ -178,7 +178,7 @@ def test_the_command_writes_images_of_the_recipes_size(healthy: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
     result = CliRunner().invoke(main, command)
     assert "4 images of 64 px" in result.output
-    with pytest.raises(UnusableData, match="no class 'Mass'"):
+    with pytest.raises(UnusableData, match="no class 'Hernia'"):
         next(
             iter(
                 implant_set(
