@@ -320,7 +320,8 @@ def load(uri: str, recipe: Recipe | None = None) -> Bundle:
     card = read_card(store)
     if card is None and not any(store.exists(f"{part}/config.json") for part in COMPONENTS):
         raise UnusableModel(
-            f"--model {uri}: no model found (no {CARD}, no diffusers folder); train one with diffva train"
+            f"--model {uri}: no model found (no {CARD}, no diffusers folder); train one with diffva train (one of "
+            "the hub is a base for that: --set model.base=ID)"
         )
     folder = store.local_folder()
     digest = folder_digest(folder)

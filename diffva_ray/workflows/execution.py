@@ -20,7 +20,8 @@ def model_recipe(model: str, recipe: str | None, overrides: tuple[str, ...]) -> 
     card = read_card(open_store(model))
     if card is None and recipe is None:
         raise UnusableModel(
-            f"--model {model}: no diffva.json there; train a model first, or name a recipe with --recipe"
+            f"--model {model}: no diffva.json there; train a model first (one of the hub is a base for that: "
+            "--set model.base=ID), or name a recipe with --recipe"
         )
     if card is None:
         return load_recipe(str(recipe), overrides)

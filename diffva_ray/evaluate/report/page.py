@@ -51,6 +51,7 @@ PAGE_COLUMNS = (
     "judge_counterfactual", "counterfactual_path", "attribution_path", "reconstruction_path", "lung_mask_path",
     "lesion_mask_path", "ground_truth_path", "width", "height", "view", "spacing",
 )  # read of every record; all columns of a million records would take several GB  # fmt: skip
+FEW = 10  # records, below which the page says that its numbers say little
 LIMIT_TOLERANCE = 1.25  # an earlier report's colour limit is kept if the new one differs by at most this factor
 
 
@@ -254,6 +255,9 @@ def notes(run: Run, metrics: Mapping[str, Any] | None, done: Mapping[str, Any]) 
         if not run.store.exists(SUCCESS):
             text = "Not marked as finished (no _SUCCESS): the last reduce was interrupted, or more records are "
             results.append(Note(f"{text}quarantined than max_quarantined_fraction allows.", grave=True))
+    if 0 < done["ok"] < FEW:
+        shown = "1 record" if done["ok"] == 1 else f"{done['ok']} records"
+        results.append(Note(f"Only {shown}: the numbers on this page say little about other images."))
     # how the run was made
     if run.keys["sweep"]:
         varied = ", ".join(plain(key) for key, _ in run.keys["sweep"])

@@ -20,7 +20,7 @@ from diffva_ray.evaluate.figures import map_scale, spanning
 from diffva_ray.evaluate.pair_scores import add_controls
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.report.numbers import cards, glance
-from diffva_ray.evaluate.report.page import write_report
+from diffva_ray.evaluate.report.page import notes, write_report
 from diffva_ray.generate.run import Run
 
 MakeRun = Callable[..., Run]
@@ -156,3 +156,9 @@ def test_the_examples_leave_out_a_judge_that_guesses(make_run: MakeRun) -> None:
     page = Path(write_report(run)).read_text()
     assert "healthy <b>" not in page
     assert "Best: judged abnormal" not in page
+
+
+@pytest.mark.parametrize(("ok", "said"), [(1, ["Only 1 record: "]), (9, ["Only 9 records: "]), (10, []), (0, [])])
+def test_few_records_are_said(make_run: MakeRun, ok: int, said: list[str]) -> None:
+    texts = [note.text for note in notes(make_run(), None, {"planned": ok, "records": ok, "ok": ok})]
+    assert [text.partition("the numbers")[0] for text in texts if text.startswith("Only")] == said
