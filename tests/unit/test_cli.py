@@ -134,7 +134,7 @@ OPTIONS = {
     "--scheduler --seed --set --steps --strength --to",
     "paper": "--actors --allow-environment-change --boxes --brixia --carcinoma --chexpert --dry-run --executor "
     "--gpus-per-actor --inception-weights --limit --model --out --quick --radiography --recipe --resize --set",
-    "phantoms": "OUT --classes --dry-run --onto --patients --recipe --seed --set --size",
+    "phantoms": "OUT --classes --dry-run --onto --patients --recipe --seed --set --size --transplants --vary",
     "reduce": "RUN --boxes --brixia --data --executor --extractor --inception-weights --judge --lpips-weights "
     "--max-quarantined-fraction --reference --resize --sources --threshold-from",
     "report": "RUN --boxes --images --port --serve",
