@@ -289,8 +289,11 @@ def demo() -> str:
     """Results of the demo (README.md, docs/index.md)."""
     keys = ("flip_rate", "auroc", "dice_fixed", "lesion_error_left")
     return markdown(
-        ["", "flip rate", "AUROC in the lungs", "Dice at fixed threshold", "lesion error left"],
-        [[row["row"], *(number(row.get(key)) for key in keys)] for row in result("demo")["rows"]],
+        ["", "flip rate", "AUROC in the lungs", "Dice at fixed threshold", "lesion error left", "PSNR, dB"],
+        [
+            [row["row"], *(number(row.get(key)) for key in keys), number(row.get("psnr"), 1)]
+            for row in result("demo")["rows"]
+        ],
     )
 
 

@@ -200,7 +200,12 @@ def test_an_image_as_its_own_map_is_the_brightness_baseline(maps: Path, images: 
     assert result.exit_code == 0, result.output
     metrics = json.loads(result.stdout)
     rows = {(row["map"], row["label"]): row for row in metrics["localization"]}
-    assert {name for name, _ in rows} == {"positive", "brightness", "centre_prior"}  # no negative value: no |M|
+    assert {name for name, _ in rows} == {
+        "positive",
+        "brightness",
+        "asymmetry",
+        "centre_prior",
+    }  # no negative value: no |M|
     assert rows["positive", "all"]["auroc"] == rows["brightness", "all"]["auroc"]
     assert rows["positive", "all"]["n"] == 18
     assert metrics["grid"] == 32
