@@ -60,9 +60,9 @@ def make_sets(data: str, place: Path) -> None:
         LOG.info("%d images of set %s", sum(1 for _ in written), name)
 
 
-def manifest(place: Path, name: str, folders: tuple[str, ...]) -> str:
-    """Write a manifest of several sets; the ground truth of an implant is found beside it."""
-    files = [file for folder in folders for file in sorted((place / folder).glob("*/images/*"))]
+def manifest(place: Path, name: str, every: dict[str, int]) -> str:
+    """Write a manifest of every n-th image of several sets; the ground truth of an implant is found beside it."""
+    files = [file for folder, n in every.items() for file in sorted((place / folder).glob("*/images/*"))[::n]]
     rows = [(file.relative_to(place).as_posix(), file.parts[-3]) for file in files if file.parts[-3] != UNTRAINED]
     with (place / name).open("w", newline="") as table:
         csv.writer(table).writerows([("path", "label"), *rows])
@@ -120,7 +120,7 @@ def main(data: str, out: Path) -> None:
     for name, part in values["parts"].items():
         target = out / name
         if not (target / "diffva.json").exists():
-            images = manifest(out / "sets", f"{name}.csv", tuple(part["sets"]))
+            images = manifest(out / "sets", f"{name}.csv", part["sets"])
             train_model(make_recipe(recipe(values, part, base)), images, str(target), None, None, "inline")
         base = target
     LOG.info("digest %s", export(base, out / "small", values, out / "sets" / "real"))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from diffva_ray.storage.local import LocalStore
+from diffva_ray.storage.packaged import SCHEME, PackagedStore
 from diffva_ray.storage.store import Store, UnknownScheme, is_local
 
 
@@ -19,6 +20,7 @@ def _s3(uri: str) -> Store:
 STORES: dict[str, Callable[[str], Store]] = {  # by scheme; a store that loads a client has a function like _s3
     "": LocalStore,
     "s3": _s3,
+    SCHEME: PackagedStore,
 }
 
 
