@@ -71,7 +71,9 @@ def manifest(place: Path, name: str, every: dict[str, int]) -> str:
 
 def recipe(values: dict[str, Any], part: dict[str, Any], base: Path | None) -> dict[str, Any]:
     """The values of one training: what all share, its stages, and the model that it starts from."""
-    model = {**values["model"], "base": str(base)} if base else values["model"]
+    model = dict(values["model"])
+    if base:
+        model = {key: model[key] for key in ("resolution", "tokenizer_length", "attention_mask")} | {"base": str(base)}
     return {"name": values["name"], "description": values["description"], "seed": values["seed"], "model": model,
             "train": {**values["train"], "stages": part["stages"]}, "generate": values["generate"]}  # fmt: skip
 
