@@ -122,7 +122,7 @@ def main(data: str, out: Path) -> None:
     for name, part in values["parts"].items():
         target = out / name
         if not (target / "diffva.json").exists():
-            images = manifest(out / "sets", f"{name}.csv", part["sets"])
+            images = manifest(out / "sets", f"images-{name}.csv", part["sets"])
             train_model(make_recipe(recipe(values, part, base)), images, str(target), None, None, "inline")
         base = target
     LOG.info("digest %s", export(base, out / "small", values, out / "sets" / "real"))
