@@ -123,7 +123,7 @@ def main(data: str, out: Path) -> None:
         target = out / name
         if not (target / "diffva.json").exists():
             images = manifest(out / "sets", f"images-{name}.csv", part["sets"])
-            train_model(make_recipe(recipe(values, part, base)), images, str(target), None, None, "inline")
+            train_model(make_recipe(recipe(values, part, base)), images, str(target), 1, 0.0, "inline")
         base = target
     LOG.info("digest %s", export(base, out / "small", values, out / "sets" / "real"))
 
