@@ -128,8 +128,8 @@ def _default_output(image: str, suffix: str) -> str:
 )
 @click.option(
     "--out",
-    metavar="FILE.png",
-    help="Path of the PNG sheet, local or s3://; default: <image>.explained.png in the current folder.",
+    metavar="FILE",
+    help="Path of the sheet (.png, .pdf or .svg), local or s3://; default: <image>.explained.png in the current folder.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
 @settings_options
@@ -138,7 +138,7 @@ def _default_output(image: str, suffix: str) -> str:
 @set_option
 @dry_run_option
 def explain(image: str, model: str, prompts: tuple[str, ...], out: str | None, as_json: bool, **options: Any) -> None:
-    """Explain one image: generate its healthy counterfactual and attribution map, print the metrics and write a PNG
+    """Explain one image: generate its healthy counterfactual and attribution map, print the metrics and write a
     sheet. The result equals that of generate if the image's path in the data set is the bare file name.
 
     Example:
@@ -169,8 +169,8 @@ def explain(image: str, model: str, prompts: tuple[str, ...], out: str | None, a
 @click.option("--frames", default=7, show_default=True, type=click.IntRange(2, 25), help="Images in the strip.")
 @click.option(
     "--out",
-    metavar="FILE.png",
-    help="Path of the PNG strip, local or s3://; default: <image>.interpolated.png in the current folder.",
+    metavar="FILE",
+    help="Path of the strip (.png, .pdf or .svg), local or s3://; default: <image>.interpolated.png in the current folder.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the metrics as JSON.")
 @settings_options

@@ -28,10 +28,11 @@ def problems(run: Run, pairs: Sequence[TableRow], trained_on: int, records: int)
     found = untrained(run)
     psnr = finite_mean(row["psnr_reconstruction"] for row in pairs)
     if psnr is not None and psnr < MIN_PSNR:
-        found.append(
-            f"Nothing was learned: the autoencoder is broken, its reconstructions have a mean PSNR of {psnr:.1f} dB to "
-            f"the images ({MIN_PSNR:.0f} dB is the least that can be used)"
+        broken = (
+            f"the autoencoder is broken, its reconstructions have a mean PSNR of {psnr:.1f} dB to the images "
+            f"({MIN_PSNR:.0f} dB is the least that can be used)"
         )
+        found.append(f"T{broken[1:]}" if found else f"Nothing was learned: {broken}")
     if trained_on:
         found.append(f"{trained_on} of {records} records are of images in the model's training list: this is no test")
     return found

@@ -1,4 +1,4 @@
-"""Colours and drawing functions that all figures share: red overlay, signed maps, sheets of panels, strips of points.
+"""Colours and drawing functions that all figures share: overlays, signed maps, sheets of panels, strips of points.
 
 Uses matplotlib's objects and never pyplot, whose global state belongs to the user's program.
 """
@@ -16,18 +16,23 @@ from typing import Any, Literal
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
+from diffva_ray.evaluate.marks import NO_MARKS, Marks
 from diffva_ray.schema import Image, Mask
 
-RED = np.array([0.90, 0.05, 0.08], np.float32)
+RED = (0.90, 0.05, 0.08)  # of the paper's overlay
+BRIGHTER, DARKER = "#f25a1a", "#409eff"  # the image against its counterfactual; bright enough for the dark of a lung
 DIVERGING = "RdBu_r"  # distinguishable with all common colour blindness; white is no change
 OUTLINE = "#00a6d6"
 INK, MUTED, RULE = "#1c2328", "#5d6a73", "#c9d1d6"
 CLASS_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 MIN_LIMIT = 0.1  # |M| at full colour, at least: a map of small changes must look faint
 MIN_THRESHOLD = 0.05  # of the red overlay where none was fixed; a quantile would mark pixels of healthy images, too
+FORMATS = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}  # with the entry that would change every time
 MAX_POINTS = 300  # points of a strip
 GAP, LEFT, LINE = 0.045, 1.5, 0.135  # inches: between panels, for a row's text, a line of the foot
 
@@ -38,12 +43,26 @@ def overlay(image: Image, signed_map: Image, threshold: float, region: NDArray[n
 
     ``signed_map`` is M where a finding is removed and -M where one is induced.
     """
-    above = signed_map > threshold
+    return _tinted(np.repeat(image[..., None], 3, axis=2), signed_map, threshold, region, RED)
+
+
+def changes(image: Image, signed_map: Image, threshold: float, region: NDArray[np.bool_] | None = None) -> Image:
+    """An overlay in two colours, float32 [H, W, 3]: BRIGHTER where M > ``threshold``, which the counterfactual takes
+    away, and DARKER where -M > ``threshold``, which it puts in."""
+    shown = _tinted(np.repeat(image[..., None], 3, axis=2), signed_map, threshold, region, to_rgb(BRIGHTER))
+    return _tinted(shown, -signed_map, threshold, region, to_rgb(DARKER))
+
+
+def _tinted(
+    pixels: Image, values: Image, threshold: float, region: NDArray[np.bool_] | None, colour: tuple[float, ...]
+) -> Image:
+    above = values > threshold
     if region is not None:
         above &= region
-    excess = np.clip((signed_map - threshold) / max(2 * abs(threshold), 1e-3), 0, 1)
-    alpha = np.where(above, 0.35 + 0.5 * excess, 0)[..., None]
-    return np.clip((1 - alpha) * image[..., None] + alpha * RED, 0, 1).astype(np.float32)
+    excess = np.clip((values - threshold) / max(2 * abs(threshold), 1e-3), 0, 1)
+    alpha = np.where(above, 0.45 + 0.4 * excess, 0)[..., None]
+    tinted: Image = np.clip((1 - alpha) * pixels + alpha * np.asarray(colour, np.float32), 0, 1).astype(np.float32)
+    return tinted
 
 
 def diverging(signed_map: Image, limit: float) -> Image:
@@ -57,7 +76,7 @@ def diverging(signed_map: Image, limit: float) -> Image:
 class Scale:
     """How the maps of one run are coloured."""
 
-    threshold: float  # the overlay is red above it
+    threshold: float  # |M| from which the overlay is coloured
     threshold_from: str  # what the threshold was fixed on, for the caption
     limit: float  # signed colours go from -limit to limit
 
@@ -91,6 +110,7 @@ class PanelRow:
     name: str  # bold, at the left; rows of different names are farther apart
     lines: Sequence[str]  # below the name
     panels: Sequence[Panel]  # one for each title of the sheet
+    marks: Marks = NO_MARKS  # drawn on the first panel
 
 
 def panel_sheet(
@@ -101,8 +121,8 @@ def panel_sheet(
     bar: int = 0,
     side: float = 1.12,
     heading: str = "",
-) -> bytes:
-    """Draw a PNG of rows of panels below column ``titles`` and a ``heading``, with the paragraphs ``foot`` below.
+) -> Figure:
+    """Draw rows of panels below column ``titles`` and a ``heading``, with the paragraphs ``foot`` below.
 
     ``side``: of a panel, in inches. The signed colours of ``scale`` are explained below column ``bar``.
     """
@@ -138,12 +158,30 @@ def panel_sheet(
                 continue
             axes.imshow(panel.pixels, cmap="gray", vmin=0, vmax=1, interpolation="bicubic")
             outline(axes, panel.lesion)
+            if column == 0:
+                _mark(axes, row.marks)
     # Colour bar and foot.
     if scale:
         _colour_bar(figure, scale.limit, (LEFT + bar * (side + GAP), bottom - 0.13, side))
     write(0.1 + 1.4 * LINE, "\n".join(lines), 6.5, MUTED, va="bottom")
     write(0.1, "Not for clinical use.", 6.5, INK, va="bottom", weight="bold")
-    return png(figure)
+    return figure
+
+
+def _mark(axes: Axes, marks: Marks) -> None:
+    """Draw patient sides, view and scale bar inside the image of ``axes``."""
+    drawn: dict[str, Any] = {"color": "white", "transform": axes.transAxes}
+    drawn["path_effects"] = [withStroke(linewidth=1.6, foreground="black")]  # legible on white and on black
+    text: dict[str, Any] = {"fontsize": 6.5, "parse_math": False, **drawn}
+    if marks.sides:
+        axes.text(0.03, 0.5, "R", ha="left", va="center", weight="bold", **text)
+        axes.text(0.97, 0.5, "L", ha="right", va="center", weight="bold", **text)
+    axes.text(0.03, 0.03, short(marks.view, 16), va="bottom", **text)
+    if marks.bar is not None:
+        ends = [0.97 - marks.bar, 0.97]
+        line: dict[str, Any] = {"linewidth": 1.4, "solid_capstyle": "butt", "scalex": False, "scaley": False}
+        axes.plot(ends, [0.05, 0.05], **line, **drawn)
+        axes.text(0.97, 0.07, "5 cm", ha="right", va="bottom", **text)
 
 
 def _colour_bar(figure: Figure, limit: float, place: tuple[float, float, float]) -> None:
@@ -194,8 +232,14 @@ def short(text: str, length: int) -> str:
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
-def png(figure: Figure) -> bytes:
-    """Render the figure as a PNG of 200 dpi; the bytes are reproducible."""
+def render(figure: Figure, kind: str) -> bytes:
+    """Render the figure as one of FORMATS, with pixels of 200 dpi; the bytes are reproducible."""
     sink = io.BytesIO()
-    figure.savefig(sink, format="png", dpi=200, metadata={"Software": None})
+    with matplotlib.rc_context({"svg.hashsalt": "diffva"}):
+        figure.savefig(sink, format=kind, dpi=200, metadata={FORMATS[kind]: None})
     return sink.getvalue()
+
+
+def png(figure: Figure) -> bytes:
+    """Render the figure as a PNG."""
+    return render(figure, "png")

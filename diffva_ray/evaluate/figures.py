@@ -19,6 +19,7 @@ from diffva_ray.evaluate.annotations import lesion_shapes
 from diffva_ray.evaluate.direction import direction
 from diffva_ray.evaluate.drawing import (
     CLASS_COLOURS,
+    FORMATS,
     INK,
     MAX_POINTS,
     MIN_THRESHOLD,
@@ -26,16 +27,18 @@ from diffva_ray.evaluate.drawing import (
     Panel,
     PanelRow,
     Scale,
+    changes,
     colour_limit,
     diverging,
     overlay,
     panel_sheet,
-    png,
+    render,
     short,
     strip,
     style,
 )
 from diffva_ray.evaluate.judge_quality import judge_quality
+from diffva_ray.evaluate.marks import legend_of, marks
 from diffva_ray.evaluate.records import (
     Lesions,
     RecordImages,
@@ -186,9 +189,9 @@ def own_shapes(run: Run, paths: Sequence[str]) -> Lesions:
     return lesion_shapes(run.about["data"], run.recipe.data, None, []) if run.about.get("outlined") else {}
 
 
-def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
-    """Draw a PNG like the paper's figures 2 and 3: a row per image with counterfactual, overlay, signed map and, if
-    known, the ground truth. Raises ValueError when no image of the run can be shown.
+def figure_grid(run: Run, records: pd.DataFrame | None = None) -> Figure:
+    """Draw a row per image with counterfactual, overlay, signed map and, if known, the ground truth. Raises ValueError
+    when no image of the run can be shown.
     """
     records = read_records(run) if records is None else records
     chosen = _read_records(run, spanning(run, records))
@@ -197,7 +200,7 @@ def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
     scale = map_scale(run, records)
     with_truth = any(record.truth.counterfactual is not None for _, record in chosen)
     with_lesion = any(record.truth.lesion is not None for _, record in chosen)
-    titles = ["image", "counterfactual", "red overlay", "signed map"]
+    titles = ["image", "counterfactual", "overlay", "signed map"]
     titles += ["ground truth"] * with_truth + ["lesion outline"] * with_lesion
     rows = []
     for rank, record in chosen:
@@ -205,23 +208,24 @@ def figure_grid(run: Run, records: pd.DataFrame | None = None) -> bytes:
         lines = [f"SSIM {row['ssim']:.3f}", rank]
         if tables.known(row["judge_image"]):
             lines.insert(1, f"healthy {row['judge_image']:.2f} → {row['judge_counterfactual']:.2f}")
-        map_panels = record.red(scale.threshold), diverging(images.signed_map, scale.limit)
+        both = changes(images.image, images.signed_map, scale.threshold, truth.lungs)
+        map_panels = both, diverging(images.signed_map, scale.limit)
         panels = [Panel(pixels) for pixels in (images.image, images.counterfactual, *map_panels)]
         panels += [Panel(truth.counterfactual)] * with_truth
         panels += [Panel(None if truth.lesion is None else images.image, truth.lesion)] * with_lesion
-        rows.append(PanelRow(short(row["label"], 60), lines, panels))
-    signs = {"M" if record.sign > 0 else "−M (inducing)" for _, record in chosen}
+        rows.append(PanelRow(short(row["label"], 60), lines, panels, marks(row["view"], row["spacing"], row["width"])))
+    legend = "".join(f"{text[0].upper()}{text[1:]}. " for text in legend_of(row.marks for row in rows))
     caption = (
         f"Rows of each class: highest, median and lowest image by {ranking(run, records)[1]}; best: judged "
-        f"abnormal before and healthy after. Red: "
-        f"{' or '.join(sorted(signs))} > τ = {scale.threshold:.3g} ({scale.threshold_from}), inside the lungs where "
-        f"their mask is known. {settings_line(run)}."
+        f"abnormal before and healthy after. Overlay: orange, M > τ, was taken away; blue, −M > τ, was put in; τ = "
+        f"{scale.threshold:.3g} ({scale.threshold_from}), inside the lungs where their mask is known. "
+        f"{legend}{settings_line(run)}."
     )
     return panel_sheet(rows, titles, [caption], scale, bar=3)
 
 
-def distributions(run: Run, records: pd.DataFrame | None = None) -> bytes:
-    """Draw a PNG with SSIM, map energy and, with a judge, its probabilities for image and counterfactual: one point per
+def distributions(run: Run, records: pd.DataFrame | None = None) -> Figure:
+    """Draw SSIM, map energy and, with a judge, its probabilities for image and counterfactual: one point per
     image, by class. Raises ValueError when no record is finished."""
     # layout
     ok = finished(read_records(run) if records is None else records)
@@ -252,7 +256,7 @@ def distributions(run: Run, records: pd.DataFrame | None = None) -> bytes:
     if len(counts) > MAX_STRIPS:
         note += f" The {MAX_STRIPS} largest of {len(counts)} classes."
     figure.supxlabel(note, fontsize=6.5, color=MUTED, x=0.01, ha="left")
-    return png(figure)
+    return figure
 
 
 def _before_and_after(axes: Axes, judged: pd.DataFrame, labels: Sequence[str]) -> None:
@@ -280,16 +284,17 @@ def _classes(axes: Axes, title: str, names: Sequence[str]) -> None:
 
 
 def write_figures(run: Run, records: pd.DataFrame | None = None) -> list[str]:
-    """Draw ``figures/grid.png`` and ``figures/distributions.png``, and return their paths.
+    """Draw ``figures/grid`` and ``figures/distributions`` in all FORMATS, and return their paths.
 
     A figure without any image to show is left out."""
     records = read_records(run) if records is None else records
     written = []
-    for path, draw in (("figures/grid.png", figure_grid), ("figures/distributions.png", distributions)):
+    for name, draw in (("grid", figure_grid), ("distributions", distributions)):
         try:
             figure = draw(run, records)
         except ValueError:
             continue
-        run.store.put(path, figure)
-        written.append(path)
+        for kind in FORMATS:
+            run.store.put(f"figures/{name}.{kind}", render(figure, kind))
+            written.append(f"figures/{name}.{kind}")
     return written

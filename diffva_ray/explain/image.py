@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,7 @@ from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.dataset import UnusableData, companions
 from diffva_ray.data.encoding import quantise
-from diffva_ray.data.images import BadImage, check_contrast, decode, read_mask, to_square
-from diffva_ray.evaluate.direction import induces
+from diffva_ray.data.images import BadImage, decode_with_columns, read_mask, to_square
 from diffva_ray.generate.measures import measure
 from diffva_ray.generate.plan import check_settings
 from diffva_ray.metrics.validity import Judge, load_judge
@@ -41,7 +40,6 @@ class Answer:
     prompt: str  # what the counterfactual should show
     counterfactual: NDArray[np.uint8]  # [size, size], as a run stores it
     signed_map: Image  # [size, size] in [-1, 1]; positive where the image is brighter than its counterfactual
-    inducing: bool  # whether the prompt names a finding, so that red is -M
     numbers: dict[str, Any]  # metrics, named as the columns of a run's records
 
 
@@ -75,7 +73,7 @@ def explain(
         raise UnusableData(f"{len(prompts)} prompts; a sheet has room for {MAX_PROMPTS}")
 
     # Read the image and its masks, load the model.
-    data, pixels = open_image(image, config.min_side, recipe.data.bits)
+    data, pixels, columns = open_image(image, config.min_side, recipe.data.bits)
     engine, judge = open_model(model, recipe, prompts, device)
     name = image.rpartition("/")[2]
     seed = record_seed(recipe.seed, name, 0)
@@ -95,8 +93,14 @@ def explain(
         ):
             answer = answer_of(square, lungs, counterfactual, reconstruction, prompt, source_prompt, recipe, judge)
             answers.append(answer)
-    size = {"width": pixels.shape[1], "height": pixels.shape[0]}
-    return Explanation(square, lungs, lesion, answers, {**origin(image, data, model, engine, recipe, seed), **size})
+    about = {**origin(image, data, model, engine, recipe, seed), **described(pixels, columns)}
+    return Explanation(square, lungs, lesion, answers, about)
+
+
+def described(pixels: Image, columns: Mapping[str, str]) -> dict[str, Any]:
+    """Size, view and spacing of an image."""
+    height, width = pixels.shape
+    return {"width": width, "height": height, "view": columns.get("view", ""), "spacing": columns.get("spacing", "")}
 
 
 def origin(
@@ -138,16 +142,16 @@ def open_model(
         raise UnusableModel(str(error)) from None
 
 
-def open_image(image: str, min_side: int, bits: int = 16) -> tuple[bytes, Image]:
-    """Bytes of the image at a path (local or ``s3://``), and its pixels [H, W] in [0, 1]. Raises UnusableData."""
+def open_image(image: str, min_side: int, bits: int = 16) -> tuple[bytes, Image, dict[str, str]]:
+    """Bytes of the image at a path (local or ``s3://``), its pixels [H, W] in [0, 1], and the columns of a DICOM
+    header. Raises UnusableData."""
     store, name = open_file(image)
     if not name:
         raise UnusableData(f"IMAGE {image!r}: names no file")
     try:
         data = store.read(name)
-        pixels = decode(data, min_side, bits)
-        check_contrast(pixels)
-        return data, pixels
+        pixels, _, columns = decode_with_columns(data, None, min_side, bits)
+        return data, pixels, columns
     except IsADirectoryError:
         raise UnusableData(f"{image}: a folder; explain takes one image") from None
     except (FileNotFoundError, NotADirectoryError):
@@ -185,4 +189,4 @@ def answer_of(
     if not math.isfinite(metrics["psnr"]):  # JSON has no infinity, which equal images have
         numbers["psnr"] = None
     del numbers["reconstruction_sha256"]  # the sheet does not keep the reconstruction
-    return Answer(prompt, stored, signed_map, induces(prompt, recipe.data), numbers)
+    return Answer(prompt, stored, signed_map, numbers)

@@ -23,6 +23,7 @@ class Input:
     name: str
     data: bytes  # of the file, or of the array
     pixels: NDArray[np.float32]  # [H, W] in [0, 1]
+    columns: dict[str, str]  # of a DICOM header
     file: bool  # whether ``name`` is a path, beside which masks may lie
 
 
@@ -46,7 +47,7 @@ def read_input(image: Any, name: str, min_side: int, bits: int) -> Input:
         array = np.asarray(image.detach().cpu() if hasattr(image, "detach") else image).squeeze()
         if not np.issubdtype(array.dtype, np.integer):
             check_image(array, name)
-            return Input(name, array.tobytes(), array.astype(np.float32), False)
+            return Input(name, array.tobytes(), array.astype(np.float32), {}, False)
         try:
             image = Image.fromarray(array)
         except TypeError:
@@ -55,4 +56,4 @@ def read_input(image: Any, name: str, min_side: int, bits: int) -> Input:
             ) from None
     buffer = io.BytesIO()
     ImageOps.exif_transpose(image).save(buffer, "TIFF")
-    return Input(name, buffer.getvalue(), decode(buffer.getvalue(), min_side, bits), False)
+    return Input(name, buffer.getvalue(), decode(buffer.getvalue(), min_side, bits), {}, False)

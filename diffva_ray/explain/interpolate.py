@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.attribution import attribution
@@ -15,7 +16,7 @@ from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.images import to_square
 from diffva_ray.evaluate.drawing import Panel, PanelRow, Scale, colour_limit, diverging, panel_sheet
 from diffva_ray.explain.image import mask_beside, open_image, open_model, origin
-from diffva_ray.explain.sheet import origin_texts, settings_texts, short_path, write_png
+from diffva_ray.explain.sheet import origin_texts, settings_texts, short_path, write_figure
 from diffva_ray.generate.plan import check_settings
 from diffva_ray.schema import Image, record_seed
 
@@ -56,7 +57,7 @@ def interpolate(
         raise UnusableData("--to IMAGE goes with one --prompt at most")
 
     # Read the images, load the model.
-    data, pixels = open_image(image, config.min_side, recipe.data.bits)
+    data, pixels, _ = open_image(image, config.min_side, recipe.data.bits)
     ends = [pixels] if other is None else [pixels, open_image(other, config.min_side, recipe.data.bits)[1]]
     engine, judge = open_model(model, recipe, prompts, device)
     weights = [float(weight) for weight in np.linspace(0, 1, frames)]
@@ -81,12 +82,12 @@ def interpolate(
 
 
 def write_strip(strip: Strip, path: str) -> None:
-    """Draw the strip and write it to ``path`` (a .png, local or ``s3://``). Raises UnusableData for another ending."""
-    write_png(draw(strip), path)
+    """Draw the strip and write it to ``path``; raises as ``write_figure``."""
+    write_figure(draw(strip), path)
 
 
-def draw(strip: Strip) -> bytes:
-    """Draw a PNG: the images from left to right with weights and judge's probabilities, and their maps below."""
+def draw(strip: Strip) -> Figure:
+    """Draw the images from left to right with weights and judge's probabilities, and their maps below."""
     titles = [f"{weight:.2f}" for weight in strip.weights]
     if strip.healthy is not None:
         titles = [f"{title}\nhealthy {probability:.2f}" for title, probability in zip(titles, strip.healthy)]

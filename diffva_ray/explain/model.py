@@ -11,7 +11,7 @@ import numpy as np
 
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.images import to_square
-from diffva_ray.explain.image import Explanation, answer_of, mask_beside, origin
+from diffva_ray.explain.image import Explanation, answer_of, described, mask_beside, origin
 from diffva_ray.explain.inputs import Input, is_image, no_image, read_input
 from diffva_ray.explain.results import Result, Results
 from diffva_ray.metrics.validity import load_judge
@@ -87,7 +87,7 @@ class Model:
                 raise ValueError(f"{image.name}: the networks gave NaN or infinity for this image")
             answer = answer_of(squares[n], masks[n], *pair, prompt, made.source_prompts[n], recipe, self._judge)
             about = origin(image.name, image.data, self.uri, engine, recipe, seeds[n])
-            about |= {"width": image.pixels.shape[1], "height": image.pixels.shape[0]}
+            about |= described(image.pixels, image.columns)
             results.append(Result(Explanation(squares[n], masks[n], None, [answer], about)))
         return results
 

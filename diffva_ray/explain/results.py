@@ -11,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffva_ray.evaluate.drawing import png
 from diffva_ray.explain.image import Explanation
 from diffva_ray.explain.sheet import describe, sheet, write_sheet
 from diffva_ray.generate.measures import unit
@@ -35,7 +36,7 @@ class Result:
         return describe(self._explanation)
 
     def _repr_png_(self) -> bytes:
-        return sheet(self._explanation)
+        return png(sheet(self._explanation))
 
     def show(self) -> None:
         """Open the sheet in the image viewer of the system. A notebook shows the result itself, without this."""
@@ -45,10 +46,10 @@ class Result:
         """Write the sheet.
 
         Args:
-            path: A ``.png``, local or ``s3://``.
+            path: A ``.png``, ``.pdf`` or ``.svg``, local or ``s3://``.
 
         Raises:
-            UnusableData: If the name does not end with ``.png``.
+            UnusableData: If the name has another ending.
             StoreError: If the sheet cannot be written.
         """
         write_sheet(self._explanation, path)

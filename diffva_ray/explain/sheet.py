@@ -1,60 +1,65 @@
-"""The sheet of one image, a PNG: the image, each counterfactual and attribution map, and the metrics."""
+"""The sheet of one image: the image, each counterfactual and attribution map, and the metrics."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from diffva_ray.config.recipe import GUESS
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate.drawing import (
+    FORMATS,
     MIN_THRESHOLD,
     Panel,
     PanelRow,
     Scale,
+    changes,
     colour_limit,
     diverging,
-    overlay,
     panel_sheet,
+    render,
 )
+from diffva_ray.evaluate.marks import Marks, legend_of, marks
 from diffva_ray.explain.image import Answer, Explanation
 from diffva_ray.generate.measures import unit
 from diffva_ray.storage.opening import open_file
 
 
 def write_sheet(explanation: Explanation, path: str) -> None:
-    """Draw the sheet and write it to ``path`` (a .png, local or ``s3://``). Raises UnusableData for another ending, and
-    StoreError if it cannot be written."""
-    write_png(sheet(explanation), path)
+    """Draw the sheet and write it to ``path``; raises as ``write_figure``."""
+    write_figure(sheet(explanation), path)
 
 
-def write_png(image: bytes, path: str) -> None:
-    """Write a drawn sheet to ``path``; raises as ``write_sheet``."""
+def write_figure(figure: Figure, path: str) -> None:
+    """Write a figure to ``path``, local or ``s3://``, in the format of its ending. Raises UnusableData for another
+    ending, and StoreError if it cannot be written."""
     check_sheet(path)
     store, name = open_file(path)
-    store.put(name, image)
+    store.put(name, render(figure, name.rpartition(".")[2].lower()))
 
 
 def check_sheet(path: str) -> None:
-    """Check the name of a sheet. Raises UnusableData unless it ends with .png."""
-    if not path.lower().endswith(".png"):
-        raise UnusableData(f"--out {path}: the sheet is a .png")
+    """Check the name of a sheet. Raises UnusableData for an ending that is none of FORMATS."""
+    stem, _, ending = path.rpartition(".")
+    if not stem or ending.lower() not in FORMATS:
+        raise UnusableData(f"--out {path}: the sheet is a {', '.join(f'.{kind}' for kind in FORMATS)} file")
 
 
-def sheet(explanation: Explanation) -> bytes:
-    """Draw a PNG in the style of a run's figures: a row per prompt with image, counterfactual, red overlay and signed
-    map, and the outline of the lesion if its mask is beside the image."""
+def sheet(explanation: Explanation) -> Figure:
+    """Draw a row per prompt in the style of a run's figures, with image, counterfactual, overlay and signed map, and
+    the outline of the lesion if its mask is beside the image."""
     answers, image, lesion = explanation.answers, explanation.image, explanation.lesion
     limit = colour_limit(np.concatenate([answer.signed_map.ravel() for answer in answers]))
     scale = Scale(MIN_THRESHOLD, "fixed", limit)
     rows = []
     for answer in answers:
-        red = overlay(image, (-1 if answer.inducing else 1) * answer.signed_map, scale.threshold, explanation.lungs)
+        both = changes(image, answer.signed_map, scale.threshold, explanation.lungs)
         panels = [Panel(image), Panel(unit(answer.counterfactual))]
-        panels += [Panel(red, lesion), Panel(diverging(answer.signed_map, limit), lesion)]
-        rows.append(PanelRow(f"“{answer.prompt}”", metric_lines(answer), panels))
-    titles = ("image", "counterfactual", "red overlay", "signed map")
+        panels += [Panel(both, lesion), Panel(diverging(answer.signed_map, limit), lesion)]
+        rows.append(PanelRow(f"“{answer.prompt}”", metric_lines(answer), panels, _marks(explanation)))
+    titles = ("image", "counterfactual", "overlay", "signed map")
     heading = short_path(explanation.about["image"])
     return panel_sheet(rows, titles, _footer(explanation, scale), scale, bar=3, side=2.15, heading=heading)
 
@@ -78,13 +83,19 @@ def metric_lines(answer: Answer) -> list[str]:
     return lines
 
 
+def _marks(explanation: Explanation) -> Marks:
+    about = explanation.about
+    return marks(about["view"], about["spacing"], about["width"])
+
+
 def _footer(explanation: Explanation, scale: Scale) -> list[str]:
     about, config = explanation.about, explanation.about["settings"]
-    signs = dict.fromkeys("−M" if answer.inducing else "M" for answer in explanation.answers)
-    red = " or ".join(signs) + f" > {scale.threshold:g}"
-    if "−M" in signs:
-        red += " (−M where the prompt asks for a finding)"
-    legend = [f"M: {_difference(config)}; red: {red}{', inside the lungs' if explanation.lungs is not None else ''}"]
+    where = ", inside the lungs" if explanation.lungs is not None else ""
+    legend = [
+        f"M: {_difference(config)}; overlay{where}: orange, M > {scale.threshold:g}, was taken away; blue, "
+        f"−M > {scale.threshold:g}, was put in",
+        *legend_of([_marks(explanation)]),
+    ]
     if explanation.lesion is not None:
         legend.append("outline: the lesion mask beside the image")
     if explanation.answers[0].numbers["judge_image"] is not None:

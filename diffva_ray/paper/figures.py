@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from diffva_ray.data.images import to_square
-from diffva_ray.evaluate.drawing import Panel, PanelRow, panel_sheet, short
+from diffva_ray.evaluate.drawing import Panel, PanelRow, panel_sheet, png, short
 from diffva_ray.evaluate.figures import QUANTILE, ShownRecord, figure_grid
 from diffva_ray.evaluate.records import as_records, finished, read_images, read_records
 from diffva_ray.evaluate.tables import known
@@ -61,7 +61,7 @@ def draw_figures(state: PaperState) -> list[PaperFigure]:
 
 def _grid(state: PaperState, name: str, text: str) -> tuple[bytes, str]:
     run = state.runs[name]
-    return figure_grid(run), f"{SETTINGS[name].capitalize()}. {settings_of(run)}. {_training_data(state)}"
+    return png(figure_grid(run)), f"{SETTINGS[name].capitalize()}. {settings_of(run)}. {_training_data(state)}"
 
 
 def _variants(state: PaperState, name: str, text: str) -> tuple[bytes, str]:
@@ -196,7 +196,7 @@ def sheet(
         f"{MIN_THRESHOLD:g}), the same for every panel, inside the lungs where their mask is known."
     )
     foot = f"h: the judge's probability of healthy, image → counterfactual; a, b, c: the columns. {legend}"
-    return panel_sheet(rows, titles, [foot]), legend
+    return png(panel_sheet(rows, titles, [foot])), legend
 
 
 Draw = Callable[[PaperState, str, str], tuple[bytes, str]]

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
+from diffva_ray.evaluate.marks import marks
 from diffva_ray.evaluate.records import as_records, finished, read_records
 from diffva_ray.evaluate.report.images import PanelFiles
 from diffva_ray.evaluate.tables import clean, known
@@ -106,7 +107,9 @@ def write_catalogue(
     full = []
     for row in rows:
         files_of_record = asdict(panels.get(row["record_id"], no_panels))
-        full.append({**_columns(row), **files_of_record, "attempts": history.get(row["record_id"], [])})
+        mark = marks(row.get("view"), row.get("spacing"), row.get("width"))
+        about_image = {"sides": mark.sides, "bar": mark.bar, "attempts": history.get(row["record_id"], [])}
+        full.append({**_columns(row), **files_of_record, **about_image})
     # the values that the index numbers
     measures = [m for m in MEASURES if any(known(row.get(m.key)) for row in full)]
     labels = sorted({row["label"] for row in rows})

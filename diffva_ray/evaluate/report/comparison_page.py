@@ -155,7 +155,7 @@ def write_examples(comparison: Comparison, measure: ComparedMetric, store: Store
         if rows:
             file = SHEET.format(len(groups))
             foot = f"Maps of both runs: red where the image is brighter than its counterfactual, full at ±{limit:.2g}."
-            store.put(file, panel_sheet(rows, TITLES, [foot], Scale(0, "", limit), bar=2, side=1.3))
+            store.put(file, png(panel_sheet(rows, TITLES, [foot], Scale(0, "", limit), bar=2, side=1.3)))
             groups.append(Examples(title, names, file))
     return groups, unreadable
 

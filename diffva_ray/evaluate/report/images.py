@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.colors import to_rgb
 from numpy.typing import NDArray
 from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import BadImage, decode, decode_map, to_square
+from diffva_ray.evaluate.drawing import BRIGHTER, DARKER
 from diffva_ray.evaluate.records import Lesions, as_records, finished, grey, read_truth
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import positive, score
@@ -31,8 +33,7 @@ MAX_LISTED = 20_000  # records in the viewer
 MAX_PIXELS = 1_300_000_000  # pixels of all images in the viewer: 20 000 of 256 x 256, 5 000 of 512 x 512
 MAX_SIDE = 512  # pixels of a panel's side
 MAX_PNG_SIDE = 128  # up to this side a strip is PNG, above it WebP
-BRIGHTER, DARKER = (224, 52, 8), (18, 104, 240)  # colours safe for all common kinds of colour blindness
-PANELS_VERSION = 1  # raised when the panels of a record change
+PANELS_VERSION = 2  # raised when the panels of a record change
 BATCH_SIZE = 256  # records processed at a time
 
 
@@ -180,7 +181,8 @@ def coloured(signed_map: NDArray[np.float32], limit: float) -> bytes:
     levels = np.rint(np.clip(signed_map / limit, -1, 1) * 127 + 127).astype(np.uint8)
     pixels = Image.fromarray(levels, "P")
     strength = (np.arange(256) - 127) / 127
-    pixels.putpalette(np.where(strength[:, None] > 0, BRIGHTER, DARKER).astype(np.uint8).tobytes())
+    colours = np.where(strength[:, None] > 0, to_rgb(BRIGHTER), to_rgb(DARKER))
+    pixels.putpalette(np.rint(255 * colours).astype(np.uint8).tobytes())
     if pixels.width > MAX_SIDE:
         pixels = pixels.resize((MAX_SIDE, MAX_SIDE), Image.Resampling.NEAREST)
     alpha = np.rint(255 * np.clip(np.abs(strength), 0, 1) ** 0.9).astype(np.uint8)

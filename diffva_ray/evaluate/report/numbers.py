@@ -137,7 +137,7 @@ def glance(metrics: Mapping[str, Any] | None) -> list[str]:
     """The main results in at most three sentences; none before the run has been reduced."""
     metrics, sentences = metrics or {}, []
     if metrics.get("problems"):
-        return ["No result is stated, for the reason above."]
+        return [f"No result is stated, for the {'reasons' if len(metrics['problems']) > 1 else 'reason'} above."]
     flips = overall(metrics.get("validity", []))
     if flips and flips["flip_rate"] is not None and (problem := judge_problem(metrics)):
         sentences.append(f"No flip rate is stated, because {problem}.")

@@ -19,6 +19,7 @@ from diffva_ray.evaluate import figures
 from diffva_ray.evaluate.annotations import lesion_shapes
 from diffva_ray.evaluate.credibility import stated
 from diffva_ray.evaluate.figures import map_scale, own_shapes, settings_line, write_figures
+from diffva_ray.evaluate.judge_quality import judge_quality
 from diffva_ray.evaluate.records import as_records, finished, reduced_metrics
 from diffva_ray.evaluate.report.assets import render_page, viewer_script
 from diffva_ray.evaluate.report.catalogue import attempts, counts, read_earlier, write_catalogue
@@ -48,7 +49,7 @@ MAX_QUARANTINE_LISTED = 5000  # quarantined records in the viewer
 PAGE_COLUMNS = (
     "record_id", "image_path", "label", "prompt", "status", "error", "ssim", "attribution_energy", "judge_image",
     "judge_counterfactual", "counterfactual_path", "attribution_path", "reconstruction_path", "lung_mask_path",
-    "lesion_mask_path", "ground_truth_path", "width", "height",
+    "lesion_mask_path", "ground_truth_path", "width", "height", "view", "spacing",
 )  # read of every record; all columns of a million records would take several GB  # fmt: skip
 LIMIT_TOLERANCE = 1.25  # an earlier report's colour limit is kept if the new one differs by at most this factor
 
@@ -166,8 +167,11 @@ def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
 
 
 def cases(run: Run, records: pd.DataFrame, panels: dict[str, PanelFiles]) -> list[TableRow]:
-    """Best, typical and worst image of each class, without those that have no panels."""
+    """Best, typical and worst image of each class, without those that have no panels; the answers of a judge that
+    guesses are left out."""
     size, results = run.recipe.model.resolution, []
+    quality = judge_quality(run)
+    guesses = quality is not None and bool(quality.problem)
     for rank, row in figures.spanning(run, records):
         files = panels.get(row["record_id"])
         if files is None:
@@ -182,7 +186,7 @@ def cases(run: Run, records: pd.DataFrame, panels: dict[str, PanelFiles]) -> lis
                 "truth": files.truth,
                 "auroc": files.auroc,
                 "side": size,
-                "judged": known(row["judge_image"]) and known(row["judge_counterfactual"]),
+                "judged": not guesses and known(row["judge_image"]) and known(row["judge_counterfactual"]),
             }
         )
     return results

@@ -100,9 +100,11 @@ def _table(
 
 
 def _body(rows: Sequence[TableRow], columns: Sequence[Column]) -> list[tuple[str, list[Cell]]]:
-    """The cells of one group, each row with its kind; the best value of a column is marked."""
-    best = {column.key: max((row[column.key] for row in rows if row.get(column.key) is not None), default=None)
-            for column in columns if column.best}  # fmt: skip
+    """The cells of one group, each row with its kind; the best value of a column is marked where values differ."""
+    best: dict[str, Any] = {}
+    for column in columns:
+        values = {row[column.key] for row in rows if row.get(column.key) is not None} if column.best else set()
+        best[column.key] = max(values) if len(values) > 1 else None
     body = []
     for row in rows:
         cells = []

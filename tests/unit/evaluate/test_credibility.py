@@ -52,6 +52,10 @@ def test_a_broken_autoencoder_and_training_images_are_problems(make_run: MakeRun
     assert problems(run, [{"psnr_reconstruction": 31.0}, {"psnr_reconstruction": float("inf")}], 0, 12) == []
     (broken,) = problems(run, [{"psnr_reconstruction": 11.0}, {"psnr_reconstruction": 12.0}], 0, 12)
     assert "the autoencoder is broken, its reconstructions have a mean PSNR of 11.5 dB" in broken
+    trained_for(run, 2)
+    _, broken = problems(run, [{"psnr_reconstruction": 11.0}], 0, 12)
+    assert broken.startswith("The autoencoder is broken"), "that nothing was learned is said once"
+    trained_for(run, MIN_STEPS)
     (seen,) = problems(run, [], 3, 12)
     assert seen.startswith("3 of 12 records are of images in the model's training list")
 
@@ -65,7 +69,9 @@ def test_no_headline_beside_a_problem() -> None:
     said = " ".join(glance(metrics) + [f"{card.value} {card.detail}" for card in cards(metrics, DONE)])
     assert "100" not in said
     assert "0.99" not in said
-    assert "No result is stated" in said
+    assert "No result is stated, for the reason above" in said
+    metrics["problems"].append("The autoencoder is broken")
+    assert glance(metrics) == ["No result is stated, for the reasons above."]
 
 
 def test_rates_of_reconstruction_and_ground_truth_stand_beside_the_flip_rate() -> None:
@@ -99,7 +105,7 @@ def test_a_run_of_training_images_is_no_test(images: Path, model: Path, tmp_path
     metrics = json.loads((out / "tables" / "metrics.json").read_text())
     learned, broken, seen = metrics["problems"]
     assert "trained for 4 steps" in learned
-    assert "the autoencoder is broken" in broken
+    assert "The autoencoder is broken" in broken
     assert "18 of 18 records" in seen
     assert "No result is stated" in said
     assert all(problem in said for problem in metrics["problems"])
@@ -139,3 +145,14 @@ def test_a_judge_that_guesses_ranks_no_image(make_run: MakeRun) -> None:
     by_ssim = records[records["label"] == "COVID"].sort_values("ssim", ascending=False)["record_id"].iloc[0]
     assert spanning(run, records)[0][1]["record_id"] == by_ssim
     assert spanning(run, records)[0][0] == "highest"
+
+
+def test_the_examples_leave_out_a_judge_that_guesses(make_run: MakeRun) -> None:
+    run = make_run()
+    quality = {"accuracy": 0.95, "images": 200, "chance": 0.5}
+    run.about["judge"] = {"classes": ["COVID", "Normal"], "calibration": quality}
+    assert "healthy <b>" in Path(write_report(run)).read_text()
+    run.about["judge"]["calibration"] = {**quality, "accuracy": 0.5}
+    page = Path(write_report(run)).read_text()
+    assert "healthy <b>" not in page
+    assert "Best: judged abnormal" not in page

@@ -391,3 +391,11 @@ def test_every_try_of_a_retried_record_is_told(make_run: MakeRun) -> None:
         ("first", "bad_image", "truncated PNG"),
         ("retry 1", "missing", "the image has gone"),
     ]
+
+
+def test_equal_values_have_no_best() -> None:
+    rows = [{**METRICS["localization"][0], "map": name, "auroc": auroc, "pointing_game": 0.0}
+            for name, auroc in (("positive", 0.7), ("brightness", 0.6))]  # fmt: skip
+    ours, brightness = (cells for _, cells in report_tables({"localization": rows})[0].groups[0].rows)
+    assert [cell.text for cell in ours if cell.best] == ["0.700"]
+    assert not [cell for cell in brightness if cell.best]

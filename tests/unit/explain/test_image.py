@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner, Result
+from dicom_files import dicom
 from PIL import Image
 
 from diffva_ray.cli import main
@@ -19,6 +20,7 @@ from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.data.images import decode, to_square
+from diffva_ray.evaluate.drawing import png
 from diffva_ray.explain.image import Explanation, explain
 from diffva_ray.explain.interpolate import interpolate
 from diffva_ray.explain.sheet import sheet, write_sheet
@@ -80,7 +82,6 @@ def test_the_seed_depends_on_the_file_name(image: Path, model: Path, explanation
 
 def test_prompts_share_the_image_and_keep_their_order(explanation: Explanation) -> None:
     assert [answer.prompt for answer in explanation.answers] == list(PROMPTS)
-    assert [answer.inducing for answer in explanation.answers] == [False, True]
     first, second = explanation.answers
     assert not np.array_equal(first.counterfactual, second.counterfactual)
     assert first.numbers["judge_image"] == second.numbers["judge_image"]
@@ -153,18 +154,40 @@ def test_the_sheet_has_a_row_for_each_prompt(explanation: Explanation, tmp_path:
     write_sheet(explanation, str(tmp_path / "deep" / "sheet.png"))
     drawn = Image.open(tmp_path / "deep" / "sheet.png")
     single = Explanation(explanation.image, None, None, explanation.answers[:1], explanation.about)
-    shorter = Image.open(io.BytesIO(sheet(single)))
+    shorter = Image.open(io.BytesIO(png(sheet(single))))
     assert drawn.width == shorter.width > 1500
     assert drawn.height - shorter.height > 350
     assert np.asarray(drawn.convert("L")).std() > 10
-    assert sheet(single) == sheet(single)
+    assert png(sheet(single)) == png(sheet(single))
 
 
 def test_prompts_with_dollar_signs_are_drawn_literally(explanation: Explanation) -> None:
     from dataclasses import replace
 
     odd = replace(explanation.answers[0], prompt="$\\frac{ <b> " + "long " * 60)
-    assert sheet(replace(explanation, answers=[odd], about={**explanation.about, "image": "$x_{/" * 40}))
+    assert png(sheet(replace(explanation, answers=[odd], about={**explanation.about, "image": "$x_{/" * 40})))
+
+
+@pytest.mark.parametrize(("ending", "start"), [("pdf", b"%PDF"), ("SVG", b"<?xml")])
+def test_a_sheet_is_of_the_kind_that_its_name_says(
+    explanation: Explanation, tmp_path: Path, ending: str, start: bytes
+) -> None:
+    write_sheet(explanation, str(tmp_path / f"sheet.{ending}"))
+    assert (tmp_path / f"sheet.{ending}").read_bytes().startswith(start)
+    with pytest.raises(UnusableData, match=r"x\.jpg: the sheet is a \.png, \.pdf, \.svg file"):
+        write_sheet(explanation, str(tmp_path / "x.jpg"))
+
+
+def test_a_header_gives_sides_view_and_scale_bar(model: Path, tmp_path: Path) -> None:
+    """The image is 64 pixels of 5 mm wide: a bar of 5 cm is 10 of them."""
+    pixels = np.random.default_rng(0).integers(0, 4096, (48, 64)).astype(np.uint16)
+    (tmp_path / "x.dcm").write_bytes(dicom(pixels, ViewPosition="PA", PixelSpacing=[5.5, 5]))
+    made = explain(str(tmp_path / "x.dcm"), str(model), model_recipe(str(model), None, ()), (), "cpu")
+    assert (made.about["view"], made.about["spacing"]) == ("PA", "5.5/5.0")
+    axes = sheet(made).axes[0]
+    assert {text.get_text() for text in axes.texts} == {"R", "L", "PA", "5 cm"}
+    (bar,) = axes.lines
+    assert np.ptp(bar.get_xdata()) == pytest.approx(10 / 64)
 
 
 def test_the_sheet_goes_to_the_current_folder(

@@ -40,6 +40,8 @@ const GROUPS = [
   ["Files", [
     ["image", column("image_path")],
     ["image size", (row) => row.width === null ? null : `${row.width} × ${row.height} px`],
+    ["view", column("view")],
+    ["pixel spacing, mm", column("spacing")],
     ["counterfactual", column("counterfactual_path")],
     ["attribution map", column("attribution_path")],
     ["reconstruction", column("reconstruction_path")],

@@ -64,6 +64,7 @@ class Viewer {
       (row) => {
         if (this.chosen !== n) return;
         this.stage.outline(row.lesion, row.lungs);
+        this.stage.mark(row.sides, row.bar);
         fillDetails(row);
       },
       (error) => this.chosen === n && emptyDetails(String(error.message)),

@@ -57,6 +57,7 @@ export class Stage {
     this.name = name;
     byId("show").hidden = !files;
     this.outline("", "");
+    this.mark(false, null);
     this.zoom.whole();
     if (!files) return false;
     for (const id of ["image", "counterfactual", "truth"]) {
@@ -77,6 +78,22 @@ export class Stage {
     byId("lungs").setAttribute("d", lungs);
     byId("lesion-knob").hidden = !lesion;
     byId("lungs-knob").hidden = !lungs;
+  }
+
+  /**
+   * Set the patient's sides, and a scale bar of 5 cm in the image.
+   * @param {boolean} sides @param {number|null} bar  share of the image's width
+   */
+  mark(sides, bar) {
+    for (const id of ["right-side", "left-side"]) byId(id).hidden = !sides;
+    const side = this.table.about.side;
+    const [start, end] = [side * (0.97 - (bar ?? 0)), side * 0.97];
+    byId("scale").setAttribute("d", bar ? `M${start} ${side * 0.95}H${end}` : "");
+    byId("scale").setAttribute("stroke-width", String(side / 120));
+    byId("scale-length").setAttribute("font-size", String(side / 28));
+    byId("scale-length").setAttribute("x", String((start + end) / 2));
+    byId("scale-length").setAttribute("y", String(side * 0.935));
+    byId("scale-length").classList.toggle("off", !bar);
   }
 
   /** Choose a view. @param {string|number} which  key of the view, or its number from 1 */
