@@ -19,7 +19,7 @@ without_option   = click.option("--without-images", is_flag=True, help="Leave ou
 splits_option    = click.option("--splits",         metavar="NAME=SHARE,...", help="Splits by patient; default: the data set's own, else train=0.8,validation=0.1,test=0.1.")
 license_option   = click.option("--license",        "license_id", metavar="ID", default="", help="Licence in the data card, as the hub names it, such as cc-by-4.0.")
 threshold_option = click.option("--threshold",      type=click.FloatRange(0, 1, min_open=True), metavar="F", help="Threshold of the maps for --to coco; default: the run's own.")
-moved_option     = click.option("--data",           metavar="DATA", help="New address of the data set, if it has moved; the run stores it.")
+moved_option     = click.option("--data",           metavar="DATA", help="New address of the data set, if it has moved.")
 # fmt: on
 
 
