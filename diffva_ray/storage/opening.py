@@ -45,7 +45,7 @@ def open_store(uri: str | os.PathLike[str]) -> Store:
     text = os.fspath(uri)
     scheme = "" if is_local(text) else text.partition("://")[0]
     if scheme not in STORES:
-        schemes = ", ".join(f"{name}://" for name in STORES if name not in ("", archives.SCHEME))
+        schemes = ", ".join(f"{name}://" for name in STORES if name not in ("", SCHEME, archives.SCHEME))
         raise UnknownScheme(f"{text}: unknown scheme {scheme!r}; use a local path or {schemes}")
     return STORES[scheme](text)
 
