@@ -35,7 +35,7 @@ from diffva_ray.metrics.localization import positive, score, smooth
 from diffva_ray.metrics.ssim import psnr
 from diffva_ray.metrics.validity import load_judge
 from diffva_ray.model.bundle import load
-from diffva_ray.model.card import judge_card
+from diffva_ray.model.card import file_sha256, judge_card
 from diffva_ray.model.packaged import model_address
 from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision
@@ -54,6 +54,7 @@ def generated(engine: CounterfactualEngine, images: Maps, changes: dict[str, Any
     return on_grid(np.concatenate(parts))
 
 
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 EDIT = {"method": "instruct-pix2pix", "scheduler": "ddim", "strength": 1.0, "negative_prompt": ""}
 SETTINGS = ((1, 1.0), (2, 1.0), (1, 2.0))  # steps, guidance
 
@@ -167,6 +168,7 @@ def add_model(table: Table, name: str, model: str, images: Images, data: str) ->
     best = best_rival(table)
     return {
         "digest": engine.bundle.digest,
+        "unet_sha256": file_sha256(open_store(model_address(model)).local_folder() / WEIGHTS),
         "own_minus_shuffled": table.difference(f"{name}, shuffled", name, table.counted),
         "x_prior_minus_best_rival_x_prior": table.difference(best, f"{name} x prior", table.counted),
         "best_rival": best,

@@ -42,6 +42,7 @@ SETS = {  # name: number of images, seed, classes, where lesions are cut out
     "boxes": (6000, 13, FINDINGS, "boxes"),
 }
 RESULTS = Path(__file__).parent / "results" / "real_images.json"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 UNTRAINED = "Other_abnormal"  # a class of 21 images with anything
 
 
@@ -83,6 +84,8 @@ def export(model: Path, out: Path, values: dict[str, Any], real: Path) -> str:
     bundle = load(str(model))
     for module in bundle.modules.values():
         module.to(torch.float16)
+    for module in (bundle.unet, bundle.vae):
+        module.register_to_config(_name_or_path=values["name"])  # else the folder that it was loaded from
     bundle.recipe = make_recipe({**bundle.recipe.model_dump(mode="json"), "model": values["model"]})
     shutil.rmtree(out, ignore_errors=True)
     seen = sorted(file_sha256(file)[:IMAGE_DIGITS] for file in real.glob("*/images/*"))
@@ -90,15 +93,16 @@ def export(model: Path, out: Path, values: dict[str, Any], real: Path) -> str:
     card |= {"data_kind": "radiography", "images": len(seen), "training_images": seen, **values["card"]}
     digest = save(bundle, LocalStore(str(out)), card)
     shutil.copytree(model / "judge", out / "judge")
-    if RESULTS.exists() and (sentence := measured(json.loads(RESULTS.read_text()), digest)):
+    if RESULTS.exists() and (sentence := measured(json.loads(RESULTS.read_text()), out)):
         saved = json.loads((out / CARD).read_text())
         (out / CARD).write_text(json.dumps({**saved, "measured": sentence}, indent=1))
     return digest
 
 
-def measured(results: dict[str, Any], digest: str) -> str | None:
+def measured(results: dict[str, Any], model: Path) -> str | None:
     """The sentence for sheets, from the results of ``real_images.py`` on this model; None if they are of another."""
-    names = [name for name, about in results["models"].items() if about["digest"] == digest]
+    digest = file_sha256(model / WEIGHTS)
+    names = [name for name, about in results["models"].items() if about["unet_sha256"] == digest]
     if not names:
         return None
     row, prior = (next(row for row in results["rows"] if row["map"] == name) for name in (names[0], "learned prior"))
