@@ -102,7 +102,7 @@ def on_implants(engine: CounterfactualEngine, data: str, sizes: int, changes: di
                     "images": len(images),
                     "psnr": float(np.mean([psnr(a, b) for a, b in zip(after, truth, strict=True)])),
                     "psnr_untouched": float(np.mean([psnr(a, b) for a, b in zip(images, truth, strict=True)])),
-                    "nearer_than_untouched": float((error.mean((1, 2)) < untouched.mean((1, 2))).mean()),
+                    "nearer_than_untouched": float(((error**2).mean((1, 2)) < (untouched**2).mean((1, 2))).mean()),
                     "lesion_error_left": float(
                         np.sum([e[m].mean() for e, m in zip(error, lesion, strict=True)])
                         / np.sum([e[m].mean() for e, m in zip(untouched, lesion, strict=True)])

@@ -2,10 +2,10 @@
 
     python experiments/small_model.py --data ../shared/data/real/train --out runs/small
 
-Four trainings by ``diffva train``'s own code, each from the last (recipes beside this script, ``small_model.yaml``):
-an autoencoder on the real images; the denoiser on pairs that need labels only (findings drawn into normal images, parts
-of abnormal images pasted into them); the same with lesions cut out along their boxes; and the judge. An interrupted
-script continues where it stopped. Five hours of one core.
+Four trainings by ``diffva train``'s own code (recipes in ``small_model.yaml``): an autoencoder on the real images; the
+denoiser on pairs that need labels only (findings drawn into normal images, parts of abnormal images pasted into them);
+for comparison the same with lesions cut out along their boxes; and the judge. An interrupted script continues where it
+stopped. About four hours of two cores.
 """
 
 from __future__ import annotations
@@ -122,14 +122,12 @@ def main(data: str, out: Path) -> None:
     set_up_logging()
     values = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
     make_sets(data, out / "sets")
-    base = None
     for name, part in values["parts"].items():
-        target = out / name
-        if not (target / "diffva.json").exists():
+        if not (out / name / "diffva.json").exists():
             images = manifest(out / "sets", f"images-{name}.csv", part["sets"])
-            train_model(make_recipe(recipe(values, part, base)), images, str(target), 1, 0.0, "inline")
-        base = target
-    LOG.info("digest %s", export(base, out / "small", values, out / "sets" / "real"))
+            base = out / part["base"] if "base" in part else None
+            train_model(make_recipe(recipe(values, part, base)), images, str(out / name), 1, 0.0, "inline")
+    LOG.info("digest %s", export(out / "judge", out / "small", values, out / "sets" / "real"))
 
 
 if __name__ == "__main__":
