@@ -246,6 +246,17 @@ def real_images() -> str:
     return markdown(["map", "AUROC", "AUPRC", "pointing", "Dice", "IoU", "AUPRC minus learned prior"], rows)
 
 
+def real_summary() -> str:
+    """The rows of README: the prior, the strongest competitors, and the packaged model."""
+    kept = ("learned prior", "PCA residual", "PCA residual x prior", "small", "small x prior", "small, shuffled")
+    rows = [
+        [row["map"], number(row["auroc"][0]), spread(row["auprc"]), number(row["pointing"][0])]
+        for row in real_rows()
+        if row["map"] in kept
+    ]
+    return markdown(["map, 329 real images", "AUROC", "AUPRC", "pointing game"], rows)
+
+
 def real_findings() -> str:
     """AUPRC by finding, and each model's difference to the learned prior."""
     kept = ("learned prior", "PCA residual", "PCA residual x prior", *result("real_images")["models"])
@@ -271,18 +282,6 @@ def real_implants() -> str:
         for name, about in result("real_images")["models"].items()
         for row in about["implants"]
     ]  # fmt: skip
-    return markdown(heads, rows)
-
-
-def real_causal() -> str:
-    """What the judge says when the counterfactual is pasted into a region."""
-    rows = []
-    for name, about in result("real_images")["models"].items():
-        if (causal := about["causal"]) is not None:
-            gains = [spread(causal["gain"][region]) for region in ("inside", "mirrored", "outside", "everywhere")]
-            accuracy = f"{causal['judge']['calibration']['accuracy']:.3f}"
-            rows.append([name, str(causal["images"]), *gains, spread(causal["right"], 2), accuracy])
-    heads = ["model", "images", "inside", "mirrored", "outside", "everywhere", "right", "judge's accuracy"]
     return markdown(heads, rows)
 
 
@@ -368,7 +367,7 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         leaderboard, limits, corrections, shortcuts, induction, unseen, engine, data_plane, scale, planning, fid_rows,
-        real_images, real_findings, real_implants, real_causal, real_pack, implants,
+        real_images, real_summary, real_findings, real_implants, real_pack, implants,
         throughput, demo, gpu, paper_claims,
     )
 }  # fmt: skip

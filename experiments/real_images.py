@@ -21,21 +21,17 @@ from typing import Any
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 from real_rivals import Maps, rivals
-from real_table import CARDIOMEGALY, SIZE, Candidate, Images, Table, candidates, normals, on_grid, read
+from real_table import SIZE, Candidate, Images, Table, candidates, normals, on_grid, read
 
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.images import decode, decode_mask
 from diffva_ray.data.implants import Source, implant_set
-from diffva_ray.metrics.counterfactual import CHANGED
-from diffva_ray.metrics.intervals import group_bootstrap
 from diffva_ray.metrics.localization import positive, score, smooth
 from diffva_ray.metrics.ssim import psnr
-from diffva_ray.metrics.validity import load_judge
 from diffva_ray.model.bundle import load
-from diffva_ray.model.card import file_sha256, judge_card
+from diffva_ray.model.card import file_sha256
 from diffva_ray.model.packaged import model_address
 from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision
@@ -114,47 +110,8 @@ def on_implants(engine: CounterfactualEngine, data: str, sizes: int, changes: di
     return rows
 
 
-def causal(engine: CounterfactualEngine, model: str, images: Images, changes: dict[str, Any]) -> dict[str, Any] | None:
-    """Change of the judge's probability of healthy when the counterfactual is pasted into a region, over the images
-    that the judge calls abnormal; None without a judge."""
-    judge = load_judge(open_store(model_address(model)))
-    if judge is None:
-        return None
-    engine.config = engine.bundle.recipe.generate.model_copy(update=changes)
-    size, parts = engine.config.micro_batch, []
-    for k in range(0, len(images.large), size):
-        some = images.large[k : k + size]
-        parts.append(engine(list(some), list(range(k, k + len(some)))).counterfactuals)
-    after = np.concatenate(parts)
-    region = np.stack([smooth(np.abs(a - b), 0.016) for a, b in zip(images.large, after, strict=True)]) > CHANGED
-    pasted = {
-        "everywhere": after,
-        "inside": np.where(region, after, images.large),
-        "mirrored": np.where(region[:, :, ::-1], after, images.large),
-        "outside": np.where(region, images.large, after),
-    }
-
-    def healthy(some: Maps) -> NDArray[np.float64]:
-        return np.concatenate([judge.healthy_probability(some[k : k + 64]) for k in range(0, len(some), 64)])
-
-    before = healthy(images.large)
-    counted = (images.finding != CARDIOMEGALY) & (before <= 0.5)
-    answers = {name: healthy(some)[counted] for name, some in pasted.items()}
-    patients = images.patient[counted]
-    right = (answers["inside"] > 0.5) & (answers["outside"] <= 0.5)
-    return {
-        "images": int(counted.sum()),
-        "gain": {
-            name: [float((after - before[counted]).mean()), *group_bootstrap(after - before[counted], patients)]
-            for name, after in answers.items()
-        },
-        "right": [float(right.mean()), *group_bootstrap(right.astype(float), patients, within=(0, 1))],
-        "judge": judge_card(open_store(model_address(model))),
-    }
-
-
 def add_model(table: Table, name: str, model: str, images: Images, data: str) -> dict[str, Any]:
-    """Add the rows of one model; return its scores on implants and its causal pair."""
+    """Add the rows of one model; return its scores on implants."""
     engine = CounterfactualEngine(load(model_address(model)), device="cpu")
     made = ours(engine, images.large)
     options = candidates(made, ("positive", "absolute"))
@@ -173,7 +130,6 @@ def add_model(table: Table, name: str, model: str, images: Images, data: str) ->
         "x_prior_minus_best_rival_x_prior": table.difference(best, f"{name} x prior", table.counted),
         "best_rival": best,
         "implants": on_implants(engine, data, 100, changes),
-        "causal": causal(engine, model, images, changes),
     }
 
 

@@ -2,9 +2,10 @@
 
     python experiments/small_model.py --data ../shared/data/real/train --out runs/small
 
-Four trainings by ``diffva train``'s own code (recipes in ``small_model.yaml``): an autoencoder on the real images; the
+Three trainings by ``diffva train``'s own code (recipes in ``small_model.yaml``): an autoencoder on the real images; the
 denoiser on pairs that need labels only (findings drawn into normal images, parts of abnormal images pasted into them);
-for comparison the same with lesions cut out along their boxes; and the judge. An interrupted script continues where it
+and for comparison the same with lesions cut out along their boxes. There is no judge: on these images ours reached an
+accuracy of 0.56 (chance 0.50). An interrupted script continues where it
 stopped. About four hours of two cores.
 """
 
@@ -80,7 +81,7 @@ def recipe(values: dict[str, Any], part: dict[str, Any], base: Path | None) -> d
 
 
 def export(model: Path, out: Path, values: dict[str, Any], real: Path) -> str:
-    """Write the model as float16, with its judge, its sources, and a recipe without paths of this machine."""
+    """Write the model as float16, with its sources and a recipe without paths of this machine."""
     bundle = load(str(model))
     for module in bundle.modules.values():
         module.to(torch.float16)
@@ -92,7 +93,6 @@ def export(model: Path, out: Path, values: dict[str, Any], real: Path) -> str:
     card = {key: bundle.card[key] for key in ("diffva_ray", "code_revision", "versions", "machine")}
     card |= {"data_kind": "radiography", "images": len(seen), "training_images": seen, **values["card"]}
     digest = save(bundle, LocalStore(str(out)), card)
-    shutil.copytree(model / "judge", out / "judge")
     if RESULTS.exists() and (sentence := measured(json.loads(RESULTS.read_text()), out)):
         saved = json.loads((out / CARD).read_text())
         (out / CARD).write_text(json.dumps({**saved, "measured": sentence}, indent=1))
@@ -127,7 +127,7 @@ def main(data: str, out: Path) -> None:
             images = manifest(out / "sets", f"images-{name}.csv", part["sets"])
             base = out / part["base"] if "base" in part else None
             train_model(make_recipe(recipe(values, part, base)), images, str(out / name), 1, 0.0, "inline")
-    LOG.info("digest %s", export(out / "judge", out / "small", values, out / "sets" / "real"))
+    LOG.info("digest %s", export(out / "labels", out / "small", values, out / "sets" / "real"))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ import diffva_ray
 from diffva_ray.cli import main
 from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.data.phantoms import phantom
-from diffva_ray.model.card import ModelFolder, folder_digest, judge_card
+from diffva_ray.model.card import ModelFolder, folder_digest
 from diffva_ray.model.packaged import model_address
-from diffva_ray.storage.opening import open_store
 
 ADDRESS = "package://small"
 MAX_BYTES = 25 * 2**20
@@ -37,9 +36,6 @@ def test_the_package_holds_a_whole_model() -> None:
     assert sum(file.stat().st_size for file in local.rglob("*")) < MAX_BYTES
     assert folder.store.uri == ADDRESS  # the same on every machine
     assert "/" not in json.dumps(folder.card["recipe"]["model"]["base"] or "")  # no path of the machine that made it
-    judge = judge_card(open_store(ADDRESS))
-    assert judge is not None
-    assert judge["calibration"]["accuracy"] > judge["calibration"]["chance"]
 
 
 def test_an_unknown_packaged_model_is_refused_in_one_line(tmp_path: Path) -> None:
