@@ -225,6 +225,66 @@ def fid_rows() -> str:
     return markdown(heads, rows)
 
 
+def spread(value: Sequence[float], digits: int = 3) -> str:
+    """A mean and its interval."""
+    mean, low, high = value
+    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def real_rows() -> list[dict[str, Any]]:
+    """The rows of real_images.json without those of single settings ("small: 4 steps")."""
+    return [row for row in result("real_images")["rows"] if ": " not in row["map"]]
+
+
+def real_images() -> str:
+    """Maps on real images against boxes, all findings but cardiomegaly."""
+    metrics = ("auroc", "auprc", "pointing", "dice", "iou")
+    rows = [
+        [row["map"], *(number(row[metric][0]) for metric in metrics), spread(row["auprc_minus_reference"])]
+        for row in real_rows()
+    ]
+    return markdown(["map", "AUROC", "AUPRC", "pointing", "Dice", "IoU", "AUPRC minus learned prior"], rows)
+
+
+def real_summary() -> str:
+    """The rows of README: the prior, the strongest competitors, and the packaged model."""
+    kept = ("learned prior", "PCA residual", "PCA residual x prior", "small", "small x prior", "small, shuffled")
+    rows = [
+        [row["map"], number(row["auroc"][0]), spread(row["auprc"]), number(row["pointing"][0])]
+        for row in real_rows()
+        if row["map"] in kept
+    ]
+    return markdown(["map, 330 real images", "AUROC", "AUPRC", "pointing game"], rows)
+
+
+def real_findings() -> str:
+    """AUPRC by finding, and each model's difference to the learned prior."""
+    kept = ("learned prior", "PCA residual", "PCA residual x prior", *result("real_images")["models"])
+    kept += tuple(f"{name} x prior" for name in result("real_images")["models"])
+    by_map = {row["map"]: row["by_finding"] for row in real_rows() if row["map"] in kept}
+    findings = [name for name, scores in by_map["learned prior"].items() if scores["images"] >= 20]
+    rows = [
+        [finding.replace("_", " "), str(by_map["learned prior"][finding]["images"])]
+        + [number(by_map[name][finding]["auprc"]) for name in kept]
+        + [spread(by_map[name][finding]["auprc_minus_reference"]) for name in result("real_images")["models"]]
+        for finding in findings
+    ]
+    differences = [f"{name} minus prior" for name in result("real_images")["models"]]
+    return markdown(["finding", "images", *kept, *differences], rows)
+
+
+def real_implants() -> str:
+    """The models on findings drawn into unseen normal images."""
+    heads = ["model", "finding", "PSNR, dB", "untouched image", "nearer than untouched", "lesion error left", "AUROC"]
+    rows = [
+        [name, row["finding"].replace("_", " "), number(row["psnr"], 1), number(row["psnr_untouched"], 1),
+         f"{row['nearer_than_untouched']:.0%}", number(row["lesion_error_left"], 2), number(row["auroc"])]
+        for name, about in result("real_images")["models"].items()
+        for row in about["implants"]
+    ]  # fmt: skip
+    return markdown(heads, rows)
+
+
 def real_pack() -> str:
     metrics = ("auroc", "auprc", "dice_fixed", "pointing_game")
     by_map: dict[str, dict[str, str]] = {}
@@ -289,8 +349,11 @@ def demo() -> str:
     """Results of the demo (README.md, docs/index.md)."""
     keys = ("flip_rate", "auroc", "dice_fixed", "lesion_error_left")
     return markdown(
-        ["", "flip rate", "AUROC in the lungs", "Dice at fixed threshold", "lesion error left"],
-        [[row["row"], *(number(row.get(key)) for key in keys)] for row in result("demo")["rows"]],
+        ["", "flip rate", "AUROC in the lungs", "Dice at fixed threshold", "lesion error left", "PSNR, dB"],
+        [
+            [row["row"], *(number(row.get(key)) for key in keys), number(row.get("psnr"), 1)]
+            for row in result("demo")["rows"]
+        ],
     )
 
 
@@ -304,7 +367,8 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         leaderboard, limits, corrections, shortcuts, induction, unseen, engine, data_plane, scale, planning, fid_rows,
-        real_pack, implants, throughput, demo, gpu, paper_claims,
+        real_images, real_summary, real_findings, real_implants, real_pack, implants,
+        throughput, demo, gpu, paper_claims,
     )
 }  # fmt: skip
 

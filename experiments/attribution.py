@@ -36,6 +36,7 @@ from diffva_ray.evaluate.scores import score_image
 from diffva_ray.generate.cost import calls
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run, open_run
+from diffva_ray.metrics.localization import BASELINES as TRIVIAL
 from diffva_ray.metrics.localization import positive, smooth
 from diffva_ray.model.bundle import build, load, save
 from diffva_ray.progress import LOG, set_up_logging
@@ -269,7 +270,7 @@ def one_seed(work: Path, recipe: Recipe, seed: int, count: int, only: tuple[str,
     if not only:
         run = open_run(str(folder / "ddim-inversion" / "test"))
         metrics = json.loads(run.store.read("tables/metrics.json"))
-        for name in ("brightness", "autoencoder_difference", "centre_prior"):
+        for name in TRIVIAL:
             place = of(metrics, "localization", map=name, label="all")
             table.append({"method": f"baseline: {name}", **{key: place.get(key) for key in SCORES}})
         table += gradient_rows(run, model, recipe.generate.smoothing)

@@ -23,6 +23,7 @@ from diffva_ray.evaluate.reduction import Options
 from diffva_ray.generate.cost import calls
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import open_run
+from diffva_ray.metrics.localization import BASELINES
 from diffva_ray.model.card import read_card
 from diffva_ray.progress import set_up_logging
 from diffva_ray.provenance import code_revision, version
@@ -92,7 +93,7 @@ def main(demo: str, result: Path) -> None:
                     "seconds": round(time.monotonic() - began),
                 }
             )
-    for name in ("brightness", "autoencoder_difference", "centre_prior"):
+    for name in BASELINES:
         place = of(metrics, "localization", map=name, label="all")
         table.append({"recipe": f"baseline: {name}", **{key: place[key] for key in ("auroc", "auprc", "dice_fixed")}})
     about = {

@@ -15,13 +15,13 @@ from diffva_ray.commands.verb import (
     echo,
     executor_option,
     healthy_option,
-    model_option,
     recipe_option,
     recipe_or_phantom,
     set_option,
     settings_options,
     settings_overrides,
     show,
+    small_option,
     verb,
     with_flags,
 )
@@ -118,7 +118,7 @@ def _default_output(image: str, suffix: str) -> str:
 
 @verb("explain", "Explain one image")
 @click.argument("image")
-@model_option
+@small_option
 @click.option(
     "--prompt",
     "prompts",
@@ -142,6 +142,7 @@ def explain(image: str, model: str, prompts: tuple[str, ...], out: str | None, a
     sheet. The result equals that of generate if the image's path in the data set is the bare file name.
 
     Example:
+        diffva explain image.png
         diffva explain image.png --model models/mine --prompt "normal chest scan" --prompt "COVID 19"
     """
     from diffva_ray.explain.image import explain as explain_image
@@ -162,7 +163,7 @@ def explain(image: str, model: str, prompts: tuple[str, ...], out: str | None, a
 
 @verb("interpolate", "Interpolate two prompts or two images")
 @click.argument("image")
-@model_option
+@small_option
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt; give two to interpolate them.")
 @click.option("--to", "other", metavar="IMAGE", help="Second image to interpolate to, under one --prompt or none.")
 @click.option("--frames", default=7, show_default=True, type=click.IntRange(2, 25), help="Images in the strip.")

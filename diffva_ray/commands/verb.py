@@ -20,6 +20,7 @@ from diffva_ray.config.sampling import SamplingSettings, Scheduler
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.generate.run import FingerprintDiffers, PlanError
 from diffva_ray.model.card import UnusableModel
+from diffva_ray.model.packaged import SMALL, model_address
 from diffva_ray.progress import LOG, one_line, printable, set_up_logging
 from diffva_ray.provenance import missing
 from diffva_ray.storage.store import StoreError, UnknownScheme
@@ -37,6 +38,10 @@ FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirect
 def echo(text: str, err: bool = False) -> None:
     """Print a text without the escape sequences that labels and file names in it may contain."""
     click.echo(printable(text), err=err)
+
+
+def _model_address(context: click.Context, option: click.Parameter, value: str) -> str:
+    return model_address(value)
 
 
 class VerbCommand(click.Command):
@@ -174,7 +179,8 @@ recipe_option   = click.option("--recipe",     metavar="NAME|FILE", help="Name o
 set_option      = click.option("--set",        "overrides", metavar="KEY=VALUE", multiple=True, help="Override one value of the recipe, as in generate.strength=0.4; repeatable.")
 dry_run_option  = click.option("--dry-run",    is_flag=True, help="Print the resolved recipe and the planned work as JSON; write nothing.")
 data_option     = click.option("--data",       metavar="DATA",  required=True, help="Data set: a folder, a manifest (CSV or Parquet), or an s3:// address.")
-model_option    = click.option("--model",      metavar="MODEL", required=True, help="Model folder, local or s3://.")
+model_option    = click.option("--model",      metavar="MODEL", required=True, callback=_model_address, help="Model folder, local or s3://; small: the model that comes with the package.")
+small_option    = click.option("--model",      metavar="MODEL", default=SMALL, show_default=True, callback=_model_address, help="Model folder, local or s3://; small: the model that comes with the package.")
 executor_option = click.option("--executor",   type=click.Choice(["ray", "inline"]), default="ray", show_default=True, help="Run on Ray, or in a plain loop of this process (inline).")
 actors_option   = click.option("--actors",     type=click.IntRange(1), metavar="N", help="Number of Ray actors; default: one per GPU, or one per CPU without GPUs.")
 gpus_option     = click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="GPUs per actor; default: 1 if the cluster has GPUs, else 0.")

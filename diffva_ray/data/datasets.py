@@ -24,6 +24,7 @@ from diffva_ray.data.readers import (
     chexlocalize,
     chexpert,
     class_folders,
+    embedded,
     image_folder,
     mimic,
     nih,
@@ -33,13 +34,15 @@ from diffva_ray.data.readers import (
     siim,
     split_folders,
     vindr,
+    webdataset,
 )
 from diffva_ray.data.shapes import Shape
 from diffva_ray.data.tables import EXTENSIONS, read_table
 from diffva_ray.progress import one_line
 from diffva_ray.provenance import missing
+from diffva_ray.storage import archives
 from diffva_ray.storage.opening import open_file, open_store
-from diffva_ray.storage.store import Store
+from diffva_ray.storage.store import Entry, Store
 
 
 class Reader(Protocol):
@@ -62,6 +65,8 @@ READERS: tuple[Reader, ...] = (  # the first one that recognises the layout read
     padchest,
     chestxdet,
     image_folder,
+    embedded,
+    webdataset,
     radiography,
     split_folders,
     class_folders,
@@ -70,7 +75,8 @@ LAYOUTS = f"{', '.join(reader.LAYOUT for reader in READERS)}, or {manifest.LAYOU
 DEFAULTS = DataConfig()
 NO_CLASS = "(no class)"  # of a single image
 DICOM = (".dcm", ".dicom")
-ARCHIVES = {"tar": "unpack it", "zip": "unpack it", "gz": "unpack it", "parquet": "save its images as files"}
+ARCHIVES = {"tar": "no images in them", "parquet": "no column of images", "zip": "unpack them", "gz": "unpack them"}
+PACKED = (archives.TAR, archives.PARQUET)
 ANNOTATIONS = ("csv", "tsv", "json", "jsonl", "txt", "md", "xlsx", "html", "yaml", "yml", "pdf", "pkl", "parquet", "gz")
 
 
@@ -114,6 +120,7 @@ def open_dataset(
                 f"{uri}: has folders twins/ (a phantom set of an earlier version); rename them to ground_truth/"
             )
         # read the layout
+        listing = _with_members(listing, file) if _is_packed(listing, file) else listing
         dataset = _read_file(store, listing, file) if file else _read_folder(listing)
         if not dataset.images:
             raise UnusableData(f"{uri}: names no images{_reasons(dataset)}")
@@ -143,8 +150,8 @@ def dataset_or_image(uri: str, config: DataConfig) -> Dataset:
 
 
 def _split(uri: str) -> tuple[str, str]:
-    """The folder and, for a manifest, the name of the file in it."""
-    if not uri.lower().endswith(EXTENSIONS):
+    """The folder and, for a manifest or an archive, the name of the file in it."""
+    if not uri.lower().endswith((*EXTENSIONS, archives.TAR)):
         return uri, ""
     place, slash, name = uri.rpartition("/")
     return place or slash or ".", name
@@ -163,9 +170,40 @@ def _is_text(path: str) -> bool:
     return True
 
 
+def _is_packed(listing: Listing, file: str) -> bool:
+    """Whether the images are inside archives: there are no others, or one archive is named."""
+    if not file:
+        return not listing.images and any(entry.path.lower().endswith(PACKED) for entry in listing.entries)
+    if not file.lower().endswith(PACKED) or file not in listing.sizes:
+        return False
+    return file.lower().endswith(archives.TAR) or not listing.images or not _is_manifest(listing, file)
+
+
+def _is_manifest(listing: Listing, file: str) -> bool:
+    table = listing.table(file)
+    return {"image", "label"} <= set(manifest.columns_by_role(table, DEFAULTS, file))
+
+
+def _with_members(listing: Listing, file: str) -> Listing:
+    """The listing with the members of all archives, or with those of the archive ``file`` only."""
+    store = archives.ArchiveStore(listing.store)
+    if not file:
+        return Listing(store, [entry for entry in store.list() if _is_text(entry.path)], listing.config)
+    members = store.members(Entry(file, listing.sizes[file]))
+    if not members:
+        return listing
+    return Listing(store, sorted([*listing.entries, *members]), listing.config)
+
+
 def _read_file(store: Store, listing: Listing, file: str) -> Dataset:
-    """The data set of a table: CheXpert's or a manifest."""
-    data = store.read(file)
+    """The data set of a file: CheXpert's table, an archive or a manifest."""
+    if isinstance(listing.store, archives.ArchiveStore):
+        dataset = embedded.read(listing) or webdataset.read(listing)
+        if dataset is not None:
+            return dataset
+    if file.lower().endswith(archives.TAR):
+        raise UnusableData(f"{store.uri}/{file}: no images with labels; expected {webdataset.LAYOUT}, or unpack it")
+    data = listing.source(file) if listing.store is store else store.read(file)
     dataset = chexpert.read(listing, [file]) if file in listing.sizes else None
     if dataset is None:
         dataset = manifest.read(listing, file, data)
@@ -184,8 +222,22 @@ def _read_folder(listing: Listing) -> Dataset:
         kinds = Counter(entry.path.rpartition(".")[2].lower() for entry in listing.entries)
         packed = [f"{count} .{kind} files: {ARCHIVES[kind]}" for kind, count in kinds.items() if kind in ARCHIVES]
         hint = f"{'; '.join(packed)}; " if packed else ""
+        if listing.images:
+            raise UnusableData(f"{listing.store.uri}: its images are in no known layout; expected {LAYOUTS}")
         raise UnusableData(f"{listing.store.uri}: {hint}no images; expected {LAYOUTS}")
-    return replace(dataset, left_out=[*dataset.left_out, *_other_files(listing)])
+    return replace(dataset, left_out=[*dataset.left_out, *_other_files(listing), *_unread_parquet(listing)])
+
+
+def _unread_parquet(listing: Listing) -> list[str]:
+    """A line about Parquet files with images that are left out because there are image files beside them."""
+    files = [entry for entry in listing.entries if entry.path.lower().endswith(archives.PARQUET)]
+    if isinstance(listing.store, archives.ArchiveStore) or not files:
+        return []
+    try:
+        packed = archives.ArchiveStore(listing.store).holds_images(files[0])
+    except OSError:
+        return []
+    return [f"{len(files)} Parquet files with images; give their folder, or one of them"] if packed else []
 
 
 def _other_files(listing: Listing) -> list[str]:
@@ -196,7 +248,8 @@ def _other_files(listing: Listing) -> list[str]:
     kinds: Counter[str] = Counter()
     for (_, dot, extension), count in names.items():
         kinds[f".{extension.lower()}" if dot else "no extension"] += count
-    kinds = Counter({kind: count for kind, count in kinds.items() if kind.lstrip(".") not in ANNOTATIONS})
+    known = (*ANNOTATIONS, "tar", "cls") if isinstance(listing.store, archives.ArchiveStore) else ANNOTATIONS
+    kinds = Counter({kind: count for kind, count in kinds.items() if kind.lstrip(".") not in known})
     if not kinds:
         return []
     counts = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(5))

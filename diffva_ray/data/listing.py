@@ -21,7 +21,7 @@ from diffva_ray.data.images import IMAGE_EXTENSIONS, is_dicom
 from diffva_ray.data.shapes import Shape
 from diffva_ray.data.tables import Table, read_table
 from diffva_ray.progress import one_line
-from diffva_ray.storage.store import Entry, Store
+from diffva_ray.storage.store import Entry, Ranges, Store
 
 HEAD_BYTES = 132  # a DICOM file is recognised by these
 EXTENSION = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,9}$")  # DICOM files are also called IM000001 or 1.2.840.113
@@ -124,7 +124,12 @@ class Listing:
 
     def table(self, path: str, keep: Names[str] = ()) -> Table:
         """A table of the data set; see ``read_table``."""
-        return read_table(self.store.read(path), path, keep)
+        return read_table(self.source(path), path, keep)
+
+    def source(self, path: str) -> bytes | Ranges:
+        """Content of a table; a Parquet file, which may hold images, is not fetched whole."""
+        whole = not path.lower().endswith(".parquet") or path not in self.sizes
+        return self.store.read(path) if whole else Ranges(self.store, path, self.sizes[path])
 
     def json(self, path: str) -> Any:
         """A JSON file of the data set."""

@@ -13,6 +13,7 @@ from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
 from diffva_ray.data.listing import Collection, Listing
 from diffva_ray.data.tables import Table, read_table
 from diffva_ray.schema import PLAN, RECORDS
+from diffva_ray.storage.store import Ranges
 
 KIND = "manifest"
 LAYOUT = "a .csv, .tsv, .jsonl or .parquet file with path,label"
@@ -43,8 +44,8 @@ class Outside(Exception):
     path: str
 
 
-def read(listing: Listing, name: str, data: bytes) -> Dataset | None:
-    """The images of the manifest ``name``, whose bytes are ``data``; None when no column names images or labels.
+def read(listing: Listing, name: str, data: bytes | Ranges) -> Dataset | None:
+    """The images of the manifest ``name`` with the content ``data``; None when no column names images or labels.
 
     An image whose file is absent is kept with size -1; the path of an absent mask is dropped; rows without path or
     label are left out; all of them are counted. Raises UnusableData for paths outside the data root.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,6 +115,28 @@ def coco_counts(text: str) -> tuple[int, ...]:
     if shift or min(counts, default=0) < 0:
         raise ValueError("not a COCO mask")
     return tuple(counts)
+
+
+def runs_of(mask: NDArray[np.bool_]) -> list[int]:
+    """The counts of ``Runs`` of a mask, bool [H, W]; the first is of pixels outside, and may be 0."""
+    flat = mask.T.ravel()
+    edges = np.flatnonzero(np.diff(flat, prepend=False, append=not flat[-1]))
+    counts: list[int] = np.diff(edges, prepend=0).tolist()
+    return counts
+
+
+def coco_text(counts: Sequence[int]) -> str:
+    """The counts of a mask as COCO's compressed RLE string; the inverse of ``coco_counts``."""
+    text = ""
+    for n, count in enumerate(counts):
+        value = count - (counts[n - 2] if n > 2 else 0)
+        while True:
+            bits, value = value & 31, value >> 5
+            more = value != (-1 if bits & 16 else 0)
+            text += chr(48 + (bits | 32 if more else bits))
+            if not more:
+                break
+    return text
 
 
 def lesion_mask(shapes: Iterable[Shape], width: int, height: int, size: int) -> NDArray[np.bool_] | None:

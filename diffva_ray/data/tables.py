@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from io import BytesIO, StringIO
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.progress import one_line
+from diffva_ray.storage.store import Ranges
 
 EXTENSIONS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".jsonl")
 DELIMITERS = ",;\t"
@@ -42,19 +43,24 @@ class Table(NamedTuple):
         return self
 
 
-def read_table(data: bytes, name: str, keep: Collection[str] = ()) -> Table:
+def read_table(data: bytes | Ranges, name: str, keep: Collection[str] = ()) -> Table:
     """Reads a table; empty cells are "", lists are joined by ``|``. Raises UnusableData for bytes that are no table.
 
     CSV may be UTF-8 or UTF-16, delimited by ``,``, ``;`` or tab. ``keep``: columns to read, if present; all if empty.
+    Of a Parquet file, given as Ranges, only the columns of text and numbers are fetched.
     """
-    if data[:2] == b"\x1f\x8b":
+    if isinstance(data, bytes) and data[:2] == b"\x1f\x8b":
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
             raise UnusableData(f"{name}: damaged gzip file ({one_line(error)})") from None
     ending = name.lower().removesuffix(".gz").rpartition(".")[2]
-    read = {"parquet": _parquet, "jsonl": _jsonl}.get(ending, _csv)
-    columns, lines, unread = read(data, name)
+    if ending == "parquet":
+        columns, lines, unread = _parquet(BytesIO(data) if isinstance(data, bytes) else data, name)
+    else:
+        columns, lines, unread = (_jsonl if ending == "jsonl" else _csv)(
+            data if isinstance(data, bytes) else data.read(), name
+        )
     kept = [column for column in dict.fromkeys(columns) if column and (not keep or column in keep)]
     at = [(column, columns.index(column)) for column in kept]
     rows = []
@@ -95,22 +101,23 @@ def _jsonl(data: bytes, name: str) -> Parsed:
             raise UnusableData(f"{name} line {number}: not a JSON object")
         rows.append(row)
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    return columns, [[_text(row.get(column)) for column in columns] if row else [] for row in rows], []
+    return columns, [[as_cell(row.get(column)) for column in columns] if row else [] for row in rows], []
 
 
-def _text(value: object) -> str:
+def as_cell(value: object) -> str:
     """A JSON value as a cell."""
     if isinstance(value, list):
-        return "|".join(_text(part) for part in value)
+        return "|".join(as_cell(part) for part in value)
     return "" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-def _parquet(data: bytes, name: str) -> Parsed:
+def _parquet(source: BytesIO | Ranges, name: str) -> Parsed:
     try:
-        file = pq.ParquetFile(BytesIO(data))
+        file = pq.ParquetFile(source)
         fields = [field for field in file.schema_arrow if _is_readable(field.type)]
         table = file.read([field.name for field in fields])
-        cells = [_strings(column) for column in table.columns]
+        names = _class_names(file.schema_arrow.metadata or {})
+        cells = [_strings(column, names.get(field.name, ())) for field, column in zip(fields, table.columns)]
     except (pa.ArrowException, OSError) as error:
         raise UnusableData(f"{name}: not a readable Parquet table ({one_line(error)})") from None
     unread = [field.name for field in file.schema_arrow if field not in fields]
@@ -129,8 +136,33 @@ def _is_list(kind: pa.DataType) -> bool:
     return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
-def _strings(column: pa.ChunkedArray) -> list[str]:
-    """A column as cells."""
+def _strings(column: pa.ChunkedArray, classes: Sequence[str]) -> list[str]:
+    """A column as cells. ``classes``: the names that the integers stand for, if any; -1 stands for none."""
+    if classes:
+        numbers = [cell if isinstance(cell, list) else [cell] for cell in column.to_pylist()]
+        return ["|".join(classes[n] for n in cell if n is not None and 0 <= n < len(classes)) for cell in numbers]
     if _is_list(column.type):
         return ["|".join("" if part is None else str(part) for part in cell or ()) for cell in column.to_pylist()]
     return [cell or "" for cell in column.cast(pa.string()).to_pylist()]
+
+
+def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """Names of classes by column, as Hugging Face stores them in the schema: the ``names`` of a ``ClassLabel``, which
+    may be inside a list."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, LookupError, TypeError):
+        return {}
+    found = {}
+    for column, feature in features.items():
+        while isinstance(feature, (list, dict)) and "names" not in feature:
+            feature = (
+                feature[0]
+                if isinstance(feature, list) and feature
+                else feature.get("feature")
+                if isinstance(feature, dict)
+                else None
+            )
+        if isinstance(feature, dict) and isinstance(feature["names"], list):
+            found[column] = [str(name) for name in feature["names"]]
+    return found

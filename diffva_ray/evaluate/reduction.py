@@ -174,12 +174,12 @@ def _state(run: Run, options: Options) -> dict[str, Any]:
             contents.append(None)  # the reader of the file raises the error that names the option
     return {
         "options": digest({**values, "contents": contents}), "fingerprint": run.fingerprint, "version": __version__,
-        "data_root": run.about["data_root"], "parts": _parts(run),
+        "data_root": run.about["data_root"], "parts": parts_digest(run),
         "pair_metrics": [metric.key for metric in PAIR_METRICS],
     }  # fmt: skip
 
 
-def _parts(run: Run) -> str:
+def parts_digest(run: Run) -> str:
     """Digest of the names and sizes of all parts, including those of the retries."""
     folders = ["records", *(f"{OVERLAYS}/r{number}/records" for number, _ in enumerate(overlays(run), start=1))]
     return digest([run.store.list(folder) for folder in folders])

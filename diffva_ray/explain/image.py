@@ -113,6 +113,7 @@ def origin(
         "model": model,
         "model_digest": engine.bundle.digest,
         "trained_on": engine.bundle.card.get("data_kind"),
+        "measured": engine.bundle.card.get("measured"),
         "recipe": recipe.name,
         "settings": recipe.generate.model_dump(mode="json"),
         "run_seed": recipe.seed,

@@ -16,6 +16,7 @@ from diffva_ray.explain.inputs import Input, is_image, no_image, read_input
 from diffva_ray.explain.results import Result, Results
 from diffva_ray.metrics.validity import load_judge
 from diffva_ray.model.card import UnusableModel
+from diffva_ray.model.packaged import model_address
 from diffva_ray.schema import record_seed
 from diffva_ray.storage.opening import open_store
 
@@ -100,7 +101,7 @@ def load(model: str | os.PathLike[str], device: str | None = None) -> Model:
         True
 
     Args:
-        model: Model folder, or an address such as ``s3://bucket/model``.
+        model: Model folder, or an address such as ``s3://bucket/model``; ``small``: the model of the package.
         device: ``cpu`` or ``cuda``; by default the GPU where there is one.
 
     Returns:
@@ -110,4 +111,4 @@ def load(model: str | os.PathLike[str], device: str | None = None) -> Model:
         UnusableModel: If there is no model, or it cannot be loaded.
         StoreError: If the store fails.
     """
-    return Model(os.fspath(model), device)
+    return Model(model_address(os.fspath(model)), device)

@@ -104,7 +104,8 @@ def _footer(explanation: Explanation, scale: Scale) -> list[str]:
         legend.append("the model takes the image for healthy")
     size = f"{about['width']} × {about['height']} px, seen at {len(explanation.image)}"
     settings = [size, config["method"], *settings_texts(about)]
-    return ["; ".join(legend) + ".", " · ".join(settings), " · ".join(origin_texts(about))]
+    measured = [str(about["measured"])] if about["measured"] else []
+    return ["; ".join(legend) + ".", *measured, " · ".join(settings), " · ".join(origin_texts(about))]
 
 
 def settings_texts(about: dict[str, Any]) -> list[str]:
@@ -144,4 +145,5 @@ def describe(explanation: Explanation) -> str:
     if about["trained_on"] == "phantoms":
         lines.append("the model was trained on phantoms and has not learned real images")
     lines += [f"“{answer.prompt}”: {' · '.join(metric_lines(answer))}" for answer in explanation.answers]
+    lines += [str(about["measured"])] if about["measured"] else []
     return "\n".join([*lines, "Not for clinical use."])

@@ -141,6 +141,39 @@ def cout(
     return 2 * area - 1, curve
 
 
+def causal_pair(
+    healthy: Callable[[NDArray[np.float32]], NDArray[np.floating]],
+    image: NDArray[np.float32],
+    counterfactual: NDArray[np.float32],
+    region: NDArray[np.bool_],
+) -> bool | None:
+    """Whether a region decides a judge's answer: the counterfactual inside it makes the image healthy, outside it not.
+
+    A map is right when its changed pixels are such a region; a counterfactual whose other changes already convince the
+    judge is not explained by its map. The same region mirrored left to right is the level of chance.
+
+    Args:
+        healthy: Function from images [n, H, W] to probabilities [n] of healthy.
+        image: Grey image [H, W] in [0, 1].
+        counterfactual: Its counterfactual [H, W] in [0, 1].
+        region: The region, bool [H, W].
+
+    Returns:
+        The answer; None where the judge calls the image itself healthy.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if not image.shape == counterfactual.shape == region.shape:
+        raise ValueError(
+            f"image, counterfactual and region are [H, W] of one shape, got {image.shape}, {counterfactual.shape}, "
+            f"{region.shape}"
+        )
+    inside, outside = np.where(region, counterfactual, image), np.where(region, image, counterfactual)
+    before, with_inside, with_outside = healthy(np.stack([image, inside, outside]))
+    return None if before > 0.5 else bool(with_inside > 0.5 >= with_outside)
+
+
 @dataclass(frozen=True)
 class Memorisation:
     """Audit of memorised training images; sets are sampled to equal size."""

@@ -15,6 +15,8 @@ from scipy.ndimage import gaussian_filter
 
 Real = TypeVar("Real", np.float32, np.float64)
 
+BASELINES = ("brightness", "asymmetry", "autoencoder_difference", "centre_prior")  # maps of ``baselines``, as in tables
+
 # Fixed, so that curves of images and runs can be averaged and a threshold of one set can be applied to another.
 # Geometric (steps of 1.7%), because maps of faint lesions peak at a few hundredths and brightness near 1.
 THRESHOLDS = np.geomspace(1e-3, 1.0, 400)
@@ -120,6 +122,11 @@ def brightness(source: NDArray[np.float32]) -> NDArray[np.float32]:
     return source
 
 
+def asymmetry(source: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The image [H, W] in [0, 1] minus its mirror image: what one lung has and the other has not; in [-1, 1]."""
+    return source - source[:, ::-1]
+
+
 def autoencoder_difference(source: NDArray[np.float32], reconstruction: NDArray[np.float32]) -> NDArray[np.float32]:
     """I - D(E(I)) of two images [H, W] in [0, 1]: the change by the autoencoder alone; in [-1, 1]."""
     return source - reconstruction
@@ -146,7 +153,11 @@ def baselines(
     Returns:
         Smoothed positive parts [size, size], by name.
     """
-    signed = {"brightness": brightness(source), "centre_prior": centre_prior(source.shape[1])}
+    signed = {
+        "brightness": brightness(source),
+        "asymmetry": asymmetry(source),
+        "centre_prior": centre_prior(source.shape[1]),
+    }
     if reconstruction is not None:
         signed["autoencoder_difference"] = autoencoder_difference(source, reconstruction)
     return {name: positive(smooth(m, smoothing)) for name, m in signed.items()}

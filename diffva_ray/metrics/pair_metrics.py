@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffva_ray.metrics.counterfactual import CHANGED, Outside, changed_share, collateral_change, cout, outside_lesion
+from diffva_ray.metrics.counterfactual import (
+    CHANGED,
+    Outside,
+    causal_pair,
+    changed_share,
+    collateral_change,
+    cout,
+    outside_lesion,
+)
 from diffva_ray.schema import Record
 
 if TYPE_CHECKING:  # the module loads torch
@@ -59,6 +67,25 @@ def _cout(pair: Pair) -> float | None:
     return cout(lambda images: judge.probabilities(images)[:, healthy], pair.image, pair.counterfactual, COUT_STEPS)[0]
 
 
+def _causal(pair: Pair, mirrored: bool) -> float | None:
+    """1 if the changed pixels, or those of their mirror image, decide the judge's answer, else 0."""
+    if (judge := pair.judge) is None:
+        return None
+    region = np.abs(pair.signed_map) > CHANGED
+    right = causal_pair(
+        judge.healthy_probability, pair.image, pair.counterfactual, region[:, ::-1] if mirrored else region
+    )
+    return None if right is None else float(right)
+
+
+def _causal_pair(pair: Pair) -> float | None:
+    return _causal(pair, mirrored=False)
+
+
+def _causal_mirrored(pair: Pair) -> float | None:
+    return _causal(pair, mirrored=True)
+
+
 def _collateral(pair: Pair) -> float | None:
     """None unless the image has an abnormal class that the judge knows."""
     judge = pair.judge
@@ -95,6 +122,8 @@ def _in_lungs(pair: Pair) -> float | None:
 PAIR_METRICS = (
     PairMetric("gain", "confidence gain", "confidence gain of the judge", _gain),
     PairMetric("cout", "COUT", "COUT by the judge", _cout),
+    PairMetric("causal_pair", "causal pair", "changed pixels alone decide the judge", _causal_pair, "percent"),
+    PairMetric("causal_mirrored", "mirrored", "the same of their mirror image (chance)", _causal_mirrored, "percent"),
     PairMetric("collateral", "other findings", "collateral change of other classes by the judge", _collateral),
     PairMetric("changed", "pixels changed", f"share of pixels changed by > {CHANGED}", _changed, "percent"),
     PairMetric("energy", "mean |M|", "mean |M|", _energy, "small"),

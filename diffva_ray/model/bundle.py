@@ -28,6 +28,7 @@ from diffva_ray.model.card import CARD, COMPONENTS, FORMAT, LORA, UnusableModel,
 from diffva_ray.model.cross_attention import fit_text_width, text_width
 from diffva_ray.model.extras import load_extra
 from diffva_ray.model.image_conditioning import reads_image
+from diffva_ray.model.packaged import model_address
 from diffva_ray.storage.foreign_writes import foreign_writes
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store, is_local
@@ -182,7 +183,8 @@ def _check_prompts(bundle: Bundle) -> None:
 
 def base_source(base: str) -> str:
     """The argument of ``from_pretrained`` for ``model.base``: a local folder or hub id unchanged, or a local copy of a
-    folder in another store."""
+    folder in another store, such as a packaged model's."""
+    base = model_address(base)
     return base if is_local(base) else str(open_store(base).local_folder())
 
 

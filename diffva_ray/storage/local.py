@@ -38,16 +38,18 @@ class LocalStore:
         self.uri = str(self.root)
 
     def read(self, path: str, unmodified_since: float | None = None) -> bytes:
+        return self._read(path, 0, -1, unmodified_since)
+
+    def read_range(self, path: str, start: int, stop: int, unmodified_since: float | None = None) -> bytes:
+        return self._read(path, start, stop - start, unmodified_since)
+
+    def _read(self, path: str, start: int, length: int, unmodified_since: float | None) -> bytes:
         with self._reading(path), open(self.root / checked(path), "rb") as file:
             # a time in the future is of a wrong clock
             if unmodified_since is not None and unmodified_since < os.fstat(file.fileno()).st_mtime <= time.time():
                 raise Modified(f"{path} was written since")
-            return file.read()
-
-    def read_range(self, path: str, start: int, stop: int) -> bytes:
-        with self._reading(path), open(self.root / checked(path), "rb") as file:
             file.seek(start)
-            return file.read(stop - start)
+            return file.read(length)
 
     def exists(self, path: str) -> bool:
         return (self.root / checked(path)).is_file()

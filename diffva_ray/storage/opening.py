@@ -6,8 +6,10 @@ import os
 from collections.abc import Callable
 from functools import lru_cache
 
+from diffva_ray.storage import archives
 from diffva_ray.storage.local import LocalStore
-from diffva_ray.storage.store import Store, UnknownScheme, is_local
+from diffva_ray.storage.packaged import SCHEME, PackagedStore
+from diffva_ray.storage.store import Store, UnknownScheme, is_local, join
 
 
 def _s3(uri: str) -> Store:
@@ -16,9 +18,15 @@ def _s3(uri: str) -> Store:
     return S3Store(uri)
 
 
+def _archives(uri: str) -> Store:
+    return archives.ArchiveStore(open_store(uri.removeprefix(f"{archives.SCHEME}://")))
+
+
 STORES: dict[str, Callable[[str], Store]] = {  # by scheme; a store that loads a client has a function like _s3
     "": LocalStore,
     "s3": _s3,
+    SCHEME: PackagedStore,
+    archives.SCHEME: _archives,
 }
 
 
@@ -37,7 +45,7 @@ def open_store(uri: str | os.PathLike[str]) -> Store:
     text = os.fspath(uri)
     scheme = "" if is_local(text) else text.partition("://")[0]
     if scheme not in STORES:
-        schemes = ", ".join(f"{name}://" for name in STORES if name)
+        schemes = ", ".join(f"{name}://" for name in STORES if name not in ("", SCHEME, archives.SCHEME))
         raise UnknownScheme(f"{text}: unknown scheme {scheme!r}; use a local path or {schemes}")
     return STORES[scheme](text)
 
@@ -49,7 +57,7 @@ def opened(uri: str) -> Store:
 
 
 def open_file(uri: str | os.PathLike[str]) -> tuple[Store, str]:
-    """Open the store of the folder that contains the file at ``uri``.
+    """Open the store of the folder that contains the file at ``uri``, which may be a member of an archive.
 
     Returns:
         The store of the folder, and the file's name in it.
@@ -57,5 +65,10 @@ def open_file(uri: str | os.PathLike[str]) -> tuple[Store, str]:
     Raises:
         UnknownScheme: As ``open_store``.
     """
-    folder, slash, name = os.fspath(uri).rpartition("/")
+    text = os.fspath(uri)
+    for archive, member in archives.split(text):
+        store, name = open_file(archive)
+        if store.exists(name):
+            return archives.ArchiveStore(store), join(name, member)
+    folder, slash, name = text.rpartition("/")
     return open_store(folder or slash or "."), name

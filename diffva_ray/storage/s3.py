@@ -85,10 +85,10 @@ class _FileSystem(s3fs.S3FileSystem):  # type: ignore[misc]  # s3fs has no types
     def __reduce__(self) -> tuple[Callable[[], _FileSystem], tuple[()]]:
         return _open, ()
 
-    async def _cat_unmodified(self, key: str, since: float) -> bytes:
+    async def _cat_unmodified(self, key: str, since: float, **part: str) -> bytes:
         bucket, name, _ = self.split_path(key)
         limit = datetime.fromtimestamp(since, timezone.utc)
-        answer = await self._call_s3("get_object", Bucket=bucket, Key=name, IfUnmodifiedSince=limit)
+        answer = await self._call_s3("get_object", Bucket=bucket, Key=name, IfUnmodifiedSince=limit, **part)
         async with answer["Body"] as body:
             content: bytes = await body.read()
             return content
@@ -128,16 +128,22 @@ class S3Store:
         key = self._key(path)
         if unmodified_since is None:
             return self._read(path, lambda: self.fs.cat_file(key))
+        return self._read_unmodified(path, unmodified_since)
+
+    def read_range(self, path: str, start: int, stop: int, unmodified_since: float | None = None) -> bytes:
+        key = self._key(path)
+        if unmodified_since is None:
+            return self._read(path, lambda: self.fs.cat_file(key, start=start, end=stop))
+        return self._read_unmodified(path, unmodified_since, Range=f"bytes={start}-{stop - 1}")
+
+    def _read_unmodified(self, path: str, since: float, **part: str) -> bytes:
+        key = self._key(path)
         try:
-            return self._read(path, lambda: self.fs.cat_unmodified(key, unmodified_since))
+            return self._read(path, lambda: self.fs.cat_unmodified(key, since, **part))
         except OSError as error:
             if error.errno == errno.ESTALE:
                 raise Modified(f"{path} was written since") from error
             raise
-
-    def read_range(self, path: str, start: int, stop: int) -> bytes:
-        key = self._key(path)
-        return self._read(path, lambda: self.fs.cat_file(key, start=start, end=stop))
 
     def _read(self, path: str, fetch: Callable[[], bytes]) -> bytes:
         with self._asking(path, UNREADABLE):

@@ -11,7 +11,7 @@ import io
 import time
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from diffva_ray.progress import LOG
 
@@ -63,18 +63,20 @@ class Store(Protocol):
             OSError: This file cannot be read, for example for lack of permission.
         """
 
-    def read_range(self, path: str, start: int, stop: int) -> bytes:
+    def read_range(self, path: str, start: int, stop: int, unmodified_since: float | None = None) -> bytes:
         """Read a part of a file.
 
         Args:
             path: The file.
             start: Offset of the first byte.
             stop: Offset after the last byte.
+            unmodified_since: As ``read``.
 
         Returns:
             ``stop - start`` bytes, or fewer at the end of the file.
 
         Raises:
+            Modified: As ``read``.
             OSError: As ``read``.
         """
 
@@ -133,6 +135,11 @@ class Ranges(io.RawIOBase):
         data = self.store.read_range(self.path, self.position, stop) if stop > self.position else b""
         self.position += len(data)
         return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def checked(path: str) -> str:

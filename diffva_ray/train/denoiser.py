@@ -93,7 +93,7 @@ class NoisePrediction(Stage):
             alphas = self.noise_scheduler.alphas_cumprod.to(device)
             weights = min_snr_weights(alphas, examples.timesteps, self.config.snr_gamma, self.prediction_type)
         target = self.target(examples.latents, noise, examples.timesteps)
-        return denoising_loss(output, target, weights, len(indices), prior_loss_weight)
+        return denoising_loss(output, target, weights, len(indices), prior_loss_weight, examples.emphasis)
 
     def _prompt(self, image: LabelledImage) -> str:
         """The image's caption if it has one, otherwise the prompt of its class."""

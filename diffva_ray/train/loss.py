@@ -40,11 +40,15 @@ def denoising_loss(
     weights: torch.Tensor | None = None,
     instances: int | None = None,
     prior_loss_weight: float = 1.0,
+    emphasis: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean squared error of [n, ...], weighted by ``weights`` [n] if given. With ``instances``, the rest of the batch
-    is DreamBooth's class set: loss = mean(instances) + prior_loss_weight * mean(class set) (Ruiz et al. 2023). The
-    weights are split like the errors (diffusers' script does not: huggingface/diffusers#5791)."""
-    errors = functional.mse_loss(output.float(), target.float(), reduction="none").flatten(1).mean(1)
+    """Mean squared error of [n, ...], weighted by ``weights`` [n] and by ``emphasis`` [n, 1, h, w] if given.
+
+    With ``instances``, the rest of the batch is DreamBooth's class set: loss = mean(instances) + prior_loss_weight *
+    mean(class set) (Ruiz et al. 2023). The weights are split like the errors (diffusers' script does not:
+    huggingface/diffusers#5791)."""
+    errors = functional.mse_loss(output.float(), target.float(), reduction="none")
+    errors = (errors if emphasis is None else errors * emphasis).flatten(1).mean(1)
     if weights is not None:
         errors = errors * weights
     if instances is None or instances == len(errors):

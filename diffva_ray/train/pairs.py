@@ -20,6 +20,8 @@ from diffva_ray.train.sampling import ImageSet
 from diffva_ray.train.stage import Batch, StageContext
 
 KEEP, ADD = 0.15, 0.15  # of the edits: shares that ask for no change, and for the lesion; the others remove it
+EMPHASIS = 9.0  # weight of an edit's error where image and ground truth differ, beside 1 everywhere
+DIFFERENT = 0.02  # squared difference of scaled latents, mean over channels, at which half of it is added
 NOISIEST = 0.5  # share of the edits at the highest noise level, where the network decides what to change
 
 
@@ -33,6 +35,7 @@ class Examples:
     prompts: list[str]
     timesteps: torch.Tensor  # [n]
     image: torch.Tensor | None = None  # latents of the image to edit, not scaled [n, c, h, w]; zeros: no image
+    emphasis: torch.Tensor | None = None  # weights of the errors [n, 1, h, w]
 
 
 class Pairs:
@@ -66,6 +69,10 @@ class Pairs:
             return
         shown = examples.means[rows]
         truth = self._ground_truth([examples.indices[row] for row in rows], shown)
+        # A lesion is a small part of an image: without emphasis the network only copies, for thousands of steps.
+        change = ((shown - truth) * scale).square().mean(dim=1, keepdim=True)
+        examples.emphasis = torch.ones_like(examples.latents[:, :1])
+        examples.emphasis[rows] += EMPHASIS * change / (change + DIFFERENT)
         for n, row in enumerate(rows):
             label = self.labels[examples.indices[row]]
             healthy = label == self.data.healthy_class

@@ -20,6 +20,7 @@ from diffva_ray.evaluate.summary import terminal
 from diffva_ray.evaluate.tables import overall
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import open_run
+from diffva_ray.metrics.localization import BASELINES
 from diffva_ray.progress import duration
 from diffva_ray.storage.store import join
 from diffva_ray.workflows.generate import generate_run
@@ -84,7 +85,7 @@ def demo_recipe(quick: bool, seed: int) -> Recipe:
 
 
 GOALS = {  # column of the table: what a full demo should reach
-    "flip rate": ">= 0.95",
+    "flip rate": ">= 0.85",  # the judge calls 0.87 of the ground truths healthy: above that is not better
     "AUROC in lungs": ">= 0.94",
     "Dice at fixed threshold": ">= 0.72",
     "lesion error left": "<= 0.55",
@@ -101,11 +102,20 @@ def print_demo(ours: dict[str, Any], paper: dict[str, Any]) -> None:
         table.add_column(head, justify="right" if head else "left")
     table.add_row("recipe phantom", *_numbers(ours, "positive", counterfactual=True))
     table.add_row("the paper's settings", *_numbers(paper, "positive", counterfactual=True))
-    for name in ("brightness", "autoencoder_difference", "centre_prior"):
+    table.add_row("the untouched image", *_control(ours, "called_healthy_before", "1.000"))
+    table.add_row("the ground truth", *_control(ours, "flip_rate_ground_truth", "0.000"))
+    for name in BASELINES:
         table.add_row(f"baseline: {name.replace('_', ' ')}", *_numbers(ours, name, counterfactual=False))
     table.add_section()
     table.add_row("goals of a full demo", *GOALS.values())
     terminal().print(table)
+
+
+def _control(metrics: dict[str, Any], flipped: str, lesion_error: str) -> list[str]:
+    """Cells of a row without an attribution map: what the judge says of images that are no counterfactuals."""
+    rate = (overall(metrics.get("validity", [])) or {}).get(flipped)
+    judged = rate is not None and not metrics.get("judge", {}).get("problem")
+    return [f"{rate:.3f}" if judged else "", "", "", lesion_error]
 
 
 def _numbers(metrics: dict[str, Any], name: str, counterfactual: bool) -> list[str]:

@@ -17,7 +17,7 @@ from diffva_ray.generate.run import find_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.storage.local import LocalStore
 
-MAX_UPLOAD_BYTES = 2_000_000
+MAX_UPLOAD_BYTES = 20_000_000  # the packaged model has 15 MB
 
 
 def records(run: Path) -> pd.DataFrame:

@@ -126,6 +126,7 @@ OPTIONS = {
     "demo": "--out --quick --seed",
     "explain": "IMAGE --dry-run --guidance-scale --json --method --model --out --prompt --recipe --scheduler --seed "
     "--set --steps --strength",
+    "export": "RUN --accept --boxes --data --license --out --splits --threshold --to --without-images",
     "generate": "--actors --allow-environment-change --classes --columns --data --dry-run --executor --gpus-per-actor "
     "--guidance-scale --healthy-class --images-per-second --limit --method --micro-batch --model --out --probe "
     "--prompt --recipe --root --samples --scheduler --seed --set --shard-size --steps --strength --sweep",
@@ -134,7 +135,7 @@ OPTIONS = {
     "--scheduler --seed --set --steps --strength --to",
     "paper": "--actors --allow-environment-change --boxes --brixia --carcinoma --chexpert --dry-run --executor "
     "--gpus-per-actor --inception-weights --limit --model --out --quick --radiography --recipe --resize --set",
-    "phantoms": "OUT --classes --dry-run --onto --patients --recipe --seed --set --size",
+    "phantoms": "OUT --classes --dry-run --onto --patients --recipe --seed --set --size --transplants --vary",
     "reduce": "RUN --boxes --brixia --data --executor --extractor --inception-weights --judge --lpips-weights "
     "--max-quarantined-fraction --reference --resize --sources --threshold-from",
     "report": "RUN --boxes --images --port --serve",

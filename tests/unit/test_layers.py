@@ -29,10 +29,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": LOW | {"model", "data", "metrics", "counterfactual"},
     "evaluate": LOW | {"data", "metrics", "generate", "model"},
     "explain": CORE - {"train"},
+    "export": LOW | {"data", "generate", "evaluate"},
     "distributed": CORE - {"counterfactual"},
     "workflows": CORE | {"distributed"},
     "paper": CORE | {"distributed", "workflows"},
-    "commands": CORE | {"distributed", "workflows", "paper", "explain"},
+    "commands": CORE | {"distributed", "workflows", "paper", "explain", "export"},
     "cli": {"commands"},
     "__main__": {"cli"},
     "__init__": CORE | {"explain"},  # the names that a notebook starts from

@@ -44,6 +44,7 @@ WRONG = [  # a command line, and what its message has to name: the cause and wha
     ("generate --data IMAGES --model MODEL --out x --method controlnet --dry-run", "controlnet"),
     ("generate --data IMAGES --model MODEL --out x --method classifier-guided", "classifier"),
     ("reduce nowhere", "nowhere", "diffva generate"),
+    ("export nowhere --to coco --out x", "nowhere", "diffva generate"),
     ("report nowhere", "nowhere", "diffva generate"),
     ("compare nowhere nowhere", "nowhere", "diffva generate"),
     ("verify IMAGES", "IMAGES", "diffva generate"),

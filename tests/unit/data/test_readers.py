@@ -256,10 +256,3 @@ def test_inspect_prints_it(expected: Expected, tmp_path: Path) -> None:
     summary = json.loads(CliRunner().invoke(main, ["inspect", str(tmp_path), "--json"]).output)
     assert summary["with_outlined_lesion"] == expected.outlined
     assert not [bad for bad in summary["unreadable"] if bad["status"] != "missing"]
-
-
-def test_embedded_images_and_archives_are_refused_with_a_way_out(tmp_path: Path) -> None:
-    (tmp_path / "shard-000.tar").write_bytes(b"x")
-    assert "1 .tar files: unpack it" in unusable(tmp_path)
-    box = Box("", 0, 0, 1, 1, 2, 2)
-    assert box.mask(4, 4).sum() == 4

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from diffva_ray.metrics.counterfactual import changed_share, cout, memorisation, outside_lesion, side_share
+from diffva_ray.metrics.counterfactual import (
+    causal_pair,
+    changed_share,
+    cout,
+    memorisation,
+    outside_lesion,
+    side_share,
+)
 
 
 def test_changed_share_counts_both_signs():
@@ -82,3 +89,25 @@ def test_memorisation_is_not_claimed_from_few_or_uneven_sets():
         counterfactuals, train, held = random.standard_normal((3, 60, 6))
         rejected.append(memorisation(counterfactuals, train[:8], held[:8], deals=99).p_value <= 0.05)
     assert np.mean(rejected) <= 0.15
+
+
+def test_the_causal_pair_asks_for_a_region_that_alone_decides():
+    """A judge that looks at one bright square: the map that shows it is right, one beside it or everywhere is not."""
+    image = np.full((8, 8), 0.2, np.float32)
+    image[2:4, 1:3] = 0.9
+    counterfactual = np.full((8, 8), 0.2, np.float32)
+    lesion = image > 0.5
+
+    def healthy(images):
+        return 1.0 - (images[:, 2:4, 1:3].mean(axis=(1, 2)) > 0.5)
+
+    assert causal_pair(healthy, image, counterfactual, lesion) is True
+    assert causal_pair(healthy, image, counterfactual, lesion[:, ::-1]) is False
+    assert causal_pair(healthy, image, counterfactual, np.ones_like(lesion)) is True
+    assert causal_pair(healthy, image, counterfactual, np.zeros_like(lesion)) is False
+    assert causal_pair(healthy, counterfactual, counterfactual, lesion) is None  # nothing to explain
+    # a judge that any change convinces: the region explains nothing
+    counterfactual[7, 7] = 0.0
+    assert causal_pair(lambda x: np.any(x != image, axis=(1, 2)) * 1.0, image, counterfactual, lesion) is False
+    with pytest.raises(ValueError, match="one shape"):
+        causal_pair(healthy, image, counterfactual, lesion[:4])

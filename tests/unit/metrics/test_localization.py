@@ -8,6 +8,7 @@ import pytest
 from diffva_ray.evaluate.records import Truth
 from diffva_ray.evaluate.scores import score_image
 from diffva_ray.metrics.localization import (
+    BASELINES,
     THRESHOLDS,
     absolute,
     baselines,
@@ -147,10 +148,11 @@ def test_baselines_get_the_maps_own_sign_and_smoothing():
     source, _, _ = image(0, side=32)
     source = np.abs(source)
     maps = baselines(source, source + 0.1, smoothing=0.05)
-    assert set(maps) == {"brightness", "centre_prior", "autoencoder_difference"}
+    assert set(maps) == set(BASELINES)
+    np.testing.assert_allclose(maps["asymmetry"], np.maximum(smooth(source - source[:, ::-1], 0.05), 0))
     np.testing.assert_allclose(maps["brightness"], smooth(source, 0.05))
     assert (maps["autoencoder_difference"] == 0).all()  # the reconstruction is brighter everywhere
-    assert set(baselines(source, None, 0.0)) == {"brightness", "centre_prior"}
+    assert set(baselines(source, None, 0.0)) == {"brightness", "asymmetry", "centre_prior"}
     prior = centre_prior(9)
     assert prior[4, 4] == prior.max() == 1
     np.testing.assert_allclose(prior, prior[::-1, ::-1].T)

@@ -72,7 +72,9 @@ def test_the_network_reproduces_the_image_that_it_reads(paired: Path, images: Pa
 def test_it_equals_the_pipeline_of_diffusers(paired: Path) -> None:
     pipeline = DiffusionPipeline.from_pretrained(paired)
     assert isinstance(pipeline, StableDiffusionInstructPix2PixPipeline)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, clip_sample=False, timestep_spacing="trailing"
+    )
     pipeline.set_progress_bar_config(disable=True)
     engine = CounterfactualEngine.from_pretrained(str(paired), "cpu")
     prompt = "normal chest scan"

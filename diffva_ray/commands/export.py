@@ -1,0 +1,79 @@
+"""Verb export: a run as a data set that others can load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from diffva_ray.commands.verb import boxes_option, echo, verb
+
+FORMATS = ("huggingface", "webdataset", "coco")
+
+
+# fmt: off
+format_option    = click.option("--to",             "format",      type=click.Choice(FORMATS), required=True, help="Parquet for Hugging Face datasets, tar for WebDataset, or COCO annotations.")
+out_option       = click.option("--out",            metavar="DIR", required=True, help="Folder of the export, local or s3://; an unfinished export continues.")
+accept_option    = click.option("--accept",         metavar="RULE", default="", help="Export only records for which a condition on their columns holds.")
+without_option   = click.option("--without-images", is_flag=True, help="Leave out the source image and what shows it; its path and SHA-256 stay.")
+splits_option    = click.option("--splits",         metavar="NAME=SHARE,...", help="Splits by patient; default: the data set's own, else train=0.8,validation=0.1,test=0.1.")
+license_option   = click.option("--license",        "license_id", metavar="ID", default="", help="Licence in the data card, as the hub names it, such as cc-by-4.0.")
+threshold_option = click.option("--threshold",      type=click.FloatRange(0, 1, min_open=True), metavar="F", help="Threshold of the maps for --to coco; default: the run's own.")
+moved_option     = click.option("--data",           metavar="DATA", help="New address of the data set, if it has moved.")
+# fmt: on
+
+
+@verb("export", "Write a run as a data set for others")
+@click.argument("run")
+@format_option
+@out_option
+@accept_option
+@without_option
+@splits_option
+@license_option
+@threshold_option
+@boxes_option
+@moved_option
+def export(run: str, out: str, data: str | None, splits: str | None, license_id: str, **options: Any) -> None:
+    """Write a reduced run as a data set that others can load without this package: images, attribution maps, all
+    columns of the records, splits by patient and a data card.
+
+    Example:
+        diffva export runs/first --to huggingface --out exports/first
+        diffva export runs/first --to huggingface --out exports/good --accept "ssim > 0.8 and judge_counterfactual > 0.5"
+    """
+    from diffva_ray.export.card import acceptance, judged
+    from diffva_ray.export.exporting import ExportOptions, export_run
+    from diffva_ray.export.selection import parse_splits
+    from diffva_ray.generate.data_identity import moved
+    from diffva_ray.generate.run import open_run
+
+    if options["threshold"] is not None and options["format"] != "coco":
+        raise click.UsageError("--threshold is for --to coco only; other formats hold the whole map")
+    opened = open_run(run)
+    if data is not None:
+        opened = moved(opened, data)
+    exported = export_run(
+        opened,
+        out,
+        ExportOptions(
+            format=options["format"],
+            images=not options["without_images"],
+            accept=options["accept"],
+            splits=parse_splits(splits) if splits else None,
+            threshold=options["threshold"],
+            license=license_id,
+            boxes=options["boxes"],
+        ),
+    )
+    # What was exported, by class and by split.
+    if options["accept"]:
+        for label, records, accepted, rate, before, after in acceptance(exported.counts):
+            echo(
+                f"{label}: {accepted} of {records} records accepted ({rate}), mean SSIM {before} before, {after} after"
+            )
+        if judged(exported.rule):
+            echo("the rule reads the judge: a flip rate of these records is no evidence", err=True)
+    by_split = ", ".join(f"{count} {name}" for name, count in exported.counts.splits.items())
+    fresh = "" if exported.fresh else " (already complete; nothing written)"
+    echo(f"{exported.counts.accepted} records in {out} ({by_split}); card in {out}/README.md{fresh}")

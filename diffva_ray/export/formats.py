@@ -1,0 +1,60 @@
+"""The formats of an export: how a file of records is written, and how it is loaded again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from diffva_ray.export.coco import CocoFile
+from diffva_ray.export.contents import Contents
+from diffva_ray.export.examples import Example
+from diffva_ray.export.parquet import ParquetShard
+from diffva_ray.export.webdataset import TarShard
+
+
+class ShardFile(Protocol):
+    """A file of an export while it is written. Equal examples give equal bytes."""
+
+    def add(self, examples: Sequence[Example]) -> None:
+        """Append examples."""
+
+    def close(self) -> bytes:
+        """Return the content of the file."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of ``--to``."""
+
+    folder: str  # of its files
+    suffix: str
+    records: int  # of a file, about; a file is held in memory
+    pixels: int  # of all images of a kind in a file, at most about
+    open: Callable[[Contents, str], ShardFile]  # the path of the file is the second argument
+    loading: str  # Python code that loads the export, for its card
+
+    def path(self, split: str, number: int) -> str:
+        """The path of a file in the export."""
+        return f"{self.folder}/{split}-{number:05d}.{self.suffix}"
+
+
+HUGGINGFACE = """from datasets import load_dataset
+
+dataset = load_dataset("DIR")  # or streaming=True
+row = dataset["SPLIT"][0]  # images are PIL images, row["attribution"] is [SIZE, SIZE]"""
+WEBDATASET = """import glob
+import webdataset
+
+dataset = webdataset.WebDataset(sorted(glob.glob("DIR/shards/SPLIT-*.tar")), shardshuffle=False).decode("pil")
+row = next(iter(dataset))  # row["counterfactual.png"], row["attribution.npy"] [SIZE, SIZE], row["json"]"""
+COCO = """import json
+
+coco = json.load(open("DIR/annotations/SPLIT-00000.json"))  # images, categories, annotations with compressed RLE
+# with pycocotools: COCO(file).annToMask(annotation)"""
+
+FORMATS = {
+    "huggingface": Format("data", "parquet", 1000, 2**26, ParquetShard, HUGGINGFACE),
+    "webdataset": Format("shards", "tar", 1000, 2**26, TarShard, WEBDATASET),
+    "coco": Format("annotations", "json", 50_000, 2**40, CocoFile, COCO),  # holds no pixels
+}

@@ -1,0 +1,135 @@
+"""Which records are exported, and into which split and file each of them goes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from diffva_ray.data.dataset import UnusableData
+from diffva_ray.export.acceptance import Rule
+from diffva_ray.generate.committed import parts
+from diffva_ray.generate.run import Run
+from diffva_ray.schema import Status, digest
+
+DEFAULT_SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
+COLUMNS = ("status", "label", "patient", "image_path", "split", "ssim")  # that the choice and its counts need
+SPELLINGS = {"valid": "validation", "val": "validation", "dev": "validation"}
+
+
+def parse_splits(text: str) -> dict[str, float]:
+    """``train=0.8,test=0.2`` as shares by name. Raises UnusableData."""
+    shares: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, share = item.partition("=")
+        try:
+            shares[name.strip()] = float(share)
+        except ValueError:
+            shares = {}
+            break
+    if not shares or not all(re.fullmatch(r"[A-Za-z]\w*", name) and share > 0 for name, share in shares.items()):
+        raise UnusableData(f"--splits {text}: write names and shares, as in train=0.8,test=0.2")
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise UnusableData(f"--splits {text}: the shares add up to {sum(shares.values()):g}, not to 1")
+    return shares
+
+
+@dataclass
+class ClassCount:
+    """The records of a class with status ``ok``."""
+
+    records: int = 0
+    accepted: int = 0
+    ssim: float = 0.0  # sum over all records
+    accepted_ssim: float = 0.0  # sum over the accepted ones
+
+
+@dataclass
+class Counts:
+    """What an export holds."""
+
+    classes: dict[str, ClassCount] = field(default_factory=dict)
+    files: dict[tuple[int, str], int] = field(default_factory=dict)  # records by number of the file and split
+    patients: dict[str, set[str]] = field(default_factory=dict)  # splits by known patient; only for own splits
+
+    @property
+    def accepted(self) -> int:
+        """Number of exported records."""
+        return sum(self.files.values())
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Number of records by split: train, validation and test first, others by name."""
+        total: dict[str, int] = {}
+        for (_, split), count in self.files.items():
+            total[split] = total.get(split, 0) + count
+        order = {name: n for n, name in enumerate(DEFAULT_SPLITS)}
+        return {name: total[name] for name in sorted(total, key=lambda name: (order.get(name, 9), name))}
+
+    @property
+    def shared_patients(self) -> int:
+        """Number of patients with records in several splits."""
+        return sum(len(splits) > 1 for splits in self.patients.values())
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The choice of records, and their splits. ``shares`` None: the data set's own splits."""
+
+    run: Run
+    rule: Rule
+    shares: Mapping[str, float] | None
+    shards_per_file: int
+
+    def chosen(self, shard: int, table: pa.Table) -> Iterator[tuple[tuple[int, str], pa.Table]]:
+        """The accepted ``ok`` records of a shard by (number of the file, split)."""
+        table = table.filter(pc.equal(table["status"], Status.OK.value))
+        table = table.filter(pa.array(self.rule.accepts(table)))
+        splits = self._splits(table)
+        for split in np.unique(splits):
+            yield (shard // self.shards_per_file, str(split)), table.filter(pa.array(splits == split))
+
+    def count(self) -> Counts:
+        """One pass over the records, of which a few columns are read."""
+        counts = Counts()
+        for shard, table in parts(self.run, sorted({*COLUMNS, *self.rule.columns})):
+            ok = table.filter(pc.equal(table["status"], Status.OK.value))
+            accepted = self.rule.accepts(ok)
+            ssim = np.nan_to_num(ok["ssim"].to_numpy())
+            labels = np.array(ok["label"].to_pylist(), object)
+            for label in np.unique(labels.astype(str)):
+                of_class, here = counts.classes.setdefault(label, ClassCount()), labels == label
+                of_class.records += int(here.sum())
+                of_class.accepted += int((here & accepted).sum())
+                of_class.ssim += float(ssim[here].sum())
+                of_class.accepted_ssim += float(ssim[here & accepted].sum())
+            for key, rows in self.chosen(shard, table):
+                counts.files[key] = counts.files.get(key, 0) + len(rows)
+                if self.shares is None:
+                    for patient in filter(None, rows["patient"].to_pylist()):
+                        counts.patients.setdefault(patient, set()).add(key[1])
+        return counts
+
+    def _splits(self, table: pa.Table) -> NDArray[np.str_]:
+        if self.shares is None:
+            return np.array([own_split(name) for name in table["split"].to_pylist()], str)
+        names, bounds = list(self.shares), np.cumsum(list(self.shares.values()))
+        persons = (patient or path for patient, path in zip(*(table[n].to_pylist() for n in ("patient", "image_path"))))
+        places = [int(digest(["split", person])[:13], 16) / 16**13 for person in persons]
+        return np.array([names[min(n, len(names) - 1)] for n in np.searchsorted(bounds, places, side="right")], str)
+
+
+def own_split(name: str) -> str:
+    """The name of a data set's split as ``datasets`` accepts it."""
+    plain = re.sub(r"\W+", "_", name.strip().lower()).strip("_")
+    return SPELLINGS.get(plain, plain)
+
+
+def has_own_splits(run: Run) -> bool:
+    """Whether the data set has given every record of the run a split."""
+    return all(all(map(own_split, table["split"].to_pylist())) for _, table in parts(run, ["split"]))
