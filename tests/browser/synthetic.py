@@ -22,7 +22,6 @@ from diffva_ray.schema import RECORDS
 from diffva_ray.storage.local import LocalStore
 
 SIZE = 32
-SPACING = 10.0  # mm of a pixel: the image is 32 cm wide
 LABELS = ("COVID", "Lung_Opacity", "Viral Pneumonia")
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&\n\u2028${x} "  # a reason and a prompt
 HOSTILE_NAME = "a'b\"<script>alert(1)<\\script>&amp;#%20 é.png"  # a file name: everything but slashes
@@ -87,6 +86,5 @@ def _record(row: dict[str, Any], hostile: bool, random: np.random.Generator) -> 
         "counterfactual_path": "counterfactuals/part-00000/counterfactual.png",
         "reconstruction_path": "reconstructions/part-00000/counterfactual.png",
         "attribution_path": "attributions/part-00000/map.png",
-        "view": "PA", "spacing": f"{SPACING}/{SPACING}",
         "attribution_energy": random.uniform(0, 0.05), "judge_image": before, "judge_counterfactual": after,
     }  # fmt: skip

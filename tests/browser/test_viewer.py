@@ -418,18 +418,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReportServer]:
         server.shutdown()
 
 
-def test_sides_and_scale_bar_of_the_image(visit: Visit, page_uri: str) -> None:
-    page, _ = visit(page_uri)
-    page.wait_for_selector("#scale[d^=M]", state="attached")
-    stage, bar = page.locator("#stage").bounding_box(), page.locator("#scale").bounding_box()
-    assert bar["width"] == pytest.approx(stage["width"] * 5 / 32, rel=0.05)
-    right, left = (page.locator(f"#{side}-side").bounding_box()["x"] - stage["x"] for side in ("right", "left"))
-    assert right < stage["width"] / 4 < 3 * stage["width"] / 4 < left
-    assert "PA" in page.text_content("#data")
-    page.click("#zoom-in")
-    assert page.locator("#scale").bounding_box()["width"] > 1.2 * bar["width"]
-
-
 def test_the_served_page_is_the_same(visit: Visit, served: ReportServer) -> None:
     page, _ = visit(served.address)
     assert shown(page) == 6

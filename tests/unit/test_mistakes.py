@@ -23,7 +23,7 @@ TABLE = [  # mistake, command line, exit code, what is said
     ("an unknown method", f"{GENERATE} --method cyclegan", 2, "sdedit"),
     ("a strength above 1", f"{GENERATE} --strength 1.5", 2, "generate.strength"),
     ("a class that is not there", f"{GENERATE} --classes Tuberculosis", 2, "Lung_Opacity"),
-    ("a class in other case", f"{GENERATE} --classes covid", 0, '"COVID"'),
+    ("a class in other case", f"{GENERATE} --classes covid", 2, "there are COVID"),
     ("a model that is not there", "generate --data IMAGES --model nowhere --out x", 2, "train a model first"),
     ("a hub id as the model", "generate --data IMAGES --model some/model --out x", 2, "--set model.base=ID"),
     ("a hub id with a recipe", "explain IMAGE --model some/model --recipe phantom", 2, "--set model.base=ID"),
@@ -37,9 +37,8 @@ TABLE = [  # mistake, command line, exit code, what is said
     ("a sheet as a PDF", "explain IMAGE --model MODEL --out x.pdf", 0, "sheet in x.pdf"),
     ("a sheet as a GIF", "explain IMAGE --model MODEL --out x.gif", 2, ".png, .pdf, .svg"),
     ("a folder to explain", "explain IMAGES --model MODEL", 2, "a folder; explain takes one image"),
-    ("maps for data without truth", "score IMAGES --data BARE", 2, "lesion"),
-    ("a resolution that does not fit", "train --data IMAGES --out x --set model.resolution=66", 2, "multiple of 4"),
-    ("the same in a dry run", "train --data IMAGES --out x --set model.resolution=66 --dry-run", 2, "multiple of 4"),
+    ("a data set in place of maps", "score IMAGES --data BARE", 2, "keep one of them"),
+    ("a resolution that does not fit", "train --data IMAGES --out x --set model.resolution=66 --dry-run", 2, "multiple of 8"),
     ("an image to inspect", "inspect IMAGE", 0, "32x32 (1)"),
 ]
 
