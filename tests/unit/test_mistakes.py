@@ -38,7 +38,12 @@ TABLE = [  # mistake, command line, exit code, what is said
     ("a sheet as a GIF", "explain IMAGE --model MODEL --out x.gif", 2, ".png, .pdf, .svg"),
     ("a folder to explain", "explain IMAGES --model MODEL", 2, "a folder; explain takes one image"),
     ("a data set in place of maps", "score IMAGES --data BARE", 2, "keep one of them"),
-    ("a resolution that does not fit", "train --data IMAGES --out x --set model.resolution=66 --dry-run", 2, "multiple of 8"),
+    (
+        "a resolution that does not fit",
+        "train --data IMAGES --out x --set model.resolution=66 --dry-run",
+        2,
+        "multiple of 8",
+    ),
     ("an image to inspect", "inspect IMAGE", 0, "32x32 (1)"),
 ]
 
