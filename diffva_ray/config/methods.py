@@ -40,16 +40,21 @@ class Method:
     shortcuts: bool = False
     """Whether ``generate.acceleration`` applies."""
 
+    keeps_image: bool = False
+    """Whether the reconstruction is the image itself, so that the map owes nothing to the autoencoder."""
+
 
 METHODS: dict[str, Method] = {
     "sdedit": Method(lambda steps, guided: Calls(steps + guided), shortcuts=True),
     "ddim-inversion": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim", shortcuts=True),
     "cycle": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim"),
     "masked": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim", shortcuts=True),
-    "instruct-pix2pix": Method(lambda steps, guided: Calls(2 * steps + guided), "ddim"),
+    "instruct-pix2pix": Method(lambda steps, guided: Calls(2 * steps + guided), "ddim", keeps_image=True),
     "classifier-guided": Method(lambda steps, guided: Calls(2 * steps), "ddim", needs="classifier"),
     "controlnet": Method(lambda steps, guided: Calls(steps + guided, controlnet=steps + guided), needs="controlnet"),
     "text-to-image": Method(lambda steps, guided: Calls(steps + guided), shortcuts=True),
-    "vant-gan": Method(lambda steps, guided: Calls(0, decode=0), needs="vant_gan", reads_prompt=False),
-    "ant-gan": Method(lambda steps, guided: Calls(0, decode=0), needs="ant_gan", reads_prompt=False),
+    "vant-gan": Method(
+        lambda steps, guided: Calls(0, decode=0), needs="vant_gan", reads_prompt=False, keeps_image=True
+    ),
+    "ant-gan": Method(lambda steps, guided: Calls(0, decode=0), needs="ant_gan", reads_prompt=False, keeps_image=True),
 }

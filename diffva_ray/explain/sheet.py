@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from diffva_ray.config.methods import METHODS
 from diffva_ray.config.recipe import GUESS
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate.drawing import (
@@ -123,7 +124,8 @@ def origin_texts(about: dict[str, Any]) -> list[str]:
 
 
 def _difference(config: dict[str, Any]) -> str:
-    first = "image" if config["difference"] == "raw" else "image through the autoencoder"
+    raw = config["difference"] == "raw" or METHODS[config["method"]].keeps_image
+    first = "image" if raw else "image through the autoencoder"
     return f"{first} − counterfactual" + (
         f", smoothed by {config['smoothing']:.1%} of the width" if config["smoothing"] else ""
     )

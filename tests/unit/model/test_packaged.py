@@ -54,6 +54,7 @@ def test_explain_needs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     about = json.loads(result.output[result.output.index("{") :])
     assert about["model"] == ADDRESS
     assert Path("image.explained.png").stat().st_size > 10_000
+    assert about["measured"].startswith("On 330 images of other people")
 
 
 def test_the_model_removes_an_opacity_from_python() -> None:
