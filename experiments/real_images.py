@@ -39,15 +39,19 @@ from diffva_ray.storage.local import LocalStore
 from diffva_ray.storage.opening import open_store
 
 
-def generated(engine: CounterfactualEngine, images: Maps, changes: dict[str, Any]) -> Maps:
-    """Signed maps of one setting on the scoring grid."""
+def counterfactuals(engine: CounterfactualEngine, images: Maps, changes: dict[str, Any]) -> Maps:
+    """Counterfactuals of one setting."""
     engine.config = engine.bundle.recipe.generate.model_copy(update=changes)
     size, parts = engine.config.micro_batch, []
     for start in range(0, len(images), size):
         some = list(images[start : start + size])
-        made = engine(some, list(range(start, start + len(some))))
-        parts.append(made.reconstructions - made.counterfactuals)
-    return on_grid(np.concatenate(parts))
+        parts.append(engine(some, list(range(start, start + len(some)))).counterfactuals)
+    return np.concatenate(parts)
+
+
+def generated(engine: CounterfactualEngine, images: Maps, changes: dict[str, Any]) -> Maps:
+    """Signed maps of one setting on the scoring grid. The method's reconstruction is the image itself."""
+    return on_grid(images - counterfactuals(engine, images, changes))
 
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -73,7 +77,6 @@ def ours(engine: CounterfactualEngine, images: Maps) -> list[tuple[str, Maps]]:
 def on_implants(engine: CounterfactualEngine, data: str, sizes: int, changes: dict[str, Any]) -> list[dict[str, Any]]:
     """Scores on findings drawn into the normal images of ``develop``, whose ground truth is known, by finding."""
     rows = []
-    engine.config = engine.bundle.recipe.generate.model_copy(update=changes)
     with tempfile.TemporaryDirectory() as folder:
         dataset, store = open_dataset(f"{data}/develop"), LocalStore(folder)
         for label in ("Lung_Opacity", "Effusion", "Mass", "Pneumothorax"):
@@ -83,12 +86,7 @@ def on_implants(engine: CounterfactualEngine, data: str, sizes: int, changes: di
             lesion = np.stack(
                 [decode_mask(store.read(path.replace("/images/", "/lesions/")), engine.size) for path in paths]
             )
-            size = engine.config.micro_batch
-            made = [
-                engine(list(images[k : k + size]), list(range(k, min(k + size, len(images))))).counterfactuals
-                for k in range(0, len(images), size)
-            ]
-            after = np.concatenate(made)
+            after = counterfactuals(engine, images, changes)
             error, untouched = np.abs(after - truth), np.abs(images - truth)
             signed = images - after if label != "Pneumothorax" else after - images
             found = [score(positive(smooth(one, 0.03)), mask) for one, mask in zip(signed, lesion, strict=True)]

@@ -44,6 +44,13 @@ def _model_address(context: click.Context, option: click.Parameter, value: str) 
     return model_address(value)
 
 
+MODEL: dict[str, Any] = {
+    "metavar": "MODEL",
+    "callback": _model_address,
+    "help": "Model folder, local or s3://; small: the model that comes with the package.",
+}
+
+
 class VerbCommand(click.Command):
     """Command whose help prints the example of its docstring without reflowing the lines."""
 
@@ -179,8 +186,8 @@ recipe_option   = click.option("--recipe",     metavar="NAME|FILE", help="Name o
 set_option      = click.option("--set",        "overrides", metavar="KEY=VALUE", multiple=True, help="Override one value of the recipe, as in generate.strength=0.4; repeatable.")
 dry_run_option  = click.option("--dry-run",    is_flag=True, help="Print the resolved recipe and the planned work as JSON; write nothing.")
 data_option     = click.option("--data",       metavar="DATA",  required=True, help="Data set: a folder, a manifest (CSV or Parquet), or an s3:// address.")
-model_option    = click.option("--model",      metavar="MODEL", required=True, callback=_model_address, help="Model folder, local or s3://; small: the model that comes with the package.")
-small_option    = click.option("--model",      metavar="MODEL", default=SMALL, show_default=True, callback=_model_address, help="Model folder, local or s3://; small: the model that comes with the package.")
+model_option    = click.option("--model",      required=True, **MODEL)
+small_option    = click.option("--model",      default=SMALL, show_default=True, **MODEL)
 executor_option = click.option("--executor",   type=click.Choice(["ray", "inline"]), default="ray", show_default=True, help="Run on Ray, or in a plain loop of this process (inline).")
 actors_option   = click.option("--actors",     type=click.IntRange(1), metavar="N", help="Number of Ray actors; default: one per GPU, or one per CPU without GPUs.")
 gpus_option     = click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="GPUs per actor; default: 1 if the cluster has GPUs, else 0.")

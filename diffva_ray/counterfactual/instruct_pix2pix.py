@@ -13,7 +13,6 @@ import torch
 from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion, noise
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.model.image_conditioning import reads_image
-from diffva_ray.model.schedulers import schedule
 
 
 def generate(model: LatentDiffusion, request: Edit) -> Generated:
@@ -24,12 +23,11 @@ def generate(model: LatentDiffusion, request: Edit) -> Generated:
             "method with --method"
         )
     # "leading" timesteps begin below the noise that the latents are: one step would begin at 1, four at 751.
-    settings, config = request.settings, {**model.bundle.scheduler, "timestep_spacing": "trailing"}
-    scheduler, timesteps = schedule(settings.scheduler, config, settings.num_inference_steps, settings.strength)
+    scheduler, timesteps = model.schedule(request, timestep_spacing="trailing")
 
     # Start from noise alone, or, with a strength below 1, from the noisy image.
     start = noise(request.latents.shape, request.generators).to(request.latents)
-    if settings.strength < 1:
+    if request.settings.strength < 1:
         start = scheduler.add_noise(request.latents, start, timesteps[:1])
 
     # Denoise without a change and with the edit, as one batch of 2n.

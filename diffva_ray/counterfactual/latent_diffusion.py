@@ -99,11 +99,11 @@ class LatentDiffusion:
         """Decode the edited latents and the image's own: the last step of a method that edits in latent space alone."""
         return Generated(self.decode(latents), self.decode(request.latents))
 
-    def schedule(self, request: Edit) -> tuple[Any, torch.Tensor]:
-        """A new scheduler, and the timesteps that the strength leaves (falling)."""
+    def schedule(self, request: Edit, **changes: Any) -> tuple[Any, torch.Tensor]:
+        """A new scheduler, and the timesteps that the strength leaves (falling); ``changes`` of its configuration."""
         return schedule(
             request.settings.scheduler,
-            self.bundle.scheduler,
+            {**self.bundle.scheduler, **changes},
             request.settings.num_inference_steps,
             request.settings.strength,
         )

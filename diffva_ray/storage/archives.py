@@ -68,6 +68,9 @@ class ArchiveStore:
         archive, member = self._member(path)
         if not archive:
             return self.inner.read(path, unmodified_since)
+        if archive.lower().endswith(TAR):
+            offset, size = self._place(archive, member)
+            return self.inner.read_range(archive, offset, offset + size, unmodified_since)
         if unmodified_since is not None:
             self.inner.read_range(archive, 0, 1, unmodified_since)
         return self._content(archive, member)
@@ -75,10 +78,10 @@ class ArchiveStore:
     def read_range(self, path: str, start: int, stop: int, unmodified_since: float | None = None) -> bytes:
         archive, member = self._member(path)
         if not archive:
-            return self.inner.read_range(path, start, stop)
+            return self.inner.read_range(path, start, stop, unmodified_since)
         if archive.lower().endswith(TAR):
             offset, size = self._place(archive, member)
-            return self.inner.read_range(archive, offset + start, offset + min(stop, size))
+            return self.inner.read_range(archive, offset + start, offset + min(stop, size), unmodified_since)
         return self.read(path, unmodified_since)[start:stop]
 
     def exists(self, path: str) -> bool:
@@ -150,9 +153,7 @@ class ArchiveStore:
         return members[member]
 
     def _content(self, archive: str, member: str) -> bytes:
-        if archive.lower().endswith(TAR):
-            offset, size = self._place(archive, member)
-            return self.inner.read_range(archive, offset, offset + size)
+        """The image of a row of a Parquet file."""
         column, _, name = member.rpartition("/")
         stem, dot, end = name.partition(".")
         with self._lock:
