@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from diffva_ray.config.recipe import (
     GenerateConfig,
     Recipe,
+    RecipeError,
     fingerprint,
     fingerprint_difference,
     first_error,
@@ -39,6 +40,7 @@ PLAN_FILE, SUCCESS = "plan.parquet", "_SUCCESS"
 FOLDERS = ("counterfactuals", "attributions", "reconstructions")  # the images of a record, one file each
 ENVIRONMENT = ("torch", "device", "engine")  # keys that --allow-environment-change may change
 DEVICE_NAME = "device_name"  # likewise, but the first worker sets it: the driver may have another device
+DEVICE_FILE = "device.json"  # in the run's folder; has the DEVICE_NAME
 MAX_ROW_GROUPS = 4096  # of the plan file; keeps its footer small, which every worker reads
 PART = re.compile(r"records/part-(\d{5,})\.parquet")  # anything else in records/ is no part of the run
 
@@ -104,9 +106,12 @@ class Run:
         """The recipe that the run was planned with.
 
         Raises:
-            RecipeError: This version cannot read the recipe.
+            RecipeError: This version cannot read the recipe, or it is damaged.
         """
-        return make_recipe(self.about["recipe"])
+        try:
+            return make_recipe(self.about["recipe"])
+        except RecipeError as error:
+            raise RecipeError(f"{self.store.uri}/{RUN}: its recipe cannot be read ({error})") from None
 
     @property
     def fingerprint(self) -> str:
@@ -274,7 +279,11 @@ def continue_run(run: Run, keys: dict[str, Any], allow_environment_change: bool 
         return run
     if not allow_environment_change or not set(different) <= set(ENVIRONMENT):
         raise FingerprintDiffers(run.store.uri, different, old, keys)
-    change = {key: keys[key] for key in ENVIRONMENT}
+    return record_change(run, {key: keys[key] for key in ENVIRONMENT})
+
+
+def record_change(run: Run, change: dict[str, Any]) -> Run:
+    """The same run, whose ``run.json`` lists a permitted change of the environment, once."""
     changes = run.about.get("environment_changes", [])
     if change in changes:
         return run
