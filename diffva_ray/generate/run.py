@@ -31,6 +31,7 @@ from diffva_ray.config.recipe import (
     make_recipe,
 )
 from diffva_ray.data.dataset import UnusableData
+from diffva_ray.generate.planned_files import PlannedFiles
 from diffva_ray.generate.run_json import RUN, DamagedRun, read_run_json, repair_command
 from diffva_ray.schema import PLAN, RECORDS, PlannedRecord, with_columns
 from diffva_ray.storage.opening import open_store
@@ -100,6 +101,11 @@ class Run:
         """
         # Not from the cache of the process: a client there keeps the credentials and the endpoint of an hour ago.
         return open_store(self.about["data_root"])
+
+    @cached_property
+    def files(self) -> PlannedFiles:
+        """The data set's files as they were when the run was planned."""
+        return PlannedFiles.of(self.about, self.data)
 
     @cached_property
     def recipe(self) -> Recipe:
