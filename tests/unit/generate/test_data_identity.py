@@ -124,6 +124,19 @@ def test_a_moved_data_set_is_followed_and_remembered(
     assert (out / "tables" / "localization.json").exists()
 
 
+def test_pages_of_moved_images(images: Path, model: Path, tmp_path: Path) -> None:
+    data, out, elsewhere = shutil.copytree(images, tmp_path / "data"), tmp_path / "run", tmp_path / "elsewhere"
+    assert generate(data, model, out, "--limit", 3).exit_code == 0
+    data.rename(elsewhere)
+    before = (out / "run.json").read_bytes()
+    for verb in (("report", out), ("compare", out, out, "--out", tmp_path / "comparison")):
+        made = diffva(*verb, "--data", elsewhere)
+        assert made.exit_code == 0, made.output
+    assert len(list((out / "report/images").glob("*"))) == 6, "a strip and a map of each record"
+    assert (out / "run.json").read_bytes() == before
+    assert diffva("compare", out, out, "--out", tmp_path / "comparison", "--data", model).exit_code == 2
+
+
 def test_a_lost_mount_writes_no_row_and_the_same_command_continues(
     interrupted: tuple[Path, Path], model: Path, tmp_path: Path, undisturbed: pd.DataFrame,
     monkeypatch: pytest.MonkeyPatch,
