@@ -19,6 +19,7 @@ without_option   = click.option("--without-images", is_flag=True, help="Leave ou
 splits_option    = click.option("--splits",         metavar="NAME=SHARE,...", help="Splits by patient; default: the data set's own, else train=0.8,validation=0.1,test=0.1.")
 license_option   = click.option("--license",        "license_id", metavar="ID", default="", help="Licence in the data card, as the hub names it, such as cc-by-4.0.")
 threshold_option = click.option("--threshold",      type=click.FloatRange(0, 1, min_open=True), metavar="F", help="Threshold of the maps for --to coco; default: the run's own.")
+nameless_option  = click.option("--anonymise-names", "anonymous", is_flag=True, help="Replace the names of image files by ids.")
 moved_option     = click.option("--data",           metavar="DATA", help="New address of the data set, if it has moved.")
 # fmt: on
 
@@ -34,6 +35,7 @@ moved_option     = click.option("--data",           metavar="DATA", help="New ad
 @threshold_option
 @boxes_option
 @moved_option
+@nameless_option
 def export(run: str, out: str, data: str | None, splits: str | None, license_id: str, **options: Any) -> None:
     """Write a reduced run as a data set that others can load without this package: images, attribution maps, all
     columns of the records, splits by patient and a data card.
@@ -64,6 +66,7 @@ def export(run: str, out: str, data: str | None, splits: str | None, license_id:
             threshold=options["threshold"],
             license=license_id,
             boxes=options["boxes"],
+            anonymous=options["anonymous"],
         ),
     )
     # What was exported, by class and by split.

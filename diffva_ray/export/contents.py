@@ -22,6 +22,7 @@ class Contents:
     store: Store  # the folder of the export
     with_images: bool  # False: the images that show the source image are left out
     threshold: float | None = None  # of the attribution maps' regions, in (0, 1); COCO only
+    anonymous: bool = False  # whether ids replace the names of files
 
     @property
     def size(self) -> int:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.encoding import encode_grey, encode_mask, map_levels, pixel_digest, quantise
 from diffva_ray.data.images import BadImage, decode, decode_grey, decode_map, to_square
+from diffva_ray.evaluate.anonymous import without_names
 from diffva_ray.evaluate.records import Lesions, Truth, read_truth
 from diffva_ray.evaluate.scores import lost
 from diffva_ray.generate.run import DamagedPart, Run
@@ -48,6 +49,7 @@ class Examples:
     run: Run
     lesions: Lesions
     with_images: bool  # False: COPIES are left out
+    anonymous: bool = False  # whether ids replace the names of files
 
     def read(self, records: Sequence[Record]) -> list[Example]:
         """The examples of some ``ok`` records, in their order.
@@ -69,7 +71,7 @@ class Examples:
             reconstruction, _ = self._own(record, "reconstruction_path", "reconstruction_sha256", decode_grey, _same)
         known = truth.counterfactual if self.with_images else None
         return Example(
-            record,
+            without_names(self.run, record) if self.anonymous else record,
             counterfactual,
             attribution,
             image=self._image(record) if self.with_images else None,

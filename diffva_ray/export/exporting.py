@@ -50,6 +50,7 @@ class ExportOptions:
     threshold: float | None = None  # of COCO regions; None: the run's own
     license: str = ""  # licence of the export; empty: as the card decides
     boxes: str | None = None  # CSV of lesion boxes
+    anonymous: bool = False  # whether ids replace the names of files
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def export_run(run: Run, out: str, options: ExportOptions) -> Exported:
     rule = Rule(options.accept, run.records_schema)
     shape, store = FORMATS[options.format], open_store(out)
     threshold = _threshold(run, options) if options.format == "coco" else None
-    contents = Contents(run, store, options.images, threshold)
+    contents = Contents(run, store, options.images, threshold, options.anonymous)
     shares = options.splits or (None if has_own_splits(run) else DEFAULT_SPLITS)
     selection = Selection(run, rule, shares, _shards_per_file(run, shape))
     counts = selection.count()
@@ -151,6 +152,7 @@ def _about(
         "threshold": contents.threshold,
         "license": options.license,
         "boxes": boxes,
+        "anonymous": contents.anonymous,
         "diffva_ray": __version__,
     }
 
@@ -177,7 +179,7 @@ def _write_files(
     lesions = lesion_shapes(run.about["data"], run.recipe.data, boxes, notes)
     if notes:
         raise UnusableData(f"{notes[0]}; name its folder with --data")
-    examples = Examples(run, lesions, contents.with_images)
+    examples = Examples(run, lesions, contents.with_images, contents.anonymous)
     opened: dict[tuple[int, str], ShardFile] = {}
 
     def finish(number: int) -> None:
