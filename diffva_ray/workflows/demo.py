@@ -105,7 +105,8 @@ def print_demo(ours: dict[str, Any], paper: dict[str, Any]) -> None:
     table.add_row("the untouched image", *_control(ours, "called_healthy_before", "1.000"))
     table.add_row("the ground truth", *_control(ours, "flip_rate_ground_truth", "0.000"))
     for name in BASELINES:
-        table.add_row(f"baseline: {name.replace('_', ' ').replace('pca', 'PCA')}", *_numbers(ours, name, counterfactual=False))
+        title = name.replace("_", " ").replace("pca", "PCA")
+        table.add_row(f"baseline: {title}", *_numbers(ours, name, counterfactual=False))
     table.add_section()
     table.add_row("goals of a full demo", *GOALS.values())
     terminal().print(table)
