@@ -178,7 +178,8 @@ def _against_baseline(ours: TableRow) -> str:
     name = plain(ours["baseline"]).replace("pca", "PCA")
     low = ours["minus_baseline_interval"][0]
     verdict = "" if low is not None and low > 0 else ", which is not clearly better"
-    return f"{signed(ours['minus_baseline'])} ({interval(ours['minus_baseline_interval'])}) against the {name}{verdict}"
+    difference = f"{signed(ours['minus_baseline'])} ({interval(ours['minus_baseline_interval'])})"
+    return f"{difference} against the best baseline, {name}{verdict}"
 
 
 def _beside(flips: TableRow) -> list[str]:
