@@ -187,7 +187,7 @@ def tuned(model: str, validation: Fold, test: Fold, recipe: Recipe) -> tuple[pd.
 
 def recipe_of(base: str, autoencoder_steps: int, steps: int, seed: int) -> Recipe:
     classes = [f"train.stages.{n}.classes={{Normal: 1, Lung_Opacity: 1}}" for n in (1, 2)]
-    values = load_recipe("small", [f"model.base={Path(base).resolve()}", *classes]).model_dump(mode="json")
+    values = load_recipe("cpu", [f"model.base={Path(base).resolve()}", *classes]).model_dump(mode="json")
     values["seed"] = seed
     stages = values["train"]["stages"]
     stages[0]["steps"], stages[1]["steps"] = autoencoder_steps, steps

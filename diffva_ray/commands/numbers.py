@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -83,7 +84,8 @@ def reduce(run: str, data: str | None, executor: Executor, reference: tuple[str,
     options["resize"] = resize or opened.recipe.evaluate.resize
     reduced = reduce(opened, Options(**options), executor, data)
     print_summary(reduced.metrics)
-    echo(f"tables in {run}/tables" + ("" if reduced.fresh else " (already up to date; nothing written)"))
+    state = "" if reduced.fresh else " (already up to date; nothing written)"
+    echo(f"tables in {run}/tables{state}; next: diffva report {shlex.quote(run)}")
 
 
 @verb("report", "Write the HTML report of a run")

@@ -68,7 +68,10 @@ def inception_path(option: str | None) -> str | None:
         try:
             return str(download_inception())
         except RuntimeError as error:
-            raise UnusableData(f"--inception-weights download: {error} and pass --inception-weights PATH") from None
+            raise UnusableData(
+                f"--inception-weights download: {error} and pass --inception-weights PATH, "
+                "or leave the option out: distances are then not FID, and named so"
+            ) from None
         except ValueError as error:
             raise UnusableData(f"--inception-weights download: {error}") from None
     if option is None:

@@ -211,6 +211,21 @@ def test_writing_again_replaces_what_an_earlier_page_had(make_run: MakeRun) -> N
     assert written(run)[0] == first
 
 
+def test_the_files_of_an_image_are_found_by_its_name(make_run: MakeRun) -> None:
+    """Every record is in the table, quarantined ones too; the paths are those of files of the run."""
+    run = make_run(bad={"05.png": "truncated PNG"})
+    html, _ = written(run)
+    assert 'href="files.csv"' in html
+    table = pd.read_csv(io.BytesIO(run.store.read("report/files.csv"))).set_index("image_path")
+    assert len(table) == run.about["records"]
+    assert list(table.index) == sorted(table.index)
+    row = table[(table["status"] == "ok") & (table["label"] == "Lung_Opacity")].iloc[0]
+    assert row.name.startswith("Lung_Opacity/images/")
+    for column in ("counterfactual_path", "attribution_path", "reconstruction_path"):
+        assert run.store.exists(row[column])
+    assert table.loc["Lung_Opacity/images/05.png", "status"] == "bad_image"
+
+
 def test_pictures_are_made_once(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(shards=2)
     written(run)
