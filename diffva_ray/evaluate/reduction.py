@@ -224,7 +224,7 @@ def _compute(
     if unread:
         notes.all_read = False
         notes.append(
-            f"{len(unread)} images, or their masks or ground truth, cannot be read (first: "
+            f"{len(unread)} images, or their masks or ground truth, cannot be read or have changed (first: "
             f"{join(run.data.uri, min(unread))}); they are left out of the tables that need them"
         )
     tables.add_lpips(metrics["ssim"], pairs)

@@ -100,8 +100,9 @@ def score_records(
     ground-truth counterfactual).
 
     A localisation row holds the scores of ``metrics.localization.ImageScore`` with its Dice curve. Without
-    ``baselines`` only the run's own maps are scored. The paths of images with an unreadable image, mask or ground
-    truth file are added to ``unread``.
+    ``baselines`` only the run's own maps are scored. The paths of images with an unreadable or changed image, mask or
+    ground truth file are added to ``unread``; without its planned lung mask an image has no localisation row, because
+    the region would be another one.
     """
     unread = set() if unread is None else unread
     localization, ground_truth = [], []
@@ -121,7 +122,7 @@ def score_records(
         if lost(row, truth):
             unread.add(row["image_path"])
         names = names_of(row)
-        if truth.lesion is not None:
+        if truth.lesion is not None and (truth.lungs is not None or not row["lung_mask_path"]):
             maps = maps_of(images, baselines) | shuffled
             localization += [{**names, **scores} for scores in score_image(maps, truth)]
         if truth.counterfactual is not None:
@@ -165,7 +166,7 @@ def names_of(record: Record) -> TableRow:
 
 
 def lost(record: Record, truth: Truth) -> bool:
-    """Whether a mask or ground-truth counterfactual that the record names could not be read by ``read_truth``."""
+    """Whether a mask or ground-truth counterfactual that the record names is None in ``read_truth``."""
     named = (
         (record["lesion_mask_path"], truth.lesion),
         (record["lung_mask_path"], truth.lungs),
