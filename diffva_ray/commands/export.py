@@ -8,17 +8,19 @@ import click
 
 from diffva_ray.commands.verb import boxes_option, echo, verb
 
-FORMATS = ("huggingface", "webdataset", "coco")
+FORMATS = ("huggingface", "webdataset", "dicom", "coco")
 
 
 # fmt: off
-format_option    = click.option("--to",             "format",      type=click.Choice(FORMATS), required=True, help="Parquet for Hugging Face datasets, tar for WebDataset, or COCO annotations.")
+format_option    = click.option("--to",             "format",      type=click.Choice(FORMATS), required=True, help="Parquet for Hugging Face datasets, tar for WebDataset, DICOM files, or COCO annotations.")
 out_option       = click.option("--out",            metavar="DIR", required=True, help="Folder of the export, local or s3://; an unfinished export continues.")
 accept_option    = click.option("--accept",         metavar="RULE", default="", help="Export only records for which a condition on their columns holds.")
 without_option   = click.option("--without-images", is_flag=True, help="Leave out the source image and what shows it; its path and SHA-256 stay.")
 splits_option    = click.option("--splits",         metavar="NAME=SHARE,...", help="Splits by patient; default: the data set's own, else train=0.8,validation=0.1,test=0.1.")
 license_option   = click.option("--license",        "license_id", metavar="ID", default="", help="Licence in the data card, as the hub names it, such as cc-by-4.0.")
-threshold_option = click.option("--threshold",      type=click.FloatRange(0, 1, min_open=True), metavar="F", help="Threshold of the maps for --to coco; default: the run's own.")
+threshold_option = click.option("--threshold",      type=click.FloatRange(0, 1, min_open=True), metavar="F", help="Threshold of the maps for --to coco and dicom; default: the run's own.")
+patients_option  = click.option("--with-patients",  "patients",    is_flag=True, help="Copy the patient data of DICOM headers into --to dicom; default: a pseudonym only.")
+banner_option    = click.option("--banner",         is_flag=True, help="Burn the word SYNTHETIC into the counterfactuals of --to dicom.")
 moved_option     = click.option("--data",           metavar="DATA", help="New address of the data set, if it has moved.")
 # fmt: on
 
@@ -32,6 +34,8 @@ moved_option     = click.option("--data",           metavar="DATA", help="New ad
 @splits_option
 @license_option
 @threshold_option
+@patients_option
+@banner_option
 @boxes_option
 @moved_option
 def export(run: str, out: str, data: str | None, splits: str | None, license_id: str, **options: Any) -> None:
@@ -48,8 +52,11 @@ def export(run: str, out: str, data: str | None, splits: str | None, license_id:
     from diffva_ray.generate.data_identity import moved
     from diffva_ray.generate.run import open_run
 
-    if options["threshold"] is not None and options["format"] != "coco":
-        raise click.UsageError("--threshold is for --to coco only; other formats hold the whole map")
+    if options["threshold"] is not None and options["format"] not in ("coco", "dicom"):
+        raise click.UsageError("--threshold is for --to coco and --to dicom; other formats hold the whole map")
+    for name, option in (("patients", "--with-patients"), ("banner", "--banner")):
+        if options[name] and options["format"] != "dicom":
+            raise click.UsageError(f"{option} is for --to dicom only")
     opened = open_run(run)
     if data is not None:
         opened = moved(opened, data)
@@ -62,6 +69,8 @@ def export(run: str, out: str, data: str | None, splits: str | None, license_id:
             accept=options["accept"],
             splits=parse_splits(splits) if splits else None,
             threshold=options["threshold"],
+            patients=options["patients"],
+            banner=options["banner"],
             license=license_id,
             boxes=options["boxes"],
         ),

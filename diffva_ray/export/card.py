@@ -103,6 +103,17 @@ def _contents(contents: Contents, name: str) -> str:
             "category `lesion` holds the lesions that the data set knows. Segmentations are compressed RLE on the "
             f"image squashed to {contents.size} x {contents.size} px. Each image has its columns under `record`."
         )
+    if name == "dicom":
+        lesion = "a second segment is the lesion that the data set knows"
+        rows = [
+            ("`image_dicom`", "secondary capture: " + IMAGES["image"]),
+            ("`counterfactual_dicom`", "secondary capture: " + IMAGES["counterfactual"]),
+            ("`attribution_dicom`", "parametric map: " + IMAGES["attribution"]),
+            ("`segmentation_dicom`", f"segmentation: the map above the threshold {contents.threshold:g}; {lesion}"),
+        ]
+        rows = rows if contents.with_images else rows[1:]
+        plane = "The planes of maps and segmentations are nominal: a projection has no position in space."
+        return f"{_table(('column with the path', 'object'), rows)}\n\n{plane}"
     rows = [(f"`{key}`", IMAGES[key]) for key in (*contents.images, "attribution")]
     left_out = "" if contents.with_images else (
         "\n\nThe source images, and what shows them, are left out. `image_path` and `image_sha256` name the file in "

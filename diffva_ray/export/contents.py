@@ -21,7 +21,9 @@ class Contents:
     run: Run
     store: Store  # the folder of the export
     with_images: bool  # False: the images that show the source image are left out
-    threshold: float | None = None  # of the attribution maps' regions, in (0, 1); COCO only
+    threshold: float | None = None  # of the attribution maps' regions, in (0, 1); COCO and DICOM only
+    patients: bool = False  # copy the patient data of DICOM headers; DICOM only
+    banner: bool = False  # burn a mark into the counterfactuals; DICOM only
 
     @property
     def size(self) -> int:

@@ -32,11 +32,13 @@ from diffva_ray.generate.data_identity import check_same
 from diffva_ray.generate.run import SUCCESS, FingerprintDiffers, Run
 from diffva_ray.generate.verification import MANIFEST, verify
 from diffva_ray.progress import LOG
+from diffva_ray.provenance import missing, version
 from diffva_ray.schema import digest
 from diffva_ray.storage.opening import open_file, open_store
 from diffva_ray.storage.store import Store, patiently
 
 ABOUT, CARD = "export.json", "README.md"
+WITH_REGIONS = ("coco", "dicom")  # formats that hold the map above a threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,9 @@ class ExportOptions:
     images: bool = True  # False: leave out the images that show the source image
     accept: str = ""  # rule over the columns of the records; empty: all records
     splits: Mapping[str, float] | None = None  # shares by name; None: the data set's own splits, else DEFAULT_SPLITS
-    threshold: float | None = None  # of COCO regions; None: the run's own
+    threshold: float | None = None  # of COCO and DICOM regions; None: the run's own
+    patients: bool = False  # copy the patient data of DICOM headers into a DICOM export
+    banner: bool = False  # burn a mark into the counterfactuals of a DICOM export
     license: str = ""  # licence of the export; empty: as the card decides
     boxes: str | None = None  # CSV of lesion boxes
 
@@ -84,8 +88,9 @@ def export_run(run: Run, out: str, options: ExportOptions) -> Exported:
     _check_reduced(run)
     rule = Rule(options.accept, run.records_schema)
     shape, store = FORMATS[options.format], open_store(out)
-    threshold = _threshold(run, options) if options.format == "coco" else None
-    contents = Contents(run, store, options.images, threshold)
+    _check_packages(options.format, shape)
+    threshold = _threshold(run, options) if options.format in WITH_REGIONS else None
+    contents = Contents(run, store, options.images, threshold, options.patients, options.banner)
     shares = options.splits or (None if has_own_splits(run) else DEFAULT_SPLITS)
     selection = Selection(run, rule, shares, _shards_per_file(run, shape))
     counts = selection.count()
@@ -105,6 +110,12 @@ def export_run(run: Run, out: str, options: ExportOptions) -> Exported:
     store.put(CARD, card(contents, options.format, shape, counts, rule, shares, options.license).encode())
     store.put(SUCCESS, json.dumps({"records": counts.accepted, "splits": counts.splits}).encode())
     return Exported(counts, rule, fresh=True)
+
+
+def _check_packages(name: str, shape: Format) -> None:
+    for package in shape.needs:
+        if version(package) == "absent":
+            raise UnusableData(missing(package, f"--to {name}", name))
 
 
 def _check_reduced(run: Run) -> None:
@@ -149,6 +160,8 @@ def _about(
         "accept": rule.text,
         "splits": "own" if shares is None else dict(shares),
         "threshold": contents.threshold,
+        "patients": contents.patients,
+        "banner": contents.banner,
         "license": options.license,
         "boxes": boxes,
         "diffva_ray": __version__,
@@ -177,7 +190,7 @@ def _write_files(
     lesions = lesion_shapes(run.about["data"], run.recipe.data, boxes, notes)
     if notes:
         raise UnusableData(f"{notes[0]}; name its folder with --data")
-    examples = Examples(run, lesions, contents.with_images)
+    examples = Examples(run, lesions, contents.with_images, shape.headers)
     opened: dict[tuple[int, str], ShardFile] = {}
 
     def finish(number: int) -> None:
