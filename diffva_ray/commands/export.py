@@ -8,6 +8,7 @@ import click
 
 from diffva_ray.commands.verb import boxes_option, echo, verb
 
+SCORES = ("ssim", "ms_ssim", "psnr", "l1", "attribution_energy", "attribution_energy_lung_fraction")
 FORMATS = ("huggingface", "webdataset", "dicom", "coco")
 
 
@@ -16,6 +17,7 @@ format_option    = click.option("--to",             "format",      type=click.Ch
 out_option       = click.option("--out",            metavar="DIR", required=True, help="Folder of the export, local or s3://; an unfinished export continues.")
 accept_option    = click.option("--accept",         metavar="RULE", default="", help="Export only records for which a condition on their columns holds.")
 without_option   = click.option("--without-images", is_flag=True, help="Leave out the source image and what shows it; its path and SHA-256 stay.")
+best_option      = click.option("--best-of",        type=click.Choice(SCORES), default=None, help="Export the best sample of each image by this score; among accepted ones with --accept.")
 splits_option    = click.option("--splits",         metavar="NAME=SHARE,...", help="Splits by patient; default: the data set's own, else train=0.8,validation=0.1,test=0.1.")
 license_option   = click.option("--license",        "license_id", metavar="ID", default="", help="Licence in the data card, as the hub names it, such as cc-by-4.0.")
 threshold_option = click.option("--threshold",      type=click.FloatRange(0, 1, min_open=True), metavar="F", help="Threshold of the maps for --to coco and dicom; default: the run's own.")
@@ -30,6 +32,7 @@ moved_option     = click.option("--data",           metavar="DATA", help="New ad
 @format_option
 @out_option
 @accept_option
+@best_option
 @without_option
 @splits_option
 @license_option
@@ -67,6 +70,7 @@ def export(run: str, out: str, data: str | None, splits: str | None, license_id:
             format=options["format"],
             images=not options["without_images"],
             accept=options["accept"],
+            best_of=options["best_of"] or "",
             splits=parse_splits(splits) if splits else None,
             threshold=options["threshold"],
             patients=options["patients"],
@@ -76,10 +80,11 @@ def export(run: str, out: str, data: str | None, splits: str | None, license_id:
         ),
     )
     # What was exported, by class and by split.
-    if options["accept"]:
-        for label, records, accepted, rate, before, after in acceptance(exported.counts):
+    if options["accept"] or options["best_of"]:
+        for label, records, accepted, rate, ssim, lungs, flipped in acceptance(exported.counts):
             echo(
-                f"{label}: {accepted} of {records} records accepted ({rate}), mean SSIM {before} before, {after} after"
+                f"{label}: {accepted} of {records} records accepted ({rate}); mean SSIM {ssim}, attribution in lungs "
+                f"{lungs}, flip rate {flipped}"
             )
         if judged(exported.rule):
             echo("the rule reads the judge: a flip rate of these records is no evidence", err=True)

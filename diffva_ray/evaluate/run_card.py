@@ -14,12 +14,13 @@ configs:
 
 # Run {fingerprint}
 
-Counterfactuals (**synthetic images**) and attribution maps of chest X-rays, made with diffva-ray: recipe `{recipe}`, method `{method}`, model
-`{model}`. **Not for clinical use.**
+Counterfactuals (**synthetic images**) and attribution maps of chest X-rays, made with diffva-ray: recipe `{recipe}`,
+method `{method}`, model `{model}`. **Not for clinical use.**
 
-`datasets.load_dataset("RUN")` and `pandas.read_parquet("RUN/records")` give the records. Their columns `counterfactual_path`,
-`reconstruction_path` and `attribution_path` name images in this folder; `status` is `ok` for all that count. Records that were generated
-again lie in `overlays/`. Attribution maps are 16-bit PNG files: `(value - 32768) / 32767`.
+`datasets.load_dataset("RUN")` and `pandas.read_parquet("RUN/records")` give the records. Their columns
+`counterfactual_path`, `reconstruction_path` and `attribution_path` name images in this folder; `status` is `ok` for all
+that count. Records that were generated again lie in `overlays/`. Attribution maps are 16-bit PNG files:
+`(value - 32768) / 32767`.
 
 `diffva export RUN --to huggingface --out DIR` writes a data set with the images inside, for publication.
 """

@@ -7,12 +7,14 @@ with the files that are missing, and exports of the same run are equal byte by b
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from diffva_ray._version import __version__
 from diffva_ray.config.recipe import fingerprint_difference
@@ -22,11 +24,11 @@ from diffva_ray.evaluate.records import read_json
 from diffva_ray.evaluate.reduction import Incomplete, parts_digest
 from diffva_ray.evaluate.tables import THRESHOLDS_FILE
 from diffva_ray.export.acceptance import Rule
-from diffva_ray.export.card import card
+from diffva_ray.export.card import Choice, card
 from diffva_ray.export.contents import Contents
 from diffva_ray.export.examples import Examples
 from diffva_ray.export.formats import FORMATS, Format, ShardFile
-from diffva_ray.export.selection import DEFAULT_SPLITS, Counts, Selection, has_own_splits
+from diffva_ray.export.selection import DEFAULT_SPLITS, REJECTED, Counts, Selection, best_samples, has_own_splits
 from diffva_ray.generate.committed import parts
 from diffva_ray.generate.data_identity import check_same
 from diffva_ray.generate.run import SUCCESS, FingerprintDiffers, Run
@@ -37,7 +39,7 @@ from diffva_ray.schema import digest
 from diffva_ray.storage.opening import open_file, open_store
 from diffva_ray.storage.store import Store, patiently
 
-ABOUT, CARD = "export.json", "README.md"
+ABOUT, CARD, REJECTED_FILE = "export.json", "README.md", "rejected.parquet"
 WITH_REGIONS = ("coco", "dicom")  # formats that hold the map above a threshold
 
 
@@ -48,6 +50,7 @@ class ExportOptions:
     format: str  # a name of FORMATS
     images: bool = True  # False: leave out the images that show the source image
     accept: str = ""  # rule over the columns of the records; empty: all records
+    best_of: str = ""  # score by which the best sample of an image is chosen; empty: all samples
     splits: Mapping[str, float] | None = None  # shares by name; None: the data set's own splits, else DEFAULT_SPLITS
     threshold: float | None = None  # of COCO and DICOM regions; None: the run's own
     patients: bool = False  # copy the patient data of DICOM headers into a DICOM export
@@ -92,7 +95,8 @@ def export_run(run: Run, out: str, options: ExportOptions) -> Exported:
     threshold = _threshold(run, options) if options.format in WITH_REGIONS else None
     contents = Contents(run, store, options.images, threshold, options.patients, options.banner)
     shares = options.splits or (None if has_own_splits(run) else DEFAULT_SPLITS)
-    selection = Selection(run, rule, shares, _shards_per_file(run, shape))
+    best = best_samples(run, rule, options.best_of) if options.best_of else None
+    selection = Selection(run, rule, shares, _shards_per_file(run, shape), best)
     counts = selection.count()
     if not counts.accepted:
         raise UnusableData(f'--accept "{rule.text}": no record of {run.store.uri} is accepted')
@@ -107,7 +111,10 @@ def export_run(run: Run, out: str, options: ExportOptions) -> Exported:
     if pending:
         check_same(run, run.data)
         _write_files(selection, contents, shape, pending, options.boxes)
-    store.put(CARD, card(contents, options.format, shape, counts, rule, shares, options.license).encode())
+    if options.accept or options.best_of:
+        store.put(REJECTED_FILE, _rejected(selection))
+    choice = Choice(counts, rule, options.best_of, shares)
+    store.put(CARD, card(contents, options.format, shape, choice, options.license).encode())
     store.put(SUCCESS, json.dumps({"records": counts.accepted, "splits": counts.splits}).encode())
     return Exported(counts, rule, fresh=True)
 
@@ -158,6 +165,7 @@ def _about(
         "files": digest(files),
         "images": contents.with_images,
         "accept": rule.text,
+        "best_of": options.best_of,
         "splits": "own" if shares is None else dict(shares),
         "threshold": contents.threshold,
         "patients": contents.patients,
@@ -208,6 +216,15 @@ def _write_files(
                     opened[key] = shape.open(contents, shape.path(key[1], key[0]))
                 opened[key].add(examples.read(_as_rows(rows)))
     finish(-1)
+
+
+def _rejected(selection: Selection) -> bytes:
+    """The table of the records that are left out."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, REJECTED, compression="zstd") as writer:
+        for table in selection.rejected():
+            writer.write_table(table.cast(REJECTED))
+    return sink.getvalue()
 
 
 def _as_rows(table: pa.Table) -> list[Any]:

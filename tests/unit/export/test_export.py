@@ -16,11 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import Result
+from conftest import diffva
 from PIL import Image
 
 from diffva_ray.data.shapes import Runs, coco_counts
 from diffva_ray.export import exporting
 from diffva_ray.export.formats import FORMATS
+from diffva_ray.export.selection import NOT_BEST
 from diffva_ray.storage.local import LocalStore
 from diffva_ray.storage.store import StoreError
 
@@ -210,6 +212,10 @@ def test_the_gate_exports_accepted_records_and_says_the_rate(finished: Path, exp
     assert result.exit_code == 0, result.output
     exported = {row["record_id"] for row in parquet_rows(tmp_path / "out")}
     assert exported == {key for key, record in wanted.items() if record["ssim"] > middle}
+    rejected = pd.read_parquet(tmp_path / "out" / "rejected.parquet").set_index("record_id")["reason"]
+    assert set(rejected.index) == set(pd.read_parquet(finished / "records")["record_id"]) - exported
+    assert (rejected.loc[list(wanted.keys() - exported)] == f"not ssim > {middle}").all()
+    assert rejected.drop(list(wanted.keys() - exported)).str.startswith("bad_image: ").all()  # the quarantined one
     card = (tmp_path / "out" / "README.md").read_text()
     by_class = pd.Series([record["label"] for record in wanted.values()]).value_counts()
     for label, count in by_class.items():
@@ -226,10 +232,10 @@ def test_the_gate_exports_accepted_records_and_says_the_rate(finished: Path, exp
 def test_another_export_or_other_files_are_never_overwritten(finished: Path, export: Export, tmp_path: Path) -> None:
     assert export(finished, "huggingface").exit_code == 0
     before = tree(tmp_path / "out")
-    for more in (("--accept", "ssim > 0"), ("--without-images",), ("--license", "mit")):
+    for more in (("--accept", "ssim > 0"), ("--best-of", "ssim"), ("--without-images",), ("--license", "mit")):
         result = export(finished, "huggingface", *more)
         assert result.exit_code == 3
-        assert more[0].removeprefix("--without-").removeprefix("--") in result.stderr
+        assert more[0].removeprefix("--without-").removeprefix("--").replace("-", "_") in result.stderr
     assert export(finished, "webdataset").exit_code == 3
     assert export(finished, "huggingface", out=finished).exit_code == 2
     assert tree(tmp_path / "out") == before
@@ -276,3 +282,41 @@ def test_datasets_loads_the_export_with_its_types(finished: Path, export: Export
             record = wanted[row["record_id"]]
             np.testing.assert_array_equal(np.asarray(row["counterfactual"]), record["counterfactual"])
             np.testing.assert_allclose(np.array(row["attribution"]), record["attribution"], atol=1e-4)
+
+
+def test_the_best_sample_of_each_image_is_exported(images: Path, model: Path, export: Export, tmp_path: Path) -> None:
+    more = (
+        "--method",
+        "sdedit",
+        "--samples",
+        3,
+        "--limit",
+        12,
+        "--seed",
+        1,
+        "--set",
+        "generate.shard_size=4",
+        "--executor",
+        "inline",
+    )
+    made = diffva("generate", "--data", images, "--model", model, "--out", tmp_path / "run", *more)
+    assert made.exit_code == 0, made.output
+    assert diffva("reduce", tmp_path / "run", "--executor", "inline").exit_code == 0
+    records = pd.read_parquet(tmp_path / "run" / "records")
+    for score, ascending in (("ssim", False), ("l1", True)):
+        best = records.sort_values(score, ascending=ascending).groupby("image_path")["record_id"].first()
+        assert len(best) < len(records)
+        result = export(tmp_path / "run", "huggingface", "--best-of", score, out=tmp_path / score)
+        assert result.exit_code == 0, result.output
+        assert {row["record_id"] for row in parquet_rows(tmp_path / score)} == set(best)
+        rejected = pd.read_parquet(tmp_path / score / "rejected.parquet")
+        assert (rejected["reason"] == NOT_BEST).all()
+        assert len(rejected) == len(records) - len(best)
+    # the best of those that the rule accepts
+    bar = records["ssim"].median()
+    best = (
+        records[records["ssim"] < bar].sort_values("ssim", ascending=False).groupby("image_path")["record_id"].first()
+    )
+    assert export(tmp_path / "run", "huggingface", "--best-of", "ssim", "--accept", f"ssim < {bar}").exit_code == 0
+    assert {row["record_id"] for row in parquet_rows(tmp_path / "out")} == set(best)
+    assert "judge" in export(tmp_path / "run", "coco", "--best-of", "judge_counterfactual").stderr
