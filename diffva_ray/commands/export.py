@@ -23,6 +23,7 @@ license_option   = click.option("--license",        "license_id", metavar="ID", 
 threshold_option = click.option("--threshold",      type=click.FloatRange(0, 1, min_open=True), metavar="F", help="Threshold of the maps for --to coco and dicom; default: the run's own.")
 patients_option  = click.option("--with-patients",  "patients",    is_flag=True, help="Copy the patient data of DICOM headers into --to dicom; default: a pseudonym only.")
 banner_option    = click.option("--banner",         is_flag=True, help="Burn the word SYNTHETIC into the counterfactuals of --to dicom.")
+push_option      = click.option("--push-to",        metavar="ORG/NAME", help="Upload the export to the Hugging Face Hub, as a private data set; its folder must be local.")
 moved_option     = click.option("--data",           metavar="DATA", help="New address of the data set, if it has moved.")
 # fmt: on
 
@@ -40,6 +41,7 @@ moved_option     = click.option("--data",           metavar="DATA", help="New ad
 @patients_option
 @banner_option
 @boxes_option
+@push_option
 @moved_option
 def export(run: str, out: str, data: str | None, splits: str | None, license_id: str, **options: Any) -> None:
     """Write a reduced run as a data set that others can load without this package: images, attribution maps, all
@@ -57,6 +59,8 @@ def export(run: str, out: str, data: str | None, splits: str | None, license_id:
 
     if options["threshold"] is not None and options["format"] not in ("coco", "dicom"):
         raise click.UsageError("--threshold is for --to coco and --to dicom; other formats hold the whole map")
+    if options["push_to"] and "://" in out:
+        raise click.UsageError("--push-to uploads a local folder; give a local --out")
     for name, option in (("patients", "--with-patients"), ("banner", "--banner")):
         if options[name] and options["format"] != "dicom":
             raise click.UsageError(f"{option} is for --to dicom only")
@@ -91,3 +95,7 @@ def export(run: str, out: str, data: str | None, splits: str | None, license_id:
     by_split = ", ".join(f"{count} {name}" for name, count in exported.counts.splits.items())
     fresh = "" if exported.fresh else " (already complete; nothing written)"
     echo(f"{exported.counts.accepted} records in {out} ({by_split}); card in {out}/README.md{fresh}")
+    if options["push_to"]:
+        from diffva_ray.export.hub import push
+
+        echo(f"uploaded to {push(out, options['push_to'])}, private until you publish it there")

@@ -78,7 +78,7 @@ def _header(run: Run, name: str, shape: Format, counts: Counts, license_id: str)
     """The YAML header, in the words of the hub."""
     header: dict[str, Any] = {
         "pretty_name": f"Counterfactuals and attribution maps of chest X-rays ({run.fingerprint})",
-        "license": license_id or (PHANTOM_LICENSE if _phantoms(run) else "other"),
+        "license": license_of(run, license_id),
         "task_categories": ["image-to-image", "image-segmentation"],
         "tags": TAGS,
         "size_categories": [next((size for most, size in SIZES if counts.accepted < most), "n>10M")],
@@ -87,6 +87,11 @@ def _header(run: Run, name: str, shape: Format, counts: Counts, license_id: str)
         files = [{"split": split, "path": f"{shape.folder}/{split}-*.{shape.suffix}"} for split in counts.splits]
         header["configs"] = [{"config_name": "default", "data_files": files}]
     return header
+
+
+def license_of(run: Run, license_id: str) -> str:
+    """The licence as the hub names it: the given one, else that of phantoms, else ``other``."""
+    return license_id or (PHANTOM_LICENSE if _phantoms(run) else "other")
 
 
 def _phantoms(run: Run) -> bool:

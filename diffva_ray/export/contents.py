@@ -51,3 +51,9 @@ class Contents:
         """The values of a record by their names in the export."""
         values: Mapping[str, Any] = cast("Any", record)
         return {name: values[column] for column, name in self.names.items()}
+
+
+def dicom_schema(contents: Contents) -> pa.Schema:
+    """The columns of the table of a DICOM export: those of the records, and the path of each object."""
+    kinds = ("image", "counterfactual", "attribution", "segmentation")[not contents.with_images :]
+    return pa.schema([*contents.columns.items(), *((f"{kind}_dicom", pa.string()) for kind in kinds)])

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffva_ray.data.dataset import UnusableData
-from diffva_ray.export.contents import Contents
-from diffva_ray.export.dicom_objects import SERIES, Objects
+from diffva_ray.export.contents import Contents, dicom_schema
+from diffva_ray.export.dicom_objects import Objects
 from diffva_ray.export.examples import Example
 from diffva_ray.progress import one_line
 from diffva_ray.storage.store import join
@@ -35,10 +35,8 @@ class DicomTable:
             self.rows.append(self.contents.row(example.record) | paths)
 
     def close(self) -> bytes:
-        names = [f"{kind}_dicom" for kind in SERIES if kind != "image" or self.contents.with_images]
-        fields = [*self.contents.columns.items(), *((name, pa.string()) for name in names)]
         sink = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(self.rows, pa.schema(fields)), sink, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(self.rows, dicom_schema(self.contents)), sink, compression="zstd")
         return sink.getvalue()
 
     def _files(self, example: Example) -> dict[str, bytes]:

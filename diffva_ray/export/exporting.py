@@ -24,10 +24,11 @@ from diffva_ray.evaluate.records import read_json
 from diffva_ray.evaluate.reduction import Incomplete, parts_digest
 from diffva_ray.evaluate.tables import THRESHOLDS_FILE
 from diffva_ray.export.acceptance import Rule
-from diffva_ray.export.card import Choice, card
+from diffva_ray.export.card import Choice, card, license_of
 from diffva_ray.export.contents import Contents
 from diffva_ray.export.examples import Examples
 from diffva_ray.export.formats import FORMATS, Format, ShardFile
+from diffva_ray.export.lineage import croissant, lineage
 from diffva_ray.export.selection import DEFAULT_SPLITS, REJECTED, Counts, Selection, best_samples, has_own_splits
 from diffva_ray.generate.committed import parts
 from diffva_ray.generate.data_identity import check_same
@@ -40,6 +41,7 @@ from diffva_ray.storage.opening import open_file, open_store
 from diffva_ray.storage.store import Store, patiently
 
 ABOUT, CARD, REJECTED_FILE = "export.json", "README.md", "rejected.parquet"
+LINEAGE, CROISSANT = "lineage.json", "croissant.json"
 WITH_REGIONS = ("coco", "dicom")  # formats that hold the map above a threshold
 
 
@@ -113,6 +115,9 @@ def export_run(run: Run, out: str, options: ExportOptions) -> Exported:
         _write_files(selection, contents, shape, pending, options.boxes)
     if options.accept or options.best_of:
         store.put(REJECTED_FILE, _rejected(selection))
+    license_id = license_of(run, options.license)
+    _put_json(store, LINEAGE, lineage(run, about, counts))
+    _put_json(store, CROISSANT, croissant(contents, shape, about, license_id))
     choice = Choice(counts, rule, options.best_of, shares)
     store.put(CARD, card(contents, options.format, shape, choice, options.license).encode())
     store.put(SUCCESS, json.dumps({"records": counts.accepted, "splits": counts.splits}).encode())
@@ -208,7 +213,9 @@ def _write_files(
             patiently(lambda path=path, data=data: contents.store.put(path, data))  # type: ignore[misc]
             LOG.info("export: wrote %s", path)
 
-    for shard, table in parts(run, run.records_schema.names):
+    wanted = {number for number, _ in pending}
+    shards = {shard for shard in range(run.shards) if shard // selection.shards_per_file in wanted}
+    for shard, table in parts(run, run.records_schema.names, shards=shards):
         finish(shard // selection.shards_per_file)
         for key, rows in selection.chosen(shard, table):
             if key in pending:
@@ -216,6 +223,10 @@ def _write_files(
                     opened[key] = shape.open(contents, shape.path(key[1], key[0]))
                 opened[key].add(examples.read(_as_rows(rows)))
     finish(-1)
+
+
+def _put_json(store: Store, path: str, content: Mapping[str, Any]) -> None:
+    store.put(path, json.dumps(content, indent=1).encode())
 
 
 def _rejected(selection: Selection) -> bytes:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import pyarrow as pa
+
 from diffva_ray.export.coco import CocoFile
-from diffva_ray.export.contents import Contents
+from diffva_ray.export.contents import Contents, dicom_schema
 from diffva_ray.export.examples import Example
-from diffva_ray.export.parquet import ParquetShard
+from diffva_ray.export.parquet import ParquetShard, schema
 from diffva_ray.export.webdataset import TarShard
 
 
@@ -35,6 +37,7 @@ class Format:
     loading: str  # Python code that loads the export, for its card
     headers: bool = False  # whether it needs the headers of DICOM images
     needs: Sequence[str] = ()  # packages of the extra with the name of the format
+    schema: Callable[[Contents], pa.Schema] | None = None  # the columns, if the files are tables
 
     def path(self, split: str, number: int) -> str:
         """The path of a file in the export."""
@@ -70,8 +73,8 @@ def _dicom(contents: Contents, path: str) -> ShardFile:
 
 
 FORMATS = {
-    "huggingface": Format("data", "parquet", 1000, 2**26, ParquetShard, HUGGINGFACE),
+    "huggingface": Format("data", "parquet", 1000, 2**26, ParquetShard, HUGGINGFACE, schema=schema),
     "webdataset": Format("shards", "tar", 1000, 2**26, TarShard, WEBDATASET),
     "coco": Format("annotations", "json", 50_000, 2**40, CocoFile, COCO),  # holds no pixels
-    "dicom": Format("records", "parquet", 1000, 2**40, _dicom, DICOM, True, ("pydicom", "highdicom")),  # likewise
+    "dicom": Format("records", "parquet", 1000, 2**40, _dicom, DICOM, True, ("pydicom", "highdicom"), dicom_schema),
 }

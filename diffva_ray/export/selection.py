@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from diffva_ray.schema import Status, digest
 
 DEFAULT_SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 COLUMNS = (  # that the choice and its counts need
-    "record_id", "status", "error", "label", "patient", "image_path", "split", "ssim",
+    "record_id", "image_sha256", "status", "error", "label", "patient", "image_path", "split", "ssim",
     "attribution_energy_lung_fraction", "judge_image", "judge_counterfactual",
 )  # fmt: skip
 REJECTED = pa.schema([(name, pa.string()) for name in ("record_id", "image_path", "label", "reason")])
@@ -84,6 +85,7 @@ class Counts:
 
     classes: dict[str, ClassCount] = field(default_factory=dict)
     files: dict[tuple[int, str], int] = field(default_factory=dict)  # records by number of the file and split
+    images: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))  # hash of each image, sorted
     patients: dict[str, set[str]] = field(default_factory=dict)  # splits by known patient; only for own splits
 
     @property
@@ -99,6 +101,11 @@ class Counts:
             total[split] = total.get(split, 0) + count
         order = {name: n for n, name in enumerate(DEFAULT_SPLITS)}
         return {name: total[name] for name in sorted(total, key=lambda name: (order.get(name, 9), name))}
+
+    @property
+    def images_digest(self) -> str:
+        """Digest of the paths and contents of all images of the run with a record that is ok, in any order."""
+        return hashlib.sha256(self.images.astype("<u8").tobytes()).hexdigest()
 
     @property
     def shared_patients(self) -> int:
@@ -130,6 +137,7 @@ class Selection:
         for shard, table in parts(self.run, self.columns):
             ok = table.filter(pc.equal(table["status"], Status.OK.value))
             accepted = self._accepts(ok)
+            counts.images = np.union1d(counts.images, _image_hashes(ok))
             labels = np.array(ok["label"].to_pylist(), str)
             for label in np.unique(labels):
                 of_class, here = counts.classes.setdefault(str(label), ClassCount()), labels == label
@@ -175,6 +183,11 @@ class Selection:
         persons = (patient or path for patient, path in zip(*(table[n].to_pylist() for n in ("patient", "image_path"))))
         places = [int(digest(["split", person])[:13], 16) / 16**13 for person in persons]
         return np.array([names[min(n, len(names) - 1)] for n in np.searchsorted(bounds, places, side="right")], str)
+
+
+def _image_hashes(table: pa.Table) -> NDArray[np.uint64]:
+    pairs = zip(table["image_path"].to_pylist(), table["image_sha256"].to_pylist())
+    return np.array([int(digest(pair)[:16], 16) for pair in pairs], np.uint64)
 
 
 def own_split(name: str) -> str:

@@ -23,6 +23,8 @@ from diffva_ray.data.shapes import Runs, coco_counts
 from diffva_ray.export import exporting
 from diffva_ray.export.formats import FORMATS
 from diffva_ray.export.selection import NOT_BEST
+from diffva_ray.generate.committed import parts
+from diffva_ray.generate.run import open_run
 from diffva_ray.storage.local import LocalStore
 from diffva_ray.storage.store import StoreError
 
@@ -182,7 +184,17 @@ def test_an_interrupted_export_continues_to_the_same_bytes(
     assert result.exit_code == 5, result.output
     assert "_SUCCESS" not in tree(tmp_path / "out")
     first = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written}
+    read = set[int]()
+
+    def recorded(*arguments: Any, **more: Any) -> Iterator[Any]:
+        for shard, table in parts(*arguments, **more):
+            read.add(shard)
+            yield shard, table
+
+    monkeypatch.setattr(exporting, "parts", recorded)
     assert export(finished, kind).exit_code == 0
+    pending = {name for name in whole if name.startswith(FORMATS[kind].folder)} - set(written)
+    assert read == {int(Path(name).stem.rpartition("-")[2]) for name in pending} < {0, 1, 2}  # and no shard before
     assert tree(tmp_path / "out") == whole
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written} == first  # kept, not written again
     result = export(finished, kind)
@@ -320,3 +332,45 @@ def test_the_best_sample_of_each_image_is_exported(images: Path, model: Path, ex
     assert export(tmp_path / "run", "huggingface", "--best-of", "ssim", "--accept", f"ssim < {bar}").exit_code == 0
     assert {row["record_id"] for row in parquet_rows(tmp_path / "out")} == set(best)
     assert "judge" in export(tmp_path / "run", "coco", "--best-of", "judge_counterfactual").stderr
+
+
+def test_lineage_leads_from_the_images_to_the_export(finished: Path, export: Export, tmp_path: Path) -> None:
+    found = []
+    for name, more in (("first", ()), ("second", ("--accept", "ssim > 0")), ("third", ("--license", "mit"))):
+        assert export(finished, "huggingface", *more, out=tmp_path / name).exit_code == 0
+        found.append(json.loads((tmp_path / name / "lineage.json").read_text()))
+    run = open_run(str(finished))
+    for content in found:
+        assert content["run"]["fingerprint"] == run.fingerprint
+        assert content["model"]["digest"] == run.keys["model_digest"]
+        assert content["data"] == found[0]["data"]
+        assert content["data"]["images"] == 17
+    assert len({content["export"]["digest"] for content in found}) == 3  # the rule and the licence are part of it
+    assert found[1]["export"]["accept"] == "ssim > 0"
+
+
+def test_the_data_digest_does_not_depend_on_the_run(
+    finished: Path, model: Path, export: Export, tmp_path: Path
+) -> None:
+    more = ("--samples", 2, "--seed", 5, "--executor", "inline", "--set", "evaluate.max_quarantined_fraction=0.5")
+    data = finished.parent / "data"
+    assert diffva("generate", "--data", data, "--model", model, "--out", tmp_path / "other", *more).exit_code == 0
+    assert diffva("reduce", tmp_path / "other", "--executor", "inline").exit_code == 0
+    digests = []
+    for run, name in ((finished, "first"), (tmp_path / "other", "second")):
+        assert export(run, "huggingface", out=tmp_path / name).exit_code == 0
+        digests.append(json.loads((tmp_path / name / "lineage.json").read_text())["data"]["digest"])
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+def test_croissant_names_the_files_and_the_columns(kind: str, finished: Path, export: Export, tmp_path: Path) -> None:
+    assert export(finished, kind, "--license", "mit").exit_code == 0
+    described = json.loads((tmp_path / "out" / "croissant.json").read_text())
+    (files,) = described["distribution"]
+    named = sorted((tmp_path / "out").glob(files["includes"]))
+    assert named == sorted((tmp_path / "out" / FORMATS[kind].folder).iterdir())
+    assert described["license"] == "mit"
+    if kind in ("huggingface", "dicom"):
+        columns = [field["source"]["extract"]["column"] for field in described["recordSet"][0]["field"]]
+        assert columns == pq.read_schema(named[0]).names
