@@ -42,6 +42,7 @@ from diffva_ray.evaluate.pair_scores import (
 from diffva_ray.evaluate.records import Lesions
 from diffva_ray.evaluate.report.numbers import judge_tested
 from diffva_ray.evaluate.report.result_tables import SPECS
+from diffva_ray.evaluate.run_card import write_card
 from diffva_ray.evaluate.run_index import SAMPLE, RunIndex, index_run
 from diffva_ray.evaluate.scores import LocalizationScores, stacked
 from diffva_ray.evaluate.set_distances import distances
@@ -145,6 +146,7 @@ def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecuto
     reduced = Reduced({"records": counts, **metrics, "notes": notes}, notes)
     run.store.put(METRICS, json.dumps(tables.clean(reduced.metrics), indent=1).encode())
     _write_manifest(run)
+    write_card(run)
 
     check_quarantined(run, records.quarantined, reduced=True)
     written = {**state, "all_read": notes.all_read, "tables": _tables(run)}
