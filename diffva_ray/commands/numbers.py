@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,7 +30,8 @@ moved_option     = click.option("--data",           metavar="DATA", help="New ad
 elsewhere_option = click.option("--data",           metavar="DATA", help="New address of the data set, if it has moved; for this page only.")
 reference_option = click.option("--reference",      metavar="LABEL=DATA_OR_RUN", multiple=True, help="Reference set of class LABEL for FID and KID; repeatable.")
 resize_option    = click.option("--resize",         type=click.Choice(["clean", "legacy"]), help="Resizing before Inception: bicubic with antialiasing (clean), or as pytorch-fid (legacy); default: the recipe's.")
-threshold_option = click.option("--threshold-from", metavar="RUN", help="Take the Dice thresholds from this (validation) run.")
+threshold_option = click.option("--threshold-from", metavar="RUN", help="Validation run: thresholds, learned prior and settings of the baselines are chosen on it.")
+normals_option   = click.option("--normals",        metavar="DATA", help="Data set with normal images for the PCA baseline; default: the reference set's.")
 extractor_option = click.option("--extractor",      "extractors", metavar="NAME[=PATH]", multiple=True, help="Feature extractor: inception, torchxrayvision=WEIGHTS, rad-dino=FOLDER, judge[=MODEL], stand-in; repeatable.")
 judge_option     = click.option("--judge",          "judges", metavar="NAME=PATH", multiple=True, help="Additional judge of the flip rate: torchxrayvision=WEIGHTS or judge=MODEL; repeatable.")
 lpips_option     = click.option("--lpips-weights",  "lpips", metavar="PATH", help="State dict of torchvision's AlexNet; adds LPIPS to the tables.")
@@ -42,7 +44,7 @@ signed_option    = click.option("--signed/--positive", "signed", default=None, h
 encoding_option  = click.option("--encoding",       type=click.Choice(["auto", "signed16", "unsigned"]), default="auto", show_default=True, help="Encoding of 16-bit maps; signed16: 32768 is zero; auto: signed16 for a run, else unsigned.")
 smoothing_option = click.option("--smoothing",      metavar="F", type=click.FloatRange(0, 0.5, max_open=True), help="Sigma of the Gaussian that smooths maps and baselines, as a fraction of the side; default: none.")
 size_option      = click.option("--size",           metavar="PX", type=click.IntRange(8, 4096), help="Side of the grid in pixels; default: the size of the maps.")
-fixed_option     = click.option("--threshold-from", metavar="RUN|FOLDER|JSON", help="Thresholds from validation images: a run, an --out folder of this verb, or a JSON file.")
+fixed_option     = click.option("--threshold-from", metavar="RUN|FOLDER|JSON", help="Thresholds from validation images: a run (which also gives the baselines their settings), an --out folder of this verb, or a JSON file.")
 trained_option   = click.option("--model",          metavar="MODEL", help="Refuse training images of this model; default for a run: the run's model.")
 # fmt: on
 
@@ -55,6 +57,7 @@ trained_option   = click.option("--model",          metavar="MODEL", help="Refus
 @weights_option
 @resize_option
 @threshold_option
+@normals_option
 @extractor_option
 @judge_option
 @lpips_option
@@ -83,7 +86,8 @@ def reduce(run: str, data: str | None, executor: Executor, reference: tuple[str,
     options["resize"] = resize or opened.recipe.evaluate.resize
     reduced = reduce(opened, Options(**options), executor, data)
     print_summary(reduced.metrics)
-    echo(f"tables in {run}/tables" + ("" if reduced.fresh else " (already up to date; nothing written)"))
+    state = "" if reduced.fresh else " (already up to date; nothing written)"
+    echo(f"tables in {run}/tables{state}; next: diffva report {shlex.quote(run)}")
 
 
 @verb("report", "Write the HTML report of a run")

@@ -87,6 +87,7 @@ def test_no_name_of_a_file_leaves_an_anonymised_run(images: Path, model: Path, t
             more = ["--threshold", 0.1] if kind == "coco" else []
             assert diffva("export", run, "--to", kind, "--out", out / kind, *more, *anonymous) == 0
         shutil.copytree(run / "report", out / "report")
+        shutil.copytree(run / "figures", out / "report/figures")
         told = {file.relative_to(out).parts[0] for file in out.rglob("*") if file.is_file() and name in content(file)}
         assert told == (set() if anonymous else {"report", "comparison", "huggingface", "webdataset", "coco"})
 

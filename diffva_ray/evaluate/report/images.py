@@ -177,7 +177,7 @@ def strip(panels: Sequence[NDArray[np.float32]]) -> bytes:
 
 
 def coloured(signed_map: NDArray[np.float32], limit: float) -> bytes:
-    """A signed map [H, H] as a PNG of 255 colours: red above zero, blue below, more opaque farther from zero."""
+    """A signed map [H, H] as a PNG of 255 colours: orange above zero, blue below, more opaque farther from zero."""
     levels = np.rint(np.clip(signed_map / limit, -1, 1) * 127 + 127).astype(np.uint8)
     pixels = Image.fromarray(levels, "P")
     strength = (np.arange(256) - 127) / 127
