@@ -195,7 +195,8 @@ def check(what: str, *words: object) -> list[str]:
     verb, outcome = words[0], diffva(*words)
     told = [line for line in outcome.lines if line.startswith(f"diffva {verb}: ")]
     if outcome.trace or outcome.code not in DOCUMENTED:
-        return [f"{what}: exit {outcome.code}, {(outcome.trace or outcome.text)[-600:]}"]
+        kind = "Traceback " if outcome.trace else ""
+        return [f"{what}: exit {outcome.code}, {kind}{(outcome.trace or outcome.text)[-600:]}"]
     if outcome.code and verb != "verify" and len(told) != 1:
         return [f"{what}: exit {outcome.code} without its one line: {outcome.text[-300:]}"]
     return []
