@@ -126,8 +126,8 @@ OPTIONS = {
     "demo": "--out --quick --seed",
     "explain": "IMAGE --dry-run --guidance-scale --json --method --model --out --prompt --recipe --scheduler --seed "
     "--set --steps --strength",
-    "export": "RUN --accept --banner --best-of --boxes --data --license --out --push-to --splits --threshold --to "
-    "--with-patients --without-images",
+    "export": "RUN --accept --banner --best-of --boxes --data --executor --license --out --push-to --splits "
+    "--threshold --to --with-patients --without-images",
     "generate": "--actors --allow-environment-change --classes --columns --data --dry-run --executor --gpus-per-actor "
     "--guidance-scale --healthy-class --images-per-second --limit --method --micro-batch --model --out --probe "
     "--prompt --recipe --root --samples --scheduler --seed --set --shard-size --steps --strength --sweep",
