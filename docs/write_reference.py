@@ -29,7 +29,7 @@ Written by `docs/write_reference.py` from the code (`diffva_ray/config/`).
 
 A recipe is a YAML file with the sections below. `--recipe NAME` selects a shipped recipe, `--recipe FILE.yaml` your
 own. `--set KEY=VALUE` overrides one value, as in `--set generate.masked.quantile=0.9` or
-`--set train.stages.1.steps=500`. `--dry-run` prints the resolved recipe. *required*: the key has no default.
+`--set train.stages.1.steps=500`. `--dry-run | cat` prints the resolved recipe. *required*: the key has no default.
 *none*: the default is no value, in YAML `null`.
 """
 COMMANDS_HEAD = """# Commands

@@ -6,6 +6,7 @@ import json
 
 import click
 
+from diffva_ray.commands.dry_run import show
 from diffva_ray.commands.verb import (
     data_options,
     dry_run_option,
@@ -14,7 +15,6 @@ from diffva_ray.commands.verb import (
     names,
     recipe_or_phantom,
     set_option,
-    show,
     verb,
     with_flags,
 )

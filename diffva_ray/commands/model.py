@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from diffva_ray.commands.dry_run import show
 from diffva_ray.commands.verb import (
     data_option,
     data_options,
@@ -20,7 +21,6 @@ from diffva_ray.commands.verb import (
     set_option,
     settings_options,
     settings_overrides,
-    show,
     small_option,
     verb,
     with_flags,

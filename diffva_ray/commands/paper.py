@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from diffva_ray.commands.dry_run import show
 from diffva_ray.commands.verb import (
     DONE,
     boxes_option,
@@ -18,7 +19,6 @@ from diffva_ray.commands.verb import (
     model_option,
     recipe_option,
     set_option,
-    show,
     verb,
     weights_option,
 )

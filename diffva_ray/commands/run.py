@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from diffva_ray.commands.dry_run import show
 from diffva_ray.commands.verb import (
     DONE,
     INCOMPLETE,
@@ -24,7 +25,6 @@ from diffva_ray.commands.verb import (
     set_option,
     settings_options,
     settings_overrides,
-    show,
     verb,
     with_flags,
 )

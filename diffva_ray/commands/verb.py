@@ -15,7 +15,7 @@ import click
 
 from diffva_ray._version import __version__
 from diffva_ray.config.methods import METHODS
-from diffva_ray.config.recipe import Recipe, RecipeError
+from diffva_ray.config.recipe import RecipeError
 from diffva_ray.config.sampling import SamplingSettings, Scheduler
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.generate.run import FingerprintDiffers, PlanError
@@ -184,7 +184,7 @@ def _known_cause(error: BaseException, kinds: tuple[type[BaseException], ...]) -
 recipe_or_phantom = click.option("--recipe",   metavar="NAME|FILE", default="phantom", show_default=True, help="Name of a shipped recipe, or a YAML file.")
 recipe_option   = click.option("--recipe",     metavar="NAME|FILE", help="Name of a shipped recipe, or a YAML file; default: the model's own recipe.")
 set_option      = click.option("--set",        "overrides", metavar="KEY=VALUE", multiple=True, help="Override one value of the recipe, as in generate.strength=0.4; repeatable.")
-dry_run_option  = click.option("--dry-run",    is_flag=True, help="Print the resolved recipe and the planned work as JSON; write nothing.")
+dry_run_option  = click.option("--dry-run",    is_flag=True, help="Print the planned work, and the resolved recipe as JSON unless on a terminal; write nothing.")
 data_option     = click.option("--data",       metavar="DATA",  required=True, help="Data set: a folder, a manifest (CSV or Parquet), or an s3:// address.")
 model_option    = click.option("--model",      required=True, **MODEL)
 small_option    = click.option("--model",      default=SMALL, show_default=True, **MODEL)
@@ -237,11 +237,6 @@ def settings_overrides(options: Mapping[str, Any], *more: str) -> tuple[str, ...
     keys = (*SamplingSettings.model_fields, *more)
     of_generate = {f"generate__{key}": options[key] for key in keys}
     return with_flags(options["overrides"], seed=options["seed"], **of_generate)
-
-
-def show(recipe: Recipe, **intent: Any) -> None:
-    """Print the recipe and the planned work as one JSON document, for ``--dry-run``."""
-    echo(json.dumps({"recipe": recipe.model_dump(mode="json"), **intent}, indent=1))
 
 
 def with_flags(overrides: tuple[str, ...], **flags: Any) -> tuple[str, ...]:

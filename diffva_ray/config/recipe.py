@@ -13,10 +13,12 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from diffva_ray.config.generation import AccelerationConfig, ClassifierGuidedConfig, ControlNetConfig, MaskedConfig
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.config.stages import Section, Stage, TrainConfig
+from diffva_ray.progress import LOG
 from diffva_ray.schema import digest
 from diffva_ray.storage.opening import open_file
 
 RECIPES = resources.files("diffva_ray") / "recipes"
+RENAMED = {"small": "cpu"}  # small is the name of the packaged model
 GUESS, SOURCE = "<guess>", "<source>"
 ROLES = (  # of the columns of a table
     "image", "label", "patient", "mask", "lesion", "caption", "view", "laterality", "age", "sex", "spacing", "split",
@@ -249,6 +251,9 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: The recipe, a key or a value is invalid; the message names it in one line.
     """
+    if name_or_path in RENAMED:
+        LOG.info("recipe %s is called %s now", name_or_path, RENAMED[name_or_path])
+        name_or_path = RENAMED[name_or_path]
     if name_or_path in recipe_names():
         text = (RECIPES / f"{name_or_path}.yaml").read_text()
     elif name_or_path.endswith((".yaml", ".yml")):

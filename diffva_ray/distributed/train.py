@@ -6,8 +6,9 @@ because it would end a driver with exit code 0 after Ctrl-C.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def fit(
     threads = max(1, session.cpus() // (workers if isinstance(workers, int) else workers[1]))
     config = {
         "recipe": recipe,
+        "folder": os.getcwd(),
         "data": data,
         "model": model,
         "fingerprint": fingerprint,
@@ -125,6 +127,8 @@ def _worker(config: dict[str, Any]) -> None:
     from diffva_ray.train.loop import train
     from diffva_ray.train.validation import validation_of
 
+    with suppress(OSError):  # Ray Train has changed it; relative paths of the recipe (model.base) are the command's
+        os.chdir(config["folder"])
     training_metrics = TrainingMetrics(config["model"])
 
     def report(metrics: dict[str, float], folder: Path | None) -> None:

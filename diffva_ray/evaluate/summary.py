@@ -21,8 +21,11 @@ def terminal() -> Console:
 
 
 def print_summary(metrics: dict[str, Any], console: Console | None = None) -> None:
-    """Print every table of ``metrics`` (as in ``tables/metrics.json``), then the main results, counts and notes."""
+    """Print why no result is stated, if so, and every table of ``metrics`` (as in ``tables/metrics.json``), then the
+    main results, counts and notes."""
     console = console or terminal()
+    problems = metrics.get("problems", [])
+    print_lines(console, (f"{problem}." for problem in problems))
     for table in report_tables(metrics):
         if table.key != "fidelity":  # too wide
             print_table(console, table)
@@ -31,7 +34,7 @@ def print_summary(metrics: dict[str, Any], console: Console | None = None) -> No
     print_lines(
         console, [f"{counts['planned']} records planned, {counts['ok']} ok, {counts['quarantined']} quarantined"]
     )
-    print_lines(console, (f"note: {note}" for note in metrics.get("notes", [])))
+    print_lines(console, (f"note: {note}" for note in metrics.get("notes", []) if note not in problems))
 
 
 def print_table(console: Console, table: Table, intervals: bool = False) -> None:

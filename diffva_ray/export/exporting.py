@@ -18,10 +18,9 @@ import pyarrow.parquet as pq
 from diffva_ray._version import __version__
 from diffva_ray.config.recipe import fingerprint_difference
 from diffva_ray.data.dataset import UnusableData
-from diffva_ray.evaluate.annotations import lesion_shapes
+from diffva_ray.evaluate.annotations import THRESHOLDS_FILE, lesion_shapes
 from diffva_ray.evaluate.records import Lesions, read_json
 from diffva_ray.evaluate.reduction import Incomplete, parts_digest
-from diffva_ray.evaluate.tables import THRESHOLDS_FILE
 from diffva_ray.export.acceptance import Rule
 from diffva_ray.export.card import Choice, card, license_of
 from diffva_ray.export.contents import Contents

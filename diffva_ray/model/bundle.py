@@ -214,7 +214,7 @@ def _pretrained(base: str, recipe: Recipe) -> tuple[Any, ...]:
         if base.count("/") != 1 and not Path(source).is_dir():  # no hub id
             raise UnusableModel(
                 f"model.base {base}: no such folder (diffva demo makes runs/demo/model); name another diffusers folder "
-                "with --set model.base=FOLDER"
+                "with --set model.base=FOLDER, or train from scratch with --recipe phantom"
             ) from None
         raise UnusableModel(
             f"model.base {base}: neither a local diffusers folder nor available from the hub ({text.first_line(error)})"

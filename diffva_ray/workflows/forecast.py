@@ -6,13 +6,16 @@ import json
 import statistics
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from diffva_ray.config.recipe import Recipe, make_recipe
+from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.generate.cost import Pace, cost, estimate
 from diffva_ray.generate.keys import pixel_keys
@@ -37,13 +40,25 @@ def planned(recipe: Recipe, data: str, model: str, out: str, request: Request) -
     if run is not None:
         keys = pixel_keys(recipe, request, folder.digest, torch_version(), run.keys["device"])
         continue_run(run, {**keys, **{key: run.keys.get(key) for key in ENVIRONMENT}})
-        return {"out": out, "records": run.about["records"], "shards": run.shards, "pending": len(run.pending())}
+        counts = {"records": run.about["records"], "shards": run.shards, "pending": len(run.pending())}
+        return {"out": out, **counts, "summary": _described(recipe, run.plan(), request)}
 
     # Otherwise a new run is planned.
     table = make_plan(requested_images(recipe, data, request), recipe, request)
     check_plan(recipe, folder, table)
     shards = len(set(table["shard"].to_pylist()))
-    return {"data": data, "out": out, "records": len(table), "shards": shards, "pending": shards}
+    counts = {"records": len(table), "shards": shards, "pending": shards}
+    return {"data": data, "out": out, **counts, "summary": _described(recipe, table, request)}
+
+
+def _described(recipe: Recipe, plan: pa.Table, request: Request) -> list[str]:
+    """Classes with their prompts, and sampling settings, in lines for users."""
+    planned = Counter(zip(plan["label"].to_pylist(), plan["prompt"].to_pylist(), strict=True))
+    settings = {**{key: getattr(recipe.generate, key) for key in SamplingSettings.model_fields}, **dict(request.sweep)}
+    return [
+        *(f"class {label}: {count} records, prompt {prompt!r}" for (label, prompt), count in planned.items()),
+        ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items()),
+    ]
 
 
 def planned_cost(

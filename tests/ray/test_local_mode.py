@@ -125,6 +125,19 @@ def test_training_on_ray_equals_the_loop(cluster, tiny: Recipe, images: Path, mo
         train_model(other, str(images), str(out))
 
 
+def test_a_relative_base_is_found_by_the_workers(
+    cluster, tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the base of recipe ``cpu`` is: relative to the folder of the command, which Ray Train's workers leave."""
+    (tmp_path / "base").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    values = tiny.model_dump(mode="json")
+    values["model"] |= {"base": "base", "vae": None, "unet": None, "text": None}
+    values["train"]["stages"] = values["train"]["stages"][1:2]
+    assert train_model(make_recipe(values), str(images), "model")
+    assert json.loads(Path("model/diffva.json").read_text())["recipe"]["model"]["base"] == "base"
+
+
 def test_two_ray_workers_have_one_workers_losses(cluster, tiny: Recipe, images: Path, tmp_path: Path) -> None:
     """(minimum, maximum) workers on a cluster that has room for both; each takes half of every batch."""
     values = tiny.model_dump(mode="json")

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": set(),
     "provenance": {"_version"},
     "storage": {"progress", "provenance"},
-    "config": {"schema", "storage"},
+    "config": {"schema", "storage", "progress"},
     "data": LOW,
     "model": LOW,
     "metrics": LOW,

@@ -24,7 +24,9 @@ def test_the_next_command_can_be_pasted(images: Path, model: Path, tmp_path: Pat
     line = next(line for line in made.output.splitlines() if "next: " in line)
     words = shlex.split(line.partition("next: diffva ")[2])
     assert words == ["reduce", str(out)]
-    assert diffva(*words, "--executor", "inline").exit_code == 0
+    reduced = diffva(*words, "--executor", "inline")
+    assert reduced.exit_code == 0
+    assert shlex.split(reduced.output.partition("next: diffva ")[2]) == ["report", str(out)]
 
 
 def test_many_differences_are_five_and_a_count() -> None:

@@ -51,6 +51,9 @@ MEASURES = (
     Measure("auroc", "AUROC of the map", better="high"),
     Measure("dice_best", "Dice of the map, best τ", better="high"),
 )
+NAMES = "report/files.csv"  # files of every record by the name of its image
+NAMED = ("image_path", "label", "prompt", "sample", "status", "counterfactual_path", "attribution_path",
+         "reconstruction_path", "record_id")  # its columns; paths of the run are relative to it  # fmt: skip
 INTEGERS = {"ms_ssim_scales", "width", "height", "num_inference_steps", "sample"}
 
 
@@ -132,6 +135,12 @@ def write_catalogue(
         if entry.path.removeprefix(f"{FOLDER}/") not in files:
             run.store.delete(entry.path)
     return len(chunks)
+
+
+def write_names(run: Run, records: pd.DataFrame) -> None:
+    """Write the table in which the files of a record are found by the name of its image."""
+    table = records[[*NAMED]].sort_values(["image_path", "label", "record_id"])
+    run.store.put(NAMES, table.to_csv(index=False).encode())
 
 
 def _index(

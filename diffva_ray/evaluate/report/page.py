@@ -22,7 +22,7 @@ from diffva_ray.evaluate.figures import map_scale, own_shapes, settings_line, wr
 from diffva_ray.evaluate.judge_quality import judge_quality
 from diffva_ray.evaluate.records import as_records, finished, reduced_metrics
 from diffva_ray.evaluate.report.assets import render_page, viewer_script
-from diffva_ray.evaluate.report.catalogue import attempts, counts, read_earlier, write_catalogue
+from diffva_ray.evaluate.report.catalogue import attempts, counts, read_earlier, write_catalogue, write_names
 from diffva_ray.evaluate.report.charts import charts
 from diffva_ray.evaluate.report.images import (
     Palette,
@@ -47,9 +47,9 @@ PAGE = "report/index.html"
 MAX_QUARANTINE_ROWS = 100  # of the quarantine table
 MAX_QUARANTINE_LISTED = 5000  # quarantined records in the viewer
 PAGE_COLUMNS = (
-    "record_id", "image_path", "label", "prompt", "status", "error", "ssim", "attribution_energy", "judge_image",
-    "judge_counterfactual", "counterfactual_path", "attribution_path", "reconstruction_path", "lung_mask_path",
-    "lesion_mask_path", "ground_truth_path", "width", "height", "view", "spacing",
+    "record_id", "image_path", "image_sha256", "label", "prompt", "status", "error", "ssim", "attribution_energy",
+    "judge_image", "judge_counterfactual", "counterfactual_path", "attribution_path", "reconstruction_path",
+    "lung_mask_path", "lesion_mask_path", "ground_truth_path", "width", "height", "view", "spacing", "sample",
 )  # read of every record; all columns of a million records would take several GB  # fmt: skip
 FEW = 10  # records, below which the page says that its numbers say little
 LIMIT_TOLERANCE = 1.25  # an earlier report's colour limit is kept if the new one differs by at most this factor
@@ -85,6 +85,7 @@ def write_report(run: Run, listed: int | None = None, boxes: str | None = None) 
     records = committed(run, PAGE_COLUMNS).to_pandas()
     write_figures(run, records)
     contents = write_contents(run, records, listed, boxes)
+    write_names(run, records)
     run.store.put(PAGE, render(run, records, contents).encode())
     return join(run.store.uri, PAGE)
 

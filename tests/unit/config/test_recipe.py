@@ -1,6 +1,8 @@
 import pytest
 
 from diffva_ray.config.recipe import RecipeError, fingerprint_difference, load_recipe, make_recipe, recipe_names
+from diffva_ray.model.packaged import MODELS
+from diffva_ray.progress import LOG
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -40,6 +42,17 @@ def test_a_bad_override_is_named_in_one_line(override: str, named: str) -> None:
 def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
     with pytest.raises(RecipeError, match="phantom"):
         load_recipe("fantom")
+
+
+def test_no_recipe_has_the_name_of_a_packaged_model(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--recipe small --model small`` would be two different things; the earlier name still loads, and says so."""
+    assert not set(recipe_names()) & set(MODELS)
+    monkeypatch.setattr(LOG, "propagate", True)
+    with caplog.at_level("INFO", LOG.name):
+        assert load_recipe("small") == load_recipe("cpu")
+    assert "recipe small is called cpu now" in caplog.text
 
 
 def test_a_recipe_file_is_read(tmp_path) -> None:

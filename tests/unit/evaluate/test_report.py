@@ -38,11 +38,13 @@ PLACE = {
     "n": 10, "auprc": 0.6, "dice_best": 0.7, "iou_best": 0.5, "pointing_game": 1.0, "energy_in_truth": 0.4,
     "auroc_interval": [0.8, 0.95], "region": "lungs",
 }  # fmt: skip
+BETTER = {"baseline": "brightness", "minus_baseline": 0.268, "minus_baseline_interval": [0.2, 0.3]}
+BESIDE = "+0.268 (0.200 to 0.300) against the best baseline, brightness"
 METRICS: dict[str, Any] = {
     "records": {"planned": 12, "ok": 12, "quarantined": 0},
     "localization": [
         {**PLACE, "label": label, "map": name, "auroc": auroc, "threshold": 0.04, "threshold_from": "validation",
-         "dice_fixed": 0.66}
+         "dice_fixed": 0.66, **(BETTER if name == "positive" else {})}
         for label in ("COVID", "all") for name, auroc in (("positive", 0.91), ("brightness", 0.642))
     ],
     "validity": [{"label": "all", "n": 9, "flip_rate": 0.875, "called_healthy_before": 0.1, "confidence_gain": -0.2}],
@@ -93,7 +95,7 @@ def test_the_page_of_a_finished_run(make_run: MakeRun) -> None:
     run.store.put("_SUCCESS", b"{}")
     html, page = written(run)
     text = flat(page)
-    for said in ("87.5 %", "0.910", "brightness alone 0.642", "0.660", "48.0 %", "0.923", "−0.0100 ± 0.0060",
+    for said in ("87.5 %", "0.910", BESIDE, "0.660", "48.0 %", "0.923", "−0.0100 ± 0.0060",
                  "a note of the reduce step", "not FID", "3 of 5 scales", "Not for clinical use"):  # fmt: skip
         assert said in text, said
     assert 'class="ours"' in html
@@ -207,6 +209,21 @@ def test_writing_again_replaces_what_an_earlier_page_had(make_run: MakeRun) -> N
     assert not run.store.exists("report/images/gone.png")
     assert not run.store.exists("report/data/details-0099.js")
     assert written(run)[0] == first
+
+
+def test_the_files_of_an_image_are_found_by_its_name(make_run: MakeRun) -> None:
+    """Every record is in the table, quarantined ones too; the paths are those of files of the run."""
+    run = make_run(bad={"05.png": "truncated PNG"})
+    html, _ = written(run)
+    assert 'href="files.csv"' in html
+    table = pd.read_csv(io.BytesIO(run.store.read("report/files.csv"))).set_index("image_path")
+    assert len(table) == run.about["records"]
+    assert list(table.index) == sorted(table.index)
+    row = table[(table["status"] == "ok") & (table["label"] == "Lung_Opacity")].iloc[0]
+    assert row.name.startswith("Lung_Opacity/images/")
+    for column in ("counterfactual_path", "attribution_path", "reconstruction_path"):
+        assert run.store.exists(row[column])
+    assert table.loc["Lung_Opacity/images/05.png", "status"] == "bad_image"
 
 
 def test_pictures_are_made_once(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +365,13 @@ def test_zones_lpips_and_distances_class_by_class_have_their_tables() -> None:
 def test_what_the_run_found_in_sentences() -> None:
     assert glance(None) == []
     said = " ".join(glance(METRICS))
-    for part in ("Of 9 images", "87.5 %", "AUROC of 0.910", "brightness alone reaches 0.642", "48.0 %"):
+    for part in (
+        "Of 9 images",
+        "87.5 %",
+        "AUROC of 0.910",
+        "0.910; +0.268 (0.200 to 0.300) against the best baseline, brightness",
+        "48.0 %",
+    ):
         assert part in said
     low, high = wilson(0.875, 8)
     assert (round(low, 3), round(high, 3)) == (0.529, 0.978)  # of the binomial with 7 of 8, after Wilson

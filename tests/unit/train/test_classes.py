@@ -22,7 +22,7 @@ from diffva_ray.workflows.execution import model_recipe
 from diffva_ray.workflows.train import check_training, train_model
 
 PAPER = [("normal", 1200), ("lung-opacity", 500), ("covid", 500), ("viral-pneumonia", 500), ("judge", 1000)]
-RECIPES = ("phantom", "small", "recommended", "paper")
+RECIPES = ("phantom", "cpu", "recommended", "paper")
 
 
 def listed(*labels: str) -> Dataset:
@@ -209,10 +209,10 @@ def test_a_recipe_without_stages_is_refused(name: str, images: Path, tmp_path: P
     assert f"--recipe {name}: has no stages to train" in result.stderr
 
 
-def test_recipe_small_says_where_its_base_comes_from(
+def test_recipe_cpu_says_where_its_base_comes_from(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = diffva("train", "--data", images, "--out", tmp_path / "m", "--recipe", "small", "--dry-run")
+    result = diffva("train", "--data", images, "--out", tmp_path / "m", "--recipe", "cpu", "--dry-run")
     assert result.exit_code == 2
     assert "model.base runs/demo/model: no such folder (diffva demo makes runs/demo/model)" in result.stderr
