@@ -36,7 +36,7 @@ from diffva_ray.evaluate.scores import score_image
 from diffva_ray.generate.cost import calls
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run, open_run
-from diffva_ray.metrics.localization import BASELINES as TRIVIAL
+from diffva_ray.metrics.baselines import BASELINES as TRIVIAL
 from diffva_ray.metrics.localization import positive, smooth
 from diffva_ray.model.bundle import build, load, save
 from diffva_ray.progress import LOG, set_up_logging

@@ -23,7 +23,7 @@ from diffva_ray.evaluate.reduction import Options
 from diffva_ray.generate.cost import calls
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import open_run
-from diffva_ray.metrics.localization import BASELINES
+from diffva_ray.metrics.baselines import BASELINES
 from diffva_ray.model.card import read_card
 from diffva_ray.progress import set_up_logging
 from diffva_ray.provenance import code_revision, version

@@ -37,8 +37,9 @@ from diffva_ray.data.images import decode, to_square
 from diffva_ray.data.implants import Source, implant_set
 from diffva_ray.evaluate.records import image_truth
 from diffva_ray.evaluate.scores import score_image
+from diffva_ray.metrics.baselines import centre_prior
 from diffva_ray.metrics.intervals import group_bootstrap
-from diffva_ray.metrics.localization import centre_prior, dice_at, fixed_threshold, smooth
+from diffva_ray.metrics.localization import dice_at, fixed_threshold, smooth
 from diffva_ray.model.bundle import load
 from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision

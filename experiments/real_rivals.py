@@ -11,29 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from diffva_ray.metrics.localization import centre_prior
+from diffva_ray.metrics.baselines import NormalComponents, centre_prior, equalised
 
 Maps = NDArray[np.float32]
-
-
-def equalised(images: Maps) -> Maps:
-    """Images with mean 0 and standard deviation 1 each, so that exposure does not decide."""
-    mean, spread = images.mean(axis=(1, 2), keepdims=True), images.std(axis=(1, 2), keepdims=True)
-    return ((images - mean) / np.maximum(spread, 1e-3)).astype(np.float32)
-
-
-def asymmetry(images: Maps) -> Maps:
-    """The image minus its mirror image."""
-    return images - images[:, :, ::-1]
-
-
-def pca_residual(images: Maps, normals: Maps, components: int) -> Maps:
-    """The image minus its projection on the principal components of normal images."""
-    flat, healthy = (equalised(some).reshape(len(some), -1) for some in (images, normals))
-    mean = healthy.mean(axis=0)
-    axes = np.linalg.svd(healthy - mean, full_matrices=False)[2][:components]
-    residual = (flat - mean) - (flat - mean) @ axes.T @ axes
-    return residual.reshape(images.shape).astype(np.float32)
 
 
 def nearest_normals(images: Maps, normals: Maps, count: int) -> Maps:
@@ -49,8 +29,9 @@ def rivals(images: Maps, normals: Maps) -> Iterator[tuple[str, str, Maps]]:
     """Return name, setting and maps of each competitor, for every setting that may be chosen."""
     yield "brightness", "", images
     yield "centre prior", "", np.broadcast_to(centre_prior(images.shape[1]), images.shape)
-    yield "asymmetry", "", asymmetry(images)
+    yield "asymmetry", "", images - images[:, :, ::-1]
+    fitted = NormalComponents.of(normals, 100)
     for components in (10, 20, 50, 100):
-        yield "PCA residual", f"{components} components", pca_residual(images, normals, components)
+        yield "PCA residual", f"{components} components", fitted.residual(images, components)
     for count in (5, 20, 50):
         yield "nearest normals", f"{count} images", nearest_normals(images, normals, count)

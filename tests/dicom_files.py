@@ -9,6 +9,27 @@ import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+STUDY = {  # headers of a study, with patient data
+    "PatientID": "P-17",
+    "PatientName": "Doe^Jane",
+    "PatientBirthDate": "19600102",
+    "PatientSex": "F",
+    "PatientAge": "064Y",
+    "AccessionNumber": "A1",
+    "StudyID": "S1",
+    "StudyDate": "20240102",
+    "StudyTime": "101112",
+    "ReferringPhysicianName": "Roe^R",
+    "StudyInstanceUID": "1.2.826.0.1.3680043.8.498.1",
+    "SeriesInstanceUID": "1.2.826.0.1.3680043.8.498.2",
+    "FrameOfReferenceUID": "1.2.826.0.1.3680043.8.498.3",
+    "SOPClassUID": "1.2.840.10008.5.1.4.1.1.1.1",
+    "ViewPosition": "PA",
+    "ImageLaterality": "R",
+    "PatientOrientation": ["L", "F"],
+    "ImagerPixelSpacing": [0.2, 0.2],
+}
+
 
 def dicom(pixels: np.ndarray, syntax: str = ExplicitVRLittleEndian, **values: Any) -> bytes:
     """A DICOM file of 16 bits; signed where the pixels are. ``syntax``: transfer syntax of the pixels in ``values``."""

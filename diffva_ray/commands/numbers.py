@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
 # fmt: off
 moved_option     = click.option("--data",           metavar="DATA", help="New address of the data set, if it has moved; the run stores it.")
+elsewhere_option = click.option("--data",           metavar="DATA", help="New address of the data set, if it has moved; for this page only.")
 reference_option = click.option("--reference",      metavar="LABEL=DATA_OR_RUN", multiple=True, help="Reference set of class LABEL for FID and KID; repeatable.")
 resize_option    = click.option("--resize",         type=click.Choice(["clean", "legacy"]), help="Resizing before Inception: bicubic with antialiasing (clean), or as pytorch-fid (legacy); default: the recipe's.")
-threshold_option = click.option("--threshold-from", metavar="RUN", help="Take the Dice thresholds from this (validation) run.")
+threshold_option = click.option("--threshold-from", metavar="RUN", help="Validation run: thresholds, learned prior and settings of the baselines are chosen on it.")
+normals_option   = click.option("--normals",        metavar="DATA", help="Data set with normal images for the PCA baseline; default: the reference set's.")
 extractor_option = click.option("--extractor",      "extractors", metavar="NAME[=PATH]", multiple=True, help="Feature extractor: inception, torchxrayvision=WEIGHTS, rad-dino=FOLDER, judge[=MODEL], stand-in; repeatable.")
 judge_option     = click.option("--judge",          "judges", metavar="NAME=PATH", multiple=True, help="Additional judge of the flip rate: torchxrayvision=WEIGHTS or judge=MODEL; repeatable.")
 lpips_option     = click.option("--lpips-weights",  "lpips", metavar="PATH", help="State dict of torchvision's AlexNet; adds LPIPS to the tables.")
@@ -41,7 +43,7 @@ signed_option    = click.option("--signed/--positive", "signed", default=None, h
 encoding_option  = click.option("--encoding",       type=click.Choice(["auto", "signed16", "unsigned"]), default="auto", show_default=True, help="Encoding of 16-bit maps; signed16: 32768 is zero; auto: signed16 for a run, else unsigned.")
 smoothing_option = click.option("--smoothing",      metavar="F", type=click.FloatRange(0, 0.5, max_open=True), help="Sigma of the Gaussian that smooths maps and baselines, as a fraction of the side; default: none.")
 size_option      = click.option("--size",           metavar="PX", type=click.IntRange(8, 4096), help="Side of the grid in pixels; default: the size of the maps.")
-fixed_option     = click.option("--threshold-from", metavar="RUN|FOLDER|JSON", help="Thresholds from validation images: a run, an --out folder of this verb, or a JSON file.")
+fixed_option     = click.option("--threshold-from", metavar="RUN|FOLDER|JSON", help="Thresholds from validation images: a run (which also gives the baselines their settings), an --out folder of this verb, or a JSON file.")
 trained_option   = click.option("--model",          metavar="MODEL", help="Refuse training images of this model; default for a run: the run's model.")
 # fmt: on
 
@@ -54,6 +56,7 @@ trained_option   = click.option("--model",          metavar="MODEL", help="Refus
 @weights_option
 @resize_option
 @threshold_option
+@normals_option
 @extractor_option
 @judge_option
 @lpips_option
@@ -88,11 +91,12 @@ def reduce(run: str, data: str | None, executor: Executor, reference: tuple[str,
 
 @verb("report", "Write the HTML report of a run")
 @click.argument("run")
+@elsewhere_option
 @click.option("--boxes", metavar="CSV", help="CSV of lesion boxes to outline: file,x,y,w,h in pixels of the image.")
 @click.option("--serve", "served", is_flag=True, help="Serve the report on the loopback address until Ctrl-C.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port for --serve; default: any free port.")
 @images_option
-def report(run: str, boxes: str | None, served: bool, port: int, images: int | None) -> None:
+def report(run: str, data: str | None, boxes: str | None, served: bool, port: int, images: int | None) -> None:
     """Write the figures and the HTML report of a finished or unfinished run: one page that opens from disk, with an
     image viewer. Images of an earlier report are reused if they are still valid.
 
@@ -101,9 +105,10 @@ def report(run: str, boxes: str | None, served: bool, port: int, images: int | N
     """
     from diffva_ray.evaluate.report.page import write_report
     from diffva_ray.evaluate.report.serve import serve
+    from diffva_ray.generate.data_identity import moved
     from diffva_ray.generate.run import open_run
 
-    opened = open_run(run)
+    opened = open_run(run) if data is None else moved(open_run(run), data)
     echo(f"open {write_report(opened, images, boxes)}")
     if served:
         try:
@@ -157,8 +162,9 @@ def score(maps: str, data: str, columns: str | None, root: str | None, out: str 
 @verb("compare", "Compare two runs on the same images")
 @click.argument("run_a")
 @click.argument("run_b")
+@elsewhere_option
 @click.option("--out", metavar="FOLDER", help="Output folder; default: compare-<A>-<B> beside a local RUN_A.")
-def compare(run_a: str, run_b: str, out: str | None) -> None:
+def compare(run_a: str, run_b: str, data: str | None, out: str | None) -> None:
     """Compare two runs on the same images: metrics, settings that differ, images. Neither run is changed.
 
     Example:
@@ -166,12 +172,14 @@ def compare(run_a: str, run_b: str, out: str | None) -> None:
     """
     from diffva_ray.evaluate.comparison import compare_runs
     from diffva_ray.evaluate.report.comparison_page import output_store, print_comparison, write_comparison
+    from diffva_ray.generate.data_identity import moved
     from diffva_ray.generate.run import open_run
 
     try:
         a, b = open_run(run_a), open_run(run_b)
     except ValueError as error:  # an unknown scheme, or a damaged run.json
         raise UnusableData(str(error)) from None
+    a, b = (run if data is None else moved(run, data) for run in (a, b))
     store = output_store(a, b, out)
     comparison = compare_runs(a, b)
     print_comparison(comparison)

@@ -13,6 +13,7 @@ import ray
 from ray.util import ActorPool
 
 from diffva_ray.distributed import session
+from diffva_ray.evaluate.baselines import Baselines
 from diffva_ray.evaluate.distances import FeatureChunk, embed_here
 from diffva_ray.evaluate.executor import Ids, LocalExecutor, Scores, score_shard
 from diffva_ray.evaluate.options import Options
@@ -28,10 +29,17 @@ MAX_PENDING_TASKS = 512
 
 
 @ray.remote(num_cpus=1)
-def _score_shard(run: str, shard: ShardRef, ids: Ids, lesions: Lesions, settings: Mapping[SettingKey, str]) -> Scores:
+def _score_shard(
+    run: str,
+    shard: ShardRef,
+    ids: Ids,
+    lesions: Lesions,
+    baselines: Baselines | None,
+    settings: Mapping[SettingKey, str],
+) -> Scores:
     opened = find_run(open_store(run))
     assert opened is not None
-    return score_shard(opened, shard, ids, lesions, settings)
+    return score_shard(opened, shard, ids, lesions, baselines, settings)
 
 
 class Embedder:
@@ -56,12 +64,17 @@ class RayExecutor(LocalExecutor):
     """Runs the work of a reduce on the connected cluster."""
 
     def score(
-        self, run: Run, shards: Mapping[ShardRef, Ids], lesions: Lesions, settings: Mapping[SettingKey, str]
+        self,
+        run: Run,
+        shards: Mapping[ShardRef, Ids],
+        lesions: Lesions,
+        baselines: Baselines | None,
+        settings: Mapping[SettingKey, str],
     ) -> Iterator[Scores]:
         """Score one shard in each task; yield the scores in the order of ``shards``."""
-        shared_boxes, pending = ray.put(lesions), deque[Any]()
+        shared, pending = (ray.put(lesions), ray.put(baselines)), deque[Any]()
         for shard, ids in shards.items():
-            pending.append(_score_shard.remote(run.store.uri, shard, ids, shared_boxes, settings))
+            pending.append(_score_shard.remote(run.store.uri, shard, ids, *shared, settings))
             if len(pending) == MAX_PENDING_TASKS:
                 yield ray.get(pending.popleft())
         yield from map(ray.get, pending)

@@ -13,12 +13,12 @@ from diffva_ray.data.boxes import file_of, match, read_boxes
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.tables import Table, read_table
-from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.records import Lesions
 from diffva_ray.metrics.zones import ZONES
 from diffva_ray.storage.opening import open_file, open_store
 
 Zones = dict[str, NDArray[np.float64]]  # Brixia scores [6] by image path
+THRESHOLDS_FILE = "tables/thresholds.json"  # of a run: its best thresholds
 READERS = ("S", "J")  # senior and junior radiologist, columns S-A ... J-F
 
 
@@ -92,7 +92,7 @@ def lesion_shapes(data_uri: str, config: DataConfig, csv: str | None, notes: lis
 def read_thresholds(uri: str) -> dict[str, float]:
     """Read the thresholds of a reduced (validation) run. Raises UnusableData when it has not been reduced."""
     try:
-        thresholds: dict[str, float] = json.loads(open_store(uri).read(tables.THRESHOLDS_FILE))
+        thresholds: dict[str, float] = json.loads(open_store(uri).read(THRESHOLDS_FILE))
     except FileNotFoundError:
         raise UnusableData(f"--threshold-from {uri}: no thresholds there; reduce that run first") from None
     return thresholds

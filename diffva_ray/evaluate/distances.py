@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.images import BadImage, decode, to_square
-from diffva_ray.evaluate.records import stored_records
+from diffva_ray.evaluate.records import read_source, stored_records
 from diffva_ray.evaluate.run_index import RunIndex, ShardRef
 from diffva_ray.generate.run import Run, find_run, part
 from diffva_ray.generate.run_json import OVERLAYS
@@ -87,14 +87,16 @@ class ShardFeatures:
         assert run is not None
         bits = run.recipe.data.bits
         data, size, ids = opened(run.about["data_root"]), run.recipe.model.resolution, self.ids.astype(str)
-        rows = {row["record_id"]: row for row in stored_records(run, self.shard_ref)}
-        images = [rows[record]["image_path"] for record in ids]
-        counterfactuals = [rows[record]["counterfactual_path"] for record in ids]
+        by_id = {row["record_id"]: row for row in stored_records(run, self.shard_ref)}
+        rows = [by_id[record] for record in ids]
+        images = [(join(data.uri, row["image_path"]), partial(read_source, data, row)) for row in rows]
+        paths = [row["counterfactual_path"] for row in rows]
+        counterfactuals = [(join(run.store.uri, path), partial(run.store.read, path)) for path in paths]
         advice = f"give diffva verify {self.run} --repair and generate its shard again"
         arrays = {
             "ids": ids,
-            f"{extractor.name}/source": _embed_all(extractor, data, images, size, "restore the file", bits),
-            f"{extractor.name}/counterfactual": _embed_all(extractor, run.store, counterfactuals, size, advice),
+            f"{extractor.name}/source": _embed_all(extractor, images, size, "restore the file", bits),
+            f"{extractor.name}/counterfactual": _embed_all(extractor, counterfactuals, size, advice),
         }
         run.store.put(self._path(extractor), npz(arrays))
 
@@ -260,23 +262,23 @@ def embed(
 
 
 def _embed_all(
-    extractor: Extractor, store: Store, paths: Sequence[str], size: int, advice: str, bits: int = 16
+    extractor: Extractor, files: Sequence[tuple[str, Callable[[], bytes]]], size: int, advice: str, bits: int = 16
 ) -> NDArray[np.float32]:
-    """``embed`` where every file is required. Raises UnusableData that names an unreadable file, with ``advice``."""
-    path = ""
+    """``embed`` where every file (address, reader) is required. Raises UnusableData that names an unreadable one, with
+    ``advice``."""
+    address = ""
 
     def readers() -> Iterator[Callable[[], bytes]]:
-        nonlocal path
-        for path in paths:
-            yield partial(store.read, path)
+        nonlocal address
+        for file in files:
+            address, read = file
+            yield read
 
     try:
         return embed(extractor, readers(), size, bits)
     except (BadImage, OSError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error
-        raise UnusableData(
-            f"{join(store.uri, path)}: needed for features and cannot be read any more ({reason}); {advice}"
-        ) from None
+        raise UnusableData(f"{address}: needed for features and cannot be read any more ({reason}); {advice}") from None
 
 
 def reference_features(

@@ -228,13 +228,6 @@ def _read_image(data: bytes, signed16: bool) -> NDArray[np.generic]:
     return red / np.float32(255)
 
 
-def on_grid(values: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-    """Resize a map [H, W] to [size, size], bilinear and antialiased, which keeps zero, sign and range."""
-    if values.shape == (size, size):
-        return values
-    return np.asarray(Image.fromarray(values).resize((size, size), Image.Resampling.BILINEAR), np.float32)
-
-
 def first_paths(paths: Sequence[str]) -> str:
     """The first two paths, for a note."""
     return ", ".join(paths[:2]) + (" ..." if len(paths) > 2 else "")

@@ -10,10 +10,12 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
@@ -21,6 +23,7 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.images import BadImage, decode, to_square
 from diffva_ray.evaluate import tables
 from diffva_ray.evaluate.annotations import lesion_shapes, read_thresholds
+from diffva_ray.evaluate.baselines import Baselines, fit_baselines, normal_images, with_own
 from diffva_ray.evaluate.external_maps import (
     Encoding,
     MapFile,
@@ -29,13 +32,13 @@ from diffva_ray.evaluate.external_maps import (
     first_paths,
     is_sixteen_bit,
     match,
-    on_grid,
     open_maps,
     read_map_values,
 )
 from diffva_ray.evaluate.records import Lesions, grey, image_truth
-from diffva_ray.evaluate.scores import LocalizationScores, score_image
-from diffva_ray.metrics.localization import SALIENCY, baselines, smooth
+from diffva_ray.evaluate.scores import LocalizationScores, another, score_image
+from diffva_ray.metrics.baselines import SHUFFLED
+from diffva_ray.metrics.localization import SALIENCY, on_grid, positive, smooth
 from diffva_ray.model.training_images import TrainingImages
 from diffva_ray.schema import TableRow
 from diffva_ray.storage.opening import open_file
@@ -66,7 +69,7 @@ class ScoreGrid:
     """The grid and the smoothing with which all images are scored."""
 
     size: int  # side in pixels
-    smoothing: float  # of the baselines, as a fraction of the side
+    smoothing: float  # of the baselines without validation images, as a fraction of the side
     map_smoothing: float  # of the maps; 0 for a run's maps, which are already smoothed
     signed16: bool  # how 16-bit maps are read
 
@@ -131,8 +134,11 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
 
     # scores
     seen = _training_images(folder, options, notes)
+    baselines = fit_baselines(normal_images(data_uri, config, notes), grid.size, grid.smoothing, options.threshold_from)
+    thresholds = with_own(thresholds, baselines) if thresholds is not None else None
+    inputs = _Inputs(folder, dataset, lesions, grid, baselines, seen, _partners(matched, lesions))
     with ThreadPoolExecutor(THREADS) as pool:  # waits on the store, mostly
-        outcomes = list(pool.map(lambda pair: _score_one(folder, dataset, lesions, grid, seen, *pair), matched.pairs))
+        outcomes = list(pool.map(lambda pair: _score_one(inputs, *pair), matched.pairs))
     kinds = Counter(kind for outcome in outcomes for kind in outcome.kinds)
     trained = kinds["trained_on"]
     if trained and not options.allow_training_images:
@@ -253,15 +259,33 @@ def _training_images(folder: MapFolder, options: ScoreOptions, notes: list[str])
     return seen
 
 
-def _score_one(
-    folder: MapFolder,
-    dataset: Dataset,
-    lesions: Lesions,
-    grid: ScoreGrid,
-    seen: TrainingImages | None,
-    file: MapFile,
-    image: LabelledImage,
-) -> _Outcome:
+def _partners(matched: Matched, lesions: Lesions) -> dict[str, MapFile]:
+    """For each map of an image with a known lesion one of another patient's, by path."""
+    known = [(file, image) for file, image in matched.pairs if image.lesion_mask or image.path in lesions]
+    groups = [image.patient or image.path for _, image in known]
+    others = {file.path: another(groups, n) for n, (file, _) in enumerate(known)}
+    return {path: known[other][0] for path, other in others.items() if other is not None}
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What all maps are scored with."""
+
+    folder: MapFolder
+    dataset: Dataset
+    lesions: Lesions
+    grid: ScoreGrid
+    baselines: Baselines
+    seen: TrainingImages | None
+    partners: dict[str, MapFile]  # map of another patient's image, by path
+
+
+def _score_one(inputs: _Inputs, file: MapFile, image: LabelledImage) -> _Outcome:
+    folder, dataset, lesions, grid = inputs.folder, inputs.dataset, inputs.lesions, inputs.grid
+
+    def signed(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        return smooth(on_grid(values, grid.size), grid.map_smoothing)
+
     # read the map and the image
     if not image.lesion_mask and image.path not in lesions:
         return _Outcome(frozenset({"no_truth"}))
@@ -279,7 +303,7 @@ def _score_one(
         return _Outcome(frozenset({"image_problem"}))
     # score
     found = {
-        "trained_on": seen is not None and seen.holds(data),
+        "trained_on": inputs.seen is not None and inputs.seen.holds(data),
         "resized": values.shape != (grid.size, grid.size),
         "negative": values.min() < 0,
         "flat": values.max() <= 0,
@@ -288,12 +312,15 @@ def _score_one(
     truth = image_truth(dataset.store, image, lesions, grey_image.shape[1], grey_image.shape[0], grid.size)
     if truth.lesion is None:
         return _Outcome(kinds | {"no_truth"})
-    signed = smooth(on_grid(values, grid.size), grid.map_smoothing)
     square = to_square(grey_image, grid.size)
     if reconstruction is not None:
         reconstruction = to_square(reconstruction, grid.size)
-    maps = {name: transform(signed) for name, transform in SALIENCY.items()}
-    maps |= baselines(square, reconstruction, grid.smoothing)
+    maps = {name: transform(signed(values)) for name, transform in SALIENCY.items()}
+    maps |= inputs.baselines.with_prior(maps["positive"]) | inputs.baselines.maps(square, reconstruction)
+    if other := inputs.partners.get(file.path):
+        with suppress(OSError, BadImage):  # noted for its own image
+            theirs = read_map_values(folder.store.read(other.path), other.path, grid.signed16)
+            maps[SHUFFLED] = positive(signed(theirs))
     group = image.patient or image.path
     names = {"map_path": file.path, "image_path": image.path, "label": image.label, "group": group}
     rows = [{**names, **row} for row in score_image(maps, truth)]

@@ -10,6 +10,7 @@ import pandas as pd
 
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate import tables
+from diffva_ray.evaluate.annotations import THRESHOLDS_FILE
 from diffva_ray.evaluate.external_scores import Scored
 from diffva_ray.evaluate.report.result_tables import localization_table
 from diffva_ray.evaluate.scores import LocalizationScores
@@ -43,7 +44,7 @@ def write_scores(store: Store, scored: Scored) -> None:
     images = pd.DataFrame(scored.images).drop(columns="dice_curve")
     store.put("tables/images.csv", tables.csv(images).encode())
     store.put(
-        tables.THRESHOLDS_FILE,
+        THRESHOLDS_FILE,
         json.dumps(tables.best_thresholds(LocalizationScores.of(scored.images)), indent=1).encode(),
     )
     store.put("tables/metrics.json", json.dumps(tables.clean(scored.metrics), indent=1).encode())

@@ -15,7 +15,7 @@ from diffva_ray.data.boxes import match, parse
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.images import BadImage, decode_map
 from diffva_ray.evaluate import tables
-from diffva_ray.evaluate.annotations import lesion_shapes
+from diffva_ray.evaluate.annotations import THRESHOLDS_FILE, lesion_shapes
 from diffva_ray.evaluate.direction import direction
 from diffva_ray.evaluate.drawing import (
     CLASS_COLOURS,
@@ -69,7 +69,7 @@ def map_scale(run: Run, records: pd.DataFrame) -> Scale:
     for row in (reduced_metrics(run) or {}).get("localization", []):
         if row["map"] == "positive" and row.get("threshold") is not None:
             return Scale(row["threshold"], f"fixed on {row['threshold_from']}", limit)
-    own = read_json(run, tables.THRESHOLDS_FILE) or {}
+    own = read_json(run, THRESHOLDS_FILE) or {}
     if "positive" in own:
         return Scale(own["positive"], "the best mean Dice of these same images", limit)
     quantile = float(np.quantile(values, QUANTILE))

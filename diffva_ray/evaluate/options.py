@@ -27,6 +27,7 @@ class Options:
     weights: str | None = None  # state dict of pytorch-fid's Inception; None: the random-feature extractor
     resize: Literal["clean", "legacy"] = "clean"  # "legacy": as pytorch-fid, from the files at their stored size
     threshold_from: str | None = None  # reduced validation run whose Dice thresholds are used
+    normals: str | None = None  # data set of normal images for the baselines; None: the reference sets
     cache: str | None = None  # folder for the features of reference sets, shared by several runs; None: the run
     extractors: tuple[str, ...] = ()  # NAME or NAME=PATH; none: Inception with ``weights``, else random features
     lpips: str | None = None  # state dict of torchvision's AlexNet, for LPIPS; None: no LPIPS

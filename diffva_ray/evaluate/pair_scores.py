@@ -112,7 +112,7 @@ def _read(
 ) -> Iterator[tuple[IndexedRecord, RecordImages, Truth]]:
     """Yields the records whose images can be read, with images and ground truth.
 
-    ``unread`` gets the paths of images with an unreadable image, mask or ground truth file."""
+    ``unread`` gets the paths of images with an unreadable or changed image, mask or ground truth file."""
     unread = set() if unread is None else unread
     for row in rows:
         try:

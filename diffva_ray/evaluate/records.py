@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,13 +17,15 @@ from numpy.typing import NDArray
 
 from diffva_ray.config.sampling import SWEEPABLE
 from diffva_ray.data.dataset import LabelledImage
-from diffva_ray.data.images import BadImage, decode, decode_grey, decode_map, decode_mask, to_square
+from diffva_ray.data.images import BadImage, Files, decode, decode_grey, decode_map, decode_mask, to_square
 from diffva_ray.data.shapes import Shape, lesion_mask
 from diffva_ray.generate.committed import PATHS, committed
-from diffva_ray.generate.run import DamagedPart, Run, part
+from diffva_ray.generate.planned_files import PlannedFiles
+from diffva_ray.generate.run import DamagedPart, Run, find_run, part
 from diffva_ray.generate.run_json import OVERLAYS, repair_command
 from diffva_ray.schema import Record, Status
-from diffva_ray.storage.store import Store
+from diffva_ray.storage.opening import open_store
+from diffva_ray.storage.store import Modified, Store, join
 
 Lesions = Mapping[str, Sequence[Shape]]  # lesions that the data set outlines, by image path
 
@@ -141,6 +144,21 @@ def check_own_images(run: Run, record: Record) -> None:
             raise DamagedPart(f"{where} cannot be read ({error}); {repair_command(run.store)}") from None
 
 
+def read_input(run: Run, record: Record) -> NDArray[np.float32]:
+    """Read the input image of an ``ok`` record as ``read_images``."""
+    data = read_source(run.data, record)
+    return to_square(decode(data, bits=run.recipe.data.bits), run.recipe.model.resolution)
+
+
+def read_source(data: Store, record: Record) -> bytes:
+    """Read the file of an ``ok`` record's input image. Raises BadImage for other content than the record was generated
+    from."""
+    content = data.read(record["image_path"])
+    if hashlib.sha256(content).hexdigest() != record["image_sha256"]:
+        raise BadImage("it has changed since its record was generated")
+    return content
+
+
 def read_images(run: Run, record: Record) -> RecordImages:
     """Read the four images of an ``ok`` record.
 
@@ -153,12 +171,11 @@ def read_images(run: Run, record: Record) -> RecordImages:
 
     Raises:
         FileNotFoundError: A file is missing.
-        BadImage: A file is damaged.
+        BadImage: A file is damaged, or the input has changed since.
         StoreError: The store fails.
     """
-    size = run.recipe.model.resolution
     return RecordImages(
-        to_square(decode(run.data.read(record["image_path"]), bits=run.recipe.data.bits), size),
+        read_input(run, record),
         grey(run.store, record["counterfactual_path"]),
         grey(run.store, record["reconstruction_path"]),
         decode_map(run.store.read(record["attribution_path"])),
@@ -174,7 +191,8 @@ def read_truth(run: Run, record: Record, lesions: Lesions) -> Truth:
         lesions: Lesions that the data set outlines by image path, used for images without a lesion mask.
 
     Returns:
-        Masks and ground-truth counterfactual at the run's resolution; None for a file that cannot be read.
+        Masks and ground-truth counterfactual at the run's resolution; None for a file that cannot be read or was
+        written since the record was planned.
 
     Raises:
         StoreError: The store fails.
@@ -183,29 +201,37 @@ def read_truth(run: Run, record: Record, lesions: Lesions) -> Truth:
     image = LabelledImage(
         record["image_path"], record["label"], -1, record["lung_mask_path"] or "", record["lesion_mask_path"] or ""
     )
-    truth = image_truth(run.data, image, lesions, record["width"], record["height"], size)
+    files = _files(run, record)
+    truth = image_truth(files, image, lesions, record["width"], record["height"], size)
     try:
         path, bits = record["ground_truth_path"], run.recipe.data.bits
-        ground_truth = to_square(decode(run.data.read(path), bits=bits), size) if path else None
-    except (OSError, BadImage):
+        ground_truth = to_square(decode(files.read(path), bits=bits), size) if path else None
+    except (OSError, BadImage, Modified):
         ground_truth = None
     return replace(truth, counterfactual=ground_truth)
 
 
-def image_truth(data: Store, image: LabelledImage, lesions: Lesions, width: int, height: int, size: int) -> Truth:
+def _files(run: Run, record: Record) -> PlannedFiles:
+    """The data set's files as they were when the record was planned; a retry plans its records anew."""
+    retry, found, _ = record["counterfactual_path"].rpartition("/counterfactuals/")
+    planned = find_run(open_store(join(run.store.uri, retry))) if found else None
+    return run.files if planned is None else PlannedFiles.of(planned.about, run.data)
+
+
+def image_truth(data: Files, image: LabelledImage, lesions: Lesions, width: int, height: int, size: int) -> Truth:
     """Read the lesion and lung masks of an image of ``width`` x ``height`` as [size, size].
 
-    The outlined lesions of the image's label (or of no label) replace a missing lesion mask; a mask that cannot be read
-    is None."""
+    An image without a lesion mask has the outlined lesions of its label (or of no label); a mask that cannot be read or
+    was written since planning is None."""
 
     def mask(path: str) -> NDArray[np.bool_] | None:
         try:
             return decode_mask(data.read(path), size) if path else None
-        except (OSError, BadImage):
+        except (OSError, BadImage, Modified):
             return None
 
     lesion = mask(image.lesion_mask)
-    if lesion is None:
+    if not image.lesion_mask:
         outlined = [shape for shape in lesions.get(image.path, ()) if shape.label in ("", image.label)]
         lesion = lesion_mask(outlined, width, height, size)
     return Truth(lesion, mask(image.lung_mask))

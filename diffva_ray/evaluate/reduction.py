@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from diffva_ray._version import __version__
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate import tables
-from diffva_ray.evaluate.annotations import Zones, lesion_shapes, read_thresholds, read_zones
+from diffva_ray.evaluate.annotations import THRESHOLDS_FILE, Zones, lesion_shapes, read_thresholds, read_zones
+from diffva_ray.evaluate.baselines import Baselines, baselines_of, with_own
 from diffva_ray.evaluate.credibility import problems
 from diffva_ray.evaluate.executor import LocalExecutor
 from diffva_ray.evaluate.judge_quality import judge_quality
@@ -41,6 +42,7 @@ from diffva_ray.evaluate.pair_scores import (
 from diffva_ray.evaluate.records import Lesions
 from diffva_ray.evaluate.report.numbers import judge_tested
 from diffva_ray.evaluate.report.result_tables import SPECS
+from diffva_ray.evaluate.run_card import write_card
 from diffva_ray.evaluate.run_index import SAMPLE, RunIndex, index_run
 from diffva_ray.evaluate.scores import LocalizationScores, stacked
 from diffva_ray.evaluate.set_distances import distances
@@ -144,6 +146,7 @@ def reduce_run(run: Run, data_uri: str, options: Options, executor: LocalExecuto
     reduced = Reduced({"records": counts, **metrics, "notes": notes}, notes)
     run.store.put(METRICS, json.dumps(tables.clean(reduced.metrics), indent=1).encode())
     _write_manifest(run)
+    write_card(run)
 
     check_quarantined(run, records.quarantined, reduced=True)
     written = {**state, "all_read": notes.all_read, "tables": _tables(run)}
@@ -165,7 +168,7 @@ def _state(run: Run, options: Options) -> dict[str, Any]:
     values = {key: value for key, value in options.__dict__.items() if key != "cache"}  # which changes no number
     files = [open_file(csv) for csv in (options.boxes, options.brixia, options.sources) if csv]
     if options.threshold_from:
-        files.append((open_store(options.threshold_from), tables.THRESHOLDS_FILE))
+        files.append((open_store(options.threshold_from), THRESHOLDS_FILE))
     contents = list[str | None]()
     for store, name in files:
         try:
@@ -197,10 +200,12 @@ def _compute(
 ) -> dict[str, Any]:  # fmt: skip
     # scores and features
     recipe = run.recipe
-    localization, ground_truth = _scores(run, records, lesions, executor)
+    baselines = baselines_of(run, data_uri, options, notes) if records.truth else None
+    localization, ground_truth = _scores(run, records, lesions, baselines, executor)
     thresholds, source = None, None
     if options.threshold_from:
-        thresholds, source = read_thresholds(options.threshold_from), options.threshold_from.rstrip("/").split("/")[-1]
+        stored, source = read_thresholds(options.threshold_from), options.threshold_from.rstrip("/").split("/")[-1]
+        thresholds = with_own(stored, baselines)
     judges = _judges(options)
     lpips, unread = _lpips(options, recipe.model.resolution), set(localization.unread)
     pairs = score_pairs(run, records.sampled, lesions, run_judge(run), lpips, unread)
@@ -221,7 +226,7 @@ def _compute(
     if unread:
         notes.all_read = False
         notes.append(
-            f"{len(unread)} images, or their masks or ground truth, cannot be read (first: "
+            f"{len(unread)} images, or their masks or ground truth, cannot be read or have changed (first: "
             f"{join(run.data.uri, min(unread))}); they are left out of the tables that need them"
         )
     tables.add_lpips(metrics["ssim"], pairs)
@@ -234,9 +239,9 @@ def _compute(
         groups = records.frame["group"].nunique()
         notes.append(f"intervals are by patient: {groups} patients, {records.frame['image'].nunique()} images")
     if not len(localization.images):
-        run.store.delete(tables.THRESHOLDS_FILE)
+        run.store.delete(THRESHOLDS_FILE)
     else:
-        run.store.put(tables.THRESHOLDS_FILE, json.dumps(tables.best_thresholds(localization), indent=1).encode())
+        run.store.put(THRESHOLDS_FILE, json.dumps(tables.best_thresholds(localization), indent=1).encode())
     titles = "; ".join(metric.title for metric in PAIR_METRICS)
     values = {"size": recipe.model.resolution, "most": SAMPLE, "metrics": titles}
     values["tested"] = judge_tested(quality.as_dict() if quality else None)
@@ -247,14 +252,14 @@ def _compute(
 
 
 def _scores(
-    run: Run, records: RunIndex, lesions: Lesions, executor: LocalExecutor
+    run: Run, records: RunIndex, lesions: Lesions, baselines: Baselines | None, executor: LocalExecutor
 ) -> tuple[LocalizationScores, pd.DataFrame]:
     """Localisation and ground truth scores of all images with known lesions, in plan order (intervals depend on it)."""
     shards_of = {shard_ref: records.ids[records.shards_of[shard_ref]] for shard_ref in records.truth}
     frames = list[pd.DataFrame]()
 
     def of_shards() -> Iterator[LocalizationScores]:
-        for localization, ground_truth in executor.score(run, shards_of, lesions, records.settings):
+        for localization, ground_truth in executor.score(run, shards_of, lesions, baselines, records.settings):
             frames.append(ground_truth)
             yield localization
 

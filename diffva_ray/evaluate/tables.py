@@ -13,15 +13,16 @@ import pandas as pd
 
 from diffva_ray.evaluate.records import under
 from diffva_ray.evaluate.scores import SIMPLE, LocalizationScores
+from diffva_ray.metrics.baselines import BASELINES, WITH_PRIOR
 from diffva_ray.metrics.counterfactual import flip_rate
 from diffva_ray.metrics.intervals import group_bootstrap
-from diffva_ray.metrics.localization import dice_at, fixed_threshold
+from diffva_ray.metrics.localization import SALIENCY, dice_at, fixed_threshold
 from diffva_ray.progress import one_line
 from diffva_ray.schema import TableRow
 from diffva_ray.storage.store import Store
 
+OURS = (*SALIENCY, WITH_PRIOR)  # names of maps of the method itself
 ALL = "all"  # the row over all classes
-THRESHOLDS_FILE = "tables/thresholds.json"  # of a run: its best thresholds
 
 
 def by_label(frame: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
@@ -139,8 +140,25 @@ def localization_rows(
                     dice_at(localization.mean_curve(of_setting, None if pooled else label), threshold)[0]
                 )
                 row |= {"threshold": threshold, "threshold_from": source}
+            if name in OURS:
+                row |= _against_best(rows, localization.images)
             table.append(row)
     return table
+
+
+def _against_best(ours: pd.DataFrame, images: pd.DataFrame) -> TableRow:
+    """The baseline with the highest mean AUROC on the images of ``ours``, and the paired difference to it with its
+    interval over patients; empty without a baseline."""
+    key = "record_id" if "record_id" in images else "map_path"
+    theirs = images[images["map"].isin(BASELINES) & images[key].isin(ours[key])]
+    if not len(theirs):
+        return {}
+    means = theirs.groupby("map", observed=True, sort=False)["auroc"].mean()
+    best = str(means.idxmax())
+    of_best = theirs[theirs["map"] == best].set_index(key)["auroc"]
+    differences = ours["auroc"].to_numpy(float) - of_best.reindex(ours[key]).to_numpy(float)
+    interval = group_bootstrap(differences, ours["group"].to_numpy(), within=(-1.0, 1.0))
+    return {"baseline": best, "minus_baseline": finite_mean(differences), "minus_baseline_interval": list(interval)}
 
 
 def best_thresholds(localization: LocalizationScores) -> dict[str, float]:

@@ -58,13 +58,17 @@ class Rule:
                 near = get_close_matches(name, schema.names, 3, 0.5) or ["ssim"]
                 raise self._wrong(f"the records have no column {name}; did you mean {' or '.join(near)}?")
         self.accepts(schema.empty_table())  # types that do not fit are found before the work
+        self.reasons(schema.empty_table())
 
     def accepts(self, table: pa.Table) -> NDArray[np.bool_]:
         """Whether each record of ``table`` is accepted, bool [records]."""
         if self._tree is None:
             return np.ones(len(table), bool)
+        return self._holds(self._tree, table)
+
+    def _holds(self, tree: ast.expr, table: pa.Table) -> NDArray[np.bool_]:
         try:
-            value = self._value(self._tree, table)
+            value = self._value(tree, table)
         except (pa.ArrowException, RecursionError) as error:
             reason = "numbers and text are mixed" if isinstance(error, pa.ArrowException) else "it is too deep"
             raise self._wrong(reason) from None
@@ -72,6 +76,16 @@ class Rule:
             raise self._wrong("it is not a condition on a column; compare one, as in ssim > 0.8")
         accepted: NDArray[np.bool_] = pc.fill_null(value, False).to_numpy()
         return accepted
+
+    def reasons(self, table: pa.Table) -> list[str]:
+        """For each record the conditions of the rule that are not known to hold, joined by ``; ``; "" for none."""
+        if self._tree is None:
+            return [""] * len(table)
+        joined = isinstance(self._tree, ast.BoolOp) and isinstance(self._tree.op, ast.And)
+        conditions = self._tree.values if joined else [self._tree]  # type: ignore[attr-defined]
+        failed = [~self._holds(condition, table) for condition in conditions]
+        texts = [f"not {_text(condition)}" for condition in conditions]
+        return ["; ".join(text for text, at in zip(texts, row) if at) for row in zip(*failed)]
 
     def _value(self, node: ast.expr, table: pa.Table) -> Any:
         """The value of a node: a column, or a scalar."""
@@ -118,3 +132,8 @@ class Rule:
 
     def _wrong(self, reason: str) -> UnusableData:
         return UnusableData(f'--accept "{self.text[:80]}": {reason}')
+
+
+def _text(condition: ast.expr) -> str:
+    text = ast.unparse(condition)
+    return f"({text})" if isinstance(condition, ast.BoolOp) else text

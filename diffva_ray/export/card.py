@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -38,18 +39,30 @@ CITATION = """@article{siddiqui2025latent,
 }"""
 
 
-def card(
-    contents: Contents, name: str, shape: Format, counts: Counts, rule: Rule,
-    shares: Mapping[str, float] | None, license_id: str,
-) -> str:  # fmt: skip
+@dataclass(frozen=True)
+class Choice:
+    """Which records an export holds."""
+
+    counts: Counts
+    rule: Rule
+    best_of: str  # score by which the best sample of an image is chosen; empty: all samples
+    shares: Mapping[str, float] | None  # of the splits; None: the data set's own
+
+    @property
+    def all(self) -> bool:
+        return not (self.rule.text or self.best_of)
+
+
+def card(contents: Contents, name: str, shape: Format, choice: Choice, license_id: str) -> str:
     """The card. ``name``: of the format. No path of the machine is in it."""
+    counts = choice.counts
     run = contents.run
     sections = [
         ("", _introduction(run, counts)),
         ("Load it", _loading(contents, shape, counts)),
         ("Contents", _contents(contents, name)),
-        ("Splits", _splits(counts, shares)),
-        *([("Accepted records", _gate(rule, counts))] if rule.text else []),
+        ("Splits", _splits(counts, choice.shares)),
+        *([] if choice.all else [("Accepted records", _gate(choice))]),
         ("How it was made", _making(run)),
         ("Results of the whole run", _results(run)),
         ("Limits", _limits(contents)),
@@ -65,7 +78,7 @@ def _header(run: Run, name: str, shape: Format, counts: Counts, license_id: str)
     """The YAML header, in the words of the hub."""
     header: dict[str, Any] = {
         "pretty_name": f"Counterfactuals and attribution maps of chest X-rays ({run.fingerprint})",
-        "license": license_id or (PHANTOM_LICENSE if _phantoms(run) else "other"),
+        "license": license_of(run, license_id),
         "task_categories": ["image-to-image", "image-segmentation"],
         "tags": TAGS,
         "size_categories": [next((size for most, size in SIZES if counts.accepted < most), "n>10M")],
@@ -74,6 +87,11 @@ def _header(run: Run, name: str, shape: Format, counts: Counts, license_id: str)
         files = [{"split": split, "path": f"{shape.folder}/{split}-*.{shape.suffix}"} for split in counts.splits]
         header["configs"] = [{"config_name": "default", "data_files": files}]
     return header
+
+
+def license_of(run: Run, license_id: str) -> str:
+    """The licence as the hub names it: the given one, else that of phantoms, else ``other``."""
+    return license_id or (PHANTOM_LICENSE if _phantoms(run) else "other")
 
 
 def _phantoms(run: Run) -> bool:
@@ -103,6 +121,17 @@ def _contents(contents: Contents, name: str) -> str:
             "category `lesion` holds the lesions that the data set knows. Segmentations are compressed RLE on the "
             f"image squashed to {contents.size} x {contents.size} px. Each image has its columns under `record`."
         )
+    if name == "dicom":
+        lesion = "a second segment is the lesion that the data set knows"
+        rows = [
+            ("`image_dicom`", "secondary capture: " + IMAGES["image"]),
+            ("`counterfactual_dicom`", "secondary capture: " + IMAGES["counterfactual"]),
+            ("`attribution_dicom`", "parametric map: " + IMAGES["attribution"]),
+            ("`segmentation_dicom`", f"segmentation: the map above the threshold {contents.threshold:g}; {lesion}"),
+        ]
+        rows = rows if contents.with_images else rows[1:]
+        plane = "The planes of maps and segmentations are nominal: a projection has no position in space."
+        return f"{_table(('column with the path', 'object'), rows)}\n\n{plane}"
     rows = [(f"`{key}`", IMAGES[key]) for key in (*contents.images, "attribution")]
     left_out = "" if contents.with_images else (
         "\n\nThe source images, and what shows them, are left out. `image_path` and `image_sha256` name the file in "
@@ -126,22 +155,42 @@ def _splits(counts: Counts, shares: Mapping[str, float] | None) -> str:
     return f"{table}\n\nThe splits are the source data set's own.{warning}"
 
 
-def acceptance(counts: Counts) -> list[tuple[str, str, str, str, str, str]]:
-    """The acceptance rate by class: (class, records, accepted, rate, mean SSIM of all, of the accepted ones)."""
+HEADS = ("class", "records", "accepted", "rate", "mean SSIM", "attribution in lungs", "flip rate")
+
+
+def acceptance(counts: Counts) -> list[tuple[str, ...]]:
+    """The acceptance rate by class and its effect on the numbers (all records → accepted ones), as in HEADS."""
     rows = []
     for label, of in sorted(counts.classes.items()):
-        chosen = number(of.accepted_ssim / of.accepted) if of.accepted else "–"
-        rate = f"{100 * of.accepted / of.records:.1f} %"
-        rows.append((label, str(of.records), str(of.accepted), rate, number(of.ssim / of.records), chosen))
+        all_of, chosen = of.all, of.accepted
+        effects = (
+            (all_of.ssim, all_of.records, chosen.ssim, chosen.records),
+            (all_of.in_lungs, all_of.with_lungs, chosen.in_lungs, chosen.with_lungs),
+            (all_of.flipped, all_of.called_abnormal, chosen.flipped, chosen.called_abnormal),
+        )
+        texts = (f"{_mean(total, n)} → {_mean(accepted, m)}" for total, n, accepted, m in effects)
+        rate = f"{100 * chosen.records / all_of.records:.1f} %"
+        rows.append((label, str(all_of.records), str(chosen.records), rate, *texts))
     return rows
 
 
-def _gate(rule: Rule, counts: Counts) -> str:
-    heads = ("class", "records", "accepted", "rate", "mean SSIM of all", "mean SSIM of accepted")
-    text = f"Only records with `{rule.text}` are here.\n\n{_table(heads, acceptance(counts))}\n\n"
-    if judged(rule):
-        text += "**The rule reads the judge, so a flip rate or a judge's score of these records is no evidence.** "
-    return text + "Numbers below are of the whole run, before the choice."
+def _mean(total: float, n: int) -> str:
+    return number(total / n) if n else "–"
+
+
+def _gate(choice: Choice) -> str:
+    text = []
+    if choice.rule.text:
+        text.append(f"Only records with `{choice.rule.text}` are here.")
+    if choice.best_of:
+        text.append(f"Of the samples of an image, only the one with the best `{choice.best_of}` is here.")
+    text.append(
+        "Arrows lead from all records to the accepted ones; `rejected.parquet` says why the others are not here."
+    )
+    warning = "Numbers below are of the whole run, before the choice."
+    if judged(choice.rule):
+        warning = f"**The rule reads the judge, so the flip rate of the accepted records is no evidence.** {warning}"
+    return f"{' '.join(text)}\n\n{_table(HEADS, acceptance(choice.counts))}\n\n{warning}"
 
 
 def judged(rule: Rule) -> bool:

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from scipy.ndimage import find_objects, label
 
 from diffva_ray.data.shapes import coco_text, runs_of
-from diffva_ray.evaluate.direction import direction
 from diffva_ray.evaluate.tables import clean
 from diffva_ray.export.contents import Contents
 from diffva_ray.export.examples import Example
+from diffva_ray.export.regions import above, signed_map
 
 CATEGORIES = ["attribution", "lesion"]  # ids from 1
 
@@ -64,11 +64,8 @@ class CocoFile:
         return entry | {"record": clean(self.contents.row(record))}
 
     def _annotations(self, example: Example) -> Iterator[dict[str, Any]]:
-        signed = direction(self.contents.run, dict(example.record)) * example.attribution
-        above = signed > self.threshold
-        if example.truth.region is not None:
-            above &= example.truth.region
-        for region in _regions(above):
+        signed = signed_map(self.contents.run, example)
+        for region in _regions(above(self.contents.run, example, self.threshold)):
             yield {"category_id": 1, **_outline(region), "score": round(float(signed[region].max()), 6)}
         for region in _regions(example.truth.lesion) if example.truth.lesion is not None else ():
             yield {"category_id": 2, **_outline(region)}

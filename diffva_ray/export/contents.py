@@ -21,7 +21,9 @@ class Contents:
     run: Run
     store: Store  # the folder of the export
     with_images: bool  # False: the images that show the source image are left out
-    threshold: float | None = None  # of the attribution maps' regions, in (0, 1); COCO only
+    threshold: float | None = None  # of the attribution maps' regions, in (0, 1); COCO and DICOM only
+    patients: bool = False  # copy the patient data of DICOM headers; DICOM only
+    banner: bool = False  # burn a mark into the counterfactuals; DICOM only
 
     @property
     def size(self) -> int:
@@ -49,3 +51,9 @@ class Contents:
         """The values of a record by their names in the export."""
         values: Mapping[str, Any] = cast("Any", record)
         return {name: values[column] for column, name in self.names.items()}
+
+
+def dicom_schema(contents: Contents) -> pa.Schema:
+    """The columns of the table of a DICOM export: those of the records, and the path of each object."""
+    kinds = ("image", "counterfactual", "attribution", "segmentation")[not contents.with_images :]
+    return pa.schema([*contents.columns.items(), *((f"{kind}_dicom", pa.string()) for kind in kinds)])

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffva_ray.data.dataset import UnusableData
+from diffva_ray.data.dicom import opened
 from diffva_ray.data.encoding import encode_grey, encode_mask, map_levels, pixel_digest, quantise
-from diffva_ray.data.images import BadImage, decode, decode_grey, decode_map, to_square
+from diffva_ray.data.images import BadImage, decode, decode_grey, decode_map, is_dicom, to_square
 from diffva_ray.evaluate.records import Lesions, Truth, read_truth
 from diffva_ray.evaluate.scores import lost
 from diffva_ray.generate.run import DamagedPart, Run
@@ -39,6 +40,7 @@ class Example:
     lesion_mask: bytes | None
     lung_mask: bytes | None
     truth: Truth
+    header: Any = None  # of the image's DICOM file, a pydicom data set without pixels
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Examples:
     run: Run
     lesions: Lesions
     with_images: bool  # False: COPIES are left out
+    with_headers: bool = False  # read the headers of DICOM images
 
     def read(self, records: Sequence[Record]) -> list[Example]:
         """The examples of some ``ok`` records, in their order.
@@ -68,32 +71,39 @@ class Examples:
         if self.with_images:
             reconstruction, _ = self._own(record, "reconstruction_path", "reconstruction_sha256", decode_grey, _same)
         known = truth.counterfactual if self.with_images else None
+        source = self._source(record) if self.with_images or self.with_headers else b""
         return Example(
             record,
             counterfactual,
             attribution,
-            image=self._image(record) if self.with_images else None,
+            image=self._image(source) if self.with_images else None,
             reconstruction=reconstruction,
             ground_truth=None if known is None else encode_grey(quantise(known)),
             lesion_mask=None if truth.lesion is None else encode_mask(truth.lesion),
             lung_mask=None if truth.lungs is None else encode_mask(truth.lungs),
             truth=truth,
+            header=_header(source) if self.with_headers and is_dicom(source) else None,
         )
 
-    def _image(self, record: Record) -> bytes:
-        """The input as the engine saw it. An image that is no longer the one of the record must not be published."""
-        path, recipe = record["image_path"], self.run.recipe
+    def _source(self, record: Record) -> bytes:
+        """The image file. One that is no longer the one of the record must not be published."""
+        path = record["image_path"]
         address = join(self.run.data.uri, path)
         try:
             data = self.run.data.read(path)
         except OSError as error:
+            instead = "" if self.with_headers else ", or leave the images out with --without-images"
             raise UnusableData(
-                f"{address} cannot be read ({error.strerror or error}); name the folder with --data, or leave the "
-                "images out with --without-images"
+                f"{address} cannot be read ({error.strerror or error}); name the folder with --data{instead}"
             ) from None
         if hashlib.sha256(data).hexdigest() != record["image_sha256"]:
             raise UnusableData(f"{address} has changed since the run was generated; restore the original file")
-        return encode_grey(quantise(to_square(decode(data, bits=recipe.data.bits), recipe.model.resolution)))
+        return data
+
+    def _image(self, source: bytes) -> bytes:
+        """The input as the engine saw it."""
+        recipe = self.run.recipe
+        return encode_grey(quantise(to_square(decode(source, bits=recipe.data.bits), recipe.model.resolution)))
 
     def _own(
         self,
@@ -117,6 +127,12 @@ class Examples:
             where = join(self.run.store.uri, path)
             raise DamagedPart(f"{where} cannot be exported ({problem}); {repair_command(self.run.store)}")
         return data, pixels
+
+
+def _header(data: bytes) -> Any:
+    header = opened(data)
+    header.pop("PixelData", None)  # which may be large
+    return header
 
 
 def _same(pixels: NDArray[Any]) -> NDArray[Any]:

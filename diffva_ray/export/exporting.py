@@ -7,36 +7,41 @@ with the files that are missing, and exports of the same run are equal byte by b
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from diffva_ray._version import __version__
 from diffva_ray.config.recipe import fingerprint_difference
 from diffva_ray.data.dataset import UnusableData
-from diffva_ray.evaluate.annotations import lesion_shapes
+from diffva_ray.evaluate.annotations import THRESHOLDS_FILE, lesion_shapes
 from diffva_ray.evaluate.records import read_json
 from diffva_ray.evaluate.reduction import Incomplete, parts_digest
-from diffva_ray.evaluate.tables import THRESHOLDS_FILE
 from diffva_ray.export.acceptance import Rule
-from diffva_ray.export.card import card
+from diffva_ray.export.card import Choice, card, license_of
 from diffva_ray.export.contents import Contents
 from diffva_ray.export.examples import Examples
 from diffva_ray.export.formats import FORMATS, Format, ShardFile
-from diffva_ray.export.selection import DEFAULT_SPLITS, Counts, Selection, has_own_splits
+from diffva_ray.export.lineage import croissant, lineage
+from diffva_ray.export.selection import DEFAULT_SPLITS, REJECTED, Counts, Selection, best_samples, has_own_splits
 from diffva_ray.generate.committed import parts
 from diffva_ray.generate.data_identity import check_same
 from diffva_ray.generate.run import SUCCESS, FingerprintDiffers, Run
 from diffva_ray.generate.verification import MANIFEST, verify
 from diffva_ray.progress import LOG
+from diffva_ray.provenance import missing, version
 from diffva_ray.schema import digest
 from diffva_ray.storage.opening import open_file, open_store
 from diffva_ray.storage.store import Store, patiently
 
-ABOUT, CARD = "export.json", "README.md"
+ABOUT, CARD, REJECTED_FILE = "export.json", "README.md", "rejected.parquet"
+LINEAGE, CROISSANT = "lineage.json", "croissant.json"
+WITH_REGIONS = ("coco", "dicom")  # formats that hold the map above a threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +51,11 @@ class ExportOptions:
     format: str  # a name of FORMATS
     images: bool = True  # False: leave out the images that show the source image
     accept: str = ""  # rule over the columns of the records; empty: all records
+    best_of: str = ""  # score by which the best sample of an image is chosen; empty: all samples
     splits: Mapping[str, float] | None = None  # shares by name; None: the data set's own splits, else DEFAULT_SPLITS
-    threshold: float | None = None  # of COCO regions; None: the run's own
+    threshold: float | None = None  # of COCO and DICOM regions; None: the run's own
+    patients: bool = False  # copy the patient data of DICOM headers into a DICOM export
+    banner: bool = False  # burn a mark into the counterfactuals of a DICOM export
     license: str = ""  # licence of the export; empty: as the card decides
     boxes: str | None = None  # CSV of lesion boxes
 
@@ -84,10 +92,12 @@ def export_run(run: Run, out: str, options: ExportOptions) -> Exported:
     _check_reduced(run)
     rule = Rule(options.accept, run.records_schema)
     shape, store = FORMATS[options.format], open_store(out)
-    threshold = _threshold(run, options) if options.format == "coco" else None
-    contents = Contents(run, store, options.images, threshold)
+    _check_packages(options.format, shape)
+    threshold = _threshold(run, options) if options.format in WITH_REGIONS else None
+    contents = Contents(run, store, options.images, threshold, options.patients, options.banner)
     shares = options.splits or (None if has_own_splits(run) else DEFAULT_SPLITS)
-    selection = Selection(run, rule, shares, _shards_per_file(run, shape))
+    best = best_samples(run, rule, options.best_of) if options.best_of else None
+    selection = Selection(run, rule, shares, _shards_per_file(run, shape), best)
     counts = selection.count()
     if not counts.accepted:
         raise UnusableData(f'--accept "{rule.text}": no record of {run.store.uri} is accepted')
@@ -102,9 +112,21 @@ def export_run(run: Run, out: str, options: ExportOptions) -> Exported:
     if pending:
         check_same(run, run.data)
         _write_files(selection, contents, shape, pending, options.boxes)
-    store.put(CARD, card(contents, options.format, shape, counts, rule, shares, options.license).encode())
+    if options.accept or options.best_of:
+        store.put(REJECTED_FILE, _rejected(selection))
+    license_id = license_of(run, options.license)
+    _put_json(store, LINEAGE, lineage(run, about, counts))
+    _put_json(store, CROISSANT, croissant(contents, shape, about, license_id))
+    choice = Choice(counts, rule, options.best_of, shares)
+    store.put(CARD, card(contents, options.format, shape, choice, options.license).encode())
     store.put(SUCCESS, json.dumps({"records": counts.accepted, "splits": counts.splits}).encode())
     return Exported(counts, rule, fresh=True)
+
+
+def _check_packages(name: str, shape: Format) -> None:
+    for package in shape.needs:
+        if version(package) == "absent":
+            raise UnusableData(missing(package, f"--to {name}", name))
 
 
 def _check_reduced(run: Run) -> None:
@@ -147,8 +169,11 @@ def _about(
         "files": digest(files),
         "images": contents.with_images,
         "accept": rule.text,
+        "best_of": options.best_of,
         "splits": "own" if shares is None else dict(shares),
         "threshold": contents.threshold,
+        "patients": contents.patients,
+        "banner": contents.banner,
         "license": options.license,
         "boxes": boxes,
         "diffva_ray": __version__,
@@ -177,7 +202,7 @@ def _write_files(
     lesions = lesion_shapes(run.about["data"], run.recipe.data, boxes, notes)
     if notes:
         raise UnusableData(f"{notes[0]}; name its folder with --data")
-    examples = Examples(run, lesions, contents.with_images)
+    examples = Examples(run, lesions, contents.with_images, shape.headers)
     opened: dict[tuple[int, str], ShardFile] = {}
 
     def finish(number: int) -> None:
@@ -187,7 +212,9 @@ def _write_files(
             patiently(lambda path=path, data=data: contents.store.put(path, data))  # type: ignore[misc]
             LOG.info("export: wrote %s", path)
 
-    for shard, table in parts(run, run.records_schema.names):
+    wanted = {number for number, _ in pending}
+    shards = {shard for shard in range(run.shards) if shard // selection.shards_per_file in wanted}
+    for shard, table in parts(run, run.records_schema.names, shards=shards):
         finish(shard // selection.shards_per_file)
         for key, rows in selection.chosen(shard, table):
             if key in pending:
@@ -195,6 +222,19 @@ def _write_files(
                     opened[key] = shape.open(contents, shape.path(key[1], key[0]))
                 opened[key].add(examples.read(_as_rows(rows)))
     finish(-1)
+
+
+def _put_json(store: Store, path: str, content: Mapping[str, Any]) -> None:
+    store.put(path, json.dumps(content, indent=1).encode())
+
+
+def _rejected(selection: Selection) -> bytes:
+    """The table of the records that are left out."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, REJECTED, compression="zstd") as writer:
+        for table in selection.rejected():
+            writer.write_table(table.cast(REJECTED))
+    return sink.getvalue()
 
 
 def _as_rows(table: pa.Table) -> list[Any]:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import pyarrow as pa
+
 from diffva_ray.export.coco import CocoFile
-from diffva_ray.export.contents import Contents
+from diffva_ray.export.contents import Contents, dicom_schema
 from diffva_ray.export.examples import Example
-from diffva_ray.export.parquet import ParquetShard
+from diffva_ray.export.parquet import ParquetShard, schema
 from diffva_ray.export.webdataset import TarShard
 
 
@@ -33,6 +35,9 @@ class Format:
     pixels: int  # of all images of a kind in a file, at most about
     open: Callable[[Contents, str], ShardFile]  # the path of the file is the second argument
     loading: str  # Python code that loads the export, for its card
+    headers: bool = False  # whether it needs the headers of DICOM images
+    needs: Sequence[str] = ()  # packages of the extra with the name of the format
+    schema: Callable[[Contents], pa.Schema] | None = None  # the columns, if the files are tables
 
     def path(self, split: str, number: int) -> str:
         """The path of a file in the export."""
@@ -53,8 +58,23 @@ COCO = """import json
 coco = json.load(open("DIR/annotations/SPLIT-00000.json"))  # images, categories, annotations with compressed RLE
 # with pycocotools: COCO(file).annToMask(annotation)"""
 
+DICOM = """import highdicom, pandas, pydicom
+
+records = pandas.read_parquet("DIR/records/SPLIT-00000.parquet")
+counterfactual = pydicom.dcmread(f"DIR/{records.counterfactual_dicom[0]}").pixel_array  # uint8 [SIZE, SIZE]
+signed = pydicom.dcmread(f"DIR/{records.attribution_dicom[0]}").pixel_array  # float32 [SIZE, SIZE] in [-1, 1]
+regions = highdicom.seg.segread(f"DIR/{records.segmentation_dicom[0]}").pixel_array"""
+
+
+def _dicom(contents: Contents, path: str) -> ShardFile:
+    from diffva_ray.export.dicom import DicomTable  # needs the extra packages of DICOM
+
+    return DicomTable(contents, path)
+
+
 FORMATS = {
-    "huggingface": Format("data", "parquet", 1000, 2**26, ParquetShard, HUGGINGFACE),
+    "huggingface": Format("data", "parquet", 1000, 2**26, ParquetShard, HUGGINGFACE, schema=schema),
     "webdataset": Format("shards", "tar", 1000, 2**26, TarShard, WEBDATASET),
     "coco": Format("annotations", "json", 50_000, 2**40, CocoFile, COCO),  # holds no pixels
+    "dicom": Format("records", "parquet", 1000, 2**40, _dicom, DICOM, True, ("pydicom", "highdicom"), dicom_schema),
 }

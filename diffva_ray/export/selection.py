@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,13 +13,19 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from diffva_ray.data.dataset import UnusableData
+from diffva_ray.export import best_of
 from diffva_ray.export.acceptance import Rule
 from diffva_ray.generate.committed import parts
 from diffva_ray.generate.run import Run
 from diffva_ray.schema import Status, digest
 
 DEFAULT_SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
-COLUMNS = ("status", "label", "patient", "image_path", "split", "ssim")  # that the choice and its counts need
+COLUMNS = (  # that the choice and its counts need
+    "record_id", "image_sha256", "status", "error", "label", "patient", "image_path", "split", "ssim",
+    "attribution_energy_lung_fraction", "judge_image", "judge_counterfactual",
+)  # fmt: skip
+REJECTED = pa.schema([(name, pa.string()) for name in ("record_id", "image_path", "label", "reason")])
+NOT_BEST = "another sample of the image is better"
 SPELLINGS = {"valid": "validation", "val": "validation", "dev": "validation"}
 
 
@@ -40,13 +47,36 @@ def parse_splits(text: str) -> dict[str, float]:
 
 
 @dataclass
+class Sums:
+    """Sums over records, from which an export's numbers before and after the choice are computed."""
+
+    records: int = 0
+    ssim: float = 0.0
+    in_lungs: float = 0.0  # of attribution_energy_lung_fraction, over the records that have it
+    with_lungs: int = 0
+    flipped: int = 0  # called abnormal before and healthy after
+    called_abnormal: int = 0
+
+    def add(self, table: pa.Table) -> None:
+        ssim, lungs, before, after = (
+            table[name].cast(pa.float64()).to_numpy()
+            for name in ("ssim", "attribution_energy_lung_fraction", "judge_image", "judge_counterfactual")
+        )
+        abnormal = (before <= 0.5) & ~np.isnan(after)
+        self.records += len(table)
+        self.ssim += float(np.nansum(ssim))
+        self.in_lungs += float(np.nansum(lungs))
+        self.with_lungs += int((~np.isnan(lungs)).sum())
+        self.flipped += int((abnormal & (after > 0.5)).sum())
+        self.called_abnormal += int(abnormal.sum())
+
+
+@dataclass
 class ClassCount:
     """The records of a class with status ``ok``."""
 
-    records: int = 0
-    accepted: int = 0
-    ssim: float = 0.0  # sum over all records
-    accepted_ssim: float = 0.0  # sum over the accepted ones
+    all: Sums = field(default_factory=Sums)
+    accepted: Sums = field(default_factory=Sums)
 
 
 @dataclass
@@ -55,6 +85,7 @@ class Counts:
 
     classes: dict[str, ClassCount] = field(default_factory=dict)
     files: dict[tuple[int, str], int] = field(default_factory=dict)  # records by number of the file and split
+    images: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))  # hash of each image, sorted
     patients: dict[str, set[str]] = field(default_factory=dict)  # splits by known patient; only for own splits
 
     @property
@@ -72,6 +103,11 @@ class Counts:
         return {name: total[name] for name in sorted(total, key=lambda name: (order.get(name, 9), name))}
 
     @property
+    def images_digest(self) -> str:
+        """Digest of the paths and contents of all images of the run with a record that is ok, in any order."""
+        return hashlib.sha256(self.images.astype("<u8").tobytes()).hexdigest()
+
+    @property
     def shared_patients(self) -> int:
         """Number of patients with records in several splits."""
         return sum(len(splits) > 1 for splits in self.patients.values())
@@ -85,11 +121,12 @@ class Selection:
     rule: Rule
     shares: Mapping[str, float] | None
     shards_per_file: int
+    best: pa.Array | None = None  # ids of the best samples; None: all samples
 
     def chosen(self, shard: int, table: pa.Table) -> Iterator[tuple[tuple[int, str], pa.Table]]:
         """The accepted ``ok`` records of a shard by (number of the file, split)."""
         table = table.filter(pc.equal(table["status"], Status.OK.value))
-        table = table.filter(pa.array(self.rule.accepts(table)))
+        table = table.filter(pa.array(self._accepts(table)))
         splits = self._splits(table)
         for split in np.unique(splits):
             yield (shard // self.shards_per_file, str(split)), table.filter(pa.array(splits == split))
@@ -97,23 +134,47 @@ class Selection:
     def count(self) -> Counts:
         """One pass over the records, of which a few columns are read."""
         counts = Counts()
-        for shard, table in parts(self.run, sorted({*COLUMNS, *self.rule.columns})):
+        for shard, table in parts(self.run, self.columns):
             ok = table.filter(pc.equal(table["status"], Status.OK.value))
-            accepted = self.rule.accepts(ok)
-            ssim = np.nan_to_num(ok["ssim"].to_numpy())
-            labels = np.array(ok["label"].to_pylist(), object)
-            for label in np.unique(labels.astype(str)):
-                of_class, here = counts.classes.setdefault(label, ClassCount()), labels == label
-                of_class.records += int(here.sum())
-                of_class.accepted += int((here & accepted).sum())
-                of_class.ssim += float(ssim[here].sum())
-                of_class.accepted_ssim += float(ssim[here & accepted].sum())
+            accepted = self._accepts(ok)
+            counts.images = np.union1d(counts.images, _image_hashes(ok))
+            labels = np.array(ok["label"].to_pylist(), str)
+            for label in np.unique(labels):
+                of_class, here = counts.classes.setdefault(str(label), ClassCount()), labels == label
+                of_class.all.add(ok.filter(pa.array(here)))
+                of_class.accepted.add(ok.filter(pa.array(here & accepted)))
             for key, rows in self.chosen(shard, table):
                 counts.files[key] = counts.files.get(key, 0) + len(rows)
                 if self.shares is None:
                     for patient in filter(None, rows["patient"].to_pylist()):
                         counts.patients.setdefault(patient, set()).add(key[1])
         return counts
+
+    def rejected(self) -> Iterator[pa.Table]:
+        """The records that are not exported, each with the reason, by shard."""
+        for _, table in parts(self.run, self.columns):
+            reasons = self.rule.reasons(table)
+            rows = zip(table["status"].to_pylist(), table["error"].to_pylist(), reasons, self._is_best(table))
+            texts = [
+                f"{status}: {error}" if status != Status.OK.value else reason or ("" if best else NOT_BEST)
+                for status, error, reason, best in rows
+            ]
+            named = table.select(REJECTED.names[:-1]).append_column("reason", pa.array(texts, pa.string()))
+            yield named.filter(pc.not_equal(named["reason"], ""))
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the records that the choice needs."""
+        return sorted({*COLUMNS, *self.rule.columns})
+
+    def _accepts(self, ok: pa.Table) -> NDArray[np.bool_]:
+        return self.rule.accepts(ok) & self._is_best(ok)
+
+    def _is_best(self, table: pa.Table) -> NDArray[np.bool_]:
+        if self.best is None:
+            return np.ones(len(table), bool)
+        held: NDArray[np.bool_] = pc.is_in(table["record_id"], self.best).to_numpy()
+        return held
 
     def _splits(self, table: pa.Table) -> NDArray[np.str_]:
         if self.shares is None:
@@ -122,6 +183,11 @@ class Selection:
         persons = (patient or path for patient, path in zip(*(table[n].to_pylist() for n in ("patient", "image_path"))))
         places = [int(digest(["split", person])[:13], 16) / 16**13 for person in persons]
         return np.array([names[min(n, len(names) - 1)] for n in np.searchsorted(bounds, places, side="right")], str)
+
+
+def _image_hashes(table: pa.Table) -> NDArray[np.uint64]:
+    pairs = zip(table["image_path"].to_pylist(), table["image_sha256"].to_pylist())
+    return np.array([int(digest(pair)[:16], 16) for pair in pairs], np.uint64)
 
 
 def own_split(name: str) -> str:
@@ -133,3 +199,15 @@ def own_split(name: str) -> str:
 def has_own_splits(run: Run) -> bool:
     """Whether the data set has given every record of the run a split."""
     return all(all(map(own_split, table["split"].to_pylist())) for _, table in parts(run, ["split"]))
+
+
+def best_samples(run: Run, rule: Rule, score: str) -> pa.Array:
+    """The ids of the best accepted samples of the images of a run."""
+    columns = sorted({"status", score, *best_of.COLUMNS, *rule.columns})
+
+    def accepted() -> Iterator[pa.Table]:
+        for _, table in parts(run, columns):
+            ok = table.filter(pc.equal(table["status"], Status.OK.value))
+            yield ok.filter(pa.array(rule.accepts(ok)))
+
+    return best_of.best_records(accepted(), score)

@@ -7,7 +7,7 @@ replace the first ones wherever the run is read; committed parts are never chang
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import get_args
 
@@ -70,14 +70,16 @@ def committed(run: Run, columns: Sequence[str] | None = None, retries: Sequence[
     return pa.concat_tables(tables) if tables else _schema(run, names).empty_table()
 
 
-def parts(run: Run, columns: Sequence[str], retries: Sequence[Run] | None = None) -> Iterator[tuple[int, pa.Table]]:
+def parts(
+    run: Run, columns: Sequence[str], retries: Sequence[Run] | None = None, shards: Container[int] | None = None
+) -> Iterator[tuple[int, pa.Table]]:
     """Yields the committed records of each shard, as in ``committed``: (number of the shard, ``columns``).
 
-    Memory holds a few shards and all retried records."""
+    ``shards``: None for all. Memory holds a few shards and all retried records."""
     names = list(columns)
     wanted = [*names, *(["record_id"] if "record_id" not in names else [])]
     retried, row_of = _retried(run, overlays(run) if retries is None else retries, wanted)
-    for shard, table in _read_parts(run, wanted):
+    for shard, table in _read_parts(run, wanted, shards):
         if row_of:
             replacements = [row_of.get(record, -1) for record in table["record_id"].to_pylist()]
             table = _merge(table, np.array(replacements, np.int64), retried)
@@ -99,7 +101,7 @@ def _retried(run: Run, retries: Sequence[Run], columns: list[str]) -> tuple[pa.T
     return pa.concat_tables(tables), row_of
 
 
-def _read_parts(run: Run, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+def _read_parts(run: Run, columns: list[str], wanted: Container[int] | None = None) -> Iterator[tuple[int, pa.Table]]:
     """Yields ``columns`` of the committed parts in order; READAHEAD_PARTS are read at a time."""
 
     def read(shard: int) -> tuple[int, pa.Table]:
@@ -113,7 +115,7 @@ def _read_parts(run: Run, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
                 f"{run.store.uri}/{path} cannot be read ({reason}); {repair_command(run.store)}"
             ) from error
 
-    shards = [shard for shard in sorted(run.done()) if shard < run.shards]
+    shards = [shard for shard in sorted(run.done()) if shard < run.shards and (wanted is None or shard in wanted)]
     with ThreadPoolExecutor(8) as pool:
         for start in range(0, len(shards), READAHEAD_PARTS):
             yield from pool.map(read, shards[start : start + READAHEAD_PARTS])

@@ -8,12 +8,11 @@ from typing import Any
 
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.generate.plan import Request
-from diffva_ray.generate.run import DEVICE_NAME, FingerprintDiffers, Run
+from diffva_ray.generate.run import DEVICE_FILE, DEVICE_NAME, FingerprintDiffers, Run, find_run, record_change
 from diffva_ray.generate.run_json import base_uri
 from diffva_ray.schema import ENGINE, SCHEMA_VERSION
 from diffva_ray.storage.opening import open_store
 
-DEVICE_FILE = "device.json"  # in the run's folder
 SPACED_ANEW = {"dpmsolver++", "unipc"}  # samplers whose timesteps earlier versions spaced differently
 
 
@@ -53,7 +52,8 @@ def keys_now(run: Run, torch_version: str, device: str) -> dict[str, Any]:
 def check_device_name(run: Run, name: str, allow_environment_change: bool = False) -> None:
     """Compare the device of a worker with the one of the run's first worker, which is stored in DEVICE_FILE.
 
-    GPU models, and CPUs with other vector instructions, round differently. Raises FingerprintDiffers."""
+    GPU models, and CPUs with other vector instructions, round differently. A permitted change is recorded in
+    ``run.json``. Raises FingerprintDiffers."""
     store, content = open_store(base_uri(run.store)), json.dumps({DEVICE_NAME: name}).encode()
     if store.put_if_absent(DEVICE_FILE, content):
         return
@@ -61,8 +61,12 @@ def check_device_name(run: Run, name: str, allow_environment_change: bool = Fals
         first = json.loads(store.read(DEVICE_FILE))[DEVICE_NAME]
     except (OSError, ValueError, LookupError, TypeError):  # damaged
         return store.put(DEVICE_FILE, content)
-    if first != name and not allow_environment_change:
+    if first == name:
+        return
+    if not allow_environment_change:
         raise FingerprintDiffers(store.uri, [DEVICE_NAME], {DEVICE_NAME: first}, {DEVICE_NAME: name})
+    if (base := find_run(store)) is not None:  # a retry's changes are recorded in its run
+        record_change(base, {DEVICE_NAME: name})
 
 
 def _spacing(scheduler: str, sweep: Iterable[tuple[str, Sequence[Any]]]) -> str:

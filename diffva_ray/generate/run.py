@@ -24,12 +24,14 @@ from pydantic import ValidationError
 from diffva_ray.config.recipe import (
     GenerateConfig,
     Recipe,
+    RecipeError,
     fingerprint,
     fingerprint_difference,
     first_error,
     make_recipe,
 )
 from diffva_ray.data.dataset import UnusableData
+from diffva_ray.generate.planned_files import PlannedFiles
 from diffva_ray.generate.run_json import RUN, DamagedRun, read_run_json, repair_command
 from diffva_ray.schema import PLAN, RECORDS, PlannedRecord, with_columns
 from diffva_ray.storage.opening import open_store
@@ -39,6 +41,7 @@ PLAN_FILE, SUCCESS = "plan.parquet", "_SUCCESS"
 FOLDERS = ("counterfactuals", "attributions", "reconstructions")  # the images of a record, one file each
 ENVIRONMENT = ("torch", "device", "engine")  # keys that --allow-environment-change may change
 DEVICE_NAME = "device_name"  # likewise, but the first worker sets it: the driver may have another device
+DEVICE_FILE = "device.json"  # in the run's folder; has the DEVICE_NAME
 MAX_ROW_GROUPS = 4096  # of the plan file; keeps its footer small, which every worker reads
 PART = re.compile(r"records/part-(\d{5,})\.parquet")  # anything else in records/ is no part of the run
 
@@ -100,13 +103,21 @@ class Run:
         return open_store(self.about["data_root"])
 
     @cached_property
+    def files(self) -> PlannedFiles:
+        """The data set's files as they were when the run was planned."""
+        return PlannedFiles.of(self.about, self.data)
+
+    @cached_property
     def recipe(self) -> Recipe:
         """The recipe that the run was planned with.
 
         Raises:
-            RecipeError: This version cannot read the recipe.
+            RecipeError: This version cannot read the recipe, or it is damaged.
         """
-        return make_recipe(self.about["recipe"])
+        try:
+            return make_recipe(self.about["recipe"])
+        except RecipeError as error:
+            raise RecipeError(f"{self.store.uri}/{RUN}: its recipe cannot be read ({error})") from None
 
     @property
     def fingerprint(self) -> str:
@@ -274,7 +285,11 @@ def continue_run(run: Run, keys: dict[str, Any], allow_environment_change: bool 
         return run
     if not allow_environment_change or not set(different) <= set(ENVIRONMENT):
         raise FingerprintDiffers(run.store.uri, different, old, keys)
-    change = {key: keys[key] for key in ENVIRONMENT}
+    return record_change(run, {key: keys[key] for key in ENVIRONMENT})
+
+
+def record_change(run: Run, change: dict[str, Any]) -> Run:
+    """The same run, whose ``run.json`` lists a permitted change of the environment, once."""
     changes = run.about.get("environment_changes", [])
     if change in changes:
         return run

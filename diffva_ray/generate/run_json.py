@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
@@ -82,6 +83,12 @@ def read_run_json(store: Store) -> dict[str, Any] | None:
     except ValidationError as error:
         raise _damaged(store, one_line(first_error(error), 120)) from None
     return about
+
+
+def check_layout(store: Store, about: Mapping[str, Any], records: int, shards: int) -> None:
+    """Raises DamagedRun when ``run.json`` has other numbers of records and shards than the plan that it names."""
+    if (about["records"], about["shards"]) != (records, shards):
+        raise _damaged(store, f"{about['records']} records in {about['shards']} shards, {records} in {shards} planned")
 
 
 def base_uri(store: Store) -> str:

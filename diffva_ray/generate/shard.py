@@ -25,11 +25,12 @@ from diffva_ray._version import __version__
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.encoding import quantise
-from diffva_ray.data.images import MAX_BYTES, BadImage, decode_with_columns, read_mask
+from diffva_ray.data.images import MAX_BYTES, BadImage, decode_mask, decode_with_columns
 from diffva_ray.data.memory_limit import MemoryLimit
 from diffva_ray.generate.attempts import MAX_RECORD_DEATHS, Attempt, OutOfMemory, Session
-from diffva_ray.generate.data_identity import PlannedFiles, check_there, readable
+from diffva_ray.generate.data_identity import check_there, readable
 from diffva_ray.generate.keys import check_device_name
+from diffva_ray.generate.planned_files import PlannedFiles
 from diffva_ray.generate.postprocessing import Generation, Postprocessor, ProcessedRecord
 from diffva_ray.generate.run import Run, Unfinished, find_run, part
 from diffva_ray.generate.shard_files import AlreadyCommitted, ShardFiles, commit_path, features_path
@@ -86,7 +87,7 @@ class WorkerContext:
 
     @cached_property
     def files(self) -> PlannedFiles:
-        """The data set's files, guarded against changes since planning."""
+        """As ``Run.files``, of the worker's own data set."""
         return PlannedFiles.of(self.run.about, self.data)
 
     @cached_property
@@ -236,9 +237,7 @@ def _check_absent(context: WorkerContext, sources: Sequence[Source]) -> None:
         check_there(context.run.about, context.data)
     for record in absent:
         if record["image_size"] >= 0 and readable(context.data, record["image_path"]):
-            raise StoreError(
-                f"{context.data.uri}/{record['image_path']} was missing for a moment and is readable again"
-            )
+            raise _momentary(context, record["image_path"])
 
 
 def _split_read_time(watch: Stopwatch, sources: Sequence[Source]) -> None:
@@ -277,7 +276,7 @@ def read_source(context: WorkerContext, planned: PlannedRecord) -> Source:
             source.planned = _with_header(planned, columns)
             source.results = {"image_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
         if planned["lung_mask_path"]:
-            source.lungs = read_mask(context.files, planned["lung_mask_path"], size)
+            source.lungs = _lung_mask(context, planned["lung_mask_path"])
     except Modified as error:
         reason = f"{'mask' if source.results else 'image'} changed since planning ({error})"
         source.results, source.square = {"status": Status.ERROR.value, "error": reason}, None
@@ -291,6 +290,24 @@ def read_source(context: WorkerContext, planned: PlannedRecord) -> Source:
         source.results = {"status": Status.ERROR.value, "error": one_line(f"{type(error).__name__}: {error}")}
     source.busy = time.perf_counter() - began
     return source
+
+
+def _lung_mask(context: WorkerContext, path: str) -> NDArray[np.bool_] | None:
+    """A planned lung mask [size, size]; None for a damaged one. Raises BadImage for one that is gone, Modified, and
+    StoreError when the data set is gone or was for a moment."""
+    try:
+        return decode_mask(context.files.read(path), context.engine.size)
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        check_there(context.run.about, context.data)
+        if readable(context.data, path):
+            raise _momentary(context, path) from None
+        raise BadImage(f"its lung mask {path} cannot be read any more ({type(error).__name__})", Status.ERROR) from None
+    except (ValueError, OSError):
+        return None
+
+
+def _momentary(context: WorkerContext, path: str) -> StoreError:
+    return StoreError(f"{context.data.uri}/{path} was missing for a moment and is readable again")
 
 
 def _with_header(planned: PlannedRecord, header: dict[str, str]) -> PlannedRecord:

@@ -16,11 +16,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, TypeAdapter
 
+from diffva_ray.config.recipe import RecipeError
 from diffva_ray.data.encoding import map_levels, pixel_digest
 from diffva_ray.data.images import BadImage, decode_grey, decode_map
 from diffva_ray.generate.committed import overlay_uri, sound_overlays
-from diffva_ray.generate.run import FOLDERS, PART, PLAN_FILE, SUCCESS, PlanError, Run, part
-from diffva_ray.generate.run_json import OVERLAYS, RUN
+from diffva_ray.generate.run import DEVICE_FILE, DEVICE_NAME, FOLDERS, PART, PLAN_FILE, SUCCESS, PlanError, Run, part
+from diffva_ray.generate.run_json import OVERLAYS, RUN, DamagedRun, check_layout
 from diffva_ray.generate.shard_files import features_path
 from diffva_ray.progress import one_line
 from diffva_ray.schema import SCHEMA_VERSION, Status
@@ -140,11 +141,12 @@ def verify(run: Run, pixels: bool = True) -> list[Problem]:
         The problems by shard; an empty list for a complete and intact run.
 
     Raises:
-        PlanError: The plan is missing, or is not the one that ``run.json`` names.
+        DamagedRun: ``run.json`` has other numbers of records or shards than the plan that it names.
+        RecipeError: The recipe in ``run.json`` cannot be read.
         StoreError: The store fails.
     """
     try:
-        plan = run.plan(["record_id", "shard"])
+        plan = _plan(run)
     except PlanError as error:
         return [Problem(-1, str(error), files=(PLAN_FILE,))]
     problems = _verify_parts(run, plan, pixels)
@@ -158,14 +160,24 @@ def verify(run: Run, pixels: bool = True) -> list[Problem]:
     if damage is not None:
         number = len(retries) + 1
         problems.append(Problem(-1, str(damage), number, files=(f"{OVERLAYS}/r{number}/{RUN}",)))
-    return problems + (_manifest_problems(run) if pixels else [])
+    return problems + ([*_device_problem(run), *_manifest_problems(run)] if pixels else [])
+
+
+def _plan(run: Run) -> pa.Table:
+    """The record ids and shards of a plan with which ``run.json`` agrees."""
+    plan = run.plan(["record_id", "shard"])
+    check_layout(run.store, run.about, len(plan), plan["shard"][-1].as_py() + 1)
+    return plan
 
 
 def _verify_overlay(retry: Run, number: int, ids: pa.ChunkedArray, pixels: bool) -> list[Problem]:
     """Check a retry of a run with the record ids ``ids``."""
     folder = f"{OVERLAYS}/r{number}"
     try:
-        plan = retry.plan(["record_id", "shard"])
+        plan = _plan(retry)
+        _ = retry.recipe
+    except (DamagedRun, RecipeError) as error:
+        return [Problem(-1, str(error), number, files=(f"{folder}/{RUN}",))]
     except PlanError as error:  # diffva retry plans again only what has no run.json
         return [Problem(-1, str(error), number, files=(f"{folder}/{PLAN_FILE}", f"{folder}/{RUN}"))]
     problems = [
@@ -207,11 +219,39 @@ def _foreign_parts(run: Run) -> list[Problem]:
     ]
 
 
+def _device_problem(run: Run) -> list[Problem]:
+    """A missing or damaged DEVICE_FILE of a run with records, which a repair writes again."""
+    if not run.done():
+        return []
+    try:
+        TypeAdapter(dict[str, str]).validate_json(run.store.read(DEVICE_FILE), strict=True)[DEVICE_NAME]
+    except FileNotFoundError:
+        return [Problem(-1, f"{DEVICE_FILE} is missing")]
+    except (OSError, ValueError, LookupError):
+        return [Problem(-1, f"{DEVICE_FILE} is damaged", files=(DEVICE_FILE,))]
+    return []
+
+
+def _restore_device(run: Run) -> None:
+    """Write a missing DEVICE_FILE again: the first part names the device. Without one, the next worker writes it."""
+    for shard in sorted(run.done())[:1]:
+        table = pq.read_table(io.BytesIO(run.store.read(f"records/{part(shard)}.parquet")), columns=["device"])
+        run.store.put_if_absent(DEVICE_FILE, json.dumps({DEVICE_NAME: table["device"][0].as_py()}).encode())
+
+
 class _Listed(BaseModel):
     """A file of the manifest."""
 
     bytes: int
     sha256: str = ""
+
+
+class _Manifest(BaseModel):
+    """The manifest."""
+
+    fingerprint: str
+    shards: int
+    files: dict[str, _Listed]
 
 
 def _manifest_problems(run: Run) -> list[Problem]:
@@ -222,17 +262,18 @@ def _manifest_problems(run: Run) -> list[Problem]:
         TypeAdapter(dict[str, Any]).validate_json(run.store.read(SUCCESS))
     except (OSError, ValueError):
         return [Problem(-1, f"{SUCCESS} is damaged; diffva reduce writes it again")]
+    again = "diffva verify --repair, then diffva reduce write it again"
     try:
-        files = TypeAdapter(dict[str, _Listed]).validate_python(json.loads(run.store.read(MANIFEST))["files"])
+        manifest = _Manifest.model_validate_json(run.store.read(MANIFEST))
     except FileNotFoundError:
-        return [
-            Problem(-1, f"{MANIFEST} is missing from a finished run; diffva reduce writes it again", files=(SUCCESS,))
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"{MANIFEST} cannot be read ({one_line(error, 120)}); diffva reduce writes it again"
+        return [Problem(-1, f"{MANIFEST} is missing from a finished run; {again}")]
+    except (OSError, ValueError) as error:
+        what = f"{MANIFEST} cannot be read ({one_line(error, 120)}); {again}"
         return [Problem(-1, what)]
+    if (manifest.fingerprint, manifest.shards) != (run.fingerprint, run.shards):
+        return [Problem(-1, f"{MANIFEST} is of another run; {again}")]
     sizes, problems = dict(run.store.list()), []
-    for path, entry in files.items():
+    for path, entry in manifest.files.items():
         if path not in sizes:
             problems.append(Problem(-1, f"{path} is missing"))
         elif sizes[path] != entry.bytes:
@@ -253,4 +294,5 @@ def requeue(run: Run, problems: list[Problem]) -> int:
         (open_store(overlay_uri(run, overlay)) if overlay else run.store).delete(f"records/{part(shard)}.parquet")
     for path in {path for problem in problems for path in problem.files}:
         run.store.delete(path)
+    _restore_device(run)
     return len(damaged)

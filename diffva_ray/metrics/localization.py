@@ -1,6 +1,6 @@
-"""Localization of lesions by attribution maps: scores per image inside a region, baselines, thresholds, an interval.
+"""Localization of lesions by attribution maps: scores per image inside a region, and thresholds.
 
-The caller chooses the map, its sign and its smoothing; ``baselines`` get the same smoothing.
+The caller chooses the map, its sign and its smoothing.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 Real = TypeVar("Real", np.float32, np.float64)
-
-BASELINES = ("brightness", "asymmetry", "autoencoder_difference", "centre_prior")  # maps of ``baselines``, as in tables
 
 # Fixed, so that curves of images and runs can be averaged and a threshold of one set can be applied to another.
 # Geometric (steps of 1.7%), because maps of faint lesions peak at a few hundredths and brightness near 1.
@@ -117,50 +116,11 @@ def smooth(m: NDArray[Real], fraction: float) -> NDArray[Real]:
     return gaussian_filter(m, fraction * m.shape[1], mode="reflect") if fraction else m
 
 
-def brightness(source: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The image [H, W] in [0, 1] itself: opacities are bright, so any map of opacities has to beat its score."""
-    return source
-
-
-def asymmetry(source: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The image [H, W] in [0, 1] minus its mirror image: what one lung has and the other has not; in [-1, 1]."""
-    return source - source[:, ::-1]
-
-
-def autoencoder_difference(source: NDArray[np.float32], reconstruction: NDArray[np.float32]) -> NDArray[np.float32]:
-    """I - D(E(I)) of two images [H, W] in [0, 1]: the change by the autoencoder alone; in [-1, 1]."""
-    return source - reconstruction
-
-
-def centre_prior(size: int) -> NDArray[np.float32]:
-    """A Gaussian [size, size] at the centre with peak 1, independent of the image. Its sigma, a quarter of the width,
-    is not fitted: it is chosen so that one sigma covers the middle half of the image."""
-    offset = (np.arange(size) + 0.5) / size - 0.5
-    profile = np.exp(-0.5 * (offset / 0.25) ** 2)
-    return np.outer(profile, profile).astype(np.float32)
-
-
-def baselines(
-    source: NDArray[np.float32], reconstruction: NDArray[np.float32] | None, smoothing: float
-) -> dict[str, NDArray[np.float32]]:
-    """Trivial baselines that a map has to beat.
-
-    Args:
-        source: Square image [size, size] in [0, 1].
-        reconstruction: Its reconstruction; without it there is no ``autoencoder_difference``.
-        smoothing: The map's own smoothing, as a fraction of the width.
-
-    Returns:
-        Smoothed positive parts [size, size], by name.
-    """
-    signed = {
-        "brightness": brightness(source),
-        "asymmetry": asymmetry(source),
-        "centre_prior": centre_prior(source.shape[1]),
-    }
-    if reconstruction is not None:
-        signed["autoencoder_difference"] = autoencoder_difference(source, reconstruction)
-    return {name: positive(smooth(m, smoothing)) for name, m in signed.items()}
+def on_grid(m: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """``m`` [H, W] resized to [size, size], bilinear and antialiased, which keeps zero, sign and range."""
+    if m.shape == (size, size):
+        return m
+    return np.asarray(Image.fromarray(m).resize((size, size), Image.Resampling.BILINEAR), np.float32)
 
 
 def fixed_threshold(curves: NDArray[np.floating]) -> tuple[float, float]:

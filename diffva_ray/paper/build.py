@@ -211,7 +211,7 @@ def _run(state: PaperState, experiment: Experiment) -> None:
         "random healthy": state.samples[HEALTHY_SAMPLE].uri,
     }.get(experiment.images, state.radiography)
     out = join(state.store.uri, "runs", experiment.name)
-    request = experiment.request(state.base.data.healthy_class)
+    request = experiment.request(state.base.data)
     generate_run(recipe, data, state.options.model, out, request, state.options.execution)
     run = open_run(out)
     reduced = reduce(run, _reduce_options(state, experiment), state.options.execution.executor)

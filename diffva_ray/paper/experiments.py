@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import yaml
 
-from diffva_ray.config.recipe import GenerateConfig, Recipe, RecipeError, load_recipe, make_recipe
+from diffva_ray.config.recipe import DataConfig, GenerateConfig, Recipe, RecipeError, load_recipe, make_recipe
 from diffva_ray.generate.plan import Request
 
 METHOD_KEYS = ("method", "scheduler", "strength", "guidance_scale", "num_inference_steps", "source_prompt",
                "negative_prompt", "posterior", "difference", "smoothing")  # fmt: skip
+EACH_ABNORMAL = "<each abnormal>"  # as the only prompt: those of the model's abnormal classes
 Images = Literal["abnormal", "healthy", "random healthy", "few healthy"]
 
 
@@ -33,13 +34,17 @@ class Experiment:
     changes: tuple[str, ...] = ()  # to the recipe, as of --set
     cardiomegaly: bool = False  # whether real cardiomegaly of CheXpert is the reference set
     limit: int | None = None  # images
+    sweep: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # as in Request
 
-    def request(self, healthy_class: str) -> Request:
-        """The request to ``diffva generate``."""
-        classes = None if self.images == "abnormal" else (healthy_class,)
-        if len(self.prompts) > 1:
-            return Request(classes, limit=self.limit, sweep=(("prompt", self.prompts),))
-        return Request(classes, self.prompts[0] if self.prompts else None, self.limit)
+    def request(self, data: DataConfig) -> Request:
+        """The request to ``diffva generate`` for a model with the classes of ``data``."""
+        classes = None if self.images == "abnormal" else (data.healthy_class,)
+        prompts = self.prompts
+        if prompts == (EACH_ABNORMAL,):
+            prompts = tuple(data.prompt(label) for label in data.prompts if label != data.healthy_class)
+        if len(prompts) > 1:
+            return Request(classes, limit=self.limit, sweep=(("prompt", prompts), *self.sweep))
+        return Request(classes, prompts[0] if prompts else None, self.limit, sweep=self.sweep)
 
 
 SHEET: dict[str, Any] = yaml.safe_load((resources.files(__package__) / "sheet.yaml").read_text("utf-8"))
@@ -49,6 +54,8 @@ SAMPLES: dict[str, int] = SHEET["samples"]  # sizes of random samples
 
 def _experiment(fields: dict[str, Any]) -> Experiment:
     lists: dict[str, Any] = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+    if "sweep" in fields:
+        lists["sweep"] = tuple((key, tuple(values)) for key, values in fields["sweep"].items())
     return Experiment(**(fields | lists))
 
 

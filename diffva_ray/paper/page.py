@@ -12,6 +12,7 @@ from diffva_ray.paper.extras import extra_tables
 from diffva_ray.paper.figures import PaperFigure, draw_figures
 from diffva_ray.paper.layout import Table, thinned
 from diffva_ray.paper.state import PaperState
+from diffva_ray.paper.studies import study_tables
 from diffva_ray.paper.tables import CLASSES, ablation_table, cardiomegaly_table, distance_tables, similarity_table
 
 TITLE = "The tables and figures of Siddiqui et al. 2024"
@@ -26,6 +27,7 @@ def write_page(state: PaperState) -> None:
     tables = [*distance_tables(state, labels), similarity_table(state, labels), cardiomegaly_table(state)]
     tables.append(ablation_table(state))
     tables += extra_tables(state, tables)
+    tables += study_tables(state)
     for table in tables:
         table.write(state.store)
     figures = draw_figures(state)

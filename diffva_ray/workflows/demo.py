@@ -20,7 +20,7 @@ from diffva_ray.evaluate.summary import terminal
 from diffva_ray.evaluate.tables import overall
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import open_run
-from diffva_ray.metrics.localization import BASELINES
+from diffva_ray.metrics.baselines import BASELINES
 from diffva_ray.progress import duration
 from diffva_ray.storage.store import join
 from diffva_ray.workflows.generate import generate_run
@@ -65,7 +65,7 @@ def run_demo(out: str, quick: bool = False, seed: int = 0) -> str:
             (paper, "test", paper_recipe, join(out, "paper-validation")),
         ):
             generate_run(settings, folders[data], model, folder, Request())
-            options = Options(resize=settings.evaluate.resize, threshold_from=thresholds)
+            options = Options(resize=settings.evaluate.resize, threshold_from=thresholds, normals=folders["train"])
             results[folder] = reduce(open_run(folder), options).metrics
 
     # Write the report and print the comparison.
@@ -105,7 +105,8 @@ def print_demo(ours: dict[str, Any], paper: dict[str, Any]) -> None:
     table.add_row("the untouched image", *_control(ours, "called_healthy_before", "1.000"))
     table.add_row("the ground truth", *_control(ours, "flip_rate_ground_truth", "0.000"))
     for name in BASELINES:
-        table.add_row(f"baseline: {name.replace('_', ' ')}", *_numbers(ours, name, counterfactual=False))
+        title = name.replace("_", " ").replace("pca", "PCA")
+        table.add_row(f"baseline: {title}", *_numbers(ours, name, counterfactual=False))
     table.add_section()
     table.add_row("goals of a full demo", *GOALS.values())
     terminal().print(table)

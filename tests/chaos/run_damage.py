@@ -1,6 +1,6 @@
 """Damages the stored files of a run, a model or a half-trained model, one at a time, and gives every command.
 
-    python tests/chaos/run_damage.py --out benchmarks/results/damage.json     # all cases, about an hour
+    python tests/chaos/run_damage.py --out benchmarks/results/damage.json     # all cases, hours
     python tests/chaos/run_damage.py --one-of 20                              # of 20 cases, one
 
 A case damages one file of a copy (hard links) of a sound folder and gives one command in this process. Right is: no
@@ -302,7 +302,8 @@ def main(one_of: int, names: tuple[str, ...], out: Path | None) -> None:
                      "--executor", "inline")  # fmt: skip
     assert trained.code == 0, trained.text
     world = make_world(folder, folder / "images", folder / "model", recipe)
-    result: dict[str, Any] = {"code": code_revision(), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    result: dict[str, Any] = {"code": code_revision(), "machine": machine, "one_of": one_of}
     total, failures = 0, list[str]()
     for name in names or PARTS:
         started = time.monotonic()
@@ -310,9 +311,9 @@ def main(one_of: int, names: tuple[str, ...], out: Path | None) -> None:
         result[name] = {"cases": count, "wrong": len(wrong), "seconds": round(time.monotonic() - started)}
         click.echo(f"{name}: {result[name]}\n" + "\n".join(wrong))
         total, failures = total + count, failures + wrong
-    result |= {"cases": total, "wrong": len(failures), "tracebacks": sum("Traceback" in line for line in failures)}
-    if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        result |= {"cases": total, "wrong": len(failures), "tracebacks": sum("Traceback" in line for line in failures)}
+        if out:
+            out.write_text(json.dumps(result, indent=1) + "\n")
     shutil.rmtree(folder)
     sys.exit(1 if failures else 0)
 

@@ -13,8 +13,9 @@ from click.testing import CliRunner, Result
 from diffva_ray.cli import main
 from diffva_ray.config.recipe import DataConfig, RecipeError, load_recipe, recipe_names
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.evaluate.records import read_records
+from diffva_ray.evaluate.records import grey, read_records
 from diffva_ray.generate.run import open_run
+from diffva_ray.metrics.validity import load_judge
 from diffva_ray.paper.experiments import EXPERIMENTS, METHOD_KEYS, SETTINGS, Experiment, guided, settings_recipe
 from diffva_ray.paper.inputs import copy_images, drawn, phantom_chexpert, sampled
 from diffva_ray.paper.layout import Table, flat, number, thinned, with_interval
@@ -22,6 +23,7 @@ from diffva_ray.paper.state import PaperState
 from diffva_ray.paper.tables import CLASSES
 from diffva_ray.storage.local import LocalStore
 
+ABNORMAL = ("Lung_Opacity", "COVID", "Viral Pneumonia")
 STEPS = ("--set", "generate.num_inference_steps=4")
 
 
@@ -53,7 +55,7 @@ def table(made: Path, key: str) -> dict:
 
 
 def test_every_table_and_figure_is_there_in_every_form(made: Path) -> None:
-    for key in (*(f"table{n}" for n in range(1, 6)), *(f"tableS{n}" for n in range(1, 6))):
+    for key in (*(f"table{n}" for n in range(1, 6)), *(f"tableS{n}" for n in (1, 2, 3, 4, 5, 8, 9, 10))):
         for ending in ("csv", "md", "tex", "json"):
             assert (made / "tables" / f"{key}.{ending}").stat().st_size > 100, (key, ending)
     for number_ in range(2, 11):
@@ -62,7 +64,7 @@ def test_every_table_and_figure_is_there_in_every_form(made: Path) -> None:
     # lungs are not found on every counterfactual of an untrained model
     hearts = (made / "tables/tableS6.json").exists()
     sections = page.count('<section id="table') + page.count('<section id="figure')
-    assert sections == text.count("\n## Table") + text.count("\n## Figure") == 19 + hearts
+    assert sections == text.count("\n## Table") + text.count("\n## Figure") == 22 + hearts
     assert hearts or "Table S6. Cardiothoracic ratio: no lungs" in text
     assert "Not for clinical use" in page
     assert "figure 1: a drawing" in text
@@ -302,6 +304,43 @@ def test_layout_of_numbers(tmp_path: Path) -> None:
     assert (tmp_path / "tables/t.md").read_text().splitlines()[2] == "| h\\| | % |"
     assert r"a\_b" in (tmp_path / "tables/t.tex").read_text()
     assert json.loads((tmp_path / "tables/t.json").read_text())["details"] == [{"x": None}]
+
+
+def test_the_settings_are_compared_with_their_cost(made: Path) -> None:
+    rows = table(made, "tableS8")["details"]
+    assert len(rows) == 9
+    assert {row["images"] for row in rows} == {24}  # of each pair of settings
+    by_setting = {(row["strength"], row["guidance_scale"]): row for row in rows}
+    for guidance in (1.5, 4.0, 7.5):
+        calls = [by_setting[strength, guidance]["unet_calls"] for strength in (0.25, 0.55, 0.85)]
+        assert calls == [2, 6, 8]  # int(4 steps x strength) + 1 for PNDM beyond one step, twice for guidance
+    records = read_records(open_run(str(made / "runs/grid")))
+    chosen = records[(records["strength"] == 0.55) & (records["guidance_scale"] == 4.0)]
+    assert by_setting[0.55, 4.0]["ssim"] == pytest.approx(chosen["ssim"].mean())
+
+
+def test_the_judge_reads_diseases_and_interpolations_back(made: Path, model: Path) -> None:
+    judge, run = load_judge(LocalStore(str(model))), open_run(str(made / "runs/other-disease"))
+    assert judge is not None
+    records = read_records(run)
+    pairs = table(made, "tableS9")["details"]
+    assert {(row["class"], row["prompt_class"]) for row in pairs} == {
+        (label, target) for label in records["label"].unique() for target in ABNORMAL
+    }
+    first = pairs[0]
+    prompt = load_recipe("phantom").data.prompt(first["prompt_class"])
+    of_pair = records[(records["label"] == first["class"]) & (records["prompt"] == prompt)]
+    images = np.stack([grey(run.store, path) for path in of_pair["counterfactual_path"]])
+    expected = judge.probabilities(images)[:, judge.classes.index(first["prompt_class"])]
+    assert first["after"] == pytest.approx(expected.mean(), abs=1e-4)
+    assert len(of_pair) == first["n"]
+
+    reflected = table(made, "tableS10")
+    assert {row["prompt_class"] for row in reflected["details"]} == set(ABNORMAL)
+    for row in reflected["details"]:
+        assert len(row["judge"]) == len(row["own"]) == 5
+        assert all(0 <= value <= 1 for value in (*row["judge"], *row["own"]))
+    assert len(reflected["rows"]) == 2 * len(ABNORMAL)  # the judge's and the model's own reading
 
 
 def test_readers_scores_have_a_table(made: Path, model: Path) -> None:

@@ -21,9 +21,9 @@ from PIL import Image
 from skimage.measure import approximate_polygon, find_contours
 
 from diffva_ray.data.encoding import quantise
-from diffva_ray.data.images import BadImage, decode, decode_map, to_square
+from diffva_ray.data.images import BadImage, decode_map
 from diffva_ray.evaluate.drawing import BRIGHTER, DARKER
-from diffva_ray.evaluate.records import Lesions, as_records, finished, grey, read_truth
+from diffva_ray.evaluate.records import Lesions, as_records, finished, grey, read_input, read_truth
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.localization import positive, score
 from diffva_ray.schema import Record
@@ -139,7 +139,7 @@ def write_panels(
 def _write(run: Run, row: Record, key: str, palette: Palette, lesions: Lesions) -> PanelFiles | None:
     size, record = run.recipe.model.resolution, row["record_id"]
     try:
-        image = to_square(decode(run.data.read(row["image_path"]), bits=run.recipe.data.bits), size)
+        image = read_input(run, row)
         counterfactual = grey(run.store, row["counterfactual_path"])
         signed = decode_map(run.store.read(row["attribution_path"]))
         truth = read_truth(run, row, lesions)

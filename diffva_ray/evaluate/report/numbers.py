@@ -84,6 +84,11 @@ def percent(value: Any) -> str:
     return "–" if value is None else f"{number(100 * value, 1)} %"
 
 
+def signed(value: Any) -> str:
+    """A difference, with its sign."""
+    return "–" if value is None else f"{'+' if value > 0 else ''}{number(value)}"
+
+
 def interval(value: Any) -> str:
     """A pair of bounds."""
     return "–" if not value or value[0] is None else f"{number(value[0])} to {number(value[1])}"
@@ -112,10 +117,10 @@ def cards(metrics: Mapping[str, Any] | None, done: Mapping[str, Any]) -> list[Ca
         detail += f"\njudge {judge_tested(metrics.get('judge'))}"
         result.append(Card("Flip rate", percent(flips["flip_rate"]), detail))
     # attribution maps against known lesions
-    ours, brightness = _localization(metrics, "positive"), _localization(metrics, "brightness")
+    ours = _localization(metrics, "positive")
     if ours:
         title = "AUROC, whole image" if ours["region"] == "image" else "AUROC in lungs"
-        detail = f"brightness alone {number(brightness['auroc'])}" if brightness else f"n = {count(ours['n'])}"
+        detail = _against_baseline(ours) or f"n = {count(ours['n'])}"
         if ours.get("auroc_interval") and ours["auroc_interval"][0] is not None:
             detail = f"{interval(ours['auroc_interval'])}\n{detail}"
         result.append(Card(title, number(ours["auroc"]), detail))
@@ -147,9 +152,9 @@ def glance(metrics: Mapping[str, Any] | None) -> list[str]:
             f"abnormal, it calls {percent(flips['flip_rate'])} of the counterfactuals healthy "
             f"({'; '.join(_beside(flips))})."
         )
-    ours, brightness = _localization(metrics, "positive"), _localization(metrics, "brightness")
+    ours = _localization(metrics, "positive")
     if ours:
-        beside = f"; brightness alone reaches {number(brightness['auroc'])}" if brightness else ""
+        beside = f"; {text}" if (text := _against_baseline(ours)) else ""
         sentences.append(
             f"The attribution maps find the known lesions of {count(ours['n'])} images with an AUROC of "
             f"{number(ours['auroc'])}{beside}."
@@ -164,6 +169,17 @@ def glance(metrics: Mapping[str, Any] | None) -> list[str]:
 
 def _localization(metrics: Mapping[str, Any], map_name: str) -> TableRow | None:
     return overall(row for row in metrics.get("localization", []) if row["map"] == map_name)
+
+
+def _against_baseline(ours: TableRow) -> str:
+    """How much higher the AUROC is than that of the best map without a counterfactual; empty if that is unknown."""
+    if ours.get("minus_baseline") is None:
+        return ""
+    name = plain(ours["baseline"]).replace("pca", "PCA")
+    low = ours["minus_baseline_interval"][0]
+    verdict = "" if low is not None and low > 0 else ", which is not clearly better"
+    difference = f"{signed(ours['minus_baseline'])} ({interval(ours['minus_baseline_interval'])})"
+    return f"{difference} against the best baseline, {name}{verdict}"
 
 
 def _beside(flips: TableRow) -> list[str]:

@@ -47,9 +47,9 @@ PAGE = "report/index.html"
 MAX_QUARANTINE_ROWS = 100  # of the quarantine table
 MAX_QUARANTINE_LISTED = 5000  # quarantined records in the viewer
 PAGE_COLUMNS = (
-    "record_id", "image_path", "label", "prompt", "status", "error", "ssim", "attribution_energy", "judge_image",
-    "judge_counterfactual", "counterfactual_path", "attribution_path", "reconstruction_path", "lung_mask_path",
-    "lesion_mask_path", "ground_truth_path", "width", "height", "view", "spacing", "sample",
+    "record_id", "image_path", "image_sha256", "label", "prompt", "status", "error", "ssim", "attribution_energy",
+    "judge_image", "judge_counterfactual", "counterfactual_path", "attribution_path", "reconstruction_path",
+    "lung_mask_path", "lesion_mask_path", "ground_truth_path", "width", "height", "view", "spacing", "sample",
 )  # read of every record; all columns of a million records would take several GB  # fmt: skip
 FEW = 10  # records, below which the page says that its numbers say little
 LIMIT_TOLERANCE = 1.25  # an earlier report's colour limit is kept if the new one differs by at most this factor

@@ -22,9 +22,11 @@ from diffva_ray.evaluate.report.numbers import (
     number,
     percent,
     plain,
+    signed,
 )
+from diffva_ray.evaluate.tables import OURS
+from diffva_ray.metrics.baselines import SHUFFLED, WITH_PRIOR
 from diffva_ray.metrics.fid import SMALL
-from diffva_ray.metrics.localization import SALIENCY
 from diffva_ray.metrics.pair_metrics import PAIR_METRICS
 from diffva_ray.schema import TableRow
 
@@ -46,15 +48,22 @@ def _kid(value: Mapping[str, Any]) -> str:
     return f"{_small(value['value'])} ± {_small(value['standard_error'])}"
 
 
+MAPS = {
+    "positive": "ours, max(M, 0)",
+    "absolute": "ours, |M|",
+    WITH_PRIOR: "ours, max(M, 0) x prior",
+    SHUFFLED: "ours, of another image",
+}
+
+
 def _map_name(name: str) -> str:
     kind, under, setting = name.partition(" under ")
-    ours = {"positive": "ours, max(M, 0)", "absolute": "ours, |M|"}
-    return ours.get(kind, f"baseline: {plain(kind)}") + under + setting
+    return MAPS.get(kind, f"baseline: {plain(kind).replace('pca', 'PCA')}") + under + setting
 
 
 TEXTS: dict[str, Callable[[Any], str]] = {"class": class_name, "map": _map_name, "plain": plain}  # left-aligned
 FORMS = TEXTS | {"count": count, "decibel": decibel, "interval": interval, "kid": _kid, "number": number,
-                 "percent": percent, "small": _small}  # fmt: skip
+                 "percent": percent, "signed": signed, "small": _small}  # fmt: skip
 SPECS: dict[str, Any] = yaml.safe_load((resources.files(__package__) / "tables.yaml").read_text("utf-8"))
 SPECS["counterfactual"]["columns"] += [(metric.key, metric.heading, metric.form) for metric in PAIR_METRICS]
 
@@ -118,7 +127,7 @@ def _body(rows: Sequence[TableRow], columns: Sequence[Column]) -> list[tuple[str
 
 def _kind(row: TableRow) -> str:
     if "map" in row:
-        return "ours" if row["map"].partition(" under ")[0] in SALIENCY else ""
+        return "ours" if row["map"].partition(" under ")[0] in OURS else ""
     return "total" if is_overall(row.get("label", "")) else ""
 
 

@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from diffva_ray.cli import main
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate.annotations import read_sources, read_zones
+from diffva_ray.evaluate.records import as_records, read_records
 from diffva_ray.evaluate.reduction import Options, reduce_run
 from diffva_ray.evaluate.report.result_tables import report_tables
+from diffva_ray.evaluate.scores import score_records
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import open_run
 from diffva_ray.metrics.zones import ZONES
@@ -138,7 +140,7 @@ def test_an_image_that_features_need_is_named(movable: tuple[Path, Path], column
     assert result.stderr.strip().count("\n") == 0
 
 
-def test_images_that_are_missing_now_are_counted(movable: tuple[Path, Path]) -> None:
+def test_images_that_are_missing_now_are_counted(movable: tuple[Path, Path], tmp_path: Path) -> None:
     """A note tells that means are of fewer images; it disappears when the images are restored."""
     run, data = movable
     records = pd.read_parquet(run / "records")
@@ -149,15 +151,33 @@ def test_images_that_are_missing_now_are_counted(movable: tuple[Path, Path]) -> 
         beside.loc[images[1], "lesion_mask_path"].iloc[0],
         beside.loc[images[2], "ground_truth_path"].iloc[0],
     ]
-    kept = {path: (data / path).read_bytes() for path in gone}
+    kept = [shutil.copy2(data / path, tmp_path / str(number)) for number, path in enumerate(gone)]
     (data / gone[0]).unlink()
     (data / gone[1]).write_bytes(b"no image")
     (data / gone[2]).unlink()
-    note = f"3 images, or their masks or ground truth, cannot be read (first: {data / images[0]}); they are left out "
-    assert [text for text in _noted(run, data) if "cannot be read" in text] == [f"{note}of the tables that need them"]
-    for path, content in kept.items():
-        (data / path).write_bytes(content)
+    note = f"3 images, or their masks or ground truth, cannot be read or have changed (first: {data / images[0]})"
+    assert [text.split(";")[0] for text in _noted(run, data) if "cannot be read" in text] == [note]
+    for path, copy in zip(gone, kept):
+        shutil.copy2(copy, data / path)
     assert not [text for text in _noted(run, data) if "cannot be read" in text]
+
+
+@pytest.mark.parametrize("column", ["image_path", "lesion_mask_path", "lung_mask_path", "ground_truth_path"])
+def test_a_file_that_was_replaced_since_is_left_out(movable: tuple[Path, Path], column: str) -> None:
+    """The new file is sound, and of another record."""
+    run, data = movable
+    rows = as_records(read_records(open_run(str(run))))
+    first = next(row for row in rows if row["label"] == "COVID")
+    other = next(row for row in rows if row["label"] == "COVID" and row["image_path"] != first["image_path"])
+    assert all(score_records(open_run(str(run)), [first], {}))
+    shutil.copy(data / other[column], data / first[column])
+    localization, ground_truth = score_records(open_run(str(run)), [first], {})
+    assert bool(localization) == (column == "ground_truth_path")
+    assert bool(ground_truth) == column.endswith("mask_path")
+    noted = [text for text in _noted(run, data) if "have changed" in text]
+    assert len(noted) == 1
+    assert noted[0].startswith("1 images, ")
+    assert f"(first: {data / first['image_path']})" in noted[0]
 
 
 def _noted(run: Path, data: Path) -> list[str]:

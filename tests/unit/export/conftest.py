@@ -6,8 +6,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from dicom_files import STUDY, dicom
+from PIL import Image
 
 from diffva_ray.cli import main
 
@@ -46,3 +49,24 @@ def export(tmp_path: Path) -> Export:
         return diffva("export", run, "--to", kind, "--out", out, *options)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def dicom_run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reduced run on two DICOM images of 96 rows and 64 columns, and a PNG file of the same shape."""
+    folder = tmp_path_factory.mktemp("dicom")
+    pytest.importorskip("pydicom")
+    images = folder / "data" / "COVID" / "images"
+    images.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for number in range(2):
+        pixels = random.integers(0, 4000, (96, 64))
+        instance = f"1.2.826.0.1.3680043.8.498.10.{number}"
+        (images / f"{number}.dcm").write_bytes(dicom(pixels, **STUDY, SOPInstanceUID=instance))
+    Image.fromarray(random.integers(0, 255, (96, 64), np.uint8)).save(images / "plain.png")
+    made = diffva(
+        "generate", "--data", folder / "data", "--model", model, "--out", folder / "run", "--executor", "inline"
+    )
+    assert made.exit_code == 0, made.output
+    assert diffva("reduce", folder / "run", "--executor", "inline").exit_code == 0
+    return folder / "run"

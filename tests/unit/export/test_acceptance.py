@@ -71,3 +71,15 @@ def test_anything_else_is_refused_in_one_line(text: str, named: str) -> None:
     assert named in str(caught.value)
     assert str(caught.value).startswith('--accept "')
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_reasons_name_the_conditions_that_do_not_hold() -> None:
+    rows = [{"ssim": 0.9, "l1": 0.1}, {"ssim": 0.5, "l1": 0.1}, {"ssim": 0.5, "l1": 0.9}, {"ssim": None, "l1": 0.1}]
+    table = pa.Table.from_pylist(rows, schema=RECORDS)
+    rule = Rule("ssim > 0.8 and l1 < 0.2", RECORDS)
+    assert rule.reasons(table) == ["", "not ssim > 0.8", "not ssim > 0.8; not l1 < 0.2", "not ssim > 0.8"]
+    assert Rule("ssim > 0.8 or l1 < 0.2", RECORDS).reasons(table)[2] == "not (ssim > 0.8 or l1 < 0.2)"
+    for accepted, reason in zip(rule.accepts(table), rule.reasons(table)):
+        assert accepted == (reason == "")
+    with pytest.raises(UnusableData, match="not a condition on a column"):
+        Rule("ssim > 0.8 and 1 < 2", RECORDS)

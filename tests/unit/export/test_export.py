@@ -16,11 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import Result
+from conftest import diffva
 from PIL import Image
 
 from diffva_ray.data.shapes import Runs, coco_counts
 from diffva_ray.export import exporting
 from diffva_ray.export.formats import FORMATS
+from diffva_ray.export.selection import NOT_BEST
+from diffva_ray.generate.committed import parts
+from diffva_ray.generate.run import open_run
 from diffva_ray.storage.local import LocalStore
 from diffva_ray.storage.store import StoreError
 
@@ -180,7 +184,17 @@ def test_an_interrupted_export_continues_to_the_same_bytes(
     assert result.exit_code == 5, result.output
     assert "_SUCCESS" not in tree(tmp_path / "out")
     first = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written}
+    read = set[int]()
+
+    def recorded(*arguments: Any, **more: Any) -> Iterator[Any]:
+        for shard, table in parts(*arguments, **more):
+            read.add(shard)
+            yield shard, table
+
+    monkeypatch.setattr(exporting, "parts", recorded)
     assert export(finished, kind).exit_code == 0
+    pending = {name for name in whole if name.startswith(FORMATS[kind].folder)} - set(written)
+    assert read == {int(Path(name).stem.rpartition("-")[2]) for name in pending} < {0, 1, 2}  # and no shard before
     assert tree(tmp_path / "out") == whole
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in written} == first  # kept, not written again
     result = export(finished, kind)
@@ -210,6 +224,10 @@ def test_the_gate_exports_accepted_records_and_says_the_rate(finished: Path, exp
     assert result.exit_code == 0, result.output
     exported = {row["record_id"] for row in parquet_rows(tmp_path / "out")}
     assert exported == {key for key, record in wanted.items() if record["ssim"] > middle}
+    rejected = pd.read_parquet(tmp_path / "out" / "rejected.parquet").set_index("record_id")["reason"]
+    assert set(rejected.index) == set(pd.read_parquet(finished / "records")["record_id"]) - exported
+    assert (rejected.loc[list(wanted.keys() - exported)] == f"not ssim > {middle}").all()
+    assert rejected.drop(list(wanted.keys() - exported)).str.startswith("bad_image: ").all()  # the quarantined one
     card = (tmp_path / "out" / "README.md").read_text()
     by_class = pd.Series([record["label"] for record in wanted.values()]).value_counts()
     for label, count in by_class.items():
@@ -226,10 +244,10 @@ def test_the_gate_exports_accepted_records_and_says_the_rate(finished: Path, exp
 def test_another_export_or_other_files_are_never_overwritten(finished: Path, export: Export, tmp_path: Path) -> None:
     assert export(finished, "huggingface").exit_code == 0
     before = tree(tmp_path / "out")
-    for more in (("--accept", "ssim > 0"), ("--without-images",), ("--license", "mit")):
+    for more in (("--accept", "ssim > 0"), ("--best-of", "ssim"), ("--without-images",), ("--license", "mit")):
         result = export(finished, "huggingface", *more)
         assert result.exit_code == 3
-        assert more[0].removeprefix("--without-").removeprefix("--") in result.stderr
+        assert more[0].removeprefix("--without-").removeprefix("--").replace("-", "_") in result.stderr
     assert export(finished, "webdataset").exit_code == 3
     assert export(finished, "huggingface", out=finished).exit_code == 2
     assert tree(tmp_path / "out") == before
@@ -276,3 +294,83 @@ def test_datasets_loads_the_export_with_its_types(finished: Path, export: Export
             record = wanted[row["record_id"]]
             np.testing.assert_array_equal(np.asarray(row["counterfactual"]), record["counterfactual"])
             np.testing.assert_allclose(np.array(row["attribution"]), record["attribution"], atol=1e-4)
+
+
+def test_the_best_sample_of_each_image_is_exported(images: Path, model: Path, export: Export, tmp_path: Path) -> None:
+    more = (
+        "--method",
+        "sdedit",
+        "--samples",
+        3,
+        "--limit",
+        12,
+        "--seed",
+        1,
+        "--set",
+        "generate.shard_size=4",
+        "--executor",
+        "inline",
+    )
+    made = diffva("generate", "--data", images, "--model", model, "--out", tmp_path / "run", *more)
+    assert made.exit_code == 0, made.output
+    assert diffva("reduce", tmp_path / "run", "--executor", "inline").exit_code == 0
+    records = pd.read_parquet(tmp_path / "run" / "records")
+    for score, ascending in (("ssim", False), ("l1", True)):
+        best = records.sort_values(score, ascending=ascending).groupby("image_path")["record_id"].first()
+        assert len(best) < len(records)
+        result = export(tmp_path / "run", "huggingface", "--best-of", score, out=tmp_path / score)
+        assert result.exit_code == 0, result.output
+        assert {row["record_id"] for row in parquet_rows(tmp_path / score)} == set(best)
+        rejected = pd.read_parquet(tmp_path / score / "rejected.parquet")
+        assert (rejected["reason"] == NOT_BEST).all()
+        assert len(rejected) == len(records) - len(best)
+    # the best of those that the rule accepts
+    bar = records["ssim"].median()
+    best = (
+        records[records["ssim"] < bar].sort_values("ssim", ascending=False).groupby("image_path")["record_id"].first()
+    )
+    assert export(tmp_path / "run", "huggingface", "--best-of", "ssim", "--accept", f"ssim < {bar}").exit_code == 0
+    assert {row["record_id"] for row in parquet_rows(tmp_path / "out")} == set(best)
+    assert "judge" in export(tmp_path / "run", "coco", "--best-of", "judge_counterfactual").stderr
+
+
+def test_lineage_leads_from_the_images_to_the_export(finished: Path, export: Export, tmp_path: Path) -> None:
+    found = []
+    for name, more in (("first", ()), ("second", ("--accept", "ssim > 0")), ("third", ("--license", "mit"))):
+        assert export(finished, "huggingface", *more, out=tmp_path / name).exit_code == 0
+        found.append(json.loads((tmp_path / name / "lineage.json").read_text()))
+    run = open_run(str(finished))
+    for content in found:
+        assert content["run"]["fingerprint"] == run.fingerprint
+        assert content["model"]["digest"] == run.keys["model_digest"]
+        assert content["data"] == found[0]["data"]
+        assert content["data"]["images"] == 17
+    assert len({content["export"]["digest"] for content in found}) == 3  # the rule and the licence are part of it
+    assert found[1]["export"]["accept"] == "ssim > 0"
+
+
+def test_the_data_digest_does_not_depend_on_the_run(
+    finished: Path, model: Path, export: Export, tmp_path: Path
+) -> None:
+    more = ("--samples", 2, "--seed", 5, "--executor", "inline", "--set", "evaluate.max_quarantined_fraction=0.5")
+    data = finished.parent / "data"
+    assert diffva("generate", "--data", data, "--model", model, "--out", tmp_path / "other", *more).exit_code == 0
+    assert diffva("reduce", tmp_path / "other", "--executor", "inline").exit_code == 0
+    digests = []
+    for run, name in ((finished, "first"), (tmp_path / "other", "second")):
+        assert export(run, "huggingface", out=tmp_path / name).exit_code == 0
+        digests.append(json.loads((tmp_path / name / "lineage.json").read_text())["data"]["digest"])
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("kind", sorted(FORMATS))
+def test_croissant_names_the_files_and_the_columns(kind: str, finished: Path, export: Export, tmp_path: Path) -> None:
+    assert export(finished, kind, "--license", "mit").exit_code == 0
+    described = json.loads((tmp_path / "out" / "croissant.json").read_text())
+    (files,) = described["distribution"]
+    named = sorted((tmp_path / "out").glob(files["includes"]))
+    assert named == sorted((tmp_path / "out" / FORMATS[kind].folder).iterdir())
+    assert described["license"] == "mit"
+    if kind in ("huggingface", "dicom"):
+        columns = [field["source"]["extract"]["column"] for field in described["recordSet"][0]["field"]]
+        assert columns == pq.read_schema(named[0]).names

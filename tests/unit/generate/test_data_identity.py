@@ -17,6 +17,7 @@ from PIL import Image
 
 from diffva_ray.cli import main
 from diffva_ray.data.phantoms import phantom_set
+from diffva_ray.evaluate.records import as_records, read_records, read_truth
 from diffva_ray.generate import shard
 from diffva_ray.generate.run import open_run
 from diffva_ray.generate.verification import verify
@@ -123,6 +124,19 @@ def test_a_moved_data_set_is_followed_and_remembered(
     assert (out / "tables" / "localization.json").exists()
 
 
+def test_pages_of_moved_images(images: Path, model: Path, tmp_path: Path) -> None:
+    data, out, elsewhere = shutil.copytree(images, tmp_path / "data"), tmp_path / "run", tmp_path / "elsewhere"
+    assert generate(data, model, out, "--limit", 3).exit_code == 0
+    data.rename(elsewhere)
+    before = (out / "run.json").read_bytes()
+    for verb in (("report", out), ("compare", out, out, "--out", tmp_path / "comparison")):
+        made = diffva(*verb, "--data", elsewhere)
+        assert made.exit_code == 0, made.output
+    assert len(list((out / "report/images").glob("*"))) == 6, "a strip and a map of each record"
+    assert (out / "run.json").read_bytes() == before
+    assert diffva("compare", out, out, "--out", tmp_path / "comparison", "--data", model).exit_code == 2
+
+
 def test_a_lost_mount_writes_no_row_and_the_same_command_continues(
     interrupted: tuple[Path, Path], model: Path, tmp_path: Path, undisturbed: pd.DataFrame,
     monkeypatch: pytest.MonkeyPatch,
@@ -196,6 +210,31 @@ def test_a_file_that_was_replaced_since_planning_is_noticed(
     assert (rows(out)["status"] == "ok").sum() == len(undisturbed) - 1
     shutil.copy2(data / pending["image_path"].iloc[1], data / pending["image_path"].iloc[0])
     assert diffva("retry", out, "--executor", "inline").exit_code == 0, "a retry plans anew"
+
+
+def test_a_lung_mask_that_is_gone_is_noticed_and_a_retry_takes_its_successor(
+    interrupted: tuple[Path, Path], model: Path, undisturbed: pd.DataFrame
+) -> None:
+    data, out = interrupted
+    earlier(out, 100)
+    for file in data.rglob("*.png"):
+        os.utime(file, (time.time() - 1000,) * 2)
+    pending = undisturbed[~undisturbed["record_id"].isin(rows(out)["record_id"])]
+    record, path = pending[["record_id", "lung_mask_path"]].iloc[0]
+    content = (data / path).read_bytes()
+    (data / path).unlink()
+    assert generate(data, model, out).exit_code == 4
+    assert rows(out).set_index("record_id").loc[record, "error"] == (
+        f"its lung mask {path} cannot be read any more (FileNotFoundError)"
+    )
+    assert (rows(out)["status"] == "ok").sum() == len(undisturbed) - 1
+    (data / path).write_bytes(content)
+    assert diffva("retry", out, "--executor", "inline").exit_code == 0
+    row = next(row for row in as_records(read_records(open_run(str(out)))) if row["record_id"] == record)
+    assert row["counterfactual_path"].startswith("overlays/r1/")
+    about = out / "overlays/r1/run.json"  # the mask is newer than the run, and older than its retry
+    os.utime(data / path, (datetime.fromisoformat(json.loads(about.read_text())["started"]).timestamp() - 5,) * 2)
+    assert read_truth(open_run(str(out)), row, {}).lungs is not None
 
 
 def test_a_data_set_that_was_restored_from_a_copy_is_taken(

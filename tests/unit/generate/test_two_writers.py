@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +26,7 @@ from diffva_ray.generate import processes
 from diffva_ray.generate.attempts import Attempt, Session
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import FingerprintDiffers, Run, open_run
+from diffva_ray.generate.run_json import DamagedRun
 from diffva_ray.generate.shard import WorkerContext, run_shard
 from diffva_ray.generate.verification import requeue, verify
 from diffva_ray.storage.local import LocalStore
@@ -167,12 +169,34 @@ def test_another_device_is_refused_by_name(
     allowed = CliRunner().invoke(main, [*map(str, words), "--allow-environment-change"])
     assert allowed.exit_code == 0, allowed.output
     assert set(read_records(run)["device"]) == {"NVIDIA Z9"}
+    assert open_run(run.store.uri).about["environment_changes"] == [{"device_name": "NVIDIA Z9"}], "once"
 
 
 def test_a_run_without_a_device_takes_the_first_one(run: Run, images: Path, model: Path) -> None:
     run.store.delete("device.json")
     Worker(run, images, model).work()
     assert json.loads(run.store.read("device.json"))["device_name"] == read_records(run)["device"][0]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"device_name": 7}'])
+def test_verify_sees_a_damaged_device_and_repair_writes_it(
+    run: Run, images: Path, model: Path, content: bytes | None
+) -> None:
+    Worker(run, images, model).work()
+    before = run.store.read("device.json")
+    run.store.delete("device.json") if content is None else run.store.put("device.json", content)
+    problems = verify(run)
+    assert [problem.what.split()[0] for problem in problems] == ["device.json"]
+    assert requeue(run, problems) == 0
+    assert run.store.read("device.json") == before
+    assert verify(run) == []
+
+
+@pytest.mark.parametrize("key", ["records", "shards"])
+def test_run_json_that_disagrees_with_its_plan_is_damaged(run: Run, key: str) -> None:
+    about = {**run.about, key: run.about[key] + 1}
+    with pytest.raises(DamagedRun, match=rf"run\.json is damaged \(.*{run.about['records']} in {run.shards} planned"):
+        verify(replace(run, about=about))
 
 
 @pytest.fixture

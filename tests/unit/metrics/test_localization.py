@@ -1,4 +1,4 @@
-"""Localization scores against brute force, ties included; thresholds, baselines."""
+"""Localization scores against brute force, ties included; thresholds."""
 
 import math
 
@@ -8,11 +8,8 @@ import pytest
 from diffva_ray.evaluate.records import Truth
 from diffva_ray.evaluate.scores import score_image
 from diffva_ray.metrics.localization import (
-    BASELINES,
     THRESHOLDS,
     absolute,
-    baselines,
-    centre_prior,
     dice_at,
     fixed_threshold,
     positive,
@@ -142,20 +139,6 @@ def test_signs_and_smoothing():
     offsets = np.arange(64) - 32
     assert np.sqrt((blurred.sum(axis=0) * offsets**2).sum()) == pytest.approx(0.05 * 64, rel=0.02)
     np.testing.assert_allclose(smooth(np.full((8, 8), 0.3), 0.2), 0.3)  # reflected: no dark rim
-
-
-def test_baselines_get_the_maps_own_sign_and_smoothing():
-    source, _, _ = image(0, side=32)
-    source = np.abs(source)
-    maps = baselines(source, source + 0.1, smoothing=0.05)
-    assert set(maps) == set(BASELINES)
-    np.testing.assert_allclose(maps["asymmetry"], np.maximum(smooth(source - source[:, ::-1], 0.05), 0))
-    np.testing.assert_allclose(maps["brightness"], smooth(source, 0.05))
-    assert (maps["autoencoder_difference"] == 0).all()  # the reconstruction is brighter everywhere
-    assert set(baselines(source, None, 0.0)) == {"brightness", "asymmetry", "centre_prior"}
-    prior = centre_prior(9)
-    assert prior[4, 4] == prior.max() == 1
-    np.testing.assert_allclose(prior, prior[::-1, ::-1].T)
 
 
 def test_a_map_of_the_outside_of_the_lungs_gets_no_credit_for_lesions_there():
