@@ -122,11 +122,11 @@ def test_an_os_error_is_usage_only_if_it_names_a_file_that_cannot_be_opened(
 
 
 OPTIONS = {
-    "compare": "RUN_A RUN_B --data --out",
+    "compare": "RUN_A RUN_B --anonymise-names --data --out",
     "demo": "--out --quick --seed",
     "explain": "IMAGE --dry-run --guidance-scale --json --method --model --out --prompt --recipe --scheduler --seed "
     "--set --steps --strength",
-    "export": "RUN --accept --banner --best-of --boxes --data --license --out --push-to --splits --threshold --to "
+    "export": "RUN --accept --anonymise-names --banner --best-of --boxes --data --license --out --push-to --splits --threshold --to "
     "--with-patients --without-images",
     "generate": "--actors --allow-environment-change --classes --columns --data --dry-run --executor --gpus-per-actor "
     "--guidance-scale --healthy-class --images-per-second --limit --method --micro-batch --model --out --probe "
@@ -139,7 +139,7 @@ OPTIONS = {
     "phantoms": "OUT --classes --dry-run --onto --patients --recipe --seed --set --size --transplants --vary",
     "reduce": "RUN --boxes --brixia --data --executor --extractor --inception-weights --judge --lpips-weights "
     "--max-quarantined-fraction --reference --resize --sources --threshold-from",
-    "report": "RUN --boxes --data --images --port --serve",
+    "report": "RUN --anonymise-names --boxes --data --images --port --serve",
     "retry": "RUN --actors --allow-environment-change --data --executor --gpus-per-actor --model",
     "score": "MAPS --allow-training-images --boxes --columns --data --encoding --json --model --out --positive --root "
     "--signed --size --smoothing --threshold-from",
