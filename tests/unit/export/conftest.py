@@ -46,7 +46,7 @@ def export(tmp_path: Path) -> Export:
     """``export(run, format, *options, out=...)`` calls the command."""
 
     def call(run: Path, kind: str, *options: object, out: Path = tmp_path / "out") -> Result:
-        return diffva("export", run, "--to", kind, "--out", out, *options)
+        return diffva("export", run, "--to", kind, "--out", out, "--executor", "inline", *options)
 
     return call
 

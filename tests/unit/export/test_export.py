@@ -20,7 +20,7 @@ from conftest import diffva
 from PIL import Image
 
 from diffva_ray.data.shapes import Runs, coco_counts
-from diffva_ray.export import exporting
+from diffva_ray.export import exporting, writing
 from diffva_ray.export.formats import FORMATS
 from diffva_ray.export.selection import NOT_BEST
 from diffva_ray.generate.committed import parts
@@ -191,7 +191,7 @@ def test_an_interrupted_export_continues_to_the_same_bytes(
             read.add(shard)
             yield shard, table
 
-    monkeypatch.setattr(exporting, "parts", recorded)
+    monkeypatch.setattr(writing, "parts", recorded)
     assert export(finished, kind).exit_code == 0
     pending = {name for name in whole if name.startswith(FORMATS[kind].folder)} - set(written)
     assert read == {int(Path(name).stem.rpartition("-")[2]) for name in pending} < {0, 1, 2}  # and no shard before
