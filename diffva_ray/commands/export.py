@@ -24,6 +24,7 @@ threshold_option = click.option("--threshold",      type=click.FloatRange(0, 1, 
 patients_option  = click.option("--with-patients",  "patients",    is_flag=True, help="Copy the patient data of DICOM headers into --to dicom; default: a pseudonym only.")
 banner_option    = click.option("--banner",         is_flag=True, help="Burn the word SYNTHETIC into the counterfactuals of --to dicom.")
 push_option      = click.option("--push-to",        metavar="ORG/NAME", help="Upload the export to the Hugging Face Hub, as a private data set; its folder must be local.")
+nameless_option  = click.option("--anonymise-names", "anonymous", is_flag=True, help="Replace the names of image files by ids.")
 moved_option     = click.option("--data",           metavar="DATA", help="New address of the data set, if it has moved.")
 # fmt: on
 
@@ -44,6 +45,7 @@ moved_option     = click.option("--data",           metavar="DATA", help="New ad
 @executor_option
 @push_option
 @moved_option
+@nameless_option
 def export(run: str, out: str, data: str | None, splits: str | None, license_id: str, **options: Any) -> None:
     """Write a reduced run as a data set that others can load without this package: images, attribution maps, all
     columns of the records, splits by patient and a data card.
@@ -83,6 +85,7 @@ def export(run: str, out: str, data: str | None, splits: str | None, license_id:
             banner=options["banner"],
             license=license_id,
             boxes=options["boxes"],
+            anonymous=options["anonymous"],
         ),
         options["executor"],
     )

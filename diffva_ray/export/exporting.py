@@ -56,6 +56,7 @@ class ExportOptions:
     banner: bool = False  # burn a mark into the counterfactuals of a DICOM export
     license: str = ""  # licence of the export; empty: as the card decides
     boxes: str | None = None  # CSV of lesion boxes
+    anonymous: bool = False  # whether ids replace the names of files
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def export_run(run: Run, out: str, options: ExportOptions, writer: LocalWriter |
     shape, store = FORMATS[options.format], open_store(out)
     _check_packages(options.format, shape)
     threshold = _threshold(run, options) if options.format in WITH_REGIONS else None
-    contents = Contents(run, store, options.images, threshold, options.patients, options.banner)
+    contents = Contents(run, store, options.images, threshold, options.patients, options.banner, options.anonymous)
     shares = options.splits or (None if has_own_splits(run) else DEFAULT_SPLITS)
     best = best_samples(run, rule, options.best_of) if options.best_of else None
     selection = Selection(run, rule, shares, _shards_per_file(run, shape), best)
@@ -178,6 +179,7 @@ def _about(
         "banner": contents.banner,
         "license": options.license,
         "boxes": boxes,
+        "anonymous": contents.anonymous,
         "diffva_ray": __version__,
     }
 

@@ -36,7 +36,7 @@ class LocalWriter:
 def write_files(work: Work, number: int) -> list[str]:
     """Write the pending files with one number; memory holds one file of each split."""
     run, selection, shape = work.contents.run, work.selection, work.shape
-    examples = Examples(run, work.lesions, work.contents.with_images, shape.headers)
+    examples = Examples(run, work.lesions, work.contents.with_images, shape.headers, work.contents.anonymous)
     opened: dict[str, ShardFile] = {}  # by path
     first = number * selection.shards_per_file
     shards = range(first, first + selection.shards_per_file)

@@ -67,7 +67,7 @@ def grid_table(state: PaperState) -> Content:
     for setting in settings:
         record, name = first[setting], names[setting]
         swept = {key: record[key] for key in ("strength", "guidance_scale", "num_inference_steps")}
-        distances = {row["set1"].partition(" (")[0]: row for row in metrics["fid_within"]
+        distances = {row["set1"].partition(" (")[0]: row for row in metrics.get("fid_within", [])
                      if row["set2"] == under("counterfactuals", name)}  # fmt: skip
         similar, flips = (overall(row for row in metrics[table] if row["label"].endswith(under("", name)))
                           for table in ("ssim", "validity"))  # fmt: skip
