@@ -116,7 +116,7 @@ def export_run(run: Run, out: str, options: ExportOptions, writer: LocalWriter |
             for path in paths:
                 LOG.info("export: wrote %s", path)
     if options.accept or options.best_of:
-        store.put(REJECTED_FILE, _rejected(selection))
+        store.put(REJECTED_FILE, _rejected(selection, contents.anonymous))
     license_id = license_of(run, options.license)
     _put_json(store, LINEAGE, lineage(run, about, counts))
     _put_json(store, CROISSANT, croissant(contents, shape, about, license_id))
@@ -210,10 +210,10 @@ def _put_json(store: Store, path: str, content: Mapping[str, Any]) -> None:
     store.put(path, json.dumps(content, indent=1).encode())
 
 
-def _rejected(selection: Selection) -> bytes:
+def _rejected(selection: Selection, anonymous: bool) -> bytes:
     """The table of the records that are left out."""
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, REJECTED, compression="zstd") as writer:
-        for table in selection.rejected():
+        for table in selection.rejected(anonymous):
             writer.write_table(table.cast(REJECTED))
     return sink.getvalue()

@@ -374,3 +374,12 @@ def test_croissant_names_the_files_and_the_columns(kind: str, finished: Path, ex
     if kind in ("huggingface", "dicom"):
         columns = [field["source"]["extract"]["column"] for field in described["recordSet"][0]["field"]]
         assert columns == pq.read_schema(named[0]).names
+
+
+def test_anonymised_names_are_not_among_the_rejected(finished: Path, export: Export, tmp_path: Path) -> None:
+    for name, more in (("named", ()), ("nameless", ("--anonymise-names",))):
+        assert export(finished, "huggingface", "--accept", "ssim > 0", *more, out=tmp_path / name).exit_code == 0
+    named, nameless = (pd.read_parquet(tmp_path / name / "rejected.parquet") for name in ("named", "nameless"))
+    assert list(named["record_id"]) == list(nameless["record_id"])
+    assert nameless["image_path"].str.startswith("image-").all()
+    assert "bad_image" in set(nameless["reason"])  # without the error, which may quote the file
