@@ -8,17 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from dicom_files import STUDY, dicom
+from export_files import diffva
 from PIL import Image
 
-from diffva_ray.cli import main
-
 Export = Callable[..., Result]
-
-
-def diffva(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="session")

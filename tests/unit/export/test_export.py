@@ -14,9 +14,8 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from click.testing import Result
-from conftest import diffva
+from export_files import diffva, expected, header, pixels, tree
 from PIL import Image
 
 from diffva_ray.data.shapes import Runs, coco_counts
@@ -32,42 +31,9 @@ Export = Callable[..., Result]
 PIXELS = ("image", "counterfactual", "reconstruction", "ground_truth", "lesion_mask", "lung_mask")
 
 
-def pixels(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)))
-
-
-def expected(run: Path) -> dict[str, dict[str, Any]]:
-    """The ``ok`` records by id, with their images, read with Pillow."""
-    records = pd.read_parquet(run / "records")
-    data = run.parent / "data"
-    found = {}
-    for row in records[records["status"] == "ok"].to_dict("records"):
-        levels = np.asarray(Image.open(run / row["attribution_path"])).astype(np.float64)
-        found[row["record_id"]] = row | {
-            "image": pixels((data / row["image_path"]).read_bytes()),
-            "counterfactual": pixels((run / row["counterfactual_path"]).read_bytes()),
-            "reconstruction": pixels((run / row["reconstruction_path"]).read_bytes()),
-            "ground_truth": pixels((data / row["ground_truth_path"]).read_bytes()),
-            "lesion_mask": pixels((data / row["lesion_mask_path"]).read_bytes()),
-            "lung_mask": pixels((data / row["lung_mask_path"]).read_bytes()),
-            "attribution": (levels - 32768) / 32767,
-        }
-    return found
-
-
 def parquet_rows(out: Path) -> Iterator[dict[str, Any]]:
     for path in sorted((out / "data").glob("*.parquet")):
         yield from pq.read_table(path).to_pylist()
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def header(out: Path) -> dict[str, Any]:
-    _, text, _ = (out / "README.md").read_text().split("---\n", 2)
-    content: dict[str, Any] = yaml.safe_load(text)
-    return content
 
 
 def test_parquet_holds_every_record_with_its_pixels(finished: Path, export: Export, tmp_path: Path) -> None:
