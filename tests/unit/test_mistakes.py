@@ -65,7 +65,8 @@ def places(images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) 
         place.mkdir()
         (place / f"01.{kind.lower()}").write_bytes(b"a map")
     return {**{kind: str(place) for kind, place in maps.items()}, "IMAGES": str(images), "MODEL": str(model),
-            "PLAIN": str(folder / "plain"), "BARE": str(folder / "bare"), "HEALTHY": str(folder / "healthy"), "IMAGE": str(next((images / "COVID" / "images").iterdir())),
+            "PLAIN": str(folder / "plain"), "BARE": str(folder / "bare"),
+            "HEALTHY": str(folder / "healthy"), "IMAGE": str(next((images / "COVID" / "images").iterdir())),
             "LONG": LONG}  # fmt: skip
 
 
