@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from diffva_ray.commands.verb import boxes_option, echo, verb
+from diffva_ray.commands.verb import boxes_option, echo, executor_option, verb
 
 SCORES = ("ssim", "ms_ssim", "psnr", "l1", "attribution_energy", "attribution_energy_lung_fraction")
 FORMATS = ("huggingface", "webdataset", "dicom", "coco")
@@ -42,6 +42,7 @@ moved_option     = click.option("--data",           metavar="DATA", help="New ad
 @patients_option
 @banner_option
 @boxes_option
+@executor_option
 @push_option
 @moved_option
 @nameless_option
@@ -54,10 +55,11 @@ def export(run: str, out: str, data: str | None, splits: str | None, license_id:
         diffva export runs/first --to huggingface --out exports/good --accept "ssim > 0.8 and judge_counterfactual > 0.5"
     """
     from diffva_ray.export.card import acceptance, judged
-    from diffva_ray.export.exporting import ExportOptions, export_run
+    from diffva_ray.export.exporting import ExportOptions
     from diffva_ray.export.selection import parse_splits
     from diffva_ray.generate.data_identity import moved
     from diffva_ray.generate.run import open_run
+    from diffva_ray.workflows.export import export as write_export
 
     if options["threshold"] is not None and options["format"] not in ("coco", "dicom"):
         raise click.UsageError("--threshold is for --to coco and --to dicom; other formats hold the whole map")
@@ -69,7 +71,7 @@ def export(run: str, out: str, data: str | None, splits: str | None, license_id:
     opened = open_run(run)
     if data is not None:
         opened = moved(opened, data)
-    exported = export_run(
+    exported = write_export(
         opened,
         out,
         ExportOptions(
@@ -85,6 +87,7 @@ def export(run: str, out: str, data: str | None, splits: str | None, license_id:
             boxes=options["boxes"],
             anonymous=options["anonymous"],
         ),
+        options["executor"],
     )
     # What was exported, by class and by split.
     if options["accept"] or options["best_of"]:

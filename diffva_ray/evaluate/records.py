@@ -238,7 +238,9 @@ def image_truth(data: Files, image: LabelledImage, lesions: Lesions, width: int,
 
 
 def as_records(frame: pd.DataFrame) -> list[Record]:
-    """The rows of a frame of ``read_records`` as dictionaries."""
+    """The rows of a frame of ``read_records`` as dictionaries; a text that is not known is None, as in a record."""
+    texts = (name for name in frame if not pd.api.types.is_numeric_dtype(frame[name]))
+    frame = frame.assign(**{name: frame[name].astype(object).where(frame[name].notna(), None) for name in texts})
     return cast("list[Record]", frame.to_dict("records"))
 
 

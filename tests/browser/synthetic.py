@@ -23,6 +23,7 @@ from diffva_ray.storage.local import LocalStore
 
 SIZE = 32
 LABELS = ("COVID", "Lung_Opacity", "Viral Pneumonia")
+VIEWS = {"COVID": ("PA", "10.9375"), "Lung_Opacity": ("LATERAL", None)}  # view, and spacing in mm: 350 mm are 32 pixels
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&\n\u2028${x} "  # a reason and a prompt
 HOSTILE_NAME = "a'b\"<script>alert(1)<\\script>&amp;#%20 é.png"  # a file name: everything but slashes
 
@@ -78,6 +79,7 @@ def _shared_files(data: LocalStore, store: LocalStore, random: np.random.Generat
 
 def _record(row: dict[str, Any], hostile: bool, random: np.random.Generator) -> dict[str, Any]:
     columns = {name: row.get(name) for name in RECORDS.names}
+    columns["view"], columns["spacing"] = VIEWS.get(row["label"], (None, None))
     if int(row["record_id"], 16) % 50 == 0 or (hostile and int(row["record_id"], 16) % 4 == 0):
         return {**columns, "status": "bad_image", "error": f"damaged {HOSTILE}" if hostile else "truncated PNG"}
     before, after = random.beta(1, 6), random.beta(6, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -111,6 +112,47 @@ def test_views_and_the_opacity_of_the_map(visit: Visit, page_uri: str) -> None:
     assert not page.is_visible("#lesion")
     page.get_by_label("Ground truth").check()
     assert page.is_visible("#truth")
+
+
+@pytest.mark.parametrize("size", WIDTHS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_marks_are_on_the_patients_sides(visit: Visit, page_uri: str, size: tuple[int, int], scheme: str) -> None:
+    """R is on the left of a frontal image, L on the right, in every view and zoomed; a bar is 5 cm of the image. A
+    lateral image and one of an unknown view have no sides."""
+    page, _ = visit(page_uri, *size, color_scheme=scheme)
+
+    def opened(label: str) -> None:
+        if page.is_visible("#back"):
+            page.click("#back")
+        page.select_option("#label", label)
+        page.locator(".row").first.click()
+        page.wait_for_selector("#stage", state="visible")
+
+    def on_their_sides() -> bool:
+        boxes = [page.locator(name).bounding_box() for name in ("#right-side", "#left-side", "#stage")]
+        right, left, stage = boxes
+        middle, bottom = stage["x"] + stage["width"] / 2, stage["y"] + stage["height"]
+        assert (page.text_content("#right-side"), page.text_content("#left-side")) == ("R", "L")
+        assert all(stage["y"] <= mark["y"] <= bottom - mark["height"] for mark in (right, left))
+        inside = stage["x"] <= right["x"] and left["x"] + left["width"] <= stage["x"] + stage["width"]
+        return inside and right["x"] + right["width"] < middle < left["x"]
+
+    opened("COVID")
+    page.wait_for_selector("#right-side", state="visible")
+    for view in ("Before / after", "Map on image", "Counterfactual", "Image"):
+        page.get_by_label(view, exact=True).check()
+        assert on_their_sides()
+    page.click("#zoom-in")
+    assert on_their_sides()
+    ((start, end),) = re.findall(r"^M([\d.]+) .*H([\d.]+)$", page.get_attribute("#scale", "d"))
+    assert float(end) - float(start) == pytest.approx(32 * 50 / 350, rel=1e-3)
+    assert "PA" in page.text_content("#data")
+    for label in ("Lung_Opacity", "Viral Pneumonia"):
+        opened(label)
+        page.wait_for_selector("#right-side", state="hidden")
+        assert not page.is_visible("#left-side")
+        assert not page.get_attribute("#scale", "d")
+        assert not page.is_visible("#scale-length")
 
 
 def test_images_are_loaded(visit: Visit, page_uri: str) -> None:

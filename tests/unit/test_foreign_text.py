@@ -19,6 +19,8 @@ from diffva_ray.evaluate.report.serve import ReportServer
 from diffva_ray.evaluate.tables import write_table
 from diffva_ray.storage.local import LocalStore
 
+EXPORTS = ("huggingface", "webdataset", "coco", "dicom")
+
 LABELS = ['=HYPERLINK("http://x","y")', "+1+cmd", "@SUM(A1)", "\\input{/etc/passwd} ^ ~ & % $ # _", "a\nb | c <b> `d`"]
 
 
@@ -83,13 +85,14 @@ def test_no_name_of_a_file_leaves_an_anonymised_run(images: Path, model: Path, t
         out = tmp_path / folder
         assert diffva("report", run, *anonymous) == 0
         assert diffva("compare", run, run, "--out", out / "comparison", *anonymous) == 0
-        for kind in ("huggingface", "webdataset", "coco"):
-            more = ["--threshold", 0.1] if kind == "coco" else []
+        for kind in EXPORTS:
+            more = ["--threshold", 0.1] if kind in ("coco", "dicom") else []
+            more += ["--accept", "ssim > -2", "--executor", "inline"]  # the bad image is listed as rejected
             assert diffva("export", run, "--to", kind, "--out", out / kind, *more, *anonymous) == 0
         shutil.copytree(run / "report", out / "report")
         shutil.copytree(run / "figures", out / "report/figures")
         told = {file.relative_to(out).parts[0] for file in out.rglob("*") if file.is_file() and name in content(file)}
-        assert told == (set() if anonymous else {"report", "comparison", "huggingface", "webdataset", "coco"})
+        assert told == (set() if anonymous else {"report", "comparison", *EXPORTS})
 
 
 def diffva(*words: object) -> int:

@@ -1,7 +1,10 @@
 """Mistakes of a first hour, as people made them: each is one line that helps, or simply works.
 
 Missing GPUs are in tests/ray/test_local_mode.py, classes without a healthy one in train/test_classes.py, paths with
-spaces in test_next_steps.py, images that cannot be read in generate/test_retry.py.
+spaces in test_next_steps.py, images that cannot be read in generate/test_retry.py and test_cli.py, a run of one
+image in evaluate/test_credibility.py, scores without a truth, of training images and with other boxes in
+evaluate/test_score.py and evaluate/test_training_images.py, a phantom model on real images in
+evaluate/test_report.py, public data sets with every recipe in train/test_classes.py.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ TABLE = [  # mistake, command line, exit code, what is said
     ("a sheet as a GIF", "explain IMAGE --model MODEL --out x.gif", 2, ".png, .pdf, .svg"),
     ("a folder to explain", "explain IMAGES --model MODEL", 2, "a folder; explain takes one image"),
     ("a data set in place of maps", "score IMAGES --data BARE", 2, "keep one of them"),
+    ("maps as JPEG", "score JPEG --data IMAGES", 2, "expected .png, .npy"),
+    ("maps as NPZ", "score NPZ --data IMAGES", 2, "expected .png, .npy"),
     (
         "a resolution that does not fit",
         "train --data IMAGES --out x --set model.resolution=66 --dry-run",
@@ -55,7 +60,12 @@ def places(images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) 
     shutil.copytree(model, folder / "plain", ignore=shutil.ignore_patterns("diffva.json", ".train", "judge"))
     shutil.copytree(images / "Normal", folder / "healthy" / "Normal")
     shutil.copytree(images / "COVID" / "images", folder / "bare" / "COVID")
-    return {"IMAGES": str(images), "MODEL": str(model), "PLAIN": str(folder / "plain"), "BARE": str(folder / "bare"),
+    maps = {kind: folder / kind for kind in ("JPEG", "NPZ")}
+    for kind, place in maps.items():
+        place.mkdir()
+        (place / f"01.{kind.lower()}").write_bytes(b"a map")
+    return {**{kind: str(place) for kind, place in maps.items()}, "IMAGES": str(images), "MODEL": str(model),
+            "PLAIN": str(folder / "plain"), "BARE": str(folder / "bare"),
             "HEALTHY": str(folder / "healthy"), "IMAGE": str(next((images / "COVID" / "images").iterdir())),
             "LONG": LONG}  # fmt: skip
 

@@ -98,7 +98,10 @@ def _chart(
         medians.append(f"{plain(label)} median {number(middle, digits)}")
         median, first, last = (round(_x(value, low, high), 1) for value in (middle, lower, upper))
         lines.append(Line(plain(label), count(len(of_label)), base, hills, median, first, last, number(middle, digits)))
-    ticks = [(_x(value, low, high), number(value, 2)) for value in _ticks(low, high)]
+    places = _ticks(low, high)
+    exact = (n for n in range(2, 9) if all(abs(value - round(value, n)) < 1e-9 for value in places))
+    decimals = next(exact, 9)
+    ticks = [(_x(value, low, high), number(value, decimals)) for value in places]
     description = f"{title}: {', '.join(medians)}"
     half = _x(0.5, 0, 1) if beside else None
     return Chart(key, title, description, caption, TOP + len(lines) * ROW + 14, lines, ticks, half)

@@ -18,13 +18,13 @@ import pyarrow.compute as pc
 
 from diffva_ray.evaluate import figures
 from diffva_ray.evaluate.annotations import lesion_shapes
-from diffva_ray.evaluate.anonymous import image_id, without_examples, without_names
+from diffva_ray.evaluate.anonymous import without_examples, without_names
 from diffva_ray.evaluate.credibility import stated
 from diffva_ray.evaluate.figures import map_scale, own_shapes, settings_line, write_figures
 from diffva_ray.evaluate.judge_quality import judge_quality
 from diffva_ray.evaluate.records import as_records, finished, reduced_metrics
 from diffva_ray.evaluate.report.assets import render_page, viewer_script
-from diffva_ray.evaluate.report.catalogue import attempts, counts, read_earlier, write_catalogue, write_names
+from diffva_ray.evaluate.report.catalogue import NAMES, attempts, counts, read_earlier, write_catalogue, write_names
 from diffva_ray.evaluate.report.charts import charts
 from diffva_ray.evaluate.report.images import (
     Palette,
@@ -88,8 +88,10 @@ def write_report(run: Run, listed: int | None = None, boxes: str | None = None, 
     records = committed(run, PAGE_COLUMNS).to_pandas()
     write_figures(run, records)
     contents = write_contents(run, records, listed, boxes, anonymous)
-    named = records.assign(image_path=records["image_path"].map(image_id)) if anonymous else records
-    write_names(run, named)
+    if anonymous:
+        run.store.delete(NAMES)
+    else:
+        write_names(run, records)
     run.store.put(PAGE, render(run, records, contents, anonymous).encode())
     return join(run.store.uri, PAGE)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import resources
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
@@ -24,6 +25,7 @@ from diffva_ray.evaluate.figures import (
     spanning,
     write_figures,
 )
+from diffva_ray.evaluate.marks import marks
 from diffva_ray.evaluate.records import as_records, read_records
 from diffva_ray.evaluate.report.images import coloured
 from diffva_ray.generate.run import Run
@@ -200,3 +202,12 @@ def test_the_threshold_is_the_validated_one_then_the_runs_own_then_a_quantile(ma
     )
     scale = map_scale(run, records)
     assert (scale.threshold, scale.threshold_from) == (0.05, "fixed on validation")
+
+
+def test_a_text_known_of_some_records_only_is_none_for_the_others() -> None:
+    """pandas has NaN there, which is no text: a spacing known of some images must not stop the page."""
+    columns = {"view": ["PA", None], "spacing": [None, "0.14"], "psnr": [30.0, None]}
+    first, second = as_records(pa.table(columns).to_pandas())
+    assert (first["view"], first["spacing"], first["psnr"]) == ("PA", None, 30.0)
+    assert (second["view"], second["spacing"]) == (None, "0.14")
+    assert [marks(row["view"], row["spacing"], 2500).sides for row in (first, second)] == [True, False]

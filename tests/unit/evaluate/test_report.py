@@ -389,6 +389,15 @@ def test_charts_are_of_all_finished_records(make_run: MakeRun) -> None:
     assert "COVID median 0." in drawn[0].description
 
 
+@pytest.mark.parametrize("spread", [0.5, 0.02, 0.004, 0.0007])
+def test_the_ticks_of_a_chart_are_told_apart(make_run: MakeRun, spread: float) -> None:
+    records = read_records(make_run())
+    records["attribution_energy"] = np.linspace(0, spread, len(records))
+    ticks = [text for _, text in charts(records)[1].ticks]
+    assert len(set(ticks)) == len(ticks) > 1
+    assert [float(text) for text in ticks] == sorted(map(float, ticks))
+
+
 def test_there_is_no_chart_without_its_numbers(make_run: MakeRun) -> None:
     records = read_records(make_run(judged=False))
     assert [chart.key for chart in charts(records)] == ["ssim", "attribution_energy"]
