@@ -55,6 +55,7 @@ bench: demo  # about an hour on two quiet cores; attribution.py, induction.py an
 	$(BIN)/python benchmarks/tables.py
 
 chaos: setup  # hours on two cores
+	$(BIN)/python tests/chaos/run_damage.py --out benchmarks/results/damage.json
 	$(BIN)/python tests/chaos/histories.py --inline 1000 --drivers 100 --cluster 50 --out benchmarks/results/chaos.json
 
 browser: setup

@@ -120,7 +120,7 @@ def records(rows: pd.DataFrame, random: np.random.Generator) -> pd.DataFrame:
         "judge_counterfactual": random.beta(6, 1, many),
     }  # fmt: skip
     made = rows.assign(
-        image_sha256=hashes, source_prompt="", map="compensated", model_digest=DIGEST, ms_ssim_scales=5, width=299,
+        image_sha256=None, source_prompt="", map="compensated", model_digest=DIGEST, ms_ssim_scales=5, width=299,
         height=299, counterfactual_path=[f"counterfactuals/{name}" for name in file],
         reconstruction_path=[f"counterfactuals/{name}" for name in file],
         attribution_path=[f"attributions/{name}" for name in file],

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from diffva_ray.commands.verb import boxes_option, echo, verb
+from diffva_ray.commands.verb import boxes_option, echo, executor_option, verb
 
 SCORES = ("ssim", "ms_ssim", "psnr", "l1", "attribution_energy", "attribution_energy_lung_fraction")
 FORMATS = ("huggingface", "webdataset", "dicom", "coco")
@@ -24,6 +24,7 @@ threshold_option = click.option("--threshold",      type=click.FloatRange(0, 1, 
 patients_option  = click.option("--with-patients",  "patients",    is_flag=True, help="Copy the patient data of DICOM headers into --to dicom; default: a pseudonym only.")
 banner_option    = click.option("--banner",         is_flag=True, help="Burn the word SYNTHETIC into the counterfactuals of --to dicom.")
 push_option      = click.option("--push-to",        metavar="ORG/NAME", help="Upload the export to the Hugging Face Hub, as a private data set; its folder must be local.")
+nameless_option  = click.option("--anonymise-names", "anonymous", is_flag=True, help="Replace the names of image files by ids.")
 moved_option     = click.option("--data",           metavar="DATA", help="New address of the data set, if it has moved.")
 # fmt: on
 
@@ -41,8 +42,10 @@ moved_option     = click.option("--data",           metavar="DATA", help="New ad
 @patients_option
 @banner_option
 @boxes_option
+@executor_option
 @push_option
 @moved_option
+@nameless_option
 def export(run: str, out: str, data: str | None, splits: str | None, license_id: str, **options: Any) -> None:
     """Write a reduced run as a data set that others can load without this package: images, attribution maps, all
     columns of the records, splits by patient and a data card.
@@ -52,10 +55,11 @@ def export(run: str, out: str, data: str | None, splits: str | None, license_id:
         diffva export runs/first --to huggingface --out exports/good --accept "ssim > 0.8 and judge_counterfactual > 0.5"
     """
     from diffva_ray.export.card import acceptance, judged
-    from diffva_ray.export.exporting import ExportOptions, export_run
+    from diffva_ray.export.exporting import ExportOptions
     from diffva_ray.export.selection import parse_splits
     from diffva_ray.generate.data_identity import moved
     from diffva_ray.generate.run import open_run
+    from diffva_ray.workflows.export import export as write_export
 
     if options["threshold"] is not None and options["format"] not in ("coco", "dicom"):
         raise click.UsageError("--threshold is for --to coco and --to dicom; other formats hold the whole map")
@@ -67,7 +71,7 @@ def export(run: str, out: str, data: str | None, splits: str | None, license_id:
     opened = open_run(run)
     if data is not None:
         opened = moved(opened, data)
-    exported = export_run(
+    exported = write_export(
         opened,
         out,
         ExportOptions(
@@ -81,7 +85,9 @@ def export(run: str, out: str, data: str | None, splits: str | None, license_id:
             banner=options["banner"],
             license=license_id,
             boxes=options["boxes"],
+            anonymous=options["anonymous"],
         ),
+        options["executor"],
     )
     # What was exported, by class and by split.
     if options["accept"] or options["best_of"]:

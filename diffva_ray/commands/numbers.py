@@ -37,6 +37,7 @@ judge_option     = click.option("--judge",          "judges", metavar="NAME=PATH
 lpips_option     = click.option("--lpips-weights",  "lpips", metavar="PATH", help="State dict of torchvision's AlexNet; adds LPIPS to the tables.")
 sources_option   = click.option("--sources",        metavar="CSV", help="CSV of each image's archive: file,source; adds distances per archive.")
 accept_option    = click.option("--max-quarantined-fraction", metavar="F", type=click.FloatRange(0, 1), help="Accept a run with this fraction of quarantined records; the run stores it.")
+nameless_option  = click.option("--anonymise-names", is_flag=True, help="Replace the names of image files by ids.")
 images_option    = click.option("--images",         metavar="N", type=click.IntRange(1), help="Maximum number of records in the viewer; default: depends on their size, up to 20000.")
 scores_option    = click.option("--out",            metavar="FOLDER", help="Output folder; the tables go to tables/scores.{csv,md,tex,json}.")
 signed_option    = click.option("--signed/--positive", "signed", default=None, help="Score max(M, 0) and |M|, or max(M, 0) only; default: signed if any value is negative.")
@@ -96,7 +97,9 @@ def reduce(run: str, data: str | None, executor: Executor, reference: tuple[str,
 @click.option("--serve", "served", is_flag=True, help="Serve the report on the loopback address until Ctrl-C.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port for --serve; default: any free port.")
 @images_option
-def report(run: str, data: str | None, boxes: str | None, served: bool, port: int, images: int | None) -> None:
+@nameless_option
+def report(run: str, data: str | None, boxes: str | None, served: bool, port: int, images: int | None,
+           anonymise_names: bool) -> None:  # fmt: skip
     """Write the figures and the HTML report of a finished or unfinished run: one page that opens from disk, with an
     image viewer. Images of an earlier report are reused if they are still valid.
 
@@ -109,7 +112,7 @@ def report(run: str, data: str | None, boxes: str | None, served: bool, port: in
     from diffva_ray.generate.run import open_run
 
     opened = open_run(run) if data is None else moved(open_run(run), data)
-    echo(f"open {write_report(opened, images, boxes)}")
+    echo(f"open {write_report(opened, images, boxes, anonymise_names)}")
     if served:
         try:
             serve(opened.store, port, echo)
@@ -164,12 +167,14 @@ def score(maps: str, data: str, columns: str | None, root: str | None, out: str 
 @click.argument("run_b")
 @elsewhere_option
 @click.option("--out", metavar="FOLDER", help="Output folder; default: compare-<A>-<B> beside a local RUN_A.")
-def compare(run_a: str, run_b: str, data: str | None, out: str | None) -> None:
+@nameless_option
+def compare(run_a: str, run_b: str, data: str | None, out: str | None, anonymise_names: bool) -> None:
     """Compare two runs on the same images: metrics, settings that differ, images. Neither run is changed.
 
     Example:
         diffva compare runs/first runs/second
     """
+    from diffva_ray.evaluate.anonymous import image_id
     from diffva_ray.evaluate.comparison import compare_runs
     from diffva_ray.evaluate.report.comparison_page import output_store, print_comparison, write_comparison
     from diffva_ray.generate.data_identity import moved
@@ -182,5 +187,7 @@ def compare(run_a: str, run_b: str, data: str | None, out: str | None) -> None:
     a, b = (run if data is None else moved(run, data) for run in (a, b))
     store = output_store(a, b, out)
     comparison = compare_runs(a, b)
+    if anonymise_names:
+        comparison.pairs["image_path"] = comparison.pairs["image_path"].map(image_id)
     print_comparison(comparison)
     echo(f"open {write_comparison(comparison, store)}")

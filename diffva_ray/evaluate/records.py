@@ -154,7 +154,7 @@ def read_source(data: Store, record: Record) -> bytes:
     """Read the file of an ``ok`` record's input image. Raises BadImage for other content than the record was generated
     from."""
     content = data.read(record["image_path"])
-    if hashlib.sha256(content).hexdigest() != record["image_sha256"]:
+    if isinstance(record["image_sha256"], str) and hashlib.sha256(content).hexdigest() != record["image_sha256"]:
         raise BadImage("it has changed since its record was generated")
     return content
 
@@ -221,8 +221,8 @@ def _files(run: Run, record: Record) -> PlannedFiles:
 def image_truth(data: Files, image: LabelledImage, lesions: Lesions, width: int, height: int, size: int) -> Truth:
     """Read the lesion and lung masks of an image of ``width`` x ``height`` as [size, size].
 
-    An image without a lesion mask has the outlined lesions of its label (or of no label); a mask that cannot be read or
-    was written since planning is None."""
+    The outlined lesions of the image's label (or of no label) replace a missing lesion mask; a mask that cannot be read
+    or was written since planning is None."""
 
     def mask(path: str) -> NDArray[np.bool_] | None:
         try:
@@ -231,7 +231,7 @@ def image_truth(data: Files, image: LabelledImage, lesions: Lesions, width: int,
             return None
 
     lesion = mask(image.lesion_mask)
-    if not image.lesion_mask:
+    if lesion is None:
         outlined = [shape for shape in lesions.get(image.path, ()) if shape.label in ("", image.label)]
         lesion = lesion_mask(outlined, width, height, size)
     return Truth(lesion, mask(image.lung_mask))

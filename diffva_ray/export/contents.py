@@ -24,6 +24,7 @@ class Contents:
     threshold: float | None = None  # of the attribution maps' regions, in (0, 1); COCO and DICOM only
     patients: bool = False  # copy the patient data of DICOM headers; DICOM only
     banner: bool = False  # burn a mark into the counterfactuals; DICOM only
+    anonymous: bool = False  # whether ids replace the names of files
 
     @property
     def size(self) -> int:

@@ -15,6 +15,7 @@ from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.dicom import opened
 from diffva_ray.data.encoding import encode_grey, encode_mask, map_levels, pixel_digest, quantise
 from diffva_ray.data.images import BadImage, decode, decode_grey, decode_map, is_dicom, to_square
+from diffva_ray.evaluate.anonymous import without_names
 from diffva_ray.evaluate.records import Lesions, Truth, read_truth
 from diffva_ray.evaluate.scores import lost
 from diffva_ray.generate.run import DamagedPart, Run
@@ -51,6 +52,7 @@ class Examples:
     lesions: Lesions
     with_images: bool  # False: COPIES are left out
     with_headers: bool = False  # read the headers of DICOM images
+    anonymous: bool = False  # whether ids replace the names of files
 
     def read(self, records: Sequence[Record]) -> list[Example]:
         """The examples of some ``ok`` records, in their order.
@@ -73,7 +75,7 @@ class Examples:
         known = truth.counterfactual if self.with_images else None
         source = self._source(record) if self.with_images or self.with_headers else b""
         return Example(
-            record,
+            without_names(self.run, record) if self.anonymous else record,
             counterfactual,
             attribution,
             image=self._image(source) if self.with_images else None,

@@ -13,23 +13,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffva_ray._version import __version__
 from diffva_ray.config.recipe import fingerprint_difference
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate.annotations import THRESHOLDS_FILE, lesion_shapes
-from diffva_ray.evaluate.records import read_json
+from diffva_ray.evaluate.records import Lesions, read_json
 from diffva_ray.evaluate.reduction import Incomplete, parts_digest
 from diffva_ray.export.acceptance import Rule
 from diffva_ray.export.card import Choice, card, license_of
 from diffva_ray.export.contents import Contents
-from diffva_ray.export.examples import Examples
-from diffva_ray.export.formats import FORMATS, Format, ShardFile
+from diffva_ray.export.formats import FORMATS, Format
 from diffva_ray.export.lineage import croissant, lineage
 from diffva_ray.export.selection import DEFAULT_SPLITS, REJECTED, Counts, Selection, best_samples, has_own_splits
-from diffva_ray.generate.committed import parts
+from diffva_ray.export.writing import LocalWriter, Work
 from diffva_ray.generate.data_identity import check_same
 from diffva_ray.generate.run import SUCCESS, FingerprintDiffers, Run
 from diffva_ray.generate.verification import MANIFEST, verify
@@ -37,7 +35,7 @@ from diffva_ray.progress import LOG
 from diffva_ray.provenance import missing, version
 from diffva_ray.schema import digest
 from diffva_ray.storage.opening import open_file, open_store
-from diffva_ray.storage.store import Store, patiently
+from diffva_ray.storage.store import Store
 
 ABOUT, CARD, REJECTED_FILE = "export.json", "README.md", "rejected.parquet"
 LINEAGE, CROISSANT = "lineage.json", "croissant.json"
@@ -58,6 +56,7 @@ class ExportOptions:
     banner: bool = False  # burn a mark into the counterfactuals of a DICOM export
     license: str = ""  # licence of the export; empty: as the card decides
     boxes: str | None = None  # CSV of lesion boxes
+    anonymous: bool = False  # whether ids replace the names of files
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,14 @@ class Exported:
     fresh: bool  # False: the export was complete, and nothing was written
 
 
-def export_run(run: Run, out: str, options: ExportOptions) -> Exported:
+def export_run(run: Run, out: str, options: ExportOptions, writer: LocalWriter | None = None) -> Exported:
     """Write a reduced run as a data set that others can load.
 
     Args:
         run: The run.
         out: The folder of the export, local or on an object store.
         options: Format and contents.
+        writer: Writes the files of records; None: this process.
 
     Returns:
         What the export holds, and whether anything was written.
@@ -94,7 +94,7 @@ def export_run(run: Run, out: str, options: ExportOptions) -> Exported:
     shape, store = FORMATS[options.format], open_store(out)
     _check_packages(options.format, shape)
     threshold = _threshold(run, options) if options.format in WITH_REGIONS else None
-    contents = Contents(run, store, options.images, threshold, options.patients, options.banner)
+    contents = Contents(run, store, options.images, threshold, options.patients, options.banner, options.anonymous)
     shares = options.splits or (None if has_own_splits(run) else DEFAULT_SPLITS)
     best = best_samples(run, rule, options.best_of) if options.best_of else None
     selection = Selection(run, rule, shares, _shards_per_file(run, shape), best)
@@ -111,9 +111,12 @@ def export_run(run: Run, out: str, options: ExportOptions) -> Exported:
     pending = {key for key in counts.files if shape.path(key[1], key[0]) not in listed}
     if pending:
         check_same(run, run.data)
-        _write_files(selection, contents, shape, pending, options.boxes)
+        work = Work(selection, contents, shape, frozenset(pending), _lesions(run, options.boxes))
+        for paths in (writer or LocalWriter()).write(work, sorted({number for number, _ in pending})):
+            for path in paths:
+                LOG.info("export: wrote %s", path)
     if options.accept or options.best_of:
-        store.put(REJECTED_FILE, _rejected(selection))
+        store.put(REJECTED_FILE, _rejected(selection, contents.anonymous))
     license_id = license_of(run, options.license)
     _put_json(store, LINEAGE, lineage(run, about, counts))
     _put_json(store, CROISSANT, croissant(contents, shape, about, license_id))
@@ -176,6 +179,7 @@ def _about(
         "banner": contents.banner,
         "license": options.license,
         "boxes": boxes,
+        "anonymous": contents.anonymous,
         "diffva_ray": __version__,
     }
 
@@ -194,49 +198,22 @@ def _claim(store: Store, about: dict[str, Any]) -> None:
         raise FingerprintDiffers(store.uri, different, old, about)
 
 
-def _write_files(
-    selection: Selection, contents: Contents, shape: Format, pending: set[tuple[int, str]], boxes: str | None
-) -> None:
-    """Write the pending files; memory holds one file of each split."""
-    run, notes = contents.run, list[str]()
+def _lesions(run: Run, boxes: str | None) -> Lesions:
+    notes = list[str]()
     lesions = lesion_shapes(run.about["data"], run.recipe.data, boxes, notes)
     if notes:
         raise UnusableData(f"{notes[0]}; name its folder with --data")
-    examples = Examples(run, lesions, contents.with_images, shape.headers)
-    opened: dict[tuple[int, str], ShardFile] = {}
-
-    def finish(number: int) -> None:
-        """Write the open files with another number."""
-        for key in [key for key in opened if key[0] != number]:
-            path, data = shape.path(key[1], key[0]), opened.pop(key).close()
-            patiently(lambda path=path, data=data: contents.store.put(path, data))  # type: ignore[misc]
-            LOG.info("export: wrote %s", path)
-
-    wanted = {number for number, _ in pending}
-    shards = {shard for shard in range(run.shards) if shard // selection.shards_per_file in wanted}
-    for shard, table in parts(run, run.records_schema.names, shards=shards):
-        finish(shard // selection.shards_per_file)
-        for key, rows in selection.chosen(shard, table):
-            if key in pending:
-                if key not in opened:
-                    opened[key] = shape.open(contents, shape.path(key[1], key[0]))
-                opened[key].add(examples.read(_as_rows(rows)))
-    finish(-1)
+    return lesions
 
 
 def _put_json(store: Store, path: str, content: Mapping[str, Any]) -> None:
     store.put(path, json.dumps(content, indent=1).encode())
 
 
-def _rejected(selection: Selection) -> bytes:
+def _rejected(selection: Selection, anonymous: bool) -> bytes:
     """The table of the records that are left out."""
     sink = io.BytesIO()
     with pq.ParquetWriter(sink, REJECTED, compression="zstd") as writer:
-        for table in selection.rejected():
+        for table in selection.rejected(anonymous):
             writer.write_table(table.cast(REJECTED))
     return sink.getvalue()
-
-
-def _as_rows(table: pa.Table) -> list[Any]:
-    rows: list[Any] = table.to_pylist()
-    return rows

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from diffva_ray.data.dataset import UnusableData
+from diffva_ray.evaluate.anonymous import image_id
 from diffva_ray.export import best_of
 from diffva_ray.export.acceptance import Rule
 from diffva_ray.generate.committed import parts
@@ -150,16 +151,21 @@ class Selection:
                         counts.patients.setdefault(patient, set()).add(key[1])
         return counts
 
-    def rejected(self) -> Iterator[pa.Table]:
-        """The records that are not exported, each with the reason, by shard."""
+    def rejected(self, anonymous: bool) -> Iterator[pa.Table]:
+        """The records that are not exported, each with the reason, by shard. ``anonymous``: without names of files."""
         for _, table in parts(self.run, self.columns):
             reasons = self.rule.reasons(table)
             rows = zip(table["status"].to_pylist(), table["error"].to_pylist(), reasons, self._is_best(table))
             texts = [
-                f"{status}: {error}" if status != Status.OK.value else reason or ("" if best else NOT_BEST)
+                (status if anonymous else f"{status}: {error}")
+                if status != Status.OK.value
+                else reason or ("" if best else NOT_BEST)
                 for status, error, reason, best in rows
             ]
             named = table.select(REJECTED.names[:-1]).append_column("reason", pa.array(texts, pa.string()))
+            if anonymous:
+                ids = pa.array(map(image_id, table["image_path"].to_pylist()), pa.string())
+                named = named.set_column(named.column_names.index("image_path"), "image_path", ids)
             yield named.filter(pc.not_equal(named["reason"], ""))
 
     @property

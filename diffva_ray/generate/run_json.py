@@ -39,6 +39,11 @@ class _Keys(BaseModel):
     device: str
 
 
+class _Judge(BaseModel):
+    classes: list[str]
+    calibration: dict[str, float] | None = None
+
+
 class _RunJson(BaseModel):
     """The entries of ``run.json`` that reading a run depends on, as checked when it is opened."""
 
@@ -55,7 +60,7 @@ class _RunJson(BaseModel):
     data_sample: dict[str, str] = {}
     model: str = ""
     columns: list[str] = []
-    judge: dict[str, Any] | None = None
+    judge: _Judge | None = None
     environment_changes: list[dict[str, Any]] = []
     versions: dict[str, Any] = {}
     machine: dict[str, Any] = {}

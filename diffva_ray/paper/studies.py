@@ -25,7 +25,7 @@ from diffva_ray.evaluate.records import (
     setting_names,
     under,
 )
-from diffva_ray.evaluate.tables import overall
+from diffva_ray.evaluate.tables import ALL
 from diffva_ray.generate.cost import calls
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.intervals import group_bootstrap
@@ -67,16 +67,15 @@ def grid_table(state: PaperState) -> Content:
     for setting in settings:
         record, name = first[setting], names[setting]
         swept = {key: record[key] for key in ("strength", "guidance_scale", "num_inference_steps")}
-        distances = {row["set1"].partition(" (")[0]: row for row in metrics["fid_within"]
+        distances = {row["set1"].partition(" (")[0]: row for row in metrics.get("fid_within", [])
                      if row["set2"] == under("counterfactuals", name)}  # fmt: skip
-        similar, flips = (overall(row for row in metrics[table] if row["label"].endswith(under("", name)))
-                          for table in ("ssim", "validity"))  # fmt: skip
+        similar, flips = (_overall(metrics[table], name) for table in ("ssim", "validity"))
         images, healthy = (distances.get(key, {}) for key in ("images", run.recipe.data.healthy_class))
         details.append({
             **swept, "unet_calls": calls({**config, **swept}, len(run.recipe.data.prompts)).unet,
             "distance_to_images": images.get("pooled"), "distance_to_healthy": healthy.get("pooled"),
-            "ssim": (similar or {}).get("ssim"), "ssim_interval": (similar or {}).get("ssim_interval"),
-            "flip_rate": (flips or {}).get("flip_rate"), "images": (similar or {}).get("n"),
+            "ssim": similar.get("ssim"), "ssim_interval": similar.get("ssim_interval"),
+            "flip_rate": flips.get("flip_rate"), "images": similar.get("n"),
         })  # fmt: skip
     rows = [
         [number(row["strength"]), number(row["guidance_scale"]), f"{row['unet_calls']:.0f}",
@@ -87,6 +86,13 @@ def grid_table(state: PaperState) -> Content:
     heads = ["strength", "guidance", "UNet calls", "distance to the images", "distance to healthy images", "SSIM",
              "flip rate"]  # fmt: skip
     return heads, rows, details
+
+
+def _overall(rows: list[TableRow], setting: str) -> TableRow:
+    """The row over all classes under a setting, or of the only class; empty if there is none."""
+    of_setting = [row for row in rows if row["label"].endswith(under("", setting))]
+    pooled = [row for row in of_setting if row["label"] == under(ALL, setting)]
+    return (pooled or of_setting or [{}])[0]
 
 
 def other_table(state: PaperState) -> Content:
@@ -105,7 +111,7 @@ def other_table(state: PaperState) -> Content:
         labels.append(record["label"])
         wanted.append(classes[record["prompt"]])
     details = list[TableRow]()
-    for label, target in dict.fromkeys(zip(labels, wanted)):
+    for label, target in sorted(set(zip(labels, wanted))):
         index = list(judge.classes).index(target)
         chosen = [n for n, pair in enumerate(zip(labels, wanted)) if pair == (label, target)]
         gains = np.array([after[n][index] - before[n][index] for n in chosen])

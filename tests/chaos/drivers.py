@@ -2,13 +2,14 @@
 
 A driver is paused at a step of its store while another one lives through its own faults; then the first one goes on.
 Each driver is a process for the others: a real child process has its number and start time, and is killed when the
-driver is. Besides, a driver may have another CPU (its pixels are brighter), the data's mount is lost until the driver
-ends, and the run is retried after its broken image is mended.
+driver is. Besides, a driver may have another CPU (its pixels are brighter), the data's mount is lost, or an image is
+replaced by one of equal size, until the driver ends, and the run is retried after its broken image is mended.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import random
 import shutil
 import signal
@@ -19,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -27,11 +29,12 @@ import numpy as np
 import pandas as pd
 from faults import Faults, FaultyStore, Stopped
 
+from diffva_ray import provenance
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.reduction import Incomplete, Options, reduce_run
-from diffva_ray.generate import processes
+from diffva_ray.generate import committed, processes
 from diffva_ray.generate import shard as shards
 from diffva_ray.generate.committed import PATHS, overlays
 from diffva_ray.generate.plan import Request
@@ -83,10 +86,13 @@ class Driver(Faults):
                     self.crowd.pause(self)
                 elif number > 0.98 and "/images/" in path:
                     self.crowd.lose_mount(self)
+                elif number > 0.95 and "/images/" in path:
+                    self.crowd.replace_image(self)
             super().at(step, path)
 
 
 IDENTITY = processes.this_process
+HOURS = 3600  # seconds: runs are planned one hour ago, of images that are two hours old
 
 
 class CrowdBench:
@@ -99,6 +105,11 @@ class CrowdBench:
             self.broken.read_bytes(),
             sorted((self.data / "COVID" / "images").iterdir())[1].read_bytes(),
         )
+        self.images = [file for file in sorted(self.data.glob("*/images/*")) if file != self.broken]
+        for file in self.data.rglob("*.png"):
+            os.utime(file, (time.time() - 2 * HOURS,) * 2)
+        self.replaced: tuple[Path, bytes] | None = None  # the image that is another one now, and its content
+        self.disturbed = set[str]()  # paths of the images that were replaced in this history
         self.current: Driver | None = None
         self.drivers: list[Driver] = []
         self.expected: dict[tuple[str, int, bool], Any] = {}
@@ -117,7 +128,7 @@ class CrowdBench:
 
     def _works(self, out: Path) -> Iterator[tuple[str, Callable[[Driver], None]]]:
         """Generate; then, with the broken image mended, retry."""
-        self.broken.write_bytes(self.bad)
+        self.write(self.broken, self.bad)
 
         def generate(driver: Driver) -> None:
             recipe = self.bench.recipe.model_copy(update={"seed": driver.seed_of_run})
@@ -125,13 +136,18 @@ class CrowdBench:
             generate_run(recipe, str(self.data), self.bench.model, str(out), Request(), execution)
 
         yield "generate", generate
-        self.broken.write_bytes(self.sound)
+        self.write(self.broken, self.sound)
 
         def retry(driver: Driver) -> None:
             retry_run(_open(out), Execution(executor="inline", allow_environment_change=driver.allowed))
 
         yield "retry", retry
-        self.broken.write_bytes(self.bad)
+        self.write(self.broken, self.bad)
+
+    def write(self, file: Path, content: bytes, hours: float = 2) -> None:
+        """Write a file of the data set, so many hours ago."""
+        file.write_bytes(content)
+        os.utime(file, (time.time() - hours * HOURS,) * 2)
 
     @contextmanager
     def _simulated(self, out: Path) -> Iterator[None]:
@@ -151,6 +167,8 @@ class CrowdBench:
                 (shards, "CounterfactualEngine", engine),
                 (processes, "this_process", lambda: self.current.process()),
                 (storage, "PAUSES", (0.0, 0.0)),
+                (provenance, "now", an_hour_ago),
+                (committed, "now", an_hour_ago),
             ):
                 stack.enter_context(patch.object(target, name, value))
             stack.enter_context(patch.dict(opening.STORES, {"": opened}))
@@ -179,6 +197,9 @@ class CrowdBench:
             if (gone := self.data.with_name("gone")).exists():
                 shutil.rmtree(self.data, ignore_errors=True)
                 gone.rename(self.data)
+            if self.replaced:
+                self.write(*self.replaced)
+                self.replaced = None
         return False
 
     def reduce(self) -> None:
@@ -200,11 +221,20 @@ class CrowdBench:
             self.data.rename(self.data.with_name("gone"))
             self.data.mkdir()
 
+    def replace_image(self, driver: Driver) -> None:
+        """Replace an image by a file of equal size; one image in a history, so that the run is not over its limit."""
+        if self.images[0].exists() and not self.replaced:
+            file = self.images[driver.seed // 10 % len(self.images)]  # one of a history
+            driver.counts["replaced images"] += 1
+            self.replaced = file, file.read_bytes()
+            self.disturbed.add(str(file.relative_to(self.data)))
+            self.write(file, bytes(reversed(self.replaced[1])), hours=0)
+
     def history(self, seed: int) -> tuple[Counter[str], list[str], float]:
         """Run one history; as ``Bench.history``."""
         out = self.bench.folder / f"crowd-{seed}"
         shutil.rmtree(out, ignore_errors=True)
-        self.out, self.random = out, random.Random(seed)
+        self.out, self.random, self.disturbed = out, random.Random(seed), set()
         kinds = [(self.random.random() < 0.3, self.random.random() < 0.3, self.random.random() < 0.8) for _ in range(3)]
         self.drivers = [
             Driver(seed * 10 + n, lives=3, seed_of_run=int(differs and n > 0), other_cpu=other, allowed=ok, crowd=self)
@@ -238,11 +268,18 @@ class CrowdBench:
             wrong.append("records lost or doubled")
         for record, (row, features) in found.items():
             expected_row, expected_features = alone[row["device"] == OtherCPU.device_name].get(record, ({}, None))
+            if name == "generate" and row["image_path"] in self.disturbed and "changed since" in str(row["error"]):
+                self.drivers[0].counts["rows of replaced images"] += 1  # errors, until they are retried
+                continue
             if row["status"] != expected_row.get("status"):
                 wrong.append(f"blamed: {record} {row['status']}: {row['error']}")
             elif not _equal(row, expected_row) or not np.array_equal(features, expected_features):
                 wrong.append(f"{record} differs")
         return wrong + ([] if run.store.exists("_SUCCESS") else ["no _SUCCESS"])
+
+
+def an_hour_ago() -> str:
+    return (datetime.now(timezone.utc) - timedelta(seconds=HOURS)).isoformat(timespec="seconds")
 
 
 class OtherCPU(CounterfactualEngine):

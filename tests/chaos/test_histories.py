@@ -70,3 +70,4 @@ def test_histories_of_several_drivers(bench: Bench) -> None:
         counts += of_one
     assert counts["pauses"] > 3
     assert counts["kills"] > 3
+    assert counts["replaced images"] > 3

@@ -599,3 +599,20 @@ def test_a_known_server_is_not_asked_before_each_conditional_write(
     assert store.put_if_absent("b", b"two")
     assert not store.put_if_absent("b", b"three")
     assert store.read("b") == b"two"
+
+
+@on_moto
+def test_an_export_to_the_server_is_that_of_a_folder(line: tuple[str, ...], bucket: str, tmp_path: Path) -> None:
+    """Run, export and images on the server."""
+    run = line[line.index("--out") + 1]
+    diffva(*line)
+    diffva("reduce", run, "--executor", "inline")
+    for kind in ("huggingface", "coco"):
+        more = ("--to", kind, "--executor", "inline", *(("--threshold", "0.02") if kind == "coco" else ()))
+        diffva("export", run, "--out", f"{bucket}/exports/{kind}", *more)
+        diffva("export", run, "--out", str(tmp_path / kind), *more)
+        store, folder = open_store(f"{bucket}/exports/{kind}"), LocalStore(str(tmp_path / kind))
+        paths = sorted(path for path, _ in folder.list())
+        assert sorted(path for path, _ in store.list()) == paths
+        assert [store.read(path) for path in paths] == [folder.read(path) for path in paths]
+        assert "nothing written" in diffva("export", run, "--out", f"{bucket}/exports/{kind}", *more)

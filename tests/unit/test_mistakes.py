@@ -1,10 +1,10 @@
 """Mistakes of a first hour, as people made them: each is one line that helps, or simply works.
 
-Others are tested elsewhere. Missing GPUs: tests/ray/test_local_mode.py; no healthy class, and public data sets with
-every recipe: train/test_classes.py; paths with spaces:
-test_next_steps.py; unreadable images: generate/test_retry.py, test_cli.py.
-In evaluate/: a run of one image in test_credibility.py, a phantom model on real images in test_report.py, scores
-without a truth, of training images and with other boxes in test_score.py and test_training_images.py.
+Missing GPUs are in tests/ray/test_local_mode.py, classes without a healthy one in train/test_classes.py, paths with
+spaces in test_next_steps.py, images that cannot be read in generate/test_retry.py and test_cli.py, a run of one
+image in evaluate/test_credibility.py, scores without a truth, of training images and with other boxes in
+evaluate/test_score.py and evaluate/test_training_images.py, a phantom model on real images in
+evaluate/test_report.py, public data sets with every recipe in train/test_classes.py.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ def places(images: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) 
     for kind, place in maps.items():
         place.mkdir()
         (place / f"01.{kind.lower()}").write_bytes(b"a map")
-    places = {kind: str(place) for kind, place in maps.items()}
-    return {**places, "IMAGES": str(images), "MODEL": str(model),
+    return {**{kind: str(place) for kind, place in maps.items()}, "IMAGES": str(images), "MODEL": str(model),
             "PLAIN": str(folder / "plain"), "BARE": str(folder / "bare"),
             "HEALTHY": str(folder / "healthy"), "IMAGE": str(next((images / "COVID" / "images").iterdir())),
             "LONG": LONG}  # fmt: skip

@@ -9,6 +9,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -17,12 +18,13 @@ import pyarrow.compute as pc
 
 from diffva_ray.evaluate import figures
 from diffva_ray.evaluate.annotations import lesion_shapes
+from diffva_ray.evaluate.anonymous import without_examples, without_names
 from diffva_ray.evaluate.credibility import stated
 from diffva_ray.evaluate.figures import map_scale, own_shapes, settings_line, write_figures
 from diffva_ray.evaluate.judge_quality import judge_quality
 from diffva_ray.evaluate.records import as_records, finished, reduced_metrics
 from diffva_ray.evaluate.report.assets import render_page, viewer_script
-from diffva_ray.evaluate.report.catalogue import attempts, counts, read_earlier, write_catalogue, write_names
+from diffva_ray.evaluate.report.catalogue import NAMES, attempts, counts, read_earlier, write_catalogue, write_names
 from diffva_ray.evaluate.report.charts import charts
 from diffva_ray.evaluate.report.images import (
     Palette,
@@ -76,21 +78,27 @@ class Contents:
     chosen: int  # ok records in the viewer
 
 
-def write_report(run: Run, listed: int | None = None, boxes: str | None = None) -> str:
+def write_report(run: Run, listed: int | None = None, boxes: str | None = None, anonymous: bool = False) -> str:
     """Write figures and page of a run, finished or not, replace earlier ones, and return the URI of the page; panels
     still valid are kept.
 
     ``listed``: largest number of ok records in the viewer (None: as many as the image size allows); ``boxes``: CSV of
-    lesion boxes (None: those of the data set). Raises UnusableData for boxes of other images."""
+    lesion boxes (None: those of the data set); ``anonymous``: whether ids replace the names of files. Raises
+    UnusableData for boxes of other images."""
     records = committed(run, PAGE_COLUMNS).to_pandas()
     write_figures(run, records)
-    contents = write_contents(run, records, listed, boxes)
-    write_names(run, records)
-    run.store.put(PAGE, render(run, records, contents).encode())
+    contents = write_contents(run, records, listed, boxes, anonymous)
+    if anonymous:
+        run.store.delete(NAMES)
+    else:
+        write_names(run, records)
+    run.store.put(PAGE, render(run, records, contents, anonymous).encode())
     return join(run.store.uri, PAGE)
 
 
-def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None, csv: str | None = None) -> Contents:
+def write_contents(
+    run: Run, records: pd.DataFrame, listed: int | None = None, csv: str | None = None, anonymous: bool = False
+) -> Contents:
     """Write the files that the page loads: panels below ``report/images``, records below ``report/data``."""
     # colours
     earlier = read_earlier(run)
@@ -110,6 +118,7 @@ def write_contents(run: Run, records: pd.DataFrame, listed: int | None = None, c
     else:
         lesions = lesion_shapes(run.about["data"], run.recipe.data, csv, [])
     panels = write_panels(run, good, Palette(limit), lesions, earlier.panels)
+    rows = [without_names(run, row) for row in rows] if anonymous else rows
     about = {"limit": limit, "side": size, "extension": strip_file("", "", size).rpartition(".")[2]}
     varied = {row["record_id"]: text for row in rows if (text := varied_settings(run, row))}
     return Contents(write_catalogue(run, rows, panels, about, varied), rows, len(failed), panels, limit, len(good))
@@ -122,7 +131,7 @@ def whole(run: Run, ids: set[str]) -> list[Record]:
     return as_records(pa.concat_tables(kept).to_pandas()) if kept else []
 
 
-def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
+def render(run: Run, records: pd.DataFrame, contents: Contents, anonymous: bool = False) -> str:
     """The page as HTML."""
     metrics = reduced_metrics(run)
     bad = records[records["status"] != Status.OK.value]
@@ -133,10 +142,12 @@ def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
         "quarantined": len(bad),
         **counts(records, attempts(run)),
     }
+    named = partial(without_names, run) if anonymous else lambda row: row
     quarantine = [
         (row["image_path"], plain(row["label"]), row["status"], row["error"] or "–")
-        for row in as_records(bad.head(MAX_QUARANTINE_ROWS))
+        for row in map(named, as_records(bad.head(MAX_QUARANTINE_ROWS)))
     ]
+    reduce_notes = (metrics or {}).get("notes", [])
     name = run.store.uri.rstrip("/").split("/")[-1]
     values = {
         "title": f"{name} · diffva report",
@@ -147,14 +158,14 @@ def render(run: Run, records: pd.DataFrame, contents: Contents) -> str:
         "facts": facts(run),
         "recipe_json": json.dumps(run.about["recipe"], indent=1, ensure_ascii=False),
         "notes": notes(run, metrics, done),
-        "reduce_notes": (metrics or {}).get("notes", []),
+        "reduce_notes": without_examples(reduce_notes) if anonymous else reduce_notes,
         "done": done,
         "problems": stated(run, metrics),
         "glance": glance(metrics),
         "cards": cards(metrics, done),
         "tables": report_tables(metrics) if metrics else [],
         "charts": charts(records),
-        "cases": cases(run, records, contents.panels),
+        "cases": list(map(named, cases(run, records, contents.panels))),
         "ranked_by": figures.ranking(run, records)[1] if len(records) else "",
         "contents": contents,
         "unreadable": contents.chosen - len(contents.panels),

@@ -17,6 +17,7 @@ from diffva_ray.cli import main
 from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.encoding import encode_map
 from diffva_ray.data.images import BadImage, decode_map
+from diffva_ray.evaluate.baselines import fit_baselines, normal_images
 from diffva_ray.evaluate.external_maps import MapFile, match, read_map_values, stem
 from diffva_ray.evaluate.external_scores import ScoreOptions, score_maps
 from diffva_ray.evaluate.records import read_records
@@ -168,11 +169,13 @@ def test_the_grid_keeps_sign_and_zero() -> None:
 def test_the_same_numbers_as_reduce_image_by_image(make_run: MakeRun) -> None:
     run = make_run()
     rows = read_records(run).to_dict("records")
-    theirs, _ = score_records(run, rows, {})
+    healthy = normal_images(run.about["data"], run.recipe.data, [])
+    fitted = fit_baselines(healthy, run.recipe.model.resolution, run.recipe.generate.smoothing, None)
+    theirs, _ = score_records(run, rows, {}, fitted)
     expected = {(row["image_path"], row["map"]): row for row in theirs}
     for address in (run.store.uri, f"{run.store.uri}/attributions"):
         scored = score_maps(address, run.about["data"])
-        assert len(scored.images) == len(expected) == 12 * 6
+        assert len(scored.images) == len(expected) == 12 * 8
         for row in scored.images:
             other = expected[row["image_path"], row["map"]]
             for key in ("auroc", "auprc", "dice_best", "pointing_game", "region"):

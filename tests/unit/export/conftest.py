@@ -8,17 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from dicom_files import STUDY, dicom
+from export_files import diffva
 from PIL import Image
 
-from diffva_ray.cli import main
-
 Export = Callable[..., Result]
-
-
-def diffva(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +41,7 @@ def export(tmp_path: Path) -> Export:
     """``export(run, format, *options, out=...)`` calls the command."""
 
     def call(run: Path, kind: str, *options: object, out: Path = tmp_path / "out") -> Result:
-        return diffva("export", run, "--to", kind, "--out", out, *options)
+        return diffva("export", run, "--to", kind, "--out", out, "--executor", "inline", *options)
 
     return call
 

@@ -14,13 +14,12 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from click.testing import Result
-from conftest import diffva
+from export_files import diffva, expected, header, pixels, tree
 from PIL import Image
 
 from diffva_ray.data.shapes import Runs, coco_counts
-from diffva_ray.export import exporting
+from diffva_ray.export import exporting, writing
 from diffva_ray.export.formats import FORMATS
 from diffva_ray.export.selection import NOT_BEST
 from diffva_ray.generate.committed import parts
@@ -32,42 +31,9 @@ Export = Callable[..., Result]
 PIXELS = ("image", "counterfactual", "reconstruction", "ground_truth", "lesion_mask", "lung_mask")
 
 
-def pixels(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)))
-
-
-def expected(run: Path) -> dict[str, dict[str, Any]]:
-    """The ``ok`` records by id, with their images, read with Pillow."""
-    records = pd.read_parquet(run / "records")
-    data = run.parent / "data"
-    found = {}
-    for row in records[records["status"] == "ok"].to_dict("records"):
-        levels = np.asarray(Image.open(run / row["attribution_path"])).astype(np.float64)
-        found[row["record_id"]] = row | {
-            "image": pixels((data / row["image_path"]).read_bytes()),
-            "counterfactual": pixels((run / row["counterfactual_path"]).read_bytes()),
-            "reconstruction": pixels((run / row["reconstruction_path"]).read_bytes()),
-            "ground_truth": pixels((data / row["ground_truth_path"]).read_bytes()),
-            "lesion_mask": pixels((data / row["lesion_mask_path"]).read_bytes()),
-            "lung_mask": pixels((data / row["lung_mask_path"]).read_bytes()),
-            "attribution": (levels - 32768) / 32767,
-        }
-    return found
-
-
 def parquet_rows(out: Path) -> Iterator[dict[str, Any]]:
     for path in sorted((out / "data").glob("*.parquet")):
         yield from pq.read_table(path).to_pylist()
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def header(out: Path) -> dict[str, Any]:
-    _, text, _ = (out / "README.md").read_text().split("---\n", 2)
-    content: dict[str, Any] = yaml.safe_load(text)
-    return content
 
 
 def test_parquet_holds_every_record_with_its_pixels(finished: Path, export: Export, tmp_path: Path) -> None:
@@ -191,7 +157,7 @@ def test_an_interrupted_export_continues_to_the_same_bytes(
             read.add(shard)
             yield shard, table
 
-    monkeypatch.setattr(exporting, "parts", recorded)
+    monkeypatch.setattr(writing, "parts", recorded)
     assert export(finished, kind).exit_code == 0
     pending = {name for name in whole if name.startswith(FORMATS[kind].folder)} - set(written)
     assert read == {int(Path(name).stem.rpartition("-")[2]) for name in pending} < {0, 1, 2}  # and no shard before
@@ -374,3 +340,12 @@ def test_croissant_names_the_files_and_the_columns(kind: str, finished: Path, ex
     if kind in ("huggingface", "dicom"):
         columns = [field["source"]["extract"]["column"] for field in described["recordSet"][0]["field"]]
         assert columns == pq.read_schema(named[0]).names
+
+
+def test_anonymised_names_are_not_among_the_rejected(finished: Path, export: Export, tmp_path: Path) -> None:
+    for name, more in (("named", ()), ("nameless", ("--anonymise-names",))):
+        assert export(finished, "huggingface", "--accept", "ssim > 0", *more, out=tmp_path / name).exit_code == 0
+    named, nameless = (pd.read_parquet(tmp_path / name / "rejected.parquet") for name in ("named", "nameless"))
+    assert list(named["record_id"]) == list(nameless["record_id"])
+    assert nameless["image_path"].str.startswith("image-").all()
+    assert "bad_image" in set(nameless["reason"])  # without the error, which may quote the file

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from test_export import tree
+from export_files import tree
 
 Export = Callable[..., Result]
 

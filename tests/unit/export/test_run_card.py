@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_export import header
+from export_files import header
 
 from diffva_ray.evaluate.run_card import write_card
 from diffva_ray.generate.run import open_run

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,3 +46,35 @@ def test_a_training_that_failed_at_once_leaves_no_block(images: Path, tiny: Reci
     assert dry.stderr.splitlines()[-1] == real.stderr.splitlines()[-1]
     assert CliRunner().invoke(main, [*words, "--dry-run"]).exit_code == 0
     assert not (out / ".train/training.json").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.parametrize("full", ["TMPDIR", "--out"])
+def test_a_full_disk_ends_a_training_with_one_line(
+    full: str, small_disk: Path, images: Path, tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = tmp_path / "tiny.yaml", tmp_path / "model" if full == "TMPDIR" else small_disk / "model"
+    recipe.write_text(to_yaml(tiny))
+    words = ["train", "--data", str(images), "--out", str(out), "--recipe", str(recipe), "--executor", "inline"]
+    with monkeypatch.context() as patch:
+        if full == "TMPDIR":
+            patch.setattr(tempfile, "tempdir", str(small_disk))
+        ended = CliRunner().invoke(main, words)
+    assert ended.exit_code == 5, ended.output
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("diffva train: ")
+    assert str(small_disk) in last
+    assert len(last) < 500
+    assert not [file for file in small_disk.rglob("*.safetensors") if full == "TMPDIR"]
+    if full == "TMPDIR":
+        assert CliRunner().invoke(main, words).exit_code == 0, "with space, the same command goes on"

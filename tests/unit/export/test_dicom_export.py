@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from click.testing import Result
 from dicom_files import STUDY
-from test_export import expected, tree
+from export_files import expected, tree
 
 from diffva_ray.evaluate.direction import direction
 from diffva_ray.export import exporting
