@@ -315,14 +315,16 @@ def _generate(context: WorkerContext, sources: Sequence[Source]) -> list[Generat
             [source.lungs for source in sources],
         )
     items: list[Generation | Record] = []
-    for source, counterfactual, reconstruction, source_prompt in zip(
-        sources, batch.counterfactuals, batch.reconstructions, batch.source_prompts, strict=True
+    for source, counterfactual, reconstruction, source_prompt, in_float32 in zip(
+        sources, batch.counterfactuals, batch.reconstructions, batch.source_prompts, batch.in_float32, strict=True
     ):
         results: Results = {**context.results, **source.results}
         if source.square is None:
             items.append(complete(source.planned, results))
             continue
         results["source_prompt"] = source_prompt
+        if in_float32:
+            results["device"] += ", float32"
         if np.isfinite(counterfactual).all() and np.isfinite(reconstruction).all():
             pair = quantise(counterfactual), quantise(reconstruction)
             items.append(Generation(source.planned, results, source.square, source.lungs, *pair))
