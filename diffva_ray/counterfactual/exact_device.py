@@ -1,8 +1,9 @@
-"""Makes a GPU compute the same pixels each time: kernels and number formats follow from the settings alone."""
+"""The GPU: kernels and number formats that follow from the settings alone, its name, its errors."""
 
 from __future__ import annotations
 
 import os
+from typing import Any, cast
 
 import torch
 
@@ -26,5 +27,11 @@ def exact_device() -> None:
 
 def gpu_name(device: torch.device) -> str:
     """GPU model with the versions of CUDA and cuDNN: all three decide how results are rounded."""
-    cuda, cudnn = torch.version.cuda, torch.backends.cudnn.version()
+    cuda, cudnn = torch.version.cuda, cast("Any", torch.backends.cudnn).version()
     return f"{torch.cuda.get_device_name(device)}, CUDA {cuda}, cuDNN {cudnn}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the GPU has too little memory, which cuBLAS and cuDNN report as errors of their own."""
+    allocations = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in allocations)
