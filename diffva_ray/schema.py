@@ -17,7 +17,7 @@ Mask = NDArray[np.bool_]  # [H, W] unless documented otherwise
 TableRow = dict[str, Any]  # a row of a table of results, by column
 SCHEMA_VERSION = 2  # version 1 had other names of columns and folders
 PathColumn = Literal["counterfactual_path", "attribution_path", "reconstruction_path"]  # images of a record
-ENGINE = 4  # part of a run's fingerprint; increase it when the engine rounds differently for the same settings
+ENGINE = 5  # part of a run's fingerprint; increase it when the engine rounds differently for the same settings
 
 
 class Status(str, Enum):
@@ -127,7 +127,9 @@ class Results(TypedDict, total=False):
     source_prompt: Annotated[str, "prompt that describes the input image; may be empty"]
     attribution_kind: Annotated[str, "kind of the attribution map: difference and smoothing"]
     model_digest: Annotated[str, "digest of the model's weights"]
-    device: Annotated[str, "name of the GPU, or kind of the CPU, that generated the record"]
+    device: Annotated[
+        str, "GPU with CUDA and cuDNN, or kind of the CPU; and float32 where a smaller dtype was not finite"
+    ]
     counterfactual_path: Annotated[str, "path of the counterfactual, relative to the run"]
     attribution_path: Annotated[str, "path of the attribution map, relative to the run"]
     reconstruction_path: Annotated[str, "path of the reconstruction, relative to the run"]

@@ -29,8 +29,12 @@ def generate(model: LatentDiffusion, request: Edit) -> Generated:
     for t in timesteps:
         # Shift the predicted noise against the classifier's gradient: eps - s sqrt(1 - alpha_bar) grad log p(healthy).
         output = model.predict(z, t, request.source)
-        alpha_bar = model.alphas.to(z)[t]
-        shift = request.config.classifier_guided.scale * (1 - alpha_bar).sqrt() * gradient(classifier, z, t)
+        alpha_bar = model.alphas[t]
+        shift = (
+            request.config.classifier_guided.scale
+            * (1 - alpha_bar).sqrt()
+            * gradient(classifier, z, model.on_device(t))
+        )
         if model.prediction_type == "v_prediction":  # v = (eps - sqrt(1 - alpha_bar) z) / sqrt(alpha_bar)
             shift = shift / alpha_bar.sqrt()
 
@@ -42,5 +46,5 @@ def generate(model: LatentDiffusion, request: Edit) -> Generated:
 def gradient(classifier: Any, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
     """Gradient of log p(healthy | z_t, t) with respect to the latents z_t [n, 4, h, w]; works in inference mode too."""
     with torch.inference_mode(False), torch.enable_grad():
-        z_t, t = latents.clone().requires_grad_(), timestep.clone().to(latents.device)
+        z_t, t = latents.clone().requires_grad_(), timestep.clone()
         return torch.autograd.grad(classifier.log_healthy(z_t, t).sum(), z_t)[0]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion, noise
+from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion, add_noise, noise
 from diffva_ray.data.conditions import condition
 
 
@@ -28,7 +28,7 @@ def generate(model: LatentDiffusion, request: Edit) -> Generated:
     # Noise to the first timestep that the strength leaves.
     scheduler, timesteps = model.schedule(request)
     eps = noise(request.latents.shape, request.generators).to(request.latents)
-    z = scheduler.add_noise(request.latents, eps, timesteps[:1].repeat(len(eps)))
+    z = add_noise(scheduler, request.latents, eps, timesteps[0])
 
     branches = 2 if request.settings.guidance_scale > 1 else 1  # negative prompt and prompt, or the prompt alone
     states = torch.cat([request.negative, request.prompt][-branches:]).to(dtype)
@@ -39,7 +39,7 @@ def generate(model: LatentDiffusion, request: Edit) -> Generated:
         off = i / len(timesteps) < options.start or (i + 1) / len(timesteps) > options.end
         down, middle = controlnet(
             torch.cat([scaled] * branches).to(dtype),
-            t,
+            model.on_device(t),
             states,
             control,
             conditioning_scale=0.0 if off else options.conditioning_scale,

@@ -15,14 +15,14 @@ from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDi
 def generate(model: LatentDiffusion, request: Edit) -> Generated:
     """Edit a batch by CycleDiffusion, on the timesteps of ``ddim``."""
     _, timesteps = model.schedule(request)
-    alpha_bar = [model.alphas.to(request.latents)[t] for t in timesteps]
+    alpha_bar = [model.alphas[t] for t in timesteps]
     alpha_bar.append(torch.ones_like(alpha_bar[0]))  # the clean image
 
     # Run the forward process from the clean image up to the noisiest level.
     path = [request.latents]
-    for upper, lower in zip(reversed(alpha_bar[:-1]), reversed(alpha_bar[1:]), strict=True):
+    noises = torch.stack([noise(request.latents.shape, request.generators) for _ in timesteps]).to(request.latents)
+    for eps, upper, lower in zip(noises, reversed(alpha_bar[:-1]), reversed(alpha_bar[1:]), strict=True):
         alpha = upper / lower
-        eps = noise(request.latents.shape, request.generators).to(request.latents)
         path.insert(0, alpha.sqrt() * path[0] + (1 - alpha).sqrt() * eps)
 
     z = path[0]

@@ -33,8 +33,7 @@ def invert(model: LatentDiffusion, request: Edit, timesteps: torch.Tensor) -> to
 
 def inversion_path(model: LatentDiffusion, request: Edit, timesteps: torch.Tensor) -> list[torch.Tensor]:
     """Latents [n, 4, h, w] at each of ``timesteps`` [k] (falling), from the noisiest down, and last the image's own."""
-    alpha_bar = model.alphas.to(request.latents)
-    path, alpha = [request.latents], model.final_alpha.to(request.latents)
+    path, alpha = [request.latents], model.final_alpha
     with deep_features_kept(model.unet, request.config.acceleration.deep_features_every):
         for t in timesteps.flip(0):
             # Predict the clean latents and the noise under the source prompt.
@@ -42,6 +41,6 @@ def inversion_path(model: LatentDiffusion, request: Edit, timesteps: torch.Tenso
             z_0, eps = split(output, path[0], alpha, model.prediction_type)
 
             # Step up: combine both at the next higher noise level.
-            alpha = alpha_bar[t]
+            alpha = model.alphas[t]
             path.insert(0, alpha.sqrt() * z_0 + (1 - alpha).sqrt() * eps)
     return path

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from diffva_ray.config.methods import METHODS
 from diffva_ray.config.recipe import GUESS, SOURCE, GenerateConfig
 from diffva_ray.config.sampling import SamplingSettings
+from diffva_ray.counterfactual.exact_device import exact_device, gpu_name
 from diffva_ray.counterfactual.guess import guess
 from diffva_ray.counterfactual.latent_diffusion import Edit, LatentDiffusion, noise, speed_up_doubling
 from diffva_ray.counterfactual.methods import GENERATE
@@ -48,6 +50,8 @@ class CounterfactualBatch:
     reconstructions: NDArray[np.float32]
     # The prompt that each image was taken to show; "" where the recipe names none or the model takes it for healthy.
     source_prompts: list[str]
+    # Whether the networks ran in float32, because ``config.dtype`` gave values that are not finite.
+    in_float32: list[bool]
 
 
 def device_kind(name: str | None = None) -> str:
@@ -97,10 +101,12 @@ class CounterfactualEngine:
         dtype = getattr(torch, self.config.dtype)
         if self.device.type == "cpu":
             torch.set_num_threads(self.config.cpu_threads)
-        torch.backends.cudnn.benchmark = False  # autotuning selects kernels by timing, which changes pixels
+        exact_device()
         for module in bundle.modules.values():
-            module.to(self.device, dtype).to(memory_format=torch.channels_last).eval().requires_grad_(False)
-            speed_up_doubling(module)
+            speed_up_doubling(module)  # sums kernels, so before they are rounded to ``dtype``
+            # Each prompt is embedded once, so the text encoder gains no time by a smaller dtype.
+            kept = torch.float32 if module is bundle.text_encoder else dtype
+            module.to(self.device, kept).to(memory_format=torch.channels_last).eval().requires_grad_(False)
         self.watch = Stopwatch(torch.cuda.synchronize) if self.device.type == "cuda" else Stopwatch()
         self.model = LatentDiffusion(bundle, self.watch)
         self.size = bundle.recipe.model.resolution
@@ -143,9 +149,10 @@ class CounterfactualEngine:
 
     @property
     def device_name(self) -> str:
-        """Name of the GPU, or architecture and vector instructions of the CPU: they decide how results are rounded."""
+        """GPU and its libraries, or architecture and vector instructions of the CPU: they decide how results are
+        rounded."""
         if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
+            return gpu_name(self.device)
         return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
     @property
@@ -205,12 +212,57 @@ class CounterfactualEngine:
         self._check(images, seeds, prompts, lungs)
         if settings.scheduler != (only := METHODS[settings.method].scheduler or settings.scheduler):
             raise ValueError(f"method {settings.method} runs with scheduler {only}, not {settings.scheduler}")
+        masks: Sequence[NDArray[np.bool_] | None] = [None] * count if lungs is None else lungs
+        batch = self._run(images, seeds, prompts, settings, masks, full)
+        return self._repaired(batch, images, seeds, prompts, settings, masks)
+
+    def _repaired(
+        self,
+        batch: CounterfactualBatch,
+        images: Sequence[NDArray[np.float32]],
+        seeds: Sequence[int],
+        prompts: Sequence[str | Blend],
+        settings: SamplingSettings,
+        lungs: Sequence[NDArray[np.bool_] | None],
+    ) -> CounterfactualBatch:
+        """The batch, with images that a smaller dtype could not represent generated again, one by one, in float32."""
+        finite = np.isfinite(batch.counterfactuals) & np.isfinite(batch.reconstructions)
+        broken = np.flatnonzero(~finite.all(axis=(1, 2)))
+        if self.config.dtype == "float32" or not broken.size:
+            return batch
+        networks = (self.bundle.unet, self.bundle.vae)
+        dtype = getattr(torch, self.config.dtype)
+        eager = torch.compiler.set_stance("force_eager") if self.model.compiled else nullcontext()
+        try:
+            for network in networks:
+                network.float()  # exact, and so is the way back
+            with eager:
+                for i in broken.tolist():
+                    one = self._run([images[i]], [seeds[i]], [prompts[i]], settings, [lungs[i]], 1)
+                    batch.counterfactuals[i], batch.reconstructions[i] = one.counterfactuals[0], one.reconstructions[0]
+                    batch.source_prompts[i], batch.in_float32[i] = one.source_prompts[0], True
+        finally:
+            for network in networks:
+                network.to(dtype)
+        return batch
+
+    def _run(
+        self,
+        images: Sequence[NDArray[np.float32]],
+        seeds: Sequence[int],
+        prompts: Sequence[str | Blend],
+        settings: SamplingSettings,
+        lungs: Sequence[NDArray[np.bool_] | None],
+        full: int,
+    ) -> CounterfactualBatch:
+        """Generate the counterfactuals of n images in a batch of ``full`` images."""
+        count = len(images)
 
         # Pad the batch to its full shape with copies of the first image.
         slots = [*range(count), *[0] * (full - count)]
         squares = torch.from_numpy(np.stack([to_square(images[i], self.size) for i in slots])).to(self.device)
         everywhere = np.ones((self.size, self.size), np.bool_)
-        masks = [everywhere if lungs is None or (mask := lungs[i]) is None else mask for i in slots]
+        masks = [everywhere if (mask := lungs[i]) is None else mask for i in slots]
         generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in slots]
 
         # Encode.
@@ -242,6 +294,7 @@ class CounterfactualEngine:
             generated.counterfactuals[:count].cpu().numpy(),
             generated.reconstructions[:count].cpu().numpy(),
             sources[:count],
+            [False] * count,
         )
 
     def _check(

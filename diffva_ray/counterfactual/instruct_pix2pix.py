@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion, noise
+from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion, add_noise, noise
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.model.image_conditioning import reads_image
 
@@ -28,7 +28,7 @@ def generate(model: LatentDiffusion, request: Edit) -> Generated:
     # Start from noise alone, or, with a strength below 1, from the noisy image.
     start = noise(request.latents.shape, request.generators).to(request.latents)
     if request.settings.strength < 1:
-        start = scheduler.add_noise(request.latents, start, timesteps[:1])
+        start = add_noise(scheduler, request.latents, start, timesteps[0])
 
     # Denoise without a change and with the edit, as one batch of 2n.
     both = torch.cat([start, start])

@@ -39,6 +39,7 @@ def between_prompts(
         np.concatenate([part.counterfactuals for part in parts]),
         np.concatenate([part.reconstructions for part in parts]),
         [prompt for part in parts for prompt in part.source_prompts],
+        [in_float32 for part in parts for in_float32 in part.in_float32],
     )
 
 

@@ -56,6 +56,15 @@ def noise(shape: torch.Size, generators: Sequence[torch.Generator]) -> torch.Ten
     return torch.cat([torch.randn((1, *shape[1:]), generator=generator) for generator in generators])
 
 
+def add_noise(scheduler: Any, latents: torch.Tensor, eps: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    """Noise ``latents`` with ``eps`` [n, 4, h, w] to a timestep (a scalar), as ``scheduler.add_noise`` does, with both
+    factors computed on the CPU: diffusers moves the whole schedule to the latents' device."""
+    one, zero, at = torch.ones(1), torch.zeros(1), timestep[None]
+    signal: torch.Tensor = scheduler.add_noise(one, zero, at)
+    sigma: torch.Tensor = scheduler.add_noise(zero, one, at)
+    return signal[0] * latents + sigma[0] * eps
+
+
 def split(
     output: torch.Tensor, latents: torch.Tensor, alpha: torch.Tensor, prediction_type: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,13 +77,18 @@ def split(
 
 
 class LatentDiffusion:
-    """Autoencoder and UNet with classifier-free guidance; latents are float32, networks run in their own dtype."""
+    """Autoencoder and UNet with classifier-free guidance; latents are float32, networks run in their own dtype.
+
+    Timesteps and noise levels stay on the CPU. A scalar on the CPU is an argument of a kernel, while one on the device
+    that the CPU has to know, or that is copied there step by step, would make the CPU wait for the GPU in every step.
+    """
 
     def __init__(self, bundle: Bundle, watch: Stopwatch | None = None) -> None:
         self.bundle, self.vae, self.unet = bundle, bundle.vae, bundle.unet
         self.watch = watch or Stopwatch()  # of the stages "encode" and "decode"
         self.scale: float = bundle.vae.config.scaling_factor
         self.compiled = False
+        self._timesteps: dict[float, torch.Tensor] = {}  # on the networks' device, by value
         training = DDPMScheduler.from_config(bundle.scheduler)
         self.alphas: torch.Tensor = training.alphas_cumprod  # alpha_bar of every training timestep
         self.final_alpha: torch.Tensor = DDIMScheduler.from_config(bundle.scheduler).final_alpha_cumprod  # of an image
@@ -101,12 +115,22 @@ class LatentDiffusion:
 
     def schedule(self, request: Edit, **changes: Any) -> tuple[Any, torch.Tensor]:
         """A new scheduler, and the timesteps that the strength leaves (falling); ``changes`` of its configuration."""
-        return schedule(
+        scheduler, timesteps = schedule(
             request.settings.scheduler,
             {**self.bundle.scheduler, **changes},
             request.settings.num_inference_steps,
             request.settings.strength,
         )
+        on_device = timesteps.to(request.latents.device)  # one copy for all steps
+        self._timesteps |= zip(timesteps.tolist(), on_device.unbind(), strict=True)
+        return scheduler, timesteps
+
+    def on_device(self, timestep: torch.Tensor) -> torch.Tensor:
+        """A timestep (a scalar on the CPU) on the networks' device, copied there once in the life of the model."""
+        value = timestep.item()
+        if value not in self._timesteps:
+            self._timesteps[value] = timestep.to(next(self.unet.parameters()).device)
+        return self._timesteps[value]
 
     def predict(
         self,
@@ -121,7 +145,8 @@ class LatentDiffusion:
         dtype = next(self.unet.parameters()).dtype
         states = embedding.to(dtype)
         latents = with_image(self.unet, latents, image)
-        output: torch.Tensor = self.unet(latents.to(dtype), timestep, encoder_hidden_states=states, **residuals).sample
+        t = self.on_device(timestep)
+        output: torch.Tensor = self.unet(latents.to(dtype), t, encoder_hidden_states=states, **residuals).sample
         return output.float()
 
     def guided(self, latents: torch.Tensor, timestep: torch.Tensor, request: Edit, **residuals: Any) -> torch.Tensor:

@@ -15,8 +15,8 @@ class Noised(NamedTuple):
 
     latents: torch.Tensor  # z_t [n, 4, h, w]
     noise: torch.Tensor  # the noise eps in them [n, 4, h, w]
-    timestep: torch.Tensor  # t, a scalar
-    alpha: torch.Tensor  # alpha_bar of t, a scalar
+    timestep: torch.Tensor  # t, a scalar on the CPU
+    alpha: torch.Tensor  # alpha_bar of t, a scalar on the CPU on the CPU
 
 
 def noised(
@@ -24,7 +24,6 @@ def noised(
 ) -> Noised:
     """sqrt(alpha_bar) z + sqrt(1 - alpha_bar) eps (Ho et al. 2020, equation 4) of latents [n, 4, h, w], at ``fraction``
     of the training schedule (in [0, 1)); the noise of image i comes from generator i."""
-    alphas = model.alphas.to(latents)
-    timestep = torch.tensor(int(fraction * len(alphas)), device=latents.device)
-    alpha, eps = alphas[timestep], noise(latents.shape, generators).to(latents)
+    timestep = torch.tensor(int(fraction * len(model.alphas)))
+    alpha, eps = model.alphas[timestep], noise(latents.shape, generators).to(latents)
     return Noised(alpha.sqrt() * latents + (1 - alpha).sqrt() * eps, eps, timestep, alpha)

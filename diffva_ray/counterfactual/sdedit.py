@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion, noise
+from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion, add_noise, noise
 
 
 def generate(model: LatentDiffusion, request: Edit) -> Generated:
@@ -12,7 +12,7 @@ def generate(model: LatentDiffusion, request: Edit) -> Generated:
 
     # Noise to the first timestep that the strength leaves: z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps.
     eps = noise(request.latents.shape, request.generators).to(request.latents)
-    z_t = scheduler.add_noise(request.latents, eps, timesteps[:1].repeat(len(eps)))
+    z_t = add_noise(scheduler, request.latents, eps, timesteps[0])
 
     # Denoise under guidance to the healthy prompt.
     z_0 = model.denoise(z_t, request, scheduler, timesteps)

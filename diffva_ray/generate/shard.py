@@ -18,12 +18,12 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
 from diffva_ray._version import __version__
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.engine import CounterfactualEngine
+from diffva_ray.counterfactual.exact_device import is_out_of_memory
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import MAX_BYTES, BadImage, decode_mask, decode_with_columns
 from diffva_ray.data.memory_limit import MemoryLimit
@@ -155,7 +155,9 @@ def _run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
         files = ShardFiles(store, shard, attempt.token)
         try:
             processed = (_one_by_one if attempt.isolated else _in_batches)(context, planned, attempt, files)
-        except torch.cuda.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             attempt.ran_out_of_memory()
             raise OutOfMemory(
                 f"{part(shard)}: {one_line(error, 160)}; give each actor more of a GPU, or make a new "
@@ -332,14 +334,16 @@ def _generate(context: WorkerContext, sources: Sequence[Source]) -> list[Generat
             [source.lungs for source in sources],
         )
     items: list[Generation | Record] = []
-    for source, counterfactual, reconstruction, source_prompt in zip(
-        sources, batch.counterfactuals, batch.reconstructions, batch.source_prompts, strict=True
+    for source, counterfactual, reconstruction, source_prompt, in_float32 in zip(
+        sources, batch.counterfactuals, batch.reconstructions, batch.source_prompts, batch.in_float32, strict=True
     ):
         results: Results = {**context.results, **source.results}
         if source.square is None:
             items.append(complete(source.planned, results))
             continue
         results["source_prompt"] = source_prompt
+        if in_float32:
+            results["device"] += ", float32"
         if np.isfinite(counterfactual).all() and np.isfinite(reconstruction).all():
             pair = quantise(counterfactual), quantise(reconstruction)
             items.append(Generation(source.planned, results, source.square, source.lungs, *pair))

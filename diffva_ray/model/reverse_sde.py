@@ -3,7 +3,7 @@ the paper's equations 4 to 6), on the noise levels of the model's schedule."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DDIMScheduler
@@ -20,6 +20,21 @@ class ReverseSDE(DDIMScheduler):
     final_alpha_cumprod: torch.Tensor
     num_inference_steps: int
     exploding = False  # whether ``step`` uses the variance exploding form
+    _noises: dict[int, torch.Tensor]  # noise of the coming steps by timestep, on the samples' device
+
+    def set_timesteps(self, *arguments: Any, **options: Any) -> None:
+        """As in DDIM; forgets the noise that was drawn for another path."""
+        self._noises = {}
+        cast("Any", super()).set_timesteps(*arguments, **options)  # diffusers has no types
+
+    def _noise(self, timestep: int, stride: int, sample: torch.Tensor, generator: Any) -> torch.Tensor:
+        """Noise of this step. The first step draws the noise of all steps on the CPU, and copies it in one piece, so
+        that the later ones do not wait for a copy."""
+        if timestep not in self._noises:
+            steps = range(timestep, stride - 1, -stride)
+            drawn = [randn_tensor(sample.shape, generator=generator, dtype=sample.dtype) for _ in steps]
+            self._noises = dict(zip(steps, torch.stack(drawn).to(sample.device).unbind(), strict=True))
+        return self._noises.pop(timestep)
 
     def step(
         self,
@@ -38,14 +53,15 @@ class ReverseSDE(DDIMScheduler):
         differ for few steps and converge for many.
         """
         # noise levels of both timesteps, and the noise prediction
-        before = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
-        alpha = self.alphas_cumprod[int(timestep)].to(sample)
-        alpha_before = (self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod).to(sample)
+        stride = self.config.num_train_timesteps // self.num_inference_steps
+        before = int(timestep) - stride
+        alpha = self.alphas_cumprod[int(timestep)]
+        alpha_before = self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod
         if self.config.prediction_type == "v_prediction":
             model_output = alpha.sqrt() * model_output + (1 - alpha).sqrt() * sample
         # noise of this step
-        noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-        noise = noise if before >= 0 else torch.zeros_like(noise)
+        last = before < 0
+        noise = torch.zeros_like(sample) if last else self._noise(int(timestep), stride, sample, generator)
         # one Euler-Maruyama step
         if self.exploding:
             sigma = ((1 - alpha) / alpha).sqrt()

@@ -46,7 +46,7 @@ class _NoisePNDM(PNDMScheduler):
     def step(self, output: torch.Tensor, timestep: Any, sample: torch.Tensor, *arguments: Any, **options: Any) -> Any:
         """One step; ``output`` is the network's for ``sample`` at ``timestep``."""
         if self.predicts_velocity:
-            alpha = cast("Any", self).alphas_cumprod.to(sample)[int(timestep)]
+            alpha = cast("Any", self).alphas_cumprod[int(timestep)]
             output = alpha.sqrt() * output + (1 - alpha).sqrt() * sample
         return PNDMScheduler.step(cast("Any", self), output, timestep, sample, *arguments, **options)
 
@@ -86,6 +86,67 @@ def _multistep(kind: Any, **changes: Any) -> Callable[[dict[str, Any], int, floa
     return make
 
 
+class _UniPC(UniPCMultistepScheduler):
+    """UniPC of second order (Zhao et al. 2023, B(h) = e^h - 1), equal to diffusers' class to the last bit.
+
+    diffusers computes the coefficients on the samples' device, where every step copies noise levels and solves a system
+    of two equations, for which the CPU waits. Here the coefficients stay on the CPU.
+    """
+
+    sigmas: torch.Tensor
+    step_index: int
+    model_outputs: list[torch.Tensor]  # predicted clean samples, the newest last
+
+    def multistep_uni_p_bh_update(self, model_output: Any, *_: Any, sample: torch.Tensor, order: int) -> torch.Tensor:
+        """Predict the sample of the next timestep."""
+        m0 = self.model_outputs[-1]
+        x_t, scale, h, start = self._first_order(sample, m0, self.step_index, self.step_index + 1)
+        if order == 1:
+            return x_t
+        rk = (self._half_log_snr(self.step_index - 1) - start) / h
+        return x_t - scale * (0.5 * ((self.model_outputs[-2] - m0) / rk))
+
+    def multistep_uni_c_bh_update(
+        self,
+        this_model_output: torch.Tensor,
+        *_: Any,
+        last_sample: torch.Tensor,
+        this_sample: torch.Tensor,
+        order: int,
+    ) -> torch.Tensor:
+        """Correct the sample of this timestep by the network's output for it."""
+        m0 = self.model_outputs[-1]
+        x_t, scale, h, start = self._first_order(last_sample, m0, self.step_index - 1, self.step_index)
+        newest = this_model_output - m0
+        if order == 1:
+            return x_t - scale * (0.5 * newest)
+        rk = (self._half_log_snr(self.step_index - 2) - start) / h
+        rks, phi_1 = torch.stack([rk, torch.ones(())]), torch.expm1(-h)
+        phi_2 = phi_1 / -h - 1
+        b = torch.stack([phi_2 / phi_1, (phi_2 / -h - 1 / 2) * 2 / phi_1])
+        rhos: torch.Tensor = torch.linalg.solve(torch.stack([rks**0, rks]), b)
+        return x_t - scale * (rhos[0] * ((self.model_outputs[-2] - m0) / rk) + rhos[1] * newest)
+
+    def _first_order(
+        self, x: torch.Tensor, m0: torch.Tensor, start: int, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The solution of first order at index ``end``, the factor of the higher orders, the step in half log SNR, and
+        half the log SNR at ``start``."""
+        convert = cast(
+            "Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]", cast("Any", self)._sigma_to_alpha_sigma_t
+        )
+        (alpha_t, sigma_t), (_, sigma_start) = convert(self.sigmas[end]), convert(self.sigmas[start])
+        h = self._half_log_snr(end) - self._half_log_snr(start)
+        phi_1 = torch.expm1(-h)
+        x_t: torch.Tensor = sigma_t / sigma_start * x - alpha_t * phi_1 * m0
+        return x_t, alpha_t * phi_1, h, self._half_log_snr(start)
+
+    def _half_log_snr(self, index: int) -> torch.Tensor:
+        alpha, sigma = cast("Any", self)._sigma_to_alpha_sigma_t(self.sigmas[index])
+        half: torch.Tensor = torch.log(alpha) - torch.log(sigma)
+        return half
+
+
 # With Stable Diffusion's spacing "leading", these two solvers step by 1000 // (N + 1): 100 steps cover 0.9 of the noise
 # schedule and 500 steps half of it, so the noise level of a strength would depend on N.
 SPACING = {"timestep_spacing": "trailing"}  # Lin et al. 2023, table 2
@@ -97,7 +158,7 @@ SCHEDULERS: dict[str, Callable[[dict[str, Any], int, float], tuple[Any, torch.Te
     "vp-sde": _ddim(ReverseSDE),
     "ve-sde": _ddim(VarianceExploding),
     "dpmsolver++": _multistep(DPMSolverMultistepScheduler, **SPACING),  # 2M (Lu et al. 2022)
-    "unipc": _multistep(UniPCMultistepScheduler, **SPACING),  # Zhao et al. 2023
+    "unipc": _multistep(_UniPC, **SPACING),  # Zhao et al. 2023
     "euler": _multistep(EulerDiscreteScheduler),  # Karras et al. 2022, algorithm 2 without churn
 }
 

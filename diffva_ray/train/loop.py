@@ -231,7 +231,7 @@ def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: P
                 values |= {
                     f"{name}loss": float(accelerator.reduce(loss, "sum")),
                     f"{name}learning_rate": rate,
-                    f"{name}grad_norm": float(norm),
+                    f"{name}grad_norm": float(whole(norm)),
                 }
         if values:
             run.logger.log(config.name, done, values, last)
@@ -333,7 +333,7 @@ def _train_step(
     trainable.optimizer.zero_grad()
     if trainable.ema is not None:
         trainable.ema.step(trainable.parameters)
-    return total, whole(norm), rate
+    return total, norm, rate
 
 
 def _gradient_sync(accelerator: Accelerator, network: nn.Module, more: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -187,3 +188,68 @@ def test_maps_are_signed_differences(engine: CounterfactualEngine) -> None:
     lungs[:8] = True
     assert energy(-raw, lungs) == (pytest.approx(0.5), pytest.approx(0.5))
     assert energy(0 * raw, lungs)[1] is None
+
+
+def test_images_that_float16_cannot_represent_are_generated_in_float32(complete: Callable[[], Bundle]) -> None:
+    """Above 65504 float16 is infinite. Each such image gets the pixels of float32, alone or in company, and the others
+    keep theirs."""
+    bundle = complete()
+    config = bundle.recipe.generate.model_copy(update={"dtype": "float16"})
+    engine = CounterfactualEngine(bundle, config, "cpu")
+    usual = engine(IMAGES, [1, 2, 3])
+    assert usual.in_float32 == [False] * 3
+
+    decode = engine.model.decode
+
+    def overflows(latents: torch.Tensor) -> torch.Tensor:
+        images = decode(latents)
+        if bundle.vae.dtype == torch.float16:
+            images[1] = torch.inf
+        return images
+
+    engine.model.decode = overflows
+    batch = engine(IMAGES, [1, 2, 3])
+    alone = engine([IMAGES[0], IMAGES[1]], [1, 2])
+    assert batch.in_float32 == [False, True, False]
+    assert np.isfinite(batch.counterfactuals).all()
+    assert np.array_equal(batch.counterfactuals[[0, 2]], usual.counterfactuals[[0, 2]])
+    assert np.array_equal(batch.counterfactuals[1], alone.counterfactuals[1])
+    assert 0 < np.abs(batch.counterfactuals[1] - usual.counterfactuals[1]).max() < 0.05
+    engine.model.decode = decode
+    assert np.array_equal(engine(IMAGES, [1, 2, 3]).counterfactuals, usual.counterfactuals)  # float16 again, unchanged
+
+
+def test_upsamplers_and_text_encoder_are_not_rounded_twice(complete: Callable[[], Bundle]) -> None:
+    exact, half = (
+        CounterfactualEngine(bundle, bundle.recipe.generate.model_copy(update={"dtype": dtype}), "cpu")
+        for dtype in ("float32", "bfloat16")
+        for bundle in [complete()]
+    )
+    assert torch.equal(half.embed(HEALTHY), exact.embed(HEALTHY))
+    kernels, rounded = (
+        {name: kernel for name, kernel in engine.bundle.unet.named_buffers() if "kernel_" in name}
+        for engine in (exact, half)
+    )
+    assert kernels
+    for name, kernel in kernels.items():
+        assert torch.equal(rounded[name], kernel.bfloat16())
+
+
+def test_switches_that_change_a_gpus_pixels_are_set(
+    complete: Callable[[], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for switch in ("benchmark", "deterministic", "allow_tf32"):
+        monkeypatch.setattr(torch.backends.cudnn, switch, switch != "deterministic")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    engine = CounterfactualEngine(complete(), device="cpu")
+    assert not torch.backends.cudnn.benchmark
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Z9")
+    monkeypatch.setattr(torch.version, "cuda", "13.2")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
+    engine.device = torch.device("cuda")
+    assert engine.device_name == "NVIDIA Z9, CUDA 13.2, cuDNN 91300"  # other libraries round differently, too

@@ -22,6 +22,7 @@ from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.encoding import map_levels, pixel_digest
 from diffva_ray.data.images import decode_map, read_map
 from diffva_ray.evaluate.records import read_images, read_records
+from diffva_ray.generate.attempts import OutOfMemory
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import PlanError, find_run
 from diffva_ray.generate.shard import WorkerContext, run_shard
@@ -308,3 +309,19 @@ def test_nothing_is_generated_for_a_store_that_has_failed(
     with pytest.raises(StoreError, match="no space left"):
         run_inline(recipe, images, model, tmp_path)
     assert len(calls) <= 2, "of six"
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_every_name_of_too_little_memory_is_known(
+    memory: bool, tiny: Recipe, images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuBLAS and cuDNN have their own. Another error of the GPU is not said to be one of memory."""
+    message = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED" if memory else "CUDA error: an illegal memory access"
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(CounterfactualEngine, "__call__", fail)
+    with pytest.raises(OutOfMemory if memory else RuntimeError, match="CUDA error") as error:
+        run_inline(tiny, images, model, tmp_path / "run")
+    assert ("--micro-batch" in str(error.value)) == memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 
 from diffva_ray.model.bundle import SD_SCHEDULER
 from diffva_ray.model.schedulers import schedule
@@ -47,6 +48,24 @@ def test_aligned_pndm_is_as_unbiased_for_a_network_that_predicts_velocity(steps:
 @pytest.mark.parametrize(("steps", "strength"), [(50, 0.55), (75, 0.85)])
 def test_the_other_samplers_are_unbiased(name: str, steps: int, strength: float) -> None:
     assert abs(sampled_bias(name, steps, strength)) < (2e-4 if name == "euler" else 1e-4)  # first order, wide steps
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("steps", "skipped"), [(1, 0), (2, 0), (6, 3), (20, 9)])
+def test_unipc_equals_diffusers_to_the_last_bit(prediction: str, steps: int, skipped: int) -> None:
+    config = {**SD_SCHEDULER, "prediction_type": prediction}
+    ours, timesteps = schedule("unipc", config, steps, (steps - skipped) / steps)
+    theirs = UniPCMultistepScheduler.from_config({**config, "timestep_spacing": "trailing"})
+    theirs.set_timesteps(steps)
+    theirs.set_begin_index(skipped)
+    assert torch.equal(timesteps, theirs.timesteps[skipped:])
+    generator = torch.Generator().manual_seed(0)
+    one = two = torch.randn(2, 4, 8, 8, generator=generator)
+    for timestep in timesteps:
+        output = torch.randn(one.shape, generator=generator)
+        one = ours.step(output, timestep, one).prev_sample
+        two = theirs.step(output, timestep, two).prev_sample
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("name", ["vp-sde", "ve-sde"])
