@@ -313,7 +313,7 @@ def test_the_settings_are_compared_with_their_cost(made: Path) -> None:
     by_setting = {(row["strength"], row["guidance_scale"]): row for row in rows}
     for guidance in (1.5, 4.0, 7.5):
         calls = [by_setting[strength, guidance]["unet_calls"] for strength in (0.25, 0.55, 0.85)]
-        assert calls == [2, 6, 8]  # int(4 steps x strength) + 1 for PNDM beyond one step, twice for guidance
+        assert calls == [4, 6, 8]  # int(4 steps x strength) + 1 for diffusers' PNDM, twice for guidance
     records = read_records(open_run(str(made / "runs/grid")))
     chosen = records[(records["strength"] == 0.55) & (records["guidance_scale"] == 4.0)]
     assert by_setting[0.55, 4.0]["ssim"] == pytest.approx(chosen["ssim"].mean())
