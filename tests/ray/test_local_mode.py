@@ -153,9 +153,9 @@ def test_two_ray_workers_have_one_workers_losses(cluster, tiny: Recipe, images: 
     assert two == pytest.approx(one, rel=1e-5)
 
 
-@pytest.mark.parametrize("verb", ["generate", "train"])
+@pytest.mark.parametrize(("verb", "signals"), [("generate", 1), ("generate", 2), ("train", 1), ("reduce", 1)])
 def test_sigterm_ends_a_driver_of_ray_as_ctrl_c_does(
-    verb: str, tiny: Recipe, images: Path, model: Path, tmp_path: Path
+    verb: str, signals: int, tiny: Recipe, images: Path, model: Path, tmp_path: Path
 ) -> None:
     """Ray's own handler would abort the process (134) with a C++ stack trace."""
     recipe, out = tmp_path / "tiny.yaml", tmp_path / "out"
@@ -164,6 +164,10 @@ def test_sigterm_ends_a_driver_of_ray_as_ctrl_c_does(
     if verb == "generate":
         command += ["--model", model, "--actors", 1, "--set", "generate.shard_size=1", "--steps", 60]
         begun = "records/*.parquet"
+    elif verb == "reduce":
+        one_each = make_recipe(tiny.model_dump(mode="json"), ["generate.shard_size=1"])
+        generate_run(one_each, str(images), str(model), str(out), Request(), Execution(executor="inline"))
+        command, begun = [*command[:3], verb, out], "quarantine.parquet"  # what is written before the workers start
     else:
         command += ["--set", "train.stages.0.steps=4000"]
         begun = ".train/progress.json"
@@ -174,8 +178,11 @@ def test_sigterm_ends_a_driver_of_ray_as_ctrl_c_does(
     while not list(out.glob(begun)) and driver.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    driver.send_signal(signal.SIGTERM)
+    for _ in range(signals):
+        driver.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
     _, errors = driver.communicate(timeout=120)
+    assert not (out / "_SUCCESS").exists()
     assert driver.returncode == 130, errors[-2000:]
     assert errors.decode().rstrip().endswith("interrupted; all committed work is kept; repeat the command to continue")
     assert b"SIGTERM received" not in errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -50,6 +51,7 @@ def test_commands_on_one_machine_listen_on_loopback_only(
         "ray::RayTrainWo": ["train", "--data", images, "--out", tmp_path / "model", "--recipe", recipe, "--workers", 2],
         "ray::MapWorker(": ["generate", "--data", images, "--model", model, "--out", run, "--recipe", recipe],
         "raylet": ["reduce", run],
+        "": ["report", run, "--serve"],
     }
     for session, (worker, words) in enumerate(commands.items(), start=os.getpid()):
         environment = {**os.environ, "DIFFVA_TEST_SOCKETS": str(session)}
@@ -60,6 +62,9 @@ def test_commands_on_one_machine_listen_on_loopback_only(
         while driver.poll() is None:
             assert time.monotonic() < deadline
             seen |= listeners(session)
+            if seen and "--serve" in words:
+                driver.send_signal(signal.SIGINT)  # it would serve for ever
+                driver.wait(60)
             time.sleep(0.1)
         assert driver.returncode == 0
         assert any(name.startswith(worker) for _, name in seen), f"no {worker} among {seen}"

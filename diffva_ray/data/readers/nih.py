@@ -15,7 +15,6 @@ TABLES = ("Data_Entry_2017*.csv", "sample_labels.csv")
 FILES = r"((^|/)images_0\d\d/(images/)?|^images/)\d{8}_\d{3}\.png$"
 NAME, FINDINGS = "Image Index", "Finding Labels"
 SEX = ("Patient Gender", "Patient Sex")  # Kaggle's name, NIH's name
-SPACING = ("OriginalImagePixelSpacing[x", "y]")  # the header has commas in its brackets
 BOX_COLUMNS = (NAME, "Finding Label", "Bbox [x", "y", "w", "h]")
 SIDE = 1024  # pixels of the published images; boxes refer to these
 AS_IN_TABLE = {"Infiltrate": "Infiltration"}  # a finding that the boxes call otherwise
@@ -23,12 +22,14 @@ SPLITS = {"train_val_list.txt": "train", "test_list.txt": "test"}
 
 
 def read(listing: Listing) -> Dataset | None:
-    """The images of the table under each of their findings, with patients, views, the official split and boxes."""
+    """The images of the table under each of their findings, with patients, views, the official split and boxes.
+
+    The table's pixel spacing is left out: it is that of the radiograph before it was resized to SIDE."""
     tables = listing.named(*TABLES)
     if not tables:
         listing.require(LAYOUT, "Data_Entry_2017.csv or Data_Entry_2017_v2020.csv", FILES)
         return None
-    keep = (NAME, FINDINGS, "Patient ID", "Patient Age", "View Position", *SEX, *SPACING)
+    keep = (NAME, FINDINGS, "Patient ID", "Patient Age", "View Position", *SEX)
     rows = listing.table(tables[0], keep).require(tables[0], NAME, FINDINGS).rows
     images = Collection(listing, KIND, f"{base(tables[0])} has the columns {NAME} and {FINDINGS}")
     split = _split(listing)
@@ -37,7 +38,6 @@ def read(listing: Listing) -> Dataset | None:
             listing.image(row[NAME]), row[NAME], filter(None, row[FINDINGS].split("|")), row.get("Patient ID", ""),
             age=row.get("Patient Age", ""), sex=next((row[name] for name in SEX if name in row), ""),
             view=row.get("View Position", ""), split=split.get(row[NAME], ""),
-            spacing="/".join(row.get(name, "") for name in reversed(SPACING)).strip("/"),
         )  # fmt: skip
     _add_boxes(images)
     return images.dataset()
