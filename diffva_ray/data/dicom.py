@@ -25,6 +25,11 @@ TAGS = {  # header elements by column, the first that is there
 }
 
 
+# A full-size image (FULL pixels or more) narrower than this in mm shows no chest: its header has kept the spacing of
+# the radiograph before it was resized. Those of RSNA 2018 and SIIM-ACR do: NIH's radiographs at 1024 px.
+NARROWEST, FULL = 200.0, 512
+
+
 class UnusableDicom(ValueError):
     """A DICOM file that is not a single grey image; the message is one line."""
 
@@ -47,7 +52,15 @@ def header_columns(image: Any) -> dict[str, str]:
     found = {column: next((value for value in given if value), "") for column, given in values.items()}
     columns = {column: one_line("/".join(map(str, np.ravel(value))), 40) for column, value in found.items()}
     columns["patient"] = patient_key(str(image.get("PatientID") or ""))
+    if _is_of_another_size(image, found["spacing"]):
+        del columns["spacing"]
     return described(columns)
+
+
+def _is_of_another_size(image: Any, spacing: Any) -> bool:
+    """Whether ``spacing`` (mm of a row, mm of a column) cannot be that of the stored pixels."""
+    width = int(image.get("Columns") or 0)
+    return width >= FULL and np.size(spacing) == 2 and float(spacing[1]) * width < NARROWEST
 
 
 def _pixels(image: Any) -> NDArray[Any]:

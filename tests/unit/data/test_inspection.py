@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from diffva_ray.cli import main
 from diffva_ray.data.columns import patient_key
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.dicom import header_columns, opened
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import decode_with_columns
 from diffva_ray.data.inspection import inspect
@@ -194,6 +195,15 @@ def test_headers_give_patients_views_and_nothing_else(tmp_path):
         "patient": patient_key("secret-0"), "view": "LATERAL", "laterality": "U", "age": "61", "sex": "M",
         "spacing": "0.2/0.1",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("side", "spacing", "kept"), [(1024, 0.143, ""), (1024, 0.35, "0.35/0.35"), (64, 0.2, "0.2/0.2")]
+)
+def test_a_spacing_from_before_resizing_is_left_out(side: int, spacing: float, kept: str) -> None:
+    """RSNA's files: 1024 px of NIH's radiographs with 0.143 mm, a chest of 15 cm."""
+    data = dicom(np.zeros((side, side), np.int64) + np.arange(side), PixelSpacing=[spacing, spacing])
+    assert header_columns(opened(data)).get("spacing", "") == kept
 
 
 def test_two_data_sets_are_compared(tmp_path):
