@@ -53,6 +53,7 @@ class Baselines:
     components: int = COMPONENTS
     normals: NormalComponents | None = None
     prior: Map | None = None  # learned prior
+    others: Map | None = None  # our maps of the validation images, positive parts [n, side, side]
     thresholds: Mapping[str, float] = field(default_factory=dict)  # chosen with the smoothing, by name
 
     def maps(self, image: Map, reconstruction: Map | None) -> dict[str, Map]:
@@ -73,12 +74,18 @@ class Baselines:
             found["pca_residual x prior"] = found["pca_residual"] * found["learned_prior"]
         return found
 
-    def with_prior(self, saliency: Map) -> dict[str, Map]:
-        """The positive part of our map [size, size] times the learned prior, by name; empty without one."""
-        if self.prior is None:
-            return {}
-        fraction = self.own_smoothing.get("learned_prior", self.smoothing)
-        return {WITH_PRIOR: saliency * positive(smooth(on_grid(self.prior, len(saliency)), fraction))}
+    def beside(self, saliency: Map, path: str) -> dict[str, Map]:
+        """Controls of our map of the image at ``path``, by name; empty without validation images.
+
+        ``saliency``: its positive part [size, size]. The controls are this map times the learned prior, and the map of
+        a validation image, which the path chooses, so that the tables do not depend on how a run is stored."""
+        found, size = {}, len(saliency)
+        if self.prior is not None:
+            fraction = self.own_smoothing.get("learned_prior", self.smoothing)
+            found[WITH_PRIOR] = saliency * positive(smooth(on_grid(self.prior, size), fraction))
+        if self.others is not None:
+            found[SHUFFLED] = on_grid(self.others[int(digest(path), 16) % len(self.others)], size)
+        return found
 
 
 def baselines_of(run: Run, data_uri: str, options: Options, notes: list[str]) -> Baselines:
@@ -182,12 +189,13 @@ def tuned(baselines: Baselines, validation: Run, lesions: Lesions) -> Baselines:
         own_smoothing={name: fraction for name, (_, fraction, _, _) in best.items()},
         components=best["pca_residual"][2] if "pca_residual" in best else baselines.components,
         prior=learned_prior(masks),
+        others=np.stack([positive(example.images.signed_map) for example in examples]),
     )
     # the products, with the settings of their factors and each image's own prior
     products: dict[str, list[Map]] = {}
     for prior, example in zip(_other_priors(masks), examples):
         own = replace(chosen, prior=prior)
-        found = {**own.maps(example.images.image, None), **own.with_prior(positive(example.images.signed_map))}
+        found = {**own.maps(example.images.image, None), **own.beside(positive(example.images.signed_map), "")}
         for name in {"pca_residual x prior", WITH_PRIOR} & found.keys():
             products.setdefault(name, []).append(found[name])
     for name, maps in products.items():

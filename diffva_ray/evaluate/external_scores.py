@@ -10,7 +10,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,9 +35,8 @@ from diffva_ray.evaluate.external_maps import (
     read_map_values,
 )
 from diffva_ray.evaluate.records import Lesions, grey, image_truth
-from diffva_ray.evaluate.scores import LocalizationScores, another, score_image
-from diffva_ray.metrics.baselines import SHUFFLED
-from diffva_ray.metrics.localization import SALIENCY, on_grid, positive, smooth
+from diffva_ray.evaluate.scores import LocalizationScores, score_image
+from diffva_ray.metrics.localization import SALIENCY, on_grid, smooth
 from diffva_ray.model.training_images import TrainingImages
 from diffva_ray.schema import TableRow
 from diffva_ray.storage.opening import open_file
@@ -136,7 +134,7 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
     seen = _training_images(folder, options, notes)
     baselines = fit_baselines(normal_images(data_uri, config, notes), grid.size, grid.smoothing, options.threshold_from)
     thresholds = with_own(thresholds, baselines) if thresholds is not None else None
-    inputs = _Inputs(folder, dataset, lesions, grid, baselines, seen, _partners(matched, lesions))
+    inputs = _Inputs(folder, dataset, lesions, grid, baselines, seen)
     with ThreadPoolExecutor(THREADS) as pool:  # waits on the store, mostly
         outcomes = list(pool.map(lambda pair: _score_one(inputs, *pair), matched.pairs))
     kinds = Counter(kind for outcome in outcomes for kind in outcome.kinds)
@@ -259,14 +257,6 @@ def _training_images(folder: MapFolder, options: ScoreOptions, notes: list[str])
     return seen
 
 
-def _partners(matched: Matched, lesions: Lesions) -> dict[str, MapFile]:
-    """For each map of an image with a known lesion one of another patient's, by path."""
-    known = [(file, image) for file, image in matched.pairs if image.lesion_mask or image.path in lesions]
-    groups = [image.patient or image.path for _, image in known]
-    others = {file.path: another(groups, n) for n, (file, _) in enumerate(known)}
-    return {path: known[other][0] for path, other in others.items() if other is not None}
-
-
 @dataclass(frozen=True)
 class _Inputs:
     """What all maps are scored with."""
@@ -277,7 +267,6 @@ class _Inputs:
     grid: ScoreGrid
     baselines: Baselines
     seen: TrainingImages | None
-    partners: dict[str, MapFile]  # map of another patient's image, by path
 
 
 def _score_one(inputs: _Inputs, file: MapFile, image: LabelledImage) -> _Outcome:
@@ -316,11 +305,7 @@ def _score_one(inputs: _Inputs, file: MapFile, image: LabelledImage) -> _Outcome
     if reconstruction is not None:
         reconstruction = to_square(reconstruction, grid.size)
     maps = {name: transform(signed(values)) for name, transform in SALIENCY.items()}
-    maps |= inputs.baselines.with_prior(maps["positive"]) | inputs.baselines.maps(square, reconstruction)
-    if other := inputs.partners.get(file.path):
-        with suppress(OSError, BadImage):  # noted for its own image
-            theirs = read_map_values(folder.store.read(other.path), other.path, grid.signed16)
-            maps[SHUFFLED] = positive(signed(theirs))
+    maps |= inputs.baselines.beside(maps["positive"], image.path) | inputs.baselines.maps(square, reconstruction)
     group = image.patient or image.path
     names = {"map_path": file.path, "image_path": image.path, "label": image.label, "group": group}
     rows = [{**names, **row} for row in score_image(maps, truth)]

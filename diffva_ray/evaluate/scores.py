@@ -5,14 +5,14 @@ Tables are means over these scores, so records can be grouped in any way.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from diffva_ray.data.images import BadImage, decode_map
+from diffva_ray.data.images import BadImage
 from diffva_ray.evaluate.baselines import Baselines
 from diffva_ray.evaluate.records import (
     Lesions,
@@ -21,12 +21,10 @@ from diffva_ray.evaluate.records import (
     check_own_images,
     read_images,
     read_truth,
-    setting_key,
     under,
 )
 from diffva_ray.generate.run import Run
-from diffva_ray.metrics.baselines import SHUFFLED
-from diffva_ray.metrics.localization import SALIENCY, positive, score
+from diffva_ray.metrics.localization import SALIENCY, score
 from diffva_ray.metrics.ssim import psnr, ssim
 from diffva_ray.schema import Record, TableRow
 
@@ -107,51 +105,23 @@ def score_records(
     unread = set() if unread is None else unread
     localization, ground_truth = [], []
     rows = [row for row in rows if row["lesion_mask_path"] or row["image_path"] in lesions or row["ground_truth_path"]]
-    partners = _partners(rows) if baselines else {}
     for row in rows:
-        other = partners.get(row["record_id"])
         try:
             truth = read_truth(run, row, lesions)
             images = read_images(run, row)
-            shuffled = {} if other is None else {SHUFFLED: _positive_part(run, other)}
         except (OSError, BadImage):  # report it: verify checks only the run's own files
-            for record in filter(None, (row, other)):
-                check_own_images(run, record)
+            check_own_images(run, row)
             unread.add(row["image_path"])
             continue
         if lost(row, truth):
             unread.add(row["image_path"])
         names = names_of(row)
         if truth.lesion is not None and (truth.lungs is not None or not row["lung_mask_path"]):
-            maps = maps_of(images, baselines) | shuffled
+            maps = maps_of(images, baselines, row["image_path"])
             localization += [{**names, **scores} for scores in score_image(maps, truth)]
         if truth.counterfactual is not None:
             ground_truth.append({**names, **ground_truth_scores(images, truth)})
     return localization, ground_truth
-
-
-def another(groups: Sequence[Hashable], n: int) -> int | None:
-    """The last index before ``n``, cyclically, of another group (patient); None if all are of one group."""
-    before = ((n - step) % len(groups) for step in range(1, len(groups)))
-    return next((index for index in before if groups[index] != groups[n]), None)
-
-
-def _partners(rows: Sequence[Record]) -> dict[str, Record]:
-    """For each record one of another patient and of the same setting, if there is one."""
-    by_setting: dict[Hashable, list[Record]] = {}
-    for row in rows:
-        by_setting.setdefault(setting_key(row), []).append(row)
-    found = dict[str, Record]()
-    for members in by_setting.values():
-        groups = [names_of(row)["group"] for row in members]
-        for n, row in enumerate(members):
-            if (index := another(groups, n)) is not None:
-                found[row["record_id"]] = members[index]
-    return found
-
-
-def _positive_part(run: Run, record: Record) -> NDArray[np.float32]:
-    return positive(decode_map(run.store.read(record["attribution_path"])))
 
 
 def names_of(record: Record) -> TableRow:
@@ -175,12 +145,12 @@ def lost(record: Record, truth: Truth) -> bool:
     return any(path and array is None for path, array in named)
 
 
-def maps_of(images: RecordImages, baselines: Baselines | None) -> dict[str, NDArray[np.float32]]:
-    """The saliency maps [size, size] of a record and of the baselines, by name."""
+def maps_of(images: RecordImages, baselines: Baselines | None, path: str) -> dict[str, NDArray[np.float32]]:
+    """The saliency maps [size, size] of the image at ``path`` and of the baselines, by name."""
     maps = {name: transform(images.signed_map) for name, transform in SALIENCY.items()}
     if baselines is None:
         return maps
-    return maps | baselines.with_prior(maps["positive"]) | baselines.maps(images.image, images.reconstruction)
+    return maps | baselines.beside(maps["positive"], path) | baselines.maps(images.image, images.reconstruction)
 
 
 def score_image(maps: Mapping[str, NDArray[np.float32]], truth: Truth) -> list[TableRow]:

@@ -10,7 +10,7 @@ from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.phantoms import make_phantoms
 from diffva_ray.evaluate import baselines as module
 from diffva_ray.evaluate.baselines import Baselines, read_normals, tuned, with_own
-from diffva_ray.evaluate.scores import LocalizationScores, another
+from diffva_ray.evaluate.scores import LocalizationScores
 from diffva_ray.evaluate.tables import localization_rows
 from diffva_ray.metrics.baselines import NormalComponents
 from diffva_ray.metrics.localization import positive, smooth
@@ -37,9 +37,18 @@ def test_the_prior_multiplies_our_map_and_the_pca_residual() -> None:
     maps = fitted.maps(IMAGE, None)
     np.testing.assert_allclose(maps["pca_residual x prior"], maps["pca_residual"] * maps["learned_prior"])
     assert maps["pca_residual x prior"][24:].max() == 0 < maps["pca_residual"][24:].max()
-    (ours,) = fitted.with_prior(np.ones((32, 32), np.float32)).values()
+    (ours,) = fitted.beside(np.ones((32, 32), np.float32), "a.png").values()
     np.testing.assert_array_equal(ours, maps["learned_prior"])
-    assert Baselines(smoothing=0.0).with_prior(IMAGE) == {}
+    assert Baselines(smoothing=0.0).beside(IMAGE, "a.png") == {}
+
+
+def test_the_shuffled_map_is_that_of_a_validation_image_chosen_by_the_path() -> None:
+    others = np.stack([np.full((16, 16), n / 10, np.float32) for n in range(5)])
+    fitted = Baselines(smoothing=0.0, others=others)
+    levels = [fitted.beside(IMAGE, f"{n}.png")["shuffled"] for n in range(40)]
+    assert {float(level.max()) for level in levels} == {float(other.max()) for other in others}
+    assert levels[0].shape == IMAGE.shape
+    np.testing.assert_array_equal(levels[3], fitted.beside(IMAGE * 0, "3.png")["shuffled"])
 
 
 @pytest.fixture
@@ -73,11 +82,6 @@ def test_validation_images_choose_smoothing_threshold_and_prior() -> None:
         **chosen.thresholds,
     }  # fmt: skip
     assert with_own(stored, None) == {**stored, "shuffled": 0.1, "shuffled under strength 0.3": 0.2}
-
-
-def test_another_patient() -> None:
-    assert [another(["a", "a", "b", "c"], n) for n in range(4)] == [3, 3, 1, 2]
-    assert another(["a", "a"], 0) is None
 
 
 def test_the_difference_to_the_best_baseline_is_paired_by_image() -> None:

@@ -147,7 +147,7 @@ def test_records_generated_again_in_the_run_itself_are_scored_once(
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), part)
     found = index_run(opened(out))
     assert len(found.frame) == sum(len(rows) for rows in found.shards_of.values()) == 18
-    places, counterfactuals = _scores(opened(out), found, {}, LocalExecutor())
+    places, counterfactuals = _scores(opened(out), found, {}, None, LocalExecutor())
     assert counterfactuals["record_id"].is_unique
     assert len(counterfactuals) == 18
     assert not places.images.duplicated(["record_id", "map"]).any()
