@@ -94,9 +94,7 @@ def baselines_of(run: Run, data_uri: str, options: Options, notes: list[str]) ->
     Their normal images are ``options.normals``, else those of the reference sets, else those of the data set at
     ``data_uri``. Raises UnusableData for ``options.normals`` that cannot be used."""
     config, smoothing = run.recipe.data, run.recipe.generate.smoothing
-    references = [
-        uri for label, uri in options.references if label == config.healthy_class and find_run(open_store(uri)) is None
-    ]
+    references = [uri for label, uri in options.references if label == config.healthy_class and _run_at(uri) is None]
     uri = options.normals or (references or [data_uri])[0]
     normals = normal_images(uri, config, [] if options.normals else notes)
     if normals is None and options.normals:
@@ -118,12 +116,16 @@ def fit_baselines(normals: Dataset | None, size: int, smoothing: float, threshol
 
     Raises StoreError when a store fails."""
     baselines = Baselines(smoothing=smoothing, normals=read_normals(normals, size) if normals else None)
-    is_file = threshold_from is None or threshold_from.lower().endswith(".json")
-    validation = None if is_file else find_run(open_store(str(threshold_from)))
+    validation = None if threshold_from is None else _run_at(threshold_from)
     if validation is None:
         return baselines
     lesions = lesion_shapes(validation.about["data"], validation.recipe.data, None, [])
     return tuned(baselines, validation, lesions)
+
+
+def _run_at(uri: str) -> Run | None:
+    """The run at an address; None for a file and a folder that is no run."""
+    return None if uri.lower().endswith((".csv", ".json", ".parquet")) else find_run(open_store(uri))
 
 
 def with_own(thresholds: Mapping[str, float], baselines: Baselines | None) -> dict[str, float]:
