@@ -21,7 +21,7 @@ BASELINES = (
     "pca_residual x prior",
 )  # fmt: skip
 WITH_PRIOR = "positive x prior"  # our map times the learned prior
-SHUFFLED = "shuffled"  # our map of another patient's image
+SHUFFLED = "shuffled"  # our map of a validation image
 
 COMPONENTS = 20  # principal components where no validation images choose a number
 

@@ -33,7 +33,7 @@ class Experiment:
     prompts: tuple[str, ...] = ()  # empty: the recipe's healthy prompt
     changes: tuple[str, ...] = ()  # to the recipe, as of --set
     cardiomegaly: bool = False  # whether real cardiomegaly of CheXpert is the reference set
-    limit: int | None = None  # images
+    limit: int | None = None  # records, as of --limit
     sweep: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # as in Request
 
     def request(self, data: DataConfig) -> Request:
