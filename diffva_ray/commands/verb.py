@@ -149,7 +149,11 @@ def exit_codes() -> dict[type[BaseException], int]:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Turn SIGTERM (a stopped job, a spot notice, Slurm) into KeyboardInterrupt, as Ctrl-C: the command can continue."""
+    """Turn SIGTERM (a stopped job, a spot notice, Slurm) into KeyboardInterrupt, as Ctrl-C: the command can continue.
+
+    After the interrupt SIGTERM is ignored, because the process is about to end: a second one must change neither the
+    last message nor the exit code.
+    """
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -157,9 +161,12 @@ def sigterm_interrupts() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread only
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before: Any = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    except KeyboardInterrupt:
+        before = signal.SIG_IGN  # remains in place while Python itself ends, unlike a function
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -18,6 +18,7 @@ from diffva_ray.progress import LOG, one_line
 
 WAIT_INTERVAL = 30.0  # seconds between messages about what is waited for
 CONNECT_TIMEOUT = 5.0  # seconds in which a cluster has to accept a connection
+KEEP_EVERY = 0.002  # seconds between repetitions of the handler of SIGTERM
 
 # Environment of the driver, which a private cluster's processes inherit. Usage statistics are switched off.
 ENVIRONMENT = {
@@ -132,7 +133,8 @@ def _connected(address: str | None, cpus: int | None) -> Iterator[bool]:
     try:
         yield private
     finally:
-        ray.shutdown()
+        with _sigterm_deferred(), _keep_sigterm():
+            ray.shutdown()
 
 
 def _limited_cpus() -> int | None:
@@ -152,17 +154,42 @@ def _protect_token() -> None:
 
 @contextmanager
 def _keep_sigterm() -> Iterator[None]:
-    """Restore the handler of SIGTERM at the end: ``ray.init`` installs its own, which ends the process from C++ with a
-    stack trace."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+    """Keep the handler of SIGTERM: ``ray.init`` installs its own, which ends the process from C++ with a stack trace,
+    and ``ray.shutdown`` the default one, more than a second before it returns. A timer therefore repeats ours."""
+    before = signal.getsignal(signal.SIGTERM)
+    main_thread = threading.current_thread() is threading.main_thread()  # no other may set handlers
+    if not main_thread or before is None:  # None: not set from Python
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
+    timer = signal.getsignal(signal.SIGALRM) == signal.SIG_DFL  # else another part of the process uses it
+    if timer:
+        signal.signal(signal.SIGALRM, lambda number, frame: signal.signal(signal.SIGTERM, before))
+        signal.setitimer(signal.ITIMER_REAL, KEEP_EVERY, KEEP_EVERY)
     try:
         yield
     finally:
-        if before is not None:  # None: not set from Python
-            signal.signal(signal.SIGTERM, before)
+        if timer:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _sigterm_deferred() -> Iterator[None]:
+    """Act on SIGTERM at the end only: Ray repeats an interrupted ``ray.shutdown`` at the exit of the process, with the
+    default handler."""
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if received:
+            before(signal.SIGTERM, None)
 
 
 @contextmanager

@@ -200,7 +200,9 @@ def main(inline: int, drivers: int, cluster: int, first: int, out: Path | None) 
             runner.close()
     click.echo(json.dumps(result, indent=1))
     if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        before = json.loads(out.read_text()) if out.exists() else {}
+        same = before.get("code") == result["code"]  # else of other code: parts of one revision stand in one file
+        out.write_text(json.dumps({**before, **result} if same else result, indent=1) + "\n")
     sys.exit(1 if failed else 0)
 
 
