@@ -134,8 +134,9 @@ OPTIONS = {
     "inspect": "DATA OTHER --columns --healthy-class --json --recipe --root --set",
     "interpolate": "IMAGE --dry-run --frames --guidance-scale --json --method --model --out --prompt --recipe "
     "--scheduler --seed --set --steps --strength --to",
-    "paper": "--actors --allow-environment-change --boxes --brixia --carcinoma --chexpert --dry-run --executor "
-    "--gpus-per-actor --inception-weights --limit --model --out --quick --radiography --recipe --resize --set",
+    "paper": "--actors --allow-environment-change --base --boxes --brixia --carcinoma --chexpert --dry-run --executor "
+    "--gpus-per-actor --inception-weights --limit --model --out --quick --radiography --recipe --resize --set "
+    "--sources",
     "phantoms": "OUT --classes --dry-run --onto --patients --recipe --seed --set --size --transplants --vary",
     "reduce": "RUN --boxes --brixia --data --executor --extractor --inception-weights --judge --lpips-weights "
     "--max-quarantined-fraction --normals --reference --resize --sources --threshold-from",
