@@ -10,10 +10,12 @@ SEXES = {"f": "F", "female": "F", "w": "F", "m": "M", "male": "M"}
 LATERAL = {"L", "LL", "RL", "LATERAL", "LLD", "RLD"}
 
 
-def patient_key(patient: str) -> str:
-    """Hash (16 hex digits) of a patient's id, equal in every data set; "" for no id. No run stores the id itself."""
+def patient_key(patient: str, issuer: str = "") -> str:
+    """Hash (16 hex digits) of a patient's id; "" for no id. No run stores the id itself. ``issuer``: the public data
+    set that numbered its patients, whose patient 1 is not patient 1 of another; empty for ids of a user's own."""
     text = patient.strip()
-    return hashlib.sha256(f"patient:{text}".encode()).hexdigest()[:16] if text else ""
+    whole = f"{issuer}:{text}" if issuer else text
+    return hashlib.sha256(f"patient:{whole}".encode()).hexdigest()[:16] if text else ""
 
 
 def described(columns: Mapping[str, str]) -> dict[str, str]:

@@ -225,6 +225,12 @@ def _read_folder(listing: Listing) -> Dataset:
         if listing.images:
             raise UnusableData(f"{listing.store.uri}: its images are in no known layout; expected {LAYOUTS}")
         raise UnusableData(f"{listing.store.uri}: {hint}no images; expected {LAYOUTS}")
+    if {label.lower() for label in dataset.classes} <= {*split_folders.SPLITS}:
+        names = ", ".join(dataset.classes)
+        raise UnusableData(
+            f"{listing.store.uri}: its folders ({names}) are splits, not classes; a table with the labels of "
+            "the images, or a folder for every class, is missing"
+        )
     return replace(dataset, left_out=[*dataset.left_out, *_other_files(listing), *_unread_parquet(listing)])
 
 
