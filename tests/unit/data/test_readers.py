@@ -34,6 +34,7 @@ class Expected(NamedTuple):
     splits: tuple[str, ...] = ()
     outlined: int = 0  # images with an outlined lesion
     said: tuple[str, ...] = ()  # parts of the notes
+    masked: int = 0  # images with a file of a lesion mask
 
 
 CHEXPERT = Expected(
@@ -71,6 +72,12 @@ SETS = [
              2),
     Expected(replicas.huggingface, "image-folder", {"COVID": 1, "Edema": 1, "Mass": 1, "Normal": 1}, 0, (),
              ("test", "train")),
+    Expected(replicas.huggingface_parquet, "parquet-images", {"COVID": 3, "Normal": 3}, 3, (), ("test", "train"), 0,
+             ("2 Parquet files with images in the column image",), 3),
+    Expected(replicas.webdataset, "webdataset", {"COVID": 2, "Normal": 2}, 2, (), ("test", "train"), 0,
+             ("2 tar archives",), 2),
+    Expected(replicas.imagefolder, "split-folders", {"Edema": 3, "Normal": 2}, 0, (), ("test", "train", "val"), 2,
+             ("test|train|val/<class>", "2 boxes on 2 images")),
 ]  # fmt: skip
 NAMES = [expected.replica.__name__ for expected in SETS]
 
@@ -99,10 +106,12 @@ def test_what_a_data_set_holds_is_found_without_an_option(expected: Expected, ab
     assert column(dataset, "view") == expected.views
     assert column(dataset, "split") == expected.splits
     assert len(dataset.shapes) == expected.outlined
+    assert sum(bool(image.lesion_mask) for image in dataset.images) == expected.masked
     notes = "\n".join([dataset.why, *dataset.notes])
     assert all(text in notes for text in expected.said), notes
     labels = {(image.path, image.label) for image in dataset.images}
-    assert all((path, shape.label) in labels for path, shapes in dataset.shapes.items() for shape in shapes)
+    outlined = {(path, shape.label) for path, shapes in dataset.shapes.items() for shape in shapes if shape.label}
+    assert outlined <= labels
     assert all(dataset.store.read(image.path) for image in dataset.images if image.size >= 0)
 
 
@@ -142,8 +151,8 @@ def test_one_finding_is_not_scored_with_the_box_of_another(tmp_path: Path) -> No
     replicas.vindr_physionet(tmp_path / "v")
     shapes = open_dataset(tmp_path / "v").shapes.values()
     assert sorted([(box.x, box.y, box.w, box.h) for box in found if isinstance(box, Box)] for found in shapes) == [
-        [(691, 1375, 962, 456), (700, 1380, 900, 420)],
-        [(932, 567, 265, 329)],
+        [pytest.approx((13.82, 27.5, 19.24, 9.12)), pytest.approx((14, 27.6, 18, 8.4))],
+        [pytest.approx((18.5, 11.5, 5.5, 6.5))],
     ]
 
 
@@ -336,5 +345,5 @@ def test_inspect_prints_it(expected: Expected, tmp_path: Path) -> None:
     assert "recognised by: " in result.output
     assert all(f"  {label}: {count}" in result.output for label, count in expected.classes.items())
     summary = json.loads(CliRunner().invoke(main, ["inspect", str(tmp_path), "--json"]).output)
-    assert summary["with_outlined_lesion"] == expected.outlined
+    assert (summary["with_outlined_lesion"], summary["with_lesion_mask"]) == (expected.outlined, expected.masked)
     assert not [bad for bad in summary["unreadable"] if bad["status"] != "missing"]
