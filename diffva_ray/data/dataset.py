@@ -54,6 +54,7 @@ class Dataset:
         bits: Number of bits that the values in 16-bit grey files use (``data.bits``).
         why: What the layout was recognised by.
         left_out: What the reader did not take, with counts, one line each.
+        issuer: The public data set that numbered the patients; empty for ids of a user's own.
     """
 
     store: Store
@@ -64,6 +65,7 @@ class Dataset:
     bits: int = 16
     why: str = ""
     left_out: list[str] = field(default_factory=list)
+    issuer: str = ""
 
     def __len__(self) -> int:
         return len(self.images)

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from diffva_ray.config.methods import METHODS
 from diffva_ray.config.recipe import GUESS, SOURCE, Recipe
-from diffva_ray.data.bit_depth import bit_depth_note
+from diffva_ray.data.bit_depth import checked_bit_depth
 from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.generate.committed import start_retry
@@ -129,7 +129,7 @@ def _plan(recipe: Recipe, data: str, model: ModelFolder, store: Store, request: 
     """Plan a run and write it to ``store``; returns another process's run if that one was first."""
     # Choose the images.
     dataset = requested_images(recipe, data, request)
-    for note in (*dataset.notes, *filter(None, [bit_depth_note(dataset), _untrained_note(dataset, recipe)])):
+    for note in (*dataset.notes, *filter(None, [checked_bit_depth(dataset), _untrained_note(dataset, recipe)])):
         LOG.info("data: %s", note)
 
     # Describe where everything comes from.

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffva_ray.data.columns import patient_key
 from diffva_ray.data.dataset import Dataset, LabelledImage
-from diffva_ray.data.listing import Listing
+from diffva_ray.data.listing import Listing, incomplete
 from diffva_ray.data.readers.radiography import COMPANIONS
 
 KIND = "split-folders"
@@ -46,12 +46,16 @@ def read(listing: Listing) -> Dataset | None:
     splits = sorted({image.path.removeprefix(f"{root}/").split("/")[0] for image in found[root]})
     why = f"folders {root + '/' if root else ''}{'|'.join(splits)}/<class>; give one of them for one split"
     left_out = [f"{others} images outside these folders"] if others else []
-    return Dataset(listing.store, found[root], KERMANY if known else KIND, why=why, left_out=left_out)
+    if not known:
+        return Dataset(listing.store, found[root], KIND, why=why, left_out=left_out)
+    absent = {"train", "val", "test"} - {image.columns["split"] for image in found[root]}
+    remarks = [incomplete(f"{split}/", "its images are left out") for split in sorted(absent)]
+    return Dataset(listing.store, found[root], KERMANY, remarks, why=why, left_out=left_out, issuer=KERMANY)
 
 
 def _details(split: str, name: str) -> dict[str, Any]:
     """Patient, split and cause of an image, by Kermany's file names. Its test patients are others and numbered anew."""
     match = PNEUMONIA.match(name) or NORMAL.match(name)
-    patient = f"kermany {'test' if split == 'test' else ''} {match[1]}" if match else ""
+    patient = f"{'test ' if split == 'test' else ''}{match[1]}" if match else ""
     cause = {"cause": match[2]} if match and match.re is PNEUMONIA else {}
-    return {"patient": patient_key(patient), "columns": {"split": split, **cause}}
+    return {"patient": patient_key(patient, KERMANY), "columns": {"split": split, **cause}}

@@ -17,7 +17,8 @@ from diffva_ray.data.tables import Line
 
 KIND = "vindr-cxr"
 LAYOUT = "VinDr-CXR"
-FILES = r"(^|/)(train|test)/[0-9a-f]{32}\.dicom$"
+FILES = r"(^|/)(train|test)/[0-9a-f]{32}\.(dicom|dcm|png|jpe?g)$"
+PHYSIONET = {"train": "annotations_train.csv", "test": "annotations_test.csv"}
 COLUMNS = ("image_id", "class_name", "x_min", "y_min", "x_max", "y_max")
 FURTHER = ("rad_id", "width", "height")
 HEALTHY = "No finding"
@@ -27,12 +28,20 @@ RULE = f"an image has the classes that at least {AGREE} of its radiologists name
 
 def read(listing: Listing) -> Dataset | None:
     """The images of the tables; training images by RULE, test images by the consensus that the set comes with."""
-    candidates = listing.named("annotations_train.csv", "annotations_test.csv", "train.csv")
+    candidates = listing.named(*PHYSIONET.values(), "train.csv")
     tables = [path for path in candidates if set(COLUMNS) <= set(listing.table(path, COLUMNS).columns)]
     if not tables:
-        listing.require(LAYOUT, "annotations/annotations_train.csv (Kaggle: train.csv)", FILES)
+        listing.require(LAYOUT, "annotations/annotations_train.csv (Kaggle: train.csv)", "labels and boxes", FILES)
         return None
     images = Collection(listing, KIND, f"{base(tables[0])} has the columns {','.join(COLUMNS)}", remarks=[RULE])
+    for split, table in PHYSIONET.items():
+        named = {base(path).lower() for path in tables}
+        if (
+            table not in named
+            and named & {*PHYSIONET.values()}
+            and any(f"/{split}/" in f"/{entry.path}" for entry in listing.images)
+        ):
+            images.lacks(table, f"the images of {split} have no labels")
     meta = _original_sizes(listing)
     for path in tables:
         split = "test" if "test" in base(path) else "train"
