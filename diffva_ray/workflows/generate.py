@@ -52,7 +52,7 @@ def generate_run(
     """
     with _device(execution) as device:
         folder = ModelFolder(model)
-        run = _plan_or_continue(recipe, data, folder, out, request, execution, device)
+        run = plan_or_continue(recipe, data, folder, out, request, execution, device)
         return _execute(run, model, execution)
 
 
@@ -111,7 +111,7 @@ def _device(execution: Execution) -> Iterator[str]:
         yield "cuda" if (session.gpus() if gpus is None else gpus) else "cpu"
 
 
-def _plan_or_continue(
+def plan_or_continue(
     recipe: Recipe, data: str, model: ModelFolder, out: str, request: Request, execution: Execution, device: str
 ) -> Run:
     """Return the run at ``out``: planned now, or an existing one whose fingerprint agrees."""

@@ -138,6 +138,7 @@ OPTIONS = {
     "--gpus-per-actor --inception-weights --limit --model --out --quick --radiography --recipe --resize --set "
     "--sources",
     "phantoms": "OUT --classes --dry-run --onto --patients --recipe --seed --set --size --transplants --vary",
+    "readers": "STUDY ANSWERS",
     "reduce": "RUN --boxes --brixia --data --executor --extractor --inception-weights --judge --lpips-weights "
     "--max-quarantined-fraction --normals --reference --resize --sources --threshold-from",
     "report": "RUN --anonymise-names --boxes --data --images --port --serve",
@@ -145,6 +146,7 @@ OPTIONS = {
     "score": "MAPS --allow-training-images --boxes --columns --data --encoding --json --model --out --positive --root "
     "--signed --size --smoothing --threshold-from",
     "status": "RUN_OR_MODEL --json",
+    "study": "RUN --images --out --seed",
     "train": "--columns --data --dry-run --executor --gpus-per-worker --healthy-class --out --recipe --root --set "
     "--workers",
     "verify": "RUN --repair",

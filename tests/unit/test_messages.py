@@ -54,6 +54,8 @@ WRONG = [  # a command line, and what its message has to name: the cause and wha
     ("explain nowhere.png --model MODEL", "nowhere.png"),
     ("explain IMAGES --model MODEL", "IMAGES"),
     ("interpolate IMAGES --model MODEL --prompt a", "--prompt"),
+    ("study nowhere --out x", "nowhere", "diffva generate"),
+    ("readers nowhere", "nowhere", "diffva study"),
     ("inspect nowhere", "nowhere"),
     ("phantoms x --classes Foo", "Foo", "Normal"),
     ("paper --model nowhere --out x --quick", "--model nowhere"),
