@@ -82,6 +82,12 @@ SETS = [
 NAMES = [expected.replica.__name__ for expected in SETS]
 
 
+@pytest.mark.parametrize("expected", SETS, ids=NAMES)
+def test_the_guide_lists_the_set(expected: Expected) -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "guides" / "datasets.md").read_text()
+    assert f"`{expected.kind}`" in guide
+
+
 def column(dataset: Dataset, name: str) -> tuple[str, ...]:
     return tuple(sorted({image.columns[name] for image in dataset.images if name in image.columns}))
 
