@@ -293,6 +293,24 @@ def test_patients_of_two_sets_that_number_them_alike_are_not_one(tmp_path: Path)
     assert "patients in both: 1 (of 3 and 1)" in text
 
 
+def test_one_split_of_kermany_has_the_patients_of_the_whole(tmp_path: Path) -> None:
+    replicas.kermany(tmp_path)
+    whole = open_dataset(tmp_path)
+    for split in ("train", "test"):
+        part = open_dataset(tmp_path / "chest_xray" / split)
+        expected = [(image.label, image.patient) for image in whole.images if image.columns["split"] == split]
+        assert [(image.label, image.patient) for image in part.images] == expected
+        assert part.issuer == whole.issuer == "kermany"
+
+
+@pytest.mark.parametrize("replica", [replicas.mimic, replicas.vindr_physionet])
+def test_what_the_host_s_wget_line_makes_is_read_from_its_top(replica: Callable[[Path], None], tmp_path: Path) -> None:
+    replica(tmp_path / "plain")
+    replica(tmp_path / "physionet.org" / "files" / "name" / "2.0.0")
+    plain, deep = open_dataset(tmp_path / "plain"), open_dataset(tmp_path / "physionet.org")
+    assert (deep.kind, deep.classes, len(deep.shapes)) == (plain.kind, plain.classes, len(plain.shapes))
+
+
 def test_a_set_that_is_mostly_absent_is_taken_as_far_as_it_goes(tmp_path: Path) -> None:
     replicas.nih_kaggle(tmp_path)
     for name in ("images_002", "images_003"):
