@@ -110,7 +110,9 @@ def companions(path: str, kind: str) -> tuple[str, ...]:
     name = path.rpartition("/")[2]
     folder = path[: len(path) - len(name)]
     above = folder.removesuffix("images/") if f"/{folder}".endswith("/images/") else folder
-    names = (name, f"{name.rpartition('.')[0]}.png")  # a JPEG image's mask may be a PNG
+    stem, dot, extension = name.rpartition(".")  # a DICOM file may have none
+    stem = stem if f"{dot}{extension}".lower() in IMAGE_EXTENSIONS else name
+    names = (name, f"{stem}.png")  # a JPEG image's mask may be a PNG
     return tuple(f"{above}{kind}/{name}" for name in dict.fromkeys(names))
 
 

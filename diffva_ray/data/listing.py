@@ -25,7 +25,7 @@ from diffva_ray.storage.store import Entry, Ranges, Store
 
 HEAD_BYTES = 132  # a DICOM file is recognised by these
 EXTENSION = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,9}$")  # DICOM files are also called IM000001 or 1.2.840.113
-KNOWN_TABLES = 2  # levels of folders above a table, from the data root
+KNOWN_TABLES = 4  # levels of folders above a table; PhysioNet's wget line makes physionet.org/files/NAME/VERSION
 
 
 def nfc(text: str) -> str:

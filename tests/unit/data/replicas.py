@@ -176,7 +176,12 @@ def vindr_physionet(root: Path) -> None:
         "annotations/annotations_test.csv",
         f"image_id,class_name,x_min,y_min,x_max,y_max\n{VINDR[2]},Pleural effusion,18.5,11.5,24,18\n",
     )
-    write(root, "annotations/image_labels_train.csv", "image_id,rad_id,Aortic enlargement,No finding\n")
+    readers = ((0, "R11"), (0, "R15"), (0, "R2"), (1, "R10"), (1, "R8"), (1, "R9"))
+    diagnoses = "".join(f"{VINDR[n]},{reader},0,{int(reader in ('R8', 'R9'))},{1 - n}\n" for n, reader in readers)
+    write(root, "annotations/image_labels_train.csv",
+          f"image_id,rad_id,Aortic enlargement,Tuberculosis,No finding\n{diagnoses}")  # fmt: skip
+    write(root, "annotations/image_labels_test.csv",
+          f"image_id,Aortic enlargement,Other disease,No finding\n{VINDR[2]},0,1,0\n")  # fmt: skip
     image(root, f"train/{VINDR[0]}.dicom", f"train/{VINDR[1]}.dicom", f"test/{VINDR[2]}.dicom")
 
 

@@ -82,6 +82,7 @@ def test_files_that_clearly_use_fewer_bits_are_refused_until_the_option_says_how
     assert f"use --set data.bits={bits}" in diffva("inspect", data).output
     commands = {
         "run": ("generate", "--data", data, "--model", model, "--out", tmp_path / "run", "--executor", "inline"),
+        "dry": ("generate", "--data", data, "--model", model, "--out", tmp_path / "dry", "--dry-run"),
         "trained": ("train", "--data", data, "--out", tmp_path / "trained", "--executor", "inline"),
         "sheet.png": ("explain", next(data.glob("COVID/images/*.png")), "--model", model, "--out",
                       tmp_path / "sheet.png"),

@@ -57,7 +57,8 @@ SETS = [
     Expected(replicas.radiography, "radiography", {"COVID": 1, "Lung_Opacity": 1, "Normal": 1, "Viral Pneumonia": 1}),
     Expected(replicas.kermany, "kermany", {"Normal": 3, "PNEUMONIA": 4}, 6, (), ("test", "train", "val"), 0,
              ("1 images outside these folders", "'NORMAL' is class 'Normal'")),
-    Expected(replicas.vindr_physionet, "vindr-cxr", {"Cardiomegaly": 1, "Normal": 1, "Pleural effusion": 1}, 0, (),
+    Expected(replicas.vindr_physionet, "vindr-cxr",
+             {"Cardiomegaly": 1, "Normal": 1, "Other diseases": 1, "Pleural effusion": 1, "Tuberculosis": 1}, 0, (),
              ("test", "train"), 2, ("at least 2 of its radiologists",)),
     Expected(replicas.vindr_png, "vindr-cxr", {"Cardiomegaly": 1, "Normal": 1}, 0, (), ("train",), 1),
     Expected(replicas.mimic, "mimic-cxr-jpg", {"Lung_Opacity": 1, "Pneumonia": 1}, 1, ("PA",), ("train",), 1,
@@ -80,6 +81,12 @@ SETS = [
              ("test|train|val/<class>", "2 boxes on 2 images")),
 ]  # fmt: skip
 NAMES = [expected.replica.__name__ for expected in SETS]
+
+
+@pytest.mark.parametrize("expected", SETS, ids=NAMES)
+def test_the_guide_lists_the_set(expected: Expected) -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "guides" / "datasets.md").read_text()
+    assert f"`{expected.kind}`" in guide
 
 
 def column(dataset: Dataset, name: str) -> tuple[str, ...]:
@@ -236,6 +243,7 @@ def test_an_incomplete_set_says_what_is_missing(
         (replicas.chexpert_batches, ["train_cheXbert.csv", "CheXpert-v1.0 batch 1 (validate & csv)/train.csv"],
          "missing the table of split train; its images"),
         (replicas.vindr_physionet, ["annotations/annotations_test.csv"], "missing annotations_test.csv; the images"),
+        (replicas.vindr_physionet, ["annotations/image_labels_train.csv"], "missing image_labels_train.csv; diagno"),
         (replicas.chestxdet, ["ChestX_Det_test.json"], "missing ChestX_Det_test.json; the images of test have no"),
         (replicas.kermany, ["chest_xray/val"], "missing val/; its images are left out"),
         (replicas.radiography, ["COVID-19_Radiography_Dataset/COVID"], "missing COVID/images; these classes are"),
@@ -285,6 +293,24 @@ def test_patients_of_two_sets_that_number_them_alike_are_not_one(tmp_path: Path)
     common, text = compared("nih", "nih/own.csv")
     assert common["patients"] == [patient_key("1", "nih-chestxray14")]
     assert "patients in both: 1 (of 3 and 1)" in text
+
+
+def test_one_split_of_kermany_has_the_patients_of_the_whole(tmp_path: Path) -> None:
+    replicas.kermany(tmp_path)
+    whole = open_dataset(tmp_path)
+    for split in ("train", "test"):
+        part = open_dataset(tmp_path / "chest_xray" / split)
+        expected = [(image.label, image.patient) for image in whole.images if image.columns["split"] == split]
+        assert [(image.label, image.patient) for image in part.images] == expected
+        assert part.issuer == whole.issuer == "kermany"
+
+
+@pytest.mark.parametrize("replica", [replicas.mimic, replicas.vindr_physionet])
+def test_what_the_host_s_wget_line_makes_is_read_from_its_top(replica: Callable[[Path], None], tmp_path: Path) -> None:
+    replica(tmp_path / "plain")
+    replica(tmp_path / "physionet.org" / "files" / "name" / "2.0.0")
+    plain, deep = open_dataset(tmp_path / "plain"), open_dataset(tmp_path / "physionet.org")
+    assert (deep.kind, deep.classes, len(deep.shapes)) == (plain.kind, plain.classes, len(plain.shapes))
 
 
 def test_a_set_that_is_mostly_absent_is_taken_as_far_as_it_goes(tmp_path: Path) -> None:
