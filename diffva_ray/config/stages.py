@@ -287,8 +287,11 @@ class TrainConfig(Section):
     lora: LoraConfig | None = None
     """Low-rank adapters to train instead of the weights; none: train the weights."""
 
-    checkpoint_every: int = Field(200, ge=1)
-    """Number of steps between checkpoints; every stage also ends with a checkpoint."""
+    checkpoint_minutes: float = Field(10.0, gt=0)
+    """Minutes between checkpoints, looked at when losses are logged; every stage also ends with a checkpoint."""
+
+    checkpoint_every: int | None = Field(None, ge=1)
+    """Number of steps between further checkpoints; none: by time alone."""
 
     checkpoints_to_keep: int = Field(2, ge=1)
     """Number of newest checkpoints to keep."""

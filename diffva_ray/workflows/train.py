@@ -24,6 +24,8 @@ from diffva_ray.storage.store import Store, absolute, is_local
 from diffva_ray.train.classes import described, fitted
 from diffva_ray.workflows.execution import Executor
 
+INTERVALS = {f"train.{name}" for name in ("checkpoint_every", "checkpoint_minutes", "checkpoints_to_keep", "log_every")}
+
 
 def train_model(
     recipe: Recipe,
@@ -106,7 +108,7 @@ def _started_keys(store: Store, keys: dict[str, Any]) -> dict[str, Any]:
         raise UnusableModel(
             f"{store.uri}/{TRAINING} is damaged; delete it if this is the training that was started there"
         )
-    old, new = _flat(_with_defaults(started)), _flat(keys)
+    old, new = (_without_intervals(_flat(each)) for each in (_with_defaults(started), keys))
     if changed := fingerprint_difference(old, new):
         raise FingerprintDiffers(store.uri, changed, _short(old), _short(new))
     return started
@@ -210,6 +212,11 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
     inner = [_flat(below, f"{name}.{key}" if name else str(key)) for key, below in items]
     return {key: leaf for part in inner for key, leaf in part.items()} if inner else {name: value}
+
+
+def _without_intervals(keys: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the settings that do not change what is trained: they may be others when a training goes on."""
+    return {key: value for key, value in keys.items() if key not in INTERVALS}
 
 
 def _short(keys: dict[str, Any]) -> dict[str, Any]:
