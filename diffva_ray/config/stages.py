@@ -272,8 +272,9 @@ class TrainConfig(Section):
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the computation (Accelerate); weights and optimizer states stay float32."""
 
-    gradient_checkpointing: bool = False
-    """Recompute activations of UNet and text encoder in the backward pass to save memory."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Recompute activations of UNet and text encoder in the backward pass to save memory; ``auto``: only on a GPU that
+    would be too small otherwise."""
 
     channels_last: bool = False
     """Use the channels-last memory layout; faster on many GPUs."""

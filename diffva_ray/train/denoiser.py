@@ -180,7 +180,7 @@ class DenoiserStage(NoisePrediction):
         if config.prior_class and config.class_images == "generated":
             generated = class_images(self.context, config, worker)
             self.prior = self._class_set(generated, latents_of(self.context, generated))
-        for parameter in self._trainable_parameters():
+        for parameter in self.trained_parameters():
             parameter.requires_grad_(True)
 
     def _check_pairs(self) -> None:
@@ -199,7 +199,7 @@ class DenoiserStage(NoisePrediction):
         order = ImageOrder(images.images, {label: 1}, self.context.seed + 1)
         return ClassSet(label, order, latents, self.config.prior_loss_weight)
 
-    def _trainable_parameters(self) -> list[nn.Parameter]:
+    def trained_parameters(self) -> list[nn.Parameter]:
         """LoRA adapters if attached, otherwise all weights; with ``trainable: cross-attention``, only the UNet's
         parameters that read the prompt."""
         unet, encoder = self.context.bundle.unet, self.context.bundle.text_encoder

@@ -27,6 +27,7 @@ from diffva_ray.train.checkpoint import Position, Report, discard, load_optimize
 from diffva_ray.train.classes import fitted
 from diffva_ray.train.kinds import make_stage
 from diffva_ray.train.logger import TrainingLogger
+from diffva_ray.train.memory import must_recompute
 from diffva_ray.train.sampling import ImageSet, step_generator
 from diffva_ray.train.saving import Saver
 from diffva_ray.train.sharding import whole
@@ -167,13 +168,14 @@ def prepare(recipe: Recipe, data: str, store: Store, workers: int = 1) -> tuple[
     images = ImageSet(dataset, recipe.model.resolution, config.cache_megabytes)
     if config.lora is not None:
         attach(bundle.unet, bundle.text_encoder, config.lora, recipe.seed)
-    if config.gradient_checkpointing:
-        bundle.unet.enable_gradient_checkpointing()
-        bundle.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
     # Build the stages.
     context = StageContext(bundle, images, recipe.seed, store, config.cache_megabytes if config.cache_latents else 0)
-    return bundle, images, [make_stage(context, stage) for stage in config.stages]
+    stages = [make_stage(context, stage) for stage in config.stages]
+    if must_recompute(bundle, stages, config, workers):
+        bundle.unet.enable_gradient_checkpointing()
+        bundle.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    return bundle, images, stages
 
 
 def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: Path | None) -> None:

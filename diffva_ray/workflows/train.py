@@ -116,16 +116,20 @@ def _started_keys(store: Store, keys: dict[str, Any]) -> dict[str, Any]:
 
 def check_training(
     recipe: Recipe, data: str, out: str, workers: int | tuple[int, int] = 1
-) -> tuple[Recipe, list[str], int]:
+) -> tuple[Recipe, list[str], int, list[str]]:
     """Raise what ``train_model`` would raise before its first step. Builds the networks, writes nothing. Returns the
-    recipe with the classes of the data, its description, and the number of images."""
+    recipe with the classes of the data, its description, the number of images, and the GPU memory that it needs."""
     from diffva_ray.train.loop import prepare
+    from diffva_ray.train.memory import memory_lines
 
     store = open_store(out)
     recipe, keys, dataset = training_keys(recipe, data)
+    memory: list[str] = []
     if not is_trained(store, keys):
-        prepare(recipe, data, store, workers if isinstance(workers, int) else workers[1])
-    return recipe, described(recipe, dataset), len(dataset.images)
+        least, most = (workers, workers) if isinstance(workers, int) else workers
+        bundle, _, stages = prepare(recipe, data, store, most)
+        memory = memory_lines(bundle, stages, recipe.train, least)
+    return recipe, described(recipe, dataset), len(dataset.images), memory
 
 
 def _train(
