@@ -33,11 +33,11 @@ from diffva_ray.model.bundle import Bundle, build, save
 from diffva_ray.provenance import code_revision, version
 from diffva_ray.storage.local import LocalStore
 from diffva_ray.storage.opening import open_store
-from diffva_ray.train import loop
+from diffva_ray.train import loop, training_step
 from diffva_ray.train.checkpoint import Checkpoints
 from diffva_ray.train.denoiser import DenoiserStage
 from diffva_ray.train.sampling import ImageSet, step_generator
-from diffva_ray.train.stage import Batch, StageContext, three_channels
+from diffva_ray.train.stage import Batch, StageContext, Worker, three_channels
 
 LEARNING_RATE, BATCH = 5e-4, 4
 STAGE = {"name": "covid", "trains": "denoiser", "steps": 40, "batch_size": BATCH, "learning_rate": LEARNING_RATE,
@@ -130,22 +130,22 @@ def context(recipe: Recipe, bundle: Bundle, images: ImageSet) -> StageContext:
 def our_loss(recipe: Recipe, images: ImageSet, step: int) -> torch.Tensor:
     """Compute the loss of our stage in a step, on a newly built model."""
     stage = DenoiserStage(context(recipe, build(recipe), images), recipe.train.stages[0])
-    stage.begin(torch.device("cpu"), True, lambda: None)
+    stage.begin(Worker(torch.device("cpu")))
     batch = Batch(step, BATCH, list(range(BATCH)), step_generator(recipe.seed, STAGE["name"], step))
-    return stage.loss(stage.trainables[0].network, batch)
+    return stage.loss(stage.trainables[0].network, stage.inputs(batch))
 
 
 def our_run(recipe: Recipe, images: str, out: Path) -> tuple[list[float], float]:
     """Return loss curve and seconds per step of our loop; the first steps (caches, compilers) are separate."""
     stamps: list[float] = []
 
-    rate = loop.learning_rate
+    rate = training_step.learning_rate
 
     def ticking(*arguments: Any) -> float:
         stamps.append(time.perf_counter())
         return rate(*arguments)
 
-    loop.learning_rate = ticking
+    training_step.learning_rate = ticking
     try:
         loop.train(
             recipe,
@@ -157,7 +157,7 @@ def our_run(recipe: Recipe, images: str, out: Path) -> tuple[list[float], float]
             threads=torch.get_num_threads(),
         )
     finally:
-        loop.learning_rate = rate
+        training_step.learning_rate = rate
     history = json.loads((out / ".train/progress.json").read_text())["history"]
     return [entry["loss"] for entry in history], statistics.median(
         later - now for now, later in itertools.pairwise(stamps[3:])

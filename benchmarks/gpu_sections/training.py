@@ -20,10 +20,13 @@ from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.storage.local import LocalStore
 from diffva_ray.train import loop
+from diffva_ray.train.ahead import Ahead, inputs_of
 from diffva_ray.train.checkpoint import Position
 from diffva_ray.train.kinds import make_stage
 from diffva_ray.train.sampling import ImageSet
-from diffva_ray.train.stage import Stage, StageContext
+from diffva_ray.train.saving import Saver
+from diffva_ray.train.stage import Stage, StageContext, Worker
+from diffva_ray.train.training_step import PreparedTrainable, prepare_trainable, train_step
 from gpu_sections.book import Book, Values
 from gpu_sections.measure import forget_peak, peak_gib, release, switched, switches, timed
 from gpu_sections.subject import Subject, operations_of
@@ -52,7 +55,7 @@ def section(book: Book, subject: Subject) -> None:
 
     if book.row("trainer", start) is None:
         return
-    bundle = ready[0].run.bundle
+    bundle = ready[0].bundle
 
     def step(name: str, batch: int, who: Trainer, cached: bool = False, expected: float = 3.0) -> Values | None:
         def work() -> Values:
@@ -129,39 +132,46 @@ def recipe_of(subject: Subject, *overrides: str) -> Recipe:
 
 @dataclass
 class Trainer:
-    """The loop's own pieces, ready to take single steps."""
+    """The loop's own pieces, ready to take single steps, with their inputs made ahead as in the loop."""
 
-    run: loop.TrainingRun
+    recipe: Recipe
+    bundle: Bundle
+    accelerator: Accelerator
     stage: Stage
-    prepared: loop.PreparedTrainable
+    prepared: PreparedTrainable
     config: StageConfig
-    steps: int = 0
+    batch: int = 0  # of ``inputs``
+    inputs: Any = None  # iterator over steps
 
     @classmethod
     def made(cls, subject: Subject, recipe: Recipe, data: str, bundle: Bundle | None = None) -> Trainer:
         bundle = bundle or subject.copied()
-        accelerator = Accelerator(mixed_precision=recipe.train.mixed_precision, cpu=not subject.cuda)
+        accelerator = loop.make_accelerator(recipe)
         stage = stage_of(recipe, bundle, data, 0, 1024)
         for module in bundle.modules.values():
             module.to(subject.device).requires_grad_(False)
-        stage.begin(subject.device, True, accelerator.wait_for_everyone)
-        logger: Any = SimpleNamespace(history=[], keep=lambda: None)  # TensorBoard is no part of a step
-        run = loop.TrainingRun(recipe, bundle, accelerator, {}, "benchmark", lambda *_: None, logger, None)
+        stage.begin(Worker(subject.device))
         config = recipe.train.stages[0]
-        return cls(run, stage, loop._prepare(run, config, stage.trainables[0]), config)
+        prepared = prepare_trainable(recipe.train, accelerator, config, stage.trainables[0])
+        return cls(recipe, bundle, accelerator, stage, prepared, config)
 
     def step(self, batch: int) -> None:
         config = self.config.model_copy(update={"batch_size": batch})
-        loop._train_step(self.run, config, self.prepared, self.steps, [list(range(batch))])
-        self.steps += 1
+        if batch != self.batch:
+            make = inputs_of(self.recipe.seed, config, self.stage.trainables)
+            self.batch, self.inputs = batch, iter(Ahead(make, range(10**6), self.accelerator.device))
+        step, shares = next(self.inputs)
+        train_step(self.accelerator, config, self.prepared, step, shares[0])
 
     def with_images(self, data: str, cache_latents: int = 0, cache: int = 1024) -> Trainer:
         """The same networks and optimizer on other images: latents kept up to so many megabytes, images as well."""
-        stage = stage_of(self.run.recipe, self.run.bundle, data, cache_latents, cache)
-        return replace(self, stage=stage, prepared=replace(self.prepared, definition=stage.trainables[0]))
+        stage = stage_of(self.recipe, self.bundle, data, cache_latents, cache)
+        with self.accelerator.autocast():
+            stage.fill(self.accelerator.device)
+        return replace(self, stage=stage, prepared=replace(self.prepared, definition=stage.trainables[0]), batch=0)
 
     def checkpointing(self, on: bool) -> None:
-        unet, encoder = self.run.bundle.unet, self.run.bundle.text_encoder
+        unet, encoder = self.bundle.unet, self.bundle.text_encoder
         if on:
             unet.enable_gradient_checkpointing()
             encoder.gradient_checkpointing_enable({"use_reentrant": False})
@@ -182,7 +192,7 @@ def optimizer_alone(subject: Subject, trainer: Trainer) -> Values:
     for parameter in prepared.parameters:
         parameter.grad = torch.full_like(parameter, 1e-6)
     parts = {
-        "clip": lambda: trainer.run.accelerator.clip_grad_norm_(prepared.parameters, config.max_grad_norm),
+        "clip": lambda: trainer.accelerator.clip_grad_norm_(prepared.parameters, config.max_grad_norm),
         "optimizer": lambda: prepared.optimizer.step(),
         "ema": lambda: prepared.ema.step(prepared.parameters) if prepared.ema is not None else None,
     }
@@ -195,7 +205,7 @@ def optimizer_alone(subject: Subject, trainer: Trainer) -> Values:
 
 
 def checkpoint(trainer: Trainer) -> Values:
-    """The loop's own checkpoint, on local disk."""
+    """The loop's own checkpoint, on local disk: how long the steps stand still, and when it is written."""
     seen: list[int] = []
 
     def weigh(_: dict[str, float], folder: Path | None) -> None:
@@ -203,6 +213,14 @@ def checkpoint(trainer: Trainer) -> Values:
         seen.append(sum(file.stat().st_size for file in folder.iterdir()))
         shutil.rmtree(folder)
 
-    run, began = replace(trainer.run, report=weigh), time.perf_counter()
-    loop._write_checkpoint(run, Position(0, 1), [trainer.prepared])
-    return {"seconds": round(time.perf_counter() - began, 2), "bytes": seen[0]}
+    logger: Any = SimpleNamespace(history=[], keep=lambda: None)  # TensorBoard is no part of a checkpoint
+    images = trainer.stage.context.images
+    with Saver(
+        trainer.recipe.train, trainer.bundle, {}, images, trainer.accelerator, "benchmark", weigh, logger, None
+    ) as saver:
+        began = time.perf_counter()
+        saver.save(Position(0, 1), [trainer.prepared])
+        copied = time.perf_counter() - began
+        saver.finish()
+    written = time.perf_counter() - began
+    return {"seconds": round(copied, 2), "seconds_until_written": round(written, 2), "bytes": seen[0]}

@@ -103,7 +103,8 @@ def train(data: str, columns: str | None, root: str | None, healthy_class: str |
     data_flags = {"data__columns": columns, "data__root": root, "data__healthy_class": healthy_class}
     resolved = load_recipe(recipe, with_flags(overrides, **data_flags))
     if dry_run:
-        resolved, summary, images = check_training(resolved, data, out, workers)
+        resolved, summary, images, memory = check_training(resolved, data, out, workers)
+        summary = [*summary, *(f"GPU memory: {line}" for line in memory)]
         return show(resolved, data=data, out=out, images=images, workers=workers, summary=summary)
     if train_model(resolved, data, out, workers, gpus_per_worker, executor):
         folder = shlex.quote(out)

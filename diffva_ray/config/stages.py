@@ -272,8 +272,9 @@ class TrainConfig(Section):
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the computation (Accelerate); weights and optimizer states stay float32."""
 
-    gradient_checkpointing: bool = False
-    """Recompute activations of UNet and text encoder in the backward pass to save memory."""
+    gradient_checkpointing: bool | Literal["auto"] = False
+    """Recompute activations of UNet and text encoder in the backward pass to save memory; ``auto``: only on a GPU that
+    would be too small otherwise."""
 
     channels_last: bool = False
     """Use the channels-last memory layout; faster on many GPUs."""
@@ -287,8 +288,11 @@ class TrainConfig(Section):
     lora: LoraConfig | None = None
     """Low-rank adapters to train instead of the weights; none: train the weights."""
 
-    checkpoint_every: int = Field(200, ge=1)
-    """Number of steps between checkpoints; every stage also ends with a checkpoint."""
+    checkpoint_minutes: float = Field(10.0, gt=0)
+    """Minutes between checkpoints, looked at when losses are logged; every stage also ends with a checkpoint."""
+
+    checkpoint_every: int | None = Field(None, ge=1)
+    """Number of steps between further checkpoints; none: by time alone."""
 
     checkpoints_to_keep: int = Field(2, ge=1)
     """Number of newest checkpoints to keep."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import string
 import threading
 from collections.abc import Sequence
@@ -235,8 +236,17 @@ def embed(encoder: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> to
     agree.
     """
     used = getattr(encoder.config, "use_attention_mask", False)
+    if used and mask.device.type != "cpu" and _reads_prepared_mask(encoder.config):
+        mask = mask[:, None, None, :].bool().expand(-1, 1, mask.shape[1], -1)
     states: torch.Tensor = encoder(ids, attention_mask=mask if used else None)[0]
     return states
+
+
+def _reads_prepared_mask(config: Any) -> bool:
+    """Whether an encoder takes a mask [n, 1, length, length] as it is. From one of [n, length] transformers reads a
+    value, to see whether it is needed, for which the CPU has to wait for the GPU."""
+    bidirectional = config.model_type in ("bert", "roberta", "electra") and config._attn_implementation == "sdpa"
+    return bidirectional and importlib.util.find_spec("transformers.masking_utils") is not None
 
 
 def first_line(error: BaseException) -> str:

@@ -15,8 +15,8 @@ from torch import nn
 from diffva_ray.config.stages import AutoencoderConfig
 from diffva_ray.train.adversary import PatchDiscriminator, adaptive_weight, feature_matching, frozen, hinge_loss
 from diffva_ray.train.loss import autoencoder_loss
-from diffva_ray.train.sampling import ImageOrder
-from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable, three_channels
+from diffva_ray.train.sampling import ImageOrder, grey
+from diffva_ray.train.stage import Batch, Inputs, Stage, StageContext, Trainable, Worker, three_channels
 
 
 class AutoencoderStage(Stage):
@@ -29,36 +29,39 @@ class AutoencoderStage(Stage):
         super().__init__(context, config)
         self.order = ImageOrder(context.images.images, config.classes, context.seed)
         self.vae = context.bundle.vae
-        self.trainables = [Trainable("autoencoder", _Autoencoder(self.vae), self.loss)]
+        self.trainables = [Trainable("autoencoder", _Autoencoder(self.vae), self.inputs, self.loss)]
         self.adversary: PatchDiscriminator | None = None
         if config.adversarial_weight or config.perceptual_weight:
             torch.manual_seed(context.seed)
             self.adversary = PatchDiscriminator()
             self.modules = {f"adversary-{config.name}": self.adversary}
-            self.trainables.append(Trainable("adversary", self.adversary, self.adversary_loss))
+            self.trainables.append(Trainable("adversary", self.adversary, self.inputs, self.adversary_loss))
 
-    def begin(self, device: torch.device, first: bool, wait: Any) -> None:
+    def begin(self, worker: Worker) -> None:
         self.vae.requires_grad_(self.config.part == "all")
         self.vae.decoder.requires_grad_(True)
         if self.vae.post_quant_conv is not None:
             self.vae.post_quant_conv.requires_grad_(True)
         if self.adversary is not None:
-            self.adversary.to(device).requires_grad_(True)
+            self.adversary.to(worker.device).requires_grad_(True)
 
-    def _images(self, batch: Batch, network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the batch's images [n, 3, H, W] in [-1, 1] and the noise to sample their posteriors with."""
-        images = self.context.images.batch([self.order[position] for position in batch.positions()])
-        pixels = three_channels(images.to(next(network.parameters()).device))
-        side = pixels.shape[-1] // self.context.bundle.latent_scale
-        return pixels, batch.normal((self.vae.config.latent_channels, side, side), pixels)
+    def inputs(self, batch: Batch) -> Inputs:
+        """Return the images, uint8 [n, H, W], and the noise to sample their posteriors with."""
+        images = self.context.images
+        side = images.size // self.context.bundle.latent_scale
+        return {
+            "pixels": images.stack([self.order[position] for position in batch.positions()]),
+            "noise": batch.random.normal(self.vae.config.latent_channels, side, side),
+            "step": batch.step,
+        }
 
-    def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+    def loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
         """Loss of the autoencoder; the adversarial terms join at step ``adversarial_start``."""
-        pixels, noise = self._images(batch, network)
+        pixels, noise = three_channels(grey(inputs["pixels"])), inputs["noise"]
         reconstruction, mean, logvar = network(pixels, noise)
         config = self.config
         loss = autoencoder_loss(reconstruction, pixels, mean, logvar, config.kl_weight, config.gradient_weight)
-        if self.adversary is None or batch.step < config.adversarial_start:
+        if self.adversary is None or inputs["step"] < config.adversarial_start:
             return loss
         # The adversary is a fixed function here; ``adversary_loss`` trains it.
         with frozen(self.adversary) as adversary:
@@ -72,11 +75,11 @@ class AutoencoderStage(Stage):
                 loss = loss + config.adversarial_weight * weight * fooled
         return loss
 
-    def adversary_loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+    def adversary_loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
         """Hinge loss of the adversary on images and their reconstructions."""
-        pixels, noise = self._images(batch, network)
+        pixels = three_channels(grey(inputs["pixels"]))
         with torch.no_grad():
-            fake = self.trainables[0].network(pixels, noise)[0]
+            fake = self.trainables[0].network(pixels, inputs["noise"])[0]
         logits = network(torch.cat([pixels, fake]))[0]
         return hinge_loss(*logits.chunk(2))
 
@@ -84,6 +87,7 @@ class AutoencoderStage(Stage):
     def finish(self, device: torch.device) -> None:
         if self.config.part == "decoder":
             return
+        self.context.autoencoders += 1
         images = self.context.images
         sample = range(0, len(images.images), max(1, len(images.images) // 256))
         latents = torch.cat(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,6 +24,7 @@ from diffva_ray.progress import LOG, one_line
 from diffva_ray.storage.foreign_writes import foreign_writes, sync_tree
 
 Modules = Mapping[str, torch.nn.Module]
+Report = Callable[[dict[str, float], Path | None], None]  # (metrics, checkpoint folder, which the callee now owns)
 STATE, OPTIMIZERS = "state.json", "optimizers.pt"
 NAME = re.compile(r"checkpoint-\d+-\d+")  # of a checkpoint of ``Checkpoints``
 
@@ -44,37 +45,27 @@ class CheckpointState(BaseModel):
     fingerprint: str  # of the training
     workers: int
     scaling_factor: float  # of the autoencoder's latents
+    scaler: dict[str, int | float] = {}  # state of the gradient scaler of fp16; empty: none
+    images: list[str] = []  # digests of the images that the training has read
     files: dict[str, str] = {}  # sha256 by name; checkpoints of earlier versions have none
 
 
 def save_checkpoint(
     folder: Path,
-    position: Position,
-    fingerprint: str,
-    workers: int,
-    bundle: Bundle,
+    state: CheckpointState,
     weights: Mapping[str, Mapping[str, torch.Tensor]],
     optimizers: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write ``weights`` (one safetensors file for each module), the trainables' ``optimizers`` (with EMA states), and
-    last ``state.json``, which has the digests of the other files. Raises StoreError when the disk fails."""
-    tensors = {
-        name: {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        for name, state in weights.items()
-    }
+    """Write ``weights`` (one safetensors file for each module, of tensors on the CPU), the trainables' ``optimizers``
+    (with EMA states), and last ``state.json``, which has the digests of the other files. Raises StoreError when the
+    disk fails."""
     with foreign_writes(folder, "a checkpoint"):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, values in tensors.items():
-            save_file(values, folder / f"{name}.safetensors")
+        for name, values in weights.items():
+            save_file({key: value.contiguous() for key, value in values.items()}, folder / f"{name}.safetensors")
         if optimizers:
             torch.save(list(optimizers), folder / OPTIMIZERS)
-        state = CheckpointState(
-            **asdict(position),
-            fingerprint=fingerprint,
-            workers=workers,
-            scaling_factor=bundle.vae.config.scaling_factor,
-            files={file.name: file_sha256(file) for file in folder.iterdir()},
-        )
+        state = state.model_copy(update={"files": {file.name: file_sha256(file) for file in folder.iterdir()}})
         (folder / STATE).write_text(state.model_dump_json())
         sync_tree(folder)
 

@@ -7,7 +7,6 @@ weights that it has when the stage begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,41 +17,38 @@ from diffva_ray.data.dataset import Dataset, LabelledImage
 from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.model.bundle import base_source, pipeline_of
 from diffva_ray.train.sampling import ImageSet
-from diffva_ray.train.stage import StageContext
+from diffva_ray.train.stage import StageContext, Worker
 
 STEPS, GUIDANCE = 50, 7.5  # the pipeline's defaults, which diffusers' script uses
 
 
-def class_images(
-    context: StageContext, config: DenoiserConfig, device: torch.device, first: bool, wait: Callable[[], None]
-) -> ImageSet:
+def class_images(context: StageContext, config: DenoiserConfig, worker: Worker) -> ImageSet:
     """Return ``num_class_images`` images of ``prior_class``, stored below ``.train/class_images`` of the model folder.
 
-    The ``first`` worker generates the missing ones, each from its own seed, so that a resumed training has the same
-    set; the other workers ``wait``.
+    Every worker generates its share of the missing ones, each from its own seed, so that a resumed training and one on
+    another number of workers have the same set.
     """
     data, label = context.bundle.recipe.data, str(config.prior_class)
     folder = f".train/class_images/{config.name}"
     names = [f"{folder}/{n:05d}.png" for n in range(config.num_class_images)]
-    if first:
-        existing = {name for name, _ in context.store.list(folder)}
-        missing = [n for n, name in enumerate(names) if name not in existing]
-        if missing:
-            pipeline = _pipeline(context, device)
-            for n in missing:
-                generator = torch.Generator("cpu").manual_seed(context.seed * 1_000_003 + n)
-                image = pipeline(
-                    data.prompt(label),
-                    height=context.images.size,
-                    width=context.images.size,
-                    num_inference_steps=STEPS,
-                    guidance_scale=GUIDANCE,
-                    generator=generator,
-                    output_type="np",
-                ).images[0]
-                context.store.put(names[n], encode_grey(quantise(image.mean(axis=2))))
-            del pipeline
-    wait()
+    existing = {name for name, _ in context.store.list(folder)}
+    missing = [n for n, name in enumerate(names) if name not in existing and n % worker.workers == worker.rank]
+    if missing:
+        pipeline = _pipeline(context, worker.device)
+        for n in missing:
+            generator = torch.Generator("cpu").manual_seed(context.seed * 1_000_003 + n)
+            image = pipeline(
+                data.prompt(label),
+                height=context.images.size,
+                width=context.images.size,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                generator=generator,
+                output_type="np",
+            ).images[0]
+            context.store.put(names[n], encode_grey(quantise(image.mean(axis=2))))
+        del pipeline
+    worker.wait()
     dataset = Dataset(context.store, [LabelledImage(name, label) for name in names], "class images")
     return ImageSet(dataset, context.images.size, context.cache_megabytes)
 

@@ -11,9 +11,9 @@ from torch.nn import functional
 from diffva_ray.config.recipe import RecipeError
 from diffva_ray.config.stages import ClassifierConfig
 from diffva_ray.model.classifier import LatentClassifier
-from diffva_ray.train.latents import Latents
+from diffva_ray.train.latents import latents_of
 from diffva_ray.train.sampling import ImageOrder
-from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable
+from diffva_ray.train.stage import Batch, Inputs, Stage, StageContext, Trainable, Worker
 
 
 class ClassifierStage(Stage):
@@ -27,7 +27,7 @@ class ClassifierStage(Stage):
         bundle = context.bundle
         healthy = bundle.recipe.data.healthy_class
         self.order = ImageOrder(context.images.images, config.classes, context.seed)
-        self.latents = Latents(context, context.images)
+        self.latents = latents_of(context, context.images)
         self.noise_scheduler = DDPMScheduler.from_config(bundle.scheduler)
         torch.manual_seed(context.seed)
         try:
@@ -42,25 +42,34 @@ class ClassifierStage(Stage):
             raise RecipeError(f"stage {config.name}: {error}") from None
         bundle.extras["classifier"] = self.classifier  # here, as a resumed training may start after this stage
         self.modules = {"classifier": self.classifier}
-        self.trainables = [Trainable("classifier", self.classifier, self.loss)]
+        self.trainables = [Trainable("classifier", self.classifier, self.inputs, self.loss)]
 
-    def begin(self, device: torch.device, first: bool, wait: object) -> None:
+    def begin(self, worker: Worker) -> None:
         self.classifier.requires_grad_(True)
 
-    def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+    def fill(self, device: torch.device) -> None:
+        self.latents.fill(device)
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """Return the images, noise, timesteps up to ``noise_limit``, and classes of a share."""
+        indices = [self.order[position] for position in batch.positions()]
+        random, shape = batch.random, self.latents.shape
+        posterior_noise, noise = random.normal(*shape), random.normal(*shape)
+        steps = self.config.noise_limit * self.noise_scheduler.config.num_train_timesteps
+        return {
+            "images": self.latents.inputs(indices),
+            "posterior_noise": posterior_noise,
+            "noise": noise,
+            "timesteps": (random.uniform() * steps).long(),
+            "target": torch.tensor(
+                [self.classifier.classes.index(self.context.images.images[n].label) for n in indices]
+            ),
+        }
+
+    def loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
         """Cross-entropy at timesteps sampled uniformly (Dhariwal & Nichol 2021) up to ``noise_limit``: generation
         noises images only up to its strength, and stronger noise hides lesions."""
-        device = next(network.parameters()).device
-        indices = [self.order[position] for position in batch.positions()]
-
-        # Sample latents, noise and timesteps.
-        mean, std = self.latents.moments(indices, device)
-        posterior_noise, noise = batch.normal(mean.shape[1:], mean), batch.normal(mean.shape[1:], mean)
-        steps = self.config.noise_limit * self.noise_scheduler.config.num_train_timesteps
-        timesteps = (batch.uniform() * steps).long().to(device)
-        latents = (mean + std * posterior_noise) * self.context.bundle.vae.config.scaling_factor
-
-        # Classify the noised latents.
-        noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
-        target = torch.tensor([self.classifier.classes.index(self.context.images.images[n].label) for n in indices])
-        return functional.cross_entropy(network(noisy, timesteps), target.to(device))
+        mean, std = self.latents.moments(inputs["images"])
+        latents = (mean + std * inputs["posterior_noise"]) * self.context.bundle.vae.config.scaling_factor
+        noisy = self.noise_scheduler.add_noise(latents, inputs["noise"], inputs["timesteps"])
+        return functional.cross_entropy(network(noisy, inputs["timesteps"]), inputs["target"])

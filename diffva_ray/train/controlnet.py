@@ -3,7 +3,7 @@ predict noise from the prompt and a condition image of lungs and edges."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from diffva_ray.data.images import BadImage, decode_mask
 from diffva_ray.model import text
 from diffva_ray.model.image_conditioning import reads_image
 from diffva_ray.train.denoiser import NoisePrediction
-from diffva_ray.train.stage import StageContext, Trainable
+from diffva_ray.train.stage import StageContext, Trainable, Worker
 
 EMBEDDING = (16, 32, 96, 256)  # channels, as in Stable Diffusion; each level but the first halves the side length
 
@@ -42,7 +42,7 @@ class ControlNetStage(NoisePrediction):
         bundle.extras["controlnet"] = self.controlnet
         self.modules = {"controlnet": self.controlnet}
         network = Controlled(bundle.unet, bundle.text_encoder, self.controlnet)
-        self.trainables = [Trainable("controlnet", network, self.loss, shardable=True)]
+        self.trainables = [Trainable("controlnet", network, self.inputs, self.loss, shardable=True)]
         self._conditions: dict[int, NDArray[np.uint8]] = {}  # by image index; one bit for each pixel
         size = context.images.size
         self.kept = len(context.images.images) * 3 * size**2 / 8 <= context.cache_megabytes * 2**20
@@ -56,12 +56,12 @@ class ControlNetStage(NoisePrediction):
             if source is not None and target is not None:
                 target.load_state_dict(source.state_dict(), strict=False)
 
-    def begin(self, device: torch.device, first: bool, wait: Callable[[], None]) -> None:
+    def begin(self, worker: Worker) -> None:
         self.controlnet.requires_grad_(True)
 
-    def inputs(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
+    def further(self, indices: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """Return the condition images [n, 3, H, W], in {0, 1}."""
-        return (torch.stack([self._condition(index) for index in indices]).to(device),)
+        return (torch.stack([self._condition(index) for index in indices]),)
 
     def _condition(self, index: int) -> torch.Tensor:
         size = self.context.images.size

@@ -6,7 +6,7 @@ trained unconditional branch. With a class set, the loss includes DreamBooth's p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,11 @@ from diffva_ray.model.image_conditioning import add_image_channels, reads_image,
 from diffva_ray.model.lora import adapter_parameters, attached
 from diffva_ray.progress import LOG
 from diffva_ray.train.class_images import class_images
-from diffva_ray.train.latents import Latents
+from diffva_ray.train.latents import Latents, latents_of
 from diffva_ray.train.loss import denoising_loss, min_snr_weights
-from diffva_ray.train.pairs import Examples, Pairs
-from diffva_ray.train.sampling import ImageOrder, ImageSet
-from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable
+from diffva_ray.train.pairs import Pairs
+from diffva_ray.train.sampling import ImageOrder, ImageSet, RandomRows
+from diffva_ray.train.stage import Batch, Inputs, Stage, StageContext, Trainable, Worker
 
 
 class NoisePrediction(Stage):
@@ -37,63 +37,82 @@ class NoisePrediction(Stage):
     def __init__(self, context: StageContext, config: NoisePredictionConfig) -> None:
         super().__init__(context, config)
         self.order = ImageOrder(context.images.images, config.classes, context.seed)
-        self.images = Latents(context, context.images)
+        self.images = latents_of(context, context.images)
         self.prior: ClassSet | None = None
         self.pairs: Pairs | None = None
         self._warn_of_long_captions()
         self.noise_scheduler = DDPMScheduler.from_config(context.bundle.scheduler)
 
-    def inputs(self, indices: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
+    def further(self, indices: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """Return further inputs of the network, after noisy latents, timesteps and prompts."""
         return ()
 
-    def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        """Weighted mean squared error of the prediction. As in DreamBooth's script, instances and class set form one
-        batch, and each image has its own noise and timestep."""
+    def fill(self, device: torch.device) -> None:
+        self.images.fill(device)
+        if self.prior is not None:
+            self.prior.images.fill(device)
+        if self.pairs is not None:
+            self.pairs.truths.fill(device)
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """Return a share's images, noise, timesteps and prompts. As in DreamBooth's script, instances and class set
+        form one batch, and each image has its own noise and timestep."""
         data = self.context.bundle.recipe.data
-        device = next(network.parameters()).device
         positions = batch.positions()
         indices = [self.order[position] for position in positions]
-        mean, std = self.images.moments(indices, device)
+        images = [self.images.inputs(indices)]
         prompts = [self._prompt(self.context.images.images[index]) for index in indices]
-        groups, rows, prior_loss_weight = 1, list(batch.rows), 0.0
+        groups, rows = 1, list(batch.rows)
 
         # DreamBooth's prior preservation (Ruiz et al. 2023, equation 2): append the class set to the instances.
         if self.prior is not None:
-            groups, prior_loss_weight = 2, self.prior.loss_weight
-            prior_mean, prior_std = self.prior.images.moments(
-                [self.prior.order[position] for position in positions], device
-            )
-            mean, std = torch.cat([mean, prior_mean]), torch.cat([std, prior_std])
+            groups = 2
+            images.append(self.prior.images.inputs([self.prior.order[position] for position in positions]))
             prompts += [data.prompt(self.prior.label)] * len(indices)
             rows += [batch.size + row for row in batch.rows]
 
-        # Every worker draws the random numbers of the whole batch, so that they do not depend on the number of workers.
-        whole = Batch(batch.step, groups * batch.size, rows, batch.generator)
-        posterior_noise = whole.normal(mean.shape[1:], mean)
-        noise = whole.normal(mean.shape[1:], mean)
+        # Draw the random numbers of these rows.
+        random, shape = RandomRows(batch.generator, groups * batch.size, rows), self.images.shape
         steps = self.noise_scheduler.config.num_train_timesteps
-        timesteps = torch.randint(0, steps, (whole.size,), generator=batch.generator)[rows].to(device)
-        dropped = whole.uniform() < self.config.prompt_dropout
-
-        # z ~ q(z | x), then z_t = sqrt(a_t) z + sqrt(1 - a_t) e (Rombach et al. 2022).
-        latents = (mean + std * posterior_noise) * self.context.bundle.vae.config.scaling_factor
+        posterior_noise, noise = random.normal(*shape), random.normal(*shape)
+        timesteps = random.integers(steps)
+        dropped = random.uniform() < self.config.prompt_dropout
         prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
-        examples = Examples(indices, mean, latents, prompts, timesteps)
+        edits = None if self.pairs is None else self.pairs.edits(indices, prompts, timesteps, random, steps)
+        return {
+            "instances": len(indices),
+            "images": images,
+            "posterior_noise": posterior_noise,
+            "noise": noise,
+            "timesteps": timesteps,
+            "edits": edits,
+            "tokens": self.tokens(prompts),
+            "further": self.further(indices),
+        }
+
+    def loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
+        """Weighted mean squared error of the prediction."""
+        # z ~ q(z | x), then z_t = sqrt(a_t) z + sqrt(1 - a_t) e (Rombach et al. 2022).
+        sets = [self.images, *([] if self.prior is None else [self.prior.images])]
+        moments = [latents.moments(images) for latents, images in zip(sets, inputs["images"], strict=True)]
+        mean, std = (torch.cat(parts) for parts in zip(*moments, strict=True))
+        latents = (mean + std * inputs["posterior_noise"]) * self.context.bundle.vae.config.scaling_factor
+        image = emphasis = None
         if self.pairs is not None:
-            self.pairs.edit(examples, whole, steps)
-        noisy = self.noise_scheduler.add_noise(examples.latents, noise, examples.timesteps)
+            latents, image, emphasis = self.pairs.edited(inputs["edits"], mean, latents)
+        noise, timesteps = inputs["noise"], inputs["timesteps"]
+        noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
 
         # Predict, and compare with the target.
-        noisy = with_image(self.context.bundle.unet, noisy, examples.image)
-        tokens = self.tokens(examples.prompts, device)
-        output = network(noisy, examples.timesteps, *tokens, *self.inputs(indices, device))
+        noisy = with_image(self.context.bundle.unet, noisy, image)
+        output = network(noisy, timesteps, *inputs["tokens"], *inputs["further"])
         weights = None
         if self.config.snr_gamma is not None:
-            alphas = self.noise_scheduler.alphas_cumprod.to(device)
-            weights = min_snr_weights(alphas, examples.timesteps, self.config.snr_gamma, self.prediction_type)
-        target = self.target(examples.latents, noise, examples.timesteps)
-        return denoising_loss(output, target, weights, len(indices), prior_loss_weight, examples.emphasis)
+            alphas = self.noise_scheduler.alphas_cumprod.to(noisy.device)
+            weights = min_snr_weights(alphas, timesteps, self.config.snr_gamma, self.prediction_type)
+        target = self.target(latents, noise, timesteps)
+        prior_loss_weight = 0.0 if self.prior is None else self.prior.loss_weight
+        return denoising_loss(output, target, weights, inputs["instances"], prior_loss_weight, emphasis)
 
     def _prompt(self, image: LabelledImage) -> str:
         """The image's caption if it has one, otherwise the prompt of its class."""
@@ -121,13 +140,12 @@ class NoisePrediction(Stage):
             return velocity
         return noise
 
-    def tokens(self, prompts: Sequence[str], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def tokens(self, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokenize the distinct prompts, so that the encoder runs once on each. Return ids and mask [distinct, length],
         and for every image the index of its prompt [n]."""
         distinct = sorted(set(prompts))
         ids, mask = text.tokenize(self.context.bundle.tokenizer, distinct)
-        which = torch.tensor([distinct.index(prompt) for prompt in prompts])
-        return ids.to(device), mask.to(device), which.to(device)
+        return ids, mask, torch.tensor([distinct.index(prompt) for prompt in prompts])
 
 
 @dataclass(frozen=True)
@@ -155,14 +173,14 @@ class DenoiserStage(NoisePrediction):
             if not reads_image(context.bundle.unet):
                 add_image_channels(context.bundle.unet)
         network = Denoiser(context.bundle.unet, context.bundle.text_encoder)
-        self.trainables = [Trainable("denoiser", network, self.loss, shardable=True)]
+        self.trainables = [Trainable("denoiser", network, self.inputs, self.loss, shardable=True)]
 
-    def begin(self, device: torch.device, first: bool, wait: Callable[[], None]) -> None:
+    def begin(self, worker: Worker) -> None:
         config = self.config
         if config.prior_class and config.class_images == "generated":
-            generated = class_images(self.context, config, device, first, wait)
-            self.prior = self._class_set(generated, Latents(self.context, generated))
-        for parameter in self._trainable_parameters():
+            generated = class_images(self.context, config, worker)
+            self.prior = self._class_set(generated, latents_of(self.context, generated))
+        for parameter in self.trained_parameters():
             parameter.requires_grad_(True)
 
     def _check_pairs(self) -> None:
@@ -181,7 +199,7 @@ class DenoiserStage(NoisePrediction):
         order = ImageOrder(images.images, {label: 1}, self.context.seed + 1)
         return ClassSet(label, order, latents, self.config.prior_loss_weight)
 
-    def _trainable_parameters(self) -> list[nn.Parameter]:
+    def trained_parameters(self) -> list[nn.Parameter]:
         """LoRA adapters if attached, otherwise all weights; with ``trainable: cross-attention``, only the UNet's
         parameters that read the prompt."""
         unet, encoder = self.context.bundle.unet, self.context.bundle.text_encoder

@@ -20,8 +20,8 @@ from diffva_ray.model.gan_generator import GanGenerator
 from diffva_ray.progress import LOG
 from diffva_ray.storage.store import Store
 from diffva_ray.train.adversary import PatchDiscriminator, frozen
-from diffva_ray.train.sampling import ImageOrder
-from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable
+from diffva_ray.train.sampling import ImageOrder, grey
+from diffva_ray.train.stage import Batch, Inputs, Stage, StageContext, Trainable, Worker
 
 MAX_MEASURED = 256  # images of each kind, for the measurements after training
 BATCH_SIZE = 32  # of those measurements
@@ -68,32 +68,31 @@ class GanStage(Stage, ABC):
         self.context.bundle.extras[self.name] = self.gan_generator  # a resumed training may start after this stage
         rate = self.config.learning_rate * self.config.critic_rate
         self.trainables = [
-            Trainable("generator", generator, self.loss),
-            Trainable("critic", critic, self.critic_loss, learning_rate=rate),
+            Trainable("generator", generator, self.inputs, self.loss),
+            Trainable("critic", critic, self.inputs, self.critic_loss, learning_rate=rate),
         ]
 
-    def begin(self, device: torch.device, first: bool, wait: object) -> None:
+    def begin(self, worker: Worker) -> None:
         for trainable in self.trainables:  # each loss also reads the other network
-            trainable.network.to(device).requires_grad_(True)
+            trainable.network.to(worker.device).requires_grad_(True)
 
-    def images(self, batch: Batch, network: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the batch's healthy and abnormal images, [n, 1, H, W] each, in [-1, 1]."""
-        device = next(network.parameters()).device
+    def inputs(self, batch: Batch) -> Inputs:
+        """Return a share's healthy and abnormal images, uint8 [n, H, W] each, and a number for each in [0, 1)."""
         healthy, abnormal = (
-            self._pixels([order[position] for position in batch.positions()], device)
+            self.context.images.stack([order[position] for position in batch.positions()])
             for order in (self.healthy, self.abnormal)
         )
-        return healthy, abnormal
+        return {"healthy": healthy, "abnormal": abnormal, "mix": batch.random.uniform(1, 1, 1)}
 
     def _pixels(self, indices: list[int], device: torch.device) -> torch.Tensor:
-        return self.context.images.batch(indices)[:, None].to(device) * 2 - 1
+        return signed(self.context.images.stack(indices).to(device))
 
     @abstractmethod
-    def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+    def loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
         """Loss of the generator."""
 
     @abstractmethod
-    def critic_loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+    def critic_loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
         """Loss of the critic, with the generator fixed."""
 
     def export(self, store: Store) -> None:
@@ -136,6 +135,11 @@ class GanStage(Stage, ABC):
         return {**{key: round(value, 6) for key, value in measured.items()}, "converged": converged}
 
 
+def signed(pixels: torch.Tensor) -> torch.Tensor:
+    """Convert uint8 images [n, H, W] to [n, 1, H, W] in [-1, 1]."""
+    return grey(pixels)[:, None] * 2 - 1
+
+
 def logits(critic: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Return logits [n, 1, h, w] of overlapping patches of grey images [n, 1, H, W] in [-1, 1]."""
     patches: torch.Tensor = critic(images.float().expand(-1, 3, -1, -1))[0]
@@ -166,17 +170,17 @@ class VantGanStage(GanStage):
         network = WassersteinCritic(self.critic, config.penalty_weight)
         self._register({"critic": self.critic}, self.gan_generator, network)
 
-    def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        _, abnormal = self.images(batch, network)
+    def loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
+        abnormal = signed(inputs["abnormal"])
         generated: torch.Tensor = network(abnormal)
         with frozen(self.critic) as critic, torch.autocast(generated.device.type, enabled=False):
             return self.config.map_weight * (generated - abnormal).abs().mean() - score(critic, generated).mean()
 
-    def critic_loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        healthy, abnormal = self.images(batch, network)
+    def critic_loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
+        healthy, abnormal = signed(inputs["healthy"]), signed(inputs["abnormal"])
         with torch.no_grad():
             generated = self.gan_generator(abnormal).float()
-        loss: torch.Tensor = network(healthy, generated, batch.uniform(1, 1, 1).to(generated.device))
+        loss: torch.Tensor = network(healthy, generated, inputs["mix"])
         return loss
 
 
@@ -219,8 +223,8 @@ class AntGanStage(GanStage):
         modules = {"harmer": inverse, "critic": self.critic, "critic-abnormal": abnormal_critic}  # file names
         self._register(modules, self.cycle, self.critics)
 
-    def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        healthy, abnormal = self.images(batch, network)
+    def loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
+        healthy, abnormal = signed(inputs["healthy"]), signed(inputs["abnormal"])
         outputs: tuple[torch.Tensor, ...] = network(healthy, abnormal)
         generated, worsened, cycle_loss, identity_loss = outputs
         with frozen(self.critics), torch.autocast(abnormal.device.type, enabled=False):
@@ -228,8 +232,8 @@ class AntGanStage(GanStage):
             adversarial = adversarial + square(logits(self.critics.abnormal, worsened), 1)
         return adversarial + self.config.cycle_weight * cycle_loss + self.config.identity_weight * identity_loss
 
-    def critic_loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
-        healthy, abnormal = self.images(batch, network)
+    def critic_loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
+        healthy, abnormal = signed(inputs["healthy"]), signed(inputs["abnormal"])
         with torch.no_grad():
             generated, worsened = self.cycle.gan_generator(abnormal), self.cycle.inverse(healthy)
         loss: torch.Tensor = network(healthy, generated, abnormal, worsened)

@@ -3,7 +3,7 @@ and is not part of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ from diffva_ray.config.stages import JudgeConfig
 from diffva_ray.metrics.validity import Judge, calibration_error, fitted_temperature, save_judge
 from diffva_ray.progress import LOG
 from diffva_ray.storage.store import Store
-from diffva_ray.train.sampling import ImageOrder
-from diffva_ray.train.stage import Batch, Stage, StageContext, Trainable, three_channels
+from diffva_ray.train.sampling import ImageOrder, grey
+from diffva_ray.train.stage import Batch, Inputs, Stage, StageContext, Trainable, three_channels
 
 HOLD_OUT_EVERY = 10  # every tenth image of a class is held out for calibration
 MAX_HELD_OUT = 1000  # images of all classes together
@@ -45,50 +45,68 @@ class JudgeStage(Stage):
         torch.manual_seed(context.seed)
         self.judge = Judge(sorted(self.order.members), healthy)
         self.modules = {"judge": self.judge}
-        self.trainables = [Trainable("judge", self.judge, self.loss)]
+        self.trainables = [Trainable("judge", self.judge, self.inputs, self.loss)]
 
-        # Reconstructions are cached in blocks of BATCH_SIZE images, as uint8.
+        # Reconstructions are kept in blocks of BATCH_SIZE images, as uint8.
         self.kept = len(context.images.images) * context.images.size**2 <= context.cache_megabytes * 2**20
         self._blocks: dict[int, torch.Tensor] = {}
 
-    def loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+    def fill(self, device: torch.device) -> None:
+        if self.kept:
+            self._fill_blocks(range(-(-len(self.context.images.images) // BATCH_SIZE)), device)
+
+    def _fill_blocks(self, blocks: Iterable[int], device: torch.device) -> None:
+        """Reconstruct blocks of images, once each; the blocks do not depend on the step."""
+        images = self.context.images
+        for block in sorted(set(blocks) - self._blocks.keys()):
+            members = range(block * BATCH_SIZE, min((block + 1) * BATCH_SIZE, len(images.images)))
+            reconstructions = self._reconstruct(images.stack(members).to(device))
+            self._blocks[block] = (reconstructions * 255).round().byte().cpu()
+
+    def _kept_rows(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return kept reconstructions, uint8 [n, H, W]."""
+        return torch.stack([self._blocks[index // BATCH_SIZE][index % BATCH_SIZE] for index in indices])
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """Return a share's images, random augmentation and classes."""
+        random = batch.random
+        sigma = random.uniform()  # of the blur, in pixels
+        deviation = random.uniform(1, 1) * 0.02  # of the noise
+        reconstruct = random.uniform() < 0.5
+        indices = [self.order[position] for position in batch.positions()]
+        pixels = self.context.images.stack(indices)
+        rows = reconstruct.nonzero()[:, 0]
+        if self.kept and len(rows):
+            pixels[rows] = self._kept_rows([indices[row] for row in rows])
+            rows = rows[:0]
+        return {
+            "pixels": pixels,
+            "rows": rows,  # those that are still to be reconstructed
+            "sigma": sigma,
+            "noise": deviation * random.normal(*pixels.shape[1:]),
+            "target": self._targets(indices),
+        }
+
+    def loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
         """Cross-entropy on images, half of them replaced by their reconstructions, with random blur and noise: the way
         an image was made must not reveal its class."""
-        # Random augmentation.
-        sigma = batch.uniform()  # of the blur, in pixels
-        noise = batch.uniform(1, 1) * 0.02  # standard deviation
-        reconstruct = batch.uniform() < 0.5
-        indices = [self.order[position] for position in batch.positions()]
-        images = self.context.images.batch(indices)
-        if reconstruct.any():
-            images[reconstruct] = self._reconstructions([n for n, use in zip(indices, reconstruct.tolist()) if use])
-        images = blur(images, sigma)
-        images = images + noise * batch.normal(images.shape[1:], images)
-
-        # Classify.
-        device = next(network.parameters()).device
-        return functional.cross_entropy(network(images.to(device)), self._targets(indices).to(device))
+        images, rows = grey(inputs["pixels"]), inputs["rows"]
+        if len(rows):
+            images = images.index_copy(0, rows, self._reconstruct(inputs["pixels"][rows]))
+        images = blur(images, inputs["sigma"]) + inputs["noise"]
+        return functional.cross_entropy(network(images), inputs["target"])
 
     def _targets(self, indices: Sequence[int]) -> torch.Tensor:
         """Class indices [n] of the images."""
         return torch.tensor([self.judge.classes.index(self.context.images.images[n].label) for n in indices])
 
-    def _reconstructions(self, indices: Sequence[int]) -> torch.Tensor:
-        """Return the autoencoder's reconstructions [n, H, W] in [0, 1]. If the memory allows it, each image is
-        reconstructed once, in batches that do not depend on the step."""
-        if not self.kept:
-            return self._reconstruct(indices)
-        for block in {index // BATCH_SIZE for index in indices} - self._blocks.keys():
-            members = range(block * BATCH_SIZE, min((block + 1) * BATCH_SIZE, len(self.context.images.images)))
-            self._blocks[block] = (self._reconstruct(members) * 255).round().byte()
-        return torch.stack([self._blocks[index // BATCH_SIZE][index % BATCH_SIZE] for index in indices]).float() / 255
-
     @torch.no_grad()
-    def _reconstruct(self, indices: Sequence[int]) -> torch.Tensor:
+    def _reconstruct(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the autoencoder's reconstructions [n, H, W] in [0, 1] of uint8 images."""
         vae = self.context.bundle.vae
-        pixels = three_channels(self.context.images.batch(indices)).to(next(vae.parameters()).device)
-        rgb: torch.Tensor = vae.decode(vae.encode(pixels).latent_dist.mean).sample.float() / 2 + 0.5
-        return rgb.clamp(0, 1).mean(dim=1).cpu()
+        latents = vae.encode(three_channels(grey(pixels))).latent_dist.mean
+        rgb: torch.Tensor = vae.decode(latents).sample.float() / 2 + 0.5
+        return rgb.clamp(0, 1).mean(dim=1)
 
     def finish(self, device: torch.device) -> None:
         self.judge.eval()
@@ -106,10 +124,14 @@ class JudgeStage(Stage):
         # Logits of the images, then of their reconstructions.
         device = next(self.judge.parameters()).device
         parts = []
-        for load in (self.context.images.batch, self._reconstructions):
+        for reconstructed in (False, True):
             for start in range(0, len(self.held_out), BATCH_SIZE):
-                images = load(self.held_out[start : start + BATCH_SIZE])
-                parts.append(self.judge(images.to(device)).double().cpu().numpy())
+                indices = self.held_out[start : start + BATCH_SIZE]
+                if from_memory := reconstructed and self.kept:
+                    self._fill_blocks({index // BATCH_SIZE for index in indices}, device)
+                pixels = (self._kept_rows if from_memory else self.context.images.stack)(indices).to(device)
+                images = self._reconstruct(pixels) if reconstructed and not from_memory else grey(pixels)
+                parts.append(self.judge(images).double().cpu().numpy())
         logits, targets = np.concatenate(parts), np.tile(self._targets(self.held_out).numpy(), 2)
 
         # Fit the temperature and measure the calibration with it and without it.
@@ -138,9 +160,9 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 def blur(images: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Blur images [n, H, W], H and W above 3, with a Gaussian of ``sigma`` [n] pixels each, truncated at 3 pixels.
     Every autoencoder adds softness, which the judge must not mistake for health."""
-    offsets = torch.arange(-3, 4, dtype=images.dtype)
+    offsets = torch.arange(-3, 4, dtype=images.dtype, device=images.device)
     kernel = torch.exp(-0.5 * (offsets[None] / sigma[:, None].clamp(min=1e-3)) ** 2)
-    kernel = (kernel / kernel.sum(dim=1, keepdim=True)).to(images.device)
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)
     n = len(images)
     padded = functional.pad(images[None], (3, 3, 3, 3), mode="reflect")
     rows = functional.conv2d(padded, kernel.reshape(n, 1, 1, 7), groups=n)

@@ -3,8 +3,10 @@ kind of stage has its own file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,13 +14,14 @@ from torch import nn
 from diffva_ray.config.stages import StageConfig
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.storage.store import Store
-from diffva_ray.train.sampling import ImageSet
+from diffva_ray.train.sampling import ImageSet, RandomRows
+
+Inputs = dict[str, Any]  # what a loss reads: tensors, on the CPU first and then on the device, and plain values
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A share of one step's global batch. Random numbers are drawn for the whole batch and then restricted to ``rows``,
-    so that shares of any size, on any number of workers, get the same noise."""
+    """A share of one step's global batch."""
 
     step: int  # within the stage, counted from 0
     size: int  # images of the global batch
@@ -29,24 +32,37 @@ class Batch:
         """Return the share's positions in the stage's ``ImageOrder``."""
         return [self.step * self.size + row for row in self.rows]
 
-    def normal(self, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """Return standard normal noise [rows, *shape] on the device of ``like``."""
-        return torch.randn((self.size, *shape), generator=self.generator)[self.rows].to(like.device)
-
-    def uniform(self, *shape: int) -> torch.Tensor:
-        """Return uniform numbers [rows, *shape] in [0, 1)."""
-        return torch.rand(self.size, *shape, generator=self.generator)[self.rows]
+    @cached_property
+    def random(self) -> RandomRows:
+        """The random numbers of the share's rows."""
+        return RandomRows(self.generator, self.size, self.rows)
 
 
 @dataclass
 class Trainable:
-    """One network with its own optimizer."""
+    """One network with its own optimizer.
+
+    ``inputs`` prepares a share on the CPU, in a thread and steps ahead: reads images, draws random numbers. It may read
+    neither networks nor the global random generator. ``loss`` is the mean over the rows; it gets the inputs on the
+    network's device, and copies nothing between CPU and device, so that the CPU never waits.
+    """
 
     name: str  # for logs
     network: nn.Module
-    loss: Callable[[nn.Module, Batch], torch.Tensor]  # mean over the rows; called with the network as wrapped for DDP
+    inputs: Callable[[Batch], Inputs]
+    loss: Callable[[nn.Module, Inputs], torch.Tensor]  # called with the network as wrapped for DDP
     learning_rate: float | None = None  # None: the stage's
     shardable: bool = False  # whether only ``loss`` reads the network while it trains
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process among the workers of a training."""
+
+    device: torch.device
+    rank: int = 0
+    workers: int = 1
+    wait: Callable[[], None] = lambda: None  # returns when all workers have called it
 
 
 @dataclass
@@ -58,6 +74,8 @@ class StageContext:
     seed: int  # of the recipe
     store: Store  # the model folder
     cache_megabytes: int = 0  # memory for each cache of a stage: latents, reconstructions, condition images
+    autoencoders: int = 0  # stages that have changed the autoencoder in this process, after which latents are stale
+    shared: dict[int, Any] = field(default_factory=dict)  # the latents of image sets, which all stages share
 
 
 @dataclass
@@ -72,9 +90,12 @@ class Stage:
     def start(self) -> None:
         """Set weights that depend on earlier stages. Called before the first step, and not again after a resume."""
 
-    def begin(self, device: torch.device, first: bool, wait: Callable[[], None]) -> None:
-        """Choose what is trainable and prepare data. Called before the first step of this process. ``first`` is true on
-        the first worker; ``wait()`` returns when all workers have called it."""
+    def begin(self, worker: Worker) -> None:
+        """Choose what is trainable and make the data. Called before the first step of this process."""
+
+    def fill(self, device: torch.device) -> None:
+        """Compute with networks that are frozen what the steps read from memory. Called after ``begin``, with the
+        precision of the steps."""
 
     def finish(self, device: torch.device) -> None:
         """Finish the networks. Called after the last step, on every worker."""

@@ -24,6 +24,8 @@ from diffva_ray.storage.store import Store, absolute, is_local
 from diffva_ray.train.classes import described, fitted
 from diffva_ray.workflows.execution import Executor
 
+INTERVALS = {f"train.{name}" for name in ("checkpoint_every", "checkpoint_minutes", "checkpoints_to_keep", "log_every")}
+
 
 def train_model(
     recipe: Recipe,
@@ -106,7 +108,7 @@ def _started_keys(store: Store, keys: dict[str, Any]) -> dict[str, Any]:
         raise UnusableModel(
             f"{store.uri}/{TRAINING} is damaged; delete it if this is the training that was started there"
         )
-    old, new = _flat(_with_defaults(started)), _flat(keys)
+    old, new = (_without_intervals(_flat(each)) for each in (_with_defaults(started), keys))
     if changed := fingerprint_difference(old, new):
         raise FingerprintDiffers(store.uri, changed, _short(old), _short(new))
     return started
@@ -114,16 +116,20 @@ def _started_keys(store: Store, keys: dict[str, Any]) -> dict[str, Any]:
 
 def check_training(
     recipe: Recipe, data: str, out: str, workers: int | tuple[int, int] = 1
-) -> tuple[Recipe, list[str], int]:
+) -> tuple[Recipe, list[str], int, list[str]]:
     """Raise what ``train_model`` would raise before its first step. Builds the networks, writes nothing. Returns the
-    recipe with the classes of the data, its description, and the number of images."""
+    recipe with the classes of the data, its description, the number of images, and the GPU memory that it needs."""
     from diffva_ray.train.loop import prepare
+    from diffva_ray.train.memory import memory_lines
 
     store = open_store(out)
     recipe, keys, dataset = training_keys(recipe, data)
+    memory: list[str] = []
     if not is_trained(store, keys):
-        prepare(recipe, data, store, workers if isinstance(workers, int) else workers[1])
-    return recipe, described(recipe, dataset), len(dataset.images)
+        least, most = (workers, workers) if isinstance(workers, int) else workers
+        bundle, _, stages = prepare(recipe, data, store, most)
+        memory = memory_lines(bundle, stages, recipe.train, least)
+    return recipe, described(recipe, dataset), len(dataset.images), memory
 
 
 def _train(
@@ -210,6 +216,11 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
     inner = [_flat(below, f"{name}.{key}" if name else str(key)) for key, below in items]
     return {key: leaf for part in inner for key, leaf in part.items()} if inner else {name: value}
+
+
+def _without_intervals(keys: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the settings that do not change what is trained: they may be others when a training goes on."""
+    return {key: value for key, value in keys.items() if key not in INTERVALS}
 
 
 def _short(keys: dict[str, Any]) -> dict[str, Any]:

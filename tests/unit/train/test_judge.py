@@ -110,7 +110,7 @@ def test_it_learns_from_reconstructions(tiny: Recipe, many: Path, tmp_path: Path
             parameter.data += change
         stage = JudgeStage(StageContext(bundle, images, 0, LocalStore(str(tmp_path))), recipe.train.stages[0])
         batch = Batch(0, 8, list(range(8)), step_generator(0, "judge", 0))
-        losses.append(stage.loss(stage.judge, batch).item())
+        losses.append(stage.loss(stage.judge, stage.inputs(batch)).item())
     assert losses[0] != losses[1]
 
 

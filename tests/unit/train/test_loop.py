@@ -17,8 +17,12 @@ from diffva_ray.config.recipe import Recipe, RecipeError
 from diffva_ray.model.bundle import Bundle, build, load
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.model.cross_attention import cross_attention_parameters
+from diffva_ray.storage.local import LocalStore
 from diffva_ray.train.checkpoint import Checkpoints
+from diffva_ray.train.class_images import class_images
 from diffva_ray.train.logger import TrainingLogger
+from diffva_ray.train.loop import prepare
+from diffva_ray.train.stage import StageContext, Worker
 from diffva_ray.train.validation import validation_of
 from diffva_ray.workflows.status import describe, read_status
 
@@ -122,6 +126,29 @@ def test_class_images_are_generated_once_and_kept(tiny: Recipe, images: Path, tm
     assert one == two
     again = tmp_path / "two/.train/class_images/joint/00001.png"
     assert again.read_bytes() == files[1].read_bytes()
+
+
+def test_each_worker_generates_its_share_of_the_class_images(tiny: Recipe, images: Path, tmp_path: Path) -> None:
+    stage = {**DENOISER, "classes": {"COVID": 1}, "prior_class": "Normal", "class_images": "generated",
+             "num_class_images": 3}  # fmt: skip
+    recipe, store = with_stages(tiny, stage), LocalStore(str(tmp_path))
+    bundle, image_set, _ = prepare(recipe, str(images), store)
+    context, config = StageContext(bundle, image_set, 0, store, 100), recipe.train.stages[0]
+
+    def there() -> list[str]:
+        return sorted(file.name for file in (tmp_path / ".train/class_images/joint").iterdir())
+
+    class Waited(Exception):
+        pass
+
+    def wait() -> None:
+        raise Waited
+
+    with pytest.raises(Waited):  # for the first worker
+        class_images(context, config, Worker(torch.device("cpu"), 1, 2, wait))
+    assert there() == ["00001.png"]
+    assert len(class_images(context, config, Worker(torch.device("cpu"), 0, 2)).images) == 3
+    assert there() == ["00000.png", "00001.png", "00002.png"]
 
 
 def test_validation_scores_the_attribution_and_changes_nothing(tiny: Recipe, images: Path, tmp_path: Path) -> None:

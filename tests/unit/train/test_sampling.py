@@ -11,7 +11,7 @@ import torch
 
 from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.train.sampling import ImageOrder, ImageSet, step_generator
+from diffva_ray.train.sampling import MAX_DRAWN_WHOLE, ImageOrder, ImageSet, RandomRows, step_generator
 
 IMAGES = [LabelledImage(f"{label}/{n}.png", label) for label, count in (("a", 5), ("b", 3)) for n in range(count)]
 
@@ -43,6 +43,34 @@ def test_each_step_has_its_own_noise() -> None:
     one, same, other = (torch.randn(3, generator=step_generator(0, "joint", step)) for step in (5, 5, 6))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [MAX_DRAWN_WHOLE, MAX_DRAWN_WHOLE + 1, 2048])
+def test_a_row_has_its_numbers_in_any_share(size: int) -> None:
+    def drawn(rows: list[int]) -> list[torch.Tensor]:
+        random = RandomRows(step_generator(0, "joint", 5), size, rows)
+        return [random.normal(2, 3), random.normal(2, 3), random.uniform(), random.integers(1000), random.uniform(2)]
+
+    rows = [0, 1, 7, size - 2, size - 1]
+    together, alone = drawn(rows), [drawn([row]) for row in rows]
+    for n, values in enumerate(together):
+        assert torch.equal(values, torch.cat([one[n] for one in alone]))
+        assert len({str(value.tolist()) for value in values}) == len(rows)  # each row has its own
+    assert not torch.equal(together[0], together[1])
+
+
+def test_the_work_of_a_worker_does_not_grow_with_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    randn, drawn = torch.randn, []
+
+    def counted(*shape: int, **options: object) -> torch.Tensor:
+        drawn.append(int(np.prod(shape)))
+        return randn(*shape, **options)
+
+    monkeypatch.setattr(torch, "randn", counted)
+    for workers in (64, 256):
+        drawn.clear()
+        RandomRows(step_generator(0, "joint", 5), 32 * workers, range(64, 96)).normal(4, 8, 8)
+        assert sum(drawn) == 32 * 4 * 8 * 8
 
 
 def test_unreadable_images_are_left_out_and_recorded(images: Path, tmp_path: Path) -> None:

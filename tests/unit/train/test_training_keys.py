@@ -60,3 +60,9 @@ def test_a_training_from_before_a_setting_existed_goes_on(trained: Path, short: 
     values["train"]["cache_megabytes"] = 7
     with pytest.raises(FingerprintDiffers, match=r"train\.cache_megabytes: 1024 there, 7 now"):
         train_model(make_recipe(values), str(images), str(trained), executor="inline")
+
+
+def test_intervals_may_change_when_a_training_goes_on(trained: Path, short: Recipe, images: Path) -> None:
+    values = short.model_dump(mode="json")
+    values["train"] |= {"checkpoint_every": 3, "checkpoint_minutes": 1, "checkpoints_to_keep": 5, "log_every": 7}
+    assert not train_model(make_recipe(values), str(images), str(trained), executor="inline")

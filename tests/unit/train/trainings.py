@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffva_ray.config.recipe import Recipe, make_recipe
-from diffva_ray.train import loop
+from diffva_ray.train import loop, training_step
 from diffva_ray.train.checkpoint import Checkpoints
 
 
@@ -49,7 +49,7 @@ def run(recipe: Recipe, images: Path, out: Path, **options: object) -> list[dict
 
 def killed(recipe: Recipe, images: Path, out: Path, kill_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train, and raise before step ``kill_at``, counted over all stages; changes the global random state."""
-    done, rate = 0, loop.learning_rate
+    done, rate = 0, training_step.learning_rate
 
     def dying(*arguments: object) -> float:
         nonlocal done
@@ -59,7 +59,7 @@ def killed(recipe: Recipe, images: Path, out: Path, kill_at: int, monkeypatch: p
         return rate(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "learning_rate", dying)
+        patch.setattr(training_step, "learning_rate", dying)
         with pytest.raises(Killed):
             run(recipe, images, out)
     torch.manual_seed(999)
