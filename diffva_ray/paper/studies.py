@@ -200,14 +200,14 @@ def place_table(state: PaperState) -> Content:
         raise ValueError("no image has lungs, given or found")
     rows = list[list[str]]()
     for row in details:
-        cells = [row["prompt"], str(row["n"])]
+        prompt = row["prompt"]
+        cells = [prompt, str(row["n"])]
         for place in PLACES:
-            gain = with_interval(row[f"{place}_change"], row[f"{place}_change_interval"])
-            shares = f"{number(row[f'{place}_map'])} / {number(row[f'{place}_area'])}"
-            cells += [shares, "–" if row["prompt"] == prompts[0] else gain]
+            low, high = (100 * bound for bound in row[f"{place}_change_interval"])
+            gain = f"{100 * row[f'{place}_change']:.1f} [{low:.1f}, {high:.1f}]"
+            cells += [f"{row[f'{place}_map']:.0%} / {row[f'{place}_area']:.0%}", "–" if prompt == prompts[0] else gain]
         rows.append(cells)
-    heads = ["prompt", "n", "in the lungs, map / area", "change", "outside the chest, map / area", "change",
-             "on the left, map / area", "change"]  # fmt: skip
+    heads = ["prompt", "n", "in the lungs", "change", "outside the chest", "change", "on the left", "change"]
     return heads, rows, details
 
 
