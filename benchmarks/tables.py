@@ -66,7 +66,7 @@ def suspects() -> str:
     heads = ["suspect", *(f"of {part['images']} ordinary images ({part['size'].split('x')[0]} px)" for part in sets)]
     heads += ["damage", "found (" + ", ".join(f"{part['size'].split('x')[0]} px" for part in sets) + ")"]
     return markdown(heads, [
-        [reason, *(str(part["suspects"].get(reason, 0)) if reason else "" for part in sets), damage, shares]
+        [reason, *(str(part["suspects"][reason]) if reason else "" for part in sets), damage, shares]
         for reason, damage, shares in lines
     ])  # fmt: skip
 

@@ -89,16 +89,18 @@ DAMAGE: dict[str, tuple[str, Callable[[Grey], Grey]]] = {  # what is done -> fir
 }
 
 
-def loaded(uri: str, limit: int) -> list[Grey]:
-    """At most ``limit`` images of a data set, spread over it."""
+def loaded(uri: str, limit: int) -> tuple[list[Grey], int]:
+    """At most ``limit`` images of a data set, spread over it, and the number of coloured ones."""
     dataset = open_dataset(uri)
-    images = []
+    images, colours = [], 0
     for path in dataset.sample_paths(limit):
         try:
-            images.append(decode(dataset.store.read(path), bits=dataset.bits))
+            data = dataset.store.read(path)
+            images.append(decode(data, bits=dataset.bits))
+            colours += coloured_share(data) > COLOURED
         except BadImage as error:
             LOG.info("%s/%s: %s", uri, path, error)
-    return images
+    return images, colours
 
 
 def reasons(images: dict[str, Traits]) -> dict[str, list[str]]:
@@ -139,7 +141,7 @@ def coloured(images: list[Grey]) -> dict[str, float]:
 
 def measured(uri: str, limit: int) -> dict[str, Any]:
     """Suspects among the images as they are, and the share of damaged ones that is found, of one data set."""
-    images = loaded(uri, limit)
+    images, colours = loaded(uri, limit)
     plain = {str(number): traits(image) for number, image in enumerate(images)}
     alarms = Counter(word for words in reasons(plain).values() for word in words)
     LOG.info("%s: %d images, suspects %s", uri, len(images), dict(alarms))
@@ -149,14 +151,14 @@ def measured(uri: str, limit: int) -> dict[str, Any]:
         "images": len(images),
         "size": sides.most_common(1)[0][0],
         "damaged": len(chosen(images)),
-        "suspects": {word: alarms[word] for word in REASONS},
+        "suspects": {**{word: alarms[word] for word in REASONS}, "coloured": colours},
         "found": {**detection, **coloured(images)},
     }
 
 
 def choice(uri: str, limit: int) -> dict[str, Any]:
     """False alarms and detection of crops at every pair of thresholds; the pair that is chosen."""
-    images = loaded(uri, limit)
+    images, _ = loaded(uri, limit)
     plain = {str(number): traits(image) for number, image in enumerate(images)}
     stretched = [kind for kind in DAMAGE if kind.endswith("stretched")]
     rows = []
