@@ -91,7 +91,7 @@ class Responder:
         if engine.device.type == "cpu":
             torch.set_num_threads(config.cpu_threads)  # the caller's thread may be a new one
         made = engine(squares, seeds, prompts, lungs=masks)
-        answers = []
+        answers = list[dict[str, Any]]()
         for n in range(len(batch)):
             pair = made.counterfactuals[n], made.reconstructions[n]
             if not np.isfinite(pair).all():

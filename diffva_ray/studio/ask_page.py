@@ -165,9 +165,8 @@ def message(line: str, problem: bool = False) -> str:
 
 def painted_region(painted: Any) -> NDArray[np.bool_] | None:
     """What was painted in an ImageEditor, bool [H, W]; None for nothing."""
-    layers = [layer for layer in (painted or {}).get("layers", []) if layer is not None]
-    region = np.any([layer[..., 3] > 0 for layer in layers], axis=0) if layers else np.zeros(())
-    return region if region.any() else None
+    layers = [layer[..., 3] > 0 for layer in (painted or {}).get("layers", []) if layer is not None]
+    return np.any(layers, axis=0) if np.any(layers) else None
 
 
 def rendered(reply: Reply, threshold: float, opacity: float) -> str:

@@ -26,14 +26,15 @@ def service(model: Path) -> Iterator[str]:
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch, session.connect(cpus=2):
+    with pytest.MonkeyPatch.context() as patch:
         with pytest.raises(ValueError, match=VARIABLE):
             application({"model": str(model)})
         patch.setenv(VARIABLE, TOKEN)
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(application({"model": str(model), "queue": 4}))
-        yield f"http://127.0.0.1:{port}"
-        serve.shutdown()
+        with session.connect(cpus=2):
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            serve.run(application({"model": str(model), "queue": 4}))
+            yield f"http://127.0.0.1:{port}"
+            serve.shutdown()
 
 
 async def post(client: aiohttp.ClientSession, uri: str, data: bytes, name: str = "a.png", **fields: Any) -> Any:
