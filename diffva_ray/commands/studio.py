@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
+import tempfile
 
 import click
 
-from diffva_ray.commands.verb import echo, verb
+from diffva_ray.commands.verb import echo, small_option, verb
+from diffva_ray.data.dataset import UnusableData
+from diffva_ray.progress import LOG
+from diffva_ray.provenance import missing
 
 
 @verb("study", "Write a blinded reader study of a run")
@@ -64,3 +69,47 @@ def readers(study: str, answers: tuple[str, ...]) -> None:
             f"{row['what']}, {row['question']}, {row['reader']} and {row['other']}: kappa {row['kappa']:.2f} ({low:.2f} to {high:.2f}), n {row['n']}"
         )
     echo(f"tables in {shlex.quote(study)}/tables")
+
+
+@verb("studio", "Show a page to ask about images")
+@small_option
+@click.option(
+    "--out",
+    default="runs/studio",
+    show_default=True,
+    metavar="DIR",
+    help="Local folder for uploads, results and verdicts.",
+)
+@click.option("--run", metavar="RUN", help="Use the model of this run instead of --model.")
+@click.option("--study", metavar="SHEET", help="Show the sheet of a reader study (STUDY/sheet) and nothing else.")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port; default: any free port.")
+def studio(model: str, out: str, run: str | None, study: str | None, port: int) -> None:
+    """Serve a page on the loopback address, where experts open images, ask for counterfactuals in words, compare them
+    and say whether they are right; with --study, where readers answer a study. Nothing leaves this machine.
+
+    Example:
+        diffva studio
+        diffva studio --model models/mine --out runs/studio
+        diffva studio --study studies/first/sheet
+    """
+    from diffva_ray.generate.run import open_run
+    from diffva_ray.studio import ask_page, pages, read_page
+    from diffva_ray.studio.study import open_sheet
+    from diffva_ray.studio.workspace import Workspace
+
+    sheet = open_sheet(study) if study else None
+    folder = None if sheet else pages.local_folder(out)  # a reader uploads nothing
+    with tempfile.TemporaryDirectory(prefix=".uploads-", dir=folder) as uploads:
+        try:
+            gradio = pages.import_gradio(uploads)
+        except ImportError:
+            raise UnusableData(missing("gradio", "the studio's page", "studio")) from None
+        if sheet:
+            page = read_page.build(gradio, sheet)
+        else:
+            LOG.setLevel(logging.WARNING)  # the page says itself what it does
+            page = ask_page.build(gradio, Workspace(out, open_run(run).about["model"] if run else model))
+        try:
+            pages.serve(gradio, page, port, echo)
+        except OSError as error:
+            raise click.BadParameter(f"{port}: {error.strerror}", param_hint="--port") from error

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.dataset import UnusableData
@@ -153,6 +155,8 @@ class Workspace:
             return
         engine = copy.copy(self.engine)
         engine.config = recipe.generate
+        if engine.device.type == "cpu":
+            torch.set_num_threads(recipe.generate.cpu_threads)  # pages are answered in threads of their own
         check_device_name(run, engine.device_name)
         context = WorkerContext(run, run.data, engine, self.judge, self.extractor, Session())
         with counted_calls(engine, on_call):

@@ -54,6 +54,7 @@ WRONG = [  # a command line, and what its message has to name: the cause and wha
     ("explain nowhere.png --model MODEL", "nowhere.png"),
     ("explain IMAGES --model MODEL", "IMAGES"),
     ("interpolate IMAGES --model MODEL --prompt a", "--prompt"),
+    ("studio --study nowhere", "nowhere", "diffva study"),
     ("study nowhere --out x", "nowhere", "diffva generate"),
     ("readers nowhere", "nowhere", "diffva study"),
     ("inspect nowhere", "nowhere"),
