@@ -2,8 +2,8 @@
 
     python benchmarks/serve.py --requests 2000 --clients 64 --out benchmarks/results/serve.json
 
-Every answer is compared with the engine's own for the same image and seed. Without ``--no-kill`` a replica is killed
-after half of the answers; clients repeat a request that was refused (429) or failed (5xx), as clients do.
+Every answer is compared with the engine's own for the same image and seed. Unless ``--no-kill`` is given, a replica is
+killed after half of the answers; clients repeat a request that was refused (429) or failed (5xx), as clients do.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import tempfile
+from importlib.util import find_spec
 
 import click
 
@@ -98,12 +99,11 @@ def studio(model: str, out: str, run: str | None, study: str | None, port: int) 
     from diffva_ray.studio.workspace import Workspace
 
     sheet = open_sheet(study) if study else None
+    if find_spec("gradio") is None:
+        raise UnusableData(missing("gradio", "the studio's page", "studio"))
     folder = None if sheet else pages.local_folder(out)  # a reader uploads nothing
     with tempfile.TemporaryDirectory(prefix=".uploads-", dir=folder) as uploads:
-        try:
-            gradio = pages.import_gradio(uploads)
-        except ImportError:
-            raise UnusableData(missing("gradio", "the studio's page", "studio")) from None
+        gradio = pages.import_gradio(uploads)
         if sheet:
             page = read_page.build(gradio, sheet)
         else:

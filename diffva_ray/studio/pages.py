@@ -72,7 +72,7 @@ def text(value: object) -> str:
 
 
 def import_gradio(uploads: str) -> Any:
-    """Gradio without analytics, whose uploaded files lie in the folder ``uploads``. Raises ImportError."""
+    """Gradio without analytics, whose uploaded files lie in the folder ``uploads``."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads, "HF_HUB_OFFLINE": "1"}
     import gradio
 
