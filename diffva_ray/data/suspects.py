@@ -121,9 +121,10 @@ def _correlations(images: NDArray[np.float32], template: NDArray[np.float32]) ->
 def _part_correlations(images: NDArray[np.float32], template: NDArray[np.float32]) -> NDArray[np.float32]:
     """The largest correlation [N] of each image with one of the PARTS of the template."""
     whole = Image.fromarray(template)
-    boxes = [tuple(SIDE * edge for edge in part) for part in PARTS]
+    boxes = [(SIDE * left, SIDE * upper, SIDE * right, SIDE * lower) for left, upper, right, lower in PARTS]
     parts = [np.asarray(whole.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box)) for box in boxes]
-    return np.tensordot(images, _normed(np.stack(parts)), ([1, 2], [1, 2])).max(1)
+    largest: NDArray[np.float32] = np.tensordot(images, _normed(np.stack(parts)), ([1, 2], [1, 2])).max(1)
+    return largest
 
 
 def _template(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], bool]:
