@@ -103,7 +103,10 @@ def grey(image: Any) -> NDArray[np.float32]:
     # convert the stored values to the displayed range
     stored = _pixels(image)
     if stored.ndim == 3:
-        return np.clip(stored[..., :3] @ LUMA / (2 ** int(image.BitsStored) - 1), 0, 1).astype(np.float32)
+        luma: NDArray[np.float32] = np.clip(stored[..., :3] @ LUMA / (2 ** int(image.BitsStored) - 1), 0, 1).astype(
+            "f4"
+        )
+        return luma
     if stored.dtype.kind not in "iu" or stored.itemsize > 2:
         return _scaled(image, stored).astype(np.float32)
     # all steps depend on the value alone: they are computed once for each, which is twice as fast

@@ -121,7 +121,7 @@ def _correlations(images: NDArray[np.float32], template: NDArray[np.float32]) ->
 def _part_correlations(images: NDArray[np.float32], template: NDArray[np.float32]) -> NDArray[np.float32]:
     """The largest correlation [N] of each image with one of the PARTS of the template."""
     whole = Image.fromarray(template)
-    boxes = [(SIDE * left, SIDE * top, SIDE * right, SIDE * bottom) for left, top, right, bottom in PARTS]
+    boxes = [(SIDE * left, SIDE * upper, SIDE * right, SIDE * lower) for left, upper, right, lower in PARTS]
     parts = [np.asarray(whole.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box)) for box in boxes]
     largest: NDArray[np.float32] = np.tensordot(images, _normed(np.stack(parts)), ([1, 2], [1, 2])).max(1)
     return largest
