@@ -23,6 +23,7 @@ from diffva_ray.train import loop
 from diffva_ray.train.ahead import Ahead, inputs_of
 from diffva_ray.train.checkpoint import Position
 from diffva_ray.train.kinds import make_stage
+from diffva_ray.train.memory import memory_need
 from diffva_ray.train.sampling import ImageSet
 from diffva_ray.train.saving import Saver
 from diffva_ray.train.stage import Stage, StageContext, Worker
@@ -100,6 +101,11 @@ def eager(book: Book, subject: Subject, trainer: Trainer, step: Any, data: str, 
     first, most = sizes.training_batches[0], max(sizes.training_batches)
     for batch in sizes.training_batches:
         step("eager", batch, trainer)
+    book.row("memory, as train --dry-run estimates it", lambda: estimate(trainer))
+    if subject.cuda:
+        book.row("no step waits for the GPU", lambda: no_wait(trainer, first), checked=True)
+    else:
+        book.leave_out("no step waits for the GPU", "no GPU; tests/unit/train/test_step_transfers.py counts copies")
     trainer.checkpointing(True)
     for batch in dict.fromkeys((first, most)):
         step("eager, gradient checkpointing", batch, trainer)
@@ -184,6 +190,28 @@ def stage_of(recipe: Recipe, bundle: Bundle, data: str, cache_latents: int, cach
     images = ImageSet(open_dataset(data, recipe.data), recipe.model.resolution, cache)
     store = LocalStore(str(Path(data).parent / "model"))
     return make_stage(StageContext(bundle, images, recipe.seed, store, cache_latents), recipe.train.stages[0])
+
+
+def estimate(trainer: Trainer) -> Values:
+    """To be compared with ``peak_gib`` of the steps with the same batch."""
+    found: Values = {}
+    for name, checkpointing in (("", False), ("_with_checkpointing", True)):
+        need = memory_need(trainer.bundle, [trainer.stage], trainer.recipe.train, 1, checkpointing)
+        assert need is not None
+        tensors = need.networks + need.optimizer + need.average + need.step
+        found |= {"batch": trainer.config.batch_size, f"estimated_gib{name}": round(tensors * 1e9 / 2**30, 2)}
+    return found
+
+
+def no_wait(trainer: Trainer, batch: int) -> Values:
+    """PyTorch itself raises an error where a step makes the CPU wait."""
+    trainer.step(batch)  # what is copied once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return {"waits": 0}
 
 
 def optimizer_alone(subject: Subject, trainer: Trainer) -> Values:

@@ -123,7 +123,7 @@ def exit_codes() -> dict[type[BaseException], int]:
     """Exit code of the contract by kind of error."""
     from diffva_ray.distributed.session import UnusableCluster
     from diffva_ray.evaluate.reduction import Incomplete
-    from diffva_ray.generate.attempts import OutOfMemory, WorkersKeepDying
+    from diffva_ray.generate.attempts import GpuFailed, OutOfMemory, WorkersKeepDying
     from diffva_ray.generate.failure_threshold import TooManyQuarantined
     from diffva_ray.generate.run import DamagedPart, Unfinished
     from diffva_ray.generate.run_json import DamagedRun
@@ -138,7 +138,7 @@ def exit_codes() -> dict[type[BaseException], int]:
         Unfinished,
         UnknownScheme,
     )
-    incomplete = (DamagedPart, Incomplete, StoreError, WorkersKeepDying, OutOfMemory)
+    incomplete = (DamagedPart, Incomplete, StoreError, WorkersKeepDying, OutOfMemory, GpuFailed)
     return {
         **dict.fromkeys(unusable, UNUSABLE),
         FingerprintDiffers: DIFFERS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any, cast
 
 import torch
@@ -35,3 +36,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether the GPU has too little memory, which cuBLAS and cuDNN report as errors of their own."""
     allocations = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(name in str(error) for name in allocations)
+
+
+# How torch, cuDNN, cuBLAS and NCCL begin the message of an error of the GPU or of its driver; after most of them the
+# process cannot use the GPU any more (tests/unit/counterfactual/test_device_errors.py has them, with sources).
+DEVICE_ERRORS = re.compile(
+    r"CUDA error|cuda runtime error|CUDA unknown error|CUDA driver|Cuda failure|No CUDA GPUs are available"
+    r"|cuDNN error|CUDNN_STATUS|CUBLAS_STATUS|CUSOLVER_STATUS|CUFFT_|NCCL error|nccl\w+Error|NVML_ERROR|\bXid\b"
+    r"|uncorrectable ECC|fallen off the bus"
+)
+INSTALLATION = re.compile(
+    r"no kernel image|driver version is insufficient|not compiled with CUDA|driver on your system"
+)
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether a GPU failed. Neither too little memory, nor a torch that does not fit the GPU or its driver."""
+    text = str(error)
+    known = bool(DEVICE_ERRORS.search(text)) and not INSTALLATION.search(text)
+    return isinstance(error, RuntimeError) and known and not is_out_of_memory(error)

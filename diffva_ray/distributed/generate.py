@@ -10,43 +10,80 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
 import ray.data
 
 from diffva_ray.distributed import session
+from diffva_ray.distributed.failing_gpus import MAX_GPU_ERRORS, errors, note_error, own_gpu
 from diffva_ray.distributed.prometheus import GenerationMetrics
-from diffva_ray.generate.attempts import MAX_MEMORY_FAILURES, RAY, Attempt, OutOfMemory, Session
+from diffva_ray.generate.attempts import (
+    MAX_MEMORY_FAILURES,
+    MAX_SHARD_GPU_ERRORS,
+    RAY,
+    Attempt,
+    GpuFailed,
+    OutOfMemory,
+    Session,
+)
+from diffva_ray.generate.run import part
 from diffva_ray.progress import LOG
+from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import patiently
 
 MAX_START_DEATHS = 3  # consecutive actors that may die while they start (spot node, memory) before the run fails
+KEPT = "All committed work is kept; the same command continues the run"
+REFUSAL_PAUSE = 30.0  # seconds for which an actor on a failed GPU keeps a shard, so that others take the next ones
 
 
 class ShardWorker:
-    """Actor of the pool: opens model, data and run once, then runs shard after shard."""
+    """Actor of the pool: opens model, data and run once, then runs shards, or refuses them on a failed GPU."""
 
     def __init__(self, run: str, data: str, model: str, device: str, driver: str, allowed: bool = False) -> None:
         from diffva_ray.generate import shard  # imported here because it loads torch, which the driver does not need
 
-        node = ray.get_runtime_context().get_node_id()
-        self.run_shard = shard.run_shard
-        attempts = Session(RAY, driver, node, _is_alive)
-        self.context = patiently(lambda: shard.WorkerContext.open(run, data, model, device, attempts, allowed))
+        self.run_shard, self.store, self.driver = shard.run_shard, open_store(run), driver
+        self.gpu, self.refusal = own_gpu(), ""
+        if errors(self.store, driver, self.gpu) >= MAX_GPU_ERRORS:
+            self.refusal = f"{self.gpu} failed {MAX_GPU_ERRORS} times"
+            return
+        attempts = Session(RAY, driver, self.gpu.node, _is_alive)
+        try:
+            self.context = patiently(lambda: self.opened(run, data, model, device, attempts, allowed))
+        except GpuFailed as error:
+            self.refusal = f"{self.gpu}: {error}"
+            note_error(self.store, driver, self.gpu, self.refusal)
         self.metrics = GenerationMetrics(run)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:
+    def opened(self, *arguments: Any) -> Any:
+        """Load model, data and run."""
+        from diffva_ray.generate.shard import WorkerContext
+
+        return WorkerContext.open(*arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         reports = [self._run(int(shard)) for shard in batch["shard"]]
-        return {key: [report[key] for report in reports] for key in ("shard", "records", "ok")}
+        return {key: [report[key] for report in reports] for key in ("shard", "records", "ok", "refused", "gpu")}
 
     def _run(self, shard: int) -> dict[str, Any]:
+        report = {"shard": shard, "records": 0, "ok": 0, "refused": "", "gpu": ""}
+        if self.refusal:
+            time.sleep(REFUSAL_PAUSE)
+            return {**report, "refused": self.refusal, "gpu": f"{self.gpu.node} {self.gpu.number}"}
+        if Attempt(self.store, shard, self.context.session).gpu_errors >= MAX_SHARD_GPU_ERRORS:
+            return {**report, "refused": f"{part(shard)}: {MAX_SHARD_GPU_ERRORS} attempts ended with an error of a GPU"}
         self.metrics.begin()
         try:
-            report = self.run_shard(self.context, shard)
+            report |= self.run_shard(self.context, shard)
+        except GpuFailed as error:
+            LOG.warning("%s: %s", self.gpu, error)
+            note_error(self.store, self.driver, self.gpu, str(error))
+            os._exit(1)  # this process cannot use the GPU any more; Ray starts a new one
         except OutOfMemory:
-            if Attempt(self.context.run.store, shard, self.context.session).short_of_memory >= MAX_MEMORY_FAILURES:
+            if Attempt(self.store, shard, self.context.session).short_of_memory >= MAX_MEMORY_FAILURES:
                 raise
             os._exit(1)  # the device memory of this process may be in a bad state; Ray starts a new process
         self.metrics.commit(report)
@@ -81,6 +118,9 @@ def generate(
         gpus_per_actor: GPUs, or a fraction of one, for each actor; by default 1 if the cluster has GPUs, otherwise 0.
         worker: Class with the constructor and call of ``ShardWorker``; a simulator can replace it.
         allow_environment_change: Whether workers may have another device than the run's first worker.
+
+    Raises:
+        GpuFailed: No GPU is left, or the attempts at a shard ended with an error of a GPU.
     """
     gpus = gpus_per_actor
     if gpus is None:
@@ -95,6 +135,31 @@ def generate(
     context.max_consecutive_actor_init_deaths = MAX_START_DEATHS
     context.execution_no_progress_timeout_s = -1  # a shard or the wait for a node may take longer than Ray's 30 min
 
+    arguments = (run, data, model, "cuda" if gpus else "cpu", secrets.token_hex(6), allow_environment_change)
+    failed, given_up = dict[str, str](), list[str]()
+    while pending:
+        refused = list[int]()
+        for report in _reports(worker, arguments, pending, actors, gpus):
+            if not report.get("refused"):
+                on_shard(report)
+            elif not report["gpu"]:
+                given_up.append(report["refused"])
+            else:
+                refused.append(report["shard"])
+                if report["gpu"] not in failed:
+                    failed[report["gpu"]] = report["refused"]
+                    LOG.warning("%s; the run goes on without it", report["refused"])
+                if len(failed) >= max(1, session.gpus()):
+                    raise GpuFailed(f"no GPU is left: {'; '.join(failed.values())}. {KEPT}")
+        pending = refused
+    if given_up:
+        raise GpuFailed(f"{'; '.join(given_up)}. The other shards are done. {KEPT}")
+
+
+def _reports(
+    worker: type, arguments: tuple[Any, ...], pending: list[int], actors: int | None, gpus: float
+) -> Iterator[dict[str, Any]]:
+    """Run the ``pending`` shards; yields the report of each one."""
     # One row and one block for each shard.
     shards = ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=len(pending))
     reports = shards.map_batches(
@@ -103,20 +168,13 @@ def generate(
         compute=_pool(actors, gpus, len(pending)),
         num_gpus=gpus or None,
         num_cpus=0,  # on a small machine, actors with one CPU each would starve Ray Data's own tasks
-        fn_constructor_args=(
-            run,
-            data,
-            model,
-            "cuda" if gpus else "cpu",
-            secrets.token_hex(6),
-            allow_environment_change,
-        ),
+        fn_constructor_args=arguments,
     )
     reported = list[int]()
     with session.waiting("the first shard", {"GPU": gpus} if gpus else {"CPU": 1}, lambda: bool(reported)):
         for report in reports.iter_rows():
             reported.append(report["shard"])
-            on_shard(report)
+            yield report
 
 
 def _pool(actors: int | None, gpus: float, pending: int) -> ray.data.ActorPoolStrategy:

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from diffva_ray._version import __version__
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.engine import CounterfactualEngine
-from diffva_ray.counterfactual.exact_device import is_out_of_memory
+from diffva_ray.counterfactual.exact_device import is_device_error, is_out_of_memory
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import MAX_BYTES, BadImage, decode_mask, decode_with_columns
 from diffva_ray.data.memory_limit import MemoryLimit
-from diffva_ray.generate.attempts import MAX_RECORD_DEATHS, Attempt, OutOfMemory, Session
+from diffva_ray.generate.attempts import MAX_RECORD_DEATHS, Attempt, GpuFailed, OutOfMemory, Session
 from diffva_ray.generate.data_identity import check_there, readable
 from diffva_ray.generate.keys import check_device_name
 from diffva_ray.generate.planned_files import PlannedFiles
@@ -67,7 +67,7 @@ class WorkerContext:
 
         Raises UnusableModel for a model that cannot be loaded, Unfinished without a run at ``run_uri``, for another
         model than the run's, and for a model that cannot be compiled or has a damaged judge; FingerprintDiffers on
-        another device than that of the run's first worker.
+        another device than that of the run's first worker; GpuFailed for a GPU that cannot be used.
         """
         run = find_run(open_store(run_uri))
         if run is None:
@@ -75,7 +75,12 @@ class WorkerContext:
         bundle = load(model_uri, run.recipe)
         if bundle.digest != run.keys["model_digest"]:
             raise Unfinished(f"--model {model_uri}: not the model that {run_uri} was planned with")
-        engine = CounterfactualEngine(bundle, run.recipe.generate, device)
+        try:
+            engine = CounterfactualEngine(bundle, run.recipe.generate, device)
+        except RuntimeError as error:
+            if is_device_error(error):
+                raise GpuFailed(f"the GPU cannot be used: {one_line(error, 160)}") from error
+            raise
         check_device_name(run, engine.device_name, allow_environment_change)
         try:
             if run.recipe.generate.compile:
@@ -134,6 +139,7 @@ def run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
     Raises:
         StoreError: The store keeps failing, or the data set is gone.
         OutOfMemory: The device has too little memory for a micro-batch.
+        GpuFailed: A GPU reports an error.
         WorkersKeepDying: Too many workers died on this shard.
         PlanError: The plan is missing or is not the run's.
     """
@@ -150,15 +156,21 @@ def _run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
     if store.exists(commit_path(shard)):
         return {"shard": shard, "records": 0, "ok": 0, "seconds": watch.seconds}
     planned = run.planned(shard)
-    # generate; record by record if a worker died on this shard before
+    # generate; with markers, in ever smaller groups, if a worker died on this shard before
     with Attempt(store, shard, context.session) as attempt:
         files = ShardFiles(store, shard, attempt.token)
         try:
-            processed = (_one_by_one if attempt.isolated else _in_batches)(context, planned, attempt, files)
+            processed = (_in_groups if attempt.isolated else _in_batches)(context, planned, attempt, files)
         except RuntimeError as error:
+            if is_device_error(error):
+                attempt.leave("device")
+                raise GpuFailed(
+                    f"{part(shard)}: the GPU ({context.engine.device_name}) reports: {one_line(error, 160)}; the same "
+                    "command continues in a new process. If it comes again, another GPU or driver is needed"
+                ) from error
             if not is_out_of_memory(error):
                 raise
-            attempt.ran_out_of_memory()
+            attempt.leave("memory")
             raise OutOfMemory(
                 f"{part(shard)}: {one_line(error, 160)}; give each actor more of a GPU, or make a new "
                 "run with a smaller --micro-batch (it changes pixels, so it is fixed for this run)"
@@ -201,30 +213,35 @@ def _in_batches(
         readers.shutdown(cancel_futures=True)
 
 
-def _one_by_one(
+def _in_groups(
     context: WorkerContext, planned: list[PlannedRecord], attempt: Attempt, files: ShardFiles
 ) -> list[ProcessedRecord]:
-    """Process each record alone, because a worker died on this shard: suspects first, poison records not at all.
+    """Process the records of a shard on which a worker died, group by group: suspects first, poison records not at all.
 
-    Batches are padded, so a record has the same pixels alone as in a full batch."""
+    Batches are padded, so a record has the same pixels in a smaller group as in a full batch."""
     limit, poison, watch = MAX_RECORD_DEATHS[attempt.session.executor], attempt.poison_records, context.engine.watch
-    order = sorted(planned, key=lambda record: -attempt.failure_counts[record["record_id"]])
     sources = list[Source]()
     with context.postprocessor(files) as postprocessor:
-        for record in order:
-            if record["record_id"] in poison:
-                reason = f"its process died {limit} times while this record was the only one in progress"
-                killed: Results = {**context.results, "status": Status.KILLED_WORKER.value, "error": reason}
-                postprocessor.submit(complete(record, killed))
+        for record in (record for record in planned if record["record_id"] in poison):
+            reason = f"its process died {limit} times while this record was the only one in progress"
+            killed: Results = {**context.results, "status": Status.KILLED_WORKER.value, "error": reason}
+            postprocessor.submit(complete(record, killed))
+        for group in attempt.groups(len(planned), context.run.recipe.generate.micro_batch):
+            records = [planned[n] for n in group if planned[n]["record_id"] not in poison]
+            if not records:
                 continue
-            with attempt.in_progress(record["record_id"]):  # without storing: a death there is not the record's fault
+            alone = len(records) == 1
+            mark = attempt.in_progress(records[0]["record_id"]) if alone else attempt.group_in_progress(group)
+            with mark:  # without storing: a death there is not the records' fault
                 with watch("read"):
-                    sources.append(read_source(context, record))
-                item = _generate(context, sources[-1:])[0]
+                    read = [read_source(context, record) for record in records]
+                items = _generate(context, read)
                 with watch("metrics"):
-                    scored = postprocessor.score(item) if isinstance(item, Generation) else item
+                    scored = [postprocessor.score(item) if isinstance(item, Generation) else item for item in items]
+            sources += read
             with watch("write"):
-                postprocessor.submit(scored).result()
+                for one in scored:
+                    postprocessor.submit(one).result()
         _check_absent(context, sources)
         _split_read_time(watch, sources)
         processed = {one.record["record_id"]: one for one in postprocessor.results()}

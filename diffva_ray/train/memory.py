@@ -162,9 +162,10 @@ def _step_bytes(
         gradients += parameter.nbytes if name in names else 0
     side = bundle.recipe.model.resolution // bundle.latent_scale
     prompts = min(rows, len(bundle.recipe.data.prompts) + 1)
-    tokens = torch.ones(prompts, bundle.tokenizer.model_max_length, dtype=torch.long)
-    half = torch.autocast("cpu", torch.bfloat16, enabled=train.mixed_precision != "no")
-    with fake, _Peak(copied.parameters()) as peak, half:
+    device = next(network.parameters()).device
+    half = torch.autocast(device.type, torch.bfloat16, enabled=train.mixed_precision != "no")
+    with fake, device, _Peak(copied.parameters()) as peak, half:
+        tokens = torch.ones(prompts, bundle.tokenizer.model_max_length, dtype=torch.long)
         noisy = torch.empty(rows, copied.unet.config.in_channels, side, side)
         which = torch.zeros(rows, dtype=torch.long)
         output = copied(noisy, torch.zeros(rows, dtype=torch.long), tokens, tokens, which)

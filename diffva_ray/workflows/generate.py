@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from diffva_ray.config.methods import METHODS
-from diffva_ray.config.recipe import GUESS, SOURCE, Recipe
+from diffva_ray.config.recipe import GUESS, SOURCE, Recipe, fingerprint_difference
 from diffva_ray.data.bit_depth import checked_bit_depth
 from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
@@ -50,8 +50,10 @@ def generate_run(
         UnusableData: The data set cannot be read or has none of the requested images.
         UnusableModel: The model folder cannot be used, or lacks a network that the method needs.
     """
+    folder = ModelFolder(model)
+    if (finished := _finished(recipe, data, folder, out, request)) is not None:
+        return _execute(finished, model, execution)  # says that there is nothing to do
     with _device(execution) as device:
-        folder = ModelFolder(model)
         run = plan_or_continue(recipe, data, folder, out, request, execution, device)
         return _execute(run, model, execution)
 
@@ -109,6 +111,16 @@ def _device(execution: Execution) -> Iterator[str]:
             session.check_resources(f"--gpus-per-actor {gpus:g}", GPU=gpus)
         # Requested GPUs are waited for: an autoscaling cluster may have none yet.
         yield "cuda" if (session.gpus() if gpus is None else gpus) else "cpu"
+
+
+def _finished(recipe: Recipe, data: str, model: ModelFolder, out: str, request: Request) -> Run | None:
+    """The run at ``out`` if it is this one, of the same data set, and has no pending shard, which takes neither Ray nor
+    a device to find out."""
+    run = find_run(open_store(out))
+    if run is None or absolute(data) != run.about["data"] or not run.has_plan() or run.pending():
+        return None
+    keys = pixel_keys(recipe, request, model.digest, torch_version(), run.keys["device"])
+    return None if fingerprint_difference(run.keys, keys) else run
 
 
 def plan_or_continue(

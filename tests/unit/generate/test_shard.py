@@ -22,7 +22,7 @@ from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.encoding import map_levels, pixel_digest
 from diffva_ray.data.images import decode_map, read_map
 from diffva_ray.evaluate.records import read_images, read_records
-from diffva_ray.generate.attempts import OutOfMemory
+from diffva_ray.generate.attempts import GpuFailed, OutOfMemory
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import PlanError, find_run
 from diffva_ray.generate.shard import WorkerContext, run_shard
@@ -322,6 +322,6 @@ def test_every_name_of_too_little_memory_is_known(
         raise RuntimeError(message)
 
     monkeypatch.setattr(CounterfactualEngine, "__call__", fail)
-    with pytest.raises(OutOfMemory if memory else RuntimeError, match="CUDA error") as error:
+    with pytest.raises(OutOfMemory if memory else GpuFailed, match="CUDA error") as error:
         run_inline(tiny, images, model, tmp_path / "run")
     assert ("--micro-batch" in str(error.value)) == memory

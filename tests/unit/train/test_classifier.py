@@ -39,12 +39,12 @@ def test_it_learns_and_does_not_change_other_networks(
     """It learns a label that the latents contain, through the noise; autoencoder and UNet keep their weights. The
     latents are made up, because those of an untrained autoencoder contain nothing."""
 
-    def informative(self: Latents, indices: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def informative(self: Latents, indices: list[int]) -> dict[str, torch.Tensor]:
         signs = torch.tensor([1.0 if self.images.images[n].label == "COVID" else -1.0 for n in indices])
         mean = 10 * signs[:, None, None, None].expand(-1, 4, 8, 8)
-        return mean, torch.full_like(mean, 0.1)
+        return {"mean": mean, "std": torch.full_like(mean, 0.1)}
 
-    monkeypatch.setattr(Latents, "moments", informative)
+    monkeypatch.setattr(Latents, "inputs", informative)
     stage = {**CLASSIFIER, "steps": 40, "batch_size": 8, "classes": {"Normal": 1, "COVID": 1}, "ema_decay": None}
     losses = [metrics["loss"] for metrics in run(with_stages(tiny, stage), images, tmp_path)]
     assert losses[-1] < 0.5 * losses[0]
