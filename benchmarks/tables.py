@@ -18,7 +18,8 @@ from typing import Any
 import click
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("index", "methods", "throughput", "real_images", "paper")))
+DOCS = ("index", "methods", "throughput", "real_images", "paper", "guides/own_data")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 Cells = Sequence[Sequence[str]]
 
@@ -36,6 +37,38 @@ def number(value: float | None, digits: int = 3) -> str:
 def markdown(heads: Sequence[str], rows: Cells) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def suspects() -> str:
+    """Suspects among ordinary images, and the share of damaged ones that is found, by reason."""
+    sets = result("suspects")["data"]
+
+    def found(*kinds: str) -> str:
+        shares = [[part["found"][kind] for kind in kinds] for part in sets]
+        return ", ".join(f"{min(s):.0%}" if min(s) == max(s) else f"{100 * min(s):.0f} to {max(s):.0%}" for s in shares)
+
+    parts = [kind.removesuffix(", stretched") for kind in sets[0]["found"] if kind.endswith(", stretched")]
+    turns = [f"turned by {90 * k} degrees" for k in (1, 2, 3)]
+    lines = [
+        ("inverted", "grey values inverted", found("grey values inverted")),
+        ("rotated", "turned by 90, 180 or 270 degrees", found(*turns)),
+        ("", "mirrored", found("mirrored")),
+        *(("" if n else "cropped", f"{part}, stretched to the old shape", found(f"{part}, stretched"))
+          for n, part in enumerate(parts)),
+        ("", "a half or the upper 60 %, with its own shape", found(*(f"{part}, as it is" for part in parts[:3]))),
+        ("padded", "a black border, 20 % of the width at both sides", found("black border at two sides")),
+        *(("" if n else "text", f"a name in white letters, {share} % of the height",
+           found(f"name in letters of {share}% of the height")) for n, share in enumerate((2, 3, 4))),
+        ("not frontal", "lateral views without a column `view`: not measured, none was at hand", ""),
+        ("coloured", "a red rectangle of 2 % of the pixels", found("a red rectangle of 2 % of the pixels")),
+        ("", "grey, in the colours of a JPEG", found("grey, saved as colour JPEG")),
+    ]  # fmt: skip
+    heads = ["suspect", *(f"of {part['images']} ordinary images ({part['size'].split('x')[0]} px)" for part in sets)]
+    heads += ["damage", "found (" + ", ".join(f"{part['size'].split('x')[0]} px" for part in sets) + ")"]
+    return markdown(heads, [
+        [reason, *(str(part["suspects"][reason]) if reason else "" for part in sets), damage, shares]
+        for reason, damage, shares in lines
+    ])  # fmt: skip
 
 
 LEADERS = (
@@ -410,7 +443,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for function in (
         leaderboard, limits, corrections, shortcuts, induction, unseen, engine, data_plane, scale, planning, fid_rows,
         real_images, real_summary, real_findings, real_implants, real_pack, implants,
-        throughput, demo, claims, gpu, paper_claims,
+        throughput, demo, claims, gpu, paper_claims, suspects,
     )
 }  # fmt: skip
 

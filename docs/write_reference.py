@@ -35,7 +35,7 @@ own. `--set KEY=VALUE` overrides one value, as in `--set generate.masked.quantil
 COMMANDS_HEAD = """# Commands
 
 Written by `docs/write_reference.py` from the code (`diffva_ray/commands/`). `python jobs/VERB.py` takes the options of
-`diffva VERB` for all verbs except demo and inspect.
+`diffva VERB` for all verbs except demo, inspect and studio.
 """
 COLUMNS_HEAD = """# Columns of the records
 

@@ -90,6 +90,41 @@ def score(recipe: Recipe, demo: str, model: str, out: str) -> dict[str, float]:
     }
 
 
+def autoencoder(base: Recipe, demo: str, folder: Path, threads: int) -> tuple[Path, dict[str, Any]]:
+    """Train the autoencoder of ``base`` once; return the checkpoint with it and the initial denoiser, and its stage."""
+    values = base.model_dump(mode="json")
+    stage = values["train"]["stages"][0]
+    values["train"] |= {"stages": [stage], "checkpoints_to_keep": 100}
+    keep = Checkpoints(folder / ".train", 100)
+    if not (folder / "diffva.json").exists():
+        train(
+            make_recipe(values),
+            f"{demo}/data/train",
+            str(folder),
+            fingerprint="choices",
+            provenance={},
+            report=keep,
+            resume=keep.latest(),
+            threads=threads,
+        )
+    start = keep.latest()
+    assert start is not None
+    return start, stage
+
+
+def train_from(start: Path, recipe: Recipe, data: str, model: Path, threads: int) -> bool:
+    """Train the stages after the checkpoint ``start``, unless they were; returns whether it did."""
+    if (model / "diffva.json").exists():
+        return False
+    report = Checkpoints(model / ".train", 1)
+    shutil.copytree(start, model / ".train" / start.name, dirs_exist_ok=True)
+    train(
+        recipe, data, str(model), fingerprint="choices", provenance={}, report=report, resume=report.latest(),
+        threads=threads,
+    )  # fmt: skip
+    return True
+
+
 @click.command()
 @click.option("--demo", default="runs/demo", show_default=True, help="A finished `diffva demo`.")
 @click.option("--steps", default=1000, show_default=True, help="Training steps of the denoiser in every row.")
@@ -100,46 +135,18 @@ def main(demo: str, steps: int, threads: int, only: tuple[str, ...], result: Pat
     set_up_logging()
     work = Path(demo) / "choices"
     base = load_recipe("phantom")
-    stages = base.model_dump(mode="json")["train"]["stages"]
-    first = work / "autoencoder"
+    start, stage = autoencoder(base, demo, work / "autoencoder", threads)
     values = base.model_dump(mode="json")
-    values["train"] |= {"stages": [stages[0]], "checkpoints_to_keep": 100}
-    keep = Checkpoints(first / ".train", 100)
-    if not (first / "diffva.json").exists():
-        train(
-            make_recipe(values),
-            f"{demo}/data/train",
-            str(first),
-            fingerprint="choices",
-            provenance={},
-            report=keep,
-            resume=keep.latest(),
-            threads=threads,
-        )
-    start = keep.latest()  # the trained autoencoder and the initial denoiser
-    assert start is not None
 
     table = []
     for name, denoiser in choices(steps).items():
         if only and not any(text in name for text in only):
             continue
         model = work / f"{steps}-{'-'.join(''.join(c if c.isalnum() else ' ' for c in name).split())}"
-        values["train"] |= {"stages": [stages[0], *denoiser], "checkpoints_to_keep": 1}
+        values["train"] |= {"stages": [stage, *denoiser], "checkpoints_to_keep": 1}
         recipe = make_recipe(values)
         began = time.monotonic()
-        if not (model / "diffva.json").exists():
-            report = Checkpoints(model / ".train", 1)
-            shutil.copytree(start, model / ".train" / start.name, dirs_exist_ok=True)
-            train(
-                recipe,
-                f"{demo}/data/train",
-                str(model),
-                fingerprint="choices",
-                provenance={},
-                report=report,
-                resume=report.latest(),
-                threads=threads,
-            )
+        if train_from(start, recipe, f"{demo}/data/train", model, threads):
             (model / "seconds.txt").write_text(f"{time.monotonic() - began:.0f}")
             shutil.copytree(Path(demo) / "model" / "judge", model / "judge", dirs_exist_ok=True)
         seconds = float((model / "seconds.txt").read_text())

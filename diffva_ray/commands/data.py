@@ -95,8 +95,9 @@ def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str 
 def inspect(data: str, other: str | None, columns: str | None, root: str | None, healthy_class: str | None,
             as_json: bool, recipe: str, overrides: tuple[str, ...]) -> None:  # fmt: skip
     """Show what a data set contains and how it was recognised: classes, patients, views, image sizes, masks and boxes,
-    unreadable files, suspects (inverted, rotated, padded, coloured, with text) and near-duplicates. With OTHER, also
-    show what the two data sets have in common: patients, equal files, near-duplicates. DATA can be a single image.
+    unreadable files, suspects (inverted, rotated, cropped, padded, coloured, with text, not frontal) and near-duplicates.
+    With OTHER, also show what the two data sets have in common: patients, equal files, near-duplicates. DATA can be a
+    single image.
 
     Example:
         diffva inspect data/COVID-19_Radiography_Dataset

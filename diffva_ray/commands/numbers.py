@@ -15,6 +15,7 @@ from diffva_ray.commands.verb import (
     data_options,
     echo,
     executor_option,
+    sources_option,
     verb,
     weights_option,
     with_flags,
@@ -35,7 +36,6 @@ normals_option   = click.option("--normals",        metavar="DATA", help="Data s
 extractor_option = click.option("--extractor",      "extractors", metavar="NAME[=PATH]", multiple=True, help="Feature extractor: inception, torchxrayvision=WEIGHTS, rad-dino=FOLDER, judge[=MODEL], stand-in; repeatable.")
 judge_option     = click.option("--judge",          "judges", metavar="NAME=PATH", multiple=True, help="Additional judge of the flip rate: torchxrayvision=WEIGHTS or judge=MODEL; repeatable.")
 lpips_option     = click.option("--lpips-weights",  "lpips", metavar="PATH", help="State dict of torchvision's AlexNet; adds LPIPS to the tables.")
-sources_option   = click.option("--sources",        metavar="CSV", help="CSV of each image's archive: file,source; adds distances per archive.")
 accept_option    = click.option("--max-quarantined-fraction", metavar="F", type=click.FloatRange(0, 1), help="Accept a run with this fraction of quarantined records; the run stores it.")
 nameless_option  = click.option("--anonymise-names", is_flag=True, help="Replace the names of image files by ids.")
 images_option    = click.option("--images",         metavar="N", type=click.IntRange(1), help="Maximum number of records in the viewer; default: depends on their size, up to 20000.")

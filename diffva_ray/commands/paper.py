@@ -19,6 +19,7 @@ from diffva_ray.commands.verb import (
     model_option,
     recipe_option,
     set_option,
+    sources_option,
     verb,
     weights_option,
 )
@@ -31,6 +32,7 @@ quick_option       = click.option("--quick",       is_flag=True, help="Use 24 im
 limit_option       = click.option("--limit",       metavar="N", type=click.IntRange(4), help="Maximum number of images per class.")
 resize_option      = click.option("--resize",      type=click.Choice(["clean", "legacy"]), default="legacy", show_default=True, help="Resizing before Inception: as pytorch-fid and the paper (legacy), or bicubic with antialiasing (clean).")
 carcinoma_option   = click.option("--carcinoma",   metavar="IMAGE", help="A real carcinoma, shown in figure 4; default with phantoms: a phantom mass.")
+base_option        = click.option("--base",        metavar="MODEL", help="The model before fine-tuning (trained with 0 steps), for the yardstick in table 5.")
 # fmt: on
 
 
@@ -38,12 +40,14 @@ carcinoma_option   = click.option("--carcinoma",   metavar="IMAGE", help="A real
 @radiography_option
 @chexpert_option
 @model_option
+@base_option
 @out_option
 @quick_option
 @limit_option
 @carcinoma_option
 @boxes_option
 @brixia_option
+@sources_option
 @weights_option
 @resize_option
 @execution_options

@@ -205,6 +205,7 @@ healthy_option  = click.option("--healthy-class", metavar="NAME", help="Name of 
 weights_option  = click.option("--inception-weights", metavar="PATH|download", help="State dict of pytorch-fid's Inception; default: the file in pytorch-fid's cache.")
 boxes_option    = click.option("--boxes",      metavar="CSV", help="CSV of lesion boxes: file,x,y,w,h in pixels of the image.")
 brixia_option   = click.option("--brixia",     metavar="CSV", help="CSV of Brixia zone scores: file, S-A to S-F, J-A to J-F.")
+sources_option  = click.option("--sources",    metavar="CSV", help="CSV of each image's archive: file,source; adds distances per archive.")
 SAMPLING = (  # the fields of SamplingSettings, which `generate`, `explain` and `interpolate` share
     click.option("--method",         metavar="NAME",              help=f"Counterfactual method: {', '.join(METHODS)}."),
     click.option("--strength",       metavar="F",    type=float,  help="Share of the noise schedule that is applied to the image, in (0, 1]."),

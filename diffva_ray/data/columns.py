@@ -7,13 +7,19 @@ import re
 from collections.abc import Mapping
 
 SEXES = {"f": "F", "female": "F", "w": "F", "m": "M", "male": "M"}
+NOBODY = {"nan", "none", "null", "na", "n/a", "<na>", "unknown", "anonymous", "anonymized", "anonymised", "anon"}
 LATERAL = {"L", "LL", "RL", "LATERAL", "LLD", "RLD"}
 
 
-def patient_key(patient: str) -> str:
-    """Hash (16 hex digits) of a patient's id, equal in every data set; "" for no id. No run stores the id itself."""
-    text = patient.strip()
-    return hashlib.sha256(f"patient:{text}".encode()).hexdigest()[:16] if text else ""
+def patient_key(patient: str, issuer: str = "") -> str:
+    """Hash (16 hex digits) of a patient's id; "" for none, or for a word that stands for nobody in particular. No run
+    stores the id itself. ``issuer``: the public data set that numbered its patients, whose patient 1 is not patient 1
+    of another; empty for ids of a user's own."""
+    text = re.sub(r"^(\d+)\.0$", r"\1", patient.strip())  # pandas writes numbers beside empty cells as 3.0
+    if text.casefold() in NOBODY:
+        return ""
+    whole = f"{issuer}:{text}" if issuer else text
+    return hashlib.sha256(f"patient:{whole}".encode()).hexdigest()[:16] if text else ""
 
 
 def described(columns: Mapping[str, str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ def blank_reason(image: NDArray[np.floating]) -> str:
             f"90 % of the values are between {low:.3f} and {high:.3f} of the grey scale: a flat image, a DICOM window "
             "off its values, or a 16-bit file that uses fewer bits (see diffva inspect; --set data.bits=12)"
         )
-    dithered = (grid[:, 1:] != grid[:, :-1]).mean() > DITHERED  # black and white dots that look grey
-    if (share := ((grid <= 0) | (grid >= 1)).mean()) > MAX_TWO_VALUED and not dithered:
+    share = ((grid <= 0) | (grid >= 1)).mean()
+    if share > MAX_TWO_VALUED and (grid[:, 1:] != grid[:, :-1]).mean() <= DITHERED:  # not dots that look grey
         return f"{share:.0%} of the pixels are black or white: a mask, or a DICOM window far too narrow"
     return ""

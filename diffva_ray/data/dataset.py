@@ -54,6 +54,7 @@ class Dataset:
         bits: Number of bits that the values in 16-bit grey files use (``data.bits``).
         why: What the layout was recognised by.
         left_out: What the reader did not take, with counts, one line each.
+        issuer: The public data set that numbered the patients; empty for ids of a user's own.
     """
 
     store: Store
@@ -64,6 +65,7 @@ class Dataset:
     bits: int = 16
     why: str = ""
     left_out: list[str] = field(default_factory=list)
+    issuer: str = ""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -108,7 +110,9 @@ def companions(path: str, kind: str) -> tuple[str, ...]:
     name = path.rpartition("/")[2]
     folder = path[: len(path) - len(name)]
     above = folder.removesuffix("images/") if f"/{folder}".endswith("/images/") else folder
-    names = (name, f"{name.rpartition('.')[0]}.png")  # a JPEG image's mask may be a PNG
+    stem, dot, extension = name.rpartition(".")  # a DICOM file may have none
+    stem = stem if f"{dot}{extension}".lower() in IMAGE_EXTENSIONS else name
+    names = (name, f"{stem}.png")  # a JPEG image's mask may be a PNG
     return tuple(f"{above}{kind}/{name}" for name in dict.fromkeys(names))
 
 

@@ -113,8 +113,8 @@ def open_dataset(
         if file and not (file in listing.sizes if root is store else store.exists(file)):
             raise UnusableData(f"{uri}: no such file")
         if not listing.entries:
-            single = " (a single image is no data set; give its folder)" if _is_image(place) else ""
-            raise UnusableData(f"{uri}: no files there{single}; expected {LAYOUTS}")
+            given = uri if root is store else f"--root {config.root}"
+            raise UnusableData(_nothing_there(given, place))
         if any("/twins/" in f"/{entry.path}" for entry in listing.entries):
             raise UnusableData(
                 f"{uri}: has folders twins/ (a phantom set of an earlier version); rename them to ground_truth/"
@@ -155,6 +155,16 @@ def _split(uri: str) -> tuple[str, str]:
         return uri, ""
     place, slash, name = uri.rpartition("/")
     return place or slash or ".", name
+
+
+def _nothing_there(uri: str | os.PathLike[str], place: str) -> str:
+    """The message about an address below which no files are listed; it may be that of a file."""
+    if _is_image(place):
+        return f"{uri}: no files there (a single image is no data set; give its folder); expected {LAYOUTS}"
+    store, name = open_file(place)
+    if name and store.exists(name):
+        return f"{uri}: not read; save a table as one of {', '.join(EXTENSIONS)}, or give a folder"
+    return f"{uri}: no files there; expected {LAYOUTS}"
 
 
 def _is_image(place: str) -> bool:
@@ -225,6 +235,12 @@ def _read_folder(listing: Listing) -> Dataset:
         if listing.images:
             raise UnusableData(f"{listing.store.uri}: its images are in no known layout; expected {LAYOUTS}")
         raise UnusableData(f"{listing.store.uri}: {hint}no images; expected {LAYOUTS}")
+    if {label.lower() for label in dataset.classes} <= {*split_folders.SPLITS}:
+        names = ", ".join(dataset.classes)
+        raise UnusableData(
+            f"{listing.store.uri}: its folders ({names}) are splits, not classes; a table with the labels of "
+            "the images, or a folder for every class, is missing"
+        )
     return replace(dataset, left_out=[*dataset.left_out, *_other_files(listing), *_unread_parquet(listing)])
 
 

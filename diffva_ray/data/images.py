@@ -260,7 +260,7 @@ def _decode_dicom(data: bytes, min_side: int, finish: Callable[[np.ndarray, Any]
     width, height = int(image.Columns), int(image.Rows)
     _check_size(width, height, min_side)
     with IN_FLIGHT(width * height):
-        return finish(dicom.grey(image).astype(np.float32), image)
+        return finish(dicom.grey(image), image)
 
 
 def _open_dicom(data: bytes) -> Any:

@@ -104,6 +104,7 @@ def overlap(first: Inspected, second: Inspected) -> dict[str, Any]:
         "uris": [first.dataset.store.uri, second.dataset.store.uri],
         "patients": common,
         "patients_known": [len(patients(first)), len(patients(second))],
+        "patients_comparable": bool(common) or first.dataset.issuer == second.dataset.issuer,
         "equal_files": equal,
         "near_duplicates": {"method": METHOD, "pairs": [pair for pair in pairs if pair[:2] not in set(equal)]},
     }
@@ -187,15 +188,18 @@ def describe_overlap(common: dict[str, Any]) -> str:
     """The result of ``overlap`` as text."""
     known = common["patients_known"]
     lines = [f"{common['uris'][0]} and {common['uris'][1]}:"]
-    if all(known):
-        lines.append(f"patients in both: {len(common['patients'])} (of {known[0]} and {known[1]})")
-    else:
+    if not all(known):
         lines.append("patients in both: unknown, as the patients of one of them are not known")
+    elif not common["patients_comparable"]:
+        lines.append("patients in both: unknown, as each data set numbers its patients itself")
+    else:
+        lines.append(f"patients in both: {len(common['patients'])} (of {known[0]} and {known[1]})")
     lines += _shown("patient in both", common["patients"])
     lines += _shown("equal files", [f"{one!r}, {two!r}" for one, two in common["equal_files"]])
     lines += _shown("near-duplicates", _pairs(common["near_duplicates"]["pairs"]))
     found = common["patients"] or common["equal_files"] or common["near_duplicates"]["pairs"]
-    return "\n".join([*lines, "split them by patient before training and testing" if found else "nothing in common"])
+    nothing = "nothing in common" if all(known) and common["patients_comparable"] else "no images in common"
+    return "\n".join([*lines, "split them by patient before training and testing" if found else nothing])
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -25,7 +25,7 @@ from diffva_ray.storage.store import Entry, Ranges, Store
 
 HEAD_BYTES = 132  # a DICOM file is recognised by these
 EXTENSION = re.compile(r"\.[A-Za-z][A-Za-z0-9]{0,9}$")  # DICOM files are also called IM000001 or 1.2.840.113
-KNOWN_TABLES = 2  # levels of folders above a table, from the data root
+KNOWN_TABLES = 4  # levels of folders above a table; PhysioNet's wget line makes physionet.org/files/NAME/VERSION
 
 
 def nfc(text: str) -> str:
@@ -138,12 +138,19 @@ class Listing:
         except ValueError as error:
             raise UnusableData(f"{path}: not JSON ({one_line(error)})") from None
 
-    def require(self, kind: str, files: str, looks_like: str = r"(?!)", *, found: bool = False) -> None:
+    def require(self, kind: str, files: str, holds: str, looks_like: str = r"(?!)", *, found: bool = False) -> None:
         """Raises UnusableData when there are paths that match the pattern ``looks_like`` (or with ``found``) although
-        the ``files`` of the data set ``kind`` are missing."""
+        the ``files`` of the data set ``kind`` are missing, in which one finds what ``holds`` names."""
         pattern = re.compile(looks_like)
         if found or any(pattern.search(entry.path) for entry in self.entries):
-            raise UnusableData(f"{self.store.uri}: looks like {kind}, but {files} is missing; download it, too")
+            raise UnusableData(
+                f"{self.store.uri}: looks like {kind}, but {files} is missing, which holds {holds}; download it, too"
+            )
+
+
+def incomplete(file: str, cost: str) -> str:
+    """The remark about a part of a known data set that is not there."""
+    return f"incomplete: missing {file}; {cost}"
 
 
 def base(path: str) -> str:
@@ -182,6 +189,7 @@ class Collection:
         left_out: Number of files or rows by the reason why they are not taken.
         remarks: Messages for users.
         skipped: Paths of the images that were left out by name.
+        issuer: The public data set that numbered the patients; see ``patient_key``.
     """
 
     listing: Listing
@@ -192,6 +200,11 @@ class Collection:
     left_out: Counter[str] = field(default_factory=Counter)
     remarks: list[str] = field(default_factory=list)
     skipped: set[str] = field(default_factory=set)
+    issuer: str = ""
+
+    def lacks(self, file: str, cost: str) -> None:
+        """Says that the data set is incomplete without ``file``, and what is unknown therefore."""
+        self.remarks.append(incomplete(file, cost))
 
     def skip(self, path: str | None, reason: str) -> None:
         """Leaves out an image that a table names; ``path``: None for an absent file."""
@@ -205,7 +218,7 @@ class Collection:
             self.skip(path, "images without a positive label")
         size = -1 if path is None else self.listing.sizes[path]
         known: Mapping[str, str] = described(columns)
-        key = patient_key(patient)
+        key = patient_key(patient, self.issuer)
         self.images += [LabelledImage(path or name, label, size, patient=key, columns=known) for label in labels]
 
     def outline(self, path: str | None, shape: Shape) -> None:
@@ -233,4 +246,7 @@ class Collection:
         if others:
             self.left_out[f"images that no table names ({top_folders(others)})"] += len(others)
         left_out = [f"{count} {what}" for what, count in self.left_out.items() if count]
-        return Dataset(listing.store, images, self.kind, self.remarks, self.shapes, why=self.why, left_out=left_out)
+        return Dataset(
+            listing.store, images, self.kind, self.remarks, self.shapes, why=self.why, left_out=left_out,
+            issuer=self.issuer,
+        )  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from diffva_ray.config.recipe import DataConfig
+from diffva_ray.data.boxes import ends
 from diffva_ray.data.columns import described, patient_key
 from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
 from diffva_ray.data.listing import Collection, Listing
@@ -33,6 +34,8 @@ ROLES = {  # names of columns, without case, with _ for spaces and hyphens; ``da
     "spacing": ("spacing", "pixel_spacing", "pixelspacing"),
     "split": ("split", "fold", "subset", "partition"),
 }  # fmt: skip
+NO_LABEL = {"nan", "null", "na", "n/a", "<na>"}  # an empty cell, as programs write it
+SEVERAL = re.compile(r"[,;]|^\[")  # in a label: probably several ones, separated otherwise than by |
 OF_THE_IMAGE = ("image", "label", "patient", "mask", "lesion", "caption")  # the other roles become columns
 RESERVED = {*PLAN.names, *RECORDS.names}  # a further column of such a name gets the prefix data_
 
@@ -84,7 +87,7 @@ def add_rows(
     further = {column: f"data_{column}" if column in RESERVED else column
                for column in table.columns if column not in roles.values()}  # fmt: skip
     further |= {column: role for role, column in roles.items() if role not in OF_THE_IMAGE}
-    outside, absent_images, absent_masks = [], set(), 0
+    outside, absent_images, absent_masks, several = [], set(), 0, set()
     for where, row in table.rows:
         cell = {role: row[column] for role, column in roles.items()}
         try:
@@ -93,10 +96,12 @@ def add_rows(
         except Outside as error:
             outside.append((where, error.path))
             continue
-        labels = [label.strip() for label in cell.get("label", path.split("/")[-2:][0]).split("|") if label.strip()]
+        labels = [text for label in cell.get("label", path.split("/")[-2:][0]).split("|")
+                  if (text := label.strip()) and text.casefold() not in NO_LABEL]  # fmt: skip
         if not path or not labels:
             images.left_out[f"rows of {name} without {'a label' if path else 'a path'}"] += 1
             continue
+        several |= {label for label in labels if SEVERAL.search(label)}
         found = _found(path, base, listing)
         if found is None:
             absent_images.add(path)
@@ -113,6 +118,9 @@ def add_rows(
         ]  # fmt: skip
     if outside:
         raise UnusableData(_outside(outside, listing))
+    if several:
+        what = f"{len(several)} labels such as {min(several)!r} are one class each; separate labels by |"
+        images.remarks.append(what)
     _remark(images, table, name, roles, {"images": len(absent_images), "masks": absent_masks})
 
 
@@ -137,6 +145,13 @@ def _remark(images: Collection, table: Table, name: str, roles: Mapping[str, str
         images.left_out[what] += len(table.unread)
 
 
+def _below_root(text: str, listing: Listing) -> str | None:
+    """The listed file that an absolute path of another machine ends with, the longest end first."""
+    if not re.match(r"/|[A-Za-z]:/|\w+://", text) or ".." in text.split("/"):
+        return None
+    return next((found for end in ends(text)[1:] if (found := listing.exact(end))), None)
+
+
 def inside(text: str, listing: Listing) -> str:
     """Path from a table, normalised and relative to the data root; "" for an empty one. Raises Outside."""
     if text in listing.sizes:
@@ -145,6 +160,8 @@ def inside(text: str, listing: Listing) -> str:
     for root in (listing.config.root, listing.store.uri):
         if root and text.startswith(f"{root.rstrip('/')}/"):
             text = text[len(root.rstrip("/")) + 1 :]
+    if listing.config.root and (below := _below_root(text, listing)):
+        return below
     pure = PurePosixPath(text)
     if pure.is_absolute() or ".." in pure.parts or "\0" in text or re.match(r"[A-Za-z]:/|\w+://", text):
         raise Outside(text)

@@ -17,7 +17,7 @@ from diffva_ray.data.dataset import UnusableData
 from diffva_ray.progress import one_line
 from diffva_ray.storage.store import Ranges
 
-EXTENSIONS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".jsonl")
+EXTENSIONS = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".jsonl", ".ndjson")
 DELIMITERS = ",;\t"
 CSV_FIELD_BYTES = 1 << 27  # a run-length encoded mask may be long
 
@@ -58,7 +58,7 @@ def read_table(data: bytes | Ranges, name: str, keep: Collection[str] = ()) -> T
     if ending == "parquet":
         columns, lines, unread = _parquet(BytesIO(data) if isinstance(data, bytes) else data, name)
     else:
-        columns, lines, unread = (_jsonl if ending == "jsonl" else _csv)(
+        columns, lines, unread = (_jsonl if ending in ("jsonl", "ndjson") else _csv)(
             data if isinstance(data, bytes) else data.read(), name
         )
     kept = [column for column in dict.fromkeys(columns) if column and (not keep or column in keep)]
@@ -79,15 +79,31 @@ Parsed = tuple[list[str], Iterable[list[str]], list[str]]
 def _csv(data: bytes, name: str) -> Parsed:
     csv.field_size_limit(CSV_FIELD_BYTES)
     try:
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = data.decode(_encoding(data))
+        if text[:4].lower() == "sep=":  # Excel's line that names the delimiter
+            text = text.partition("\n")[2]
         head = text.partition("\n")[0]
         delimiter = max(DELIMITERS, key=lambda sign: len(next(csv.reader([head], delimiter=sign), [])))
         lines = list(csv.reader(StringIO(text, newline=""), delimiter=delimiter, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UnusableData(f"{name}: not a CSV table in UTF-8 or UTF-16 ({one_line(error)})") from None
+        raise UnusableData(
+            f"{name}: not a CSV table in UTF-8 or UTF-16 ({one_line(error)}); save it as UTF-8"
+        ) from None
     if not lines:
         raise UnusableData(f"{name}: the table is empty")
+    if not any(lines[0]):
+        raise UnusableData(f"{name}: the first line is empty; it has to name the columns")
     return [column.strip() for column in lines[0]], lines[1:], []
+
+
+def _encoding(data: bytes) -> str:
+    """UTF-16 with a byte order mark, or without one where every second byte of the start is 0; else UTF-8."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    pairs = [(data[at], data[at + 1]) for at in range(0, min(len(data) - 1, 64), 2)]
+    if pairs and all(low and not high for low, high in pairs[:4]):
+        return "utf-16-le"
+    return "utf-16-be" if pairs and all(low and not high for high, low in pairs[:4]) else "utf-8-sig"
 
 
 def _jsonl(data: bytes, name: str) -> Parsed:

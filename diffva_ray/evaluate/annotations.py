@@ -89,6 +89,11 @@ def lesion_shapes(data_uri: str, config: DataConfig, csv: str | None, notes: lis
     return boxes
 
 
+def of_finding(map_name: str, label: str) -> str:
+    """The name, in a file of thresholds, of a map's threshold for one class."""
+    return f"{map_name} for {label}"
+
+
 def read_thresholds(uri: str) -> dict[str, float]:
     """Read the thresholds of a reduced (validation) run. Raises UnusableData when it has not been reduced."""
     try:

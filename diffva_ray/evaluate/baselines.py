@@ -6,9 +6,12 @@ give the learned prior. Principal components are of normal images, at most SIDE 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +20,7 @@ from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.images import BadImage, decode_square, to_square
-from diffva_ray.evaluate.annotations import lesion_shapes
+from diffva_ray.evaluate.annotations import lesion_shapes, of_finding
 from diffva_ray.evaluate.options import Options
 from diffva_ray.evaluate.records import Lesions, RecordImages, read_images, read_truth
 from diffva_ray.evaluate.run_index import index_run
@@ -34,7 +37,7 @@ from diffva_ray.metrics.baselines import (
     centre_prior,
     learned_prior,
 )
-from diffva_ray.metrics.localization import fixed_threshold, on_grid, positive, score, smooth
+from diffva_ray.metrics.localization import fixed_threshold, iou_curves, on_grid, positive, score, smooth
 from diffva_ray.schema import digest
 from diffva_ray.storage.opening import open_store
 
@@ -44,7 +47,7 @@ SMOOTHINGS, NUMBERS = (0.0, 0.012, 0.024, 0.05), (10, 20, 40, 80)  # that are tr
 SIDE, NORMALS, VALIDATION, THREADS = 128, 1000, 150, 8  # pixels; most images that are read
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Baselines:
     """What the baselines know from other images; the default is what they do without any."""
 
@@ -67,12 +70,18 @@ class Baselines:
         if self.normals is not None:
             small = to_square(image, self.normals.size)[None]
             signed["pca_residual"] = on_grid(self.normals.residual(small, self.components)[0], size)
-        if self.prior is not None:
-            signed["learned_prior"] = on_grid(self.prior, size)
         found = {name: positive(smooth(m, self.own_smoothing.get(name, self.smoothing))) for name, m in signed.items()}
-        if self.normals is not None and self.prior is not None:
-            found["pca_residual x prior"] = found["pca_residual"] * found["learned_prior"]
+        if self.prior is not None:
+            found["learned_prior"] = self._smooth_prior(size)
+            if self.normals is not None:
+                found["pca_residual x prior"] = found["pca_residual"] * found["learned_prior"]
         return found
+
+    @cache  # noqa: B019 - of the few objects of a reduction, for every image
+    def _smooth_prior(self, size: int) -> Map:
+        """The learned prior [size, size], with its own smoothing."""
+        assert self.prior is not None
+        return positive(smooth(on_grid(self.prior, size), self.own_smoothing.get("learned_prior", self.smoothing)))
 
     def beside(self, saliency: Map, path: str) -> dict[str, Map]:
         """Controls of our map of the image at ``path``, by name; empty without validation images.
@@ -81,8 +90,7 @@ class Baselines:
         a validation image, which the path chooses, so that the tables do not depend on how a run is stored."""
         found, size = {}, len(saliency)
         if self.prior is not None:
-            fraction = self.own_smoothing.get("learned_prior", self.smoothing)
-            found[WITH_PRIOR] = saliency * positive(smooth(on_grid(self.prior, size), fraction))
+            found[WITH_PRIOR] = saliency * self._smooth_prior(size)
         if self.others is not None:
             found[SHUFFLED] = on_grid(self.others[int(digest(path), 16) % len(self.others)], size)
         return found
@@ -99,7 +107,7 @@ def baselines_of(run: Run, data_uri: str, options: Options, notes: list[str]) ->
     normals = normal_images(uri, config, [] if options.normals else notes)
     if normals is None and options.normals:
         raise UnusableData(f"--normals {uri}: no image of class {config.healthy_class} there")
-    return fit_baselines(normals, run.recipe.model.resolution, smoothing, options.threshold_from)
+    return fit_baselines(normals, run.recipe.model.resolution, smoothing, options.threshold_from, notes)
 
 
 def normal_images(uri: str, config: DataConfig, notes: list[str]) -> Dataset | None:
@@ -111,11 +119,13 @@ def normal_images(uri: str, config: DataConfig, notes: list[str]) -> Dataset | N
         return None
 
 
-def fit_baselines(normals: Dataset | None, size: int, smoothing: float, threshold_from: str | None) -> Baselines:
+def fit_baselines(
+    normals: Dataset | None, size: int, smoothing: float, threshold_from: str | None, notes: list[str]
+) -> Baselines:
     """Baselines for maps [size, size] with ``smoothing``, with settings chosen on ``threshold_from``, if it is a run.
 
     Raises StoreError when a store fails."""
-    baselines = Baselines(smoothing=smoothing, normals=read_normals(normals, size) if normals else None)
+    baselines = Baselines(smoothing=smoothing, normals=read_normals(normals, size, notes) if normals else None)
     validation = None if threshold_from is None else _run_at(threshold_from)
     if validation is None:
         return baselines
@@ -133,16 +143,20 @@ def with_own(thresholds: Mapping[str, float], baselines: Baselines | None) -> di
     map has the threshold of the map."""
     found = dict(thresholds)
     if baselines is not None and baselines.thresholds:
-        found = {name: value for name, value in found.items() if name.partition(" under ")[0] not in BASELINES}
+        found = {name: value for name, value in found.items() if _map_of(name) not in BASELINES}
         found |= baselines.thresholds
-    shuffled = {
-        name.replace("positive", SHUFFLED): found[name] for name in found if name.split(" under ")[0] == "positive"
-    }
+    shuffled = {SHUFFLED + name[len("positive") :]: found[name] for name in found if _map_of(name) == "positive"}
     return found | shuffled
 
 
-def read_normals(dataset: Dataset, size: int) -> NormalComponents | None:
-    """The components of the images of ``dataset``, at most NORMALS of them; None if fewer than two can be read."""
+def _map_of(name: str) -> str:
+    """The map of a name in a file of thresholds, without setting and class."""
+    return re.split(" under | for ", name)[0]
+
+
+def read_normals(dataset: Dataset, size: int, notes: list[str]) -> NormalComponents | None:
+    """The components of the images of ``dataset``, at most NORMALS of them; None if fewer than two can be read. Images
+    that cannot be read give a note."""
 
     def read(path: str) -> Map | None:
         try:
@@ -153,6 +167,8 @@ def read_normals(dataset: Dataset, size: int) -> NormalComponents | None:
     paths = sorted((image.path for image in dataset.images), key=digest)[:NORMALS]
     with ThreadPoolExecutor(THREADS) as pool:
         images = [image for image in pool.map(read, paths) if image is not None]
+    if len(images) < len(paths):
+        notes.append(f"{len(paths) - len(images)} of {len(paths)} normal images for the PCA baseline cannot be read")
     return NormalComponents.of(np.stack(images), max(NUMBERS)) if len(images) > 1 else None
 
 
@@ -161,8 +177,18 @@ class _Example:
     """A validation image, at most SIDE pixels wide."""
 
     images: RecordImages
+    label: str
     lesion: NDArray[np.bool_]
     region: NDArray[np.bool_] | None
+
+
+class _Choice(NamedTuple):
+    """The best setting of a baseline on the validation images."""
+
+    auroc: float
+    smoothing: float
+    components: int
+    thresholds: dict[str, float]  # for all classes, and for each
 
 
 def tuned(baselines: Baselines, validation: Run, lesions: Lesions) -> Baselines:
@@ -173,14 +199,19 @@ def tuned(baselines: Baselines, validation: Run, lesions: Lesions) -> Baselines:
     examples = _examples(validation, lesions)
     if len(examples) < 2:
         return baselines
-    best: dict[str, tuple[float, float, int, float]] = {}  # AUROC, smoothing, components and threshold by name
+    best: dict[str, _Choice] = {}
 
     def consider(name: str, maps: Sequence[Map], fraction: float, components: int = COMPONENTS) -> None:
-        scores = [score(m, one.lesion, one.region) for m, one in zip(maps, examples)]
-        found = [one for one in scores if one is not None]
-        mean = float(np.mean([one.auroc for one in found])) if found else -1.0
-        if found and mean > best.get(name, (-1.0,))[0]:
-            best[name] = mean, fraction, components, fixed_threshold(np.stack([one.dice_curve for one in found]))[0]
+        scores = [(one.label, score(m, one.lesion, one.region)) for m, one in zip(maps, examples)]
+        found = [(label, one) for label, one in scores if one is not None]
+        mean = float(np.mean([one.auroc for _, one in found])) if found else -1.0
+        if not found or (name in best and mean <= best[name].auroc):
+            return
+        thresholds = {name: fixed_threshold(np.stack([one.dice_curve for _, one in found]))[0]}
+        for label in {label for label, _ in found}:
+            curves = iou_curves(np.stack([one.dice_curve for other, one in found if other == label]))
+            thresholds[of_finding(name, label)] = fixed_threshold(curves)[0]
+        best[name] = _Choice(mean, fraction, components, thresholds)
 
     for name, components, signed in _candidates(baselines, examples):
         for fraction in SMOOTHINGS:
@@ -188,8 +219,8 @@ def tuned(baselines: Baselines, validation: Run, lesions: Lesions) -> Baselines:
     masks = [example.lesion for example in examples]
     chosen = replace(
         baselines,
-        own_smoothing={name: fraction for name, (_, fraction, _, _) in best.items()},
-        components=best["pca_residual"][2] if "pca_residual" in best else baselines.components,
+        own_smoothing={name: choice.smoothing for name, choice in best.items()},
+        components=best["pca_residual"].components if "pca_residual" in best else baselines.components,
         prior=learned_prior(masks),
         others=np.stack([positive(example.images.signed_map) for example in examples]),
     )
@@ -202,7 +233,7 @@ def tuned(baselines: Baselines, validation: Run, lesions: Lesions) -> Baselines:
             products.setdefault(name, []).append(found[name])
     for name, maps in products.items():
         consider(name, maps, 0.0)
-    return replace(chosen, thresholds={name: threshold for name, (*_, threshold) in best.items()})
+    return replace(chosen, thresholds={key: at for choice in best.values() for key, at in choice.thresholds.items()})
 
 
 def _candidates(baselines: Baselines, examples: Sequence[_Example]) -> Iterator[tuple[str, int, list[Map]]]:
@@ -240,7 +271,7 @@ def _examples(run: Run, lesions: Lesions) -> list[_Example]:
         if truth.lesion is not None and truth.lesion.any():
             lesion = _small_mask(truth.lesion, side)
             region = None if truth.region is None else _small_mask(truth.region, side)
-            found.append(_Example(_small_images(images, side), lesion, region))
+            found.append(_Example(_small_images(images, side), row["label"], lesion, region))
     return found
 
 

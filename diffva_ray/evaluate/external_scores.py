@@ -132,7 +132,8 @@ def score_maps(maps_uri: str, data_uri: str, options: ScoreOptions = ScoreOption
 
     # scores
     seen = _training_images(folder, options, notes)
-    baselines = fit_baselines(normal_images(data_uri, config, notes), grid.size, grid.smoothing, options.threshold_from)
+    normals = normal_images(data_uri, config, notes)
+    baselines = fit_baselines(normals, grid.size, grid.smoothing, options.threshold_from, notes)
     thresholds = with_own(thresholds, baselines) if thresholds is not None else None
     inputs = _Inputs(folder, dataset, lesions, grid, baselines, seen)
     with ThreadPoolExecutor(THREADS) as pool:  # waits on the store, mostly

@@ -24,13 +24,13 @@ from diffva_ray.evaluate.records import (
     under,
 )
 from diffva_ray.generate.run import Run
-from diffva_ray.metrics.localization import SALIENCY, score
+from diffva_ray.metrics.localization import SALIENCY, iou_curves, score
 from diffva_ray.metrics.ssim import psnr, ssim
 from diffva_ray.schema import Record, TableRow
 
 SIMPLE = ("auroc", "auprc", "dice_best", "iou_best", "pointing_game", "energy_in_truth")  # numbers of an ImageScore
 CATEGORIES = ("label", "map", "region", "setting")  # columns stored as categories
-Curve = tuple[NDArray[np.float64], int]  # sum of images' Dice curves, number of images
+Curve = tuple[NDArray[np.float64], int]  # sum of images' Dice and IoU curves [2, T], number of images
 
 
 @dataclass
@@ -38,7 +38,7 @@ class LocalizationScores:
     """Localisation scores of images."""
 
     images: pd.DataFrame = field(default_factory=pd.DataFrame)  # one row per image and map, without its Dice curve
-    curves: dict[tuple[str, str], Curve] = field(default_factory=dict)  # by (map and setting, class and setting)
+    curves: dict[tuple[str, str], Curve] = field(default_factory=dict)  # by (map and setting, class)
     unread: set[str] = field(default_factory=set)  # images with an unreadable image, mask or ground truth file
 
     @classmethod
@@ -47,10 +47,10 @@ class LocalizationScores:
         ``setting``."""
         curves: dict[tuple[str, str], Curve] = {}
         for row in rows:
-            setting = row.get("setting", "")
-            key = under(row["map"], setting), under(row["label"], setting)
+            key = under(row["map"], row.get("setting", "")), row["label"]
+            dice = row["dice_curve"].astype(np.float64)
             before, n = curves.get(key, (0.0, 0))
-            curves[key] = before + row["dice_curve"].astype(np.float64), n + 1
+            curves[key] = before + np.stack([dice, iou_curves(dice)]), n + 1
         images = [{key: value for key, value in row.items() if key != "dice_curve"} for row in rows]
         return cls(narrow(pd.DataFrame(images)), curves, set(unread))
 
@@ -66,11 +66,12 @@ class LocalizationScores:
                 curves[key] = before + total, count + n
         return cls(stacked(frames), curves, unread)
 
-    def mean_curve(self, map_name: str, label: str | None = None) -> NDArray[np.float64]:
-        """Mean Dice curve [1, T] of a map over one class; ``label`` None: over all classes."""
+    def mean_curve(self, map_name: str, label: str | None = None, iou: bool = False) -> NDArray[np.float64]:
+        """Mean curve [1, T] of Dice, or of IoU, of a map over one class; ``label`` None: over all classes."""
         curves = [curve for (name, of), curve in self.curves.items() if name == map_name and label in (None, of)]
         total: NDArray[np.float64] = np.sum([curve for curve, _ in curves], axis=0)
-        return total[None] / sum(n for _, n in curves)
+        mean: NDArray[np.float64] = total[[int(iou)]] / sum(n for _, n in curves)
+        return mean
 
 
 def narrow(frame: pd.DataFrame) -> pd.DataFrame:

@@ -187,7 +187,8 @@ class _Comparison:
                     if len(of_source) >= MIN_SET_SIZE and other.dataset is not None:
                         real, edited = self._of_source(other, source), self.features.counterfactual.take(of_source)
                         name = under(f"{label} of {source} (counterfactual)", setting)
-                        rows.append(self._row(f"{other.label} of {source} (reference)", name, real, edited))
+                        row = self._row(f"{other.label} of {source} (reference)", name, real, edited)
+                        rows.append(row if row is None else row | {"source": source})
         return [row for row in rows if row is not None]
 
     def _of_source(self, other: Reference, source: str) -> FeatureSet:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from diffva_ray.evaluate.annotations import of_finding
 from diffva_ray.evaluate.records import under
 from diffva_ray.evaluate.scores import SIMPLE, LocalizationScores
 from diffva_ray.metrics.baselines import BASELINES, WITH_PRIOR
 from diffva_ray.metrics.counterfactual import flip_rate
-from diffva_ray.metrics.intervals import group_bootstrap
+from diffva_ray.metrics.intervals import group_bootstrap, proportion_interval
 from diffva_ray.metrics.localization import SALIENCY, dice_at, fixed_threshold
 from diffva_ray.progress import one_line
 from diffva_ray.schema import TableRow
@@ -92,9 +93,13 @@ def add_lpips(rows: list[TableRow], scores: list[TableRow]) -> None:
 
 def _interval(rows: pd.DataFrame, column: str) -> list[float]:
     """95 % bootstrap interval of a column's mean over patients, or over images where patients are unknown."""
-    group = next(name for name in ("group", "image", "image_path") if name in rows)
     within = (-1.0, 1.0) if "ssim" in column else (0.0, 1.0 if column in SIMPLE else np.inf)  # LPIPS has no upper end
-    return list(group_bootstrap(rows[column].to_numpy(float), rows[group].to_numpy(), within=within))
+    return list(group_bootstrap(rows[column].to_numpy(float), rows[_group(rows)].to_numpy(), within=within))
+
+
+def _group(rows: pd.DataFrame) -> str:
+    """The column of patients, or of images."""
+    return next(name for name in ("group", "image", "image_path") if name in rows)
 
 
 def validity_rows(records: pd.DataFrame) -> list[TableRow]:
@@ -129,21 +134,37 @@ def localization_rows(
     for name in localization.images["map"].unique():
         for label, rows in by_label(localization.images[localization.images["map"] == name]):
             row: TableRow = {"label": label, "n": len(rows), **{key: finite_mean(rows[key]) for key in SIMPLE}}
-            row["auroc_interval"] = _interval(rows, "auroc")
+            row |= {f"{key}_interval": _interval(rows, key) for key in ("auroc", "auprc")}
+            hits, groups = rows["pointing_game"].to_numpy(float), rows[_group(rows)].to_numpy()
+            row["pointing_game_interval"] = list(proportion_interval(hits, groups))
             row |= {"map": name, "region": ", ".join(sorted(rows["region"].unique()))}
             row["lesion_in_region"] = finite_mean(rows["lesion_in_region"])
             of_setting = under(name, rows["setting"].iloc[0] if "setting" in rows else "")
-            threshold = (thresholds or {}).get(of_setting, (thresholds or {}).get(name))
-            if threshold is not None:
-                pooled = rows["label"].nunique() > 1
-                row["dice_fixed"] = float(
-                    dice_at(localization.mean_curve(of_setting, None if pooled else label), threshold)[0]
-                )
-                row |= {"threshold": threshold, "threshold_from": source}
+            row |= _fixed(localization, name, of_setting, sorted(rows["label"].unique()), thresholds or {})
+            if "threshold" in row:
+                row["threshold_from"] = source
             if name in OURS:
                 row |= _against_best(rows, localization.images)
             table.append(row)
     return table
+
+
+def _fixed(
+    localization: LocalizationScores, name: str, of_setting: str, labels: Sequence[str], thresholds: Mapping[str, float]
+) -> TableRow:
+    """Dice of a map at its fixed threshold, and IoU at that of each class: the mean over ``labels``, as CheXlocalize
+    defines mIoU (Saporta et al. 2022). Empty without thresholds."""
+    row: TableRow = {}
+    threshold = thresholds.get(of_setting, thresholds.get(name))
+    if threshold is not None:
+        curve = localization.mean_curve(of_setting, None if len(labels) > 1 else labels[0])
+        row |= {"dice_fixed": float(dice_at(curve, threshold)[0]), "threshold": threshold}
+    of_class = [thresholds.get(of_finding(of_setting, one), thresholds.get(of_finding(name, one))) for one in labels]
+    curves = {one: localization.mean_curve(of_setting, one, iou=True) for one in labels}
+    ious = [dice_at(curves[one], at)[0] for one, at in zip(labels, of_class) if at is not None]
+    if len(ious) == len(labels):
+        row["iou_fixed"] = float(np.mean(ious))
+    return row
 
 
 def _against_best(ours: pd.DataFrame, images: pd.DataFrame) -> TableRow:
@@ -162,10 +183,13 @@ def _against_best(ours: pd.DataFrame, images: pd.DataFrame) -> TableRow:
 
 
 def best_thresholds(localization: LocalizationScores) -> dict[str, float]:
-    """The threshold with the best mean Dice of each map (and setting of a sweep), for ``--threshold-from``."""
-    return {
-        name: fixed_threshold(localization.mean_curve(name))[0]
-        for name in dict.fromkeys(key for key, _ in localization.curves)
+    """The threshold with the best mean Dice of each map (and setting of a sweep), and that with the best mean IoU of
+    each map and class (``of_finding``), for ``--threshold-from``."""
+    names = dict.fromkeys(name for name, _ in localization.curves)
+    dice = {name: fixed_threshold(localization.mean_curve(name))[0] for name in names}
+    return dice | {
+        of_finding(name, label): fixed_threshold(localization.mean_curve(name, label, iou=True))[0]
+        for name, label in localization.curves
     }
 
 

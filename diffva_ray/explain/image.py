@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from diffva_ray._version import __version__
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.engine import CounterfactualEngine
+from diffva_ray.data.bit_depth import check_image_bits
 from diffva_ray.data.dataset import UnusableData, companions
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import BadImage, decode_with_columns, read_mask, to_square
@@ -150,6 +151,7 @@ def open_image(image: str, min_side: int, bits: int = 16) -> tuple[bytes, Image,
         raise UnusableData(f"IMAGE {image!r}: names no file")
     try:
         data = store.read(name)
+        check_image_bits(data, bits, image)
         pixels, _, columns = decode_with_columns(data, None, min_side, bits)
         return data, pixels, columns
     except IsADirectoryError:

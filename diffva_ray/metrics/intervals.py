@@ -47,11 +47,7 @@ def group_bootstrap(
     Raises:
         ValueError: If values and groups differ in length.
     """
-    numbers = np.asarray(values, dtype=np.float64)
-    if numbers.shape != (len(groups),):
-        raise ValueError(f"one group per value is needed, got {numbers.shape} values and {len(groups)} groups")
-    kept = ~np.isnan(numbers)
-    sums = _sums_by_group(np.stack([numbers, np.ones_like(numbers)], axis=1), groups, kept)
+    sums = _values_by_group(values, groups)
 
     def mean(total: Vector) -> tuple[float, Vector]:
         ratio = total[0] / total[1]
@@ -59,6 +55,43 @@ def group_bootstrap(
 
     low, high = _studentised(sums, mean, draws, seed)
     return float(np.clip(low, *within)), float(np.clip(high, *within))
+
+
+def proportion_interval(
+    values: Sequence[float] | NDArray[np.floating], groups: Sequence[Hashable]
+) -> tuple[float, float]:
+    """95% interval of a proportion by Wilson (1927), with the effective number of values (Korn & Graubard 1998).
+
+    The variance over whole groups (patients) says how many independent values have the same. Unlike a bootstrap's, this
+    interval is no single point when all values are equal.
+
+    Args:
+        values: Values [N] in [0, 1], mostly 0 or 1; NaNs are left out.
+        groups: Group of each value [N].
+
+    Returns:
+        Low and high end, in [0, 1]; (nan, nan) if fewer than two groups have a value.
+
+    Raises:
+        ValueError: If values and groups differ in length.
+
+    Examples:
+        >>> low, high = proportion_interval([1.0] * 20, range(20))
+        >>> round(low, 3), high
+        (0.839, 1.0)
+    """
+    sums = _values_by_group(values, groups)
+    if len(sums) < 2:
+        return float("nan"), float("nan")
+    total, count = sums.sum(axis=0)
+    share, n = total / count, len(sums)
+    variance = n / (n - 1) * float(((sums[:, 0] - share * sums[:, 1]) ** 2).sum()) / count**2
+    rounding = 1e-12  # all values are equal
+    effective = share * (1 - share) / variance if min(share * (1 - share), variance * n) > rounding else float(n)
+    z = float(norm.ppf(0.975))
+    centre = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
+    half = z / (1 + z**2 / effective) * math.sqrt(share * (1 - share) / effective + (z / (2 * effective)) ** 2)
+    return float(np.clip(centre - half, 0.0, share)), float(np.clip(centre + half, share, 1.0))
 
 
 def paired_difference(
@@ -83,6 +116,16 @@ def paired_difference(
     total = sums.sum(axis=0)
     in_a, in_b = total[:2] / np.maximum(total[2:], 1e-12)
     return float(in_a), float(in_b), _studentised(sums, difference, draws, 0)
+
+
+def _values_by_group(
+    values: Sequence[float] | NDArray[np.floating], groups: Sequence[Hashable] | NDArray[Any]
+) -> Vector:
+    """Sum and number [G, 2] of the values of each group that has one; NaNs are left out."""
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.shape != (len(groups),):
+        raise ValueError(f"one group per value is needed, got {numbers.shape} values and {len(groups)} groups")
+    return _sums_by_group(np.stack([numbers, np.ones_like(numbers)], axis=1), groups, ~np.isnan(numbers))
 
 
 def _sums_by_group(columns: Vector, groups: Sequence[Hashable] | NDArray[Any], kept: NDArray[np.bool_]) -> Vector:

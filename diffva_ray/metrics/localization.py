@@ -124,7 +124,7 @@ def on_grid(m: NDArray[np.float32], size: int) -> NDArray[np.float32]:
 
 
 def fixed_threshold(curves: NDArray[np.floating]) -> tuple[float, float]:
-    """Threshold with the best mean Dice over images; the lowest of equals.
+    """Threshold with the best mean Dice over images, or IoU with ``iou_curves``; the lowest of equals.
 
     Chosen on one set and applied to another (``dice_at``), it gives a Dice that a reader can reach.
 
@@ -163,6 +163,11 @@ def dice_at(curves: NDArray[Real], threshold: float) -> NDArray[Real]:
     if not THRESHOLDS[0] / step < threshold < THRESHOLDS[-1] * step:
         raise ValueError(f"threshold {threshold:g} lies outside {THRESHOLDS[0]:g} to {THRESHOLDS[-1]:g}")
     return curves[:, int(np.argmin(np.abs(np.log(THRESHOLDS / threshold))))]
+
+
+def iou_curves(curves: NDArray[Real]) -> NDArray[Real]:
+    """Intersection over union of the same masks as in Dice curves of any shape: IoU = Dice / (2 - Dice)."""
+    return curves / (2 - curves)
 
 
 def _check_grid(curves: NDArray[np.floating]) -> None:

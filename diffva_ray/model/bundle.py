@@ -208,6 +208,11 @@ def _pretrained(base: str, recipe: Recipe) -> tuple[Any, ...]:
     # networks of the base
     model = recipe.model
     source = base_source(base)
+    if Path(source).is_file():
+        raise UnusableModel(
+            f"model.base {base}: a single file; diffusers makes a folder of it (StableDiffusionPipeline."
+            f"from_single_file({base!r}).save_pretrained('base')), then --set model.base=base"
+        )
     try:
         vae, unet, scheduler = _networks(source)
     except (OSError, ValueError) as error:

@@ -14,13 +14,13 @@ from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.phantoms import make_phantoms, phantom
 from diffva_ray.distributed import session
-from diffva_ray.evaluate.annotations import lesion_shapes
+from diffva_ray.evaluate.annotations import lesion_shapes, read_sources
 from diffva_ray.evaluate.options import Options
 from diffva_ray.generate.failure_threshold import TooManyQuarantined
 from diffva_ray.generate.plan import PromptTooLong
 from diffva_ray.generate.run import FingerprintDiffers, open_run
 from diffva_ray.model.card import UnusableModel, read_card
-from diffva_ray.paper.experiments import EXPERIMENTS, SAMPLES, Experiment, settings_recipe
+from diffva_ray.paper.experiments import EXPERIMENTS, SAMPLES, SETTINGS, Experiment, settings_recipe
 from diffva_ray.paper.inputs import SEEDS, copy_images, drawn, limited, phantom_chexpert, read_image, sampled
 from diffva_ray.paper.state import Inputs, PaperState
 from diffva_ray.progress import LOG
@@ -31,6 +31,7 @@ from diffva_ray.workflows.execution import model_recipe
 from diffva_ray.workflows.generate import generate_run
 from diffva_ray.workflows.reduce import reduce
 
+OF_TABLES = ("weights", "resize", "boxes", "brixia", "carcinoma", "sources", "base")  # may change: the runs remain
 GUARD, SUCCESS = "paper.json", "_SUCCESS"
 QUICK_IMAGES = 24  # of each class, with --quick
 FIGURE_IMAGES = 3  # healthy images of the figures with several prompts
@@ -48,7 +49,9 @@ def run_paper(options: Inputs) -> str:
 
     store, base, card = _open(options)
     _guard(store, options, card)
-    success = {key: getattr(options, key) for key in ("weights", "resize", "boxes", "brixia", "carcinoma")}
+    success = {
+        key: getattr(options, key) for key in ("weights", "resize", "boxes", "brixia", "carcinoma", "sources", "base")
+    }
     success["version"] = __version__
     page = join(store.uri, "index.html")
     if store.exists(SUCCESS) and json.loads(store.read(SUCCESS)) == success:
@@ -71,7 +74,9 @@ def planned_paper(options: Inputs) -> dict[str, Any]:
     _, base, card = _open(options)
     runs = []
     for experiment in EXPERIMENTS:
-        recipe = settings_recipe(base, experiment, options.overrides)
+        if experiment.of_base and options.base is None:
+            continue
+        recipe = _recipe(options, base, experiment)
         runs.append(
             {
                 "run": f"runs/{experiment.name}",
@@ -102,9 +107,13 @@ def _open(options: Inputs) -> tuple[Store, Recipe, dict[str, Any]]:
             open_dataset(uri)  # check before writing, so that a wrong path leaves no folder behind
     if options.carcinoma is not None:
         read_image(options.carcinoma)
+    if options.sources is not None:
+        read_sources(options.sources, [])
     card = read_card(open_store(options.model))
     if card is None:
         raise UnusableModel(f"--model {options.model}: no diffva.json there; train a model first")
+    if options.base is not None and read_card(open_store(options.base)) is None:
+        raise UnusableModel(f"--base {options.base}: no diffva.json there; train it with 0 steps in every stage")
     base = model_recipe(options.model, options.recipe, options.overrides)
     if base.model != model_recipe(options.model, options.recipe, ()).model:
         raise RecipeError("--set model.…: diffva paper does not change the model; train another one instead")
@@ -118,7 +127,7 @@ def _per_class(options: Inputs) -> int | None:
 
 
 def _guard(store: Store, options: Inputs, card: dict[str, Any]) -> None:
-    """Refuse a folder with other inputs. Weights and resize path may change, because only the tables depend on them."""
+    """Refuse a folder with other inputs than OF_TABLES."""
     now = {
         "radiography": options.radiography,
         "chexpert": options.chexpert,
@@ -195,6 +204,9 @@ def _runs(state: PaperState) -> None:
     """Generate and reduce all experiments; finished runs are not repeated."""
     for number, experiment in enumerate(EXPERIMENTS, 1):
         LOG.info("run %d of %d: %s (%s)", number, len(EXPERIMENTS), experiment.name, experiment.shows)
+        if experiment.of_base and state.options.base is None:
+            state.missing.append((experiment.shows, "no model before fine-tuning given (--base)"))
+            continue
         try:
             _run(state, experiment)
         except (TooManyQuarantined, PromptTooLong) as error:
@@ -205,17 +217,25 @@ def _runs(state: PaperState) -> None:
 
 def _run(state: PaperState, experiment: Experiment) -> None:
     """Generate and reduce one experiment."""
-    recipe = settings_recipe(state.base, experiment, state.options.overrides)
+    recipe = _recipe(state.options, state.base, experiment)
+    model = state.options.base if experiment.of_base else None
     data = {
         "few healthy": join(state.store.uri, "data", "few"),
         "random healthy": state.samples[HEALTHY_SAMPLE].uri,
     }.get(experiment.images, state.radiography)
     out = join(state.store.uri, "runs", experiment.name)
     request = experiment.request(state.base.data)
-    generate_run(recipe, data, state.options.model, out, request, state.options.execution)
+    generate_run(recipe, data, model or state.options.model, out, request, state.options.execution)
     run = open_run(out)
     reduced = reduce(run, _reduce_options(state, experiment), state.options.execution.executor)
     state.runs[experiment.name], state.metrics[experiment.name] = run, reduced.metrics
+
+
+def _recipe(options: Inputs, base: Recipe, experiment: Experiment) -> Recipe:
+    """The recipe of an experiment for the model that makes it."""
+    if experiment.of_base and options.base is not None:
+        base = model_recipe(options.base, options.recipe, options.overrides)
+    return settings_recipe(base, experiment, options.overrides)
 
 
 def _reduce_options(state: PaperState, experiment: Experiment) -> Options:
@@ -230,4 +250,5 @@ def _reduce_options(state: PaperState, experiment: Experiment) -> Options:
         resize=options.resize,
         cache=state.store.uri,
         brixia=options.brixia if is_abnormal else None,
+        sources=options.sources if experiment.name in SETTINGS else None,
     )

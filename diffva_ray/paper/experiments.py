@@ -33,6 +33,7 @@ class Experiment:
     prompts: tuple[str, ...] = ()  # empty: the recipe's healthy prompt
     changes: tuple[str, ...] = ()  # to the recipe, as of --set
     cardiomegaly: bool = False  # whether real cardiomegaly of CheXpert is the reference set
+    of_base: bool = False  # whether the base model before fine-tuning makes it
     limit: int | None = None  # records, as of --limit
     sweep: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # as in Request
 

@@ -13,8 +13,16 @@ from diffva_ray.paper.figures import PaperFigure, draw_figures
 from diffva_ray.paper.layout import Table, thinned
 from diffva_ray.paper.state import PaperState
 from diffva_ray.paper.studies import study_tables
-from diffva_ray.paper.tables import CLASSES, ablation_table, cardiomegaly_table, distance_tables, similarity_table
+from diffva_ray.paper.tables import (
+    CLASSES,
+    ablation_table,
+    cardiomegaly_table,
+    distance_tables,
+    similarity_table,
+    source_table,
+)
 
+NO_SOURCES = "no source has two counterfactuals and two healthy images, or none are given (--sources)"
 TITLE = "The tables and figures of Siddiqui et al. 2024"
 
 
@@ -28,6 +36,11 @@ def write_page(state: PaperState) -> None:
     tables.append(ablation_table(state))
     tables += extra_tables(state, tables)
     tables += study_tables(state)
+    within = source_table(state, labels)
+    if within is None:
+        state.missing.append(("Table S12. Distances within sources (children against children)", NO_SOURCES))
+    else:
+        tables.append(within)
     for table in tables:
         table.write(state.store)
     figures = draw_figures(state)

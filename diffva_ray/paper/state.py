@@ -31,6 +31,8 @@ class Inputs:
     boxes: str | None = None  # CSV of lesion boxes
     brixia: str | None = None  # CSV of readers' Brixia scores
     carcinoma: str | None = None  # a real carcinoma, for figure 4
+    base: str | None = None  # URI of the model before fine-tuning, for table 5
+    sources: str | None = None  # CSV with the source of each image, for table S12
     execution: Execution = field(default_factory=Execution)
 
 

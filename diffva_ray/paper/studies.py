@@ -1,4 +1,4 @@
-"""Tables S8 to S10: what the paper says in words about its settings, inductions and interpolations, measured."""
+"""Tables S8 to S11: what the paper says in words about settings, inductions, interpolations and anatomy, measured."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 from scipy.stats import spearmanr
+from skimage.morphology import convex_hull_image
 
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.counterfactual.guess import guess
 from diffva_ray.counterfactual.interpolation import between_prompts
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.images import BadImage, decode_square
+from diffva_ray.data.lungs import find_lungs
 from diffva_ray.evaluate.pair_scores import run_judge
 from diffva_ray.evaluate.records import (
     as_records,
     finished,
     read_images,
     read_records,
+    read_truth,
     setting_key,
     setting_names,
     under,
@@ -31,19 +35,21 @@ from diffva_ray.generate.run import Run
 from diffva_ray.metrics.intervals import group_bootstrap
 from diffva_ray.metrics.validity import Judge
 from diffva_ray.model.bundle import load
-from diffva_ray.paper.experiments import SHEET
+from diffva_ray.paper.experiments import EXPERIMENTS, SHEET
 from diffva_ray.paper.inputs import sampled
 from diffva_ray.paper.layout import Table, number, with_interval
 from diffva_ray.paper.state import PaperState
 from diffva_ray.schema import Image, TableRow, record_seed
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the second prompt
+PLACES = ("lungs", "outside_chest", "left")
+CHEST_WALL = 0.1  # thickness of the wall around the lungs' convex hull, as a fraction of its width
 REFLECTED = 8  # healthy images that are interpolated
 
 
 def study_tables(state: PaperState) -> Iterator[Table]:
     """Yields the tables that can be made; the others are listed in ``state.missing``."""
-    for key, make in (("tableS8", grid_table), ("tableS9", other_table), ("tableS10", reflection_table)):
+    for key, make in STUDIES.items():
         try:
             heads, rows, details = make(state)
         except ValueError as error:
@@ -168,12 +174,69 @@ def reflection_table(state: PaperState) -> Content:
             number(row["spearman"]) if key == "judge" else "",
         ]
         for row in details
-        for who, key, rank in (
-            ("judge, mean P", "judge", number(row["spearman"])),
-            ("model's own guess, share", "own", ""),
-        )
+        for who, key in (("judge, mean P", "judge"), ("model's own guess, share", "own"))
     ]
     return ["prompt's class", "n", "read by", *(f"{weight:g}" for weight in WEIGHTS), "Spearman"], rows, details
+
+
+def place_table(state: PaperState) -> Content:
+    """Table S11: shares of the map inside the lungs, outside the chest and on the patient's left. Raises ValueError
+    without the run or without lungs."""
+    run, _ = _run(state, "places")
+    prompts = next(experiment for experiment in EXPERIMENTS if experiment.name == "places").prompts
+    maps, areas = _shares(run)
+    healthy, details = maps.get(prompts[0], {}), list[TableRow]()
+    for prompt in (prompt for prompt in prompts if maps.get(prompt, {}).keys() & healthy.keys()):
+        both = sorted(healthy.keys() & maps[prompt].keys())
+        of_map, area, before = (np.stack([of[path] for path in both]) for of in (maps[prompt], areas, healthy))
+        row: TableRow = {"prompt": prompt, "n": len(both)}
+        for n, place in enumerate(PLACES):
+            change = of_map[:, n] - before[:, n]
+            row |= {f"{place}_map": float(of_map[:, n].mean()), f"{place}_area": float(area[:, n].mean()),
+                    f"{place}_change": float(change.mean()),
+                    f"{place}_change_interval": list(group_bootstrap(change, both, within=(-1.0, 1.0)))}  # fmt: skip
+        details.append(row)
+    if not details:
+        raise ValueError("no image has lungs, given or found")
+    rows = list[list[str]]()
+    for row in details:
+        prompt = row["prompt"]
+        cells = [prompt, str(row["n"])]
+        for place in PLACES:
+            low, high = (100 * bound for bound in row[f"{place}_change_interval"])
+            gain = f"{100 * row[f'{place}_change']:.1f} [{low:.1f}, {high:.1f}]"
+            cells += [f"{row[f'{place}_map']:.0%} / {row[f'{place}_area']:.0%}", "–" if prompt == prompts[0] else gain]
+        rows.append(cells)
+    heads = ["prompt", "n", "in the lungs", "change", "outside the chest", "change", "on the left", "change"]
+    return heads, rows, details
+
+
+def _shares(run: Run) -> tuple[dict[str, dict[str, NDArray[np.float64]]], dict[str, NDArray[np.float64]]]:
+    """Shares of the map in each of the PLACES by prompt and image, and shares of the area by image; images without
+    lungs are left out."""
+    maps, areas = dict[str, dict[str, NDArray[np.float64]]](), dict[str, NDArray[np.float64]]()
+    for record in as_records(finished(read_records(run))):
+        images, lungs = read_images(run, record), read_truth(run, record, {}).lungs
+        lungs = find_lungs(images.image) if lungs is None else lungs
+        if lungs is None or not lungs.any():
+            continue
+        places, change = _places(lungs), np.abs(images.signed_map.astype(np.float64))
+        areas[record["image_path"]] = places.mean(axis=(1, 2))
+        shares = (change * places).sum(axis=(1, 2)) / max(change.sum(), 1e-12)
+        maps.setdefault(record["prompt"], {})[record["image_path"]] = shares
+    return maps, areas
+
+
+def _places(lungs: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The PLACES as [3, size, size]: lungs, outside of the chest, and the patient's left, from the middle of the lungs
+    to the image's right."""
+    chest = convex_hull_image(lungs)
+    columns = np.flatnonzero(chest.any(axis=0))
+    margin = max(1, round(CHEST_WALL * (columns[-1] - columns[0] + 1)))
+    chest = ndimage.binary_dilation(chest, iterations=margin)
+    left = np.zeros_like(lungs)
+    left[:, (columns[0] + columns[-1] + 1) // 2 :] = True
+    return np.stack([lungs, ~chest, left])
 
 
 def _own_guess(engine: CounterfactualEngine, images: Image, seed: int) -> list[str]:
@@ -196,3 +259,11 @@ def _judge(state: PaperState, name: str) -> Judge:
     if judge is None:
         raise ValueError("the model has no judge")
     return judge
+
+
+STUDIES = {
+    "tableS8": grid_table,
+    "tableS9": other_table,
+    "tableS10": reflection_table,
+    "tableS11": place_table,
+}

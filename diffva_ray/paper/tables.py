@@ -234,6 +234,27 @@ def ablation_table(state: PaperState) -> Table:
     return with_sample(table, state, "random healthy", f"random {healthy} images")
 
 
+def source_table(state: PaperState, labels: Sequence[str]) -> Table | None:
+    """Table S12: counterfactuals against healthy images of the same source; None without sources."""
+    healthy, columns = state.base.data.healthy_class, [name for name in SETTINGS if name in state.metrics]
+    within = {name: [row for row in state.metrics[name].get("fid", []) if row.get("source")] for name in columns}
+    sources = sorted({row["source"] for rows in within.values() for row in rows})
+    if not sources:
+        return None
+    comparisons = list[Distances]()
+    for label in labels:
+        of_label = f"healthy counterfactuals of {label}"
+        of_all = {name: _fid_row(state.metrics[name], f"{healthy} (reference)", f"{label} (counterfactual)")
+                  for name in columns}  # fmt: skip
+        for source in sources:
+            sets = f"{healthy} of {source} (reference)", f"{label} of {source} (counterfactual)"
+            rows = {name: _fid_row(state.metrics[name], *sets) for name in columns}
+            if any(rows.values()):
+                comparisons.append(Distances(f"real {healthy} of {source}", f"{of_label} of {source}", "", rows))
+        comparisons.append(Distances(f"real {healthy}", of_label, "", of_all))
+    return _distance_table("tableS12", comparisons, columns)
+
+
 def _pooled(state: PaperState, name: str) -> tuple[TableRow | None, float | None]:
     """The distance of all counterfactuals of a run to real healthy images, and its mean over the classes."""
     run = state.runs[name]

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from diffva_ray.config.recipe import Recipe, make_recipe
 from diffva_ray.config.sampling import SamplingSettings
+from diffva_ray.data.bit_depth import checked_bit_depth
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.generate.cost import Pace, cost, estimate
 from diffva_ray.generate.keys import pixel_keys
@@ -44,7 +45,9 @@ def planned(recipe: Recipe, data: str, model: str, out: str, request: Request) -
         return {"out": out, **counts, "summary": _described(recipe, run.plan(), request)}
 
     # Otherwise a new run is planned.
-    table = make_plan(requested_images(recipe, data, request), recipe, request)
+    dataset = requested_images(recipe, data, request)
+    checked_bit_depth(dataset)
+    table = make_plan(dataset, recipe, request)
     check_plan(recipe, folder, table)
     shards = len(set(table["shard"].to_pylist()))
     counts = {"records": len(table), "shards": shards, "pending": shards}

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from diffva_ray.config.methods import METHODS
 from diffva_ray.config.recipe import GUESS, SOURCE, Recipe, fingerprint_difference
-from diffva_ray.data.bit_depth import bit_depth_note
+from diffva_ray.data.bit_depth import checked_bit_depth
 from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.generate.committed import start_retry
@@ -54,7 +54,7 @@ def generate_run(
     if (finished := _finished(recipe, folder, out, request)) is not None:
         return _execute(finished, model, execution)  # says that there is nothing to do
     with _device(execution) as device:
-        run = _plan_or_continue(recipe, data, folder, out, request, execution, device)
+        run = plan_or_continue(recipe, data, folder, out, request, execution, device)
         return _execute(run, model, execution)
 
 
@@ -123,7 +123,7 @@ def _finished(recipe: Recipe, model: ModelFolder, out: str, request: Request) ->
     return None if fingerprint_difference(run.keys, keys) else run
 
 
-def _plan_or_continue(
+def plan_or_continue(
     recipe: Recipe, data: str, model: ModelFolder, out: str, request: Request, execution: Execution, device: str
 ) -> Run:
     """Return the run at ``out``: planned now, or an existing one whose fingerprint agrees."""
@@ -141,7 +141,7 @@ def _plan(recipe: Recipe, data: str, model: ModelFolder, store: Store, request: 
     """Plan a run and write it to ``store``; returns another process's run if that one was first."""
     # Choose the images.
     dataset = requested_images(recipe, data, request)
-    for note in (*dataset.notes, *filter(None, [bit_depth_note(dataset), _untrained_note(dataset, recipe)])):
+    for note in (*dataset.notes, *filter(None, [checked_bit_depth(dataset), _untrained_note(dataset, recipe)])):
         LOG.info("data: %s", note)
 
     # Describe where everything comes from.

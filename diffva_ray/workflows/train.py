@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffva_ray.config.recipe import Recipe, RecipeError, fingerprint, fingerprint_difference
-from diffva_ray.data.bit_depth import bit_depth_note
+from diffva_ray.data.bit_depth import checked_bit_depth
 from diffva_ray.data.dataset import Dataset
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.generate.run import FingerprintDiffers
@@ -63,7 +63,7 @@ def train_model(
         return False
 
     # Record what is trained, before the first step.
-    if note := bit_depth_note(dataset):
+    if note := checked_bit_depth(dataset):
         LOG.info("data: %s", note)
     claimed = store.put_if_absent(TRAINING, json.dumps(keys).encode())
     started_keys = _started_keys(store, keys)  # of another process, if that was first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import os
@@ -71,8 +72,8 @@ def strict(schema: Any) -> Any:
     return found
 
 
-def checker() -> jsonschema.Draft7Validator:
-    path = CRDS / "ray.io_rayjobs.yaml"
+def checker(kind: str = "rayjobs") -> jsonschema.Draft7Validator:
+    path = CRDS / f"ray.io_{kind}.yaml"
     if not path.exists():
         pytest.skip(f"MANIFESTS NOT VALIDATED: no {path.name} of KubeRay in {CRDS.name}/ (set KUBERAY_CRDS)")
     versions = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]["versions"]
@@ -90,6 +91,42 @@ def test_manifests_are_what_kuberay_accepts() -> None:
         wrong["spec"]["rayClusterSpec"]["authOptions"]["mode"] = "none"
         wrong["spec"]["rayClusterSpec"]["headGroupSpec"]["numCpus"] = 0
         assert len(list(validator.iter_errors(wrong))) == 2, "the check finds no errors"
+
+
+def service() -> dict[str, Any]:
+    manifest: dict[str, Any] = yaml.safe_load((KUBERAY / "serve" / "rayservice.yaml").read_text())
+    return manifest
+
+
+def test_the_service_is_what_kuberay_accepts() -> None:
+    validator = checker("rayservices")
+    assert not [f"{list(error.path)}: {error.message}" for error in validator.iter_errors(service())]
+    wrong = service()
+    wrong["spec"]["rayClusterConfig"]["headGroupSpec"]["numCpus"] = 0
+    assert len(list(validator.iter_errors(wrong))) == 1, "the check finds no errors"
+
+
+def test_the_service_is_closed_and_its_application_is_ours() -> None:
+    spec = service()["spec"]
+    cluster = spec["rayClusterConfig"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["headGroupSpec"]["serviceType"] == "ClusterIP"
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        for container in group["template"]["spec"]["containers"]:
+            assert {"secretRef": {"name": "diffva-serve"}} in container["envFrom"], "the token comes from a secret"
+            assert {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in container["env"]
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+    serve_schema = pytest.importorskip("ray.serve.schema", reason="SERVE CONFIG NOT VALIDATED: no ray[serve]")
+    serve_schema.ServeApplicationSchema(**application)
+    module, _, name = application["import_path"].partition(":")
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    made = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    read = {node.value for node in ast.walk(made) if isinstance(node, ast.Constant)}
+    assert set(application["args"]) <= read, "an argument that the application does not read"
+    policy = yaml.safe_load((KUBERAY / "serve" / "network-policy.yaml").read_text())
+    assert policy["spec"]["podSelector"]["matchLabels"] == {"app.kubernetes.io/part-of": "diffva-ray"}
+    assert all(rule.get("from") for rule in policy["spec"]["ingress"])
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -12,7 +12,11 @@ from head import ROOT
 from diffva_ray.cli import main
 
 SCRIPTS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
-WITHOUT = {"demo", "inspect"}  # the demo runs on this machine; a file named inspect.py would hide Python's own module
+WITHOUT = {
+    "demo",
+    "inspect",
+    "studio",
+}  # the demo and the page run on this machine; a file named inspect.py would hide Python's own module
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
 
 

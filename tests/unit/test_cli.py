@@ -134,9 +134,11 @@ OPTIONS = {
     "inspect": "DATA OTHER --columns --healthy-class --json --recipe --root --set",
     "interpolate": "IMAGE --dry-run --frames --guidance-scale --json --method --model --out --prompt --recipe "
     "--scheduler --seed --set --steps --strength --to",
-    "paper": "--actors --allow-environment-change --boxes --brixia --carcinoma --chexpert --dry-run --executor "
-    "--gpus-per-actor --inception-weights --limit --model --out --quick --radiography --recipe --resize --set",
+    "paper": "--actors --allow-environment-change --base --boxes --brixia --carcinoma --chexpert --dry-run --executor "
+    "--gpus-per-actor --inception-weights --limit --model --out --quick --radiography --recipe --resize --set "
+    "--sources",
     "phantoms": "OUT --classes --dry-run --onto --patients --recipe --seed --set --size --transplants --vary",
+    "readers": "STUDY ANSWERS",
     "reduce": "RUN --boxes --brixia --data --executor --extractor --inception-weights --judge --lpips-weights "
     "--max-quarantined-fraction --normals --reference --resize --sources --threshold-from",
     "report": "RUN --anonymise-names --boxes --data --images --port --serve",
@@ -144,6 +146,8 @@ OPTIONS = {
     "score": "MAPS --allow-training-images --boxes --columns --data --encoding --json --model --out --positive --root "
     "--signed --size --smoothing --threshold-from",
     "status": "RUN_OR_MODEL --json",
+    "studio": "--model --out --port --run --study",
+    "study": "RUN --images --out --seed",
     "train": "--columns --data --dry-run --executor --gpus-per-worker --healthy-class --out --recipe --root --set "
     "--workers",
     "verify": "RUN --repair",

@@ -17,7 +17,7 @@ PROJECT = (ROOT / "pyproject.toml").read_text()
 # Modules that only extras bring, and a run of command lines in one process that cannot import them.
 ABSENT = (
     "matplotlib s3fs aiobotocore botocore pytorch_fid pydicom peft captum lpips torchxrayvision bitsandbytes gcsfs "
-    "torchmetrics moto boto3"
+    "torchmetrics moto boto3 gradio"
 )
 PLAIN = f"""
 import importlib.machinery, json, sys
@@ -54,6 +54,7 @@ NEEDS = {  # a command line and its extra
     "reduce run --executor inline --extractor torchxrayvision=x": "xrv",
     "reduce run --executor inline --judge torchxrayvision=x": "xrv",
     "reduce run --executor inline --lpips-weights x": "lpips",
+    "studio --model MODEL --out new": "studio",
     "status s3://bucket/run": "s3",
     "generate --data IMAGES --model MODEL --out s3://bucket/run": "s3",
     "generate --data s3://bucket/images --model MODEL --out new": "s3",

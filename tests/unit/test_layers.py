@@ -30,10 +30,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": LOW | {"data", "metrics", "generate", "model"},
     "explain": CORE - {"train"},
     "export": LOW | {"data", "generate", "evaluate"},
-    "distributed": CORE - {"counterfactual"} | {"export"},
+    "distributed": CORE - {"counterfactual"} | {"export", "explain"},
     "workflows": CORE | {"distributed", "export"},
     "paper": CORE | {"distributed", "workflows"},
-    "commands": CORE | {"distributed", "workflows", "paper", "explain", "export"},
+    "studio": CORE | {"distributed", "workflows", "explain"},
+    "commands": CORE | {"distributed", "workflows", "paper", "explain", "export", "studio"},
     "cli": {"commands"},
     "__main__": {"cli"},
     "__init__": CORE | {"explain"},  # the names that a notebook starts from

@@ -13,13 +13,15 @@ from click.testing import CliRunner, Result
 from diffva_ray.cli import main
 from diffva_ray.config.recipe import DataConfig, RecipeError, load_recipe, recipe_names
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.phantoms import make_phantoms
 from diffva_ray.evaluate.records import grey, read_records
 from diffva_ray.generate.run import open_run
 from diffva_ray.metrics.validity import load_judge
 from diffva_ray.paper.experiments import EXPERIMENTS, METHOD_KEYS, SETTINGS, Experiment, guided, settings_recipe
-from diffva_ray.paper.inputs import copy_images, drawn, phantom_chexpert, sampled
+from diffva_ray.paper.inputs import SEEDS, copy_images, drawn, phantom_chexpert, sampled
 from diffva_ray.paper.layout import Table, flat, number, thinned, with_interval
 from diffva_ray.paper.state import PaperState
+from diffva_ray.paper.studies import _places
 from diffva_ray.paper.tables import CLASSES
 from diffva_ray.storage.local import LocalStore
 
@@ -44,10 +46,21 @@ def model(model: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def made(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("paper") / "out"
-    result = paper(model, out, "--quick", "--limit", 8)
+    folder = tmp_path_factory.mktemp("paper")
+    result = paper(model, folder / "out", "--quick", "--limit", 8, "--base", model, "--sources", sources(folder))
     assert result.exit_code == 0, result.output
-    return out
+    return folder / "out"
+
+
+def sources(folder: Path) -> Path:
+    """A table that calls every image of Viral Pneumonia, and half of the healthy ones, a child's."""
+    make_phantoms(str(folder / "data"), 32, 32, SEEDS["radiography"])
+    rows = ["file,source"]
+    for number_, image in enumerate(open_dataset(str(folder / "data")).images):
+        child = image.label == "Viral Pneumonia" or (image.label == "Normal" and number_ % 2)
+        rows.append(f"{image.path},{'children' if child else 'adults'}")
+    (folder / "sources.csv").write_text("\n".join(rows) + "\n")
+    return folder / "sources.csv"
 
 
 def table(made: Path, key: str) -> dict:
@@ -55,7 +68,7 @@ def table(made: Path, key: str) -> dict:
 
 
 def test_every_table_and_figure_is_there_in_every_form(made: Path) -> None:
-    for key in (*(f"table{n}" for n in range(1, 6)), *(f"tableS{n}" for n in (1, 2, 3, 4, 5, 8, 9, 10))):
+    for key in (*(f"table{n}" for n in range(1, 6)), *(f"tableS{n}" for n in (1, 2, 3, 4, 5, 8, 9, 10, 11, 12))):
         for ending in ("csv", "md", "tex", "json"):
             assert (made / "tables" / f"{key}.{ending}").stat().st_size > 100, (key, ending)
     for number_ in range(2, 11):
@@ -64,11 +77,11 @@ def test_every_table_and_figure_is_there_in_every_form(made: Path) -> None:
     # lungs are not found on every counterfactual of an untrained model
     hearts = (made / "tables/tableS6.json").exists()
     sections = page.count('<section id="table') + page.count('<section id="figure')
-    assert sections == text.count("\n## Table") + text.count("\n## Figure") == 22 + hearts
+    assert sections == text.count("\n## Table") + text.count("\n## Figure") == 24 + hearts
     assert hearts or "Table S6. Cardiothoracic ratio: no lungs" in text
     assert "Not for clinical use" in page
     assert "figure 1: a drawing" in text
-    assert "children against children" in text
+    assert "children against children" not in text
 
 
 def test_published_values_stand_beside_ours(made: Path) -> None:
@@ -83,7 +96,7 @@ def test_published_values_stand_beside_ours(made: Path) -> None:
     assert difference[4] == "59.97"
     assert {row[4] for row in table(made, "table2")["rows"]} == {"", "60.6", "110.72", "45.11"}
     assert [row["paper"] for row in table(made, "table4")["details"]] == ["52.08", "17.71", None]
-    paper = [None, "91.57", "113.14", "113.71", None, None, None]
+    paper = [None, "91.57", "113.14", "113.71", None, None, "275", None]
     assert [row["paper"] for row in table(made, "table5")["details"]] == paper
     for label, paper_ in CLASSES.items():
         assert paper_["difference"] == pytest.approx(abs(paper_["counterfactuals"] - paper_["healthy"])), label
@@ -126,10 +139,10 @@ def test_table_five_says_what_guidance_of_one_or_less_does(made: Path) -> None:
 def test_table_five_is_made_of_random_healthy_images(made: Path) -> None:
     """The last row alone is of abnormal images, of all classes together."""
     rows = table(made, "table5")["details"]
-    assert [row["n2"] for row in rows] == [8, 8, 8, 8, 8, 8, 24]
-    assert [row.get("within_class", 0) > 0 for row in rows] == [False] * 6 + [True]
+    assert [row["n2"] for row in rows] == [8, 8, 8, 8, 8, 8, 8, 24]
+    assert [row.get("within_class", 0) > 0 for row in rows] == [False] * 7 + [True]
     assert all(row["halves"]["crossed"] > 0 for row in rows[:-1])
-    for name in ("no-text", "no-image-prior", "neither", "prompt-only", "pure-noise"):
+    for name in ("no-text", "no-image-prior", "neither", "prompt-only", "pure-noise", "before-training"):
         assert set(read_records(open_run(str(made / "runs" / name)))["label"]) == {"Normal"}
 
 
@@ -152,7 +165,8 @@ def test_a_sample_is_drawn_by_the_seed(images: Path, tmp_path: Path) -> None:
 
 def test_again_does_nothing_and_weights_make_new_tables(made: Path, model: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in made.rglob("*") if file.is_file()}
-    result = paper(model, made, "--quick", "--limit", 8)
+    more = ("--base", model, "--sources", made.parent / "sources.csv")
+    result = paper(model, made, "--quick", "--limit", 8, *more)
     assert result.exit_code == 0
     assert {file: file.stat().st_mtime_ns for file in made.rglob("*") if file.is_file()} == before
 
@@ -165,7 +179,8 @@ def test_an_interrupted_paper_goes_on(made: Path, model: Path, tmp_path: Path) -
     kept = (out / "runs/neither/plan.parquet").stat().st_mtime_ns
     lost.unlink()
     (out / "index.html").unlink()
-    assert paper(model, out, "--quick", "--limit", 8).exit_code == 0
+    more = ("--base", model, "--sources", made.parent / "sources.csv")
+    assert paper(model, out, "--quick", "--limit", 8, *more).exit_code == 0
     assert lost.exists()
     assert (out / "index.html").exists()
     assert (out / "runs/neither/plan.parquet").stat().st_mtime_ns == kept
@@ -189,6 +204,8 @@ def test_what_cannot_be_made_is_listed(model: Path, images: Path, tmp_path: Path
     assert "table 4, real cardiomegaly against generated: no CheXpert given" in text
     assert "Table S3. Maps against known lesions: no image has a lesion mask or box" in text
     assert "class Viral Pneumonia" in text
+    assert "children against children): no source" in text
+    assert "the base model before fine-tuning: no model before fine-tuning given (--base)" in text
     assert table(tmp_path / "out", "table4")["details"][0]["image_set_1"] == "healthy images"
 
 
@@ -213,6 +230,8 @@ def test_a_prompt_the_model_cannot_read_costs_its_figure_only(
         ((), "--radiography"),
         (("--radiography", "nowhere"), "nowhere"),
         (("--quick", "--set", "model.resolution=64"), "--set"),
+        (("--quick", "--base", "nowhere"), "--base nowhere: no diffva.json"),
+        (("--quick", "--sources", "nowhere.csv"), "nowhere.csv"),
         (("--quick", "--carcinoma", "nowhere.png"), "--carcinoma nowhere.png: no such file"),
     ],
 )
@@ -226,7 +245,7 @@ def test_dry_run_lists_every_run_and_writes_nothing(model: Path, tmp_path: Path)
     result = paper(model, tmp_path / "out", "--quick", "--dry-run")
     plan = json.loads(result.stdout)
     runs = {run["run"]: run for run in plan["runs"]}
-    assert len(runs) == len(EXPERIMENTS)
+    assert runs.keys() == {f"runs/{experiment.name}" for experiment in EXPERIMENTS if not experiment.of_base}
     assert (runs["runs/neither"]["strength"], runs["runs/neither"]["guidance_scale"]) == (0.99, 0.1)
     assert runs["runs/no-image-prior"]["prompts"] == ["healthy chest scan"]
     assert runs["runs/generate-0.85"]["prompts"] == ["normal chest x-ray"]
@@ -304,6 +323,49 @@ def test_layout_of_numbers(tmp_path: Path) -> None:
     assert (tmp_path / "tables/t.md").read_text().splitlines()[2] == "| h\\| | % |"
     assert r"a\_b" in (tmp_path / "tables/t.tex").read_text()
     assert json.loads((tmp_path / "tables/t.json").read_text())["details"] == [{"x": None}]
+
+
+def test_children_are_compared_with_children(made: Path) -> None:
+    """The values are those of the run's own table; adults are never in a row of children."""
+    rows = [row for row in table(made, "tableS12")["details"] if row["setting"] == "generate-0.55"]
+    metrics = json.loads((made / "runs/generate-0.55/tables/metrics.json").read_text())["fid"]
+    values = {(row["set1"], row["set2"]): row["value"] for row in metrics}
+    by_set = {(row["image_set_1"], row["image_set_2"]): row for row in rows}
+    children = by_set["real Normal of children", "healthy counterfactuals of Viral Pneumonia of children"]
+    assert children["value"] == values["Normal of children (reference)", "Viral Pneumonia of children (counterfactual)"]
+    assert children["n2"] == 8
+    adults = by_set["real Normal of adults", "healthy counterfactuals of COVID of adults"]
+    assert adults["n1"] == children["n1"] == 4
+    assert by_set["real Normal", "healthy counterfactuals of COVID"]["n1"] == 8
+    assert ("real Normal of children", "healthy counterfactuals of COVID of children") not in by_set
+
+
+def test_places_of_the_change(made: Path) -> None:
+    rows = table(made, "tableS11")["details"]
+    prompts = next(experiment.prompts for experiment in EXPERIMENTS if experiment.name == "places")
+    assert [row["prompt"] for row in rows] == list(prompts)
+    records = read_records(open_run(str(made / "runs/places")))
+    for row in rows:
+        assert row["n"] == len(records) // len(prompts) == 8
+        assert 0.1 < row["lungs_area"] < 0.5
+        assert row["lungs_area"] + row["outside_chest_area"] < 1
+        assert 0.4 < row["left_area"] < 0.6
+        assert row["lungs_map"] + row["outside_chest_map"] <= 1
+        assert row["lungs_change"] == pytest.approx(row["lungs_map"] - rows[0]["lungs_map"])
+    assert rows[0]["left_change"] == 0
+
+
+def test_left_is_the_patients_left_and_outside_is_outside() -> None:
+    lungs = np.zeros((20, 20), bool)
+    lungs[5:15, 3:8] = lungs[5:15, 12:17] = True
+    inside, outside, left = _places(lungs)
+    assert (inside == lungs).all()
+    assert left[:, 10:].all()
+    assert not left[:, :10].any()
+    assert not outside[5:15, 3:17].any()  # the heart between the lungs is not outside
+    assert not outside[10, 2]  # the wall of the chest: a tenth of 14 px
+    assert outside[10, 1]
+    assert outside[:4].all()
 
 
 def test_the_settings_are_compared_with_their_cost(made: Path) -> None:

@@ -11,15 +11,22 @@ from diffva_ray.data.shapes import Polygon
 
 KIND = "chestx-det"
 LAYOUT = "ChestX-Det"
+FILES = r"(^|/)(train|test)(_data)?/\d{5}\.png$"
+TABLES = {"train": "ChestX_Det_train.json", "test": "ChestX_Det_test.json"}
 HEALTHY = "No Finding"  # an image without any finding
 
 
 def read(listing: Listing) -> Dataset | None:
     """The images of the JSON files under each of their findings, outlined by polygons; ``No Finding`` without one."""
-    files = listing.named("ChestX_Det_train.json", "ChestX_Det_test.json")
+    files = listing.named(*TABLES.values())
     if not files:
+        listing.require(LAYOUT, " or ".join(TABLES.values()), "labels and polygons", FILES)
         return None
     images = Collection(listing, KIND, f"{' and '.join(map(base, files))}: file_name, syms, boxes, polygons")
+    there = {base(path).lower() for path in files}
+    for split, table in TABLES.items():
+        if table.lower() not in there and any(f"{split}/" in f"/{entry.path}" for entry in listing.images):
+            images.lacks(table, f"the images of {split} have no labels")
     for path in files:
         split = "test" if "test" in base(path) else "train"
         try:

@@ -9,25 +9,34 @@ from dataclasses import replace
 from typing import Any
 
 from diffva_ray.data.dataset import Dataset, UnusableData
-from diffva_ray.data.listing import Listing, base
+from diffva_ray.data.listing import Listing, base, incomplete
 from diffva_ray.data.readers import chexpert
 from diffva_ray.data.shapes import Runs, Shape, coco_counts
 
 KIND = "chexlocalize"
 LAYOUT = "CheXlocalize"
-MASKS = ("gt_segmentations_val.json", "gt_segmentations_test.json")
+MASKS = {"val": "gt_segmentations_val.json", "test": "gt_segmentations_test.json"}
+LABELS = ("val_labels.csv", "test_labels.csv")  # as the set is shipped
+OF_CHEXPERT = ("train.csv", "valid.csv", "val.csv", "test.csv")
 OTHER_NAMES = {"Airspace Opacity": "Lung Opacity"}  # of the validation masks
 
 
 def read(listing: Listing) -> Dataset | None:
     """CheXpert's images, with the mask of each finding; a finding of the tables without a mask has none."""
-    masks = listing.named(*MASKS)
-    if not masks:
+    masks = listing.named(*MASKS.values())
+    if not masks and not (listing.named(*LABELS) and not listing.named(*OF_CHEXPERT)):
         return None
+    if not listing.named(*LABELS, *OF_CHEXPERT):
+        listing.require(LAYOUT, " or ".join(LABELS), "CheXpert's labels of the images", found=True)
     dataset = chexpert.read(listing)
     if dataset is None:
-        listing.require(LAYOUT, "CheXpert's valid.csv (or val_labels.csv, test_labels.csv)", found=True)
         return None
+    # say which masks are missing
+    there = {base(path) for path in masks}
+    splits = {image.columns.get("split", "") for image in dataset.images}
+    remarks = [incomplete(name, f"no lesion of the {split} images is outlined")
+               for split, name in MASKS.items() if split in splits and name not in there]  # fmt: skip
+    # outline the lesions
     shapes: dict[str, list[Shape]] = {}
     for path in masks:
         for name, findings in listing.json(path).items():
@@ -35,7 +44,8 @@ def read(listing: Listing) -> Dataset | None:
             for finding, mask in findings.items() if image else ():
                 if shape := _runs(OTHER_NAMES.get(finding, finding), mask, f"{path}: {name}: {finding}"):
                     shapes.setdefault(str(image), []).append(shape)
-    return replace(dataset, kind=KIND, why=f"{' and '.join(map(base, masks))}; {dataset.why}", shapes=shapes)
+    why = "; ".join(filter(None, (" and ".join(map(base, masks)), dataset.why)))
+    return replace(dataset, kind=KIND, why=why, shapes=shapes, remarks=[*dataset.remarks, *remarks])
 
 
 def _runs(label: str, mask: Any, where: str) -> Runs | None:

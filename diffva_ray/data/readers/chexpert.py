@@ -6,6 +6,7 @@ as folders ``CheXpert-v1.0 batch N (...)``, in which paths differ from those of 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -21,6 +22,7 @@ FILES = r"(^|/)patient\d{5}/study\d+/view\d+_(frontal|lateral)\.jpg$"
 TABLES = ("train.csv", "valid.csv", "val.csv", "test.csv", "val_labels.csv", "test_labels.csv")
 OTHER_LABELS = ("train_visualCheXbert.csv", "train_cheXbert.csv")  # by other labellers, of the same images
 SPLITS = {"train": "train", "valid": "val", "val": "val", "test": "test"}
+SPLIT_FOLDER = re.compile(r"(?:^|[/(])(train|valid|val|test)[^/]*/patient\d{5}/")
 HEALTHY = "No Finding"
 OBSERVATIONS = (
     HEALTHY,
@@ -72,14 +74,15 @@ def read(listing: Listing, tables: Sequence[str] = TABLES) -> Dataset | None:
     # find the tables, which are in one folder
     found = _tables(listing, tables) or _tables(listing, OTHER_LABELS[:1]) or _tables(listing, OTHER_LABELS[1:])
     if not found:
-        listing.require(LAYOUT, "train.csv or valid.csv", FILES)
+        listing.require(LAYOUT, "train.csv or valid.csv", "labels", FILES)
         return None
     folders = sorted({folder(path) for path in found})
     if len(folders) > 1:
         raise UnusableData(f"{listing.store.uri}: has several CheXpert sets ({', '.join(folders)}); give one of them")
     # collect the images of the tables whose images exist
     observations = Observations(listing.config)
-    images = Collection(listing, KIND, f"{base(next(iter(found)))} has the column Path and observations of CheXpert")
+    why = f"{base(next(iter(found)))} has the column Path and observations of CheXpert"
+    images = Collection(listing, KIND, why, issuer=KIND)
     for path, table in found.items():
         if any(_locate(listing, row["Path"], folders[0]) for _, row in table.rows):
             _add(images, observations, path, table)
@@ -92,6 +95,9 @@ def read(listing: Listing, tables: Sequence[str] = TABLES) -> Dataset | None:
     if others:
         images.remarks.append(f"labels of {base(next(iter(found)))}; give the path of {' or '.join(others)} for others")
     images.remarks += observations.remarks()
+    if tables is TABLES:
+        for split in sorted(_splits_of_files(listing) - {_split(path) for path in found}):
+            images.lacks(f"the table of split {split}", "its images have no labels")
     return images.dataset()
 
 
@@ -104,8 +110,18 @@ def _tables(listing: Listing, names: Sequence[str]) -> dict[str, Table]:
             if "Path" in table.columns and not set(OBSERVATIONS).isdisjoint(table.columns)}  # fmt: skip
 
 
+def _split(table: str) -> str:
+    return next((split for start, split in SPLITS.items() if base(table).startswith(start)), "")
+
+
+def _splits_of_files(listing: Listing) -> set[str]:
+    """The splits whose images are there, by their folders: ``train``, or a batch such as ``... batch 2 (train 1)``."""
+    matches = filter(None, (SPLIT_FOLDER.search(entry.path) for entry in listing.images))
+    return {SPLITS[match[1]] for match in matches}
+
+
 def _add(images: Collection, observations: Observations, name: str, table: Table) -> None:
-    split = next((split for start, split in SPLITS.items() if base(name).startswith(start)), "")
+    split = _split(name)
     for where, row in table.rows:
         text = row["Path"].replace("\\", "/")
         view = row.get("AP/PA", "") or row.get("Frontal/Lateral", "").upper()

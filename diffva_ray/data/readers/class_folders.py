@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
-from diffva_ray.data.listing import Listing
+from diffva_ray.data.listing import Listing, base
+from diffva_ray.data.readers import split_folders
 from diffva_ray.data.readers.radiography import COMPANIONS
 
 KIND = "folder"
@@ -25,4 +28,10 @@ def read(listing: Listing) -> Dataset | None:
     if {image.label for image in images} == {"images"}:
         raise UnusableData(f"{listing.store.uri}: is one class of a data set; give the folder above it")
     left_out = [f"{others} images outside the class folders"] if others else []
-    return Dataset(listing.store, images, KIND, why="folders <class> with images", left_out=left_out)
+    why = "folders <class> with images"
+    if not split_folders.is_kermany(images):
+        return Dataset(listing.store, images, KIND, why=why, left_out=left_out)
+    # one split of Kermany's images: patients by the names of files
+    split = split_folders.SPLITS.get(base(listing.store.uri.rstrip("/")).lower(), "")
+    images = [replace(image, **split_folders.details(base(image.path), split)) for image in images]
+    return Dataset(listing.store, images, KIND, why=why, left_out=left_out, issuer=split_folders.KERMANY)

@@ -27,9 +27,10 @@ def read(listing: Listing) -> Dataset | None:
     labels = listing.named("mimic-cxr-2.?.?-chexpert.csv.gz", "mimic-cxr-2.?.?-chexpert.csv")
     if not (metadata and labels):
         needed = "mimic-cxr-2.0.0-" + ("chexpert.csv.gz" if metadata else "metadata.csv.gz")
-        listing.require(LAYOUT, needed, FILES, found=bool(metadata or labels))
+        holds = "labels" if metadata else "views and patients"
+        listing.require(LAYOUT, needed, holds, FILES, found=bool(metadata or labels))
         return None
-    images = Collection(listing, KIND, f"{base(metadata[0])} and {base(labels[0])}")
+    images = Collection(listing, KIND, f"{base(metadata[0])} and {base(labels[0])}", issuer=KIND)
     observations = Observations(listing.config)
     studies = {
         row["study_id"]: observations.positive(row, where)
@@ -37,6 +38,8 @@ def read(listing: Listing) -> Dataset | None:
     }
     outlined = _boxes(images)
     split = _split(listing)
+    if not split:
+        images.lacks("mimic-cxr-2.0.0-split.csv.gz", "the official split is unknown")
     for _, row in listing.table(metadata[0], KEEP).require(metadata[0], *KEEP).rows:
         name, study = row["dicom_id"], row["study_id"]
         if is_lateral(row["ViewPosition"]):
@@ -58,7 +61,10 @@ def _split(listing: Listing) -> dict[str, str]:
 def _boxes(images: Collection) -> dict[str, list[str]]:
     """Adds the boxes of MS-CXR; returns the labels that it outlines, by image."""
     outlined: dict[str, list[str]] = {}
-    for path in images.listing.named("MS_CXR_Local_Alignment*.csv"):
+    tables = images.listing.named("MS_CXR_Local_Alignment*.csv")
+    if not tables:
+        images.lacks("MS_CXR_Local_Alignment_v1.0.0.csv (of MS-CXR)", "no lesion is outlined")
+    for path in tables:
         for where, row in images.listing.table(path, MS_CXR).require(path, *MS_CXR).rows:
             try:
                 x, y, w, h, width, height = (float(row[column]) for column in MS_CXR[2:])

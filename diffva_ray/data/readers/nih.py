@@ -15,6 +15,7 @@ TABLES = ("Data_Entry_2017*.csv", "sample_labels.csv")
 FILES = r"((^|/)images_0\d\d/(images/)?|^images/)\d{8}_\d{3}\.png$"
 NAME, FINDINGS = "Image Index", "Finding Labels"
 SEX = ("Patient Gender", "Patient Sex")  # Kaggle's name, NIH's name
+BOXES = "BBox_List_2017.csv"
 BOX_COLUMNS = (NAME, "Finding Label", "Bbox [x", "y", "w", "h]")
 SIDE = 1024  # pixels of the published images; boxes refer to these
 AS_IN_TABLE = {"Infiltrate": "Infiltration"}  # a finding that the boxes call otherwise
@@ -27,12 +28,14 @@ def read(listing: Listing) -> Dataset | None:
     The table's pixel spacing is left out: it is that of the radiograph before it was resized to SIDE."""
     tables = listing.named(*TABLES)
     if not tables:
-        listing.require(LAYOUT, "Data_Entry_2017.csv or Data_Entry_2017_v2020.csv", FILES)
+        listing.require(LAYOUT, "Data_Entry_2017.csv or Data_Entry_2017_v2020.csv", "labels and patients", FILES)
         return None
     keep = (NAME, FINDINGS, "Patient ID", "Patient Age", "View Position", *SEX)
     rows = listing.table(tables[0], keep).require(tables[0], NAME, FINDINGS).rows
-    images = Collection(listing, KIND, f"{base(tables[0])} has the columns {NAME} and {FINDINGS}")
+    images = Collection(listing, KIND, f"{base(tables[0])} has the columns {NAME} and {FINDINGS}", issuer=KIND)
     split = _split(listing)
+    if not split:
+        images.lacks(" and ".join(SPLITS), "the official split is unknown")
     for _, row in rows:
         images.add(
             listing.image(row[NAME]), row[NAME], filter(None, row[FINDINGS].split("|")), row.get("Patient ID", ""),
@@ -53,7 +56,10 @@ def _split(listing: Listing) -> dict[str, str]:
 
 
 def _add_boxes(images: Collection) -> None:
-    for path in images.listing.named("BBox_List_2017.csv"):
+    tables = images.listing.named(BOXES)
+    if not tables:
+        images.lacks(BOXES, "no lesion is outlined")
+    for path in tables:
         for where, row in images.listing.table(path, BOX_COLUMNS).require(path, *BOX_COLUMNS).rows:
             name, label, *numbers = (row[column] for column in BOX_COLUMNS)
             try:

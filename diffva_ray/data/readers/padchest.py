@@ -25,9 +25,9 @@ def read(listing: Listing) -> Dataset | None:
     """The frontal images under each of their labels, with patients, views, sex and age."""
     tables = listing.named("PADCHEST_chest_x_ray_images_labels*.csv", "PADCHEST_chest_x_ray_images_labels*.csv.gz")
     if not tables:
-        listing.require(LAYOUT, "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv", FILES)
+        listing.require(LAYOUT, "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv", "labels and patients", FILES)
         return None
-    images = Collection(listing, KIND, f"{base(tables[0])} has the columns ImageID and Labels")
+    images = Collection(listing, KIND, f"{base(tables[0])} has the columns ImageID and Labels", issuer=KIND)
     inverted = 0
     for _, row in listing.table(tables[0], KEEP).require(tables[0], "ImageID", "Projection", "Labels").rows:
         path = listing.image(row["ImageID"])

@@ -8,11 +8,12 @@ https://www.kaggle.com/datasets/tawsifurrahman/covid19-radiography-database
 from __future__ import annotations
 
 from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
-from diffva_ray.data.listing import Listing, top_folders
+from diffva_ray.data.listing import Listing, incomplete, top_folders
 
 KIND = "radiography"
 LAYOUT = "<class>/images/*.png (Radiography Database, phantoms)"
 KAGGLE_NAME = "COVID-19_Radiography_Dataset"
+CLASSES = ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia")
 COMPANIONS = ("masks", "lesions", "ground_truth")
 
 
@@ -37,7 +38,23 @@ def read(listing: Listing) -> Dataset | None:
     left_out = [f"{len(others)} images outside the layout ({top_folders(others)})"] if others else []
     kind = "phantoms" if f"{prefix}phantoms.json" in listing.sizes else KIND
     why = f"folders {prefix}<class>/images"
-    return Dataset(listing.store, roots[root], kind, why=why, left_out=left_out)
+    shipped = KAGGLE_NAME in (root, listing.store.uri.rstrip("/").rpartition("/")[2])
+    remarks = _missing(listing, prefix, roots[root]) if shipped and kind == KIND else []
+    return Dataset(listing.store, roots[root], kind, remarks, why=why, left_out=left_out)
+
+
+def _missing(listing: Listing, prefix: str, images: list[LabelledImage]) -> list[str]:
+    """Remarks about classes and masks that the host's archive has."""
+    there = {image.label for image in images}
+    masked = {
+        path[len(prefix) :].split("/")[0] for path in listing.sizes if path.startswith(prefix) and "/masks/" in path
+    }
+    parts = {
+        "images": ([name for name in CLASSES if name not in there], "these classes are left out"),
+        "masks": ([name for name in CLASSES if name in there - masked], "maps are scored in the whole image"),
+    }
+    return [incomplete(", ".join(f"{name}/{part}" for name in names), cost)
+            for part, (names, cost) in parts.items() if names]  # fmt: skip
 
 
 def _choose(listing: Listing, roots: list[str]) -> str:

@@ -24,7 +24,7 @@ def read(listing: Listing) -> Dataset | None:
     """
     tables = listing.named("stage_2_train_labels.csv", "stage_1_train_labels.csv")
     if not tables:
-        listing.require(LAYOUT, "stage_2_train_labels.csv", FILES)
+        listing.require(LAYOUT, "stage_2_train_labels.csv", "labels and boxes", FILES)
         return None
     images = Collection(listing, KIND, f"{base(tables[0])} has the columns patientId,{','.join(BOX)},Target")
     # boxes, and a class for every image
@@ -45,7 +45,7 @@ def read(listing: Listing) -> Dataset | None:
         for _, row in listing.table(path).require(path, "patientId", "class").rows:
             classes[row["patientId"]] = row["class"]
     if not details:
-        images.remarks.append("stage_2_detailed_class_info.csv is missing: no image is known to be healthy")
+        images.lacks("stage_2_detailed_class_info.csv", "no image is known to be healthy")
     for name, label in classes.items():
         images.add(listing.image(name), name, [label], name, split="train")
     return images.dataset()

@@ -23,7 +23,7 @@ def read(listing: Listing) -> Dataset | None:
     tables = listing.named("train-rle.csv", "stage_2_train.csv", "train-rle-sample.csv")
     tables = [path for path in tables if {NAME, MASK} <= set(listing.table(path).columns)]
     if not tables:
-        listing.require(LAYOUT, "train-rle.csv (or stage_2_train.csv)", FILES)
+        listing.require(LAYOUT, "train-rle.csv (or stage_2_train.csv)", "labels and masks", FILES)
         return None
     images = Collection(listing, KIND, f"{base(tables[0])} has the columns {NAME} and {MASK}")
     classes: dict[str, str] = {}

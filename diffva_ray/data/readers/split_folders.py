@@ -11,7 +11,7 @@ from typing import Any
 
 from diffva_ray.data.columns import patient_key
 from diffva_ray.data.dataset import Dataset, LabelledImage
-from diffva_ray.data.listing import Listing
+from diffva_ray.data.listing import Listing, incomplete
 from diffva_ray.data.readers.radiography import COMPANIONS
 
 KIND = "split-folders"
@@ -34,7 +34,7 @@ def read(listing: Listing) -> Dataset | None:
         *above, split, label, name = ("", "", *entry.path.split("/"))
         top = "/".join(part for part in above if part)
         if split.lower() in SPLITS and label not in (*COMPANIONS, "images", "") and top.count("/") <= 1:
-            image = LabelledImage(entry.path, label, entry.size, **_details(SPLITS[split.lower()], name))
+            image = LabelledImage(entry.path, label, entry.size, **details(name, SPLITS[split.lower()]))
             found.setdefault(top, []).append(image)
         elif label not in COMPANIONS:
             others += 1
@@ -42,16 +42,25 @@ def read(listing: Listing) -> Dataset | None:
         return None
     root = min(found, key=lambda top: (top.count("/") + bool(top), top))
     others += sum(len(images) for top, images in found.items() if top != root)
-    known = {image.label.upper() for image in found[root]} == {"NORMAL", "PNEUMONIA"}
+    known = is_kermany(found[root])
     splits = sorted({image.path.removeprefix(f"{root}/").split("/")[0] for image in found[root]})
     why = f"folders {root + '/' if root else ''}{'|'.join(splits)}/<class>; give one of them for one split"
     left_out = [f"{others} images outside these folders"] if others else []
-    return Dataset(listing.store, found[root], KERMANY if known else KIND, why=why, left_out=left_out)
+    if not known:
+        return Dataset(listing.store, found[root], KIND, why=why, left_out=left_out)
+    absent = {"train", "val", "test"} - {image.columns["split"] for image in found[root]}
+    remarks = [incomplete(f"{split}/", "its images are left out") for split in sorted(absent)]
+    return Dataset(listing.store, found[root], KERMANY, remarks, why=why, left_out=left_out, issuer=KERMANY)
 
 
-def _details(split: str, name: str) -> dict[str, Any]:
+def is_kermany(images: list[LabelledImage]) -> bool:
+    """Whether the classes are Kermany's."""
+    return {image.label.upper() for image in images} == {"NORMAL", "PNEUMONIA"}
+
+
+def details(name: str, split: str) -> dict[str, Any]:
     """Patient, split and cause of an image, by Kermany's file names. Its test patients are others and numbered anew."""
     match = PNEUMONIA.match(name) or NORMAL.match(name)
-    patient = f"kermany {'test' if split == 'test' else ''} {match[1]}" if match else ""
+    patient = f"{'test ' if split == 'test' else ''}{match[1]}" if match else ""
     cause = {"cause": match[2]} if match and match.re is PNEUMONIA else {}
-    return {"patient": patient_key(patient), "columns": {"split": split, **cause}}
+    return {"patient": patient_key(patient, KERMANY), "columns": {**({"split": split} if split else {}), **cause}}

@@ -17,7 +17,10 @@ from diffva_ray.data.tables import Line
 
 KIND = "vindr-cxr"
 LAYOUT = "VinDr-CXR"
-FILES = r"(^|/)(train|test)/[0-9a-f]{32}\.dicom$"
+FILES = r"(^|/)(train|test)/[0-9a-f]{32}\.(dicom|dcm|png|jpe?g)$"
+PHYSIONET = {"train": "annotations_train.csv", "test": "annotations_test.csv"}
+IMAGE_LABELS = {"annotations_train.csv": "image_labels_train.csv", "annotations_test.csv": "image_labels_test.csv"}
+AS_IN_TRAINING = {"Other disease": "Other diseases"}  # which the test table calls otherwise
 COLUMNS = ("image_id", "class_name", "x_min", "y_min", "x_max", "y_max")
 FURTHER = ("rad_id", "width", "height")
 HEALTHY = "No finding"
@@ -27,17 +30,18 @@ RULE = f"an image has the classes that at least {AGREE} of its radiologists name
 
 def read(listing: Listing) -> Dataset | None:
     """The images of the tables; training images by RULE, test images by the consensus that the set comes with."""
-    candidates = listing.named("annotations_train.csv", "annotations_test.csv", "train.csv")
+    candidates = listing.named(*PHYSIONET.values(), "train.csv")
     tables = [path for path in candidates if set(COLUMNS) <= set(listing.table(path, COLUMNS).columns)]
     if not tables:
-        listing.require(LAYOUT, "annotations/annotations_train.csv (Kaggle: train.csv)", FILES)
+        listing.require(LAYOUT, "annotations/annotations_train.csv (Kaggle: train.csv)", "labels and boxes", FILES)
         return None
     images = Collection(listing, KIND, f"{base(tables[0])} has the columns {','.join(COLUMNS)}", remarks=[RULE])
+    _say_what_is_missing(images, {base(path).lower() for path in tables})
     meta = _original_sizes(listing)
     for path in tables:
         split = "test" if "test" in base(path) else "train"
         rows: dict[str, list[Line]] = defaultdict(list)
-        for line in listing.table(path, (*COLUMNS, *FURTHER)).rows:
+        for line in (*listing.table(path, (*COLUMNS, *FURTHER)).rows, *_diagnoses(listing, path)):
             rows[line.cells["image_id"]].append(line)
         for name, lines in rows.items():
             found = listing.image(f"{split}/{name}", 2) or listing.image(name)
@@ -45,6 +49,26 @@ def read(listing: Listing) -> Dataset | None:
             _add_boxes(images, found, lines, labels, meta.get(name))
             images.add(found, name, labels, split=split)
     return images.dataset()
+
+
+def _say_what_is_missing(images: Collection, tables: set[str]) -> None:
+    """Notes about PhysioNet's files; Kaggle's set has one table."""
+    for split, table in PHYSIONET.items() if tables & {*PHYSIONET.values()} else ():
+        if table not in tables and any(f"/{split}/" in f"/{entry.path}" for entry in images.listing.images):
+            images.lacks(table, f"the images of {split} have no labels")
+        elif table in tables and not images.listing.named(IMAGE_LABELS[table]):
+            images.lacks(IMAGE_LABELS[table], f"diagnoses of the images of {split}, such as Pneumonia, are unknown")
+
+
+def _diagnoses(listing: Listing, table: str) -> list[Line]:
+    """The labels of whole images (a column each, by reader), as lines of the table of boxes without a box."""
+    lines = []
+    for path in listing.named(IMAGE_LABELS.get(base(table).lower(), "")):
+        for where, row in listing.table(path).require(path, "image_id").rows:
+            reader = {"image_id": row["image_id"], "rad_id": row.get("rad_id", ""), "x_min": ""}
+            lines += [Line(where, {**reader, "class_name": AS_IN_TRAINING.get(label, label)})
+                      for label, value in row.items() if value in ("1", "1.0")]  # fmt: skip
+    return lines
 
 
 def _agreed(lines: Iterable[Line]) -> list[str]:

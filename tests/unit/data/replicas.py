@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import tarfile
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from dicom_files import dicom
 from PIL import Image
 
@@ -160,15 +164,24 @@ VINDR_ROWS = (
 
 
 def vindr_physionet(root: Path) -> None:
+    """With boxes in the replica's 64 pixels, as the host's are in pixels of the DICOM files."""
     header = "image_id,rad_id,class_name,x_min,y_min,x_max,y_max\n"
-    rows = "".join(f"{i},{rad},{name},{x},{y},{x2},{y2}\n" for i, name, _, rad, x, y, x2, y2 in VINDR_ROWS)
+    rows = "".join(
+        f"{i},{rad},{name},{','.join(str(edge / 50) if edge else '' for edge in box)}\n"
+        for i, name, _, rad, *box in VINDR_ROWS
+    )
     write(root, "annotations/annotations_train.csv", header + rows)
     write(
         root,
         "annotations/annotations_test.csv",
-        f"image_id,class_name,x_min,y_min,x_max,y_max\n{VINDR[2]},Pleural effusion,932,567,1197,896\n",
+        f"image_id,class_name,x_min,y_min,x_max,y_max\n{VINDR[2]},Pleural effusion,18.5,11.5,24,18\n",
     )
-    write(root, "annotations/image_labels_train.csv", "image_id,rad_id,Aortic enlargement,No finding\n")
+    readers = ((0, "R11"), (0, "R15"), (0, "R2"), (1, "R10"), (1, "R8"), (1, "R9"))
+    diagnoses = "".join(f"{VINDR[n]},{reader},0,{int(reader in ('R8', 'R9'))},{1 - n}\n" for n, reader in readers)
+    write(root, "annotations/image_labels_train.csv",
+          f"image_id,rad_id,Aortic enlargement,Tuberculosis,No finding\n{diagnoses}")  # fmt: skip
+    write(root, "annotations/image_labels_test.csv",
+          f"image_id,Aortic enlargement,Other disease,No finding\n{VINDR[2]},0,1,0\n")  # fmt: skip
     image(root, f"train/{VINDR[0]}.dicom", f"train/{VINDR[1]}.dicom", f"test/{VINDR[2]}.dicom")
 
 
@@ -264,6 +277,71 @@ def chestxdet(root: Path) -> None:
         {"file_name": "36204.png", "syms": ["Fracture"], "boxes": [[1, 2, 3, 4]], "polygons": [triangle]}
     ]))  # fmt: skip
     image(root, "train/36199.png", "train/36200.png", "test/36204.png")
+
+
+def encoded(seed: int, kind: str = "PNG") -> bytes:
+    out = BytesIO()
+    Image.fromarray(pixels(seed)).save(out, kind)
+    return out.getvalue()
+
+
+def lesion() -> bytes:
+    """A mask of a lesion of 20 x 20 pixels."""
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:40, 10:30] = 255
+    out = BytesIO()
+    Image.fromarray(mask).save(out, "PNG")
+    return out.getvalue()
+
+
+NAMES = ["NORMAL", "COVID 19"]
+
+
+def parquet(path: Path, count: int = 4, first: int = 0, **more: list[Any]) -> None:
+    """A Parquet file as ``datasets`` writes it: images, ClassLabels, a row group of two images."""
+    images = [
+        {"bytes": encoded(first + n, "JPEG" if n % 2 else "PNG"), "path": f"{first + n}.png"} for n in range(count)
+    ]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {"image": pa.array(images, kind), "label": pa.array([n % 2 for n in range(count)]),
+               "patient_id": [f"P{(first + n) // 2}" for n in range(count)], **more}  # fmt: skip
+    features = {"image": {"_type": "Image"}, "label": {"names": NAMES, "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path, row_group_size=2)
+
+
+def huggingface_parquet(root: Path) -> None:
+    write(root, "README.md", "---\n")
+    mask = {"bytes": lesion(), "path": None}
+    parquet(root / "data" / "train-00000-of-00001.parquet", lesion=[None, mask, None, mask])
+    parquet(root / "data" / "test-00000-of-00001.parquet", 2, 4, lesion=[None, mask])
+
+
+def tar(path: Path, files: dict[str, bytes | str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, BytesIO(data))
+
+
+def webdataset(root: Path) -> None:
+    for shard, split in enumerate(("train", "test")):
+        files: dict[str, bytes | str] = {}
+        for n in range(2):
+            key = f"{shard}{n}"
+            files[f"{key}.png"] = encoded(2 * shard + n)
+            files[f"{key}.json"] = json.dumps({"finding": NAMES[n], "patient_id": f"P{shard}", "path": "gone/x.png"})
+            files |= {f"{key}.lesion.png": lesion()} if n else {}
+        tar(root / f"{split}-{shard:03d}.tar", files)
+
+
+def imagefolder(root: Path) -> None:
+    image(root, "train/Normal/a.png", "train/Edema/b.png", "val/Edema/c.png", "test/Normal/d.png", "test/Edema/e.png")
+    write(root, "boxes.csv", "file,x,y,w,h\ntrain/Edema/b.png,10,20,20,20\ntest/Edema/e.png,10,20,20,20\n")
 
 
 def huggingface(root: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image
 
 from diffva_ray.cli import main
 from diffva_ray.config.recipe import DataConfig
-from diffva_ray.data.bit_depth import bit_depth_note
+from diffva_ray.data.bit_depth import bit_depth_note, checked_bit_depth
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.images import BadImage, decode, decode_square
 from diffva_ray.schema import Status
@@ -74,20 +73,53 @@ def test_full_range_and_eight_bits_need_no_note(images: Path, tmp_path: Path) ->
     assert bit_depth_note(open_dataset(narrowed(images, tmp_path / "data", 16))) == ""
 
 
-def test_inspect_and_generate_report_it_and_the_option_fixes_it(images: Path, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [10, 12, 13, 14])
+def test_files_that_clearly_use_fewer_bits_are_refused_until_the_option_says_how_many(
+    bits: int, images: Path, model: Path, tmp_path: Path
+) -> None:
+    """Twelve bits would be nearly black, fourteen too dark; both were computed."""
+    data = narrowed(images, tmp_path / "data", bits)
+    assert f"use --set data.bits={bits}" in diffva("inspect", data).output
+    commands = {
+        "run": ("generate", "--data", data, "--model", model, "--out", tmp_path / "run", "--executor", "inline"),
+        "dry": ("generate", "--data", data, "--model", model, "--out", tmp_path / "dry", "--dry-run"),
+        "trained": ("train", "--data", data, "--out", tmp_path / "trained", "--executor", "inline"),
+        "sheet.png": ("explain", next(data.glob("COVID/images/*.png")), "--model", model, "--out",
+                      tmp_path / "sheet.png"),
+    }  # fmt: skip
+    for out, command in commands.items():
+        refused = diffva(*command)
+        assert refused.exit_code == 2, refused.output
+        assert f"use --set data.bits={bits}, or --set data.bits=15" in refused.output
+        assert not (tmp_path / out / "plan.parquet").exists()
+        assert not list(tmp_path.glob(f"{out}/.train/*"))
+    assert checked_bit_depth(open_dataset(data, DataConfig(bits=15))) == ""
+    assert checked_bit_depth(open_dataset(data, DataConfig(bits=bits))) == ""
+
+
+def test_fifteen_bits_are_a_note(images: Path, tmp_path: Path) -> None:
+    data = narrowed(images, tmp_path / "data", 15)
+    assert "at most 50.0% of the grey scale" in checked_bit_depth(open_dataset(data))
+
+
+def test_a_file_of_fewer_bits_among_others_is_blank(images: Path, model: Path, tmp_path: Path) -> None:
+    """The bits are decided once for the data set, by its brightest files."""
+    data = narrowed(images, tmp_path / "data", 16)
+    dark = next(data.glob("COVID/images/*.png"))
+    dark.write_bytes(encoded(np.asarray(Image.open(dark), np.uint16) >> 4, "PNG"))
+    run = ("generate", "--data", data, "--model", model, "--out", tmp_path / "run", "--executor", "inline")
+    assert diffva(*run).exit_code == 4
+    records = pd.read_parquet(tmp_path / "run" / "records")
+    assert set(records[records["image_path"] == str(dark.relative_to(data))]["status"]) == {"blank"}
+    assert (records["status"] == "ok").sum() == len(records) - 1
+
+
+def test_the_option_gives_the_image_of_eight_bits(images: Path, model: Path, tmp_path: Path) -> None:
     data = narrowed(images, tmp_path / "data", 12)
-    assert "--set data.bits=12" in diffva("inspect", data).output
-    summary = json.loads(diffva("inspect", data, "--json").output)
-    assert {bad["status"] for bad in summary["unreadable"]} == {"blank"}
 
     def generate(source: Path, name: str, *more: str) -> Result:
         return diffva("generate", "--data", source, "--model", model, "--out", tmp_path / name, "--executor", "inline",
                       "--set", "generate.shard_size=2", *more)  # fmt: skip
-
-    refused = generate(data, "refused")
-    assert refused.exit_code == 4
-    assert "data.bits=12" in refused.output
-    assert set(pd.read_parquet(tmp_path / "refused" / "records")["status"]) == {"blank"}
 
     fixed = generate(data, "fixed", "--set", "data.bits=12")
     assert fixed.exit_code == 0, fixed.output

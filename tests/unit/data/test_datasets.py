@@ -9,7 +9,7 @@ import pytest
 
 from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data import boxes, datasets
-from diffva_ray.data.dataset import LabelledImage, UnusableData
+from diffva_ray.data.dataset import LabelledImage, UnusableData, companions
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.shapes import Box
 from diffva_ray.storage.local import LocalStore
@@ -99,6 +99,14 @@ def test_folder_per_class(tmp_path):
     assert dataset.classes == {"sick": 1, "well": 2}
     assert dataset.images[1].lung_mask == "well/masks/b.png"
     assert dataset.left_out == ["2 images outside the class folders"]
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [("1.jpg", "1.png"), ("IM000001", "IM000001.png"), ("1.2.840.113", "1.2.840.113.png"), ("a.b.DCM", "a.b.png")],
+)
+def test_the_mask_of_an_image_of_any_ending_is_a_png(name, mask):
+    assert f"COVID/masks/{mask}" in companions(f"COVID/images/{name}", "masks")
 
 
 def test_the_folder_of_one_class_is_refused(tmp_path):

@@ -147,7 +147,8 @@ SUSPECT = {
     "upside_down": (lambda image: image.rotate(180), "rotated? looks upright when turned by 180 degrees"),
     "text": (text, "text? "),
     "padded": (padded, "padded? 33% of a side"),
-    "strip": (lambda image: image.crop((0, 0, SIDE // 2, SIDE)), "cropped? width / height is 0.50"),
+    "strip": (lambda image: image.crop((0, 0, SIDE // 2, SIDE)), "cropped or stretched? width / height is 0.50"),
+    "half": (lambda image: image.crop((0, 0, SIDE // 2, SIDE)).resize((SIDE, SIDE)), "cropped? looks like a part of"),
     "tinted": (tinted, "coloured: "),
 }
 

@@ -85,6 +85,7 @@ def test_manifest_stays_in_its_folder(tmp_path, path, column):
         ("path,label\nimages/a.png\n", "row 2: 1 cells under 2 columns"),
         ("path,label\na,b,c\n", "row 2: 3 cells under 2 columns"),
         ('path,label\n"images/a.png,COVID\n', "not a CSV"),
+        ("\npath,label\nimages/a.png,COVID\n", "the first line is empty; it has to name the columns"),
     ],
 )
 def test_unusable_manifests_give_the_reason(tmp_path, text, message):
@@ -108,7 +109,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be-bom"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be-bom", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_any_delimiter_and_encoding(tmp_path, encoding, delimiter, end):
@@ -207,12 +208,50 @@ def test_parquet_with_any_other_columns(tmp_path):
     assert "2 columns of list.parquet that are neither text nor numbers (pixels, image)" in dataset.left_out
 
 
-def test_json_lines(tmp_path):
-    file = write(tmp_path, "a.png") / "list.jsonl"
+def test_cells_that_programs_write_for_nothing(tmp_path):
+    rows = "images/a.png,nan,nan\nimages/b c.png,<NA>,\nimages/m.png,Edema,3.0\nimages/a.png,Mass,Anonymous\n"
+    dataset = open_dataset(manifest(tmp_path, f"path,label,patient\n{rows}images/b c.png,Mass,3\n"))
+    assert dataset.classes == {"Edema": 1, "Mass": 2}
+    assert dataset.left_out == ["2 rows of list.csv without a label"]
+    assert [image.patient for image in dataset.images] == ["", patient_key("3"), patient_key("3")]
+
+
+def test_labels_that_are_probably_several_are_said(tmp_path):
+    file = manifest(
+        tmp_path, 'path,label\nimages/a.png,"Edema, Mass"\nimages/m.png,"[\'Edema\']"\nimages/a.png,COVID\n'
+    )
+    assert "2 labels such as 'Edema, Mass' are one class each; separate labels by |" in open_dataset(file).remarks
+    assert open_dataset(manifest(tmp_path, "path,label\nimages/a.png,Edema|Mass\n")).remarks[:-1] == []
+
+
+def test_the_line_with_which_excel_names_the_delimiter(tmp_path):
+    assert open_dataset(manifest(tmp_path, "sep=;\npath;label\nimages/a.png;Edema\n")).classes == {"Edema": 1}
+
+
+@pytest.mark.parametrize("path", ["/data/x/images/a.png", "C:\\data\\images\\a.png", "s3://bucket/images/a.png"])
+def test_absolute_paths_of_another_machine_end_below_the_root(tmp_path, path):
+    file = manifest(tmp_path, f"path,label\n{path},Edema\n")
+    assert "give the images' folder with --root" in unusable(file)
+    (image,) = open_dataset(file, DataConfig(root=str(tmp_path))).images
+    assert (image.path, image.size) == ("images/a.png", 1)
+    file.write_text("path,label\n/etc/passwd,Edema\n/x/../images/a.png,Edema\n")
+    assert "'/etc/passwd' is outside the folder" in unusable(file, DataConfig(root=str(tmp_path)))
+    assert "--root /none: no files there" in unusable(file, DataConfig(root="/none"))
+
+
+@pytest.mark.parametrize("name", ["list.txt", "list.json", "list.xlsx"])
+def test_tables_of_other_kinds_name_those_that_are_read(tmp_path, name):
+    write(tmp_path, name)
+    assert f"{name}: not read; save a table as one of .csv, .tsv" in unusable(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["list.jsonl", "list.ndjson"])
+def test_json_lines(tmp_path, name):
+    file = write(tmp_path, "a.png") / name
     file.write_text('{"file_name": "a.png", "label": ["Edema", "Mass"]}\n\n{"file_name": "b.png", "label": "Mass"}\n')
     dataset = open_dataset(file)
     assert dataset.classes == {"Edema": 1, "Mass": 2}
-    assert "1 images named in list.jsonl do not exist" in dataset.remarks
+    assert f"1 images named in {name} do not exist" in dataset.remarks
 
 
 def classes(root: Path, *labels: str, **config: object) -> Dataset:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import replicas
@@ -13,7 +15,9 @@ from test_readers import NAMES, SETS, Expected
 
 from diffva_ray.cli import main
 from diffva_ray.data.columns import patient_key
+from diffva_ray.data.dataset import Dataset
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.images import read_mask
 from diffva_ray.data.shapes import lesion_mask
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.generate.run import open_run
@@ -31,6 +35,14 @@ def generated(data: Path, model: Path, out: Path, *options: object) -> pd.DataFr
     return read_records(open_run(str(out)))
 
 
+def truth(dataset: Dataset, record: dict[str, Any]) -> np.ndarray | None:
+    """The lesion that the data set knows of a record's image: a mask's file, else its outlines."""
+    image = next(i for i in dataset.images if (i.path, i.label) == (record["image_path"], record["label"]))
+    if image.lesion_mask:
+        return read_mask(dataset.store, image.lesion_mask, 32)
+    return lesion_mask(dataset.lesion_shapes(image.path, image.label), record["width"], record["height"], 32)
+
+
 @pytest.mark.parametrize("expected", SETS, ids=NAMES)
 def test_each_set_is_scored_against_its_own_truth(expected: Expected, model: Path, tmp_path: Path) -> None:
     expected.replica(tmp_path / "data")
@@ -46,20 +58,20 @@ def test_each_set_is_scored_against_its_own_truth(expected: Expected, model: Pat
         assert {name: record[name] for name in image.columns} == dict(image.columns)
     # every outlined lesion is scored, under its own label only
     metrics = json.loads((tmp_path / "run" / "tables" / "metrics.json").read_text())
-    masks = [
-        lesion_mask(dataset.lesion_shapes(row["image_path"], row["label"]), row["width"], row["height"], 32)
-        for row in ok.to_dict("records")
-    ]
+    masks = [truth(dataset, record) for record in ok.to_dict("records")]
     outlined = [mask for mask in masks if mask is not None and mask.any()]
     scored = {row["label"]: row["n"] for row in metrics.get("localization", []) if row["map"] == "positive"}
     assert max(scored.values(), default=0) == len(outlined)
-    if expected.replica is not replicas.vindr_physionet:  # whose boxes lie outside of the replica's small images
-        assert bool(outlined) == bool(expected.outlined)
+    assert bool(outlined) == bool(expected.outlined + expected.masked)
     if ok["patient"].any():
         assert any("intervals are by patient" in note for note in metrics["notes"])
     about = open_run(str(tmp_path / "run")).about
     assert about["data_kind"] == expected.kind
     assert about["data_recognised_by"]
+    # the report shows the scores
+    assert (result := diffva("report", tmp_path / "run")).exit_code == 0, result.output
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert (">AUROC" in page) == bool(outlined)
 
 
 def test_headers_of_dicom_files_fill_what_the_set_does_not_know(model: Path, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import tarfile
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 import replicas
 from click.testing import CliRunner, Result
-from PIL import Image
 
 from diffva_ray.cli import main
 from diffva_ray.config.recipe import DataConfig
@@ -30,47 +28,6 @@ from diffva_ray.storage.local import LocalStore
 from diffva_ray.storage.opening import open_file, open_store
 from diffva_ray.storage.store import Modified, StoreError
 
-NAMES = ["NORMAL", "COVID 19"]
-
-
-def encoded(seed: int, kind: str = "PNG") -> bytes:
-    out = BytesIO()
-    Image.fromarray(replicas.pixels(seed)).save(out, kind)
-    return out.getvalue()
-
-
-def hugging_face(path: Path, count: int = 4, first: int = 0, **more: list[Any]) -> None:
-    """A Parquet file as ``datasets`` writes it: images, ClassLabels, a row group of two images."""
-    images = [
-        {"bytes": encoded(first + n, "JPEG" if n % 2 else "PNG"), "path": f"{first + n}.png"} for n in range(count)
-    ]
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    columns = {"image": pa.array(images, kind), "label": pa.array([n % 2 for n in range(count)]),
-               "patient_id": [f"P{(first + n) // 2}" for n in range(count)], **more}  # fmt: skip
-    features = {"image": {"_type": "Image"}, "label": {"names": NAMES, "_type": "ClassLabel"}}
-    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), path, row_group_size=2)
-
-
-def tar(path: Path, files: dict[str, bytes | str]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, content in files.items():
-            data = content.encode() if isinstance(content, str) else content
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, BytesIO(data))
-
-
-def web_dataset(root: Path) -> None:
-    for shard in range(2):
-        files: dict[str, bytes | str] = {}
-        for n in range(2):
-            key = f"{shard}{n}"
-            files[f"{key}.png"] = encoded(2 * shard + n)
-            files[f"{key}.json"] = json.dumps({"finding": NAMES[n], "patient_id": f"P{shard}", "path": "gone/x.png"})
-        tar(root / f"train-{shard:03d}.tar", files)
-
 
 def diffva(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
@@ -83,9 +40,9 @@ def unusable(uri: Path, config: DataConfig = DataConfig()) -> str:
 
 
 def test_parquet_files_of_hugging_face(tmp_path: Path) -> None:
-    hugging_face(tmp_path / "data" / "train-00000-of-00002.parquet", age=[40.0, 41, 42, 43])
-    hugging_face(tmp_path / "data" / "train-00001-of-00002.parquet", first=4, age=[50.0, 51, 52, None])
-    hugging_face(tmp_path / "data" / "test-00000-of-00001.parquet", first=8, count=2, age=[60, 61])
+    replicas.parquet(tmp_path / "data" / "train-00000-of-00002.parquet", age=[40.0, 41, 42, 43])
+    replicas.parquet(tmp_path / "data" / "train-00001-of-00002.parquet", first=4, age=[50.0, 51, 52, None])
+    replicas.parquet(tmp_path / "data" / "test-00000-of-00001.parquet", first=8, count=2, age=[60, 61])
     (tmp_path / "README.md").write_text("---")
     dataset = open_dataset(tmp_path)
     assert dataset.kind == "parquet-images"
@@ -96,7 +53,7 @@ def test_parquet_files_of_hugging_face(tmp_path: Path) -> None:
     first = dataset.images[2]
     assert (first.patient, dict(first.columns)) == (patient_key("P0"), {"age": "40", "split": "train"})
     assert [dataset.store.read(image.path) for image in dataset.images[2:6]] == [
-        encoded(n, "JPEG" if n % 2 else "PNG") for n in range(4)
+        replicas.encoded(n, "JPEG" if n % 2 else "PNG") for n in range(4)
     ]
     assert [image.size for image in dataset.images] == [len(dataset.store.read(i.path)) for i in dataset.images]
     assert not dataset.left_out
@@ -109,10 +66,10 @@ def test_parquet_files_of_hugging_face(tmp_path: Path) -> None:
 def test_lists_of_classes_absent_labels_and_damaged_images(tmp_path: Path) -> None:
     names = {"feature": {"names": ["No Finding", "Edema", "Mass"], "_type": "ClassLabel"}, "_type": "Sequence"}
     table = pa.table({
-        "scan": [encoded(0), b"damaged", None, encoded(3), encoded(4)],
+        "scan": [replicas.encoded(0), b"damaged", None, replicas.encoded(3), replicas.encoded(4)],
         "embedding": [b"1234"] * 5,
         "findings": [[1, 2], [0], [0], [-1], None],
-        "mask": [None, {"bytes": encoded(5), "path": None}, None, None, None],
+        "mask": [None, {"bytes": replicas.encoded(5), "path": None}, None, None, None],
     })  # fmt: skip
     metadata = {"huggingface": json.dumps({"info": {"features": {"findings": names}}})}
     pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "all.parquet")
@@ -134,7 +91,7 @@ def test_lists_of_classes_absent_labels_and_damaged_images(tmp_path: Path) -> No
 
 
 def test_without_a_column_of_labels_the_columns_are_named(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": [encoded(0)], "kind": ["x"]}), tmp_path / "all.parquet")
+    pq.write_table(pa.table({"image": [replicas.encoded(0)], "kind": ["x"]}), tmp_path / "all.parquet")
     assert "--columns label=NAME (there are kind)" in unusable(tmp_path)
     assert open_dataset(tmp_path, DataConfig(columns={"label": "kind"})).classes == {"x": 1}
 
@@ -144,30 +101,35 @@ def test_tables_of_a_run_are_no_images(tmp_path: Path) -> None:
     assert "1 .parquet files: no column of images" in unusable(tmp_path)
     replicas.image(tmp_path, "Normal/0.png", "COVID/1.png")
     assert open_dataset(tmp_path).left_out == []
-    hugging_face(tmp_path / "metadata.parquet")
+    replicas.parquet(tmp_path / "metadata.parquet")
     assert "1 Parquet files with images; give their folder, or one of them" in open_dataset(tmp_path).left_out
     assert len(open_dataset(tmp_path / "metadata.parquet")) == 4
 
 
 def test_web_dataset(tmp_path: Path) -> None:
-    web_dataset(tmp_path)
+    replicas.webdataset(tmp_path)
     dataset = open_dataset(tmp_path)
     assert dataset.kind == "webdataset"
     assert dataset.classes == {"COVID": 2, "Normal": 2}
-    assert [image.path for image in dataset.images] == [f"train-00{s}.tar/{s}{n}.png" for s in (0, 1) for n in (0, 1)]
-    assert dataset.images[3].patient == patient_key("P1")
+    assert [image.path for image in dataset.images] == [
+        f"{shard}.tar/{key}.png" for shard, keys in (("test-001", ("10", "11")), ("train-000", ("00", "01")))
+        for key in keys
+    ]  # fmt: skip
+    assert dataset.images[3].patient == patient_key("P0")
     assert dataset.images[3].columns["split"] == "train"
-    assert dataset.store.read("train-001.tar/11.png") == encoded(3)
-    assert dataset.store.read_range("train-001.tar/11.png", 1, 4) == b"PNG"
+    assert dataset.images[3].lesion_mask == "train-000.tar/01.lesion.png"
+    assert dataset.store.read("test-001.tar/11.png") == replicas.encoded(3)
+    assert dataset.store.read_range("test-001.tar/11.png", 1, 4) == b"PNG"
     assert dataset.left_out == []
-    assert len(open_dataset(tmp_path / "train-001.tar")) == 2
+    assert len(open_dataset(tmp_path / "test-001.tar")) == 2
 
 
 def test_labels_of_web_datasets(tmp_path: Path) -> None:
-    tar(tmp_path / "a.tar", {"1.png": encoded(0), "1.cls": "3", "1.txt": "a  caption", "1.mask.png": encoded(1)})
-    tar(
+    one, two, three, mask = map(replicas.encoded, range(4))
+    replicas.tar(tmp_path / "a.tar", {"1.png": one, "1.cls": "3", "1.txt": "a  caption", "1.mask.png": mask})
+    replicas.tar(
         tmp_path / "b.tar",
-        {"Edema/2.img.png": encoded(2), "Edema/2.txt": "words", "./3.png": encoded(3), "3.txt": "Mass"},
+        {"Edema/2.img.png": two, "Edema/2.txt": "words", "./3.png": three, "3.txt": "Mass"},
     )
     found = {image.path: image for image in open_dataset(tmp_path).images}
     assert {path: (image.label, image.caption) for path, image in found.items()} == {
@@ -190,18 +152,18 @@ def test_other_layouts_inside_tar_archives(tmp_path: Path) -> None:
 def test_unusable_archives_say_why(tmp_path: Path) -> None:
     (tmp_path / "shard-000.tar").write_bytes(b"x" * 1024)
     assert "shard-000.tar: no tar archive" in unusable(tmp_path)
-    tar(tmp_path / "shard-000.tar", {"1.png": encoded(0)})
+    replicas.tar(tmp_path / "shard-000.tar", {"1.png": replicas.encoded(0)})
     assert "shard-000.tar/1.png has no label" in unusable(tmp_path)
     whole = (tmp_path / "shard-000.tar").read_bytes()
     (tmp_path / "shard-000.tar").write_bytes(whole[:700])
     assert "damaged" in unusable(tmp_path)
-    tar(tmp_path / "shard-000.tar", {"1.png": encoded(0), "1.json": "{"})
+    replicas.tar(tmp_path / "shard-000.tar", {"1.png": replicas.encoded(0), "1.json": "{"})
     assert "shard-000.tar/1.json: not JSON" in unusable(tmp_path)
-    tar(tmp_path / "shard-000.tar", {"notes.md": "x"})
+    replicas.tar(tmp_path / "shard-000.tar", {"notes.md": "x"})
     assert "1 .tar files: no images in them" in unusable(tmp_path)
 
 
-@pytest.mark.parametrize("make", [lambda root: hugging_face(root / "train.parquet"), web_dataset])
+@pytest.mark.parametrize("make", [lambda root: replicas.parquet(root / "train.parquet"), replicas.webdataset])
 def test_a_run_on_packed_images(make: Any, model: Path, tmp_path: Path) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
     data.mkdir()
@@ -225,8 +187,8 @@ def test_a_run_on_packed_images(make: Any, model: Path, tmp_path: Path) -> None:
 
 
 def test_an_archive_that_was_written_since_is_noticed(tmp_path: Path) -> None:
-    hugging_face(tmp_path / "a.parquet")
-    tar(tmp_path / "b.tar", {"1.png": encoded(0)})
+    replicas.parquet(tmp_path / "a.parquet")
+    replicas.tar(tmp_path / "b.tar", {"1.png": replicas.encoded(0)})
     store = open_store(f"archives://{tmp_path}")
     since = os.stat(tmp_path / "a.parquet").st_mtime - 10
     for path in ("a.parquet/image/000000.png", "b.tar/1.png"):
@@ -236,10 +198,10 @@ def test_an_archive_that_was_written_since_is_noticed(tmp_path: Path) -> None:
 
 
 def test_the_store_is_opened_by_address_in_another_process(tmp_path: Path) -> None:
-    hugging_face(tmp_path / "x.parquet" / "part.parquet")  # Spark gives folders such names
+    replicas.parquet(tmp_path / "x.parquet" / "part.parquet")  # Spark gives folders such names
     store = pickle.loads(pickle.dumps(open_store(f"archives://{tmp_path}")))
     path = "x.parquet/part.parquet/image/000003.jpg"
-    assert store.read(path) == encoded(3, "JPEG")
+    assert store.read(path) == replicas.encoded(3, "JPEG")
     assert store.exists(path)
     for absent in ("x.parquet/part.parquet/image/000004.jpg", "x.parquet/part.parquet/image/000003.png",
                    "x.parquet/part.parquet/label/000000.png", "x.parquet/part.parquet/image/x.jpg"):  # fmt: skip
@@ -249,7 +211,7 @@ def test_the_store_is_opened_by_address_in_another_process(tmp_path: Path) -> No
     with pytest.raises(StoreError, match="read-only"):
         store.put(path, b"")
     opened, name = open_file(f"{tmp_path}/{path}")
-    assert opened.read(name) == encoded(3, "JPEG")
+    assert opened.read(name) == replicas.encoded(3, "JPEG")
 
 
 def test_memory_is_bounded_by_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

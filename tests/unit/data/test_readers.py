@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ class Expected(NamedTuple):
     splits: tuple[str, ...] = ()
     outlined: int = 0  # images with an outlined lesion
     said: tuple[str, ...] = ()  # parts of the notes
+    masked: int = 0  # images with a file of a lesion mask
 
 
 CHEXPERT = Expected(
@@ -55,7 +57,8 @@ SETS = [
     Expected(replicas.radiography, "radiography", {"COVID": 1, "Lung_Opacity": 1, "Normal": 1, "Viral Pneumonia": 1}),
     Expected(replicas.kermany, "kermany", {"Normal": 3, "PNEUMONIA": 4}, 6, (), ("test", "train", "val"), 0,
              ("1 images outside these folders", "'NORMAL' is class 'Normal'")),
-    Expected(replicas.vindr_physionet, "vindr-cxr", {"Cardiomegaly": 1, "Normal": 1, "Pleural effusion": 1}, 0, (),
+    Expected(replicas.vindr_physionet, "vindr-cxr",
+             {"Cardiomegaly": 1, "Normal": 1, "Other diseases": 1, "Pleural effusion": 1, "Tuberculosis": 1}, 0, (),
              ("test", "train"), 2, ("at least 2 of its radiologists",)),
     Expected(replicas.vindr_png, "vindr-cxr", {"Cardiomegaly": 1, "Normal": 1}, 0, (), ("train",), 1),
     Expected(replicas.mimic, "mimic-cxr-jpg", {"Lung_Opacity": 1, "Pneumonia": 1}, 1, ("PA",), ("train",), 1,
@@ -70,8 +73,20 @@ SETS = [
              2),
     Expected(replicas.huggingface, "image-folder", {"COVID": 1, "Edema": 1, "Mass": 1, "Normal": 1}, 0, (),
              ("test", "train")),
+    Expected(replicas.huggingface_parquet, "parquet-images", {"COVID": 3, "Normal": 3}, 3, (), ("test", "train"), 0,
+             ("2 Parquet files with images in the column image",), 3),
+    Expected(replicas.webdataset, "webdataset", {"COVID": 2, "Normal": 2}, 2, (), ("test", "train"), 0,
+             ("2 tar archives",), 2),
+    Expected(replicas.imagefolder, "split-folders", {"Edema": 3, "Normal": 2}, 0, (), ("test", "train", "val"), 2,
+             ("test|train|val/<class>", "2 boxes on 2 images")),
 ]  # fmt: skip
 NAMES = [expected.replica.__name__ for expected in SETS]
+
+
+@pytest.mark.parametrize("expected", SETS, ids=NAMES)
+def test_the_guide_lists_the_set(expected: Expected) -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "guides" / "datasets.md").read_text()
+    assert f"`{expected.kind}`" in guide
 
 
 def column(dataset: Dataset, name: str) -> tuple[str, ...]:
@@ -98,10 +113,12 @@ def test_what_a_data_set_holds_is_found_without_an_option(expected: Expected, ab
     assert column(dataset, "view") == expected.views
     assert column(dataset, "split") == expected.splits
     assert len(dataset.shapes) == expected.outlined
+    assert sum(bool(image.lesion_mask) for image in dataset.images) == expected.masked
     notes = "\n".join([dataset.why, *dataset.notes])
     assert all(text in notes for text in expected.said), notes
     labels = {(image.path, image.label) for image in dataset.images}
-    assert all((path, shape.label) in labels for path, shapes in dataset.shapes.items() for shape in shapes)
+    outlined = {(path, shape.label) for path, shapes in dataset.shapes.items() for shape in shapes if shape.label}
+    assert outlined <= labels
     assert all(dataset.store.read(image.path) for image in dataset.images if image.size >= 0)
 
 
@@ -141,15 +158,15 @@ def test_one_finding_is_not_scored_with_the_box_of_another(tmp_path: Path) -> No
     replicas.vindr_physionet(tmp_path / "v")
     shapes = open_dataset(tmp_path / "v").shapes.values()
     assert sorted([(box.x, box.y, box.w, box.h) for box in found if isinstance(box, Box)] for found in shapes) == [
-        [(691, 1375, 962, 456), (700, 1380, 900, 420)],
-        [(932, 567, 265, 329)],
+        [pytest.approx((13.82, 27.5, 19.24, 9.12)), pytest.approx((14, 27.6, 18, 8.4))],
+        [pytest.approx((18.5, 11.5, 5.5, 6.5))],
     ]
 
 
 def test_patients_are_hashed_and_columns_are_in_the_same_words(tmp_path: Path) -> None:
     replicas.nih_kaggle(tmp_path)
     image = next(image for image in open_dataset(tmp_path).images if image.label == "Effusion")
-    assert image.patient == patient_key("1") != "1"
+    assert image.patient == patient_key("1", "nih-chestxray14") != "1"
     assert dict(image.columns) == {
         "age": "58",
         "sex": "M",
@@ -187,7 +204,19 @@ def test_the_policy_for_uncertain_labels_holds_for_both_sets_of_that_labeller(tm
             ["PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv.gz"],
             "PadChest, but PADCHEST_chest",
         ),
-        (replicas.chexlocalize, ["CheXpert/val_labels.csv"], "CheXpert, but train.csv or valid.csv"),
+        (replicas.chexlocalize, ["CheXpert/val_labels.csv"], "CheXlocalize, but val_labels.csv or test_labels.csv"),
+        (
+            replicas.chexpert_small,
+            ["CheXpert-v1.0-small/train.csv", "CheXpert-v1.0-small/valid.csv"],
+            "CheXpert, but train.csv or valid.csv",
+        ),
+        (replicas.mimic, ["mimic-cxr-2.0.0-metadata.csv.gz"], "MIMIC-CXR-JPG, but mimic-cxr-2.0.0-metadata.csv.gz"),
+        (replicas.vindr_png, ["train.csv"], "VinDr-CXR, but annotations/annotations_train.csv (Kaggle: train.csv)"),
+        (
+            replicas.chestxdet,
+            ["ChestX_Det_train.json", "ChestX_Det_test.json"],
+            "ChestX-Det, but ChestX_Det_train.json or ChestX_Det_test.json is missing, which holds labels and polygons",
+        ),
         (replicas.nih_kaggle, ["images_001", "images_002", "images_003"], "none of its 4 images exists"),
     ],
 )
@@ -199,6 +228,89 @@ def test_an_incomplete_set_says_what_is_missing(
         path = tmp_path / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert message in unusable(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("replica", "removed", "remark"),
+    [
+        (replicas.nih_kaggle, ["BBox_List_2017.csv"], "missing BBox_List_2017.csv; no lesion is outlined"),
+        (replicas.nih_box, [], "missing train_val_list.txt and test_list.txt; the official split is unknown"),
+        (replicas.rsna, ["stage_2_detailed_class_info.csv"], "missing stage_2_detailed_class_info.csv; no image is"),
+        (replicas.mimic, ["mimic-cxr-2.0.0-split.csv.gz"], "missing mimic-cxr-2.0.0-split.csv.gz; the official"),
+        (replicas.mimic, ["ms-cxr"], "missing MS_CXR_Local_Alignment_v1.0.0.csv (of MS-CXR); no lesion is outlined"),
+        (replicas.chexlocalize, ["CheXlocalize"], "missing gt_segmentations_val.json; no lesion of the val images"),
+        (replicas.chexpert_small, ["CheXpert-v1.0-small/train.csv"], "missing the table of split train; its images"),
+        (replicas.chexpert_batches, ["train_cheXbert.csv", "CheXpert-v1.0 batch 1 (validate & csv)/train.csv"],
+         "missing the table of split train; its images"),
+        (replicas.vindr_physionet, ["annotations/annotations_test.csv"], "missing annotations_test.csv; the images"),
+        (replicas.vindr_physionet, ["annotations/image_labels_train.csv"], "missing image_labels_train.csv; diagno"),
+        (replicas.chestxdet, ["ChestX_Det_test.json"], "missing ChestX_Det_test.json; the images of test have no"),
+        (replicas.kermany, ["chest_xray/val"], "missing val/; its images are left out"),
+        (replicas.radiography, ["COVID-19_Radiography_Dataset/COVID"], "missing COVID/images; these classes are"),
+        (replicas.radiography, ["COVID-19_Radiography_Dataset/COVID/masks"], "missing COVID/masks; maps are scored"),
+    ],
+)  # fmt: skip
+def test_what_an_incomplete_set_lacks_is_said_with_its_cost(
+    replica: Callable[[Path], None], removed: list[str], remark: str, tmp_path: Path
+) -> None:
+    replica(tmp_path)
+    if removed:
+        assert "incomplete" not in "\n".join(open_dataset(tmp_path).remarks)
+    for name in removed:
+        path = tmp_path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert f"incomplete: {remark}" in "\n".join(open_dataset(tmp_path).remarks)
+
+
+@pytest.mark.parametrize("paths", [["train/a.png", "test/b.png"], ["train/images/a.png", "Valid/images/b.png"]])
+def test_folders_of_splits_are_no_classes(paths: list[str], tmp_path: Path) -> None:
+    replicas.image(tmp_path, *paths)
+    assert "are splits, not classes; a table with the labels of the images" in unusable(tmp_path)
+
+
+def test_patients_of_two_sets_that_number_them_alike_are_not_one(tmp_path: Path) -> None:
+    replicas.nih_kaggle(tmp_path / "nih")
+    replicas.padchest(tmp_path / "padchest")
+    table = tmp_path / "padchest" / replicas.PADCHEST_TABLE
+    table.write_bytes(gzip.compress(gzip.decompress(table.read_bytes()).replace(b",8398,", b",1,")))
+    (tmp_path / "nih" / "own.csv").write_text("path,label,patient\n00000001_000.png,Effusion,1\n")
+
+    def compared(*sets: str) -> tuple[dict[str, Any], str]:
+        words = ["inspect", *(str(tmp_path / name) for name in sets)]
+        common = json.loads(CliRunner().invoke(main, [*words, "--json"]).output)["overlap"]
+        return common, CliRunner().invoke(main, words).output
+
+    common, text = compared("nih", "padchest")
+    assert (common["patients"], common["patients_comparable"]) == ([], False)
+    assert "patients in both: unknown, as each data set numbers its patients itself" in text
+    common, text = compared("nih", "nih/own.csv")
+    assert (common["patients"], common["patients_comparable"]) == ([], False)
+    assert common["equal_files"]
+    common, text = compared("nih/own.csv", "nih/own.csv")
+    assert common["patients"] == [patient_key("1")]
+    # an own table may say whose numbers it has
+    (tmp_path / "nih" / "own.csv").write_text("path,label,patient\n00000001_000.png,Effusion,nih-chestxray14:1\n")
+    common, text = compared("nih", "nih/own.csv")
+    assert common["patients"] == [patient_key("1", "nih-chestxray14")]
+    assert "patients in both: 1 (of 3 and 1)" in text
+
+
+def test_one_split_of_kermany_has_the_patients_of_the_whole(tmp_path: Path) -> None:
+    replicas.kermany(tmp_path)
+    whole = open_dataset(tmp_path)
+    for split in ("train", "test"):
+        part = open_dataset(tmp_path / "chest_xray" / split)
+        expected = [(image.label, image.patient) for image in whole.images if image.columns["split"] == split]
+        assert [(image.label, image.patient) for image in part.images] == expected
+        assert part.issuer == whole.issuer == "kermany"
+
+
+@pytest.mark.parametrize("replica", [replicas.mimic, replicas.vindr_physionet])
+def test_what_the_host_s_wget_line_makes_is_read_from_its_top(replica: Callable[[Path], None], tmp_path: Path) -> None:
+    replica(tmp_path / "plain")
+    replica(tmp_path / "physionet.org" / "files" / "name" / "2.0.0")
+    plain, deep = open_dataset(tmp_path / "plain"), open_dataset(tmp_path / "physionet.org")
+    assert (deep.kind, deep.classes, len(deep.shapes)) == (plain.kind, plain.classes, len(plain.shapes))
 
 
 def test_a_set_that_is_mostly_absent_is_taken_as_far_as_it_goes(tmp_path: Path) -> None:
@@ -259,5 +371,5 @@ def test_inspect_prints_it(expected: Expected, tmp_path: Path) -> None:
     assert "recognised by: " in result.output
     assert all(f"  {label}: {count}" in result.output for label, count in expected.classes.items())
     summary = json.loads(CliRunner().invoke(main, ["inspect", str(tmp_path), "--json"]).output)
-    assert summary["with_outlined_lesion"] == expected.outlined
+    assert (summary["with_outlined_lesion"], summary["with_lesion_mask"]) == (expected.outlined, expected.masked)
     assert not [bad for bad in summary["unreadable"] if bad["status"] != "missing"]

@@ -11,9 +11,9 @@ from diffva_ray.data.phantoms import make_phantoms
 from diffva_ray.evaluate import baselines as module
 from diffva_ray.evaluate.baselines import Baselines, read_normals, tuned, with_own
 from diffva_ray.evaluate.scores import LocalizationScores
-from diffva_ray.evaluate.tables import localization_rows
+from diffva_ray.evaluate.tables import best_thresholds, localization_rows
 from diffva_ray.metrics.baselines import NormalComponents
-from diffva_ray.metrics.localization import positive, smooth
+from diffva_ray.metrics.localization import THRESHOLDS, positive, score, smooth
 
 RANDOM = np.random.default_rng(0)
 IMAGE = RANDOM.random((32, 32), np.float32)
@@ -62,7 +62,7 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> None:
         noise = np.random.default_rng(n).normal(0, 0.15, (32, 32))
         image = np.clip(0.4 + 0.15 * lesion + noise, 0, 1).astype(np.float32)
         images = module.RecordImages(image, image, image, (lesion * 0.3).astype(np.float32))
-        found.append(module._Example(images, lesion, None))
+        found.append(module._Example(images, "COVID", lesion, None))
     monkeypatch.setattr(module, "_examples", lambda run, lesions: found)
 
 
@@ -72,11 +72,12 @@ def test_validation_images_choose_smoothing_threshold_and_prior() -> None:
     assert chosen.own_smoothing["brightness"] == 0.05  # the strongest that is tried: the noise is that of single pixels
     assert chosen.prior is not None
     assert chosen.prior.max() == 8 / 12  # rows 11 to 14 are in eight of the lesions
-    assert set(chosen.thresholds) == {
+    names = {
         "brightness", "asymmetry", "centre_prior", "autoencoder_difference", "learned_prior", "positive x prior",
     }  # fmt: skip
+    assert set(chosen.thresholds) == names | {f"{name} for COVID" for name in names}
     # of a validation run's own thresholds, those of the baselines belong to other settings
-    stored = {"positive": 0.1, "positive under strength 0.3": 0.2, "brightness": 0.9}
+    stored = {"positive": 0.1, "positive under strength 0.3": 0.2, "brightness": 0.9, "brightness for COVID": 0.9}
     assert with_own(stored, chosen) == {
         "positive": 0.1, "shuffled": 0.1, "positive under strength 0.3": 0.2, "shuffled under strength 0.3": 0.2,
         **chosen.thresholds,
@@ -105,6 +106,49 @@ def test_a_damaged_normal_image_is_left_out(tmp_path: Path) -> None:
     make_phantoms(str(tmp_path), 12, 32, 0)
     next((tmp_path / "Normal" / "images").glob("*.png")).write_bytes(b"no image")
     dataset = open_dataset(str(tmp_path), load_recipe("phantom", ()).data, ["Normal"])
-    fitted = read_normals(dataset, 32)
+    notes: list[str] = []
+    fitted = read_normals(dataset, 32, notes)
     assert fitted is not None
     assert len(fitted.axes) == len(dataset.images) - 1
+    assert notes == ["1 of 3 normal images for the PCA baseline cannot be read"]
+
+
+def test_miou_has_a_threshold_of_each_class_and_weighs_classes_alike() -> None:
+    """Against masks: thresholds chosen on one set, applied to another, as CheXlocalize does (Saporta et al. 2022)."""
+    random = np.random.default_rng(0)
+    strengths = {"COVID": 0.02, "Lung_Opacity": 0.4, "Viral Pneumonia": 0.1}  # a pooled threshold misses two of them
+
+    def images(n: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
+        found = []
+        for label, strength in strengths.items():
+            for _ in range(n if label != "COVID" else 3 * n):
+                truth = np.zeros((24, 24), bool)
+                x, y = random.integers(0, 14, 2)
+                truth[y : y + 8, x : x + 8] = True
+                found.append((label, truth, (truth + random.uniform(0, 0.9, truth.shape)) * strength))
+        return found
+
+    def scores(of: list[tuple[str, np.ndarray, np.ndarray]]) -> LocalizationScores:
+        rows = []
+        for number, (label, truth, saliency) in enumerate(of):
+            names = {"label": label, "map": "positive", "region": "image", "lesion_in_region": 1.0,
+                     "image_path": str(number), "group": number, "record_id": str(number)}  # fmt: skip
+            rows.append({**names, **vars(score(saliency, truth))})
+        return LocalizationScores.of(rows)
+
+    validation, test = images(8), images(6)
+    thresholds = best_thresholds(scores(validation))
+    rows = {row["label"]: row for row in localization_rows(scores(test), thresholds, "validation")}
+    for label in strengths:
+
+        def mean_iou(of: list, threshold: float, label: str = label) -> float:
+            pairs = [(truth, saliency >= threshold) for one, truth, saliency in of if one == label]
+            return float(np.mean([(truth & found).sum() / (truth | found).sum() for truth, found in pairs]))
+
+        chosen = thresholds[f"positive for {label}"]
+        assert mean_iou(validation, chosen) == pytest.approx(max(mean_iou(validation, t) for t in THRESHOLDS))
+        assert rows[label]["iou_fixed"] == pytest.approx(mean_iou(test, chosen), abs=1e-6)
+    assert rows["all"]["iou_fixed"] == pytest.approx(np.mean([rows[label]["iou_fixed"] for label in strengths]))
+    assert rows["all"]["iou_fixed"] > rows["all"]["dice_fixed"] / (2 - rows["all"]["dice_fixed"])  # one for all
+    low, high = rows["all"]["pointing_game_interval"]
+    assert low <= rows["all"]["pointing_game"] <= high

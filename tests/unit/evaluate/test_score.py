@@ -170,7 +170,7 @@ def test_the_same_numbers_as_reduce_image_by_image(make_run: MakeRun) -> None:
     run = make_run()
     rows = read_records(run).to_dict("records")
     healthy = normal_images(run.about["data"], run.recipe.data, [])
-    fitted = fit_baselines(healthy, run.recipe.model.resolution, run.recipe.generate.smoothing, None)
+    fitted = fit_baselines(healthy, run.recipe.model.resolution, run.recipe.generate.smoothing, None, [])
     theirs, _ = score_records(run, rows, {}, fitted)
     expected = {(row["image_path"], row["map"]): row for row in theirs}
     for address in (run.store.uri, f"{run.store.uri}/attributions"):

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from scipy.stats import t as student
 
 from diffva_ray.metrics import intervals
-from diffva_ray.metrics.intervals import group_bootstrap, paired_difference
+from diffva_ray.metrics.intervals import group_bootstrap, paired_difference, proportion_interval
 
 
 def simulated(kind: str, patients: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -34,6 +35,34 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(kind: str, patients: 
         values, groups = simulated(kind, patients, random)
         low, high = group_bootstrap(values, groups, draws=300)
         covered += low <= TRUTH[kind] <= high
+    assert 0.915 <= covered / 400 <= 0.995
+
+
+@pytest.mark.parametrize("hits", [0, 3, 19, 20])
+def test_of_independent_hits_the_interval_is_wilsons(hits: int) -> None:
+    """With n - 1 in the variance, as for groups: Wilson's with n - 1 values, but for shares of 0 and 1."""
+    n = 20
+    values = [1.0] * hits + [0.0] * (n - hits)
+    low, high = proportion_interval([*values, float("nan")], range(n + 1))
+    interior = 0 < hits < n
+    wilson = binomtest(hits, n).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((wilson.low, wilson.high), abs=0.01 if interior else 1e-12)
+    assert low < high
+    # the same images twice are no further evidence
+    assert proportion_interval(values * 2, [*range(n)] * 2) == pytest.approx((low, high))
+
+
+@pytest.mark.parametrize("share", [0.66, 0.95])
+@pytest.mark.parametrize("patients", [10, 61])
+def test_the_interval_of_a_proportion_covers_it(share: float, patients: int) -> None:
+    """Hits that are alike within a patient; a bootstrap has no interval where all are hits."""
+    random, covered = np.random.default_rng(patients), 0
+    for _ in range(400):
+        count = random.integers(1, 4, patients)
+        level = random.beta(4 * share, 4 * (1 - share), patients)
+        values = (random.random(count.sum()) < np.repeat(level, count)).astype(float)
+        low, high = proportion_interval(values, np.repeat(np.arange(patients), count))
+        covered += low <= share <= high
     assert 0.915 <= covered / 400 <= 0.995
 
 

@@ -216,3 +216,11 @@ def test_recipe_cpu_says_where_its_base_comes_from(
     result = diffva("train", "--data", images, "--out", tmp_path / "m", "--recipe", "cpu", "--dry-run")
     assert result.exit_code == 2
     assert "model.base runs/demo/model: no such folder (diffva demo makes runs/demo/model)" in result.stderr
+
+
+def test_a_base_that_is_a_single_file_is_refused_with_the_way_to_a_folder(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "v1-4.safetensors").write_bytes(bytes(100))
+    base = f"model.base={tmp_path / 'v1-4.safetensors'}"
+    result = diffva("train", "--data", images, "--out", tmp_path / "m", "--recipe", "paper", "--set", base, "--dry-run")
+    assert result.exit_code == 2
+    assert "a single file; diffusers makes a folder of it (StableDiffusionPipeline.from_single_file(" in result.stderr

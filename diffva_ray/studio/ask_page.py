@@ -1,0 +1,195 @@
+"""The page of ``diffva studio``: open an image, ask in words, compare, and say whether the answer is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffva_ray.config.methods import METHODS
+from diffva_ray.config.recipe import RecipeError
+from diffva_ray.data.dataset import UnusableData
+from diffva_ray.data.encoding import quantise
+from diffva_ray.evaluate.tables import known
+from diffva_ray.generate.run import FingerprintDiffers, PlanError
+from diffva_ray.model.card import UnusableModel
+from diffva_ray.storage.store import StoreError
+from diffva_ray.studio.feedback import VERDICTS, save_verdict
+from diffva_ray.studio.pages import NOTICE, SHOWN, enlarged, figure, overlaid, text
+from diffva_ray.studio.workspace import Question, Reply, Workspace
+
+FILES = [".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"]
+ERRORS = (UnusableData, PlanError, RecipeError, FingerprintDiffers, UnusableModel, StoreError)
+SHOWS = "What the image shows"
+NONE = "(none)"  # no second prompt
+MASKED = (0.6, 3.0, 20)  # strength, guidance and steps for a painted region, by a model that takes one step else
+NUMBERS = {  # shown of a record
+    "judge_image": "judge: healthy, image", "judge_counterfactual": "judge: healthy, counterfactual", "ssim": "SSIM",
+    "ms_ssim": "MS-SSIM", "psnr": "PSNR (dB)", "l1": "L1", "attribution_energy": "map energy",
+}  # fmt: skip
+
+
+def build(gradio: Any, workspace: Workspace) -> Any:
+    """The page as Gradio's Blocks."""
+    config = workspace.recipe.generate
+    with gradio.Blocks(title="diffva studio", analytics_enabled=False) as page:
+        gradio.HTML(f"<h1>diffva studio</h1>{NOTICE}")
+        replies = gradio.State([])
+        with gradio.Row():
+            with gradio.Column(scale=2, min_width=320):
+                file = gradio.File(label="Image: PNG, JPEG, TIFF or DICOM", file_types=FILES, height=160)
+                editor = gradio.ImageEditor(
+                    label="Image; paint a region with the brush", sources=(), transforms=(), layers=False,
+                    type="numpy", brush=gradio.Brush(default_size=40, colors=["#f25a1a"], color_mode="fixed"),
+                    canvas_size=(SHOWN, SHOWN), fixed_canvas=True, height=420, visible=False,
+                )  # fmt: skip
+                inside = gradio.Checkbox(label="Change only the painted region (method masked)")
+                prompts = workspace.prompts
+                prompt = gradio.Dropdown(prompts, value=prompts[0], label="Prompt", allow_custom_value=True)
+                second = gradio.Dropdown(
+                    [NONE, *prompts], value=NONE, label="Second prompt, to compare", allow_custom_value=True
+                )
+                words = gradio.HTML()
+                strength = gradio.Slider(0.05, 1, config.strength, step=0.05, label="Strength: how much may change")
+                guidance = gradio.Slider(0, 15, config.guidance_scale, step=0.5, label="Guidance towards the prompt")
+                with gradio.Accordion("More settings", open=False):
+                    methods = [name for name, of in METHODS.items() if not of.needs and name != "text-to-image"]
+                    method = gradio.Dropdown(methods, value=config.method, label="Method")
+                    steps = gradio.Slider(1, 100, config.num_inference_steps, step=1, label="Steps at strength 1")
+                    seed = gradio.Number(workspace.recipe.seed, precision=0, label="Seed")
+                ask = gradio.Button("Generate", variant="primary")
+            with gradio.Column(scale=3, min_width=320):
+                earlier = gradio.Dropdown(workspace.history(), value=None, label="Earlier results")
+                status = gradio.HTML(message("Open an image to begin."))
+                with gradio.Column(visible=False) as answer:
+                    result = gradio.HTML()
+                    threshold = gradio.Slider(0.01, 0.5, 0.05, step=0.01, label="Threshold of the attribution map")
+                    opacity = gradio.Slider(0, 1, 0.6, step=0.05, label="Opacity of the overlay")
+                    with gradio.Accordion("Is the answer right?", open=False):
+                        labels = list(workspace.recipe.data.prompts)
+                        verdict = gradio.Radio(list(VERDICTS), label="Verdict on the first answer")
+                        label = gradio.Dropdown(labels, value=None, label=SHOWS, allow_custom_value=True)
+                        gradio.HTML("A region painted in the image is saved as the place of the finding.")
+                        save = gradio.Button("Save the verdict")
+
+        def opened(path: str | None) -> tuple[Any, str]:
+            closed = gradio.ImageEditor(value=None, visible=False)
+            if path is None:
+                return closed, message("Open an image to begin.")
+            try:
+                pixels = quantise(workspace.preview(Path(path).read_bytes()))
+            except ERRORS as error:
+                return closed, message(f"{Path(path).name}: {error}", problem=True)
+            shown = np.repeat(enlarged(pixels)[..., None], 3, axis=2)
+            drawn = {"background": shown, "layers": [], "composite": shown}
+            return gradio.ImageEditor(value=drawn, visible=True), message(f"{Path(path).name} is open.")
+
+        def for_region(only: bool) -> list[Any]:
+            """MASKED, where the model's own settings are too few steps for method ``masked``; else its own."""
+            own = (config.strength, config.guidance_scale, config.num_inference_steps)
+            return list(MASKED if only and own[2] < MASKED[2] else own)
+
+        def unknown(*prompts: str | None) -> str:
+            return "".join(f"<p role='note'>{text(note)}</p>" for note in workspace.notes(asked(*prompts)))
+
+        def generate(
+            path: str | None, painted: Any, only: bool, one: str, two: str, opaque: float, above: float, seed: int,
+            *values: Any, progress: Any = gradio.Progress(),  # noqa: B008, Gradio finds it here
+        ) -> tuple[Any, ...]:  # fmt: skip
+            try:
+                region = painted_region(painted)
+                if path is None:
+                    raise UnusableData("open an image first")
+                if only and region is None:
+                    raise UnusableData("paint the region that may change, or clear the checkbox")
+                names = ("strength", "guidance_scale", "num_inference_steps", "method")
+                settings = [f"generate.{name}={value}" for name, value in zip(names, values, strict=True)]
+                scheduler = METHODS[values[-1]].scheduler
+                settings += [f"generate.scheduler={scheduler}"] if scheduler else []
+                found = []
+                for text_of in asked(one, two) or [""]:
+                    question = Question(
+                        Path(path).name, Path(path).read_bytes(), text_of, (*settings, f"seed={int(seed)}"),
+                        region if only else None,
+                    )  # fmt: skip
+                    found.append(workspace.ask(question, lambda *calls: progress(calls, "denoising", unit="passes")))
+            except ERRORS as error:
+                return [], "", message(str(error), problem=True), gradio.skip(), gradio.Column(visible=False)
+            names_of = [reply.run.store.uri.rpartition("/")[2] for reply in found]
+            shown = "".join(rendered(reply, above, opaque) for reply in found)
+            said = message(f"Done. Kept in {workspace.uri}/runs/{', '.join(names_of)}")
+            choices = gradio.Dropdown(choices=workspace.history(), value=None)
+            return names_of, shown, said, choices, gradio.Column(visible=True)
+
+        def render(names: list[str], above: float, opaque: float) -> str:
+            return "".join(rendered(workspace.reply(name), above, opaque) for name in names)
+
+        def reopen(name: str | None, above: float, opaque: float) -> tuple[Any, ...]:
+            if not name:
+                return gradio.skip(), gradio.skip(), gradio.skip()
+            return [name], render([name], above, opaque), gradio.Column(visible=True)
+
+        def judge(names: list[str], said: str | None, shows: str | None, painted: Any) -> str:
+            if not names or said is None or not shows:
+                return message("choose a verdict, and what the image shows", problem=True)
+            try:
+                path = save_verdict(workspace, workspace.reply(names[0]), said, shows, painted_region(painted))
+            except ERRORS as error:
+                return message(str(error), problem=True)
+            return message(f"Saved in {path}")
+
+        file.change(opened, [file], [editor, status])
+        for box in (prompt, second):
+            box.change(unknown, [prompt, second], [words])
+        inputs = [file, editor, inside, prompt, second, opacity, threshold, seed, strength, guidance, steps, method]
+        inside.change(for_region, [inside], [strength, guidance, steps])
+        ask.click(generate, inputs, [replies, result, status, earlier, answer])
+        for slider in (threshold, opacity):
+            slider.change(render, [replies, threshold, opacity], [result], show_progress="hidden")
+        earlier.input(reopen, [earlier, threshold, opacity], [replies, result, answer])
+        save.click(judge, [replies, verdict, label, editor], [status])
+    return page
+
+
+def asked(*prompts: str | None) -> list[str]:
+    """The prompts that are not empty, each once."""
+    return list(dict.fromkeys(prompt.strip() for prompt in prompts if prompt and prompt.strip() not in ("", NONE)))
+
+
+def message(line: str, problem: bool = False) -> str:
+    """The line above the result; screen readers read it when it changes."""
+    return f"<p role='alert' class='problem'>{text(line)}</p>" if problem else f"<p role='status'>{text(line)}</p>"
+
+
+def painted_region(painted: Any) -> NDArray[np.bool_] | None:
+    """What was painted in an ImageEditor, bool [H, W]; None for nothing."""
+    layers = [layer[..., 3] > 0 for layer in (painted or {}).get("layers", []) if layer is not None]
+    return np.any(layers, axis=0) if np.any(layers) else None
+
+
+def rendered(reply: Reply, threshold: float, opacity: float) -> str:
+    """A reply as HTML: image, counterfactual and attribution map, numbers, and the command that makes it again."""
+    images, record = reply.images, reply.record
+    prompt, name = record["prompt"], record["image_path"]
+    panels = [
+        figure(quantise(images.image), "image", f"The image {name}"),
+        figure(quantise(images.counterfactual), "counterfactual", f"Counterfactual of {name} under “{prompt}”"),
+        figure(
+            overlaid(images.image, images.signed_map, threshold, opacity),
+            f"attribution, |M| > {threshold:g}: orange was taken away, blue was put in",
+            f"Attribution map of “{prompt}” over {name}: "
+            f"{(np.abs(images.signed_map) > threshold).mean():.1%} of the image is marked",
+        ),
+    ]
+    values = ((title, record[key]) for key, title in NUMBERS.items())  # type: ignore[literal-required]
+    numbers = [f"<li>{title} <b>{value:.3g}</b></li>" for title, value in values if known(value)]
+    settings = f"{record['method']}, strength {record['strength']:g}, guidance {record['guidance_scale']:g}"
+    region = ", painted region only" if record["lung_mask_path"] else ""
+    return (
+        f"<section class='reply'><h3>“{text(prompt)}”</h3><p>{text(name)}: {text(settings)}{region}</p>"
+        f"<div class='panels'>{''.join(panels)}</div><ul class='numbers'>{''.join(numbers)}</ul>"
+        f"<details><summary>Command that makes it again</summary><pre class='command'>{text(reply.command)}</pre>"
+        "</details></section>"
+    )
