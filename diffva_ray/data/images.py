@@ -249,7 +249,7 @@ def _grey(image: Image.Image, bits: int) -> np.ndarray:
     # all other modes, converted to 8-bit grey
     if image.mode in ("RGBa", "La"):  # premultiplied
         image = image.convert(image.mode.upper())
-    grey = np.array(image.convert("L"), np.float32)
+    grey = np.array(image if image.mode == "L" else image.convert("L"), np.float32)  # convert would copy
     grey /= 255
     return grey
 
