@@ -146,7 +146,8 @@ def test_ten_minutes_of_a_radiologist(
         asked(page, 2)
         shot(page, "two-prompts")
         clipped = (
-            "[...document.querySelectorAll('[role=status], [role=note]')].filter(e => e.scrollWidth > e.clientWidth)"
+            "[...document.querySelectorAll('[role=status], [role=note]')]"
+            ".filter(e => e.clientWidth > 1 && e.scrollWidth > e.clientWidth)"  # 1 px: for screen readers alone
         )
         assert not page.evaluate(f"{clipped}.map(e => e.textContent)")
 
