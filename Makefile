@@ -56,7 +56,8 @@ bench: demo  # about an hour on two quiet cores; attribution.py, induction.py an
 
 chaos: setup  # hours on two cores
 	$(BIN)/python tests/chaos/run_damage.py --out benchmarks/results/damage.json
-	$(BIN)/python tests/chaos/histories.py --inline 1000 --drivers 100 --cluster 50 --out benchmarks/results/chaos.json
+	$(BIN)/python tests/chaos/histories.py --inline 1000 --processes 2 --out benchmarks/results/chaos.json
+	$(BIN)/python tests/chaos/histories.py --drivers 100 --cluster 50 --out benchmarks/results/chaos.json
 
 browser: setup
 	command -v chromium || (apt-get update && apt-get install --yes --no-install-recommends chromium)

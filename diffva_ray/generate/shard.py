@@ -156,6 +156,7 @@ def _run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
     if store.exists(commit_path(shard)):
         return {"shard": shard, "records": 0, "ok": 0, "seconds": watch.seconds}
     planned = run.planned(shard)
+    _ = context.files  # read here, because until Python 3.12 all threads wait for one that computes a cached property
     # generate; with markers, in ever smaller groups, if a worker died on this shard before
     with Attempt(store, shard, context.session) as attempt:
         files = ShardFiles(store, shard, attempt.token)

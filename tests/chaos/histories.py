@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -150,14 +151,41 @@ class Bench:
         return faults.counts, differing, seconds
 
 
+def together(inline: int, first: int, processes: int, out: Path | None) -> int:
+    """Share inline histories among ``processes``, and write the sums of their results. Returns the exit code."""
+    shares = [range(first + inline * n // processes, first + inline * (n + 1) // processes) for n in range(processes)]
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [Path(folder) / f"{share.start}.json" for share in shares]
+        running = [
+            subprocess.Popen(
+                [sys.executable, __file__, f"--inline={len(share)}", f"--first={share.start}", f"--out={part}"]
+            )
+            for share, part in zip(shares, parts)
+        ]
+        codes = [process.wait() for process in running]
+        results = [json.loads(part.read_text()) for part in parts]
+    total = Counter[str]()
+    for result in results:
+        total.update(result["inline"])
+    total["time over undisturbed"] = round(total["time over undisturbed"] / processes, 2)
+    result = {**results[0], "processes": processes, "inline": dict(total)}
+    click.echo(json.dumps(result, indent=1))
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    return max(codes)
+
+
 @click.command()
 @click.option("--inline", default=0, help="Histories in this process.")
 @click.option("--drivers", default=0, help="Histories of two or three drivers at once, in this process.")
 @click.option("--cluster", default=0, help="Histories on a Ray cluster of several nodes.")
 @click.option("--first", default=0, help="Seed of the first one.")
+@click.option("--processes", default=1, help="Processes at once, each with a share of the inline histories.")
 @click.option("--out", type=click.Path(path_type=Path), help="Result file (JSON).")
-def main(inline: int, drivers: int, cluster: int, first: int, out: Path | None) -> None:
+def main(inline: int, drivers: int, cluster: int, first: int, processes: int, out: Path | None) -> None:
     """Run histories; exit 1 and name the seeds when one of them differs."""
+    if processes > 1:
+        sys.exit(together(inline, first, processes, out))
     bench = Bench(Path(tempfile.mkdtemp(prefix="diffva-chaos-")))
     result: dict[str, Any] = {
         "code": code_revision(), "machine": f"{platform.machine()}, {os.cpu_count()} cores", "first_seed": first,

@@ -91,7 +91,7 @@ def own(tiny: Recipe, model: Path) -> Callable[[str], Recipe]:
 def test_every_recipe_accepts_other_classes(
     name: str, make: Callable[[Path], str], own: Callable[[str], Recipe], tmp_path: Path
 ) -> None:
-    recipe, _, _ = check_training(own(name), make(tmp_path / "data"), str(tmp_path / "model"))
+    recipe, *_ = check_training(own(name), make(tmp_path / "data"), str(tmp_path / "model"))
     assert sorted(recipe.data.prompts) == sorted(SETS[make])
     assert recipe.data.prompts["Normal"] == "Normal chest scan"
     trained = {label for stage in recipe.train.stages if stage.trains == "denoiser" for label in stage.classes}

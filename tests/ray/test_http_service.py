@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def ask(uri: str, requests: list[dict[str, Any]], token: str = TOKEN) -> list[An
         async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}, timeout=timeout) as client:
             return await asyncio.gather(*(post(client, uri, **request) for request in requests))
 
-    return asyncio.run(all_at_once())
+    with ThreadPoolExecutor(1) as other:  # the browser tests leave an event loop in the main thread
+        return other.submit(asyncio.run, all_at_once()).result()
 
 
 @pytest.fixture(scope="module")
