@@ -117,10 +117,12 @@ def _finished(recipe: Recipe, data: str, model: ModelFolder, out: str, request: 
     """The run at ``out`` if it is this one, of the same data set, and has no pending shard, which takes neither Ray nor
     a device to find out."""
     run = find_run(open_store(out))
-    if run is None or absolute(data) != run.about["data"] or not run.has_plan() or run.pending():
+    if run is None or absolute(data) != run.about["data"]:
         return None
     keys = pixel_keys(recipe, request, model.digest, torch_version(), run.keys["device"])
-    return None if fingerprint_difference(run.keys, keys) else run
+    if fingerprint_difference(run.keys, keys) or not run.has_plan() or run.pending():  # the store is listed last
+        return None
+    return run
 
 
 def plan_or_continue(
