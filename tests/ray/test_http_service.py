@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,19 @@ async def post(client: aiohttp.ClientSession, uri: str, data: bytes, name: str =
         return answer.status, await answer.json()
 
 
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    """Result of `work` from a thread of its own: the browser tests leave an event loop running in the main one."""
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(asyncio.run, work).result()
+
+
 def ask(uri: str, requests: list[dict[str, Any]], token: str = TOKEN) -> list[Any]:
     async def all_at_once() -> list[Any]:
         timeout = aiohttp.ClientTimeout(total=300)
         async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}, timeout=timeout) as client:
             return await asyncio.gather(*(post(client, uri, **request) for request in requests))
 
-    with ThreadPoolExecutor(1) as other:  # the browser tests leave an event loop in the main thread
-        return other.submit(asyncio.run, all_at_once()).result()
+    return run(all_at_once())
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +118,7 @@ def test_refusals_are_one_line(service: str, paths: list[Path]) -> None:
                     found.append(answer.status)
             return found
 
-    assert asyncio.run(others()) == [200, 200, 405]
+    assert run(others()) == [200, 200, 405]
 
 
 def test_a_killed_replica_is_replaced(service: str, paths: list[Path], expected: dict[tuple[str, int], str]) -> None:
