@@ -36,10 +36,11 @@ from diffva_ray.generate.run_json import RUN
 from diffva_ray.generate.shard import WorkerContext, run_shard
 from diffva_ray.metrics.features import stand_in
 from diffva_ray.model.card import ModelFolder
+from diffva_ray.model.recipe import model_recipe
 from diffva_ray.schema import Image, Mask, Record, digest
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import absolute, join
-from diffva_ray.workflows.execution import Execution, model_recipe
+from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import plan_or_continue
 
 LABEL = "uploaded"  # class of an uploaded image: nobody has said what it shows
