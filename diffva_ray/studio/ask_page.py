@@ -25,6 +25,7 @@ from diffva_ray.studio.workspace import Question, Reply, Workspace
 
 FILES = [".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"]
 ERRORS = (UnusableData, BadImage, PlanError, RecipeError, FingerprintDiffers, UnusableModel, StoreError, OSError)
+SECOND, EARLIER = "Second prompt, to compare", "Earlier results, two to compare"
 SHOWS = "What the image shows"
 SEVERITY = "Severity: how far towards the prompt (guidance)"
 NONE = "(none)"  # no second prompt
@@ -46,6 +47,7 @@ def build(gradio: Any, workspace: Workspace, uploads: Path, service: str | None 
         with gradio.Row():
             with gradio.Column(scale=2, min_width=320):
                 file = gradio.File(label="Image: PNG, JPEG, TIFF or DICOM", file_types=FILES, height=160)
+                status = gradio.HTML(message("Open an image to begin."))
                 editor = gradio.ImageEditor(
                     label="Image; paint a region with the brush", sources=(), transforms=(), layers=False,
                     type="numpy", brush=gradio.Brush(default_size=40, colors=["#f25a1a"], color_mode="fixed"),
@@ -54,31 +56,24 @@ def build(gradio: Any, workspace: Workspace, uploads: Path, service: str | None 
                 inside = gradio.Checkbox(label="Change only the painted region (method masked)")
                 prompts = workspace.prompts
                 prompt = gradio.Dropdown(prompts, value=prompts[0], label="Prompt", allow_custom_value=True)
-                second = gradio.Dropdown(
-                    [NONE, *prompts], value=NONE, label="Second prompt, to compare", allow_custom_value=True
-                )
+                second = gradio.Dropdown([NONE, *prompts], value=NONE, label=SECOND, allow_custom_value=True)
                 words = gradio.HTML()
                 strength = gradio.Slider(0.05, 1, config.strength, step=0.05, label="Strength: how much may change")
                 least = min(1.0, config.guidance_scale)  # below 1, guidance is off
                 guidance = gradio.Slider(least, 15, config.guidance_scale, step=0.5, label=SEVERITY)
+                ask = gradio.Button("Generate", variant="primary")
+                done = gradio.HTML()
                 with gradio.Accordion("More settings", open=False):
                     methods = [name for name, of in METHODS.items() if not of.needs and name != "text-to-image"]
                     method = gradio.Dropdown(methods, value=config.method, label="Method")
                     steps = gradio.Slider(1, 100, config.num_inference_steps, step=1, label="Steps at strength 1")
                     seed = gradio.Number(workspace.recipe.seed, precision=0, label="Seed")
-                ask = gradio.Button("Generate", variant="primary")
             with gradio.Column(scale=3, min_width=320):
-                earlier = gradio.Dropdown(
-                    workspace.history(), value=[], label="Earlier results, two to compare", multiselect=True,
-                    max_choices=2,
-                )  # fmt: skip
-                status = gradio.HTML(message("Open an image to begin."))
-                with gradio.Column(visible=False) as answer:
+                earlier = gradio.Dropdown([], value=[], label=EARLIER, multiselect=True, max_choices=2)
+                with gradio.Column(visible=False, elem_id="answer") as answer:
                     with gradio.Row():
-                        threshold = gradio.Slider(
-                            0.01, 0.5, 0.05, step=0.01, label="Threshold of the map", min_width=200
-                        )
-                        opacity = gradio.Slider(0, 1, 0.6, step=0.05, label="Opacity of the map", min_width=200)
+                        threshold = gradio.Slider(0.01, 0.5, 0.05, step=0.01, label="Threshold of the map")
+                        opacity = gradio.Slider(0, 1, 0.6, step=0.05, label="Opacity of the map")
                     result = gradio.HTML()
                     with gradio.Accordion("Is the answer right?", open=False):
                         labels = list(workspace.recipe.data.prompts)
@@ -86,6 +81,7 @@ def build(gradio: Any, workspace: Workspace, uploads: Path, service: str | None 
                         label = gradio.Dropdown(labels, value=None, label=SHOWS, allow_custom_value=True)
                         gradio.HTML("A region painted in the image is saved as the place of the finding.")
                         save = gradio.Button("Save the verdict")
+                        saved = gradio.HTML()
 
         def opened(path: str | None) -> tuple[Any, str]:
             closed = gradio.ImageEditor(value=None, visible=False)
@@ -129,12 +125,12 @@ def build(gradio: Any, workspace: Workspace, uploads: Path, service: str | None 
                     )  # fmt: skip
                     found.append(workspace.ask(question, lambda *calls: progress(calls, "denoising", unit="passes")))
             except ERRORS as error:
-                return [], "", message(str(error), problem=True), gradio.skip(), gradio.Column(visible=False)
+                return [], "", message(str(error), problem=True), gradio.skip(), gradio.Column(visible=False), ""
             names_of = [reply.run.store.uri.rpartition("/")[2] for reply in found]
             shown = "".join(rendered(reply, above, opaque) for reply in found)
             said = message(f"Done. Kept in {workspace.uri}/runs/{', '.join(names_of)}")
             choices = gradio.Dropdown(choices=workspace.history(), value=[])
-            return names_of, shown, said, choices, gradio.Column(visible=True)
+            return names_of, shown, said, choices, gradio.Column(visible=True), ""
 
         def render(names: list[str], above: float, opaque: float) -> str:
             return "".join(rendered(workspace.reply(name), above, opaque) for name in names)
@@ -142,15 +138,15 @@ def build(gradio: Any, workspace: Workspace, uploads: Path, service: str | None 
         def reopen(names: list[str], path: str | None, above: float, opaque: float) -> tuple[Any, ...]:
             """Show earlier answers, and open the image of the first."""
             if not names:
-                return gradio.skip(), [], "", gradio.Column(visible=False), message("")
+                return gradio.skip(), [], "", gradio.Column(visible=False), ""
             try:
                 reply = workspace.reply(names[0])
                 if not shows(path, reply):
                     path = str(uploads / Path(reply.record["image_path"]).name)
                     Path(path).write_bytes(read_source(reply.run.data, reply.record))
-                return path, names, render(names, above, opaque), gradio.Column(visible=True), message("")
+                return path, names, render(names, above, opaque), gradio.Column(visible=True), ""
             except ERRORS as error:
-                return gradio.skip(), [], "", gradio.Column(visible=False), message(str(error), problem=True)
+                return gradio.skip(), [], message(str(error), problem=True), gradio.Column(visible=True), ""
 
         def judge(names: list[str], path: str | None, said: str | None, label: str | None, painted: Any) -> str:
             if not names or said is None or not label:
@@ -163,16 +159,18 @@ def build(gradio: Any, workspace: Workspace, uploads: Path, service: str | None 
                 return message(str(error), problem=True)
             return message(f"Saved in {saved}" + (", with the painted region" if region is not None else ""))
 
+        page.load(lambda: gradio.Dropdown(choices=workspace.history()), None, [earlier])
         file.change(opened, [file], [editor, status])
         for box in (prompt, second):
             box.change(unknown, [prompt, second], [words])
         inputs = [file, editor, inside, prompt, second, opacity, threshold, seed, strength, guidance, steps, method]
         inside.change(for_region, [inside], [strength, guidance, steps])
-        ask.click(generate, inputs, [replies, result, status, earlier, answer])
+        asking = ask.click(generate, inputs, [replies, result, done, earlier, answer, saved], show_progress_on=[done])
+        asking.then(None, js="() => document.getElementById('answer')?.scrollIntoView()")
         for slider in (threshold, opacity):
             slider.change(render, [replies, threshold, opacity], [result], show_progress="hidden")
-        earlier.input(reopen, [earlier, file, threshold, opacity], [file, replies, result, answer, status])
-        save.click(judge, [replies, file, verdict, label, editor], [status])
+        earlier.input(reopen, [earlier, file, threshold, opacity], [file, replies, result, answer, saved])
+        save.click(judge, [replies, file, verdict, label, editor], [saved])
     return page
 
 
@@ -201,6 +199,8 @@ def rendered(reply: Reply, threshold: float, opacity: float) -> str:
     """A reply as HTML: image, counterfactual and attribution map, numbers, and the command that makes it again."""
     images, record = reply.images, reply.record
     prompt, name, image = record["prompt"], record["image_path"], quantise(images.image)
+    marked = (np.abs(images.signed_map) > threshold).mean()
+    colours = ": orange was taken away, blue was put in" if marked else ": nothing"
     panels = [
         figure(image, "image", f"The image {name}"),
         figure(
@@ -211,9 +211,8 @@ def rendered(reply: Reply, threshold: float, opacity: float) -> str:
         ),
         figure(
             overlaid(images.image, images.signed_map, threshold, opacity),
-            f"attribution above {threshold:g}: orange was taken away, blue was put in",
-            f"Attribution map of “{prompt}” over {name}: "
-            f"{(np.abs(images.signed_map) > threshold).mean():.1%} of the image is marked",
+            f"attribution above {threshold:g}{colours}",
+            f"Attribution map of “{prompt}” over {name}: {marked:.1%} of the image is marked",
         ),
     ]
     values = ((title, record[key]) for key, title in NUMBERS.items())  # type: ignore[literal-required]

@@ -31,22 +31,22 @@ POLICY = (
 CSS = """
 .notice { background: #8a1c1c; color: #fff; padding: .4rem .8rem; border-radius: .4rem; font-weight: 600; margin: 0 }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 11rem), 1fr)); gap: .6rem }
-.panels figure { margin: 0 } .panels img { width: 100%; background: #000; border-radius: .3rem; display: block }
-.panels figcaption { font-size: .9rem; padding: .2rem 0 } .panels figure { position: relative }
-.panels figure > button { position: absolute; top: .3rem; right: .3rem; width: 2rem; height: 2rem; border-radius: .3rem;
-  background: #000a; color: #fff; border: 1px solid #fff8; font-size: 1.4rem; line-height: 1 }
-.panels figure:fullscreen { background: #000; color: #fff; display: flex; flex-direction: column; align-items: center;
-  justify-content: center } .panels figure:fullscreen figcaption { color: #fff }
-.panels figure:fullscreen img { width: min(100vw, 88vh) }
+figure { margin: 0 } figure img { width: 100%; background: #000; border-radius: .3rem; display: block }
+figcaption { font-size: .9rem; padding: .2rem 0 }
+figure > button { float: right; width: 1.8rem; height: 1.8rem; padding: 0; margin: .2rem 0 .2rem .4rem;
+  border: 1px solid #8888; border-radius: .3rem; font-size: 1.3rem; line-height: 1 }
+figure:fullscreen { background: #000; color: #fff; display: flex; flex-direction: column; align-items: center;
+  justify-content: center } figure:fullscreen figcaption { color: #fff }
+figure:fullscreen img { width: min(100vw, 84vh) }
 .swipe div { position: relative } .swipe img + img { position: absolute; top: 0; left: 0;
-  clip-path: inset(0 0 0 var(--at)) } .swipe input { width: 100%; max-width: 88vh; margin: 0; height: 1.6rem }
+  clip-path: inset(0 0 0 var(--at)) } .swipe input { width: 100%; max-width: 84vh; margin: 0; height: 1.6rem }
 [role=status], [role=alert], [role=note] { overflow-wrap: anywhere }
 .reply { margin: .6rem 0 1.4rem } .reply h3 { margin: .2rem 0; overflow-wrap: anywhere }
 .numbers { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; margin: .4rem 0; padding: 0; list-style: none }
 .numbers b { font-variant-numeric: tabular-nums }
 pre.command { white-space: pre-wrap; overflow-wrap: anywhere; background: #f1f3f5; color: #1c2328; padding: .5rem }
 .problem { border-left: .3rem solid #c62828; padding: .2rem .6rem; font-weight: 600 }
-.item img { width: min(100%, 512px); background: #000; display: block; margin: auto }
+.item { max-width: 512px; margin: auto }
 :focus-visible { outline: 3px solid #1d6fd8 !important; outline-offset: 2px }
 """
 
@@ -68,7 +68,7 @@ def figure(pixels: NDArray[np.uint8], caption: str, description: str, before: ND
         "document.fullscreenElement ? document.exitFullscreen() : this.parentNode.requestFullscreen()'>+</button>"
     )
     kind = "" if before is None else " class='swipe' style='--at: 0%'"
-    return f"<figure{kind}>{shown}<figcaption>{text(caption)}</figcaption>{button}</figure>"
+    return f"<figure{kind}>{shown}{button}<figcaption>{text(caption)}</figcaption></figure>"  # nothing covers a pixel
 
 
 def _source(pixels: NDArray[np.uint8]) -> str:

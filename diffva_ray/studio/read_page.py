@@ -68,12 +68,12 @@ def build(gradio: Any, sheet: Sheet) -> Any:
 
 def picture(sheet: Sheet, item: int, marked: bool = False) -> str:
     """An item as HTML, with the outline of its region if it is ``marked``."""
-    pixels = np.asarray(Pillow.open(io.BytesIO(sheet.image(item))))
+    pixels, caption = np.asarray(Pillow.open(io.BytesIO(sheet.image(item)))), f"Image {item} of {sheet.items}"
     if marked:
         region = np.asarray(Pillow.open(io.BytesIO(sheet.image(item, ".region")))) > 0
         padded = np.pad(region, 1)
         inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
         pixels = np.repeat(pixels[..., None], 3, axis=2)
         pixels[region & ~inner] = ADDED
-    caption = f"Image {item} of {sheet.items}" + (", marked region outlined in blue" if marked else "")
+        caption += ", marked region outlined in blue" if region.any() else ", no region is marked"
     return f"<div class='item'>{figure(pixels, caption, caption)}</div>"

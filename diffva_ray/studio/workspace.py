@@ -50,6 +50,7 @@ REGION = "generate.masked.source=lungs"  # method ``masked`` edits inside the ma
 ALONE = ("generate.micro_batch=1",)  # one image at once, so no batch is padded
 ONE = "generate.shard_size=1"
 REPEATED = ("micro_batch", "shard_size", "dtype")  # settings that a command repeats beside the sampling settings
+OF_RUN = "record "  # begins the names of answers that are records of the run; names of folders have no space
 SAFE = re.compile(r"[^\w.-]+", re.ASCII)
 MAX_NAME = 60
 
@@ -186,22 +187,27 @@ class Workspace:
 
     def history(self) -> list[tuple[str, str]]:
         """Description and name of each earlier answer, the newest first, then those of the run."""
-        store, answers = open_store(self.uri), list[tuple[str, str, str]]()
-        for name in {path.split("/")[1] for path, _ in store.list("runs") if "/records/" in path}:
+        dated = list[tuple[str, str, str]]()
+        for name in self._names():
             run = open_run(join(self.uri, "runs", name))
-            answers.append((str(run.about["started"]), described(name.rpartition("-")[0], run.keys), name))
+            dated.append((str(run.about["started"]), described(name.rpartition("-")[0], run.keys), name))
+        answers = [(f"{about} ({when[:16].replace('T', ' ')})", name) for when, about, name in sorted(dated)[::-1]]
         records = [] if self.run is None else as_records(finished(read_records(self.run)))
-        of_run = [(described(record["image_path"], record), f"record {record['record_id']}") for record in records]
+        of_run = [(described(record["image_path"], record), OF_RUN + record["record_id"]) for record in records]
         return [
             (f"{about} ({when[:16].replace('T', ' ')})", name) for when, about, name in sorted(answers)[::-1]
         ] + of_run
 
+    def _names(self) -> set[str]:
+        """Names of the runs that have a record."""
+        return {path.split("/")[1] for path, _ in open_store(self.uri).list("runs") if "/records/" in path}
+
     def reply(self, name: str) -> Reply:
         """Read an earlier answer by its name in ``history``. Raises UnusableData."""
-        if name not in (known for _, known in self.history()):
+        if self.run is not None and name.startswith(OF_RUN):
+            return read_reply(self.run, name.removeprefix(OF_RUN))
+        if name not in self._names():
             raise UnusableData(f"{name}: no such result in {self.uri}")
-        if self.run and name.startswith("record "):
-            return read_reply(self.run, name.removeprefix("record "))
         return read_reply(open_run(join(self.uri, "runs", name)))
 
 

@@ -163,8 +163,9 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(workspace: Workspace
             workspace.ask(Question(name, content, prompt, settings))
         assert len(str(error.value).splitlines()) == 1
     assert workspace.history() == []
-    with pytest.raises(UnusableData, match="no such result"):
-        workspace.reply("../elsewhere")
+    for name in ("../elsewhere", "record 1"):
+        with pytest.raises(UnusableData, match="no such result"):
+            workspace.reply(name)
 
 
 def test_unknown_words_are_named(workspace: Workspace) -> None:
