@@ -33,7 +33,8 @@ from diffva_ray.generate.keys import check_device_name
 from diffva_ray.generate.plan import Request, check_settings
 from diffva_ray.generate.run import Run, open_run
 from diffva_ray.generate.run_json import RUN
-from diffva_ray.generate.shard import WorkerContext, run_shard
+from diffva_ray.generate.shard import run_shard
+from diffva_ray.generate.worker import WorkerContext
 from diffva_ray.metrics.features import stand_in
 from diffva_ray.model.card import ModelFolder
 from diffva_ray.schema import Image, Mask, Record, digest
