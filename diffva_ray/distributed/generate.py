@@ -7,6 +7,7 @@ gives it the same shard again, without limit; ``generate/attempts.py`` sets the 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import secrets
@@ -170,9 +171,9 @@ def _reports(
         batch_size=1,
         compute=_pool(actors, gpus, len(pending)),
         num_gpus=gpus or None,
-        max_concurrency=SHARDS_AT_ONCE,
         num_cpus=0,  # on a small machine, actors with one CPU each would starve Ray Data's own tasks
         fn_constructor_args=arguments,
+        **_calls_at_once(of_pool=False),
     )
     reported = list[int]()
     with session.waiting("the first shard", {"GPU": gpus} if gpus else {"CPU": 1}, lambda: bool(reported)):
@@ -193,4 +194,12 @@ def _pool(actors: int | None, gpus: float, pending: int) -> ray.data.ActorPoolSt
         max_size=max_size,
         max_tasks_in_flight_per_actor=SHARDS_AT_ONCE,
         enable_true_multi_threading=True,
+        **_calls_at_once(of_pool=True),
     )
+
+
+def _calls_at_once(of_pool: bool) -> dict[str, Any]:
+    """The argument for SHARDS_AT_ONCE calls of an actor: of the pool where Ray has one (2.60), else of the actor."""
+    named = "max_concurrent_calls_per_actor"
+    has_it = named in inspect.signature(ray.data.ActorPoolStrategy).parameters
+    return {named if has_it else "max_concurrency": SHARDS_AT_ONCE} if of_pool == has_it else {}
