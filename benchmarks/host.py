@@ -68,8 +68,8 @@ def measure() -> dict[str, float]:
         counterfactual, reconstruction = (quantise(gaussian_filter(image, 0.7) + one) for one in noise)
         _, signed = timed("metrics", partial(metrics, image, counterfactual, reconstruction, None, config, judge))
         timed("features", partial(extractor, np.stack([image, unit(counterfactual)])))
-        files = timed("PNGs", lambda: [encode_grey(counterfactual), encode_grey(reconstruction), encode_map(signed)])
-        spent["bytes"] += sum(map(len, files))
+        pairs = ((encode_grey, counterfactual), (encode_grey, reconstruction), (encode_map, signed))
+        spent["bytes"] += sum(len(timed("PNGs", partial(encode, pixels))) for encode, pixels in pairs)
     return {stage: total / IMAGES for stage, total in spent.items()}
 
 
@@ -93,7 +93,7 @@ def main(before: Path | None, turns: int, out: Path | None, only: bool) -> None:
             seen[name].append(json.loads(done.stdout))
     stages = list(seen["after"][0])
     result = {
-        "what": f"CPU milliseconds of a record of {SIZE} pixels beside the networks, one thread; median of {turns} turns",
+        "what": f"CPU ms of a record of {SIZE} pixels beside the networks, one thread; median of {turns} turns",
         "machine": {"processor": processor(), "cpus": os.cpu_count(), "python": platform.python_version()},
         "revisions": {name: revision(checkout) for name, checkout in checkouts.items()},
         "records": {
