@@ -148,7 +148,7 @@ def explain(image: str, model: str, prompts: tuple[str, ...], out: str | None, a
     """
     from diffva_ray.explain.image import explain as explain_image
     from diffva_ray.explain.sheet import check_sheet, describe, write_sheet
-    from diffva_ray.workflows.execution import model_recipe
+    from diffva_ray.model.recipe import model_recipe
 
     recipe = model_recipe(model, options["recipe"], settings_overrides(options))
     path = out or _default_output(image, "explained")
@@ -191,7 +191,7 @@ def interpolate(image: str, model: str, prompts: tuple[str, ...], other: str | N
     from diffva_ray.explain.interpolate import interpolate as interpolate_image
     from diffva_ray.explain.interpolate import write_strip
     from diffva_ray.explain.sheet import check_sheet
-    from diffva_ray.workflows.execution import model_recipe
+    from diffva_ray.model.recipe import model_recipe
 
     ignored = [f"--{name}" for name in ("method", "scheduler") if options[name] is not None]
     if other is not None and ignored:
