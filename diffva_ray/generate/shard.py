@@ -7,7 +7,6 @@ several shards at once: one of them generates, while others read their images, o
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
 from collections.abc import Sequence
@@ -16,26 +15,24 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from diffva_ray._version import __version__
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.exact_device import is_device_error, is_out_of_memory
 from diffva_ray.data.encoding import quantise
-from diffva_ray.data.images import MAX_BYTES, BadImage, decode_mask, decode_with_columns
+from diffva_ray.data.images import MAX_BYTES, BadImage, decode_with_columns
 from diffva_ray.data.memory_limit import MemoryLimit
 from diffva_ray.generate.attempts import MAX_RECORD_DEATHS, Attempt, GpuFailed, OutOfMemory
+from diffva_ray.generate.companions import condition_image, lung_mask, momentary
 from diffva_ray.generate.data_identity import check_there, readable
 from diffva_ray.generate.postprocessing import Generation, ProcessedRecord
-from diffva_ray.generate.run import Run, part
-from diffva_ray.generate.shard_files import AlreadyCommitted, ShardFiles, commit_path, features_path
+from diffva_ray.generate.run import part
+from diffva_ray.generate.shard_files import AlreadyCommitted, ShardFiles, commit_path, features_path, records_part
 from diffva_ray.generate.worker import WorkerContext
 from diffva_ray.metrics.feature_set import npz
 from diffva_ray.progress import LOG, Stopwatch, one_line
 from diffva_ray.schema import PlannedRecord, Record, Results, Status, complete
-from diffva_ray.storage.store import Modified, StoreError, patiently
+from diffva_ray.storage.store import Modified, patiently
 
 READ_THREADS = 8
 READ_LIMIT = MemoryLimit(MAX_BYTES)  # bytes of image files in memory
@@ -48,6 +45,7 @@ class Source:
     planned: PlannedRecord
     square: NDArray[np.float32] | None = None  # the image, grey [size, size] in [0, 1]; None: unreadable
     lungs: NDArray[np.bool_] | None = None  # lung mask [size, size]
+    conditions: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # own condition images [3, size, size]
     results: Results = field(default_factory=lambda: Results())  # image_sha256, width, height; or status and error
     absent: bool = False  # there is no such file, or no permission to read it
     busy: float = 0.0  # seconds of reading and decoding
@@ -193,7 +191,7 @@ def _check_absent(context: WorkerContext, sources: Sequence[Source]) -> None:
         check_there(context.run.about, context.data)
     for record in absent:
         if record["image_size"] >= 0 and readable(context.data, record["image_path"]):
-            raise _momentary(context, record["image_path"])
+            raise momentary(context.data, record["image_path"])
 
 
 def _split_read_time(watch: Stopwatch, sources: Sequence[Source]) -> None:
@@ -232,7 +230,11 @@ def read_source(context: WorkerContext, planned: PlannedRecord) -> Source:
             source.planned = _with_header(planned, columns)
             source.results = {"image_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
         if planned["lung_mask_path"]:
-            source.lungs = _lung_mask(context, planned["lung_mask_path"])
+            source.lungs = lung_mask(context.files, context.run.about, planned["lung_mask_path"], size)
+        for column in context.engine.condition_columns(SamplingSettings.of(planned)):
+            path = cast("dict[str, str]", planned)[column]
+            shape = (height, width)
+            source.conditions[column] = condition_image(context.files, context.run.about, column, path, shape, size)
     except Modified as error:
         reason = f"{'mask' if source.results else 'image'} changed since planning ({error})"
         source.results, source.square = {"status": Status.ERROR.value, "error": reason}, None
@@ -248,24 +250,6 @@ def read_source(context: WorkerContext, planned: PlannedRecord) -> Source:
     return source
 
 
-def _lung_mask(context: WorkerContext, path: str) -> NDArray[np.bool_] | None:
-    """A planned lung mask [size, size]; None for a damaged one. Raises BadImage for one that is gone, Modified, and
-    StoreError when the data set is gone or was for a moment."""
-    try:
-        return decode_mask(context.files.read(path), context.engine.size)
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        check_there(context.run.about, context.data)
-        if readable(context.data, path):
-            raise _momentary(context, path) from None
-        raise BadImage(f"its lung mask {path} cannot be read any more ({type(error).__name__})", Status.ERROR) from None
-    except (ValueError, OSError):
-        return None
-
-
-def _momentary(context: WorkerContext, path: str) -> StoreError:
-    return StoreError(f"{context.data.uri}/{path} was missing for a moment and is readable again")
-
-
 def _with_header(planned: PlannedRecord, header: dict[str, str]) -> PlannedRecord:
     """The planned record with what the file's header says of patient and view, where the data set says nothing."""
     values = {name: value for name, value in planned.items() if value or name not in header}
@@ -279,13 +263,16 @@ def _generate(context: WorkerContext, sources: Sequence[Source]) -> list[Generat
     if not any(source.square is not None for source in sources):
         return [complete(source.planned, {**context.results, **source.results}) for source in sources]
     blank = np.zeros((context.engine.size, context.engine.size), np.float32)
+    settings = SamplingSettings.of(sources[0].planned)  # equal within a shard
+    empty = dict.fromkeys(context.engine.condition_columns(settings), np.stack([blank] * 3))
     with context.engine.watch("denoise"):  # the engine takes its encode and decode times out of it
         batch = context.engine(
             [blank if source.square is None else source.square for source in sources],
             [source.planned["seed"] for source in sources],
             ["" if source.square is None else source.planned["prompt"] for source in sources],
-            SamplingSettings.of(sources[0].planned),  # equal within a shard
+            settings,
             [source.lungs for source in sources],
+            [source.conditions if source.square is not None else empty for source in sources],
         )
     items: list[Generation | Record] = []
     for source, counterfactual, reconstruction, source_prompt, in_float32 in zip(
@@ -314,15 +301,3 @@ def _features(name: str, processed: Sequence[ProcessedRecord]) -> bytes:
     ids, sources, counterfactuals = zip(*kept, strict=True)
     arrays = {f"{name}/source": np.stack(sources), f"{name}/counterfactual": np.stack(counterfactuals)}
     return npz({"ids": np.array(ids), **arrays})
-
-
-def records_part(run: Run, shard: int, records: Sequence[Record], features: str = "") -> bytes:
-    """A shard's Parquet part, serialised in memory so that it is written as a whole; ``features``: path of their file,
-    by default ``features_path``."""
-    metadata = {"fingerprint": run.fingerprint, "shard": str(shard), "diffva_ray": __version__}
-    if features not in ("", features_path(shard)):
-        metadata["features"] = features
-    table = pa.Table.from_pylist(list(records), schema=run.records_schema.with_metadata(metadata))
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()

@@ -12,6 +12,7 @@ import pyarrow as pa
 from diffva_ray.config.methods import METHODS
 from diffva_ray.config.recipe import GUESS, SOURCE, Recipe, fingerprint_difference
 from diffva_ray.data.bit_depth import checked_bit_depth
+from diffva_ray.data.conditions import own_columns
 from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.generate.committed import start_retry
@@ -237,8 +238,23 @@ def _untrained_note(dataset: Dataset, recipe: Recipe) -> str | None:
     return f"the model was not trained on class {', '.join(unknown)}, but on {trained}" if unknown else None
 
 
+def _check_conditions(recipe: Recipe, model: ModelFolder, plan: pa.Table) -> None:
+    """Raises UnusableModel for a wrong number of weights, UnusableData for condition images that the data lack."""
+    try:
+        weights = recipe.generate.controlnet.weights(model.controls)
+    except ValueError as error:
+        raise UnusableModel(f"--model {model.uri}: {error}") from None
+    read = [name for conditions, weight in zip(model.controls, weights, strict=True) if weight for name in conditions]
+    for column in own_columns(read):
+        if column not in plan.column_names:
+            raise UnusableData(
+                f"method controlnet: the model reads a condition image of every image, and the data set has no column "
+                f"{column}; add it to the table of --data, or give this ControlNet the weight 0"
+            )
+
+
 def check_plan(recipe: Recipe, model: ModelFolder, plan: pa.Table) -> None:
-    """Check that the model can do what is planned. Raises UnusableModel, PromptTooLong."""
+    """Check that the model can do what is planned. Raises UnusableModel, UnusableData, PromptTooLong."""
     for method in plan["method"].unique().to_pylist():
         needed = METHODS[method].needs
         if needed and not model.has(needed):
@@ -247,6 +263,8 @@ def check_plan(recipe: Recipe, model: ModelFolder, plan: pa.Table) -> None:
                 f"--model {model.uri}: method {method} needs a {kind}, which this model lacks; train one with a stage "
                 f"that `trains: {kind}`"
             )
+        if needed == "controlnet":
+            _check_conditions(recipe, model, plan)
     config = recipe.generate
     prompts = dict.fromkeys(plan["prompt"].unique().to_pylist(), "--prompt")
     for prompt in (config.source_prompt, config.negative_prompt):
