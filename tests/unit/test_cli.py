@@ -137,7 +137,8 @@ OPTIONS = {
     "paper": "--actors --allow-environment-change --base --boxes --brixia --carcinoma --chexpert --dry-run --executor "
     "--gpus-per-actor --inception-weights --limit --model --out --quick --radiography --recipe --resize --set "
     "--sources",
-    "phantoms": "OUT --classes --dry-run --onto --patients --recipe --seed --set --size --transplants --vary",
+    "phantoms": "OUT --changes --classes --dry-run --factors --onto --patients --recipe --seed --set --size "
+    "--transplants --vary",
     "readers": "STUDY ANSWERS",
     "reduce": "RUN --boxes --brixia --data --executor --extractor --inception-weights --judge --lpips-weights "
     "--max-quarantined-fraction --normals --reference --resize --sources --threshold-from",
