@@ -11,7 +11,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from diffva_ray.data.factor_phantoms import factor_phantom
-from diffva_ray.data.factors import SIDES, ZONES, Factors, Finding
+from diffva_ray.data.factors import Factors, Finding
+from diffva_ray.data.places import SIDES, ZONES
 from diffva_ray.evaluate.drawing import INK, png
 
 PATIENT, SEED, SIZE = 9, 1, 128

@@ -1,7 +1,7 @@
 """Phantoms with factors (phantom v2): age, sex, view, one or two findings with side, zone, size and severity.
 
 A patient's anatomy, distractors, exposure and the shape of each lesion have random streams that no factor changes. So
-the same patient with one factor replaced is the ground truth of an edit: what it should change, and what it should keep.
+A patient's anatomy, distractors, exposure and the shape of each lesion have random streams that no factor changes. The
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dataclasses import asdict
 import numpy as np
 
 from diffva_ray.data.encoding import encode_grey, quantise
-from diffva_ray.data.factors import OF_A_CLASS, ZONES, Factors, Finding, sample_factors, single_changes, with_factors
+from diffva_ray.data.factors import OF_A_CLASS, Factors, Finding, sample_factors, single_changes, with_factors
 from diffva_ray.data.lesions import Lesion, blob, crescent, displacing, reticular, tissue
 from diffva_ray.data.phantoms import CLASSES, MIN_SIDE, Phantom, exposed, write_image
+from diffva_ray.data.places import ZONES
 from diffva_ray.data.thorax import Array, Thorax, grid
 from diffva_ray.storage.store import Store
 

@@ -12,11 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from diffva_ray.data.places import SIDES, SIZES, ZONES
 from diffva_ray.data.thorax import Thorax
 
-SIDES = ("left", "right")  # the patient's
-ZONES = ("upper", "middle", "lower")  # thirds of a lung's height
-SIZES = ("small", "medium", "large")  # thirds of the range of sizes
 SEVERITIES = ("mild", "moderate", "severe")  # thirds of the range of severities
 SEXES, VIEWS = ("F", "M"), ("PA", "AP")
 AGES = (20, 90)  # youngest and oldest patient in years
@@ -71,12 +69,15 @@ class Factors:
     def columns(self) -> dict[str, str]:
         """Columns of the manifest, as text; those of the second finding begin with ``second``."""
         first, second = (*(finding.words() for finding in self.findings), {}, {})[:2]
-        other = self.findings[1].label if len(self.findings) > 1 else ""
+        names = ("side", "zone", "size", "severity")
         return {
-            "age": str(self.age), "sex": self.sex, "view": self.view,
-            **{name: first.get(name, "") for name in ("side", "zone", "size", "severity")},
-            "second": other, **{f"second_{name}": second.get(name, "") for name in ("side", "zone", "size", "severity")},
-        }  # fmt: skip
+            "age": str(self.age),
+            "sex": self.sex,
+            "view": self.view,
+            **{name: first.get(name, "") for name in names},
+            "second": self.findings[1].label if len(self.findings) > 1 else "",
+            **{f"second_{name}": second.get(name, "") for name in names},
+        }
 
 
 def third(value: float, words: Sequence[str]) -> str:

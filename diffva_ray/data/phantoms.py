@@ -97,7 +97,7 @@ def exposed(
     exposure: np.random.SeedSequence,
     size: int,
 ) -> Phantom:
-    """The phantom of a patient with lesions [size, size]; ``foreign`` and ``exposure`` seed distractors and exposure."""
+    """A patient with lesions [size, size] as a phantom; ``foreign`` and ``exposure`` seed distractors and exposure."""
     image_u, image_v = grid(size)
     u, v = thorax.coordinates(image_u, image_v)
     width = max(0.016, 1.0 / size)  # edges are at least a pixel wide

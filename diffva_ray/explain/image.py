@@ -18,6 +18,7 @@ from diffva_ray._version import __version__
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.bit_depth import check_image_bits
+from diffva_ray.data.captions import trained_texts
 from diffva_ray.data.dataset import UnusableData, companions
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import BadImage, decode_with_columns, read_mask, to_square
@@ -135,7 +136,7 @@ def open_model(
     for prompt in prompts:
         if not engine.fits(prompt):
             raise UnusableData(f"--prompt {prompt!r}: more than {bundle.tokenizer.model_max_length} tokens")
-    for note in ModelFolder(model).prompt_notes(prompts, recipe.data.prompts.values()):
+    for note in ModelFolder(model).prompt_notes(prompts, trained_texts(recipe.data)):
         LOG.info("%s", note)
     try:
         return engine, load_judge(open_store(model))

@@ -22,6 +22,7 @@ import torch
 
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.engine import CounterfactualEngine
+from diffva_ray.data.captions import trained_texts
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.encoding import encode_mask
 from diffva_ray.data.images import BadImage, decode_with_columns, to_square
@@ -106,7 +107,7 @@ class Workspace:
     def notes(self, prompts: Sequence[str]) -> list[str]:
         """A line for each prompt that the model cannot read whole, or that has words unknown to the model."""
         unread = [prompt for prompt in prompts if not self.engine.fits(prompt)]
-        notes = ModelFolder(self.model).prompt_notes(prompts, self.recipe.data.prompts.values())
+        notes = ModelFolder(self.model).prompt_notes(prompts, trained_texts(self.recipe.data))
         return [*(f"prompt {prompt!r}: more tokens than the model reads" for prompt in unread), *notes]
 
     def preview(self, data: bytes) -> Image:

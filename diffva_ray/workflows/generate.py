@@ -12,6 +12,7 @@ import pyarrow as pa
 from diffva_ray.config.methods import METHODS
 from diffva_ray.config.recipe import GUESS, SOURCE, Recipe, fingerprint_difference
 from diffva_ray.data.bit_depth import checked_bit_depth
+from diffva_ray.data.captions import trained_texts
 from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.generate.committed import start_retry
@@ -252,7 +253,7 @@ def check_plan(recipe: Recipe, model: ModelFolder, plan: pa.Table) -> None:
         if prompt not in ("", GUESS, SOURCE):
             prompts.setdefault(prompt, "generate.source_prompt or negative_prompt")
     asked = [prompt for prompt, option in prompts.items() if option == "--prompt"]
-    for note in model.prompt_notes(asked, recipe.data.prompts.values()):
+    for note in model.prompt_notes(asked, trained_texts(recipe.data)):
         LOG.info("%s", note)
     limit, too_long = model.too_long(prompts)
     if too_long:

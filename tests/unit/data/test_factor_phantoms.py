@@ -14,19 +14,10 @@ from click.testing import CliRunner
 from diffva_ray.cli import main
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.factor_phantoms import factor_phantom, factor_set
-from diffva_ray.data.factors import (
-    OF_A_CLASS,
-    SIDES,
-    SIZES,
-    ZONES,
-    Factors,
-    Finding,
-    sample_factors,
-    single_changes,
-    third,
-)
+from diffva_ray.data.factors import OF_A_CLASS, Factors, Finding, sample_factors, single_changes, third
 from diffva_ray.data.images import decode_square
 from diffva_ray.data.phantoms import Phantom
+from diffva_ray.data.places import SIDES, SIZES, ZONES
 from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
 from diffva_ray.storage.local import LocalStore
 
