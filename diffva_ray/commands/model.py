@@ -10,6 +10,8 @@ import click
 
 from diffva_ray.commands.dry_run import show
 from diffva_ray.commands.verb import (
+    compose_options,
+    composed_prompt,
     data_option,
     data_options,
     dry_run_option,
@@ -127,6 +129,7 @@ def _default_output(image: str, suffix: str) -> str:
     metavar="TEXT",
     help="Prompt of the counterfactual; repeatable, one row of the sheet each; default: the recipe's healthy prompt.",
 )
+@compose_options
 @click.option(
     "--out",
     metavar="FILE",
@@ -145,12 +148,15 @@ def explain(image: str, model: str, prompts: tuple[str, ...], out: str | None, a
     Example:
         diffva explain image.png
         diffva explain image.png --model models/mine --prompt "normal chest scan" --prompt "COVID 19"
+        diffva explain image.png --model models/words --prompt "Mass on the left" --and "80 year old" --not "Lung Opacity"
     """
     from diffva_ray.explain.image import explain as explain_image
     from diffva_ray.explain.sheet import check_sheet, describe, write_sheet
     from diffva_ray.workflows.execution import model_recipe
 
     recipe = model_recipe(model, options["recipe"], settings_overrides(options))
+    if options["also"] or options["without"]:
+        prompts = tuple(composed_prompt(prompt, options) for prompt in prompts or [recipe.data.healthy_prompt])
     path = out or _default_output(image, "explained")
     check_sheet(path)
     if options["dry_run"]:

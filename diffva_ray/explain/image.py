@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffva_ray._version import __version__
+from diffva_ray.config.prompts import texts_of
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.bit_depth import check_image_bits
@@ -69,8 +70,9 @@ def explain(
     share it. Raises UnusableData for an image or prompts that cannot be used, or if the networks give NaN or infinity;
     UnusableModel; PlanError for settings that cannot generate any image."""
     config = recipe.generate
-    check_settings(config, {})
     prompts = list(dict.fromkeys(prompts)) or [recipe.data.healthy_prompt]
+    for prompt in prompts:
+        check_settings(config, {}, prompt)
     if len(prompts) > MAX_PROMPTS:
         raise UnusableData(f"{len(prompts)} prompts; a sheet has room for {MAX_PROMPTS}")
 
@@ -136,7 +138,9 @@ def open_model(
     for prompt in prompts:
         if not engine.fits(prompt):
             raise UnusableData(f"--prompt {prompt!r}: more than {bundle.tokenizer.model_max_length} tokens")
-    for note in ModelFolder(model).prompt_notes(prompts, trained_texts(recipe.data)):
+    for note in ModelFolder(model).prompt_notes(
+        [text for prompt in prompts for text in texts_of(prompt)], trained_texts(recipe.data)
+    ):
         LOG.info("%s", note)
     try:
         return engine, load_judge(open_store(model))

@@ -73,10 +73,10 @@ class Responder:
         if request["mask"]:
             update["masked"] = config.masked.model_copy(update={"source": "lungs"})
         config = config.model_copy(update=update)
-        check_settings(config, {})
         square = decode_with_columns(request["data"], size, config.min_side, self.recipe.data.bits)[0]
         mask = decode_mask(request["mask"], size) if request["mask"] else None
         prompt = request["prompt"] or self.recipe.data.healthy_prompt
+        check_settings(config, {}, prompt)
         if not self.engine.fits(prompt):
             raise ValueError(
                 f"prompt: more than the {self.engine.bundle.tokenizer.model_max_length} tokens of the model"

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from diffva_ray.config.prompts import texts_of
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.captions import trained_texts
@@ -105,9 +106,13 @@ class Workspace:
         return list({text.casefold(): text for text in (data.healthy_prompt, *data.prompts.values())}.values())
 
     def notes(self, prompts: Sequence[str]) -> list[str]:
-        """A line for each prompt that the model cannot read whole, or that has words unknown to the model."""
+        """A line for each prompt that cannot be read, or not whole, or that has words unknown to the model."""
+        try:
+            texts = [text for prompt in prompts for text in texts_of(prompt)]
+        except ValueError as error:  # a composed prompt without a part
+            return [str(error)]
         unread = [prompt for prompt in prompts if not self.engine.fits(prompt)]
-        notes = ModelFolder(self.model).prompt_notes(prompts, trained_texts(self.recipe.data))
+        notes = ModelFolder(self.model).prompt_notes(texts, trained_texts(self.recipe.data))
         return [*(f"prompt {prompt!r}: more tokens than the model reads" for prompt in unread), *notes]
 
     def preview(self, data: bytes) -> Image:

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from diffva_ray.config.methods import METHODS
+from diffva_ray.config.prompts import texts_of
 from diffva_ray.config.recipe import GUESS, SOURCE, Recipe, fingerprint_difference
 from diffva_ray.data.bit_depth import checked_bit_depth
 from diffva_ray.data.captions import trained_texts
@@ -248,7 +249,8 @@ def check_plan(recipe: Recipe, model: ModelFolder, plan: pa.Table) -> None:
                 f"that `trains: {kind}`"
             )
     config = recipe.generate
-    prompts = dict.fromkeys(plan["prompt"].unique().to_pylist(), "--prompt")
+    planned = plan["prompt"].unique().to_pylist()
+    prompts = dict.fromkeys((text for prompt in planned for text in texts_of(prompt)), "--prompt")
     for prompt in (config.source_prompt, config.negative_prompt):
         if prompt not in ("", GUESS, SOURCE):
             prompts.setdefault(prompt, "generate.source_prompt or negative_prompt")
