@@ -10,6 +10,8 @@ import click
 
 from diffva_ray.commands.dry_run import show
 from diffva_ray.commands.verb import (
+    compose_options,
+    composed_prompt,
     data_option,
     data_options,
     dry_run_option,
@@ -26,6 +28,7 @@ from diffva_ray.commands.verb import (
     with_flags,
 )
 from diffva_ray.config.recipe import load_recipe
+from diffva_ray.config.stages import CONDITION
 from diffva_ray.data.dataset import UnusableData
 
 if TYPE_CHECKING:
@@ -117,6 +120,17 @@ def _default_output(image: str, suffix: str) -> str:
     return f"{name.rpartition('.')[0] or name}.{suffix}.png"
 
 
+def _condition_paths(texts: tuple[str, ...]) -> dict[str, str]:
+    """Parse ``--condition`` options: ``depth=FILE`` -> {"condition.depth": FILE}."""
+    pairs = [text.partition("=") for text in texts]
+    if wrong := [text for text, (name, _, path) in zip(texts, pairs, strict=True) if not name or not path]:
+        raise click.UsageError(f"--condition {wrong[0]}: write NAME=FILE, for example depth=image.depth.png")
+    paths = {CONDITION + name: path for name, _, path in pairs}
+    if len(paths) < len(pairs):
+        raise click.UsageError("--condition: a name is given twice")
+    return paths
+
+
 @verb("explain", "Explain one image")
 @click.argument("image")
 @small_option
@@ -126,6 +140,14 @@ def _default_output(image: str, suffix: str) -> str:
     multiple=True,
     metavar="TEXT",
     help="Prompt of the counterfactual; repeatable, one row of the sheet each; default: the recipe's healthy prompt.",
+)
+@compose_options
+@click.option(
+    "--condition",
+    "conditions",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Condition image of the ControlNet that reads condition.NAME; repeatable.",
 )
 @click.option(
     "--out",
@@ -138,24 +160,31 @@ def _default_output(image: str, suffix: str) -> str:
 @recipe_option
 @set_option
 @dry_run_option
-def explain(image: str, model: str, prompts: tuple[str, ...], out: str | None, as_json: bool, **options: Any) -> None:
+def explain(
+    image: str, model: str, prompts: tuple[str, ...], conditions: tuple[str, ...], out: str | None, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Explain one image: generate its healthy counterfactual and attribution map, print the metrics and write a
     sheet. The result equals that of generate if the image's path in the data set is the bare file name.
 
     Example:
         diffva explain image.png
         diffva explain image.png --model models/mine --prompt "normal chest scan" --prompt "COVID 19"
+        diffva explain image.png --model models/words --prompt "Mass on the left" --and "80 year old" --not "Lung Opacity"
     """
     from diffva_ray.explain.image import explain as explain_image
     from diffva_ray.explain.sheet import check_sheet, describe, write_sheet
     from diffva_ray.model.recipe import model_recipe
 
     recipe = model_recipe(model, options["recipe"], settings_overrides(options))
+    paths = _condition_paths(conditions)
+    if options["also"] or options["without"]:
+        prompts = tuple(composed_prompt(prompt, options) for prompt in prompts or [recipe.data.healthy_prompt])
     path = out or _default_output(image, "explained")
     check_sheet(path)
     if options["dry_run"]:
         return show(recipe, image=image, model=model, out=path, prompts=prompts or [recipe.data.healthy_prompt])
-    explanation = explain_image(image, model, recipe, prompts)
+    explanation = explain_image(image, model, recipe, prompts, conditions=paths)
     write_sheet(explanation, path)
     if as_json:
         return echo(json.dumps({**explanation.as_dict(), "sheet": path}, indent=1))
