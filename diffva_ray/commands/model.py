@@ -170,7 +170,7 @@ def explain(
     """
     from diffva_ray.explain.image import explain as explain_image
     from diffva_ray.explain.sheet import check_sheet, describe, write_sheet
-    from diffva_ray.workflows.execution import model_recipe
+    from diffva_ray.model.recipe import model_recipe
 
     recipe = model_recipe(model, options["recipe"], settings_overrides(options))
     paths = _condition_paths(conditions)
@@ -214,7 +214,7 @@ def interpolate(image: str, model: str, prompts: tuple[str, ...], other: str | N
     from diffva_ray.explain.interpolate import interpolate as interpolate_image
     from diffva_ray.explain.interpolate import write_strip
     from diffva_ray.explain.sheet import check_sheet
-    from diffva_ray.workflows.execution import model_recipe
+    from diffva_ray.model.recipe import model_recipe
 
     ignored = [f"--{name}" for name in ("method", "scheduler") if options[name] is not None]
     if other is not None and ignored:

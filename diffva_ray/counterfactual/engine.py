@@ -76,7 +76,8 @@ class CounterfactualEngine:
 
     The engine takes the bundle over in place: networks move to the device, change dtype and memory layout, and their
     upsamplers are replaced. The bundle can then be neither saved nor trained; load the model again, or copy it first.
-    On a CPU, ``config.cpu_threads`` becomes torch's number of threads for the whole process, because it changes pixels.
+    On a CPU, ``config.cpu_threads`` becomes torch's number of threads in every thread that calls the engine, because it
+    changes pixels. Only one thread may call it at a time.
 
     Args:
         bundle: The networks of a model folder, from ``model.bundle.load``.
@@ -101,8 +102,7 @@ class CounterfactualEngine:
         self.config = config or bundle.recipe.generate
         self.device = torch.device(device_kind(device))
         dtype = getattr(torch, self.config.dtype)
-        if self.device.type == "cpu":
-            torch.set_num_threads(self.config.cpu_threads)
+        self._set_threads()
         exact_device()
         for module in bundle.modules.values():
             speed_up_doubling(module)  # sums kernels, so before they are rounded to ``dtype``
@@ -231,6 +231,7 @@ class CounterfactualEngine:
         settings = settings or self.settings
         prompts = [self.bundle.recipe.data.healthy_prompt] * count if prompts is None else prompts
         self._check(images, seeds, prompts, lungs)
+        self._set_threads()
         if settings.scheduler != (only := METHODS[settings.method].scheduler or settings.scheduler):
             raise ValueError(f"method {settings.method} runs with scheduler {only}, not {settings.scheduler}")
         columns = self._check_conditions(settings, count, conditions or ())
@@ -238,6 +239,11 @@ class CounterfactualEngine:
         own = [{column: one[column] for column in columns} for one in conditions or [{}] * count]
         batch = self._run(images, seeds, prompts, settings, masks, own, full)
         return self._repaired(batch, images, seeds, prompts, settings, masks, own)
+
+    def _set_threads(self) -> None:
+        """Set torch's number of threads for the thread that calls: torch starts each one with all cores."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.config.cpu_threads)
 
     def _repaired(
         self,

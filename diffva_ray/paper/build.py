@@ -20,6 +20,7 @@ from diffva_ray.generate.failure_threshold import TooManyQuarantined
 from diffva_ray.generate.plan import PromptTooLong
 from diffva_ray.generate.run import FingerprintDiffers, open_run
 from diffva_ray.model.card import UnusableModel, read_card
+from diffva_ray.model.recipe import model_recipe
 from diffva_ray.paper.experiments import EXPERIMENTS, SAMPLES, SETTINGS, Experiment, settings_recipe
 from diffva_ray.paper.inputs import SEEDS, copy_images, drawn, limited, phantom_chexpert, read_image, sampled
 from diffva_ray.paper.state import Inputs, PaperState
@@ -27,7 +28,6 @@ from diffva_ray.progress import LOG
 from diffva_ray.schema import Image
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store, join
-from diffva_ray.workflows.execution import model_recipe
 from diffva_ray.workflows.generate import generate_run
 from diffva_ray.workflows.reduce import reduce
 

@@ -201,7 +201,8 @@ def _execute(run: Run, model: str, execution: Execution) -> dict[str, int]:
     # Generate: in a plain loop, or on a pool of actors.
     images = run.about["data_root"]
     if execution.executor == "inline":
-        from diffva_ray.generate.shard import WorkerContext, run_shard
+        from diffva_ray.generate.shard import run_shard
+        from diffva_ray.generate.worker import WorkerContext
 
         allowed = execution.allow_environment_change
         context = WorkerContext.open(run.store.uri, images, model, allow_environment_change=allowed)

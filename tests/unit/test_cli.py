@@ -146,7 +146,7 @@ OPTIONS = {
     "score": "MAPS --allow-training-images --boxes --columns --data --encoding --json --model --out --positive --root "
     "--signed --size --smoothing --threshold-from",
     "status": "RUN_OR_MODEL --json",
-    "studio": "--model --out --port --run --study",
+    "studio": "--model --out --port --run --service --study",
     "study": "RUN --images --out --seed",
     "train": "--columns --data --dry-run --executor --gpus-per-worker --healthy-class --out --recipe --root --set "
     "--workers",
