@@ -35,6 +35,8 @@ from diffva_ray.data.dataset import UnusableData
 )
 @click.option("--seed", default=0, show_default=True, help="Random seed; equal seeds give equal images.")
 @click.option("--classes", metavar="A,B", help="Classes to write; default: Normal,Lung_Opacity,COVID,Viral Pneumonia.")
+@click.option("--factors", is_flag=True, help="Vary age, sex, view, side, zone, size, severity and a second finding.")
+@click.option("--changes", is_flag=True, help="With --factors: also write each image with one factor replaced.")
 @click.option("--onto", metavar="DATA", help="Draw the lesions into the healthy images of this data set.")
 @click.option("--vary", is_flag=True, help="With --onto: also vary position, exposure, sharpness and devices.")
 @click.option(
@@ -45,16 +47,20 @@ from diffva_ray.data.dataset import UnusableData
 @recipe_or_phantom
 @set_option
 @dry_run_option
-def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str | None, onto: str | None, vary: bool,
-             transplants: str | None, recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:  # fmt: skip
+def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str | None, factors: bool, changes: bool,
+             onto: str | None, vary: bool, transplants: str | None, recipe: str, overrides: tuple[str, ...],
+             dry_run: bool) -> None:  # fmt: skip
     """Write synthetic chest X-rays with lung masks, lesion masks and ground-truth counterfactuals. With --onto, draw
-    synthetic lesions into real healthy images; the originals are then the ground-truth counterfactuals.
+    synthetic lesions into real healthy images; the originals are then the ground-truth counterfactuals. With
+    --factors, factors.csv names what each image shows.
 
     Example:
         diffva phantoms data/test --patients 400 --size 128 --seed 7
+        diffva phantoms data/words --factors --changes --patients 400 --size 128
         diffva phantoms data/onto --onto data/COVID-19_Radiography_Dataset --patients 400 --size 128
     """
     from diffva_ray.data.datasets import open_dataset
+    from diffva_ray.data.factor_phantoms import factor_set
     from diffva_ray.data.implants import Source, implant_set
     from diffva_ray.data.phantoms import CLASSES, phantom_set
     from diffva_ray.data.transplants import Donors
@@ -62,6 +68,10 @@ def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str 
 
     if not onto and (vary or transplants):
         raise click.UsageError(f"{'--vary' if vary else '--transplants'} needs --onto DATA")
+    if changes and not factors:
+        raise click.UsageError("--changes needs --factors")
+    if factors and onto:
+        raise click.UsageError("--factors and --onto cannot be combined: the factors of real images are not known")
 
     resolved = load_recipe(recipe, overrides)
     chosen = names(classes) or CLASSES
@@ -76,6 +86,8 @@ def phantoms(out: str, patients: int, size: int | None, seed: int, classes: str 
         if dataset is not None:
             donors = Donors(dataset, healthy, chosen, side, boxes=transplants == "boxes") if transplants else None
             images = implant_set(store, dataset, healthy, patients, side, Source(seed, vary, donors), chosen)
+        elif factors:
+            images = factor_set(store, patients, side, seed, chosen, changes)
         else:
             images = phantom_set(store, patients, side, seed, chosen)
         count = sum(1 for _ in images)

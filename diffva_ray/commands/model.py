@@ -10,6 +10,8 @@ import click
 
 from diffva_ray.commands.dry_run import show
 from diffva_ray.commands.verb import (
+    compose_options,
+    composed_prompt,
     data_option,
     data_options,
     dry_run_option,
@@ -139,6 +141,7 @@ def _condition_paths(texts: tuple[str, ...]) -> dict[str, str]:
     metavar="TEXT",
     help="Prompt of the counterfactual; repeatable, one row of the sheet each; default: the recipe's healthy prompt.",
 )
+@compose_options
 @click.option(
     "--condition",
     "conditions",
@@ -167,6 +170,7 @@ def explain(
     Example:
         diffva explain image.png
         diffva explain image.png --model models/mine --prompt "normal chest scan" --prompt "COVID 19"
+        diffva explain image.png --model models/words --prompt "Mass on the left" --and "80 year old" --not "Lung Opacity"
     """
     from diffva_ray.explain.image import explain as explain_image
     from diffva_ray.explain.sheet import check_sheet, describe, write_sheet
@@ -174,6 +178,8 @@ def explain(
 
     recipe = model_recipe(model, options["recipe"], settings_overrides(options))
     paths = _condition_paths(conditions)
+    if options["also"] or options["without"]:
+        prompts = tuple(composed_prompt(prompt, options) for prompt in prompts or [recipe.data.healthy_prompt])
     path = out or _default_output(image, "explained")
     check_sheet(path)
     if options["dry_run"]:

@@ -12,6 +12,8 @@ from diffva_ray.commands.dry_run import show
 from diffva_ray.commands.verb import (
     DONE,
     INCOMPLETE,
+    compose_options,
+    composed_prompt,
     data_option,
     data_options,
     dry_run_option,
@@ -40,6 +42,7 @@ FRACTION = "evaluate.max_quarantined_fraction="  # a setting that a run may chan
 @click.option("--classes", metavar="A,B", help="Classes whose images are used; default: all but the healthy class.")
 @healthy_option
 @click.option("--prompt", metavar="TEXT", help="Prompt of the counterfactuals; default: the recipe's healthy prompt.")
+@compose_options
 @settings_options
 @click.option("--seed", type=int, help="Random seed of the run.")
 @click.option("--samples", type=int, metavar="K", help="Samples per image, each with its own noise.")
@@ -72,6 +75,7 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
 
     Example:
         diffva generate --data data/test --model models/mine --out runs/first
+        diffva generate --data data/test --model models/mine --out runs/both --prompt "COVID 19" --and "Cardiomegaly"
     """
     from diffva_ray.generate.failure_threshold import allow_quarantined, check_quarantine_limit
     from diffva_ray.generate.plan import Request, parse_sweep
@@ -87,7 +91,12 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
         data__root=options["root"],
     )
     recipe = model_recipe(model, options["recipe"], overrides)
-    request = Request(names(options["classes"]), options["prompt"], options["limit"], parse_sweep(options["sweep"]))
+    sweep, prompt = parse_sweep(options["sweep"]), options["prompt"]
+    if options["also"] or options["without"]:
+        if "prompt" in dict(sweep):
+            raise click.UsageError("--and and --not go with --prompt; write AND and NOT into the prompts of --sweep")
+        prompt = composed_prompt(recipe.data.healthy_prompt if prompt is None else prompt, options)
+    request = Request(names(options["classes"]), prompt, options["limit"], sweep)
     # Print the forecast of a dry run.
     if options["dry_run"]:
         from diffva_ray.generate.cost import Pace

@@ -15,6 +15,7 @@ import click
 
 from diffva_ray._version import __version__
 from diffva_ray.config.methods import METHODS
+from diffva_ray.config.prompts import composed
 from diffva_ray.config.recipe import RecipeError
 from diffva_ray.config.sampling import SamplingSettings, Scheduler
 from diffva_ray.data.dataset import UnusableData
@@ -224,6 +225,25 @@ def data_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options of SAMPLING to a verb, in their order."""
     return reduce(lambda wrapped, option: option(wrapped), reversed(SAMPLING), function)
+
+
+def composed_prompt(prompt: str, options: Mapping[str, Any]) -> str:
+    """The prompt with the texts of ``--and`` and ``--not``. Raises UsageError."""
+    try:
+        return composed(prompt, options["also"], options["without"])
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def compose_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that ``composed_prompt`` reads to a verb."""
+    also = click.option(
+        "--and", "also", multiple=True, metavar="TEXT", help="Another text to go to, beside --prompt; repeatable."
+    )
+    without = click.option(
+        "--not", "without", multiple=True, metavar="TEXT", help="A text to go away from, beside --prompt; repeatable."
+    )
+    return also(without(function))
 
 
 def execution_options(function: Callable[..., Any]) -> Callable[..., Any]:

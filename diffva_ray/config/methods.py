@@ -40,19 +40,24 @@ class Method:
     shortcuts: bool = False
     """Whether ``generate.acceleration`` applies."""
 
+    composes: bool = False
+    """Whether prompts may be composed with AND and NOT (``config/prompts.py``)."""
+
     keeps_image: bool = False
     """Whether the reconstruction is the image itself, so that the map owes nothing to the autoencoder."""
 
 
 METHODS: dict[str, Method] = {
-    "sdedit": Method(lambda steps, guided: Calls(steps + guided), shortcuts=True),
-    "ddim-inversion": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim", shortcuts=True),
-    "cycle": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim"),
-    "masked": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim", shortcuts=True),
+    "sdedit": Method(lambda steps, guided: Calls(steps + guided), shortcuts=True, composes=True),
+    "ddim-inversion": Method(
+        lambda steps, guided: Calls(steps + guided + steps), "ddim", shortcuts=True, composes=True
+    ),
+    "cycle": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim", composes=True),
+    "masked": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim", shortcuts=True, composes=True),
     "instruct-pix2pix": Method(lambda steps, guided: Calls(2 * steps + guided), "ddim", keeps_image=True),
     "classifier-guided": Method(lambda steps, guided: Calls(2 * steps), "ddim", needs="classifier"),
     "controlnet": Method(lambda steps, guided: Calls(steps + guided, controlnet=steps + guided), needs="controlnet"),
-    "text-to-image": Method(lambda steps, guided: Calls(steps + guided), shortcuts=True),
+    "text-to-image": Method(lambda steps, guided: Calls(steps + guided), shortcuts=True, composes=True),
     "vant-gan": Method(
         lambda steps, guided: Calls(0, decode=0), needs="vant_gan", reads_prompt=False, keeps_image=True
     ),

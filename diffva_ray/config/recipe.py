@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from diffva_ray.config.captions import CaptionConfig
 from diffva_ray.config.generation import AccelerationConfig, ClassifierGuidedConfig, ControlNetConfig, MaskedConfig
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.config.stages import CONDITION, Section, Stage, TrainConfig
@@ -59,6 +60,10 @@ class DataConfig(Section):
     root: str = ""
     """Folder (local or s3://) of the images that a table names, by relative or absolute paths; default: the folder of
     the table."""
+
+    captions: CaptionConfig | None = None
+    """Training captions made of classes, boxes, masks and tables; none: an image's own caption, else the prompt of its
+    class."""
 
     @field_validator("columns", mode="before")
     @classmethod

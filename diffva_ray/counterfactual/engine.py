@@ -19,8 +19,10 @@ import torch
 from numpy.typing import NDArray
 
 from diffva_ray.config.methods import METHODS
+from diffva_ray.config.prompts import texts_of
 from diffva_ray.config.recipe import GUESS, SOURCE, GenerateConfig
 from diffva_ray.config.sampling import SamplingSettings
+from diffva_ray.counterfactual.composition import embedded
 from diffva_ray.counterfactual.controlnet import columns_read
 from diffva_ray.counterfactual.exact_device import exact_device, gpu_name
 from diffva_ray.counterfactual.guess import guess
@@ -163,8 +165,8 @@ class CounterfactualEngine:
         return self.config.sampling
 
     def fits(self, prompt: str) -> bool:
-        """Whether the prompt fits the model's limit of tokens."""
-        return text.fits(self.bundle.tokenizer, prompt)
+        """Whether each text of the prompt fits the model's limit of tokens."""
+        return all(text.fits(self.bundle.tokenizer, part) for part in texts_of(prompt))
 
     @torch.inference_mode()
     def embed(self, prompt: str | Blend) -> torch.Tensor:
@@ -309,12 +311,14 @@ class CounterfactualEngine:
         negatives = sources if self.config.negative_prompt == SOURCE else [self.config.negative_prompt] * full
 
         # Edit by the chosen method, and drop the padding.
+        prompt, further = embedded([prompts[i] for i in slots], self.embed, settings)
         request = Edit(
             images=squares,
             lungs=torch.from_numpy(np.stack(masks)).to(self.device),
             latents=latents,
             generators=generators,
-            prompt=torch.cat([self.embed(prompts[i]) for i in slots]),
+            prompt=prompt,
+            further=further,
             negative=torch.cat([self.embed(prompt) for prompt in negatives]),
             empty=self.embed("").expand(full, -1, -1),
             source=torch.cat([self.embed(prompt) for prompt in sources]),

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from diffva_ray.config.recipe import GenerateConfig
 from diffva_ray.config.sampling import SamplingSettings
+from diffva_ray.counterfactual.composition import Further
 from diffva_ray.counterfactual.deep_features import deep_features_kept
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.model.image_conditioning import with_image
@@ -42,6 +43,7 @@ class Edit:
     settings: SamplingSettings
     config: GenerateConfig  # the recipe's section ``generate``, with the settings of single methods
     conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)  # own condition images [n, 3, size, size]
+    further: Sequence[Further] = ()  # of a composed prompt: embeddings of its other texts, and their weights
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,8 @@ class LatentDiffusion:
 
     def guided(self, latents: torch.Tensor, timestep: torch.Tensor, request: Edit, **residuals: Any) -> torch.Tensor:
         """Classifier-free guidance (Ho & Salimans 2022), both branches in one batch. As in diffusers, a guidance scale
-        of 1 or less switches it off, and the prompt alone is used."""
+        of 1 or less switches it off, and the prompt alone is used. Further texts of a composed prompt are added, each
+        by a call of its own."""
         if request.settings.guidance_scale <= 1:
             return self.predict(latents, timestep, request.prompt, **residuals)
         embedding = torch.cat([request.negative, request.prompt])
@@ -160,7 +163,11 @@ class LatentDiffusion:
         with nullcontext() if self.compiled else branches_share_their_start(self.unet):
             both = self.predict(torch.cat([latents, latents]), timestep, embedding, **residuals)
         negative, prompt = both.chunk(2)
-        return negative + request.settings.guidance_scale * (prompt - negative)
+        output = negative + request.settings.guidance_scale * (prompt - negative)
+        for embedding, weight in request.further:
+            of_text = self.predict(latents, timestep, embedding, **residuals)
+            output = output + request.settings.guidance_scale * weight * (of_text - negative)
+        return output
 
     def denoise(self, latents: torch.Tensor, request: Edit, scheduler: Any, timesteps: torch.Tensor) -> torch.Tensor:
         """Run the scheduler over ``timesteps`` under guidance, with the accelerations of ``request.config``."""

@@ -49,7 +49,7 @@ def _point_in_lung(rng: np.random.Generator, thorax: Anatomy, side: int, periphe
     return side * 0.45, -0.1
 
 
-def _blob(rng: np.random.Generator, u: Array, v: Array, at: tuple[float, float], radius: float, soft: float) -> Array:
+def blob(rng: np.random.Generator, u: Array, v: Array, at: tuple[float, float], radius: float, soft: float) -> Array:
     """A soft ellipse with an irregular border, [size, size] in [0, 1]."""
     aspect, angle = rng.uniform(0.72, 1.35), rng.uniform(0, np.pi)
     phase = rng.uniform(0, 2 * np.pi, 3)
@@ -59,7 +59,7 @@ def _blob(rng: np.random.Generator, u: Array, v: Array, at: tuple[float, float],
     return edge(distance, soft * radius)
 
 
-def _side_name(side: int) -> str:
+def side_name(side: int) -> str:
     """The patient's side: image left (-1) is the patient's right."""
     return "right" if side < 0 else "left"
 
@@ -80,10 +80,10 @@ def lung_opacity(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) 
     sides = []
     for _ in range(1 + (rng.random() < 0.35)):
         side = -1 if rng.random() < 0.5 else 1
-        sides.append(_side_name(side))
+        sides.append(side_name(side))
         at = _point_in_lung(rng, thorax, side, peripheral=False)
-        opacity = np.maximum(opacity, severity * _blob(rng, u, v, at, rng.uniform(0.11, 0.16), 0.45))
-    return Lesion(opacity, _tissue(u), factors={"sides": sorted(set(sides)), **factors})
+        opacity = np.maximum(opacity, severity * blob(rng, u, v, at, rng.uniform(0.11, 0.16), 0.45))
+    return Lesion(opacity, tissue(u), factors={"sides": sorted(set(sides)), **factors})
 
 
 def covid(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
@@ -93,15 +93,22 @@ def covid(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesi
     for side in (-1, 1):
         for _ in range(int(rng.integers(2, 5))):
             at = _point_in_lung(rng, thorax, side, peripheral=True)
-            opacity = np.maximum(opacity, severity * _blob(rng, u, v, at, rng.uniform(0.068, 0.102), 0.45))
-    return Lesion(opacity, _tissue(u), factors={"sides": ["left", "right"], **factors})
+            opacity = np.maximum(opacity, severity * blob(rng, u, v, at, rng.uniform(0.068, 0.102), 0.45))
+    return Lesion(opacity, tissue(u), factors={"sides": ["left", "right"], **factors})
 
 
 def viral_pneumonia(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
     """Diffuse reticular opacity: haze with a mesh over a large part of both lungs."""
+    severity, factors = _severity(rng, 0.85, 1.25)
+    lesion = reticular(rng, severity, u, v)
+    lesion.factors = {"sides": ["left", "right"], **factors}
+    return lesion
+
+
+def reticular(rng: np.random.Generator, severity: float, u: Array, v: Array) -> Lesion:
+    """Haze with a mesh over an ellipse in each lung; ``severity`` about 1."""
     # the mesh: threads along the zeros of two noise fields
     size = u.shape[0]
-    severity, factors = _severity(rng, 0.85, 1.25)
     coarse, fine = lattice_noise(rng, 16, size), lattice_noise(rng, 11, size)
     mesh = np.clip(1.0 - 1.5 * np.abs(coarse), 0, 1) + 0.6 * np.clip(1.0 - 1.5 * np.abs(fine), 0, 1)
     # the zone: an ellipse in each lung
@@ -112,32 +119,33 @@ def viral_pneumonia(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Arra
         envelope = np.maximum(envelope, edge(ellipse(u, v, centre, radii, 0.0), 0.13))
     return Lesion(
         0.25 * severity * envelope,
-        _tissue(u),
+        tissue(u),
         extra=severity * envelope * 0.075 * (mesh - 0.35),
-        factors={"sides": ["left", "right"], **factors},
     )
 
 
 def cardiomegaly(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
     """An enlarged heart; the ground-truth counterfactual has the patient's normal heart."""
     scale, factors = _severity(rng, 1.28, 1.5, "heart_scale")
-    return Lesion(np.zeros_like(u), _tissue(u), heart_scale=scale, factors=factors)
+    return Lesion(np.zeros_like(u), tissue(u), heart_scale=scale, factors=factors)
 
 
 def pneumothorax(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
     """Air beside a collapsed lung: a dark crescent without vessels, and the pleural line. Not used in training."""
     side = -1 if rng.random() < 0.5 else 1
     depth, factors = _severity(rng, 0.10, 0.19, "depth")
+    lesion = crescent(thorax, side, depth, u, v)
+    lesion.factors = {"sides": [side_name(side)], **factors}
+    return lesion
+
+
+def crescent(thorax: Anatomy, side: int, depth: float, u: Array, v: Array) -> Lesion:
+    """Air of ``depth`` between a lung and the chest wall, and the pleural line."""
     inside = thorax.lung(u, v, side)
     lateral = edge(side * u - 0.33, 0.04) * edge(0.20 - v, 0.10)
-    crescent = edge(inside, 0.02) * edge(depth - inside, 0.02) * lateral
+    air = edge(inside, 0.02) * edge(depth - inside, 0.02) * lateral
     line = np.exp(-(((inside - depth) / 0.016) ** 2)) * lateral
-    return Lesion(
-        0.85 * crescent,
-        np.full_like(u, 0.08),
-        extra=0.07 * line,
-        factors={"sides": [_side_name(side)], **factors},
-    )
+    return Lesion(0.85 * air, np.full_like(u, 0.08), extra=0.07 * line)
 
 
 def mass_effect(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -> Lesion:
@@ -145,19 +153,21 @@ def mass_effect(rng: np.random.Generator, thorax: Anatomy, u: Array, v: Array) -
     side = -1 if rng.random() < 0.5 else 1
     at = _point_in_lung(rng, thorax, side, peripheral=False)
     radius, factors = _severity(rng, 0.16, 0.22, "radius")
-    opacity = 0.8 * _blob(rng, u, v, at, radius, 0.22)
+    lesion = displacing(rng, at, radius, u, v)
+    lesion.factors = {"sides": [side_name(side)], **factors}
+    return lesion
+
+
+def displacing(rng: np.random.Generator, at: tuple[float, float], radius: float, u: Array, v: Array) -> Lesion:
+    """A dense mass at a point, which pushes the anatomy around it away."""
+    opacity = 0.8 * blob(rng, u, v, at, radius, 0.22)
     du, dv = u - at[0], v - at[1]
     distance = np.hypot(du, dv) + 1e-6
     displacement = 0.5 * radius * np.exp(-((distance / (2.6 * radius)) ** 2)) * np.tanh(distance / (0.8 * radius))
-    return Lesion(
-        opacity,
-        _tissue(u),
-        push=(-du / distance * displacement, -dv / distance * displacement),
-        factors={"sides": [_side_name(side)], **factors},
-    )
+    return Lesion(opacity, tissue(u), push=(-du / distance * displacement, -dv / distance * displacement))
 
 
-def _tissue(u: Array) -> Array:
+def tissue(u: Array) -> Array:
     return np.full_like(u, 0.62)
 
 

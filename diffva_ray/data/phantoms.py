@@ -8,6 +8,7 @@ show the same patient with the same noise.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,28 +79,38 @@ def phantom(label: str, patient: int, seed: int = 0, size: int = 64) -> Phantom:
         raise ValueError(f"unknown phantom class {label!r}; there are {', '.join(ALL_CLASSES)}")
     if size < MIN_SIDE:
         raise ValueError(f"the side of a phantom is at least {MIN_SIDE} pixels, got {size}")
-    # sample the patient, the distractors and the exposure
     anatomy, foreign, exposure, disease = np.random.SeedSequence([seed, patient]).spawn(4)
     thorax = Thorax.sample(np.random.default_rng(anatomy))
+    lesions = []
+    if label != "Normal":
+        lesions.append(LESIONS[label](np.random.default_rng(disease), thorax, *thorax.coordinates(*grid(size))))
+    factors = lesions[0].factors if lesions else {}
+    return exposed(thorax, lesions, label, factors, foreign, exposure, size)
+
+
+def exposed(
+    thorax: Thorax,
+    lesions: Sequence[Lesion],
+    label: str,
+    factors: dict[str, object],
+    foreign: np.random.SeedSequence,
+    exposure: np.random.SeedSequence,
+    size: int,
+) -> Phantom:
+    """A patient with lesions [size, size] as a phantom; ``foreign`` and ``exposure`` seed distractors and exposure."""
     image_u, image_v = grid(size)
     u, v = thorax.coordinates(image_u, image_v)
     width = max(0.016, 1.0 / size)  # edges are at least a pixel wide
     objects = distractors(np.random.default_rng(foreign), image_u, image_v)
-    rng = np.random.default_rng(exposure)
-    develop = _Exposure(rng, size)
-    # expose the patient without and with the lesion
+    develop = _Exposure(np.random.default_rng(exposure), size)
+    # expose the patient without and with the lesions
     healthy = thorax.density(u, v, width)
     ground_truth = develop(healthy + objects)
-    if label == "Normal":
-        lesion = Lesion(np.zeros_like(u), np.zeros_like(u))
-        image = ground_truth
-    else:
-        lesion = LESIONS[label](np.random.default_rng(disease), thorax, u, v)
-        image = develop(_ill(thorax, lesion, healthy, u, v, width) + objects)
+    image = develop(_ill(thorax, lesions, healthy, u, v, width) + objects) if lesions else ground_truth
     # masks
     lungs = np.maximum(thorax.lung(u, v, -1), thorax.lung(u, v, 1)) * np.ones_like(u)
     visible = (lungs > 0) & (thorax.heart(u, v) < 0)
-    return Phantom(image, ground_truth, visible, visible_lesion(image, ground_truth, label), label, lesion.factors)
+    return Phantom(image, ground_truth, visible, visible_lesion(image, ground_truth, label), label, factors)
 
 
 def visible_lesion(image: NDArray[np.floating], ground_truth: NDArray[np.floating], label: str) -> NDArray[np.bool_]:
@@ -111,18 +122,24 @@ def visible_lesion(image: NDArray[np.floating], ground_truth: NDArray[np.floatin
     return difference > VISIBLE
 
 
-def _ill(thorax: Thorax, lesion: Lesion, healthy: np.ndarray, u: np.ndarray, v: np.ndarray, width: float) -> np.ndarray:
-    """Density [size, size] of the patient with the lesion."""
+def _ill(
+    thorax: Thorax, lesions: Sequence[Lesion], healthy: np.ndarray, u: np.ndarray, v: np.ndarray, width: float
+) -> np.ndarray:
+    """Density [size, size] of the patient with the lesions."""
+    # the anatomy that the lesions displace or enlarge
     density: NDArray[np.float64] = healthy
-    if lesion.push is not None:
-        density = thorax.density(u + lesion.push[0], v + lesion.push[1], width)
-    elif lesion.heart_scale != 1.0:
-        density = thorax.density(u, v, width, lesion.heart_scale)
-    air = thorax.lungs(u, v, width)
-    opacity = lesion.opacity * air
-    density = density + opacity * (lesion.towards - density)
-    if lesion.extra is not None:
-        density = density + lesion.extra * air
+    pushes = [lesion.push for lesion in lesions if lesion.push is not None]
+    heart_scale = math.prod(lesion.heart_scale for lesion in lesions)
+    if pushes or heart_scale != 1.0:
+        du, dv = (sum(parts) for parts in zip(*pushes, strict=True)) if pushes else (0.0, 0.0)
+        density = thorax.density(u + du, v + dv, width, heart_scale)
+    # their tissue in the lungs
+    air = thorax.lungs(u, v, width, heart_scale)
+    for lesion in lesions:
+        opacity = lesion.opacity * air
+        density = density + opacity * (lesion.towards - density)
+        if lesion.extra is not None:
+            density = density + lesion.extra * air
     return density
 
 

@@ -83,6 +83,10 @@ class Thorax:
     abdomen: float  # added density below the lungs
     stomach: float  # density that the stomach's air bubble removes
     vessels: tuple[Vessel, ...] = field(repr=False)  # of both lungs
+    bone: float = 1.0  # density of ribs, clavicles and vertebrae, times the usual one
+    aorta: float = 1.0  # radius of the aortic knob, times the usual one
+    heart_size: float = 1.0  # size of the heart, times the usual one
+    scapula: float = 0.0  # density of the shoulder blades over the lungs
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> Thorax:
@@ -149,6 +153,7 @@ class Thorax:
 
     def heart(self, u: Array, v: Array, scale: float = 1.0) -> Array:
         """Approximate signed distance to the border of the heart, positive inside; ``scale`` > 1 is cardiomegaly."""
+        scale = scale * self.heart_size
         radii = (self.heart_radii[0] * scale, self.heart_radii[1] * (0.5 + 0.5 * scale))
         centre = (self.heart_centre[0] * (0.4 + 0.6 * scale), self.heart_centre[1])
         atrium = ellipse(u, v, (-0.055, self.heart_centre[1] - 0.02), (0.15 * scale, 0.21), 0.0)
@@ -174,9 +179,10 @@ class Thorax:
         below = edge(v - (min(self.lung_base) - 0.10), 0.05)
         density = torso * (0.60 + 0.03 * v + self.abdomen * below)
         density += 0.10 * np.exp(-((u / (0.9 * self.mediastinum)) ** 2)) * torso
-        density += 0.025 * np.exp(-((u / 0.055) ** 2)) * np.cos(v / 0.058 * np.pi) * torso  # vertebrae
+        density += 0.025 * self.bone * np.exp(-((u / 0.055) ** 2)) * np.cos(v / 0.058 * np.pi) * torso  # vertebrae
         density += 0.09 * edge(self.heart(u, v, heart_scale), 1.5 * width)
-        density += 0.06 * edge(ellipse(u, v, (0.115, -0.34), (0.085, 0.085), 0.0), 1.5 * width)  # aortic knob
+        knob = 0.085 * self.aorta
+        density += 0.06 * edge(ellipse(u, v, (0.115, -0.34), (knob, knob), 0.0), 1.5 * width)  # aortic knob
         # air in trachea and stomach
         trachea = edge(0.036 - np.abs(u + 0.008), 0.015) * edge(-0.20 - v, 0.03)
         density -= 0.11 * trachea * torso
@@ -188,6 +194,9 @@ class Thorax:
         density -= air * (aerated + 0.10 * np.clip(across - 0.40, -0.25, 0.3))
         density += air * self._vessels(u, v)
         density += self._ribs(u, v) * torso * (0.35 + 0.65 * air) * (1 - below * (1 - air))
+        if self.scapula:
+            blade = edge(ellipse(across, v, (0.53, -0.36), (0.12, 0.34), -0.22), 1.5 * width)
+            density += self.scapula * self.bone * blade * torso
         return density
 
     def _vessels(self, u: Array, v: Array) -> Array:
@@ -221,4 +230,4 @@ class Thorax:
             shade += 0.40 * self.rib_strength * np.exp(-(off**2)) * cage * outer
         bone = v - (self.clavicle + 0.13 * np.cos(2.6 * across + 0.3) * 0.5 - 0.10 * across + 0.06)
         shade += 0.10 * np.exp(-(((bone / 0.034) ** 2) ** 2)) * edge(across - 0.07, 0.02) * edge(0.86 - across, 0.04)
-        return shade
+        return self.bone * shade

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from diffva_ray.config.prompts import wanted
 from diffva_ray.config.recipe import DataConfig
 from diffva_ray.generate.run import Run
 
@@ -15,7 +16,7 @@ def induces(prompt: str, data: DataConfig, label: str | None = None) -> bool:
     A prompt that names no class, such as a finding that the model was not trained on, induces it in an image of the
     healthy class and removes findings from any other image.
     """
-    text = _plain(prompt)
+    text = _plain(wanted(prompt))
     healthy = {_plain(data.healthy_prompt), _plain(data.prompt(data.healthy_class))}
     if not text or text in healthy:
         return False

@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffva_ray._version import __version__
+from diffva_ray.config.prompts import texts_of
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.config.stages import CONDITION
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.bit_depth import check_image_bits
+from diffva_ray.data.captions import trained_texts
 from diffva_ray.data.conditions import decode_condition
 from diffva_ray.data.dataset import UnusableData, companions
 from diffva_ray.data.encoding import quantise
@@ -78,8 +80,9 @@ def explain(
     share it. Raises UnusableData for an image or prompts that cannot be used, or if the networks give NaN or infinity;
     UnusableModel; PlanError for settings that cannot generate any image."""
     config = recipe.generate
-    check_settings(config, {})
     prompts = list(dict.fromkeys(prompts)) or [recipe.data.healthy_prompt]
+    for prompt in prompts:
+        check_settings(config, {}, prompt)
     if len(prompts) > MAX_PROMPTS:
         raise UnusableData(f"{len(prompts)} prompts; a sheet has room for {MAX_PROMPTS}")
 
@@ -174,7 +177,9 @@ def open_model(
     for prompt in prompts:
         if not engine.fits(prompt):
             raise UnusableData(f"--prompt {prompt!r}: more than {bundle.tokenizer.model_max_length} tokens")
-    for note in ModelFolder(model).prompt_notes(prompts, recipe.data.prompts.values()):
+    for note in ModelFolder(model).prompt_notes(
+        [text for prompt in prompts for text in texts_of(prompt)], trained_texts(recipe.data)
+    ):
         LOG.info("%s", note)
     try:
         return engine, load_judge(open_store(model))

@@ -87,12 +87,12 @@ class Responder:
             chosen = chosen.replace(scheduler=METHODS[chosen.method].scheduler or chosen.scheduler)
             inside = config.masked.model_copy(update={"source": "lungs"}) if request["mask"] else config.masked
             config = config.model_copy(update={**chosen.model_dump(), "masked": inside})
-            check_settings(config, {})
+            prompt = request["prompt"] or self.recipe.data.healthy_prompt
+            check_settings(config, {}, prompt)
             square = decode_with_columns(request["data"], size, config.min_side, self.recipe.data.bits)[0]
             mask = decode_mask(request["mask"], size) if request["mask"] else None
         except ValueError as error:
             return {"error": one_line(error)}
-        prompt = request["prompt"] or self.recipe.data.healthy_prompt
         if not self.engine.fits(prompt):
             return {
                 "error": f"prompt: more than the {self.engine.bundle.tokenizer.model_max_length} tokens of the model"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from diffva_ray.config.generation import AccelerationConfig
 from diffva_ray.config.methods import METHODS, Calls
+from diffva_ray.config.prompts import parts
 from diffva_ray.config.recipe import GUESS, Recipe
 
 GUESS_CALLS = 8  # per prompt: DRAWS * len(TIMESTEPS) of counterfactual/guess.py, which loads torch
@@ -22,8 +23,8 @@ TFLOP = {("CompVis/stable-diffusion-v1-4", 512): (0.803, 1.117, 2.515, 0.283)}
 
 
 def calls(settings: Mapping[str, Any], prompts: int, controlnets: int = 1) -> Calls:
-    """Network calls of one record. ``settings``: as in ``GenerateConfig``; ``prompts`` and ``controlnets``: numbers of
-    the model's prompts and ControlNets.
+    """Network calls of one record. ``settings``: as in ``GenerateConfig``, and the ``prompt`` where it is composed;
+    ``prompts`` and ``controlnets``: numbers of the model's prompts and ControlNets.
 
     UNet calls that compute only its outermost layers (``deep_features_every``) count as whole calls.
     """
@@ -33,11 +34,12 @@ def calls(settings: Mapping[str, Any], prompts: int, controlnets: int = 1) -> Ca
     shortcuts = AccelerationConfig.model_validate(settings["acceleration"])
     guided = sum(shortcuts.guides(step, steps) for step in range(steps)) if settings["guidance_scale"] > 1 else 0
     of_method = METHODS[settings["method"]].calls(steps, guided)
+    further = guided * (len(parts(settings.get("prompt", ""))) - 1)  # of a composed prompt
     guessed = GUESS_CALLS * prompts if settings["source_prompt"] == GUESS else 0
     derived = settings["method"] == "masked" and settings["masked"]["source"] == "derived"
     scale = settings["controlnet"]["conditioning_scale"]
     used = sum(weight > 0 for weight in (scale if isinstance(scale, (list, tuple)) else [scale] * controlnets))
-    unet = of_method.unet + guessed + (MASK_CALLS if derived else 0)
+    unet = of_method.unet + further + guessed + (MASK_CALLS if derived else 0)
     return of_method._replace(unet=unet, controlnet=of_method.controlnet * used)
 
 
@@ -63,8 +65,10 @@ def estimate(pace: Pace, records: int, actors: int | None, gpus_per_actor: float
     return result
 
 
-def cost(recipe: Recipe, sweep: Sequence[tuple[str, Sequence[Any]]], records: int) -> dict[str, Any]:
-    """The cost of ``records`` records, spread evenly over the points of a sweep.
+def cost(
+    recipe: Recipe, sweep: Sequence[tuple[str, Sequence[Any]]], records: int, prompt: str | None = None
+) -> dict[str, Any]:
+    """The cost of ``records`` records under a prompt, spread evenly over the points of a sweep.
 
     UNet forward passes and TFLOP, per record on average and in total, and an upper limit of the stored bytes: one per
     pixel of counterfactual and reconstruction, two per pixel of the map, 4 kB of row, features and headers. TFLOP are
@@ -74,7 +78,7 @@ def cost(recipe: Recipe, sweep: Sequence[tuple[str, Sequence[Any]]], records: in
     controlnets = sum(stage.trains == "controlnet" for stage in recipe.train.stages) or 1
     for values in itertools.product(*(values for _, values in sweep)):
         swept = dict(zip((key for key, _ in sweep), values, strict=True))
-        settings = {**recipe.generate.model_dump(), **swept}
+        settings = {**recipe.generate.model_dump(), "prompt": prompt or "", **swept}
         of_points.append(calls(settings, len(recipe.data.prompts), controlnets))
     networks = TFLOP.get((recipe.model.base or "", recipe.model.resolution))
     unet = sum(point.unet for point in of_points) / len(of_points)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from diffva_ray.config.methods import METHODS
+from diffva_ray.config.prompts import check_composed
 from diffva_ray.config.recipe import GUESS, SOURCE, GenerateConfig, Recipe, first_error
 from diffva_ray.config.sampling import SWEEPABLE, SamplingSettings, parse_value
 from diffva_ray.data.dataset import Dataset, LabelledImage
@@ -167,7 +168,7 @@ def _points(recipe: Recipe, request: Request) -> list[_Point]:
     for values in itertools.product(*(values for _, values in request.sweep)):
         swept = dict(zip((key for key, _ in request.sweep), values, strict=True))
         prompt = swept.pop("prompt", request.prompt if request.prompt is not None else recipe.data.healthy_prompt)
-        check_settings(recipe.generate, swept)
+        check_settings(recipe.generate, swept, prompt)
         points.append(_Point(prompt, recipe.generate.sampling.replace(**swept)))
     return points
 
@@ -190,8 +191,9 @@ def cut_again(plan: pa.Table, shard_size: int) -> pa.Table:
     return plan
 
 
-def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:
-    """Raises PlanError for a recipe whose ``settings`` are swept, when it cannot be used for generation."""
+def check_settings(config: GenerateConfig, settings: dict[str, Any], prompt: str = "") -> None:
+    """Raises PlanError for a recipe whose ``settings`` are swept, and for a prompt, when they cannot be used for
+    generation."""
     try:
         checked = GenerateConfig.model_validate({**config.model_dump(), **settings})
     except ValidationError as error:
@@ -202,6 +204,10 @@ def check_settings(config: GenerateConfig, settings: dict[str, Any]) -> None:
             "--strength or --steps"
         )
     method = METHODS[checked.method]
+    try:
+        check_composed(prompt, checked.sampling, checked.acceleration.on)
+    except ValueError as error:
+        raise PlanError(str(error)) from None
     if checked.acceleration.on and (
         not method.shortcuts or (checked.method == "masked" and checked.masked.source != "difference")
     ):

@@ -223,10 +223,15 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> tuple[torch.Tensor, torc
     return tokens.input_ids, tokens.attention_mask
 
 
+def tokens_of(tokenizer: Any, prompt: str) -> int:
+    """Number of tokens of the whole prompt, with the special ones."""
+    with TOKENIZER_LOCK:
+        return len(tokenizer(prompt, truncation=False).input_ids)
+
+
 def fits(tokenizer: Any, prompt: str) -> bool:
     """Whether the prompt fits the model's token length; a longer one would be truncated silently."""
-    with TOKENIZER_LOCK:
-        return bool(len(tokenizer(prompt, truncation=False).input_ids) <= tokenizer.model_max_length)
+    return bool(tokens_of(tokenizer, prompt) <= tokenizer.model_max_length)
 
 
 def embed(encoder: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

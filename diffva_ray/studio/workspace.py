@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 
+from diffva_ray.config.prompts import texts_of
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.engine import CounterfactualEngine
+from diffva_ray.data.captions import trained_texts
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.encoding import encode_mask
 from diffva_ray.data.images import BadImage, decode_with_columns, to_square
@@ -119,9 +121,13 @@ class Workspace:
         return list({text.casefold(): text for text in (data.healthy_prompt, *data.prompts.values())}.values())
 
     def notes(self, prompts: Sequence[str]) -> list[str]:
-        """A line for each prompt that the model cannot read whole, or that has words unknown to the model."""
-        unread = self.folder.too_long(prompts)[1]
-        notes = self.folder.prompt_notes(prompts, self.recipe.data.prompts.values())
+        """A line for each prompt that cannot be read, or not whole, or that has words unknown to the model."""
+        try:
+            texts = [text for prompt in prompts for text in texts_of(prompt)]
+        except ValueError as error:  # a composed prompt without a part
+            return [str(error)]
+        unread = self.folder.too_long(texts)[1]
+        notes = self.folder.prompt_notes(texts, trained_texts(self.recipe.data))
         return [*(f"prompt {prompt!r}: more tokens than the model reads" for prompt in unread), *notes]
 
     def preview(self, data: bytes) -> Image:

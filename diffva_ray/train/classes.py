@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from diffva_ray.config.recipe import DataConfig, Recipe
 from diffva_ray.config.stages import ABNORMAL, EACH, HEALTHY, DenoiserConfig, StageConfig
+from diffva_ray.data.captions import Captions
 from diffva_ray.data.dataset import Dataset, UnusableData
 
 
@@ -93,12 +94,23 @@ def described(recipe: Recipe, dataset: Dataset) -> list[str]:
         lines.append(
             f"stage {stage.name} ({stage.trains}): {stage.steps} steps of {stage.batch_size} images; classes: {weights}"
         )
+    lines += [f"caption of {path}: {caption!r}" for path, caption in _example_captions(recipe, dataset)]
     if not agrees(data, data.prompts):
         lines.append(
             f"data.healthy_prompt {data.healthy_prompt!r} is not the prompt of class {data.healthy_class}, "
             f"{data.prompts[data.healthy_class]!r}: no image is trained under the prompt of the counterfactuals"
         )
     return lines
+
+
+def _example_captions(recipe: Recipe, dataset: Dataset) -> list[tuple[str, str]]:
+    """A caption from data of one image of each class, with the image's path; none where captions are not made."""
+    config = recipe.data.captions
+    if config is None:
+        return []
+    captions = Captions(config, recipe.data, dataset.store, dataset.images, dataset.shapes)
+    first = {image.label: image for image in reversed(dataset.images) if image.label in recipe.data.prompts}
+    return [(image.path, image.caption or captions.caption(image, recipe.seed)) for _, image in sorted(first.items())]
 
 
 def _absent(dataset: Dataset, label: str, healthy: str) -> str:

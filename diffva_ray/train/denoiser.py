@@ -15,6 +15,7 @@ from torch import nn
 
 from diffva_ray.config.recipe import RecipeError
 from diffva_ray.config.stages import DenoiserConfig, NoisePredictionConfig
+from diffva_ray.data.captions import Captions
 from diffva_ray.data.dataset import LabelledImage
 from diffva_ray.model import text
 from diffva_ray.model.cross_attention import cross_attention_parameters
@@ -40,6 +41,7 @@ class NoisePrediction(Stage):
         self.images = latents_of(context, context.images)
         self.prior: ClassSet | None = None
         self.pairs: Pairs | None = None
+        self.captions = self._captions()
         self._warn_of_long_captions()
         self.noise_scheduler = DDPMScheduler.from_config(context.bundle.scheduler)
 
@@ -61,7 +63,10 @@ class NoisePrediction(Stage):
         positions = batch.positions()
         indices = [self.order[position] for position in positions]
         images = [self.images.inputs(indices)]
-        prompts = [self._prompt(self.context.images.images[index]) for index in indices]
+        prompts = [
+            self._prompt(self.context.images.images[index], position)
+            for index, position in zip(indices, positions, strict=True)
+        ]
         groups, rows = 1, list(batch.rows)
 
         # DreamBooth's prior preservation (Ruiz et al. 2023, equation 2): append the class set to the instances.
@@ -114,9 +119,26 @@ class NoisePrediction(Stage):
         prior_loss_weight = 0.0 if self.prior is None else self.prior.loss_weight
         return denoising_loss(output, target, weights, inputs["instances"], prior_loss_weight, emphasis)
 
-    def _prompt(self, image: LabelledImage) -> str:
-        """The image's caption if it has one, otherwise the prompt of its class."""
-        return image.caption or self.context.bundle.recipe.data.prompt(image.label)
+    def _prompt(self, image: LabelledImage, position: int) -> str:
+        """The image's caption if it has one, else one made for this position in the order, else its class's prompt."""
+        if image.caption or self.captions is None:
+            return image.caption or self.context.bundle.recipe.data.prompt(image.label)
+        return self.captions.caption(image, self.context.seed, self.config.name, position)
+
+    def _captions(self) -> Captions | None:
+        """Captions by ``data.captions``. Raises RecipeError for captions that would be cut."""
+        data, images = self.context.bundle.recipe.data, self.context.images
+        if data.captions is None:
+            return None
+        captions = Captions(data.captions, data, images.store, images.images, images.shapes)
+        tokenizer = self.context.bundle.tokenizer
+        longest = captions.longest(lambda caption: text.tokens_of(tokenizer, caption))
+        if (count := text.tokens_of(tokenizer, longest)) > tokenizer.model_max_length:
+            raise RecipeError(
+                f"data.captions: a caption such as {longest!r} has {count} tokens; raise model.tokenizer_length from "
+                f"{tokenizer.model_max_length}, or shorten data.captions.templates"
+            )
+        return captions
 
     def _warn_of_long_captions(self) -> None:
         captions = {image.caption for image in self.context.images.images}

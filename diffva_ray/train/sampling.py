@@ -35,7 +35,7 @@ class ImageSet:
 
     def __init__(self, dataset: Dataset, size: int, megabytes: int = 1024) -> None:
         self.store, self.size, self.bits = dataset.store, size, dataset.bits
-        self.images = list(dataset.images)
+        self.images, self.shapes = list(dataset.images), dataset.shapes
         self.unreadable: dict[str, str] = {}
         self._hashes: dict[str, str] = {}
         self.cached = len(self.images) * size * size <= megabytes * 2**20

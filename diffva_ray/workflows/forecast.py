@@ -70,14 +70,15 @@ def planned_cost(
     """Return the cost of the remaining work at ``out``: counts (``generate.cost.cost``), and estimates if a pace is
     known, either the given one or that of the run's finished shards."""
     run = find_run(open_store(out))
-    records, sweep = intent["records"], request.sweep
+    records, sweep, prompt = intent["records"], request.sweep, request.prompt
     if run is not None:
         status = read_status(out)
         records, sweep, recipe = status["planned"] - status["done"], run.keys["sweep"], run.recipe
+        prompt = run.keys["prompt"]
         if pace is None and status["done"]:
             seconds = sum(status["seconds_by_stage"].values()) / status["done"]
             pace = Pace(seconds, None, run.keys["device"])
-    total = cost(recipe, sweep, records)
+    total = cost(recipe, sweep, records, prompt)
     if pace is not None:
         total |= estimate(pace, records, execution.actors, execution.gpus_per_actor)
     return total
@@ -105,7 +106,8 @@ def probe(recipe: Recipe, data: str, model: str, request: Request) -> Pace:
         seconds = sum(json.loads(run.store.read(f"timings/{part(shard)}.json")).values()) / run.shard_sizes()[shard]
         stored = sum(file.stat().st_size for file in images) / (len(images) / len(FOLDERS)) + ROW_BYTES
         if request.sweep:
-            forwards = [cost(recipe, sweep, 1)["unet_forwards_per_record"] for sweep in (request.sweep, first_setting)]
+            costs = [cost(recipe, sweep, 1, request.prompt) for sweep in (request.sweep, first_setting)]
+            forwards = [each["unet_forwards_per_record"] for each in costs]
             seconds *= forwards[0] / forwards[1] if forwards[1] else 1.0
         return Pace(seconds, stored, run.keys["device"])
 

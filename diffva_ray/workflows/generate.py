@@ -10,8 +10,10 @@ from typing import Any
 import pyarrow as pa
 
 from diffva_ray.config.methods import METHODS
+from diffva_ray.config.prompts import texts_of
 from diffva_ray.config.recipe import GUESS, SOURCE, Recipe, fingerprint_difference
 from diffva_ray.data.bit_depth import checked_bit_depth
+from diffva_ray.data.captions import trained_texts
 from diffva_ray.data.conditions import own_columns
 from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
@@ -266,12 +268,13 @@ def check_plan(recipe: Recipe, model: ModelFolder, plan: pa.Table) -> None:
         if needed == "controlnet":
             _check_conditions(recipe, model, plan)
     config = recipe.generate
-    prompts = dict.fromkeys(plan["prompt"].unique().to_pylist(), "--prompt")
+    planned = plan["prompt"].unique().to_pylist()
+    prompts = dict.fromkeys((text for prompt in planned for text in texts_of(prompt)), "--prompt")
     for prompt in (config.source_prompt, config.negative_prompt):
         if prompt not in ("", GUESS, SOURCE):
             prompts.setdefault(prompt, "generate.source_prompt or negative_prompt")
     asked = [prompt for prompt, option in prompts.items() if option == "--prompt"]
-    for note in model.prompt_notes(asked, recipe.data.prompts.values()):
+    for note in model.prompt_notes(asked, trained_texts(recipe.data)):
         LOG.info("%s", note)
     limit, too_long = model.too_long(prompts)
     if too_long:

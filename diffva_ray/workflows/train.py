@@ -190,8 +190,12 @@ def training_keys(recipe: Recipe, data: str) -> tuple[Recipe, dict[str, Any], Da
     dataset = open_dataset(data, recipe.data)
     recipe = fitted(recipe, dataset)
     images = sorted((image.path, image.label, image.size, *filter(None, [image.caption])) for image in dataset.images)
+    told = []  # what captions are made of, besides the pixels
+    if recipe.data.captions is not None:
+        columns = sorted((image.path, image.label, sorted(image.columns.items())) for image in dataset.images)
+        told = [columns, sorted((path, [repr(shape) for shape in shapes]) for path, shapes in dataset.shapes.items())]
     keys = recipe.model_dump(mode="json", include={"seed", "data", "model", "train"})
-    return recipe, {**keys, "images": digest(images)}, dataset
+    return recipe, {**keys, "images": digest([images, *told] if told else images)}, dataset
 
 
 def cores() -> int:

@@ -124,20 +124,22 @@ def test_an_os_error_is_usage_only_if_it_names_a_file_that_cannot_be_opened(
 OPTIONS = {
     "compare": "RUN_A RUN_B --anonymise-names --data --out",
     "demo": "--out --quick --seed",
-    "explain": "IMAGE --condition --dry-run --guidance-scale --json --method --model --out --prompt --recipe "
-    "--scheduler --seed --set --steps --strength",
+    "explain": "IMAGE --and --condition --dry-run --guidance-scale --json --method --model --not --out --prompt "
+    "--recipe --scheduler --seed --set --steps --strength",
     "export": "RUN --accept --anonymise-names --banner --best-of --boxes --data --executor --license --out "
     "--push-to --splits --threshold --to --with-patients --without-images",
-    "generate": "--actors --allow-environment-change --classes --columns --data --dry-run --executor --gpus-per-actor "
-    "--guidance-scale --healthy-class --images-per-second --limit --method --micro-batch --model --out --probe "
-    "--prompt --recipe --root --samples --scheduler --seed --set --shard-size --steps --strength --sweep",
+    "generate": "--actors --allow-environment-change --and --classes --columns --data --dry-run --executor "
+    "--gpus-per-actor --guidance-scale --healthy-class --images-per-second --limit --method --micro-batch --model "
+    "--not --out --probe --prompt --recipe --root --samples --scheduler --seed --set --shard-size --steps --strength "
+    "--sweep",
     "inspect": "DATA OTHER --columns --healthy-class --json --recipe --root --set",
     "interpolate": "IMAGE --dry-run --frames --guidance-scale --json --method --model --out --prompt --recipe "
     "--scheduler --seed --set --steps --strength --to",
     "paper": "--actors --allow-environment-change --base --boxes --brixia --carcinoma --chexpert --dry-run --executor "
     "--gpus-per-actor --inception-weights --limit --model --out --quick --radiography --recipe --resize --set "
     "--sources",
-    "phantoms": "OUT --classes --dry-run --onto --patients --recipe --seed --set --size --transplants --vary",
+    "phantoms": "OUT --changes --classes --dry-run --factors --onto --patients --recipe --seed --set --size "
+    "--transplants --vary",
     "readers": "STUDY ANSWERS",
     "reduce": "RUN --boxes --brixia --data --executor --extractor --inception-weights --judge --lpips-weights "
     "--max-quarantined-fraction --normals --reference --resize --sources --threshold-from",

@@ -1,7 +1,8 @@
 """Reads the layout of the COVID-19 Radiography Database and of phantom sets: ``<class>/images/*.png``.
 
 A class may also have ``masks`` (lungs), ``lesions`` and ``ground_truth`` (counterfactuals), with files of the same
-name. The data root is the folder of the classes, or the folder above it (as Kaggle unpacks it). Folder names:
+name, and ``changes`` (phantoms with one factor replaced). The data root is the folder of the classes, or the folder
+above it (as Kaggle unpacks it). Folder names:
 https://www.kaggle.com/datasets/tawsifurrahman/covid19-radiography-database
 """
 
@@ -14,7 +15,7 @@ KIND = "radiography"
 LAYOUT = "<class>/images/*.png (Radiography Database, phantoms)"
 KAGGLE_NAME = "COVID-19_Radiography_Dataset"
 CLASSES = ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia")
-COMPANIONS = ("masks", "lesions", "ground_truth")
+COMPANIONS = ("masks", "lesions", "ground_truth", "changes")
 
 
 def read(listing: Listing) -> Dataset | None:

@@ -1,4 +1,4 @@
-"""An image's caption replaces its class's prompt in the training of the denoiser."""
+"""An image's caption, or one made of what the data set says, replaces its class's prompt in training."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from trainings import different, run, weights, with_stages
+from trainings import different, killed, run, weights, with_stages
 
-from diffva_ray.config.recipe import Recipe
+from diffva_ray.config.recipe import Recipe, RecipeError, make_recipe
 from diffva_ray.data.dataset import LabelledImage
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.factor_phantoms import factor_set
+from diffva_ray.model.card import read_card
+from diffva_ray.storage.local import LocalStore
 from diffva_ray.workflows.train import training_keys
 
 STAGE = {"name": "joint", "trains": "denoiser", "steps": 2, "batch_size": 4, "learning_rate": 1e-3}
@@ -64,3 +67,70 @@ def test_captions_that_are_too_long_are_logged(
     with caplog.at_level(logging.WARNING, "diffva_ray"):
         run(with_stages(tiny, STAGE), long, tmp_path / "long")
     assert "1 captions are longer than 16 tokens" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def factors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("factors")
+    list(factor_set(LocalStore(str(folder)), 16, 32, seed=5))
+    return folder / "factors.csv"
+
+
+def told(recipe: Recipe, **captions: object) -> Recipe:
+    """The recipe with captions from data, and room for them."""
+    values = with_stages(recipe, {**STAGE, "steps": 3}).model_dump(mode="json")
+    values["data"]["captions"] = captions
+    values["model"]["tokenizer_length"] = 80
+    return make_recipe(values)
+
+
+def test_a_training_with_captions_from_data_resumes_exactly(
+    tiny: Recipe, factors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = told(tiny)
+    values = recipe.model_dump(mode="json")
+    values["train"]["checkpoint_every"] = 1
+    recipe = make_recipe(values)
+    run(recipe, factors, tmp_path / "whole")
+    killed(recipe, factors, tmp_path / "killed", 2, monkeypatch)
+    run(recipe, factors, tmp_path / "killed")
+    expected = weights(tmp_path / "whole", "unet", "text_encoder")
+    assert different(expected, weights(tmp_path / "killed", "unet", "text_encoder")) == []
+    # other captions are another training, and the model card says which
+    run(told(tiny, dropout=0.9), factors, tmp_path / "other")
+    assert len(different(expected, weights(tmp_path / "other", "unet", "text_encoder"))) > 10
+    card = read_card(LocalStore(str(tmp_path / "other")))
+    assert card["recipe"]["data"]["captions"]["dropout"] == 0.9
+    assert all("{finding}" in template for template in card["recipe"]["data"]["captions"]["templates"])
+
+
+def test_an_own_caption_comes_before_one_from_data(
+    tiny: Recipe, images: Path, captioned: Callable, tmp_path: Path
+) -> None:
+    manifest = captioned(lambda image: "mild")
+    run(told(tiny), manifest, tmp_path / "told")
+    values = told(tiny).model_dump(mode="json")
+    values["data"]["captions"] = None
+    run(make_recipe(values), manifest, tmp_path / "own")
+    same = weights(tmp_path / "told", "unet", "text_encoder"), weights(tmp_path / "own", "unet", "text_encoder")
+    assert different(*same) == []
+
+
+def test_captions_from_data_that_are_too_long_are_refused_before_training(
+    tiny: Recipe, factors: Path, tmp_path: Path
+) -> None:
+    values = told(tiny).model_dump(mode="json")
+    values["model"]["tokenizer_length"] = 16
+    with pytest.raises(RecipeError, match=r"data\.captions: a caption such as '.*' has \d+ tokens; raise model"):
+        run(make_recipe(values), factors, tmp_path / "long")
+    assert not (tmp_path / "long" / "diffva.json").exists()
+
+
+def test_another_table_is_another_training_with_captions_from_data(tiny: Recipe, factors: Path) -> None:
+    text = factors.read_text()
+    edited = factors.with_name("edited.csv")
+    edited.write_text(text.replace(",F,", ",M,", 1))
+    for recipe, equal in ((told(tiny), False), (tiny, True)):
+        _, first, _ = training_keys(recipe, str(factors))
+        _, second, _ = training_keys(recipe, str(edited))
+        assert (first["images"] == second["images"]) == equal
