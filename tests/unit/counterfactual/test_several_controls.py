@@ -28,7 +28,10 @@ from diffva_ray.counterfactual.controlnet import columns_read
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.conditions import condition
 from diffva_ray.data.phantoms import phantom
+from diffva_ray.evaluate.anonymous import without_names
+from diffva_ray.evaluate.records import as_records
 from diffva_ray.generate.cost import calls
+from diffva_ray.generate.run import open_run
 from diffva_ray.model import bundle as bundles
 from diffva_ray.model.bundle import Bundle, build, load, save
 from diffva_ray.model.card import UnusableModel
@@ -228,6 +231,10 @@ def test_unusable_condition_images_are_rows_that_name_the_file(made: tuple[Path,
         "4.png": "the data set names no image in column condition.depth",
     }.items():
         assert records.loc[name, "error"].startswith(words), name
+    opened = open_run(str(tmp_path / "run"))
+    for record in as_records(records.reset_index()):
+        left = str(without_names(opened, record))
+        assert not [name for name in bad if name and name in left], "what leaves anonymised names no file"
     alone = run(model, write_table(data / "good.csv", rows[:2]), tmp_path / "alone")
     assert alone.exit_code == 0
     pixels = pd.read_parquet(tmp_path / "alone/records")["counterfactual_sha256"][0]
