@@ -21,7 +21,7 @@ from typing import Any
 import click
 
 ROOT = Path(__file__).parent.parent
-DOCS = ("index", "methods", "throughput", "real_images", "paper", "report", "guides/own_data")
+DOCS = ("index", "methods", "throughput", "real_images", "paper", "report", "training", "metrics", "guides/own_data")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 Cells = Sequence[Sequence[str]]
@@ -469,6 +469,28 @@ def claims() -> str:
     ])  # fmt: skip
 
 
+def training_choices() -> str:
+    keys = ("auroc", "dice_best", "flip_rate", "lesion_error_left", "paper_auroc", "paper_flip_rate")
+    rows = [[row["choice"], *(number(row[key]) for key in keys)] for row in result("training_choices")["table"]]
+    return markdown(["choice", "AUROC", "best Dice", "flip rate", "lesion error left", "AUROC, paper's sampler",
+                     "flip rate, paper's sampler"], rows)  # fmt: skip
+
+
+def fid_cold_start() -> str:
+    found = result("fid")
+    theirs, ours, twice = (found[key] for key in ("pytorch_fid", "ours", "ours_twice_the_images"))
+
+    def cells(one: dict[str, float]) -> list[str]:
+        seconds = [number(one[key], 1) for key in ("seconds", "cpu_seconds", "seconds_distance")]
+        return [*seconds, f"{one['peak_megabytes'] / 1000:.2f} GB"]
+
+    return markdown(
+        ["", "seconds", "CPU seconds", "seconds of the distance", "peak memory", "with twice the images"],
+        [[f"pytorch-fid {found['versions']['pytorch_fid']}", *cells(theirs), ""],
+         ["diffva-ray", *cells(ours), f"{twice['peak_megabytes'] / 1000:.2f} GB"]],
+    )  # fmt: skip
+
+
 def report_cost() -> str:
     rows = []
     for run in result("report")["runs"]:
@@ -495,6 +517,7 @@ TABLES: dict[str, Callable[[], str]] = {
         leaderboard, limits, corrections, shortcuts, induction, unseen, engine, data_plane, scale, planning, fid_rows,
         real_images, real_summary, real_findings, real_implants, real_pack, implants,
         throughput, demo, claims, gpu, paper_claims, suspects, report_cost,
+        training_choices, fid_cold_start,
     )
 }  # fmt: skip
 

@@ -50,7 +50,7 @@ def recipe_of(base: Recipe, model: dict[str, Any], seed: int, **stage: Any) -> R
     return make_recipe({**values, "model": {**kept, **model}, "seed": seed})
 
 
-def make_row(recipe: Recipe, data: str, validation: str, judge: Path, model: Path) -> dict[str, Any]:
+def make_row(recipe: Recipe, data: str, validation: str, judge: Path, model: Path, limit: int | None) -> dict[str, Any]:
     """Train and score one row in the folder ``model``, or return what was found there before."""
     done = model / "row.json"
     if done.exists():
@@ -64,7 +64,7 @@ def make_row(recipe: Recipe, data: str, validation: str, judge: Path, model: Pat
     shutil.copytree(judge, model / "judge", dirs_exist_ok=True)
     card = read_card(open_store(str(model))) or {}
     origin = card.get("text_source", {})
-    row = {"commit": origin.get("commit"), **score(recipe, validation, str(model), str(model / "run"))}
+    row = {"commit": origin.get("commit"), **score(recipe, validation, str(model), str(model / "run"), limit)}
     done.write_text(json.dumps(row))
     return row
 
@@ -83,7 +83,7 @@ def make_row(recipe: Recipe, data: str, validation: str, judge: Path, model: Pat
 @click.option("--tokens", default=77, show_default=True, help="Tokens of a prompt, but for the base's own encoder.")
 @click.option("--steps", default=1000, show_default=True, help="Training steps of the denoiser in every row.")
 @click.option("--seeds", default=2, show_default=True, help="Training seeds.")
-@click.option("--quick", is_flag=True, help="Two steps of four images, one seed and few sampler steps: a trial.")
+@click.option("--quick", is_flag=True, help="A trial: one seed, two steps of four images, 12 images to score.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder of the models; default: DEMO/text-encoders.")
 @click.option("--result", default="experiments/results/text_encoders.json", type=click.Path(path_type=Path))
 def main(
@@ -117,6 +117,7 @@ def main(
             validation or f"{demo}/data/validation",
             Path(judge or f"{demo}/model/judge"),
             work / f"{steps}-{name}-{training}-{prompts}-{seed}",
+            12 if quick else None,
         )
         table.append({**dict(zip(KEY, (name, training, prompts, seed), strict=True)), **made})
         about = {

@@ -73,9 +73,9 @@ PAPER = {
 }  # fmt: skip
 
 
-def score(recipe: Recipe, data: str, model: str, out: str) -> dict[str, float]:
+def score(recipe: Recipe, data: str, model: str, out: str, limit: int | None = None) -> dict[str, float]:
     """The scores of a model on the abnormal images of a data set with ground truth."""
-    generate_run(recipe, data, model, out, Request(), Execution(executor="inline"))
+    generate_run(recipe, data, model, out, Request(limit=limit), Execution(executor="inline"))
     metrics = reduce(open_run(out), Options(), executor="inline").metrics
 
     def of(table: str, key: str, **match: Any) -> float:

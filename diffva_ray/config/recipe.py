@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from diffva_ray.config.captions import CaptionConfig
 from diffva_ray.config.generation import AccelerationConfig, ClassifierGuidedConfig, ControlNetConfig, MaskedConfig
 from diffva_ray.config.sampling import SamplingSettings
-from diffva_ray.config.stages import Section, Stage, TrainConfig
+from diffva_ray.config.stages import CONDITION, Section, Stage, TrainConfig
 from diffva_ray.progress import LOG
 from diffva_ray.schema import digest
 from diffva_ray.storage.opening import open_file
@@ -54,8 +54,8 @@ class DataConfig(Section):
 
     columns: dict[str, str] = {}
     """Columns of a table by role, as ``image=Path,label=Finding,patient=PatientID``; further roles are ``mask``,
-    ``lesion``, ``caption``, ``view``, ``laterality``, ``age``, ``sex``, ``spacing``, ``split``. Common names are found
-    without it."""
+    ``lesion``, ``caption``, ``view``, ``laterality``, ``age``, ``sex``, ``spacing``, ``split``, and ``condition.NAME``
+    for condition images. Common names are found without it."""
 
     root: str = ""
     """Folder (local or s3://) of the images that a table names, by relative or absolute paths; default: the folder of
@@ -72,7 +72,8 @@ class DataConfig(Section):
         if any(not equals for _, equals, _ in pairs):
             raise ValueError("write it as image=NAME,label=NAME")
         columns = {role.strip(): column.strip() for role, _, column in pairs} if pairs else value
-        if isinstance(columns, dict) and (unknown := set(columns) - set(ROLES)):
+        roles = columns if isinstance(columns, dict) else ()
+        if unknown := {role for role in roles if role not in ROLES and not str(role).startswith(CONDITION)}:
             raise ValueError(f"no such role: {', '.join(sorted(unknown))}; there are {', '.join(ROLES)}")
         return columns
 

@@ -143,7 +143,7 @@ def _outside(rows: list[tuple[str, str]], listing: Listing) -> str:
 
 
 def _remark(images: Collection, table: Table, name: str, roles: Mapping[str, str], absent: Mapping[str, int]) -> None:
-    used = {role: column for role, column in roles.items() if column not in (role, *ROLES[role][:1])}
+    used = {role: column for role, column in roles.items() if column not in (role, *ROLES.get(role, ())[:1])}
     if used:
         images.remarks.append(f"columns of {name}: {', '.join(f'{role}={column}' for role, column in used.items())}")
     images.remarks += [f"{count} {what} named in {name} do not exist" for what, count in absent.items() if count]

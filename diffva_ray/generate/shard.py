@@ -204,7 +204,7 @@ def _split_read_time(watch: Stopwatch, sources: Sequence[Source]) -> None:
 def read_source(context: WorkerContext, planned: PlannedRecord) -> Source:
     """Read and decode one image; anything wrong with it becomes a status and a reason."""
     config, size = context.run.recipe.generate, context.engine.size
-    source, began = Source(planned), time.perf_counter()
+    source, began, read = Source(planned), time.perf_counter(), "image"
     try:
         # check what can be checked without reading
         if not context.engine.fits(planned["prompt"]):
@@ -229,14 +229,16 @@ def read_source(context: WorkerContext, planned: PlannedRecord) -> Source:
             source.decoding = time.perf_counter() - fetched
             source.planned = _with_header(planned, columns)
             source.results = {"image_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
+        read = "mask"
         if planned["lung_mask_path"]:
             source.lungs = lung_mask(context.files, context.run.about, planned["lung_mask_path"], size)
+        read = "condition image"
         for column in context.engine.condition_columns(SamplingSettings.of(planned)):
             path = cast("dict[str, str]", planned)[column]
             shape = (height, width)
             source.conditions[column] = condition_image(context.files, context.run.about, column, path, shape, size)
     except Modified as error:
-        reason = f"{'mask' if source.results else 'image'} changed since planning ({error})"
+        reason = f"{read} changed since planning ({error})"
         source.results, source.square = {"status": Status.ERROR.value, "error": reason}, None
     except BadImage as error:
         source.results |= {"status": error.status.value, "error": str(error)}

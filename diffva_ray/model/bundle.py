@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ SD_SCHEDULER: dict[str, Any] = {
     "set_alpha_to_one": False,
     "steps_offset": 1,
 }
+
+EXTRA_LOCK = threading.Lock()  # the threads that read a shard's images ask for the ControlNets at the same time
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")  # what the network predicts
 
@@ -87,9 +90,10 @@ class Bundle:
 
     def extra(self, name: str) -> Any:
         """The extra network ``name`` (see ``extras.py``), loaded at the first call. Raises UnusableModel."""
-        if name not in self.extras:
-            self.extras[name] = load_extra(self.folder, name)
-        return self.extras[name]
+        with EXTRA_LOCK:
+            if name not in self.extras:
+                self.extras[name] = load_extra(self.folder, name)
+            return self.extras[name]
 
     @property
     def controlnets(self) -> list[Any]:

@@ -11,7 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffva_ray.config.recipe import Recipe, RecipeError, fingerprint, fingerprint_difference
+from diffva_ray.config.stages import ControlNetStageConfig
 from diffva_ray.data.bit_depth import checked_bit_depth
+from diffva_ray.data.conditions import own_columns
 from diffva_ray.data.dataset import Dataset
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.generate.run import FingerprintDiffers
@@ -190,10 +192,13 @@ def training_keys(recipe: Recipe, data: str) -> tuple[Recipe, dict[str, Any], Da
     dataset = open_dataset(data, recipe.data)
     recipe = fitted(recipe, dataset)
     images = sorted((image.path, image.label, image.size, *filter(None, [image.caption])) for image in dataset.images)
-    told = []  # what captions are made of, besides the pixels
+    told = []  # what captions are made of, besides the pixels, and the condition images
     if recipe.data.captions is not None:
         columns = sorted((image.path, image.label, sorted(image.columns.items())) for image in dataset.images)
         told = [columns, sorted((path, [repr(shape) for shape in shapes]) for path, shapes in dataset.shapes.items())]
+    stages = (stage for stage in recipe.train.stages if isinstance(stage, ControlNetStageConfig))
+    for column in sorted({name for stage in stages for name in own_columns(stage.conditions)}):
+        told.append(sorted((image.path, image.label, image.columns.get(column, "")) for image in dataset.images))
     keys = recipe.model_dump(mode="json", include={"seed", "data", "model", "train"})
     return recipe, {**keys, "images": digest([images, *told] if told else images)}, dataset
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +24,18 @@ from diffva_ray.cli import main
 from diffva_ray.config.generation import ControlNetConfig
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.config.sampling import SamplingSettings
+from diffva_ray.counterfactual.controlnet import columns_read
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.conditions import condition
 from diffva_ray.data.phantoms import phantom
+from diffva_ray.evaluate.anonymous import without_names
+from diffva_ray.evaluate.records import as_records
 from diffva_ray.generate.cost import calls
+from diffva_ray.generate.run import open_run
+from diffva_ray.model import bundle as bundles
 from diffva_ray.model.bundle import Bundle, build, load, save
 from diffva_ray.model.card import UnusableModel
+from diffva_ray.model.extras import load_extra
 from diffva_ray.storage.local import LocalStore
 
 PHANTOMS = [phantom(label, n, seed=1, size=32) for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
@@ -221,6 +231,10 @@ def test_unusable_condition_images_are_rows_that_name_the_file(made: tuple[Path,
         "4.png": "the data set names no image in column condition.depth",
     }.items():
         assert records.loc[name, "error"].startswith(words), name
+    opened = open_run(str(tmp_path / "run"))
+    for record in as_records(records.reset_index()):
+        left = str(without_names(opened, record))
+        assert not [name for name in bad if name and name in left], "what leaves anonymised names no file"
     alone = run(model, write_table(data / "good.csv", rows[:2]), tmp_path / "alone")
     assert alone.exit_code == 0
     pixels = pd.read_parquet(tmp_path / "alone/records")["counterfactual_sha256"][0]
@@ -280,3 +294,42 @@ def test_a_controlnet_of_the_hub_has_to_say_what_it_reads(made: tuple[Path, Path
     network.register_to_config(conditions=None)
     with pytest.raises(UnusableModel, match=r'add "conditions": \["condition\.NAME"\]'):
         generate(bundle, 0.8)
+
+
+def test_threads_that_ask_at_once_load_a_controlnet_once(
+    made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, loads = load(str(made[0])), list[str]()
+
+    def slow(folder: Path | None, name: str) -> object:
+        loads.append(name)
+        time.sleep(0.05)
+        return load_extra(folder, name)
+
+    monkeypatch.setattr(bundles, "load_extra", slow)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: columns_read(bundle, ControlNetConfig()), range(8)))
+    assert found == [["condition.depth"]] * 8
+    assert loads == ["controlnet", "controlnet_1"]
+
+
+def test_a_condition_image_that_was_replaced_since_planning_is_an_error(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, source = made
+    data = Path(shutil.copytree(source, tmp_path / "data"))
+    for file in data.rglob("*.*"):
+        os.utime(file, (1, 1))  # written long before the run was planned
+    words = (model, data / "images.csv", tmp_path / "run", "--limit", 1)
+    assert run(*words).exit_code == 0
+    for file in (tmp_path / "run/records").glob("*.parquet"):
+        name = pd.read_parquet(file)["condition.depth"][0]
+        file.unlink()
+    os.utime(data / name)
+    about = json.loads((tmp_path / "run/run.json").read_text())
+    (tmp_path / "run/run.json").write_text(json.dumps({**about, "started": "2020-01-01T00:00:00+00:00"}))
+    again = run(*words, "--set", "evaluate.max_quarantined_fraction=1")
+    assert again.exit_code == 0, again.output
+    record = pd.read_parquet(tmp_path / "run/records").iloc[0]
+    assert record["status"] == "error"
+    assert record["error"] == f"condition image changed since planning ({name} was written since)"

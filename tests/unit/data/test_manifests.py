@@ -62,14 +62,30 @@ def test_manifest_in_parquet(tmp_path):
     assert [image.lung_mask for image in dataset.images] == ["images/m.png", ""]
 
 
+def test_condition_images_are_columns_of_the_images(tmp_path):
+    """Paths below the root; by the name of the column or by the option; an absent one stays, for the record to name."""
+    rows = "images/a.png,COVID,.\\images\\m.png,\nimages/b c.png,COVID,images/gone.png,images/m.png\n"
+    file = manifest(tmp_path, f"path,label,condition.depth,drawn\n{rows}")
+    config = DataConfig(columns="condition.sketch=drawn")
+    dataset = open_dataset(file, config)
+    assert [dict(image.columns) for image in dataset.images] == [
+        {"condition.depth": "images/m.png"},
+        {"condition.depth": "images/gone.png", "condition.sketch": "images/m.png"},
+    ]
+    assert "1 condition images named in list.csv do not exist" in dataset.notes
+    with pytest.raises(ValueError, match="no such role: depth"):
+        DataConfig(columns="depth=drawn")
+
+
 @pytest.mark.parametrize(
     "path",
     ["../secret.png", "images/../../secret.png", "/etc/passwd", "C:\\images\\a.png", "s3://bucket/a.png", "..\\a.png"],
 )
-@pytest.mark.parametrize("column", ["path", "mask"])
+@pytest.mark.parametrize("column", ["path", "mask", "condition.depth"])
 def test_manifest_stays_in_its_folder(tmp_path, path, column):
-    cells = {"path": "images/a.png", "mask": "images/m.png"} | {column: path}
-    file = manifest(tmp_path, f"path,label,mask\n\n_images/a.png,COVID,\n{cells['path']},COVID,{cells['mask']}\n")
+    cells = {"path": "images/a.png", "mask": "images/m.png", "condition.depth": "images/m.png"} | {column: path}
+    row = f"{cells['path']},COVID,{cells['mask']},{cells['condition.depth']}"
+    file = manifest(tmp_path, f"path,label,mask,condition.depth\n\n_images/a.png,COVID,,\n{row}\n")
     message = unusable(file)
     assert "list.csv row 4" in message
     assert repr(path.replace("\\", "/")) in message

@@ -14,6 +14,7 @@ from trainings import different, killed, run, weights, with_stages
 from diffva_ray.config.recipe import Recipe, RecipeError
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.model.bundle import build, load
+from diffva_ray.workflows.train import training_keys
 
 DENOISER = {"name": "denoiser", "trains": "denoiser", "steps": 2, "batch_size": 4, "learning_rate": 1e-3}
 CONTROLNET = {"name": "structure", "trains": "controlnet", "steps": 4, "batch_size": 4, "learning_rate": 1e-3,
@@ -93,6 +94,20 @@ def test_each_stage_adds_a_controlnet_and_a_killed_training_resumes_exactly(
     table.assign(**{"condition.depth": table["path"]}).to_csv(own.parent / "others.csv", index=False)
     run(with_stages(tiny, CONTROLNET, DEPTH), own.parent / "others.csv", tmp_path / "others")
     assert different(weights(tmp_path / "others", "controlnet_1"), weights(tmp_path / "whole", "controlnet_1"))
+
+
+def test_other_condition_images_are_another_training(own: Path, tiny: Recipe, tmp_path: Path) -> None:
+    """Only for a stage that reads them."""
+    table = pd.read_csv(own)
+    other = own.parent / "exchanged.csv"
+    table.assign(**{"condition.depth": table["path"]}).to_csv(other, index=False)
+
+    def images(stage: dict, file: Path) -> str:
+        keys: str = training_keys(with_stages(tiny, stage), str(file))[1]["images"]
+        return keys
+
+    assert images(DEPTH, own) != images(DEPTH, other)
+    assert images(CONTROLNET, own) == images(CONTROLNET, other)
 
 
 def test_unusable_condition_images_are_one_line(own: Path, images: Path, tiny: Recipe, tmp_path: Path) -> None:
