@@ -152,9 +152,8 @@ class Captions:
 
         def wordy(facts: Facts) -> Facts:
             """The facts by their longest synonyms."""
-            return {
-                name: max((value, *SYNONYMS.get(value.casefold(), ())), key=length) for name, value in facts.items()
-            }
+            others = SYNONYMS if self.config.synonyms else {}
+            return {name: max((value, *others.get(value.casefold(), ())), key=length) for name, value in facts.items()}
 
         images = [image for group in self.of_path.values() for image in group]
         described = []
