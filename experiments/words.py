@@ -1,12 +1,13 @@
 """Induce findings by words that training never combined: captions from data on phantoms with factors.
 
-    python experiments/words.py [--work runs/words] [--steps 1500] [--images 32]
+    python experiments/words.py [--work runs/words] [--start runs/demo/model] [--steps 1200] [--images 32]
 
 Training has no mass on the left and no pneumothorax on the right, neither as first nor as second finding. Healthy
 phantoms of an unseen seed are edited under prompts that ask for these and for trained combinations: as one text, and
 composed of the class and of a finding on that side ("Mass AND finding on the left"). What a prompt adds is the
 difference to the counterfactual under the healthy prompt from the same noise. A classifier that was trained on all
 combinations says which finding the image shows on which side, and whether sex, view and age stayed what they were.
+UNet and text encoder are trained from scratch; the autoencoder is the demo's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import click
 import numpy as np
 import pandas as pd
 import torch
+from diffusers import AutoencoderKL
 from induction import DARK, share_on
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -37,6 +39,7 @@ from diffva_ray.evaluate.drawing import INK, MUTED, png
 from diffva_ray.evaluate.records import as_records, by_shard, read_images, read_records, read_truth
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run, open_run
+from diffva_ray.model.bundle import build, save
 from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision, version
 from diffva_ray.storage.opening import open_store
@@ -68,12 +71,11 @@ HEADS = [*((label, side) for label in FINDINGS for side in SIDES), "F", "AP", "o
 OLD = 55  # years
 
 
-def recipe_of(steps: int, autoencoder_steps: int) -> Recipe:
+def recipe_of(steps: int) -> Recipe:
     values = load_recipe("phantom").model_dump(mode="json")
-    first, joint, _ = values["train"]["stages"]
-    first |= {"steps": autoencoder_steps}
+    _, joint, _ = values["train"]["stages"]
     joint |= {"steps": steps, "classes": {"Normal": 2, **dict.fromkeys(FINDINGS, 2)}}
-    values["train"] |= {"stages": [first, joint]}
+    values["train"] |= {"stages": [joint]}
     values["model"]["tokenizer_length"] = 56
     values["data"] |= {"captions": CAPTIONS, "prompts": {"Normal": "Normal chest scan", **FINDINGS}}
     values["generate"] |= INDUCING
@@ -89,6 +91,17 @@ def manifest(data: Path) -> str:
         writer.writeheader()
         writer.writerows(kept)
     return str(data / "told.csv")
+
+
+def started(recipe: Recipe, autoencoder: Path, folder: Path) -> Recipe:
+    """The recipe on a base of an untrained UNet, an untrained text encoder and a trained autoencoder."""
+    if not (folder / "diffva.json").exists():
+        bundle = build(recipe)
+        bundle.vae = AutoencoderKL.from_pretrained(autoencoder, subfolder="vae")
+        save(bundle, open_store(str(folder)), {})
+    values = recipe.model_dump(mode="json")
+    values["model"] |= {"base": str(folder), "vae": None, "unet": None, "text": None}
+    return make_recipe(values)
 
 
 def train_once(recipe: Recipe, data: str, model: Path, threads: int) -> None:
@@ -224,20 +237,18 @@ def made(folder: Path, count: int, seed: int, classes: tuple[str, ...]) -> Path:
 
 @click.command()
 @click.option("--work", default="runs/words", show_default=True, type=click.Path(path_type=Path))
-@click.option("--steps", default=1500, show_default=True, help="Training steps of UNet and text encoder.")
-@click.option("--autoencoder-steps", default=450, show_default=True)
+@click.option("--start", default="runs/demo/model", show_default=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--steps", default=1200, show_default=True, help="Training steps of UNet and text encoder.")
 @click.option("--images", default=32, show_default=True, help="Healthy test images.")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--result", default="experiments/results/words.json", type=click.Path(path_type=Path))
 @click.option("--pictures", default="docs/images", type=click.Path(path_type=Path))
-def main(
-    work: Path, steps: int, autoencoder_steps: int, images: int, threads: int, result: Path, pictures: Path
-) -> None:
+def main(work: Path, start: Path, steps: int, images: int, threads: int, result: Path, pictures: Path) -> None:
     set_up_logging()
     torch.set_num_threads(threads)
     work = work.absolute()
     data, test = made(work / "train", 3000, 300, CLASSES), made(work / "test", images, 303, ("Normal",))
-    recipe, told = recipe_of(steps, autoencoder_steps), manifest(data)
+    recipe, told = started(recipe_of(steps), start.absolute(), work / "base"), manifest(data)
     train_once(recipe, told, work / "model", threads)
     LOG.info("edits of %d images under %d prompts", images, len(PROMPTS))
     request = Request(classes=("Normal",), sweep=(("prompt", tuple(PROMPTS)),))
@@ -247,7 +258,6 @@ def main(
     rows = scores(run, network)
     about = {
         "command": f"python experiments/words.py --steps {steps} --images {images}",
-        "autoencoder_steps": autoencoder_steps,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
         "versions": {key: version(key) for key in ("torch", "diffusers", "transformers")},
         "code_revision": code_revision(),
