@@ -14,6 +14,7 @@ from scipy import ndimage
 SIDES = ("left", "right")
 ZONES = ("upper", "middle", "lower")  # thirds of the lungs' height
 SIZES = ("small", "medium", "large")
+SEVERITIES = ("mild", "moderate", "severe")
 BILATERAL = 0.2  # of a lesion's area: with as much on either side it is bilateral
 LARGE = (0.08, 0.20)  # of the lungs' area, from which a lesion is medium and large
 SEPARATE = 0.2  # of the largest lesion's area, from which another part counts as a lesion
