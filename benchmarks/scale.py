@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -53,17 +54,14 @@ def simulate(actors: int, shards: int, service: float) -> list[dict[str, Any]]:
 
     class Sleeper:  # defined here to be pickled by value: workers do not have this file
         def __init__(self, *localization: str) -> None:
-            pass
+            self.gpu = threading.Lock()  # one shard at a time, as in ``generate.worker.Turns``
 
         def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-            began = time.time()
-            time.sleep(service)
-            return {
-                "shard": [int(batch["shard"][0])],
-                "worker": [os.getpid()],
-                "began": [began],
-                "ended": [time.time()],
-            }
+            with self.gpu:
+                began = time.time()
+                time.sleep(service)
+                ended = time.time()
+            return {"shard": [int(batch["shard"][0])], "worker": [os.getpid()], "began": [began], "ended": [ended]}
 
     reports: list[dict[str, Any]] = []
     generate("run", "data", "model", list(range(shards)), reports.append, actors, 1.0, worker=Sleeper)

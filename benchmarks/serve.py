@@ -3,7 +3,9 @@
     python benchmarks/serve.py --requests 2000 --clients 64 --out benchmarks/results/serve.json
 
 Every answer is compared with the engine's own for the same image and seed. Unless ``--no-kill`` is given, a replica is
-killed after half of the answers; clients repeat a request that was refused (429) or failed (5xx), as clients do.
+killed after half of the answers; clients repeat a request that was refused (429) or failed (5xx), as clients do. The
+engine's own rate is that of one process with one thread (or GPU), as a replica has, before and after the load: requests
+are decoded, generated, measured and encoded one micro-batch after the other.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import aiohttp
 import click
 import numpy as np
+import psutil
 
 IMAGES, SEEDS = 16, 4  # different requests
 
@@ -56,7 +59,16 @@ async def load(
                     raise SystemExit(f"{status}: {body!r}")
                 await asyncio.sleep(0.2)
             seconds = time.perf_counter() - began
-            answers.append({"n": n, "seconds": seconds, "refused": refused, "failed": failed, **json.loads(body)})
+            answers.append(
+                {
+                    "n": n,
+                    "at": time.perf_counter(),
+                    "seconds": seconds,
+                    "refused": refused,
+                    "failed": failed,
+                    **json.loads(body),
+                }
+            )
             if half and len(answers) == len(work) // 2:
                 await asyncio.to_thread(half)
 
@@ -75,6 +87,27 @@ def kill_replica() -> None:
     ray.kill(ray.get_actor(named[0]["name"], namespace=named[0]["namespace"]))
 
 
+def cpu_seconds() -> dict[str, float]:
+    """CPU time of this process (the clients) and of Ray's processes by their kind."""
+    kinds = {"ServeReplica:default:Engine": "engine", "ServeReplica:default:Api": "api", "ProxyActor": "proxy"}
+    found = dict.fromkeys([*kinds.values(), "other_ray"], 0.0)
+    for process in psutil.Process().children(recursive=True):
+        try:
+            name, times = " ".join(process.cmdline()), process.cpu_times()
+        except psutil.Error:  # it has ended
+            continue
+        found[next((kind for part, kind in kinds.items() if part in name), "other_ray")] += times.user + times.system
+    return {"clients": time.process_time(), **found}
+
+
+def own_rate(responder: Any, requests: list[dict[str, Any]]) -> tuple[float, float, list[dict[str, Any]]]:
+    """Images per second and CPU seconds per image of the engine alone, and its answers."""
+    responder(requests[: responder.batch])  # warm
+    began, cpu, answers = time.perf_counter(), time.process_time(), responder(requests)
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    return len(requests) / seconds, cpu / len(requests), answers
+
+
 @click.command()
 @click.option("--model", default="small")
 @click.option("--requests", default=2000)
@@ -88,17 +121,19 @@ def main(model: str, requests: int, clients: int, replicas: int, gpus: float, ki
     from diffva_ray.distributed import session
     from diffva_ray.explain.requests import Responder
 
-    # The engine alone: what each request must give, and how fast a full batch is.
+    # The engine alone: what each request must give, and how fast full batches are.
     files, responder = images(), Responder(model, device="cuda" if gpus else "cpu")
     different = [
         {"name": name, "data": data, "prompt": "", "seed": seed, "mask": b"", "settings": {}}
         for name, data in files
         for seed in range(SEEDS)
     ]
-    responder(different[: responder.batch])
-    began, expected = time.perf_counter(), responder(different)
-    own_rate = len(different) / (time.perf_counter() - began)
-    del responder
+    before, cpu_alone, expected = own_rate(responder, different)
+    killed = list[float]()  # CPU seconds of the replica that is killed, which end with it
+
+    def half() -> None:
+        killed.append(cpu_seconds()["engine"])
+        kill_replica()
 
     token = "a token of this benchmark"
     os.environ["DIFFVA_SERVE_TOKEN"] = token
@@ -116,23 +151,33 @@ def main(model: str, requests: int, clients: int, replicas: int, gpus: float, ki
                  different[n % len(different)]["seed"]) for n in range(requests)]  # fmt: skip
         uri = f"http://127.0.0.1:{port}"
         asyncio.run(load(uri, token, work[:clients], clients, None))  # warm
-        began = time.perf_counter()
-        answers = asyncio.run(load(uri, token, work, clients, kill_replica if kill else None))
+        cpu, began = cpu_seconds(), time.perf_counter()
+        answers = asyncio.run(load(uri, token, work, clients, half if kill else None))
         seconds = time.perf_counter() - began
+        spent = {kind: value - cpu[kind] for kind, value in cpu_seconds().items()}
+        spent["engine"] += sum(killed)
         serve.shutdown()
+    after, _, _ = own_rate(responder, different)
 
     digests = [one["counterfactual_sha256"] for one in expected]
     wrong = sum(one["counterfactual_sha256"] != digests[one["n"] % len(different)] for one in answers)
-    latencies = [one["seconds"] for one in answers]
+    latencies, alone = [one["seconds"] for one in answers], replicas * (before + after) / 2
+    pause = float(np.diff([began, *sorted(one["at"] for one in answers)]).max())
     result = {
         "model": model, "requests": requests, "clients": clients, "replicas": replicas, "replica_killed": kill,
         "answers": len(answers), "lost": requests - len({one["n"] for one in answers}), "wrong": wrong,
         "refused_429": sum(one["refused"] for one in answers), "repeated_5xx": sum(one["failed"] for one in answers),
         "seconds": round(seconds, 2), "per_second": round(requests / seconds, 2),
-        "engine_alone_per_second": round(own_rate, 2), "share_of_engine": round(requests / seconds / own_rate, 3),
+        "engine_alone_per_second": [round(replicas * rate, 2) for rate in (before, after)],
+        "share_of_engine": round(requests / seconds / alone, 3),
+        "longest_pause_seconds": round(pause, 2),
+        "share_of_engine_without_pause": round(requests / (seconds - pause) / alone, 3),
         "p50_seconds": round(float(np.quantile(latencies, 0.5)), 3),
         "p95_seconds": round(float(np.quantile(latencies, 0.95)), 3),
-        "machine": {"processor": platform.machine(), "cpus": os.cpu_count()},
+        "cpu_ms_per_request": {kind: round(1000 * value / requests, 1) for kind, value in spent.items()},
+        "engine_alone_cpu_ms_per_request": round(1000 * cpu_alone, 1),
+        "cores_used": {kind: round(value / seconds, 2) for kind, value in spent.items()},
+        "machine": {"processor": platform.machine(), "cpus": os.cpu_count(), "load_average": os.getloadavg()},
     }  # fmt: skip
     out.write_text(json.dumps(result, indent=1) + "\n")
     click.echo(json.dumps(result, indent=1))

@@ -3,7 +3,9 @@
     python benchmarks/tables.py            # after a benchmark or an experiment
     python benchmarks/tables.py --check    # exit 1 and a diff if a page differs from the results (a test runs this)
 
-Result files are ``benchmarks/results/*.json`` (speed and cost) and ``experiments/results/*.json`` (quality).
+Result files are ``benchmarks/results/*.json`` (speed and cost) and ``experiments/results/*.json`` (quality). A line
+below each table names the revision that made its files. ``revisions.json`` keeps the dates of revisions for a clone
+without its history.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +21,50 @@ from typing import Any
 import click
 
 ROOT = Path(__file__).parent.parent
-DOCS = ("index", "methods", "throughput", "real_images", "paper", "guides/own_data")
+DOCS = ("index", "methods", "throughput", "real_images", "paper", "report", "guides/own_data")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 Cells = Sequence[Sequence[str]]
+REVISION = re.compile(r"([0-9a-f]{12})(-dirty)?")
+DATES = ROOT / "benchmarks" / "revisions.json"
+read: dict[str, dict[str, Any]] = {}  # the result files that the present table was made of, by name
 
 
 def result(name: str) -> dict[str, Any]:
     """Read the result file ``name`` from either folder of results."""
     files = [ROOT / folder / "results" / f"{name}.json" for folder in ("benchmarks", "experiments")]
-    return json.loads(next(file for file in files if file.exists()).read_text())
+    read[name] = json.loads(next(file for file in files if file.exists()).read_text())
+    return read[name]
+
+
+def revisions(found: dict[str, Any]) -> list[tuple[str, bool]]:
+    """The revisions that a result file names, and whether the checkout had uncommitted changes."""
+    text = next((str(found[key]) for key in ("code_revision", "code", "revision") if found.get(key)), "")
+    return [(revision, bool(dirty)) for revision, dirty in REVISION.findall(text)]
+
+
+def dates() -> dict[str, str]:
+    """The date of each revision that a result file names; "" for one that is not in the history."""
+    known = json.loads(DATES.read_text()) if DATES.exists() else {}
+    files = [file for folder in ("benchmarks", "experiments") for file in (ROOT / folder / "results").glob("*.json")]
+    named = sorted({revision for file in files for revision, _ in revisions(json.loads(file.read_text()))})
+    for revision in named:
+        if not known.get(revision):
+            command = ["git", "-C", str(ROOT), "log", "-1", "--format=%cs", revision]
+            known[revision] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {revision: known[revision] for revision in named}
+
+
+def provenance() -> str:
+    """A line with the revisions of the files in ``read``."""
+    date, parts = dates(), []
+    for name, found in read.items():
+        said = [
+            f"{revision} ({date[revision] or 'not in this history'}{', with uncommitted changes' if dirty else ''})"
+            for revision, dirty in revisions(found)
+        ]
+        parts.append(f"`{name}.json`: " + (f"revision {' and '.join(said)}" if said else "names no revision"))
+    return f"\n{'; '.join(parts)}.\n" if parts else ""
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -442,6 +479,20 @@ def claims() -> str:
     ])  # fmt: skip
 
 
+def report_cost() -> str:
+    rows = []
+    for run in result("report")["runs"]:
+        first, again, page = run["first"], run["again"], run["page"]
+        rows.append(
+            [f"{run['records']:,}", f"{first['seconds']:.0f} s", f"{again['seconds']:.0f} s",
+             f"{max(first['peak_mib'], again['peak_mib'])} MiB", f"{run['report_files']:,}",
+             f"{run['report_mib']:.0f} MiB", f"{page['ready_s']:.1f} s", f"{page['filter_ms']:.0f} ms",
+             f"{page['heap_mib']} MiB"]
+        )  # fmt: skip
+    return markdown(["records", "first report", "again", "peak memory", "files", "size", "viewer ready",
+                     "filter by class", "script memory"], rows)  # fmt: skip
+
+
 def paper_claims() -> str:
     from diffva_ray.paper.claims import HEADS, claims
 
@@ -451,22 +502,36 @@ def paper_claims() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
+<<<<<<< HEAD
         leaderboard, limits, corrections, shortcuts, induction, words, unseen, engine, data_plane, scale, planning,
         fid_rows, real_images, real_summary, real_findings, real_implants, real_pack, implants,
         throughput, demo, claims, gpu, paper_claims, suspects,
+=======
+        leaderboard, limits, corrections, shortcuts, induction, unseen, engine, data_plane, scale, planning, fid_rows,
+        real_images, real_summary, real_findings, real_implants, real_pack, implants,
+        throughput, demo, claims, gpu, paper_claims, suspects, report_cost,
+>>>>>>> main
     )
 }  # fmt: skip
 
 
 def rewritten(text: str) -> str:
     """Return the page with every marked table regenerated. Raises KeyError for an unknown table."""
-    return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}{block[4]}", text)
+
+    def written(block: re.Match[str]) -> str:
+        read.clear()
+        table = TABLES[block[2]]()
+        return f"{block[1]}{table}{provenance()}{block[4]}"
+
+    return BLOCK.sub(written, text)
 
 
 @click.command()
 @click.option("--check", is_flag=True, help="Write nothing.")
 def main(check: bool) -> None:
     wrong = False
+    if not check:
+        DATES.write_text(json.dumps(dates(), indent=1) + "\n")
     for name in PAGES:
         page = ROOT / name
         before = page.read_text()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 LOG = logging.getLogger("diffva")
@@ -95,6 +95,11 @@ class Stopwatch:
         finally:
             self._charge()
             self._stages.pop()
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """Add the seconds of another stopwatch."""
+        for stage, value in seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + value
 
     def _charge(self) -> None:
         self._settle()

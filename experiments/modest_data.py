@@ -17,37 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import pandas as pd
 from training_choices import PAPER, autoencoder, mixed, score, train_from
 
 from diffva_ray.config.recipe import load_recipe, make_recipe
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.images import decode, to_square
-from diffva_ray.evaluate.records import as_records, finished, grey, read_records
 from diffva_ray.generate.run import open_run
 from diffva_ray.metrics.counterfactual import memorisation
+from diffva_ray.paper.extras import audit_counterfactuals, audit_images
 from diffva_ray.paper.inputs import copy_images, sampled
 from diffva_ray.progress import set_up_logging
 from diffva_ray.provenance import code_revision, version
 
 SIZES = (3, 10, 30, 100, 300, 750)  # images of each of the four classes
-SIDE = 32  # pixels of the side of the images that the audit compares
-AUDITED = 300  # images of each set in the audit
-
-
-def healthy_images(uri: str, label: str) -> np.ndarray:
-    """The first healthy images of a data set as rows [n, SIDE ** 2]."""
-    dataset = open_dataset(uri, classes=[label])
-    images = (decode(dataset.store.read(image.path)) for image in dataset.images[:AUDITED])
-    return np.array([to_square(image.astype(np.float32), SIDE).ravel() for image in images])
 
 
 def audit(run: str, train: str, unseen: str, label: str) -> dict[str, Any]:
-    opened = open_run(run)
-    records = as_records(finished(read_records(opened)))
-    made = [to_square(grey(opened.store, row["counterfactual_path"]), SIDE).ravel() for row in records]
-    found = memorisation(np.array(made), healthy_images(train, label), healthy_images(unseen, label))
+    sets = [open_dataset(uri, classes=[label]) for uri in (train, unseen)]
+    seen, held_out = (audit_images(dataset.store, dataset.images) for dataset in sets)
+    found = memorisation(audit_counterfactuals(open_run(run)), seen, held_out)
     return {"nearer_to_training": found.nearer, "without_memory": list(found.without_memory)}
 
 
@@ -71,10 +59,12 @@ def main(demo: str, steps: int, threads: int, result: Path) -> None:
         train_from(start, make_recipe(values), data, model, threads)
         shutil.copytree(Path(demo) / "model" / "judge", model / "judge", dirs_exist_ok=True)
         row: dict[str, Any] = {"images_per_class": size}
-        row |= score(make_recipe(values), demo, str(model), str(model / "run"))
+        validation = f"{demo}/data/validation"
+        row |= score(make_recipe(values), validation, str(model), str(model / "run"))
         row |= audit(str(model / "run"), data, f"{demo}/data/test", base.data.healthy_class)
         paper = make_recipe({**values, "generate": {**values["generate"], **PAPER}})
-        row |= {f"paper_{key}": value for key, value in score(paper, demo, str(model), str(model / "paper")).items()}
+        papers = score(paper, validation, str(model), str(model / "paper"))
+        row |= {f"paper_{key}": value for key, value in papers.items()}
         table.append(row)
         about = {
             "command": f"python experiments/modest_data.py --demo {demo} --steps {steps} --threads {threads}",

@@ -73,8 +73,9 @@ PAPER = {
 }  # fmt: skip
 
 
-def score(recipe: Recipe, demo: str, model: str, out: str) -> dict[str, float]:
-    generate_run(recipe, f"{demo}/data/validation", model, out, Request(), Execution(executor="inline"))
+def score(recipe: Recipe, data: str, model: str, out: str) -> dict[str, float]:
+    """The scores of a model on the abnormal images of a data set with ground truth."""
+    generate_run(recipe, data, model, out, Request(), Execution(executor="inline"))
     metrics = reduce(open_run(out), Options(), executor="inline").metrics
 
     def of(table: str, key: str, **match: Any) -> float:
@@ -152,8 +153,10 @@ def main(demo: str, steps: int, threads: int, only: tuple[str, ...], result: Pat
         seconds = float((model / "seconds.txt").read_text())
         paper = make_recipe({**values, "generate": {**values["generate"], **PAPER}})
         row: dict[str, Any] = {"choice": name}
-        row |= score(recipe, demo, str(model), str(model / "run"))
-        row |= {f"paper_{key}": value for key, value in score(paper, demo, str(model), str(model / "paper")).items()}
+        validation = f"{demo}/data/validation"
+        row |= score(recipe, validation, str(model), str(model / "run"))
+        papers = score(paper, validation, str(model), str(model / "paper"))
+        row |= {f"paper_{key}": value for key, value in papers.items()}
         table.append({**row, "seconds": seconds})
         card = read_card(open_store(f"{demo}/model"))
         about = {

@@ -16,7 +16,8 @@ from diffva_ray.data.phantoms import phantom, write_image
 from diffva_ray.generate.keys import pixel_keys
 from diffva_ray.generate.plan import Request, make_plan
 from diffva_ray.generate.run import start_run
-from diffva_ray.generate.shard import WorkerContext, run_shard
+from diffva_ray.generate.shard import run_shard
+from diffva_ray.generate.worker import WorkerContext
 from diffva_ray.provenance import torch_version
 from diffva_ray.storage.local import LocalStore
 from gpu_sections.book import Book, Values

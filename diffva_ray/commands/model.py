@@ -28,6 +28,7 @@ from diffva_ray.commands.verb import (
     with_flags,
 )
 from diffva_ray.config.recipe import load_recipe
+from diffva_ray.config.stages import CONDITION
 from diffva_ray.data.dataset import UnusableData
 
 if TYPE_CHECKING:
@@ -119,6 +120,17 @@ def _default_output(image: str, suffix: str) -> str:
     return f"{name.rpartition('.')[0] or name}.{suffix}.png"
 
 
+def _condition_paths(texts: tuple[str, ...]) -> dict[str, str]:
+    """Parse ``--condition`` options: ``depth=FILE`` -> {"condition.depth": FILE}."""
+    pairs = [text.partition("=") for text in texts]
+    if wrong := [text for text, (name, _, path) in zip(texts, pairs, strict=True) if not name or not path]:
+        raise click.UsageError(f"--condition {wrong[0]}: write NAME=FILE, for example depth=image.depth.png")
+    paths = {CONDITION + name: path for name, _, path in pairs}
+    if len(paths) < len(pairs):
+        raise click.UsageError("--condition: a name is given twice")
+    return paths
+
+
 @verb("explain", "Explain one image")
 @click.argument("image")
 @small_option
@@ -131,6 +143,13 @@ def _default_output(image: str, suffix: str) -> str:
 )
 @compose_options
 @click.option(
+    "--condition",
+    "conditions",
+    multiple=True,
+    metavar="NAME=FILE",
+    help="Condition image of the ControlNet that reads condition.NAME; repeatable.",
+)
+@click.option(
     "--out",
     metavar="FILE",
     help="Path of the sheet (.png, .pdf or .svg), local or s3://; default: <image>.explained.png in the current folder.",
@@ -141,7 +160,10 @@ def _default_output(image: str, suffix: str) -> str:
 @recipe_option
 @set_option
 @dry_run_option
-def explain(image: str, model: str, prompts: tuple[str, ...], out: str | None, as_json: bool, **options: Any) -> None:
+def explain(
+    image: str, model: str, prompts: tuple[str, ...], conditions: tuple[str, ...], out: str | None, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Explain one image: generate its healthy counterfactual and attribution map, print the metrics and write a
     sheet. The result equals that of generate if the image's path in the data set is the bare file name.
 
@@ -152,16 +174,17 @@ def explain(image: str, model: str, prompts: tuple[str, ...], out: str | None, a
     """
     from diffva_ray.explain.image import explain as explain_image
     from diffva_ray.explain.sheet import check_sheet, describe, write_sheet
-    from diffva_ray.workflows.execution import model_recipe
+    from diffva_ray.model.recipe import model_recipe
 
     recipe = model_recipe(model, options["recipe"], settings_overrides(options))
+    paths = _condition_paths(conditions)
     if options["also"] or options["without"]:
         prompts = tuple(composed_prompt(prompt, options) for prompt in prompts or [recipe.data.healthy_prompt])
     path = out or _default_output(image, "explained")
     check_sheet(path)
     if options["dry_run"]:
         return show(recipe, image=image, model=model, out=path, prompts=prompts or [recipe.data.healthy_prompt])
-    explanation = explain_image(image, model, recipe, prompts)
+    explanation = explain_image(image, model, recipe, prompts, conditions=paths)
     write_sheet(explanation, path)
     if as_json:
         return echo(json.dumps({**explanation.as_dict(), "sheet": path}, indent=1))
@@ -197,7 +220,7 @@ def interpolate(image: str, model: str, prompts: tuple[str, ...], other: str | N
     from diffva_ray.explain.interpolate import interpolate as interpolate_image
     from diffva_ray.explain.interpolate import write_strip
     from diffva_ray.explain.sheet import check_sheet
-    from diffva_ray.workflows.execution import model_recipe
+    from diffva_ray.model.recipe import model_recipe
 
     ignored = [f"--{name}" for name in ("method", "scheduler") if options[name] is not None]
     if other is not None and ignored:

@@ -64,9 +64,9 @@ def paper(model: str, inception_weights: str | None, dry_run: bool, **options: A
         diffva paper --radiography DATA --chexpert CHEXPERT --model models/cxr --out runs/paper
     """
     from diffva_ray.evaluate.options import inception_path
+    from diffva_ray.model.recipe import model_recipe
     from diffva_ray.paper.build import planned_paper, run_paper
     from diffva_ray.paper.state import Inputs
-    from diffva_ray.workflows.execution import model_recipe
 
     # A dry run needs no weights and downloads none.
     weights = None if dry_run else inception_path(inception_weights)

@@ -80,7 +80,7 @@ def generate(data: str, model: str, out: str, **options: Any) -> int:
     from diffva_ray.generate.failure_threshold import allow_quarantined, check_quarantine_limit
     from diffva_ray.generate.plan import Request, parse_sweep
     from diffva_ray.generate.run import open_run
-    from diffva_ray.workflows.execution import model_recipe
+    from diffva_ray.model.recipe import model_recipe
     from diffva_ray.workflows.generate import generate_run
 
     # Resolve recipe and request.

@@ -6,6 +6,7 @@ import logging
 import shlex
 import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 
 import click
 
@@ -81,16 +82,19 @@ def readers(study: str, answers: tuple[str, ...]) -> None:
     metavar="DIR",
     help="Local folder for uploads, results and verdicts.",
 )
-@click.option("--run", metavar="RUN", help="Use the model of this run instead of --model.")
+@click.option("--run", metavar="RUN", help="Show the records of this run, too, and use its model instead of --model.")
+@click.option("--service", metavar="URL", help="HTTP service that runs the networks of --model; none is loaded here.")
 @click.option("--study", metavar="SHEET", help="Show the sheet of a reader study (STUDY/sheet) and nothing else.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port; default: any free port.")
-def studio(model: str, out: str, run: str | None, study: str | None, port: int) -> None:
+def studio(model: str, out: str, run: str | None, service: str | None, study: str | None, port: int) -> None:
     """Serve a page on the loopback address, where experts open images, ask for counterfactuals in words, compare them
-    and say whether they are right; with --study, where readers answer a study. Nothing leaves this machine.
+    and say whether they are right; with --study, where readers answer a study. Nothing leaves this machine, except
+    images that are sent to --service, with the token in DIFFVA_SERVE_TOKEN.
 
     Example:
         diffva studio
-        diffva studio --model models/mine --out runs/studio
+        diffva studio --run runs/first --out runs/studio
+        diffva studio --model models/mine --service http://127.0.0.1:8000
         diffva studio --study studies/first/sheet
     """
     from diffva_ray.generate.run import open_run
@@ -108,7 +112,9 @@ def studio(model: str, out: str, run: str | None, study: str | None, port: int) 
             page = read_page.build(gradio, sheet)
         else:
             LOG.setLevel(logging.WARNING)  # the page says itself what it does
-            page = ask_page.build(gradio, Workspace(out, open_run(run).about["model"] if run else model))
+            seen = open_run(run) if run else None
+            workspace = Workspace(out, seen.about["model"] if seen else model, service=service, run=seen)
+            page = ask_page.build(gradio, workspace, Path(uploads), service)
         try:
             pages.serve(gradio, page, port, echo)
         except OSError as error:

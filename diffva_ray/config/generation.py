@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from diffva_ray.config.stages import Section
 
@@ -49,14 +51,35 @@ class ClassifierGuidedConfig(Section):
 class ControlNetConfig(Section):
     """Settings of method ``controlnet``; names and defaults follow StableDiffusionControlNetImg2ImgPipeline."""
 
-    conditioning_scale: float = Field(0.8, ge=0)
-    """Weight of the condition image (lungs and edges); 0 is plain ``sdedit``."""
+    conditioning_scale: float | tuple[float, ...] = 0.8
+    """Weight of the condition image, or one weight for each of the model's ControlNets, as ``[0.8, 0.3]``, in the order
+    in which they were trained. A ControlNet of weight 0 is left out; without any the method is plain ``sdedit``."""
 
     start: float = Field(0.0, ge=0, le=1)
     """Fraction of the steps after which the condition is first used."""
 
     end: float = Field(1.0, ge=0, le=1)
     """Fraction of the steps after which the condition is no longer used."""
+
+    @field_validator("conditioning_scale", mode="before")
+    @classmethod
+    def _weights(cls, value: Any) -> Any:
+        weights = value if isinstance(value, (list, tuple)) else [value]
+        if not weights or not all(type(weight) in (int, float) and 0 <= weight < math.inf for weight in weights):
+            raise ValueError("write one weight of 0 or more, or one for each ControlNet as [0.8, 0.3]")
+        return value
+
+    def weights(self, controls: Sequence[Sequence[str]]) -> list[float]:
+        """The weight of each ControlNet; ``controls``: their conditions. Raises ValueError for a wrong number."""
+        scale = self.conditioning_scale
+        weights = list(scale) if isinstance(scale, tuple) else [scale] * len(controls)
+        if len(weights) != len(controls):
+            listed = ", ".join("+".join(conditions) for conditions in controls)
+            raise ValueError(
+                f"generate.controlnet.conditioning_scale: {len(weights)} weights for {len(controls)} ControlNets "
+                f"({listed}); give one for all, or one for each"
+            )
+        return weights
 
 
 class AccelerationConfig(Section):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+CONDITION = "condition."  # columns of a table that name condition images begin with it
 # In ``classes`` and ``prior_class``: names that a training takes from its data set (train/classes.py).
 HEALTHY, ABNORMAL, EACH = "<healthy>", "<abnormal>", "<each>"
 
@@ -140,8 +141,18 @@ class ControlNetStageConfig(NoisePredictionConfig):
     trains: Literal["controlnet"]
     """Kind of stage."""
 
-    conditions: tuple[Literal["lungs", "edges"], ...] = Field(("lungs", "edges"), min_length=1)
-    """Channels of the condition image: lungs, and Canny edges outside the lungs."""
+    conditions: tuple[str, ...] = ("lungs", "edges")
+    """Condition image: of ``lungs`` and Canny ``edges`` outside the lungs, computed from the image, or the user's own
+    image in one column ``condition.NAME`` of a table, such as ``condition.depth``. One stage for each condition trains
+    several ControlNets."""
+
+    @field_validator("conditions")
+    @classmethod
+    def _known(cls, conditions: tuple[str, ...]) -> tuple[str, ...]:
+        own = [name for name in conditions if name.startswith(CONDITION) and name != CONDITION]
+        if not conditions or (set(conditions) - {"lungs", "edges"} and len(own) + len(conditions) != 2):
+            raise ValueError("use 'lungs' or 'edges', or both, or one column 'condition.NAME' of your own images")
+        return conditions
 
 
 class JudgeConfig(StageConfig):

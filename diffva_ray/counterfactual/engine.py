@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -23,6 +23,7 @@ from diffva_ray.config.prompts import texts_of
 from diffva_ray.config.recipe import GUESS, SOURCE, GenerateConfig
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.composition import embedded
+from diffva_ray.counterfactual.controlnet import columns_read
 from diffva_ray.counterfactual.exact_device import exact_device, gpu_name
 from diffva_ray.counterfactual.guess import guess
 from diffva_ray.counterfactual.latent_diffusion import Edit, LatentDiffusion, noise, speed_up_doubling
@@ -30,6 +31,7 @@ from diffva_ray.counterfactual.methods import GENERATE
 from diffva_ray.data.images import to_square
 from diffva_ray.model import text
 from diffva_ray.model.bundle import Bundle, load
+from diffva_ray.model.card import UnusableModel
 from diffva_ray.progress import Stopwatch
 
 
@@ -76,7 +78,8 @@ class CounterfactualEngine:
 
     The engine takes the bundle over in place: networks move to the device, change dtype and memory layout, and their
     upsamplers are replaced. The bundle can then be neither saved nor trained; load the model again, or copy it first.
-    On a CPU, ``config.cpu_threads`` becomes torch's number of threads for the whole process, because it changes pixels.
+    On a CPU, ``config.cpu_threads`` becomes torch's number of threads in every thread that calls the engine, because it
+    changes pixels. Only one thread may call it at a time.
 
     Args:
         bundle: The networks of a model folder, from ``model.bundle.load``.
@@ -101,8 +104,7 @@ class CounterfactualEngine:
         self.config = config or bundle.recipe.generate
         self.device = torch.device(device_kind(device))
         dtype = getattr(torch, self.config.dtype)
-        if self.device.type == "cpu":
-            torch.set_num_threads(self.config.cpu_threads)
+        self._set_threads()
         exact_device()
         for module in bundle.modules.values():
             speed_up_doubling(module)  # sums kernels, so before they are rounded to ``dtype``
@@ -176,6 +178,21 @@ class CounterfactualEngine:
             self._embeddings[prompt] = text.embed(self.bundle.text_encoder, ids.to(self.device), mask.to(self.device))
         return self._embeddings[prompt]
 
+    def condition_columns(self, settings: SamplingSettings | None = None) -> list[str]:
+        """Name the condition images that a call needs for every image.
+
+        Args:
+            settings: Sampling settings; by default those of the recipe.
+
+        Returns:
+            Columns ``condition.NAME`` of the ControlNets in use; none for methods without a ControlNet.
+
+        Raises:
+            UnusableModel: If the model lacks the ControlNet, or has another number of them than there are weights.
+        """
+        method = METHODS[(settings or self.settings).method]
+        return columns_read(self.bundle, self.config.controlnet) if method.needs == "controlnet" else []
+
     @torch.inference_mode()
     def __call__(
         self,
@@ -184,6 +201,7 @@ class CounterfactualEngine:
         prompts: Sequence[str | Blend] | None = None,
         settings: SamplingSettings | None = None,
         lungs: Sequence[NDArray[np.bool_] | None] | None = None,
+        conditions: Sequence[Mapping[str, NDArray[np.float32]]] | None = None,
     ) -> CounterfactualBatch:
         """Generate the counterfactuals of n images, at most ``config.micro_batch``.
 
@@ -195,6 +213,8 @@ class CounterfactualEngine:
             prompts: What the counterfactuals should show, one per image; by default the recipe's healthy prompt.
             settings: Sampling settings of all images; by default those of the recipe.
             lungs: Lung masks, bool [size, size] or None, one per image; None counts as lungs everywhere.
+            conditions: Condition images, float [3, size, size] in [0, 1] by column (see ``condition_columns``), one
+                mapping per image.
 
         Returns:
             Counterfactuals, reconstructions and source prompts of the n images.
@@ -202,7 +222,8 @@ class CounterfactualEngine:
         Raises:
             ValueError: If arguments differ in length or have the wrong shape or range, the method cannot use the
                 scheduler, or a prompt exceeds the model's tokens.
-            UnusableModel: If the model lacks a network that the method needs.
+            UnusableModel: If the model lacks a network that the method needs, or the network reads condition images
+                that are not given.
         """
         if (isinstance(images, np.ndarray) and images.ndim == 2) or isinstance(prompts, str):
             raise ValueError("images, seeds and prompts are lists, with one of each for every image")
@@ -212,11 +233,19 @@ class CounterfactualEngine:
         settings = settings or self.settings
         prompts = [self.bundle.recipe.data.healthy_prompt] * count if prompts is None else prompts
         self._check(images, seeds, prompts, lungs)
+        self._set_threads()
         if settings.scheduler != (only := METHODS[settings.method].scheduler or settings.scheduler):
             raise ValueError(f"method {settings.method} runs with scheduler {only}, not {settings.scheduler}")
+        columns = self._check_conditions(settings, count, conditions or ())
         masks: Sequence[NDArray[np.bool_] | None] = [None] * count if lungs is None else lungs
-        batch = self._run(images, seeds, prompts, settings, masks, full)
-        return self._repaired(batch, images, seeds, prompts, settings, masks)
+        own = [{column: one[column] for column in columns} for one in conditions or [{}] * count]
+        batch = self._run(images, seeds, prompts, settings, masks, own, full)
+        return self._repaired(batch, images, seeds, prompts, settings, masks, own)
+
+    def _set_threads(self) -> None:
+        """Set torch's number of threads for the thread that calls: torch starts each one with all cores."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.config.cpu_threads)
 
     def _repaired(
         self,
@@ -226,6 +255,7 @@ class CounterfactualEngine:
         prompts: Sequence[str | Blend],
         settings: SamplingSettings,
         lungs: Sequence[NDArray[np.bool_] | None],
+        conditions: Sequence[Mapping[str, NDArray[np.float32]]],
     ) -> CounterfactualBatch:
         """The batch, with images that a smaller dtype could not represent generated again, one by one, in float32."""
         finite = np.isfinite(batch.counterfactuals) & np.isfinite(batch.reconstructions)
@@ -240,7 +270,7 @@ class CounterfactualEngine:
                 network.float()  # exact, and so is the way back
             with eager:
                 for i in broken.tolist():
-                    one = self._run([images[i]], [seeds[i]], [prompts[i]], settings, [lungs[i]], 1)
+                    one = self._run([images[i]], [seeds[i]], [prompts[i]], settings, [lungs[i]], [conditions[i]], 1)
                     batch.counterfactuals[i], batch.reconstructions[i] = one.counterfactuals[0], one.reconstructions[0]
                     batch.source_prompts[i], batch.in_float32[i] = one.source_prompts[0], True
         finally:
@@ -255,6 +285,7 @@ class CounterfactualEngine:
         prompts: Sequence[str | Blend],
         settings: SamplingSettings,
         lungs: Sequence[NDArray[np.bool_] | None],
+        conditions: Sequence[Mapping[str, NDArray[np.float32]]],
         full: int,
     ) -> CounterfactualBatch:
         """Generate the counterfactuals of n images in a batch of ``full`` images."""
@@ -266,6 +297,7 @@ class CounterfactualEngine:
         everywhere = np.ones((self.size, self.size), np.bool_)
         masks = [everywhere if (mask := lungs[i]) is None else mask for i in slots]
         generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in slots]
+        own = {name: np.stack([conditions[i][name] for i in slots]) for name in conditions[0]}
 
         # Encode.
         mean, std = self.model.encode(squares)
@@ -292,6 +324,7 @@ class CounterfactualEngine:
             source=torch.cat([self.embed(prompt) for prompt in sources]),
             settings=settings,
             config=self.config,
+            conditions={name: torch.from_numpy(stack).to(self.device) for name, stack in own.items()},
         )
         generated = GENERATE[settings.method](self.model, request)
         return CounterfactualBatch(
@@ -328,6 +361,22 @@ class CounterfactualEngine:
             if not self.fits(prompt):
                 limit = self.bundle.tokenizer.model_max_length
                 raise ValueError(f"prompt {prompt!r}: more than the {limit} tokens that this model reads")
+
+    def _check_conditions(
+        self, settings: SamplingSettings, count: int, conditions: Sequence[Mapping[str, NDArray[np.float32]]]
+    ) -> list[str]:
+        """The columns of the condition images in use. Raises UnusableModel unless every image has all of them."""
+        columns, shape = self.condition_columns(settings), (3, self.size, self.size)
+        for column in columns:
+            given = [one[column].shape for one in conditions if column in one]
+            if len(given) != count:
+                raise UnusableModel(
+                    f"method {settings.method}: the model's ControlNet reads an image {column} for every X-ray, and "
+                    f"{len(given)} of {count} have one; generate takes it from a table, explain from --condition"
+                )
+            if set(given) != {shape}:
+                raise ValueError(f"{column}: a condition image is {list(shape)}, as the model's square")
+        return columns
 
     def _source_prompts(self, latents: torch.Tensor, seeds: list[int]) -> list[str]:
         """The prompt of what each image shows: the recipe's, or the model's guess among ``data.prompts``, those of the

@@ -6,9 +6,9 @@ The second half of the file holds two exact accelerations of the networks; metho
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class Edit:
     source: torch.Tensor  # embedding of what the image shows, for methods that encode it first
     settings: SamplingSettings
     config: GenerateConfig  # the recipe's section ``generate``, with the settings of single methods
+    conditions: Mapping[str, torch.Tensor] = field(default_factory=dict)  # own condition images [n, 3, size, size]
     further: Sequence[Further] = ()  # of a composed prompt: embeddings of its other texts, and their weights
 
 

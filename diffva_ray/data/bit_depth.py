@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from diffva_ray.data.dataset import Dataset, UnusableData
-from diffva_ray.data.images import BadImage, describe, largest_value
+from diffva_ray.data.images import BadImage, decode, describe
 
 SAMPLE_SIZE = 32  # files, spread over the data set
 HEADER_BYTES = 33  # a PNG's bit depth is in its first chunk
@@ -79,6 +79,7 @@ def _may_be_deep(head: bytes) -> bool:
 
 def _largest_of(data: bytes) -> int | None:
     try:
-        return largest_value(data) if _may_be_deep(data) and describe(data).endswith("grey 16-bit") else None
+        deep = _may_be_deep(data) and describe(data).endswith("grey 16-bit")
+        return round(float(decode(data).max()) * 65535) if deep else None
     except BadImage:
         return None

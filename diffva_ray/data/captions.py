@@ -17,9 +17,10 @@ from diffva_ray.config.captions import NAMED, CaptionConfig
 from diffva_ray.config.recipe import DataConfig
 from diffva_ray.data.columns import is_lateral
 from diffva_ray.data.dataset import LabelledImage
-from diffva_ray.data.images import BadImage, decode_square, read_mask
+from diffva_ray.data.images import BadImage, decode_square
 from diffva_ray.data.labels import plain
 from diffva_ray.data.lexicon import SYNONYMS, in_words
+from diffva_ray.data.masks import read_mask
 from diffva_ray.data.places import SEVERITIES, SIDES, SIZES, ZONES, place_of
 from diffva_ray.data.shapes import Shape, lesion_mask
 from diffva_ray.schema import digest

@@ -27,7 +27,8 @@ class LabelledImage:
         caption: Training prompt of this image; empty: the prompt of its class.
         patient: Hash of the patient's id (``columns.patient_key``); empty when the data set does not know the patient.
         columns: Further columns of the data set's table as text: ``view``, ``laterality``, ``age``, ``sex``,
-            ``spacing``, ``split`` where it has them, and any others under their own names.
+            ``spacing``, ``split`` where it has them, and any others under their own names; ``condition.NAME`` are paths
+            of condition images.
     """
 
     path: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from io import BytesIO
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,8 @@ MODES = {
     "I": "grey 32-bit",
     "F": "grey float",
 }
+
+GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I", "F")  # modes of Pillow without colours
 
 # Pillow's and pydicom's warnings do not matter here or end as a BadImage, and would fill the log.
 warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\b")
@@ -116,6 +118,19 @@ def decode_square(data: bytes, size: int, min_side: int = 1, bits: int = 16) -> 
     return image, shape
 
 
+def decode_colours(data: bytes, size: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decodes an image with its colours (three equal ones if it is grey) and resizes each channel with ``to_square``.
+
+    Returns float32 [3, size, size] in [0, 1], and the height and width of the file in pixels. Raises BadImage."""
+
+    def finish(image: np.ndarray, _: Any) -> tuple[np.ndarray, tuple[int, int]]:
+        channels = np.moveaxis(image, -1, 0) if image.ndim == 3 else [image]
+        squares = [to_square(channel, size) for channel in channels]
+        return np.stack(squares if len(squares) == 3 else squares * 3), image.shape[:2]
+
+    return _guarded(lambda: _decode(data, 1, 16, finish, colours=True))
+
+
 def decode_with_columns(
     data: bytes, size: int | None = None, min_side: int = 1, bits: int = 16
 ) -> tuple[np.ndarray, tuple[int, int], dict[str, str]]:
@@ -153,11 +168,6 @@ def describe(data: bytes) -> str:
     return _guarded(header)
 
 
-def largest_value(data: bytes) -> int:
-    """The largest value that a 16-bit grey image stores. Raises BadImage."""
-    return round(float(decode(data).max()) * 65535)
-
-
 def _guarded(work: Callable[[], Result]) -> Result:
     """Result of ``work``; turns every exception into BadImage, as damaged files make decoders raise any of them."""
     try:
@@ -172,9 +182,11 @@ def _guarded(work: Callable[[], Result]) -> Result:
         raise BadImage(f"damaged or truncated image ({type(error).__name__}: {error})") from None
 
 
-def _decode(data: bytes, min_side: int, bits: int, finish: Callable[[np.ndarray, Any], Result]) -> Result:
+def _decode(
+    data: bytes, min_side: int, bits: int, finish: Callable[[np.ndarray, Any], Result], colours: bool = False
+) -> Result:
     """Result of ``finish`` for the image and its pydicom data set (None of another file); its pixels count towards
-    IN_FLIGHT until ``finish`` returns."""
+    IN_FLIGHT until ``finish`` returns. ``colours``: an image that is not grey is [H, W, 3]."""
     if is_dicom(data):
         return _decode_dicom(data, min_side, finish)
     kind, image = open_image(data)
@@ -187,15 +199,17 @@ def _decode(data: bytes, min_side: int, bits: int, finish: Callable[[np.ndarray,
     if kind == "JPEG" and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise BadImage(f"a JPEG with {scans:,} scans; at most {MAX_SCANS:,} are read")
     with IN_FLIGHT(width * height):
-        return finish(_pixels(kind, image, data, bits), None)
+        return finish(_pixels(kind, image, data, bits, colours), None)
 
 
-def _pixels(kind: str, image: Any, data: bytes, bits: int) -> np.ndarray:
-    """Grey [H, W] in [0, 1], upright, of an opened image."""
+def _pixels(kind: str, image: Any, data: bytes, bits: int, colours: bool) -> np.ndarray:
+    """Grey [H, W] in [0, 1], upright, of an opened image; [H, W, 3] with ``colours`` if the image is not grey."""
     white_is_zero = kind == "TIFF" and image.tag_v2.get(262) == 0
     image.load()
     check_end(kind, data)
     ImageOps.exif_transpose(image, in_place=True)
+    if colours and image.mode not in GREY:
+        return np.asarray(image.convert("RGB"), np.float32) / 255
     grey = _grey(image, bits)
     if white_is_zero and image.mode.startswith("I;16"):  # Pillow inverts such TIFFs only up to 8 bits
         np.subtract(1, grey, out=grey)
@@ -384,17 +398,3 @@ def _mask(grey: np.ndarray, size: int) -> np.ndarray:
         raise BadImage(f"a mask has the values 0 and white; the maximum of this one is {grey.max():.3f} of white")
     mask = Image.fromarray(np.where(grey > 0.5, 255, 0).astype(np.uint8))
     return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
-
-
-class Files(Protocol):
-    """What a mask is read from: a store, or files guarded by other means."""
-
-    def read(self, path: str) -> bytes: ...
-
-
-def read_mask(files: Files, path: str, size: int) -> NDArray[np.bool_] | None:
-    """A mask as in ``decode_mask``; None when it cannot be read, as a record does not depend on its mask."""
-    try:
-        return decode_mask(files.read(path), size)
-    except (ValueError, OSError):  # BadImage is a ValueError
-        return None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from diffva_ray.config.recipe import DataConfig
+from diffva_ray.config.stages import CONDITION
 from diffva_ray.data.boxes import ends
 from diffva_ray.data.columns import described, patient_key
 from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
@@ -87,12 +88,14 @@ def add_rows(
     further = {column: f"data_{column}" if column in RESERVED else column
                for column in table.columns if column not in roles.values()}  # fmt: skip
     further |= {column: role for role, column in roles.items() if role not in OF_THE_IMAGE}
-    outside, absent_images, absent_masks, several = [], set(), 0, set()
+    conditions = [column for column in further if further[column].startswith(CONDITION)]
+    outside, absent_images, absent_masks, absent_conditions, several = [], set(), 0, set(), set()
     for where, row in table.rows:
         cell = {role: row[column] for role, column in roles.items()}
         try:
             path = inside(cell["image"], listing)
             masks = {role: inside(cell[role], listing) for role in ("mask", "lesion") if cell.get(role, "").strip()}
+            own = {column: base + inside(row[column], listing) for column in conditions if row[column].strip()}
         except Outside as error:
             outside.append((where, error.path))
             continue
@@ -107,7 +110,10 @@ def add_rows(
             absent_images.add(path)
         existing = {role: listing.exact(base + mask) for role, mask in masks.items()}
         absent_masks += sum(mask is None for mask in existing.values())
-        columns = described({**{new: row[old] for old, new in further.items()}, **(more or {})})
+        own = {column: listing.exact(path) or path for column, path in own.items()}
+        absent_conditions |= {path for path in own.values() if path not in listing.sizes}
+        cells = {**row, **own}
+        columns = described({**{new: cells[old] for old, new in further.items()}, **(more or {})})
         images.images += [
             LabelledImage(
                 found or base + path, label, -1 if found is None else listing.sizes[found], existing.get("mask") or "",
@@ -121,7 +127,8 @@ def add_rows(
     if several:
         what = f"{len(several)} labels such as {min(several)!r} are one class each; separate labels by |"
         images.remarks.append(what)
-    _remark(images, table, name, roles, {"images": len(absent_images), "masks": absent_masks})
+    absent = {"images": len(absent_images), "masks": absent_masks, "condition images": len(absent_conditions)}
+    _remark(images, table, name, roles, absent)
 
 
 def _found(path: str, base: str, listing: Listing) -> str | None:

@@ -7,6 +7,7 @@ gives it the same shard again, without limit; ``generate/attempts.py`` sets the 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import secrets
@@ -36,11 +37,13 @@ from diffva_ray.storage.store import patiently
 
 MAX_START_DEATHS = 3  # consecutive actors that may die while they start (spot node, memory) before the run fails
 KEPT = "All committed work is kept; the same command continues the run"
+SHARDS_AT_ONCE = 2  # per actor: one uses the GPU while the other reads its images, or stores and commits its results
 REFUSAL_PAUSE = 30.0  # seconds for which an actor on a failed GPU keeps a shard, so that others take the next ones
 
 
 class ShardWorker:
-    """Actor of the pool: opens model, data and run once, then runs shards, or refuses them on a failed GPU."""
+    """Actor of the pool: opens model, data and run once, then runs shards, or refuses them on a failed GPU. Ray calls
+    it for SHARDS_AT_ONCE shards from as many threads."""
 
     def __init__(self, run: str, data: str, model: str, device: str, driver: str, allowed: bool = False) -> None:
         from diffva_ray.generate import shard  # imported here because it loads torch, which the driver does not need
@@ -60,7 +63,7 @@ class ShardWorker:
 
     def opened(self, *arguments: Any) -> Any:
         """Load model, data and run."""
-        from diffva_ray.generate.shard import WorkerContext
+        from diffva_ray.generate.worker import WorkerContext
 
         return WorkerContext.open(*arguments)
 
@@ -134,6 +137,7 @@ def generate(
     context.print_on_execution_start = False
     context.max_consecutive_actor_init_deaths = MAX_START_DEATHS
     context.execution_no_progress_timeout_s = -1  # a shard or the wait for a node may take longer than Ray's 30 min
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0  # an actor with SHARDS_AT_ONCE shards is busy
 
     arguments = (run, data, model, "cuda" if gpus else "cpu", secrets.token_hex(6), allow_environment_change)
     failed, given_up = dict[str, str](), list[str]()
@@ -169,6 +173,7 @@ def _reports(
         num_gpus=gpus or None,
         num_cpus=0,  # on a small machine, actors with one CPU each would starve Ray Data's own tasks
         fn_constructor_args=arguments,
+        **_calls_at_once(of_pool=False),
     )
     reported = list[int]()
     with session.waiting("the first shard", {"GPU": gpus} if gpus else {"CPU": 1}, lambda: bool(reported)):
@@ -184,4 +189,17 @@ def _pool(actors: int | None, gpus: float, pending: int) -> ray.data.ActorPoolSt
     wanted = actors or (int(session.gpus() / gpus) if gpus else session.cpus())
     min_size = max(1, min(wanted, pending))
     max_size = pending if actors is None and gpus else min_size
-    return ray.data.ActorPoolStrategy(min_size=min_size, max_size=max_size, max_tasks_in_flight_per_actor=2)
+    return ray.data.ActorPoolStrategy(
+        min_size=min_size,
+        max_size=max_size,
+        max_tasks_in_flight_per_actor=SHARDS_AT_ONCE,
+        enable_true_multi_threading=True,
+        **_calls_at_once(of_pool=True),
+    )
+
+
+def _calls_at_once(of_pool: bool) -> dict[str, Any]:
+    """The argument for SHARDS_AT_ONCE calls of an actor: of the pool where Ray has one (2.60), else of the actor."""
+    named = "max_concurrent_calls_per_actor"
+    has_it = named in inspect.signature(ray.data.ActorPoolStrategy).parameters
+    return {named if has_it else "max_concurrency": SHARDS_AT_ONCE} if of_pool == has_it else {}

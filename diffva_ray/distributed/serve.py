@@ -8,6 +8,7 @@ settings and seed. Nothing is stored.
 import asyncio
 import hmac
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 from fastapi import FastAPI, File, Form, HTTPException, Request, UploadFile
@@ -20,7 +21,6 @@ from diffva_ray._version import __version__
 
 TOKEN = "DIFFVA_SERVE_TOKEN"  # environment variable of every node, with the token that clients send
 MAX_UPLOAD = 64_000_000  # bytes of a request; the largest detectors make files of 40 MB
-BATCH_WAIT = 0.02  # seconds that a micro-batch waits for more requests
 api = FastAPI(
     title="diffva-ray", version=__version__, description="Counterfactuals of chest X-rays. Not for clinical use."
 )
@@ -28,32 +28,49 @@ api = FastAPI(
 
 @serve.deployment
 class Engine:
-    """The model; every call is one image, and calls are answered in micro-batches."""
+    """The model; every call is one image. Images are decoded, measured and encoded in threads of their own. Whatever
+    waits when the networks become free is the next micro-batch; ``serve.batch`` would close it while they are busy,
+    and the padding of small batches costs as much as images."""
 
     def __init__(self, model: str, overrides: tuple[str, ...], device: str | None) -> None:
         from diffva_ray.explain.requests import Responder  # loads torch
 
-        self.responder = Responder(model, overrides, device)
-        self.answer.set_max_batch_size(self.responder.batch)  # type: ignore[attr-defined]  # Ray's decorator has it
+        self.responder, self.networks = Responder(model, overrides, device), ThreadPoolExecutor(1)
+        self.free, self.waiting = asyncio.Lock(), list[tuple[Any, asyncio.Future[Any]]]()
 
-    @serve.batch(max_batch_size=1, batch_wait_timeout_s=BATCH_WAIT)
-    async def answer(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return await asyncio.to_thread(self.responder, requests)  # health checks are answered meanwhile
+    async def about(self) -> dict[str, Any]:
+        return self.responder.about
 
     async def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
-        return await self.answer(request)
+        prepared = await asyncio.to_thread(self.responder.prepare, request)
+        if isinstance(prepared, dict):
+            return prepared
+        loop = asyncio.get_running_loop()
+        own = (prepared, loop.create_future())
+        self.waiting.append(own)
+        try:
+            async with self.free:
+                if not own[1].done():  # nobody has taken this request along
+                    batch = self.waiting[: self.responder.batch]
+                    requests = [one for one, _ in batch]
+                    made = await loop.run_in_executor(self.networks, self.responder.generate, requests)
+                    for (_, answer), result in zip(batch, made, strict=True):
+                        answer.set_result(result)
+        finally:  # also when the client has gone: the next in line then generates for the others
+            self.waiting = [one for one in self.waiting if one is not own and not one[1].done()]
+        return await asyncio.to_thread(self.responder.finish, own[1].result())
 
 
 @api.middleware("http")
 async def guarded(request: Request, call_next: Any) -> Any:
     """Refuse requests without the token, and too large ones, before their bodies are read."""
     given, length = request.headers.get("authorization", ""), request.headers.get("content-length", "")
-    if request.method == "POST":
+    if request.url.path.startswith("/v1/"):
         if not hmac.compare_digest(given.encode(), f"Bearer {os.environ[TOKEN]}".encode()):
             return JSONResponse({"detail": "give the token as Authorization: Bearer TOKEN"}, 401)
-        if not length.isdecimal():
+        if request.method == "POST" and not length.isdecimal():
             return JSONResponse({"detail": "give the request a Content-Length"}, 411)
-        if int(length) > MAX_UPLOAD:
+        if int(length or 0) > MAX_UPLOAD:
             return JSONResponse({"detail": f"the request has {length} bytes; at most {MAX_UPLOAD} are read"}, 413)
     return await call_next(request)
 
@@ -78,6 +95,12 @@ class Api:
         """Whether the service answers; needs no token."""
         return {"status": "ok", "version": __version__}
 
+    @api.get("/v1/model")
+    async def model(self) -> dict[str, Any]:
+        """What decides the pixels besides a request: digest of the model, settings, device, versions."""
+        about: dict[str, Any] = await self.engine.about.remote()
+        return about
+
     @api.post("/v1/counterfactuals")
     async def counterfactuals(
         self,
@@ -92,6 +115,7 @@ class Api:
         strength: Annotated[float | None, Form()] = None,
         guidance_scale: Annotated[float | None, Form()] = None,
         num_inference_steps: Annotated[int | None, Form()] = None,
+        reconstruction: Annotated[bool, Form(description="answer with the autoencoder's image, too")] = False,
     ) -> dict[str, Any]:
         """Generate the counterfactual of an image: its metrics, and counterfactual (8-bit grey) and attribution map
         (16-bit grey, zero is 32768) as PNG in base64."""
@@ -100,6 +124,7 @@ class Api:
         request = {
             "name": image.filename or "image", "data": await image.read(), "prompt": prompt, "seed": seed,
             "mask": await mask.read() if mask else b"",
+            "reconstruction": reconstruction,
             "settings": {key: value for key, value in settings.items() if value is not None},
         }  # fmt: skip
         try:

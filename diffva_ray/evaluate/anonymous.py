@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, cast
 
+from diffva_ray.config.stages import CONDITION
 from diffva_ray.generate.run import Run
 from diffva_ray.schema import Record, digest
 
@@ -23,7 +24,8 @@ def without_names(run: Run, record: Record) -> Record:
     values: dict[str, Any] = {**record, **dict.fromkeys(run.about.get("columns", ()))}
     paths = {key: values[key] for key in FILES if isinstance(values[key], str) and values[key]}  # NaN in a data frame
     values |= {key: image_id(path) for key, path in paths.items()}
-    if any(path.rpartition("/")[2] in str(values["error"]) for path in paths.values()):
+    conditions = [str(value) for column, value in record.items() if column.startswith(CONDITION) and value]
+    if any(path.rpartition("/")[2] in str(values["error"]) for path in (*paths.values(), *conditions)):
         values["error"] = values["status"]
     return cast("Record", values)
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from diffva_ray.config.sampling import SWEEPABLE
 from diffva_ray.data.dataset import LabelledImage
-from diffva_ray.data.images import BadImage, Files, decode, decode_grey, decode_map, decode_mask, to_square
+from diffva_ray.data.images import BadImage, decode, decode_grey, decode_map, decode_mask, to_square
+from diffva_ray.data.masks import Files
 from diffva_ray.data.shapes import Shape, lesion_mask
 from diffva_ray.generate.committed import PATHS, committed
 from diffva_ray.generate.planned_files import PlannedFiles

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,15 @@ from numpy.typing import NDArray
 from diffva_ray._version import __version__
 from diffva_ray.config.prompts import texts_of
 from diffva_ray.config.recipe import Recipe
+from diffva_ray.config.stages import CONDITION
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.bit_depth import check_image_bits
 from diffva_ray.data.captions import trained_texts
+from diffva_ray.data.conditions import decode_condition
 from diffva_ray.data.dataset import UnusableData, companions
 from diffva_ray.data.encoding import quantise
-from diffva_ray.data.images import BadImage, decode_with_columns, read_mask, to_square
+from diffva_ray.data.images import BadImage, decode_with_columns, to_square
+from diffva_ray.data.masks import read_mask
 from diffva_ray.generate.measures import measure
 from diffva_ray.generate.plan import check_settings
 from diffva_ray.metrics.validity import Judge, load_judge
@@ -62,9 +66,15 @@ class Explanation:
 
 
 def explain(
-    image: str, model: str, recipe: Recipe, prompts: Sequence[str] = (), device: str | None = None
+    image: str,
+    model: str,
+    recipe: Recipe,
+    prompts: Sequence[str] = (),
+    device: str | None = None,
+    conditions: Mapping[str, str] = MappingProxyType({}),
 ) -> Explanation:
-    """Explain one image (local or ``s3://``) under each prompt, by default the recipe's healthy one.
+    """Explain one image (local or ``s3://``) under each prompt, by default the recipe's healthy one. ``conditions``:
+    paths of condition images by column ``condition.NAME``.
 
     The seed is ``record_seed(recipe.seed, <file name>, 0)``, as in a run with the image at its data root. All prompts
     share it. Raises UnusableData for an image or prompts that cannot be used, or if the networks give NaN or infinity;
@@ -83,13 +93,14 @@ def explain(
     seed = record_seed(recipe.seed, name, 0)
     square = to_square(pixels, engine.size)
     lungs, lesion = (mask_beside(image, kind, engine.size) for kind in ("masks", "lesions"))
+    own, digests = condition_images(engine, conditions, pixels.shape)
 
     # Generate and measure, a micro-batch of prompts at a time.
     answers: list[Answer] = []
     for start in range(0, len(prompts), config.micro_batch):
         batch = prompts[start : start + config.micro_batch]
         count = len(batch)
-        result = engine([square] * count, [seed] * count, batch, lungs=[lungs] * count)
+        result = engine([square] * count, [seed] * count, batch, lungs=[lungs] * count, conditions=[own] * count)
         if not (np.isfinite(result.counterfactuals).all() and np.isfinite(result.reconstructions).all()):
             raise UnusableData(f"{image}: the networks gave NaN or infinity for this image")
         for prompt, counterfactual, reconstruction, source_prompt in zip(
@@ -97,8 +108,36 @@ def explain(
         ):
             answer = answer_of(square, lungs, counterfactual, reconstruction, prompt, source_prompt, recipe, judge)
             answers.append(answer)
-    about = {**origin(image, data, model, engine, recipe, seed), **described(pixels, columns)}
+    about = {**origin(image, data, model, engine, recipe, seed), **described(pixels, columns), **digests}
     return Explanation(square, lungs, lesion, answers, about)
+
+
+def condition_images(
+    engine: CounterfactualEngine, paths: Mapping[str, str], shape: tuple[int, ...]
+) -> tuple[dict[str, Image], dict[str, Any]]:
+    """The condition images [3, size, size] that the engine's method reads, by column, and their digests for the sheet.
+
+    Raises UnusableData for one that is not given, is not read, or does not lie on an image of ``shape``.
+    """
+    read = engine.condition_columns()
+    names = [column.removeprefix(CONDITION) for column in (*paths, *read)]
+    for name in names:
+        if CONDITION + name not in read:
+            listed = ", ".join(names[len(paths) :]) or "none"
+            raise UnusableData(f"--condition {name}: the method reads no such condition image (it reads {listed})")
+        if CONDITION + name not in paths:
+            raise UnusableData(f"the model's ControlNet reads a condition image {name!r}; give --condition {name}=FILE")
+    images, digests = {}, {}
+    for column, path in paths.items():
+        store, file = open_file(path)
+        try:
+            data = store.read(file)
+            images[column] = decode_condition(data, engine.size, (shape[0], shape[1]))
+        except (OSError, BadImage) as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else error
+            raise UnusableData(f"--condition {path}: {reason}") from None
+        digests[column] = {"path": path, "sha256": hashlib.sha256(data).hexdigest()}
+    return images, {"conditions": digests} if digests else {}
 
 
 def described(pixels: Image, columns: Mapping[str, str]) -> dict[str, Any]:

@@ -22,9 +22,9 @@ MASK_CALLS = 6  # of DiffEdit's mask: CALLS of counterfactual/guidance_differenc
 TFLOP = {("CompVis/stable-diffusion-v1-4", 512): (0.803, 1.117, 2.515, 0.283)}
 
 
-def calls(settings: Mapping[str, Any], prompts: int) -> Calls:
+def calls(settings: Mapping[str, Any], prompts: int, controlnets: int = 1) -> Calls:
     """Network calls of one record. ``settings``: as in ``GenerateConfig``, and the ``prompt`` where it is composed;
-    ``prompts``: number of the model's prompts.
+    ``prompts`` and ``controlnets``: numbers of the model's prompts and ControlNets.
 
     UNet calls that compute only its outermost layers (``deep_features_every``) count as whole calls.
     """
@@ -37,7 +37,10 @@ def calls(settings: Mapping[str, Any], prompts: int) -> Calls:
     further = guided * (len(parts(settings.get("prompt", ""))) - 1)  # of a composed prompt
     guessed = GUESS_CALLS * prompts if settings["source_prompt"] == GUESS else 0
     derived = settings["method"] == "masked" and settings["masked"]["source"] == "derived"
-    return of_method._replace(unet=of_method.unet + further + guessed + (MASK_CALLS if derived else 0))
+    scale = settings["controlnet"]["conditioning_scale"]
+    used = sum(weight > 0 for weight in (scale if isinstance(scale, (list, tuple)) else [scale] * controlnets))
+    unet = of_method.unet + further + guessed + (MASK_CALLS if derived else 0)
+    return of_method._replace(unet=unet, controlnet=of_method.controlnet * used)
 
 
 class Pace(NamedTuple):
@@ -72,10 +75,11 @@ def cost(
     None for networks that are not in the table and with ``deep_features_every``. Raises ValueError for invalid
     acceleration settings."""
     of_points = []
+    controlnets = sum(stage.trains == "controlnet" for stage in recipe.train.stages) or 1
     for values in itertools.product(*(values for _, values in sweep)):
         swept = dict(zip((key for key, _ in sweep), values, strict=True))
         settings = {**recipe.generate.model_dump(), "prompt": prompt or "", **swept}
-        of_points.append(calls(settings, len(recipe.data.prompts)))
+        of_points.append(calls(settings, len(recipe.data.prompts), controlnets))
     networks = TFLOP.get((recipe.model.base or "", recipe.model.resolution))
     unet = sum(point.unet for point in of_points) / len(of_points)
     tflop = None

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from diffva_ray.config.recipe import GenerateConfig
 from diffva_ray.counterfactual.attribution import attribution, energy
 from diffva_ray.data.encoding import map_levels, pixel_digest
-from diffva_ray.metrics.ssim import l1, ms_ssim, psnr, ssim
+from diffva_ray.metrics.ssim import l1, psnr, ssim_and_ms_ssim
 from diffva_ray.metrics.validity import Judge
 from diffva_ray.schema import Results
 
@@ -33,12 +33,12 @@ def measure(
     """
     edited = unit(counterfactual)
     signed_map = attribution(image, unit(reconstruction), edited, config)
-    multiscale, scales = ms_ssim(image, edited)
+    similarity, multiscale, scales = ssim_and_ms_ssim(image, edited, config.ssim_preset)
     attribution_energy, in_lungs = energy(signed_map, lungs)
     healthy = judge.healthy_probability(np.stack([image, edited])).tolist() if judge is not None else (None, None)
     return {
         "attribution_kind": config.map_name,
-        "ssim": ssim(image, edited, config.ssim_preset),
+        "ssim": similarity,
         "ms_ssim": multiscale,
         "ms_ssim_scales": scales,
         "psnr": psnr(image, edited),

@@ -3,6 +3,7 @@ batch."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,8 +25,8 @@ from diffva_ray.metrics.validity import Judge
 from diffva_ray.progress import Stopwatch
 from diffva_ray.schema import PathColumn, PlannedRecord, Record, Results, Status, complete
 
-THREADS = 4
-MAX_PENDING = 32  # generations that may wait for a thread
+THREADS = min(16, max(4, (os.cpu_count() or 1) // 4))  # a GPU machine has 8 to 16 cores for each GPU
+PENDING_BATCHES = 2  # generations that may wait for a thread, in micro-batches
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Postprocessor:
         self, files: ShardFiles, watch: Stopwatch, config: GenerateConfig, judge: Judge | None, extractor: Extractor
     ) -> None:
         self.files, self.watch, self.config, self.judge, self.extractor = files, watch, config, judge, extractor
+        self.max_pending = PENDING_BATCHES * max(config.micro_batch, THREADS)
         # torch starts each thread with all cores, and thread counts change the last bits of features
         self.pool = ThreadPoolExecutor(THREADS, "postprocess", torch.set_num_threads, (config.cpu_threads,))
         self.pending: deque[Future[ProcessedRecord]] = deque()
@@ -75,10 +77,10 @@ class Postprocessor:
     def submit(self, item: Generation | ScoredRecord | Record) -> Future[ProcessedRecord]:
         """Process a generation, scored or not, or pass on a record that has none.
 
-        Waits while MAX_PENDING generations are pending. Raises the exception of an earlier one (StoreError when the
-        store fails, AlreadyCommitted), so that nothing is generated in vain.
+        Waits while PENDING_BATCHES micro-batches are pending. Raises the exception of an earlier one (StoreError when
+        the store fails, AlreadyCommitted), so that nothing is generated in vain.
         """
-        while self.pending and (self.pending[0].done() or len(self.pending) >= MAX_PENDING):
+        while self.pending and (self.pending[0].done() or len(self.pending) >= self.max_pending):
             with self.watch("write"):
                 self.pending.popleft().result()
         if isinstance(item, (Generation, ScoredRecord)):

@@ -1,112 +1,41 @@
 """Generates one shard: read, generate, score, write. The Parquet part is written last and is the commit.
 
-Nothing here uses Ray: a Ray actor and a plain loop call the same ``run_shard``.
+Nothing here uses Ray: a Ray actor and a plain loop call the same ``run_shard``. Threads of one worker may call it for
+several shards at once: one of them generates, while others read their images, or score and store their results.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from diffva_ray._version import __version__
 from diffva_ray.config.sampling import SamplingSettings
-from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.counterfactual.exact_device import is_device_error, is_out_of_memory
 from diffva_ray.data.encoding import quantise
-from diffva_ray.data.images import MAX_BYTES, BadImage, decode_mask, decode_with_columns
+from diffva_ray.data.images import MAX_BYTES, BadImage, decode_with_columns
 from diffva_ray.data.memory_limit import MemoryLimit
-from diffva_ray.generate.attempts import MAX_RECORD_DEATHS, Attempt, GpuFailed, OutOfMemory, Session
+from diffva_ray.generate.attempts import MAX_RECORD_DEATHS, Attempt, GpuFailed, OutOfMemory
+from diffva_ray.generate.companions import condition_image, lung_mask, momentary
 from diffva_ray.generate.data_identity import check_there, readable
-from diffva_ray.generate.keys import check_device_name
-from diffva_ray.generate.planned_files import PlannedFiles
-from diffva_ray.generate.postprocessing import Generation, Postprocessor, ProcessedRecord
-from diffva_ray.generate.run import Run, Unfinished, find_run, part
-from diffva_ray.generate.shard_files import AlreadyCommitted, ShardFiles, commit_path, features_path
+from diffva_ray.generate.postprocessing import Generation, ProcessedRecord
+from diffva_ray.generate.run import part
+from diffva_ray.generate.shard_files import AlreadyCommitted, ShardFiles, commit_path, features_path, records_part
+from diffva_ray.generate.worker import WorkerContext
 from diffva_ray.metrics.feature_set import npz
-from diffva_ray.metrics.features import Extractor, stand_in
-from diffva_ray.metrics.validity import Judge, load_judge
-from diffva_ray.model.bundle import load
 from diffva_ray.progress import LOG, Stopwatch, one_line
 from diffva_ray.schema import PlannedRecord, Record, Results, Status, complete
-from diffva_ray.storage.opening import open_store
-from diffva_ray.storage.store import Modified, Store, StoreError, patiently
+from diffva_ray.storage.store import Modified, patiently
 
 READ_THREADS = 8
 READ_LIMIT = MemoryLimit(MAX_BYTES)  # bytes of image files in memory
-
-
-@dataclass
-class WorkerContext:
-    """What a worker keeps between shards."""
-
-    run: Run
-    data: Store  # where the images are
-    engine: CounterfactualEngine  # with the model on its device
-    judge: Judge | None  # of the model; None: it has none
-    extractor: Extractor = field(default_factory=stand_in)  # whose features the shards store
-    session: Session = field(default_factory=Session)  # decides which markers of dead workers count
-
-    @classmethod
-    def open(
-        cls, run_uri: str, data_uri: str, model_uri: str, device: str | None = None, session: Session | None = None,
-        allow_environment_change: bool = False,
-    ) -> WorkerContext:  # fmt: skip
-        """Load everything a shard needs.
-
-        Raises UnusableModel for a model that cannot be loaded, Unfinished without a run at ``run_uri``, for another
-        model than the run's, and for a model that cannot be compiled or has a damaged judge; FingerprintDiffers on
-        another device than that of the run's first worker; GpuFailed for a GPU that cannot be used.
-        """
-        run = find_run(open_store(run_uri))
-        if run is None:
-            raise Unfinished(f"{run_uri}: no run there")
-        bundle = load(model_uri, run.recipe)
-        if bundle.digest != run.keys["model_digest"]:
-            raise Unfinished(f"--model {model_uri}: not the model that {run_uri} was planned with")
-        try:
-            engine = CounterfactualEngine(bundle, run.recipe.generate, device)
-        except RuntimeError as error:
-            if is_device_error(error):
-                raise GpuFailed(f"the GPU cannot be used: {one_line(error, 160)}") from error
-            raise
-        check_device_name(run, engine.device_name, allow_environment_change)
-        try:
-            if run.recipe.generate.compile:
-                engine.compile()
-            judge = load_judge(open_store(model_uri))
-        except ValueError as error:
-            raise Unfinished(str(error)) from None
-        return cls(run, open_store(data_uri), engine, judge, session=session or Session())
-
-    @cached_property
-    def files(self) -> PlannedFiles:
-        """As ``Run.files``, of the worker's own data set."""
-        return PlannedFiles.of(self.run.about, self.data)
-
-    @cached_property
-    def results(self) -> Results:
-        """The results that all records of this worker share."""
-        kind = self.run.recipe.generate.map_name
-        return {
-            "model_digest": self.engine.bundle.digest, "attribution_kind": kind, "device": self.engine.device_name
-        }  # fmt: skip
-
-    def postprocessor(self, files: ShardFiles) -> Postprocessor:
-        """A new postprocessor for one attempt at a shard."""
-        config = self.run.recipe.generate
-        return Postprocessor(files, self.engine.watch, config, self.judge, self.extractor)
 
 
 @dataclass
@@ -116,6 +45,7 @@ class Source:
     planned: PlannedRecord
     square: NDArray[np.float32] | None = None  # the image, grey [size, size] in [0, 1]; None: unreadable
     lungs: NDArray[np.bool_] | None = None  # lung mask [size, size]
+    conditions: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # own condition images [3, size, size]
     results: Results = field(default_factory=lambda: Results())  # image_sha256, width, height; or status and error
     absent: bool = False  # there is no such file, or no permission to read it
     busy: float = 0.0  # seconds of reading and decoding
@@ -134,7 +64,8 @@ def run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
     Returns:
         A report: ``shard``, ``records`` and ``ok`` (their numbers; 0 for a shard that another process committed), and
         ``seconds`` by stage: read and decode_images (waiting for images, which are read ahead), encode, denoise,
-        decode, metrics and write (waiting for the threads that score and store, and for the commit).
+        decode, metrics and write (waiting for the threads that score and store, and for the commit). The wait for
+        another shard of this worker counts nowhere.
 
     Raises:
         StoreError: The store keeps failing, or the data set is gone.
@@ -147,21 +78,22 @@ def run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
         return patiently(lambda: _run_shard(context, shard))
     except AlreadyCommitted:
         LOG.info("%s: another process has committed this shard", part(shard))
-        return {"shard": shard, "records": 0, "ok": 0, "seconds": context.engine.watch.seconds}
+        return {"shard": shard, "records": 0, "ok": 0, "seconds": {}}
 
 
 def _run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
-    run, store, watch = context.run, context.run.store, context.engine.watch
-    watch.seconds = {}
+    run, store, watch = context.run, context.run.store, Stopwatch()
     if store.exists(commit_path(shard)):
-        return {"shard": shard, "records": 0, "ok": 0, "seconds": watch.seconds}
+        return {"shard": shard, "records": 0, "ok": 0, "seconds": {}}
     planned = run.planned(shard)
     _ = context.files  # read here, because until Python 3.12 all threads wait for one that computes a cached property
     # generate; with markers, in ever smaller groups, if a worker died on this shard before
-    with Attempt(store, shard, context.session) as attempt:
+    attempt = Attempt(store, shard, context.session)
+    with context.turns(alone=attempt.isolated), attempt:
         files = ShardFiles(store, shard, attempt.token)
         try:
-            processed = (_in_groups if attempt.isolated else _in_batches)(context, planned, attempt, files)
+            process = _in_groups if attempt.isolated else _in_batches
+            processed = process(context, planned, attempt, files, watch)
         except RuntimeError as error:
             if is_device_error(error):
                 attempt.leave("device")
@@ -193,20 +125,21 @@ def _run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
 
 
 def _in_batches(
-    context: WorkerContext, planned: list[PlannedRecord], attempt: Attempt, files: ShardFiles
+    context: WorkerContext, planned: list[PlannedRecord], attempt: Attempt, files: ShardFiles, watch: Stopwatch
 ) -> list[ProcessedRecord]:
     """Process the records in micro-batches, while threads read the next images and store the last results."""
-    size, watch, sources = context.run.recipe.generate.micro_batch, context.engine.watch, list[Source]()
+    size, sources = context.run.recipe.generate.micro_batch, list[Source]()
     readers = ThreadPoolExecutor(READ_THREADS)
     try:
-        with context.postprocessor(files) as postprocessor:
+        with context.postprocessor(files, watch) as postprocessor:
             images = [readers.submit(read_source, context, record) for record in planned]
-            for start in range(0, len(images), size):  # batches of the plan: unreadable neighbours change no pixel
-                with watch("read"):
-                    batch = [image.result() for image in images[start : start + size]]
-                for item in _generate(context, batch):
-                    postprocessor.submit(item)
-                sources += batch
+            with context.generating(watch):
+                for start in range(0, len(images), size):  # batches of the plan: unreadable neighbours change no pixel
+                    with watch("read"):
+                        batch = [image.result() for image in images[start : start + size]]
+                    for item in _generate(context, batch):
+                        postprocessor.submit(item)
+                    sources += batch
             _check_absent(context, sources)
             _split_read_time(watch, sources)
             return postprocessor.results()
@@ -215,14 +148,14 @@ def _in_batches(
 
 
 def _in_groups(
-    context: WorkerContext, planned: list[PlannedRecord], attempt: Attempt, files: ShardFiles
+    context: WorkerContext, planned: list[PlannedRecord], attempt: Attempt, files: ShardFiles, watch: Stopwatch
 ) -> list[ProcessedRecord]:
     """Process the records of a shard on which a worker died, group by group: suspects first, poison records not at all.
 
     Batches are padded, so a record has the same pixels in a smaller group as in a full batch."""
-    limit, poison, watch = MAX_RECORD_DEATHS[attempt.session.executor], attempt.poison_records, context.engine.watch
+    limit, poison = MAX_RECORD_DEATHS[attempt.session.executor], attempt.poison_records
     sources = list[Source]()
-    with context.postprocessor(files) as postprocessor:
+    with context.postprocessor(files, watch) as postprocessor:
         for record in (record for record in planned if record["record_id"] in poison):
             reason = f"its process died {limit} times while this record was the only one in progress"
             killed: Results = {**context.results, "status": Status.KILLED_WORKER.value, "error": reason}
@@ -236,7 +169,8 @@ def _in_groups(
             with mark:  # without storing: a death there is not the records' fault
                 with watch("read"):
                     read = [read_source(context, record) for record in records]
-                items = _generate(context, read)
+                with context.generating(watch):
+                    items = _generate(context, read)
                 with watch("metrics"):
                     scored = [postprocessor.score(item) if isinstance(item, Generation) else item for item in items]
             sources += read
@@ -257,7 +191,7 @@ def _check_absent(context: WorkerContext, sources: Sequence[Source]) -> None:
         check_there(context.run.about, context.data)
     for record in absent:
         if record["image_size"] >= 0 and readable(context.data, record["image_path"]):
-            raise _momentary(context, record["image_path"])
+            raise momentary(context.data, record["image_path"])
 
 
 def _split_read_time(watch: Stopwatch, sources: Sequence[Source]) -> None:
@@ -296,7 +230,11 @@ def read_source(context: WorkerContext, planned: PlannedRecord) -> Source:
             source.planned = _with_header(planned, columns)
             source.results = {"image_sha256": hashlib.sha256(data).hexdigest(), "height": height, "width": width}
         if planned["lung_mask_path"]:
-            source.lungs = _lung_mask(context, planned["lung_mask_path"])
+            source.lungs = lung_mask(context.files, context.run.about, planned["lung_mask_path"], size)
+        for column in context.engine.condition_columns(SamplingSettings.of(planned)):
+            path = cast("dict[str, str]", planned)[column]
+            shape = (height, width)
+            source.conditions[column] = condition_image(context.files, context.run.about, column, path, shape, size)
     except Modified as error:
         reason = f"{'mask' if source.results else 'image'} changed since planning ({error})"
         source.results, source.square = {"status": Status.ERROR.value, "error": reason}, None
@@ -312,24 +250,6 @@ def read_source(context: WorkerContext, planned: PlannedRecord) -> Source:
     return source
 
 
-def _lung_mask(context: WorkerContext, path: str) -> NDArray[np.bool_] | None:
-    """A planned lung mask [size, size]; None for a damaged one. Raises BadImage for one that is gone, Modified, and
-    StoreError when the data set is gone or was for a moment."""
-    try:
-        return decode_mask(context.files.read(path), context.engine.size)
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        check_there(context.run.about, context.data)
-        if readable(context.data, path):
-            raise _momentary(context, path) from None
-        raise BadImage(f"its lung mask {path} cannot be read any more ({type(error).__name__})", Status.ERROR) from None
-    except (ValueError, OSError):
-        return None
-
-
-def _momentary(context: WorkerContext, path: str) -> StoreError:
-    return StoreError(f"{context.data.uri}/{path} was missing for a moment and is readable again")
-
-
 def _with_header(planned: PlannedRecord, header: dict[str, str]) -> PlannedRecord:
     """The planned record with what the file's header says of patient and view, where the data set says nothing."""
     values = {name: value for name, value in planned.items() if value or name not in header}
@@ -343,13 +263,16 @@ def _generate(context: WorkerContext, sources: Sequence[Source]) -> list[Generat
     if not any(source.square is not None for source in sources):
         return [complete(source.planned, {**context.results, **source.results}) for source in sources]
     blank = np.zeros((context.engine.size, context.engine.size), np.float32)
+    settings = SamplingSettings.of(sources[0].planned)  # equal within a shard
+    empty = dict.fromkeys(context.engine.condition_columns(settings), np.stack([blank] * 3))
     with context.engine.watch("denoise"):  # the engine takes its encode and decode times out of it
         batch = context.engine(
             [blank if source.square is None else source.square for source in sources],
             [source.planned["seed"] for source in sources],
             ["" if source.square is None else source.planned["prompt"] for source in sources],
-            SamplingSettings.of(sources[0].planned),  # equal within a shard
+            settings,
             [source.lungs for source in sources],
+            [source.conditions if source.square is not None else empty for source in sources],
         )
     items: list[Generation | Record] = []
     for source, counterfactual, reconstruction, source_prompt, in_float32 in zip(
@@ -378,15 +301,3 @@ def _features(name: str, processed: Sequence[ProcessedRecord]) -> bytes:
     ids, sources, counterfactuals = zip(*kept, strict=True)
     arrays = {f"{name}/source": np.stack(sources), f"{name}/counterfactual": np.stack(counterfactuals)}
     return npz({"ids": np.array(ids), **arrays})
-
-
-def records_part(run: Run, shard: int, records: Sequence[Record], features: str = "") -> bytes:
-    """A shard's Parquet part, serialised in memory so that it is written as a whole; ``features``: path of their file,
-    by default ``features_path``."""
-    metadata = {"fingerprint": run.fingerprint, "shard": str(shard), "diffva_ray": __version__}
-    if features not in ("", features_path(shard)):
-        metadata["features"] = features
-    table = pa.Table.from_pylist(list(records), schema=run.records_schema.with_metadata(metadata))
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import io
 import threading
+from collections.abc import Sequence
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffva_ray.generate.run import part
+from diffva_ray._version import __version__
+from diffva_ray.generate.run import Run, part
+from diffva_ray.schema import Record
 from diffva_ray.storage.store import Store
 
 
@@ -70,3 +74,15 @@ class ShardFiles:
             return self.store.read(path) == data
         except OSError:  # for example a folder
             return False
+
+
+def records_part(run: Run, shard: int, records: Sequence[Record], features: str = "") -> bytes:
+    """A shard's Parquet part, serialised in memory so that it is written as a whole; ``features``: path of their file,
+    by default ``features_path``."""
+    metadata = {"fingerprint": run.fingerprint, "shard": str(shard), "diffva_ray": __version__}
+    if features not in ("", features_path(shard)):
+        metadata["features"] = features
+    table = pa.Table.from_pylist(list(records), schema=run.records_schema.with_metadata(metadata))
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()

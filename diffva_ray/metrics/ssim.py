@@ -75,18 +75,44 @@ def ms_ssim(a: NDArray[np.floating], b: NDArray[np.floating]) -> tuple[float, in
         >>> ms_ssim(np.ones((64, 64)), np.ones((64, 64)))
         (1.0, 3)
     """
-    a, b = _pair(a, b)
+    value, scales, _ = _multiscale(*_pair(a, b))
+    return value, scales
+
+
+def ssim_and_ms_ssim(
+    a: NDArray[np.floating], b: NDArray[np.floating], preset: Preset = "wang"
+) -> tuple[float, float, int]:
+    """SSIM, MS-SSIM and its number of scales, in the time of the second: its finest scale is SSIM by Wang.
+
+    Args:
+        a: Grey image [H, W] in [0, 1].
+        b: Grey image of the same shape.
+        preset: Of the SSIM; see ``ssim``.
+
+    Returns:
+        What ``ssim`` (to rounding) and ``ms_ssim`` return.
+
+    Raises:
+        ValueError: If the shapes differ, or a side has fewer than 11 pixels.
+    """
+    value, scales, finest = _multiscale(*_pair(a, b))
+    return finest if preset == "wang" else ssim(a, b, preset), value, scales
+
+
+def _multiscale(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, int, float]:
+    """MS-SSIM, its number of scales, and the SSIM of the finest one."""
     scales = scales_of(min(a.shape))
     if not scales:
         raise ValueError(f"MS-SSIM needs at least {WINDOW} pixels a side, got {_size(a)}")
     weights = WEIGHTS if scales == len(WEIGHTS) else [w / sum(WEIGHTS[:scales]) for w in WEIGHTS[:scales]]
-    value = 1.0
+    value, finest = 1.0, 0.0
     for scale, weight in enumerate(weights):
         similarity, contrast = _terms(a, b)
+        finest = finest if scale else similarity
         factor = similarity if scale == scales - 1 else contrast  # eq. 7: luminance enters at the coarsest scale only
         value *= max(factor, 0.0) ** weight
         a, b = _half(a), _half(b)
-    return float(value), scales
+    return float(value), scales, finest
 
 
 def scales_of(side: int) -> int:

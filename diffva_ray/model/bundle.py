@@ -5,6 +5,7 @@ A saved model is an ordinary diffusers folder (``DiffusionPipeline.from_pretrain
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from diffva_ray.config.recipe import Recipe, RecipeError, make_recipe
 from diffva_ray.model import lora, text
-from diffva_ray.model.card import CARD, COMPONENTS, FORMAT, LORA, UnusableModel, folder_digest, read_card
+from diffva_ray.model.card import CARD, COMPONENTS, CONTROLNETS, FORMAT, LORA, UnusableModel, folder_digest, read_card
 from diffva_ray.model.cross_attention import fit_text_width, text_width
 from diffva_ray.model.extras import load_extra
 from diffva_ray.model.image_conditioning import reads_image
@@ -89,6 +90,15 @@ class Bundle:
         if name not in self.extras:
             self.extras[name] = load_extra(self.folder, name)
         return self.extras[name]
+
+    @property
+    def controlnets(self) -> list[Any]:
+        """The model's ControlNets, in the order of their folders. Raises UnusableModel without one."""
+        names = itertools.takewhile(self._has, CONTROLNETS[1:])
+        return [self.extra(name) for name in (CONTROLNETS[0], *names)]
+
+    def _has(self, name: str) -> bool:
+        return name in self.extras or (self.folder is not None and (self.folder / name / "config.json").exists())
 
     @property
     def latent_scale(self) -> int:

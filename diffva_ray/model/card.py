@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ CARD = "diffva.json"
 FORMAT = 2  # of diffva.json; format 1 had recipes with other key names
 TRAINING, PROGRESS = ".train/training.json", ".train/progress.json"  # written during training, kept afterwards
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+CONTROLNETS = ("controlnet", *(f"controlnet_{n}" for n in range(1, 8)))  # as MultiControlNetModel names its folders
 # Folders of the networks of single methods, which extras.py loads. The digest depends on this order: append new ones.
-EXTRAS = ("controlnet", "classifier", "vant_gan", "ant_gan")
+EXTRAS = ("controlnet", "classifier", "vant_gan", "ant_gan", *CONTROLNETS[1:])
 LORA = "lora"  # folder of unmerged adapters
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -101,6 +103,13 @@ class ModelFolder:
         """Whether the folder has an extra network (a name of EXTRAS)."""
         return self.store.exists(f"{network}/config.json")
 
+    @cached_property
+    def controls(self) -> list[list[str]]:
+        """The conditions of each of the model's ControlNets, in the order of their folders. Raises UnusableModel."""
+        names = itertools.takewhile(self.has, CONTROLNETS)
+        configs = {name: _read_json(self.store, f"{name}/config.json") or {} for name in names}
+        return [conditions_of(config, f"{self.uri}/{name}") for name, config in configs.items()]
+
     def too_long(self, prompts: Iterable[str]) -> tuple[int, list[str]]:
         """The number of tokens that the model reads, and the prompts that have more.
 
@@ -147,6 +156,17 @@ class ModelFolder:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer
+
+
+def conditions_of(config: Mapping[str, Any], where: str) -> list[str]:
+    """The condition images that a ControlNet reads, by its configuration. Raises UnusableModel."""
+    conditions = config.get("conditions")
+    if not isinstance(conditions, (list, tuple)) or not all(isinstance(name, str) for name in conditions):
+        raise UnusableModel(
+            f'{where}/config.json: does not say which condition image the ControlNet reads; add "conditions": '
+            '["condition.NAME"] for a column of the data set, or ["lungs", "edges"]'
+        )
+    return list(conditions)
 
 
 def _words(prompt: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers import ControlNetModel
 
-from diffva_ray.model.card import UnusableModel
+from diffva_ray.model.card import CONTROLNETS, UnusableModel
 from diffva_ray.model.classifier import LatentClassifier
 from diffva_ray.model.gan_generator import GanGenerator
 
@@ -17,6 +17,7 @@ NETWORKS: dict[str, Any] = {  # diffusers ModelMixins by folder
     "classifier": LatentClassifier,
     "vant_gan": GanGenerator,
     "ant_gan": GanGenerator,
+    **dict.fromkeys(CONTROLNETS[1:], ControlNetModel),
 }
 
 

@@ -20,6 +20,7 @@ from diffva_ray.generate.failure_threshold import TooManyQuarantined
 from diffva_ray.generate.plan import PromptTooLong
 from diffva_ray.generate.run import FingerprintDiffers, open_run
 from diffva_ray.model.card import UnusableModel, read_card
+from diffva_ray.model.recipe import model_recipe
 from diffva_ray.paper.experiments import EXPERIMENTS, SAMPLES, SETTINGS, Experiment, settings_recipe
 from diffva_ray.paper.inputs import SEEDS, copy_images, drawn, limited, phantom_chexpert, read_image, sampled
 from diffva_ray.paper.state import Inputs, PaperState
@@ -27,7 +28,6 @@ from diffva_ray.progress import LOG
 from diffva_ray.schema import Image
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store, join
-from diffva_ray.workflows.execution import model_recipe
 from diffva_ray.workflows.generate import generate_run
 from diffva_ray.workflows.reduce import reduce
 
@@ -49,10 +49,7 @@ def run_paper(options: Inputs) -> str:
 
     store, base, card = _open(options)
     _guard(store, options, card)
-    success = {
-        key: getattr(options, key) for key in ("weights", "resize", "boxes", "brixia", "carcinoma", "sources", "base")
-    }
-    success["version"] = __version__
+    success = {**{key: getattr(options, key) for key in OF_TABLES}, "version": __version__}
     page = join(store.uri, "index.html")
     if store.exists(SUCCESS) and json.loads(store.read(SUCCESS)) == success:
         LOG.info("%s: complete; nothing to do", store.uri)
@@ -74,9 +71,9 @@ def planned_paper(options: Inputs) -> dict[str, Any]:
     _, base, card = _open(options)
     runs = []
     for experiment in EXPERIMENTS:
-        if experiment.of_base and options.base is None:
+        if (model := _model(options, experiment)) is None:
             continue
-        recipe = _recipe(options, base, experiment)
+        recipe = _recipe(options, base, experiment, model)
         runs.append(
             {
                 "run": f"runs/{experiment.name}",
@@ -204,37 +201,41 @@ def _runs(state: PaperState) -> None:
     """Generate and reduce all experiments; finished runs are not repeated."""
     for number, experiment in enumerate(EXPERIMENTS, 1):
         LOG.info("run %d of %d: %s (%s)", number, len(EXPERIMENTS), experiment.name, experiment.shows)
-        if experiment.of_base and state.options.base is None:
+        if (model := _model(state.options, experiment)) is None:
             state.missing.append((experiment.shows, "no model before fine-tuning given (--base)"))
             continue
         try:
-            _run(state, experiment)
+            _run(state, experiment, model)
         except (TooManyQuarantined, PromptTooLong) as error:
             if experiment.images == "abnormal":
                 raise
             state.missing.append((experiment.shows, str(error)))  # e.g. a prompt that is too long for this model
 
 
-def _run(state: PaperState, experiment: Experiment) -> None:
+def _run(state: PaperState, experiment: Experiment, model: str) -> None:
     """Generate and reduce one experiment."""
-    recipe = _recipe(state.options, state.base, experiment)
-    model = state.options.base if experiment.of_base else None
+    recipe = _recipe(state.options, state.base, experiment, model)
     data = {
         "few healthy": join(state.store.uri, "data", "few"),
         "random healthy": state.samples[HEALTHY_SAMPLE].uri,
     }.get(experiment.images, state.radiography)
     out = join(state.store.uri, "runs", experiment.name)
     request = experiment.request(state.base.data)
-    generate_run(recipe, data, model or state.options.model, out, request, state.options.execution)
+    generate_run(recipe, data, model, out, request, state.options.execution)
     run = open_run(out)
     reduced = reduce(run, _reduce_options(state, experiment), state.options.execution.executor)
     state.runs[experiment.name], state.metrics[experiment.name] = run, reduced.metrics
 
 
-def _recipe(options: Inputs, base: Recipe, experiment: Experiment) -> Recipe:
+def _model(options: Inputs, experiment: Experiment) -> str | None:
+    """The model that makes an experiment; None for the base model without ``--base``."""
+    return options.base if experiment.of_base else options.model
+
+
+def _recipe(options: Inputs, base: Recipe, experiment: Experiment, model: str) -> Recipe:
     """The recipe of an experiment for the model that makes it."""
-    if experiment.of_base and options.base is not None:
-        base = model_recipe(options.base, options.recipe, options.overrides)
+    if experiment.of_base:
+        base = model_recipe(model, options.recipe, options.overrides)
     return settings_recipe(base, experiment, options.overrides)
 
 

@@ -14,6 +14,7 @@ from diffva_ray.data.images import BadImage, decode, to_square
 from diffva_ray.evaluate.records import as_records, finished, grey, read_records
 from diffva_ray.evaluate.report.result_tables import report_tables
 from diffva_ray.evaluate.tables import ALL
+from diffva_ray.generate.run import Run
 from diffva_ray.metrics.counterfactual import memorisation
 from diffva_ray.metrics.localization import SALIENCY
 from diffva_ray.model.training_images import TrainingImages
@@ -104,15 +105,12 @@ def audit_table(state: PaperState) -> Table:
         raise ValueError(f"the training images cannot be read ({error})") from None
     unseen = open_dataset(state.radiography, state.base.data, [healthy])
     seen = TrainingImages.of(state.card)
-    held = _squares(unseen.store, unseen.images, seen, False)
-    train = _squares(trained.store, trained.images, seen, True)
+    held = audit_images(unseen.store, unseen.images, seen, False)
+    train = audit_images(trained.store, trained.images, seen, True)
     # counterfactuals of each setting
     body, details = list[list[str]](), list[TableRow]()
     for name in (name for name in SETTINGS if name in state.runs):
-        run = state.runs[name]
-        rows = sorted(as_records(finished(read_records(run))), key=lambda row: digest(row["image_path"]))
-        counterfactuals = [_small(grey(run.store, row["counterfactual_path"])) for row in rows[:MAX_AUDITED]]
-        audit = memorisation(np.array(counterfactuals), train, held)
+        audit = memorisation(audit_counterfactuals(state.runs[name]), train, held)
         low, high = audit.without_memory
         body.append([SETTINGS[name], f"{audit.n}", f"{audit.set_size}", number(audit.nearer),
                      f"{number(low)} to {number(high)}", f"{audit.p_value:.3f}", number(audit.train),
@@ -128,10 +126,17 @@ def audit_table(state: PaperState) -> Table:
     return Table("tableS4", "Table S4. Memorisation", caption, heads, body, details)
 
 
-def _squares(
-    store: Store, images: Sequence[LabelledImage], training: TrainingImages | None, wanted: bool
+def audit_counterfactuals(run: Run) -> np.ndarray:
+    """At most MAX_AUDITED counterfactuals of a run as rows [n, AUDIT_SIDE ** 2]."""
+    rows = sorted(as_records(finished(read_records(run))), key=lambda row: digest(row["image_path"]))
+    return np.array([_small(grey(run.store, row["counterfactual_path"])) for row in rows[:MAX_AUDITED]])
+
+
+def audit_images(
+    store: Store, images: Sequence[LabelledImage], training: TrainingImages | None = None, wanted: bool = True
 ) -> np.ndarray:
-    """Images as rows [n, AUDIT_SIDE ** 2]; with known hashes only those that are (or are not) training images."""
+    """At most MAX_AUDITED images as rows [n, AUDIT_SIDE ** 2]; with known hashes only those that are (or are not)
+    training images."""
     rows = []
     for image in sorted(images, key=lambda image: digest(image.path))[:MAX_AUDITED]:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,20 @@ from diffva_ray.config.methods import METHODS
 from diffva_ray.config.recipe import RecipeError
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.data.encoding import quantise
+from diffva_ray.data.images import BadImage
+from diffva_ray.evaluate.records import read_source
 from diffva_ray.evaluate.tables import known
 from diffva_ray.generate.run import FingerprintDiffers, PlanError
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.storage.store import StoreError
 from diffva_ray.studio.feedback import VERDICTS, save_verdict
-from diffva_ray.studio.pages import NOTICE, SHOWN, enlarged, figure, overlaid, text
+from diffva_ray.studio.pages import LOCAL, NOTICE, SHOWN, enlarged, figure, overlaid, text
 from diffva_ray.studio.workspace import Question, Reply, Workspace
 
 FILES = [".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"]
-ERRORS = (UnusableData, PlanError, RecipeError, FingerprintDiffers, UnusableModel, StoreError)
+ERRORS = (UnusableData, BadImage, PlanError, RecipeError, FingerprintDiffers, UnusableModel, StoreError, OSError)
 SHOWS = "What the image shows"
+SEVERITY = "Severity: how far towards the prompt (guidance)"
 NONE = "(none)"  # no second prompt
 MASKED = (0.6, 3.0, 20)  # strength, guidance and steps for a painted region, by a model that takes one step else
 NUMBERS = {  # shown of a record
@@ -31,11 +35,13 @@ NUMBERS = {  # shown of a record
 }  # fmt: skip
 
 
-def build(gradio: Any, workspace: Workspace) -> Any:
-    """The page as Gradio's Blocks."""
+def build(gradio: Any, workspace: Workspace, uploads: Path, service: str | None = None) -> Any:
+    """The page as Gradio's Blocks. Open files lie in ``uploads``; ``service``: address of the HTTP service that runs
+    the networks, if one does."""
     config = workspace.recipe.generate
     with gradio.Blocks(title="diffva studio", analytics_enabled=False) as page:
-        gradio.HTML(f"<h1>diffva studio</h1>{NOTICE}")
+        where = LOCAL if service is None else f"Images are sent to {text(service)}."
+        gradio.HTML(f"<h1>diffva studio</h1>{NOTICE.format(where)}")
         replies = gradio.State([])
         with gradio.Row():
             with gradio.Column(scale=2, min_width=320):
@@ -53,7 +59,8 @@ def build(gradio: Any, workspace: Workspace) -> Any:
                 )
                 words = gradio.HTML()
                 strength = gradio.Slider(0.05, 1, config.strength, step=0.05, label="Strength: how much may change")
-                guidance = gradio.Slider(0, 15, config.guidance_scale, step=0.5, label="Guidance towards the prompt")
+                least = min(1.0, config.guidance_scale)  # below 1, guidance is off
+                guidance = gradio.Slider(least, 15, config.guidance_scale, step=0.5, label=SEVERITY)
                 with gradio.Accordion("More settings", open=False):
                     methods = [name for name, of in METHODS.items() if not of.needs and name != "text-to-image"]
                     method = gradio.Dropdown(methods, value=config.method, label="Method")
@@ -61,12 +68,18 @@ def build(gradio: Any, workspace: Workspace) -> Any:
                     seed = gradio.Number(workspace.recipe.seed, precision=0, label="Seed")
                 ask = gradio.Button("Generate", variant="primary")
             with gradio.Column(scale=3, min_width=320):
-                earlier = gradio.Dropdown(workspace.history(), value=None, label="Earlier results")
+                earlier = gradio.Dropdown(
+                    workspace.history(), value=[], label="Earlier results, two to compare", multiselect=True,
+                    max_choices=2,
+                )  # fmt: skip
                 status = gradio.HTML(message("Open an image to begin."))
                 with gradio.Column(visible=False) as answer:
+                    with gradio.Row():
+                        threshold = gradio.Slider(
+                            0.01, 0.5, 0.05, step=0.01, label="Threshold of the map", min_width=200
+                        )
+                        opacity = gradio.Slider(0, 1, 0.6, step=0.05, label="Opacity of the map", min_width=200)
                     result = gradio.HTML()
-                    threshold = gradio.Slider(0.01, 0.5, 0.05, step=0.01, label="Threshold of the attribution map")
-                    opacity = gradio.Slider(0, 1, 0.6, step=0.05, label="Opacity of the overlay")
                     with gradio.Accordion("Is the answer right?", open=False):
                         labels = list(workspace.recipe.data.prompts)
                         verdict = gradio.Radio(list(VERDICTS), label="Verdict on the first answer")
@@ -120,25 +133,35 @@ def build(gradio: Any, workspace: Workspace) -> Any:
             names_of = [reply.run.store.uri.rpartition("/")[2] for reply in found]
             shown = "".join(rendered(reply, above, opaque) for reply in found)
             said = message(f"Done. Kept in {workspace.uri}/runs/{', '.join(names_of)}")
-            choices = gradio.Dropdown(choices=workspace.history(), value=None)
+            choices = gradio.Dropdown(choices=workspace.history(), value=[])
             return names_of, shown, said, choices, gradio.Column(visible=True)
 
         def render(names: list[str], above: float, opaque: float) -> str:
             return "".join(rendered(workspace.reply(name), above, opaque) for name in names)
 
-        def reopen(name: str | None, above: float, opaque: float) -> tuple[Any, ...]:
-            if not name:
-                return gradio.skip(), gradio.skip(), gradio.skip()
-            return [name], render([name], above, opaque), gradio.Column(visible=True)
+        def reopen(names: list[str], path: str | None, above: float, opaque: float) -> tuple[Any, ...]:
+            """Show earlier answers, and open the image of the first."""
+            if not names:
+                return gradio.skip(), [], "", gradio.Column(visible=False), message("")
+            try:
+                reply = workspace.reply(names[0])
+                if not shows(path, reply):
+                    path = str(uploads / Path(reply.record["image_path"]).name)
+                    Path(path).write_bytes(read_source(reply.run.data, reply.record))
+                return path, names, render(names, above, opaque), gradio.Column(visible=True), message("")
+            except ERRORS as error:
+                return gradio.skip(), [], "", gradio.Column(visible=False), message(str(error), problem=True)
 
-        def judge(names: list[str], said: str | None, shows: str | None, painted: Any) -> str:
-            if not names or said is None or not shows:
+        def judge(names: list[str], path: str | None, said: str | None, label: str | None, painted: Any) -> str:
+            if not names or said is None or not label:
                 return message("choose a verdict, and what the image shows", problem=True)
             try:
-                path = save_verdict(workspace, workspace.reply(names[0]), said, shows, painted_region(painted))
+                reply = workspace.reply(names[0])
+                region = painted_region(painted) if shows(path, reply) else None
+                saved = save_verdict(workspace, reply, said, label, region)
             except ERRORS as error:
                 return message(str(error), problem=True)
-            return message(f"Saved in {path}")
+            return message(f"Saved in {saved}" + (", with the painted region" if region is not None else ""))
 
         file.change(opened, [file], [editor, status])
         for box in (prompt, second):
@@ -148,9 +171,14 @@ def build(gradio: Any, workspace: Workspace) -> Any:
         ask.click(generate, inputs, [replies, result, status, earlier, answer])
         for slider in (threshold, opacity):
             slider.change(render, [replies, threshold, opacity], [result], show_progress="hidden")
-        earlier.input(reopen, [earlier, threshold, opacity], [replies, result, answer])
-        save.click(judge, [replies, verdict, label, editor], [status])
+        earlier.input(reopen, [earlier, file, threshold, opacity], [file, replies, result, answer, status])
+        save.click(judge, [replies, file, verdict, label, editor], [status])
     return page
+
+
+def shows(path: str | None, reply: Reply) -> bool:
+    """Whether the opened file is the image of the reply."""
+    return path is not None and hashlib.sha256(Path(path).read_bytes()).hexdigest() == reply.record["image_sha256"]
 
 
 def asked(*prompts: str | None) -> list[str]:
@@ -172,13 +200,18 @@ def painted_region(painted: Any) -> NDArray[np.bool_] | None:
 def rendered(reply: Reply, threshold: float, opacity: float) -> str:
     """A reply as HTML: image, counterfactual and attribution map, numbers, and the command that makes it again."""
     images, record = reply.images, reply.record
-    prompt, name = record["prompt"], record["image_path"]
+    prompt, name, image = record["prompt"], record["image_path"], quantise(images.image)
     panels = [
-        figure(quantise(images.image), "image", f"The image {name}"),
-        figure(quantise(images.counterfactual), "counterfactual", f"Counterfactual of {name} under “{prompt}”"),
+        figure(image, "image", f"The image {name}"),
+        figure(
+            quantise(images.counterfactual),
+            "counterfactual; swipe to the image",
+            f"Counterfactual of {name} under “{prompt}”",
+            before=image,
+        ),
         figure(
             overlaid(images.image, images.signed_map, threshold, opacity),
-            f"attribution, |M| > {threshold:g}: orange was taken away, blue was put in",
+            f"attribution above {threshold:g}: orange was taken away, blue was put in",
             f"Attribution map of “{prompt}” over {name}: "
             f"{(np.abs(images.signed_map) > threshold).mean():.1%} of the image is marked",
         ),

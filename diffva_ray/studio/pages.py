@@ -20,7 +20,8 @@ from diffva_ray.data.images import MAX_BYTES
 from diffva_ray.schema import Image
 
 LOOPBACK = "127.0.0.1"
-NOTICE = "<p class='notice' role='note'>Not for clinical use. Everything stays on this machine.</p>"
+NOTICE = "<p class='notice' role='note'>Not for clinical use. {}</p>"
+LOCAL = "Everything stays on this machine."
 SHOWN = 512  # side of displayed images in pixels; what is stored keeps the model's resolution
 REMOVED, ADDED = (242, 90, 26), (64, 158, 255)  # as in the sheets: the image is brighter or darker there
 POLICY = (
@@ -31,7 +32,14 @@ CSS = """
 .notice { background: #8a1c1c; color: #fff; padding: .4rem .8rem; border-radius: .4rem; font-weight: 600; margin: 0 }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 11rem), 1fr)); gap: .6rem }
 .panels figure { margin: 0 } .panels img { width: 100%; background: #000; border-radius: .3rem; display: block }
-.panels figcaption { font-size: .9rem; padding: .2rem 0 }
+.panels figcaption { font-size: .9rem; padding: .2rem 0 } .panels figure { position: relative }
+.panels figure > button { position: absolute; top: .3rem; right: .3rem; width: 2rem; height: 2rem; border-radius: .3rem;
+  background: #000a; color: #fff; border: 1px solid #fff8; font-size: 1.4rem; line-height: 1 }
+.panels figure:fullscreen { background: #000; color: #fff; display: flex; flex-direction: column; align-items: center;
+  justify-content: center } .panels figure:fullscreen figcaption { color: #fff }
+.panels figure:fullscreen img { width: min(100vw, 88vh) }
+.swipe div { position: relative } .swipe img + img { position: absolute; top: 0; left: 0;
+  clip-path: inset(0 0 0 var(--at)) } .swipe input { width: 100%; max-width: 88vh; margin: 0; height: 1.6rem }
 [role=status], [role=alert], [role=note] { overflow-wrap: anywhere }
 .reply { margin: .6rem 0 1.4rem } .reply h3 { margin: .2rem 0; overflow-wrap: anywhere }
 .numbers { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; margin: .4rem 0; padding: 0; list-style: none }
@@ -43,13 +51,28 @@ pre.command { white-space: pre-wrap; overflow-wrap: anywhere; background: #f1f3f
 """
 
 
-def figure(pixels: NDArray[np.uint8], caption: str, description: str) -> str:
-    """A figure with the pixels [H, W] or [H, W, 3], enlarged; ``description`` is for screen readers."""
-    source = base64.b64encode(encode_png(enlarged(pixels))).decode()
-    return (
-        f"<figure><img src='data:image/png;base64,{source}' alt='{text(description)}'>"
-        f"<figcaption>{text(caption)}</figcaption></figure>"
+def figure(pixels: NDArray[np.uint8], caption: str, description: str, before: NDArray[np.uint8] | None = None) -> str:
+    """A figure with the pixels [H, W] or [H, W, 3], enlarged; ``description`` is for screen readers.
+
+    With ``before``, a slider under the pixels swipes between the two; Gradio's ImageSlider knows neither the keyboard
+    nor names for screen readers."""
+    shown = f"<img src='{_source(pixels)}' alt='{text(description)}'>"
+    if before is not None:
+        shown = (
+            f"<div><img src='{_source(before)}' alt=''>{shown}</div><input type='range' value='0' "
+            "aria-label='Swipe from the counterfactual to the image' "
+            "oninput=\"this.parentNode.style.setProperty('--at', this.value + '%')\">"
+        )
+    button = (
+        f"<button type='button' title='Enlarge, or back' aria-label='Enlarge: {text(caption)}' onclick='"
+        "document.fullscreenElement ? document.exitFullscreen() : this.parentNode.requestFullscreen()'>+</button>"
     )
+    kind = "" if before is None else " class='swipe' style='--at: 0%'"
+    return f"<figure{kind}>{shown}<figcaption>{text(caption)}</figcaption>{button}</figure>"
+
+
+def _source(pixels: NDArray[np.uint8]) -> str:
+    return f"data:image/png;base64,{base64.b64encode(encode_png(enlarged(pixels))).decode()}"
 
 
 def enlarged(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as Pillow
 
-from diffva_ray.studio.pages import ADDED, NOTICE, figure
+from diffva_ray.studio.pages import ADDED, LOCAL, NOTICE, figure
 from diffva_ray.studio.study import QUESTIONS, Sheet
 from diffva_ray.studio.workspace import safe_name
 
@@ -19,7 +19,7 @@ CHOICES = ["yes", "no"]
 def build(gradio: Any, sheet: Sheet) -> Any:
     """The page as Gradio's Blocks. A reader who comes back under the same name continues."""
     with gradio.Blocks(title="Reader study", analytics_enabled=False) as page:
-        gradio.HTML(f"<h1>Reader study</h1>{NOTICE}")
+        gradio.HTML(f"<h1>Reader study</h1>{NOTICE.format(LOCAL)}")
         state = gradio.State({})
         with gradio.Column(visible=True) as start:
             gradio.HTML(f"{sheet.items} images. You can stop at any time and continue under the same name.")

@@ -13,8 +13,8 @@ import hashlib
 import re
 import shlex
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,20 +34,25 @@ from diffva_ray.generate.cost import calls
 from diffva_ray.generate.keys import check_device_name
 from diffva_ray.generate.plan import Request, check_settings
 from diffva_ray.generate.run import Run, open_run
-from diffva_ray.generate.run_json import RUN
-from diffva_ray.generate.shard import WorkerContext, run_shard
+from diffva_ray.generate.shard import run_shard
+from diffva_ray.generate.worker import WorkerContext
 from diffva_ray.metrics.features import stand_in
+from diffva_ray.metrics.validity import load_judge
 from diffva_ray.model.card import ModelFolder
+from diffva_ray.model.recipe import model_recipe
 from diffva_ray.schema import Image, Mask, Record, digest
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import absolute, join
-from diffva_ray.workflows.execution import Execution, model_recipe
+from diffva_ray.studio.service import ServiceEngine
+from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import plan_or_continue
 
 LABEL = "uploaded"  # class of an uploaded image: nobody has said what it shows
 DATA = "images.csv"
 REGION = "generate.masked.source=lungs"  # method ``masked`` edits inside the mask beside the image
-FIXED = ("generate.micro_batch=1", "generate.shard_size=1")  # one image at once, so no batch is padded
+ALONE = ("generate.micro_batch=1",)  # one image at once, so no batch is padded
+ONE = "generate.shard_size=1"
+REPEATED = ("micro_batch", "shard_size", "dtype")  # settings that a command repeats beside the sampling settings
 SAFE = re.compile(r"[^\w.-]+", re.ASCII)
 MAX_NAME = 60
 
@@ -74,15 +79,15 @@ class Reply:
     @property
     def command(self) -> str:
         """The command that makes the record again, in a folder of its own."""
-        about, keys = self.run.about, self.run.keys
+        about, keys, record = self.run.about, self.run.keys, dict[str, Any](self.record)
         parts = ["diffva", "generate", "--data", about["data"], "--model", about["model"], "--out", "runs/again"]
-        options = {"--prompt": "prompt", "--method": "method", "--strength": "strength", "--seed": "seed",
-                   "--guidance-scale": "guidance_scale", "--steps": "num_inference_steps",
-                   "--scheduler": "scheduler"}  # fmt: skip
-        parts += [text for option, key in options.items() for text in (option, str(keys[key]))]
-        region = [REGION] if self.record["lung_mask_path"] else []
-        parts += [text for override in (*FIXED, *region) for text in ("--set", override)]
-        return shlex.join([*parts, "--executor", "inline"])
+        options = {"--prompt": "prompt", "--method": "method", "--strength": "strength", "--scheduler": "scheduler",
+                   "--guidance-scale": "guidance_scale", "--steps": "num_inference_steps"}  # fmt: skip
+        parts += [text for option, key in options.items() for text in (option, str(record[key]))]
+        parts += ["--seed", str(keys["seed"]), *(["--classes", record["label"]] if about["records"] > 1 else [])]
+        overrides = [f"generate.{name}={keys[name]}" for name in REPEATED]
+        overrides += [REGION] if keys["masked"]["source"] == "lungs" else []
+        return shlex.join([*parts, *(text for one in overrides for text in ("--set", one)), "--executor", "inline"])
 
 
 INLINE = Execution(executor="inline")
@@ -91,13 +96,23 @@ INLINE = Execution(executor="inline")
 class Workspace:
     """Asks one model about images, and keeps every answer below the folder ``uri``.
 
-    Raises UnusableModel for a model that cannot be used."""
+    ``service``: address of an HTTP service that runs the model's networks; ``run``: a run whose records are earlier
+    answers, too. Raises UnusableModel for a model that cannot be used, UnusableData for a service that cannot."""
 
-    def __init__(self, uri: str, model: str, device: str | None = None) -> None:
-        self.uri, self.model, self._lock = absolute(uri), absolute(model), threading.Lock()
-        self.recipe = model_recipe(model, None, FIXED)
-        self.engine, self.judge = open_model(model, self.recipe, (), device)
-        self.extractor = stand_in()
+    def __init__(
+        self, uri: str, model: str, device: str | None = None, service: str | None = None, run: Run | None = None
+    ) -> None:
+        self.uri, self.model, self.run, self._lock = absolute(uri), absolute(model), run, threading.Lock()
+        self.extractor, self.folder = stand_in(), ModelFolder(self.model)
+        self.engine: CounterfactualEngine | ServiceEngine
+        if service is None:
+            self.fixed: tuple[str, ...] = (*ALONE, ONE)
+            self.recipe = model_recipe(model, None, self.fixed)
+            self.engine, self.judge = open_model(model, self.recipe, (), device)
+        else:
+            self.recipe = model_recipe(model, None, ())
+            self.engine, self.judge = ServiceEngine(service, self.model, self.recipe), load_judge(self.folder.store)
+            self.fixed = (*self.engine.fixed, ONE)
 
     @property
     def prompts(self) -> list[str]:
@@ -111,8 +126,8 @@ class Workspace:
             texts = [text for prompt in prompts for text in texts_of(prompt)]
         except ValueError as error:  # a composed prompt without a part
             return [str(error)]
-        unread = [prompt for prompt in prompts if not self.engine.fits(prompt)]
-        notes = ModelFolder(self.model).prompt_notes(texts, trained_texts(self.recipe.data))
+        unread = self.folder.too_long(texts)[1]
+        notes = self.folder.prompt_notes(texts, trained_texts(self.recipe.data))
         return [*(f"prompt {prompt!r}: more tokens than the model reads" for prompt in unread), *notes]
 
     def preview(self, data: bytes) -> Image:
@@ -126,20 +141,20 @@ class Workspace:
     def ask(self, question: Question, on_call: Callable[[int, int], None] | None = None) -> Reply:
         """Generate the counterfactual, or read it where the same was asked before.
 
-        ``on_call(done, planned)`` is called after each pass of the denoising network. Raises UnusableData for an image
-        or prompt that cannot be used, RecipeError or PlanError for settings, FingerprintDiffers for a record that
-        another device or version has made."""
+        ``on_call(done, planned)`` is called after each pass of the denoising network on this machine. Raises
+        UnusableData for an image, a prompt or a service that cannot be used, RecipeError or PlanError for settings,
+        FingerprintDiffers for a record that another device or version has made."""
         self.preview(question.data)
         region = () if question.region is None else (REGION, "generate.method=masked", "generate.scheduler=ddim")
-        recipe = model_recipe(self.model, None, (*FIXED, *question.settings, *region))
+        recipe = model_recipe(self.model, None, (*self.fixed, *question.settings, *region))
         check_settings(recipe.generate, {})
         data = self._store_image(question)
         request = Request(prompt=question.prompt or None)
         key = digest([data, request.prompt, recipe.seed, recipe.generate.model_dump(mode="json")])[:8]
         out = join(self.uri, "runs", f"{safe_name(question.name)}-{key}")
         with self._lock:
-            run = plan_or_continue(recipe, data, ModelFolder(self.model), out, request, INLINE, self.engine.device.type)
-            self._execute(run, recipe, on_call)
+            run = plan_or_continue(recipe, data, self.folder, out, request, INLINE, self.engine.device.type)
+            self._execute(run, recipe, question, on_call)
         return read_reply(run)
 
     def _store_image(self, question: Question) -> str:
@@ -154,36 +169,60 @@ class Workspace:
         store.put_if_absent(DATA, f"path,label,mask\n{name},{LABEL},{'region.png' if mask else ''}\n".encode())
         return join(store.uri, DATA)
 
-    def _execute(self, run: Run, recipe: Recipe, on_call: Callable[[int, int], None] | None) -> None:
-        """Commit the run's record, if it is pending, with the networks that are loaded already."""
+    def _execute(
+        self, run: Run, recipe: Recipe, question: Question, on_call: Callable[[int, int], None] | None
+    ) -> None:
+        """Commit the run's record, if it is pending, with the networks that are loaded already, or by the service."""
         pending = run.pending()
         if not pending:
             return
-        engine = copy.copy(self.engine)
-        engine.config = recipe.generate
-        if engine.device.type == "cpu":
-            torch.set_num_threads(recipe.generate.cpu_threads)  # pages are answered in threads of their own
+        engine: Any = copy.copy(self.engine)
+        passes: AbstractContextManager[None] = nullcontext()
+        if isinstance(self.engine, ServiceEngine):
+            name, prompt = safe_name(question.name), str(run.keys["prompt"])
+            engine = self.engine.ask(name, question.data, question.region, prompt, recipe)
+        else:
+            engine.config, passes = recipe.generate, counted_calls(engine, on_call)
+            if engine.device.type == "cpu":
+                torch.set_num_threads(recipe.generate.cpu_threads)  # pages are answered in threads of their own
         check_device_name(run, engine.device_name)
         context = WorkerContext(run, run.data, engine, self.judge, self.extractor, Session())
-        with counted_calls(engine, on_call):
+        with passes:
             for shard in pending:
                 run_shard(context, shard)
 
-    def history(self) -> list[str]:
-        """Names of the runs that have been asked for, in the order of their names."""
-        paths = (path.split("/") for path, _ in open_store(self.uri).list("runs"))
-        return sorted(parts[1] for parts in paths if parts[2:] == [RUN])
+    def history(self) -> list[tuple[str, str]]:
+        """Description and name of each earlier answer, the newest first, then those of the run."""
+        store, answers = open_store(self.uri), list[tuple[str, str, str]]()
+        for name in {path.split("/")[1] for path, _ in store.list("runs") if "/records/" in path}:
+            run = open_run(join(self.uri, "runs", name))
+            answers.append((str(run.about["started"]), described(name.rpartition("-")[0], run.keys), name))
+        records = [] if self.run is None else as_records(finished(read_records(self.run)))
+        of_run = [(described(record["image_path"], record), f"record {record['record_id']}") for record in records]
+        return [
+            (f"{about} ({when[:16].replace('T', ' ')})", name) for when, about, name in sorted(answers)[::-1]
+        ] + of_run
 
     def reply(self, name: str) -> Reply:
         """Read an earlier answer by its name in ``history``. Raises UnusableData."""
-        if name not in self.history():
+        if name not in (known for _, known in self.history()):
             raise UnusableData(f"{name}: no such result in {self.uri}")
+        if self.run and name.startswith("record "):
+            return read_reply(self.run, name.removeprefix("record "))
         return read_reply(open_run(join(self.uri, "runs", name)))
 
 
-def read_reply(run: Run) -> Reply:
-    """The reply of a run with one record. Raises UnusableData with the reason of a record that is not ok."""
+def described(image: str, settings: Mapping[str, Any]) -> str:
+    """An answer in a line: image, prompt, method, strength, guidance."""
+    numbers = f"strength {settings['strength']:g}, guidance {settings['guidance_scale']:g}"
+    return f"{image}, “{settings['prompt']}”: {settings['method']}, {numbers}"
+
+
+def read_reply(run: Run, record_id: str | None = None) -> Reply:
+    """The reply of a run's only record, or of the one named. Raises UnusableData with the reason of a record that is
+    not ok."""
     records = read_records(run)
+    records = records if record_id is None else records[records["record_id"] == record_id]
     if not len(records):
         raise UnusableData(f"{run.store.uri}: its record is not finished; ask again")
     if not len(finished(records)):

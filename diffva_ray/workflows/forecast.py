@@ -123,13 +123,14 @@ def micro_batches(recipe: Recipe, model: str) -> dict[int, float]:
 
     engine = CounterfactualEngine(load(model, recipe), recipe.generate)
     image, images_per_second = np.full((engine.size, engine.size), 0.5, np.float32), dict[int, float]()
+    conditions = dict.fromkeys(engine.condition_columns(), np.stack([image] * 3))
     for size in (1, 2, 4, 8, 16, 32, 64, 128):
         engine.config = recipe.generate.model_copy(update={"micro_batch": size})
         try:
             rates = []
             for _ in range(4):  # the first call warms up
                 began = time.perf_counter()
-                engine([image] * size, list(range(size)))
+                engine([image] * size, list(range(size)), conditions=[conditions] * size)
                 rates.append(size / (time.perf_counter() - began))
         except (torch.OutOfMemoryError, MemoryError):
             break

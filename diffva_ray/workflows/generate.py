@@ -14,6 +14,7 @@ from diffva_ray.config.prompts import texts_of
 from diffva_ray.config.recipe import GUESS, SOURCE, Recipe, fingerprint_difference
 from diffva_ray.data.bit_depth import checked_bit_depth
 from diffva_ray.data.captions import trained_texts
+from diffva_ray.data.conditions import own_columns
 from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.generate.committed import start_retry
@@ -202,7 +203,8 @@ def _execute(run: Run, model: str, execution: Execution) -> dict[str, int]:
     # Generate: in a plain loop, or on a pool of actors.
     images = run.about["data_root"]
     if execution.executor == "inline":
-        from diffva_ray.generate.shard import WorkerContext, run_shard
+        from diffva_ray.generate.shard import run_shard
+        from diffva_ray.generate.worker import WorkerContext
 
         allowed = execution.allow_environment_change
         context = WorkerContext.open(run.store.uri, images, model, allow_environment_change=allowed)
@@ -238,8 +240,23 @@ def _untrained_note(dataset: Dataset, recipe: Recipe) -> str | None:
     return f"the model was not trained on class {', '.join(unknown)}, but on {trained}" if unknown else None
 
 
+def _check_conditions(recipe: Recipe, model: ModelFolder, plan: pa.Table) -> None:
+    """Raises UnusableModel for a wrong number of weights, UnusableData for condition images that the data lack."""
+    try:
+        weights = recipe.generate.controlnet.weights(model.controls)
+    except ValueError as error:
+        raise UnusableModel(f"--model {model.uri}: {error}") from None
+    read = [name for conditions, weight in zip(model.controls, weights, strict=True) if weight for name in conditions]
+    for column in own_columns(read):
+        if column not in plan.column_names:
+            raise UnusableData(
+                f"method controlnet: the model reads a condition image of every image, and the data set has no column "
+                f"{column}; add it to the table of --data, or give this ControlNet the weight 0"
+            )
+
+
 def check_plan(recipe: Recipe, model: ModelFolder, plan: pa.Table) -> None:
-    """Check that the model can do what is planned. Raises UnusableModel, PromptTooLong."""
+    """Check that the model can do what is planned. Raises UnusableModel, UnusableData, PromptTooLong."""
     for method in plan["method"].unique().to_pylist():
         needed = METHODS[method].needs
         if needed and not model.has(needed):
@@ -248,6 +265,8 @@ def check_plan(recipe: Recipe, model: ModelFolder, plan: pa.Table) -> None:
                 f"--model {model.uri}: method {method} needs a {kind}, which this model lacks; train one with a stage "
                 f"that `trains: {kind}`"
             )
+        if needed == "controlnet":
+            _check_conditions(recipe, model, plan)
     config = recipe.generate
     planned = plan["prompt"].unique().to_pylist()
     prompts = dict.fromkeys((text for prompt in planned for text in texts_of(prompt)), "--prompt")

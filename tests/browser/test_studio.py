@@ -29,6 +29,7 @@ from diffva_ray.storage.local import LocalStore
 pytest.importorskip("gradio", reason="STUDIO TESTS SKIPPED: pip install 'diffva-ray[studio]'")
 pytestmark = pytest.mark.browser
 WIDTHS = ((1280, 900), (390, 844))
+IMAGES = ".reply img:not([alt=''])"  # without the image under a swipe, which has no name
 SHOTS = os.environ.get("STUDIO_SHOTS")  # a folder for screenshots, to be looked at
 
 
@@ -89,10 +90,10 @@ def look(chromium: Any) -> Iterator[Callable[..., Any]]:
     assert not outside
 
 
-def shot(page: Any, name: str) -> None:
+def shot(page: Any, name: str, full_page: bool = True) -> None:
     if SHOTS:
         Path(SHOTS).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=f"{SHOTS}/{name}-{page.viewport_size['width']}.png", full_page=True)
+        page.screenshot(path=f"{SHOTS}/{name}-{page.viewport_size['width']}.png", full_page=full_page)
 
 
 def opened(page: Any, scan: Path) -> None:
@@ -135,9 +136,25 @@ def test_ten_minutes_of_a_radiologist(
         shot(page, "start")
         opened(page, scan)
         asked(page)
-        alt = page.locator(".reply img").evaluate_all("all => all.map(image => image.alt)")
+        alt = page.locator(IMAGES).evaluate_all("all => all.map(image => image.alt)")
         assert [text.split(" ")[0] for text in alt] == ["The", "Counterfactual", "Attribution"]
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+        # Swipe with the keyboard, enlarge and go back.
+        swipe = page.get_by_role("slider", name="Swipe from the counterfactual to the image")
+        swipe.focus()
+        for _ in range(30):
+            page.keyboard.press("ArrowRight")
+        clip = "getComputedStyle(document.querySelector('.swipe img + img')).clipPath"
+        assert page.evaluate(clip) == "inset(0px 0px 0px 30%)"
+        shot(page, "swipe")
+        page.get_by_role("button", name="Enlarge: counterfactual").press("Enter")
+        page.wait_for_function("document.fullscreenElement?.tagName == 'FIGURE'")
+        wide = page.evaluate("document.querySelector('.swipe img').clientWidth")
+        assert wide > 0.8 * min(width, height)
+        shot(page, "enlarged", full_page=False)
+        page.get_by_role("button", name="Enlarge: counterfactual").press("Enter")
+        page.wait_for_function("document.fullscreenElement == null")
 
         # A second prompt with an unknown word, compared.
         page.get_by_label(re.compile("^Second prompt")).fill("Effusion wombat")
@@ -152,11 +169,12 @@ def test_ten_minutes_of_a_radiologist(
         assert not page.evaluate(f"{clipped}.map(e => e.textContent)")
 
         # Threshold and opacity change the overlay alone.
-        before = page.locator(".reply img").evaluate_all("all => all.map(image => image.src)")
+        before = page.locator(IMAGES).evaluate_all("all => all.map(image => image.src)")
         page.get_by_role("spinbutton", name=re.compile("Threshold")).first.fill("0.01")
         page.keyboard.press("Tab")
-        page.wait_for_function("old => document.querySelectorAll('.reply img')[2].src != old", arg=before[2])
-        after = page.locator(".reply img").evaluate_all("all => all.map(image => image.src)")
+        changed = f'old => document.querySelectorAll("{IMAGES}")[2].src != old'
+        page.wait_for_function(changed, arg=before[2])
+        after = page.locator(IMAGES).evaluate_all("all => all.map(image => image.src)")
         assert before[:2] == after[:2]
 
         # A painted region, and a verdict with it.
@@ -190,16 +208,54 @@ def test_ten_minutes_of_a_radiologist(
     assert judged.label == "Lung_Opacity"
     assert judged.lesion_mask
 
-    # Tomorrow: the result is read again, with its command.
+    # Tomorrow: two results are read again side by side, with their commands; a run's records, too.
     with served("--model", "small", "--out", out) as uri:
         page = look(uri, width, height)
+        page.get_by_role("button", name="Generate").wait_for()
+        for count in (1, 2):
+            page.get_by_label("Earlier results").click()
+            page.get_by_role("option").nth(count - 1).click()
+            page.locator(".reply").nth(count - 1).wait_for()
+        page.keyboard.press("Escape")
+        assert page.get_by_text("painted region only").count() == 1
+        page.get_by_text("Command that makes it again").first.click()
+        assert "diffva generate --data" in page.locator("pre.command").first.inner_text()
+        shot(page, "tomorrow")
+        page.context.close()
+
+
+def test_the_records_of_a_run_can_be_judged(
+    look: Callable[..., Any], images: Path, model: Path, scan: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    line = f"generate --data {images} --model {model} --out {run} --executor inline"
+    assert CliRunner().invoke(main, line.split()).exit_code == 0
+    with served("--run", run, "--out", tmp_path / "studio") as uri:
+        page = look(uri)
+        page.get_by_role("button", name="Generate").wait_for()
         page.get_by_label("Earlier results").click()
         page.get_by_role("option").first.click()
         page.locator(".reply").wait_for()
-        page.get_by_text("Command that makes it again").click()
-        assert "diffva generate --data" in page.locator("pre.command").inner_text()
-        shot(page, "tomorrow")
+        page.keyboard.press("Escape")
+        page.get_by_text(" is open.").wait_for()  # so that it can be painted, and asked about again
+        painted(page)
+        page.get_by_text("Is the answer right?").click()
+        page.get_by_label("accepted").check()
+        page.get_by_label("What the image shows").fill("COVID")
+        page.keyboard.press("Enter")
+        page.get_by_role("button", name="Save the verdict").click()
+        page.get_by_text(", with the painted region").wait_for()
+
+        # A region that was painted in another image is not this answer's.
+        page.get_by_label("Clear").first.click()
+        opened(page, scan)
+        painted(page)
+        page.get_by_role("button", name="Save the verdict").click()
+        page.get_by_text(re.compile("manifest.csv$")).wait_for()
         page.context.close()
+    (judged,) = open_dataset(str(tmp_path / "studio" / "feedback" / "manifest.csv")).images
+    assert judged.label == "COVID"
+    assert not judged.lesion_mask
 
 
 def test_files_that_are_no_images_and_dicom(look: Callable[..., Any], tmp_path: Path) -> None:

@@ -34,8 +34,7 @@ from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.reduction import Incomplete, Options, reduce_run
-from diffva_ray.generate import committed, processes
-from diffva_ray.generate import shard as shards
+from diffva_ray.generate import committed, processes, worker
 from diffva_ray.generate.committed import PATHS, overlays
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import FingerprintDiffers, PlanError, Run, find_run, open_run, part
@@ -163,8 +162,8 @@ class CrowdBench:
 
         with ExitStack() as stack:
             for target, name, value in (
-                (shards, "load", lambda model, recipe=None: copy.deepcopy(self.bench.loaded)),
-                (shards, "CounterfactualEngine", engine),
+                (worker, "load", lambda model, recipe=None: copy.deepcopy(self.bench.loaded)),
+                (worker, "CounterfactualEngine", engine),
                 (processes, "this_process", lambda: self.current.process()),
                 (storage, "PAUSES", (0.0, 0.0)),
                 (provenance, "now", an_hour_ago),

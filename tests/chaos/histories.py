@@ -31,8 +31,7 @@ from diffva_ray.config.recipe import Recipe, load_recipe
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.evaluate.reduction import Options, reduce_run
-from diffva_ray.generate import processes
-from diffva_ray.generate import shard as shards
+from diffva_ray.generate import processes, worker
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import FOLDERS, Run, find_run
 from diffva_ray.generate.verification import verify
@@ -77,7 +76,7 @@ class Bench:
             report=discard,
             threads=1,
         )
-        self.loaded = shards.load(self.model, self.recipe)
+        self.loaded = worker.load(self.model, self.recipe)
         started = time.monotonic()
         self.live(self.folder / "undisturbed")
         self.seconds = time.monotonic() - started
@@ -85,7 +84,7 @@ class Bench:
 
     def live(self, out: Path) -> None:
         """One life: plan or continue, generate, reduce. The model is loaded once for all lives."""
-        with patch.object(shards, "load", lambda model, recipe=None: self.loaded):
+        with patch.object(worker, "load", lambda model, recipe=None: self.loaded):
             execution = Execution(executor="inline")
             generate_run(self.recipe, self.data, self.model, str(out), Request(), execution)
         run = find_run(opening.open_store(str(out)))

@@ -12,7 +12,8 @@ from histories import Bench
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import find_run
-from diffva_ray.generate.shard import WorkerContext, run_shard
+from diffva_ray.generate.shard import run_shard
+from diffva_ray.generate.worker import WorkerContext
 from diffva_ray.storage.local import LocalStore
 from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import generate_run

@@ -166,6 +166,7 @@ def test_on_ray_two_deaths_quarantine_a_record(
         os.environ.setdefault(name, value)
     environment = {"DEADLY_IMAGES": ":".join(deadly), "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,

@@ -32,7 +32,7 @@ def cluster() -> Iterator[None]:
     for name, value in session.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     ray.init(
-        num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        address="local", num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
         _node_ip_address="127.0.0.1", runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
     )  # fmt: skip
     yield

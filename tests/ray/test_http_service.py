@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 import socket
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
+import pandas as pd
 import pytest
+from click.testing import CliRunner
 
+from diffva_ray.cli import main
+from diffva_ray.data.dataset import UnusableData
 from diffva_ray.distributed import session
+from diffva_ray.evaluate.records import read_records
 from diffva_ray.explain.requests import Responder
+from diffva_ray.generate.run import PlanError, open_run
+from diffva_ray.generate.verification import verify
+from diffva_ray.model.packaged import model_address
+from diffva_ray.studio.workspace import Question, Workspace
 
 serve = pytest.importorskip("ray.serve", reason="SERVE TESTS SKIPPED: pip install 'diffva-ray[serve]'")
 TOKEN = "a secret of this test"
@@ -96,6 +107,54 @@ def test_a_full_queue_is_429_and_every_answer_is_right(
     assert busy == {"detail": "the queue is full; try again later"}
 
 
+@pytest.mark.parametrize("painted", [False, True])
+def test_the_studio_asks_the_service_and_keeps_an_ordinary_run(
+    service: str, paths: list[Path], model: Path, painted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFVA_SERVE_TOKEN", TOKEN)
+    monkeypatch.setattr("diffva_ray.studio.workspace.open_model", lambda *_: pytest.fail("a model was loaded"))
+    workspace = Workspace(str(tmp_path / "studio"), str(model), service=service)
+    region = np.zeros((40, 50), bool)
+    region[5:30, 10:40] = True
+    settings = ("generate.strength=0.7", "seed=3")
+    question = Question(paths[0].name, paths[0].read_bytes(), "", settings, region if painted else None)
+    reply = workspace.ask(question)
+    assert list(verify(reply.run)) == []
+    assert workspace.ask(question).record["record_id"] == reply.record["record_id"]
+    assert [name for _, name in workspace.history()] == [Path(reply.run.store.uri).name]
+
+    # The command makes the same record, in which metrics and map were computed here.
+    arguments = shlex.split(reply.command)[1:]
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "again")
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    again, own = (read_records(open_run(uri)).iloc[0] for uri in (str(tmp_path / "again"), reply.run.store.uri))
+    same = [name for name in own.index if not name.endswith("_path")]
+    pd.testing.assert_series_equal(again[same], own[same])
+
+    # What the service refuses is one line, and leaves no answer.
+    for name, data, prompt in (("b.png", b"no image", ""), ("b.png", question.data, "far too long " * 50)):
+        with pytest.raises((UnusableData, PlanError)) as error:
+            workspace.ask(Question(name, data, prompt))
+        assert len(str(error.value).splitlines()) == 1
+    assert len(workspace.history()) == 1
+
+
+def test_the_studio_names_what_is_wrong_with_a_service(
+    service: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for token, uri, other, reason in (
+        ("wrong", service, str(model), "DIFFVA_SERVE_TOKEN"),
+        (TOKEN, service, model_address("small"), "model_digest"),
+        (TOKEN, "http://127.0.0.1:9", str(model), "refused"),
+        (TOKEN, "no address", str(model), "--service no address"),
+    ):
+        monkeypatch.setenv("DIFFVA_SERVE_TOKEN", token)
+        with pytest.raises(UnusableData, match=reason) as error:
+            Workspace(str(tmp_path / "studio"), other, service=uri)
+        assert len(str(error.value).splitlines()) == 1
+
+
 def test_refusals_are_one_line(service: str, paths: list[Path]) -> None:
     data = paths[0].read_bytes()
     (status, answer), *_ = ask(service, [request(paths[0])], token="wrong")
@@ -113,12 +172,12 @@ def test_refusals_are_one_line(service: str, paths: list[Path]) -> None:
     async def others() -> list[int]:
         async with aiohttp.ClientSession() as client:
             found = []
-            for method, path in (("GET", "/healthz"), ("GET", "/openapi.json"), ("GET", "/v1/counterfactuals")):
+            for method, path in (("GET", "/healthz"), ("GET", "/openapi.json"), ("GET", "/v1/model")):
                 async with client.request(method, f"{service}{path}") as answer:
                     found.append(answer.status)
             return found
 
-    assert run(others()) == [200, 200, 405]
+    assert run(others()) == [200, 200, 401]
 
 
 def test_a_killed_replica_is_replaced(service: str, paths: list[Path], expected: dict[tuple[str, int], str]) -> None:

@@ -124,8 +124,8 @@ def test_an_os_error_is_usage_only_if_it_names_a_file_that_cannot_be_opened(
 OPTIONS = {
     "compare": "RUN_A RUN_B --anonymise-names --data --out",
     "demo": "--out --quick --seed",
-    "explain": "IMAGE --and --dry-run --guidance-scale --json --method --model --not --out --prompt --recipe "
-    "--scheduler --seed --set --steps --strength",
+    "explain": "IMAGE --and --condition --dry-run --guidance-scale --json --method --model --not --out --prompt "
+    "--recipe --scheduler --seed --set --steps --strength",
     "export": "RUN --accept --anonymise-names --banner --best-of --boxes --data --executor --license --out "
     "--push-to --splits --threshold --to --with-patients --without-images",
     "generate": "--actors --allow-environment-change --and --classes --columns --data --dry-run --executor "
@@ -148,7 +148,7 @@ OPTIONS = {
     "score": "MAPS --allow-training-images --boxes --columns --data --encoding --json --model --out --positive --root "
     "--signed --size --smoothing --threshold-from",
     "status": "RUN_OR_MODEL --json",
-    "studio": "--model --out --port --run --study",
+    "studio": "--model --out --port --run --service --study",
     "study": "RUN --images --out --seed",
     "train": "--columns --data --dry-run --executor --gpus-per-worker --healthy-class --out --recipe --root --set "
     "--workers",

@@ -1,11 +1,15 @@
-"""Condition images of a ControlNet: the lungs, and the edges outside them."""
+"""Condition images of a ControlNet: the lungs, and the edges outside them; a user's own."""
 
 from __future__ import annotations
 
+from io import BytesIO
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from diffva_ray.data.conditions import condition
+from diffva_ray.data.conditions import condition, decode_condition
+from diffva_ray.data.images import BadImage
 from diffva_ray.data.phantoms import phantom
 
 
@@ -39,6 +43,44 @@ def test_without_a_mask_lungs_are_found(mask: np.ndarray | None) -> None:
     normal = phantom("Normal", 0, seed=1, size=64)
     lungs = condition(normal.image, mask, ("lungs",))[0].astype(bool)
     assert (lungs & normal.lungs).sum() / (lungs | normal.lungs).sum() > 0.5
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_users_own_image_keeps_its_colours_and_a_grey_one_has_three_channels() -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (16, 12, 3), np.uint8)
+    image = Image.fromarray(colours)
+    expected = np.moveaxis(colours, -1, 0) / np.float32(255)
+    for stored in (image, image.convert("RGBA")):
+        found = decode_condition(png(stored.crop((0, 0, 12, 12))), 12, (12, 12))
+        assert np.array_equal(found, expected[:, :12])
+    labels = image.crop((0, 0, 12, 12)).quantize(4)  # a palette, as segmentations have
+    found = decode_condition(png(labels), 12, (24, 24))
+    assert np.array_equal(found, np.moveaxis(np.asarray(labels.convert("RGB")), -1, 0) / np.float32(255))
+    depth = np.random.default_rng(1).integers(0, 65536, (12, 12), np.uint16)
+    found = decode_condition(png(Image.fromarray(depth)), 12, (12, 12))
+    assert np.allclose(found, np.stack([depth / 65535] * 3), atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "fits"), [((2500, 2000), True), ((2499, 2000), True), ((2000, 2500), False),
+                                             ((2500, 1950), False)])  # fmt: skip
+def test_its_proportions_are_those_of_the_x_ray(shape: tuple[int, int], fits: bool) -> None:
+    data = png(Image.new("L", (102, 128), 90))  # 2500 x 2000, made smaller and rounded
+    if fits:
+        assert decode_condition(data, 16, shape).shape == (3, 16, 16)
+        return
+    with pytest.raises(BadImage, match=rf"102 x 128 pixels and its X-ray {shape[1]} x {shape[0]}: other proportions"):
+        decode_condition(data, 16, shape)
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", png(Image.new("L", (9, 9)))[:50]])
+def test_what_is_no_image_is_refused(data: bytes) -> None:
+    with pytest.raises(BadImage):
+        decode_condition(data, 16, (9, 9))
 
 
 def test_an_image_without_lungs_is_no_error() -> None:

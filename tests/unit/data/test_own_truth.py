@@ -17,7 +17,7 @@ from diffva_ray.cli import main
 from diffva_ray.data.columns import patient_key
 from diffva_ray.data.dataset import Dataset
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.images import read_mask
+from diffva_ray.data.masks import read_mask
 from diffva_ray.data.shapes import lesion_mask
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.generate.run import open_run

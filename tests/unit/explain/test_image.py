@@ -24,8 +24,8 @@ from diffva_ray.evaluate.drawing import png
 from diffva_ray.explain.image import Explanation, explain
 from diffva_ray.explain.interpolate import interpolate
 from diffva_ray.explain.sheet import sheet, write_sheet
+from diffva_ray.model.recipe import model_recipe
 from diffva_ray.schema import RECORDS, record_seed
-from diffva_ray.workflows.execution import model_recipe
 
 HEALTHY = "normal chest scan"
 PROMPTS = (HEALTHY, "COVID 19")

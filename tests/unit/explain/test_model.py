@@ -17,7 +17,7 @@ from diffva_ray.cli import main
 from diffva_ray.explain.image import explain
 from diffva_ray.explain.model import Model
 from diffva_ray.explain.results import Results
-from diffva_ray.workflows.execution import model_recipe
+from diffva_ray.model.recipe import model_recipe
 
 
 @pytest.fixture(scope="module")

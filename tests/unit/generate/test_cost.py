@@ -66,9 +66,9 @@ def test_estimated_calls_are_the_counted_calls(
     made = {"unet": 0, "encode": 0, "decode": 0, "controlnet": 0}
 
     def counting(name, forward):
-        def counted(images, *arguments, **options):
-            made[name] += len(images)
-            return forward(images, *arguments, **options)
+        def counted(*arguments, **options):
+            made[name] += len(arguments[0] if arguments else options["sample"])
+            return forward(*arguments, **options)
 
         return counted
 
@@ -231,11 +231,11 @@ def test_micro_batches_stop_when_the_device_is_out_of_memory(
 ) -> None:
     whole = CounterfactualEngine.__call__
 
-    def small(engine: CounterfactualEngine, images: list, *rest: object) -> object:
+    def small(engine: CounterfactualEngine, images: list, *rest: object, **named: object) -> object:
         if len(images) > 2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         time.sleep(0.2)  # a batch of two takes as long as one
-        return whole(engine, images, *rest)
+        return whole(engine, images, *rest, **named)
 
     monkeypatch.setattr(CounterfactualEngine, "__call__", small)
     assert list(micro_batches(tiny, str(model))) == [1, 2]

@@ -25,8 +25,9 @@ from diffva_ray.evaluate.records import read_images, read_records
 from diffva_ray.generate.attempts import GpuFailed, OutOfMemory
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import PlanError, find_run
-from diffva_ray.generate.shard import WorkerContext, run_shard
+from diffva_ray.generate.shard import run_shard
 from diffva_ray.generate.verification import requeue, verify
+from diffva_ray.generate.worker import WorkerContext
 from diffva_ray.metrics.ssim import ssim
 from diffva_ray.storage.local import LocalStore
 from diffva_ray.storage.store import StoreError

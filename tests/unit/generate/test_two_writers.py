@@ -27,8 +27,9 @@ from diffva_ray.generate.attempts import Attempt, Session
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import FingerprintDiffers, Run, open_run
 from diffva_ray.generate.run_json import DamagedRun
-from diffva_ray.generate.shard import WorkerContext, run_shard
+from diffva_ray.generate.shard import run_shard
 from diffva_ray.generate.verification import requeue, verify
+from diffva_ray.generate.worker import WorkerContext
 from diffva_ray.storage.local import LocalStore
 from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import generate_run

@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.signal import convolve2d
 from skimage.metrics import structural_similarity
 
-from diffva_ray.metrics.ssim import l1, ms_ssim, psnr, scales_of, ssim
+from diffva_ray.metrics.ssim import l1, ms_ssim, psnr, scales_of, ssim, ssim_and_ms_ssim
 
 
 def images(side: int, noise: float = 0.1, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -69,6 +69,17 @@ def test_fewer_scales_are_weighted_to_one():
     """With one scale MS-SSIM is Wang's SSIM; an unnormalised weight (0.0448) would give nearly 1."""
     a, b = images(16)
     assert ms_ssim(a, b) == (pytest.approx(ssim(a, b), abs=1e-6), 1)
+
+
+@pytest.mark.parametrize("shape", [(11, 11), (64, 64), (65, 33), (200, 180)])
+@pytest.mark.parametrize("preset", ["wang", "skimage"])
+def test_both_at_once_are_those_of_scikit_image_and_of_ms_ssim(shape, preset):
+    rng = np.random.default_rng(0)
+    a = rng.random(shape)
+    b = np.clip(a + 0.1 * rng.normal(size=shape), 0, 1)
+    value, *multiscale = ssim_and_ms_ssim(a, b, preset)
+    assert value == pytest.approx(ssim(a, b, preset), abs=1e-13)
+    assert tuple(multiscale) == ms_ssim(a, b)
 
 
 def test_an_odd_last_row_is_dropped():

@@ -16,6 +16,7 @@ from diffva_ray.data.dataset import UnusableData
 from diffva_ray.evaluate.records import read_records
 from diffva_ray.generate.run import FingerprintDiffers, PlanError, open_run
 from diffva_ray.generate.verification import verify
+from diffva_ray.model.packaged import model_address
 from diffva_ray.studio.workspace import Question, Workspace, safe_name
 
 SHA = ["counterfactual_sha256", "attribution_sha256", "reconstruction_sha256"]
@@ -92,9 +93,50 @@ def test_every_answer_is_a_run_that_is_found_again(workspace: Workspace, image: 
     }
     assert not calls, "the same question was generated twice"
     assert list(verify(first.run)) == []
-    (name,) = workspace.history()
+    ((about, name),) = workspace.history()
+    assert about.startswith(f"{image.name}, “")
     tomorrow = Workspace(workspace.uri, str(model), "cpu")
     np.testing.assert_array_equal(tomorrow.reply(name).images.counterfactual, first.images.counterfactual)
+
+
+def test_records_of_a_run_are_answers_too(images: Path, model: Path, tmp_path: Path) -> None:
+    diffva("generate", "--data", images, "--model", model, "--out", tmp_path / "run", "--executor", "inline")
+    run = open_run(str(tmp_path / "run"))
+    workspace = Workspace(str(tmp_path / "studio"), str(model), "cpu", run=run)
+    records = read_records(run)
+    names = [name for _, name in workspace.history()]
+    assert names == [f"record {one}" for one in records["record_id"]]
+    reply = workspace.reply(names[3])
+    arguments = shlex.split(reply.command)[1:]
+    arguments[arguments.index("--out") + 1] = str(tmp_path / "again")
+    diffva(*arguments)
+    again = read_records(open_run(str(tmp_path / "again"))).set_index("record_id")
+    for name in SHA:
+        assert again[name][reply.record["record_id"]] == reply.record[name]
+
+
+def test_what_changes_grows_with_guidance(image: Path, tmp_path: Path) -> None:
+    """The page calls guidance the severity: with the packaged model, a higher one changes more, in the same way."""
+    workspace = Workspace(str(tmp_path / "studio"), model_address("small"), "cpu")
+    changes = []
+    for guidance in (1, 2, 4):
+        images = workspace.ask(
+            Question(image.name, image.read_bytes(), "Effusion", (f"generate.guidance_scale={guidance}",))
+        ).images
+        changes.append(images.counterfactual - images.reconstruction)
+    sizes = [float(np.abs(change).mean()) for change in changes]
+    assert sizes[0] < sizes[1] < sizes[2]
+    assert all(np.corrcoef(changes[0].ravel(), change.ravel())[0, 1] > 0.7 for change in changes[1:])
+
+
+def test_an_unfinished_answer_is_not_listed(workspace: Workspace, image: Path) -> None:
+    reply = workspace.ask(Question(image.name, image.read_bytes(), ""))
+    (part,) = (Path(reply.run.store.uri) / "records").iterdir()
+    part.unlink()
+    assert workspace.history() == []
+    again = workspace.ask(Question(image.name, image.read_bytes(), ""))
+    assert again.record["counterfactual_sha256"] == reply.record["counterfactual_sha256"]
+    assert len(workspace.history()) == 1
 
 
 def test_dicom_and_hostile_names(workspace: Workspace) -> None:

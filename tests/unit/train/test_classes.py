@@ -16,9 +16,9 @@ from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.dataset import Dataset, LabelledImage, UnusableData
 from diffva_ray.data.encoding import encode_grey, quantise
 from diffva_ray.data.phantoms import phantom
+from diffva_ray.model.recipe import model_recipe
 from diffva_ray.storage.local import LocalStore
 from diffva_ray.train.classes import described, fitted
-from diffva_ray.workflows.execution import model_recipe
 from diffva_ray.workflows.train import check_training, train_model
 
 PAPER = [("normal", 1200), ("lung-opacity", 500), ("covid", 500), ("viral-pneumonia", 500), ("judge", 1000)]
