@@ -502,15 +502,9 @@ def paper_claims() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
-<<<<<<< HEAD
         leaderboard, limits, corrections, shortcuts, induction, words, unseen, engine, data_plane, scale, planning,
         fid_rows, real_images, real_summary, real_findings, real_implants, real_pack, implants,
-        throughput, demo, claims, gpu, paper_claims, suspects,
-=======
-        leaderboard, limits, corrections, shortcuts, induction, unseen, engine, data_plane, scale, planning, fid_rows,
-        real_images, real_summary, real_findings, real_implants, real_pack, implants,
         throughput, demo, claims, gpu, paper_claims, suspects, report_cost,
->>>>>>> main
     )
 }  # fmt: skip
 
