@@ -191,6 +191,16 @@ def induction() -> str:
     return markdown(["prompt", "measure", *conditions], rows)
 
 
+def words() -> str:
+    prompts = result("words")["prompts"]
+    measures = [key for key in next(iter(prompts.values())) if key != "held out"]
+    rows = [
+        [f"{prompt}{' (held out)' if scores['held out'] else ''}", *(number(scores[key], 2) for key in measures)]
+        for prompt, scores in prompts.items()
+    ]
+    return markdown(["prompt", *measures], rows)
+
+
 def unseen() -> str:
     columns = ("positive", "negative", "absolute", "brightness")
     found = result("unseen")
@@ -514,8 +524,8 @@ def paper_claims() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
-        leaderboard, limits, corrections, shortcuts, induction, unseen, engine, data_plane, scale, planning, fid_rows,
-        real_images, real_summary, real_findings, real_implants, real_pack, implants,
+        leaderboard, limits, corrections, shortcuts, induction, words, unseen, engine, data_plane, scale, planning,
+        fid_rows, real_images, real_summary, real_findings, real_implants, real_pack, implants,
         throughput, demo, claims, gpu, paper_claims, suspects, report_cost,
         training_choices, fid_cold_start,
     )

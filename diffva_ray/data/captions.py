@@ -21,14 +21,21 @@ from diffva_ray.data.images import BadImage, decode_square
 from diffva_ray.data.labels import plain
 from diffva_ray.data.lexicon import SYNONYMS, in_words
 from diffva_ray.data.masks import read_mask
-from diffva_ray.data.places import SIZES, ZONES, place_of
+from diffva_ray.data.places import SEVERITIES, SIDES, SIZES, ZONES, place_of
 from diffva_ray.data.shapes import Shape, lesion_mask
 from diffva_ray.schema import digest
 from diffva_ray.storage.store import Store
 
 UNNAMED = "finding"  # stands for the class
 OF_THE_HEART = {plain(label) for label in ("Cardiomegaly", "Enlarged Cardiomediastinum", "Aortic enlargement")}
-OF_A_FINDING = ("count", "severity", "size", "side", "zone")
+OF_A_FINDING: dict[str, tuple[str, ...]] = {  # words that columns of the table may have
+    "count": (),
+    "severity": SEVERITIES,
+    "size": SIZES,
+    "side": (*SIDES, "bilateral"),
+    "zone": ZONES,
+}
+PERSON = ("age", "sex", "view")
 PEOPLE = {"F": "woman", "M": "man"}
 OTHER = "{count} {severity} {size} {finding} {place}"  # template of further findings
 MANY = 9  # largest number of parts of a lesion mask that is counted
@@ -87,8 +94,7 @@ class Captions:
         others = (other for other in self.of_path.get(image.path, ()) if other.label != image.label)
         facts += [self._finding(other, measure) for other in others]
         if second := image.columns.get("second", ""):
-            own = {name: image.columns.get(f"second_{name}", "") for name in OF_A_FINDING}
-            facts.append({"finding": self.data.prompt(second)} | {name: value for name, value in own.items() if value})
+            facts.append({"finding": self.data.prompt(second), **self._told(image, "second_")})
         return facts[: self.config.findings]
 
     def _finding(self, image: LabelledImage, measure: Callable[[LabelledImage], Facts]) -> Facts:
@@ -96,8 +102,21 @@ class Captions:
         facts = {"finding": self.data.prompt(image.label)}
         if image.label == self.data.healthy_class:
             return facts
-        own = {name: value for name in OF_A_FINDING if (value := image.columns.get(name, "").strip())}
-        return facts | (own or measure(image))
+        return facts | (self._told(image) or measure(image))
+
+    def _told(self, image: LabelledImage, prefix: str = "") -> Facts:
+        """What the table says of a finding; other values in columns of these names, such as a size in bytes, do not
+        count."""
+        facts = {}
+        for name, words in OF_A_FINDING.items():
+            value = image.columns.get(prefix + name, "").strip().casefold()
+            if name == "count" and re.fullmatch(r"\d{1,2}", value):
+                value = self._count(int(value))
+            elif value not in words:
+                continue
+            if value:
+                facts[name] = value
+        return facts
 
     def _measure(self, image: LabelledImage) -> Facts:
         """Side, zone, size and count by lesion mask or boxes; nothing for the heart, lateral views and without any."""
@@ -153,9 +172,8 @@ class Captions:
 
         def wordy(facts: Facts) -> Facts:
             """The facts by their longest synonyms."""
-            return {
-                name: max((value, *SYNONYMS.get(value.casefold(), ())), key=length) for name, value in facts.items()
-            }
+            others = SYNONYMS if self.config.synonyms else {}
+            return {name: max((value, *others.get(value.casefold(), ())), key=length) for name, value in facts.items()}
 
         images = [image for group in self.of_path.values() for image in group]
         described = []
@@ -163,10 +181,10 @@ class Captions:
             first, *others = map(wordy, findings)
             described.append({**_placed(first), "other": _others([_placed(facts) for facts in others])})
         people = [person(dict(columns), self.config.numbers) for columns in {_who(image) for image in images}]
-        values = max(described, key=lambda facts: length(filled(f"{OTHER} {{other}}", facts)[0]))
-        for name in ("age", "sex", "view"):
-            values[name] = max((wordy(facts).get(name, "") for facts in people), key=length)
-        return max((", ".join(filled(template, values)) for template in self.config.templates), key=length)
+        patient = {name: max((wordy(facts).get(name, "") for facts in people), key=length) for name in PERSON}
+        templates = self.config.templates
+        captions = {", ".join(filled(template, facts | patient)) for template in templates for facts in described}
+        return max(sorted(captions), key=length)
 
     def _widest(self, image: LabelledImage) -> Facts:
         """What ``_measure`` could say of an image at most."""
@@ -177,7 +195,7 @@ class Captions:
 
 
 def _who(image: LabelledImage) -> tuple[tuple[str, str], ...]:
-    return tuple((name, image.columns.get(name, "")) for name in ("age", "sex", "view"))
+    return tuple((name, image.columns.get(name, "")) for name in PERSON)
 
 
 def person(columns: Mapping[str, str], numbers: str) -> Facts:
@@ -225,7 +243,7 @@ def trained_texts(data: DataConfig) -> set[str]:
     """The prompts of the classes, and the words that captions can have besides numbers."""
     texts = set(data.prompts.values())
     if data.captions is not None:
-        words = {"left", "right", "bilateral", *ZONES, *SIZES, "mild", "moderate", "severe", UNNAMED, *PEOPLE.values()}
+        words = {"left", "right", "bilateral", *ZONES, *SIZES, *SEVERITIES, UNNAMED, *PEOPLE.values()}
         texts |= words | {"areas of", "in on the zone and year old", "ap", "pa"}
         texts |= {text for group in SYNONYMS.values() for text in group}
         texts |= {NAMED.sub(" ", template) for template in data.captions.templates}

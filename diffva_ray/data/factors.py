@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from diffva_ray.data.places import SIDES, SIZES, ZONES
+from diffva_ray.data.places import SEVERITIES, SIDES, SIZES, ZONES
 from diffva_ray.data.thorax import Thorax
 
-SEVERITIES = ("mild", "moderate", "severe")  # thirds of the range of severities
 SEXES, VIEWS = ("F", "M"), ("PA", "AP")
 AGES = (20, 90)  # youngest and oldest patient in years
 SECOND = 0.3  # probability of a second finding

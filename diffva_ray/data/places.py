@@ -14,6 +14,7 @@ from scipy import ndimage
 SIDES = ("left", "right")
 ZONES = ("upper", "middle", "lower")  # thirds of the lungs' height
 SIZES = ("small", "medium", "large")
+SEVERITIES = ("mild", "moderate", "severe")
 BILATERAL = 0.2  # of a lesion's area: with as much on either side it is bilateral
 LARGE = (0.08, 0.20)  # of the lungs' area, from which a lesion is medium and large
 SEPARATE = 0.2  # of the largest lesion's area, from which another part counts as a lesion
@@ -46,12 +47,12 @@ def place_of(weight: NDArray[np.floating] | NDArray[np.bool_], lungs: NDArray[np
     if total <= 0:
         return None
     # lungs: their middle, rows and area
+    top, bottom = _rows_of(lungs, height)
     if lungs is not None and lungs.any():
-        columns, rows = (np.flatnonzero(lungs.any(axis=axis)) for axis in (0, 1))
-        middle, top, bottom, area = (columns[0] + columns[-1] + 1) / 2, rows[0], rows[-1] + 1, float(lungs.sum())
+        columns = np.flatnonzero(lungs.any(axis=0))
+        middle, area = (columns[0] + columns[-1] + 1) / 2, float(lungs.sum())
     else:
-        middle, (top, bottom) = width / 2, (fraction * height for fraction in LUNG_ROWS)
-        area = LUNG_AREA * height * width
+        middle, area = width / 2, LUNG_AREA * height * width
     # side
     centres = np.arange(width) + 0.5
     left = float(weight[:, centres > middle].sum()) / total
@@ -64,3 +65,18 @@ def place_of(weight: NDArray[np.floating] | NDArray[np.bool_], lungs: NDArray[np
     areas = ndimage.sum_labels(np.ones_like(labels), labels, range(1, number + 1))
     count = int((areas >= SEPARATE * areas.max()).sum()) if number else 0
     return Place(side, "" if side == "bilateral" else ZONES[third], size, count)
+
+
+def zone_rows_of(zone: str, lungs: NDArray[np.bool_] | None, height: int) -> slice:
+    """The rows of an image of a height that belong to one of ZONES."""
+    top, bottom = _rows_of(lungs, height)
+    first, last = (top + (ZONES.index(zone) + part) * (bottom - top) / len(ZONES) for part in (0, 1))
+    return slice(round(first), round(last))
+
+
+def _rows_of(lungs: NDArray[np.bool_] | None, height: int) -> tuple[float, float]:
+    """The rows between which the lungs are."""
+    if lungs is None or not lungs.any():
+        return LUNG_ROWS[0] * height, LUNG_ROWS[1] * height
+    rows = np.flatnonzero(lungs.any(axis=1))
+    return float(rows[0]), float(rows[-1] + 1)

@@ -25,6 +25,7 @@ from diffva_ray.evaluate.records import (
 from diffva_ray.evaluate.run_index import IndexedRecord
 from diffva_ray.evaluate.scores import lost, names_of
 from diffva_ray.evaluate.tables import by_label, finite_mean, known
+from diffva_ray.evaluate.word_scores import word_scores
 from diffva_ray.generate.run import Run
 from diffva_ray.metrics.cardiothoracic import cardiothoracic_ratio
 from diffva_ray.metrics.counterfactual import flip_rate
@@ -68,16 +69,17 @@ def score_pairs(
     unread: set[str] | None = None,
 ) -> list[TableRow]:
     """Score each record whose images can be read: PAIR_METRICS, ``lpips``, the PSNR of its reconstruction, the judge's
-    probabilities, and, for cardiomegaly, the cardiothoracic ratio of image and counterfactual. Unknown scores are None;
-    ``unread`` as in ``scores.score_records``."""
+    probabilities, where the change is if the prompt names a place, and, for cardiomegaly, the cardiothoracic ratio of
+    image and counterfactual. Unknown scores are None; ``unread`` as in ``scores.score_records``."""
     scored = []
     for row, images, truth in _read(run, rows, lesions, unread):
         pair = Pair(
             images.image, images.counterfactual, images.signed_map, row["label"], row, truth.lesion, truth.lungs, judge
         )
-        scores = {metric.key: metric.of(pair) for metric in PAIR_METRICS}
+        scores: TableRow = {metric.key: metric.of(pair) for metric in PAIR_METRICS}
         scores |= _controls(row, images, truth, judge)
         scores["lpips"] = None if lpips is None else lpips(images.image, images.counterfactual)
+        scores |= {"prompt": row["prompt"], **word_scores(row["prompt"], images.signed_map, truth.lungs)}
         if HEART in f"{row['label']} {row['prompt']}".casefold():
             scores |= {"heart_before": _heart(images.image), "heart_after": _heart(images.counterfactual)}
         names = _names(row)

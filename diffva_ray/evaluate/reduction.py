@@ -46,6 +46,7 @@ from diffva_ray.evaluate.run_card import write_card
 from diffva_ray.evaluate.run_index import SAMPLE, RunIndex, index_run
 from diffva_ray.evaluate.scores import LocalizationScores, stacked
 from diffva_ray.evaluate.set_distances import distances
+from diffva_ray.evaluate.word_scores import word_rows
 from diffva_ray.generate.committed import overlays
 from diffva_ray.generate.data_identity import check_there
 from diffva_ray.generate.failure_threshold import check_quarantined
@@ -221,6 +222,7 @@ def _compute(
         "ground_truth": tables.ground_truth_rows(ground_truth),
         "counterfactual": counterfactual_rows(pairs),
         "heart": heart_rows(pairs),
+        "words": word_rows(pairs),
         "brixia": zone_rows(run, records.requested, zones, unread),
     }
     if unread:

@@ -85,6 +85,7 @@ def report_tables(metrics: Mapping[str, Any]) -> list[Table]:
         _ssim(rows["ssim"]),
         _table("counterfactual", rows["counterfactual"]),
         _table("heart", rows["heart"]),
+        _table("words", rows["words"]),
     ]
     return [table for table in tables if table is not None]
 

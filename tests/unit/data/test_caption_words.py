@@ -14,9 +14,8 @@ from diffva_ray.data.dataset import LabelledImage
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import encode_grey, encode_mask
 from diffva_ray.data.factor_phantoms import factor_set
-from diffva_ray.data.factors import SEVERITIES
 from diffva_ray.data.lexicon import SYNONYMS, in_words
-from diffva_ray.data.places import SIDES, SIZES, ZONES, place_of
+from diffva_ray.data.places import SEVERITIES, SIDES, SIZES, ZONES, place_of
 from diffva_ray.data.shapes import Box
 from diffva_ray.storage.local import LocalStore
 
@@ -42,6 +41,8 @@ def test_what_is_not_known_is_not_said(tmp_path: Path) -> None:
         (("age", "unknown"), ("view", "LATERAL")): "Mass, lateral",
         (("side", "right"),): "Mass on the right",
         (("zone", "lower"),): "Mass in the lower zone",
+        (("size", "20480"), ("severity", "NaN"), ("zone", "EU")): "Mass",  # columns of other meanings
+        (("count", "3"), ("size", "Small")): "3 areas of small Mass",
         (): "Mass",
     }.items():
         image = LabelledImage("a.png", "Mass", columns=dict(columns))
