@@ -262,6 +262,18 @@ def ranged(ratio: dict[str, float], digits: int = 2) -> str:
     return f"{ratio['median']:.{digits}f} ({ratio['least']:.{digits}f} to {ratio['most']:.{digits}f})"
 
 
+def host() -> str:
+    """CPU time of a record beside the networks (docs/throughput.md)."""
+    records = result("host")["records"]
+    stages = {"decode": "decode a PNG of 1024 px", "metrics": "metrics", "features": "random features",
+              "PNGs": "encode three PNGs"}  # fmt: skip
+    names = ("before", "after")
+    rows = [[text, *(number(records[name][stage], 1) for name in names)] for stage, text in stages.items()]
+    rows.append(["together", *(number(sum(records[name][stage] for stage in stages), 1) for name in names)])
+    rows.append(["stored, kB", *(number(records[name]["bytes"] / 1000, 0) for name in names)])
+    return markdown(["CPU ms a record of 512 px", "before", "now"], rows)
+
+
 def data_plane() -> str:
     rows = []
     for cores, name in (("two", "data_plane"), ("one", "data_plane_one_core")):
@@ -524,8 +536,8 @@ def paper_claims() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
-        leaderboard, limits, corrections, shortcuts, induction, words, unseen, engine, data_plane, scale, planning,
-        fid_rows, real_images, real_summary, real_findings, real_implants, real_pack, implants,
+        leaderboard, limits, corrections, shortcuts, induction, words, unseen, engine, host, data_plane, scale,
+        planning, fid_rows, real_images, real_summary, real_findings, real_implants, real_pack, implants,
         throughput, demo, claims, gpu, paper_claims, suspects, report_cost,
         training_choices, fid_cold_start,
     )
