@@ -79,7 +79,7 @@ class ServiceEngine:
         answered.device_name = answered._made["device"]
         return answered
 
-    def __call__(self, *_: Any) -> CounterfactualBatch:
+    def __call__(self, *_: Any, **__: Any) -> CounterfactualBatch:
         """The answer, as the engine of a run's worker returns it."""
         made = self._made
         counterfactual, reconstruction = (_pixels(made[name])[None] for name in ("counterfactual", "reconstruction"))
