@@ -27,7 +27,7 @@ FILES = [".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"]
 ERRORS = (UnusableData, BadImage, PlanError, RecipeError, FingerprintDiffers, UnusableModel, StoreError, OSError)
 SECOND, EARLIER = "Second prompt, to compare", "Earlier results, two to compare"
 SHOWS = "What the image shows"
-SEVERITY = "Severity: how far towards the prompt (guidance)"
+SEVERITY = "Severity: from the healthy prompt (0) to the prompt (1)"
 NONE = "(none)"  # no second prompt
 MASKED = (0.6, 3.0, 20)  # strength, guidance and steps for a painted region, by a model that takes one step else
 NUMBERS = {  # shown of a record
@@ -58,9 +58,10 @@ def build(gradio: Any, workspace: Workspace, uploads: Path, service: str | None 
                 prompt = gradio.Dropdown(prompts, value=prompts[0], label="Prompt", allow_custom_value=True)
                 second = gradio.Dropdown([NONE, *prompts], value=NONE, label=SECOND, allow_custom_value=True)
                 words = gradio.HTML()
+                severity = gradio.Slider(0, 1, 1, step=0.05, label=SEVERITY)
                 strength = gradio.Slider(0.05, 1, config.strength, step=0.05, label="Strength: how much may change")
                 least = min(1.0, config.guidance_scale)  # below 1, guidance is off
-                guidance = gradio.Slider(least, 15, config.guidance_scale, step=0.5, label=SEVERITY)
+                guidance = gradio.Slider(least, 15, config.guidance_scale, step=0.5, label="Guidance to the prompt")
                 ask = gradio.Button("Generate", variant="primary")
                 done = gradio.HTML()
                 with gradio.Accordion("More settings", open=False):
@@ -104,8 +105,8 @@ def build(gradio: Any, workspace: Workspace, uploads: Path, service: str | None 
             return "".join(f"<p role='note'>{text(note)}</p>" for note in workspace.notes(asked(*prompts)))
 
         def generate(
-            path: str | None, painted: Any, only: bool, one: str, two: str, opaque: float, above: float, seed: int,
-            *values: Any, progress: Any = gradio.Progress(),  # noqa: B008, Gradio finds it here
+            path: str | None, painted: Any, only: bool, one: str, two: str, severe: float, opaque: float, above: float,
+            seed: int, *values: Any, progress: Any = gradio.Progress(),  # noqa: B008, Gradio finds it here
         ) -> tuple[Any, ...]:  # fmt: skip
             try:
                 region = painted_region(painted)
@@ -118,11 +119,10 @@ def build(gradio: Any, workspace: Workspace, uploads: Path, service: str | None 
                 scheduler = METHODS[values[-1]].scheduler
                 settings += [f"generate.scheduler={scheduler}"] if scheduler else []
                 found = []
-                for text_of in asked(one, two) or [""]:
-                    question = Question(
-                        Path(path).name, Path(path).read_bytes(), text_of, (*settings, f"seed={int(seed)}"),
-                        region if only else None,
-                    )  # fmt: skip
+                name, data, region = Path(path).name, Path(path).read_bytes(), region if only else None
+                for wanted in asked(one, two) or [""]:
+                    graded = workspace.graded(wanted, severe)
+                    question = Question(name, data, graded, (*settings, f"seed={int(seed)}"), region)
                     found.append(workspace.ask(question, lambda *calls: progress(calls, "denoising", unit="passes")))
             except ERRORS as error:
                 return [], "", message(str(error), problem=True), gradio.skip(), gradio.Column(visible=False), ""
@@ -163,7 +163,8 @@ def build(gradio: Any, workspace: Workspace, uploads: Path, service: str | None 
         file.change(opened, [file], [editor, status])
         for box in (prompt, second):
             box.change(unknown, [prompt, second], [words])
-        inputs = [file, editor, inside, prompt, second, opacity, threshold, seed, strength, guidance, steps, method]
+        inputs = [file, editor, inside, prompt, second, severity, opacity, threshold, seed, strength, guidance, steps,
+                  method]  # fmt: skip
         inside.change(for_region, [inside], [strength, guidance, steps])
         asking = ask.click(generate, inputs, [replies, result, done, earlier, answer, saved], show_progress_on=[done])
         asking.then(None, js="() => document.getElementById('answer')?.scrollIntoView()")

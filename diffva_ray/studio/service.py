@@ -61,6 +61,10 @@ class ServiceEngine:
         self.bundle, self.device = SimpleNamespace(digest=about["model_digest"]), SimpleNamespace(type=about["device"])
         self.device_name, self._made = "", dict[str, Any]()
 
+    def condition_columns(self, settings: Any = None) -> list[str]:
+        """None: the service takes no condition images."""
+        return []
+
     def fits(self, prompt: str) -> bool:
         """True: plans are checked by the model's vocabulary, and the service checks again."""
         return True
@@ -79,7 +83,7 @@ class ServiceEngine:
         answered.device_name = answered._made["device"]
         return answered
 
-    def __call__(self, *_: Any) -> CounterfactualBatch:
+    def __call__(self, *_: Any, **__: Any) -> CounterfactualBatch:
         """The answer, as the engine of a run's worker returns it."""
         made = self._made
         counterfactual, reconstruction = (_pixels(made[name])[None] for name in ("counterfactual", "reconstruction"))

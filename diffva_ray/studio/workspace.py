@@ -131,6 +131,14 @@ class Workspace:
         notes = self.folder.prompt_notes(texts, trained_texts(self.recipe.data))
         return [*(f"prompt {prompt!r}: more tokens than the model reads" for prompt in unread), *notes]
 
+    def graded(self, prompt: str, severity: float) -> str:
+        """The prompt at a severity from 0 to 1: mixed with the healthy one (``A TO B :0.3``, config/prompts.py), so
+        that it is an ordinary prompt. The healthy prompt itself and composed ones stay as they are."""
+        healthy = self.recipe.data.healthy_prompt
+        if severity >= 1 or prompt.casefold() in ("", healthy.casefold()) or {"TO", "AND", "NOT"} & set(prompt.split()):
+            return prompt
+        return f"{healthy} TO {prompt} :{severity:g}"
+
     def preview(self, data: bytes) -> Image:
         """The image [size, size] in [0, 1] as the model sees it. Raises UnusableData."""
         try:
@@ -200,10 +208,7 @@ class Workspace:
             dated.append((str(run.about["started"]), described(name.rpartition("-")[0], run.keys), name))
         answers = [(f"{about} ({when[:16].replace('T', ' ')})", name) for when, about, name in sorted(dated)[::-1]]
         records = [] if self.run is None else as_records(finished(read_records(self.run)))
-        of_run = [(described(record["image_path"], record), OF_RUN + record["record_id"]) for record in records]
-        return [
-            (f"{about} ({when[:16].replace('T', ' ')})", name) for when, about, name in sorted(answers)[::-1]
-        ] + of_run
+        return answers + [(described(one["image_path"], one), OF_RUN + one["record_id"]) for one in records]
 
     def _names(self) -> set[str]:
         """Names of the runs that have a record."""
