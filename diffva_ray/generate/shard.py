@@ -86,7 +86,7 @@ def _run_shard(context: WorkerContext, shard: int) -> dict[str, Any]:
     if store.exists(commit_path(shard)):
         return {"shard": shard, "records": 0, "ok": 0, "seconds": {}}
     planned = run.planned(shard)
-    _ = context.files  # read here, because until Python 3.12 all threads wait for one that computes a cached property
+    _ = context.files  # read once, before the threads need it
     # generate; with markers, in ever smaller groups, if a worker died on this shard before
     attempt = Attempt(store, shard, context.session)
     with context.turns(alone=attempt.isolated), attempt:

@@ -61,6 +61,7 @@ class WorkerContext:
     extractor: Extractor = field(default_factory=stand_in)  # whose features the shards store
     session: Session = field(default_factory=Session)  # decides which markers of dead workers count
     turns: Turns = field(default_factory=Turns)
+    _files: PlannedFiles | None = None
 
     @classmethod
     def open(
@@ -94,10 +95,13 @@ class WorkerContext:
             raise Unfinished(str(error)) from None
         return cls(run, open_store(data_uri), engine, judge, session=session or Session())
 
-    @cached_property
+    @property
     def files(self) -> PlannedFiles:
-        """As ``Run.files``, of the worker's own data set."""
-        return PlannedFiles.of(self.run.about, self.data)
+        """As ``Run.files``, of the worker's own data set. (Until Python 3.12 a cached property has one lock for the
+        whole process, which a paused thread would keep.)"""
+        if self._files is None:
+            self._files = PlannedFiles.of(self.run.about, self.data)
+        return self._files
 
     @cached_property
     def results(self) -> Results:
