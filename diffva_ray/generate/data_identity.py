@@ -23,13 +23,14 @@ SAMPLE_SIZE = 8  # images
 def content_sample(dataset: Dataset) -> dict[str, str]:
     """sha256 by path of up to SAMPLE_SIZE readable images, spread over the data set.
 
-    Raises StoreError when images were listed, but none can be read: the data set was lost meanwhile."""
+    Raises StoreError when images were listed, but none can be read in the end: the data set was lost meanwhile, and a
+    sample of the few that were read before would recognise nothing."""
     sample: dict[str, str] = {}
     paths = dataset.sample_paths(2 * SAMPLE_SIZE)  # some of them may be unreadable
     for path in paths:
         if len(sample) < SAMPLE_SIZE and (sha256 := _sha256(dataset.store, path)):
             sample[path] = sha256
-    if paths and not sample:
+    if paths and not any(readable(dataset.store, path) for path in sample):
         raise StoreError(
             f"{dataset.store.uri}: none of {len(paths)} listed images can be read; mount the data set again or restore "
             "the permission and give the same command"

@@ -18,7 +18,7 @@ from PIL import Image
 from diffva_ray.cli import main
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.evaluate.records import as_records, read_records, read_truth
-from diffva_ray.generate import shard
+from diffva_ray.generate import data_identity, shard
 from diffva_ray.generate.run import open_run
 from diffva_ray.generate.verification import verify
 from diffva_ray.storage import store as storage
@@ -284,3 +284,27 @@ def test_a_class_without_read_permission_is_an_error(images: Path, tmp_path: Pat
     assert ended.exit_code == 5, ended.output
     assert f"{data}/COVID" in ended.output
     assert "Permission denied" in ended.output
+
+
+def test_a_data_set_that_is_lost_while_it_is_sampled_is_not_planned(
+    images: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample of the one image that was read before would tell no other data set from this one."""
+    copy, gone = tmp_path / "images", tmp_path / "gone"
+    shutil.copytree(images, copy)
+    whole = data_identity._sha256
+
+    def lost_after_one(store: LocalStore, path: str) -> str | None:
+        found = whole(store, path)
+        if copy.exists():
+            copy.rename(gone)
+        return found
+
+    monkeypatch.setattr(data_identity, "_sha256", lost_after_one)
+    result = generate(copy, model, tmp_path / "run")
+    assert result.exit_code == 5, result.output
+    assert "listed images can be read; mount the data set again" in result.stderr
+    monkeypatch.undo()
+    gone.rename(copy)
+    assert generate(copy, model, tmp_path / "run").exit_code == 0
+    assert len(open_run(str(tmp_path / "run")).about["data_sample"]) == data_identity.SAMPLE_SIZE
