@@ -22,7 +22,7 @@ import pandas as pd
 from scipy.ndimage import binary_dilation
 
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.images import read_mask
+from diffva_ray.data.masks import read_mask
 from diffva_ray.evaluate.reduction import Options
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import open_run
