@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from diffva_ray.counterfactual.attribution import attribution
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.phantoms import Phantom, phantom
-from diffva_ray.metrics.localization import absolute, brightness, positive, score, smooth
+from diffva_ray.metrics.baselines import brightness
+from diffva_ray.metrics.localization import absolute, positive, score, smooth
 from diffva_ray.model.bundle import load
 from diffva_ray.progress import LOG, set_up_logging
 from diffva_ray.provenance import code_revision, version
