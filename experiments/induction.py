@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,8 @@ def _begins_denoiser(folder: Path) -> bool:
 
 
 def counterfactuals(run: Run) -> tuple[dict[str, dict[str, Image]], dict[str, NDArray[np.bool_]], dict[str, Image]]:
-    """Return a CounterfactualBatch by prompt and image, lung masks by image, and the images."""
-    found: dict[str, dict[str, Image]] = {prompt: {} for prompt in PROMPTS}
+    """Return the counterfactuals by prompt and image, lung masks by image, and the images."""
+    found: dict[str, dict[str, Image]] = defaultdict(dict)
     lungs, images = {}, {}
     for members in by_shard(as_records(read_records(run))).values():
         for row in members:

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 from diffusers import AutoencoderKL
-from induction import DARK, share_on
+from induction import DARK, counterfactuals, share_on
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn
@@ -36,7 +36,6 @@ from diffva_ray.data.factor_phantoms import MANIFEST, factor_phantom, factor_set
 from diffva_ray.data.factors import Factors, sample_factors
 from diffva_ray.data.places import SIDES
 from diffva_ray.evaluate.drawing import INK, MUTED, png
-from diffva_ray.evaluate.records import as_records, by_shard, read_images, read_records, read_truth
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run, open_run
 from diffva_ray.model.bundle import build, save
@@ -164,19 +163,6 @@ def classifier(seed: int, images: int, steps: int) -> tuple[FactorClassifier, di
 
 def name(head: Any) -> str:
     return head if isinstance(head, str) else f"{FINDINGS[head[0]]} {head[1]}"
-
-
-def counterfactuals(run: Run) -> tuple[dict[str, dict[str, Image]], dict[str, NDArray[np.bool_]], dict[str, Image]]:
-    """Return the counterfactuals by prompt and image, lung masks by image, and the images."""
-    found: dict[str, dict[str, Image]] = {prompt: {} for prompt in PROMPTS}
-    lungs, images = {}, {}
-    for members in by_shard(as_records(read_records(run))).values():
-        for row in members:
-            made = read_images(run, row)
-            found[row["prompt"]][row["image_path"]] = made.counterfactual
-            lungs[row["image_path"]] = read_truth(run, row, {}).region
-            images[row["image_path"]] = made.image
-    return found, lungs, images
 
 
 def scores(run: Run, network: FactorClassifier) -> dict[str, dict[str, float]]:

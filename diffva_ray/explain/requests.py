@@ -115,7 +115,6 @@ class Responder:
     def _generate(self, batch: Sequence[Prepared]) -> Sequence[Generated | Answer]:
         engine = copy.copy(self.engine)
         engine.config = batch[0].config
-        self._set_threads()
         images, seeds, prompts = ([getattr(one, key) for one in batch] for key in ("square", "seed", "prompt"))
         try:
             made = engine(images, seeds, prompts, lungs=[one.mask for one in batch])
