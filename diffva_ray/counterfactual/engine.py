@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,6 +89,7 @@ class CounterfactualEngine:
 
     Attributes:
         size: Side of the model's square images, in pixels.
+        compiled: Whether ``compile`` was called.
         config: Recipe section ``generate`` in use.
 
     Examples:
@@ -114,6 +116,7 @@ class CounterfactualEngine:
         self.watch = Stopwatch(torch.cuda.synchronize) if self.device.type == "cuda" else Stopwatch()
         self.model = LatentDiffusion(bundle, self.watch)
         self.size = bundle.recipe.model.resolution
+        self.compiled = False
         self._embeddings: dict[str, torch.Tensor] = {}
 
     @classmethod
@@ -133,8 +136,11 @@ class CounterfactualEngine:
         """
         return cls(load(model), device=device)
 
-    def compile(self) -> None:
+    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile the networks by ``torch.compile``, for many images: the first call then takes minutes.
+
+        Args:
+            backend: torch's name of the compiler, or the compiler itself.
 
         Raises:
             ValueError: If there is no C++ compiler, or this torch selects kernels by timing only (before 2.10, CUDA).
@@ -148,8 +154,9 @@ class CounterfactualEngine:
                 raise ValueError("generate.compile: this torch selects kernels by timing; install torch 2.10 or later")
             inductor.deterministic = True  # else two actors could sum in different orders
         for network in (self.bundle.unet, self.bundle.vae.encoder, self.bundle.vae.decoder):
-            network.compile(dynamic=False)  # a micro-batch has one shape
-        self.model.compiled = True
+            # A micro-batch has one shape, and what cannot be compiled whole must not run uncompiled unnoticed.
+            network.compile(backend=backend, dynamic=False, fullgraph=True)
+        self.compiled = True
 
     @property
     def device_name(self) -> str:
@@ -264,7 +271,7 @@ class CounterfactualEngine:
             return batch
         networks = (self.bundle.unet, self.bundle.vae)
         dtype = getattr(torch, self.config.dtype)
-        eager = torch.compiler.set_stance("force_eager") if self.model.compiled else nullcontext()
+        eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
         try:
             for network in networks:
                 network.float()  # exact, and so is the way back

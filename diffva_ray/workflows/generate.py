@@ -133,8 +133,9 @@ def plan_or_continue(
 ) -> Run:
     """Return the run at ``out``: planned now, or an existing one whose fingerprint agrees."""
     store = open_store(out)
-    keys = pixel_keys(recipe, request, model.digest, torch_version(), device)
     run = find_run(store)
+    planned_on = run.keys["device"] if run is not None else device
+    keys = pixel_keys(recipe, request, model.digest, torch_version(), device, planned_on)
     if run is not None:
         run = continue_run(run, keys, execution.allow_environment_change)
     if run is None or not run.has_plan():
@@ -187,6 +188,8 @@ def _execute(run: Run, model: str, execution: Execution) -> dict[str, int]:
     remember_data(run)
     run.store.delete(SUCCESS)  # existing tables will not contain the records committed from now on
     run.store.sweep()
+    if run.keys["compile"]:
+        LOG.info("each machine compiles the networks first, which takes minutes (generate.compile=false: it does not)")
 
     # Count and check each shard as it is committed.
     progress = Progress("generated", total, "records", done=done)
