@@ -89,7 +89,6 @@ class CounterfactualEngine:
 
     Attributes:
         size: Side of the model's square images, in pixels.
-        compiled: Whether ``compile`` was called.
         config: Recipe section ``generate`` in use.
 
     Examples:
@@ -116,7 +115,6 @@ class CounterfactualEngine:
         self.watch = Stopwatch(torch.cuda.synchronize) if self.device.type == "cuda" else Stopwatch()
         self.model = LatentDiffusion(bundle, self.watch)
         self.size = bundle.recipe.model.resolution
-        self.compiled = False
         self._embeddings: dict[str, torch.Tensor] = {}
 
     @classmethod
@@ -156,7 +154,7 @@ class CounterfactualEngine:
         for network in (self.bundle.unet, self.bundle.vae.encoder, self.bundle.vae.decoder):
             # A micro-batch has one shape, and what cannot be compiled whole must not run uncompiled unnoticed.
             network.compile(backend=backend, dynamic=False, fullgraph=True)
-        self.compiled = True
+        self.model.compiled = True
 
     @property
     def device_name(self) -> str:
@@ -271,7 +269,7 @@ class CounterfactualEngine:
             return batch
         networks = (self.bundle.unet, self.bundle.vae)
         dtype = getattr(torch, self.config.dtype)
-        eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        eager = torch.compiler.set_stance("force_eager") if self.model.compiled else nullcontext()
         try:
             for network in networks:
                 network.float()  # exact, and so is the way back

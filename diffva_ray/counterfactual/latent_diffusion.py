@@ -90,6 +90,7 @@ class LatentDiffusion:
         self.watch = watch or Stopwatch()  # of the stages "encode" and "decode"
         self.scale: float = bundle.vae.config.scaling_factor
         self.shared_start = SharedStart(self.unet)
+        self.compiled = False  # whether the networks are, so that each shape should come in one memory layout
         self._timesteps: dict[float, torch.Tensor] = {}  # on the networks' device, by value
         training = DDPMScheduler.from_config(bundle.scheduler)
         self.alphas: torch.Tensor = training.alphas_cumprod  # alpha_bar of every training timestep
@@ -145,7 +146,7 @@ class LatentDiffusion:
         """The network's output (noise or velocity) [n, 4, h, w] in float32. ``image`` are the latents, not scaled, of
         an image that the network reads; ``residuals`` are a ControlNet's."""
         dtype = next(self.unet.parameters()).dtype
-        states = embedding.to(dtype)
+        states = embedding.to(dtype).contiguous() if self.compiled else embedding.to(dtype)
         latents = with_image(self.unet, latents, image)
         t = self.on_device(timestep)
         output: torch.Tensor = self.unet(latents.to(dtype), t, encoder_hidden_states=states, **residuals).sample

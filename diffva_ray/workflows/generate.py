@@ -106,12 +106,14 @@ def _device(execution: Execution) -> Iterator[str]:
 
         yield device_kind()
         return
-    from diffva_ray.distributed import session
+    from diffva_ray.distributed import accelerators, session
 
     with session.connect() as private:
         gpus = execution.gpus_per_actor
         if private and gpus:
             session.check_resources(f"--gpus-per-actor {gpus:g}", GPU=gpus)
+        if private and execution.accelerator_type:
+            accelerators.check_type(execution.accelerator_type)
         # Requested GPUs are waited for: an autoscaling cluster may have none yet.
         yield "cuda" if (session.gpus() if gpus is None else gpus) else "cpu"
 
@@ -218,7 +220,7 @@ def _execute(run: Run, model: str, execution: Execution) -> dict[str, int]:
 
         allowed = execution.allow_environment_change
         generate(run.store.uri, images, absolute(model), pending, on_shard, execution.actors, execution.gpus_per_actor,
-                 allow_environment_change=allowed)  # fmt: skip
+                 allow_environment_change=allowed, accelerator_type=execution.accelerator_type)  # fmt: skip
     return counts
 
 
