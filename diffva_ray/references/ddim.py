@@ -23,7 +23,7 @@ def decode(
     timesteps: torch.Tensor,
     predict: Noise,
     clean: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    noises: Sequence[torch.Tensor] = (),
+    noises: Sequence[torch.Tensor] | torch.Tensor = (),
     after: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Denoise latents z at the first of ``timesteps`` (falling) to clean ones (Song et al. 2021, equation 12).

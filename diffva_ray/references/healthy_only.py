@@ -94,7 +94,8 @@ def octaves(white: torch.Tensor) -> torch.Tensor:
     for octave, fine in enumerate(coarser, 1):
         blocks = functional.avg_pool2d(fine.flatten(0, -4), 2**octave) * 2**octave
         total = total + functional.interpolate(blocks, size=fine.shape[-2:], mode="nearest")
-    return (total / (len(coarser) + 1) ** 0.5).reshape(first.shape)
+    scaled: torch.Tensor = total / (len(coarser) + 1) ** 0.5
+    return scaled.reshape(first.shape)
 
 
 class HealthyDenoiserStage(Stage):
@@ -116,7 +117,8 @@ class HealthyDenoiserStage(Stage):
             )
         torch.manual_seed(context.seed)
         levels, channels = len(unet.block_out_channels), bundle.vae.config.latent_channels
-        self.network: Any = UNet2DModel(
+        kind: Any = UNet2DModel  # diffusers has no types
+        self.network = kind(
             sample_size=self.latents.side,
             in_channels=channels,
             out_channels=channels,
