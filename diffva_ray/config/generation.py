@@ -57,6 +57,9 @@ class ReferencesConfig(Section):
     severity: float = -4.0
     """``swiss-army-knife``: wanted log odds of "not healthy"."""
 
+    editing_weight: float = Field(0.1, gt=0)
+    """``time``: weight lambda of the change of the cross-attentions' weights; the larger, the smaller the change."""
+
     mask_quantile: float = Field(0.8, gt=0, lt=1)
     """``autoddpm``: fraction of the image that lies outside the mask."""
 
