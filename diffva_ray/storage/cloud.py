@@ -59,7 +59,7 @@ STATUS = re.compile(r"status code: (\d{3})")
 CODE = re.compile(r"<Code>(\w+)</Code>")
 ADDRESS = re.compile(r"\w+://[^/\s?]+")
 NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "BucketNotFound")
-NO_CREDENTIALS = ("token request", "Account must be specified", "No such file or directory", "credential")
+NO_CREDENTIALS = ("token request", "Account must be specified")
 
 
 class CloudStore(ObjectStore):
@@ -181,4 +181,4 @@ def _reason(error: Exception, scheme: str) -> tuple[str, bool]:
         return f"the server answers {_code(error) or status[1]}", status[1] == "400"
     if where:
         return f"no answer from {where[0]}", False
-    return one_line(text, 200), True  # a wrong setting
+    return one_line(text, 200), "HTTP error" not in text  # a body that broke off, or a wrong setting
