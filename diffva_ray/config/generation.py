@@ -48,6 +48,19 @@ class ClassifierGuidedConfig(Section):
     """Weight of the classifier's gradient; with 0 the result is the autoencoder's reconstruction."""
 
 
+class ReferencesConfig(Section):
+    """Settings of the reference systems (docs/related_work.md)."""
+
+    quantile: float = Field(0.99, gt=0, le=1)
+    """``what-is-healthy``, ``diff-scm``: quantile of the absolute values at which dynamic normalisation clips."""
+
+    severity: float = -4.0
+    """``swiss-army-knife``: wanted log odds of "not healthy"."""
+
+    mask_quantile: float = Field(0.8, gt=0, lt=1)
+    """``autoddpm``: fraction of the image that lies outside the mask."""
+
+
 class ControlNetConfig(Section):
     """Settings of method ``controlnet``; names and defaults follow StableDiffusionControlNetImg2ImgPipeline."""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, UNet2DModel
 
 from diffva_ray.model.card import CONTROLNETS, UnusableModel
 from diffva_ray.model.classifier import LatentClassifier
@@ -18,6 +18,8 @@ NETWORKS: dict[str, Any] = {  # diffusers ModelMixins by folder
     "vant_gan": GanGenerator,
     "ant_gan": GanGenerator,
     **dict.fromkeys(CONTROLNETS[1:], ControlNetModel),
+    "va_gan": GanGenerator,
+    "healthy_unet": UNet2DModel,
 }
 
 

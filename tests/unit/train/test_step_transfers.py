@@ -34,6 +34,8 @@ STAGES = {
     "controlnet": {**COMMON, "trains": "controlnet"},
     "classifier": {**COMMON, "trains": "classifier"},
     "judge": {**COMMON, "trains": "judge"},
+    "healthy-unet": {**COMMON, "trains": "healthy-unet"},
+    "va-gan": {**COMMON, "trains": "va-gan"},
     "vant-gan": {**COMMON, "trains": "vant-gan"},
     "ant-gan": {**COMMON, "trains": "ant-gan"},
 }

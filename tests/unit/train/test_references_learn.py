@@ -1,0 +1,31 @@
+"""Stages of the reference systems learn what their losses ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from trainings import run, with_stages
+
+from diffva_ray.config.recipe import Recipe, RecipeError
+from diffva_ray.model.bundle import build, load
+
+HEALTHY_UNET = {"name": "healthy-unet", "trains": "healthy-unet", "steps": 60, "batch_size": 6, "learning_rate": 3e-3}
+
+
+def test_the_healthy_only_denoiser_learns_and_leaves_the_model_as_it_is(
+    tiny: Recipe, images: Path, tmp_path: Path
+) -> None:
+    history = run(with_stages(tiny, HEALTHY_UNET), images, tmp_path)
+    losses = [entry["loss"] for entry in history]
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    trained, start = load(str(tmp_path)), build(tiny)
+    assert trained.extra("healthy_unet").config.noise_octaves == 2
+    before, after = start.unet.state_dict(), trained.unet.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_noise_coarser_than_the_latents_is_refused(tiny: Recipe, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="noise_octaves 4 do not fit latents of side 8"):
+        run(with_stages(tiny, {**HEALTHY_UNET, "noise_octaves": 4}), images, tmp_path)
