@@ -178,11 +178,12 @@ def inception_weights(inception_state: dict, tmp_path_factory: pytest.TempPathFa
 def complete(model: Path) -> Callable[[], Bundle]:
     """The model with an untrained network for every method that needs one; loaded anew at each call."""
     import torch
-    from diffusers import ControlNetModel
+    from diffusers import ControlNetModel, UNet2DModel
 
     from diffva_ray.model.bundle import load
     from diffva_ray.model.classifier import LatentClassifier
     from diffva_ray.model.gan_generator import GanGenerator
+    from diffva_ray.references.textual_inversion import ConceptVectors
 
     def load_with_extras() -> Bundle:
         bundle = load(str(model))
@@ -194,10 +195,14 @@ def complete(model: Path) -> Callable[[], Bundle]:
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.05)
         bundle.extras["controlnet"] = controlnet.eval()
-        bundle.extras["vant_gan"], bundle.extras["ant_gan"] = (
-            GanGenerator("map", (8, 16), 4),
-            GanGenerator("image", (8, 16), 4),
-        )
+        for name in ("va_gan", "vant_gan", "ant_gan"):
+            bundle.extras[name] = GanGenerator("image" if name == "ant_gan" else "map", (8, 16), 4)
+        bundle.extras["healthy_unet"] = UNet2DModel(
+            8, 4, 4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+        bundle.extras["healthy_unet"].register_to_config(noise_octaves=1)
+        bundle.extras["textual_inversion"] = ConceptVectors(["COVID", "Normal"], 64)
         assert {method.needs for method in METHODS.values() if method.needs} <= set(bundle.extras)
         return bundle
 

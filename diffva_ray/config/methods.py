@@ -35,7 +35,7 @@ class Method:
     of that name (``model/extras.py``)."""
 
     reads_prompt: bool = True
-    """False for one-pass methods without prompt and sampler."""
+    """False for methods that neither a prompt nor a source prompt reaches."""
 
     shortcuts: bool = False
     """Whether ``generate.acceleration`` applies."""
@@ -58,8 +58,26 @@ METHODS: dict[str, Method] = {
     "classifier-guided": Method(lambda steps, guided: Calls(2 * steps), "ddim", needs="classifier"),
     "controlnet": Method(lambda steps, guided: Calls(steps + guided, controlnet=steps + guided), needs="controlnet"),
     "text-to-image": Method(lambda steps, guided: Calls(steps + guided), shortcuts=True, composes=True),
-    "vant-gan": Method(
-        lambda steps, guided: Calls(0, decode=0), needs="vant_gan", reads_prompt=False, keeps_image=True
+    **{  # in one pass, by the network of that name
+        name: Method(
+            lambda steps, guided: Calls(0, decode=0),
+            needs=name.replace("-", "_"),
+            reads_prompt=False,
+            keeps_image=True,
+        )
+        for name in ("va-gan", "vant-gan", "ant-gan")
+    },
+    **{  # every step calls the healthy-only network instead of the UNet
+        name: Method(lambda steps, guided: Calls(0), "ddim", needs="healthy_unet", reads_prompt=False)
+        for name in ("anoddpm", "autoddpm")
+    },
+    "what-is-healthy": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim"),
+    **{
+        name: Method(lambda steps, guided: Calls(2 * steps), "ddim", needs="classifier", reads_prompt=False)
+        for name in ("wolleb", "diff-scm", "swiss-army-knife")
+    },
+    "time": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim", shortcuts=True),
+    "textual-inversion": Method(
+        lambda steps, guided: Calls(steps + guided + steps), "ddim", needs="textual_inversion", reads_prompt=False
     ),
-    "ant-gan": Method(lambda steps, guided: Calls(0, decode=0), needs="ant_gan", reads_prompt=False, keeps_image=True),
 }

@@ -11,9 +11,16 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from diffva_ray.config.captions import CaptionConfig
-from diffva_ray.config.generation import AccelerationConfig, ClassifierGuidedConfig, ControlNetConfig, MaskedConfig
+from diffva_ray.config.generation import (
+    AccelerationConfig,
+    ClassifierGuidedConfig,
+    ControlNetConfig,
+    MaskedConfig,
+    ReferencesConfig,
+)
 from diffva_ray.config.sampling import SamplingSettings
-from diffva_ray.config.stages import CONDITION, Section, Stage, TrainConfig
+from diffva_ray.config.stages import CONDITION, Section
+from diffva_ray.config.training import Stage, TrainConfig
 from diffva_ray.progress import LOG
 from diffva_ray.schema import digest
 from diffva_ray.storage.opening import open_file
@@ -172,10 +179,13 @@ class GenerateConfig(SamplingSettings):
     """Settings of method ``masked``."""
 
     classifier_guided: ClassifierGuidedConfig = ClassifierGuidedConfig()
-    """Settings of method ``classifier-guided``."""
+    """Settings of method ``classifier-guided``, and of the references that follow a classifier."""
 
     controlnet: ControlNetConfig = ControlNetConfig()
     """Settings of method ``controlnet``."""
+
+    references: ReferencesConfig = ReferencesConfig()
+    """Settings of the reference systems."""
 
     acceleration: AccelerationConfig = AccelerationConfig()
     """Shortcuts that skip guidance or parts of the UNet."""

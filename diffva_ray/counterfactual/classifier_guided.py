@@ -18,9 +18,7 @@ from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDi
 
 def generate(model: LatentDiffusion, request: Edit) -> Generated:
     """Edit a batch by classifier guidance. Raises UnusableModel for a model without a classifier."""
-    with torch.inference_mode(False):  # weights that are loaded in inference mode cannot take part in a gradient
-        classifier = model.bundle.extra("classifier").to(request.latents.device, torch.float32).eval()
-        classifier.requires_grad_(False)
+    classifier = latent_classifier(model)
     scheduler, timesteps = model.schedule(request)
 
     # Invert to the chosen noise level.
@@ -41,6 +39,13 @@ def generate(model: LatentDiffusion, request: Edit) -> Generated:
         # DDIM step.
         z = scheduler.step(output - shift, t, z).prev_sample
     return model.generated(z, request)
+
+
+def latent_classifier(model: LatentDiffusion) -> Any:
+    """The model's classifier of noisy latents, on its device. Raises UnusableModel without one."""
+    with torch.inference_mode(False):  # weights that are loaded in inference mode cannot take part in a gradient
+        device = next(model.unet.parameters()).device
+        return model.bundle.extra("classifier").to(device, torch.float32).eval().requires_grad_(False)
 
 
 def gradient(classifier: Any, latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:

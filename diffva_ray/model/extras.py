@@ -6,8 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, UNet2DModel
 
+from diffva_ray.config.references import reference
 from diffva_ray.model.card import CONTROLNETS, UnusableModel
 from diffva_ray.model.classifier import LatentClassifier
 from diffva_ray.model.gan_generator import GanGenerator
@@ -18,6 +19,9 @@ NETWORKS: dict[str, Any] = {  # diffusers ModelMixins by folder
     "vant_gan": GanGenerator,
     "ant_gan": GanGenerator,
     **dict.fromkeys(CONTROLNETS[1:], ControlNetModel),
+    "va_gan": GanGenerator,
+    "healthy_unet": UNet2DModel,
+    "textual_inversion": "textual_inversion.ConceptVectors",  # by name, see config/references.py
 }
 
 
@@ -31,4 +35,6 @@ def load_extra(folder: Path | None, name: str) -> Any:
     if folder is None or not (folder / name / "config.json").exists():
         kind = name.replace("_", "-")
         raise UnusableModel(f"the model has no {name}; train it with a stage that `trains: {kind}`")
-    return NETWORKS[name].from_pretrained(folder / name, use_safetensors=True)
+    network = NETWORKS[name]
+    kind = reference(network) if isinstance(network, str) else network
+    return kind.from_pretrained(folder / name, use_safetensors=True)

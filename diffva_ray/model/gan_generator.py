@@ -1,4 +1,4 @@
-"""The generator of the methods ``vant-gan`` and ``ant-gan``: it maps an image to its healthy counterfactual in pixel
+"""The generator of the GANs among the reference systems: it maps an image to its healthy counterfactual in pixel
 space and in one pass, without text, noise or autoencoder."""
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from safetensors.torch import save_file
 from torch import nn
 
-from diffva_ray.config.stages import LoraConfig
+from diffva_ray.config.training import LoraConfig
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.provenance import missing
 

@@ -18,6 +18,12 @@ def _s3(uri: str) -> Store:
     return S3Store(uri)
 
 
+def _cloud(uri: str) -> Store:
+    from diffva_ray.storage.cloud import CloudStore
+
+    return CloudStore(uri)
+
+
 def _archives(uri: str) -> Store:
     return archives.ArchiveStore(open_store(uri.removeprefix(f"{archives.SCHEME}://")))
 
@@ -25,6 +31,8 @@ def _archives(uri: str) -> Store:
 STORES: dict[str, Callable[[str], Store]] = {  # by scheme; a store that loads a client has a function like _s3
     "": LocalStore,
     "s3": _s3,
+    "gs": _cloud,
+    "az": _cloud,
     SCHEME: PackagedStore,
     archives.SCHEME: _archives,
 }

@@ -7,22 +7,18 @@ configures another one.
 
 from __future__ import annotations
 
-import atexit
 import errno
 import os
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from diffva_ray.progress import LOG, one_line
+from diffva_ray.progress import one_line
 from diffva_ray.provenance import missing
-from diffva_ray.storage.store import Entry, Modified, StoreError, UnknownScheme, checked
+from diffva_ray.storage.object_store import ObjectStore
+from diffva_ray.storage.store import Entry, Modified, UnknownScheme, checked
 
 try:
     import aiobotocore.session
@@ -43,7 +39,6 @@ BROKEN_BODY = (
     aiohttp.ClientPayloadError,
 )  # fmt: skip
 READS = 3  # attempts to read a body that breaks off: botocore retries only until it has the headers
-MAX_CONFLICTS = 5  # attempts of a conditional PUT that collides with another request for the same key
 
 # Errors of one file: S3 error code to errno ("404" if the answer has no body).
 MISSING = {"NoSuchKey": errno.ENOENT, "404": errno.ENOENT}
@@ -108,7 +103,7 @@ def _open() -> _FileSystem:
     return fs
 
 
-class S3Store:
+class S3Store(ObjectStore):
     """Files below ``s3://bucket/prefix``. A file is written by one PUT and therefore appears whole or not at all."""
 
     def __init__(self, uri: str) -> None:
@@ -122,7 +117,6 @@ class S3Store:
             )
         self.fs = _open()
         self.bucket, self.prefix, _ = self.fs.split_path(self.root)
-        self.conditional: bool | None = None  # whether the server honours a conditional PUT; None: not known yet
 
     def read(self, path: str, unmodified_since: float | None = None) -> bytes:
         key = self._key(path)
@@ -176,63 +170,14 @@ class S3Store:
         with self._asking(path):
             self.fs.pipe_file(key, data)
 
-    def put_if_absent(self, path: str, data: bytes) -> bool:
-        # `exists` first, until the server has refused to replace a file: some ignore If-None-Match. Swift checks it
-        # without a lock; two writers that race there mostly write equal bytes, because content follows from the plan.
-        for attempt in range(MAX_CONFLICTS):
-            if not self.conditional and self.exists(path):
-                return False
-            if self.conditional is False:
-                self.put(path, data)
-                return True
-            try:
-                self._create(path, data)
-            except FileExistsError:
-                self.conditional = True
-                return False
-            except OSError as error:
-                if error.errno == errno.ENOSYS:
-                    self.conditional = False
-                    LOG.info(
-                        "%s: the server has no conditional PUT; each commit checks for the file first",
-                        self.uri,
-                    )
-                else:  # after a collision the file may or may not exist: check again
-                    time.sleep(0.1 * 2**attempt)
-            else:
-                if self.conditional is None:
-                    self.conditional = self._refuses(path, data)
-                return True
-        raise self._failed(f"{path} was in use at each of {MAX_CONFLICTS} attempts to write it")
-
     def _create(self, path: str, data: bytes) -> None:
         with self._asking(path, CONDITIONAL):
             self.fs.pipe_file(self._key(path), data, mode="create")
-
-    def _refuses(self, path: str, data: bytes) -> bool | None:
-        """Whether the server refuses to replace the file that was just written (by the same bytes)."""
-        try:
-            self._create(path, data)
-        except OSError as error:
-            return True if isinstance(error, FileExistsError) else None
-        return False
 
     def delete(self, path: str) -> None:
         key = self._key(path)
         with suppress(FileNotFoundError), self._asking(path, MISSING):
             self.fs.rm_file(key)
-
-    def sweep(self) -> int:
-        return 0
-
-    def local_folder(self) -> Path:
-        folder = Path(tempfile.mkdtemp(prefix="diffva-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        for entry in self.list():
-            target = folder / checked(entry.path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(self.read(entry.path))
-        return folder
 
     def _key(self, path: str) -> str:
         return f"{self.root}/{checked(path)}"
@@ -253,9 +198,6 @@ class S3Store:
             if code in LASTING:
                 raise self._failed(f"{LASTING[code]} ({code})", True) from error
             raise self._failed(*_reason(error, code)) from error
-
-    def _failed(self, reason: str, lasting: bool = False) -> StoreError:
-        return StoreError(f"{self.uri}: {reason}", lasting)
 
 
 def _limit_attempts(attempts: int, caught_exception: Exception | None, **_: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ ERRORS = (UnusableData, BadImage, PlanError, RecipeError, FingerprintDiffers, Un
 SECOND, EARLIER = "Second prompt, to compare", "Earlier results, two to compare"
 SHOWS = "What the image shows"
 SEVERITY = "Severity: from the healthy prompt (0) to the prompt (1)"
+BOX = "Or a region without the brush: left, top, right, bottom in percent"
 NONE = "(none)"  # no second prompt
 MASKED = (0.6, 3.0, 20)  # strength, guidance and steps for a painted region, by a model that takes one step else
 NUMBERS = {  # shown of a record
@@ -53,7 +55,8 @@ def build(gradio: Any, workspace: Workspace, uploads: Path, service: str | None 
                     type="numpy", brush=gradio.Brush(default_size=40, colors=["#f25a1a"], color_mode="fixed"),
                     canvas_size=(SHOWN, SHOWN), fixed_canvas=True, height=420, visible=False,
                 )  # fmt: skip
-                inside = gradio.Checkbox(label="Change only the painted region (method masked)")
+                box = gradio.Textbox(label=BOX, placeholder="for example 10 40 45 90", max_lines=1)
+                inside = gradio.Checkbox(label="Change only the region (method masked)")
                 prompts = workspace.prompts
                 prompt = gradio.Dropdown(prompts, value=prompts[0], label="Prompt", allow_custom_value=True)
                 second = gradio.Dropdown([NONE, *prompts], value=NONE, label=SECOND, allow_custom_value=True)
@@ -80,7 +83,7 @@ def build(gradio: Any, workspace: Workspace, uploads: Path, service: str | None 
                         labels = list(workspace.recipe.data.prompts)
                         verdict = gradio.Radio(list(VERDICTS), label="Verdict on the first answer")
                         label = gradio.Dropdown(labels, value=None, label=SHOWS, allow_custom_value=True)
-                        gradio.HTML("A region painted in the image is saved as the place of the finding.")
+                        gradio.HTML("The region in the image is saved as the place of the finding.")
                         save = gradio.Button("Save the verdict")
                         saved = gradio.HTML()
 
@@ -105,15 +108,15 @@ def build(gradio: Any, workspace: Workspace, uploads: Path, service: str | None 
             return "".join(f"<p role='note'>{text(note)}</p>" for note in workspace.notes(asked(*prompts)))
 
         def generate(
-            path: str | None, painted: Any, only: bool, one: str, two: str, severe: float, opaque: float, above: float,
-            seed: int, *values: Any, progress: Any = gradio.Progress(),  # noqa: B008, Gradio finds it here
+            path: str | None, painted: Any, box: str, only: bool, one: str, two: str, severe: float, opaque: float,
+            above: float, seed: int, *values: Any, progress: Any = gradio.Progress(),  # noqa: B008, Gradio finds it here
         ) -> tuple[Any, ...]:  # fmt: skip
             try:
-                region = painted_region(painted)
+                region = chosen_region(painted, box)
                 if path is None:
                     raise UnusableData("open an image first")
                 if only and region is None:
-                    raise UnusableData("paint the region that may change, or clear the checkbox")
+                    raise UnusableData("choose the region that may change, or clear the checkbox")
                 names = ("strength", "guidance_scale", "num_inference_steps", "method")
                 settings = [f"generate.{name}={value}" for name, value in zip(names, values, strict=True)]
                 scheduler = METHODS[values[-1]].scheduler
@@ -148,30 +151,32 @@ def build(gradio: Any, workspace: Workspace, uploads: Path, service: str | None 
             except ERRORS as error:
                 return gradio.skip(), [], message(str(error), problem=True), gradio.Column(visible=True), ""
 
-        def judge(names: list[str], path: str | None, said: str | None, label: str | None, painted: Any) -> str:
+        def judge(
+            names: list[str], path: str | None, said: str | None, label: str | None, painted: Any, box: str
+        ) -> str:
             if not names or said is None or not label:
                 return message("choose a verdict, and what the image shows", problem=True)
             try:
                 reply = workspace.reply(names[0])
-                region = painted_region(painted) if shows(path, reply) else None
+                region = chosen_region(painted, box) if shows(path, reply) else None
                 saved = save_verdict(workspace, reply, said, label, region)
             except ERRORS as error:
                 return message(str(error), problem=True)
-            return message(f"Saved in {saved}" + (", with the painted region" if region is not None else ""))
+            return message(f"Saved in {saved}" + (", with the region" if region is not None else ""))
 
         page.load(lambda: gradio.Dropdown(choices=workspace.history()), None, [earlier])
         file.change(opened, [file], [editor, status])
-        for box in (prompt, second):
-            box.change(unknown, [prompt, second], [words])
-        inputs = [file, editor, inside, prompt, second, severity, opacity, threshold, seed, strength, guidance, steps,
-                  method]  # fmt: skip
+        for asking_for in (prompt, second):
+            asking_for.change(unknown, [prompt, second], [words])
+        inputs = [file, editor, box, inside, prompt, second, severity, opacity, threshold, seed, strength, guidance,
+                  steps, method]  # fmt: skip
         inside.change(for_region, [inside], [strength, guidance, steps])
         asking = ask.click(generate, inputs, [replies, result, done, earlier, answer, saved], show_progress_on=[done])
         asking.then(None, js="() => document.getElementById('answer')?.scrollIntoView()")
         for slider in (threshold, opacity):
             slider.change(render, [replies, threshold, opacity], [result], show_progress="hidden")
         earlier.input(reopen, [earlier, file, threshold, opacity], [file, replies, result, answer, saved])
-        save.click(judge, [replies, file, verdict, label, editor], [saved])
+        save.click(judge, [replies, file, verdict, label, editor, box], [saved])
     return page
 
 
@@ -190,10 +195,26 @@ def message(line: str, problem: bool = False) -> str:
     return f"<p role='alert' class='problem'>{text(line)}</p>" if problem else f"<p role='status'>{text(line)}</p>"
 
 
-def painted_region(painted: Any) -> NDArray[np.bool_] | None:
-    """What was painted in an ImageEditor, bool [H, W]; None for nothing."""
-    layers = [layer[..., 3] > 0 for layer in (painted or {}).get("layers", []) if layer is not None]
-    return np.any(layers, axis=0) if np.any(layers) else None
+def chosen_region(painted: Any, box: str) -> NDArray[np.bool_] | None:
+    """What was painted in an ImageEditor and the box in percent, bool [SHOWN, SHOWN]; None for nothing.
+
+    Raises UnusableData for a box that is not one."""
+    parts = [layer[..., 3] > 0 for layer in (painted or {}).get("layers", []) if layer is not None]
+    if box.strip():
+        left, top, right, bottom = (round(SHOWN * percent / 100) for percent in box_percent(box))
+        inside = np.zeros((SHOWN, SHOWN), bool)
+        inside[top:bottom, left:right] = True
+        parts.append(inside)
+    return np.any(parts, axis=0) if np.any(parts) else None
+
+
+def box_percent(box: str) -> list[float]:
+    """Left, top, right and bottom in percent of the image. Raises UnusableData."""
+    with suppress(ValueError):
+        numbers = [float(part) for part in box.replace(",", " ").replace("%", " ").split()]
+        if len(numbers) == 4 and 0 <= numbers[0] < numbers[2] <= 100 and 0 <= numbers[1] < numbers[3] <= 100:
+            return numbers
+    raise UnusableData(f"region {box!r}: give left, top, right and bottom in percent, as in 10 40 45 90")
 
 
 def rendered(reply: Reply, threshold: float, opacity: float) -> str:
@@ -219,7 +240,7 @@ def rendered(reply: Reply, threshold: float, opacity: float) -> str:
     values = ((title, record[key]) for key, title in NUMBERS.items())  # type: ignore[literal-required]
     numbers = [f"<li>{title} <b>{value:.3g}</b></li>" for title, value in values if known(value)]
     settings = f"{record['method']}, strength {record['strength']:g}, guidance {record['guidance_scale']:g}"
-    region = ", painted region only" if record["lung_mask_path"] else ""
+    region = ", region only" if record["lung_mask_path"] else ""
     return (
         f"<section class='reply'><h3>“{text(prompt)}”</h3><p>{text(name)}: {text(settings)}{region}</p>"
         f"<div class='panels'>{''.join(panels)}</div><ul class='numbers'>{''.join(numbers)}</ul>"

@@ -35,11 +35,14 @@ figure { margin: 0 } figure img { width: 100%; background: #000; border-radius: 
 figcaption { font-size: .9rem; padding: .2rem 0 }
 figure > button { float: right; width: 1.8rem; height: 1.8rem; padding: 0; margin: .2rem 0 .2rem .4rem;
   border: 1px solid #8888; border-radius: .3rem; font-size: 1.3rem; line-height: 1 }
-figure:fullscreen { background: #000; color: #fff; display: flex; flex-direction: column; align-items: center;
-  justify-content: center } figure:fullscreen figcaption { color: #fff }
-figure:fullscreen img { width: min(100vw, 84vh) }
+figure:fullscreen { background: #000; color: #fff; overflow: auto; text-align: center }
+figure:fullscreen figcaption { color: #fff } figure:not(:fullscreen) .zoom { display: none }
+figure:fullscreen img { width: calc(var(--zoom, 1) * min(100vw, 78vh)); max-width: none; margin: auto }
+figure:fullscreen div { width: fit-content; margin: auto }
+.zoom { position: fixed; bottom: 0; left: 0; right: 0; background: #000c } .zoom input { width: min(70vw, 20rem) }
 .swipe div { position: relative } .swipe img + img { position: absolute; top: 0; left: 0;
-  clip-path: inset(0 0 0 var(--at)) } .swipe input { width: 100%; max-width: 84vh; margin: 0; height: 1.6rem }
+  clip-path: inset(0 0 0 var(--at)) } .swipe > input { width: 100%; max-width: 84vh; margin: 0 }
+figure input { height: 1.6rem }
 [role=status], [role=alert], [role=note] { overflow-wrap: anywhere }
 .reply { margin: .6rem 0 1.4rem } .reply h3 { margin: .2rem 0; overflow-wrap: anywhere }
 .numbers { display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; margin: .4rem 0; padding: 0; list-style: none }
@@ -54,8 +57,8 @@ pre.command { white-space: pre-wrap; overflow-wrap: anywhere; background: #f1f3f
 def figure(pixels: NDArray[np.uint8], caption: str, description: str, before: NDArray[np.uint8] | None = None) -> str:
     """A figure with the pixels [H, W] or [H, W, 3], enlarged; ``description`` is for screen readers.
 
-    With ``before``, a slider under the pixels swipes between the two; Gradio's ImageSlider knows neither the keyboard
-    nor names for screen readers."""
+    Full screen has a slider that magnifies up to six times. With ``before``, a slider under the pixels swipes between
+    the two; Gradio's ImageSlider knows neither the keyboard nor names for screen readers."""
     shown = f"<img src='{_source(pixels)}' alt='{text(description)}'>"
     if before is not None:
         shown = (
@@ -67,8 +70,13 @@ def figure(pixels: NDArray[np.uint8], caption: str, description: str, before: ND
         f"<button type='button' title='Enlarge, or back' aria-label='Enlarge: {text(caption)}' onclick='"
         "document.fullscreenElement ? document.exitFullscreen() : this.parentNode.requestFullscreen()'>+</button>"
     )
+    zoom = (
+        "<label class='zoom'>Zoom <input type='range' min='1' max='6' step='0.25' value='1' "
+        "oninput=\"this.closest('figure').style.setProperty('--zoom', this.value)\"></label>"
+    )
     kind = "" if before is None else " class='swipe' style='--at: 0%'"
-    return f"<figure{kind}>{shown}{button}<figcaption>{text(caption)}</figcaption></figure>"  # nothing covers a pixel
+    about = f"{button}<figcaption>{text(caption)}</figcaption>{zoom}"  # below the pixels: nothing covers one
+    return f"<figure{kind}>{shown}{about}</figure>"
 
 
 def _source(pixels: NDArray[np.uint8]) -> str:

@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from diffva_ray.config.recipe import RecipeError
-from diffva_ray.config.stages import Stage as AnyStageConfig
+from diffva_ray.config.references import reference
+from diffva_ray.config.training import Stage as AnyStageConfig
 from diffva_ray.train.autoencoder import AutoencoderStage
 from diffva_ray.train.classifier import ClassifierStage
 from diffva_ray.train.controlnet import ControlNetStage
 from diffva_ray.train.denoiser import DenoiserStage
-from diffva_ray.train.gan import AntGanStage, VantGanStage
 from diffva_ray.train.judge import JudgeStage
 from diffva_ray.train.stage import Stage, StageContext
 
-KINDS: dict[str, type[Stage]] = {
+
+def _reference(path: str) -> Callable[[StageContext, Any], Stage]:
+    def make(context: StageContext, config: Any) -> Stage:
+        stage: Stage = reference(path)(context, config)
+        return stage
+
+    return make
+
+
+KINDS: dict[str, Callable[[StageContext, Any], Stage]] = {
     "autoencoder": AutoencoderStage,
     "denoiser": DenoiserStage,
     "controlnet": ControlNetStage,
     "judge": JudgeStage,
     "classifier": ClassifierStage,
-    "vant-gan": VantGanStage,
-    "ant-gan": AntGanStage,
+    "va-gan": _reference("va_gan.VaGanStage"),
+    "vant-gan": _reference("vant_gan.VantGanStage"),
+    "ant-gan": _reference("ant_gan.AntGanStage"),
+    "textual-inversion": _reference("textual_inversion.TextualInversionStage"),
+    "healthy-unet": _reference("healthy_only.HealthyDenoiserStage"),
 }
 
 

@@ -6,7 +6,8 @@ Train group (``distributed/train.py``), where Accelerate reads the rank from the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,8 @@ def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: P
             due = train.checkpoint_every is not None and done % train.checkpoint_every == 0
             if done % train.log_every == 0 or last:
                 values, (time_has_come, written) = _fetched(run, trainables, results)
+                if stage.measures(done, run.logger.history):
+                    values |= _measured(run, stage, trainables)
                 run.logger.log(config.name, done, values, last)
                 due = due or time_has_come
                 if written:
@@ -235,6 +238,8 @@ def _run_stage(run: TrainingRun, stage: Stage, index: int, start: int, resume: P
                 _validate(run, trainables, config.name, done)
             if due and not last:
                 saver.save(Position(index, done), trainables)
+            if stage.finished(run.logger.history):
+                break
 
     # Keep the averaged weights and write the checkpoint from which the next stage starts.
     for trainable in trainables:
@@ -261,8 +266,25 @@ def _fetched(
     return values, [due > 0, written > 0]
 
 
+def _measured(run: TrainingRun, stage: Stage, trainables: list[PreparedTrainable]) -> dict[str, float]:
+    """The stage's own measurements as the mean over the workers, who all have to agree on what follows from them."""
+    with _averaged(trainables):
+        local = stage.measure(run.logger.history)
+    values = torch.tensor(list(local.values()), device=run.accelerator.device)
+    return dict(zip(local, run.accelerator.reduce(values, "mean").tolist(), strict=True))
+
+
 def _validate(run: TrainingRun, trainables: list[PreparedTrainable], stage: str, step: int) -> None:
     """Validate on the first worker, with the averaged weights if there are any, while the other workers wait."""
+    with _averaged(trainables):
+        if run.first and run.validate is not None:
+            run.validate(run.bundle, run.logger, stage, step)
+    run.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _averaged(trainables: list[PreparedTrainable]) -> Iterator[None]:
+    """Let the networks have their averaged weights, where there are any, while the block runs."""
     averaged = [(trainable.ema, trainable.parameters) for trainable in trainables if trainable.ema is not None]
     for ema, parameters in averaged:
         ema.store(parameters)
@@ -270,9 +292,7 @@ def _validate(run: TrainingRun, trainables: list[PreparedTrainable], stage: str,
     try:
         for trainable in trainables:
             trainable.gather()
-        if run.first and run.validate is not None:
-            run.validate(run.bundle, run.logger, stage, step)
+        yield
     finally:
         for ema, parameters in averaged:
             ema.restore(parameters)
-    run.accelerator.wait_for_everyone()

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffva_ray.config.stages import TrainConfig
+from diffva_ray.config.training import TrainConfig
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.progress import LOG
 from diffva_ray.train.denoiser import DenoiserStage

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from diffva_ray.config.stages import TrainConfig
+from diffva_ray.config.training import TrainConfig
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.model.training_images import IMAGE_DIGITS
 from diffva_ray.storage.foreign_writes import foreign_writes

@@ -3,7 +3,7 @@ kind of stage has its own file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -96,6 +96,19 @@ class Stage:
     def fill(self, device: torch.device) -> None:
         """Compute with networks that are frozen what the steps read from memory. Called after ``begin``, with the
         precision of the steps."""
+
+    def measures(self, step: int, history: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether ``measure`` is due after ``step`` steps, by the entries logged so far. Asked when losses are
+        logged."""
+        return False
+
+    def measure(self, history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Measure the networks, which have their averaged weights; the numbers are logged with the losses."""
+        return {}
+
+    def finished(self, history: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the stage ends before its last step, by the logged entries alone."""
+        return False
 
     def finish(self, device: torch.device) -> None:
         """Finish the networks. Called after the last step, on every worker."""

@@ -17,7 +17,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from diffva_ray.config.recipe import RecipeError
-from diffva_ray.config.stages import StageConfig, TrainConfig
+from diffva_ray.config.stages import StageConfig
+from diffva_ray.config.training import TrainConfig
 from diffva_ray.provenance import missing
 from diffva_ray.train.loss import learning_rate
 from diffva_ray.train.sharding import gather, like, load_optimizer_state, optimizer_state, sharded, whole

@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 from click.testing import CliRunner
 from dicom_files import dicom
+from PIL import Image
 
 from diffva_ray.cli import main
 from diffva_ray.data.datasets import open_dataset
@@ -151,7 +152,10 @@ def test_ten_minutes_of_a_radiologist(
         page.get_by_role("button", name="Enlarge: counterfactual").press("Enter")
         page.wait_for_function("document.fullscreenElement?.tagName == 'FIGURE'")
         wide = page.evaluate("document.querySelector('.swipe img').clientWidth")
-        assert wide > 0.8 * min(width, height)
+        assert wide > 0.75 * min(width, height)
+        page.get_by_role("slider", name="Zoom").press("End")
+        assert page.evaluate("document.querySelector('.swipe img').clientWidth") == pytest.approx(6 * wide, rel=0.02)
+        assert page.evaluate("document.fullscreenElement.scrollWidth") > width
         shot(page, "enlarged", full_page=False)
         page.get_by_role("button", name="Enlarge: counterfactual").press("Enter")
         page.wait_for_function("document.fullscreenElement == null")
@@ -182,11 +186,11 @@ def test_ten_minutes_of_a_radiologist(
         page.keyboard.press("Tab")
         page.get_by_role("checkbox", name=re.compile("Change only")).check()
         page.get_by_role("button", name="Generate").click()
-        page.get_by_text("paint the region that may change").wait_for()
+        page.get_by_text("choose the region that may change").wait_for()
         shot(page, "problem")
         painted(page)
         asked(page)
-        assert page.get_by_text("painted region only").is_visible()
+        assert page.get_by_text("region only").is_visible()
         shot(page, "region")
         page.get_by_text("Is the answer right?").click()
         page.get_by_label("rejected").check()
@@ -217,7 +221,7 @@ def test_ten_minutes_of_a_radiologist(
             page.get_by_role("option").nth(count - 1).click()
             page.locator(".reply").nth(count - 1).wait_for()
         page.keyboard.press("Escape")
-        assert page.get_by_text("painted region only").count() == 1
+        assert page.get_by_text("region only").count() == 1
         page.get_by_text("Command that makes it again").first.click()
         assert "diffva generate --data" in page.locator("pre.command").first.inner_text()
         shot(page, "tomorrow")
@@ -244,7 +248,7 @@ def test_the_records_of_a_run_can_be_judged(
         page.get_by_label("What the image shows").fill("COVID")
         page.keyboard.press("Enter")
         page.get_by_role("button", name="Save the verdict").click()
-        page.get_by_text(", with the painted region").wait_for()
+        page.get_by_text(", with the region").wait_for()
 
         # A region that was painted in another image is not this answer's.
         page.get_by_label("Clear").first.click()
@@ -278,6 +282,11 @@ def test_the_keyboard_alone_is_enough(look: Callable[..., Any], scan: Path, tmp_
     with served("--model", "small", "--out", tmp_path / "studio") as uri:
         page = look(uri)
         opened(page, scan)
+        page.get_by_label(re.compile("^Or a region")).fill("60 40 40 80")
+        page.get_by_role("checkbox", name=re.compile("Change only")).press("Space")
+        page.get_by_role("button", name="Generate").press("Enter")
+        page.get_by_text("give left, top, right and bottom in percent").wait_for()
+        page.get_by_label(re.compile("^Or a region")).fill("20, 40, 45, 80 %")
         page.get_by_label("Prompt", exact=True).focus()
         for _ in range(30):
             page.keyboard.press("Tab")
@@ -285,12 +294,16 @@ def test_the_keyboard_alone_is_enough(look: Callable[..., Any], scan: Path, tmp_
                 break
         page.keyboard.press("Enter")
         page.locator(".reply").wait_for()
+        assert page.get_by_text("region only").is_visible()
         unnamed = page.evaluate(
             "[...document.querySelectorAll('input:not([type=file]), button, textarea')].filter(e => e.offsetParent && "
             "!(e.ariaLabel || e.textContent.trim() || e.title || e.labels?.length)).map(e => e.outerHTML)"
         )
         assert not unnamed
         page.context.close()
+    (region,) = (tmp_path / "studio" / "images").rglob("region.png")
+    rows, columns = np.nonzero(np.asarray(Image.open(region)))
+    assert [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] == [102, 205, 230, 410]  # of 512
 
 
 def test_the_page_is_of_this_machine_and_loads_nothing_else(scan: Path, tmp_path: Path) -> None:

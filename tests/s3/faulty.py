@@ -14,14 +14,16 @@ EXPIRED = (400, "ExpiredToken")
 CONFLICT = (409, "ConditionalRequestConflict")
 DENIED = (403, "AccessDenied")
 BREAK_OFF = (0, "")  # half of the body, then the end
+Headers = dict[str, str]
 Rule = Callable[[str, str, dict[str, str]], tuple[int, str] | None]  # method, path, headers -> the answer
 
 
 class Proxy:
-    """Between ``with`` and its end at ``endpoint``; ``rule`` picks the answer, None passes a request on."""
+    """Between ``with`` and its end at ``endpoint``; ``rule`` picks the answer, None passes a request on. ``translate``
+    changes the headers that are passed on."""
 
-    def __init__(self, target: str, rule: Rule) -> None:
-        self.rule, self.target = rule, urlsplit(target).netloc
+    def __init__(self, target: str, rule: Rule, translate: Callable[[Headers], Headers] = dict) -> None:
+        self.rule, self.target, self.translate = rule, urlsplit(target).netloc, translate
         self.answered = 0  # requests that got the rule's answer
         self.passed: list[tuple[str, str]] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
@@ -68,7 +70,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.proxy.passed.append((self.command, self.path))
         connection = http.client.HTTPConnection(self.proxy.target, timeout=60)
         try:
-            connection.request(self.command, self.path, body, dict(self.headers.items()))  # Host stays: it is signed
+            sent = self.proxy.translate(dict(self.headers.items()))  # Host stays: it is signed
+            connection.request(self.command, self.path, body, sent)
             response = connection.getresponse()
             self.reply(response.status, dict(response.getheaders()), response.read(), chosen == BREAK_OFF)
         finally:

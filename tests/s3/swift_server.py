@@ -72,12 +72,12 @@ class Swift:
         with open(self.folder / f"{part}.log", "wb") as log:
             return subprocess.Popen(  # a session of its own: at its end a server of Swift signals its process group
                 [sys.executable, str(program), str(self.folder / f"{part}.conf")],
-                stdout=log, stderr=log, cwd=self.folder, start_new_session=True, preexec_fn=_end_with_parent,
+                stdout=log, stderr=log, cwd=self.folder, start_new_session=True, preexec_fn=end_with_parent,
             )  # fmt: skip
 
     def _wait(self, ports: list[int], patience: float = 60.0) -> None:
         until = time.monotonic() + patience
-        while not all(_listens(port) for port in ports):
+        while not all(listens(port) for port in ports):
             if time.monotonic() > until or any(process.poll() is not None for process in self.processes):
                 logs = "\n".join((self.folder / f"{part}.log").read_text()[-500:] for part in PARTS)
                 raise RuntimeError(f"Swift did not start:\n{logs}")
@@ -101,7 +101,7 @@ class Swift:
         ])  # fmt: skip
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """On Linux, ask for a SIGTERM when this process dies: a killed pytest tears nothing down."""
     if LIBRARY is not None:
         LIBRARY.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -130,7 +130,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
     with suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
         return True
     return False

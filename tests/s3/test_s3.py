@@ -2,86 +2,31 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
-import pickle
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 import pytest
 from botocore.retries.standard import ExponentialBackoff
-from click.testing import CliRunner, Result
 from faulty import BREAK_OFF, CONFLICT, DENIED, EXPIRED, NOT_IMPLEMENTED, SLOW_DOWN, Proxy, first
+from on_stores import diffva, invoke, one_line
 
-from diffva_ray.cli import main
 from diffva_ray.storage import s3 as storage_s3
 from diffva_ray.storage import store as storage
 from diffva_ray.storage.local import LocalStore
 from diffva_ray.storage.opening import open_store
-from diffva_ray.storage.s3 import S3Store
-from diffva_ray.storage.store import Modified, StoreError
+from diffva_ray.storage.store import StoreError
 
 if TYPE_CHECKING:
     from conftest import Server
 
-ODD = (
-    "a b.png",
-    "ü/Röntgen 胸.png",
-    "a+b.png",
-    "50%.png",
-    "a%20b.png",
-    "q?x=1&y.png",
-    "#1.png",
-    "'\"<&>.png",
-    "~(!)*.png",
-)
 on_moto = pytest.mark.parametrize("server", ["moto"], indirect=True)
 on_swift = pytest.mark.parametrize("server", ["swift"], indirect=True)
-
-
-def upload(folder: Path, uri: str) -> None:
-    store = open_store(uri)
-    for entry in LocalStore(str(folder)).list():
-        if not entry.path.startswith(".train"):
-            store.put(entry.path, (folder / entry.path).read_bytes())
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(main, [*arguments])
-
-
-def diffva(*arguments: str) -> str:
-    result = invoke(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def in_threads(act: Callable[[int], bool], count: int = 8) -> list[bool]:
-    """``act(n)`` in that many threads at the same moment."""
-    barrier = threading.Barrier(count)
-
-    def together(n: int) -> bool:
-        barrier.wait()
-        return act(n)
-
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(together, range(count)))
-
-
-@pytest.fixture
-def line(bucket: str, images: Path, model: Path) -> tuple[str, ...]:
-    """The command that makes a run of eight records, its data and model on the server."""
-    upload(images, f"{bucket}/data")
-    upload(model, f"{bucket}/model")
-    return ("generate", "--data", f"{bucket}/data", "--model", f"{bucket}/model", "--out", f"{bucket}/run",
-            "--executor", "inline", "--limit", "8")  # fmt: skip
 
 
 @pytest.fixture
@@ -89,132 +34,6 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hardly a pause between attempts (botocore's limit on the rate of requests stays)."""
     monkeypatch.setattr(storage, "PAUSES", (0.0,))
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda self, context: 0.01)
-
-
-# What a store promises.
-
-
-def test_store_keeps_its_promises(bucket: str) -> None:
-    store = open_store(f"{bucket}/promises")
-    assert store.list() == []
-    store.put("a/b", b"one")
-    store.put("a/b", b"two")
-    assert not store.put_if_absent("a/b", b"three")
-    assert store.put_if_absent("a/c", b"four")
-    assert store.put_if_absent("a/empty", b"")
-    assert store.read("a/b") == b"two"
-    assert store.read("a/empty") == b""
-    assert store.exists("a/empty")
-    assert not store.exists("a")
-    assert store.list("a") == [("a/b", 3), ("a/c", 4), ("a/empty", 0)]
-    assert store.list("a/b") == []  # a file is no folder, as on a disk
-    store.delete("a/b")
-    store.delete("a/b")
-    assert not store.exists("a/b")
-    with pytest.raises(FileNotFoundError, match="promises/a/b"):
-        store.read("a/b")
-    with pytest.raises(ValueError, match="leaves its folder"):
-        store.read("../other")
-
-
-def test_a_store_can_be_sent_to_a_worker(bucket: str) -> None:
-    """Pickled, as Ray Train sends its file system: small, without the session, and it works where it arrives."""
-    store = open_store(f"{bucket}/sent")
-    store.put("a", b"1")
-    sent = pickle.dumps((store, store.fs))
-    assert len(sent) < 2000
-    there, fs = pickle.loads(sent)
-    assert there.read("a") == b"1"
-    assert fs.cat_file(f"{there.root}/a") == b"1"
-
-
-def test_a_bucket_itself_is_a_store(bucket: str) -> None:
-    store = open_store(f"{bucket}/")
-    store.put("image.png", b"x")
-    store.put("folder/image.png", b"xy")
-    assert store.list() == [("folder/image.png", 2), ("image.png", 1)]
-    assert store.list("folder") == [("folder/image.png", 2)]
-
-
-def test_odd_names_come_back_as_they_are(bucket: str) -> None:
-    store = open_store(f"{bucket}/odd names")
-    for name in ODD:
-        store.put(name, name.encode())
-    assert [entry.path for entry in store.list()] == sorted(ODD)
-    for name in ODD:
-        assert store.read(name) == name.encode()
-        assert not store.put_if_absent(name, b"other")
-        store.delete(name)
-        assert not store.exists(name)
-
-
-def test_a_folder_is_not_its_sibling(bucket: str) -> None:
-    store = open_store(f"{bucket}/run")
-    store.put("records/1", b"")
-    store.put("records-old/1", b"")
-    store.put("recordsx", b"")
-    open_store(f"{bucket}/run-2").put("records/2", b"")
-    assert [entry.path for entry in store.list("records")] == ["records/1"]
-    assert [entry.path for entry in store.list()] == ["records-old/1", "records/1", "recordsx"]
-
-
-def test_marks_of_folders_are_no_files(bucket: str) -> None:
-    store = S3Store(f"{bucket}/data")
-    for key in ("data/", "data/Normal/"):  # what consoles and pyarrow leave
-        store.fs.call_s3("put_object", Bucket=store.bucket, Key=key, Body=b"")
-    store.put("Normal/1.png", b"x")
-    assert store.list() == [("Normal/1.png", 1)]
-
-
-def test_listing_goes_past_a_thousand_keys(bucket: str) -> None:
-    store = open_store(f"{bucket}/many")
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda n: store.put(f"records/part-{n:05d}.parquet", b""), range(1005)))
-    assert [entry.path for entry in store.list("records")] == [f"records/part-{n:05d}.parquet" for n in range(1005)]
-
-
-def test_a_file_of_many_parts(bucket: str) -> None:
-    store, data = open_store(f"{bucket}/model"), os.urandom(1 << 20) * 101  # s3fs sends 100 MiB and more in parts
-    store.put("unet.safetensors", data)
-    assert store.read("unet.safetensors") == data
-    assert not store.put_if_absent("unet.safetensors", b"other")
-
-
-@on_moto
-def test_of_many_writers_one_creates(bucket: str) -> None:
-    for n in range(5):
-        store = open_store(f"{bucket}/race-{n}")
-        won = in_threads(lambda n, store=store: store.put_if_absent("part", bytes([n]) * 1000))
-        assert won.count(True) == 1
-        assert store.read("part") == bytes([won.index(True)]) * 1000
-
-
-def test_equal_bytes_from_many_writers_are_there_once(bucket: str) -> None:
-    for n in range(5):
-        store = open_store(f"{bucket}/race-{n}")
-        assert any(in_threads(lambda _, store=store: store.put_if_absent("part", b"same" * 1000)))
-        assert store.list() == [("part", 4000)]
-        assert store.read("part") == b"same" * 1000
-
-
-def test_a_private_copy_is_whole(bucket: str, images: Path) -> None:
-    upload(images, f"{bucket}/data")
-    copy = open_store(f"{bucket}/data").local_folder()
-    assert LocalStore(str(copy)).list() == LocalStore(str(images)).list()
-    for entry in LocalStore(str(images)).list():
-        assert (copy / entry.path).read_bytes() == (images / entry.path).read_bytes()
-
-
-def test_stores_leave_no_connections_behind(bucket: str) -> None:
-    def descriptors() -> int:
-        gc.collect()
-        return len(os.listdir("/proc/self/fd"))
-
-    open_store(bucket).exists("image")
-    before = descriptors()
-    for _ in range(8):
-        open_store(bucket).exists("image")
-    assert descriptors() < before + 5
 
 
 # The whole line.
@@ -359,15 +178,6 @@ def test_credentials_in_the_address_are_refused_unseen(credentials: Server) -> N
 
 
 # What is wrong with an address.
-
-
-def one_line(result: Result) -> str:
-    """The one line about its failure that a command ends with."""
-    assert isinstance(result.exception, SystemExit), result.exception
-    *before, said = result.output.strip().splitlines()
-    assert said.startswith("diffva "), said
-    assert not [line for line in before if "Traceback" in line or "diffva " in line], before
-    return said
 
 
 def test_a_bucket_that_does_not_exist(bucket: str, images: Path, model: Path) -> None:
@@ -578,27 +388,6 @@ def test_a_server_that_dies_on_the_way(
     assert "the server answers" in one_line(stopped)
     diffva(*line)
     assert "complete and sound" in diffva("verify", f"{bucket}/run")
-
-
-def test_a_file_that_was_written_since_is_noticed(bucket: str) -> None:
-    store = open_store(bucket)
-    store.put("a", b"one")
-    assert store.read("a", time.time() + 60) == b"one"
-    with pytest.raises(Modified, match="a was written since"):
-        store.read("a", time.time() - 3600)
-    with pytest.raises(FileNotFoundError):
-        store.read("b", time.time())
-
-
-def test_a_known_server_is_not_asked_before_each_conditional_write(
-    bucket: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = open_store(bucket)
-    assert store.put_if_absent("a", b"one")
-    monkeypatch.setattr(type(store), "exists", lambda *arguments: pytest.fail("an additional request"))
-    assert store.put_if_absent("b", b"two")
-    assert not store.put_if_absent("b", b"three")
-    assert store.read("b") == b"two"
 
 
 @on_moto

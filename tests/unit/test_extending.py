@@ -7,9 +7,9 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,35 +111,33 @@ def test_a_metric(images: Path, model: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def google() -> Iterator[str]:
-    """Start an emulated Google Cloud Storage with a bucket ``images``; yield its address."""
-    emulator = pytest.importorskip("gcp_storage_emulator.server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="images")
-    server.start()
-    yield f"http://127.0.0.1:{port}"
+def webdav(tmp_path: Path) -> Iterator[str]:
+    """Start a WebDAV server for the folder ``served``; yield its address."""
+    wsgidav = pytest.importorskip("wsgidav.wsgidav_app")
+    wsgi = pytest.importorskip("cheroot.wsgi")
+    (tmp_path / "served").mkdir()
+    served = {"provider_mapping": {"/": str(tmp_path / "served")}, "simple_dc": {"user_mapping": {"*": True}}}
+    application = wsgidav.WsgiDAVApp({**served, "http_authenticator": {"trusted_auth_header": None}, "verbose": 0})
+    server = wsgi.Server(("127.0.0.1", 0), application)
+    server.prepare()
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    yield f"127.0.0.1:{server.bind_addr[1]}"
     server.stop()
+    thread.join()
 
 
-def test_a_kind_of_store(
-    images: Path, model: Path, tmp_path: Path, google: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert applied(read("store.md"), tmp_path) == 7  # the function that imports it, and its line
-    settings = {  # no bucket properties by gRPC, which the emulator lacks; no search for Google's metadata server
-        "STORAGE_EMULATOR_HOST": google, "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_GCE_CHECK": "true",
-    }  # fmt: skip
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    gcsfs = pytest.importorskip("gcsfs")
-    fs = gcsfs.GCSFileSystem(token="anon", skip_instance_cache=True)
-    for folder, prefix in ((images, "images/data"), (model, "images/model")):
-        for file in folder.rglob("*"):
-            if file.is_file() and ".train" not in file.parts:
-                fs.pipe_file(f"{prefix}/{file.relative_to(folder)}", file.read_bytes())
-    followed(read("store.md"), tmp_path, {}, **settings)
-    assert fs.cat_file("images/run/_SUCCESS")
+def test_a_kind_of_store(images: Path, model: Path, tmp_path: Path, webdav: str) -> None:
+    assert applied(read("store.md"), tmp_path) == 8  # the function that imports it, and its lines
+    for folder, name in ((images, "data"), (model, "model")):
+        shutil.copytree(folder, tmp_path / "served" / name, ignore=shutil.ignore_patterns(".train"))
+    followed(
+        read("store.md"),
+        tmp_path,
+        {f"dav://host/{name}": f"dav://{webdav}/{name}" for name in ("data", "model", "run")},
+    )
+    assert (tmp_path / "served" / "run" / "_SUCCESS").exists()
+    assert not list((tmp_path / "served").rglob(".tmp-*"))
 
 
 def records_of(run: Path) -> list[dict]:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = (ROOT / "pyproject.toml").read_text()
 # Modules that only extras bring, and a run of command lines in one process that cannot import them.
 ABSENT = (
-    "matplotlib s3fs aiobotocore botocore pytorch_fid pydicom peft captum lpips torchxrayvision bitsandbytes gcsfs "
+    "matplotlib s3fs aiobotocore botocore pytorch_fid pydicom peft captum lpips torchxrayvision bitsandbytes obstore "
     "torchmetrics moto boto3 gradio"
 )
 PLAIN = f"""
@@ -56,6 +56,8 @@ NEEDS = {  # a command line and its extra
     "reduce run --executor inline --lpips-weights x": "lpips",
     "studio --model MODEL --out new": "studio",
     "status s3://bucket/run": "s3",
+    "status gs://bucket/run": "cloud",
+    "generate --data az://container/images --model MODEL --out new": "cloud",
     "generate --data IMAGES --model MODEL --out s3://bucket/run": "s3",
     "generate --data s3://bucket/images --model MODEL --out new": "s3",
     "generate --data dicom --model MODEL --out new": "dicom",

@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": LOW,
     "counterfactual": LOW | {"model", "data", "metrics"},
     "train": LOW | {"model", "data", "metrics", "counterfactual"},
+    "references": LOW | {"model", "data", "metrics", "counterfactual", "train"},  # loaded by name only
     "generate": LOW | {"model", "data", "metrics", "counterfactual"},
     "evaluate": LOW | {"data", "metrics", "generate", "model"},
     "explain": CORE - {"train"},

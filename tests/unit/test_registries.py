@@ -6,7 +6,7 @@ from typing import get_args
 
 from diffva_ray.config.methods import METHODS
 from diffva_ray.config.sampling import Scheduler
-from diffva_ray.config.stages import Stage
+from diffva_ray.config.training import Stage
 from diffva_ray.counterfactual.methods import GENERATE
 from diffva_ray.model.card import EXTRAS
 from diffva_ray.model.extras import NETWORKS

@@ -82,7 +82,9 @@ def test_pndm_diffusers_is_the_img2img_pipeline(tiny: Recipe, steps: int, streng
     ("method", "scheduler"),
     [*(("sdedit", name) for name in ("pndm", "ddim", "dpmsolver++", "unipc", "euler", "vp-sde", "ve-sde")),
      *((name, "ddim") for name in ("ddim-inversion", "cycle", "masked", "classifier-guided", "controlnet")),
-     *((name, "pndm") for name in ("text-to-image", "vant-gan", "ant-gan"))],
+     *((name, "pndm") for name in ("text-to-image", "va-gan", "vant-gan", "ant-gan")),
+     *((name, "ddim") for name in ("anoddpm", "autoddpm", "what-is-healthy")),
+     *((name, "ddim") for name in ("wolleb", "diff-scm", "swiss-army-knife", "time", "textual-inversion"))],
 )  # fmt: skip
 def test_neighbours_slots_and_padding_change_nothing(engine: CounterfactualEngine, method: str, scheduler: str) -> None:
     settings = SETTINGS.replace(method=method, scheduler=scheduler)

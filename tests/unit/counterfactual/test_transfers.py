@@ -89,7 +89,7 @@ def transfers_of(model: LatentDiffusion, request: Edit) -> Counter[str]:
 PAIRS = [
     (method, scheduler)
     for method, facts in METHODS.items()
-    if facts.reads_prompt
+    if facts.reads_prompt or facts.scheduler
     for scheduler in ([facts.scheduler] if facts.scheduler else SCHEDULERS)
 ]
 

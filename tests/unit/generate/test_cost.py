@@ -49,7 +49,7 @@ def test_a_derived_mask_costs_calls(engine: CounterfactualEngine) -> None:
     assert calls(derived, 4).unet - calls(settings, 4).unet == CALLS
 
 
-@pytest.mark.parametrize("method", ["vant-gan", "ant-gan"])
+@pytest.mark.parametrize("method", ["va-gan", "vant-gan", "ant-gan"])
 def test_a_method_without_prompt_runs_with_any_sampler_but_cannot_guess(method: str, tiny: Recipe) -> None:
     settings = {"method": method, "scheduler": "pndm"}
     check_settings(tiny.generate.model_copy(update={"source_prompt": ""}), settings)
@@ -99,7 +99,7 @@ def test_estimated_calls_are_the_counted_calls(
             expected = calls({**config.model_dump(), **settings}, len(bundle.recipe.data.prompts))
             assert made == expected._asdict(), settings
             seen += 1
-    assert seen >= len(SETTINGS)
+    assert seen >= len(SETTINGS) - (not METHODS[method].reads_prompt)  # which cannot guess
 
 
 @pytest.mark.parametrize("method", ["sdedit", "ddim-inversion"])

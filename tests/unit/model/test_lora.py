@@ -12,7 +12,7 @@ from hub_snapshots import snapshot
 from safetensors.torch import load_file, save_file
 
 from diffva_ray.config.recipe import Recipe, make_recipe
-from diffva_ray.config.stages import LoraConfig
+from diffva_ray.config.training import LoraConfig
 from diffva_ray.model import lora, text
 from diffva_ray.model.bundle import Bundle, build, load, save
 from diffva_ray.model.card import UnusableModel, folder_digest

@@ -1,4 +1,4 @@
-"""Stages ``vant-gan`` and ``ant-gan``: they learn from labels alone, and resume exactly."""
+"""Stages ``va-gan``, ``vant-gan`` and ``ant-gan``: they learn from labels alone, resume exactly and stop when told."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from trainings import different, killed, run, weights, with_stages
 from diffva_ray.config.recipe import Recipe, RecipeError
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.model.bundle import build, load
+from diffva_ray.references.gan import GanStage, WassersteinCritic, score
+from diffva_ray.references.training import converged, curve
 from diffva_ray.train.adversary import PatchDiscriminator
-from diffva_ray.train.gan import WassersteinCritic, score
 
 STAGES = [
     {"name": kind, "trains": kind, "steps": 3, "batch_size": 2, "learning_rate": 1e-3, "ema_decay": 0.9,
      "block_out_channels": [8, 16], "norm_num_groups": 4, "critic_channels": 8}
-    for kind in ("vant-gan", "ant-gan")
+    for kind in ("va-gan", "vant-gan", "ant-gan")
 ]  # fmt: skip
 JUDGE = {"name": "judge", "trains": "judge", "steps": 1, "batch_size": 4, "learning_rate": 1e-3}
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=["vant-gan", "ant-gan"])
+@pytest.mark.parametrize("stage", STAGES, ids=["va-gan", "vant-gan", "ant-gan"])
 @pytest.mark.parametrize("kill_at", [3, 6])
 def test_killed_and_resumed_is_bitwise_the_undisturbed_training(
     stage: dict, kill_at: int, tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -68,12 +69,13 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LEARNING: dict[str, dict] = {
-    "vant-gan": {"steps": 100, "batch_size": 4, "ema_decay": None, "map_weight": 10.0},
+    "va-gan": {"steps": 100, "batch_size": 4, "ema_decay": None, "map_weight": 10.0},
+    "vant-gan": {"steps": 100, "batch_size": 4, "ema_decay": None, "map_weight": 10.0, "cycle_weight": 5.0},
     "ant-gan": {"steps": 100, "batch_size": 8, "ema_decay": None},
 }
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=["vant-gan", "ant-gan"])
+@pytest.mark.parametrize("stage", STAGES, ids=["va-gan", "vant-gan", "ant-gan"])
 def test_it_removes_what_distinguishes_the_kinds(
     stage: dict, tiny: Recipe, squares: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,8 +107,49 @@ def test_a_generator_that_did_not_converge_is_reported(
     tiny: Recipe, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(with_stages(tiny, {**STAGES[0], "steps": 1}), images, tmp_path)
-    assert "stage vant-gan DID NOT CONVERGE" in caplog.text
-    assert not load(str(tmp_path)).extra("vant_gan").config["measured"]["converged"]
+    assert "stage va-gan DID NOT CONVERGE" in caplog.text
+    assert not load(str(tmp_path)).extra("va_gan").config["measured"]["converged"]
+
+
+def test_the_curve_is_logged_and_the_wall_time_ends_a_stage(tiny: Recipe, images: Path, tmp_path: Path) -> None:
+    """At the first point of the curve after it; the stages that follow are trained, and a resumed curve goes on."""
+    stage = {**STAGES[0], "steps": 40, "measure_every": 2}
+    history = run(with_stages(tiny, {**stage, "max_minutes": 1e-6}, JUDGE), images, tmp_path / "short")
+    assert [entry["step"] for entry in history if entry["stage"] == "va-gan"] == [1, 2]
+    assert [entry["stage"] for entry in history][-1] == "judge"
+    assert load(str(tmp_path / "short")).extra("va_gan").config["measured"]
+    points = curve(run(with_stages(tiny, {**stage, "steps": 7}), images, tmp_path / "whole"), "va-gan")
+    assert [point["step"] for point in points] == [2, 4, 6]
+    assert points[0]["minutes"] < points[1]["minutes"] < points[2]["minutes"]
+
+
+def test_a_stage_stops_when_its_curve_has_converged(
+    tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = iter([0.2, 0.8, 0.83, 0.85, 0.8, 0.8])
+    monkeypatch.setattr(GanStage, "point", lambda self: {"removed": next(made), "change": 0.02})
+    stage = {**STAGES[0], "steps": 40, "measure_every": 1, "stop_when_converged": True}
+    history = run(with_stages(tiny, stage), images, tmp_path)
+    assert len(history) == 4
+    assert converged(curve(history, "va-gan"))
+
+
+@pytest.mark.parametrize(
+    ("removed", "change", "expected"),
+    [
+        ([0.9, 0.95, 0.9], [0.02, 0.02, 0.021], True),
+        ([0.9, 0.95], [0.02, 0.02], False),  # too few points
+        ([0.3, 0.3, 0.3], [0.02, 0.02, 0.02], False),  # a plateau of a generator that has learnt nothing
+        ([1.6, 1.6, 1.6], [0.02, 0.02, 0.02], False),  # beyond healthy
+        ([0.6, 0.8, 0.9], [0.02, 0.02, 0.02], False),  # still learning
+        ([0.9, 0.9, 0.9], [0.02, 0.025, 0.03], False),  # still changing
+    ],
+)
+def test_the_criterion_wants_a_learnt_task_and_a_plateau(
+    removed: list[float], change: list[float], expected: bool
+) -> None:
+    points = [{"removed": one, "change": other} for one, other in zip(removed, change, strict=True)]
+    assert converged(points) == expected
 
 
 def test_the_wasserstein_critics_loss_equals_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:

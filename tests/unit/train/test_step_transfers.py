@@ -34,6 +34,9 @@ STAGES = {
     "controlnet": {**COMMON, "trains": "controlnet"},
     "classifier": {**COMMON, "trains": "classifier"},
     "judge": {**COMMON, "trains": "judge"},
+    "healthy-unet": {**COMMON, "trains": "healthy-unet"},
+    "textual-inversion": {**COMMON, "trains": "textual-inversion"},
+    "va-gan": {**COMMON, "trains": "va-gan"},
     "vant-gan": {**COMMON, "trains": "vant-gan"},
     "ant-gan": {**COMMON, "trains": "ant-gan"},
 }

@@ -1,8 +1,9 @@
-"""Stages ``vant-gan`` and ``ant-gan``: train image-to-image generators on the labels healthy and abnormal alone.
+"""What the GANs share: images of both kinds, the critics' losses, and the measurement of a generator.
 
-Both re-implement published losses with our own networks, on pixels at the model's resolution. Where the originals
+They are trained on pixels at the model's resolution and on the labels healthy and abnormal alone. Where the originals
 update a critic several times in each step, our critic has a higher learning rate instead (two time scales, Heusel et
-al. 2017), so that all trainables share the loop's steps.
+al. 2017), so that all trainables share the loop's steps. The networks are ours: a U-Net of diffusers' blocks
+(``model/gan_generator.py``) and the patch discriminator of ``train/adversary.py``.
 """
 
 from __future__ import annotations
@@ -15,20 +16,23 @@ import torch
 from torch import nn
 
 from diffva_ray.config.recipe import RecipeError
-from diffva_ray.config.stages import AntGanConfig, GanConfig, VantGanConfig
+from diffva_ray.config.reference_stages import GanConfig
+from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion
 from diffva_ray.model.gan_generator import GanGenerator
 from diffva_ray.progress import LOG
+from diffva_ray.references.training import REMOVED, ReferenceStage
 from diffva_ray.storage.store import Store
-from diffva_ray.train.adversary import PatchDiscriminator, frozen
+from diffva_ray.train.adversary import PatchDiscriminator
 from diffva_ray.train.sampling import ImageOrder, grey
-from diffva_ray.train.stage import Batch, Inputs, Stage, StageContext, Trainable, Worker
+from diffva_ray.train.stage import Batch, Inputs, StageContext, Trainable, Worker
 
 MAX_MEASURED = 256  # images of each kind, for the measurements after training
+MEASURED_IN_A_POINT = 64  # of each kind, for a point of the training curve
 BATCH_SIZE = 32  # of those measurements
 
 
-class GanStage(Stage, ABC):
-    """Base of both stages: a generator, a critic of healthy images, and images of both kinds."""
+class GanStage(ReferenceStage, ABC):
+    """Base of the stages: a generator, a critic of healthy images, and images of both kinds."""
 
     config: GanConfig
     name: str  # of the generator in the model folder
@@ -52,14 +56,14 @@ class GanStage(Stage, ABC):
         self.abnormal = ImageOrder(context.images.images, config.classes or abnormal, context.seed)
         torch.manual_seed(context.seed)
 
-    def _make_generator(self, mode: Literal["map", "image"]) -> Any:
+    def make_generator(self, mode: Literal["map", "image"]) -> Any:
         config = self.config
         try:
             return GanGenerator(mode, config.block_out_channels, config.norm_num_groups)
         except ValueError as error:
             raise RecipeError(f"stage {config.name}: {error}") from None
 
-    def _register(self, modules: dict[str, nn.Module], generator: nn.Module, critic: nn.Module) -> None:
+    def register(self, modules: dict[str, nn.Module], generator: nn.Module, critic: nn.Module) -> None:
         """Declare what is trained, and what is saved: the generator in the model, ``modules`` only in checkpoints."""
         self.modules = {
             self.name: self.gan_generator,
@@ -73,6 +77,7 @@ class GanStage(Stage, ABC):
         ]
 
     def begin(self, worker: Worker) -> None:
+        super().begin(worker)
         for trainable in self.trainables:  # each loss also reads the other network
             trainable.network.to(worker.device).requires_grad_(True)
 
@@ -84,9 +89,6 @@ class GanStage(Stage, ABC):
         )
         return {"healthy": healthy, "abnormal": abnormal, "mix": batch.random.uniform(1, 1, 1)}
 
-    def _pixels(self, indices: list[int], device: torch.device) -> torch.Tensor:
-        return signed(self.context.images.stack(indices).to(device))
-
     @abstractmethod
     def loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
         """Loss of the generator."""
@@ -95,32 +97,41 @@ class GanStage(Stage, ABC):
     def critic_loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
         """Loss of the critic, with the generator fixed."""
 
+    def point(self) -> dict[str, float]:
+        measured = self.measured(MEASURED_IN_A_POINT)
+        return {
+            "removed": 1 - measured["gap_generated"] / max(measured["gap_abnormal"], 1e-6),
+            "change": measured["change_abnormal"],
+            "change_healthy": measured["change_healthy"],
+        }
+
     def export(self, store: Store) -> None:
-        """Measure whether the training converged, log it, and write it into the generator's ``config.json``."""
-        measured = self._measure()
-        self.gan_generator.register_to_config(measured=measured)
+        """Measure the generator, log it, and write it into its ``config.json``. It has learnt its task if generated
+        images have less than REMOVED of the abnormal images' distance to healthy ones."""
+        measured: dict[str, Any] = self.measured(MAX_MEASURED)
+        good = abs(measured["gap_generated"]) < REMOVED * measured["gap_abnormal"]
+        self.gan_generator.register_to_config(measured={**measured, "converged": good})
         LOG.log(
-            logging.INFO if measured["converged"] else logging.WARNING,
+            logging.INFO if good else logging.WARNING,
             "stage %s %s: critic score distance to healthy images: generated %.3f, abnormal %.3f; mean pixel change: "
             "abnormal images %.4f, healthy images %.4f",
-            self.config.name, "converged" if measured["converged"] else "DID NOT CONVERGE",
+            self.config.name, "converged" if good else "DID NOT CONVERGE",
             *(measured[key] for key in ("gap_generated", "gap_abnormal", "change_abnormal", "change_healthy")),
         )  # fmt: skip
 
     @torch.no_grad()
-    def _measure(self) -> dict[str, float]:
-        """Measure on training images: distances between the critic's mean scores, and the mean change of a pixel (grey
-        values in [0, 1]). A generator has converged if generated images have less than half of the abnormal images'
-        distance to healthy ones."""
+    def measured(self, count: int) -> dict[str, float]:
+        """Measure on ``count`` training images of each kind: distances between the critic's mean scores, and the mean
+        change of a pixel (grey values in [0, 1])."""
         device = next(self.critic.parameters()).device
         gaps: dict[str, list[torch.Tensor]] = {"healthy": [], "abnormal": [], "generated": []}
         changes: dict[str, list[torch.Tensor]] = {"healthy": [], "abnormal": []}
         for kind, order in (("healthy", self.healthy), ("abnormal", self.abnormal)):
             # Take every n-th image, so that all classes are measured.
             members = sorted(index for images in order.members.values() for index in images)
-            members = members[:: -(-len(members) // MAX_MEASURED)]
+            members = members[:: -(-len(members) // count)]
             for start in range(0, len(members), BATCH_SIZE):
-                images = self._pixels(members[start : start + BATCH_SIZE], device)
+                images = signed(self.context.images.stack(members[start : start + BATCH_SIZE]).to(device))
                 generated = self.gan_generator(images)
                 gaps[kind].append(score(self.critic, images))
                 changes[kind].append((generated - images).abs().mean(dim=(1, 2, 3)) / 2)
@@ -131,8 +142,14 @@ class GanStage(Stage, ABC):
         means = {kind: float(torch.cat(values).mean()) for kind, values in gaps.items()}
         measured = {f"gap_{kind}": means["healthy"] - means[kind] for kind in ("abnormal", "generated")}
         measured |= {f"change_{kind}": float(torch.cat(values).mean()) for kind, values in changes.items()}
-        converged = abs(measured["gap_generated"]) < 0.5 * measured["gap_abnormal"]
-        return {**{key: round(value, 6) for key, value in measured.items()}, "converged": converged}
+        return {key: round(value, 6) for key, value in measured.items()}
+
+
+def one_pass(model: LatentDiffusion, request: Edit, network: str) -> Generated:
+    """Apply a generator of the model; prompt, noise and steps have no effect. Raises UnusableModel without it."""
+    dtype = next(model.unet.parameters()).dtype
+    gan_generator = model.bundle.extra(network).to(request.images.device, dtype).eval().requires_grad_(False)
+    return Generated(gan_generator.generate(request.images), request.images)
 
 
 def signed(pixels: torch.Tensor) -> torch.Tensor:
@@ -151,93 +168,31 @@ def score(critic: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return logits(critic, images).mean(dim=(1, 2, 3))
 
 
-class VantGanStage(GanStage):
-    """Visual feature attribution by a Wasserstein GAN (Baumgartner et al. 2018, section 3): learns the smallest map
-    M such that a critic cannot distinguish x + M(x) from healthy images,
-
-        min_M max_D  E_healthy[D(x)] - E_abnormal[D(x + M(x))] + map_weight * |M(x)|_1  (mean over pixels),
-
-    where a gradient penalty keeps D Lipschitz 1 (Gulrajani et al. 2017, equation 3). The original uses a 3D U-Net and a
-    C3D critic with five updates in each step."""
-
-    config: VantGanConfig
-    name = "vant_gan"
-
-    def __init__(self, context: StageContext, config: VantGanConfig) -> None:
-        super().__init__(context, config)
-        self.gan_generator = self._make_generator("map")
-        self.critic = PatchDiscriminator(config.critic_channels)
-        network = WassersteinCritic(self.critic, config.penalty_weight)
-        self._register({"critic": self.critic}, self.gan_generator, network)
-
-    def loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
-        abnormal = signed(inputs["abnormal"])
-        generated: torch.Tensor = network(abnormal)
-        with frozen(self.critic) as critic, torch.autocast(generated.device.type, enabled=False):
-            return self.config.map_weight * (generated - abnormal).abs().mean() - score(critic, generated).mean()
-
-    def critic_loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
-        healthy, abnormal = signed(inputs["healthy"]), signed(inputs["abnormal"])
-        with torch.no_grad():
-            generated = self.gan_generator(abnormal).float()
-        loss: torch.Tensor = network(healthy, generated, inputs["mix"])
-        return loss
+def square(logits: torch.Tensor, target: float) -> torch.Tensor:
+    """Least-squares adversarial loss (Mao et al. 2017)."""
+    return (logits - target).square().mean()
 
 
 class WassersteinCritic(nn.Module):
-    """The critic's whole loss behind one forward: DDP then exchanges the gradients of all parts at once, and each
-    worker computes the penalty's inner gradient on the unwrapped network."""
+    """A critic's whole loss behind one forward: DDP then exchanges the gradients of all parts at once, and each worker
+    computes the penalty's inner gradient on the unwrapped network."""
 
     def __init__(self, critic: PatchDiscriminator, penalty_weight: float) -> None:
         super().__init__()
         self.critic, self.penalty_weight = critic, penalty_weight
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # the compiler has no second derivatives
-    def forward(self, healthy: torch.Tensor, generated: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-        """Return E[D(generated)] - E[D(healthy)] + penalty_weight * E[(|grad D(between)| - 1)^2], in float32."""
-        with torch.autocast(healthy.device.type, enabled=False):
-            between = (mix * healthy + (1 - mix) * generated).requires_grad_()
-            real, fake, middle = score(self.critic, torch.cat([healthy, generated, between])).chunk(3)
+    def forward(self, real: torch.Tensor, generated: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
+        """Return E[D(generated)] - E[D(real)] + penalty_weight * E[(|grad D(between)| - 1)^2], in float32 (Gulrajani et
+        al. 2017, equation 3)."""
+        with torch.autocast(real.device.type, enabled=False):
+            between = (mix * real + (1 - mix) * generated).requires_grad_()
+            right, fake, middle = score(self.critic, torch.cat([real, generated, between])).chunk(3)
             if not torch.is_grad_enabled():
                 raise ValueError("call the critic's loss with gradients enabled; the gradient penalty needs them")
             (gradient,) = torch.autograd.grad(middle.sum(), between, create_graph=True)
             penalty: torch.Tensor = (gradient.flatten(1).norm(dim=1) - 1).square().mean()
-            return fake.mean() - real.mean() + self.penalty_weight * penalty
-
-
-class AntGanStage(GanStage):
-    """Abnormal-to-normal translation (Sun et al. 2020): generators in both directions, a patch discriminator for each
-    kind of image, least-squares adversarial losses (Mao et al. 2017), cycle consistency and identity loss as in Zhu et
-    al. 2017 (equations 1 to 3, section 5.2). Sun et al. build on the same cycle; their further terms are known to us
-    only from the abstract and from later papers, so this stage does not claim to implement them."""
-
-    config: AntGanConfig
-    name = "ant_gan"
-
-    def __init__(self, context: StageContext, config: AntGanConfig) -> None:
-        super().__init__(context, config)
-        self.gan_generator, inverse = self._make_generator("image"), self._make_generator("image")
-        self.critic, abnormal_critic = (PatchDiscriminator(config.critic_channels) for _ in range(2))
-        self.cycle = Cycle(self.gan_generator, inverse)
-        self.critics = LeastSquaresCritics(self.critic, abnormal_critic)
-        modules = {"harmer": inverse, "critic": self.critic, "critic-abnormal": abnormal_critic}  # file names
-        self._register(modules, self.cycle, self.critics)
-
-    def loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
-        healthy, abnormal = signed(inputs["healthy"]), signed(inputs["abnormal"])
-        outputs: tuple[torch.Tensor, ...] = network(healthy, abnormal)
-        generated, worsened, cycle_loss, identity_loss = outputs
-        with frozen(self.critics), torch.autocast(abnormal.device.type, enabled=False):
-            adversarial = square(logits(self.critics.healthy, generated), 1)
-            adversarial = adversarial + square(logits(self.critics.abnormal, worsened), 1)
-        return adversarial + self.config.cycle_weight * cycle_loss + self.config.identity_weight * identity_loss
-
-    def critic_loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
-        healthy, abnormal = signed(inputs["healthy"]), signed(inputs["abnormal"])
-        with torch.no_grad():
-            generated, worsened = self.cycle.gan_generator(abnormal), self.cycle.inverse(healthy)
-        loss: torch.Tensor = network(healthy, generated, abnormal, worsened)
-        return loss
+            return fake.mean() - right.mean() + self.penalty_weight * penalty
 
 
 class Cycle(nn.Module):
@@ -250,30 +205,10 @@ class Cycle(nn.Module):
 
     def forward(self, healthy: torch.Tensor, abnormal: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return both generators' images, the L1 loss of the cycles, and the L1 loss of images that should stay as they
-        are."""
+        are (Zhu et al. 2017, equation 2 and section 5.2)."""
         generated, same_healthy = self.gan_generator(torch.cat([abnormal, healthy])).chunk(2)
         worsened, same_abnormal = self.inverse(torch.cat([healthy, abnormal])).chunk(2)
         cycle_loss = (self.inverse(generated) - abnormal).abs().mean()
         cycle_loss = cycle_loss + (self.gan_generator(worsened) - healthy).abs().mean()
         identity_loss = (same_healthy - healthy).abs().mean() + (same_abnormal - abnormal).abs().mean()
         return generated, worsened, cycle_loss, identity_loss
-
-
-class LeastSquaresCritics(nn.Module):
-    """The discriminators of healthy and of abnormal images; forward returns the loss of both."""
-
-    def __init__(self, healthy: PatchDiscriminator, abnormal: PatchDiscriminator) -> None:
-        super().__init__()
-        self.healthy, self.abnormal = healthy, abnormal
-
-    def forward(
-        self, healthy: torch.Tensor, generated: torch.Tensor, abnormal: torch.Tensor, worsened: torch.Tensor
-    ) -> torch.Tensor:
-        real, fake = logits(self.healthy, torch.cat([healthy, generated])).chunk(2)
-        loss = square(real, 1) + square(fake, 0)
-        real, fake = logits(self.abnormal, torch.cat([abnormal, worsened])).chunk(2)
-        return 0.5 * (loss + square(real, 1) + square(fake, 0))
-
-
-def square(logits: torch.Tensor, target: float) -> torch.Tensor:
-    return (logits - target).square().mean()
