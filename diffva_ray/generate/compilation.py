@@ -49,10 +49,9 @@ def compile_networks(engine: CounterfactualEngine, backend: str | Callable[..., 
         elif is_device_error(error) or not (isinstance(error, ValueError) or _is_of_a_compiler(error)):
             raise
         else:
-            reason = one_line(error, 200).removeprefix("generate.compile: ")
             raise Unfinished(
-                f"generate.compile: the networks cannot be compiled on this machine ({reason}); correct that, or add "
-                "--set generate.compile=false, which is slower and another run"
+                f"generate.compile: the networks cannot be compiled on this machine ({one_line(error, 200)}); correct "
+                "that, or add --set generate.compile=false, which is slower and another run"
             ) from error
 
 
