@@ -143,7 +143,7 @@ OPTIONS = {
     "readers": "STUDY ANSWERS",
     "reduce": "RUN --boxes --brixia --data --executor --extractor --inception-weights --judge --lpips-weights "
     "--max-quarantined-fraction --normals --reference --resize --sources --threshold-from",
-    "report": "RUN --anonymise-names --boxes --data --images --port --serve",
+    "report": "RUN --anonymise-names --boxes --data --images --log-to --port --serve",
     "retry": "RUN --actors --allow-environment-change --data --executor --gpus-per-actor --model",
     "score": "MAPS --allow-training-images --boxes --columns --data --encoding --json --model --out --positive --root "
     "--signed --size --smoothing --threshold-from",
