@@ -183,6 +183,7 @@ def complete(model: Path) -> Callable[[], Bundle]:
     from diffva_ray.model.bundle import load
     from diffva_ray.model.classifier import LatentClassifier
     from diffva_ray.model.gan_generator import GanGenerator
+    from diffva_ray.references.textual_inversion import ConceptVectors
 
     def load_with_extras() -> Bundle:
         bundle = load(str(model))
@@ -201,6 +202,7 @@ def complete(model: Path) -> Callable[[], Bundle]:
             down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         )  # fmt: skip
         bundle.extras["healthy_unet"].register_to_config(noise_octaves=1)
+        bundle.extras["textual_inversion"] = ConceptVectors(["COVID", "Normal"], 64)
         assert {method.needs for method in METHODS.values() if method.needs} <= set(bundle.extras)
         return bundle
 

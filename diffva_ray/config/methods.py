@@ -76,4 +76,8 @@ METHODS: dict[str, Method] = {
         name: Method(lambda steps, guided: Calls(2 * steps), "ddim", needs="classifier", reads_prompt=False)
         for name in ("wolleb", "diff-scm", "swiss-army-knife")
     },
+    "time": Method(lambda steps, guided: Calls(steps + guided + steps), "ddim", shortcuts=True),
+    "textual-inversion": Method(
+        lambda steps, guided: Calls(steps + guided + steps), "ddim", needs="textual_inversion", reads_prompt=False
+    ),
 }

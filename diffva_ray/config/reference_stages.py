@@ -32,6 +32,13 @@ class HealthyDenoiserConfig(StageConfig):
     """Scales of the noise beside the finest one; 0: white noise."""
 
 
+class TextualInversionConfig(StageConfig):
+    """Stage of method ``textual-inversion``: a word vector for each class, on a model that stays as it is."""
+
+    trains: Literal["textual-inversion"]
+    """Kind of stage."""
+
+
 class GanConfig(ReferenceConfig):
     """Settings of the GAN stages, each with a generator of healthy images and a critic."""
 

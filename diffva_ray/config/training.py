@@ -6,7 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from diffva_ray.config.reference_stages import AntGanConfig, HealthyDenoiserConfig, VaGanConfig, VantGanConfig
+from diffva_ray.config.reference_stages import (
+    AntGanConfig,
+    HealthyDenoiserConfig,
+    TextualInversionConfig,
+    VaGanConfig,
+    VantGanConfig,
+)
 from diffva_ray.config.stages import (
     AutoencoderConfig,
     ClassifierConfig,
@@ -25,7 +31,8 @@ Stage = Annotated[
     | VaGanConfig
     | VantGanConfig
     | AntGanConfig
-    | HealthyDenoiserConfig,
+    | HealthyDenoiserConfig
+    | TextualInversionConfig,
     Field(discriminator="trains"),
 ]
 

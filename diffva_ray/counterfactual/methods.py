@@ -46,4 +46,6 @@ GENERATE: dict[str, Callable[[LatentDiffusion, Edit], Generated]] = {
     "wolleb": _reference("wolleb.generate"),
     "diff-scm": _reference("diff_scm.generate"),
     "swiss-army-knife": _reference("swiss_army_knife.generate"),
+    "time": _reference("time_editing.generate"),
+    "textual-inversion": _reference("textual_inversion.generate"),
 }

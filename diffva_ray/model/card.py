@@ -23,7 +23,10 @@ TRAINING, PROGRESS = ".train/training.json", ".train/progress.json"  # written d
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 CONTROLNETS = ("controlnet", *(f"controlnet_{n}" for n in range(1, 8)))  # as MultiControlNetModel names its folders
 # Folders of the networks of single methods, which extras.py loads. The digest depends on this order: append new ones.
-EXTRAS = ("controlnet", "classifier", "vant_gan", "ant_gan", *CONTROLNETS[1:], "va_gan", "healthy_unet")
+EXTRAS = (
+    "controlnet", "classifier", "vant_gan", "ant_gan", *CONTROLNETS[1:],
+    "va_gan", "healthy_unet", "textual_inversion",
+)  # fmt: skip
 LORA = "lora"  # folder of unmerged adapters
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 

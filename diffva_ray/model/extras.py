@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusers import ControlNetModel, UNet2DModel
 
+from diffva_ray.config.references import reference
 from diffva_ray.model.card import CONTROLNETS, UnusableModel
 from diffva_ray.model.classifier import LatentClassifier
 from diffva_ray.model.gan_generator import GanGenerator
@@ -20,6 +21,7 @@ NETWORKS: dict[str, Any] = {  # diffusers ModelMixins by folder
     **dict.fromkeys(CONTROLNETS[1:], ControlNetModel),
     "va_gan": GanGenerator,
     "healthy_unet": UNet2DModel,
+    "textual_inversion": "textual_inversion.ConceptVectors",  # by name, see config/references.py
 }
 
 
@@ -33,4 +35,6 @@ def load_extra(folder: Path | None, name: str) -> Any:
     if folder is None or not (folder / name / "config.json").exists():
         kind = name.replace("_", "-")
         raise UnusableModel(f"the model has no {name}; train it with a stage that `trains: {kind}`")
-    return NETWORKS[name].from_pretrained(folder / name, use_safetensors=True)
+    network = NETWORKS[name]
+    kind = reference(network) if isinstance(network, str) else network
+    return kind.from_pretrained(folder / name, use_safetensors=True)

@@ -33,6 +33,7 @@ KINDS: dict[str, Callable[[StageContext, Any], Stage]] = {
     "va-gan": _reference("va_gan.VaGanStage"),
     "vant-gan": _reference("vant_gan.VantGanStage"),
     "ant-gan": _reference("ant_gan.AntGanStage"),
+    "textual-inversion": _reference("textual_inversion.TextualInversionStage"),
     "healthy-unet": _reference("healthy_only.HealthyDenoiserStage"),
 }
 

@@ -12,10 +12,13 @@ from diffva_ray.config.generation import ClassifierGuidedConfig, ReferencesConfi
 from diffva_ray.counterfactual.engine import CounterfactualBatch, CounterfactualEngine
 from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
 from diffva_ray.data.phantoms import phantom
+from diffva_ray.model import text
 from diffva_ray.model.bundle import Bundle
 from diffva_ray.references.ddim import decode
 from diffva_ray.references.healthy_only import octaves
 from diffva_ray.references.swiss_army_knife import severity, task_gradient
+from diffva_ray.references.textual_inversion import PLACE, SENTENCE, sentence
+from diffva_ray.references.time_editing import edited, means_healthy, tokens
 
 IMAGES = [phantom(label, n, seed=1, size=32).image for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
 ILL, HEALTHY = "COVID 19", "normal chest scan"
@@ -107,6 +110,47 @@ def test_partial_diffusion_reads_nothing_but_the_image(bundle: Bundle) -> None:
         np.abs(kept.counterfactuals - kept.reconstructions).mean()
         < np.abs(wide.counterfactuals - wide.reconstructions).mean()
     )
+
+
+def test_times_edit_minimises_its_objective() -> None:
+    """By gradient, and in its limits: with a small weight the sources' tokens become the targets'; with a large one
+    nothing changes; directions that no source has are mapped as before in any case."""
+    torch.manual_seed(0)
+    w, k, d = torch.randn(5, 8).double(), torch.randn(3, 8).double(), torch.randn(3, 8).double()
+    found = edited(w, k, d, 0.3).requires_grad_()
+    objective = (k @ found.T - d @ w.T).square().sum() + 0.3 * (found - w).square().sum()
+    (slope,) = torch.autograd.grad(objective, found)
+    assert slope.abs().max() < 1e-10
+    assert edited(w, k, d, 1e-9) @ k.T == pytest.approx((w @ d.T).numpy(), abs=1e-6)
+    assert edited(w, k, d, 1e9) == pytest.approx(w.numpy(), abs=1e-6)
+    other = torch.linalg.svd(k).Vh[-1]
+    assert edited(w, k, d, 0.3) @ other == pytest.approx((w @ other).numpy(), abs=1e-9)
+
+
+def test_time_makes_the_diseases_words_mean_healthy_while_it_edits(bundle: Bundle) -> None:
+    """The model under the disease's prompt then predicts what it predicted under the healthy one, and afterwards it is
+    bit for bit the model that it was."""
+    model, z, t = LatentDiffusion(bundle), torch.randn(1, 4, 8, 8), torch.tensor(400)
+    before = {name: value.clone() for name, value in bundle.unet.state_dict().items()}
+    with torch.inference_mode():
+        ill, healthy = tokens(model, [ILL, bundle.recipe.data.healthy_prompt]).split(1)
+        own, wanted = model.predict(z, t, ill), model.predict(z, t, healthy)
+        with means_healthy(model, 1e-3):
+            made = model.predict(z, t, ill)
+        assert (made - wanted).abs().mean() < 0.3 * (own - wanted).abs().mean()
+    assert all(torch.equal(before[name], value) for name, value in bundle.unet.state_dict().items())
+    assert gap(run(bundle, "time", source=ILL), run(bundle, "ddim-inversion", source=ILL, prompt=ILL)) > 1e-4
+
+
+def test_a_vector_takes_the_place_of_one_word(bundle: Bundle) -> None:
+    """With the embedding of that word the sentence is the sentence; another vector changes it."""
+    words = bundle.text_encoder.get_input_embeddings().weight
+    ids, mask = text.tokenize(bundle.tokenizer, [SENTENCE])
+    with torch.inference_mode():
+        plain = text.embed(bundle.text_encoder, ids, mask)
+        assert sentence(bundle, words[ids[0, PLACE]][None]) == pytest.approx(plain.numpy(), abs=1e-6)
+        assert (sentence(bundle, -words[ids[0, PLACE]][None]) - plain).abs().max() > 1e-3
+    assert gap(run(bundle, "textual-inversion"), run(bundle, "ddim-inversion")) > 0
 
 
 def test_noise_of_octaves_has_unit_variance_and_is_correlated_by_blocks() -> None:

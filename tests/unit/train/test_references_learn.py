@@ -26,6 +26,19 @@ def test_the_healthy_only_denoiser_learns_and_leaves_the_model_as_it_is(
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_textual_inversion_learns_vectors_and_nothing_else(tiny: Recipe, images: Path, tmp_path: Path) -> None:
+    """On an untrained model the vectors can do little; they move, and every weight of the model stays."""
+    stage = {"name": "words", "trains": "textual-inversion", "steps": 12, "batch_size": 4, "learning_rate": 0.05}
+    run(with_stages(tiny, stage), images, tmp_path)
+    trained, start = load(str(tmp_path)), build(tiny)
+    concepts = trained.extra("textual_inversion")
+    assert list(concepts.config.classes) == ["COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"]
+    assert concepts.vectors.std(0).mean() > 0
+    for name in ("unet", "vae", "text_encoder"):
+        before, after = start.modules[name].state_dict(), trained.modules[name].state_dict()
+        assert all(torch.equal(before[key], after[key]) for key in before), name
+
+
 def test_noise_coarser_than_the_latents_is_refused(tiny: Recipe, images: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="noise_octaves 4 do not fit latents of side 8"):
         run(with_stages(tiny, {**HEALTHY_UNET, "noise_octaves": 4}), images, tmp_path)

@@ -35,6 +35,7 @@ STAGES = {
     "classifier": {**COMMON, "trains": "classifier"},
     "judge": {**COMMON, "trains": "judge"},
     "healthy-unet": {**COMMON, "trains": "healthy-unet"},
+    "textual-inversion": {**COMMON, "trains": "textual-inversion"},
     "va-gan": {**COMMON, "trains": "va-gan"},
     "vant-gan": {**COMMON, "trains": "vant-gan"},
     "ant-gan": {**COMMON, "trains": "ant-gan"},
