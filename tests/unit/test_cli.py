@@ -127,7 +127,7 @@ OPTIONS = {
     "explain": "IMAGE --and --condition --dry-run --guidance-scale --json --method --model --not --out --prompt "
     "--recipe --scheduler --seed --set --steps --strength",
     "export": "RUN --accept --anonymise-names --banner --best-of --boxes --data --executor --license --out "
-    "--push-to --splits --threshold --to --with-patients --without-images",
+    "--push-to --shuffle --splits --threshold --to --with-patients --without-images",
     "generate": "--actors --allow-environment-change --and --classes --columns --data --dry-run --executor "
     "--gpus-per-actor --guidance-scale --healthy-class --images-per-second --limit --method --micro-batch --model "
     "--not --out --probe --prompt --recipe --root --samples --scheduler --seed --set --shard-size --steps --strength "
