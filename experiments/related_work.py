@@ -72,6 +72,10 @@ CLASSIFIER = {"name": "classifier", "trains": "classifier", "steps": 900, "batch
               "classes": {"<healthy>": 3, "<abnormal>": 1}}  # fmt: skip
 
 
+IMAGE_CLASSIFIER = {"name": "image-classifier", "trains": "image-classifier", "steps": 250, "batch_size": 64,
+                    "learning_rate": 4e-3, "warmup_steps": 20, "schedule": "cosine"}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Row:
     """A line of the leaderboard."""
@@ -81,6 +85,7 @@ class Row:
     settings: Settings = field(default_factory=dict)  # of generation, the same for all candidates
     stage: Settings | None = None  # trained beside our model
     tunes_training: bool = False
+    explains: bool = False  # a classifier of images, which is trained before
 
 
 def grid(**values: tuple[Any, ...]) -> tuple[Settings, ...]:
@@ -105,6 +110,10 @@ ROWS = {
     "va-gan": Row("va-gan", grid(map_weight=(5.0, 10.0, 20.0, 50.0)), PLAIN, GAN, True),
     "vant-gan": Row("vant-gan", grid(map_weight=(0.0, 5.0, 10.0, 20.0)), PLAIN, GAN, True),
     "ant-gan": Row("ant-gan", grid(cycle_weight=(5.0, 10.0), identity_weight=(5.0, 10.0)), PLAIN, GAN, True),
+    "singla": Row("singla", grid(classifier_weight=(1.0, 5.0), cycle_weight=(5.0, 10.0)), PLAIN, GAN, True, True),
+    "steex": Row("steex", tuple({"references": {"proximity": weight, "learning_rate": rate}}
+                                for weight in (0.01, 0.1) for rate in (0.02, 0.05)),
+                 {**ENCODED, "num_inference_steps": 60, "strength": 1.0}, explains=True),
     "anoddpm": Row("anoddpm", grid(strength=(0.15, 0.25, 0.35, 0.5)), {**ENCODED, "num_inference_steps": 60},
                    {**STEPS, "trains": "healthy-unet"}),
     "autoddpm": Row("autoddpm", grid(strength=(0.2, 0.35)) + tuple(
@@ -146,7 +155,7 @@ class Setup:
         values["train"]["stages"].append(self.shortened(CLASSIFIER))
         return self.trained(values, seed, f"ours-{seed}")
 
-    def beside(self, seed: int, stage: Settings, minutes: float, name: str) -> Path:
+    def beside(self, seed: int, stage: Settings, minutes: float, name: str, explains: bool = False) -> Path:
         """A reference beside our model of a seed, with its judge."""
         base, values = self.ours(seed), self.recipe.model_dump(mode="json")
         if "measure_every" in stage:
@@ -154,7 +163,8 @@ class Setup:
         stage = self.shortened(stage)
         text = {key: values["model"][key] for key in ("resolution", "tokenizer_length", "attention_mask")}
         values |= {"seed": seed, "name": "reference", "model": {**text, "base": str(base)}}
-        values["train"]["stages"] = [{"name": stage["trains"], **stage}]
+        before = [self.shortened(IMAGE_CLASSIFIER)] if explains else []
+        values["train"]["stages"] = [*before, *([{"name": stage["trains"], **stage}] if stage else [])]
         folder = self.trained(values, seed, name)
         if not (folder / "judge").exists():
             shutil.copytree(base / "judge", folder / "judge")
@@ -162,7 +172,7 @@ class Setup:
 
     def shortened(self, stage: Settings) -> Settings:
         points = {"measure_every": 2} if "measure_every" in stage else {}
-        return {**stage, "steps": 4, "batch_size": 4, **points} if self.toy else stage
+        return {**stage, "steps": 4, "batch_size": 4, **points} if self.toy and stage else stage
 
     def trained(self, values: dict[str, Any], seed: int, name: str) -> Path:
         folder, begun = self.work / name, time.monotonic()
@@ -179,11 +189,13 @@ def stage_of(row: Row, name: str, candidate: Settings) -> Settings:
 def model_of(setup: Setup, name: str, seed: int, candidate: Settings, share: float, tag: str) -> Path:
     """The model of a row, trained for ``share`` of the time where it is to be trained."""
     row = ROWS[name]
+    if row.stage is None and row.explains:
+        return setup.beside(seed, {}, setup.minutes, f"image-classifier-{seed}", explains=True)
     if row.stage is None:
         return setup.ours(seed)
     stage = stage_of(row, name, candidate)
     shared = stage["trains"] if not row.tunes_training else f"{name}{tag}"  # one model for all candidates, two methods
-    return setup.beside(seed, stage, setup.minutes * share, f"{shared}-{seed}")
+    return setup.beside(seed, stage, setup.minutes * share, f"{shared}-{seed}", row.explains)
 
 
 def generated(
