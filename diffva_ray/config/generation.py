@@ -14,10 +14,11 @@ from diffva_ray.config.stages import Section
 class MaskedConfig(Section):
     """Settings of method ``masked``. Lengths are fractions of the image width; grey levels are in [0, 1]."""
 
-    source: Literal["difference", "derived", "lungs"] = "difference"
+    source: Literal["difference", "derived", "lungs", "place"] = "difference"
     """Source of the mask. ``difference``: the pixels that an unmasked edit changes. ``derived``: DiffEdit's mask, where
     the predicted noise differs most between the healthy and the source prompt. ``lungs``: the lung mask; images without
-    one use the whole image."""
+    one use the whole image. ``place``: the part of the lung mask that the prompt names, as in "Mass in the left upper
+    zone"; the network reads the prompt without these words."""
 
     quantile: float = Field(0.8, gt=0, lt=1)
     """``derived``: fraction of the image that lies outside the mask."""

@@ -29,6 +29,7 @@ from diffva_ray.counterfactual.guess import guess
 from diffva_ray.counterfactual.latent_diffusion import Edit, LatentDiffusion, noise, speed_up_doubling
 from diffva_ray.counterfactual.methods import GENERATE
 from diffva_ray.data.images import to_square
+from diffva_ray.data.place_words import place_mask, without_place
 from diffva_ray.model import text
 from diffva_ray.model.bundle import Bundle, load
 from diffva_ray.model.card import UnusableModel
@@ -296,6 +297,11 @@ class CounterfactualEngine:
         squares = torch.from_numpy(np.stack([to_square(images[i], self.size) for i in slots])).to(self.device)
         everywhere = np.ones((self.size, self.size), np.bool_)
         masks = [everywhere if (mask := lungs[i]) is None else mask for i in slots]
+        asked = [prompts[i] for i in slots]
+        if settings.method == "masked" and self.config.masked.source == "place":
+            texts = [prompt if isinstance(prompt, str) else "" for prompt in asked]
+            masks = [place_mask(words, mask) for words, mask in zip(texts, masks, strict=True)]
+            asked = [without_place(prompt) if isinstance(prompt, str) else prompt for prompt in asked]
         generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in slots]
         own = {name: np.stack([conditions[i][name] for i in slots]) for name in conditions[0]}
 
@@ -311,7 +317,7 @@ class CounterfactualEngine:
         negatives = sources if self.config.negative_prompt == SOURCE else [self.config.negative_prompt] * full
 
         # Edit by the chosen method, and drop the padding.
-        prompt, further = embedded([prompts[i] for i in slots], self.embed, settings)
+        prompt, further = embedded(asked, self.embed, settings)
         request = Edit(
             images=squares,
             lungs=torch.from_numpy(np.stack(masks)).to(self.device),

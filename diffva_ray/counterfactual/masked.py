@@ -1,9 +1,9 @@
 """``masked``: DDIM inversion that edits inside a mask only; every pixel outside keeps the image's own value.
 
-The mask is one of three: the lungs, the difference of the predicted noise under two prompts as in DiffEdit (Couairon et
-al. 2023), or the region where the edited image differs. The first two are known before the edit, so after every step
-the cells outside are reset to the image's inverted latents (DiffEdit, section 3.3). In pixels, the counterfactual is
-blended in with soft weights that are 0 outside the mask.
+The mask is one of three: the lungs or the part of them that the prompt names, the difference of the predicted noise
+under two prompts as in DiffEdit (Couairon et al. 2023), or the region where the edited image differs. The first two are
+known before the edit, so after every step the cells outside are reset to the image's inverted latents (DiffEdit,
+section 3.3). In pixels, the counterfactual is blended in with soft weights that are 0 outside the mask.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def generate(model: LatentDiffusion, request: Edit) -> Generated:
 def prior_mask(model: LatentDiffusion, request: Edit) -> torch.Tensor:
     """Mask that is known before the edit, 0 or 1 [n, size, size]: the lungs, or DiffEdit's."""
     config = request.config.masked
-    if config.source == "lungs":
+    if config.source in ("lungs", "place"):
         return request.lungs.float()
     cells = guidance_difference(model, request.latents, request.prompt, request.source, request.generators)
     smooth = functional.interpolate(cells[:, None], size=request.images.shape[1:], mode="bilinear")[:, 0]

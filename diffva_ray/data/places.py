@@ -48,11 +48,9 @@ def place_of(weight: NDArray[np.floating] | NDArray[np.bool_], lungs: NDArray[np
         return None
     # lungs: their middle, rows and area
     top, bottom = _rows_of(lungs, height)
+    middle, area = width / 2, LUNG_AREA * height * width
     if lungs is not None and lungs.any():
-        columns = np.flatnonzero(lungs.any(axis=0))
-        middle, area = (columns[0] + columns[-1] + 1) / 2, float(lungs.sum())
-    else:
-        middle, area = width / 2, LUNG_AREA * height * width
+        middle, area = middle_of(lungs), float(lungs.sum())
     # side
     centres = np.arange(width) + 0.5
     left = float(weight[:, centres > middle].sum()) / total
@@ -65,6 +63,12 @@ def place_of(weight: NDArray[np.floating] | NDArray[np.bool_], lungs: NDArray[np
     areas = ndimage.sum_labels(np.ones_like(labels), labels, range(1, number + 1))
     count = int((areas >= SEPARATE * areas.max()).sum()) if number else 0
     return Place(side, "" if side == "bilateral" else ZONES[third], size, count)
+
+
+def middle_of(lungs: NDArray[np.bool_]) -> float:
+    """The column between the lungs of a mask [H, W]; the image's own middle for an empty one."""
+    columns = np.flatnonzero(lungs.any(axis=0))
+    return float(columns[0] + columns[-1] + 1) / 2 if columns.size else lungs.shape[1] / 2
 
 
 def zone_rows_of(zone: str, lungs: NDArray[np.bool_] | None, height: int) -> slice:

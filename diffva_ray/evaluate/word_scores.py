@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from diffva_ray.config.prompts import wanted
-from diffva_ray.data.places import SIDES, SIZES, ZONES, place_of, zone_rows_of
+from diffva_ray.data.place_words import FACTORS, asked
+from diffva_ray.data.places import SIDES, middle_of, place_of, zone_rows_of
 from diffva_ray.evaluate.tables import by_label, finite_mean
 from diffva_ray.metrics.counterfactual import CHANGED
 from diffva_ray.metrics.intervals import group_bootstrap, proportion_interval
 from diffva_ray.schema import Mask, TableRow
-
-FACTORS = {"side": (*SIDES, "bilateral"), "zone": ZONES, "size": SIZES}
-
-
-def asked(prompt: str) -> dict[str, str]:
-    """The factors that a prompt names, by name; one that it names in two ways (left and right) is left out."""
-    words = set(re.findall(r"\w+", wanted(prompt).casefold()))
-    named = {factor: [value for value in values if value in words] for factor, values in FACTORS.items()}
-    return {factor: values[0] for factor, values in named.items() if len(values) == 1}
 
 
 def word_scores(prompt: str, signed_map: NDArray[np.floating], lungs: Mask | None) -> TableRow:
@@ -51,10 +40,8 @@ def word_scores(prompt: str, signed_map: NDArray[np.floating], lungs: Mask | Non
 
 def _left_share(energy: NDArray[np.floating], lungs: Mask | None) -> float:
     """Share of the energy on the patient's left of the lungs' middle, which is the right half of the image."""
-    columns = np.arange(energy.shape[1]) + 0.5
-    inside = np.flatnonzero(lungs.any(axis=0)) if lungs is not None and lungs.any() else np.arange(energy.shape[1])
-    middle = (inside[0] + inside[-1] + 1) / 2
-    return float(energy[:, columns > middle].sum() / energy.sum())
+    middle = energy.shape[1] / 2 if lungs is None else middle_of(lungs)
+    return float(energy[:, np.arange(energy.shape[1]) + 0.5 > middle].sum() / energy.sum())
 
 
 def word_rows(scores: list[TableRow]) -> list[TableRow]:

@@ -73,7 +73,7 @@ class SinglaStage(ExplainerStage):
         with frozen(self.critic), torch.autocast(x.device.type, enabled=False):
             adversarial = -conditioned(self.critic, made, wanted).mean()
             consistency = functional.binary_cross_entropy_with_logits(self.log_odds(made), wanted)
-        cycle = (x - same).abs().mean() + (x - back).abs().mean()
+        cycle: torch.Tensor = (x - same).abs().mean() + (x - back).abs().mean()
         return adversarial + self.config.classifier_weight * consistency + self.config.cycle_weight * cycle
 
     def critic_loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:

@@ -67,13 +67,13 @@ class NoisePrediction(Stage):
             self._prompt(self.context.images.images[index], position)
             for index, position in zip(indices, positions, strict=True)
         ]
-        groups, rows = 1, list(batch.rows)
+        captions, groups, rows = prompts, 1, list(batch.rows)
 
         # DreamBooth's prior preservation (Ruiz et al. 2023, equation 2): append the class set to the instances.
         if self.prior is not None:
             groups = 2
             images.append(self.prior.images.inputs([self.prior.order[position] for position in positions]))
-            prompts += [data.prompt(self.prior.label)] * len(indices)
+            prompts = [*captions, *[data.prompt(self.prior.label)] * len(indices)]
             rows += [batch.size + row for row in batch.rows]
 
         # Draw the random numbers of these rows.
@@ -83,7 +83,7 @@ class NoisePrediction(Stage):
         timesteps = random.integers(steps)
         dropped = random.uniform() < self.config.prompt_dropout
         prompts = ["" if drop else prompt for prompt, drop in zip(prompts, dropped.tolist(), strict=True)]
-        edits = None if self.pairs is None else self.pairs.edits(indices, prompts, timesteps, random, steps)
+        edits = None if self.pairs is None else self.pairs.edits(indices, captions, prompts, timesteps, random, steps)
         return {
             "instances": len(indices),
             "images": images,

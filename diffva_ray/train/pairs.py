@@ -2,7 +2,7 @@
 implants) and from images that should stay as they are.
 
 The network reads the image's latents (``model/image_conditioning.py``) and a prompt that says what is wanted: the
-healthy prompt asks for the ground truth, the empty prompt for no change, the prompt of a class for its lesion. So one
+healthy prompt asks for the ground truth, the empty prompt for no change, an image's caption for its lesions. So one
 network removes and adds lesions, and its answer to the empty prompt shows what it changes without being asked to.
 """
 
@@ -47,9 +47,16 @@ class Pairs:
         self.vae = context.bundle.vae
 
     def edits(
-        self, indices: Sequence[int], prompts: list[str], timesteps: torch.Tensor, random: RandomRows, steps: int
+        self,
+        indices: Sequence[int],
+        captions: Sequence[str],
+        prompts: list[str],
+        timesteps: torch.Tensor,
+        random: RandomRows,
+        steps: int,
     ) -> Inputs:
-        """Choose the edits of a share, whose first examples are ``indices``; set their prompts and timesteps."""
+        """Choose the edits of a share, whose first examples are ``indices`` with ``captions``; set their prompts and
+        timesteps."""
         chosen, task, level = random.uniform(3).unbind(1)
         rows = [row for row in range(len(indices)) if chosen[row] < self.fraction]
         known = [n for n, row in enumerate(rows) if indices[row] in self.position]
@@ -61,7 +68,7 @@ class Pairs:
             if task[row] < KEEP or not paired:  # no change
                 prompts[row] = ""
             elif task[row] < KEEP + ADD and not healthy:  # add the lesion
-                prompts[row], shows_truth[n] = self.data.prompt(label), True
+                prompts[row], shows_truth[n] = captions[row], True
             else:  # remove it
                 prompts[row], asks_truth[n] = self.data.prompt(self.data.healthy_class), True
             if level[row] < NOISIEST:

@@ -18,6 +18,7 @@ from diffva_ray.counterfactual.latent_diffusion import Generated, LatentDiffusio
 from diffva_ray.counterfactual.masked import blend, change_weight, feather, soften
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.phantoms import phantom
+from diffva_ray.data.place_words import place_mask
 from diffva_ray.generate.measures import unit
 from diffva_ray.model.bundle import SD_SCHEDULER, load
 
@@ -63,6 +64,21 @@ def test_the_lung_mask_is_the_one_passed_to_the_engine(model: Path) -> None:
     for n, image in enumerate(IMAGES):
         assert (np.abs(counterfactuals.counterfactuals[n] - image) > 1e-3)[LUNGS[n]].mean() > 0.9
         assert np.array_equal(counterfactuals.counterfactuals[n][~LUNGS[n]], image[~LUNGS[n]])
+
+
+def test_the_prompt_says_which_part_of_the_lungs(model: Path) -> None:
+    """Only there the image changes, as it does in that part under the prompt without the place."""
+    placed = generate(engine_with(model, source="place", feather=0.0, dilation=0.0), "COVID in the left upper zone")
+    for n, image in enumerate(IMAGES):
+        part = place_mask("left upper", LUNGS[n])
+        changed = np.abs(placed.counterfactuals[n] - image) > 1e-3
+        assert changed[part].mean() > 0.9
+        assert np.array_equal(placed.counterfactuals[n][~part], image[~part])
+    engine = engine_with(model, source="lungs", feather=0.0, dilation=0.0)
+    parts = [place_mask("left upper", lungs) for lungs in LUNGS]
+    settings = engine.settings.replace(method="masked", scheduler="ddim")
+    plain = engine(IMAGES, [1, 2, 3], ["COVID"] * len(IMAGES), settings, parts)
+    assert np.array_equal(plain.counterfactuals, placed.counterfactuals)
 
 
 def test_latents_outside_the_mask_follow_the_images_own_path(model: Path) -> None:

@@ -15,8 +15,12 @@ from diffva_ray.config.recipe import Recipe, RecipeError, make_recipe
 from diffva_ray.data.dataset import LabelledImage
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.factor_phantoms import factor_set
+from diffva_ray.model.bundle import build
 from diffva_ray.model.card import read_card
 from diffva_ray.storage.local import LocalStore
+from diffva_ray.train.denoiser import DenoiserStage
+from diffva_ray.train.sampling import ImageSet, step_generator
+from diffva_ray.train.stage import Batch, StageContext
 from diffva_ray.workflows.train import training_keys
 
 STAGE = {"name": "joint", "trains": "denoiser", "steps": 2, "batch_size": 4, "learning_rate": 1e-3}
@@ -52,6 +56,23 @@ def test_captions_replace_the_class_prompts(tiny: Recipe, images: Path, captione
     assert different(expected, weights(tmp_path / "same", "unet", "text_encoder")) == []
     assert different(expected, weights(tmp_path / "none", "unet", "text_encoder")) == []
     assert len(different(expected, weights(tmp_path / "other", "unet", "text_encoder"))) > 10
+
+
+def test_pairs_ask_for_what_the_caption_says(tiny: Recipe, captioned: Callable, tmp_path: Path) -> None:
+    """Where a lesion is to be added, the prompt is the image's caption, which says where; even if it was dropped."""
+    manifest = captioned(lambda image: "" if image.label == "Normal" else "covid 19 mild")
+    recipe = with_stages(tiny, {**STAGE, "pairs": 1.0, "prompt_dropout": 0.9})
+    images = ImageSet(open_dataset(str(manifest)), 32)
+    stage = DenoiserStage(StageContext(build(recipe), images, 0, LocalStore(str(tmp_path))), recipe.train.stages[0])
+    inputs = stage.inputs(Batch(0, 64, list(range(64)), step_generator(0, "joint", 0)))
+    ids, _, which = inputs["tokens"]
+    texts = [stage.context.bundle.tokenizer.decode(ids[n], skip_special_tokens=True) for n in which]
+    edits = inputs["edits"]
+    shows, asks = (edits[name].flatten().tolist() for name in ("shows_truth", "asks_truth"))
+    rows = edits["rows"].tolist()
+    assert {texts[row] for row, adds in zip(rows, shows, strict=True) if adds} == {"covid 19 mild"}
+    assert {texts[row] for row, removes in zip(rows, asks, strict=True) if removes} == {"normal chest scan"}
+    assert {texts[row] for row, *any_ in zip(rows, shows, asks, strict=True) if not any(any_)} == {""}
 
 
 def test_another_caption_is_another_training(tiny: Recipe, captioned: Callable) -> None:
