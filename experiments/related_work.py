@@ -111,6 +111,8 @@ ROWS = {
     "vant-gan": Row("vant-gan", grid(map_weight=(0.0, 5.0, 10.0, 20.0)), PLAIN, GAN, True),
     "ant-gan": Row("ant-gan", grid(cycle_weight=(5.0, 10.0), identity_weight=(5.0, 10.0)), PLAIN, GAN, True),
     "singla": Row("singla", grid(classifier_weight=(1.0, 5.0), cycle_weight=(5.0, 10.0)), PLAIN, GAN, True, True),
+    "charachon": Row("charachon", grid(distance_weight=(5.0, 20.0), closeness_weight=(2.0, 10.0)), PLAIN, GAN, True,
+                     True),
     "steex": Row("steex", tuple({"references": {"proximity": weight, "learning_rate": rate}}
                                 for weight in (0.01, 0.1) for rate in (0.02, 0.05)),
                  {**ENCODED, "num_inference_steps": 60, "strength": 1.0}, explains=True),

@@ -64,6 +64,9 @@ class ReferencesConfig(Section):
     posterior: float = Field(0.0, ge=0, le=1)
     """``singla``: wanted probability of "not healthy"."""
 
+    gradients: bool = True
+    """``charachon``: weight the difference of the two images by the classifier's gradient between them."""
+
     proximity: float = Field(0.05, ge=0)
     """``steex``: weight of the squared distance between the latents and the image's own."""
 

@@ -84,4 +84,5 @@ METHODS: dict[str, Method] = {
     "steex": Method(
         lambda steps, guided: Calls(0, decode=steps + 2), "ddim", needs="image_classifier", reads_prompt=False
     ),
+    "charachon": Method(lambda steps, guided: Calls(0, decode=0), needs="charachon", reads_prompt=False),
 }

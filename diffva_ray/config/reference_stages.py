@@ -129,8 +129,21 @@ class SinglaConfig(GanConfig):
     """Weight of the L1 losses between an image and its reconstructions at its own posterior."""
 
 
+class CharachonConfig(GanConfig):
+    """Stage of method ``charachon``: a similar and an adversarial generator; follows ``image-classifier``."""
+
+    trains: Literal["charachon"]
+    """Kind of stage."""
+
+    distance_weight: float = Field(10.0, ge=0)
+    """Weight of the L1 losses between an image and what each generator makes of it, in [-1, 1]."""
+
+    closeness_weight: float = Field(5.0, ge=0)
+    """Weight of the L1 loss between the two generated images."""
+
+
 class ImageClassifierConfig(StageConfig):
-    """Stage of the classifier of images that methods ``singla`` and ``steex`` explain; never the judge."""
+    """Stage of the classifier of images that ``singla``, ``charachon`` and ``steex`` explain; never the judge."""
 
     trains: Literal["image-classifier"]
     """Kind of stage."""

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from diffva_ray.config.reference_stages import (
     AntGanConfig,
+    CharachonConfig,
     HealthyDenoiserConfig,
     ImageClassifierConfig,
     SinglaConfig,
@@ -36,7 +37,8 @@ Stage = Annotated[
     | HealthyDenoiserConfig
     | TextualInversionConfig
     | ImageClassifierConfig
-    | SinglaConfig,
+    | SinglaConfig
+    | CharachonConfig,
     Field(discriminator="trains"),
 ]
 

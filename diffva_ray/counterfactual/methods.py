@@ -50,4 +50,5 @@ GENERATE: dict[str, Callable[[LatentDiffusion, Edit], Generated]] = {
     "textual-inversion": _reference("textual_inversion.generate"),
     "singla": _reference("singla.generate"),
     "steex": _reference("steex.generate"),
+    "charachon": _reference("charachon.generate"),
 }

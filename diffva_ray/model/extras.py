@@ -24,6 +24,7 @@ NETWORKS: dict[str, Any] = {  # diffusers ModelMixins by folder
     "textual_inversion": "textual_inversion.ConceptVectors",  # by name, see config/references.py
     "image_classifier": "image_classifier.ImageClassifier",
     "singla": GanGenerator,
+    "charachon": "charachon.Pair",
 }
 
 

@@ -63,7 +63,7 @@ class GanStage(ReferenceStage, ABC):
         except ValueError as error:
             raise RecipeError(f"stage {config.name}: {error}") from None
 
-    def register(self, modules: dict[str, nn.Module], generator: nn.Module, critic: nn.Module) -> None:
+    def register(self, modules: dict[str, nn.Module], generator: nn.Module, critic: nn.Module | None) -> None:
         """Declare what is trained, and what is saved: the generator in the model, ``modules`` only in checkpoints."""
         self.modules = {
             self.name: self.gan_generator,
@@ -71,10 +71,9 @@ class GanStage(ReferenceStage, ABC):
         }
         self.context.bundle.extras[self.name] = self.gan_generator  # a resumed training may start after this stage
         rate = self.config.learning_rate * self.config.critic_rate
-        self.trainables = [
-            Trainable("generator", generator, self.inputs, self.loss),
-            Trainable("critic", critic, self.inputs, self.critic_loss, learning_rate=rate),
-        ]
+        self.trainables = [Trainable("generator", generator, self.inputs, self.loss)]
+        if critic is not None:
+            self.trainables += [Trainable("critic", critic, self.inputs, self.critic_loss, learning_rate=rate)]
 
     def begin(self, worker: Worker) -> None:
         super().begin(worker)
@@ -93,9 +92,9 @@ class GanStage(ReferenceStage, ABC):
     def loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
         """Loss of the generator."""
 
-    @abstractmethod
     def critic_loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
-        """Loss of the critic, with the generator fixed."""
+        """Loss of the critic, if there is one, with the generator fixed."""
+        raise NotImplementedError
 
     def counterfactual(self, images: torch.Tensor) -> torch.Tensor:
         """The healthy counterfactuals of images [n, 1, H, W] in [-1, 1]."""

@@ -35,6 +35,7 @@ KINDS: dict[str, Callable[[StageContext, Any], Stage]] = {
     "ant-gan": _reference("ant_gan.AntGanStage"),
     "textual-inversion": _reference("textual_inversion.TextualInversionStage"),
     "image-classifier": _reference("image_classifier.ImageClassifierStage"),
+    "charachon": _reference("charachon.CharachonStage"),
     "singla": _reference("singla.SinglaStage"),
     "healthy-unet": _reference("healthy_only.HealthyDenoiserStage"),
 }

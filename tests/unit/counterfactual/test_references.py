@@ -14,6 +14,7 @@ from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDi
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model import text
 from diffva_ray.model.bundle import Bundle
+from diffva_ray.references.charachon import path_gradient
 from diffva_ray.references.ddim import decode
 from diffva_ray.references.healthy_only import octaves
 from diffva_ray.references.swiss_army_knife import severity, task_gradient
@@ -183,6 +184,18 @@ def test_steex_changes_the_latents_of_the_region_alone(bundle: Bundle, monkeypat
 
 def test_singla_makes_another_image_for_another_posterior(bundle: Bundle) -> None:
     assert gap(run(bundle, "singla", posterior=0.0), run(bundle, "singla", posterior=1.0)) > 1e-3
+
+
+def test_charachons_map_is_the_difference_of_both_images_weighted_by_the_gradient(bundle: Bundle) -> None:
+    """What both lose of the image is in neither map."""
+    plain, weighted = (run(bundle, "charachon", gradients=used) for used in (False, True))
+    assert np.array_equal(plain.reconstructions, weighted.reconstructions)
+    whole, part = (made.reconstructions - made.counterfactuals for made in (plain, weighted))
+    assert (np.abs(part) <= np.abs(whole) + 1e-6).all()
+    assert 0 < np.abs(part).sum() < np.abs(whole).sum()
+    weight = path_gradient(bundle.extra("image_classifier"), *torch.rand(2, 3, 32, 32))
+    assert weight.amax(dim=(1, 2)) == pytest.approx(np.ones(3))
+    assert weight.min() >= 0
 
 
 def test_noise_of_octaves_has_unit_variance_and_is_correlated_by_blocks() -> None:

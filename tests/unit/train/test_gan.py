@@ -123,6 +123,24 @@ def test_singla_reaches_wanted_posteriors(tiny: Recipe, squares: Path, tmp_path:
     assert 0 <= generator.config["measured"]["consistency_error"] < 0.5
 
 
+def test_charachons_generators_keep_and_turn_the_decision(tiny: Recipe, squares: Path, tmp_path: Path) -> None:
+    classifier = {**JUDGE, "name": "classifier", "trains": "image-classifier", "steps": 30, "batch_size": 8}
+    stage = {**STAGES[0], "name": "charachon", "trains": "charachon", "steps": 100, "batch_size": 4, "ema_decay": None,
+             "learning_rate": 2e-3}  # fmt: skip
+    run(with_stages(tiny, classifier, stage), squares, tmp_path)
+    trained = load(str(tmp_path))
+    f, pair = (trained.extra(name).eval() for name in ("image_classifier", "charachon"))
+    images = np.stack([np.asarray(Image.open(file)) for file in sorted((squares / "COVID").iterdir())])
+    x = torch.from_numpy(images).float()[:, None] / 127.5 - 1
+    with torch.no_grad():
+        own, similar, adversarial = (f.log_odds(made[:, 0] / 2 + 0.5).mean() for made in (x, *pair(x)))
+        moved = [(made - x).abs().mean() for made in pair(x)]
+    assert own > 0
+    assert similar > 0
+    assert adversarial < 0
+    assert moved[0] < moved[1]
+
+
 def test_an_explainer_without_its_classifier_is_refused(tiny: Recipe, images: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="trains: image-classifier"):
         run(with_stages(tiny, {**STAGES[0], "name": "singla", "trains": "singla"}), images, tmp_path)
