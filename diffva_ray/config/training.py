@@ -9,6 +9,8 @@ from pydantic import Field
 from diffva_ray.config.reference_stages import (
     AntGanConfig,
     HealthyDenoiserConfig,
+    ImageClassifierConfig,
+    SinglaConfig,
     TextualInversionConfig,
     VaGanConfig,
     VantGanConfig,
@@ -32,7 +34,9 @@ Stage = Annotated[
     | VantGanConfig
     | AntGanConfig
     | HealthyDenoiserConfig
-    | TextualInversionConfig,
+    | TextualInversionConfig
+    | ImageClassifierConfig
+    | SinglaConfig,
     Field(discriminator="trains"),
 ]
 

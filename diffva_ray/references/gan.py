@@ -97,6 +97,19 @@ class GanStage(ReferenceStage, ABC):
     def critic_loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
         """Loss of the critic, with the generator fixed."""
 
+    def counterfactual(self, images: torch.Tensor) -> torch.Tensor:
+        """The healthy counterfactuals of images [n, 1, H, W] in [-1, 1]."""
+        made: torch.Tensor = self.gan_generator(images)
+        return made
+
+    def rate(self, images: torch.Tensor) -> torch.Tensor:
+        """How healthy images are [n], by the network that the generator is trained against."""
+        return score(self.critic, images)
+
+    def further(self, images: torch.Tensor) -> dict[str, float]:
+        """Further measurements after training, on abnormal images [n, 1, H, W] in [-1, 1]."""
+        return {}
+
     def point(self) -> dict[str, float]:
         measured = self.measured(MEASURED_IN_A_POINT)
         return {
@@ -121,9 +134,9 @@ class GanStage(ReferenceStage, ABC):
 
     @torch.no_grad()
     def measured(self, count: int) -> dict[str, float]:
-        """Measure on ``count`` training images of each kind: distances between the critic's mean scores, and the mean
+        """Measure on ``count`` training images of each kind: distances between the mean ratings, and the mean
         change of a pixel (grey values in [0, 1])."""
-        device = next(self.critic.parameters()).device
+        device = next(self.gan_generator.parameters()).device
         gaps: dict[str, list[torch.Tensor]] = {"healthy": [], "abnormal": [], "generated": []}
         changes: dict[str, list[torch.Tensor]] = {"healthy": [], "abnormal": []}
         for kind, order in (("healthy", self.healthy), ("abnormal", self.abnormal)):
@@ -132,17 +145,18 @@ class GanStage(ReferenceStage, ABC):
             members = members[:: -(-len(members) // count)]
             for start in range(0, len(members), BATCH_SIZE):
                 images = signed(self.context.images.stack(members[start : start + BATCH_SIZE]).to(device))
-                generated = self.gan_generator(images)
-                gaps[kind].append(score(self.critic, images))
+                generated = self.counterfactual(images)
+                gaps[kind].append(self.rate(images))
                 changes[kind].append((generated - images).abs().mean(dim=(1, 2, 3)) / 2)
                 if kind == "abnormal":
-                    gaps["generated"].append(score(self.critic, generated))
+                    gaps["generated"].append(self.rate(generated))
+                    last = images
 
         # Summarize.
         means = {kind: float(torch.cat(values).mean()) for kind, values in gaps.items()}
         measured = {f"gap_{kind}": means["healthy"] - means[kind] for kind in ("abnormal", "generated")}
         measured |= {f"change_{kind}": float(torch.cat(values).mean()) for kind, values in changes.items()}
-        return {key: round(value, 6) for key, value in measured.items()}
+        return {key: round(value, 6) for key, value in {**measured, **self.further(last)}.items()}
 
 
 def one_pass(model: LatentDiffusion, request: Edit, network: str) -> Generated:
