@@ -19,13 +19,6 @@ MIN_PSNR = 20.0  # dB of a reconstruction; the demo's autoencoder has 32 dB, the
 MIN_STEPS = 50  # of the stages that learn to generate; the recipes have 200 to 20 000
 # kinds of stages that learn to generate
 GENERATORS = ("denoiser", "va-gan", "vant-gan", "ant-gan", "singla", "charachon")
-    "denoiser",
-    "va-gan",
-    "vant-gan",
-    "ant-gan",
-    "singla",
-    "charachon",
-)  # kinds of stages that learn to generate
 
 
 def problems(run: Run, pairs: Sequence[TableRow], trained_on: int, records: int) -> list[str]:
