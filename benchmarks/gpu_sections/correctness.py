@@ -21,7 +21,6 @@ from diffva_ray.config.methods import METHODS
 from diffva_ray.config.sampling import SamplingSettings
 from diffva_ray.counterfactual.attribution import attribution
 from diffva_ray.counterfactual.engine import CounterfactualEngine
-from diffva_ray.counterfactual.latent_diffusion import branches_share_their_start
 from diffva_ray.data.phantoms import Phantom, phantom
 from diffva_ray.metrics.localization import positive, score
 from diffva_ray.model.bundle import Bundle, load
@@ -139,7 +138,7 @@ def networks_against(subject: Subject, truth: Reference, dtype: str, flags: dict
             switch(**flags)
         state, model = switches(), engine.model
         errors["unet_without_shared_start"] = relative_error(model.predict(latents, truth.timestep, text), truth.unet)
-        with branches_share_their_start(model.unet):
+        with model.shared_start:
             errors["unet_ours"] = relative_error(model.predict(latents, truth.timestep, text), truth.unet)
         errors["encode_ours"] = relative_error(model.encode(image)[0], truth.encode)
         grey = (truth.decode / 2 + 0.5).clamp(0, 1).mean(dim=1)

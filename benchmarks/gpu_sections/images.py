@@ -184,14 +184,10 @@ class Ready:
     def ours(self, engine: CounterfactualEngine, batch: int, reconstructs: bool = True, graph: bool = False) -> Make:
         images, model = self.subject.images(batch), engine.model
         unet: Any = GraphedUNet(engine.bundle.unet) if graph else engine.bundle.unet
-        if graph:
-            model_compiled = True  # hooks after the capture are not seen
-        else:
-            model_compiled = engine is (self.bench.compiled if self.bench is not None else None)
 
         def make(strength: float, steps: int) -> Images:
             engine.config = engine.config.model_copy(update={"micro_batch": batch})
-            model.unet, model.compiled = unet, model_compiled
+            model.unet = unet
             if not reconstructs:
                 model.generated = lambda latents, request: Generated(made := model.decode(latents), made)
             try:

@@ -182,13 +182,9 @@ def compiled(engine: CounterfactualEngine, tiny: bool) -> str:
     """Put the engine's networks through torch.compile, and say by which backend. Toy networks on a CPU are only traced
     (``aot_eager``): their C++ takes a minute to compile, and what is measured then is not a number anybody wants."""
     allow_compilations()
-    if not (tiny and engine.device.type == "cpu"):
-        engine.compile()
-        return "inductor"
-    for network in (engine.bundle.unet, engine.bundle.vae.encoder, engine.bundle.vae.decoder):
-        network.compile(dynamic=False, backend="aot_eager")
-    engine.model.compiled = True
-    return "aot_eager"
+    backend = "aot_eager" if tiny and engine.device.type == "cpu" else "inductor"
+    engine.compile(backend)
+    return backend
 
 
 def guidance_of(subject: Subject, dtype: str, count: int) -> Any:

@@ -199,6 +199,7 @@ small_option    = click.option("--model",      default=SMALL, show_default=True,
 executor_option = click.option("--executor",   type=click.Choice(["ray", "inline"]), default="ray", show_default=True, help="Run on Ray, or in a plain loop of this process (inline).")
 actors_option   = click.option("--actors",     type=click.IntRange(1), metavar="N", help="Number of Ray actors; default: one per GPU, or one per CPU without GPUs.")
 gpus_option     = click.option("--gpus-per-actor", type=click.FloatRange(0), metavar="F", help="GPUs per actor; default: 1 if the cluster has GPUs, else 0.")
+type_option     = click.option("--accelerator-type", metavar="NAME", help="Type of GPU, as Ray names it (A100); default: the cluster's most numerous one.")
 change_option   = click.option("--allow-environment-change", is_flag=True, help="Continue a run with another torch version or device; the run records the change.")
 columns_option  = click.option("--columns",    metavar="ROLE=NAME,...", help="Columns of a table, as image=Path,label=Finding,patient=PatientID.")
 root_option     = click.option("--root",       metavar="FOLDER", help="Folder of the images that a table names; default: its own.")
@@ -248,7 +249,7 @@ def compose_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def execution_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that ``execution`` reads to a verb."""
-    options = (actors_option, gpus_option, change_option, executor_option)
+    options = (actors_option, gpus_option, type_option, change_option, executor_option)
     return reduce(lambda wrapped, option: option(wrapped), reversed(options), function)
 
 
@@ -256,7 +257,7 @@ def execution(options: Mapping[str, Any]) -> Execution:
     """Where and how a run executes, from the options of ``execution_options``."""
     from diffva_ray.workflows.execution import Execution
 
-    keys = ("executor", "actors", "gpus_per_actor", "allow_environment_change")
+    keys = ("executor", "actors", "gpus_per_actor", "accelerator_type", "allow_environment_change")
     return Execution(**{key: options[key] for key in keys})
 
 

@@ -158,8 +158,9 @@ class GenerateConfig(SamplingSettings):
     cpu_threads: int = Field(1, ge=1)
     """PyTorch threads of an actor without a GPU. It changes rounding; more actors are faster than more threads."""
 
-    compile: bool = False
-    """Compile the networks with ``torch.compile``, which takes minutes per actor and pays off in long runs."""
+    compile: bool | None = None
+    """Compile the networks of a run with ``torch.compile``, which takes minutes per machine and pays off in runs of
+    thousands of images. Null: on a GPU, unless the UNet has to reuse deep features. It changes rounding."""
 
     shard_size: int = Field(64, ge=1)
     """Number of records per shard, the unit of commit."""
@@ -193,6 +194,11 @@ class GenerateConfig(SamplingSettings):
     def sampling(self) -> SamplingSettings:
         """The sampling settings alone."""
         return SamplingSettings.of(self.__dict__)
+
+    def compiles_on(self, device: str) -> bool:
+        """Whether a run on a ``device``, cuda or cpu, compiles the networks."""
+        default = device == "cuda" and self.acceleration.deep_features_every == 1
+        return default if self.compile is None else self.compile
 
     @property
     def map_name(self) -> str:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,28 +135,31 @@ class CounterfactualEngine:
         """
         return cls(load(model), device=device)
 
-    def compile(self) -> None:
+    def compile(self, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile the networks by ``torch.compile``, for many images: the first call then takes minutes.
+
+        Args:
+            backend: torch's name of the compiler, or the compiler itself.
 
         Raises:
             ValueError: If there is no C++ compiler, or this torch selects kernels by timing only (before 2.10, CUDA).
         """
         if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-            raise ValueError("generate.compile: torch.compile needs a C++ compiler, and there is none on this machine")
+            raise ValueError("torch.compile needs a C++ compiler, and there is none on this machine")
         if self.device.type == "cuda":
             from torch._inductor import config as inductor  # takes a second to import
 
             if not hasattr(inductor, "deterministic"):
-                raise ValueError("generate.compile: this torch selects kernels by timing; install torch 2.10 or later")
+                raise ValueError("this torch selects kernels by timing; install torch 2.10 or later")
             inductor.deterministic = True  # else two actors could sum in different orders
+        # A micro-batch has one shape; what cannot be compiled whole must not run uncompiled unnoticed.
         for network in (self.bundle.unet, self.bundle.vae.encoder, self.bundle.vae.decoder):
-            network.compile(dynamic=False)  # a micro-batch has one shape
+            network.compile(backend=backend, dynamic=False, fullgraph=True)
         self.model.compiled = True
 
     @property
     def device_name(self) -> str:
-        """GPU and its libraries, or architecture and vector instructions of the CPU: they decide how results are
-        rounded."""
+        """GPU and its libraries, or the CPU's architecture and vector instructions, which decide how results round."""
         if self.device.type == "cuda":
             return gpu_name(self.device)
         return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

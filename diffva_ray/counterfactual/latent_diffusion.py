@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +89,8 @@ class LatentDiffusion:
         self.bundle, self.vae, self.unet = bundle, bundle.vae, bundle.unet
         self.watch = watch or Stopwatch()  # of the stages "encode" and "decode"
         self.scale: float = bundle.vae.config.scaling_factor
-        self.compiled = False
+        self.shared_start = SharedStart(self.unet)
+        self.compiled = False  # whether the networks are, so that each shape should come in one memory layout
         self._timesteps: dict[float, torch.Tensor] = {}  # on the networks' device, by value
         training = DDPMScheduler.from_config(bundle.scheduler)
         self.alphas: torch.Tensor = training.alphas_cumprod  # alpha_bar of every training timestep
@@ -146,7 +146,7 @@ class LatentDiffusion:
         """The network's output (noise or velocity) [n, 4, h, w] in float32. ``image`` are the latents, not scaled, of
         an image that the network reads; ``residuals`` are a ControlNet's."""
         dtype = next(self.unet.parameters()).dtype
-        states = embedding.to(dtype)
+        states = embedding.to(dtype).contiguous() if self.compiled else embedding.to(dtype)
         latents = with_image(self.unet, latents, image)
         t = self.on_device(timestep)
         output: torch.Tensor = self.unet(latents.to(dtype), t, encoder_hidden_states=states, **residuals).sample
@@ -159,8 +159,7 @@ class LatentDiffusion:
         if request.settings.guidance_scale <= 1:
             return self.predict(latents, timestep, request.prompt, **residuals)
         embedding = torch.cat([request.negative, request.prompt])
-        # A compiled network ignores hooks that are added later.
-        with nullcontext() if self.compiled else branches_share_their_start(self.unet):
+        with self.shared_start:
             both = self.predict(torch.cat([latents, latents]), timestep, embedding, **residuals)
         negative, prompt = both.chunk(2)
         output = negative + request.settings.guidance_scale * (prompt - negative)
@@ -236,28 +235,31 @@ def speed_up_doubling(network: Any) -> None:
                 setattr(parent, name, FourPhases(child.conv))
 
 
-@contextmanager
-def branches_share_their_start(unet: Any) -> Iterator[None]:
-    """Compute the layers before the UNet's first cross-attention once for both branches of guidance.
+class SharedStart:
+    """Context in which a UNet computes the layers before its first cross-attention once for both branches of guidance.
 
     For batches [negative branch, prompt branch] of the same latents: the branches are equal until a layer reads text.
+    The hooks stay on the UNet and ask whether the context is open, so that a compiled UNet has them as well: it has one
+    graph for each answer, but does not see hooks that come and go.
     """
 
-    def halve(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        halves: tuple[Any, Any] = tree_map_only(torch.Tensor, lambda tensor: tensor.chunk(2)[0], (args, kwargs))
-        return halves
-
-    def double(module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return tree_map_only(torch.Tensor, lambda tensor: torch.cat([tensor, tensor]), output)
-
-    handles = []
-    try:
+    def __init__(self, unet: Any) -> None:
+        self.open = False
         for module in _before_cross_attention(unet):
-            handles += [module.register_forward_pre_hook(halve, with_kwargs=True), module.register_forward_hook(double)]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+            module.register_forward_pre_hook(self._halve, with_kwargs=True)
+            module.register_forward_hook(self._double)
+
+    def __enter__(self) -> None:
+        self.open = True
+
+    def __exit__(self, *_: object) -> None:
+        self.open = False
+
+    def _halve(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.chunk(2)[0], (args, kwargs)) if self.open else None
+
+    def _double(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return tree_map_only(torch.Tensor, lambda tensor: torch.cat([tensor, tensor]), output) if self.open else None
 
 
 def _before_cross_attention(unet: Any) -> Iterator[torch.nn.Module]:

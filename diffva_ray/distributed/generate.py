@@ -19,6 +19,7 @@ import ray
 import ray.data
 
 from diffva_ray.distributed import session
+from diffva_ray.distributed.accelerators import RESOURCE, one_type
 from diffva_ray.distributed.failing_gpus import MAX_GPU_ERRORS, errors, note_error, own_gpu
 from diffva_ray.distributed.prometheus import GenerationMetrics
 from diffva_ray.generate.attempts import (
@@ -107,6 +108,7 @@ def generate(
     gpus_per_actor: float | None = None,
     worker: type = ShardWorker,
     allow_environment_change: bool = False,
+    accelerator_type: str | None = None,
 ) -> None:
     """Run the ``pending`` shards of a run on an actor pool.
 
@@ -121,6 +123,7 @@ def generate(
         gpus_per_actor: GPUs, or a fraction of one, for each actor; by default 1 if the cluster has GPUs, otherwise 0.
         worker: Class with the constructor and call of ``ShardWorker``; a simulator can replace it.
         allow_environment_change: Whether workers may have another device than the run's first worker.
+        accelerator_type: Type of GPU, as Ray names it ("A100"); by default the most numerous one of the cluster.
 
     Raises:
         GpuFailed: No GPU is left, or the attempts at a shard ended with an error of a GPU.
@@ -128,6 +131,7 @@ def generate(
     gpus = gpus_per_actor
     if gpus is None:
         gpus = 1.0 if session.gpus() else 0.0
+    kind, number = one_type(accelerator_type) if gpus else (None, 0)
 
     # Configure Ray Data.
     if LOG.level > logging.DEBUG:
@@ -143,7 +147,7 @@ def generate(
     failed, given_up = dict[str, str](), list[str]()
     while pending:
         refused = list[int]()
-        for report in _reports(worker, arguments, pending, actors, gpus):
+        for report in _reports(worker, arguments, pending, _pool(actors, gpus, number, len(pending)), gpus, kind):
             if not report.get("refused"):
                 on_shard(report)
             elif not report["gpu"]:
@@ -153,7 +157,7 @@ def generate(
                 if report["gpu"] not in failed:
                     failed[report["gpu"]] = report["refused"]
                     LOG.warning("%s; the run goes on without it", report["refused"])
-                if len(failed) >= max(1, session.gpus()):
+                if len(failed) >= max(1, one_type(kind)[1]):
                     raise GpuFailed(f"no GPU is left: {'; '.join(failed.values())}. {KEPT}")
         pending = refused
     if given_up:
@@ -161,32 +165,36 @@ def generate(
 
 
 def _reports(
-    worker: type, arguments: tuple[Any, ...], pending: list[int], actors: int | None, gpus: float
-) -> Iterator[dict[str, Any]]:
-    """Run the ``pending`` shards; yields the report of each one."""
+    worker: type, arguments: tuple[Any, ...], pending: list[int], pool: ray.data.ActorPoolStrategy, gpus: float,
+    kind: str | None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Run the ``pending`` shards on a pool of actors, with ``gpus`` of type ``kind`` each; yields the report of each
+    shard."""
     # One row and one block for each shard.
     shards = ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=len(pending))
+    options = _calls_at_once(of_pool=False) | ({"accelerator_type": kind} if kind else {})
     reports = shards.map_batches(
         worker,
         batch_size=1,
-        compute=_pool(actors, gpus, len(pending)),
+        compute=pool,
         num_gpus=gpus or None,
         num_cpus=0,  # on a small machine, actors with one CPU each would starve Ray Data's own tasks
         fn_constructor_args=arguments,
-        **_calls_at_once(of_pool=False),
+        **options,
     )
     reported = list[int]()
-    with session.waiting("the first shard", {"GPU": gpus} if gpus else {"CPU": 1}, lambda: bool(reported)):
+    needed = {"GPU": gpus, **({f"{RESOURCE}{kind}": 0.001} if kind else {})} if gpus else {"CPU": 1.0}
+    with session.waiting("the first shard", needed, lambda: bool(reported)):
         for report in reports.iter_rows():
             reported.append(report["shard"])
             yield report
 
 
-def _pool(actors: int | None, gpus: float, pending: int) -> ray.data.ActorPoolStrategy:
-    """Pool of ``actors`` actors. By default it starts with as many as the cluster has room for and, on GPUs, grows up
-    to one for each shard: Ray Data adds an actor only for a free GPU, and requests nodes from an autoscaling cluster
-    while all actors are busy."""
-    wanted = actors or (int(session.gpus() / gpus) if gpus else session.cpus())
+def _pool(actors: int | None, gpus: float, number: int, pending: int) -> ray.data.ActorPoolStrategy:
+    """Pool of ``actors`` actors. By default it starts with as many as the cluster has room for (it has ``number`` GPUs
+    of the type in use) and, on GPUs, grows up to one for each shard: Ray Data adds an actor only for a free GPU, and
+    requests nodes from an autoscaling cluster while all actors are busy."""
+    wanted = actors or (int(number / gpus) if gpus else session.cpus())
     min_size = max(1, min(wanted, pending))
     max_size = pending if actors is None and gpus else min_size
     return ray.data.ActorPoolStrategy(

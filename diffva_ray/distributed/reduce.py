@@ -13,6 +13,7 @@ import ray
 from ray.util import ActorPool
 
 from diffva_ray.distributed import session
+from diffva_ray.distributed.accelerators import one_type
 from diffva_ray.evaluate.baselines import Baselines
 from diffva_ray.evaluate.distances import FeatureChunk, embed_here
 from diffva_ray.evaluate.executor import Ids, LocalExecutor, Scores, score_shard
@@ -84,9 +85,10 @@ class RayExecutor(LocalExecutor):
         chunk is computed in this process, which takes less time than the start of an actor."""
         if len(chunks) < 2:
             return embed_here(extractor, chunks)
-        gpus = int(session.gpus())
+        kind, gpus = one_type()
         count = min(gpus or session.cpus(), len(chunks))
         resources: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
+        resources |= {"accelerator_type": kind} if kind else {}
         actor = ray.remote(Embedder).options(max_restarts=-1, max_task_retries=-1, **resources)
         device = "cuda" if gpus else "cpu"
         pool = ActorPool([actor.remote(run.store.uri, options, extractor.asked, device) for _ in range(count)])

@@ -27,6 +27,7 @@ COLUMNS = (  # that the choice and its counts need
     "attribution_energy_lung_fraction", "judge_image", "judge_counterfactual",
 )  # fmt: skip
 REJECTED = pa.schema([(name, pa.string()) for name in ("record_id", "image_path", "label", "reason")])
+MERGED = 100_000  # hashes that wait at least
 NOT_BEST = "another sample of the image is better"
 SPELLINGS = {"valid": "validation", "val": "validation", "dev": "validation"}
 
@@ -163,11 +164,13 @@ class Selection:
 
     def count(self) -> Counts:
         """One pass over the records, of which a few columns are read."""
-        counts = Counts()
+        counts, waiting = Counts(), [np.empty(0, np.uint64)]  # waiting: hashes of images, merged when they are many
         for shard, table in parts(self.run, self.columns):
             ok = table.filter(pc.equal(table["status"], Status.OK.value))
             accepted = self._accepts(ok)
-            counts.images = np.union1d(counts.images, _image_hashes(ok))
+            waiting.append(_image_hashes(ok))
+            if sum(map(len, waiting[1:])) > max(MERGED, len(waiting[0])):
+                waiting = [np.unique(np.concatenate(waiting))]
             labels = np.array(ok["label"].to_pylist(), str)
             for label in np.unique(labels):
                 of_class, here = counts.classes.setdefault(str(label), ClassCount()), labels == label
@@ -178,6 +181,7 @@ class Selection:
                 if self.shares is None:
                     for patient in filter(None, rows["patient"].to_pylist()):
                         counts.patients.setdefault(patient, set()).add(key[1])
+        counts.images = np.unique(np.concatenate(waiting))
         return counts
 
     def rejected(self, anonymous: bool) -> Iterator[pa.Table]:

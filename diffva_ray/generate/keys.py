@@ -16,13 +16,16 @@ from diffva_ray.storage.opening import open_store
 SPACED_ANEW = {"dpmsolver++", "unipc"}  # samplers whose timesteps earlier versions spaced differently
 
 
-def pixel_keys(recipe: Recipe, request: Request, model_digest: str, torch_version: str, device: str) -> dict[str, Any]:
-    """The keys of a run that is planned now, as JSON values."""
+def pixel_keys(
+    recipe: Recipe, request: Request, model_digest: str, torch_version: str, device: str, planned_on: str | None = None
+) -> dict[str, Any]:
+    """The keys of a run that is planned now, or was ``planned_on`` another kind of device, as JSON values."""
     prompt = request.prompt if request.prompt is not None else recipe.data.healthy_prompt
     keys: dict[str, Any] = json.loads(
         json.dumps(
             {
                 **recipe.generate.model_dump(mode="json"),
+                "compile": recipe.generate.compiles_on(planned_on or device),
                 "model_digest": model_digest,
                 "bits": recipe.data.bits,
                 "resolution": recipe.model.resolution,

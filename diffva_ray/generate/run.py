@@ -129,9 +129,9 @@ class Run:
         """The keys of the fingerprint and their values.
 
         Settings that did not exist when the run was planned have their defaults; the timesteps of such a run are
-        spaced "leading", and 16 is the bit depth of its images.
+        spaced "leading", its networks are not compiled, and 16 is the bit depth of its images.
         """
-        stored = self.about["keys"]
+        stored = {"compile": False, **self.about["keys"]}
         generate = {key: value for key, value in stored.items() if key in GenerateConfig.model_fields}
         try:
             settings = GenerateConfig.model_validate(generate).model_dump(mode="json")

@@ -11,6 +11,7 @@ from functools import cached_property
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.counterfactual.exact_device import is_device_error
 from diffva_ray.generate.attempts import GpuFailed, Session
+from diffva_ray.generate.compilation import compile_networks
 from diffva_ray.generate.keys import check_device_name
 from diffva_ray.generate.planned_files import PlannedFiles
 from diffva_ray.generate.postprocessing import Postprocessor
@@ -82,14 +83,14 @@ class WorkerContext:
             raise Unfinished(f"--model {model_uri}: not the model that {run_uri} was planned with")
         try:
             engine = CounterfactualEngine(bundle, run.recipe.generate, device)
+            check_device_name(run, engine.device_name, allow_environment_change)
+            if run.keys["compile"]:
+                compile_networks(engine)
         except RuntimeError as error:
             if is_device_error(error):
                 raise GpuFailed(f"the GPU cannot be used: {one_line(error, 160)}") from error
             raise
-        check_device_name(run, engine.device_name, allow_environment_change)
         try:
-            if run.recipe.generate.compile:
-                engine.compile()
             judge = load_judge(open_store(model_uri))
         except ValueError as error:
             raise Unfinished(str(error)) from None

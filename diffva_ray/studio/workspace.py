@@ -155,7 +155,7 @@ class Workspace:
         FingerprintDiffers for a record that another device or version has made."""
         self.preview(question.data)
         region = () if question.region is None else (REGION, "generate.method=masked", "generate.scheduler=ddim")
-        recipe = model_recipe(self.model, None, (*self.fixed, *question.settings, *region))
+        recipe = model_recipe(self.model, None, (*self.fixed, *question.settings, *region, "generate.compile=false"))
         check_settings(recipe.generate, {})
         data = self._store_image(question)
         request = Request(prompt=question.prompt or None)

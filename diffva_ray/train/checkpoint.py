@@ -1,10 +1,12 @@
 """Checkpoints: one folder with everything that is needed to resume exactly at the next step.
 
-Random-generator states and the position in the data are not saved: both follow from the step (see sampling.py).
+Random-generator states and the position in the data are not saved: both follow from the step (see sampling.py). Nor are
+weights that the training has not changed, such as a frozen autoencoder: they are those of the base model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +49,19 @@ class CheckpointState(BaseModel):
     scaling_factor: float  # of the autoencoder's latents
     scaler: dict[str, int | float] = {}  # state of the gradient scaler of fp16; empty: none
     images: list[str] = []  # digests of the images that the training has read
+    unchanged: dict[str, str] = {}  # digest of the weights that are the base model's, by network
     files: dict[str, str] = {}  # sha256 by name; checkpoints of earlier versions have none
+
+
+def tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """sha256 of each tensor's bytes, by name."""
+    views = {name: tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for name, tensor in tensors.items()}
+    return {name: hashlib.sha256(view.numpy().data).hexdigest() for name, view in views.items()}
+
+
+def _digest(digests: Mapping[str, str]) -> str:
+    """One digest of those of several tensors."""
+    return hashlib.sha256("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def save_checkpoint(
@@ -55,17 +69,25 @@ def save_checkpoint(
     state: CheckpointState,
     weights: Mapping[str, Mapping[str, torch.Tensor]],
     optimizers: Sequence[Mapping[str, Any]] = (),
+    base: Mapping[str, Mapping[str, str]] | None = None,
 ) -> None:
     """Write ``weights`` (one safetensors file for each module, of tensors on the CPU), the trainables' ``optimizers``
-    (with EMA states), and last ``state.json``, which has the digests of the other files. Raises StoreError when the
-    disk fails."""
+    (with EMA states), and last ``state.json``, which has the digests of the other files. Weights whose digest is that
+    in ``base``, by network and name, are left out. Raises StoreError when the disk fails."""
+    unchanged = dict[str, str]()
     with foreign_writes(folder, "a checkpoint"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, values in weights.items():
-            save_file({key: value.contiguous() for key, value in values.items()}, folder / f"{name}.safetensors")
+            old = (base or {}).get(name, {})
+            same = dict(tensor_digests(values).items() & old.items()) if old else {}
+            if same:
+                unchanged[name] = _digest(same)
+            if changed := {key: value.contiguous() for key, value in values.items() if key not in same}:
+                save_file(changed, folder / f"{name}.safetensors")
         if optimizers:
             torch.save(list(optimizers), folder / OPTIMIZERS)
-        state = state.model_copy(update={"files": {file.name: file_sha256(file) for file in folder.iterdir()}})
+        files = {file.name: file_sha256(file) for file in folder.iterdir()}
+        state = state.model_copy(update={"files": files, "unchanged": unchanged})
         (folder / STATE).write_text(state.model_dump_json())
         sync_tree(folder)
 
@@ -96,19 +118,27 @@ def all_damaged(folder: Path | str) -> UnusableModel:
 
 
 def load_weights(folder: Path, bundle: Bundle, modules: Modules) -> None:
-    """Load a checkpoint's weights and scaling factor into the bundle, and into those ``modules`` that the checkpoint
-    contains. Raises UnusableModel for weights that do not fit."""
+    """Load a checkpoint's weights and scaling factor into the bundle, which has the weights of the base model, and into
+    those ``modules`` that the checkpoint contains. Raises UnusableModel for weights that do not fit."""
+    state = read_state(folder)
     for name, module in {**bundle.modules, **modules}.items():
         file = folder / f"{name}.safetensors"
         if name in bundle.modules or file.exists():
             try:
-                module.load_state_dict(load_file(file))
+                changed = load_file(file) if file.exists() or name not in state.unchanged else {}
+                kept = {key: value for key, value in module.state_dict().items() if key not in changed}
+                if name in state.unchanged and _digest(tensor_digests(kept)) != state.unchanged[name]:
+                    raise UnusableModel(
+                        f"the base model has other weights ({name}) than when the checkpoint {folder} was written; "
+                        "restore that base model, or delete the checkpoint to train from the start"
+                    )
+                module.load_state_dict({**kept, **changed} if name in state.unchanged else changed)
             except (RuntimeError, OSError, SafetensorError) as error:
                 raise UnusableModel(
                     f"the checkpoint {folder} does not fit this version of diffva-ray ({file.name}: "
                     f"{one_line(error, 160)}); delete it to train from the start"
                 ) from None
-    bundle.vae.register_to_config(scaling_factor=read_state(folder).scaling_factor)
+    bundle.vae.register_to_config(scaling_factor=state.scaling_factor)
 
 
 def load_optimizers(folder: Path) -> list[dict[str, Any]]:

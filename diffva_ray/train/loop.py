@@ -24,7 +24,15 @@ from diffva_ray.progress import LOG
 from diffva_ray.storage.opening import open_store
 from diffva_ray.storage.store import Store
 from diffva_ray.train.ahead import Ahead, inputs_of
-from diffva_ray.train.checkpoint import Position, Report, discard, load_optimizers, load_weights, read_state
+from diffva_ray.train.checkpoint import (
+    Position,
+    Report,
+    discard,
+    load_optimizers,
+    load_weights,
+    read_state,
+    tensor_digests,
+)
 from diffva_ray.train.classes import fitted
 from diffva_ray.train.kinds import make_stage
 from diffva_ray.train.logger import TrainingLogger
@@ -101,6 +109,10 @@ def train(
     recipe = bundle.recipe  # with the classes of the data
     modules = {name: module for stage in stages for name, module in stage.modules.items()}
 
+    # Remember the base model's weights, which checkpoints leave out.
+    first = accelerator.is_main_process
+    base = {name: tensor_digests(module.state_dict()) for name, module in bundle.modules.items() if first}
+
     # Resume from a checkpoint.
     position, trained_on = Position(), set[str]()
     if resume:
@@ -120,7 +132,7 @@ def train(
     # Run the remaining stages.
     logger = TrainingLogger(recipe, store, accelerator, (position.stage, position.step))
     with Saver(
-        recipe.train, bundle, modules, images, accelerator, fingerprint, report, logger, scratch, trained_on
+        recipe.train, bundle, modules, images, accelerator, fingerprint, report, logger, scratch, base, trained_on
     ) as saver:
         run = TrainingRun(recipe, bundle, accelerator, saver, logger, validate)
         for index in range(position.stage, len(stages)):

@@ -44,6 +44,7 @@ class Saver:
     report: Report
     logger: TrainingLogger
     scratch: Path | None  # where checkpoints are written first; None: the system's temporary folder
+    base: Mapping[str, Mapping[str, str]]  # digests of the weights before the first stage, by network and name
     trained_on: set[str] = field(default_factory=set)  # digests of the images that earlier processes have read
     _begun: float = field(default_factory=time.monotonic)  # when the last checkpoint was
     _metrics: dict[str, float] | None = None  # of the checkpoint that is not reported yet
@@ -101,7 +102,7 @@ class Saver:
             scaler=scaler.state_dict() if scaler is not None else {},
             images=images,
         )
-        self._written = self._thread.submit(_write, folder, state, weights, states)
+        self._written = self._thread.submit(_write, folder, state, weights, states, self.base)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is written, and report it. Raises StoreError if it cannot be written."""
@@ -119,10 +120,11 @@ class Saver:
 
 
 def _write(
-    folder: Path, state: CheckpointState, weights: Mapping[str, Mapping[str, torch.Tensor]], optimizers: list[Any]
-) -> Path:
+    folder: Path, state: CheckpointState, weights: Mapping[str, Mapping[str, torch.Tensor]], optimizers: list[Any],
+    base: Mapping[str, Mapping[str, str]],
+) -> Path:  # fmt: skip
     try:
-        save_checkpoint(folder, state, weights, optimizers)
+        save_checkpoint(folder, state, weights, optimizers, base)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -4,7 +4,7 @@ makes the CPU wait for a GPU."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,26 @@ from diffva_ray.train.sharding import gather, like, load_optimizer_state, optimi
 from diffva_ray.train.stage import Inputs, Trainable
 
 
+class Average(EMAModel):
+    """Diffusers' moving average, updated in place: diffusers makes a copy of all parameters in each step."""
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Move the average towards ``parameters``, which all require gradients; the same bits as diffusers' step."""
+        if not self.foreach:  # one parameter after the other: the copy is of one
+            super().step(parameters)
+            return
+        self.optimization_step += 1
+        decay: float = self.get_decay(self.optimization_step)
+        self.cur_decay_value: Any = decay
+        current = list[torch.Tensor](parameters)
+        if decay > 0.5:
+            torch._foreach_lerp_(self.shadow_params, current, 1 - decay)
+            return
+        for average, value in zip(self.shadow_params, current, strict=True):  # in the first steps lerp rounds otherwise
+            torch._foreach_sub_([average], torch._foreach_sub([average], [value]), alpha=1 - decay)
+
+
 @dataclass
 class PreparedTrainable:
     """A trainable on its device, with optimizer and EMA."""
@@ -33,7 +53,7 @@ class PreparedTrainable:
     network: nn.Module  # what ``loss`` is called with: the definition's network, or its DDP wrapper or sharded copy
     parameters: list[nn.Parameter]  # those that require gradients
     optimizer: Any  # Accelerate's wrapper
-    ema: EMAModel | None  # moving average of ``parameters``
+    ema: Average | None  # moving average of ``parameters``
     rate: float  # base learning rate, before warm-up and schedule
 
     def state(self) -> dict[str, Any]:
@@ -73,7 +93,7 @@ def prepare_trainable(
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     rate = trainable.learning_rate or config.learning_rate
     optimizer = _optimizer(config, parameters, rate)
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=not fsdp) if config.ema_decay else None
+    ema = Average(parameters, decay=config.ema_decay, foreach=not fsdp) if config.ema_decay else None
     if train.compile:
         network.compile()
     prepared = network if fsdp else accelerator.prepare(network)

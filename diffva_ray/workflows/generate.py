@@ -106,12 +106,14 @@ def _device(execution: Execution) -> Iterator[str]:
 
         yield device_kind()
         return
-    from diffva_ray.distributed import session
+    from diffva_ray.distributed import accelerators, session
 
     with session.connect() as private:
         gpus = execution.gpus_per_actor
         if private and gpus:
             session.check_resources(f"--gpus-per-actor {gpus:g}", GPU=gpus)
+        if private and execution.accelerator_type:
+            accelerators.check_type(execution.accelerator_type)
         # Requested GPUs are waited for: an autoscaling cluster may have none yet.
         yield "cuda" if (session.gpus() if gpus is None else gpus) else "cpu"
 
@@ -133,8 +135,9 @@ def plan_or_continue(
 ) -> Run:
     """Return the run at ``out``: planned now, or an existing one whose fingerprint agrees."""
     store = open_store(out)
-    keys = pixel_keys(recipe, request, model.digest, torch_version(), device)
     run = find_run(store)
+    planned_on = run.keys["device"] if run is not None else device
+    keys = pixel_keys(recipe, request, model.digest, torch_version(), device, planned_on)
     if run is not None:
         run = continue_run(run, keys, execution.allow_environment_change)
     if run is None or not run.has_plan():
@@ -187,6 +190,8 @@ def _execute(run: Run, model: str, execution: Execution) -> dict[str, int]:
     remember_data(run)
     run.store.delete(SUCCESS)  # existing tables will not contain the records committed from now on
     run.store.sweep()
+    if run.keys["compile"]:
+        LOG.info("each machine compiles the networks first, which takes minutes (generate.compile=false: it does not)")
 
     # Count and check each shard as it is committed.
     progress = Progress("generated", total, "records", done=done)
@@ -215,7 +220,7 @@ def _execute(run: Run, model: str, execution: Execution) -> dict[str, int]:
 
         allowed = execution.allow_environment_change
         generate(run.store.uri, images, absolute(model), pending, on_shard, execution.actors, execution.gpus_per_actor,
-                 allow_environment_change=allowed)  # fmt: skip
+                 allow_environment_change=allowed, accelerator_type=execution.accelerator_type)  # fmt: skip
     return counts
 
 

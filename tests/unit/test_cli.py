@@ -128,23 +128,23 @@ OPTIONS = {
     "--recipe --scheduler --seed --set --steps --strength",
     "export": "RUN --accept --anonymise-names --banner --best-of --boxes --data --executor --license --out "
     "--push-to --shuffle --splits --threshold --to --with-patients --without-images",
-    "generate": "--actors --allow-environment-change --and --classes --columns --data --dry-run --executor "
-    "--gpus-per-actor --guidance-scale --healthy-class --images-per-second --limit --method --micro-batch --model "
-    "--not --out --probe --prompt --recipe --root --samples --scheduler --seed --set --shard-size --steps --strength "
-    "--sweep",
+    "generate": "--accelerator-type --actors --allow-environment-change --and --classes --columns --data --dry-run "
+    "--executor --gpus-per-actor --guidance-scale --healthy-class --images-per-second --limit --method --micro-batch "
+    "--model --not --out --probe --prompt --recipe --root --samples --scheduler --seed --set --shard-size --steps "
+    "--strength --sweep",
     "inspect": "DATA OTHER --columns --healthy-class --json --recipe --root --set",
     "interpolate": "IMAGE --dry-run --frames --guidance-scale --json --method --model --out --prompt --recipe "
     "--scheduler --seed --set --steps --strength --to",
-    "paper": "--actors --allow-environment-change --base --boxes --brixia --carcinoma --chexpert --dry-run --executor "
-    "--gpus-per-actor --inception-weights --limit --model --out --quick --radiography --recipe --resize --set "
-    "--sources",
+    "paper": "--accelerator-type --actors --allow-environment-change --base --boxes --brixia --carcinoma --chexpert "
+    "--dry-run --executor --gpus-per-actor --inception-weights --limit --model --out --quick --radiography --recipe "
+    "--resize --set --sources",
     "phantoms": "OUT --changes --classes --dry-run --factors --onto --patients --recipe --seed --set --size "
     "--transplants --vary",
     "readers": "STUDY ANSWERS",
     "reduce": "RUN --boxes --brixia --data --executor --extractor --inception-weights --judge --lpips-weights "
     "--max-quarantined-fraction --normals --reference --resize --sources --threshold-from",
     "report": "RUN --anonymise-names --boxes --data --images --log-to --port --serve",
-    "retry": "RUN --actors --allow-environment-change --data --executor --gpus-per-actor --model",
+    "retry": "RUN --accelerator-type --actors --allow-environment-change --data --executor --gpus-per-actor --model",
     "score": "MAPS --allow-training-images --boxes --columns --data --encoding --json --model --out --positive --root "
     "--signed --size --smoothing --threshold-from",
     "status": "RUN_OR_MODEL --json",

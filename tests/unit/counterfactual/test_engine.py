@@ -84,7 +84,9 @@ def test_pndm_diffusers_is_the_img2img_pipeline(tiny: Recipe, steps: int, streng
      *((name, "ddim") for name in ("ddim-inversion", "cycle", "masked", "classifier-guided", "controlnet")),
      *((name, "pndm") for name in ("text-to-image", "va-gan", "vant-gan", "ant-gan")),
      *((name, "ddim") for name in ("anoddpm", "autoddpm", "what-is-healthy")),
-     *((name, "ddim") for name in ("wolleb", "diff-scm", "swiss-army-knife", "time", "textual-inversion"))],
+     *((name, "ddim") for name in ("wolleb", "diff-scm", "swiss-army-knife")),
+     *((name, "ddim") for name in ("time", "textual-inversion", "singla", "steex")),
+     ("charachon", "pndm")],
 )  # fmt: skip
 def test_neighbours_slots_and_padding_change_nothing(engine: CounterfactualEngine, method: str, scheduler: str) -> None:
     settings = SETTINGS.replace(method=method, scheduler=scheduler)
@@ -95,7 +97,7 @@ def test_neighbours_slots_and_padding_change_nothing(engine: CounterfactualEngin
     assert np.array_equal(together[0], moved)
 
 
-def test_a_compiled_engine_uses_no_hooks_and_gives_the_same_images(engine: CounterfactualEngine) -> None:
+def test_a_compiled_engine_gives_the_same_images(engine: CounterfactualEngine) -> None:
     """With Dynamo forced to run eagerly; a slow test covers the rounding of compiled code."""
     plain = engine(IMAGES, [5, 6, 7], settings=SETTINGS).counterfactuals
     bundle = copy.deepcopy(engine.bundle)
@@ -103,7 +105,7 @@ def test_a_compiled_engine_uses_no_hooks_and_gives_the_same_images(engine: Count
     compiled.compile()
     assert bundle.unet._compiled_call_impl is not None
     with torch.compiler.set_stance("force_eager"):
-        assert compiled(IMAGES, [5, 6, 7], settings=SETTINGS).counterfactuals == pytest.approx(plain, abs=1e-5)
+        assert np.array_equal(compiled(IMAGES, [5, 6, 7], settings=SETTINGS).counterfactuals, plain)
 
 
 def test_noise_depends_on_the_images_own_seed(engine: CounterfactualEngine) -> None:

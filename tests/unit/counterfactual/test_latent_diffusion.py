@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffva_ray.counterfactual.latent_diffusion import (
     FourPhases,
     LatentDiffusion,
-    branches_share_their_start,
+    SharedStart,
     speed_up_doubling,
 )
 from diffva_ray.model.bundle import Bundle
@@ -71,8 +74,35 @@ def test_branches_that_share_their_start_give_the_same(complete: Callable[[], Bu
         return unet(both, torch.tensor(500), encoder_hidden_states=text).sample
 
     plain, work = predict(), flops(predict)
-    with branches_share_their_start(unet):
+    with SharedStart(unet):
         shared, less = predict(), flops(predict)
     assert torch.allclose(shared, plain, atol=1e-5)
     assert less < work
-    assert torch.equal(predict(), plain)  # the hooks are removed
+    assert torch.equal(predict(), plain)  # the hooks do nothing any more
+
+
+@torch.no_grad()
+def test_a_compiled_unet_shares_the_start_while_it_is_told_to() -> None:
+    """The compiler must not keep what it saw first."""
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
+        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("UpBlock2D",),
+        mid_block_type=None,
+    ).eval()  # fmt: skip
+    compiled, graphs = copy.deepcopy(unet), list[int]()
+    start, inner = SharedStart(unet), SharedStart(compiled)
+
+    def traced(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(len(inputs))
+        return graph.forward
+
+    compiled.compile(backend=traced, dynamic=False, fullgraph=True)
+    one, text = torch.randn(2, 4, 8, 8), torch.randn(4, 3, 8)
+    for shared in (False, True, False):
+        with start if shared else nullcontext(), inner if shared else nullcontext():
+            found, expected = (
+                each(torch.cat([one, one]), torch.tensor(500), encoder_hidden_states=text).sample
+                for each in (compiled, unet)
+            )
+        assert torch.equal(found, expected)
+    assert len(graphs) == 2

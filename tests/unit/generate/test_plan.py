@@ -89,7 +89,7 @@ def run_json(recipe: Recipe) -> dict[str, object]:
 
 
 def keys(recipe: Recipe, request: Request = Request(), model: str = "m", torch: str = "2.0", device: str = "cpu"):
-    return pixel_keys(recipe, request, model, torch, device)
+    return pixel_keys(recipe, request, model, torch, device, planned_on="cpu")
 
 
 def test_a_run_continues_only_as_it_was_planned(dataset, tiny: Recipe, tmp_path: Path) -> None:

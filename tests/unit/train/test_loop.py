@@ -64,12 +64,12 @@ def test_a_checkpoint_of_another_version_is_a_clear_error(
     killed(tiny, images, tmp_path / "model", 6, monkeypatch)
     latest = Checkpoints(tmp_path / "model/.train", 2).latest()
     assert latest is not None
-    file = latest / "unet.safetensors"
+    file = latest / "vae.safetensors"
     save_file({name: value for name, value in load_file(file).items() if "conv_in" not in name}, file)
     state = json.loads((latest / "state.json").read_text())
     state["files"] = {}  # as of a version that stored no digests
     (latest / "state.json").write_text(json.dumps(state))
-    with pytest.raises(UnusableModel, match=r"does not fit this version.*unet.safetensors.*conv_in"):
+    with pytest.raises(UnusableModel, match=r"does not fit this version.*vae.safetensors.*conv_in"):
         run(tiny, images, tmp_path / "model")
 
 

@@ -15,6 +15,7 @@ from trainings import different, killed, run, weights, with_stages
 
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.model.bundle import load
+from diffva_ray.model.card import UnusableModel
 from diffva_ray.storage.local import LocalStore
 from diffva_ray.storage.store import StoreError
 from diffva_ray.train import loop, saving, training_step
@@ -176,4 +177,27 @@ def test_the_gradient_scaler_resumes(
     whole, resumed = (read_state(tmp_path / name / ".train/checkpoint-02-0000000") for name in ("whole", "killed"))
     assert whole.scaler["scale"] == 2.0 ** (8 + 4)
     assert resumed.scaler == whole.scaler
+    assert load(str(tmp_path / "whole")).digest == load(str(tmp_path / "killed")).digest
+
+
+def test_checkpoints_leave_out_what_is_not_trained(
+    tiny: Recipe, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = with_stages(tiny, STAGE, checkpoint_every=1)
+    run(recipe, images, tmp_path / "whole")
+    killed(recipe, images, tmp_path / "killed", 3, monkeypatch)
+    latest = Checkpoints(tmp_path / "killed/.train", 2).latest()
+    assert latest is not None
+    assert not (latest / "vae.safetensors").exists()
+    assert (latest / "unet.safetensors").exists()
+    file = latest / "state.json"
+    before = file.read_text()
+
+    # On another base model it is refused; on the same one the training goes on, bit for bit.
+    state = json.loads(before)
+    file.write_text(json.dumps({**state, "unchanged": {**state["unchanged"], "vae": "0" * 64}}))
+    with pytest.raises(UnusableModel, match=r"the base model has other weights \(vae\)"):
+        run(recipe, images, tmp_path / "killed")
+    file.write_text(before)
+    run(recipe, images, tmp_path / "killed")
     assert load(str(tmp_path / "whole")).digest == load(str(tmp_path / "killed")).digest
