@@ -183,6 +183,8 @@ def complete(model: Path) -> Callable[[], Bundle]:
     from diffva_ray.model.bundle import load
     from diffva_ray.model.classifier import LatentClassifier
     from diffva_ray.model.gan_generator import GanGenerator
+    from diffva_ray.references.charachon import Pair
+    from diffva_ray.references.image_classifier import ImageClassifier
     from diffva_ray.references.textual_inversion import ConceptVectors
 
     def load_with_extras() -> Bundle:
@@ -203,6 +205,9 @@ def complete(model: Path) -> Callable[[], Bundle]:
         )  # fmt: skip
         bundle.extras["healthy_unet"].register_to_config(noise_octaves=1)
         bundle.extras["textual_inversion"] = ConceptVectors(["COVID", "Normal"], 64)
+        bundle.extras["image_classifier"] = ImageClassifier(["COVID", "Normal"], "Normal")
+        bundle.extras["singla"] = GanGenerator("image", (8, 16), 4, in_channels=2)
+        bundle.extras["charachon"] = Pair((8, 16), 4)
         assert {method.needs for method in METHODS.values() if method.needs} <= set(bundle.extras)
         return bundle
 

@@ -61,6 +61,18 @@ class ReferencesConfig(Section):
     editing_weight: float = Field(0.1, gt=0)
     """``time``: weight lambda of the change of the cross-attentions' weights; the larger, the smaller the change."""
 
+    posterior: float = Field(0.0, ge=0, le=1)
+    """``singla``: wanted probability of "not healthy"."""
+
+    gradients: bool = True
+    """``charachon``: weight the difference of the two images by the classifier's gradient between them."""
+
+    proximity: float = Field(0.05, ge=0)
+    """``steex``: weight of the squared distance between the latents and the image's own."""
+
+    learning_rate: float = Field(0.05, gt=0)
+    """``steex``: learning rate of the optimisation of the latents."""
+
     mask_quantile: float = Field(0.8, gt=0, lt=1)
     """``autoddpm``: fraction of the image that lies outside the mask."""
 

@@ -80,4 +80,9 @@ METHODS: dict[str, Method] = {
     "textual-inversion": Method(
         lambda steps, guided: Calls(steps + guided + steps), "ddim", needs="textual_inversion", reads_prompt=False
     ),
+    "singla": Method(lambda steps, guided: Calls(0, decode=0), needs="singla", reads_prompt=False, keeps_image=True),
+    "steex": Method(
+        lambda steps, guided: Calls(0, decode=steps + 2), "ddim", needs="image_classifier", reads_prompt=False
+    ),
+    "charachon": Method(lambda steps, guided: Calls(0, decode=0), needs="charachon", reads_prompt=False),
 }

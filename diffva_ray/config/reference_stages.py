@@ -111,3 +111,39 @@ class AntGanConfig(GanConfig):
 
     identity_weight: float = Field(5.0, ge=0)
     """Weight of the L1 loss between an image of the target class and its translation."""
+
+
+class SinglaConfig(GanConfig):
+    """Stage of method ``singla``: an image for every posterior of the classifier; follows ``image-classifier``."""
+
+    trains: Literal["singla"]
+    """Kind of stage."""
+
+    betas: tuple[float, float] = (0.0, 0.9)
+    """AdamW's decay rates of the mean gradient and of the mean squared gradient."""
+
+    classifier_weight: float = Field(1.0, ge=0)
+    """Weight of the cross-entropy between the classifier's posterior and the wanted one."""
+
+    cycle_weight: float = Field(10.0, ge=0)
+    """Weight of the L1 losses between an image and its reconstructions at its own posterior."""
+
+
+class CharachonConfig(GanConfig):
+    """Stage of method ``charachon``: a similar and an adversarial generator; follows ``image-classifier``."""
+
+    trains: Literal["charachon"]
+    """Kind of stage."""
+
+    distance_weight: float = Field(10.0, ge=0)
+    """Weight of the L1 losses between an image and what each generator makes of it, in [-1, 1]."""
+
+    closeness_weight: float = Field(5.0, ge=0)
+    """Weight of the L1 loss between the two generated images."""
+
+
+class ImageClassifierConfig(StageConfig):
+    """Stage of the classifier of images that ``singla``, ``charachon`` and ``steex`` explain; never the judge."""
+
+    trains: Literal["image-classifier"]
+    """Kind of stage."""

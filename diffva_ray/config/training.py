@@ -8,7 +8,10 @@ from pydantic import Field
 
 from diffva_ray.config.reference_stages import (
     AntGanConfig,
+    CharachonConfig,
     HealthyDenoiserConfig,
+    ImageClassifierConfig,
+    SinglaConfig,
     TextualInversionConfig,
     VaGanConfig,
     VantGanConfig,
@@ -32,7 +35,10 @@ Stage = Annotated[
     | VantGanConfig
     | AntGanConfig
     | HealthyDenoiserConfig
-    | TextualInversionConfig,
+    | TextualInversionConfig
+    | ImageClassifierConfig
+    | SinglaConfig
+    | CharachonConfig,
     Field(discriminator="trains"),
 ]
 

@@ -48,4 +48,7 @@ GENERATE: dict[str, Callable[[LatentDiffusion, Edit], Generated]] = {
     "swiss-army-knife": _reference("swiss_army_knife.generate"),
     "time": _reference("time_editing.generate"),
     "textual-inversion": _reference("textual_inversion.generate"),
+    "singla": _reference("singla.generate"),
+    "steex": _reference("steex.generate"),
+    "charachon": _reference("charachon.generate"),
 }

@@ -17,7 +17,8 @@ from diffva_ray.storage.store import StoreError
 
 MIN_PSNR = 20.0  # dB of a reconstruction; the demo's autoencoder has 32 dB, the mean of all phantoms 19 dB
 MIN_STEPS = 50  # of the stages that learn to generate; the recipes have 200 to 20 000
-GENERATORS = ("denoiser", "va-gan", "vant-gan", "ant-gan")  # kinds of stages that learn to generate
+# kinds of stages that learn to generate
+GENERATORS = ("denoiser", "va-gan", "vant-gan", "ant-gan", "singla", "charachon")
 
 
 def problems(run: Run, pairs: Sequence[TableRow], trained_on: int, records: int) -> list[str]:

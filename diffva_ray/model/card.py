@@ -25,7 +25,8 @@ CONTROLNETS = ("controlnet", *(f"controlnet_{n}" for n in range(1, 8)))  # as Mu
 # Folders of the networks of single methods, which extras.py loads. The digest depends on this order: append new ones.
 EXTRAS = (
     "controlnet", "classifier", "vant_gan", "ant_gan", *CONTROLNETS[1:],
-    "va_gan", "healthy_unet", "textual_inversion",
+    "va_gan", "healthy_unet", "textual_inversion", "image_classifier", "singla",
+    "charachon",
 )  # fmt: skip
 LORA = "lora"  # folder of unmerged adapters
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

@@ -22,6 +22,9 @@ NETWORKS: dict[str, Any] = {  # diffusers ModelMixins by folder
     "va_gan": GanGenerator,
     "healthy_unet": UNet2DModel,
     "textual_inversion": "textual_inversion.ConceptVectors",  # by name, see config/references.py
+    "image_classifier": "image_classifier.ImageClassifier",
+    "singla": GanGenerator,
+    "charachon": "charachon.Pair",
 }
 
 

@@ -21,6 +21,7 @@ class GanGenerator(ModelMixin, ConfigMixin):
 
     With ``mode`` "map" the network computes an additive map, counterfactual = image + M(image) (Baumgartner et al.
     2018); with "image" it computes the counterfactual itself. ``measured`` stores training results for information.
+    Input channels after the first are conditions.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]  # of diffusers
@@ -30,13 +31,14 @@ class GanGenerator(ModelMixin, ConfigMixin):
         block_out_channels: Sequence[int] = (16, 32, 64),
         norm_num_groups: int = 8,
         measured: Mapping[str, float] | None = None,
+        in_channels: int = 1,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # of diffusers
         if mode not in ("map", "image"):
             raise ValueError(f"mode {mode!r} is neither map nor image")
         # downsampling blocks
         channels, last = list(block_out_channels), len(block_out_channels) - 1
-        self.conv_in = nn.Conv2d(1, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for n, out in enumerate(channels):
             self.down.append(
@@ -62,8 +64,8 @@ class GanGenerator(ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(channels[0], 1, 3, padding=1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Counterfactuals [n, 1, H, W] of images [n, 1, H, W] in [-1, 1]; with mode "map" they may exceed that range.
-        H and W must be multiples of 2^(blocks - 1)."""
+        """Counterfactuals [n, 1, H, W] of images [n, in_channels, H, W] in [-1, 1]; with mode "map" they may exceed
+        that range. H and W must be multiples of 2^(blocks - 1)."""
         maps = self.conv_in(images)
         kept = [maps]
         for block in self.down:
@@ -74,7 +76,7 @@ class GanGenerator(ModelMixin, ConfigMixin):
             skips, kept = tuple(kept[-RESNETS:]), kept[:-RESNETS]
             maps = block(maps, skips)
         output: torch.Tensor = self.conv_out(nn.functional.silu(self.norm(maps)))
-        return images + output if self.config["mode"] == "map" else output.tanh()
+        return images[:, :1] + output if self.config["mode"] == "map" else output.tanh()
 
     def generate(self, images: torch.Tensor) -> torch.Tensor:
         """Grey counterfactuals [n, H, W] in [0, 1] of grey images [n, H, W] in [0, 1]."""

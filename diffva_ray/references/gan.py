@@ -63,7 +63,7 @@ class GanStage(ReferenceStage, ABC):
         except ValueError as error:
             raise RecipeError(f"stage {config.name}: {error}") from None
 
-    def register(self, modules: dict[str, nn.Module], generator: nn.Module, critic: nn.Module) -> None:
+    def register(self, modules: dict[str, nn.Module], generator: nn.Module, critic: nn.Module | None) -> None:
         """Declare what is trained, and what is saved: the generator in the model, ``modules`` only in checkpoints."""
         self.modules = {
             self.name: self.gan_generator,
@@ -71,10 +71,9 @@ class GanStage(ReferenceStage, ABC):
         }
         self.context.bundle.extras[self.name] = self.gan_generator  # a resumed training may start after this stage
         rate = self.config.learning_rate * self.config.critic_rate
-        self.trainables = [
-            Trainable("generator", generator, self.inputs, self.loss),
-            Trainable("critic", critic, self.inputs, self.critic_loss, learning_rate=rate),
-        ]
+        self.trainables = [Trainable("generator", generator, self.inputs, self.loss)]
+        if critic is not None:
+            self.trainables += [Trainable("critic", critic, self.inputs, self.critic_loss, learning_rate=rate)]
 
     def begin(self, worker: Worker) -> None:
         super().begin(worker)
@@ -93,9 +92,22 @@ class GanStage(ReferenceStage, ABC):
     def loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
         """Loss of the generator."""
 
-    @abstractmethod
     def critic_loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
-        """Loss of the critic, with the generator fixed."""
+        """Loss of the critic, if there is one, with the generator fixed."""
+        raise NotImplementedError
+
+    def counterfactual(self, images: torch.Tensor) -> torch.Tensor:
+        """The healthy counterfactuals of images [n, 1, H, W] in [-1, 1]."""
+        made: torch.Tensor = self.gan_generator(images)
+        return made
+
+    def rate(self, images: torch.Tensor) -> torch.Tensor:
+        """How healthy images are [n], by the network that the generator is trained against."""
+        return score(self.critic, images)
+
+    def further(self, images: torch.Tensor) -> dict[str, float]:
+        """Further measurements after training, on abnormal images [n, 1, H, W] in [-1, 1]."""
+        return {}
 
     def point(self) -> dict[str, float]:
         measured = self.measured(MEASURED_IN_A_POINT)
@@ -121,9 +133,9 @@ class GanStage(ReferenceStage, ABC):
 
     @torch.no_grad()
     def measured(self, count: int) -> dict[str, float]:
-        """Measure on ``count`` training images of each kind: distances between the critic's mean scores, and the mean
+        """Measure on ``count`` training images of each kind: distances between the mean ratings, and the mean
         change of a pixel (grey values in [0, 1])."""
-        device = next(self.critic.parameters()).device
+        device = next(self.gan_generator.parameters()).device
         gaps: dict[str, list[torch.Tensor]] = {"healthy": [], "abnormal": [], "generated": []}
         changes: dict[str, list[torch.Tensor]] = {"healthy": [], "abnormal": []}
         for kind, order in (("healthy", self.healthy), ("abnormal", self.abnormal)):
@@ -132,17 +144,18 @@ class GanStage(ReferenceStage, ABC):
             members = members[:: -(-len(members) // count)]
             for start in range(0, len(members), BATCH_SIZE):
                 images = signed(self.context.images.stack(members[start : start + BATCH_SIZE]).to(device))
-                generated = self.gan_generator(images)
-                gaps[kind].append(score(self.critic, images))
+                generated = self.counterfactual(images)
+                gaps[kind].append(self.rate(images))
                 changes[kind].append((generated - images).abs().mean(dim=(1, 2, 3)) / 2)
                 if kind == "abnormal":
-                    gaps["generated"].append(score(self.critic, generated))
+                    gaps["generated"].append(self.rate(generated))
+                    last = images
 
         # Summarize.
         means = {kind: float(torch.cat(values).mean()) for kind, values in gaps.items()}
         measured = {f"gap_{kind}": means["healthy"] - means[kind] for kind in ("abnormal", "generated")}
         measured |= {f"change_{kind}": float(torch.cat(values).mean()) for kind, values in changes.items()}
-        return {key: round(value, 6) for key, value in measured.items()}
+        return {key: round(value, 6) for key, value in {**measured, **self.further(last)}.items()}
 
 
 def one_pass(model: LatentDiffusion, request: Edit, network: str) -> Generated:

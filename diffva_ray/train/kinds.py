@@ -34,6 +34,9 @@ KINDS: dict[str, Callable[[StageContext, Any], Stage]] = {
     "vant-gan": _reference("vant_gan.VantGanStage"),
     "ant-gan": _reference("ant_gan.AntGanStage"),
     "textual-inversion": _reference("textual_inversion.TextualInversionStage"),
+    "image-classifier": _reference("image_classifier.ImageClassifierStage"),
+    "charachon": _reference("charachon.CharachonStage"),
+    "singla": _reference("singla.SinglaStage"),
     "healthy-unet": _reference("healthy_only.HealthyDenoiserStage"),
 }
 

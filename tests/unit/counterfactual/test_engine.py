@@ -84,7 +84,9 @@ def test_pndm_diffusers_is_the_img2img_pipeline(tiny: Recipe, steps: int, streng
      *((name, "ddim") for name in ("ddim-inversion", "cycle", "masked", "classifier-guided", "controlnet")),
      *((name, "pndm") for name in ("text-to-image", "va-gan", "vant-gan", "ant-gan")),
      *((name, "ddim") for name in ("anoddpm", "autoddpm", "what-is-healthy")),
-     *((name, "ddim") for name in ("wolleb", "diff-scm", "swiss-army-knife", "time", "textual-inversion"))],
+     *((name, "ddim") for name in ("wolleb", "diff-scm", "swiss-army-knife")),
+     *((name, "ddim") for name in ("time", "textual-inversion", "singla", "steex")),
+     ("charachon", "pndm")],
 )  # fmt: skip
 def test_neighbours_slots_and_padding_change_nothing(engine: CounterfactualEngine, method: str, scheduler: str) -> None:
     settings = SETTINGS.replace(method=method, scheduler=scheduler)

@@ -10,10 +10,11 @@ import torch
 
 from diffva_ray.config.generation import ClassifierGuidedConfig, ReferencesConfig
 from diffva_ray.counterfactual.engine import CounterfactualBatch, CounterfactualEngine
-from diffva_ray.counterfactual.latent_diffusion import LatentDiffusion
+from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion
 from diffva_ray.data.phantoms import phantom
 from diffva_ray.model import text
 from diffva_ray.model.bundle import Bundle
+from diffva_ray.references.charachon import path_gradient
 from diffva_ray.references.ddim import decode
 from diffva_ray.references.healthy_only import octaves
 from diffva_ray.references.swiss_army_knife import severity, task_gradient
@@ -151,6 +152,50 @@ def test_a_vector_takes_the_place_of_one_word(bundle: Bundle) -> None:
         assert sentence(bundle, words[ids[0, PLACE]][None]) == pytest.approx(plain.numpy(), abs=1e-6)
         assert (sentence(bundle, -words[ids[0, PLACE]][None]) - plain).abs().max() > 1e-3
     assert gap(run(bundle, "textual-inversion"), run(bundle, "ddim-inversion")) > 0
+
+
+def test_steex_makes_the_classifier_call_the_image_healthy(bundle: Bundle) -> None:
+    """The more the smaller the weight of proximity."""
+    classifier, odds = bundle.extra("image_classifier"), []
+    for proximity in (0.0, 1000.0):
+        made = run(bundle, "steex", strength=1.0, num_inference_steps=20, proximity=proximity)
+        odds.append(classifier.log_odds(torch.from_numpy(made.counterfactuals)).mean().item())
+    untouched = classifier.log_odds(torch.from_numpy(made.reconstructions)).mean().item()
+    assert odds[0] < odds[1] <= untouched + 1e-3
+
+
+def test_steex_changes_the_latents_of_the_region_alone(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: list[torch.Tensor] = []
+    generated = LatentDiffusion.generated
+
+    def watched(model: LatentDiffusion, z: torch.Tensor, request: Edit) -> Generated:
+        changes.append(z - request.latents)
+        return generated(model, z, request)
+
+    monkeypatch.setattr(LatentDiffusion, "generated", watched)
+    engine = CounterfactualEngine(bundle, bundle.recipe.generate.model_copy(update={"source_prompt": ""}), "cpu")
+    lungs = np.zeros((32, 32), np.bool_)
+    lungs[:, :16] = True
+    settings = engine.settings.replace(method="steex", scheduler="ddim", num_inference_steps=5)
+    engine(IMAGES[:1], [1], settings=settings, lungs=[lungs])
+    assert changes[0][0, :, :, 4:].abs().max() == 0
+    assert changes[0][0, :, :, :4].abs().max() > 0
+
+
+def test_singla_makes_another_image_for_another_posterior(bundle: Bundle) -> None:
+    assert gap(run(bundle, "singla", posterior=0.0), run(bundle, "singla", posterior=1.0)) > 1e-3
+
+
+def test_charachons_map_is_the_difference_of_both_images_weighted_by_the_gradient(bundle: Bundle) -> None:
+    """What both lose of the image is in neither map."""
+    plain, weighted = (run(bundle, "charachon", gradients=used) for used in (False, True))
+    assert np.array_equal(plain.reconstructions, weighted.reconstructions)
+    whole, part = (made.reconstructions - made.counterfactuals for made in (plain, weighted))
+    assert (np.abs(part) <= np.abs(whole) + 1e-6).all()
+    assert 0 < np.abs(part).sum() < np.abs(whole).sum()
+    weight = path_gradient(bundle.extra("image_classifier"), *torch.rand(2, 3, 32, 32))
+    assert weight.amax(dim=(1, 2)) == pytest.approx(np.ones(3))
+    assert weight.min() >= 0
 
 
 def test_noise_of_octaves_has_unit_variance_and_is_correlated_by_blocks() -> None:

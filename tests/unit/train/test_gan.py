@@ -16,6 +16,7 @@ from diffva_ray.config.recipe import Recipe, RecipeError
 from diffva_ray.data.dataset import UnusableData
 from diffva_ray.model.bundle import build, load
 from diffva_ray.references.gan import GanStage, WassersteinCritic, score
+from diffva_ray.references.singla import with_posterior
 from diffva_ray.references.training import converged, curve
 from diffva_ray.train.adversary import PatchDiscriminator
 
@@ -101,6 +102,48 @@ def test_it_removes_what_distinguishes_the_kinds(
     measured = gan_generator.config["measured"]
     assert measured["converged"] == (abs(measured["gap_generated"]) < 0.5 * measured["gap_abnormal"])
     assert (f"stage {stage['name']} converged" in caplog.text) == measured["converged"]
+
+
+def test_singla_reaches_wanted_posteriors(tiny: Recipe, squares: Path, tmp_path: Path) -> None:
+    """The posterior of what it makes rises with the wanted one, and its own reconstruction stays close."""
+    classifier = {**JUDGE, "name": "classifier", "trains": "image-classifier", "steps": 30, "batch_size": 8}
+    stage = {**STAGES[0], "name": "singla", "trains": "singla", "steps": 120, "batch_size": 4, "ema_decay": None,
+             "learning_rate": 2e-3, "cycle_weight": 5.0}  # fmt: skip
+    run(with_stages(tiny, classifier, stage), squares, tmp_path)
+    trained = load(str(tmp_path))
+    f, generator = (trained.extra(name).eval() for name in ("image_classifier", "singla"))
+    images = np.stack([np.asarray(Image.open(file)) for file in sorted((squares / "COVID").iterdir())])
+    x = torch.from_numpy(images).float()[:, None] / 127.5 - 1
+    with torch.no_grad():
+        posteriors = [
+            f.log_odds(generator(with_posterior(x, torch.full((len(x),), wanted)))[:, 0] / 2 + 0.5).sigmoid().mean()
+            for wanted in (0.0, 1.0)
+        ]
+    assert posteriors[0] < posteriors[1] - 0.3
+    assert 0 <= generator.config["measured"]["consistency_error"] < 0.5
+
+
+def test_charachons_generators_keep_and_turn_the_decision(tiny: Recipe, squares: Path, tmp_path: Path) -> None:
+    classifier = {**JUDGE, "name": "classifier", "trains": "image-classifier", "steps": 30, "batch_size": 8}
+    stage = {**STAGES[0], "name": "charachon", "trains": "charachon", "steps": 100, "batch_size": 4, "ema_decay": None,
+             "learning_rate": 2e-3}  # fmt: skip
+    run(with_stages(tiny, classifier, stage), squares, tmp_path)
+    trained = load(str(tmp_path))
+    f, pair = (trained.extra(name).eval() for name in ("image_classifier", "charachon"))
+    images = np.stack([np.asarray(Image.open(file)) for file in sorted((squares / "COVID").iterdir())])
+    x = torch.from_numpy(images).float()[:, None] / 127.5 - 1
+    with torch.no_grad():
+        own, similar, adversarial = (f.log_odds(made[:, 0] / 2 + 0.5).mean() for made in (x, *pair(x)))
+        moved = [(made - x).abs().mean() for made in pair(x)]
+    assert own > 0
+    assert similar > 0
+    assert adversarial < 0
+    assert moved[0] < moved[1]
+
+
+def test_an_explainer_without_its_classifier_is_refused(tiny: Recipe, images: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="trains: image-classifier"):
+        run(with_stages(tiny, {**STAGES[0], "name": "singla", "trains": "singla"}), images, tmp_path)
 
 
 def test_a_generator_that_did_not_converge_is_reported(

@@ -36,6 +36,7 @@ STAGES = {
     "judge": {**COMMON, "trains": "judge"},
     "healthy-unet": {**COMMON, "trains": "healthy-unet"},
     "textual-inversion": {**COMMON, "trains": "textual-inversion"},
+    "image-classifier": {**COMMON, "trains": "image-classifier"},
     "va-gan": {**COMMON, "trains": "va-gan"},
     "vant-gan": {**COMMON, "trains": "vant-gan"},
     "ant-gan": {**COMMON, "trains": "ant-gan"},
