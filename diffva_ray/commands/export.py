@@ -19,6 +19,7 @@ accept_option    = click.option("--accept",         metavar="RULE", default="", 
 without_option   = click.option("--without-images", is_flag=True, help="Leave out the source image and what shows it; its path and SHA-256 stay.")
 best_option      = click.option("--best-of",        type=click.Choice(SCORES), default=None, help="Export the best sample of each image by this score; among accepted ones with --accept.")
 splits_option    = click.option("--splits",         metavar="NAME=SHARE,...", help="Splits by patient; default: the data set's own, else train=0.8,validation=0.1,test=0.1.")
+shuffle_option   = click.option("--shuffle",        metavar="SEED", type=click.IntRange(0), help="Shuffle the records by this seed; default: the order of the run.")
 license_option   = click.option("--license",        "license_id", metavar="ID", default="", help="Licence in the data card, as the hub names it, such as cc-by-4.0.")
 threshold_option = click.option("--threshold",      type=click.FloatRange(0, 1, min_open=True), metavar="F", help="Threshold of the maps for --to coco and dicom; default: the run's own.")
 patients_option  = click.option("--with-patients",  "patients",    is_flag=True, help="Copy the patient data of DICOM headers into --to dicom; default: a pseudonym only.")
@@ -37,6 +38,7 @@ moved_option     = click.option("--data",           metavar="DATA", help="New ad
 @best_option
 @without_option
 @splits_option
+@shuffle_option
 @license_option
 @threshold_option
 @patients_option
@@ -83,6 +85,7 @@ def export(run: str, out: str, data: str | None, splits: str | None, license_id:
             threshold=options["threshold"],
             patients=options["patients"],
             banner=options["banner"],
+            shuffle=options["shuffle"],
             license=license_id,
             boxes=options["boxes"],
             anonymous=options["anonymous"],

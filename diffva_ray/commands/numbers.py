@@ -38,6 +38,7 @@ judge_option     = click.option("--judge",          "judges", metavar="NAME=PATH
 lpips_option     = click.option("--lpips-weights",  "lpips", metavar="PATH", help="State dict of torchvision's AlexNet; adds LPIPS to the tables.")
 accept_option    = click.option("--max-quarantined-fraction", metavar="F", type=click.FloatRange(0, 1), help="Accept a run with this fraction of quarantined records; the run stores it.")
 nameless_option  = click.option("--anonymise-names", is_flag=True, help="Replace the names of image files by ids.")
+track_option     = click.option("--log-to",         "trackers", type=click.Choice(["mlflow", "wandb"]), multiple=True, help="Send numbers, tables and figures to this tracker, too; the run must be reduced.")
 images_option    = click.option("--images",         metavar="N", type=click.IntRange(1), help="Maximum number of records in the viewer; default: depends on their size, up to 20000.")
 scores_option    = click.option("--out",            metavar="FOLDER", help="Output folder; the tables go to tables/scores.{csv,md,tex,json}.")
 signed_option    = click.option("--signed/--positive", "signed", default=None, help="Score max(M, 0) and |M|, or max(M, 0) only; default: signed if any value is negative.")
@@ -98,21 +99,28 @@ def reduce(run: str, data: str | None, executor: Executor, reference: tuple[str,
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port for --serve; default: any free port.")
 @images_option
 @nameless_option
+@track_option
 def report(run: str, data: str | None, boxes: str | None, served: bool, port: int, images: int | None,
-           anonymise_names: bool) -> None:  # fmt: skip
+           anonymise_names: bool, trackers: tuple[str, ...]) -> None:  # fmt: skip
     """Write the figures and the HTML report of a finished or unfinished run: one page that opens from disk, with an
     image viewer. Images of an earlier report are reused if they are still valid.
 
     Example:
         diffva report runs/first
+        diffva report runs/first --log-to mlflow
     """
     from diffva_ray.evaluate.report.page import write_report
     from diffva_ray.evaluate.report.serve import serve
+    from diffva_ray.evaluate.trackers import check, log_to
     from diffva_ray.generate.data_identity import moved
     from diffva_ray.generate.run import open_run
 
     opened = open_run(run) if data is None else moved(open_run(run), data)
+    for tracker in trackers:
+        check(tracker, opened)
     echo(f"open {write_report(opened, images, boxes, anonymise_names)}")
+    for tracker in trackers:
+        echo(f"sent to {tracker}: {log_to(tracker, opened)}")
     if served:
         try:
             serve(opened.store, port, echo)

@@ -16,6 +16,7 @@ from diffva_ray.export.contents import Contents
 from diffva_ray.export.formats import Format
 from diffva_ray.export.selection import Counts
 from diffva_ray.generate.run import Run
+from diffva_ray.model.hub_card import CITATION
 from diffva_ray.schema import MEANINGS
 
 SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M"))  # the hub's
@@ -31,12 +32,6 @@ IMAGES = {
     "attribution": "the signed attribution map, float32 in [-1, 1]",
 }
 SETTINGS = ("method", "scheduler", "strength", "guidance_scale", "num_inference_steps", "prompt", "seed", "sweep")
-CITATION = """@article{siddiqui2025latent,
-  title   = {A latent diffusion approach to visual attribution in medical imaging},
-  author  = {Siddiqui, Ammar Adeel and Tirunagari, Santosh and Zia, Tehseen and Windridge, David},
-  journal = {Scientific Reports}, volume = {15}, pages = {962}, year = {2025},
-  doi     = {10.1038/s41598-024-81646-x}
-}"""
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ class ExportOptions:
     patients: bool = False  # copy the patient data of DICOM headers into a DICOM export
     banner: bool = False  # burn a mark into the counterfactuals of a DICOM export
     license: str = ""  # licence of the export; empty: as the card decides
+    shuffle: int | None = None  # seed by which the records are shuffled; None: the order of the plan
     boxes: str | None = None  # CSV of lesion boxes
     anonymous: bool = False  # whether ids replace the names of files
 
@@ -97,7 +98,7 @@ def export_run(run: Run, out: str, options: ExportOptions, writer: LocalWriter |
     contents = Contents(run, store, options.images, threshold, options.patients, options.banner, options.anonymous)
     shares = options.splits or (None if has_own_splits(run) else DEFAULT_SPLITS)
     best = best_samples(run, rule, options.best_of) if options.best_of else None
-    selection = Selection(run, rule, shares, _shards_per_file(run, shape), best)
+    selection = Selection(run, rule, shares, _shards_per_file(run, shape), best, options.shuffle)
     counts = selection.count()
     if not counts.accepted:
         raise UnusableData(f'--accept "{rule.text}": no record of {run.store.uri} is accepted')
@@ -120,6 +121,8 @@ def export_run(run: Run, out: str, options: ExportOptions, writer: LocalWriter |
     license_id = license_of(run, options.license)
     _put_json(store, LINEAGE, lineage(run, about, counts))
     _put_json(store, CROISSANT, croissant(contents, shape, about, license_id))
+    for path, content in (shape.index(counts.files) if shape.index else {}).items():
+        _put_json(store, path, content)
     choice = Choice(counts, rule, options.best_of, shares)
     store.put(CARD, card(contents, options.format, shape, choice, options.license).encode())
     store.put(SUCCESS, json.dumps({"records": counts.accepted, "splits": counts.splits}).encode())
@@ -179,6 +182,7 @@ def _about(
         "banner": contents.banner,
         "license": options.license,
         "boxes": boxes,
+        "shuffle": options.shuffle,
         "anonymous": contents.anonymous,
         "diffva_ray": __version__,
     }

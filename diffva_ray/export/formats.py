@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -12,7 +12,7 @@ from diffva_ray.export.coco import CocoFile
 from diffva_ray.export.contents import Contents, dicom_schema
 from diffva_ray.export.examples import Example
 from diffva_ray.export.parquet import ParquetShard, schema
-from diffva_ray.export.webdataset import TarShard
+from diffva_ray.export.webdataset import TarShard, wids_index
 
 
 class ShardFile(Protocol):
@@ -38,6 +38,8 @@ class Format:
     headers: bool = False  # whether it needs the headers of DICOM images
     needs: Sequence[str] = ()  # packages of the extra with the name of the format
     schema: Callable[[Contents], pa.Schema] | None = None  # the columns, if the files are tables
+    # The indexes by path, from the number of records by number and split.
+    index: Callable[[Mapping[tuple[int, str], int]], dict[str, dict[str, Any]]] | None = None
 
     def path(self, split: str, number: int) -> str:
         """The path of a file in the export."""
@@ -74,7 +76,7 @@ def _dicom(contents: Contents, path: str) -> ShardFile:
 
 FORMATS = {
     "huggingface": Format("data", "parquet", 1000, 2**26, ParquetShard, HUGGINGFACE, schema=schema),
-    "webdataset": Format("shards", "tar", 1000, 2**26, TarShard, WEBDATASET),
+    "webdataset": Format("shards", "tar", 1000, 2**26, TarShard, WEBDATASET, index=wids_index),
     "coco": Format("annotations", "json", 50_000, 2**40, CocoFile, COCO),  # holds no pixels
     "dicom": Format("records", "parquet", 1000, 2**40, _dicom, DICOM, True, ("pydicom", "highdicom"), dicom_schema),
 }

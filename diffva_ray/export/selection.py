@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +27,7 @@ COLUMNS = (  # that the choice and its counts need
     "attribution_energy_lung_fraction", "judge_image", "judge_counterfactual",
 )  # fmt: skip
 REJECTED = pa.schema([(name, pa.string()) for name in ("record_id", "image_path", "label", "reason")])
+MERGED = 100_000  # hashes that wait at least
 NOT_BEST = "another sample of the image is better"
 SPELLINGS = {"valid": "validation", "val": "validation", "dev": "validation"}
 
@@ -123,6 +125,34 @@ class Selection:
     shares: Mapping[str, float] | None
     shards_per_file: int
     best: pa.Array | None = None  # ids of the best samples; None: all samples
+    shuffle: int | None = None  # seed of the order of the records; None: the order of the plan
+
+    @cached_property
+    def _order(self) -> NDArray[np.int64]:
+        """The shards in the order in which they fill the files."""
+        shards = np.arange(self.run.shards)
+        return shards if self.shuffle is None else np.random.default_rng(self.shuffle).permutation(shards)
+
+    @cached_property
+    def _places(self) -> NDArray[np.int64]:
+        """The place of each shard in that order."""
+        return np.argsort(self._order)
+
+    def shards(self, number: int) -> NDArray[np.int64]:
+        """The shards whose records are in the files with a number."""
+        first = number * self.shards_per_file
+        return np.sort(self._order[first : first + self.shards_per_file])
+
+    def ordered(self, table: pa.Table) -> pa.Table:
+        """The records of a file in their order there."""
+        if self.shuffle is None:
+            return table
+        keys = [digest(["shuffle", self.shuffle, record]) for record in table["record_id"].to_pylist()]
+        return table.take(pa.array(np.argsort(np.array(keys, str), kind="stable")))
+
+    def _number(self, shard: int) -> int:
+        """The number of the file that has the records of a shard."""
+        return (shard if self.shuffle is None else int(self._places[shard])) // self.shards_per_file
 
     def chosen(self, shard: int, table: pa.Table) -> Iterator[tuple[tuple[int, str], pa.Table]]:
         """The accepted ``ok`` records of a shard by (number of the file, split)."""
@@ -130,15 +160,17 @@ class Selection:
         table = table.filter(pa.array(self._accepts(table)))
         splits = self._splits(table)
         for split in np.unique(splits):
-            yield (shard // self.shards_per_file, str(split)), table.filter(pa.array(splits == split))
+            yield (self._number(shard), str(split)), table.filter(pa.array(splits == split))
 
     def count(self) -> Counts:
         """One pass over the records, of which a few columns are read."""
-        counts = Counts()
+        counts, waiting = Counts(), [np.empty(0, np.uint64)]  # waiting: hashes of images, merged when they are many
         for shard, table in parts(self.run, self.columns):
             ok = table.filter(pc.equal(table["status"], Status.OK.value))
             accepted = self._accepts(ok)
-            counts.images = np.union1d(counts.images, _image_hashes(ok))
+            waiting.append(_image_hashes(ok))
+            if sum(map(len, waiting[1:])) > max(MERGED, len(waiting[0])):
+                waiting = [np.unique(np.concatenate(waiting))]
             labels = np.array(ok["label"].to_pylist(), str)
             for label in np.unique(labels):
                 of_class, here = counts.classes.setdefault(str(label), ClassCount()), labels == label
@@ -149,6 +181,7 @@ class Selection:
                 if self.shares is None:
                     for patient in filter(None, rows["patient"].to_pylist()):
                         counts.patients.setdefault(patient, set()).add(key[1])
+        counts.images = np.unique(np.concatenate(waiting))
         return counts
 
     def rejected(self, anonymous: bool) -> Iterator[pa.Table]:

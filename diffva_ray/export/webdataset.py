@@ -5,13 +5,26 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from diffva_ray.evaluate.tables import clean
 from diffva_ray.export.contents import Contents
 from diffva_ray.export.examples import Example
+
+
+def wids_index(files: Mapping[tuple[int, str], int]) -> dict[str, dict[str, Any]]:
+    """The indexes with which ``wids`` of webdataset reads single records, one for each split, by path.
+
+    ``files``: number of records by number of the file and split."""
+    indexes: dict[str, dict[str, Any]] = {}
+    for (number, split), count in sorted(files.items()):
+        new = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": split, "shardlist": []}
+        shards = indexes.setdefault(f"{split}.wids.json", new)["shardlist"]
+        shards.append({"url": f"shards/{split}-{number:05d}.tar", "nsamples": count})
+    return indexes
 
 
 class TarShard:

@@ -18,6 +18,7 @@ from diffva_ray.data.dataset import Dataset
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.generate.run import FingerprintDiffers
 from diffva_ray.model.card import PROGRESS, TRAINING, UnusableModel, read_card
+from diffva_ray.model.hub_card import write_hub_card
 from diffva_ray.progress import LOG
 from diffva_ray.provenance import provenance
 from diffva_ray.schema import digest
@@ -83,6 +84,7 @@ def train_model(
         if claimed and not store.exists(PROGRESS):
             store.delete(TRAINING)
         raise
+    write_hub_card(store)
     return True
 
 

@@ -127,7 +127,7 @@ OPTIONS = {
     "explain": "IMAGE --and --condition --dry-run --guidance-scale --json --method --model --not --out --prompt "
     "--recipe --scheduler --seed --set --steps --strength",
     "export": "RUN --accept --anonymise-names --banner --best-of --boxes --data --executor --license --out "
-    "--push-to --splits --threshold --to --with-patients --without-images",
+    "--push-to --shuffle --splits --threshold --to --with-patients --without-images",
     "generate": "--accelerator-type --actors --allow-environment-change --and --classes --columns --data --dry-run "
     "--executor --gpus-per-actor --guidance-scale --healthy-class --images-per-second --limit --method --micro-batch "
     "--model --not --out --probe --prompt --recipe --root --samples --scheduler --seed --set --shard-size --steps "
@@ -143,7 +143,7 @@ OPTIONS = {
     "readers": "STUDY ANSWERS",
     "reduce": "RUN --boxes --brixia --data --executor --extractor --inception-weights --judge --lpips-weights "
     "--max-quarantined-fraction --normals --reference --resize --sources --threshold-from",
-    "report": "RUN --anonymise-names --boxes --data --images --port --serve",
+    "report": "RUN --anonymise-names --boxes --data --images --log-to --port --serve",
     "retry": "RUN --accelerator-type --actors --allow-environment-change --data --executor --gpus-per-actor --model",
     "score": "MAPS --allow-training-images --boxes --columns --data --encoding --json --model --out --positive --root "
     "--signed --size --smoothing --threshold-from",

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": LOW | {"model", "data", "metrics", "counterfactual"},
     "evaluate": LOW | {"data", "metrics", "generate", "model"},
     "explain": CORE - {"train"},
-    "export": LOW | {"data", "generate", "evaluate"},
+    "export": LOW | {"data", "generate", "evaluate", "model"},
     "distributed": CORE - {"counterfactual"} | {"export", "explain"},
     "workflows": CORE | {"distributed", "export"},
     "paper": CORE | {"distributed", "workflows"},

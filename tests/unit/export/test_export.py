@@ -349,3 +349,40 @@ def test_anonymised_names_are_not_among_the_rejected(finished: Path, export: Exp
     assert list(named["record_id"]) == list(nameless["record_id"])
     assert nameless["image_path"].str.startswith("image-").all()
     assert "bad_image" in set(nameless["reason"])  # without the error, which may quote the file
+
+
+def members(path: Path) -> list[str]:
+    """The ids of the records of a tar file, in their order."""
+    with tarfile.open(path) as archive:
+        return [name.partition(".")[0] for name in archive.getnames() if name.endswith(".json")]
+
+
+def test_records_are_shuffled_by_a_seed(
+    finished: Path, export: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FORMATS, "webdataset", dataclasses.replace(FORMATS["webdataset"], records=6))
+    orders = []
+    for name, seed in {"plan": None, "first": 1, "again": 1, "third": 2}.items():
+        more = () if seed is None else ("--shuffle", seed)
+        result = export(finished, "webdataset", "--splits", "train=1", *more, out=tmp_path / name)
+        assert result.exit_code == 0, result.output
+        orders.append([members(path) for path in sorted((tmp_path / name / "shards").iterdir())])
+    flat = [[record for file in files for record in file] for files in orders]
+    assert len(orders[0]) > 1
+    assert flat[1] == flat[2]
+    assert tree(tmp_path / "first") == tree(tmp_path / "again")
+    assert len({tuple(records) for records in flat}) == 3
+    assert len({tuple(sorted(records)) for records in flat}) == 1
+    assert export(finished, "webdataset", "--splits", "train=1", out=tmp_path / "first").exit_code == 3  # another order
+
+
+def test_the_index_counts_the_samples_of_each_tar(finished: Path, export: Export, tmp_path: Path) -> None:
+    assert export(finished, "webdataset").exit_code == 0
+    counted = 0
+    for path in (tmp_path / "out").glob("*.wids.json"):
+        index = json.loads(path.read_text())
+        assert path.name == f"{index['name']}.wids.json"
+        for shard in index["shardlist"]:
+            assert len(members(tmp_path / "out" / shard["url"])) == shard["nsamples"]
+            counted += shard["nsamples"]
+    assert counted == 17
