@@ -190,7 +190,9 @@ def compiled(engine: CounterfactualEngine, tiny: bool) -> str:
 def guidance_of(subject: Subject, dtype: str, count: int) -> Any:
     """What the product's ``LatentDiffusion.guided`` reads of a request: both prompts' embeddings and the scale."""
     prompt, negative = (subject.random(count, *subject.text_shape, dtype=dtype, seed=seed) for seed in (3, 4))
-    return SimpleNamespace(prompt=prompt, negative=negative, guidance_scale=GUIDANCE)
+    return SimpleNamespace(
+        prompt=prompt, negative=negative, further=(), settings=SimpleNamespace(guidance_scale=GUIDANCE)
+    )
 
 
 def operations_of(subject: Subject) -> dict[str, float]:
