@@ -115,10 +115,9 @@ def main(before: Path | None, turns: int, out: Path | None, folder: Path | None)
             kind: {name: round(rates[kind], 1) for name, rates in best.items()} for kind in best["after"]
         },
     }
-    text = json.dumps(result, indent=1)
-    click.echo(text)
-    if out is not None:
-        out.write_text(text + "\n")
+    from diffva_ray.provenance import publish  # here, because the measured revisions may lack it
+
+    publish(result, out)
 
 
 def processor() -> str:

@@ -101,10 +101,9 @@ def main(before: Path | None, turns: int, out: Path | None, only: bool) -> None:
             for name, found in seen.items()
         },
     }
-    text = json.dumps(result, indent=1)
-    click.echo(text)
-    if out is not None:
-        out.write_text(text + "\n")
+    from diffva_ray.provenance import publish  # here, because the measured revisions may lack it
+
+    publish(result, out)
 
 
 if __name__ == "__main__":

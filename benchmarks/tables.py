@@ -236,10 +236,23 @@ RATES = {  # key of a row of gpu.json (the first one present) -> unit
 }
 
 
+GPU_AIMS = (
+    ("machine, torch, CUDA", ""),
+    ("images/s at the paper's settings (strength 0.55 of 75 steps)", "5"),
+    ("... over diffusers' pipeline, one image a call", "5"),
+    ("... over its best batch", "1.5"),
+    ("... over its best batch, compiled", "1.15"),
+    ("... share of the matrix rate measured there", "50 %"),
+    ("images/s of recipe `recommended`", "4.5"),
+    ("its training step, share of the matrix rate", "45 %"),
+    ("pixels equal in all processes, with little memory, with and without a compiler cache", "yes"),
+)
+
+
 def gpu() -> str:
-    """Return the results of gpu.json without the rows for the file alone (BESIDE), or a note that there are none."""
+    """Return the results of gpu.json without the rows for the file alone (BESIDE), or the aims without a number."""
     if not GPU.exists():
-        return "Not measured: nothing of this product has run on a GPU yet.\n"
+        return markdown(["on one H100", "aim", "measured"], [[*aim, "not measured"] for aim in GPU_AIMS])
     found = json.loads(GPU.read_text())
     machine, checks = found["machine"], [one for part in found["sections"].values() for one in part["checks"]]
     rows = [

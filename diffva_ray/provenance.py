@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import subprocess
@@ -57,6 +58,14 @@ def provenance() -> dict[str, Any]:
         "machine": {"system": platform.platform(terse=True), "processor": platform.machine(), "cpus": os.cpu_count()},
         "started": now(),
     }
+
+
+def publish(result: dict[str, Any], file: Path | None) -> None:
+    """Print the result of a benchmark or a study as JSON, and write it to ``file`` if one is given."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if file is not None:
+        file.write_text(text + "\n")
 
 
 def missing(package: str, what: str, extra: str) -> str:

@@ -1,6 +1,6 @@
 """Every reference system beside ours, on phantoms: the same wall time to train, the same search, three seeds.
 
-    python experiments/related_work.py [--work runs/related_work] [--minutes 20] [--budget 240] [--only vant-gan]
+    taskset -c 0 python experiments/related_work.py [--minutes 20] [--budget 240] [--only vant-gan] [--work FOLDER]
     python experiments/related_work.py --quick          # minutes, at toy size: only that every row runs
 
 **Training.** Each seed has one model of ours (autoencoder, denoiser, classifier of noisy latents, judge). A reference
@@ -16,7 +16,8 @@ criterion and whether it was met, minutes, steps, parameters. For each row the p
 test images and seeds, with its interval.
 
 **Resuming.** Trainings, runs and rows below ``--work`` are kept. With ``--budget`` no row is begun after so many
-minutes; the same command goes on.
+minutes; the same command goes on. Wall time is only fair on a core that nothing else uses; ``taskset`` also keeps
+PyTorch's threads from waiting for each other.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ OURS = "ddim-inversion"
 SCORES = ("auroc", "auprc", "dice_best", "dice_fixed", "pointing_game")
 PLAIN = {"source_prompt": "", "negative_prompt": ""}  # of methods that no source prompt reaches
 GAN = {"steps": 100000, "batch_size": 8, "learning_rate": 5e-4, "warmup_steps": 20, "ema_decay": 0.99,
-       "block_out_channels": [8, 16, 32], "norm_num_groups": 4, "measure_every": 200,
+       "block_out_channels": [8, 16, 32], "norm_num_groups": 4, "measure_every": 100,
        "stop_when_converged": True}  # fmt: skip
 STEPS = {"steps": 3000, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 30, "schedule": "cosine",
          "ema_decay": 0.997}  # fmt: skip

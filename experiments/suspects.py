@@ -11,7 +11,6 @@ needed to measure whether those without a column ``view`` are found; none was at
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from io import BytesIO
@@ -31,7 +30,7 @@ from diffva_ray.data.images import BadImage, decode
 from diffva_ray.data.inspection import COLOURED
 from diffva_ray.data.suspects import Traits, coloured_share, traits
 from diffva_ray.progress import LOG, set_up_logging
-from diffva_ray.provenance import code_revision
+from diffva_ray.provenance import code_revision, publish
 
 Grey = NDArray[np.float32]
 SHARE, MOST, SEED = 0.1, 60, 0  # of a data set that is damaged; at most; of the choice
@@ -192,10 +191,7 @@ def main(data: tuple[str, ...], choose: str | None, limit: int, out: Path | None
         "data": [{"name": name, **measured(uri, limit)} for name, uri in (part.split("=", 1) for part in data)],
         "revision": code_revision(),
     }
-    text = json.dumps(result, indent=1)
-    click.echo(text)
-    if out is not None:
-        out.write_text(text + "\n")
+    publish(result, out)
 
 
 if __name__ == "__main__":

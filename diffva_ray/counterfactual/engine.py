@@ -152,10 +152,7 @@ class CounterfactualEngine:
             if not hasattr(inductor, "deterministic"):
                 raise ValueError("this torch selects kernels by timing; install torch 2.10 or later")
             inductor.deterministic = True  # else two actors could sum in different orders
-        # A micro-batch has one shape; what cannot be compiled whole must not run uncompiled unnoticed.
-        for network in (self.bundle.unet, self.bundle.vae.encoder, self.bundle.vae.decoder):
-            network.compile(backend=backend, dynamic=False, fullgraph=True)
-        self.model.compiled = True
+        self.model.compile(backend)
 
     @property
     def device_name(self) -> str:

@@ -6,8 +6,9 @@ The second half of the file holds two exact accelerations of the networks; metho
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -89,13 +90,25 @@ class LatentDiffusion:
         self.bundle, self.vae, self.unet = bundle, bundle.vae, bundle.unet
         self.watch = watch or Stopwatch()  # of the stages "encode" and "decode"
         self.scale: float = bundle.vae.config.scaling_factor
-        self.shared_start = SharedStart(self.unet)
         self.compiled = False  # whether the networks are, so that each shape should come in one memory layout
         self._timesteps: dict[float, torch.Tensor] = {}  # on the networks' device, by value
         training = DDPMScheduler.from_config(bundle.scheduler)
         self.alphas: torch.Tensor = training.alphas_cumprod  # alpha_bar of every training timestep
         self.final_alpha: torch.Tensor = DDIMScheduler.from_config(bundle.scheduler).final_alpha_cumprod  # of an image
         self.prediction_type: str = training.config.prediction_type
+
+    @cached_property
+    def shared_start(self) -> SharedStart:
+        """In which both branches of guidance share their start."""
+        return SharedStart(self.unet)
+
+    def compile(self, backend: str | Callable[..., Any]) -> None:
+        """Compile the networks for one shape, a micro-batch's, or two; what cannot be compiled whole must not run
+        uncompiled unnoticed."""
+        _ = self.shared_start  # the UNet has its hooks before it is compiled
+        for network in (self.unet, self.vae.encoder, self.vae.decoder):
+            network.compile(backend=backend, dynamic=False, fullgraph=True)
+        self.compiled = True
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Posterior mean and standard deviation, unscaled, of grey images [n, size, size] in [0, 1]."""

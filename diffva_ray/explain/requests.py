@@ -129,7 +129,10 @@ class Responder:
             return made
         if not (np.isfinite(made.counterfactual).all() and np.isfinite(made.reconstruction).all()):
             return {"error": "the networks gave NaN or infinity for this image"}
-        self._set_threads()
+        if (
+            self.engine.device.type == "cpu"
+        ):  # this thread may be a new one; the number changes the last bits of metrics
+            torch.set_num_threads(self.recipe.generate.cpu_threads)
         asked = made.prepared
         recipe = self.recipe.model_copy(update={"generate": asked.config})
         answer = answer_of(
@@ -143,8 +146,3 @@ class Responder:
             "model_digest": self.engine.bundle.digest, "device": self.engine.device_name,
             "in_float32": made.in_float32, **{name: b64encode(file).decode() for name, file in files.items()},
         }  # fmt: skip
-
-    def _set_threads(self) -> None:
-        """Give the caller's thread, which may be a new one, torch's number of threads, which changes pixels."""
-        if self.engine.device.type == "cpu":
-            torch.set_num_threads(self.recipe.generate.cpu_threads)

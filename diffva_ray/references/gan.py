@@ -111,8 +111,9 @@ class GanStage(ReferenceStage, ABC):
 
     def point(self) -> dict[str, float]:
         measured = self.measured(MEASURED_IN_A_POINT)
+        gap = measured["gap_abnormal"]  # not positive while the critic cannot tell: nothing is removed yet
         return {
-            "removed": 1 - measured["gap_generated"] / max(measured["gap_abnormal"], 1e-6),
+            "removed": max(-10.0, min(10.0, 1 - measured["gap_generated"] / gap)) if gap > 0 else 0.0,
             "change": measured["change_abnormal"],
             "change_healthy": measured["change_healthy"],
         }

@@ -18,8 +18,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from diffva_ray.config.prompts import texts_of
 from diffva_ray.config.recipe import Recipe
 from diffva_ray.counterfactual.engine import CounterfactualEngine
@@ -192,8 +190,6 @@ class Workspace:
             engine = self.engine.ask(name, question.data, question.region, prompt, recipe)
         else:
             engine.config, passes = recipe.generate, counted_calls(engine, on_call)
-            if engine.device.type == "cpu":
-                torch.set_num_threads(recipe.generate.cpu_threads)  # pages are answered in threads of their own
         check_device_name(run, engine.device_name)
         context = WorkerContext(run, run.data, engine, self.judge, self.extractor, Session())
         with passes:

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -388,6 +389,24 @@ def test_a_server_that_dies_on_the_way(
     assert "the server answers" in one_line(stopped)
     diffva(*line)
     assert "complete and sound" in diffva("verify", f"{bucket}/run")
+
+
+@on_moto
+def test_requests_of_a_record(
+    line: tuple[str, ...], bucket: str, credentials: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/throughput.md states them: two reads (image, lung mask) and three files; the rest is a shard's or a run's. A
+    worker's first files cost more, until the server is known to refuse to replace one."""
+    requests = list[Counter[str]]()
+    for limit in (2, 8):
+        with Proxy(credentials.endpoint, lambda *_: None) as proxy:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+            diffva(*line[:-1], str(limit), "--out", f"{bucket}/run-{limit}", "--shard-size", "8")
+        requests.append(Counter(method for method, _ in proxy.passed))
+    more = requests[1] - requests[0]
+    assert more["GET"] == 6 * 2
+    assert 6 * 3 <= more["PUT"] <= 6 * 3 + 4  # four threads may try the server at once
+    assert more["HEAD"] <= 4
 
 
 @on_moto

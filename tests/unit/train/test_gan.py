@@ -163,6 +163,7 @@ def test_the_curve_is_logged_and_the_wall_time_ends_a_stage(tiny: Recipe, images
     assert load(str(tmp_path / "short")).extra("va_gan").config["measured"]
     points = curve(run(with_stages(tiny, {**stage, "steps": 7}), images, tmp_path / "whole"), "va-gan")
     assert [point["step"] for point in points] == [2, 4, 6]
+    assert all(-10 <= point["removed"] <= 10 for point in points)
     assert points[0]["minutes"] < points[1]["minutes"] < points[2]["minutes"]
 
 
