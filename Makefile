@@ -51,6 +51,7 @@ bench: demo  # about an hour on two quiet cores; attribution.py, induction.py an
 	$(BIN)/python benchmarks/data_plane.py --model runs/demo/model --data runs/demo/data/test --records 384 --shard-size 64 --out benchmarks/results/data_plane.json
 	$(BIN)/python benchmarks/scale.py --out benchmarks/results/scale.json
 	$(BIN)/python benchmarks/planning.py --sizes 10000,100000,1000000
+	$(BIN)/python benchmarks/export.py --run runs/demo/run
 	$(BIN)/python benchmarks/fid_rows.py --rows 10000,50000
 	$(BIN)/python benchmarks/tables.py
 

@@ -320,6 +320,17 @@ def planning() -> str:
     )
 
 
+def export() -> str:
+    work = {"files": "whole export", "driver": "all but the files"}
+    rows = [
+        [work[point["step"]], f"{point['records']:,}", f"{point['files']}", number(point["seconds"], 0),
+         number(point["records_per_second"], 0) if "records_per_second" in point else "",
+         number(point["peak_megabytes"], 0)]
+        for point in result("export")["curve"]
+    ]  # fmt: skip
+    return markdown(["work", "records", "files", "seconds", "records/s", "peak megabytes"], rows)
+
+
 def fid_rows() -> str:
     rows = [
         [f"{point['rows']:,}", number(point["seconds_distance"], 0), number(point["seconds_interval"], 0),
@@ -550,7 +561,7 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         leaderboard, limits, corrections, shortcuts, induction, words, unseen, engine, host, data_plane, scale,
-        planning, fid_rows, real_images, real_summary, real_findings, real_implants, real_pack, implants,
+        planning, export, fid_rows, real_images, real_summary, real_findings, real_implants, real_pack, implants,
         throughput, demo, claims, gpu, paper_claims, suspects, report_cost,
         training_choices, fid_cold_start,
     )
