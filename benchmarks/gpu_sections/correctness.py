@@ -299,7 +299,7 @@ def synchronisations(book: Book, subject: Subject) -> None:
     engine = subject.engine("float32", bundle, micro_batch=2)
     images = small_images(bundle, 2)
     asked = [("sdedit", scheduler) for scheduler in SAMPLERS]
-    left_out = ("sdedit", "instruct-pix2pix")  # counted above; needs a UNet that reads an image, which this one does not
+    left_out = ("sdedit", "instruct-pix2pix")  # counted above; needs a UNet that reads an image
     asked += [(name, method.scheduler or "pndm-diffusers") for name, method in METHODS.items()
               if name not in left_out and method.reads_prompt]  # fmt: skip
 
