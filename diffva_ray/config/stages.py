@@ -162,6 +162,14 @@ class JudgeConfig(StageConfig):
     """Kind of stage."""
 
 
+class FactorsConfig(StageConfig):
+    """Stage of the factor classifier, which says what an edit changed and what it kept: side of each class's findings,
+    sex, view and age, as far as the data set knows them."""
+
+    trains: Literal["factors"]
+    """Kind of stage."""
+
+
 class ClassifierConfig(StageConfig):
     """Stage of the classifier of noisy latents for method ``classifier-guided``; follows the autoencoder stage."""
 

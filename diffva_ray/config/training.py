@@ -21,6 +21,7 @@ from diffva_ray.config.stages import (
     ClassifierConfig,
     ControlNetStageConfig,
     DenoiserConfig,
+    FactorsConfig,
     JudgeConfig,
     Section,
 )
@@ -30,6 +31,7 @@ Stage = Annotated[
     | DenoiserConfig
     | ControlNetStageConfig
     | JudgeConfig
+    | FactorsConfig
     | ClassifierConfig
     | VaGanConfig
     | VantGanConfig

@@ -88,6 +88,15 @@ class Captions:
             parts = [parts[n] for n in rng.permutation(len(parts))]
         return ", ".join(parts)
 
+    def findings(self, image: LabelledImage) -> list[tuple[str, str]]:
+        """Label and side ("" for unknown) of each finding of an image; none for a healthy one."""
+        others = (other.label for other in self.of_path.get(image.path, ()) if other.label != image.label)
+        labels = [image.label, *others]
+        labels += [second] if (second := image.columns.get("second", "")) else []
+        facts = self._known(image, self._measure)
+        pairs = zip(labels, facts, strict=False)
+        return [(label, of.get("side", "")) for label, of in pairs if label != self.data.healthy_class]
+
     def _known(self, image: LabelledImage, measure: Callable[[LabelledImage], Facts]) -> list[Facts]:
         """What is known of the findings of an image, the one of its label first; ``measure``: of masks and boxes."""
         facts = [self._finding(image, measure)]

@@ -4,8 +4,8 @@ readers' scores of lung zones."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from diffva_ray.data.images import BadImage
 from diffva_ray.data.lungs import find_lungs
+from diffva_ray.evaluate.factor_scores import factor_scores
 from diffva_ray.evaluate.records import (
     Lesions,
     RecordImages,
@@ -37,13 +38,15 @@ from diffva_ray.metrics.zones import zone_agreement, zone_energy, zone_masks
 from diffva_ray.model.card import read_card
 from diffva_ray.schema import Record, TableRow
 from diffva_ray.storage.opening import open_store
-from diffva_ray.storage.store import StoreError
+from diffva_ray.storage.store import Store, StoreError
 
 if TYPE_CHECKING:  # these load torch
     from diffva_ray.metrics.external_judges import ExternalJudge
+    from diffva_ray.metrics.factors import FactorClassifier
     from diffva_ray.metrics.perceptual import Lpips
     from diffva_ray.metrics.validity import Judge
 
+T = TypeVar("T")
 HEART = "cardiomegaly"  # in a label or prompt: the cardiothoracic ratio is measured
 
 
@@ -51,11 +54,22 @@ def run_judge(run: Run) -> Judge | None:
     """The judge of the run's model; None if it has none, or if its folder holds another model now."""
     from diffva_ray.metrics.validity import load_judge
 
+    return _of_model(run, load_judge)
+
+
+def run_factors(run: Run) -> FactorClassifier | None:
+    """The factor classifier of the run's model; None as in ``run_judge``."""
+    from diffva_ray.metrics.factors import load_factors
+
+    return _of_model(run, load_factors)
+
+
+def _of_model(run: Run, load: Callable[[Store], T | None]) -> T | None:
     try:
         store = open_store(str(run.about["model"]))
         card = read_card(store)
         same = card is not None and card["digest"] == run.keys["model_digest"]
-        return load_judge(store) if same else None
+        return load(store) if same else None
     except (OSError, ValueError, StoreError):
         return None
 
@@ -67,10 +81,12 @@ def score_pairs(
     judge: Judge | None,
     lpips: Lpips | None,
     unread: set[str] | None = None,
+    factors: FactorClassifier | None = None,
 ) -> list[TableRow]:
     """Score each record whose images can be read: PAIR_METRICS, ``lpips``, the PSNR of its reconstruction, the judge's
-    probabilities, where the change is if the prompt names a place, and, for cardiomegaly, the cardiothoracic ratio of
-    image and counterfactual. Unknown scores are None; ``unread`` as in ``scores.score_records``."""
+    probabilities, the answers of the factor classifier, where the change is if the prompt names a place, and, for
+    cardiomegaly, the cardiothoracic ratio of image and counterfactual. Unknown scores are None; ``unread`` as in
+    ``scores.score_records``."""
     scored = []
     for row, images, truth in _read(run, rows, lesions, unread):
         pair = Pair(
@@ -80,6 +96,7 @@ def score_pairs(
         scores |= _controls(row, images, truth, judge)
         scores["lpips"] = None if lpips is None else lpips(images.image, images.counterfactual)
         scores |= {"prompt": row["prompt"], **word_scores(row["prompt"], images.signed_map, truth.lungs)}
+        scores |= factor_scores(factors, images.image, images.counterfactual)
         if HEART in f"{row['label']} {row['prompt']}".casefold():
             scores |= {"heart_before": _heart(images.image), "heart_after": _heart(images.counterfactual)}
         names = _names(row)

@@ -28,6 +28,7 @@ from diffva_ray.evaluate.annotations import THRESHOLDS_FILE, Zones, lesion_shape
 from diffva_ray.evaluate.baselines import Baselines, baselines_of, with_own
 from diffva_ray.evaluate.credibility import problems
 from diffva_ray.evaluate.executor import LocalExecutor
+from diffva_ray.evaluate.factor_scores import factor_rows
 from diffva_ray.evaluate.judge_quality import judge_quality
 from diffva_ray.evaluate.options import Options, check_packages
 from diffva_ray.evaluate.pair_scores import (
@@ -35,6 +36,7 @@ from diffva_ray.evaluate.pair_scores import (
     counterfactual_rows,
     external_rows,
     heart_rows,
+    run_factors,
     run_judge,
     score_pairs,
     zone_rows,
@@ -209,7 +211,8 @@ def _compute(
         thresholds = with_own(stored, baselines)
     judges = _judges(options)
     lpips, unread = _lpips(options, recipe.model.resolution), set(localization.unread)
-    pairs = score_pairs(run, records.sampled, lesions, run_judge(run), lpips, unread)
+    factors = run_factors(run)
+    pairs = score_pairs(run, records.sampled, lesions, run_judge(run), lpips, unread, factors)
     sets, within = distances(run, data_uri, options, records, notes, partial(executor.embed, run, options))
     # tables
     metrics: dict[str, Any] = {
@@ -223,6 +226,7 @@ def _compute(
         "counterfactual": counterfactual_rows(pairs),
         "heart": heart_rows(pairs),
         "words": word_rows(pairs),
+        "factors": factor_rows(pairs, factors, recipe.data.prompts, recipe.data.healthy_class),
         "brixia": zone_rows(run, records.requested, zones, unread),
     }
     if unread:

@@ -1,5 +1,9 @@
 """Stage ``judge``: trains the classifier that judges validity, on class labels. The judge is stored beside the model
-and is not part of it."""
+and is not part of it.
+
+``ImageClassifierStage`` is the part that all classifiers of images share: held-out images, and an augmentation by which
+the way an image was made does not reveal its class.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,12 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
 from diffva_ray.config.recipe import RecipeError
-from diffva_ray.config.stages import JudgeConfig
+from diffva_ray.config.stages import StageConfig
 from diffva_ray.metrics.validity import Judge, calibration_error, fitted_temperature, save_judge
 from diffva_ray.progress import LOG
 from diffva_ray.storage.store import Store
@@ -23,10 +28,10 @@ MAX_HELD_OUT = 1000  # images of all classes together
 BATCH_SIZE = 16  # images, when the autoencoder or the calibration runs outside of a step
 
 
-class JudgeStage(Stage):
-    """Trains the judge, then calibrates its temperature on held-out images."""
+class ImageClassifierStage(Stage):
+    """Trains a classifier of grey images on images and reconstructions; some images are held out."""
 
-    def __init__(self, context: StageContext, config: JudgeConfig) -> None:
+    def __init__(self, context: StageContext, config: StageConfig) -> None:
         super().__init__(context, config)
         # Hold out images for calibration.
         members = ImageOrder(context.images.images, config.classes, context.seed).members
@@ -35,21 +40,26 @@ class JudgeStage(Stage):
         self.held_out = sorted(index for images in candidates for index in images[:max_of_class])
         self.order = ImageOrder(context.images.images, config.classes, context.seed, frozenset(self.held_out))
 
-        # Build the judge.
-        healthy = context.bundle.recipe.data.healthy_class
-        if healthy not in self.order.members:
-            raise RecipeError(
-                f"stage {config.name}: a judge has to know the healthy class {healthy}; add it to the stage's classes "
-                f"({', '.join(sorted(self.order.members))}), or see data.healthy_class"
-            )
         torch.manual_seed(context.seed)
-        self.judge = Judge(sorted(self.order.members), healthy)
-        self.modules = {"judge": self.judge}
-        self.trainables = [Trainable("judge", self.judge, self.inputs, self.loss)]
+        self.network = self.build()
+        self.modules = {config.trains: self.network}
+        self.trainables = [Trainable(config.trains, self.network, self.inputs, self.loss)]
 
         # Reconstructions are kept in blocks of BATCH_SIZE images, as uint8.
         self.kept = len(context.images.images) * context.images.size**2 <= context.cache_megabytes * 2**20
         self._blocks: dict[int, torch.Tensor] = {}
+
+    def build(self) -> nn.Module:
+        """Return the untrained classifier. Raises RecipeError."""
+        raise NotImplementedError
+
+    def targets(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return what the classifier has to say of the images, one row each."""
+        raise NotImplementedError
+
+    def error(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the mean loss of logits [n, ...]."""
+        raise NotImplementedError
 
     def fill(self, device: torch.device) -> None:
         if self.kept:
@@ -84,21 +94,17 @@ class JudgeStage(Stage):
             "rows": rows,  # those that are still to be reconstructed
             "sigma": sigma,
             "noise": deviation * random.normal(*pixels.shape[1:]),
-            "target": self._targets(indices),
+            "target": self.targets(indices),
         }
 
     def loss(self, network: nn.Module, inputs: Inputs) -> torch.Tensor:
-        """Cross-entropy on images, half of them replaced by their reconstructions, with random blur and noise: the way
-        an image was made must not reveal its class."""
+        """The error on images, half of them replaced by their reconstructions, with random blur and noise: the way an
+        image was made must not reveal its class."""
         images, rows = grey(inputs["pixels"]), inputs["rows"]
         if len(rows):
             images = images.index_copy(0, rows, self._reconstruct(inputs["pixels"][rows]))
         images = blur(images, inputs["sigma"]) + inputs["noise"]
-        return functional.cross_entropy(network(images), inputs["target"])
-
-    def _targets(self, indices: Sequence[int]) -> torch.Tensor:
-        """Class indices [n] of the images."""
-        return torch.tensor([self.judge.classes.index(self.context.images.images[n].label) for n in indices])
+        return self.error(network(images), inputs["target"])
 
     @torch.no_grad()
     def _reconstruct(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -109,20 +115,12 @@ class JudgeStage(Stage):
         return rgb.clamp(0, 1).mean(dim=1)
 
     def finish(self, device: torch.device) -> None:
-        self.judge.eval()
-
-    def export(self, store: Store) -> None:
-        save_judge(self.judge, store, self._calibrate())
+        self.network.eval()
 
     @torch.no_grad()
-    def _calibrate(self) -> dict[str, float]:
-        """Fit the temperature on the held-out images and their reconstructions; return the measurements."""
-        if not self.held_out:
-            LOG.info("the judge is not calibrated: no class has %d images", HOLD_OUT_EVERY)
-            return {}
-
-        # Logits of the images, then of their reconstructions.
-        device = next(self.judge.parameters()).device
+    def held_out_logits(self) -> NDArray[np.float64]:
+        """Return the logits of the held-out images, then those of their reconstructions."""
+        device = next(self.network.parameters()).device
         parts = []
         for reconstructed in (False, True):
             for start in range(0, len(self.held_out), BATCH_SIZE):
@@ -131,8 +129,45 @@ class JudgeStage(Stage):
                     self._fill_blocks({index // BATCH_SIZE for index in indices}, device)
                 pixels = (self._kept_rows if from_memory else self.context.images.stack)(indices).to(device)
                 images = self._reconstruct(pixels) if reconstructed and not from_memory else grey(pixels)
-                parts.append(self.judge(images).double().cpu().numpy())
-        logits, targets = np.concatenate(parts), np.tile(self._targets(self.held_out).numpy(), 2)
+                parts.append(self.network(images).double().cpu().numpy())
+        return np.concatenate(parts)
+
+
+class JudgeStage(ImageClassifierStage):
+    """Trains the judge, then calibrates its temperature on held-out images."""
+
+    network: Judge
+
+    @property
+    def judge(self) -> Judge:
+        return self.network
+
+    def build(self) -> Judge:
+        healthy = self.context.bundle.recipe.data.healthy_class
+        if healthy not in self.order.members:
+            raise RecipeError(
+                f"stage {self.config.name}: a judge has to know the healthy class {healthy}; add it to the stage's "
+                f"classes ({', '.join(sorted(self.order.members))}), or see data.healthy_class"
+            )
+        return Judge(sorted(self.order.members), healthy)
+
+    def targets(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return the class indices [n] of the images."""
+        return torch.tensor([self.judge.classes.index(self.context.images.images[n].label) for n in indices])
+
+    def error(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the cross-entropy."""
+        return functional.cross_entropy(logits, targets)
+
+    def export(self, store: Store) -> None:
+        save_judge(self.judge, store, self._calibrate())
+
+    def _calibrate(self) -> dict[str, float]:
+        """Fit the temperature on the held-out images and their reconstructions; return the measurements."""
+        if not self.held_out:
+            LOG.info("the judge is not calibrated: no class has %d images", HOLD_OUT_EVERY)
+            return {}
+        logits, targets = self.held_out_logits(), np.tile(self.targets(self.held_out).numpy(), 2)
 
         # Fit the temperature and measure the calibration with it and without it.
         temperature = fitted_temperature(logits, targets)

@@ -12,6 +12,7 @@ from diffva_ray.train.autoencoder import AutoencoderStage
 from diffva_ray.train.classifier import ClassifierStage
 from diffva_ray.train.controlnet import ControlNetStage
 from diffva_ray.train.denoiser import DenoiserStage
+from diffva_ray.train.factors import FactorsStage
 from diffva_ray.train.judge import JudgeStage
 from diffva_ray.train.stage import Stage, StageContext
 
@@ -29,6 +30,7 @@ KINDS: dict[str, Callable[[StageContext, Any], Stage]] = {
     "denoiser": DenoiserStage,
     "controlnet": ControlNetStage,
     "judge": JudgeStage,
+    "factors": FactorsStage,
     "classifier": ClassifierStage,
     "va-gan": _reference("va_gan.VaGanStage"),
     "vant-gan": _reference("vant_gan.VantGanStage"),

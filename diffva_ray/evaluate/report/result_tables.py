@@ -86,6 +86,7 @@ def report_tables(metrics: Mapping[str, Any]) -> list[Table]:
         _table("counterfactual", rows["counterfactual"]),
         _table("heart", rows["heart"]),
         _table("words", rows["words"]),
+        _table("factors", rows["factors"]),
     ]
     return [table for table in tables if table is not None]
 
