@@ -10,6 +10,7 @@ prompt, by the model's guess in most recipes, with the scheduler's step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -19,9 +20,16 @@ from diffva_ray.counterfactual.ddim_inversion import invert
 from diffva_ray.counterfactual.latent_diffusion import Edit, Generated, LatentDiffusion
 from diffva_ray.references.ddim import decode, noise_under
 
+Clean = Callable[[torch.Tensor], torch.Tensor]
+
 
 def generate(model: LatentDiffusion, request: Edit) -> Generated:
     """Edit a batch; neither prompt nor source prompt has an effect. Raises UnusableModel without a classifier."""
+    return along_the_classifier(model, request)
+
+
+def along_the_classifier(model: LatentDiffusion, request: Edit, clean: Clean | None = None) -> Generated:
+    """Encode without a prompt, decode along the classifier's gradient; ``clean``: as in ``decode``."""
     classifier, scale = latent_classifier(model), request.config.classifier_guided.scale
 
     def predict(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -30,4 +38,4 @@ def generate(model: LatentDiffusion, request: Edit) -> Generated:
 
     _, timesteps = model.schedule(request)
     encoded = invert(model, replace(request, source=request.empty), timesteps)
-    return model.generated(decode(model, encoded, timesteps, predict), request)
+    return model.generated(decode(model, encoded, timesteps, predict, clean), request)
