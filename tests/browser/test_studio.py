@@ -282,11 +282,11 @@ def test_the_keyboard_alone_is_enough(look: Callable[..., Any], scan: Path, tmp_
     with served("--model", "small", "--out", tmp_path / "studio") as uri:
         page = look(uri)
         opened(page, scan)
-        page.get_by_label(re.compile("^Or a region")).fill("60 40 40 80")
+        page.get_by_label("Or a region without the brush").fill("60 40 40 80")
         page.get_by_role("checkbox", name=re.compile("Change only")).press("Space")
         page.get_by_role("button", name="Generate").press("Enter")
         page.get_by_text("give left, top, right and bottom in percent").wait_for()
-        page.get_by_label(re.compile("^Or a region")).fill("20, 40, 45, 80 %")
+        page.get_by_label("Or a region without the brush").fill("20, 40, 45, 80 %")
         page.get_by_label("Prompt", exact=True).focus()
         for _ in range(30):
             page.keyboard.press("Tab")
