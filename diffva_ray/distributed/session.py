@@ -121,7 +121,7 @@ def _connected(address: str | None, cpus: int | None) -> Iterator[bool]:
                    "_node_ip_address": "127.0.0.1"}  # fmt: skip
     with nullcontext() if verbose else _without_stderr():
         try:
-            with _keep_sigterm():
+            with _keep_sigterm(), _loopback_only() if private else nullcontext():
                 ray.init(**options, log_to_driver=verbose, logging_level=level)
         except (ValueError, ConnectionError, RuntimeError) as error:
             problem = "Ray cannot be started on this machine" if private else f"RAY_ADDRESS={address}: cannot be joined"
@@ -135,6 +135,20 @@ def _connected(address: str | None, cpus: int | None) -> Iterator[bool]:
     finally:
         with _sigterm_deferred(), _keep_sigterm():
             ray.shutdown()
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Make ``ray.init`` listen on loopback only where Ray was imported before ``connect`` set PRIVATE_ENVIRONMENT, for
+    example by a notebook: the driver reads that variable into this constant when it is imported."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _limited_cpus() -> int | None:

@@ -106,9 +106,11 @@ def _device(execution: Execution) -> Iterator[str]:
 
         yield device_kind()
         return
-    from diffva_ray.distributed import accelerators, session
+    from diffva_ray.distributed import session
 
     with session.connect() as private:
+        from diffva_ray.distributed import accelerators  # imports Ray, which reads the environment that connect sets
+
         gpus = execution.gpus_per_actor
         if private and gpus:
             session.check_resources(f"--gpus-per-actor {gpus:g}", GPU=gpus)

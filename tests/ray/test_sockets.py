@@ -17,6 +17,8 @@ from diffva_ray.config.recipe import Recipe, to_yaml
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}  # as in /proc/net/tcp*
 LISTENING = "0A"
 
+pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's /proc")
+
 
 def processes(session: int) -> list[int]:
     """Ids of the processes whose environment has the mark of this test."""
@@ -41,7 +43,6 @@ def listeners(session: int) -> set[tuple[str, str]]:
     return found
 
 
-@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads Linux's /proc")
 def test_commands_on_one_machine_listen_on_loopback_only(
     tiny: Recipe, images: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -69,3 +70,24 @@ def test_commands_on_one_machine_listen_on_loopback_only(
         assert driver.returncode == 0
         assert any(name.startswith(worker) for _, name in seen), f"no {worker} among {seen}"
         assert {entry for entry in seen if entry[0] not in LOOPBACK} == set(), words[0]
+
+
+def test_a_private_cluster_of_a_process_that_imported_ray_before_listens_on_loopback_only() -> None:
+    program = (
+        "import ray, sys\n"
+        "from diffva_ray.distributed import session\n"
+        "with session.connect(cpus=1) as private:\n"
+        "    assert private\n"
+        "    print('connected', flush=True)\n"
+        "    sys.stdin.readline()\n"
+    )
+    mark = os.getpid()
+    environment = {**os.environ, "DIFFVA_TEST_SOCKETS": str(mark)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, **pipes) as driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "connected\n"
+        seen = listeners(mark)
+        driver.communicate("\n", timeout=60)
+    assert any(name == "raylet" for _, name in seen)
+    assert {entry for entry in seen if entry[0] not in LOOPBACK} == set()
