@@ -37,6 +37,29 @@ def factor_scores(
     }
 
 
+def factor_answers(
+    classifier: FactorClassifier | None,
+    before: NDArray[np.float32],
+    after: NDArray[np.float32],
+    prompt: str,
+    prompts: Mapping[str, str],
+    healthy: str,
+) -> list[TableRow]:
+    """For each factor: what the prompt asks for (None: nothing), the probabilities of yes in image and counterfactual
+    [H, W], and how often the classifier is right. ``prompts`` and ``healthy``: as for ``asks``."""
+    if classifier is None:
+        return []
+    scores = factor_scores(classifier, before, after)
+    return [
+        {
+            "factor": factor.name, "asked": asks(prompt, factor, prompts, healthy),
+            "before": scores[BEFORE + factor.name], "after": scores[AFTER + factor.name],
+            "accuracy": factor.accuracy, "chance": factor.chance,
+        }
+        for factor in classifier.factors
+    ]  # fmt: skip
+
+
 def asks(prompt: str, factor: Factor, prompts: Mapping[str, str], healthy: str) -> bool | None:
     """The answer that a prompt asks for; None if the factor is not its subject. ``prompts``: of the classes, of which
     ``healthy`` is the healthy one's name."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from diffva_ray._version import __version__
 from diffva_ray.config.prompts import texts_of
-from diffva_ray.config.recipe import Recipe
+from diffva_ray.config.recipe import DataConfig, Recipe
 from diffva_ray.config.stages import CONDITION
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.bit_depth import check_image_bits
@@ -27,8 +27,10 @@ from diffva_ray.data.dataset import UnusableData, companions
 from diffva_ray.data.encoding import quantise
 from diffva_ray.data.images import BadImage, decode_with_columns, to_square
 from diffva_ray.data.masks import read_mask
-from diffva_ray.generate.measures import measure
+from diffva_ray.evaluate.factor_scores import factor_answers
+from diffva_ray.generate.measures import measure, unit
 from diffva_ray.generate.plan import check_settings
+from diffva_ray.metrics.factors import FactorClassifier, load_factors
 from diffva_ray.metrics.validity import Judge, load_judge
 from diffva_ray.model.bundle import load
 from diffva_ray.model.card import ModelFolder, UnusableModel
@@ -47,7 +49,7 @@ class Answer:
     prompt: str  # what the counterfactual should show
     counterfactual: NDArray[np.uint8]  # [size, size], as a run stores it
     signed_map: Image  # [size, size] in [-1, 1]; positive where the image is brighter than its counterfactual
-    numbers: dict[str, Any]  # metrics, named as the columns of a run's records
+    numbers: dict[str, Any]  # metrics, named as the columns of a run's records; ``factors``: of ``factor_answers``
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def explain(
     # Read the image and its masks, load the model.
     data, pixels, columns = open_image(image, config.min_side, recipe.data.bits)
     engine, judge = open_model(model, recipe, prompts, device)
+    factors = factors_of(model)
     name = image.rpartition("/")[2]
     seed = record_seed(recipe.seed, name, 0)
     square = to_square(pixels, engine.size)
@@ -107,6 +110,7 @@ def explain(
             batch, result.counterfactuals, result.reconstructions, result.source_prompts
         ):
             answer = answer_of(square, lungs, counterfactual, reconstruction, prompt, source_prompt, recipe, judge)
+            add_factors(answer, square, factors, recipe.data)
             answers.append(answer)
     about = {**origin(image, data, model, engine, recipe, seed), **described(pixels, columns), **digests}
     return Explanation(square, lungs, lesion, answers, about)
@@ -185,6 +189,22 @@ def open_model(
         return engine, load_judge(open_store(model))
     except ValueError as error:
         raise UnusableModel(str(error)) from None
+
+
+def factors_of(model: str) -> FactorClassifier | None:
+    """The factor classifier of the model at ``model``, None without one. Raises UnusableModel."""
+    try:
+        return load_factors(open_store(model))
+    except ValueError as error:
+        raise UnusableModel(str(error)) from None
+
+
+def add_factors(answer: Answer, image: Image, classifier: FactorClassifier | None, data: DataConfig) -> None:
+    """Add what the classifier says of the image and the counterfactual to the numbers of an answer."""
+    after = unit(answer.counterfactual)
+    answer.numbers["factors"] = factor_answers(
+        classifier, image, after, answer.prompt, data.prompts, data.healthy_class
+    )
 
 
 def open_image(image: str, min_side: int, bits: int = 16) -> tuple[bytes, Image, dict[str, str]]:

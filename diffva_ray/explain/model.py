@@ -11,9 +11,10 @@ import numpy as np
 
 from diffva_ray.counterfactual.engine import CounterfactualEngine
 from diffva_ray.data.images import to_square
-from diffva_ray.explain.image import Explanation, answer_of, described, mask_beside, origin
+from diffva_ray.explain.image import Explanation, add_factors, answer_of, described, mask_beside, origin
 from diffva_ray.explain.inputs import Input, is_image, no_image, read_input
 from diffva_ray.explain.results import Result, Results
+from diffva_ray.metrics.factors import load_factors
 from diffva_ray.metrics.validity import load_judge
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.model.packaged import model_address
@@ -32,7 +33,7 @@ class Model:
     def __init__(self, uri: str, device: str | None = None) -> None:
         self.uri, self.engine = uri, CounterfactualEngine.from_pretrained(uri, device)
         try:
-            self._judge = load_judge(open_store(uri))
+            self._judge, self._factors = load_judge(open_store(uri)), load_factors(open_store(uri))
         except ValueError as error:
             raise UnusableModel(str(error)) from None
 
@@ -86,6 +87,7 @@ class Model:
             if not np.isfinite(pair).all():
                 raise ValueError(f"{image.name}: the networks gave NaN or infinity for this image")
             answer = answer_of(squares[n], masks[n], *pair, prompt, made.source_prompts[n], recipe, self._judge)
+            add_factors(answer, squares[n], self._factors, recipe.data)
             about = origin(image.name, image.data, self.uri, engine, recipe, seeds[n])
             about |= described(image.pixels, image.columns)
             results.append(Result(Explanation(squares[n], masks[n], None, [answer], about)))

@@ -81,7 +81,23 @@ def metric_lines(answer: Answer) -> list[str]:
         lines.insert(0, f"healthy {numbers['judge_image']:.2f} → {numbers['judge_counterfactual']:.2f}")
     if numbers["source_prompt"]:
         lines.append(f"taken to show “{numbers['source_prompt']}”")
-    return lines
+    return lines + factor_lines(numbers.get("factors", []))
+
+
+def factor_lines(factors: list[dict[str, Any]]) -> list[str]:
+    """What the factor classifier says: a line for each factor that the prompt names or that changed, and one for those
+    that stayed."""
+    lines, kept = [], []
+    for row in factors:
+        yes, wish = row["after"] > 0.5, row["asked"]
+        changed = yes != (row["before"] > 0.5)
+        if wish is None and not changed:
+            kept.append(row["factor"] if yes else f"no {row['factor']}")
+            continue
+        verdict = "not asked" if wish is None else "as asked" if yes == wish else "not as asked"
+        sure = "" if row["accuracy"] is None else f", right in {row['accuracy']:.0%}"
+        lines.append(f"{row['factor']} {row['before']:.2f} → {row['after']:.2f} ({verdict}{sure})")
+    return [*lines, f"kept: {', '.join(kept)}"] if kept else lines
 
 
 def _marks(explanation: Explanation) -> Marks:
@@ -101,6 +117,8 @@ def _footer(explanation: Explanation, scale: Scale) -> list[str]:
         legend.append("outline: the lesion mask beside the image")
     if explanation.answers[0].numbers["judge_image"] is not None:
         legend.append("healthy: the probability that the model's judge gives image → counterfactual")
+    if explanation.answers[0].numbers.get("factors"):
+        legend.append("0.10 → 0.90: by the factor classifier, with the share of held-out images it gets right")
     if config["source_prompt"] == GUESS and not all(answer.numbers["source_prompt"] for answer in explanation.answers):
         legend.append("the model takes the image for healthy")
     size = f"{about['width']} × {about['height']} px, seen at {len(explanation.image)}"

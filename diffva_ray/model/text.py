@@ -6,12 +6,13 @@ import importlib.util
 import string
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from safetensors import SafetensorError
 from transformers import (
     AutoModel,
@@ -84,13 +85,12 @@ def hub_snapshot(name: str) -> tuple[Path, dict[str, str]]:
     # the hub
     source, _, revision = TEXT_ENCODERS.get(name, name).partition("@")
     patterns = ["*.json", "*.txt", "*.safetensors"]
+    download = partial(snapshot_download, source, local_files_only=constants.HF_HUB_OFFLINE)  # hub 1.33 needs telling
     try:
-        folder = Path(
-            snapshot_download(source, revision=revision or None, allow_patterns=patterns, ignore_patterns="*/*")
-        )
+        folder = Path(download(revision=revision or None, allow_patterns=patterns, ignore_patterns="*/*"))
         if not _weights(folder, "safetensors"):
             patterns = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
-            snapshot_download(source, revision=folder.name, allow_patterns=patterns)
+            download(revision=folder.name, allow_patterns=patterns)
     except (OSError, ValueError) as error:
         raise UnusableModel(
             f"text encoder {name}: neither a local folder nor available from the hub ({first_line(error)}); the short "

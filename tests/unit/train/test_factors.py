@@ -14,6 +14,8 @@ from diffva_ray.cli import main
 from diffva_ray.config.recipe import Recipe, RecipeError
 from diffva_ray.data.factor_phantoms import factor_phantom, factor_set
 from diffva_ray.data.factors import Factors, Finding
+from diffva_ray.data.images import decode
+from diffva_ray.explain.sheet import factor_lines
 from diffva_ray.metrics.factors import FactorClassifier, load_factors
 from diffva_ray.model.card import read_card
 from diffva_ray.storage.local import LocalStore
@@ -95,3 +97,33 @@ def test_data_that_say_nothing_are_refused(tiny: Recipe, known: Path, tmp_path: 
     bare.write_text("\n".join(row for row in rows if "Lung" not in row) + "\n")
     with pytest.raises(RecipeError, match="no side, sex, view or age is known"):
         run(with_stages(tiny, {**STAGE, "classes": {"Normal": 1}}), bare, tmp_path / "model")
+
+
+def test_a_sheet_says_what_was_asked_and_what_was_kept(model: Path, known: Path, tmp_path: Path) -> None:
+    image = sorted((known.parent / "Normal" / "images").iterdir())[0]
+    prompt = "Mass on the left, 90 year old"
+    line = ["explain", image, "--model", model, "--prompt", prompt, "--json", "--out", tmp_path / "sheet.svg"]
+    result = CliRunner().invoke(main, [str(argument) for argument in line])
+    assert result.exit_code == 0, result.output
+    classifier = load_factors(LocalStore(str(model)))
+    assert classifier is not None
+    rows = json.loads(result.stdout)["answers"][0]["factors"]
+    assert [row["factor"] for row in rows] == [factor.name for factor in classifier.factors]
+    asked = {row["factor"]: row["asked"] for row in rows}
+    assert asked["Mass on the left"] is True
+    assert asked["Mass on the right"] is False
+    assert asked["F"] is None
+    pixels = decode(image.read_bytes(), 32)
+    before = classifier.probabilities(pixels[None])[0]
+    assert [row["before"] for row in rows] == pytest.approx(list(before), abs=1e-6)
+    text = (tmp_path / "sheet.svg").read_text()
+    assert "Mass on the left" in text
+    assert "right in" in text
+
+
+def test_a_model_without_a_factor_classifier_has_no_such_lines() -> None:
+    assert factor_lines([]) == []
+    row = {"factor": "F", "asked": None, "before": 0.9, "after": 0.8, "accuracy": 0.7, "chance": 0.5}
+    assert factor_lines([row]) == ["kept: F"]
+    assert factor_lines([{**row, "after": 0.2}]) == ["F 0.90 → 0.20 (not asked, right in 70%)"]
+    assert factor_lines([{**row, "asked": False}]) == ["F 0.90 → 0.80 (not as asked, right in 70%)"]
