@@ -171,22 +171,6 @@ def test_again_does_nothing_and_weights_make_new_tables(made: Path, model: Path)
     assert {file: file.stat().st_mtime_ns for file in made.rglob("*") if file.is_file()} == before
 
 
-def test_an_interrupted_paper_goes_on(made: Path, model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(made, out)
-    (out / "_SUCCESS").unlink()
-    lost = sorted((out / "runs/no-text/records").iterdir())[0]
-    kept = (out / "runs/neither/plan.parquet").stat().st_mtime_ns
-    lost.unlink()
-    (out / "index.html").unlink()
-    more = ("--base", model, "--sources", made.parent / "sources.csv")
-    assert paper(model, out, "--quick", "--limit", 8, *more).exit_code == 0
-    assert lost.exists()
-    assert (out / "index.html").exists()
-    assert (out / "runs/neither/plan.parquet").stat().st_mtime_ns == kept
-    assert table(out, "table5")["details"] == table(made, "table5")["details"]
-
-
 def test_other_images_in_the_same_folder_are_refused(made: Path, model: Path, images: Path) -> None:
     result = paper(model, made, "--radiography", images, "--limit", 8)
     assert result.exit_code == 3
@@ -405,22 +389,35 @@ def test_the_judge_reads_diseases_and_interpolations_back(made: Path, model: Pat
     assert len(reflected["rows"]) == 2 * len(ABNORMAL)  # the judge's and the model's own reading
 
 
-def test_readers_scores_have_a_table(made: Path, model: Path) -> None:
-    """Given afterwards: no image is made again, the tables are."""
+def test_an_interrupted_paper_goes_on_and_readers_scores_make_new_tables(
+    made: Path, model: Path, tmp_path: Path
+) -> None:
+    """Scores given afterwards: only the lost shard is made again, the tables are."""
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    (out / "_SUCCESS").unlink()
+    (out / "index.html").unlink()
+    lost = sorted((out / "runs/no-text/records").iterdir())[0]
+    lost.unlink()
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("part-*.parquet")}
     images = sorted((made / "data" / "radiography" / "COVID" / "images").iterdir())
     zones = [f"S-{zone}" for zone in "ABCDEF"]
     lines = [
         ",".join([f"COVID/images/{image.name}", *(str((n + z) % 4) for z in range(6))])
         for n, image in enumerate(images)
     ]
-    scores = made.parent / "zones.csv"
+    scores = tmp_path / "zones.csv"
     scores.write_text("\n".join([",".join(["file", *zones]), *lines]) + "\n")
-    records = {path: path.stat().st_mtime_ns for path in made.rglob("part-*.parquet")}
-    result = paper(model, made, "--quick", "--limit", 8, "--brixia", scores)
+
+    more = ("--base", model, "--sources", made.parent / "sources.csv", "--brixia", scores)
+    result = paper(model, out, "--quick", "--limit", 8, *more)
     assert result.exit_code == 0, result.output
-    assert {path: path.stat().st_mtime_ns for path in made.rglob("part-*.parquet")} == records
-    rows = table(made, "tableS7")["details"]
+    assert lost.exists()
+    assert (out / "index.html").exists()
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert table(out, "table5")["details"] == table(made, "table5")["details"]
+    rows = table(out, "tableS7")["details"]
     assert {row["run"] for row in rows} == set(SETTINGS.values())
     assert {row["n"] for row in rows} == {len(images)}
     assert [row["map"] for row in rows].count("brightness") == 1
-    assert "Table S7" in (made / "index.md").read_text()
+    assert "Table S7" in (out / "index.md").read_text()

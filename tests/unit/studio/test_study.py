@@ -176,14 +176,14 @@ def test_simulated_readers_get_their_known_rates_and_kappas() -> None:
 
 def test_the_intervals_cover_the_truth_as_often_as_they_say() -> None:
     covered = {"rate": 0, "kappa": 0}
-    for seed in range(100):
+    for seed in range(40):
         frame = simulated(60, 0.2, seed)
         rate = next(row for row in rates(frame) if row["reader"] == "anna" and row["kind"] == "real")
         between = next(row for row in agreement(frame) if row["what"] == "between")
         covered["rate"] += rate["interval"][0] <= 0.8 <= rate["interval"][1]
         covered["kappa"] += between["interval"][0] <= 0.6**2 <= between["interval"][1]
-    assert covered["rate"] >= 88
-    assert covered["kappa"] >= 88
+    assert covered["rate"] >= 34
+    assert covered["kappa"] >= 34
 
 
 def test_kappa_by_hand() -> None:
