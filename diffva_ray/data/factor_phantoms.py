@@ -1,7 +1,7 @@
 """Phantoms with factors (phantom v2): age, sex, view, one or two findings with side, zone, size and severity.
 
 A patient's anatomy, distractors, exposure and the shape of each lesion have random streams that no factor changes. So
-the same patient with one factor replaced is the ground truth of an edit: what it should change, and what it should keep.
+the same patient with one factor replaced is the ground truth of an edit: what it should change and what it should keep.
 """
 
 from __future__ import annotations

@@ -247,6 +247,16 @@ def embed(encoder: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> to
     return states
 
 
+@torch.no_grad()
+def distance(tokenizer: Any, encoder: torch.nn.Module, prompts: Sequence[str]) -> float:
+    """The largest distance between the embeddings of two of the prompts, relative to the mean length of all: 0 for an
+    encoder to which all are the same."""
+    device = next(encoder.parameters()).device
+    ids, mask = (tensor.to(device) for tensor in tokenize(tokenizer, prompts))
+    states = embed(encoder, ids, mask).flatten(1).double()
+    return float(torch.cdist(states, states).max() / states.norm(dim=1).mean())
+
+
 def _reads_prepared_mask(config: Any) -> bool:
     """Whether an encoder takes a mask [n, 1, length, length] as it is. From one of [n, length] transformers reads a
     value, to see whether it is needed, for which the CPU has to wait for the GPU."""

@@ -29,6 +29,8 @@ from diffva_ray.train.pairs import Pairs
 from diffva_ray.train.sampling import ImageOrder, ImageSet, RandomRows
 from diffva_ray.train.stage import Batch, Inputs, Stage, StageContext, Trainable, Worker
 
+ALIKE = 0.01  # distance of embeddings; 0.1 to 0.8 in trained models, 0.001 after a training that had collapsed
+
 
 class NoisePrediction(Stage):
     """Base of the stages that learn to predict noise: images, noise, prompts and the loss."""
@@ -204,6 +206,17 @@ class DenoiserStage(NoisePrediction):
             self.prior = self._class_set(generated, latents_of(self.context, generated))
         for parameter in self.trained_parameters():
             parameter.requires_grad_(True)
+
+    def finish(self, device: torch.device) -> None:
+        """Warn of a text encoder that has lost the words: then every prompt gives the same image."""
+        bundle = self.context.bundle
+        prompts = ["", *bundle.recipe.data.prompts.values()]
+        if self.config.train_text_encoder and text.distance(bundle.tokenizer, bundle.text_encoder, prompts) < ALIKE:
+            LOG.warning(
+                "stage %s: the text encoder gives all prompts the same embedding, so that no prompt will change "
+                "anything; train again with train_text_encoder: false, or a lower learning_rate",
+                self.config.name,
+            )
 
     def _check_pairs(self) -> None:
         """Raise RecipeError for keys under which the new input channels could not be trained or used."""

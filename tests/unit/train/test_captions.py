@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from trainings import different, killed, run, weights, with_stages
 
 from diffva_ray.config.recipe import Recipe, RecipeError, make_recipe
 from diffva_ray.data.dataset import LabelledImage
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.factor_phantoms import factor_set
-from diffva_ray.model.bundle import build
+from diffva_ray.model.bundle import build, save
 from diffva_ray.model.card import read_card
 from diffva_ray.storage.local import LocalStore
 from diffva_ray.train.denoiser import DenoiserStage
@@ -88,6 +89,25 @@ def test_captions_that_are_too_long_are_logged(
     with caplog.at_level(logging.WARNING, "diffva_ray"):
         run(with_stages(tiny, STAGE), long, tmp_path / "long")
     assert "1 captions are longer than 16 tokens" in caplog.text
+
+
+def test_a_text_encoder_that_lost_the_words_is_reported(
+    tiny: Recipe, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One whose output no longer depends on the words, as a training on captions at a high learning rate leaves it."""
+    with caplog.at_level(logging.WARNING, "diffva_ray"):
+        run(with_stages(tiny, STAGE), images, tmp_path / "sound")
+    assert "the same embedding" not in caplog.text
+    bundle = build(tiny)
+    with torch.no_grad():
+        bundle.text_encoder.encoder.layer[-1].output.LayerNorm.weight.zero_()
+        bundle.text_encoder.encoder.layer[-1].output.LayerNorm.bias.fill_(1)
+    save(bundle, LocalStore(str(tmp_path / "base")), {})
+    values = with_stages(tiny, {**STAGE, "learning_rate": 1e-6}).model_dump(mode="json")
+    values["model"] |= {"base": str(tmp_path / "base"), "vae": None, "unet": None, "text": None}
+    with caplog.at_level(logging.WARNING, "diffva_ray"):
+        run(make_recipe(values), images, tmp_path / "lost")
+    assert "stage joint: the text encoder gives all prompts the same embedding" in caplog.text
 
 
 @pytest.fixture(scope="module")
