@@ -522,6 +522,35 @@ def training_choices() -> str:
                      "flip rate, paper's sampler"], rows)  # fmt: skip
 
 
+def modest_data() -> str:
+    keys = ("auroc", "dice_best", "flip_rate", "lesion_error_left", "psnr_counterfactual", "paper_auroc",
+            "paper_flip_rate")  # fmt: skip
+    rows = []
+    for row in result("modest_data")["table"]:
+        low, high = row["without_memory"]
+        memory = f"{row['nearer_to_training']:.2f} ({low:.2f} to {high:.2f})"
+        digits = (1 if key == "psnr_counterfactual" else 3 for key in keys)
+        rows.append([str(row["images_per_class"]), *(number(row[key], n) for key, n in zip(keys, digits)), memory])
+    return markdown(["images of each class", "AUROC", "best Dice", "flip rate", "lesion error left", "PSNR",
+                     "AUROC, paper's sampler", "flip rate, paper's sampler",
+                     "nearer to a training image (without memory)"], rows)  # fmt: skip
+
+
+def text_encoders() -> str:
+    """Means over the training seeds, with the least and the most."""
+    keys = ("auroc", "dice_best", "flip_rate", "lesion_error_left", "psnr_counterfactual")
+    kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in result("text_encoders")["rows"]:
+        kinds.setdefault((row["encoder"], row["training"], row["prompts"]), []).append(row)
+
+    def spread(values: list[float]) -> str:
+        return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+    rows = [[*kind, *(spread([row[key] for row in members]) for key in keys)] for kind, members in kinds.items()]
+    return markdown(["encoder", "trained", "prompts", "AUROC", "best Dice", "flip rate", "lesion error left", "PSNR"],
+                    rows)  # fmt: skip
+
+
 def fid_cold_start() -> str:
     found = result("fid")
     theirs, ours, twice = (found[key] for key in ("pytorch_fid", "ours", "ours_twice_the_images"))
@@ -563,7 +592,7 @@ TABLES: dict[str, Callable[[], str]] = {
         leaderboard, limits, corrections, shortcuts, induction, words, unseen, engine, host, data_plane, scale,
         planning, export, fid_rows, real_images, real_summary, real_findings, real_implants, real_pack, implants,
         throughput, demo, claims, gpu, paper_claims, suspects, report_cost,
-        training_choices, fid_cold_start,
+        training_choices, modest_data, text_encoders, fid_cold_start,
     )
 }  # fmt: skip
 
