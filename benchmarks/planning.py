@@ -3,13 +3,14 @@
     python benchmarks/planning.py --sizes 10000,100000,1000000,10000000
 
 Records are synthetic: up to 250,000 images of three classes, swept over ten strengths and sampled until the number is
-reached. Parts are real files. Images and features do not exist: the store ``Pretended`` reports them, so that reduce
-does all its work on records except reading images. No lesion is known, and no image is a reference. Every measurement
-is a separate process; memory is its peak. ``requests`` is the number of S3 LIST requests (1,000 names each).
+reached. Parts are real files. Images and features do not exist: the store ``Pretended`` reports them and gives every
+record the same images, of which reduce reads a sample. No lesion is known, and no image is a reference. Every
+measurement is a separate process; memory is its peak. ``requests``: number of S3 LIST requests (1,000 names each).
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -28,6 +29,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from diffva_ray.data.encoding import encode_grey, encode_map, quantise
 
 IMAGES = 250_000
 SHARD = 256
@@ -147,11 +150,14 @@ def write_parts(folder: str, records: int) -> dict[str, Any]:
     return {"parts_megabytes": sum(file.stat().st_size for file in parts.iterdir()) / 1e6}
 
 
+GREY = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (64, 1))
+IMAGE, MAP = encode_grey(quantise(GREY)), encode_map(GREY - 0.5)  # files of all records
+HASHES = {name: hashlib.sha256(IMAGE).hexdigest() for name in ("image", "counterfactual", "reconstruction")}
 FILL = {pa.string(): "", pa.int32(): 5, pa.int64(): 5}
 FILLED = {
     "status": "ok", "error": "", "map": "compensated", "source_prompt": "COVID 19", "model_digest": "m" * 64,
-    "image_sha256": "0" * 64,
-        "counterfactual_sha256": "0" * 64, "attribution_sha256": "0" * 64, "reconstruction_sha256": "0" * 64,
+    **{f"{name}_sha256": value for name, value in HASHES.items()},
+    "attribution_sha256": hashlib.sha256(MAP).hexdigest(),
 }  # fmt: skip
 
 
@@ -181,6 +187,8 @@ def reduce(folder: str, records: int) -> dict[str, Any]:
             return super().list(prefix)
 
         def read(self, path: str) -> bytes:
+            if path.endswith(".png"):
+                return MAP if path.startswith("attributions/") else IMAGE
             if not path.startswith("features/"):
                 return super().read(path)
             ids = self.ids(path)

@@ -71,6 +71,7 @@ def make_run(folder: Path, images: int, side: int) -> Path:
         shard=place // SHARD, position=place % SHARD, image_size=1000, seed=random.integers(2**62, size=images),
         lung_mask_path="lungs.png", lesion_mask_path="", ground_truth_path="", **fixed,
     )  # fmt: skip
+    plan = plan.reindex(columns=PLAN.names, fill_value="")  # what the data set does not know: patient, view ...
     (folder / "model").mkdir()
     (folder / "model" / "diffva.json").write_text(json.dumps({"digest": DIGEST, "data_kind": "manifest"}))
     about = {
@@ -78,11 +79,11 @@ def make_run(folder: Path, images: int, side: int) -> Path:
         "data_kind": "manifest", "model": str(folder / "model"), "code_revision": code_revision(),
         "started": "2025-01-01T00:00:00+00:00",
     }  # fmt: skip
-    table = pa.Table.from_pandas(plan[PLAN.names], schema=PLAN, preserve_index=False)
+    table = pa.Table.from_pandas(plan, schema=PLAN, preserve_index=False)
     start_run(run, table, pixel_keys(recipe, request, DIGEST, "2.0", "cpu"), about)
     for shard, rows in plan.groupby("shard"):
         sink = io.BytesIO()
-        made = records(rows, random)[RECORDS.names]
+        made = records(rows, random).reindex(columns=RECORDS.names)
         pq.write_table(pa.Table.from_pandas(made, schema=RECORDS, preserve_index=False), sink, compression="zstd")
         run.put(f"records/{part(int(str(shard)))}.parquet", sink.getvalue())
     return folder / "run"
@@ -121,7 +122,7 @@ def records(rows: pd.DataFrame, random: np.random.Generator) -> pd.DataFrame:
     }  # fmt: skip
     made = rows.assign(
         image_sha256=None, source_prompt="", map="compensated", model_digest=DIGEST, ms_ssim_scales=5, width=299,
-        height=299, counterfactual_path=[f"counterfactuals/{name}" for name in file],
+        height=299, device="cpu", counterfactual_path=[f"counterfactuals/{name}" for name in file],
         reconstruction_path=[f"counterfactuals/{name}" for name in file],
         attribution_path=[f"attributions/{name}" for name in file],
         counterfactual_sha256=hashes, attribution_sha256=hashes,

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from diffva_ray.config.stages import Section
 
-PARTS = ("finding", "count", "severity", "size", "side", "zone", "place", "other", "age", "sex", "view")
+PARTS = ("finding", "count", "severity", "size", "side", "zone", "place", "other", "age", "sex", "view", "report")
 NAMED = re.compile(r"\{(\w*)\}")
 
 
@@ -26,7 +26,8 @@ class CaptionConfig(Section):
     )
     """Texts with names in braces, one chosen at random for each caption. Names without a value vanish, and so do the
     parts between commas in which no name has one. Names: ``finding``, ``count``, ``severity``, ``size``, ``side``,
-    ``zone``, ``place`` (side and zone), ``other`` (further findings), ``age``, ``sex``, ``view``."""
+    ``zone``, ``place`` (side and zone), ``other`` (further findings), ``age``, ``sex``, ``view``, ``report`` (the
+    report's impression, cut after the last sentence with which the caption fits into ``model.tokenizer_length``)."""
 
     dropout: float = Field(0.3, ge=0, le=1)
     """Probability of leaving out each name but ``finding``."""

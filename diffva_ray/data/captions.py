@@ -1,4 +1,4 @@
-"""Captions made of what a data set says about an image: class, place and size of its lesions, age, sex and view.
+"""Captions made of what a data set says about an image: class, place and size of its lesions, age, sex, view, report.
 
 Columns of the data set's table come first (phantoms name all their factors); side, zone, size and count of other data
 sets are measured on lesion masks, boxes and lung masks. A caption is a function of its seed and of the image alone.
@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 
 from diffva_ray.config.captions import NAMED, CaptionConfig
 from diffva_ray.config.recipe import DataConfig
-from diffva_ray.data.columns import is_lateral
+from diffva_ray.data.columns import REPORT, is_lateral
 from diffva_ray.data.dataset import LabelledImage
 from diffva_ray.data.images import BadImage, decode_square
 from diffva_ray.data.labels import plain
 from diffva_ray.data.lexicon import SYNONYMS, in_words
 from diffva_ray.data.masks import read_mask
 from diffva_ray.data.places import SEVERITIES, SIDES, SIZES, ZONES, place_of
+from diffva_ray.data.reports import conclusion
 from diffva_ray.data.shapes import Shape, lesion_mask
+from diffva_ray.progress import LOG
 from diffva_ray.schema import digest
 from diffva_ray.storage.store import Store
 
@@ -52,6 +54,7 @@ class Captions:
         store: Where masks and images are.
         images: All images; several labels of one path are several findings of one image.
         shapes: Outlined lesions by image path.
+        fits: Whether the tokenizer takes a text whole; a report is cut after the last sentence with which it does.
     """
 
     def __init__(
@@ -61,12 +64,14 @@ class Captions:
         store: Store,
         images: Sequence[LabelledImage],
         shapes: Mapping[str, list[Shape]],
+        fits: Callable[[str], bool] = lambda text: True,
     ) -> None:
-        self.config, self.data, self.store, self.shapes = config, data, store, shapes
+        self.config, self.data, self.store, self.shapes, self.fits = config, data, store, shapes, fits
         self.of_path: dict[str, list[LabelledImage]] = {}
         for image in images:
             self.of_path.setdefault(image.path, []).append(image)
         self._measured: dict[tuple[str, str], Facts] = {}
+        self._reports: dict[str, list[str]] = {}
 
     def caption(self, image: LabelledImage, *seed: object) -> str:
         """The caption of an image; ``seed`` are plain values, such as the training's seed and the step."""
@@ -83,10 +88,18 @@ class Captions:
         )
         others = [facts for facts in others if rng.random() >= self.config.dropout]
         values = {**patient, **_placed(first), "other": _others([_placed(facts) for facts in others])}
-        parts = filled(template, values)
-        if self.config.shuffle:
-            parts = [parts[n] for n in rng.permutation(len(parts))]
-        return ", ".join(parts)
+        told = REPORT in NAMED.findall(template) and rng.random() >= self.config.dropout
+        sentences = self._report(image) if told else []
+        state = rng.bit_generator.state
+        while True:
+            parts = filled(template, {**values, REPORT: ". ".join(sentences)})
+            rng.bit_generator.state = state  # the same order for each number of sentences
+            if self.config.shuffle:
+                parts = [parts[n] for n in rng.permutation(len(parts))]
+            text = ", ".join(parts)
+            if not sentences or self.fits(text):
+                return text
+            sentences = sentences[:-1]
 
     def findings(self, image: LabelledImage) -> list[tuple[str, str]]:
         """Label and side ("" for unknown) of each finding of an image; none for a healthy one."""
@@ -142,6 +155,21 @@ class Captions:
                 facts = {name: value for name, value in found.items() if value}
         self._measured[key] = facts
         return facts
+
+    def _report(self, image: LabelledImage) -> list[str]:
+        """The sentences of an image's report; none, with a warning, for a file that cannot be read."""
+        told = image.columns.get(REPORT, "")
+        if told not in self._reports:
+            text = told
+            if told.endswith(".txt") and " " not in told:
+                try:
+                    text = self.store.read(told).decode("utf-8", "replace")
+                except (OSError, ValueError) as error:
+                    reason = "no such file" if isinstance(error, FileNotFoundError) else error
+                    LOG.warning("report %s of %s: %s; its captions do without", told, image.path, reason)
+                    text = ""
+            self._reports[told] = conclusion(text)
+        return self._reports[told]
 
     def _count(self, number: int) -> str:
         """A number of lesions as a phrase: "3 areas of"; "" for one."""

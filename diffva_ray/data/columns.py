@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 SEXES = {"f": "F", "female": "F", "w": "F", "m": "M", "male": "M"}
 NOBODY = {"nan", "none", "null", "na", "n/a", "<na>", "unknown", "anonymous", "anonymized", "anonymised", "anon"}
+REPORT = "report"  # column with the text of an image's report, or the path of a text file
 LATERAL = {"L", "LL", "RL", "LATERAL", "LLD", "RLD"}
 
 

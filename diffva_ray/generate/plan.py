@@ -16,6 +16,7 @@ from diffva_ray.config.methods import METHODS
 from diffva_ray.config.prompts import check_composed
 from diffva_ray.config.recipe import GUESS, SOURCE, GenerateConfig, Recipe, first_error
 from diffva_ray.config.sampling import SWEEPABLE, SamplingSettings, parse_value
+from diffva_ray.data.columns import REPORT
 from diffva_ray.data.dataset import Dataset, LabelledImage
 from diffva_ray.generate.run import PlanError
 from diffva_ray.schema import PLAN, digest, record_id, record_seed
@@ -70,8 +71,8 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
         request: Prompt, limit and sweep; its ``classes`` have been applied when ``dataset`` was opened.
 
     Returns:
-        A table with the columns of PLAN, then further ones of the data set; strings are dictionary-encoded, so that ten
-        million rows fit in memory.
+        A table with the columns of PLAN, then further ones of the data set but ``report``; strings are
+        dictionary-encoded, so that ten million rows fit in memory.
 
     Raises:
         PlanError: No image is left, an image is listed twice under one label, or the settings cannot be used.
@@ -120,7 +121,8 @@ def make_plan(dataset: Dataset, recipe: Recipe, request: Request) -> pa.Table:
             columns[name] = _spread([point.columns[name] for point in points], point_of, PLAN.field(name).type)
         elif name not in columns:
             columns[name] = _spread([image.columns.get(name, "") for image in images], image_of, pa.string())
-    further = sorted({name for image in images for name in image.columns} - set(PLAN.names))
+    # A report is for captions: long, and not to be copied into every run.
+    further = sorted({name for image in images for name in image.columns} - {*PLAN.names, REPORT})
     for name in further:
         columns[name] = _spread([image.columns.get(name, "") for image in images], image_of, pa.string())
     return pa.table({name: columns[name] for name in (*PLAN.names, *further)})

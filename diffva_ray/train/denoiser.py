@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import DDPMScheduler
@@ -132,8 +133,9 @@ class NoisePrediction(Stage):
         data, images = self.context.bundle.recipe.data, self.context.images
         if data.captions is None:
             return None
-        captions = Captions(data.captions, data, images.store, images.images, images.shapes)
         tokenizer = self.context.bundle.tokenizer
+        fits = partial(text.fits, tokenizer)
+        captions = Captions(data.captions, data, images.store, images.images, images.shapes, fits)
         longest = captions.longest(lambda caption: text.tokens_of(tokenizer, caption))
         if (count := text.tokens_of(tokenizer, longest)) > tokenizer.model_max_length:
             raise RecipeError(

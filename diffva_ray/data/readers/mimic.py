@@ -1,4 +1,5 @@
-"""Reads MIMIC-CXR-JPG (Johnson et al. 2019): metadata, CheXpert labels and split, and the boxes of MS-CXR.
+"""Reads MIMIC-CXR-JPG (Johnson et al. 2019): metadata, CheXpert labels and split, the reports of MIMIC-CXR where they
+are unpacked among the images, and the boxes of MS-CXR.
 
 Header lines: https://physionet.org/content/mimic-cxr-jpg/2.0.0/ and https://physionet.org/content/ms-cxr/
 """
@@ -46,8 +47,10 @@ def read(listing: Listing) -> Dataset | None:
             images.skip(listing.image(name), "lateral views")
             continue
         found = sorted({*studies.get(study, ()), *outlined.get(name, ())})
-        images.add(listing.image(name), f"{name}.jpg", found, row["subject_id"], view=row["ViewPosition"],
-                   split=split.get(name, ""))  # fmt: skip
+        path = listing.image(name)
+        report = "" if path is None else f"{path.rpartition('/')[0]}.txt"  # files/p10/p10000032/s50414267.txt
+        images.add(path, f"{name}.jpg", found, row["subject_id"], view=row["ViewPosition"], split=split.get(name, ""),
+                   report=report if report in listing.sizes else "")  # fmt: skip
     images.remarks += observations.remarks()
     return images.dataset()
 

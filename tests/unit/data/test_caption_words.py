@@ -16,6 +16,7 @@ from diffva_ray.data.encoding import encode_grey, encode_mask
 from diffva_ray.data.factor_phantoms import factor_set
 from diffva_ray.data.lexicon import SYNONYMS, in_words
 from diffva_ray.data.places import SEVERITIES, SIDES, SIZES, ZONES, place_of
+from diffva_ray.data.reports import conclusion
 from diffva_ray.data.shapes import Box
 from diffva_ray.storage.local import LocalStore
 
@@ -158,3 +159,60 @@ def test_a_wrong_template_is_refused_in_one_line(template: str, message: str) ->
         load_recipe("phantom", [f"data.captions.templates=['{template}']"])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+REPORT = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PORTABLE AP)
+
+ INDICATION:  ___ year old woman with fever
+
+ FINDINGS:
+
+ The heart is enlarged.  There is a left lower lobe opacity.
+
+ IMPRESSION:
+
+ 1. Left lower lobe pneumonia, new
+ since ___.
+ 2.  No pleural effusion.
+"""
+
+
+def test_a_report_is_told_as_far_as_it_fits(tmp_path: Path) -> None:
+    (tmp_path / "s1.txt").write_text(REPORT)
+    templates = ("{finding}, {report}, {view}",)
+    for told in (REPORT, "s1.txt"):
+        image = LabelledImage("a.png", "Mass", columns={"report": told, "view": "AP"})
+        made = captions(tmp_path, image, templates=templates)
+        expected = "Mass, Left lower lobe pneumonia, new since. No pleural effusion, AP"
+        assert made.caption(image, 0) == expected
+        config = made.config
+        for longest, text in {
+            len(expected) - 1: "Mass, Left lower lobe pneumonia, new since, AP",
+            20: "Mass, AP",
+            3: "Mass, AP",
+        }.items():
+            cut = Captions(
+                config, made.data, made.store, [image], {}, lambda text, longest=longest: len(text) <= longest
+            )
+            assert cut.caption(image, 0) == text
+    assert captions(tmp_path, image).caption(image, 0) == "Mass, AP"  # the template does not ask for it
+    assert made.longest(len) == "Mass, AP"
+    dropped = captions(tmp_path, image, templates=templates, dropout=0.5)
+    assert {"pneumonia" in dropped.caption(image, n) for n in range(20)} == {True, False}
+
+
+def test_an_absent_report_is_named_once_and_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    image = LabelledImage("a.png", "Mass", columns={"report": "s2.txt"})
+    made = captions(tmp_path, image, templates=("{finding}, {report}",))
+    assert [made.caption(image, n) for n in range(2)] == ["Mass", "Mass"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "report s2.txt of a.png: no such file; its captions do without"
+    ]
+
+
+def test_the_conclusion_of_a_report() -> None:
+    assert conclusion("Normal chest. No change!") == ["Normal chest", "No change"]
+    assert conclusion("FINDINGS: Heart 1.5 cm larger.\nOTHER: none") == ["Heart 1.5 cm larger"]
+    assert conclusion("IMPRESSION:\n\nFINDINGS: Clear.") == ["Clear"]  # an empty section says nothing
+    assert conclusion("") == conclusion(" ___ ") == []

@@ -16,11 +16,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from diffva_ray.cli import main
-from diffva_ray.config.recipe import DataConfig
+from diffva_ray.config.recipe import DataConfig, load_recipe
 from diffva_ray.data.columns import patient_key
 from diffva_ray.data.dataset import Dataset, UnusableData
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.shapes import Box
+from diffva_ray.generate.plan import Request, make_plan
 
 
 class Expected(NamedTuple):
@@ -303,6 +304,17 @@ def test_one_split_of_kermany_has_the_patients_of_the_whole(tmp_path: Path) -> N
         expected = [(image.label, image.patient) for image in whole.images if image.columns["split"] == split]
         assert [(image.label, image.patient) for image in part.images] == expected
         assert part.issuer == whole.issuer == "kermany"
+
+
+def test_reports_of_mimic_lie_among_its_images_and_enter_no_plan(tmp_path: Path) -> None:
+    replicas.mimic(tmp_path)
+    assert "report" not in open_dataset(str(tmp_path)).images[0].columns
+    path = "files/p10/p10000032/s50414267.txt"
+    (tmp_path / path).write_text("IMPRESSION: No acute process.")
+    dataset = open_dataset(str(tmp_path))
+    assert {image.columns["report"] for image in dataset.images} == {path}
+    table = make_plan(dataset, load_recipe("phantom"), Request())
+    assert "report" not in table.column_names
 
 
 @pytest.mark.parametrize("replica", [replicas.mimic, replicas.vindr_physionet])
