@@ -80,6 +80,10 @@ class TrainConfig(Section):
     stages: tuple[Stage, ...] = ()
     """Stages, in the order of training."""
 
+    mirror: bool = False
+    """Also train on the mirror image of every image, with left and right exchanged in captions. A finding that is
+    always on one side is then seen on the other, too, but beside a heart that is on the right (dextrocardia)."""
+
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Precision of the computation (Accelerate); weights and optimizer states stay float32."""
 

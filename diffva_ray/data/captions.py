@@ -21,6 +21,7 @@ from diffva_ray.data.images import BadImage, decode_square
 from diffva_ray.data.labels import plain
 from diffva_ray.data.lexicon import SYNONYMS, in_words
 from diffva_ray.data.masks import read_mask
+from diffva_ray.data.mirroring import is_file, other_side
 from diffva_ray.data.places import SEVERITIES, SIDES, SIZES, ZONES, place_of
 from diffva_ray.data.reports import conclusion
 from diffva_ray.data.shapes import Shape, lesion_mask
@@ -67,9 +68,9 @@ class Captions:
         fits: Callable[[str], bool] = lambda text: True,
     ) -> None:
         self.config, self.data, self.store, self.shapes, self.fits = config, data, store, shapes, fits
-        self.of_path: dict[str, list[LabelledImage]] = {}
+        self.of_file: dict[tuple[str, bool], list[LabelledImage]] = {}
         for image in images:
-            self.of_path.setdefault(image.path, []).append(image)
+            self.of_file.setdefault((image.path, image.mirrored), []).append(image)
         self._measured: dict[tuple[str, str], Facts] = {}
         self._reports: dict[str, list[str]] = {}
 
@@ -103,8 +104,7 @@ class Captions:
 
     def findings(self, image: LabelledImage) -> list[tuple[str, str]]:
         """Label and side ("" for unknown) of each finding of an image; none for a healthy one."""
-        others = (other.label for other in self.of_path.get(image.path, ()) if other.label != image.label)
-        labels = [image.label, *others]
+        labels = [image.label, *(other.label for other in self._others(image))]
         labels += [second] if (second := image.columns.get("second", "")) else []
         facts = self._known(image, self._measure)
         pairs = zip(labels, facts, strict=False)
@@ -113,18 +113,22 @@ class Captions:
     def _known(self, image: LabelledImage, measure: Callable[[LabelledImage], Facts]) -> list[Facts]:
         """What is known of the findings of an image, the one of its label first; ``measure``: of masks and boxes."""
         facts = [self._finding(image, measure)]
-        others = (other for other in self.of_path.get(image.path, ()) if other.label != image.label)
-        facts += [self._finding(other, measure) for other in others]
+        facts += [self._finding(other, measure) for other in self._others(image)]
         if second := image.columns.get("second", ""):
             facts.append({"finding": self.data.prompt(second), **self._told(image, "second_")})
         return facts[: self.config.findings]
+
+    def _others(self, image: LabelledImage) -> list[LabelledImage]:
+        """The image under its other labels."""
+        same = self.of_file.get((image.path, image.mirrored), ())
+        return [other for other in same if other.label != image.label]
 
     def _finding(self, image: LabelledImage, measure: Callable[[LabelledImage], Facts]) -> Facts:
         """What is known of the finding of a label: from the table, else from masks and boxes."""
         facts = {"finding": self.data.prompt(image.label)}
         if image.label == self.data.healthy_class:
             return facts
-        return facts | (self._told(image) or measure(image))
+        return facts | (self._told(image) or _seen(image, measure(image)))
 
     def _told(self, image: LabelledImage, prefix: str = "") -> Facts:
         """What the table says of a finding; other values in columns of these names, such as a size in bytes, do not
@@ -161,7 +165,7 @@ class Captions:
         told = image.columns.get(REPORT, "")
         if told not in self._reports:
             text = told
-            if told.endswith(".txt") and " " not in told:
+            if is_file(told):
                 try:
                     text = self.store.read(told).decode("utf-8", "replace")
                 except (OSError, ValueError) as error:
@@ -169,7 +173,8 @@ class Captions:
                     LOG.warning("report %s of %s: %s; its captions do without", told, image.path, reason)
                     text = ""
             self._reports[told] = conclusion(text)
-        return self._reports[told]
+        sentences = self._reports[told]
+        return [other_side(text) for text in sentences] if image.mirrored and is_file(told) else sentences
 
     def _count(self, number: int) -> str:
         """A number of lesions as a phrase: "3 areas of"; "" for one."""
@@ -212,7 +217,7 @@ class Captions:
             others = SYNONYMS if self.config.synonyms else {}
             return {name: max((value, *others.get(value.casefold(), ())), key=length) for name, value in facts.items()}
 
-        images = [image for group in self.of_path.values() for image in group]
+        images = [image for group in self.of_file.values() for image in group]
         described = []
         for findings in map(json.loads, sorted({json.dumps(self._known(image, self._widest)) for image in images})):
             first, *others = map(wordy, findings)
@@ -229,6 +234,11 @@ class Captions:
         if not boxes and not image.lesion_mask:
             return {}
         return {"side": "right", "zone": "middle", "size": "medium", "count": self._count(boxes or MANY)}
+
+
+def _seen(image: LabelledImage, facts: Facts) -> Facts:
+    """What was measured on an image's files, as it is in the image: its mirror image shows the other side."""
+    return {name: other_side(value) for name, value in facts.items()} if image.mirrored else facts
 
 
 def _who(image: LabelledImage) -> tuple[tuple[str, str], ...]:

@@ -29,6 +29,7 @@ class LabelledImage:
         columns: Further columns of the data set's table as text: ``view``, ``laterality``, ``age``, ``sex``,
             ``spacing``, ``split`` where it has them, and any others under their own names; ``condition.NAME`` are paths
             of condition images.
+        mirrored: Whether its mirror image is meant (``train.mirror``), and not the image in the file.
     """
 
     path: str
@@ -40,6 +41,7 @@ class LabelledImage:
     caption: str = ""
     patient: str = ""
     columns: Mapping[str, str] = field(default_factory=lambda: NO_COLUMNS, hash=False)
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,8 @@ class ControlNetStage(NoisePrediction):
         path = image.columns[self.column]
         try:
             shape = decode_square(images.store.read(image.path), images.size, bits=images.bits)[1]
-            return decode_condition(images.store.read(path), images.size, shape)
+            values = decode_condition(images.store.read(path), images.size, shape)
+            return np.ascontiguousarray(values[..., ::-1]) if image.mirrored else values
         except (OSError, BadImage) as error:
             reason = "no such file" if isinstance(error, FileNotFoundError) else error
             raise UnusableData(f"stage {self.config.name}: condition image {path} ({self.column}): {reason}") from None
@@ -117,6 +118,7 @@ class ControlNetStage(NoisePrediction):
         image = images.images[index]
         try:
             lungs = decode_mask(images.store.read(image.lung_mask), images.size) if image.lung_mask else None
+            lungs = lungs[:, ::-1] if lungs is not None and image.mirrored else lungs
         except (OSError, BadImage):
             lungs = None  # ``condition`` then segments the lungs itself
         return condition(images.batch([index])[0].numpy(), lungs, self.config.conditions)

@@ -38,7 +38,11 @@ class ImageClassifierStage(Stage):
         candidates = [images[HOLD_OUT_EVERY - 1 :: HOLD_OUT_EVERY] for images in members.values()]
         max_of_class = max(MAX_HELD_OUT // len(candidates), 1)
         self.held_out = sorted(index for images in candidates for index in images[:max_of_class])
-        self.order = ImageOrder(context.images.images, config.classes, context.seed, frozenset(self.held_out))
+        # An image under another label, and its mirror image, are not trained on either.
+        every = context.images.images
+        files = {every[index].path for index in self.held_out}
+        unused = frozenset(index for index, image in enumerate(every) if image.path in files)
+        self.order = ImageOrder(every, config.classes, context.seed, unused)
 
         torch.manual_seed(context.seed)
         self.network = self.build()

@@ -18,6 +18,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffva_ray.config.recipe import Recipe, RecipeError
 from diffva_ray.counterfactual.exact_device import exact_device
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.mirroring import with_mirror_images
 from diffva_ray.model.bundle import Bundle, build, save
 from diffva_ray.model.lora import attach
 from diffva_ray.progress import LOG
@@ -178,6 +179,7 @@ def prepare(recipe: Recipe, data: str, store: Store, workers: int = 1) -> tuple[
 
     # Build the model and load the data.
     bundle = build(recipe)
+    dataset = with_mirror_images(dataset) if config.mirror else dataset
     images = ImageSet(dataset, recipe.model.resolution, config.cache_megabytes)
     if config.lora is not None:
         attach(bundle.unet, bundle.text_encoder, config.lora, recipe.seed)

@@ -53,7 +53,8 @@ class ImageSet:
         try:
             data = self.store.read(image.path)
             self._hashes[image.path] = hashlib.sha256(data).hexdigest()
-            return quantise(decode_square(data, self.size, bits=self.bits)[0])
+            pixels = quantise(decode_square(data, self.size, bits=self.bits)[0])
+            return np.ascontiguousarray(pixels[:, ::-1]) if image.mirrored else pixels
         except (BadImage, OSError) as error:
             self.unreadable[image.path] = str(error)
             return None

@@ -10,11 +10,12 @@ import pytest
 from diffva_ray.config.captions import CaptionConfig
 from diffva_ray.config.recipe import DataConfig, RecipeError, load_recipe
 from diffva_ray.data.captions import Captions
-from diffva_ray.data.dataset import LabelledImage
+from diffva_ray.data.dataset import Dataset, LabelledImage
 from diffva_ray.data.datasets import open_dataset
 from diffva_ray.data.encoding import encode_grey, encode_mask
 from diffva_ray.data.factor_phantoms import factor_set
 from diffva_ray.data.lexicon import SYNONYMS, in_words
+from diffva_ray.data.mirroring import with_mirror_images
 from diffva_ray.data.places import SEVERITIES, SIDES, SIZES, ZONES, place_of
 from diffva_ray.data.reports import conclusion
 from diffva_ray.data.shapes import Box
@@ -209,6 +210,35 @@ def test_an_absent_report_is_named_once_and_done_without(tmp_path: Path, caplog:
     assert [record.getMessage() for record in caplog.records] == [
         "report s2.txt of a.png: no such file; its captions do without"
     ]
+
+
+def test_a_mirror_image_shows_the_other_side(tmp_path: Path) -> None:
+    """Of what the table, its caption, a report and a lesion mask say."""
+    lesion = np.zeros((64, 64), np.bool_)
+    lesion[20:30, 40:50] = True  # the patient's left
+    (tmp_path / "lesion.png").write_bytes(encode_mask(lesion))
+    (tmp_path / "s.txt").write_text("IMPRESSION: RUL mass. Left effusion.")
+    dataset = Dataset(
+        LocalStore(str(tmp_path)),
+        [
+            LabelledImage("a.png", "Mass", columns={"side": "left", "second": "Edema", "second_side": "right"}),
+            LabelledImage("b.png", "Mass", lesion_mask="lesion.png", columns={"report": "s.txt"}),
+            LabelledImage("c.png", "Mass", caption="Mass on the LEFT", columns={"report": "no Right-sided effusion"}),
+        ],
+        "test",
+    )
+    both = with_mirror_images(dataset)
+    assert [(image.path, image.mirrored) for image in both.images[3:]] == [(f"{name}.png", True) for name in "abc"]
+    made = captions(tmp_path, *both.images, templates=("{finding} {place} {other}, {report}",))
+    assert [made.caption(image, 0) for image in both.images] == [
+        "Mass on the left and Edema on the right", "Mass in the left middle zone, RUL mass. Left effusion",
+        "Mass, no Right-sided effusion", "Mass on the right and Edema on the left",
+        "Mass in the right middle zone, LUL mass. Right effusion", "Mass, no Left-sided effusion",
+    ]  # fmt: skip
+    assert both.images[5].caption == "Mass on the RIGHT"
+    assert [side for image in both.images[:1] + both.images[3:4] for _, side in made.findings(image)] == [
+        "left", "right", "right", "left",
+    ]  # fmt: skip
 
 
 def test_the_conclusion_of_a_report() -> None:

@@ -12,6 +12,7 @@ from trainings import run, with_stages
 
 from diffva_ray.config.recipe import Recipe, RecipeError
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.mirroring import with_mirror_images
 from diffva_ray.data.phantoms import phantom_set
 from diffva_ray.metrics.validity import Judge, calibration_error, fitted_temperature, load_judge, save_judge
 from diffva_ray.model.bundle import build
@@ -58,6 +59,14 @@ def test_held_out_images_are_never_used(tiny: Recipe, many: Path, tmp_path: Path
     assert [images.images[index].label for index in stage.held_out].count("COVID") == 1
     used = {stage.order[position] for position in range(500)}
     assert used == set(range(60)) - set(stage.held_out)
+
+    # Nor are their mirror images.
+    images = ImageSet(with_mirror_images(open_dataset(str(many))), 32)
+    stage = JudgeStage(StageContext(build(recipe), images, 0, LocalStore(str(tmp_path))), recipe.train.stages[0])
+    used = {stage.order[position] for position in range(1000)}
+    held_out = {images.images[index].path for index in stage.held_out}
+    assert len(used) == 120 - 2 * len(held_out)
+    assert not held_out & {images.images[index].path for index in used}
 
 
 def test_training_writes_a_calibrated_judge(tiny: Recipe, many: Path, tmp_path: Path) -> None:

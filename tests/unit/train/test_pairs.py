@@ -18,6 +18,9 @@ from diffva_ray.data.phantoms import phantom
 from diffva_ray.model.bundle import build, load
 from diffva_ray.model.card import UnusableModel
 from diffva_ray.model.image_conditioning import add_image_channels, reads_image, with_image
+from diffva_ray.storage.local import LocalStore
+from diffva_ray.train.denoiser import DenoiserStage
+from diffva_ray.train.loop import prepare
 
 PHANTOMS = [phantom(label, n, seed=1, size=32) for n, label in enumerate(["COVID", "Lung_Opacity", "Normal"])]
 IMAGES = [np.round(each.image * 255).astype(np.float32) / 255 for each in PHANTOMS]
@@ -128,3 +131,15 @@ def test_data_without_ground_truth_are_refused(tiny: Recipe, images: Path, tmp_p
 def test_keys_that_would_not_train_the_new_channels_are_refused(tiny: Recipe, images: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="pairs cannot be combined with trainable: cross-attention"):
         run(with_stages(tiny, {**DENOISER, "trainable": "cross-attention"}), images, tmp_path / "model")
+
+
+def test_the_ground_truth_of_a_mirror_image_is_mirrored(tiny: Recipe, images: Path, tmp_path: Path) -> None:
+    recipe = with_stages(tiny, DENOISER, mirror=True)
+    _, members, (stage,) = prepare(recipe, str(images), LocalStore(str(tmp_path)))
+    assert isinstance(stage, DenoiserStage)
+    assert stage.pairs is not None
+    truths, half = stage.pairs.truths.images, len(members.images) // 2
+    for index, position in stage.pairs.position.items():
+        if index < half:
+            twin = stage.pairs.position[index + half]
+            assert torch.equal(truths.stack([twin])[0], truths.stack([position])[0].flip(1))

@@ -11,6 +11,7 @@ import torch
 
 from diffva_ray.data.dataset import LabelledImage, UnusableData
 from diffva_ray.data.datasets import open_dataset
+from diffva_ray.data.mirroring import with_mirror_images
 from diffva_ray.train.sampling import MAX_DRAWN_WHOLE, ImageOrder, ImageSet, RandomRows, step_generator
 
 IMAGES = [LabelledImage(f"{label}/{n}.png", label) for label, count in (("a", 5), ("b", 3)) for n in range(count)]
@@ -86,3 +87,14 @@ def test_unreadable_images_are_left_out_and_recorded(images: Path, tmp_path: Pat
         assert batch.shape[1:] == (32, 32)
         assert np.isfinite(batch).all()
         assert list(images_set.unreadable) == [broken.relative_to(tmp_path).as_posix()]
+
+
+def test_a_mirror_image_is_the_image_mirrored(images: Path) -> None:
+    dataset = open_dataset(images)
+    for megabytes in (0, 10):
+        members = ImageSet(with_mirror_images(dataset), 32, megabytes)
+        count = len(dataset.images)
+        assert len(members.images) == 2 * count
+        pixels = members.stack(range(2 * count))
+        assert torch.equal(pixels[count:], pixels[:count].flip(2))
+        assert not torch.equal(pixels[count:], pixels[:count])
