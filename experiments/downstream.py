@@ -147,7 +147,13 @@ def main(demo: str, images: str, seeds: int, threads: int, result: Path) -> None
             own = read(labelled, classes)
             added = made(recipe, model, labelled, folder, classes)
             # As many images of each class as the second row has.
-            more = sampled(dataset.images, size + max(np.bincount(added[1])), seed)
+            counts = dict(zip(classes, size + np.bincount(added[1], minlength=len(classes)), strict=True))
+            more = [
+                image
+                for label, count in counts.items()
+                for image in sampled(dataset.images, count, seed)
+                if image.label == label
+            ]
             further = read(copy_images(dataset, more, str(folder / "further")), classes)
             rows = {
                 "images alone": own,
