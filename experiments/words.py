@@ -69,6 +69,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "words": {"method": "sdedit", "strength": 0.85, "guidance_scale": 4.0},
     "place": {"method": "masked", "strength": 1.0, "guidance_scale": 8.0},
 }
+TOKENS = 56  # of the longest caption
 OTHERS = ("sex", "view", "age")  # factors that no prompt of PROMPTS names
 
 
@@ -79,7 +80,7 @@ def recipe_of(base: Path, steps: int, seed: int, mirror: bool) -> Recipe:
               "classes": {"Normal": 1, **dict.fromkeys(FINDINGS, 4)}}  # fmt: skip
     values["train"] |= {"stages": [joint], "mirror": mirror}
     values["seed"] = seed
-    values["model"] |= {"base": str(base), "vae": None, "unet": None, "text": None}
+    values["model"] |= {"base": str(base), "vae": None, "unet": None, "text": None, "tokenizer_length": TOKENS}
     values["data"] |= {"captions": CAPTIONS, "prompts": {"Normal": "Normal chest scan", **FINDINGS}}
     values["generate"] |= {
         "scheduler": "ddim", "num_inference_steps": 20, "source_prompt": "", "negative_prompt": "", "smoothing": 0.0,
@@ -102,7 +103,7 @@ def base_of(autoencoder: Path, folder: Path, seed: int) -> Path:
     """A base of an untrained UNet and text encoder that predicts velocity, and a trained autoencoder."""
     if not (folder / "diffva.json").exists():
         values = load_recipe("phantom").model_dump(mode="json")
-        values["model"] |= {"tokenizer_length": 56, "scheduler": {"prediction_type": "v_prediction"}}
+        values["model"] |= {"tokenizer_length": TOKENS, "scheduler": {"prediction_type": "v_prediction"}}
         bundle = build(make_recipe({**values, "seed": seed}))
         bundle.vae = AutoencoderKL.from_pretrained(autoencoder, subfolder="vae")
         save(bundle, open_store(str(folder)), {})
