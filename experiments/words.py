@@ -11,8 +11,8 @@ phantoms of an unseen seed are edited under prompts that ask for these and for t
 
 Training conditions: ``mirror`` (``train.mirror``), and ``plain``. The text encoder stays as it was initialised, because
 on captions a small one collapses. The factor classifier (stage ``factors``) was trained on all combinations of other
-phantoms; its answers are those of reduce's table ``factors``. Sliders: the amount that is added under "mild TO severe",
-and the probability of being older under "30 year old TO 80 year old", by weight.
+phantoms; ``ceiling`` is what it says of phantoms that do have the finding. Sliders: brightness in the lungs under "mild
+TO severe", and the probability of being older under "30 year old TO 80 year old", by weight.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ import torch
 from diffusers import AutoencoderKL
 from induction import counterfactuals
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from diffva_ray.config.recipe import Recipe, load_recipe, make_recipe
 from diffva_ray.data.datasets import open_dataset
-from diffva_ray.data.factor_phantoms import MANIFEST, factor_set
+from diffva_ray.data.factor_phantoms import MANIFEST, factor_phantom, factor_set
+from diffva_ray.data.factors import sample_factors
 from diffva_ray.data.places import SIDES
 from diffva_ray.evaluate.drawing import INK, MUTED, png
-from diffva_ray.evaluate.options import Options
 from diffva_ray.generate.plan import Request
 from diffva_ray.generate.run import Run, open_run
 from diffva_ray.metrics.factors import FOLDER, FactorClassifier, load_factors
@@ -49,9 +50,9 @@ from diffva_ray.provenance import code_revision, version
 from diffva_ray.storage.opening import open_store
 from diffva_ray.workflows.execution import Execution
 from diffva_ray.workflows.generate import generate_run
-from diffva_ray.workflows.reduce import reduce
 from diffva_ray.workflows.train import train_model
 
+Image = Images = NDArray[np.float32]  # [size, size], [n, size, size]
 CLASSES = ("Normal", "Lung_Opacity", "Pneumothorax", "Mass")
 FINDINGS = {"Lung_Opacity": "Lung Opacity", "Pneumothorax": "Pneumothorax", "Mass": "Mass"}
 HELD_OUT = {("Mass", "left"), ("Pneumothorax", "right")}
@@ -130,29 +131,45 @@ def classifier(base: Path, work: Path) -> Path:
     return model / FOLDER
 
 
-def rows_of(run: Run, condition: str, way: str, seed: int) -> list[dict[str, Any]]:
-    """For each prompt: whether the counterfactuals show the finding on its side, nothing further, and kept the rest."""
-    table = pd.DataFrame(reduce(run, Options(), executor="inline").metrics["factors"])
+def shown(factors: FactorClassifier, images: Images, label: str, side: str) -> dict[str, float]:
+    """Share of images whose likeliest finding is this one on this side, and in which it is not on the other side."""
+    logits = factors.probabilities(images)
+    findings = [n for n, factor in enumerate(factors.factors) if factor.kind == "finding"]
+    names = [(factors.factors[n].label, factors.factors[n].value) for n in findings]
+    opposite = names.index((label, SIDES[1 - SIDES.index(side)]))
+    return {
+        "wanted": float(np.mean(logits[:, findings].argmax(1) == names.index((label, side)))),
+        "none_opposite": float(np.mean(logits[:, findings[opposite]] < 0.5)),
+    }
+
+
+def rows_of(run: Run, factors: FactorClassifier, **about: Any) -> list[dict[str, Any]]:
+    """For each prompt: whether the counterfactuals show the finding on its side, and keep the answers of the image."""
+    found, _, images = counterfactuals(run)
+    before = factors.probabilities(np.stack([images[image] for image in sorted(images)])) > 0.5
     rows = []
     for prompt, (label, side) in PROMPTS.items():
-        of_prompt = table[(table["prompt"] == prompt) & (table["label"] == "Normal")].set_index("factor")
-        right = of_prompt["right"].to_dict()
-        kinds = {name: next((kind for kind in OTHERS if _is(name, kind)), "finding") for name in right}
-        wanted, opposite = f"{label} on the {side}", f"{label} on the {SIDES[1 - SIDES.index(side)]}"
-        further = [right[name] for name, kind in kinds.items() if kind == "finding" and name not in (wanted, opposite)]
+        made_ = np.stack([found[prompt][image] for image in sorted(images)])
+        kept = ((factors.probabilities(made_) > 0.5) == before).mean(0)
+        others = {factor.kind: kept[n] for n, factor in enumerate(factors.factors) if factor.kind != "finding"}
         rows.append(
-            {
-                "condition": condition, "way": way, "seed": seed, "prompt": prompt,
-                "held_out": (label, side) in HELD_OUT, "wanted": right[wanted],
-                "none_opposite": right[opposite], "no_further": float(np.mean(further)),
-                **{f"{kind}_kept": next(right[name] for name, of in kinds.items() if of == kind) for kind in OTHERS},
-            }
+            {**about, "prompt": prompt, "held_out": (label, side) in HELD_OUT, **shown(factors, made_, label, side),
+             **{f"{kind}_kept": float(others[kind]) for kind in OTHERS}}
         )  # fmt: skip
     return rows
 
 
-def _is(factor: str, kind: str) -> bool:
-    return {"sex": factor == "F", "view": factor == "AP", "age": factor.endswith("years or older")}[kind]
+def ceiling(factors: FactorClassifier, count: int) -> list[dict[str, Any]]:
+    """The same of phantoms that do have the finding: what the classifier would say of a perfect edit."""
+    rows = []
+    for prompt, (label, side) in PROMPTS.items():
+        made_, rng, patient = list[Image](), np.random.default_rng(7), 0
+        while len(made_) < count:
+            drawn, patient = sample_factors(label, rng), patient + 1
+            if len(drawn.findings) == 1 and drawn.findings[0].side == side:
+                made_.append(factor_phantom(drawn, patient, 907).image)
+        rows.append({"prompt": prompt, "n": count, **shown(factors, np.stack(made_), label, side)})
+    return rows
 
 
 def slider_rows(run: Run, factors: FactorClassifier, condition: str, seed: int) -> list[dict[str, Any]]:
@@ -233,7 +250,7 @@ def main(
                 out = f"{model}/{way}"
                 request = Request(classes=("Normal",), sweep=(("prompt", prompts),))
                 generate_run(make_recipe(values), str(test), str(model), out, request, Execution(executor="inline"))
-                rows += rows_of(open_run(out), condition, way, seed)
+                rows += rows_of(open_run(out), network, condition=condition, way=way, seed=seed)
                 if way == "words":
                     sliders += slider_rows(open_run(out), network, condition, seed)
     about = {
@@ -247,6 +264,7 @@ def main(
         "ways": WAYS,
         "captions": CAPTIONS,
         "classifier": {factor.name: [factor.accuracy, factor.chance] for factor in network.factors},
+        "of_phantoms_with_the_finding": ceiling(network, 64),
         "rows": rows,
         "sliders": sliders,
     }
@@ -254,8 +272,8 @@ def main(
     result.write_text(json.dumps(about, indent=1))
     first = next(condition for condition, numbers in of_condition.items() if numbers)
     picture(open_run(str(work / f"{first}-{of_condition[first][0]}" / "place")), pictures)
-    shown = pd.DataFrame(rows).drop(columns="seed")
-    click.echo(shown.groupby(["condition", "way", "held_out", "prompt"], sort=False).mean().round(2).to_string())
+    frame = pd.DataFrame(rows).drop(columns="seed")
+    click.echo(frame.groupby(["condition", "way", "held_out", "prompt"], sort=False).mean().round(2).to_string())
     click.echo(pd.DataFrame(sliders).round(2).to_string(index=False))
 
 
