@@ -6,9 +6,7 @@ import re
 
 _HEADING = re.compile(r"^[ \t]*([A-Z][A-Z /()]{3,40}):", re.MULTILINE)
 SECTIONS = ("IMPRESSION", "CONCLUSION", "OPINION", "FINDINGS")  # the first that is there speaks for the report
-_DELETED = re.compile(
-    r"_{2,}|\[\*\*.*?\*\*\]|\bXXXX\b"
-)  # of MIMIC-CXR, MIMIC-III and Open-i, in place of names and dates
+_DELETED = re.compile(r"_{2,}|\[\*\*.*?\*\*\]|\bXXXX\b")  # in place of names: MIMIC-CXR, MIMIC-III, Open-i
 _NUMBER = re.compile(r"^\s*(?:\d{1,2}[.)]|[-*•])\s+")
 
 
