@@ -172,12 +172,15 @@ def ceiling(factors: FactorClassifier, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def slider_rows(run: Run, factors: FactorClassifier, condition: str, seed: int) -> list[dict[str, Any]]:
-    """Spearman's correlation of weight and response in each image, and its mean: what a slider promises is 1."""
+def slider_rows(run: Run, factors: FactorClassifier, **about: Any) -> list[dict[str, Any]]:
+    """Spearman's correlation of weight and response in each image, and its mean, for the sliders of a run: what a
+    slider promises is 1."""
     found, lungs, images = counterfactuals(run)
     older = next(n for n, factor in enumerate(factors.factors) if factor.kind == "age")
     rows = []
     for name, prompts in SLIDERS.items():
+        if prompts[0] not in found:
+            continue
         of_images = []
         for image in sorted(images):
             made_ = np.stack([found[prompt][image] for prompt in prompts])
@@ -186,8 +189,7 @@ def slider_rows(run: Run, factors: FactorClassifier, condition: str, seed: int) 
             else:
                 response = np.array([one[lungs[image]].mean() for one in made_])
             of_images.append(spearmanr(WEIGHTS, response).statistic)
-        rows.append({"condition": condition, "seed": seed, "slider": name, "spearman": float(np.nanmean(of_images)),
-                     "n": len(of_images)})  # fmt: skip
+        rows.append({**about, "slider": name, "spearman": float(np.nanmean(of_images)), "n": len(of_images)})
     return rows
 
 
@@ -251,8 +253,11 @@ def main(
                 request = Request(classes=("Normal",), sweep=(("prompt", prompts),))
                 generate_run(make_recipe(values), str(test), str(model), out, request, Execution(executor="inline"))
                 rows += rows_of(open_run(out), network, condition=condition, way=way, seed=seed)
-                if way == "words":
-                    sliders += slider_rows(open_run(out), network, condition, seed)
+                if way == "place":  # of the sliders, only severity has a place
+                    out, prompts = f"{model}/sliders", tuple(SLIDERS["severity"])
+                    request = Request(classes=("Normal",), sweep=(("prompt", prompts),))
+                    generate_run(make_recipe(values), str(test), str(model), out, request, Execution(executor="inline"))
+                sliders += slider_rows(open_run(out), network, condition=condition, way=way, seed=seed)
     about = {
         "command": f"python experiments/words.py --steps {steps} --seeds {seeds} --plain {plain} --images {images}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
