@@ -144,7 +144,7 @@ def panel_sheet(
     bottom = height - top
     for row, gap in zip(rows, gaps):
         bottom -= gap + side
-        name = textwrap.wrap(row.name, 20, max_lines=4, placeholder="…")
+        name = textwrap.wrap(row.name, 18, max_lines=4, placeholder="…")
         write(bottom + side, "\n".join(name), 8, INK, weight="bold", va="top")
         write(bottom + side - 0.06 - 0.155 * len(name), "\n".join(row.lines), 6.8, MUTED, va="top")
         for column, panel in enumerate(row.panels):

@@ -45,14 +45,15 @@ def factor_answers(
     prompts: Mapping[str, str],
     healthy: str,
 ) -> list[TableRow]:
-    """For each factor: what the prompt asks for (None: nothing), the probabilities of yes in image and counterfactual
-    [H, W], and how often the classifier is right. ``prompts`` and ``healthy``: as for ``asks``."""
+    """For each factor: what yes and no mean, what the prompt asks for (None: nothing), the probabilities of yes in
+    image and counterfactual [H, W], and how often the classifier is right. ``prompts`` and ``healthy``: as for
+    ``asks``."""
     if classifier is None:
         return []
     scores = factor_scores(classifier, before, after)
     return [
         {
-            "factor": factor.name, "asked": asks(prompt, factor, prompts, healthy),
+            "factor": factor.name, "otherwise": factor.otherwise, "asked": asks(prompt, factor, prompts, healthy),
             "before": scores[BEFORE + factor.name], "after": scores[AFTER + factor.name],
             "accuracy": factor.accuracy, "chance": factor.chance,
         }

@@ -81,23 +81,22 @@ def metric_lines(answer: Answer) -> list[str]:
         lines.insert(0, f"healthy {numbers['judge_image']:.2f} → {numbers['judge_counterfactual']:.2f}")
     if numbers["source_prompt"]:
         lines.append(f"taken to show “{numbers['source_prompt']}”")
-    return lines + factor_lines(numbers.get("factors", []))
+    return lines
 
 
-def factor_lines(factors: list[dict[str, Any]]) -> list[str]:
-    """What the factor classifier says: a line for each factor that the prompt names or that changed, and one for those
-    that stayed."""
-    lines, kept = [], []
+def factor_text(factors: list[dict[str, Any]]) -> str:
+    """What the factor classifier says: each factor that the prompt names or that changed, and those that stayed."""
+    parts, kept = [], []
     for row in factors:
         yes, wish = row["after"] > 0.5, row["asked"]
         changed = yes != (row["before"] > 0.5)
         if wish is None and not changed:
-            kept.append(row["factor"] if yes else f"no {row['factor']}")
+            kept.append(row["factor"] if yes else row["otherwise"])
             continue
         verdict = "not asked" if wish is None else "as asked" if yes == wish else "not as asked"
         sure = "" if row["accuracy"] is None else f", right in {row['accuracy']:.0%}"
-        lines.append(f"{row['factor']} {row['before']:.2f} → {row['after']:.2f} ({verdict}{sure})")
-    return [*lines, f"kept: {', '.join(kept)}"] if kept else lines
+        parts.append(f"{row['factor']} {row['before']:.2f} → {row['after']:.2f} ({verdict}{sure})")
+    return "; ".join([*parts, f"kept: {', '.join(kept)}"] if kept else parts).replace("_", " ")  # names of classes
 
 
 def _marks(explanation: Explanation) -> Marks:
@@ -117,14 +116,14 @@ def _footer(explanation: Explanation, scale: Scale) -> list[str]:
         legend.append("outline: the lesion mask beside the image")
     if explanation.answers[0].numbers["judge_image"] is not None:
         legend.append("healthy: the probability that the model's judge gives image → counterfactual")
-    if explanation.answers[0].numbers.get("factors"):
-        legend.append("0.10 → 0.90: by the factor classifier, with the share of held-out images it gets right")
     if config["source_prompt"] == GUESS and not all(answer.numbers["source_prompt"] for answer in explanation.answers):
         legend.append("the model takes the image for healthy")
     size = f"{about['width']} × {about['height']} px, seen at {len(explanation.image)}"
     settings = [size, config["method"], *settings_texts(about)]
     measured = [str(about["measured"])] if about["measured"] else []
-    return ["; ".join(legend) + ".", *measured, " · ".join(settings), " · ".join(origin_texts(about))]
+    told = [(answer.prompt, factor_text(answer.numbers.get("factors", []))) for answer in explanation.answers]
+    factors = [f"“{prompt}”, image → counterfactual, by the factor classifier: {text}" for prompt, text in told if text]
+    return ["; ".join(legend) + ".", *factors, *measured, " · ".join(settings), " · ".join(origin_texts(about))]
 
 
 def settings_texts(about: dict[str, Any]) -> list[str]:
@@ -164,6 +163,9 @@ def describe(explanation: Explanation) -> str:
     ]
     if about["trained_on"] == "phantoms":
         lines.append("the model was trained on phantoms and has not learned real images")
-    lines += [f"“{answer.prompt}”: {' · '.join(metric_lines(answer))}" for answer in explanation.answers]
+    for answer in explanation.answers:
+        lines.append(f"“{answer.prompt}”: {' · '.join(metric_lines(answer))}")
+        factors = factor_text(answer.numbers.get("factors", []))
+        lines += [f"  by the factor classifier: {factors}"] if factors else []
     lines += [str(about["measured"])] if about["measured"] else []
     return "\n".join([*lines, "Not for clinical use."])

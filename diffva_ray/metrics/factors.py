@@ -41,6 +41,14 @@ class Factor:
         words = {"finding": f"{self.label} on the {self.value}", "age": f"{self.value} years or older"}
         return words.get(self.kind, self.value)
 
+    @property
+    def otherwise(self) -> str:
+        """What an image shows whose answer is no."""
+        words = {"F": "M", "AP": "PA"} | (
+            {self.value: f"younger than {self.value} years"} if self.kind == "age" else {}
+        )
+        return words.get(self.value, f"no {self.name}")
+
 
 class FactorClassifier(nn.Module):
     """Convolutional classifier of grey images with one logit for each of ``factors``; ``width``: channels of the first

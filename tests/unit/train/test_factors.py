@@ -15,8 +15,8 @@ from diffva_ray.config.recipe import Recipe, RecipeError
 from diffva_ray.data.factor_phantoms import factor_phantom, factor_set
 from diffva_ray.data.factors import Factors, Finding
 from diffva_ray.data.images import decode
-from diffva_ray.explain.sheet import factor_lines
-from diffva_ray.metrics.factors import FactorClassifier, load_factors
+from diffva_ray.explain.sheet import factor_text
+from diffva_ray.metrics.factors import Factor, FactorClassifier, load_factors
 from diffva_ray.model.card import read_card
 from diffva_ray.storage.local import LocalStore
 
@@ -121,9 +121,12 @@ def test_a_sheet_says_what_was_asked_and_what_was_kept(model: Path, known: Path,
     assert "right in" in text
 
 
-def test_a_model_without_a_factor_classifier_has_no_such_lines() -> None:
-    assert factor_lines([]) == []
-    row = {"factor": "F", "asked": None, "before": 0.9, "after": 0.8, "accuracy": 0.7, "chance": 0.5}
-    assert factor_lines([row]) == ["kept: F"]
-    assert factor_lines([{**row, "after": 0.2}]) == ["F 0.90 → 0.20 (not asked, right in 70%)"]
-    assert factor_lines([{**row, "asked": False}]) == ["F 0.90 → 0.80 (not as asked, right in 70%)"]
+def test_factors_in_words() -> None:
+    assert factor_text([]) == ""
+    row = {"factor": "F", "otherwise": "M", "asked": None, "before": 0.9, "after": 0.8, "accuracy": 0.7, "chance": 0.5}
+    assert factor_text([row]) == "kept: F"
+    assert factor_text([{**row, "before": 0.1, "after": 0.2}]) == "kept: M"
+    assert factor_text([{**row, "after": 0.2}, row]) == "F 0.90 → 0.20 (not asked, right in 70%); kept: F"
+    assert factor_text([{**row, "asked": False}]) == "F 0.90 → 0.80 (not as asked, right in 70%)"
+    factors = (Factor("age", "55"), Factor("view", "AP"), Factor("finding", "left", "Mass"))
+    assert [of.otherwise for of in factors] == ["younger than 55 years", "PA", "no Mass on the left"]
