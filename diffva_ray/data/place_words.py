@@ -43,5 +43,7 @@ def without_place(prompt: str) -> str:
 
     >>> without_place("severe Mass in the left upper zone, 60 year old woman")
     'severe Mass, 60 year old woman'
+    >>> without_place("mild Mass on the left TO severe Mass on the left :0.3")
+    'mild Mass TO severe Mass :0.3'
     """
-    return _PLACE.sub("", prompt).strip()
+    return re.sub(r"\s+(?=[\s,.;]|$)", "", _PLACE.sub(" ", prompt)).strip(" ,")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from diffva_ray.config.prompts import parts
 from diffva_ray.data.place_words import place_mask, without_place
 
 
@@ -46,3 +47,13 @@ def test_a_prompt_names_a_part_of_the_lungs(
 )
 def test_the_network_reads_the_prompt_without_its_place(prompt: str, rest: str) -> None:
     assert without_place(prompt) == rest
+
+
+def test_composed_prompts_stay_prompts() -> None:
+    for prompt, rest in {
+        "mild Mass on the left TO severe Mass on the left :0.3": "mild Mass TO severe Mass :0.3",
+        "Mass on the left AND 80 year old :0.5 NOT Lung Opacity": "Mass AND 80 year old :0.5 NOT Lung Opacity",
+        "COVID 19, bilateral": "COVID 19",
+    }.items():
+        assert without_place(prompt) == rest
+        parts(rest)  # is read
