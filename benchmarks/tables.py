@@ -192,13 +192,32 @@ def induction() -> str:
 
 
 def words() -> str:
-    prompts = result("words")["prompts"]
-    measures = [key for key in next(iter(prompts.values())) if key != "held out"]
-    rows = [
-        [f"{prompt}{' (held out)' if scores['held out'] else ''}", *(number(scores[key], 2) for key in measures)]
-        for prompt, scores in prompts.items()
-    ]
-    return markdown(["prompt", *measures], rows)
+    """Means over the training seeds, with the least and the most where there are several."""
+    keys = ("wanted", "none_opposite", "sex_kept", "view_kept", "age_kept")
+    kinds: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in result("words")["rows"]:
+        kinds.setdefault((row["condition"], row["way"], row["prompt"]), []).append(row)
+
+    def spread(values: list[float]) -> str:
+        mean = number(sum(values) / len(values), 2)
+        return mean if len(values) == 1 else f"{mean} ({number(min(values), 2)} to {number(max(values), 2)})"
+
+    perfect = {row["prompt"]: number(row["wanted"], 2) for row in result("words")["of_phantoms_with_the_finding"]}
+    rows = []
+    for (condition, way, prompt), members in kinds.items():
+        held_out = " (held out)" if members[0]["held_out"] else ""
+        rows.append([condition, way, f"{prompt}{held_out}", *(spread([row[key] for row in members]) for key in keys),
+                     perfect[prompt]])  # fmt: skip
+    return markdown(["training", "edit", "prompt", "finding on its side", "not on the other",
+                     "sex kept", "view kept", "age kept", "of phantoms that have it"], rows)  # fmt: skip
+
+
+def sliders() -> str:
+    kinds: dict[tuple[str, str], list[float]] = {}
+    for row in result("words")["sliders"]:
+        kinds.setdefault((row["slider"], row["way"]), []).append(row["spearman"])
+    rows = [[*kind, ", ".join(number(value, 2) for value in values)] for kind, values in kinds.items()]
+    return markdown(["slider", "edit", "Spearman's correlation with the weight, by seed"], rows)
 
 
 def unseen() -> str:
@@ -591,7 +610,7 @@ def paper_claims() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__.replace("_", "-"): function
     for function in (
-        leaderboard, limits, corrections, shortcuts, induction, words, unseen, engine, host, data_plane, scale,
+        leaderboard, limits, corrections, shortcuts, induction, words, sliders, unseen, engine, host, data_plane, scale,
         planning, export, fid_rows, real_images, real_summary, real_findings, real_implants, real_pack, implants,
         throughput, demo, claims, gpu, paper_claims, suspects, report_cost,
         training_choices, modest_data, text_encoders, fid_cold_start,
