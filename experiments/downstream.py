@@ -174,7 +174,7 @@ def main(demo: str, images: str, seeds: int, threads: int, result: Path) -> None
             differences.append({"images_per_class": size, "row": one, "over": other, "accuracy": b, "other": a,
                                 "difference": b - a, "interval": list(interval)})  # fmt: skip
     about = {
-        "command": f"python experiments/downstream.py --demo {demo} --images {images} --seeds {seeds}",
+        "command": f"python experiments/downstream.py --images {images} --seeds {seeds}",
         "machine": f"{platform.machine()}, {threads} thread(s), no GPU",
         "versions": {key: version(key) for key in ("torch", "diffusers", "numpy")},
         "code_revision": code_revision(),
