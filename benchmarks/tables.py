@@ -557,6 +557,27 @@ def modest_data() -> str:
                      "nearer to a training image (without memory)"], rows)  # fmt: skip
 
 
+def downstream() -> str:
+    found = result("downstream")
+    kinds: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in found["table"]:
+        kinds.setdefault((row["images_per_class"], row["row"]), []).append(row)
+    over = {(row["images_per_class"], row["row"]): row for row in found["differences"]}
+    rows = []
+    for (size, name), members in kinds.items():
+        means = (
+            sum(row[key] for row in members) / len(members) for key in ("accuracy", "auroc_disease", "auroc_classes")
+        )
+        difference = over.get((size, name))
+        cell = ""
+        if difference is not None:
+            low, high = difference["interval"]
+            cell = f"{difference['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
+        rows.append([str(size), name, *(number(value) for value in means), cell])
+    return markdown(["images of each class", "trained on", "accuracy", "AUROC of disease", "mean AUROC of the classes",
+                     "accuracy over the line above"], rows)  # fmt: skip
+
+
 def text_encoders() -> str:
     """Means over the training seeds, with the least and the most."""
     keys = ("auroc", "dice_best", "flip_rate", "lesion_error_left", "psnr_counterfactual")
@@ -613,7 +634,7 @@ TABLES: dict[str, Callable[[], str]] = {
         leaderboard, limits, corrections, shortcuts, induction, words, sliders, unseen, engine, host, data_plane, scale,
         planning, export, fid_rows, real_images, real_summary, real_findings, real_implants, real_pack, implants,
         throughput, demo, claims, gpu, paper_claims, suspects, report_cost,
-        training_choices, modest_data, text_encoders, fid_cold_start,
+        training_choices, modest_data, downstream, text_encoders, fid_cold_start,
     )
 }  # fmt: skip
 

@@ -319,8 +319,9 @@ def autoencoder(book: Book, bench: Bench, dtype: str, counts: tuple[int, ...]) -
     book.row(f"autoencoder, {dtype}", networks)
     if len(ready) < 2:
         return
+    vae, engine = ready
     for count in counts:
-        for name, (network, call) in autoencoder_calls(bench, *ready, dtype, count).items():
+        for name, (network, call) in autoencoder_calls(bench, vae, engine, dtype, count).items():
             book.row(f"{name}, {count} images, {dtype}", partial(autoencoder_row, bench, name, network, call, count))
 
 

@@ -244,7 +244,7 @@ def checkpoint(trainer: Trainer) -> Values:
     logger: Any = SimpleNamespace(history=[], keep=lambda: None)  # TensorBoard is no part of a checkpoint
     images = trainer.stage.context.images
     with Saver(
-        trainer.recipe.train, trainer.bundle, {}, images, trainer.accelerator, "benchmark", weigh, logger, None
+        trainer.recipe.train, trainer.bundle, {}, images, trainer.accelerator, "benchmark", weigh, logger, None, {}
     ) as saver:
         began = time.perf_counter()
         saver.save(Position(0, 1), [trainer.prepared])
