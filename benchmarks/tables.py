@@ -76,6 +76,14 @@ def markdown(heads: Sequence[str], rows: Cells) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def grouped(rows: Sequence[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """The rows by their values of ``keys``, in the order of first occurrence."""
+    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return kinds
+
+
 def suspects() -> str:
     """Suspects among ordinary images, and the share of damaged ones that is found, by reason."""
     sets = result("suspects")["data"]
@@ -194,9 +202,7 @@ def induction() -> str:
 def words() -> str:
     """Means over the training seeds, with the least and the most where there are several."""
     keys = ("wanted", "none_opposite", "sex_kept", "view_kept", "age_kept")
-    kinds: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in result("words")["rows"]:
-        kinds.setdefault((row["condition"], row["way"], row["prompt"]), []).append(row)
+    kinds = grouped(result("words")["rows"], "condition", "way", "prompt")
 
     def spread(values: list[float]) -> str:
         mean = number(sum(values) / len(values), 2)
@@ -213,10 +219,8 @@ def words() -> str:
 
 
 def sliders() -> str:
-    kinds: dict[tuple[str, str], list[float]] = {}
-    for row in result("words")["sliders"]:
-        kinds.setdefault((row["slider"], row["way"]), []).append(row["spearman"])
-    rows = [[*kind, ", ".join(number(value, 2) for value in values)] for kind, values in kinds.items()]
+    kinds = grouped(result("words")["sliders"], "slider", "way")
+    rows = [[*kind, ", ".join(number(row["spearman"], 2) for row in members)] for kind, members in kinds.items()]
     return markdown(["slider", "edit", "Spearman's correlation with the weight, by seed"], rows)
 
 
@@ -559,9 +563,7 @@ def modest_data() -> str:
 
 def downstream() -> str:
     found = result("downstream")
-    kinds: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for row in found["table"]:
-        kinds.setdefault((row["images_per_class"], row["row"]), []).append(row)
+    kinds = grouped(found["table"], "images_per_class", "row")
     over = {(row["images_per_class"], row["row"]): row for row in found["differences"]}
     rows = []
     for (size, name), members in kinds.items():
@@ -576,21 +578,6 @@ def downstream() -> str:
         rows.append([str(size), name, *(number(value) for value in means), cell])
     return markdown(["images of each class", "trained on", "accuracy", "AUROC of disease", "mean AUROC of the classes",
                      "accuracy over the line above"], rows)  # fmt: skip
-
-
-def text_encoders() -> str:
-    """Means over the training seeds, with the least and the most."""
-    keys = ("auroc", "dice_best", "flip_rate", "lesion_error_left", "psnr_counterfactual")
-    kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in result("text_encoders")["rows"]:
-        kinds.setdefault((row["encoder"], row["training"], row["prompts"]), []).append(row)
-
-    def spread(values: list[float]) -> str:
-        return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-    rows = [[*kind, *(spread([row[key] for row in members]) for key in keys)] for kind, members in kinds.items()]
-    return markdown(["encoder", "trained", "prompts", "AUROC", "best Dice", "flip rate", "lesion error left", "PSNR"],
-                    rows)  # fmt: skip
 
 
 def fid_cold_start() -> str:
@@ -634,7 +621,7 @@ TABLES: dict[str, Callable[[], str]] = {
         leaderboard, limits, corrections, shortcuts, induction, words, sliders, unseen, engine, host, data_plane, scale,
         planning, export, fid_rows, real_images, real_summary, real_findings, real_implants, real_pack, implants,
         throughput, demo, claims, gpu, paper_claims, suspects, report_cost,
-        training_choices, modest_data, downstream, text_encoders, fid_cold_start,
+        training_choices, modest_data, downstream, fid_cold_start,
     )
 }  # fmt: skip
 

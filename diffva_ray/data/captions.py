@@ -21,9 +21,9 @@ from diffva_ray.data.images import BadImage, decode_square
 from diffva_ray.data.labels import plain
 from diffva_ray.data.lexicon import SYNONYMS, in_words
 from diffva_ray.data.masks import read_mask
-from diffva_ray.data.mirroring import is_file, other_side
+from diffva_ray.data.mirroring import other_side
 from diffva_ray.data.places import SEVERITIES, SIDES, SIZES, ZONES, place_of
-from diffva_ray.data.reports import conclusion
+from diffva_ray.data.reports import conclusion, is_file
 from diffva_ray.data.shapes import Shape, lesion_mask
 from diffva_ray.progress import LOG
 from diffva_ray.schema import digest

@@ -7,10 +7,10 @@ import re
 from dataclasses import replace
 
 from diffva_ray.data.dataset import Dataset
+from diffva_ray.data.reports import is_file
 
-_SIDE = re.compile(r"\b(left|right|[LR][UL]L)\b", re.IGNORECASE)  # RUL, LUL, RLL, LLL: lobes
-_OTHER = {"l": "r", "r": "l"}
-_OPPOSITE = {"left": "right", "right": "left"}
+_SIDE = re.compile(r"\b(?:(?i:left|right)\b|[LR](?=[UL]L\b))")  # RUL, LUL, RLL, LLL: lobes
+_OPPOSITE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 TOLD = ("side", "second_side", "report")  # columns that say where a finding is
 
 
@@ -22,10 +22,7 @@ def other_side(text: str) -> str:
     """
 
     def exchanged(match: re.Match[str]) -> str:
-        word = match[0]
-        if len(word) == 3:
-            return word if word != word.upper() else _OTHER[word[0].lower()].upper() + word[1:]
-        opposite = _OPPOSITE[word.lower()]
+        word, opposite = match[0], _OPPOSITE[match[0].lower()]
         return opposite.upper() if word.isupper() else opposite.capitalize() if word[0].isupper() else opposite
 
     return _SIDE.sub(exchanged, text)
@@ -47,8 +44,3 @@ def with_mirror_images(dataset: Dataset) -> Dataset:
         for image in dataset.images
     ]
     return replace(dataset, images=[*dataset.images, *mirrored])
-
-
-def is_file(report: str) -> bool:
-    """Whether a column ``report`` is the path of a text file."""
-    return report.endswith(".txt") and " " not in report

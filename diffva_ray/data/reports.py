@@ -28,3 +28,8 @@ def conclusion(report: str) -> list[str]:
     entries = " ".join(lines).replace("\0", ". ")
     sentences = [" ".join(sentence.split()) for sentence in re.split(r"(?<=[.!?])\s+", entries)]
     return [bare for sentence in sentences if (bare := sentence.strip(" .!?;:,"))]
+
+
+def is_file(report: str) -> bool:
+    """Whether a column ``report`` is the path of a text file."""
+    return report.endswith(".txt") and " " not in report

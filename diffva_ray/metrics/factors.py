@@ -44,10 +44,9 @@ class Factor:
     @property
     def otherwise(self) -> str:
         """What an image shows whose answer is no."""
-        words = {"F": "M", "AP": "PA"} | (
-            {self.value: f"younger than {self.value} years"} if self.kind == "age" else {}
-        )
-        return words.get(self.value, f"no {self.name}")
+        if self.kind == "age":
+            return f"younger than {self.value} years"
+        return {"F": "M", "AP": "PA"}.get(self.value, f"no {self.name}")
 
 
 class FactorClassifier(nn.Module):
